@@ -1,0 +1,32 @@
+"""Configure Sphinx: ``python -m sphinx -n -W -b html docs OUTPUT``."""
+
+import persipubsub
+
+# Sphinx prescribes these names.
+# pylint: disable=redefined-builtin
+
+project = "persipubsub"
+author = "persipubsub developers"
+copyright = "2026, persipubsub developers"
+release = persipubsub.__version__
+version = release
+
+extensions = ["sphinx.ext.autodoc", "sphinx_icontract"]
+
+# As written in the source: contracts and sections of a module belong together.
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+
+# Every name that is referred to must exist, with three exceptions. Names of other projects (dotted,
+# not ours) are not looked up: that needs their inventories from the network, and the build must not
+# depend on it. Names of private modules have no page. Sphinx takes Annotated for a name of ours.
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!persipubsub\.)[a-z_]\w*\..*"),
+    ("py:.*", r"persipubsub\._.*"),
+    ("py:class", r"(persipubsub\.\w+\.)?Annotated"),
+]
+
+html_theme = "furo"
+html_title = "persipubsub {}".format(release)
+
+exclude_patterns = ["_build"]

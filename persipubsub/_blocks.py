@@ -1,0 +1,295 @@
+"""
+Encode, decode and check blocks: the messages of one commit behind their record. Format 1.
+
+A block is the value of ``data_db``. All its integers are little-endian:
+
+================= ==================================================================================
+bytes             content
+================= ==================================================================================
+40                record: see :py:class:`Block`
+8 each            totals of the audiences from 1 on
+8 each            table: for each message where it ends (4 bytes) and its CRC-32 (4 bytes)
+the rest          the messages' bytes, one behind the other
+================= ==================================================================================
+
+Everything here is pure: no file is touched, no lock is taken.
+"""
+
+import itertools
+import struct
+import zlib
+from typing import Final, List, NamedTuple, Sequence, Tuple
+
+import persipubsub.errors
+
+#: Blocks are filled up to this many bytes of table and messages (a larger message has its own).
+BLOCK_BYTES: Final = 1 << 20
+
+#: LMDB stores the length of a value in 32 bits; a little is left for the block's header.
+MAX_MESSAGE_BYTES: Final = (1 << 32) - (1 << 20)
+
+_BLOCK = struct.Struct("<QQQIHHII")
+_BLOCK_WITHOUT_CRC = struct.Struct("<QQQIHHI")
+_BLOCK_CRC = struct.Struct("<I")
+_ENTRY = struct.Struct("<II")
+_END = struct.Struct("<I")
+
+
+class Block(NamedTuple):
+    """
+    Hold the record in front of a block's messages.
+
+    The totals run over the whole log, this block included, so that the number of messages between
+    two places of the log is a subtraction, however many there are.
+    """
+
+    time_ns: int  #: when the block was committed, on the queue's clock
+    total_count: int  #: messages in the log up to the end of this block
+    total_bytes: int  #: their bytes, without any overhead
+    messages: int  #: how many the block holds; 0: a placeholder that only keeps its number taken
+    audience: int  #: whom they are for; 0: every subscriber
+    audiences: int  #: how many totals of audiences follow
+    generation: int  #: changes when positions went back, or subscribers came or went
+    crc: int  #: CRC-32 of the fields above and of the totals that follow
+
+
+def pack_block(time_ns: int, total_count: int, total_bytes: int, count: int, audience: int,
+               generation: int, totals: Sequence[int]) -> bytes:
+    """
+    Encode the record of a block and the totals of its audiences.
+
+    :param time_ns: when the block is committed, in nanoseconds of the queue's clock
+    :param total_count: messages in the log up to the end of this block
+    :param total_bytes: bytes of these messages
+    :param count: messages of this block
+    :param audience: whom they are for
+    :param generation: of the positions
+    :param totals: of each audience but the one of everybody: messages in the log up to here
+    :return: encoded record
+    """
+    fields = _BLOCK_WITHOUT_CRC.pack(time_ns, total_count, total_bytes, count, audience,
+                                     len(totals), generation)
+    if not totals:
+        return fields + _BLOCK_CRC.pack(zlib.crc32(fields))
+
+    tail = struct.pack("<{}Q".format(len(totals)), *totals)
+    return fields + _BLOCK_CRC.pack(zlib.crc32(tail, zlib.crc32(fields))) + tail
+
+
+def unpack_block(value: memoryview, number: int) -> Block:
+    """
+    Decode the record of a block and check it.
+
+    :param value: of the block in ``data_db``
+    :param number: of the block's first message, for the error
+    :return: decoded record
+    :raise StoreCorruptError: if the record is damaged
+    """
+    try:
+        block = Block._make(_BLOCK.unpack_from(value))
+        crc = zlib.crc32(value[:36])
+        if block.audiences:
+            crc = zlib.crc32(value[40:40 + 8 * block.audiences], crc)
+    except struct.error:
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected a block of at least {} bytes at message {}, but got: {} bytes".format(
+                _BLOCK.size, number, len(value))) from None
+
+    if crc != block.crc:
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected the record of the block at message {} to have the checksum {:#010x}, "
+            "but got: {:#010x}".format(number, block.crc, crc))
+    return block
+
+
+def unpack_totals(value: memoryview, block: Block) -> Tuple[int, ...]:
+    """
+    Decode the totals of the audiences that follow a block's record.
+
+    :param value: of the block in ``data_db``
+    :param block: its decoded record
+    :return: totals of the audiences from 1 on
+    """
+    if not block.audiences:
+        return ()
+    return struct.unpack_from("<{}Q".format(block.audiences), value, _BLOCK.size)
+
+
+def end_of(number: int, block: Block) -> int:
+    """
+    Compute the number behind a block.
+
+    :param number: of the block's first message
+    :param block: its record
+    :return: number of the first message that can follow it
+    """
+    return number + (block.messages or 1)
+
+
+class Batch(NamedTuple):
+    """Hold the messages of one block, encoded before any lock is taken."""
+
+    messages: int  #: how many
+    size: int  #: their bytes
+    body: bytes  #: table and messages
+
+
+def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
+    """
+    Encode messages as the bodies of one or more blocks.
+
+    :param messages: in the order in which they are to be received
+    :return: bodies of at most :py:data:`BLOCK_BYTES`, or of a single message
+    """
+    if len(messages) == 1:
+        message = messages[0]
+        return [
+            Batch(messages=1,
+                  size=len(message),
+                  body=_ENTRY.pack(len(message), zlib.crc32(message)) + message)
+        ]
+
+    batches = []  # type: List[Batch]
+    begin = 0
+    size = 0
+    for index, message in enumerate(messages):
+        added = len(message) + _ENTRY.size
+        if size + added > BLOCK_BYTES and index > begin:
+            batches.append(_encode_batch(messages=messages[begin:index]))
+            begin = index
+            size = 0
+        size += added
+    if begin < len(messages):
+        batches.append(_encode_batch(messages=messages[begin:]))
+    return batches
+
+
+def _encode_batch(messages: Sequence[bytes]) -> Batch:
+    """
+    Encode the body of one block.
+
+    :param messages: of the block
+    :return: encoded body
+    """
+    ends = list(itertools.accumulate(map(len, messages)))
+    table = struct.pack("<{}I".format(2 * len(messages)),
+                        *itertools.chain.from_iterable(zip(ends, map(zlib.crc32, messages))))
+    return Batch(messages=len(messages), size=ends[-1], body=b"".join((table, *messages)))
+
+
+def size_before(value: memoryview, block: Block, index: int) -> int:
+    """
+    Compute how many bytes the first messages of a block have.
+
+    :param value: of the block in ``data_db``
+    :param block: its record
+    :param index: of a message in the block, or their count
+    :return: bytes of the messages before the one at ``index``
+    """
+    if index == 0:
+        return 0
+    offset = _BLOCK.size + 8 * block.audiences + _ENTRY.size * (index - 1)
+    return int(_END.unpack_from(value, offset)[0])
+
+
+def slice_message(value: memoryview, block: Block, index: int) -> Tuple[memoryview, int]:
+    """
+    Find a message in its block.
+
+    The result is a view into the store: copy it before the transaction ends. The checksum is not
+    compared here, see :py:func:`copy_message`.
+
+    :param value: of the block in ``data_db``
+    :param block: its record
+    :param index: of the message in the block, from 0
+    :return: view of the message's bytes, expected CRC-32
+    """
+    table = _BLOCK.size + 8 * block.audiences
+    begin = table + _ENTRY.size * block.messages
+    entry = table + _ENTRY.size * index
+    end, crc = _ENTRY.unpack_from(value, entry)
+    start = _END.unpack_from(value, entry - _ENTRY.size)[0] if index else 0
+    return value[begin + start:begin + end], crc
+
+
+def copy_message(value: memoryview, block: Block, index: int, number: int) -> bytes:
+    """
+    Copy a message out of its block and check it.
+
+    :param value: of the block in ``data_db``
+    :param block: its record
+    :param index: of the message in the block, from 0
+    :param number: of the message, for the error
+    :return: bytes that were sent
+    :raise CorruptMessageError: if they are not the bytes that were sent
+    """
+    view, expected = slice_message(value=value, block=block, index=index)
+    message = bytes(view)
+    crc = zlib.crc32(message)
+    if crc != expected:
+        raise _corrupt_error(number, message, expected)
+    return message
+
+
+def _corrupt_error(number: int, message: bytes,
+                   expected: int) -> persipubsub.errors.CorruptMessageError:
+    """
+    Describe a damaged message.
+
+    :param number: of the message
+    :param message: what its bytes are
+    :param expected: checksum of what was sent
+    :return: error to be raised
+    """
+    return persipubsub.errors.CorruptMessageError(
+        "Expected the message {} ({} bytes) to have the checksum {:#010x}, but got: {:#010x}".
+        format(number, len(message), expected, zlib.crc32(message)),
+        number=number)
+
+
+def copy_messages(value: memoryview, block: Block, first: int, begin: int,
+                  stop: int) -> List[bytes]:
+    """
+    Copy a run of messages out of their block and check them.
+
+    :param value: of the block in ``data_db``
+    :param block: its record
+    :param first: number of the block's first message
+    :param begin: index of the first message to copy
+    :param stop: index behind the last message to copy
+    :return: bytes that were sent
+    :raise CorruptMessageError: if a message is not what was sent (the first such one is named)
+    """
+    table = _BLOCK.size + 8 * block.audiences
+    body = table + _ENTRY.size * block.messages
+    entries = struct.unpack_from("<{}I".format(2 * (stop - begin)), value,
+                                 table + _ENTRY.size * begin)
+    start = size_before(value=value, block=block, index=begin)
+    ends = entries[::2]
+    data = bytes(value[body + start:body + max(start, ends[-1])])
+    if start:
+        ends = tuple(end - start for end in ends)
+    messages = [data[i:j] for i, j in zip((0, ) + ends, ends)]
+    crcs = tuple(map(zlib.crc32, messages))
+    if crcs != entries[1::2]:
+        for number, crc, expected, message in zip(itertools.count(first + begin), crcs,
+                                                  entries[1::2], messages):
+            if crc != expected:
+                raise _corrupt_error(number, message, expected)
+    return messages
+
+
+def truncate_body(value: memoryview, block: Block, count: int) -> Batch:
+    """
+    Encode a body of only the first messages of a block.
+
+    :param value: of the block in ``data_db``
+    :param block: its record
+    :param count: how many messages to keep, at least one
+    :return: body with these messages
+    """
+    table = _BLOCK.size + 8 * block.audiences
+    body = table + _ENTRY.size * block.messages
+    size = size_before(value=value, block=block, index=count)
+    kept = bytes(value[table:table + _ENTRY.size * count]) + bytes(value[body:body + size])
+    return Batch(messages=count, size=size, body=kept)

@@ -1,0 +1,241 @@
+"""
+Keep a copy of an ``os`` store that a power failure can not harm.
+
+Commits of such a store are not flushed, so that a power failure may leave any mixture of old and
+new pages behind. Flushing from time to time does not help: the pages of the flushed state are used
+again before the next flush. A checkpoint does: a compact copy of a snapshot, written beside the
+store, flushed, renamed over the one before, the directory flushed. At the first open after such a
+failure the last checkpoint takes the store's place.
+
+One process at a time writes checkpoints, for all of them: whoever holds the lock on the
+checkpoint's lock file. That file also says up to which of LMDB's transactions the checkpoint
+goes.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import threading
+import time
+from typing import Callable, Final, Optional
+
+import lmdb
+
+import persipubsub.errors
+from persipubsub import _files
+
+_LOGGER = logging.getLogger("persipubsub.checkpoint")
+
+#: The next checkpoint begins only after this many times the duration of the last one.
+_REST_FACTOR: Final = 10
+
+#: A checkpoint that failed (a full disk, say) is tried again after this time, in seconds.
+_RETRY_SECS: Final = 1.0
+
+
+def _read_covered(descriptor: int) -> int:
+    """
+    Read up to which transaction the checkpoint goes.
+
+    :param descriptor: of the lock file
+    :return: id of the transaction; 0 if unknown
+    """
+    content = os.pread(descriptor, 8, 0)
+    return int.from_bytes(content, "little") if len(content) == 8 else 0
+
+
+def covered_transaction(directory: str) -> int:
+    """
+    Read up to which transaction the checkpoint of a store goes.
+
+    :param directory: of the store
+    :return: id of the transaction; 0 if there is no checkpoint
+    """
+    if not os.path.lexists(os.path.join(directory, _files.CHECKPOINT)):
+        return 0
+    descriptor = _files.open_own_file(os.path.join(directory, _files.CHECKPOINT_LOCK))
+    try:
+        return _read_covered(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(directory: str, environment: lmdb.Environment) -> bool:
+    """
+    Write a checkpoint, unless there is nothing new or another process is writing one.
+
+    It holds up nobody; pages that are freed meanwhile are not used again before it ends.
+
+    :param directory: of the store
+    :param environment: of the store
+    :return: False if another process is writing one
+    :raise DiskFullError: if there is no room; the checkpoint before stays
+    """
+    descriptor = _files.open_own_file(os.path.join(directory, _files.CHECKPOINT_LOCK))
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path = os.path.join(directory, _files.CHECKPOINT)
+        # Read first: the snapshot can only be newer than what is said of it.
+        covered = environment.info()["last_txnid"]
+        if os.path.lexists(path) and _read_covered(descriptor) == covered:
+            return True
+        # Copiers that were killed keep their slots and with them old pages.
+        environment.reader_check()
+        with _files.translated(path=path, doing="write"):
+            # A power failure between the two leaves a larger number out, never a wrong one.
+            os.pwrite(descriptor, bytes(8), 0)
+            _copy(environment, path)
+            os.pwrite(descriptor, covered.to_bytes(8, "little"), 0)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _copy(environment: lmdb.Environment, path: str) -> None:
+    """
+    Copy a snapshot, durably.
+
+    :param environment: of the store
+    :param path: of the checkpoint
+    """
+    temporary = path + ".new"
+    target = os.open(temporary,
+                     os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
+                     _files.FILE_MODE)
+    try:
+        environment.copyfd(target, compact=True)
+        os.fsync(target)
+    except BaseException:
+        # Give the room back: the disk may be full.
+        os.ftruncate(target, 0)
+        raise
+    finally:
+        os.close(target)
+    os.rename(temporary, path)
+    _files.flush_directory(os.path.dirname(path))
+
+
+def restore(directory: str) -> None:
+    """
+    Let the checkpoint take the place of the store; hold the open gate, with no user but this one.
+
+    The checkpoint itself stays until the next one: after a power failure in the middle of this, it
+    is done again from the beginning.
+
+    :param directory: of the store
+    :raise StoreCorruptError: if there is no sound checkpoint
+    """
+    path = os.path.join(directory, _files.CHECKPOINT)
+    store = os.path.join(directory, _files.DATA)
+    hint = ("The machine went down while the queue was in use, so that the store itself can not be "
+            "trusted. Restore a backup of {}; or, to accept what is there, remove {} and look at "
+            "it closely.".format(store, os.path.join(directory, _files.RUNNING)))
+    if not os.path.lexists(path):
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected the checkpoint {}, but got: no such file. {}".format(path, hint))
+    try:
+        if _files.missing_bytes(path):
+            raise persipubsub.errors.StoreCorruptError(
+                "Expected the whole checkpoint {}, but got: a truncated file".format(path))
+        _files.verify_data_file(path)
+    except (persipubsub.errors.StoreCorruptError, persipubsub.errors.FormatError) as error:
+        raise persipubsub.errors.StoreCorruptError("{} {}".format(error, hint)) from error
+
+    age = time.time() - os.stat(path).st_mtime
+    # Numbers of transactions begin anew.
+    descriptor = _files.open_own_file(os.path.join(directory, _files.CHECKPOINT_LOCK))
+    try:
+        os.pwrite(descriptor, bytes(8), 0)
+    finally:
+        os.close(descriptor)
+    with _files.translated(path=store, doing="restore the checkpoint of"):
+        temporary = store + ".new"
+        shutil.copyfile(path, temporary)
+        os.chmod(temporary, os.stat(store).st_mode & 0o777)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, store)
+        _files.flush_directory(directory)
+    _LOGGER.warning(
+        "The machine went down while the queue %s was in use. It goes on from its last checkpoint, "
+        "which was written %.0f seconds ago; what was sent and acknowledged after it is lost.",
+        directory, age)
+
+
+class Checkpointer:
+    """
+    Write checkpoints in the background as long as there is something new.
+
+    The thread is started at the first change and sleeps, without looking, until the next one.
+    """
+
+    def __init__(self, seconds: float, attempt: Callable[[], bool]) -> None:
+        """
+        Initialize without a thread.
+
+        :param seconds: time between two checkpoints
+        :param attempt: writes a checkpoint; returns False if another process is writing one
+        """
+        self._seconds = seconds
+        self._attempt = attempt
+        self._thread = None  # type: Optional[threading.Thread]
+        # Guards the start of the thread; nothing is waited for while it is held.
+        self._lock = threading.Lock()
+        self._is_changed = threading.Event()
+        self._is_stopped = threading.Event()
+
+    def notice(self) -> None:
+        """Say that something was committed; costs a few nanoseconds if that is known."""
+        if not self._is_changed.is_set():
+            self._is_changed.set()
+            if self._thread is None:
+                self._start()
+
+    def _start(self) -> None:
+        """Start the thread."""
+        with self._lock:
+            if self._thread is None and not self._is_stopped.is_set():
+                self._thread = threading.Thread(target=self._run,
+                                                name="persipubsub-checkpoint",
+                                                daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end; wait for a checkpoint that is being written."""
+        self._is_stopped.set()
+        self._is_changed.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        """Write checkpoints until stopped."""
+        due = 0.0
+        while True:
+            self._is_changed.wait()
+            if self._is_stopped.wait(timeout=max(0.0, due - time.monotonic())):
+                return
+            self._is_changed.clear()
+            begin = time.monotonic()
+            try:
+                is_done = self._attempt()
+            except persipubsub.errors.ClosedError:
+                return
+            except persipubsub.errors.PersipubsubError as error:
+                _LOGGER.warning("No checkpoint could be written: %s", error)
+                is_done = False
+            except lmdb.Error as error:
+                _LOGGER.warning("No checkpoint could be written: %s", error)
+                is_done = False
+            now = time.monotonic()
+            due = max(begin + self._seconds, now + _REST_FACTOR * (now - begin))
+            if not is_done:
+                due = max(due, now + _RETRY_SECS)
+                self._is_changed.set()

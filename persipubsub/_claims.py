@@ -1,0 +1,535 @@
+"""
+Claim messages for one of several competing consumers.
+
+A claim is a lock of the kernel on bytes of a *claims file*: one byte for each message of each
+subscriber, at offset subscriber index times 2**48 plus message number. The file stays empty.
+
+The locks belong to open file descriptions (``F_OFD_SETLK``). The kernel gives them back when the
+last descriptor is closed, hence at the very moment a process dies, however it dies: nothing needs
+repair, there is no timeout to wait for. A stopped process (SIGSTOP, a debugger) keeps its claims.
+Leases with a time stamp in the store were rejected: they cost a commit each, and a timeout too long
+for those who wait or too short for those who work. Locks of one description never conflict with
+each other, so each claim in progress has a descriptor for itself, kept for the next claim.
+
+**Fork.** A child shares the descriptions of its parent. If it kept them, a claim would outlive the
+parent; if it unlocked a byte, the parent's claim would be gone. So the child closes them, without
+unlocking, before other code runs in it. Claims which it inherited are dead: to give them back does
+nothing. Only forks made through Python are noticed. On exec, all descriptors are closed.
+
+**A deleted file.** Who opens a file that was deleted and made anew locks other bytes than those who
+opened it before. Only opening one more descriptor notices that; to look on each claim would double
+its cost. Delete a claims file only while no process uses the queue.
+
+**Systems without such locks** (macOS) fall back to POSIX record locks, which belong to a process as
+a whole: a table in memory keeps its claims apart. The kernel drops all those of a process on a file
+when the process closes any descriptor of it, so the file is opened once in a process and never
+closed. Both kinds exclude each other between processes; do not mix them on a file in one process.
+"""
+
+import collections
+import contextlib
+import errno
+import fcntl
+import io
+import itertools
+import os
+import stat
+import struct
+import sys
+import threading
+import weakref
+from typing import Deque, Dict, Final, List, Optional, Tuple
+
+from persipubsub import _files, errors
+
+# 2**15 subscribers times 2**48 numbers fill exactly the non-negative offsets of a file.
+_NUMBER_BITS: Final = 48
+_NUMBERS: Final = 1 << _NUMBER_BITS
+_SUBSCRIBERS: Final = 1 << 15
+
+# Idle descriptors that one Claims keeps at most, so that a burst does not pin thousands of them
+_MAX_IDLE: Final = 64
+
+# Races that claim_prefix loses to other consumers before it is content with a single number
+_MAX_PREFIX_TRIES: Final = 8
+
+# struct flock of <fcntl.h> with native alignment: (type, whence, start, length, process) on Linux,
+# (start, length, process, type, whence) on macOS and the BSDs
+_IS_LINUX: Final = sys.platform == "linux"
+_FLOCK: Final = struct.Struct("hhqqi4x" if _IS_LINUX else "qqihh8x")
+
+# Other systems that have these constants get POSIX locks: nobody tested what theirs do on fork.
+_SETLK: Final[int] = getattr(fcntl, "F_OFD_SETLK", -1) if _IS_LINUX else -1
+_GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", -1) if _IS_LINUX else -1
+
+
+def _flock(kind: int, start: int, length: int) -> bytes:
+    """Pack a lock. The process must be 0 for locks of descriptions; length 0 means to the end."""
+    if _IS_LINUX:
+        return _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    return _FLOCK.pack(start, length, 0, kind, os.SEEK_SET)
+
+
+def _has_description_locks() -> bool:
+    """Ask the kernel whether it knows locks of open file descriptions (Linux since 3.15)."""
+    with contextlib.suppress(OSError), open(os.devnull, "rb+", buffering=0) as null:
+        fcntl.fcntl(null, _GETLK, _flock(fcntl.F_WRLCK, 0, 1))
+        return True
+    return False
+
+
+# The open files of a Claims and who holds locks with them
+_Registry = Dict[io.FileIO, "weakref.ref[_Holder]"]
+
+
+class _Holder:
+    """
+    Hold locks as one open file description.
+
+    Only who popped it from the pool, or popped the ticket of its claim, may use it. So there is no
+    lock here, and neither threads nor signal handlers ever wait for each other.
+    """
+
+    __slots__ = ("file", "descriptor", "path", "process_id", "registry", "ticket", "__weakref__")
+
+    set_command, get_command = _SETLK, _GETLK
+
+    def __init__(self, file: io.FileIO, path: str, registry: _Registry) -> None:
+        self.file = file
+        self.descriptor = file.fileno()
+        self.path = path
+        self.process_id = os.getpid()
+        self.ticket: List[None] = []  # of the claim in progress, see Claim
+        self.registry = registry
+        registry[file] = weakref.ref(self)
+
+    def lock(self, start: int, length: int) -> bool:
+        """Lock the bytes, or return False if another holder has any of them."""
+        try:
+            fcntl.fcntl(self.descriptor, self.set_command, _flock(fcntl.F_WRLCK, start, length))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # POSIX allows either.
+                return False
+            # ENOLCK: the kernel is out of memory, or the file system (some NFS) has no locks
+            raise _files.translate_os_error(error, self.path, doing="lock") from error
+        return True
+
+    def unlock(self, start: int, length: int) -> None:
+        """Unlock the first or the last bytes of those locked."""
+        try:
+            fcntl.fcntl(self.descriptor, self.set_command, _flock(fcntl.F_UNLCK, start, length))
+        except OSError as error:
+            raise _files.translate_os_error(error, self.path, doing="unlock") from error
+
+    def unlock_all(self) -> None:
+        """Unlock all that this holder has."""
+        self.unlock(0, 0)
+
+    def conflict(self, start: int, length: int) -> Optional[int]:
+        """Return a byte of the range that another holder has, not always the first; or None."""
+        flock = _flock(fcntl.F_WRLCK, start, length)
+        try:
+            fields = _FLOCK.unpack(fcntl.fcntl(self.descriptor, self.get_command, flock))
+        except OSError as error:
+            raise _files.translate_os_error(error, self.path, doing="query") from error
+        kind, found = (fields[0], fields[2]) if _IS_LINUX else (fields[3], fields[0])
+        return None if kind == fcntl.F_UNLCK else max(int(found), start)
+
+    def discard(self) -> None:
+        """Unlock all and close; in a forked child, close only."""
+        _give_up(self.file, self.registry, self.process_id)
+
+    def __del__(self) -> None:
+        """Give back what an exception, say KeyboardInterrupt, kept from being given back."""
+        with contextlib.suppress(Exception):  # At exit, modules may be torn down already.
+            self.discard()
+
+
+def _give_up(file: io.FileIO, registry: _Registry, process_id: int) -> None:
+    """
+    Unlock all and close. It may be repeated, by several threads too, as file objects close once.
+
+    Unlocking comes first, since another thread may fork while this one is about to close: the child
+    would share the lock without knowing. Never in a child: finalizers may run there before our hook.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if process_id == os.getpid():
+            fcntl.fcntl(file, _SETLK, _flock(fcntl.F_UNLCK, 0, 0))
+    file.close()
+    registry.pop(file, None)
+
+
+class _SharedFile:
+    """Be the only descriptor of a claims file in a process, with POSIX locks."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file, self.files = file, [file]
+        # Range (first byte, end) of each holder
+        self.table: Dict[int, Tuple[int, int, "weakref.ref[_Holder]"]] = {}
+        # Guards the table and its agreement with the kernel. No lock is taken inside. Re-entrant,
+        # as a finalizer may run anywhere.
+        self.guard = threading.RLock()
+
+
+class _TableHolder(_Holder):
+    """
+    Hold one range of locks as an entry in the table of the process.
+
+    It looks at all entries, which is slow with many claims, and simple: few systems need it.
+    """
+
+    __slots__ = ("shared", "serial")
+
+    set_command, get_command = fcntl.F_SETLK, fcntl.F_GETLK
+
+    # Not the id of the object: another one may get that while the entry still stands.
+    _serials = itertools.count()
+
+    def __init__(self, shared: _SharedFile, path: str) -> None:
+        super().__init__(shared.file, path, registry={})
+        self.shared = shared
+        self.serial = next(_TableHolder._serials)
+
+    def lock(self, start: int, length: int) -> bool:
+        with self.shared.guard:
+            if self.conflict(start, length) is not None:
+                return False
+            # Before the lock: whatever comes in between, it is known what to unlock.
+            self.shared.table[self.serial] = (start, start + length, weakref.ref(self))
+            locked = super().lock(start, length)
+            if not locked:
+                self.shared.table.pop(self.serial)
+            return locked
+
+    def unlock(self, start: int, length: int) -> None:
+        with self.shared.guard:
+            first, end, reference = self.shared.table[self.serial]
+            super().unlock(start, length)
+            first, end = (start + length, end) if start == first else (first, start)
+            self.shared.table[self.serial] = (first, end, reference)
+
+    def unlock_all(self) -> None:
+        self._forget(self.serial)
+
+    def conflict(self, start: int, length: int) -> Optional[int]:
+        with self.shared.guard:
+            for serial, (first, end, reference) in list(self.shared.table.items()):
+                if reference() is None:
+                    self._forget(serial)
+                elif serial != self.serial and first < start + length and start < end:
+                    return max(first, start)
+            return super().conflict(start, length)
+
+    def discard(self) -> None:
+        if self.process_id == os.getpid():
+            self.unlock_all()
+
+    def _forget(self, serial: int) -> None:
+        with self.shared.guard:
+            if serial in self.shared.table:
+                first, end, _ = self.shared.table[serial]
+                super().unlock(first, end - first)
+                self.shared.table.pop(serial)
+
+
+# Guards opening a descriptor together with registering it, so that no fork falls between the two,
+# and both collections below. No lock is taken inside. Re-entrant: a signal handler may fork.
+_opening: Final = threading.RLock()
+_instances: "weakref.WeakSet[Claims]" = weakref.WeakSet()
+_shared_files: Dict[Tuple[int, int], _SharedFile] = {}
+
+
+class Claim:
+    """
+    Have a range of messages to yourself until :py:meth:`release`.
+
+    One consumer uses it. ``release`` may be called twice, and by any thread: only one call gives
+    back. A claim that was dropped is given back by the garbage collector.
+    """
+
+    __slots__ = ("first", "count", "_base", "_claims", "_holder", "ticket")
+
+    def __init__(self, claims: "Claims", holder: _Holder, base: int, first: int,
+                 count: int) -> None:
+        """Initialize; only :py:class:`Claims` does. Message 0 is at the offset ``base``."""
+        self.first = first
+        self.count = count
+        self._base = base
+        self._claims = claims
+        self._holder = holder
+        # Who pops the ticket may use the holder. list.pop is atomic, with and without the global
+        # lock of the interpreter. A lock was rejected: a signal handler that closes the subscriber
+        # would wait for the very code that it interrupted.
+        self.ticket: List[None] = [None]
+
+    def narrow(self, first: int, count: int) -> None:
+        """
+        Give back what is outside of a sub-range, which stays claimed all the time. Never blocks.
+
+        Nothing happens to a claim that was given back. Not while another thread calls ``release``.
+
+        :param first: number of the first message to keep
+        :param count: number of messages to keep, at least 1
+        :raise StoreError: if it is not a sub-range, or the operating system fails
+        """
+        if not self.first <= first < first + count <= self.first + self.count:
+            raise errors.StoreError(
+                "Expected a part of the {} number(s) from {} in {}, but got: {!r} from {!r}".format(
+                    self.count, self.first, self._claims.path, count, first))
+        try:
+            self.ticket.pop()
+        except IndexError:
+            return
+        try:
+            end = self.first + self.count
+            for start, stop in ((self.first, first), (first + count, end)):
+                if start < stop:
+                    self._holder.unlock(self._base + start, stop - start)
+            self.first, self.count = first, count
+        finally:
+            self.ticket.append(None)
+            if self._claims.closed:
+                self.release()
+
+    def release(self) -> None:
+        """
+        Give back. Never blocks. Nothing happens the second time, nor in a forked child.
+
+        :raise StoreError: if the operating system fails; it is given back even then
+        """
+        try:
+            self.ticket.pop()
+        except IndexError:
+            return
+        holder = self._holder
+        # From now on the pool alone says how long the descriptor stays open.
+        del self._holder
+        # In a child before the hook below ran: the claim belongs to the parent.
+        if holder.process_id != os.getpid():
+            return
+        try:
+            holder.unlock_all()
+        except BaseException:
+            holder.discard()
+            raise
+        self._claims.put_idle(holder)
+
+
+class Claims:
+    """
+    Claim messages of the subscribers of one queue.
+
+    Any number of threads and processes may call the methods at the same time. None of them blocks.
+    A claim excludes all others, those of the same thread too.
+
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     claims = Claims(path=os.path.join(directory, "claims"))
+    ...     claim = claims.claim(subscriber=0, first=7)
+    ...     print(claim.first, claims.claim(subscriber=0, first=7))
+    ...     claim.release()
+    ...     print(claims.is_claimed(subscriber=0, first=7))
+    ...     claims.close()
+    7 None
+    False
+    """
+
+    def __init__(self, path: str, _ofd: bool = True) -> None:
+        """
+        Initialize without touching the file. It is opened, and made (mode 0600), at the first use.
+
+        :param path: of the claims file, in a directory that exists
+        :param _ofd: False to fall back to POSIX locks
+        """
+        # Absolute, since more descriptors are opened later: the process may change its directory.
+        self.path = os.path.abspath(path)
+        self._ofd = _ofd and _has_description_locks()
+        self.closed = False
+        self._identity: Optional[Tuple[int, int]] = None  # device and inode as first opened
+        # Appending to a deque and popping are documented as safe between threads. A full one drops
+        # its oldest holder, which closes itself.
+        self.idle: Deque[_Holder] = collections.deque(maxlen=_MAX_IDLE)
+        self.registry: _Registry = {}
+        self.holders: "weakref.WeakSet[_Holder]" = weakref.WeakSet()  # idle or not
+        with _opening:
+            _instances.add(self)
+
+    def claim(self, subscriber: int, first: int, count: int = 1) -> Optional[Claim]:
+        """
+        Claim all messages of a range, or none.
+
+        :param subscriber: index of the subscriber, less than 2**15
+        :param first: number of the first message, less than 2**48
+        :param count: number of messages, at least 1
+        :return: the claim; None if any of the messages is claimed already, by whomever
+        :raise ClosedError: after :py:meth:`close`
+        :raise AccessError: if the file may not be made or written, or is a symbolic link
+        :raise StoreError: if the operating system fails, say without a free file descriptor
+        """
+        start = self._start(subscriber, first, count)
+        holder = self._take_idle()
+        # Made before the lock: nothing is called between the lock and the return, so that a
+        # KeyboardInterrupt comes either inside of the try block or to the caller.
+        claim = Claim(self, holder, start - first, first, count)
+        try:
+            locked = holder.lock(start, count)
+        except BaseException:
+            # Nobody knows whether it was locked, and the traceback keeps it from being collected.
+            holder.discard()
+            raise
+        if not locked:
+            self.put_idle(holder)
+            self._sweep()
+            return None
+        holder.ticket = claim.ticket
+        if self.closed:
+            # Another thread called close, maybe before it could see this ticket. This raises:
+            claim.release()
+            return self.claim(subscriber, first, count)
+        return claim
+
+    def claim_prefix(self, subscriber: int, first: int, count: int) -> Optional[Claim]:
+        """
+        Claim the longest part of a range that begins with ``first`` and is free.
+
+        It may be shorter than possible when others claim and give back at the same moment.
+
+        :param subscriber: index of the subscriber, less than 2**15
+        :param first: number of the first message, less than 2**48
+        :param count: number of messages at most, at least 1
+        :return: the claim of at least one message; None if the first one is claimed already
+        """
+        start = self._start(subscriber, first, count)
+        for _ in range(_MAX_PREFIX_TRIES):
+            claim = self.claim(subscriber, first, count)
+            if claim is not None:
+                return claim
+            count = self._free_prefix(start, count)
+            if count == 0:
+                return None
+        return self.claim(subscriber, first, 1)
+
+    def is_claimed(self, subscriber: int, first: int, count: int = 1) -> bool:
+        """
+        Tell whether anybody, in this process or another, has claimed any message of a range.
+
+        :param subscriber: index of the subscriber, less than 2**15
+        :param first: number of the first message, less than 2**48
+        :param count: number of messages, at least 1
+        :return: True if claimed
+        """
+        return self._free_prefix(self._start(subscriber, first, count), count) < count
+
+    def close(self) -> None:
+        """Give back whatever is still claimed, and close the file; idempotent."""
+        self.closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self.idle.pop().discard()
+        with _opening:
+            for holder in list(self.holders):
+                with contextlib.suppress(IndexError):
+                    holder.ticket.pop()
+                    holder.discard()
+
+    def _sweep(self) -> None:
+        """Give back what finalizers could not, when a KeyboardInterrupt came up in them, too."""
+        for file, reference in self.registry.copy().items():
+            if reference() is None:
+                _give_up(file, self.registry, os.getpid())
+
+    def _start(self, subscriber: int, first: int, count: int) -> int:
+        """Return the offset of the first message; raise if it is no range of one subscriber."""
+        # Zero bytes would be all up to the end for the kernel.
+        if not (0 <= subscriber < _SUBSCRIBERS and 0 <= first and 1 <= count <= _NUMBERS - first):
+            raise errors.StoreError(
+                "Expected a subscriber below 2**15 and at least one number, all below 2**48, to "
+                "claim in {}, but got: subscriber {!r}, {!r} number(s) from {!r}".format(
+                    self.path, subscriber, count, first))
+        return (subscriber << _NUMBER_BITS) + first
+
+    def _free_prefix(self, start: int, count: int) -> int:
+        """Count the messages before the first one that is claimed."""
+        holder = self._take_idle()  # It has no locks itself, so it sees those of everybody.
+        while count > 0 and (found := holder.conflict(start, count)) is not None:
+            count = found - start
+        self.put_idle(holder)
+        return count
+
+    def _take_idle(self) -> _Holder:
+        """Take a holder that has no locks."""
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return self._open()
+
+    def put_idle(self, holder: _Holder) -> None:
+        """Keep a holder that has no locks for the next claim."""
+        self.idle.append(holder)
+        if self.closed:
+            self.close()
+
+    def _open(self) -> _Holder:
+        """Make one more holder."""
+        with _opening:
+            if self.closed:
+                raise errors.ClosedError("Expected {} to be in use, but got: it was closed".format(
+                    self.path))
+            if self._ofd:
+                file = io.FileIO(_files.open_own_file(self.path), "r+")
+                holder = _Holder(file, self.path, self.registry)
+                self._identify(os.fstat(holder.descriptor))
+            else:
+                holder = self._open_table()
+            self.holders.add(holder)
+            return holder
+
+    def _open_table(self) -> _Holder:
+        """Open the file unless this process has it open."""
+        shared = None
+        with contextlib.suppress(OSError):
+            status = os.lstat(self.path)
+            shared = _shared_files.get((status.st_dev, status.st_ino))
+        if shared is None:
+            file = io.FileIO(_files.open_own_file(self.path), "r+")
+            status = os.fstat(file.fileno())
+            shared = _shared_files.setdefault((status.st_dev, status.st_ino), _SharedFile(file))
+            # Never closed, even if it came in between: to close it would drop the locks.
+            shared.files.append(file)
+        self._identify(status)
+        return _TableHolder(shared, self.path)
+
+    def _identify(self, status: os.stat_result) -> None:
+        """Raise unless it is a regular file, and the one that was opened first."""
+        found = (status.st_dev, status.st_ino)
+        self._identity = self._identity or found
+        if not stat.S_ISREG(status.st_mode) or self._identity != found:
+            raise errors.StoreError(
+                "Expected {} to be a regular file that stays in place while in use, but got: "
+                "{}, inode {} after {}".format(self.path, stat.filemode(status.st_mode), found[1],
+                                               self._identity[1]))
+
+
+def _after_fork_in_child() -> None:
+    """Close what the parent uses. The other threads of the parent do not exist here."""
+    for claims in list(_instances):
+        for holder in list(claims.holders):
+            holder.ticket.clear()
+        for file in claims.registry:
+            with contextlib.suppress(OSError):  # Another hook may have closed everything.
+                file.close()
+        claims.registry.clear()
+        claims.idle.clear()
+    for shared in _shared_files.values():
+        shared.table.clear()
+        shared.guard = threading.RLock()
+        for file in shared.files:
+            with contextlib.suppress(OSError):
+                file.close()
+    _shared_files.clear()
+    _opening.release()
+
+
+os.register_at_fork(before=_opening.acquire,
+                    after_in_parent=_opening.release,
+                    after_in_child=_after_fork_in_child)

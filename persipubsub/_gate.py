@@ -1,0 +1,103 @@
+"""
+Let one process at a time write to a queue, with a bounded wait.
+
+LMDB has a lock of its own for writers, but a process that waits for it can be reached neither by a
+signal nor by a timeout: a publisher that was stopped (SIGSTOP) in the middle of a commit would hang
+all others. Every write transaction of this library therefore passes this gate first, an exclusive
+``flock`` that is tried and never waited for in the kernel.
+
+Trying again and again is unfair to whoever waits: the holder comes back within microseconds. So the
+waiting process sets a byte in a shared page, and a holder that finds it set leaves the others a
+moment after it left the gate.
+"""
+
+import fcntl
+import mmap
+import os
+import time
+from typing import Final, Optional
+
+import persipubsub._files
+import persipubsub.errors
+
+_FIRST_PAUSE_SECS: Final = 0.00002
+_LONGEST_PAUSE_SECS: Final = 0.001
+_COURTESY_SECS: Final = 0.0001
+
+
+class Gate:
+    """
+    Guard the write transactions of one queue between processes.
+
+    Between the threads of one process it guards nothing: hold the environment's write lock. The
+    descriptor is an attribute since the lock is given back by a plain ``fcntl.flock`` in a
+    ``finally`` clause: between the entry into a Python function and its first instruction a
+    KeyboardInterrupt could come in and leave the gate shut.
+    """
+
+    def __init__(self, path: str) -> None:
+        """
+        Open the gate's file, and create it if it is missing.
+
+        :param path: of the gate's file
+        """
+        self.path = path
+        self.descriptor = persipubsub._files.open_own_file(path)
+        try:
+            with persipubsub._files.translated(path=path, doing="extend"):
+                if os.fstat(self.descriptor).st_size < mmap.PAGESIZE:
+                    persipubsub._files.reserve(self.descriptor, mmap.PAGESIZE)
+                self._page = mmap.mmap(self.descriptor, mmap.PAGESIZE)  # type: Optional[mmap.mmap]
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def enter(self, deadline: float) -> bool:
+        """
+        Try to enter until the deadline.
+
+        :param deadline: on the clock of ``time.monotonic``, in seconds
+        :return: True if entered
+        """
+        pause = _FIRST_PAUSE_SECS
+        while True:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                pass
+            if time.monotonic() >= deadline:
+                return False
+            if self._page is not None:
+                self._page[0] = 1
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
+
+    def make_way(self) -> None:
+        """Pause for 0.1 milliseconds if another process waits; call it after leaving the gate."""
+        page = self._page
+        if page is not None and page[0]:
+            page[0] = 0
+            time.sleep(_COURTESY_SECS)
+
+    def close(self) -> None:
+        """Close the gate's file. A lock that is held is given back by that."""
+        if self._page is not None:
+            self._page.close()
+            self._page = None
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def busy_error(path: str, seconds: float) -> persipubsub.errors.BusyTimeoutError:
+    """
+    Describe a wait that was too long.
+
+    :param path: of the queue
+    :param seconds: how long was waited
+    :return: error to be raised
+    """
+    return persipubsub.errors.BusyTimeoutError(
+        "Expected to write to the queue {} within {} seconds (busy_timeout_secs), but got: another "
+        "process is in the middle of a write. It may be stopped, or the disk may hang.".format(
+            path, seconds))

@@ -1,0 +1,456 @@
+"""
+Walk, extend and shorten the log of messages, inside of a transaction.
+
+The log is ``data_db``: blocks of messages in the order of commits. A number belongs to a message,
+not to a block; numbers that were dropped leave gaps, so that every search lands on the next block.
+"""
+
+from typing import Dict, Final, List, NamedTuple, Optional, Sequence, Tuple
+
+import lmdb
+
+import persipubsub.errors
+from persipubsub import _blocks, _layout
+from persipubsub._opening import Databases
+
+
+class Tail(NamedTuple):
+    """Hold what the end of the log says."""
+
+    next_number: int  #: of the next message
+    time_ns: int  #: of the last commit; 0 if there was none
+    total_count: int
+    total_bytes: int
+    generation: int
+    totals: Tuple[int, ...]  #: of each audience but everybody
+
+
+EMPTY: Final = Tail(next_number=_layout.FIRST_NUMBER,
+                    time_ns=0,
+                    total_count=0,
+                    total_bytes=0,
+                    generation=0,
+                    totals=())
+
+
+class Place(NamedTuple):
+    """Hold the totals of everything in front of a number."""
+
+    messages: int  #: how many
+    size: int  #: their bytes
+    totals: Tuple[int, ...]  #: of each audience but everybody
+
+
+class Found(NamedTuple):
+    """Hold a block that a search found. The value is a view into the store."""
+
+    first: int
+    block: _blocks.Block
+    value: memoryview
+
+
+def read_tail(cursor: "lmdb.Cursor[memoryview]") -> Tail:
+    """
+    Read the end of the log.
+
+    :param cursor: of ``data_db``
+    :return: end of the log
+    """
+    if not cursor.last():
+        return EMPTY
+    number = int.from_bytes(cursor.key(), "big")
+    value = cursor.value()
+    block = _blocks.unpack_block(value, number)
+    return Tail(next_number=_blocks.end_of(number, block),
+                time_ns=block.time_ns,
+                total_count=block.total_count,
+                total_bytes=block.total_bytes,
+                generation=block.generation,
+                totals=_blocks.unpack_totals(value, block))
+
+
+def append(cursor: "lmdb.Cursor[memoryview]", tail: Tail, time_ns: int, audience: int,
+           batches: Sequence[_blocks.Batch]) -> Tail:
+    """
+    Add blocks at the end of the log.
+
+    :param cursor: of ``data_db``
+    :param tail: end of the log
+    :param time_ns: of the commit, on the queue's clock
+    :param audience: whom the messages are for
+    :param batches: encoded messages
+    :return: new end of the log
+    """
+    number, _, count, size, generation, totals = tail
+    time_ns = max(time_ns, tail.time_ns)
+    for batch in batches:
+        count += batch.messages
+        size += batch.size
+        if audience:
+            totals = _add_to_audience(totals, audience, batch.messages)
+        record = _blocks.pack_block(time_ns, count, size, batch.messages, audience, generation,
+                                    totals)
+        cursor.put(_layout.pack_number(number), record + batch.body, append=True)
+        number += batch.messages
+    return Tail(number, time_ns, count, size, generation, totals)
+
+
+def _add_to_audience(totals: Tuple[int, ...], audience: int, count: int) -> Tuple[int, ...]:
+    """
+    Add to the total of an audience.
+
+    :param totals: of the audiences from 1 on
+    :param audience: to be added to
+    :param count: how many messages
+    :return: new totals
+    """
+    longer = list(totals) + [0] * (audience - len(totals))
+    longer[audience - 1] += count
+    return tuple(longer)
+
+
+def put_placeholder(cursor: "lmdb.Cursor[memoryview]", tail: Tail) -> None:
+    """
+    Keep all numbers below the next one taken, and remember the totals, with no message.
+
+    :param cursor: of ``data_db``
+    :param tail: end of the log; nothing may be stored at or behind its last number
+    """
+    record = _blocks.pack_block(tail.time_ns, tail.total_count, tail.total_bytes, 0,
+                                _layout.EVERYONE, tail.generation, tail.totals)
+    cursor.put(_layout.pack_number(tail.next_number - 1), record)
+
+
+def change_generation(cursor: "lmdb.Cursor[memoryview]") -> None:
+    """
+    Tell every process, at its next write, to forget what it remembers of positions.
+
+    :param cursor: of ``data_db``
+    """
+    tail = read_tail(cursor)
+    tail = tail._replace(generation=(tail.generation + 1) & 0xffffffff)
+    if tail.next_number == _layout.FIRST_NUMBER:
+        # There is no block to carry it: number 1 is given up.
+        put_placeholder(cursor, tail._replace(next_number=_layout.FIRST_NUMBER + 1))
+        return
+    cursor.last()
+    value = bytes(cursor.value())
+    key = bytes(cursor.key())
+    block = _blocks.unpack_block(memoryview(value), 0)
+    record = _blocks.pack_block(block.time_ns, block.total_count, block.total_bytes, block.messages,
+                                block.audience, tail.generation, tail.totals)
+    cursor.put(key, record + value[len(record):])
+
+
+def seek(cursor: "lmdb.Cursor[memoryview]", number: int) -> Optional[Found]:
+    """
+    Find the block that holds a number, or the next block behind it.
+
+    :param cursor: of ``data_db``; stands at the block afterwards
+    :param number: to be found
+    :return: found block; None if the log ends before
+    """
+    if cursor.set_range(_layout.pack_number(number)):
+        first = _layout.unpack_number(cursor.key())
+        if first == number:
+            return _found(cursor, first)
+        if not cursor.prev():
+            cursor.first()
+            return _found(cursor, first)
+    elif not cursor.last():
+        return None
+    # The cursor stands at the last block that begins before the number.
+    first = _layout.unpack_number(cursor.key())
+    found = _found(cursor, first)
+    if _blocks.end_of(first, found.block) > number:
+        return found
+    if not cursor.next():
+        return None
+    return _found(cursor, _layout.unpack_number(cursor.key()))
+
+
+def following(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+    """
+    Go to the next block.
+
+    :param cursor: of ``data_db``; stands at a block
+    :return: next block; None at the end of the log
+    """
+    if not cursor.next():
+        return None
+    return _found(cursor, _layout.unpack_number(cursor.key()))
+
+
+def preceding(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+    """
+    Go to the previous block.
+
+    :param cursor: of ``data_db``; stands at a block
+    :return: previous block; None at the beginning of the log
+    """
+    if not cursor.prev():
+        return None
+    return _found(cursor, _layout.unpack_number(cursor.key()))
+
+
+def last(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+    """
+    Go to the last block.
+
+    :param cursor: of ``data_db``
+    :return: last block; None if the log is empty
+    """
+    if not cursor.last():
+        return None
+    return _found(cursor, _layout.unpack_number(cursor.key()))
+
+
+def head(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+    """
+    Go to the first block.
+
+    :param cursor: of ``data_db``
+    :return: first block; None if the log is empty
+    """
+    if not cursor.first():
+        return None
+    return _found(cursor, _layout.unpack_number(cursor.key()))
+
+
+def _found(cursor: "lmdb.Cursor[memoryview]", first: int) -> Found:
+    """
+    Decode the block at which a cursor stands.
+
+    :param cursor: of ``data_db``
+    :param first: number of its first message
+    :return: decoded block
+    """
+    value = cursor.value()
+    return Found(first, _blocks.unpack_block(value, first), value)
+
+
+def place_of(cursor: "lmdb.Cursor[memoryview]", number: int) -> Place:
+    """
+    Count everything in front of a number, without a walk.
+
+    :param cursor: of ``data_db``
+    :param number: to be counted up to
+    :return: totals in front of the number
+    """
+    found = seek(cursor, number)
+    if found is None:
+        tail = read_tail(cursor)
+        return Place(tail.total_count, tail.total_bytes, tail.totals)
+    first, block, value = found
+    kept = max(0, min(number - first, block.messages))
+    count = block.total_count - block.messages + kept
+    size = (block.total_bytes - _blocks.size_before(value, block, block.messages) +
+            _blocks.size_before(value, block, kept))
+    totals = _blocks.unpack_totals(value, block)
+    if block.audience:
+        totals = _add_to_audience(totals, block.audience, kept - block.messages)
+    return Place(count, size, totals)
+
+
+def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
+    """
+    Count the messages between two places that are for somebody.
+
+    :param begin: first place
+    :param end: place behind the last message to count
+    :param audiences: those from 1 on that the somebody belongs to
+    :return: number of messages
+    """
+    count = (end.messages - sum(end.totals)) - (begin.messages - sum(begin.totals))
+    for audience in audiences:
+        if audience <= len(end.totals):
+            count += end.totals[audience - 1]
+        if audience <= len(begin.totals):
+            count -= begin.totals[audience - 1]
+    return count
+
+
+def number_at_count(cursor: "lmdb.Cursor[memoryview]", begin: int, end: int, count: int) -> int:
+    """
+    Find the number in front of which the log has a given count of messages, by bisection.
+
+    :param cursor: of ``data_db``
+    :param begin: smallest possible number
+    :param end: largest possible number
+    :param count: total in front of the number
+    :return: smallest number in front of which there are at least ``count`` messages
+    """
+    while begin < end:
+        middle = (begin + end) // 2
+        if place_of(cursor, middle).messages < count:
+            begin = middle + 1
+        else:
+            end = middle
+    return begin
+
+
+def number_at_time(cursor: "lmdb.Cursor[memoryview]", begin: int, end: int, time_ns: int) -> int:
+    """
+    Find the first message that was committed at or after a time, by bisection.
+
+    :param cursor: of ``data_db``
+    :param begin: smallest possible number
+    :param end: largest possible number, returned if all messages are older
+    :param time_ns: on the queue's clock
+    :return: its number
+    """
+    while begin < end:
+        middle = (begin + end) // 2
+        found = seek(cursor, middle)
+        if found is not None and found.block.time_ns < time_ns:
+            begin = max(middle, found.first) + 1
+        else:
+            end = middle
+    return begin
+
+
+def number_addressed(cursor: "lmdb.Cursor[memoryview]", begin: int, end: int,
+                     audiences: Sequence[int]) -> int:
+    """
+    Find the first message that is for somebody, by bisection.
+
+    :param cursor: of ``data_db``
+    :param begin: smallest possible number
+    :param end: largest possible number, returned if no message is for them
+    :param audiences: those from 1 on that the somebody belongs to
+    :return: its number
+    """
+    start = place_of(cursor, begin)
+    while begin < end:
+        middle = (begin + end) // 2
+        if count_between(start, place_of(cursor, middle + 1), audiences) == 0:
+            begin = middle + 1
+        else:
+            end = middle
+    return begin
+
+
+def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], everyone: int,
+                budget: int) -> int:
+    """
+    Delete finished blocks at the beginning of the log; the last block stays.
+
+    :param cursor: of ``data_db``
+    :param floors: by audience from 1 on: the first number that one of its subscribers still needs
+    :param everyone: the first number that any subscriber still needs of what is for everybody
+    :param budget: how many blocks to delete at most
+    :return: how many were deleted
+    """
+    deleted = 0
+    if budget <= 0 or not cursor.last():
+        return 0
+    last_number = _layout.unpack_number(cursor.key())
+    cursor.first()
+    while deleted < budget:
+        number = _layout.unpack_number(cursor.key())
+        if number == last_number:
+            break
+        block = _blocks.unpack_block(cursor.value(), number)
+        floor = floors.get(block.audience, everyone) if block.audience else everyone
+        if block.messages and number + block.messages > floor:
+            break
+        cursor.delete()
+        deleted += 1
+    return deleted
+
+
+def truncate(cursor: "lmdb.Cursor[memoryview]", tail: Tail, cut: int) -> Tail:
+    """
+    Remove all messages from a number on; their numbers stay taken.
+
+    :param cursor: of ``data_db``
+    :param tail: end of the log
+    :param cut: first number to be removed
+    :return: new end of the log
+    """
+    place = place_of(cursor, cut)
+    found = seek(cursor, cut)
+    if found is not None and found.first < cut:
+        _shorten_block(cursor, found, cut - found.first)
+        following(cursor)
+    while True:
+        # After a deletion the cursor stands at the next block; at the end its key is empty.
+        key = cursor.key()
+        if not key or _layout.unpack_number(key) < cut:
+            break
+        if not cursor.delete():
+            break
+    shorter = tail._replace(total_count=place.messages, total_bytes=place.size, totals=place.totals)
+    put_placeholder(cursor, shorter)
+    return shorter
+
+
+def _shorten_block(cursor: "lmdb.Cursor[memoryview]", found: Found, count: int) -> None:
+    """
+    Keep only the first messages of a block.
+
+    :param cursor: of ``data_db``; stands at the block
+    :param found: the block
+    :param count: how many to keep, at least one
+    """
+    first, block, value = found
+    place = place_of(cursor, first + count)
+    batch = _blocks.truncate_body(value=value, block=block, count=count)
+    record = _blocks.pack_block(block.time_ns, place.messages, place.size, count, block.audience,
+                                block.generation, place.totals)
+    cursor.put(_layout.pack_number(first), record + batch.body)
+
+
+def read_audiences(txn: "lmdb.Transaction[memoryview]",
+                   databases: Databases) -> Dict[int, Tuple[str, ...]]:
+    """
+    Read whom publishers addressed so far.
+
+    :param txn: any transaction
+    :param databases: handles
+    :return: subscriber ids by audience, from 1 on
+    """
+    audiences = {}  # type: Dict[int, Tuple[str, ...]]
+    while True:
+        value = txn.get(_layout.audience_key(len(audiences) + 1), db=databases.meta)
+        if value is None:
+            return audiences
+        audiences[len(audiences) + 1] = _layout.unpack_audience(value)
+
+
+def ensure_audience(txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                    subscribers: Sequence[str]) -> int:
+    """
+    Find the audience of a list of subscribers; add it if nobody addressed just them before.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param subscribers: ids
+    :return: audience
+    """
+    wanted = tuple(sorted(subscribers))
+    audiences = read_audiences(txn, databases)
+    for audience, members in audiences.items():
+        if members == wanted:
+            return audience
+    audience = len(audiences) + 1
+    if audience > 0xffff:
+        raise persipubsub.errors.StoreError(
+            "Expected at most {} different lists of subscribers, but got: one more".format(0xffff))
+    txn.put(_layout.audience_key(audience), _layout.pack_audience(wanted), db=databases.meta)
+    return audience
+
+
+def list_blocks(cursor: "lmdb.Cursor[memoryview]") -> List[Found]:
+    """
+    List all blocks; for checks only, since it takes time with the length of the log.
+
+    :param cursor: of ``data_db``
+    :return: blocks in order
+    """
+    blocks = []  # type: List[Found]
+    found = head(cursor)
+    while found is not None:
+        blocks.append(found)
+        found = following(cursor)
+    return blocks

@@ -1,0 +1,132 @@
+"""
+Share one open environment between all users of a store in this process.
+
+LMDB's file locks belong to the process: opening the same files twice and closing one of the two
+drops the locks of the other. One registry, keyed by device and inode of the data file, therefore
+hands out a single environment for each store and counts its users.
+"""
+
+import functools
+import os
+import threading
+from typing import Dict
+
+import persipubsub.errors
+from persipubsub import _environment, _files, _opening
+
+# Guards the registry, and with it opening and closing; the first lock to be taken.
+_REGISTRY_LOCK = threading.RLock()
+_REGISTRY = {}  # type: Dict[_files.Identity, _environment.Environment]
+_USERS = {}  # type: Dict[_files.Identity, int]
+
+
+def acquire(directory: str,
+            options: _opening.Options,
+            adopts_durability: bool = False) -> _environment.Environment:
+    """
+    Open a store, or share it if this process has it open already.
+
+    :param directory: of the store
+    :param options: how to open it; those of the first user in the process hold
+    :param adopts_durability: True to change the store's durability to that of the options
+    :return: environment, to be given to :py:func:`release` once
+    """
+    with _REGISTRY_LOCK:
+        identity = _files.identify_store(directory)
+        environment = _REGISTRY.get(identity)
+        if environment is None:
+            environment = _environment.Environment(directory=directory, options=options)
+            environment.reopener = functools.partial(_reopen, environment)
+            with _opening.open_gate(directory, options):
+                environment.open(adopts_durability=adopts_durability)
+            _REGISTRY[identity] = environment
+            _USERS[identity] = 0
+        elif environment.options.keeps_os != options.keeps_os:
+            raise persipubsub.errors.ConfigError(
+                "Expected one durability for the queue {} in this process, but got two".format(
+                    directory))
+        _USERS[identity] += 1
+        return environment
+
+
+def release(environment: _environment.Environment) -> None:
+    """
+    Give back one use of an environment; the last one closes it.
+
+    :param environment: that was acquired
+    """
+    with _REGISTRY_LOCK:
+        for identity, other in list(_REGISTRY.items()):
+            if other is environment:
+                _USERS[identity] -= 1
+                if _USERS[identity] == 0:
+                    del _REGISTRY[identity], _USERS[identity]
+                    environment.close()
+
+
+def _reopen(environment: _environment.Environment) -> None:
+    """
+    Open an environment again in a forked child.
+
+    :param environment: that was open in the parent
+    """
+    with _REGISTRY_LOCK:
+        if not environment.is_open():
+            with _opening.open_gate(environment.directory, environment.options):
+                environment.open()
+
+
+def create(directory: str, options: _opening.Options) -> bool:
+    """
+    Create a store unless it is there.
+
+    The store is built aside and renamed into place, so that whatever happens there is either a
+    whole store or none. It is durable when the function returns.
+
+    :param directory: of the store; created with its parents
+    :param options: how to create it
+    :return: True if it was created
+    :raise FormatError: if the directory holds something else
+    """
+    with _REGISTRY_LOCK:
+        with _files.translated(path=directory, doing="create"):
+            _files.make_directories(directory)
+        path = os.path.join(directory, _files.DATA)
+        if os.path.lexists(path):
+            return False
+        with _files.translated(path=directory, doing="list"):
+            foreign = _files.foreign_names(directory)
+        if foreign:
+            _files.identify_store(directory)
+        with _opening.open_gate(directory, options):
+            if os.path.lexists(path):
+                return False
+            with _files.translated(path=directory, doing="create a queue in"):
+                _opening.build(directory, options)
+            return True
+
+
+def _before_fork() -> None:
+    """Hold everything still, so that the child inherits no transaction and no held lock."""
+    _REGISTRY_LOCK.acquire()
+    for environment in _REGISTRY.values():
+        environment.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    """Let the other threads go on."""
+    for environment in _REGISTRY.values():
+        environment.after_fork_in_parent()
+    _REGISTRY_LOCK.release()
+
+
+def _after_fork_in_child() -> None:
+    """Close what belongs to the parent."""
+    for environment in _REGISTRY.values():
+        environment.after_fork_in_child()
+    _REGISTRY_LOCK.release()
+
+
+os.register_at_fork(before=_before_fork,
+                    after_in_parent=_after_fork_in_parent,
+                    after_in_child=_after_fork_in_child)

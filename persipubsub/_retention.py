@@ -1,0 +1,307 @@
+"""
+Decide what may leave the log and what has to, inside of a transaction.
+
+A message leaves when all its subscribers acknowledged it. It is dropped unread when it is older
+than the queue's timeout, or to make room at a high-water mark; each subscriber counts its losses.
+"""
+
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import lmdb
+
+from persipubsub import _layout, _log, _positions
+from persipubsub._opening import Databases
+
+
+class Floor(NamedTuple):
+    """
+    Hold how far all subscribers have come.
+
+    Positions only go forward, so that a floor found earlier stays a safe lower bound until the
+    generation in the log changes.
+    """
+
+    generation: int
+    number: int  #: the first number that anybody still needs
+    everyone: int  #: the same, only for what is addressed to everybody
+    audiences: Dict[int, int]  #: the same, for each audience from 1 on
+    messages: int  #: how many the log has in front of ``number``
+    size: int  #: their bytes
+    subscribers: int  #: how many there are
+
+
+class Loss(NamedTuple):
+    """Hold how many messages were dropped unread for a subscriber."""
+
+    subscriber: str
+    messages: int
+
+
+#: The smallest number of sends between two looks at positions; small enough to keep the file small.
+_SMALLEST_INTERVAL = 8
+
+
+def interval_of(floor: Floor) -> int:
+    """
+    Choose how many messages are sent between two looks at the subscribers' positions.
+
+    A look takes time with the number of subscribers. Spread over that many sends it costs each of
+    them the same, be there one subscriber or 500.
+
+    :param floor: of the last look
+    :return: number of messages
+    """
+    return max(_SMALLEST_INTERVAL, floor.subscribers // 4)
+
+
+def find_floor(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail) -> Floor:
+    """
+    Look at the positions of all subscribers.
+
+    :param txn: write transaction; positions may be moved over messages of others
+    :param databases: handles
+    :param tail: end of the log
+    :return: how far all subscribers have come
+    """
+    subscribers = _positions.read_all(txn, databases)
+    audiences = _log.read_audiences(txn, databases) if tail.totals else {}
+    positions = {}  # type: Dict[str, int]
+    for key, subscriber in subscribers:
+        position = subscriber.position
+        if audiences:
+            position = _settle(txn, databases, key, subscriber, tail,
+                               _positions.audiences_of(audiences, key))
+        positions[key.decode("utf-8")] = position
+
+    everyone = min(positions.values(), default=tail.next_number)
+    number = min(everyone, tail.next_number)
+    place = _log.place_of(txn.cursor(db=databases.data), number)
+    return Floor(generation=tail.generation,
+                 number=number,
+                 everyone=everyone,
+                 audiences={
+                     audience: min((positions[member] for member in members if member in positions),
+                                   default=tail.next_number)
+                     for audience, members in audiences.items()
+                 },
+                 messages=place.messages,
+                 size=place.size,
+                 subscribers=len(subscribers))
+
+
+def _settle(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes,
+            subscriber: _layout.Subscriber, tail: _log.Tail, audiences: Sequence[int]) -> int:
+    """
+    Move a position over messages that are not for the subscriber.
+
+    All the way, since messages of others that it has not passed count as waiting: at a high-water
+    mark they would be the reason to drop what need not be dropped.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param key: id of the subscriber, in UTF-8
+    :param subscriber: its record
+    :param tail: end of the log
+    :param audiences: those it belongs to
+    :return: new position
+    """
+    position = _positions.first_pending(txn, databases, subscriber, audiences, tail.next_number)
+    if position == subscriber.position:
+        return position
+    position = _positions.trim_ranges(txn, databases, subscriber.ordinal, position)
+    _positions.write(txn, databases, key, subscriber._replace(position=position))
+    return position
+
+
+Count = Callable[[_layout.Subscriber, int], _layout.Subscriber]
+
+
+def count_timeout(subscriber: _layout.Subscriber, count: int) -> _layout.Subscriber:
+    """
+    Count messages that were dropped since they were too old.
+
+    :param subscriber: whose messages
+    :param count: how many
+    :return: new record
+    """
+    return subscriber._replace(dropped_by_timeout=subscriber.dropped_by_timeout + count)
+
+
+def count_mark(subscriber: _layout.Subscriber, count: int) -> _layout.Subscriber:
+    """
+    Count messages that were dropped at a high-water mark.
+
+    :param subscriber: whose messages
+    :param count: how many
+    :return: new record
+    """
+    return subscriber._replace(dropped_by_mark=subscriber.dropped_by_mark + count)
+
+
+def count_cleared(subscriber: _layout.Subscriber, count: int) -> _layout.Subscriber:
+    """
+    Count messages that were cleared by an operator.
+
+    :param subscriber: whose messages
+    :param count: how many
+    :return: new record
+    """
+    return subscriber._replace(cleared=subscriber.cleared + count)
+
+
+def drop_before(txn: "lmdb.Transaction[memoryview]", databases: Databases, cut: int,
+                count: Count) -> List[Loss]:
+    """
+    Drop everything in front of a number, for every subscriber.
+
+    Only positions are moved; the blocks are deleted little by little.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param cut: first number to be kept
+    :param count: how to count the dropped messages
+    :return: what was dropped unread
+    """
+    audiences = _log.read_audiences(txn, databases)
+    losses = []  # type: List[Loss]
+    for key, subscriber in _positions.read_all(txn, databases):
+        if subscriber.position >= cut:
+            continue
+        lost = _positions.count_pending(txn, databases, subscriber,
+                                        _positions.audiences_of(audiences, key), 0, cut)
+        position = _positions.trim_ranges(txn, databases, subscriber.ordinal, cut)
+        _positions.write(txn, databases, key, count(subscriber, lost)._replace(position=position))
+        if lost:
+            losses.append(Loss(key.decode("utf-8"), lost))
+    return losses
+
+
+def drop_from(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail, cut: int,
+              count: Count) -> Tuple[_log.Tail, List[Loss]]:
+    """
+    Drop everything from a number on, for every subscriber.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param tail: end of the log
+    :param cut: first number to be dropped
+    :param count: how to count the dropped messages
+    :return: new end of the log, what was dropped unread
+    """
+    audiences = _log.read_audiences(txn, databases)
+    losses = []  # type: List[Loss]
+    for key, subscriber in _positions.read_all(txn, databases):
+        lost = _positions.count_pending(txn, databases, subscriber,
+                                        _positions.audiences_of(audiences, key), cut,
+                                        tail.next_number)
+        _positions.drop_ranges(txn, databases, subscriber.ordinal, cut)
+        position = subscriber.position
+        if position >= cut:
+            position = tail.next_number
+        _positions.write(txn, databases, key, count(subscriber, lost)._replace(position=position))
+        if lost:
+            losses.append(Loss(key.decode("utf-8"), lost))
+    shorter = _log.truncate(txn.cursor(db=databases.data), tail, cut)
+    return shorter, losses
+
+
+def expired_before(txn: "lmdb.Transaction[memoryview]", databases: Databases, floor: Floor,
+                   tail: _log.Tail, time_ns: int) -> int:
+    """
+    Find the messages that are too old.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param floor: nothing in front of it is looked at
+    :param tail: end of the log
+    :param time_ns: everything that was committed before is too old
+    :return: first number that is young enough
+    """
+    cursor = txn.cursor(db=databases.data)
+    found = _log.seek(cursor, floor.number)
+    if found is None or found.block.time_ns >= time_ns:
+        return floor.number
+    return _log.number_at_time(cursor, floor.number, tail.next_number, time_ns)
+
+
+def halve(txn: "lmdb.Transaction[memoryview]", databases: Databases, floor: Floor, tail: _log.Tail,
+          drops_newest: bool) -> Tuple[_log.Tail, List[Loss]]:
+    """
+    Drop half of the messages, rounded up.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param floor: how far all subscribers have come, up to date
+    :param tail: end of the log
+    :param drops_newest: True for the newest half, False for the oldest
+    :return: new end of the log, what was dropped unread
+    """
+    waiting = tail.total_count - floor.messages
+    half = (waiting + 1) // 2
+    cursor = txn.cursor(db=databases.data)
+    kept = waiting - half if drops_newest else half
+    cut = _log.number_at_count(cursor, floor.number, tail.next_number, floor.messages + kept)
+    if drops_newest:
+        return drop_from(txn, databases, tail, cut, count_mark)
+    return tail, drop_before(txn, databases, cut, count_mark)
+
+
+def delete_finished(txn: "lmdb.Transaction[memoryview]", databases: Databases, budget: int) -> int:
+    """
+    Delete blocks that everybody acknowledged.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param budget: how many blocks to delete at most
+    :return: how many were deleted
+    """
+    cursor = txn.cursor(db=databases.data)
+    floor = find_floor(txn, databases, _log.read_tail(cursor))
+    return _log.delete_head(cursor, floor.audiences, floor.everyone, budget=budget)
+
+
+def clear(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[Loss]:
+    """
+    Let all subscribers begin at the end of the queue.
+
+    :param txn: write transaction
+    :param databases: handles
+    :return: what was dropped
+    """
+    tail = _log.read_tail(txn.cursor(db=databases.data))
+    losses = drop_before(txn, databases, tail.next_number, count_cleared)
+    cursor = txn.cursor(db=databases.data)
+    found = _log.last(cursor)
+    if found is not None and found.block.messages:
+        # The last block would stay otherwise, since it keeps its numbers taken.
+        cursor.delete()
+        _log.put_placeholder(cursor, tail)
+    return losses
+
+
+def skip_to_newest(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes) -> int:
+    """
+    Move the position of a subscriber to its newest message.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param key: id of the subscriber, in UTF-8
+    :return: how many messages were acknowledged
+    """
+    subscriber = _positions.require(txn, databases, key)
+    audiences = _positions.audiences_of(_log.read_audiences(txn, databases), key)
+    found = _log.last(cursor := txn.cursor(db=databases.data))
+    while found is not None and found.first + found.block.messages > subscriber.position:
+        if found.block.messages and (not found.block.audience or found.block.audience in audiences):
+            break
+        found = _log.preceding(cursor)
+    if found is None or not found.block.messages:
+        return 0
+    newest = found.first + found.block.messages - 1
+    if newest <= subscriber.position:
+        return 0
+    skipped = _positions.count_pending(txn, databases, subscriber, audiences, 0, newest)
+    position = _positions.trim_ranges(txn, databases, subscriber.ordinal, newest)
+    _positions.write(txn, databases, key,
+                     subscriber._replace(position=position, skipped=subscriber.skipped + skipped))
+    return skipped

@@ -1,0 +1,55 @@
+"""Take from a configuration what a queue on this machine has to know."""
+
+from typing import NamedTuple
+
+import persipubsub.config
+from persipubsub import _opening
+
+
+class Settings(NamedTuple):
+    """Say where a queue is and what it does with its messages."""
+
+    path: str  #: directory of the queue
+    max_bytes: int  #: largest size of the store
+    max_readers: int  #: slots in LMDB's table of readers
+    timeout_ns: int  #: age at which a message is dropped, in nanoseconds
+    max_messages: int  #: number of messages at which some are dropped
+    max_message_bytes: int  #: bytes of all messages at which some are dropped
+    drops_newest: bool  #: what is dropped then: the newest half, or the oldest
+    keeps_os: bool  #: durability "os"
+    checkpoint_secs: float  #: time between checkpoints of an "os" queue; 0: none
+    busy_timeout_secs: float  #: how long a write waits for another process
+
+    @classmethod
+    def of(cls, config: persipubsub.config.Config, queue_key: str) -> "Settings":
+        """
+        Take the settings from a configuration.
+
+        :param config: that describes the queue
+        :param queue_key: of the queue in ``queues``
+        :return: its settings
+        """
+        queue = config.queues[queue_key]
+        mark = queue.high_water_mark
+        return cls(path=config.queue_path(queue_key),
+                   max_bytes=queue.max_db_size_bytes,
+                   max_readers=queue.max_reader_num,
+                   timeout_ns=int(mark.msg_timeout_secs * 1e9),
+                   max_messages=mark.max_msgs_num,
+                   max_message_bytes=mark.size_bytes,
+                   drops_newest=mark.strategy is persipubsub.config.Strategy.PRUNE_LAST,
+                   keeps_os=queue.durability is persipubsub.config.Durability.OS,
+                   checkpoint_secs=queue.checkpoint_secs,
+                   busy_timeout_secs=queue.busy_timeout_secs)
+
+    def options(self) -> _opening.Options:
+        """
+        Choose how to open the store.
+
+        :return: options of its environment
+        """
+        return _opening.Options(map_size=self.max_bytes,
+                                max_readers=self.max_readers,
+                                keeps_os=self.keeps_os,
+                                checkpoint_secs=self.checkpoint_secs,
+                                busy_timeout_secs=self.busy_timeout_secs)

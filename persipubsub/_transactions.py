@@ -1,0 +1,377 @@
+"""
+Run transactions on one open store, for all threads of the process.
+
+Locks, in the order in which they are taken:
+
+1. the registry's lock (opening, closing, forking), see :py:mod:`persipubsub._registry`,
+2. the open gate of a store (between processes, while one of them opens, closes or creates it),
+3. the copy lock of an environment (while a checkpoint is written),
+4. the write lock of an environment (between threads), then the write gate (between processes),
+5. the flush lock of an environment,
+6. the read lock of an environment.
+
+A thread that holds a later one never asks for an earlier one. ``RLock`` is used although nothing is
+entered twice: it knows its owner, so that a ``finally`` clause can give it back without knowing
+whether a KeyboardInterrupt came before or after it was taken.
+"""
+
+import collections
+import fcntl
+import threading
+import time
+from typing import Any, Callable, Deque, Final, List, Optional, TypeVar
+
+import lmdb
+
+import persipubsub.errors
+from persipubsub import _checkpoint, _files, _gate, _opening
+from persipubsub._opening import Databases, MapFullError, Options
+
+__all__ = ["Transactions", "Work"]
+
+ResultT = TypeVar("ResultT")
+
+Work = Callable[["lmdb.Transaction[memoryview]", Databases], ResultT]
+
+#: No more works than this share a transaction, so that no thread writes for the others forever.
+_LARGEST_GROUP: Final = 512
+
+#: A full map grows by this much so that messages can be acknowledged and dropped ...
+_GROWTH_BYTES: Final = 1 << 20
+
+#: ... and never by more than this.
+_LARGEST_GROWTH_BYTES: Final = 1 << 26
+
+
+class _Request:
+    """Hold the work of one thread until some thread has committed it."""
+
+    __slots__ = ("work", "done", "result", "error", "commit")
+
+    def __init__(self, work: Work[Any]) -> None:
+        self.work = work
+        self.done = False
+        self.result = None  # type: Any
+        self.error = None  # type: Optional[BaseException]
+        self.commit = 0
+
+
+class Transactions:
+    """
+    Run transactions on one store, from any number of threads.
+
+    How the store is opened and closed is left to :py:class:`persipubsub._environment.Environment`.
+    """
+
+    def __init__(self, directory: str, options: Options) -> None:
+        """
+        Initialize without anything open.
+
+        :param directory: of the store
+        :param options: how it is opened
+        """
+        self.directory = directory
+        self.options = options
+
+        # None before it was opened, in a forked child, and after it was closed.
+        self._handles = None  # type: Optional[_opening.Handles]
+        # Opens it again in a forked child; the registry's lock has to be taken for that.
+        self.reopener = None  # type: Optional[Callable[[], None]]
+
+        # The text of an error after which nothing more is written until the store is reopened.
+        self._failure = None  # type: Optional[str]
+
+        # True while a transaction is open in the thread that holds the lock.
+        self._is_writing = False
+        self._is_reading = False
+
+        # Ids of LMDB's transactions: the last one of this process, the last flushed one, and the
+        # last one that was seen by a reader and is to be in a checkpoint.
+        self._committed = 0
+        self._flushed = 0
+        self._seen = 0
+
+        # Only for an "os" store, and then told of every commit.
+        self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
+
+        self._requests = collections.deque()  # type: Deque[_Request]
+        self._make_locks()
+
+    def _make_locks(self) -> None:
+        """Create the locks; see the module for what they guard and their order."""
+        # Guards copies of the store, so that none is being made when the process forks or closes.
+        self._copy_lock = threading.RLock()
+        # Guards the writing half: requests being run, the gate's descriptor.
+        self._write_lock = threading.RLock()
+        # Guards flushes, so that one flush serves all threads that wait for one.
+        self._flush_lock = threading.RLock()
+        # Guards read transactions, so that none is open when the process forks or remaps.
+        self._read_lock = threading.RLock()
+
+    # Transactions
+
+    def read(self, work: Work[ResultT]) -> ResultT:
+        """
+        Run a work in a read transaction.
+
+        It sees a consistent snapshot. It waits for nobody but other threads' reads. Nothing that
+        points into the store may leave the work: copy it.
+
+        :param work: to be run; no user code in it
+        :return: what the work returned
+        """
+        while True:
+            if self._handles is None:
+                self._reopen()
+            try:
+                with self._read_lock:
+                    handles = self._open_handles()
+                    self._is_reading = True
+                    try:
+                        with handles.environment.begin(buffers=True) as txn:
+                            if self._checkpointer is not None and txn.id() != self._seen:
+                                # A publisher that died may have left it to us.
+                                self._seen = txn.id()
+                                self._checkpointer.notice()
+                            return work(txn, handles.databases)
+                    finally:
+                        self._is_reading = False
+            except lmdb.MapResizedError:
+                self._follow_map_size()
+            except lmdb.Error as error:
+                raise self._translate(error) from error
+
+    def write(self,
+              work: Work[ResultT],
+              is_flushed: bool = False,
+              may_grow: bool = False) -> ResultT:
+        """
+        Run a work in a write transaction, possibly together with works of other threads.
+
+        All of the work is committed, or nothing. It must raise before it changes anything, if it
+        raises: what others did in the same transaction is committed. It waits for other threads and
+        processes for up to ``busy_timeout_secs`` seconds.
+
+        :param work: to be run; no user code in it
+        :param is_flushed: True to return only when the commit survives a power failure, if that is
+            the store's durability
+        :param may_grow: True for what makes room: a full map is made a little larger for it
+        :return: what the work returned
+        :raise BusyTimeoutError: if another process is in the middle of a write for too long
+        """
+        if self._handles is None:
+            self._reopen()
+        request = _Request(work)
+        self._requests.append(request)
+        lock = self._write_lock
+        is_locked = False
+        try:
+            is_locked = lock.acquire(blocking=False) or lock.acquire(
+                timeout=self.options.busy_timeout_secs)
+            if is_locked and not request.done:
+                self._commit_group(request)
+        finally:
+            try:
+                lock.release()
+            except RuntimeError:
+                # Not ours: the wait timed out or was interrupted.
+                pass
+            if not request.done:
+                self._withdraw(request)
+
+        handles = self._handles
+        if handles is not None:
+            handles.gate.make_way()
+        if request.error is not None:
+            if may_grow and self._find_room(request.error):
+                return self.write(work, is_flushed=is_flushed, may_grow=may_grow)
+            raise request.error
+        if not request.done:
+            raise _gate.busy_error(self.directory, self.options.busy_timeout_secs)
+        if self._checkpointer is not None:
+            self._checkpointer.notice()
+        elif is_flushed and not self.options.keeps_os:
+            self._flush(request.commit)
+        return request.result  # type: ignore[no-any-return]
+
+    def _withdraw(self, request: _Request) -> None:
+        """
+        Take back a request that nobody ran.
+
+        :param request: of a thread that gives up
+        """
+        try:
+            self._requests.remove(request)
+        except ValueError:
+            pass
+
+    def _commit_group(self, own: _Request) -> None:
+        """
+        Run the works that wait, this thread's own among them, and commit them together.
+
+        :param own: request of this thread, which holds the write lock
+        """
+        handles = self._open_handles()
+        gate = handles.gate
+        group = []  # type: List[_Request]
+        try:
+            # One attempt without a deadline spares the plain path the clock.
+            try:
+                fcntl.flock(gate.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                timeout = self.options.busy_timeout_secs
+                if not gate.enter(deadline=time.monotonic() + timeout):
+                    own.error = _gate.busy_error(self.directory, timeout)
+                    own.done = True
+                    return
+
+            self._is_writing = True
+            while self._requests and len(group) < _LARGEST_GROUP:
+                group.append(self._requests.popleft())
+            self._run_group(handles, group)
+        finally:
+            fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+            self._is_writing = False
+            for request in reversed(group):
+                if not request.done and request is not own:
+                    self._requests.appendleft(request)
+
+    def _run_group(self, handles: _opening.Handles, group: List[_Request]) -> None:
+        """
+        Run works in one transaction; when it fails, each of them in one of its own.
+
+        :param handles: of the open store
+        :param group: works to be run
+        """
+        try:
+            self._run(handles, group)
+        except lmdb.MapResizedError:
+            self._follow_map_size()
+            self._run_group(handles, group)
+        except lmdb.Error as error:
+            if len(group) == 1:
+                group[0].error = self._translate(error)
+                group[0].error.__cause__ = error
+                group[0].done = True
+                return
+            for request in group:
+                self._run_group(handles, [request])
+
+    def _run(self, handles: _opening.Handles, group: List[_Request]) -> None:
+        """
+        Run works in one transaction.
+
+        :param handles: of the open store
+        :param group: works to be run
+        """
+        if self._failure is not None:
+            raise persipubsub.errors.FlushError(self._failure)
+        with handles.environment.begin(write=True, buffers=True) as txn:
+            for request in group:
+                request.error = None
+                try:
+                    request.result = request.work(txn, handles.databases)
+                except persipubsub.errors.PersipubsubError as error:
+                    request.error = error
+            commit = txn.id()
+        self._committed = commit
+        for request in group:
+            request.commit = commit
+            request.done = True
+
+    def _flush(self, commit: int) -> None:
+        """
+        Wait until a commit survives a power failure.
+
+        LMDB flushed the pages at the commit; what is left is its meta page. That flush happens
+        outside the write lock, and one serves all threads that came meanwhile.
+
+        :param commit: id of the transaction
+        """
+        with self._flush_lock:
+            if self._flushed >= commit:
+                return
+            handles = self._open_handles()
+            committed = self._committed
+            try:
+                handles.environment.sync(True)
+            except lmdb.Error as error:
+                raise self._translate(error) from error
+            self._flushed = committed
+
+    def _open_handles(self) -> _opening.Handles:
+        """
+        Return what is open.
+
+        :return: handles of the store
+        :raise ClosedError: if it was closed meanwhile
+        """
+        handles = self._handles
+        if handles is None:
+            raise persipubsub.errors.ClosedError(
+                "Expected the queue {} to be open, but got: it was closed".format(self.directory))
+        return handles
+
+    def _follow_map_size(self) -> None:
+        """Map as much as the process that raised ``max_db_size_bytes`` did."""
+        with self._write_lock, self._flush_lock, self._read_lock:
+            environment = self._open_handles().environment
+            environment.set_mapsize(0)
+
+    def _find_room(self, error: BaseException) -> bool:
+        """
+        Find room for what makes room.
+
+        :param error: of a transaction that acknowledged or dropped something
+        :return: True if it is worth another try
+        """
+        if isinstance(error, MapFullError):
+            return self._grow()
+        if isinstance(error, persipubsub.errors.DiskFullError):
+            return _files.spend_reserve(self.directory)
+        return False
+
+    def _grow(self) -> bool:
+        """
+        Make the map a little larger than ``max_db_size_bytes``.
+
+        LMDB writes to fresh pages even where it deletes, so that in a full map nothing could be
+        acknowledged or dropped any more.
+
+        :return: True if it was made larger
+        """
+        with self._write_lock, self._flush_lock, self._read_lock:
+            environment = self._open_handles().environment
+            size = environment.info()["map_size"]
+            if size + _GROWTH_BYTES > self.options.map_size + _LARGEST_GROWTH_BYTES:
+                return False
+            environment.set_mapsize(size + _GROWTH_BYTES)
+            return True
+
+    def _translate(self, error: lmdb.Error) -> persipubsub.errors.PersipubsubError:
+        """
+        Choose the error of this library for an error of LMDB: the one place where that is done.
+
+        :param error: that LMDB raised
+        :return: error to be raised instead
+        """
+        translated = _opening.translate(error=error, directory=self.directory)
+        if isinstance(translated, persipubsub.errors.FlushError):
+            self._failure = str(translated)
+        return translated
+
+    def flush_now(self) -> None:
+        """Flush everything, whatever the durability."""
+        with self._flush_lock:
+            handles = self._open_handles()
+            try:
+                handles.environment.sync(True)
+            except lmdb.Error as error:
+                raise self._translate(error) from error
+
+    def _reopen(self) -> None:
+        """Open the store again in a forked child."""
+        if self.reopener is None:
+            self._open_handles()
+        else:
+            self.reopener()

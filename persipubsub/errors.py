@@ -1,0 +1,160 @@
+"""
+Name everything that can go wrong, one class for each way a caller would react.
+
+::
+
+    PersipubsubError
+     +-- ConfigError             correct the configuration file
+     +-- ClosedError             call init() first, or do not use it after close()
+     +-- NotInitializedError     run persipubsub.control.initialize_all_dbs first
+     +-- QueueInUseError         end the other processes of the queue, then repeat
+     +-- BusyTimeoutError        repeat later; another process holds the queue for too long
+     +-- ReadersFullError        raise max_reader_num, or end processes
+     +-- AccessError             give the process the rights to the queue's directory
+     +-- MessageError            change what you send
+     |    +-- MessageTooLargeError
+     |    +-- CorruptMessageError    one message is damaged; all others are fine
+     +-- QueueFullError          repeat when subscribers caught up
+     +-- DiskFullError           make room on the disk, or raise max_db_size_bytes
+     +-- StoreError              look at the disk and at the store
+          +-- FlushError             an earlier write may be lost: reopen, look at the disk
+          +-- FormatError            the files are not a queue of this version
+          +-- StoreCorruptError      restore a backup
+
+No ``lmdb.Error`` and no ``msgspec.MsgspecError`` leaves the library. ``TypeError`` is raised as
+everywhere in Python for an argument of a wrong type.
+"""
+
+from typing import Optional, Sequence
+
+__all__ = [
+    "PersipubsubError",
+    "ConfigError",
+    "ClosedError",
+    "NotInitializedError",
+    "QueueInUseError",
+    "BusyTimeoutError",
+    "ReadersFullError",
+    "AccessError",
+    "MessageError",
+    "MessageTooLargeError",
+    "CorruptMessageError",
+    "QueueFullError",
+    "DiskFullError",
+    "StoreError",
+    "FlushError",
+    "FormatError",
+    "StoreCorruptError",
+]
+
+
+class PersipubsubError(Exception):
+    """Be the root of all errors of this library."""
+
+
+class ConfigError(PersipubsubError):
+    """
+    Report a configuration file that can not be used.
+
+    The message names the file, the place in it (``queues./q.max_db_num``), what was found and what
+    was expected. All problems that were found are listed in ``problems``.
+    """
+
+    def __init__(self, message: str, problems: Optional[Sequence[str]] = None) -> None:
+        """
+        Initialize with the message and the list of problems.
+
+        :param message: what is wrong, with the file's name
+        :param problems: each problem that was found in the file; the message alone if not given
+        """
+        super().__init__(message)
+        self.problems = tuple(problems) if problems is not None else (message, )
+
+
+class ClosedError(PersipubsubError):
+    """Report that an object was used before ``init`` or after ``close``."""
+
+
+class NotInitializedError(PersipubsubError):
+    """Report a queue, or a subscriber of a queue, that was never initialized."""
+
+
+class QueueInUseError(PersipubsubError):
+    """Report that something needs a queue for itself while other processes have it open."""
+
+
+class BusyTimeoutError(PersipubsubError):
+    """
+    Report that the queue could not be written to within ``busy_timeout_secs``.
+
+    Another process is in the middle of a write: it was stopped (SIGSTOP, a debugger), or the disk
+    is very slow. Nothing was written by the call.
+    """
+
+
+class ReadersFullError(PersipubsubError):
+    """Report that all ``max_reader_num`` slots of the queue's reader table are taken."""
+
+
+class AccessError(PersipubsubError):
+    """Report that the process lacks the rights to the queue's directory or to a file in it."""
+
+
+class MessageError(PersipubsubError):
+    """Be the root of the errors about a single message or a single batch."""
+
+
+class MessageTooLargeError(MessageError):
+    """Report a message, or a batch, that the queue could never hold. Nothing of it was sent."""
+
+
+class CorruptMessageError(MessageError):
+    """
+    Report a message whose bytes are not those that were sent.
+
+    The message is set aside and counted; all other messages are delivered.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        """
+        Initialize with the number of the damaged message.
+
+        :param message: what was found, with the queue's path
+        :param number: of the damaged message in its queue
+        """
+        super().__init__(message)
+        self.number = number
+
+
+class QueueFullError(PersipubsubError):
+    """Report that the queue stands at its high-water mark and nothing may be dropped."""
+
+
+class DiskFullError(PersipubsubError):
+    """
+    Report that the disk, a quota or the queue's map is full.
+
+    What was sent before stays, and messages can be received. Sending works again as soon as there
+    is room; nothing needs to be reopened.
+    """
+
+
+class StoreError(PersipubsubError):
+    """Report that the files of a queue could not be read or written."""
+
+
+class FlushError(StoreError):
+    """
+    Report that the disk refused to take what was written.
+
+    The operating system may have forgotten the data, so that this process refuses to work with the
+    queue until it is closed and opened again.
+    """
+
+
+class FormatError(StoreError):
+    """Report files that are not a queue, or are one of another format. They are left untouched."""
+
+
+class StoreCorruptError(StoreError):
+    """Report a damaged store. Its files are left untouched."""

@@ -1,0 +1,275 @@
+"""Receive messages from a queue."""
+
+import math
+import os
+from types import TracebackType
+from typing import List, Optional, Tuple, Type, Union
+
+import persipubsub.config
+import persipubsub.errors
+import persipubsub.queue
+from persipubsub import _delivery
+
+__all__ = ["BatchReceipt", "Receipt", "Sub"]
+
+
+class _Taking:
+    """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
+
+    __slots__ = ("_consumer", "_timeout", "_pause", "_max_messages", "_lease")
+
+    def __init__(self,
+                 consumer: _delivery.Consumer,
+                 timeout: Optional[float],
+                 pause: float,
+                 max_messages: int = 1) -> None:
+        """
+        Initialize without taking anything.
+
+        :param consumer: of the subscriber
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param pause: time between two looks without a wake-up, in seconds
+        :param max_messages: how many messages to take at most
+        """
+        self._consumer = consumer
+        self._timeout = timeout
+        self._pause = pause
+        self._max_messages = max_messages
+        self._lease = None  # type: Optional[_delivery.Lease]
+
+    def _take(self) -> Optional[_delivery.Lease]:
+        """
+        Wait for messages.
+
+        :return: messages; None if none came in time
+        """
+        self._lease = self._consumer.take(self._timeout, self._pause, self._max_messages)
+        return self._lease
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 traceback: Optional[TracebackType]) -> None:
+        """Acknowledge the messages, or give them back if the block was left by an exception."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        if kind is None:
+            lease.acknowledge()
+        else:
+            lease.give_back()
+
+
+class Receipt(_Taking):
+    """
+    Hold one message in a ``with`` block.
+
+    Returned by :py:meth:`Sub.receive`; to be entered once.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> Optional[bytes]:
+        """
+        Wait for a message.
+
+        :return: message; None if none came in time
+        """
+        lease = self._take()
+        return None if lease is None else lease.messages[0]
+
+
+class BatchReceipt(_Taking):
+    """
+    Hold several messages in a ``with`` block.
+
+    Returned by :py:meth:`Sub.receive_many`; to be entered once.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> List[bytes]:
+        """
+        Wait for messages.
+
+        :return: messages; empty if none came in time
+        """
+        lease = self._take()
+        return [] if lease is None else lease.messages
+
+
+class Sub:
+    """
+    Receive the messages that are addressed to a subscriber, in the order of their commits.
+
+    One object may be used by many threads, and one subscriber id by many processes: they share the
+    messages, and no two of them have the same message at the same time. It may be used in a forked
+    child.
+
+    >>> import json, pathlib, tempfile
+    >>> import persipubsub.control, persipubsub.publisher
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> config_pth = pathlib.Path(directory.name) / "config.json"
+    >>> _ = config_pth.write_text(json.dumps({
+    ...     "pub": {"out_queue": "q", "subscribers": ["sub"]},
+    ...     "sub": {"in_queue": "q"},
+    ...     "queues": {"q": {
+    ...         "path": "queue", "max_reader_num": 64, "max_db_num": 64,
+    ...         "max_db_size_bytes": 1 << 24, "subscribers": ["sub"],
+    ...         "high-water-mark": {"MSG_TIMEOUT_SECS": 600, "MAX_MSGS_NUM": 1000,
+    ...             "HWM_LMDB_SIZE_BYTES": 1000000, "strategy": "prune_first"}}}}))
+    >>> persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    >>> with persipubsub.publisher.Pub() as pub:
+    ...     pub.init(pub_id="pub", config_pth=config_pth)
+    ...     pub.send_many(msgs=[b"one", b"two", b"three"])
+    >>> with Sub() as sub:
+    ...     sub.init(sub_id="sub", config_pth=config_pth)
+    ...     with sub.receive(timeout=10) as msg:
+    ...         msg
+    ...     sub.pop_to_top()
+    ...     sub.front()
+    b'one'
+    b'three'
+    >>> directory.cleanup()
+    """
+
+    def __init__(self) -> None:
+        """Initialize without a queue; call :py:meth:`init` before anything else."""
+        self._queue = None  # type: Optional[persipubsub.queue.Queue]
+        self._consumer = None  # type: Optional[_delivery.Consumer]
+        self._sub_id = ""
+
+    def init(self, sub_id: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
+        """
+        Open the queue of a subscriber. A queue that was open before is closed.
+
+        :param sub_id: key of the subscriber in the configuration file
+        :param config_pth: path to the configuration file
+        :raise ConfigError: if the file is wrong or has no such subscriber
+        :raise NotInitializedError: if the queue, or the subscriber, was not initialized
+        :raise FormatError: if the queue's directory holds something else
+        :raise StoreCorruptError: if the store is damaged
+        """
+        config = persipubsub.config.read(config_pth)
+        subscriber = config.subscriber(sub_id)
+        queue = persipubsub.queue.Queue(persipubsub.queue.Settings.of(config, subscriber.in_queue))
+        try:
+            consumer = queue.consumer(sub_id)
+        except BaseException:
+            queue.close()
+            raise
+        self.close()
+        self._queue, self._consumer, self._sub_id = queue, consumer, sub_id
+
+    def __enter__(self) -> "Sub":
+        """
+        Use the subscriber as a context manager.
+
+        :return: itself
+        """
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the queue."""
+        self.close()
+
+    def close(self) -> None:
+        """
+        Close the queue; it may be closed twice.
+
+        A message that is being received is given back.
+        """
+        queue, self._queue, self._consumer = self._queue, None, None
+        if queue is not None:
+            queue.close()
+
+    def receive(self, timeout: Optional[float] = 60, retries: int = 10) -> Receipt:
+        """
+        Receive the next message in a ``with`` block.
+
+        The block gets the bytes that were sent, or None if no message came in time. Left without an
+        exception, the message is acknowledged; left by an exception, it stays where it was and is
+        delivered again, perhaps to another process of the same subscriber.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us; it is
+            looked at once a second anyhow
+        :return: context manager of the message
+        :raise CorruptMessageError: from the ``with`` statement if the next message is damaged; it
+            is set aside, and the next call gives the one behind it
+        """
+        return Receipt(*self._prepare(timeout, retries))
+
+    def receive_many(self,
+                     max_msgs: int,
+                     timeout: Optional[float] = 60,
+                     retries: int = 10) -> "BatchReceipt":
+        """
+        Receive several messages in a ``with`` block.
+
+        The block gets a list of the messages that are there, at least one and at most ``max_msgs``,
+        or an empty list if none came in time. It does not wait until there are ``max_msgs``. All of
+        them are acknowledged together, in one transaction, when the block is left without an
+        exception; otherwise all of them stay and are delivered again.
+
+        About 16 MiB are received at once at most, or one larger message.
+
+        :param max_msgs: how many messages at most
+        :param timeout: how long to wait for the first one, in seconds; None: for ever
+        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us
+        :return: context manager of the messages
+        :raise CorruptMessageError: as :py:meth:`receive` does
+        """
+        if isinstance(max_msgs, bool) or not isinstance(max_msgs, int) or max_msgs < 1:
+            raise ValueError(
+                "Expected max_msgs to be an integer from 1 on, but got: {!r}".format(max_msgs))
+        return BatchReceipt(*self._prepare(timeout, retries), max_msgs)
+
+    def _prepare(self, timeout: Optional[float],
+                 retries: int) -> "Tuple[_delivery.Consumer, Optional[float], float]":
+        """
+        Check the arguments of a receipt.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param retries: how often to look within ``timeout``
+        :return: consumer, how long to wait, time between two looks in seconds
+        """
+        consumer = self._consumer
+        if consumer is None:
+            raise _not_open()
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
+            raise ValueError(
+                "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".
+                format(timeout))
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
+            raise ValueError(
+                "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
+        if timeout is None or math.isinf(timeout):
+            return consumer, None, 1.0
+        return consumer, timeout, timeout / retries
+
+    def front(self) -> Optional[bytes]:
+        """
+        Look at the next message without taking it.
+
+        :return: message that nobody has acknowledged or is receiving now; None if there is none
+        """
+        consumer = self._consumer
+        if consumer is None:
+            raise _not_open()
+        return consumer.front()
+
+    def pop_to_top(self) -> None:
+        """Acknowledge all messages of the subscriber but the newest one, in one transaction."""
+        queue = self._queue
+        if queue is None:
+            raise _not_open()
+        queue.skip_to_newest(self._sub_id)
+
+
+def _not_open() -> persipubsub.errors.ClosedError:
+    """
+    Describe a subscriber without a queue.
+
+    :return: error to be raised
+    """
+    return persipubsub.errors.ClosedError(
+        "Expected a subscriber with an open queue, but got: init() was not called, or close() was")

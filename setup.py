@@ -1,0 +1,85 @@
+"""
+Describe the distribution for pip and build.
+
+Everything that other tools could disagree with is said only once: the version in
+``persipubsub/__init__.py``, what a user reads in ``README.rst``.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+_HERE = pathlib.Path(__file__).resolve().parent
+
+
+def _read_version() -> str:
+    """
+    Return the version that the package states.
+
+    The file is read and not imported: the dependencies are not there yet when the package is built.
+
+    :return: the version, three numbers with dots
+    """
+    pth = _HERE / "persipubsub" / "__init__.py"
+    match = re.search(r'^__version__ = "([^"]+)"$', pth.read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(
+            'Expected a line __version__ = "..." in {}, but there is none.'.format(pth))
+
+    return match.group(1)
+
+
+_EXAMPLES = ["protobuf>=5", "rich>=13"]
+
+setuptools.setup(
+    name="persipubsub",
+    version=_read_version(),
+    description="Persistent publish and subscribe between the processes of one machine, "
+    "without a broker.",
+    long_description=(_HERE / "README.rst").read_text(encoding="utf-8"),
+    long_description_content_type="text/x-rst",
+    author="persipubsub developers",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords="publish subscribe queue persistent durable lmdb ipc interprocess",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
+        "Topic :: Software Development :: Libraries :: Python Modules",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
+    packages=["persipubsub"],
+    package_data={"persipubsub": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=["lmdb>=3", "icontract>=2.6", "msgspec>=0.18"],
+    extras_require={
+        # What examples/ imports beyond the library.
+        "examples": _EXAMPLES,
+        # What docs/ is built with.
+        "doc": ["sphinx>=8", "furo", "sphinx-icontract>=2"],
+        # All that the tests and precommit.py need; the examples are tested, too.
+        "dev": _EXAMPLES + [
+            "build",
+            "hypothesis>=6",
+            "isort>=6",
+            "mypy>=1.15",
+            "pydocstyle>=6.3",
+            "pylint>=3.3",
+            "pytest>=8",
+            "tox>=4.20",
+            "twine>=6.1",
+            "types-protobuf",
+            "types-setuptools",
+            "yapf>=0.43",
+        ],
+    },
+)

@@ -1,0 +1,1 @@
+"""Test persipubsub; a package, so that tests and their processes import each other's helpers."""

@@ -1,0 +1,292 @@
+"""
+Drive one queue with several subscribers and several consumers against its twin.
+
+There are always two :py:class:`persipubsub.queue.Queue` on the store, as in two processes: they
+remember different things of what the other did.
+"""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import pathlib
+import shutil
+import tempfile
+from typing import Dict, List, Optional, Set, Tuple
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import persipubsub.errors
+import persipubsub.queue
+from persipubsub import _delivery, _layout
+from tests import stores
+from tests.queue_twin import Twin
+
+TIMEOUT_NS = 1000
+
+NAMES = ("", "sub", "another", "später")
+
+SIDES = st.integers(min_value=0, max_value=1)
+
+BATCHES = st.sampled_from([1, 1, 2, 5])
+
+MESSAGES = st.lists(st.binary(max_size=12), min_size=1, max_size=7)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Do the same to a queue and to its twin, and compare them after every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.mkdtemp(prefix="persipubsub-machine-")
+        self.patch = pytest.MonkeyPatch()
+        self.clock = stores.Clock()
+        self.queues: List[persipubsub.queue.Queue] = []
+        self.consumers: Dict[Tuple[int, str], _delivery.Consumer] = {}
+        # Side of the consumer, its subscriber, what it took
+        self.leases: List[Tuple[int, str, _delivery.Lease]] = []
+
+    @initialize(subscribers=st.integers(min_value=1, max_value=3),
+                max_messages=st.sampled_from([1, 4, 5, 8, 9, 20]),
+                max_message_bytes=st.sampled_from([20, 100, 1000, 1000]),
+                drops_newest=st.booleans(),
+                keeps_os=st.booleans(),
+                block_bytes=st.sampled_from([24, 60, 1 << 20]))
+    def create(self, subscribers: int, max_messages: int, max_message_bytes: int,
+               drops_newest: bool, keeps_os: bool, block_bytes: int) -> None:
+        self.patch.setattr(_layout, "BLOCK_BYTES", block_bytes)
+        self.settings = stores.settings(pathlib.Path(self.directory),
+                                        timeout_ns=TIMEOUT_NS,
+                                        max_messages=max_messages,
+                                        max_message_bytes=max_message_bytes,
+                                        drops_newest=drops_newest,
+                                        keeps_os=keeps_os)
+        names = NAMES[1:1 + subscribers]
+        persipubsub.queue.Queue.ensure(self.settings, subscribers=names)
+        self.queues = [self.open(), self.open()]
+        self.twin = Twin(subscribers=names,
+                         next_number=self.queues[0].statistics().next_number,
+                         timeout_ns=TIMEOUT_NS,
+                         max_messages=max_messages,
+                         max_message_bytes=max_message_bytes,
+                         drops_newest=drops_newest)
+
+    def open(self) -> persipubsub.queue.Queue:
+        return persipubsub.queue.Queue(self.settings, clock=self.clock)
+
+    def teardown(self) -> None:
+        try:
+            if self.queues:
+                self.drain()
+        finally:
+            for queue in self.queues:
+                queue.close()
+            self.patch.undo()
+            shutil.rmtree(self.directory)
+
+    def drain(self) -> None:
+        """Take all that is left; the store is as good as empty then."""
+        for _, _, held in self.leases:
+            held.give_back()
+        self.leases = []
+        for name, subscriber in self.twin.subscribers.items():
+            consumer = self.queues[0].consumer(name)
+            while expected := self.twin.next_of(name, set(), self.clock.now_ns):
+                lease = consumer.take(timeout=0)
+                assert lease is not None, (name, expected)
+                assert lease.numbers == [expected[0].number]
+                assert lease.messages == [expected[0].data]
+                lease.acknowledge()
+                subscriber.pending.remove(expected[0].number)
+            assert consumer.take(timeout=0) is None
+        self.queues[0].prune()
+        assert self.queues[0].check() == []
+        statistics = self.queues[0].statistics()
+        assert (statistics.messages, statistics.message_bytes) == (0, 0)
+        assert len(stores.blocks(self.queues[0])) <= 1
+        assert self.queues[0].put([b"last"]) == self.twin.next_number
+
+    def claimed(self, name: str) -> Set[int]:
+        return {
+            number
+            for _, owner, lease in self.leases if owner == name for number in lease.numbers
+        }
+
+    def name(self, index: int) -> str:
+        return list(self.twin.subscribers)[index % len(self.twin.subscribers)]
+
+    # Sending
+
+    @rule(side=SIDES, message=st.binary(max_size=20))
+    def send(self, side: int, message: bytes) -> None:
+        self.put(side=side, messages=[message], audience=None)
+
+    @rule(side=SIDES, messages=MESSAGES)
+    def send_many(self, side: int, messages: List[bytes]) -> None:
+        self.put(side=side, messages=messages, audience=None)
+
+    @rule(side=SIDES, count=st.integers(min_value=2, max_value=12), message=st.binary(max_size=3))
+    def send_one_by_one(self, side: int, count: int, message: bytes) -> None:
+        for index in range(count):
+            self.put(side=side, messages=[message + bytes((index, ))], audience=None)
+
+    @rule(side=SIDES, messages=MESSAGES, chosen=st.integers(min_value=1, max_value=7))
+    def send_to_some(self, side: int, messages: List[bytes], chosen: int) -> None:
+        names = [
+            name for index, name in enumerate(self.twin.subscribers)
+            if chosen & 1 << index or index == chosen % len(self.twin.subscribers)
+        ]
+        self.put(side=side, messages=messages, audience=tuple(sorted(names)))
+
+    def put(self, side: int, messages: List[bytes], audience: Optional[Tuple[str, ...]]) -> None:
+        queue = self.queues[side]
+        if self.twin.is_too_large(messages):
+            with pytest.raises(persipubsub.errors.MessageTooLargeError):
+                queue.put(messages, audience)
+            return
+        assert queue.put(messages, audience) == self.twin.next_number
+        # A queue looks for what is too old at every few sends; the twin does when it does.
+        expired = sum(subscriber.dropped_by_timeout
+                      for subscriber in queue.statistics().subscribers)
+        self.twin.send(messages,
+                       audience=audience,
+                       now_ns=self.clock.now_ns,
+                       expires=expired != self.twin.timeouts())
+
+    # Receiving
+
+    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3), most=BATCHES)
+    def take(self, side: int, index: int, most: int) -> None:
+        name = self.name(index)
+        consumer = self.consumers.get((side, name))
+        if consumer is None:
+            consumer = self.consumers[(side, name)] = self.queues[side].consumer(name)
+        expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns, most)
+        lease = consumer.take(timeout=0, max_messages=most)
+        if not expected:
+            assert lease is None
+            return
+        assert lease is not None
+        self.leases.append((side, name, lease))
+        # It may end early, where the numbers of other subscribers' messages lie in between.
+        count = len(lease.numbers)
+        assert lease.numbers == [message.number for message in expected[:count]]
+        assert lease.messages == [message.data for message in expected[:count]]
+        assert 0 < count <= most
+        if count < len(expected):
+            assert expected[count].number > expected[0].number + count
+
+    @precondition(lambda self: self.leases)
+    @rule(index=st.integers(min_value=0, max_value=20))
+    def acknowledge(self, index: int) -> None:
+        _, name, lease = self.leases.pop(index % len(self.leases))
+        lease.acknowledge()
+        for number in lease.numbers:
+            self.twin.acknowledge(name, number, self.clock.now_ns)
+
+    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3), most=BATCHES)
+    def receive(self, side: int, index: int, most: int) -> None:
+        before = len(self.leases)
+        self.take(side=side, index=index, most=most)
+        if len(self.leases) > before:
+            self.acknowledge(index=before)
+
+    @precondition(lambda self: self.leases)
+    @rule(index=st.integers(min_value=0, max_value=20))
+    def fail(self, index: int) -> None:
+        _, name, lease = self.leases.pop(index % len(self.leases))
+        lease.give_back()
+        self.twin.subscribers[name].failed += len(lease.numbers)
+
+    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3))
+    def front(self, side: int, index: int) -> None:
+        name = self.name(index)
+        expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns)
+        assert self.queues[side].front(name) == (expected[0].data if expected else None)
+
+    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3))
+    def pop_to_top(self, side: int, index: int) -> None:
+        name = self.name(index)
+        assert self.queues[side].skip_to_newest(name) == self.twin.skip_to_newest(name)
+
+    # Looking after the queue
+
+    @rule(step_ns=st.sampled_from([1, TIMEOUT_NS // 2, TIMEOUT_NS, TIMEOUT_NS + 1]))
+    def advance_clock(self, step_ns: int) -> None:
+        self.clock.now_ns += step_ns
+
+    @rule(side=SIDES)
+    def prune(self, side: int) -> None:
+        before = self.twin.timeouts()
+        assert self.queues[side].prune() == self.twin.expire(self.clock.now_ns) - before
+        # Whatever is at the head now is needed by somebody, or only keeps its numbers taken.
+        blocks = stores.blocks(self.queues[0])
+        waiting = self.twin.waiting()
+        if len(blocks) > 1:
+            assert waiting and blocks[0].stop > waiting[0].number
+
+    @rule(side=SIDES)
+    def clear(self, side: int) -> None:
+        assert self.queues[side].clear() == self.twin.clear()
+        assert len(stores.blocks(self.queues[0])) <= 1
+
+    @precondition(lambda self: len(self.twin.subscribers) < len(NAMES) - 1)
+    @rule()
+    def add_subscriber(self) -> None:
+        names = NAMES[1:2 + len(self.twin.subscribers)]
+        persipubsub.queue.Queue.ensure(self.settings, subscribers=names)
+        self.twin.add(names[-1])
+        # The first subscribers of a new queue may cost a number.
+        assert self.queues[0].statistics().next_number == self.twin.next_number
+
+    @rule(sides=st.sampled_from([(0, ), (1, ), (0, 1)]))
+    def reopen(self, sides: Tuple[int, ...]) -> None:
+        """Close queues, perhaps with them the store; what their consumers had is given back."""
+        for side in sides:
+            self.queues[side].close()
+        self.consumers = {key: value for key, value in self.consumers.items() if key[0] not in sides}
+        self.leases = [entry for entry in self.leases if entry[0] not in sides]
+        for side in sides:
+            self.queues[side] = self.open()
+
+    # Comparing
+
+    @invariant()
+    def store_is_sound(self) -> None:
+        if self.queues:
+            assert self.queues[0].check() == []
+
+    @invariant()
+    def statistics_are_equal(self) -> None:
+        if not self.queues:
+            return
+        statistics = self.queues[1].statistics()
+        waiting = self.twin.waiting()
+        assert statistics.messages == len(waiting)
+        assert statistics.message_bytes == sum(len(message.data) for message in waiting)
+        assert statistics.next_number == self.twin.next_number
+        assert statistics.oldest_age_seconds == (
+            (self.clock.now_ns - waiting[0].time_ns) / 1e9 if waiting else None)
+        assert {entry.subscriber for entry in statistics.subscribers} == set(self.twin.subscribers)
+        for entry in statistics.subscribers:
+            self.compare(entry)
+
+    def compare(self, entry: "persipubsub.statistics.SubscriberStatistics") -> None:
+        expected = self.twin.subscribers[entry.subscriber]
+        assert entry.lag == len(expected.pending)
+        assert (entry.acknowledged, entry.failed, entry.dropped_by_timeout, entry.dropped_by_mark,
+                entry.cleared, entry.skipped,
+                entry.corrupt) == (expected.acknowledged, expected.failed,
+                                   expected.dropped_by_timeout, expected.dropped_by_mark,
+                                   expected.cleared, expected.skipped, 0)
+        assert entry.seconds_since_acknowledged == (
+            None if expected.acknowledged_ns is None else
+            (self.clock.now_ns - expected.acknowledged_ns) / 1e9)
+        # Nothing is lost, and nothing counted twice.
+        assert expected.addressed == (entry.lag + entry.acknowledged + entry.dropped_by_timeout +
+                                      entry.dropped_by_mark + entry.cleared + entry.skipped)
+        if expected.pending:
+            assert entry.position <= min(expected.pending)
+
+

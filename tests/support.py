@@ -1,0 +1,214 @@
+"""Help the tests with queues in temporary directories and with processes of their own."""
+
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeAlias
+
+import persipubsub.config
+import persipubsub.queue
+
+#: Catches hangs: nothing that a test waits for takes a tenth of it.
+HANG_SECS = 60.0
+
+FORK = multiprocessing.get_context("fork")
+
+Connection: TypeAlias = "multiprocessing.connection.Connection[Any, Any]"
+
+
+def write_config(directory: pathlib.Path,
+                 publishers: Mapping[str, Sequence[str]] = {"pub": ["sub"]},
+                 subscribers: Sequence[str] = ("sub", ),
+                 name: str = "config.json",
+                 **changes: Any) -> pathlib.Path:
+    """
+    Write a configuration file with one queue, ``directory/queue``.
+
+    :param directory: where to write it
+    :param publishers: publisher ids, each with the subscribers it addresses
+    :param subscribers: all subscribers of the queue
+    :param name: of the file
+    :param changes: keys of the queue, or of its high-water mark (``MSG_TIMEOUT_SECS``)
+    :return: path to the file
+    """
+    mark = {
+        "MSG_TIMEOUT_SECS": 600,
+        "MAX_MSGS_NUM": 1000000,
+        "HWM_LMDB_SIZE_BYTES": 1 << 30,
+        "strategy": "prune_first"
+    }  # type: Dict[str, Any]
+    queue = {
+        "path": str(directory / "queue"),
+        "max_reader_num": 1024,
+        "max_db_num": 1024,
+        "max_db_size_bytes": 1 << 28,
+        "subscribers": list(subscribers),
+        "high-water-mark": mark
+    }  # type: Dict[str, Any]
+    for key, value in changes.items():
+        (mark if key in mark else queue)[key] = value
+
+    entries = {"queues": {"queue": queue}}  # type: Dict[str, Any]
+    for publisher, addressed in publishers.items():
+        entries[publisher] = {"out_queue": "queue", "subscribers": list(addressed)}
+    for subscriber in subscribers:
+        entries.setdefault(subscriber, {})["in_queue"] = "queue"
+    path = directory / name
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def settings(config_pth: pathlib.Path) -> persipubsub.queue.Settings:
+    """
+    Take the settings of the queue in a file of :py:func:`write_config`.
+
+    :param config_pth: path to the file
+    :return: settings of its queue
+    """
+    return persipubsub.queue.Settings.of(persipubsub.config.read(config_pth), "queue")
+
+
+def snapshot(directory: pathlib.Path) -> Dict[str, bytes]:
+    """
+    Read all files of a directory.
+
+    :param directory: to be read, without its subdirectories
+    :return: content by name
+    """
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """
+    Wait until something has happened.
+
+    :param condition: true as soon as it happened
+    :param what: was waited for
+    """
+    deadline = time.monotonic() + HANG_SECS
+    while not condition():
+        assert time.monotonic() < deadline, "Waited in vain: {}".format(what)
+        time.sleep(0.001)
+
+
+def run_python(code: str,
+               *arguments: object,
+               options: Sequence[str] = (),
+               prefix: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    """
+    Run code in a Python process of its own that finds the modules this one has.
+
+    :param code: to be run
+    :param arguments: its ``sys.argv[1:]``
+    :param options: of the interpreter
+    :param prefix: command that starts the interpreter, such as strace with its options
+    :return: its end
+    """
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path != "")
+    command = [*prefix, sys.executable, *options, "-c", code]  # type: List[str]
+    return subprocess.run(command + [str(argument) for argument in arguments],
+                          env=environment,
+                          capture_output=True,
+                          text=True,
+                          timeout=2 * HANG_SECS,
+                          check=False)
+
+
+class Child:
+    """
+    Run a function in a forked process; it gets one end of a pipe and the arguments.
+
+    A child that is still there at the end of the ``with`` block is killed.
+    """
+
+    def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
+        """
+        Start the process.
+
+        :param function: to be run
+        :param arguments: of the function, behind the pipe
+        """
+        self.pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=function, args=(theirs, ) + arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.exitcode is None:
+            self.kill(signal.SIGKILL)
+            self.process.join(HANG_SECS)
+        self.pipe.close()
+
+    def get(self) -> Any:
+        """
+        Wait for what the child sends next.
+
+        :return: what it sent
+        """
+        assert self.pipe.poll(HANG_SECS), "Expected the child to answer, but it hangs."
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join(HANG_SECS)
+            raise AssertionError("Expected the child to answer, but it ended with {}".format(
+                self.process.exitcode)) from None
+
+    def kill(self, number: int) -> None:
+        """
+        Send a signal to the child.
+
+        :param number: of the signal
+        """
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, exit_code: int = 0) -> None:
+        """
+        Wait for the end of the child.
+
+        :param exit_code: expected; negative: the signal that ended it
+        """
+        self.process.join(HANG_SECS)
+        assert self.process.exitcode == exit_code
+
+
+def outcome(function: Callable[[], object]) -> str:
+    """
+    Call a function and tell what came of it.
+
+    :param function: to be called
+    :return: name of the class of the error; "" if there was none
+    """
+    try:
+        function()
+    except BaseException as error:  # pylint: disable=broad-exception-caught
+        return type(error).__name__
+    return ""
+
+
+def outcomes_in_child(*functions: Callable[[], object]) -> List[str]:
+    """
+    Call functions one after the other in a process that may crash.
+
+    :param functions: to be called
+    :return: name of the class of each one's error; "" if there was none
+    """
+
+    def run(pipe: Connection) -> None:
+        for function in functions:
+            pipe.send(outcome(function))
+
+    with Child(run) as child:
+        results = [child.get() for _ in functions]
+        child.end()
+    return results

@@ -1,0 +1,912 @@
+"""Test reading the configuration file."""
+
+import copy
+import doctest
+import json
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, Optional, Sequence
+
+import hypothesis
+import hypothesis.strategies as st
+import msgspec
+import pytest
+
+import persipubsub.config
+import persipubsub.errors
+
+CONFIG_PTH = "/somewhere/config.json"
+
+# The example of the documentation
+EXAMPLE = b"""{
+    "pub": {"out_queue": "/home/user/queues/queue", "subscribers": ["sub"]},
+    "sub": {"in_queue": "/home/user/queues/queue"},
+    "queues": {
+        "/home/user/queues/queue": {
+            "path": "/home/user/queues/queue",
+            "max_reader_num": 1024,
+            "max_db_num": 1024,
+            "max_db_size_bytes": 34359738368,
+            "subscribers": ["sub"],
+            "high-water-mark": {
+                "MSG_TIMEOUT_SECS": 600,
+                "MAX_MSGS_NUM": 10000,
+                "HWM_LMDB_SIZE_BYTES": 1000000,
+                "strategy": "prune_first"
+            }
+        }
+    }
+}"""
+
+
+def make(subscribers: Sequence[str] = ("sub", )) -> dict[str, Any]:
+    """Return the content of a small correct file."""
+    return {
+        "pub": {
+            "out_queue": "/q",
+            "subscribers": ["sub"]
+        },
+        "sub": {
+            "in_queue": "/q"
+        },
+        "queues": {
+            "/q": {
+                "path": "/q",
+                "max_reader_num": 1024,
+                "max_db_num": 1024,
+                "max_db_size_bytes": 1024**2,
+                "subscribers": list(subscribers),
+                "high-water-mark": {
+                    "MSG_TIMEOUT_SECS": 600,
+                    "MAX_MSGS_NUM": 10000,
+                    "HWM_LMDB_SIZE_BYTES": 1000000,
+                    "strategy": "prune_first"
+                }
+            }
+        }
+    }
+
+
+ABSENT = object()
+
+
+def change(place: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a correct file with one value exchanged, added or (``ABSENT``) taken away."""
+    content = make()
+    target = content
+    for key in place[:-1]:
+        target = target[key]
+    if value is ABSENT:
+        del target[place[-1]]
+    else:
+        target[place[-1]] = value
+    return content
+
+
+def parse(content: Any) -> persipubsub.config.Config:
+    """Return the configuration of the JSON-able or textual content."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return persipubsub.config.parse(text=text, config_pth=CONFIG_PTH)
+
+
+def problems(content: Any) -> tuple[str, ...]:
+    """Return the problems of the content; check what is common to all errors."""
+    with pytest.raises(persipubsub.errors.ConfigError) as info:
+        parse(content)
+    return checked(info.value, CONFIG_PTH)
+
+
+def checked(error: persipubsub.errors.ConfigError, config_pth: str) -> tuple[str, ...]:
+    """Return the problems of the error; check what is common to all errors."""
+    more = len(error.problems) - 1
+    tail = f" (and {more} more problem{'s' if more > 1 else ''})" if more else ""
+    assert str(error) == f"{config_pth}: {error.problems[0]}{tail}"
+    for text in (str(error), *error.problems):
+        assert text.isprintable(), "a terminal must not be controlled by the file"
+    return error.problems
+
+
+def read_error(config_pth: pathlib.Path) -> str:
+    """Return the only problem of a file."""
+    with pytest.raises(persipubsub.errors.ConfigError) as info:
+        persipubsub.config.read(config_pth)
+    text, = checked(info.value, str(config_pth))
+    return text
+
+
+def test_doctest() -> None:
+    result = doctest.testmod(persipubsub.config)
+    assert result.attempted > 5 and result.failed == 0
+
+
+def test_all_is_there() -> None:
+    assert all(hasattr(persipubsub.config, name) for name in persipubsub.config.__all__)
+
+
+# --- correct files
+
+
+@pytest.mark.parametrize("as_path", [str, pathlib.Path])
+def test_example(tmp_path: pathlib.Path, as_path: Any) -> None:
+    config_pth = tmp_path / "config.json"
+    config_pth.write_bytes(EXAMPLE)
+    config = persipubsub.config.read(config_pth=as_path(config_pth))
+
+    key = "/home/user/queues/queue"
+    mark = persipubsub.config.HighWaterMark(msg_timeout_secs=600,
+                                            max_msgs_num=10000,
+                                            size_bytes=1000000,
+                                            strategy=persipubsub.config.Strategy.PRUNE_FIRST)
+    queue = persipubsub.config.Queue(path=key,
+                                     max_reader_num=1024,
+                                     max_db_num=1024,
+                                     max_db_size_bytes=34359738368,
+                                     subscribers=("sub", ),
+                                     high_water_mark=mark,
+                                     durability=persipubsub.config.Durability.FSYNC,
+                                     checkpoint_secs=1,
+                                     busy_timeout_secs=30)
+    assert config.path == config_pth
+    assert dict(config.queues) == {key: queue}
+    assert config.publisher("pub") == persipubsub.config.Publisher("pub", key, ("sub", ))
+    assert config.subscriber("sub") == persipubsub.config.Subscriber("sub", key)
+    assert list(config.publishers) == ["pub"] and list(config.subscribers) == ["sub"]
+    assert config.queue_path(key) == key
+
+
+def test_stage_of_a_pipeline_is_both() -> None:
+    content = make()
+    content["sub"].update(out_queue="/q", subscribers=["sub"])
+    config = parse(content)
+    assert config.publisher("sub").subscribers == ("sub", )
+    assert config.subscriber("sub").in_queue == "/q"
+
+
+def test_optional_keys() -> None:
+    content = make()
+    content["queues"]["/q"].update(durability="os", checkpoint_secs=0, busy_timeout_secs=0.5)
+    queue = parse(content).queues["/q"]
+    assert queue.durability is persipubsub.config.Durability.OS
+    assert (queue.checkpoint_secs, queue.busy_timeout_secs) == (0, 0.5)
+
+
+def test_queue_without_subscribers_and_subscriber_without_entry() -> None:
+    content = make(subscribers=[])
+    del content["pub"], content["sub"]
+    assert parse(content).queues["/q"].subscribers == ()
+
+    content = make(subscribers=["elsewhere", "sub"])
+    assert "elsewhere" not in parse(content).subscribers
+
+
+def test_nothing_changes() -> None:
+    config = parse(EXAMPLE)
+    for mapping in (config.publishers, config.subscribers, config.queues):
+        with pytest.raises(TypeError):
+            mapping["x"] = None  # type: ignore[index]
+    queue = next(iter(config.queues.values()))
+    for thing, name in ((config, "path"), (queue, "path"), (queue.high_water_mark, "strategy"),
+                        (config.publisher("pub"), "identifier"), (config.subscriber("sub"),
+                                                                  "identifier")):
+        with pytest.raises(AttributeError):
+            setattr(thing, name, None)
+
+
+def test_documentation_can_be_generated() -> None:
+    for kind in (persipubsub.config.Queue, persipubsub.config.Publisher,
+                 persipubsub.config.Subscriber):
+        schema = msgspec.json.schema(kind)
+        for definition in schema["$defs"].values():
+            for name, value in definition.get("properties", {}).items():
+                assert value.get("description"), name
+                if name.lower().endswith(("_secs", "_bytes", "_num")):
+                    assert "minimum" in value or "exclusiveMinimum" in value
+                    assert "maximum" in value
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("/q", "/q"),
+    ("q", "/somewhere/q"),
+    ("./q", "/somewhere/q"),
+    ("../q", "/somewhere/../q"),
+    ("nats://host:4222/q", "nats://host:4222/q"),
+    ("a:/b", "/somewhere/a:/b"),
+    ("~/q", "/somewhere/~/q"),
+])
+def test_queue_path(path: str, expected: str) -> None:
+    assert parse(change(["queues", "/q", "path"], path)).queue_path("/q") == expected
+
+
+def test_relative_config_pth_is_independent_of_working_directory(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(change(["queues", "/q", "path"], "q")))
+    monkeypatch.chdir(tmp_path)
+    config = persipubsub.config.read("config.json")
+    monkeypatch.chdir("/")
+    assert config.queue_path("/q") == str(tmp_path / "q")
+
+
+def test_asking_for_what_is_not_there() -> None:
+    config = parse(make())
+    expected = {
+        config.publisher: "Expected a publisher of this file ('pub'), but got: 'x\\x1b'",
+        config.subscriber: "Expected a subscriber of this file ('sub'), but got: 'x\\x1b'",
+        config.queue_path: "Expected a queue of this file ('/q'), but got: 'x\\x1b'",
+    }
+    for method, text in expected.items():
+        with pytest.raises(persipubsub.errors.ConfigError) as info:
+            method("x\x1b")
+        assert checked(info.value, CONFIG_PTH) == (text, )
+
+    with pytest.raises(persipubsub.errors.ConfigError, match="there is none"):
+        parse({"queues": {}}).publisher("pub")
+
+
+# --- types and bounds of values
+
+NOT_INTEGERS: list[Any] = [
+    True, None, "8", 8.0, 8.5, -1, 0, 10**19, 10**60, 10**400, math.nan, math.inf, [], {}
+]
+NOT_SECONDS: list[Any] = [
+    True, None, "8", -1, -0.5, 10**19, 10**400, math.nan, math.inf, -math.inf, [], {}
+]
+NOT_TEXTS: list[Any] = [True, None, 1, "", "a\0", "\ud800", "\udc80a", [], {}]
+QUEUE = ["queues", "/q"]
+MARK = [*QUEUE, "high-water-mark"]
+VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
+    ([*QUEUE,
+      "path"], NOT_TEXTS, ["a",
+                           "\U0001f600"], "a non-empty string without NUL and lone surrogates"),
+    ([*QUEUE, "max_reader_num"], [*NOT_INTEGERS, 65536], [1,
+                                                          65535], "an integer between 1 and 65535"),
+    ([*QUEUE, "max_db_num"], [*NOT_INTEGERS, 7, 32769], [8,
+                                                         32768], "an integer between 8 and 32768"),
+    ([*QUEUE,
+      "max_db_size_bytes"], [*NOT_INTEGERS, 2**18 - 1,
+                             2**46 + 1], [2**18,
+                                          2**46], "an integer between 262144 and 70368744177664"),
+    ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", []], ["fsync", "os"], "'fsync' or 'os'"),
+    ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 86400.5], [0, 0.1,
+                                                            86400], "a number between 0 and 86400"),
+    ([*QUEUE, "busy_timeout_secs"], [*NOT_SECONDS, 0,
+                                     86401], [0.1,
+                                              86400], "a number greater than 0 and at most 86400"),
+    ([*QUEUE, "subscribers"], [None, "sub", {}, 1], [["sub"]], "a list of subscribers"),
+    (MARK, [None, [], 1, "x"], [], "an object"),
+    ([*MARK,
+      "MSG_TIMEOUT_SECS"], [*NOT_SECONDS, 0, 0.0,
+                            3.2e9 + 1], [1e-9, 1,
+                                         3.2e9], "a number greater than 0 and at most 3200000000"),
+    ([*MARK, "MAX_MSGS_NUM"], [*NOT_INTEGERS,
+                               2**48 + 1], [1, 2**48], "an integer between 1 and 281474976710656"),
+    ([*MARK,
+      "HWM_LMDB_SIZE_BYTES"], [*NOT_INTEGERS,
+                               2**46 + 1], [1, 2**46], "an integer between 1 and 70368744177664"),
+    ([*MARK, "strategy"], [None, 1, "PRUNE_FIRST", "reject",
+                           []], ["prune_first", "prune_last"], "'prune_first' or 'prune_last'"),
+    (QUEUE, [None, [], 1], [], "an object"),
+]
+
+
+def in_config(config: persipubsub.config.Config, place: Sequence[str]) -> Any:
+    """Return what became of the value."""
+    found: Any = config.queues["/q"]
+    for key in place[2:]:
+        fields = {field.encode_name: field.name for field in msgspec.structs.fields(found)}
+        found = getattr(found, fields[key])
+    if isinstance(found, tuple):
+        return list(found)
+    return getattr(found, "value", found)
+
+
+@pytest.mark.parametrize("place, wrong, right, expected", VALUES, ids=lambda value: None)
+def test_values(place: Sequence[str], wrong: list[Any], right: list[Any], expected: str) -> None:
+    for value in right:
+        assert in_config(parse(change(place, value)), place) == value
+    for value in wrong:
+        found = [text for text in problems(change(place, value)) if ": Expected" in text]
+        assert found[0].startswith(f"{'.'.join(place)}: Expected {expected}, but got: "), value
+
+
+def test_message_of_the_contract() -> None:
+    with pytest.raises(persipubsub.errors.ConfigError) as info:
+        parse(change([*QUEUE, "max_db_num"], True))
+    assert str(info.value) == ("/somewhere/config.json: queues./q.max_db_num: "
+                               "Expected an integer between 8 and 32768, but got: True")
+
+
+@pytest.mark.parametrize("literal, shown", [("NaN", "NaN"), ("Infinity", "Infinity"),
+                                            ("-Infinity", "-Infinity"), ("1e400", "1e400"),
+                                            ("-1e400", "-1e400"), ("1e-400", "0.0"),
+                                            ("1" * 40, "1" * 17), ("1" * 5000, "1" * 20),
+                                            ("1" * 100000, "1" * 20),
+                                            ("1" * 100000 + ".5e-10", "1" * 20), ("-0", "0"),
+                                            ("1" * 49, "1" * 17)])
+def test_numbers_of_the_file(literal: str, shown: str) -> None:
+    text = json.dumps(make()).replace("600", literal).encode()
+    problem, = problems(text)
+    assert problem.startswith(
+        "queues./q.high-water-mark.MSG_TIMEOUT_SECS: Expected a number greater "
+        "than 0 and at most 3200000000, but got: " + shown)
+    assert len(problem) < 300
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["path", "max_reader_num", "max_db_num", "max_db_size_bytes", "subscribers", "high-water-mark"])
+def test_required_keys_of_a_queue(key: str) -> None:
+    found = problems(change([*QUEUE, key], ABSENT))
+    assert found[0] == f"queues./q: Expected the key {key!r}, but got: no such key"
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("key", make()["queues"]["/q"]["high-water-mark"])
+def test_required_keys_of_a_mark(key: str) -> None:
+    assert problems(change(
+        [*MARK, key],
+        ABSENT)) == (f"queues./q.high-water-mark: Expected the key {key!r}, but got: no such key", )
+
+
+@pytest.mark.parametrize("place, key, meant", [
+    (QUEUE, "max_db_nums", "max_db_num"),
+    (QUEUE, "high_water_mark", "high-water-mark"),
+    (QUEUE, "subscriber", "subscribers"),
+    (MARK, "msg_timeout_secs", "MSG_TIMEOUT_SECS"),
+    (["pub"], "out-queue", "out_queue"),
+    (["sub"], "in_que", "in_queue"),
+    (QUEUE, "identifier", None),
+    (MARK, "size_bytes", None),
+    (["pub"], "\x1b[2J", None),
+])
+def test_unknown_keys(place: Sequence[str], key: str, meant: Optional[str]) -> None:
+    problem, = problems(change([*place, key], 1))
+    assert problem.startswith(f"{'.'.join(place)}: Expected only the keys '")
+    assert f", but got: {key!r}" in problem
+    if meant is not None:
+        assert problem.endswith(f"(did you mean {meant!r}?)")
+
+
+@pytest.mark.parametrize("old, new, problem", [
+    ('"pub": {', '"pub": {}, "pub": {', "Expected each key once, but got: 'pub' more than once"),
+    ('"queues": {', '"queues": {}, "queues": {',
+     "Expected each key once, but got: 'queues' more than once"),
+    ('"/q": {', '"/q": 1, "/q": 2, "/q": {',
+     "queues: Expected each key once, but got: '/q' more than once"),
+    ('"path": ', '"path": "/q", "path": ',
+     "queues./q: Expected each key once, but got: 'path' more than once"),
+    ('"strategy": ', '"strategy": "prune_last", "strategy": ',
+     "queues./q.high-water-mark: Expected each key once, but got: 'strategy' more than once"),
+    ('"in_queue": ', '"in_queue": "/q", "in_\\u0071ueue": ',
+     "sub: Expected each key once, but got: 'in_queue' more than once"),
+])
+def test_duplicate_keys(old: str, new: str, problem: str) -> None:
+    assert problems(json.dumps(make()).replace(old, new, 1).encode()) == (problem, )
+
+
+def test_duplicate_keys_inside_of_lists() -> None:
+    text = json.dumps(make()).replace('["sub"]}', '["sub", {"a": 1, "a": 1}]}', 1).encode()
+    assert problems(text)[0] == ("pub.subscribers[1]: Expected each key once, but got: 'a' "
+                                 "more than once")
+
+
+# --- publishers, subscribers and references
+
+ENTRY = "a publisher ('out_queue', 'subscribers'), a subscriber ('in_queue') or both"
+
+
+@pytest.mark.parametrize("entry", [None, 1, "x", [], {}])
+def test_neither_publisher_nor_subscriber(entry: Any) -> None:
+    assert problems(change(["x"], entry)) == (f"x: Expected {ENTRY}, but got: {entry!r}", )
+
+
+@pytest.mark.parametrize("name, key, missing", [("pub", "out_queue", "out_queue"),
+                                                ("pub", "subscribers", "subscribers")])
+def test_half_a_publisher(name: str, key: str, missing: str) -> None:
+    assert problems(change(
+        [name, key], ABSENT)) == (f"{name}: Expected the key {missing!r}, but got: no such key", )
+
+
+def test_half_a_stage() -> None:
+    assert problems(change(["pub"], {
+        "in_queue": "/q",
+        "out_queue": "/q"
+    }))[0] == ("pub: Expected the key 'subscribers', but got: no such key")
+
+
+@pytest.mark.parametrize("place", [["pub", "out_queue"], ["sub", "in_queue"]])
+@pytest.mark.parametrize("value", ["/", "", None, 1, True, ["/q"], {"/q": 1}, math.nan])
+def test_reference_to_no_queue(place: Sequence[str], value: Any) -> None:
+    problem, = problems(change(place, value))
+    assert problem.startswith(f"{'.'.join(place)}: Expected a key of queues ('/q'), but got: ")
+
+
+def test_reference_to_no_queue_lists_few() -> None:
+    content = make()
+    for number in range(100):
+        queue = copy.deepcopy(content["queues"]["/q"])
+        content["queues"][f"/q{number}"] = {**queue, "path": f"/q{number}"}
+    content["pub"]["out_queue"] = "x"
+    assert problems(content) == ("pub.out_queue: Expected a key of queues ('/q', '/q0', '/q1', "
+                                 "'/q2', '/q3' and 96 more), but got: 'x'", )
+
+
+def test_without_queues_references_are_no_problem_of_their_own() -> None:
+    assert problems(change(["queues"],
+                           ABSENT)) == ("queues: Expected an object, but got: no such key", )
+    assert problems(change(["queues"], [])) == ("queues: Expected an object, but got: []", )
+    assert "there is none" in problems(change(["queues"], {}))[0]
+
+
+@pytest.mark.parametrize("value, problem", [
+    ([], "pub.subscribers: Expected at least one subscriber, but got: []"),
+    ("sub", "pub.subscribers: Expected a list of subscribers, but got: 'sub'"),
+    (["sub", "x"
+      ], "pub.subscribers[1]: Expected a subscriber of the queue ('sub', 'b'), but got: 'x'"),
+    (["sub", "b", "sub"
+      ], "pub.subscribers[2]: Expected each subscriber once, but got: 'sub' again"),
+])
+def test_subscribers_of_a_publisher(value: Any, problem: str) -> None:
+    content = make(subscribers=["sub", "b"])
+    content["pub"]["subscribers"] = value
+    assert problems(content) == (problem, )
+
+
+def test_subscribers_of_a_queue_only_once() -> None:
+    assert problems(make(subscribers=["sub", "a", "a"])) == (
+        "queues./q.subscribers[2]: Expected each subscriber once, but got: 'a' again", )
+
+
+def test_subscriber_that_its_queue_does_not_list() -> None:
+    content = make(subscribers=["sub", "a"])
+    content["x"] = {"in_queue": "/q"}
+    assert problems(content) == (
+        "x.in_queue: Expected a queue with the subscriber 'x', but got: '/q' ('sub', 'a')", )
+
+
+@pytest.mark.parametrize("other", ["/a/q", "/a/./q", "/a//q/", "//a/q", "/a/b/../q", "q", "../a/q"])
+def test_two_queues_at_one_path(other: str) -> None:
+    content = change([*QUEUE, "path"], "/a/q")
+    content["queues"]["other"] = {**content["queues"]["/q"], "path": other}
+    with pytest.raises(persipubsub.errors.ConfigError) as info:
+        persipubsub.config.parse(text=json.dumps(content).encode(), config_pth="/a/config.json")
+    assert info.value.problems == (
+        f"queues.other.path: Expected another path than that of queues./q, but got: {other!r}", )
+
+
+def test_two_queues_of_one_scheme() -> None:
+    content = change([*QUEUE, "path"], "nats://a//b")
+    content["queues"]["other"] = {**content["queues"]["/q"], "path": "nats://a/b"}
+    assert len(parse(content).queues) == 2
+    content["queues"]["other"]["path"] = "nats://a//b"
+    assert "another path" in problems(content)[0]
+
+
+WRONG_IDENTIFIERS = [
+    "", "a\0b", "\ud800", "a\udfff", "a" * 256, "\xe9" * 128,
+    *sorted(persipubsub.config.RESERVED_SUBSCRIBER_IDS)
+]
+
+
+@pytest.mark.parametrize("identifier", WRONG_IDENTIFIERS + ["queues"])
+def test_wrong_identifiers_in_lists(identifier: str) -> None:
+    problem, = problems(make(subscribers=["sub", identifier]))
+    assert problem.startswith("queues./q.subscribers[1]: Expected an identifier ")
+
+
+@pytest.mark.parametrize("identifier", [None, 1, True, [], {}, math.nan])
+def test_identifiers_that_are_no_strings(identifier: Any) -> None:
+    content = make()
+    content["pub"]["subscribers"].append(identifier)
+    problem, = problems(content)
+    assert problem.startswith("pub.subscribers[1]: Expected an identifier (1 to 255 bytes")
+
+
+@pytest.mark.parametrize("identifier", WRONG_IDENTIFIERS)
+def test_wrong_identifiers_of_entries(identifier: str) -> None:
+    problem, = problems(change([identifier], make()["pub"]))
+    assert ": Expected an identifier " in problem
+
+
+@pytest.mark.parametrize("identifier", [
+    "a", "a" * 255, "\xe9" * 127, "a b", "\x1b\n", ".", "/", "__class__", "\U0001f600", "data_db2"
+])
+def test_right_identifiers(identifier: str) -> None:
+    content = change(["sub"], ABSENT)
+    content["queues"]["/q"]["subscribers"] = [identifier]
+    content["pub"]["subscribers"] = [identifier]
+    content[identifier] = {"in_queue": "/q"}
+    assert parse(content).subscriber(identifier).identifier == identifier
+
+
+@pytest.mark.parametrize("key", ["", "a\0", "\ud800"])
+def test_wrong_keys_of_queues(key: str) -> None:
+    content = make()
+    content["queues"][key] = {**content["queues"]["/q"], "path": "/other"}
+    problem, = problems(content)
+    assert problem.startswith(f"queues.{key!r}: Expected a non-empty string")
+
+
+# --- all problems, and how they are told
+
+
+def test_all_problems_are_listed() -> None:
+    content = make()
+    content["queues"]["/q"].update(max_db_num="1", max_reader_num=True, durability="x", y=1)
+    content["queues"]["/q"]["high-water-mark"].update(MAX_MSGS_NUM=0, strategy=None)
+    content["pub"].update(out_queue="/r", subscribers=[1, "sub", "sub"])
+    content["z"] = 1
+    del content["queues"]["/q"]["path"]
+    places = [problem.split(": Expected")[0] for problem in problems(content)]
+    assert sorted(places) == sorted([
+        "queues./q", "queues./q", "queues./q.max_db_num", "queues./q.max_reader_num",
+        "queues./q.durability", "queues./q.high-water-mark.MAX_MSGS_NUM",
+        "queues./q.high-water-mark.strategy", "pub.out_queue", "pub.subscribers[0]",
+        "pub.subscribers[2]", "z"
+    ])
+
+
+def test_problems_of_another_file_do_not_fill_the_memory() -> None:
+    found = problems({f"key{number}": number for number in range(100000)})
+    assert len(found) == 1001
+    assert found[-1] == "The rest of the file was not checked"
+
+
+@pytest.mark.parametrize("value", [
+    "x" * 10**6, ["x" * 10**5] * 10, {
+        "x" * 10**5: "y" * 10**5
+    }, "\0" * 10**5, "\U000e0001" * 10**5
+])
+def test_long_values_are_cut(value: Any) -> None:
+    for place in ([*QUEUE, "max_db_num"], ["pub", "out_queue"], ["x"]):
+        assert all(len(text) < 500 for text in problems(change(place, value)))
+    if isinstance(value, str):
+        for place in ([*QUEUE, value], [value], ["queues", value], [*MARK, value]):
+            assert all(len(text) < 600 for text in problems(change(place, [])))
+
+
+def test_control_characters_in_places() -> None:
+    found = problems({"a\x1b[2J": 1, "b c": 1, "": 1, "queues": {"\n": {"\x07": 1}}})
+    assert any(text.startswith("'a\\x1b[2J': ") for text in found)
+    assert any(text.startswith("queues.'\\n': ") for text in found)
+    assert any(text.startswith("'b c': ") for text in found)
+
+
+def test_control_characters_in_the_name_of_the_file() -> None:
+    with pytest.raises(persipubsub.errors.ConfigError) as info:
+        persipubsub.config.parse(text=b"", config_pth="/a\x1b[2J")
+    assert str(info.value).startswith("'/a\\x1b[2J': Expected")
+
+
+# --- texts that are no correct JSON
+
+
+@pytest.mark.parametrize("text, problem", [
+    (b"", "Expected a JSON object, but got an empty file"),
+    (b" \n\t", "Expected a JSON object, but got an empty file"),
+    (b"[]", "Expected an object, but got: []"),
+    (b"null", "Expected an object, but got: None"),
+    (b"NaN", "Expected an object, but got: NaN"),
+    (b'"queues"', "Expected an object, but got: 'queues'"),
+    (b"1" * 10**6, "Expected an object, but got: 111"),
+    (b"\xef\xbb\xbf{}", "Expected UTF-8 without a byte order mark, but got one"),
+    (b'{\n"a": "\xff"}', "line 2: Expected UTF-8, but got the byte 0xff"),
+    (b"\xed\xa0\x80", "line 1: Expected UTF-8, but got the byte 0xed"),
+    ("{}".encode("utf-16"), "line 1: Expected UTF-8, but got the byte 0xff"),
+    (b'{"a": 1,\n}', "line 2, column 1: Expected JSON, but got: '}' ("),
+    (b'{"a": 1', "line 1, column 8: Expected JSON, but got: '' ("),
+    (b'{} {}', "line 1, column 4: Expected JSON, but got: '{}' (Extra data)"),
+    (b'{"a": "\x00"}', "line 1, column 8: Expected JSON, but got: '\\x00"),
+    (b'{"a": "' + b'\\"' * 10**5, "line 1, column 7: Expected JSON, but got: '\""),
+    (b'{"a": tru}', "line 1, column 7: Expected JSON, but got: 'tru}' ("),
+    (b"\0" * 100, "line 1, column 1: Expected JSON, but got: '\\x00"),
+    (b"]" * 100, "line 1, column 1: Expected JSON, but got: ']"),
+    (b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
+    (b'{"queues":' * 10**5, "Expected at most 32 levels of nesting, but got more"),
+    (b"[" * 10**5 + b"]" * 10**5, "Expected at most 32 levels of nesting, but got more"),
+    (b'["\\\\",' + b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
+])
+def test_text_is_no_json(text: bytes, problem: str) -> None:
+    found, = problems(text)
+    assert found.startswith(problem)
+
+
+def test_brackets_in_strings_are_no_nesting() -> None:
+    content = make(subscribers=["sub", "[" * 50, "\"[\\" + "{" * 50, "]}", "{"])
+    assert len(parse(content).queues["/q"].subscribers) == 5
+
+
+def test_deep_nesting_with_a_high_recursion_limit() -> None:
+    # A crash of the interpreter, if the parser of json had to find out.
+    code = ("import sys, persipubsub.config, persipubsub.errors; sys.setrecursionlimit(10**9)\n"
+            "try: persipubsub.config.parse(text=b'[' * 10**7, config_pth='c')\n"
+            "except persipubsub.errors.ConfigError: print('refused')")
+    assert run(code) == "refused\n"
+
+
+def run(code: str, *arguments: str) -> str:
+    """Return the output of the program."""
+    root = str(pathlib.Path(persipubsub.errors.__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", code, *arguments],
+                          env={
+                              **os.environ, "PYTHONPATH": root
+                          },
+                          stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE,
+                          timeout=60,
+                          check=True)
+    return done.stdout.decode()
+
+
+def test_too_little_memory() -> None:
+    code = ("import resource, persipubsub.config, persipubsub.errors\n"
+            "text = b'[' + b'0.5,' * 8 * 2**20 + b'1]'\n"
+            "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, ) * 2)\n"
+            "try: persipubsub.config.parse(text=text, config_pth='c')\n"
+            "except persipubsub.errors.ConfigError as error: print('memory' in str(error))")
+    assert run(code) == "True\n"
+
+
+# --- files that can not be read
+
+
+def test_missing_file(tmp_path: pathlib.Path) -> None:
+    for config_pth in (tmp_path / "x.json", tmp_path / "x" / "y.json", pathlib.Path("/x.json")):
+        assert read_error(
+            config_pth) == "Expected a file that can be read, but got: No such file or directory"
+    with pytest.raises(persipubsub.errors.ConfigError, match="Expected the path of a file, .*''"):
+        persipubsub.config.read("")
+
+
+def test_file_without_rights() -> None:
+    # In a process without privileges, as root may read everything.
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        config_pth = pathlib.Path(directory) / "config.json"
+        config_pth.write_bytes(EXAMPLE)
+        config_pth.chmod(0)
+        code = ("import os, sys, persipubsub.config, persipubsub.errors\n"
+                "if os.getuid() == 0: os.setuid(65534)\n"
+                "try: persipubsub.config.read(sys.argv[1])\n"
+                "except persipubsub.errors.ConfigError as error: print(error)")
+        assert run(code, str(config_pth)) == (
+            f"{config_pth}: Expected a file that can be read, but got: Permission denied\n")
+
+
+def test_not_a_regular_file(tmp_path: pathlib.Path) -> None:
+    for path, found in ((tmp_path, "directory"), (pathlib.Path("/dev/null"), "device")):
+        assert read_error(path) == f"Expected a regular file, but got: a {found}"
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "s"))
+        assert read_error(tmp_path / "s").startswith("Expected a file that can be read, but got: ")
+
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert "symbolic links" in read_error(loop)
+    with pytest.raises(persipubsub.errors.ConfigError, match="File name too long"):
+        persipubsub.config.read("a" * 5000)
+
+
+@pytest.mark.parametrize("has_writer", [False, True])
+def test_nothing_is_waited_for(tmp_path: pathlib.Path, has_writer: bool) -> None:
+    # In a process of its own, which can be ended if it hangs.
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "link").symlink_to(fifo)
+    descriptor = os.open(fifo, os.O_RDWR) if has_writer else None
+    try:
+        if descriptor is not None:
+            os.write(descriptor, EXAMPLE)
+        code = ("import sys, persipubsub.config, persipubsub.errors\n"
+                "for config_pth in sys.argv[1:]:\n"
+                "    try: persipubsub.config.read(config_pth)\n"
+                "    except persipubsub.errors.ConfigError as error: print(error)")
+        found = run(code, str(fifo), str(tmp_path / "link"), "/dev/zero", "/dev/stdin")
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    kinds = [line.split(": ", 1)[1] for line in found.splitlines()]
+    fifo_problem = "Expected a regular file, but got: a FIFO"
+    assert kinds == [
+        fifo_problem, fifo_problem, "Expected a regular file, but got: a device", fifo_problem
+    ]
+
+
+def test_large_file(tmp_path: pathlib.Path) -> None:
+    config_pth = tmp_path / "config.json"
+    config_pth.write_bytes(EXAMPLE)
+    os.truncate(config_pth, 10**12)  # sparse
+    expected = "Expected a file of at most 67108864 bytes, but got more"
+    assert read_error(config_pth) == expected
+    assert problems(b" " * (64 * 1024**2 + 1)) == (expected, )
+
+
+def test_file_without_size() -> None:
+    assert "Expected JSON" in read_error(pathlib.Path("/proc/self/status"))
+
+
+@pytest.mark.parametrize("config_pth", ["a\0b", "\ud800"])
+def test_impossible_paths(config_pth: str) -> None:
+    with pytest.raises(persipubsub.errors.ConfigError, match="Expected the path of a file"):
+        persipubsub.config.read(config_pth)
+
+
+def test_working_directory_was_removed() -> None:
+    code = ("import os, tempfile, persipubsub.config, persipubsub.errors\n"
+            "directory = tempfile.mkdtemp(); os.chdir(directory); os.rmdir(directory)\n"
+            "try: persipubsub.config.read('config.json')\n"
+            "except persipubsub.errors.ConfigError as error: print(error)")
+    assert run(code).startswith("config.json: Expected a file that can be read")
+
+
+class BytesPath:
+    """Be a path of bytes."""
+
+    def __fspath__(self) -> bytes:
+        """Return the path."""
+        return b"/x"
+
+
+@pytest.mark.parametrize("config_pth", [0, True, None, b"/x", 1.5, [], BytesPath()])
+def test_config_pth_is_no_path(config_pth: Any) -> None:
+    with pytest.raises(TypeError, match="Expected config_pth as str or os.PathLike"):
+        persipubsub.config.read(config_pth)
+    with pytest.raises(TypeError, match="Expected config_pth as str or os.PathLike"):
+        persipubsub.config.parse(b"{}", config_pth)
+
+
+@pytest.mark.parametrize("text", ["{}", None, bytearray(b"{}")])
+def test_text_is_no_bytes(text: Any) -> None:
+    with pytest.raises(TypeError, match="Expected text as bytes"):
+        persipubsub.config.parse(text=text, config_pth=CONFIG_PTH)
+
+
+def test_no_descriptor_is_left_open(tmp_path: pathlib.Path) -> None:
+    config_pth = tmp_path / "config.json"
+    config_pth.write_bytes(EXAMPLE)
+    before = os.listdir("/proc/self/fd")
+    for _ in range(10):
+        persipubsub.config.read(config_pth)
+        read_error(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_many_threads(tmp_path: pathlib.Path) -> None:
+    config_pth = tmp_path / "config.json"
+    config_pth.write_bytes(EXAMPLE)
+    results: list[persipubsub.config.Config] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(persipubsub.config.read(config_pth)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8 and all(result == results[0] for result in results)
+
+
+# --- speed, with generous bounds
+
+
+def test_small_file_is_read_fast(tmp_path: pathlib.Path) -> None:
+    config_pth = tmp_path / "config.json"
+    config_pth.write_bytes(EXAMPLE)
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        persipubsub.config.read(config_pth)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.05
+
+
+def test_difflib_is_not_imported_at_start() -> None:
+    assert run("import sys, persipubsub.config; print('difflib' in sys.modules)") == "False\n"
+
+
+# --- any content
+
+KEYS = st.one_of(
+    st.sampled_from([
+        "queues", "/q", "path", "subscribers", "in_queue", "out_queue", "max_db_num", "sub", "pub",
+        "high-water-mark", "durability", "MAX_MSGS_NUM", "strategy", "data_db"
+    ]), st.text(st.characters(), max_size=3))
+VALUE = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), KEYS,
+              st.sampled_from([10**400, "prune_first"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)),
+    max_leaves=15)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(VALUE, st.data())
+def test_any_json(value: Any, data: st.DataObject) -> None:
+    """Put the value at any place of a correct file, or take it for the whole file."""
+    content: Any = make()
+    places = [[], ["pub"], ["sub"], ["new"], ["queues"], QUEUE, ["queues", "/r"], MARK,
+              [*QUEUE, "subscribers"], ["pub", "subscribers"], ["pub", "out_queue"]]
+    place = data.draw(st.sampled_from(places))
+    content = change(place, value) if place else value
+    try:
+        assert isinstance(parse(content), persipubsub.config.Config)
+    except persipubsub.errors.ConfigError as error:
+        checked(error, CONFIG_PTH)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.one_of(st.binary(),
+                            st.text(alphabet='{}[]",:\\0e-.n').map(str.encode)),
+                  st.integers(0, len(EXAMPLE)), st.integers(0, 20))
+def test_any_bytes(junk: bytes, start: int, length: int) -> None:
+    """Put the bytes anywhere into a correct file."""
+    for text in (junk, EXAMPLE[:start] + junk + EXAMPLE[start + length:]):
+        try:
+            assert isinstance(parse(text), persipubsub.config.Config)
+        except persipubsub.errors.ConfigError as error:
+            checked(error, CONFIG_PTH)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+               min_size=1,
+               max_size=20)
+IDENTIFIER = TEXT.filter(
+    lambda text: text not in persipubsub.config.RESERVED_SUBSCRIBER_IDS | {"queues"})
+
+
+@st.composite
+def correct_content(draw: st.DrawFn) -> dict[str, Any]:
+    """Generate a correct file."""
+    content: dict[str, Any] = {"queues": {}}
+    for number, key in enumerate(draw(st.lists(TEXT, unique=True, max_size=3))):
+        queue: dict[str, Any] = {
+            "path": f"/queues/{number}",
+            "max_reader_num": draw(st.integers(1, 65535)),
+            "max_db_num": draw(st.integers(8, 32768)),
+            "max_db_size_bytes": draw(st.integers(2**18, 2**46)),
+            "subscribers": draw(st.lists(IDENTIFIER, unique=True, max_size=4)),
+            "high-water-mark": {
+                "MSG_TIMEOUT_SECS": draw(
+                    st.one_of(st.integers(1, 3200000000), st.floats(0.001, 3.2e9))),
+                "MAX_MSGS_NUM": draw(st.integers(1, 2**48)),
+                "HWM_LMDB_SIZE_BYTES": draw(st.integers(1, 2**46)),
+                "strategy": draw(st.sampled_from(["prune_first", "prune_last"])),
+            },
+            "durability": draw(st.sampled_from(["fsync", "os"])),
+            "checkpoint_secs": draw(st.floats(0, 86400)),
+            "busy_timeout_secs": draw(st.floats(0.001, 86400)),
+        }
+        content["queues"][key] = queue
+        for identifier in queue["subscribers"]:
+            if draw(st.booleans()):
+                content.setdefault(identifier, {})["in_queue"] = key
+        if queue["subscribers"]:
+            members = st.lists(st.sampled_from(queue["subscribers"]), unique=True, min_size=1)
+            entry = content.setdefault(draw(IDENTIFIER), {})
+            entry.update(out_queue=key, subscribers=draw(members))
+    return content
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(correct_content())
+def test_round_trip(content: dict[str, Any]) -> None:
+    config = parse(content)
+    queues = {key: json.loads(msgspec.json.encode(queue)) for key, queue in config.queues.items()}
+    assert queues == content["queues"]
+
+    entries: dict[str, Any] = {}
+    for identifier, publisher in config.publishers.items():
+        assert publisher.identifier == identifier
+        entries.setdefault(identifier, {}).update(out_queue=publisher.out_queue,
+                                                  subscribers=list(publisher.subscribers))
+    for identifier, subscriber in config.subscribers.items():
+        assert subscriber.identifier == identifier
+        entries.setdefault(identifier, {})["in_queue"] = subscriber.in_queue
+    assert entries == {key: entry for key, entry in content.items() if key != "queues"}

@@ -1,0 +1,31 @@
+"""
+Drive a queue and its twin through random steps.
+
+``PERSIPUBSUB_EXAMPLES`` is the number of runs (and a factor of their length), ``PERSIPUBSUB_SEED``
+repeats those of an earlier test, which printed it.
+"""
+
+import os
+import random
+
+import hypothesis
+import hypothesis.stateful
+
+from tests.queue_machine import QueueMachine
+
+EXAMPLES = int(os.environ.get("PERSIPUBSUB_EXAMPLES", "25"))
+STEPS = 40 if EXAMPLES <= 100 else 80
+
+
+def test_queue_is_like_its_twin() -> None:
+    seed = int(os.environ.get("PERSIPUBSUB_SEED") or random.randrange(1 << 32))
+    print("PERSIPUBSUB_SEED={} PERSIPUBSUB_EXAMPLES={}".format(seed, EXAMPLES))
+    hypothesis.seed(seed)(QueueMachine)
+    hypothesis.stateful.run_state_machine_as_test(
+        QueueMachine,
+        settings=hypothesis.settings(max_examples=EXAMPLES,
+                                     stateful_step_count=STEPS,
+                                     deadline=None,
+                                     database=None,
+                                     print_blob=True,
+                                     suppress_health_check=list(hypothesis.HealthCheck)))

@@ -1,0 +1,139 @@
+"""Test examples/quickstart.py as a user runs it: as a program."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import Dict, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.subscriber
+
+_SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
+
+# Catches a hang, and nothing else: the example gives up by itself before that.
+_TIMEOUT_SECS = 400
+
+
+def _start(tmp_path: pathlib.Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start the example with a directory of its own for everything temporary."""
+    (tmp_path / "tmp").mkdir()
+    env: Dict[str, str] = dict(os.environ, TMPDIR=str(tmp_path / "tmp"))
+    return subprocess.Popen([sys.executable, str(_SCRIPT), *arguments],
+                            cwd=tmp_path,
+                            env=env,
+                            stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
+                            text=True)
+
+
+def _left(tmp_path: pathlib.Path) -> List[pathlib.Path]:
+    return list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
+    process = _start(tmp_path, "--files", "300", "--durability", durability)
+    out, err = process.communicate(timeout=_TIMEOUT_SECS)
+
+    assert (err, process.returncode) == ("", 0), out
+    assert re.search(r"^lost: +0$", out, re.MULTILINE), out
+    assert re.search(r"^sent: +300 messages by 2 processes$", out, re.MULTILINE), out
+    assert re.search(r"^received: +300 by archive, 300 by index, 300 by checksums$", out,
+                     re.MULTILINE), out
+    assert re.search(r"^killed: +archive \(PID \d+\) with SIGKILL", out, re.MULTILINE), out
+    assert re.search(r"^redelivered: +\d+$", out, re.MULTILINE), out
+    assert re.search(r"^throughput: .* MB/s published", out, re.MULTILINE), out
+    assert re.search(r"^latency: +p50 .* ms, p99 .* ms", out, re.MULTILINE), out
+    assert "durability {}\n".format(durability) in out
+    assert "\x1b" not in out and "\r" not in out, "Expected no progress bar without a terminal"
+    assert not _left(tmp_path)
+
+
+def test_loss_is_found(tmp_path: pathlib.Path) -> None:
+    queue = {
+        "path": "queue",
+        "max_reader_num": 64,
+        "max_db_num": 64,
+        "max_db_size_bytes": 2**32,
+        "subscribers": ["index"],
+        "high-water-mark": {
+            "MSG_TIMEOUT_SECS": 3600,
+            "MAX_MSGS_NUM": 10**6,
+            "HWM_LMDB_SIZE_BYTES": 2**32,
+            "strategy": "prune_first"
+        }
+    }
+    config_pth = tmp_path / "config.json"
+    config_pth.write_text(json.dumps({"index": {"in_queue": "q"}, "queues": {"q": queue}}))
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    with persipubsub.subscriber.Sub() as thief:
+        thief.init(sub_id="index", config_pth=config_pth)
+        process = _start(tmp_path, "--files", "20", "--patience", "3", "--queue", "queue")
+        stolen = 0
+        while process.poll() is None:
+            with thief.receive(timeout=0.1) as msg:
+                stolen += msg is not None
+        out, err = process.communicate(timeout=_TIMEOUT_SECS)
+
+    # The thief waited before the other processes of the subscriber had even started. Only on a very
+    # slow machine does the example lose its patience, so that even more is missing.
+    assert stolen > 0
+    match = re.search(r"^lost: +([0-9]+)$", out, re.MULTILINE)
+    assert match is not None, out + err
+    assert int(match.group(1)) >= stolen
+    assert "FAILED: {} deliveries did not arrive".format(match.group(1)) in err
+    assert "Lost by index: /" in err
+    assert process.returncode == 1
+    assert not _left(tmp_path)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(tmp_path: pathlib.Path, number: signal.Signals, code: int) -> None:
+    # Whoever starts us may ignore the signal, and a program inherits that; handlers it does not.
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        process = _start(tmp_path)
+    finally:
+        signal.signal(number, before)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Queue: "):
+            break
+    # The processes are about to be started; to send all files takes seconds.
+    process.send_signal(number)
+    process.communicate(timeout=_TIMEOUT_SECS)
+
+    assert process.returncode == code
+    assert not _left(tmp_path)
+
+
+def test_children_end_with_their_parent(tmp_path: pathlib.Path) -> None:
+    process = _start(tmp_path, "--files", "100000", "--queue", "queue")
+    assert process.stdout is not None
+    deadline = time.monotonic() + _TIMEOUT_SECS
+    ledgers = []  # type: List[pathlib.Path]
+    while not ledgers and time.monotonic() < deadline and process.poll() is None:
+        ledgers = list((tmp_path / "tmp").glob("*/index"))
+        time.sleep(0.01)
+    process.kill()
+
+    # The pipes to us are closed when the last process has ended.
+    process.communicate(timeout=_TIMEOUT_SECS)
+    assert ledgers, "Expected a subscriber to have started"
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_wrong_arguments(tmp_path: pathlib.Path) -> None:
+    process = _start(tmp_path, "--files", "0")
+    _, err = process.communicate(timeout=_TIMEOUT_SECS)
+    assert process.returncode == 2
+    assert "Expected --files to be at least 1, but got: 0" in err

@@ -1,0 +1,126 @@
+"""Test that what README.rst shows and says is true."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from typing import List, Set, Type
+
+import msgspec
+import msgspec.structs
+import pytest
+
+import persipubsub.config
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_TEXT = (_ROOT / "README.rst").read_text(encoding="utf-8")
+
+
+def _section(title: str) -> str:
+    """Return the text below a title, up to the next title."""
+    match = re.search(r"^{}\n-+\n(.*?)(?=^[^\n]+\n---+\n|\Z)".format(re.escape(title)), _TEXT,
+                      re.MULTILINE | re.DOTALL)
+    assert match is not None, "Expected a section {!r} in README.rst".format(title)
+    return match.group(1)
+
+
+def _block(section: str, opening: str) -> str:
+    """Return an indented block, without its indentation."""
+    match = re.search(r"{}\n\n((?:    [^\n]*\n|\n)+)".format(re.escape(opening)), section)
+    assert match is not None, "Expected a block after {!r}".format(opening)
+    return re.sub(r"^    ", "", match.group(1), flags=re.MULTILINE).strip() + "\n"
+
+
+def _keys_of_configuration() -> Set[str]:
+    entries = {"queues", "out_queue", "subscribers", "in_queue"}
+    kinds: List[Type[msgspec.Struct]] = [persipubsub.config.Queue, persipubsub.config.HighWaterMark]
+    for kind in kinds:
+        entries |= {field.encode_name for field in msgspec.structs.fields(kind)}
+    return entries
+
+
+def test_sections_are_in_order() -> None:
+    assert re.findall(r"^([^\n]+)\n---+$", _TEXT, re.MULTILINE) == [
+        "Try it", "Example", "Configuration file", "Guarantees", "Related projects", "Install",
+        "Development", "Versioning"
+    ]
+
+
+@pytest.mark.parametrize("command", [
+    "python3 -m venv venv3 && venv3/bin/pip install '.[examples]' "
+    "&& venv3/bin/python examples/quickstart.py",
+    "python3 -m venv venv3 && venv3/bin/pip install -e '.[dev]' && venv3/bin/tox",
+])
+def test_commands(command: str) -> None:
+    assert command in [line.strip() for line in _section("Try it").splitlines()]
+
+
+def test_example_runs(tmp_path: pathlib.Path) -> None:
+    section = _section("Example")
+    code = _block(section, ".. code-block:: python")
+    assert len(code.splitlines()) <= 22
+    (tmp_path / "config.json").write_text(_block(section, ".. code-block:: json"))
+
+    for _ in range(2):
+        # Twice: every message was acknowledged, and initializing may be repeated.
+        process = subprocess.run([sys.executable, "-c", code],
+                                 cwd=tmp_path,
+                                 stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE,
+                                 text=True,
+                                 timeout=120,
+                                 check=False)
+        assert process.stderr == ""
+        assert process.stdout == _block(section, "It prints::")
+        assert process.returncode == 0
+
+    assert sorted(pth.name for pth in tmp_path.iterdir()) == ["config.json", "queues"]
+
+
+def test_configuration_of_the_example_is_complete() -> None:
+    text = _block(_section("Example"), ".. code-block:: json")
+    config = persipubsub.config.parse(text=text.encode("utf-8"), config_pth="/etc/config.json")
+    assert config.queue_path("greetings") == "/etc/queues/greetings"
+
+    def keys(found: object) -> Set[str]:
+        if not isinstance(found, dict):
+            return set()
+        return set(found).union(*map(keys, found.values()))
+
+    optional = {
+        field.encode_name
+        for field in msgspec.structs.fields(persipubsub.config.Queue) if not field.required
+    }
+    names = {"pub", "sub", "greetings"}
+    assert keys(json.loads(text)) - names == _keys_of_configuration() - optional
+
+
+def test_all_keys_of_the_configuration_are_explained() -> None:
+    explained = re.findall(r"^``([^`\n]+)``\n    (.*)$", _section("Configuration file"),
+                           re.MULTILINE)
+    names = [name for name, _ in explained]
+    assert len(names) == len(set(names))
+    assert set(names) == _keys_of_configuration()
+
+    fields = {
+        field.encode_name: field
+        for field in msgspec.structs.fields(persipubsub.config.Queue)
+    }
+    for name, text in explained:
+        is_optional = name in fields and not fields[name].required
+        assert text.startswith("Optional. ") == is_optional, name
+
+
+def test_values_of_the_configuration_are_explained() -> None:
+    section = _section("Configuration file")
+    for kind in [persipubsub.config.Strategy, persipubsub.config.Durability]:
+        for member in kind:
+            assert "``{}``".format(member.value) in section
+
+
+def test_files_that_are_named_exist() -> None:
+    named = set(re.findall(r"``((?:docs/|examples/)?[A-Za-z_]+\.(?:rst|py))``", _TEXT))
+    assert {"CONTRIBUTING.rst", "CHANGELOG.rst"} <= named
+    for name in named:
+        assert (_ROOT / name).exists(), name

@@ -1,0 +1,192 @@
+"""Test that the package keeps the rules that no other tool checks."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Iterator, List, Set, Tuple
+
+import pytest
+
+import persipubsub
+import persipubsub.errors
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_PACKAGE = _ROOT / "persipubsub"
+
+_MAX_LINES = 500
+
+# A module imports only from rows below its own. The package itself (__init__) is above them all.
+_ROWS: List[Set[str]] = [
+    {"__main__"},
+    {"cli"},
+    {"control", "publisher", "subscriber"},
+    {"queue"},
+    {"_delivery", "_losses"},
+    {"_retention", "_check", "_pending", "statistics"},
+    {"_positions"},
+    {"_log"},
+    {"_registry"},
+    {"_environment", "_settings"},
+    {"_transactions", "_header"},
+    {"_opening"},
+    {"_checkpoint", "_gate", "_wakeup", "_claims"},
+    {"_files"},
+    {"config"},
+    {"_layout", "_blocks", "_json_file"},
+    {"errors"},
+]
+
+_RANKS = {name: rank for rank, row in enumerate(reversed(_ROWS)) for name in row}
+
+_MODULES = sorted(pth.stem for pth in _PACKAGE.glob("*.py") if pth.stem != "__init__")
+
+
+def _parse(name: str) -> ast.Module:
+    return ast.parse((_PACKAGE / (name + ".py")).read_text(encoding="utf-8"))
+
+
+def _imported(tree: ast.Module) -> Iterator[Tuple[int, str]]:
+    """Yield line and module for all imports of the package's modules, wherever they stand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "line {}: expected no relative import".format(node.lineno)
+            targets = [node.module or ""]
+            if node.module == "persipubsub":
+                targets = ["persipubsub." + alias.name for alias in node.names]
+        else:
+            continue
+
+        for target in targets:
+            parts = target.split(".")
+            if parts[0] == "persipubsub" and len(parts) > 1:
+                yield node.lineno, parts[1]
+
+
+def test_there_are_modules() -> None:
+    assert "errors" in _MODULES
+
+
+def test_package_is_flat() -> None:
+    # Ranks, packaging and doctests look only at the files of this directory.
+    assert not list(_PACKAGE.glob("*/*.py"))
+
+
+@pytest.mark.parametrize("name", _MODULES)
+def test_imports_only_point_down(name: str) -> None:
+    advice = "Expected each module to have a rank; add {!r} to _ROWS in {}"
+    assert name in _RANKS, advice.format(name, __file__)
+
+    for line, target in _imported(_parse(name)):
+        assert target in _RANKS, advice.format(target, __file__)
+        assert _RANKS[target] < _RANKS[name], (
+            "{}.py:{}: expected imports only from below, but got: {!r}".format(name, line, target))
+
+
+@pytest.mark.parametrize("name", _MODULES + ["__init__"])
+def test_no_module_is_long(name: str) -> None:
+    lines = len((_PACKAGE / (name + ".py")).read_text(encoding="utf-8").splitlines())
+    assert lines <= _MAX_LINES
+
+
+@pytest.mark.parametrize("name", [name for name in _MODULES if not name.startswith("_")])
+def test_public_modules_say_what_is_public(name: str) -> None:
+    module = importlib.import_module("persipubsub." + name)
+    assert "__all__" in vars(module), "Expected __all__ in persipubsub/{}.py".format(name)
+
+    public: List[str] = module.__all__
+    assert len(public) == len(set(public))
+    for item in public:
+        assert hasattr(module, item), item
+
+    defined = {
+        node.name
+        for node in _parse(name).body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
+    }
+    assert defined <= set(public), "Expected these in __all__, or private"
+
+
+def test_all_errors_are_public_and_have_one_root() -> None:
+    errors = {
+        name
+        for name, value in vars(persipubsub.errors).items()
+        if inspect.isclass(value) and issubclass(value, BaseException)
+    }
+    assert errors == set(persipubsub.errors.__all__)
+    for name in errors:
+        assert issubclass(getattr(persipubsub.errors, name), persipubsub.errors.PersipubsubError)
+
+
+def test_errors_are_drawn_as_they_are() -> None:
+    drawn: List[Tuple[str, str]] = []
+    above: List[Tuple[int, str]] = []
+    for line in (persipubsub.errors.__doc__ or "").splitlines():
+        match = re.match(r"^(    [ |]*)(\+-- )?(\w+Error)\b", line)
+        if match is None or (match.group(2) is None and above):
+            continue
+
+        indentation = match.start(3)
+        above = [(other, name) for other, name in above if other < indentation]
+        drawn.append((match.group(3), above[-1][1] if above else "Exception"))
+        above.append((indentation, match.group(3)))
+
+    actual = [(name, getattr(persipubsub.errors, name).__base__.__name__)
+              for name in persipubsub.errors.__all__]
+    assert sorted(drawn) == sorted(actual)
+
+
+def test_version_is_in_one_place() -> None:
+    stated = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$',
+                        (_PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert stated == [persipubsub.__version__]
+
+    # A second place would be forgotten at the next release. Not the changelog: it is a history.
+    for pth in [
+            _ROOT / "setup.py", _ROOT / "pyproject.toml", _ROOT / "docs" / "conf.py",
+            *_PACKAGE.glob("*.py")
+    ]:
+        if pth != _PACKAGE / "__init__.py":
+            assert persipubsub.__version__ not in pth.read_text(encoding="utf-8"), pth
+
+
+def test_changelog_starts_with_the_version() -> None:
+    titles = re.findall(r"^(\d+\.\d+\.\d+) \(.*\)\n-+$",
+                        (_ROOT / "CHANGELOG.rst").read_text(encoding="utf-8"), re.MULTILINE)
+    assert titles[0] == persipubsub.__version__
+
+
+def test_import_of_the_package_is_cheap() -> None:
+    code = ("import sys, persipubsub; assert set(persipubsub.__all__) <= set(dir(persipubsub)); "
+            "print([name for name in sys.modules if name.startswith(('persipubsub.', 'lmdb'))])")
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=_ROOT, timeout=60, text=True)
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", persipubsub.__all__)
+def test_public_modules_are_attributes(name: str) -> None:
+    code = "import persipubsub; print(persipubsub.{}.__name__)".format(name)
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=_ROOT, timeout=60, text=True)
+    assert out.strip() == "persipubsub." + name
+
+
+def test_public_modules_are_listed() -> None:
+    assert set(persipubsub.__all__) == {name
+                                        for name in _MODULES if not name.startswith("_")} - {"cli"}
+
+
+def test_unknown_attribute() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing_of_this_name'"):
+        getattr(persipubsub, "nothing_of_this_name")
+
+
+def test_continuous_integration_runs_the_command_of_the_readme() -> None:
+    command = "python3 -m venv venv3 && venv3/bin/pip install -e '.[dev]' && venv3/bin/tox"
+    for name in ["README.rst", "CONTRIBUTING.rst", ".ci/run"]:
+        lines = (_ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert command in [line.strip() for line in lines], name
