@@ -22,7 +22,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 # depend on it. Names of private modules have no page. Sphinx takes Annotated for a name of ours.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!persipubsub\.)[a-z_]\w*\..*"),
-    ("py:.*", r"persipubsub\._.*"),
+    ("py:.*", r"persipubsub\.(\w+\.)?_.*"),
     ("py:class", r"(persipubsub\.\w+\.)?Annotated"),
 ]
 

@@ -28,6 +28,9 @@ BLOCK_BYTES: Final = 1 << 20
 #: LMDB stores the length of a value in 32 bits; a little is left for the block's header.
 MAX_MESSAGE_BYTES: Final = (1 << 32) - (1 << 20)
 
+#: Each message costs this much in the table of its block.
+ENTRY_BYTES: Final = 8
+
 _BLOCK = struct.Struct("<QQQIHHII")
 _BLOCK_WITHOUT_CRC = struct.Struct("<QQQIHHI")
 _BLOCK_CRC = struct.Struct("<I")
@@ -99,6 +102,11 @@ def unpack_block(value: memoryview, number: int) -> Block:
         raise persipubsub.errors.StoreCorruptError(
             "Expected the record of the block at message {} to have the checksum {:#010x}, "
             "but got: {:#010x}".format(number, block.crc, crc))
+    table_end = _BLOCK.size + 8 * block.audiences + ENTRY_BYTES * block.messages
+    if len(value) < table_end:
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected a block of at least {} bytes at message {}, but got: {} bytes".format(
+                table_end, number, len(value)))
     return block
 
 

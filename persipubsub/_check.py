@@ -1,20 +1,24 @@
 """Check all invariants of a store in one snapshot."""
 
-from typing import Dict, List, Sequence, Set, Tuple
+import struct
+from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _blocks, _layout, _log, _positions
+from persipubsub import _blocks, _layout, _log, _positions, _progress
 from persipubsub._opening import Databases
 
 
-def check(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[str]:
+def check(txn: "lmdb.Transaction[memoryview]",
+          databases: Databases,
+          progress: Optional[_progress.Progress] = None) -> List[str]:
     """
     Walk through the store.
 
     :param txn: any transaction
     :param databases: handles
+    :param progress: counts the numbers of messages that were walked over
     :return: what is wrong; nothing if it is sound
     """
     findings = []  # type: List[str]
@@ -22,15 +26,19 @@ def check(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[str
     header = _layout.unpack_header(bytes(value if value is not None else b""), "")
     audiences = _log.read_audiences(txn, databases)
     try:
-        _check_log(txn, databases, audiences, findings)
+        _check_log(txn, databases, audiences, findings, progress or _progress.Progress())
+        _check_positions(txn, databases, header, findings)
     except persipubsub.errors.StoreCorruptError as error:
         return findings + [str(error)]
-    _check_positions(txn, databases, header, findings)
+    except (struct.error, ValueError, IndexError) as error:
+        # A record that was cut, or is of another database.
+        return findings + ["Expected to decode every record, but got: {}".format(error)]
     return findings
 
 
 def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-               audiences: Dict[int, Tuple[str, ...]], findings: List[str]) -> None:
+               audiences: Dict[int, Tuple[str, ...]], findings: List[str],
+               progress: _progress.Progress) -> None:
     """
     Check the blocks, their order, their totals and the checksums of their messages.
 
@@ -38,9 +46,13 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     :param databases: handles
     :param audiences: those that exist
     :param findings: to be extended
+    :param progress: to be counted up
     """
     cursor = txn.cursor(db=databases.data)
     found = _log.head(cursor)
+    begin = found.first if found is not None else _layout.FIRST_NUMBER
+    progress.begin("messages",
+                   total=_log.read_tail(txn.cursor(db=databases.data)).next_number - begin)
     previous_end = _layout.FIRST_NUMBER
     previous_time = 0
     previous = None  # type: "Tuple[int, int, Tuple[int, ...]] | None"
@@ -64,6 +76,7 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
         previous = (block.total_count, block.total_bytes, totals)
         previous_end = _blocks.end_of(first, block)
         previous_time = block.time_ns
+        progress.done = previous_end - begin
         found = _log.following(cursor)
 
 
@@ -103,6 +116,10 @@ def _check_totals(where: str, block: _blocks.Block, size: int, totals: Tuple[int
     expected = list(previous[2]) + [0] * (len(totals) - len(previous[2]))
     if block.audience:
         expected[block.audience - 1] += block.messages
+    if not block.messages and block.total_count > previous[0]:
+        # A placeholder that took the place of cleared messages; those in front of them may not be
+        # deleted yet.
+        return
     if (block.total_count, block.total_bytes, list(totals)) != (previous[0] + block.messages,
                                                                 previous[1] + size, expected):
         findings.append("Expected {} to have the totals {}, but got: {}".format(

@@ -12,13 +12,12 @@ for those who wait or too short for those who work. Locks of one description nev
 each other, so each claim in progress has a descriptor for itself, kept for the next claim.
 
 **Fork.** A child shares the descriptions of its parent. If it kept them, a claim would outlive the
-parent; if it unlocked a byte, the parent's claim would be gone. So the child closes them, without
-unlocking, before other code runs in it. Claims which it inherited are dead: to give them back does
-nothing. Only forks made through Python are noticed. On exec, all descriptors are closed.
+parent; if it unlocked a byte, the parent's claim would be gone. So a child forked by Python closes
+them at once without unlocking. Claims which it inherited are dead. All are closed on exec.
 
-**A deleted file.** Who opens a file that was deleted and made anew locks other bytes than those who
-opened it before. Only opening one more descriptor notices that; to look on each claim would double
-its cost. Delete a claims file only while no process uses the queue.
+**A deleted file.** Who opens a file that was made anew locks other bytes than those who opened it
+before. Only opening one more descriptor notices that; to look on each claim would double its cost.
+Delete a claims file only while no process uses the queue.
 
 **Systems without such locks** (macOS) fall back to POSIX record locks, which belong to a process as
 a whole: a table in memory keeps its claims apart. The kernel drops all those of a process on a file
@@ -31,7 +30,6 @@ import contextlib
 import errno
 import fcntl
 import io
-import itertools
 import os
 import stat
 import struct
@@ -46,12 +44,7 @@ from persipubsub import _files, errors
 _NUMBER_BITS: Final = 48
 _NUMBERS: Final = 1 << _NUMBER_BITS
 _SUBSCRIBERS: Final = 1 << 15
-
-# Idle descriptors that one Claims keeps at most, so that a burst does not pin thousands of them
-_MAX_IDLE: Final = 64
-
-# Races that claim_prefix loses to other consumers before it is content with a single number
-_MAX_PREFIX_TRIES: Final = 8
+_MAX_IDLE: Final = 64  # descriptors, so that a burst of claims does not pin thousands of them
 
 # struct flock of <fcntl.h> with native alignment: (type, whence, start, length, process) on Linux,
 # (start, length, process, type, whence) on macOS and the BSDs
@@ -73,13 +66,13 @@ def _flock(kind: int, start: int, length: int) -> bytes:
 def _has_description_locks() -> bool:
     """Ask the kernel whether it knows locks of open file descriptions (Linux since 3.15)."""
     with contextlib.suppress(OSError), open(os.devnull, "rb+", buffering=0) as null:
-        fcntl.fcntl(null, _GETLK, _flock(fcntl.F_WRLCK, 0, 1))
-        return True
+        return bool(fcntl.fcntl(null, _GETLK, _flock(fcntl.F_WRLCK, 0, 1)))
     return False
 
 
-# The open files of a Claims and who holds locks with them
-_Registry = Dict[io.FileIO, "weakref.ref[_Holder]"]
+_UNLOCK_ALL: Final = _flock(fcntl.F_UNLCK, 0, 0)
+
+_Registry = Dict[io.FileIO, "weakref.ref[_Holder]"]  # files and who holds locks with them
 
 
 class _Holder:
@@ -91,7 +84,6 @@ class _Holder:
     """
 
     __slots__ = ("file", "descriptor", "path", "process_id", "registry", "ticket", "__weakref__")
-
     set_command, get_command = _SETLK, _GETLK
 
     def __init__(self, file: io.FileIO, path: str, registry: _Registry) -> None:
@@ -105,33 +97,30 @@ class _Holder:
 
     def lock(self, start: int, length: int) -> bool:
         """Lock the bytes, or return False if another holder has any of them."""
-        try:
-            fcntl.fcntl(self.descriptor, self.set_command, _flock(fcntl.F_WRLCK, start, length))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):  # POSIX allows either.
-                return False
-            # ENOLCK: the kernel is out of memory, or the file system (some NFS) has no locks
-            raise _files.translate_os_error(error, self.path, doing="lock") from error
-        return True
+        return self._set(_flock(fcntl.F_WRLCK, start, length))
 
     def unlock(self, start: int, length: int) -> None:
         """Unlock the first or the last bytes of those locked."""
-        try:
-            fcntl.fcntl(self.descriptor, self.set_command, _flock(fcntl.F_UNLCK, start, length))
-        except OSError as error:
-            raise _files.translate_os_error(error, self.path, doing="unlock") from error
+        self._set(_flock(fcntl.F_UNLCK, start, length))
 
     def unlock_all(self) -> None:
         """Unlock all that this holder has."""
-        self.unlock(0, 0)
+        self._set(_UNLOCK_ALL)
+
+    def _set(self, flock: bytes) -> bool:
+        try:
+            fcntl.fcntl(self.descriptor, self.set_command, flock)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # POSIX allows either.
+                return False
+            raise _files.translate_os_error(error, self.path, doing="lock") from error
+        return True
 
     def conflict(self, start: int, length: int) -> Optional[int]:
         """Return a byte of the range that another holder has, not always the first; or None."""
         flock = _flock(fcntl.F_WRLCK, start, length)
-        try:
+        with _files.translated(self.path, doing="query"):
             fields = _FLOCK.unpack(fcntl.fcntl(self.descriptor, self.get_command, flock))
-        except OSError as error:
-            raise _files.translate_os_error(error, self.path, doing="query") from error
         kind, found = (fields[0], fields[2]) if _IS_LINUX else (fields[3], fields[0])
         return None if kind == fcntl.F_UNLCK else max(int(found), start)
 
@@ -146,15 +135,12 @@ class _Holder:
 
 
 def _give_up(file: io.FileIO, registry: _Registry, process_id: int) -> None:
-    """
-    Unlock all and close. It may be repeated, by several threads too, as file objects close once.
-
-    Unlocking comes first, since another thread may fork while this one is about to close: the child
-    would share the lock without knowing. Never in a child: finalizers may run there before our hook.
-    """
+    """Unlock all and close. It may be repeated, by any thread: file objects close only once."""
+    # Unlock before closing, as another thread may fork in between: its child would share the lock.
+    # Never in a child, where finalizers may run before our hook.
     with contextlib.suppress(OSError, ValueError):
         if process_id == os.getpid():
-            fcntl.fcntl(file, _SETLK, _flock(fcntl.F_UNLCK, 0, 0))
+            fcntl.fcntl(file, _SETLK, _UNLOCK_ALL)
     file.close()
     registry.pop(file, None)
 
@@ -163,79 +149,72 @@ class _SharedFile:
     """Be the only descriptor of a claims file in a process, with POSIX locks."""
 
     def __init__(self, file: io.FileIO) -> None:
-        self.file, self.files = file, [file]
+        self.file = file  # which does not close the descriptor
         # Range (first byte, end) of each holder
-        self.table: Dict[int, Tuple[int, int, "weakref.ref[_Holder]"]] = {}
+        self.table: Dict["weakref.ref[_Holder]", Tuple[int, int]] = {}
         # Guards the table and its agreement with the kernel. No lock is taken inside. Re-entrant,
         # as a finalizer may run anywhere.
         self.guard = threading.RLock()
 
 
 class _TableHolder(_Holder):
-    """
-    Hold one range of locks as an entry in the table of the process.
+    """Hold one range as an entry in a table, simple and slow with many: few systems need it."""
 
-    It looks at all entries, which is slow with many claims, and simple: few systems need it.
-    """
-
-    __slots__ = ("shared", "serial")
-
+    __slots__ = ("shared", "reference")
     set_command, get_command = fcntl.F_SETLK, fcntl.F_GETLK
-
-    # Not the id of the object: another one may get that while the entry still stands.
-    _serials = itertools.count()
 
     def __init__(self, shared: _SharedFile, path: str) -> None:
         super().__init__(shared.file, path, registry={})
         self.shared = shared
-        self.serial = next(_TableHolder._serials)
+        self.reference: "weakref.ref[_Holder]" = weakref.ref(self)
 
     def lock(self, start: int, length: int) -> bool:
         with self.shared.guard:
             if self.conflict(start, length) is not None:
                 return False
             # Before the lock: whatever comes in between, it is known what to unlock.
-            self.shared.table[self.serial] = (start, start + length, weakref.ref(self))
+            self.shared.table[self.reference] = (start, start + length)
             locked = super().lock(start, length)
             if not locked:
-                self.shared.table.pop(self.serial)
+                self.shared.table.pop(self.reference)
             return locked
 
     def unlock(self, start: int, length: int) -> None:
         with self.shared.guard:
-            first, end, reference = self.shared.table[self.serial]
+            first, end = self.shared.table[self.reference]
             super().unlock(start, length)
             first, end = (start + length, end) if start == first else (first, start)
-            self.shared.table[self.serial] = (first, end, reference)
+            self.shared.table[self.reference] = (first, end)
 
     def unlock_all(self) -> None:
-        self._forget(self.serial)
+        self._forget(self.reference)
 
     def conflict(self, start: int, length: int) -> Optional[int]:
         with self.shared.guard:
-            for serial, (first, end, reference) in list(self.shared.table.items()):
+            for reference, (first, end) in list(self.shared.table.items()):
                 if reference() is None:
-                    self._forget(serial)
-                elif serial != self.serial and first < start + length and start < end:
+                    self._forget(reference)
+                elif reference is not self.reference and first < start + length and start < end:
                     return max(first, start)
             return super().conflict(start, length)
 
     def discard(self) -> None:
         if self.process_id == os.getpid():
-            self.unlock_all()
+            self._forget(self.reference)
 
-    def _forget(self, serial: int) -> None:
+    def _forget(self, reference: "weakref.ref[_Holder]") -> None:
         with self.shared.guard:
-            if serial in self.shared.table:
-                first, end, _ = self.shared.table[serial]
+            if reference in self.shared.table:
+                first, end = self.shared.table[reference]
                 super().unlock(first, end - first)
-                self.shared.table.pop(serial)
+                self.shared.table.pop(reference)
 
+
+_instances: "weakref.WeakSet[Claims]" = weakref.WeakSet()
 
 # Guards opening a descriptor together with registering it, so that no fork falls between the two,
-# and both collections below. No lock is taken inside. Re-entrant: a signal handler may fork.
+# and _shared_files. No lock is taken inside. Re-entrant: a signal handler may fork.
 _opening: Final = threading.RLock()
-_instances: "weakref.WeakSet[Claims]" = weakref.WeakSet()
 _shared_files: Dict[Tuple[int, int], _SharedFile] = {}
 
 
@@ -257,16 +236,15 @@ class Claim:
         self._base = base
         self._claims = claims
         self._holder = holder
-        # Who pops the ticket may use the holder. list.pop is atomic, with and without the global
-        # lock of the interpreter. A lock was rejected: a signal handler that closes the subscriber
-        # would wait for the very code that it interrupted.
+        # Who pops the ticket (which is atomic) may use the holder. A lock was rejected: a signal
+        # handler that closes the subscriber would wait for the very code that it interrupted.
         self.ticket: List[None] = [None]
 
     def narrow(self, first: int, count: int) -> None:
         """
         Give back what is outside of a sub-range, which stays claimed all the time. Never blocks.
 
-        Nothing happens to a claim that was given back. Not while another thread calls ``release``.
+        Nothing happens after ``release``. Do not call both at the same time.
 
         :param first: number of the first message to keep
         :param count: number of messages to keep, at least 1
@@ -351,8 +329,7 @@ class Claims:
         self.idle: Deque[_Holder] = collections.deque(maxlen=_MAX_IDLE)
         self.registry: _Registry = {}
         self.holders: "weakref.WeakSet[_Holder]" = weakref.WeakSet()  # idle or not
-        with _opening:
-            _instances.add(self)
+        _instances.add(self)
 
     def claim(self, subscriber: int, first: int, count: int = 1) -> Optional[Claim]:
         """
@@ -379,7 +356,9 @@ class Claims:
             raise
         if not locked:
             self.put_idle(holder)
-            self._sweep()
+            for file, reference in self.registry.copy().items():
+                if reference() is None:  # since a KeyboardInterrupt came up in the finalizer, too
+                    _give_up(file, self.registry, os.getpid())
             return None
         holder.ticket = claim.ticket
         if self.closed:
@@ -400,7 +379,7 @@ class Claims:
         :return: the claim of at least one message; None if the first one is claimed already
         """
         start = self._start(subscriber, first, count)
-        for _ in range(_MAX_PREFIX_TRIES):
+        for _ in range(8):  # Whoever loses that many races is content with a single number.
             claim = self.claim(subscriber, first, count)
             if claim is not None:
                 return claim
@@ -432,20 +411,13 @@ class Claims:
                     holder.ticket.pop()
                     holder.discard()
 
-    def _sweep(self) -> None:
-        """Give back what finalizers could not, when a KeyboardInterrupt came up in them, too."""
-        for file, reference in self.registry.copy().items():
-            if reference() is None:
-                _give_up(file, self.registry, os.getpid())
-
     def _start(self, subscriber: int, first: int, count: int) -> int:
         """Return the offset of the first message; raise if it is no range of one subscriber."""
         # Zero bytes would be all up to the end for the kernel.
         if not (0 <= subscriber < _SUBSCRIBERS and 0 <= first and 1 <= count <= _NUMBERS - first):
             raise errors.StoreError(
-                "Expected a subscriber below 2**15 and at least one number, all below 2**48, to "
-                "claim in {}, but got: subscriber {!r}, {!r} number(s) from {!r}".format(
-                    self.path, subscriber, count, first))
+                "Expected a subscriber below 2**15 and some numbers below 2**48 for {}, "
+                "but got: {!r}, {!r} from {!r}".format(self.path, subscriber, count, first))
         return (subscriber << _NUMBER_BITS) + first
 
     def _free_prefix(self, start: int, count: int) -> int:
@@ -473,8 +445,7 @@ class Claims:
         """Make one more holder."""
         with _opening:
             if self.closed:
-                raise errors.ClosedError("Expected {} to be in use, but got: it was closed".format(
-                    self.path))
+                raise errors.ClosedError("Expected {} in use, but got: closed".format(self.path))
             if self._ofd:
                 file = io.FileIO(_files.open_own_file(self.path), "r+")
                 holder = _Holder(file, self.path, self.registry)
@@ -491,11 +462,9 @@ class Claims:
             status = os.lstat(self.path)
             shared = _shared_files.get((status.st_dev, status.st_ino))
         if shared is None:
-            file = io.FileIO(_files.open_own_file(self.path), "r+")
+            file = io.FileIO(_files.open_own_file(self.path), "r+", closefd=False)
             status = os.fstat(file.fileno())
             shared = _shared_files.setdefault((status.st_dev, status.st_ino), _SharedFile(file))
-            # Never closed, even if it came in between: to close it would drop the locks.
-            shared.files.append(file)
         self._identify(status)
         return _TableHolder(shared, self.path)
 
@@ -505,9 +474,8 @@ class Claims:
         self._identity = self._identity or found
         if not stat.S_ISREG(status.st_mode) or self._identity != found:
             raise errors.StoreError(
-                "Expected {} to be a regular file that stays in place while in use, but got: "
-                "{}, inode {} after {}".format(self.path, stat.filemode(status.st_mode), found[1],
-                                               self._identity[1]))
+                "Expected {} to be a regular file that stays in place, but got: {}, {} after {}".
+                format(self.path, stat.filemode(status.st_mode), found, self._identity))
 
 
 def _after_fork_in_child() -> None:
@@ -523,9 +491,6 @@ def _after_fork_in_child() -> None:
     for shared in _shared_files.values():
         shared.table.clear()
         shared.guard = threading.RLock()
-        for file in shared.files:
-            with contextlib.suppress(OSError):
-                file.close()
     _shared_files.clear()
     _opening.release()
 

@@ -249,4 +249,7 @@ class Consumer:
         except persipubsub.errors.PersipubsubError:
             # The message is where it was; the user's own exception matters more than the count.
             pass
-        self._bell.ring()
+        try:
+            self._bell.ring()
+        except persipubsub.errors.PersipubsubError:
+            pass  # the others look once a second anyhow

@@ -1,5 +1,6 @@
 """Open one store, keep it open through forks, and close it without loss."""
 
+import contextlib
 import os
 import time
 from typing import Any, Final, List
@@ -7,7 +8,7 @@ from typing import Any, Final, List
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _checkpoint, _files, _header, _opening, _transactions
+from persipubsub import _check, _checkpoint, _files, _header, _opening, _transactions
 from persipubsub._opening import Databases, MapFullError, Options
 
 __all__ = ["Databases", "Environment", "MapFullError", "Options"]
@@ -53,17 +54,6 @@ class Environment(_transactions.Transactions):
         with _files.translated(path=self.directory, doing="look at"):
             return os.stat(os.path.join(self.directory, _files.DATA)).st_size
 
-    def check_readers(self) -> int:
-        """
-        Free the slots of dead processes in LMDB's table of readers.
-
-        :return: how many were freed
-        """
-        if self._handles is None:
-            self._reopen()
-        with self._read_lock:
-            return self._open_handles().environment.reader_check()
-
     # Opening and closing
 
     def open(self, adopts_durability: bool = False) -> None:
@@ -75,15 +65,16 @@ class Environment(_transactions.Transactions):
         self._failure = None
         self._committed = self._flushed = 0
         self._seen = 0
-        if self.options.keeps_os and self.options.checkpoint_secs:
-            self._checkpointer = _checkpoint.Checkpointer(self.options.checkpoint_secs,
-                                                          self._write_checkpoint)
         self._handles = _opening.open_store(self.directory, self.options)
         try:
             self._start(adopts_durability=adopts_durability)
         except BaseException:
             self._close_handles()
             raise
+        # Not before: a store that is refused shall not replace its checkpoint.
+        if self.options.keeps_os and self.options.checkpoint_secs:
+            self._checkpointer = _checkpoint.Checkpointer(self.options.checkpoint_secs,
+                                                          self._write_checkpoint)
 
     def _start(self, adopts_durability: bool) -> None:
         """
@@ -99,20 +90,39 @@ class Environment(_transactions.Transactions):
                 raise _header.durability_error(self.directory, header.flags, flags)
             _opening.check_alone(self.directory, handles)
 
+        if handles.was_interrupted and not self.options.checkpoint_secs:
+            self._check_content()
+
         # Whatever is written from here on may reach the disk in part: before it, there has to be a
         # checkpoint of what is there, and the mark. A restored store has both from before.
-        if self.options.keeps_os and not handles.was_restored:
+        if self.options.keeps_os and not handles.was_interrupted:
             self._prepare_os()
-        if header.boot_id != _files.boot_id() or header.flags != flags or handles.was_restored:
+        if header.boot_id != _files.boot_id() or header.flags != flags or handles.was_interrupted:
             header = self.write(
-                lambda txn, databases: _header.update(txn, databases, flags, handles.was_restored))
+                lambda txn, databases: _header.update(txn, databases, flags, handles.was_interrupted))
             self.flush_now()
             if not self.options.keeps_os:
                 _opening.mark_clean(self.directory)
-        if self.options.keeps_os and handles.was_restored:
+        if self.options.keeps_os and handles.was_interrupted:
             self._prepare_os()
         self.clock_offset_ns = header.clock_offset_ns
         _files.keep_reserve(self.directory, _RESERVE_BYTES)
+
+    def _check_content(self) -> None:
+        """
+        Check the messages and positions of a store without checkpoints after a power failure.
+
+        Its pages were looked at before, but one of them that never reached the disk may be a good
+        page of earlier times, or the middle of a message.
+
+        :raise StoreCorruptError: if anything is wrong
+        """
+        findings = self.read(_check.check)
+        if findings:
+            raise persipubsub.errors.StoreCorruptError(
+                "Expected the store {} to be sound, but got {} finding(s): {}".format(
+                    os.path.join(self.directory, _files.DATA), len(findings),
+                    "; ".join(findings[:3])))
 
     def _prepare_os(self) -> None:
         """Write a first checkpoint and the mark of a running store; hold the open gate."""
@@ -136,6 +146,23 @@ class Environment(_transactions.Transactions):
                 # Not by _translate: a copy that failed says nothing of the store itself.
                 raise _opening.translate(error, self.directory) from error
 
+    def copy(self, descriptor: int) -> None:
+        """
+        Write a compact copy of a snapshot. It holds up nobody.
+
+        Pages that are freed meanwhile are not used again before it ends.
+
+        :param descriptor: of an empty file
+        """
+        # Opens the store again in a forked child, and maps as much as other processes do.
+        self.read(lambda txn, databases: None)
+        with self._copy_lock:
+            try:
+                self._open_handles().environment.copyfd(descriptor, compact=True)
+            except lmdb.Error as error:
+                # Not by _translate: a copy that failed says nothing of the store itself.
+                raise _opening.translate(error, self.directory) from error
+
     def is_open(self) -> bool:
         """
         Tell whether the store is open in this process.
@@ -152,20 +179,39 @@ class Environment(_transactions.Transactions):
         """
         if self._checkpointer is not None:
             self._checkpointer.stop()
-        with self._copy_lock, self._write_lock, self._flush_lock, self._read_lock:
-            self.reopener = None
-            if self._handles is None:
-                return
+        with contextlib.ExitStack() as stack:
+            is_os = self.options.keeps_os and self._failure is None and self._handles is not None
             try:
-                if self.options.keeps_os and self._failure is None:
-                    with _opening.open_gate(self.directory, self.options):
-                        self._close_os(self._handles)
+                if is_os:
+                    stack.enter_context(_opening.open_gate(self.directory, self.options))
             except persipubsub.errors.PersipubsubError:
                 # The directory is gone or can not be written to: no reason to keep it open. The
                 # mark of a running store stays, so that the next open looks at the store closely.
+                is_os = False
+            for lock in self._locks():
+                stack.enter_context(lock)
+            self.reopener = None
+            try:
+                if is_os and self._handles is not None:
+                    self._close_os(self._handles)
+            except persipubsub.errors.PersipubsubError:
                 pass
             finally:
                 self._close_handles()
+
+    def leave(self, seconds: float) -> None:
+        """
+        Close an ``os`` store at the end of the interpreter, unless another thread hangs inside.
+
+        :param seconds: how long to wait for other threads
+        """
+        if not self.options.keeps_os or self._handles is None:
+            return
+        for lock in self._locks():
+            if not lock.acquire(timeout=seconds):
+                return
+            lock.release()
+        self.close()
 
     def _close_os(self, handles: _opening.Handles) -> None:
         """
@@ -193,17 +239,13 @@ class Environment(_transactions.Transactions):
 
     def before_fork(self) -> None:
         """Wait until no thread of this process is inside LMDB, or copies the store."""
-        self._copy_lock.acquire()
-        self._write_lock.acquire()
-        self._flush_lock.acquire()
-        self._read_lock.acquire()
+        for lock in self._locks():
+            lock.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._read_lock.release()
-        self._flush_lock.release()
-        self._write_lock.release()
-        self._copy_lock.release()
+        for lock in reversed(self._locks()):
+            lock.release()
 
     def after_fork_in_child(self) -> None:
         """Let go of what belongs to the parent; the next use opens the store anew."""

@@ -8,6 +8,7 @@ new. What it is given is therefore checked here first.
 import contextlib
 import errno
 import os
+import resource
 import stat
 import struct
 import time
@@ -37,6 +38,12 @@ _TOLERATED: Final = frozenset(("lost+found", ".nfs", "..data"))
 
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
+
+#: Where the clock that includes sleep is missing, the one without it has to do.
+_BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+#: A disk is full if it has less room than this, in bytes.
+_LITTLE_ROOM: Final = 1 << 16
 
 _MDB_MAGIC: Final = 0xBEEFC0DE
 _MDB_DATA_VERSION: Final = 1
@@ -145,6 +152,24 @@ def reserve(descriptor: int, size: int) -> None:
     """
     if os.pwrite(descriptor, bytes(size), 0) < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def is_full(directory: str) -> bool:
+    """
+    Tell whether the disk, or the limit on the size of this process's files, leaves no room.
+
+    :param directory: of the queue
+    :return: True if so; False if that can not be found out
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    try:
+        size = os.stat(os.path.join(directory, DATA)).st_size
+        system = os.statvfs(directory)
+    except OSError:
+        return False
+    blocks = system.f_bavail if os.geteuid() else system.f_bfree
+    return (blocks * system.f_frsize < _LITTLE_ROOM
+            or limit != resource.RLIM_INFINITY and limit - size < _LITTLE_ROOM)
 
 
 def write_durably(path: str, content: bytes) -> None:
@@ -299,6 +324,7 @@ def verify_data_file(path: str) -> None:
         size = os.fstat(fid.fileno()).st_size
         # Not lmdb.verify.verify: it looks only at the first page of a large value, so that it finds
         # nothing wrong with a file that was cut in the middle of one, where LMDB gets a SIGBUS.
+        # pylint: disable-next=protected-access
         verifier = lmdb.verify._Verifier(fid, size)  # type: ignore[no-untyped-call]
         try:
             findings = verifier.verify()  # type: ignore[no-untyped-call]
@@ -392,9 +418,7 @@ def ticks_ns() -> int:
 
     :return: nanoseconds since boot, sleep included
     """
-    if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    return time.monotonic_ns()
+    return time.clock_gettime_ns(_BOOT_CLOCK)
 
 
 def keep_reserve(directory: str, size: int) -> None:

@@ -9,8 +9,8 @@ import persipubsub.errors
 from persipubsub import _blocks, _files, _layout
 from persipubsub._opening import Databases
 
-#: How far numbers skip ahead when a checkpoint is restored. More messages than that were hardly
-#: sent since it was written, and the numbers last for 65,536 power failures.
+#: How far numbers skip ahead when an earlier state of the store takes its place. More messages than
+#: that were hardly sent since then, and the numbers last for 65,536 power failures.
 _SKIPPED_NUMBERS: Final = 1 << 32
 
 
@@ -29,14 +29,14 @@ def read(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def update(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int,
-           was_restored: bool) -> _layout.Header:
+           was_interrupted: bool) -> _layout.Header:
     """
-    Let the queue's clock, and after a restored checkpoint its numbers, go on in this boot.
+    Let the queue's clock, and after a power failure its numbers, go on in this boot.
 
     :param txn: write transaction
     :param databases: handles
     :param flags: of the store
-    :param was_restored: True if a checkpoint took the store's place
+    :param was_interrupted: True if the store may be an earlier one: after a power failure
     :return: header as written
     """
     header = read(txn, databases, "")
@@ -52,7 +52,7 @@ def update(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int
         # Never earlier than what is stored: ages would be negative, positions by time wrong.
         latest = max(last.time_ns if last is not None else 0, time.time_ns())
         header = header._replace(boot_id=boot, clock_offset_ns=latest - _files.ticks_ns())
-    if was_restored:
+    if was_interrupted:
         placeholder = _blocks.pack_block(0, 0, 0, 0, _layout.EVERYONE, 0, ())
         if last is not None:
             placeholder = _blocks.pack_block(last.time_ns, last.total_count, last.total_bytes, 0,

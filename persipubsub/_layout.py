@@ -146,8 +146,14 @@ def unpack_subscriber(value: Buffer) -> Subscriber:
 
     :param value: of ``pending_db``
     :return: decoded record
+    :raise StoreCorruptError: if it has another length
     """
-    return Subscriber._make(_SUBSCRIBER.unpack(value))
+    try:
+        return Subscriber._make(_SUBSCRIBER.unpack(value))
+    except struct.error:
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected the record of a subscriber to have {} bytes, but got: {} bytes".format(
+                _SUBSCRIBER.size, len(value))) from None
 
 
 def acknowledge_in_order(value: memoryview, ordinal: int, numbers: Sequence[int],

@@ -58,15 +58,11 @@ def read_tail(cursor: "lmdb.Cursor[memoryview]") -> Tail:
     """
     if not cursor.last():
         return EMPTY
-    number = int.from_bytes(cursor.key(), "big")
-    value = cursor.value()
+    key, value = cursor.item()
+    number = int.from_bytes(key, "big")
     block = _blocks.unpack_block(value, number)
-    return Tail(next_number=_blocks.end_of(number, block),
-                time_ns=block.time_ns,
-                total_count=block.total_count,
-                total_bytes=block.total_bytes,
-                generation=block.generation,
-                totals=_blocks.unpack_totals(value, block))
+    return Tail(number + (block.messages or 1), block.time_ns, block.total_count, block.total_bytes,
+                block.generation, _blocks.unpack_totals(value, block))
 
 
 def append(cursor: "lmdb.Cursor[memoryview]", tail: Tail, time_ns: int, audience: int,

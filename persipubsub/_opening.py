@@ -57,7 +57,7 @@ class Handles(NamedTuple):
     databases: Databases
     gate: _gate.Gate  #: that writers pass
     users_descriptor: int  #: holds a shared lock as long as the store is open
-    was_restored: bool  #: a checkpoint has just taken the store's place
+    was_interrupted: bool  #: the machine went down while the store, of ``os``, was in use
 
 
 @contextlib.contextmanager
@@ -96,9 +96,13 @@ def open_store(directory: str, options: Options) -> Handles:
         users_descriptor = _files.open_own_file(os.path.join(directory, _files.USERS))
         undo.callback(os.close, users_descriptor)
         fcntl.flock(users_descriptor, fcntl.LOCK_SH)
-        was_restored = _check_files(directory, options, gate)
+        was_interrupted = _check_files(directory, options, gate)
         environment = _open_environment(directory, options)
         undo.callback(environment.close)
+        # py-lmdb opens them in a write transaction, and waits for it with the interpreter's lock
+        # held: without the gate, a process stopped in the middle of a commit would freeze us.
+        if not gate.enter(deadline=time.monotonic() + options.busy_timeout_secs):
+            raise _gate.busy_error(directory, options.busy_timeout_secs)
         try:
             databases = Databases(*(environment.open_db(name, create=False)
                                     for name in (_layout.DATA_DB, _layout.PENDING_DB,
@@ -108,8 +112,10 @@ def open_store(directory: str, options: Options) -> Handles:
             raise _foreign_error(directory) from None
         except lmdb.Error as error:
             raise translate(error=error, directory=directory) from error
+        finally:
+            fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
         undo.pop_all()
-        return Handles(environment, databases, gate, users_descriptor, was_restored)
+        return Handles(environment, databases, gate, users_descriptor, was_interrupted)
 
 
 def close_store(handles: Handles) -> None:
@@ -160,12 +166,11 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate) -> bool:
     :param directory: of the store
     :param options: with the time to wait
     :param gate: that writers pass
-    :return: True if a checkpoint was restored
+    :return: True if the machine went down while the store was in use
     """
     path = os.path.join(directory, _files.DATA)
     was_interrupted = _was_interrupted(directory)
-    is_restored = was_interrupted and options.checkpoint_secs > 0
-    if is_restored:
+    if was_interrupted and options.checkpoint_secs > 0:
         _checkpoint.restore(directory)
     elif _files.missing_bytes(path) > 0 or was_interrupted:
         # Nobody may write while the file is walked through.
@@ -179,7 +184,7 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate) -> bool:
     if not os.path.lexists(lock_path):
         _check_is_ours(directory)
         _reserve_lock_file(lock_path, options)
-    return is_restored
+    return was_interrupted
 
 
 def _reserve_lock_file(path: str, options: Options) -> None:
@@ -361,6 +366,10 @@ _TRANSLATIONS = (
     (persipubsub.errors.AccessError, "", (lmdb.ReadonlyError, ), (errno.EACCES, errno.EPERM,
                                                                   errno.EROFS)),
     (persipubsub.errors.NotInitializedError, "", (), (errno.ENOENT, errno.ENOTDIR)),
+    # LMDB locks a byte at the offset of the process id.
+    (persipubsub.errors.StoreError, " (perhaps a process with the same process id has it open: "
+     "containers that share a queue have to share a namespace of process ids)", (), (errno.EAGAIN, )
+     ),
 )  # type: Tuple[_Translation, ...]
 
 
@@ -373,8 +382,12 @@ def translate(error: lmdb.Error, directory: str) -> persipubsub.errors.Persipubs
     :return: error to be raised instead
     """
     text = "Expected to work with the queue {}, but got: {}".format(directory, error)
+    code = getattr(error, "code", 0)
+    if code == errno.EIO and _files.is_full(directory):
+        # What LMDB makes of a write that was cut short.
+        return persipubsub.errors.DiskFullError(text + " (no room left)")
     for kind, hint, classes, codes in _TRANSLATIONS:
-        if isinstance(error, classes) or error.code in codes:
+        if isinstance(error, classes) or code in codes:
             return kind(text + hint)
     return persipubsub.errors.StoreError(text)
 
@@ -387,7 +400,8 @@ def build(directory: str, options: Options) -> None:
     :param options: how to create it
     """
     aside = os.path.join(directory, _files.CREATING)
-    if os.path.isdir(aside):
+    # What a link leads to is not ours to empty: mkdir fails.
+    if os.path.isdir(aside) and not os.path.islink(aside):
         for name in os.listdir(aside):
             os.unlink(os.path.join(aside, name))
     else:

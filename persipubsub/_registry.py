@@ -6,13 +6,17 @@ drops the locks of the other. One registry, keyed by device and inode of the dat
 hands out a single environment for each store and counts its users.
 """
 
+import atexit
 import functools
 import os
 import threading
-from typing import Dict
+from typing import ContextManager, Dict, Final
 
 import persipubsub.errors
 from persipubsub import _environment, _files, _opening
+
+#: How long the end of the interpreter waits for a thread that is still at work, in seconds.
+_LEAVE_SECS: Final = 5.0
 
 # Guards the registry, and with it opening and closing; the first lock to be taken.
 _REGISTRY_LOCK = threading.RLock()
@@ -39,6 +43,8 @@ def acquire(directory: str,
             environment.reopener = functools.partial(_reopen, environment)
             with _opening.open_gate(directory, options):
                 environment.open(adopts_durability=adopts_durability)
+                # A checkpoint may have taken the place of the file.
+                identity = _files.identify_store(directory)
             _REGISTRY[identity] = environment
             _USERS[identity] = 0
         elif environment.options.keeps_os != options.keeps_os:
@@ -90,10 +96,20 @@ def create(directory: str, options: _opening.Options) -> bool:
     """
     with _REGISTRY_LOCK:
         with _files.translated(path=directory, doing="create"):
-            _files.make_directories(directory)
+            try:
+                _files.make_directories(directory)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                # In /proc, say, or below a file: it is not that somebody forgot to create it.
+                raise persipubsub.errors.AccessError(
+                    "Expected to create the directory {}, but got: {}".format(
+                        directory, error.strerror)) from error
         path = os.path.join(directory, _files.DATA)
         if os.path.lexists(path):
             return False
+        if not os.path.isdir(directory):
+            raise persipubsub.errors.FormatError(
+                "Expected {} to be the directory of a queue, but got: not a directory".format(
+                    directory))
         with _files.translated(path=directory, doing="list"):
             foreign = _files.foreign_names(directory)
         if foreign:
@@ -104,6 +120,23 @@ def create(directory: str, options: _opening.Options) -> bool:
             with _files.translated(path=directory, doing="create a queue in"):
                 _opening.build(directory, options)
             return True
+
+
+def still() -> ContextManager[bool]:
+    """
+    Keep this process from opening, closing and creating stores, and from forking.
+
+    :return: lock, to be held in a ``with`` block
+    """
+    return _REGISTRY_LOCK
+
+
+def _leave() -> None:
+    """Close at the end of the interpreter what nobody closed, so that nothing of it is lost."""
+    if _REGISTRY_LOCK.acquire(timeout=_LEAVE_SECS):
+        for environment in _REGISTRY.values():
+            environment.leave(_LEAVE_SECS)
+        _REGISTRY_LOCK.release()
 
 
 def _before_fork() -> None:
@@ -127,6 +160,7 @@ def _after_fork_in_child() -> None:
     _REGISTRY_LOCK.release()
 
 
+atexit.register(_leave)
 os.register_at_fork(before=_before_fork,
                     after_in_parent=_after_fork_in_parent,
                     after_in_child=_after_fork_in_child)

@@ -194,11 +194,16 @@ def drop_from(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _
         lost = _positions.count_pending(txn, databases, subscriber,
                                         _positions.audiences_of(audiences, key), cut,
                                         tail.next_number)
-        _positions.drop_ranges(txn, databases, subscriber.ordinal, cut)
-        position = subscriber.position
-        if position >= cut:
-            position = tail.next_number
-        _positions.write(txn, databases, key, count(subscriber, lost)._replace(position=position))
+        changed = count(subscriber, lost)
+        if subscriber.position >= cut:
+            _positions.drop_ranges(txn, databases, subscriber.ordinal, cut)
+            changed = changed._replace(position=tail.next_number)
+        else:
+            # A consumer may be at work on what is dropped: its acknowledgement shall find it done,
+            # or the same message would be counted twice.
+            _positions.add_range(txn, databases, subscriber.ordinal, cut, tail.next_number)
+            changed = changed._replace(flags=changed.flags | _layout.FLAG_MAY_HAVE_RANGES)
+        _positions.write(txn, databases, key, changed)
         if lost:
             losses.append(Loss(key.decode("utf-8"), lost))
     shorter = _log.truncate(txn.cursor(db=databases.data), tail, cut)
@@ -277,6 +282,17 @@ def clear(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[Los
         cursor.delete()
         _log.put_placeholder(cursor, tail)
     return losses
+
+
+def make_reusable(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
+    """
+    Commit without a change: LMDB uses the pages that a commit freed two commits later.
+
+    :param txn: write transaction
+    :param databases: handles
+    """
+    value = txn.get(_layout.HEADER_KEY, db=databases.meta)
+    txn.put(_layout.HEADER_KEY, bytes(value or b""), db=databases.meta)
 
 
 def skip_to_newest(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes) -> int:

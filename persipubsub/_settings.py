@@ -1,9 +1,10 @@
 """Take from a configuration what a queue on this machine has to know."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import persipubsub.config
-from persipubsub import _opening
+import persipubsub.errors
+from persipubsub import _blocks, _opening
 
 
 class Settings(NamedTuple):
@@ -28,8 +29,14 @@ class Settings(NamedTuple):
         :param config: that describes the queue
         :param queue_key: of the queue in ``queues``
         :return: its settings
+        :raise ConfigError: if its path has a scheme that this version does not know
         """
         queue = config.queues[queue_key]
+        scheme, separator, _ = queue.path.partition("://")
+        if separator:
+            raise persipubsub.errors.ConfigError(
+                "{}: queues.{}.path: Expected a path to a directory, but got: the unknown scheme "
+                "{!r} in {!r}".format(config.path, queue_key, scheme, queue.path))
         mark = queue.high_water_mark
         return cls(path=config.queue_path(queue_key),
                    max_bytes=queue.max_db_size_bytes,
@@ -53,3 +60,28 @@ class Settings(NamedTuple):
                                 keeps_os=self.keeps_os,
                                 checkpoint_secs=self.checkpoint_secs,
                                 busy_timeout_secs=self.busy_timeout_secs)
+
+    def check_size(self, messages: Sequence[bytes]) -> None:
+        """
+        Check that the queue could hold messages if it were empty, before they are encoded.
+
+        :param messages: to be put in one commit
+        :raise MessageTooLargeError: if it could not
+        """
+        sizes = list(map(len, messages))
+        count, size, largest = len(sizes), sum(sizes), max(sizes, default=0)
+        limit = min(self.max_message_bytes, _blocks.MAX_MESSAGE_BYTES)
+        if largest > limit:
+            raise persipubsub.errors.MessageTooLargeError(
+                "Expected a message of at most {} bytes for the queue {} (HWM_LMDB_SIZE_BYTES), "
+                "but got: {} bytes".format(limit, self.path, largest))
+        if size > self.max_message_bytes or count > self.max_messages:
+            raise persipubsub.errors.MessageTooLargeError(
+                "Expected a batch of at most {} messages (MAX_MSGS_NUM) and {} bytes "
+                "(HWM_LMDB_SIZE_BYTES) for the queue {}, but got: {} messages, {} bytes".format(
+                    self.max_messages, self.max_message_bytes, self.path, count, size))
+        room = self.max_bytes - _blocks.BLOCK_BYTES // 8 - _blocks.ENTRY_BYTES * count
+        if size > room:
+            raise persipubsub.errors.MessageTooLargeError(
+                "Expected messages of at most {} bytes for the queue {} (max_db_size_bytes), but "
+                "got: {} bytes".format(max(0, room), self.path, size))

@@ -16,10 +16,11 @@ whether a KeyboardInterrupt came before or after it was taken.
 """
 
 import collections
+import contextlib
 import fcntl
 import threading
 import time
-from typing import Any, Callable, Deque, Final, List, Optional, TypeVar
+from typing import Any, Callable, Deque, Final, List, Optional, Sequence, TypeVar
 
 import lmdb
 
@@ -41,6 +42,12 @@ _GROWTH_BYTES: Final = 1 << 20
 
 #: ... and never by more than this.
 _LARGEST_GROWTH_BYTES: Final = 1 << 26
+
+#: The table of readers is searched for dead processes once in so many commits of all processes.
+_READER_CHECK_COMMITS: Final = 256
+
+#: A read that finds no slot in the table of readers tries again after this time, in seconds.
+_SLOT_PAUSE_SECS: Final = 0.001
 
 
 class _Request:
@@ -108,18 +115,28 @@ class Transactions:
         # Guards read transactions, so that none is open when the process forks or remaps.
         self._read_lock = threading.RLock()
 
+    def _locks(self) -> "Sequence[threading.RLock]":
+        """
+        List the locks in the order in which they are taken.
+
+        :return: copy lock, write lock, flush lock, read lock
+        """
+        return self._copy_lock, self._write_lock, self._flush_lock, self._read_lock
+
     # Transactions
 
     def read(self, work: Work[ResultT]) -> ResultT:
         """
         Run a work in a read transaction.
 
-        It sees a consistent snapshot. It waits for nobody but other threads' reads. Nothing that
-        points into the store may leave the work: copy it.
+        It sees a consistent snapshot. It waits for nobody but other threads' reads, and for a slot
+        in LMDB's table of readers. Nothing that points into the store may leave the work: copy it.
 
         :param work: to be run; no user code in it
         :return: what the work returned
+        :raise ReadersFullError: if more processes read all the time than the table has slots
         """
+        deadline = 0.0
         while True:
             if self._handles is None:
                 self._reopen()
@@ -138,8 +155,37 @@ class Transactions:
                         self._is_reading = False
             except lmdb.MapResizedError:
                 self._follow_map_size()
+            except lmdb.ReadersFullError as error:
+                deadline = deadline or time.monotonic() + self.options.busy_timeout_secs
+                if not self._find_slot() and time.monotonic() >= deadline:
+                    raise self._translate(error) from error
             except lmdb.Error as error:
                 raise self._translate(error) from error
+
+    def _find_slot(self) -> bool:
+        """
+        Free the slots of readers that were killed; if there are none, let the living ones finish.
+
+        :return: True if a slot was freed
+        """
+        is_freed = self.check_readers() > 0
+        if not is_freed:
+            time.sleep(_SLOT_PAUSE_SECS)
+        return is_freed
+
+    def check_readers(self) -> int:
+        """
+        Free the slots of dead processes in LMDB's table of readers.
+
+        As long as the slot of a process that was killed in a read is there, no page that was freed
+        since then is used again, and the store grows with every commit.
+
+        :return: how many were freed
+        """
+        if self._handles is None:
+            self._reopen()
+        with self._read_lock:
+            return self._open_handles().environment.reader_check()
 
     def write(self,
               work: Work[ResultT],
@@ -176,9 +222,13 @@ class Transactions:
             except RuntimeError:
                 # Not ours: the wait timed out or was interrupted.
                 pass
-            if not request.done:
-                self._withdraw(request)
+            is_taken = not request.done and not self._withdraw(request)
 
+        if is_taken:
+            # Another thread is about to commit it: only what comes of that tells whether nothing
+            # was written, as the error of a timeout says.
+            with lock:
+                self._withdraw(request)
         handles = self._handles
         if handles is not None:
             handles.gate.make_way()
@@ -188,22 +238,28 @@ class Transactions:
             raise request.error
         if not request.done:
             raise _gate.busy_error(self.directory, self.options.busy_timeout_secs)
+        if not request.commit % _READER_CHECK_COMMITS:
+            # Where everybody is busy, nobody else does it.
+            with contextlib.suppress(lmdb.Error, persipubsub.errors.ClosedError):
+                self.check_readers()
         if self._checkpointer is not None:
             self._checkpointer.notice()
         elif is_flushed and not self.options.keeps_os:
             self._flush(request.commit)
         return request.result  # type: ignore[no-any-return]
 
-    def _withdraw(self, request: _Request) -> None:
+    def _withdraw(self, request: _Request) -> bool:
         """
         Take back a request that nobody ran.
 
         :param request: of a thread that gives up
+        :return: False if another thread is running it, or ran it
         """
         try:
             self._requests.remove(request)
         except ValueError:
-            pass
+            return False
+        return True
 
     def _commit_group(self, own: _Request) -> None:
         """
@@ -221,20 +277,37 @@ class Transactions:
             except BlockingIOError:
                 timeout = self.options.busy_timeout_secs
                 if not gate.enter(deadline=time.monotonic() + timeout):
+                    # Not done, so that it is withdrawn: nobody shall write it later.
                     own.error = _gate.busy_error(self.directory, timeout)
-                    own.done = True
                     return
 
             self._is_writing = True
             while self._requests and len(group) < _LARGEST_GROUP:
                 group.append(self._requests.popleft())
             self._run_group(handles, group)
+        except BaseException:
+            self._recognize_committed(handles, group)
+            raise
         finally:
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
             self._is_writing = False
             for request in reversed(group):
                 if not request.done and request is not own:
                     self._requests.appendleft(request)
+
+    def _recognize_committed(self, handles: _opening.Handles, group: List[_Request]) -> None:
+        """
+        See which works were committed although an exception came: a KeyboardInterrupt that arrives
+        during a commit is raised right behind it. They must not be run again.
+
+        :param handles: of the open store; the gate is held, so that nobody else committed since
+        :param group: works that were run, or not
+        """
+        last = handles.environment.info()["last_txnid"]
+        for request in group:
+            if 0 < request.commit <= last:
+                self._committed = max(self._committed, request.commit)
+                request.done = True
 
     def _run_group(self, handles: _opening.Handles, group: List[_Request]) -> None:
         """
@@ -248,10 +321,15 @@ class Transactions:
         except lmdb.MapResizedError:
             self._follow_map_size()
             self._run_group(handles, group)
-        except lmdb.Error as error:
+        except Exception as error:  # pylint: disable=broad-exception-caught
+            # Not only LMDB's errors: the memory that one message lacks is nobody else's fault.
+            for request in group:
+                request.commit = 0
             if len(group) == 1:
-                group[0].error = self._translate(error)
-                group[0].error.__cause__ = error
+                group[0].error = error
+                if isinstance(error, lmdb.Error):
+                    group[0].error = self._translate(error)
+                    group[0].error.__cause__ = error
                 group[0].done = True
                 return
             for request in group:
@@ -274,9 +352,10 @@ class Transactions:
                 except persipubsub.errors.PersipubsubError as error:
                     request.error = error
             commit = txn.id()
+            for request in group:
+                request.commit = commit
         self._committed = commit
         for request in group:
-            request.commit = commit
             request.done = True
 
     def _flush(self, commit: int) -> None:
@@ -326,7 +405,7 @@ class Transactions:
         :return: True if it is worth another try
         """
         if isinstance(error, MapFullError):
-            return self._grow()
+            return self.check_readers() > 0 or self._grow()
         if isinstance(error, persipubsub.errors.DiskFullError):
             return _files.spend_reserve(self.directory)
         return False

@@ -81,7 +81,6 @@ class _File:
         self.tickets: Dict["Ticket", None] = {}
         self.watch = -1  # inotify's number for the file
         self.stamp = b""  # when polled last; the first poll rings once without a need
-        self.descriptor = -1
         self.descriptor = _files.open_own_file(path)
         with _files.translated(path=path, doing="map"):
             status = os.fstat(self.descriptor)
@@ -96,8 +95,8 @@ class _File:
             self.page = mmap.mmap(self.descriptor, _PAGE_BYTES)
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
-        """Close the descriptor."""
-        if self.descriptor >= 0:
+        """Close the descriptor, if there is one yet."""
+        if hasattr(self, "descriptor"):
             _close(self.descriptor)
 
     def ring(self) -> None:

@@ -22,7 +22,7 @@ from persipubsub import _json_file as json_file
 
 __all__ = [
     "Strategy", "Durability", "HighWaterMark", "Queue", "Publisher", "Subscriber", "Config",
-    "RESERVED_SUBSCRIBER_IDS", "read", "parse"
+    "RESERVED_SUBSCRIBER_IDS", "read", "parse", "check_identifier"
 ]
 
 #: Names of the sub-databases that the store needs for itself; no subscriber can have them.
@@ -255,6 +255,21 @@ def parse(text: bytes, config_pth: Union[str, "os.PathLike[str]"]) -> Config:
     return _parse(json_file.absolute(config_pth), lambda: text)
 
 
+def check_identifier(identifier: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
+    """
+    Check that an identifier could stand in a configuration file. No file is touched.
+
+    >>> check_identifier("sub", config_pth="/etc/config.json")
+
+    :param identifier: of a publisher or a subscriber
+    :param config_pth: named in errors
+    :raise ConfigError: if it could not
+    """
+    checker = _Checker(json_file.absolute(config_pth))
+    if not checker.check_identifier(identifier, "subscribers"):
+        json_file.raise_error(checker.path, checker.problems)
+
+
 def _resolve(directory: pathlib.Path, path: str) -> str:
     """Return the path of a queue independent of the working directory."""
     return path if _SCHEME.match(path) else str(directory / path)
@@ -309,6 +324,9 @@ class _Checker:
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         self.problems: list[str] = []
+        # Subscribers by queue, None if unknown: looked up once for each reference, of which there
+        # may be as many as subscribers.
+        self._known: dict[str, Any] = {}
 
     def add(self, place: str, expected: str, found: object, hint: str = "") -> None:
         """Add a problem."""
@@ -472,8 +490,10 @@ class _Checker:
             return self.add(json_file.at(place, key),
                             f"a key of queues ({json_file.listed(queues)})", found)
 
-        queue = queues[found]
-        listed = queue.get("subscribers") if isinstance(queue, dict) else None
-        if not isinstance(listed, list):
-            return None
-        return dict.fromkeys(name for name in listed if isinstance(name, str))
+        if found not in self._known:
+            queue = queues[found]
+            listed = queue.get("subscribers") if isinstance(queue, dict) else None
+            self._known[found] = None
+            if isinstance(listed, list):
+                self._known[found] = dict.fromkeys(name for name in listed if isinstance(name, str))
+        return self._known[found]

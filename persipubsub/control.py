@@ -1,21 +1,85 @@
 """
-Apply a configuration file to its queues.
+Apply a configuration file to its queues, and look after them.
 
-These functions are called by deployment scripts, also while publishers and subscribers are running.
+These functions are called by deployment scripts and by people on call, also while publishers and
+subscribers are running. Those that need a queue for themselves say so: they raise
+:py:class:`persipubsub.errors.QueueInUseError` while any process has it open.
+
+The command ``persipubsub`` is a thin face of this module.
 """
 
 import os
-from typing import Union
+import types
+from typing import Callable, Iterator, List, Mapping, Optional, Tuple, TypeVar, Union
+
+import icontract
 
 import persipubsub.config
 import persipubsub.queue
+import persipubsub.statistics
+from persipubsub import _alone, _looking, _upkeep
+from persipubsub._alone import Sizes
+from persipubsub._looking import Message
+from persipubsub._progress import Progress
 
-__all__ = ["initialize_all_dbs", "prune_dangling_messages", "clear_all_subs"]
+__all__ = [
+    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "verify",
+    "compact", "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue", "peek",
+    "follow", "Message", "Progress", "Sizes"
+]
 
 ConfigPath = Union[str, os.PathLike[str]]
 
+ResultT = TypeVar("ResultT")
 
-def initialize_all_dbs(config_pth: ConfigPath) -> None:
+
+def _settings(config_pth: ConfigPath,
+              queue_key: Optional[str]) -> Mapping[str, persipubsub.queue.Settings]:
+    """
+    Read what is to be known of queues.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: settings by key
+    :raise ConfigError: if the file is wrong, or has no such queue
+    """
+    config = persipubsub.config.read(config_pth)
+    if queue_key is not None:
+        config.queue_path(queue_key)
+    keys = list(config.queues) if queue_key is None else [queue_key]
+    return {key: persipubsub.queue.Settings.of(config, key) for key in keys}
+
+
+def _one(config_pth: ConfigPath, queue_key: str) -> persipubsub.queue.Settings:
+    """
+    Read what is to be known of one queue.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :return: its settings
+    :raise ConfigError: if the file is wrong, or has no such queue
+    """
+    return _settings(config_pth, queue_key)[queue_key]
+
+
+def _for_each(config_pth: ConfigPath, queue_key: Optional[str],
+              work: Callable[[persipubsub.queue.Queue], ResultT]) -> Mapping[str, ResultT]:
+    """
+    Open queues, one after the other, and do something with each.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :param work: to be done
+    :return: what came of it, by key
+    """
+    results = {}
+    for key, settings in _settings(config_pth, queue_key).items():
+        with persipubsub.queue.Queue(settings) as queue:
+            results[key] = work(queue)
+    return types.MappingProxyType(results)
+
+
+def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> None:
     """
     Create the queues of a configuration file and add their subscribers.
 
@@ -24,44 +88,262 @@ def initialize_all_dbs(config_pth: ConfigPath) -> None:
     made ready before an error stay ready.
 
     :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
     :raise ConfigError: if the file is wrong
     :raise FormatError: if the directory of a queue holds something else
     :raise AccessError: if a directory may not be created or written to
     """
     config = persipubsub.config.read(config_pth)
-    for queue_key, queue in config.queues.items():
-        persipubsub.queue.Queue.ensure(persipubsub.queue.Settings.of(config, queue_key),
-                                       subscribers=queue.subscribers)
+    for key, settings in _settings(config_pth, queue_key).items():
+        persipubsub.queue.Queue.ensure(settings, subscribers=config.queues[key].subscribers)
 
 
-def prune_dangling_messages(config_pth: ConfigPath) -> None:
+def prune_dangling_messages(config_pth: ConfigPath,
+                            queue_key: Optional[str] = None) -> Mapping[str, int]:
     """
-    Drop the messages of all queues that are too old, and delete those that everybody acknowledged.
+    Drop the messages of queues that are too old, and delete those that everybody acknowledged.
 
     It is done in many short transactions, so that publishers are not held up.
 
     :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: how many deliveries were dropped, by queue
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    config = persipubsub.config.read(config_pth)
-    for queue_key in config.queues:
-        with persipubsub.queue.Queue(persipubsub.queue.Settings.of(config, queue_key)) as queue:
-            queue.prune()
+    return _for_each(config_pth, queue_key, lambda queue: queue.prune())
 
 
-def clear_all_subs(config_pth: ConfigPath) -> None:
+def clear_all_subs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> Mapping[str, int]:
     """
-    Drop all messages of all queues; their subscribers stay.
+    Drop all messages of queues; their subscribers stay.
 
     The messages of a queue leave in one transaction. A message that is being received is
     acknowledged into the void.
 
     :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: how many deliveries were dropped, by queue
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
+    return _for_each(config_pth, queue_key, lambda queue: queue.clear())
+
+
+# Looking
+
+
+def statistics(
+    config_pth: ConfigPath,
+    queue_key: Optional[str] = None,
+) -> Mapping[str, persipubsub.statistics.QueueStatistics]:
+    """
+    Count what is in queues and what happened to it, without a walk through the messages.
+
+    Each queue's figures are a consistent snapshot; nobody is held up. It takes time with the number
+    of subscribers, and none with that of the messages.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: figures of the queues and of their subscribers, by queue; nothing of it can be changed
+    :raise ConfigError: if the file is wrong
+    :raise NotInitializedError: if a queue was not initialized
+    """
+    return _for_each(config_pth, queue_key, lambda queue: queue.statistics())
+
+
+@icontract.require(lambda count: count >= 1)
+@icontract.require(lambda start: start >= 0)
+@icontract.ensure(lambda result, count: len(result) <= count)
+def peek(config_pth: ConfigPath,
+         sub_id: str,
+         count: int = 1,
+         start: int = 0,
+         queue_key: Optional[str] = None) -> Tuple[Message, ...]:
+    """
+    Look at the next messages of a subscriber without taking them.
+
+    :param config_pth: path to the configuration file
+    :param sub_id: id of the subscriber
+    :param count: how many messages at most
+    :param start: number from which on to look; those in front of its position are done
+    :param queue_key: key in ``queues``; that of the subscriber's entry if not given
+    :return: messages that it did not acknowledge yet, also those that are just being received
+    :raise ConfigError: if the file is wrong, or has no such subscriber or queue
+    :raise NotInitializedError: if the queue or the subscriber was not initialized
+    """
     config = persipubsub.config.read(config_pth)
-    for queue_key in config.queues:
-        with persipubsub.queue.Queue(persipubsub.queue.Settings.of(config, queue_key)) as queue:
-            queue.clear()
+    if queue_key is None:
+        queue_key = config.subscriber(sub_id).in_queue
+    config.queue_path(queue_key)
+    settings = persipubsub.queue.Settings.of(config, queue_key)
+    return tuple(_looking.peek(settings, sub_id, count=count, start=start))
+
+
+@icontract.require(lambda last: last >= 0)
+def follow(config_pth: ConfigPath, queue_key: str, last: int = 0) -> Iterator[List[Message]]:
+    """
+    Look at the messages of a queue as they are sent, for ever; a look, and not a subscriber.
+
+    Messages that all their subscribers acknowledged may be deleted before they were seen: their
+    numbers are left out. The queue is in use until the iterator is closed.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :param last: how many of the newest messages that are there to begin with
+    :return: iterator over messages, several at a time; an empty list at least once a second
+    :raise ConfigError: if the file is wrong, or has no such queue
+    """
+    return _looking.follow(_one(config_pth, queue_key), last=last)
+
+
+# Maintenance
+
+
+def verify(config_pth: ConfigPath,
+           queue_key: Optional[str] = None,
+           progress: Optional[Progress] = None) -> Mapping[str, Tuple[str, ...]]:
+    """
+    Verify all pages, records and messages of queues, each in one snapshot.
+
+    It holds up no other process. It takes seconds for each 100 MB; a queue that is used meanwhile
+    grows, since its old pages are not used again before the end.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :param progress: is counted up, for another thread to look at
+    :return: what is wrong, by queue; nothing if the queue is sound
+    :raise ConfigError: if the file is wrong
+    :raise NotInitializedError: if a queue was not initialized
+    """
+    progress = progress or Progress()
+    return types.MappingProxyType({
+        key: tuple(_upkeep.verify(settings, progress))
+        for key, settings in _settings(config_pth, queue_key).items()
+    })
+
+
+def backup(config_pth: ConfigPath,
+           queue_key: str,
+           target: Union[str, "os.PathLike[str]"],
+           progress: Optional[Progress] = None) -> int:
+    """
+    Copy a queue, as it is at one moment, into a file. It holds up nobody, and may be in full use.
+
+    All that was acknowledged before the call is in it. The file is verified and durable when the
+    call returns; whatever happens before, there is no file of that name.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :param target: path of the file, which must not be there yet
+    :param progress: is counted up, for another thread to look at
+    :return: size of the file in bytes
+    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise StoreError: if the target is there already
+    :raise DiskFullError: if there is no room for it
+    """
+    return _upkeep.backup(_one(config_pth, queue_key), os.fspath(target), progress or Progress())
+
+
+def restore(config_pth: ConfigPath,
+            queue_key: str,
+            source: Union[str, "os.PathLike[str]"],
+            progress: Optional[Progress] = None) -> None:
+    """
+    Let a backup take the place of a queue, or create the queue from it.
+
+    It needs the queue for itself. The backup is verified before anything is changed, and stays.
+    Messages are as old as they are: those that are older than the queue's timeout are dropped at
+    its next use. Numbers go on behind all that are known to be used. Subscribers of the
+    configuration file that are not in the backup are added.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :param source: path of the backup
+    :param progress: is counted up, for another thread to look at
+    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise QueueInUseError: if any process, this one included, has the queue open
+    :raise StoreCorruptError: if the backup is damaged
+    :raise FormatError: if it is not the backup of a queue, or the directory holds something else
+    """
+    settings = _one(config_pth, queue_key)
+    subscribers = persipubsub.config.read(config_pth).queues[queue_key].subscribers
+    _alone.restore(settings, os.path.realpath(os.fspath(source)), progress or Progress())
+    persipubsub.queue.Queue.ensure(settings, subscribers=subscribers)
+
+
+@icontract.ensure(lambda result: all(sizes.after > 0 for sizes in result.values()))
+def compact(config_pth: ConfigPath,
+            queue_key: Optional[str] = None,
+            progress: Optional[Progress] = None) -> Mapping[str, Sizes]:
+    """
+    Give the room on the disk back that queues do not need any more.
+
+    It needs each queue for itself, and room for a copy of what is in it. Whatever happens on the
+    way, the queue is either as it was or compacted, durably.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :param progress: is counted up, for another thread to look at
+    :return: sizes before and after, by queue
+    :raise ConfigError: if the file is wrong
+    :raise QueueInUseError: if any process, this one included, has the queue open
+    :raise StoreCorruptError: if the queue is damaged; it is left as it is
+    """
+    progress = progress or Progress()
+    return types.MappingProxyType({
+        key: _alone.compact(settings, progress)
+        for key, settings in _settings(config_pth, queue_key).items()
+    })
+
+
+def add_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -> bool:
+    """
+    Add a subscriber to a queue, durably; it gets what is sent from now on.
+
+    The configuration file is not changed: it has to name the subscriber as well.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :param subscriber: its id, of 1 to 255 bytes in UTF-8
+    :return: False if it was there already, and stays as it is
+    :raise ConfigError: if the file is wrong, has no such queue, or nobody may have that id
+    :raise NotInitializedError: if the queue was not initialized
+    """
+    settings = _one(config_pth, queue_key)
+    persipubsub.config.check_identifier(subscriber, config_pth)
+    return bool(_upkeep.add_subscribers(settings, [subscriber]))
+
+
+def remove_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -> int:
+    """
+    Remove a subscriber from a queue, durably, and with it the messages that nobody else needs.
+
+    The configuration file is not changed: as long as it names the subscriber, the next
+    initialization adds it again, at the end of the queue.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :param subscriber: its id
+    :return: how many messages it did not acknowledge
+    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
+    """
+    return _upkeep.remove_subscriber(_one(config_pth, queue_key), subscriber)
+
+
+def drop_queue(config_pth: ConfigPath, queue_key: str) -> Tuple[str, ...]:
+    """
+    Remove a queue with all its messages from the disk. It needs the queue for itself.
+
+    The configuration file is not changed: the next initialization creates the queue again. Only the
+    library's own files are removed, and the directory if it is empty then.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :return: names of what else was in the directory and stays there
+    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise NotInitializedError: if there is no queue
+    :raise QueueInUseError: if any process, this one included, has the queue open
+    """
+    return tuple(_alone.drop(_one(config_pth, queue_key)))

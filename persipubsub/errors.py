@@ -25,7 +25,7 @@ No ``lmdb.Error`` and no ``msgspec.MsgspecError`` leaves the library. ``TypeErro
 everywhere in Python for an argument of a wrong type.
 """
 
-from typing import Optional, Sequence
+from typing import Optional, Sequence, Tuple
 
 __all__ = [
     "PersipubsubError",
@@ -124,6 +124,14 @@ class CorruptMessageError(MessageError):
         """
         super().__init__(message)
         self.number = number
+
+    def __reduce__(self) -> "Tuple[type, Tuple[str, int]]":
+        """
+        Tell how to copy it to another process, as ``multiprocessing`` does.
+
+        :return: class and arguments
+        """
+        return type(self), (str(self), self.number)
 
 
 class QueueFullError(PersipubsubError):

@@ -131,7 +131,8 @@ class Pub:
             raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
         messages = [_to_bytes(msg) for msg in msgs]
         if self._autosync:
-            queue.check_sizes(messages)
+            for message in messages:
+                queue.settings.check_size((message, ))
             for message in messages:
                 queue.put((message, ), self._audience)
         elif messages:

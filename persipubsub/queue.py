@@ -35,8 +35,11 @@ class _Put:
 
     def __init__(self, batches: List[_blocks.Batch], audience: Optional[Tuple[str, ...]]) -> None:
         self.batches = batches
-        self.count = sum(batch.messages for batch in batches)
-        self.size = sum(batch.size for batch in batches)
+        if len(batches) == 1:
+            self.count, self.size, _ = batches[0]
+        else:
+            self.count = sum(batch.messages for batch in batches)
+            self.size = sum(batch.size for batch in batches)
         self.audience = audience
         self.first = 0
         self.floor = None  # type: Optional[_retention.Floor]
@@ -80,6 +83,11 @@ class Queue:
         self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
         self._losses = _losses.LossLog(settings.path)
         self._is_closed = False
+
+        # A single message of no more bytes needs no closer look.
+        self._surely_fitting = min(
+            settings.max_message_bytes, _blocks.MAX_MESSAGE_BYTES,
+            settings.max_bytes - _blocks.BLOCK_BYTES // 8 - _blocks.ENTRY_BYTES)
 
         # Remembered between sends; written by whoever holds the environment's write lock.
         self._floor = None  # type: Optional[_retention.Floor]
@@ -158,8 +166,9 @@ class Queue:
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
         self._check_open()
+        if len(messages) != 1 or len(messages[0]) > self._surely_fitting:
+            self.settings.check_size(messages)
         put = _Put(_blocks.encode_batches(messages), audience)
-        self._check_size(put, messages)
         try:
             self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
         except _environment.MapFullError:
@@ -168,7 +177,10 @@ class Queue:
             self._floor = None
             raise
         self._floor = put.floor
-        self._bell.ring()
+        try:
+            self._bell.ring()
+        except persipubsub.errors.PersipubsubError:
+            pass  # it is sent; subscribers look once a second anyhow
         if put.losses:
             self._losses.add(put.losses)
         return put.first
@@ -188,41 +200,6 @@ class Queue:
                 _positions.require(txn, databases, key)
 
         self._environment.read(work)
-
-    def check_sizes(self, messages: Sequence[bytes]) -> None:
-        """
-        Check each of some messages before the first of them is put.
-
-        :param messages: to be put one by one
-        :raise MessageTooLargeError: if the queue could never hold one of them
-        """
-        for message in messages:
-            self._check_size(_Put([_blocks.Batch(1, len(message), b"")], None), (message, ))
-
-    def _check_size(self, put: _Put, messages: Sequence[bytes]) -> None:
-        """
-        Check that the queue could hold the messages if it were empty.
-
-        :param put: what is to be added
-        :param messages: the same, not encoded
-        """
-        largest = max(map(len, messages), default=0)
-        limit = min(self.settings.max_message_bytes, _blocks.MAX_MESSAGE_BYTES)
-        if largest > limit:
-            raise persipubsub.errors.MessageTooLargeError(
-                "Expected a message of at most {} bytes for the queue {} (HWM_LMDB_SIZE_BYTES), "
-                "but got: {} bytes".format(limit, self.settings.path, largest))
-        if put.size > self.settings.max_message_bytes or put.count > self.settings.max_messages:
-            raise persipubsub.errors.MessageTooLargeError(
-                "Expected a batch of at most {} messages (MAX_MSGS_NUM) and {} bytes "
-                "(HWM_LMDB_SIZE_BYTES) for the queue {}, but got: {} messages, {} bytes".format(
-                    self.settings.max_messages, self.settings.max_message_bytes, self.settings.path,
-                    put.count, put.size))
-        if put.size + _blocks.BLOCK_BYTES // 8 > self.settings.max_bytes:
-            raise persipubsub.errors.MessageTooLargeError(
-                "Expected messages of at most {} bytes for the queue {} (max_db_size_bytes), but "
-                "got: {} bytes".format(self.settings.max_bytes - _blocks.BLOCK_BYTES // 8,
-                                       self.settings.path, put.size))
 
     def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: _Put) -> None:
         """
@@ -262,9 +239,8 @@ class Queue:
         :param put: what is to be added
         :return: True if there is too much
         """
-        settings = self.settings
-        return (tail.total_count - floor.messages + put.count > settings.max_messages
-                or tail.total_bytes - floor.size + put.size > settings.max_message_bytes)
+        return (tail.total_count - floor.messages + put.count > self.settings.max_messages
+                or tail.total_bytes - floor.size + put.size > self.settings.max_message_bytes)
 
     def _make_room(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
                    put: _Put) -> "Tuple[_log.Tail, _retention.Floor]":
@@ -324,50 +300,56 @@ class Queue:
         :param subscribers: ids
         :return: audience
         """
+        key, members = _layout.audience_key, _layout.pack_audience(subscribers)
         audience = self._audiences.get(subscribers)
-        # A transaction that failed may have taken the audience back.
-        if audience is None or txn.get(_layout.audience_key(audience), db=databases.meta) is None:
+        # A transaction that failed may have taken the audience back, and another one may have given
+        # its number to other subscribers.
+        if audience is None or bytes(txn.get(key(audience), b"", db=databases.meta)) != members:
             audience = _log.ensure_audience(txn, databases, subscribers)
             self._audiences[subscribers] = audience
         return audience
 
     def _put_into_full_map(self, put: _Put) -> None:
         """
-        Put messages into a store that is as large as it may be: the high-water mark's strategy.
+        Put messages into a full store: delete what is finished, then drop by the strategy.
 
         :param put: what is to be added
         :raise DiskFullError: if it does not fit although nothing is left to be dropped
         """
+        waiting = 1
+        # A process that was killed in a read may keep everything that was freed since then.
+        self._environment.check_readers()
         while True:
             self._floor = None
-            waiting = self._environment.write(self._shrink, may_grow=True)
             self.delete_finished()
+            self._environment.write(_retention.make_reusable, may_grow=True)
             try:
-                self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
+                # With nothing left to be dropped, the free pages are only too scattered for it.
+                work = functools.partial(self._put, put=put)
+                self._environment.write(work, is_flushed=True, may_grow=not waiting)
                 return
             except _environment.MapFullError:
                 if not waiting:
                     raise
+            waiting, losses = self._environment.write(self._shrink, may_grow=True)
+            self._losses.add(losses)
 
-    def _shrink(self, txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:
+    def _shrink(self, txn: "lmdb.Transaction[memoryview]",
+                databases: Databases) -> Tuple[int, List[_retention.Loss]]:
         """
         Drop half of the messages.
 
         :param txn: write transaction
         :param databases: handles
-        :return: how many messages there were
+        :return: how many messages there were, what was dropped unread
         """
         tail = _log.read_tail(txn.cursor(db=databases.data))
         floor = _retention.find_floor(txn, databases, tail)
         waiting = tail.total_count - floor.messages
-        if waiting:
-            _, losses = _retention.halve(txn,
-                                         databases,
-                                         floor,
-                                         tail,
-                                         drops_newest=self.settings.drops_newest)
-            self._losses.add(losses)
-        return waiting
+        if not waiting:
+            return 0, []
+        drops_newest = self.settings.drops_newest
+        return waiting, _retention.halve(txn, databases, floor, tail, drops_newest=drops_newest)[1]
 
     # Receiving
 
@@ -474,17 +456,12 @@ class Queue:
         """
         Count what is in the queue, without a walk through the messages.
 
-        It is a consistent snapshot and holds up nobody.
+        It is a consistent snapshot (but for what is in flight), and holds up nobody.
 
         :return: figures of the queue and of its subscribers
         """
         self._check_open()
-        now_ns = self._now_ns()
-        return self._environment.read(
-            functools.partial(persipubsub.statistics.collect,
-                              path=self.settings.path,
-                              file_bytes=self._environment.file_bytes(),
-                              now_ns=now_ns))
+        return persipubsub.statistics.collect(self._environment, self.settings, self._now_ns())
 
     def check(self) -> List[str]:
         """

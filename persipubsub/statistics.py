@@ -1,11 +1,12 @@
 """Count what is in a queue and what happened to it."""
 
 import dataclasses
-from typing import Optional, Tuple
+import os
+from typing import List, Optional, Tuple
 
 import lmdb
 
-from persipubsub import _layout, _log, _positions
+from persipubsub import _environment, _files, _in_flight, _layout, _log, _positions, _settings
 from persipubsub._opening import Databases
 
 __all__ = ["QueueStatistics", "SubscriberStatistics", "collect"]
@@ -17,9 +18,14 @@ class SubscriberStatistics:
 
     subscriber: str  #: its id
     lag: int  #: messages that it still has to acknowledge
-    position: int  #: number of the first of them
+    #: of these, how many its consumers are working on right now, at most: they claimed them, and
+    #: did not acknowledge them yet; None if the system does not tell
+    in_flight: Optional[int]
+    position: int  #: number of the first message that it still has to acknowledge
     acknowledged: int  #: messages that were received and acknowledged
-    failed: int  #: deliveries that ended with an exception
+    #: deliveries that ended with an exception, and so were or will be made again; those whose
+    #: consumer was killed are not counted, as nobody is left to do it
+    failed: int
     dropped_by_timeout: int  #: messages that were dropped unread since they were too old
     dropped_by_mark: int  #: messages that were dropped unread at a high-water mark
     cleared: int  #: messages that an operator cleared
@@ -34,70 +40,126 @@ class QueueStatistics:
 
     path: str  #: directory of the queue
     messages: int  #: from the oldest one that somebody still has to acknowledge
+    message_share: float  #: of ``MAX_MSGS_NUM``; 1.0 is the mark
     message_bytes: int  #: bytes of these messages
+    byte_share: float  #: of ``HWM_LMDB_SIZE_BYTES``; 1.0 is the mark
     file_bytes: int  #: size of the data file
+    file_share: float  #: of ``max_db_size_bytes``
     oldest_age_seconds: Optional[float]  #: age of the oldest waiting message; None if none waits
-    next_number: int  #: of the next message
+    age_share: float  #: of ``MSG_TIMEOUT_SECS``; 0.0 if none waits
+    next_number: int  #: of the next message; one less were sent, but for gaps
+    #: write transactions: sends, acknowledgements and the rest, since the store was created,
+    #: compacted or restored
+    commits: int
     subscribers: Tuple[SubscriberStatistics, ...]  #: ordered by id
 
 
-def collect(txn: "lmdb.Transaction[memoryview]", databases: Databases, path: str, file_bytes: int,
+def collect(environment: _environment.Environment, settings: _settings.Settings,
             now_ns: int) -> QueueStatistics:
     """
     Collect the figures in one snapshot, without a walk through the messages.
 
-    :param txn: any transaction
-    :param databases: handles
-    :param path: of the queue
-    :param file_bytes: size of the data file
+    It takes time with the number of subscribers, and holds up nobody. What is in flight is counted
+    right behind the snapshot.
+
+    :param environment: of the queue
+    :param settings: of the queue
     :param now_ns: time on the queue's clock, in nanoseconds
     :return: figures
     """
-    cursor = txn.cursor(db=databases.data)
-    tail = _log.read_tail(cursor)
-    audiences = _log.read_audiences(txn, databases)
-    subscribers = []
-    oldest = tail.next_number
-    for key, record in _positions.read_all(txn, databases):
-        own = _positions.audiences_of(audiences, key)
-        lag = _positions.count_pending(txn, databases, record, own, 0, tail.next_number)
-        if lag:
-            oldest = min(oldest,
-                         _positions.first_pending(txn, databases, record, own, tail.next_number))
-        subscribers.append(_subscriber_statistics(key.decode("utf-8"), record, lag, now_ns))
-    place = _log.place_of(cursor, oldest)
-    found = _log.seek(cursor, oldest) if oldest < tail.next_number else None
-    return QueueStatistics(
-        path=path,
-        messages=tail.total_count - place.messages,
-        message_bytes=tail.total_bytes - place.size,
-        file_bytes=file_bytes,
-        oldest_age_seconds=None if found is None else max(0, now_ns - found.block.time_ns) / 1e9,
-        next_number=tail.next_number,
-        subscribers=tuple(subscribers))
+    collector = _Collector(settings, environment.file_bytes(), now_ns)
+    statistics = environment.read(collector.collect)
+    claims = _in_flight.count(
+        os.path.join(settings.path, _files.CLAIMS), {
+            ordinal: (figures.position, statistics.next_number)
+            for ordinal, figures in zip(collector.ordinals, statistics.subscribers)
+        })
+    if claims is None:
+        return statistics
+    return dataclasses.replace(
+        statistics,
+        subscribers=tuple(
+            dataclasses.replace(figures, in_flight=min(figures.lag, claims[ordinal]))
+            for ordinal, figures in zip(collector.ordinals, statistics.subscribers)))
 
 
-def _subscriber_statistics(identifier: str, record: _layout.Subscriber, lag: int,
-                           now_ns: int) -> SubscriberStatistics:
-    """
-    Describe one subscriber.
+class _Collector:
+    """Collect figures inside of a transaction."""
 
-    :param identifier: its id
-    :param record: as stored
-    :param lag: messages that it still has to acknowledge
-    :param now_ns: time on the queue's clock, in nanoseconds
-    :return: its figures
-    """
-    return SubscriberStatistics(
-        subscriber=identifier,
-        lag=lag,
-        position=record.position,
-        acknowledged=record.acknowledged,
-        failed=record.failed,
-        dropped_by_timeout=record.dropped_by_timeout,
-        dropped_by_mark=record.dropped_by_mark,
-        cleared=record.cleared,
-        skipped=record.skipped,
-        corrupt=record.corrupt,
-        seconds_since_acknowledged=(None if not record.acknowledged_ns else
-                                    max(0, now_ns - record.acknowledged_ns) / 1e9))
+    def __init__(self, settings: _settings.Settings, file_bytes: int, now_ns: int) -> None:
+        """
+        Initialize without figures.
+
+        :param settings: of the queue
+        :param file_bytes: size of the data file
+        :param now_ns: time on the queue's clock, in nanoseconds
+        """
+        self._settings = settings
+        self._file_bytes = file_bytes
+        self._now_ns = now_ns
+        self.ordinals = []  # type: List[int]
+
+    def collect(self, txn: "lmdb.Transaction[memoryview]", databases: Databases) -> QueueStatistics:
+        """
+        Collect all figures but those in flight.
+
+        :param txn: any transaction
+        :param databases: handles
+        :return: figures
+        """
+        cursor = txn.cursor(db=databases.data)
+        tail = _log.read_tail(cursor)
+        audiences = _log.read_audiences(txn, databases)
+        subscribers = []
+        self.ordinals.clear()
+        oldest = tail.next_number
+        for key, record in _positions.read_all(txn, databases):
+            own = _positions.audiences_of(audiences, key)
+            lag = _positions.count_pending(txn, databases, record, own, 0, tail.next_number)
+            if lag:
+                first = _positions.first_pending(txn, databases, record, own, tail.next_number)
+                oldest = min(oldest, first)
+            self.ordinals.append(record.ordinal)
+            subscribers.append(self._subscriber(key.decode("utf-8"), record, lag))
+        place = _log.place_of(cursor, oldest)
+        found = _log.seek(cursor, oldest) if oldest < tail.next_number else None
+        messages, size = tail.total_count - place.messages, tail.total_bytes - place.size
+        age = None if found is None else max(0, self._now_ns - found.block.time_ns) / 1e9
+        settings = self._settings
+        return QueueStatistics(path=settings.path,
+                               messages=messages,
+                               message_share=messages / settings.max_messages,
+                               message_bytes=size,
+                               byte_share=size / settings.max_message_bytes,
+                               file_bytes=self._file_bytes,
+                               file_share=self._file_bytes / settings.max_bytes,
+                               oldest_age_seconds=age,
+                               age_share=(age or 0.0) * 1e9 / settings.timeout_ns,
+                               next_number=tail.next_number,
+                               commits=txn.id(),
+                               subscribers=tuple(subscribers))
+
+    def _subscriber(self, identifier: str, record: _layout.Subscriber,
+                    lag: int) -> SubscriberStatistics:
+        """
+        Describe one subscriber.
+
+        :param identifier: its id
+        :param record: as stored
+        :param lag: messages that it still has to acknowledge
+        :return: its figures
+        """
+        since_ns = self._now_ns - record.acknowledged_ns if record.acknowledged_ns else None
+        return SubscriberStatistics(
+            subscriber=identifier,
+            lag=lag,
+            in_flight=None,
+            position=record.position,
+            acknowledged=record.acknowledged,
+            failed=record.failed,
+            dropped_by_timeout=record.dropped_by_timeout,
+            dropped_by_mark=record.dropped_by_mark,
+            cleared=record.cleared,
+            skipped=record.skipped,
+            corrupt=record.corrupt,
+            seconds_since_acknowledged=None if since_ns is None else max(0, since_ns) / 1e9)

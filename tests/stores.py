@@ -113,17 +113,22 @@ def ranges(queue: persipubsub.queue.Queue, name: str = "sub") -> List[range]:
     return queue._environment.read(work)  # pylint: disable=protected-access
 
 
-@contextlib.contextmanager
-def transaction(directory: pathlib.Path) -> "Iterator[lmdb.Transaction[memoryview]]":
-    """Open a new environment, and a write transaction whose changes are thrown away."""
-    with lmdb.open(str(directory), map_size=1 << 26, max_dbs=8, sync=False,
-                   lib_version=0) as environment:
-        with environment.begin(write=True, buffers=True) as txn:
+class Scratch:
+    """Be an empty store without a queue, whose transactions are thrown away."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        """Create the sub-databases."""
+        self.environment = lmdb.open(str(directory),
+                                     map_size=1 << 26,
+                                     max_dbs=8,
+                                     sync=False,
+                                     lib_version=0)
+        self.databases = Databases(*(self.environment.open_db(name) for name in (
+            _layout.DATA_DB, _layout.PENDING_DB, _layout.AHEAD_DB, _layout.META_DB)))
+
+    @contextlib.contextmanager
+    def begin(self) -> "Iterator[lmdb.Transaction[memoryview]]":
+        """Run a write transaction and abort it."""
+        with self.environment.begin(write=True, buffers=True) as txn:
             yield txn
             txn.abort()
-
-
-def databases_of(environment: lmdb.Environment) -> Databases:
-    """Create the sub-databases of a store."""
-    return Databases(*(environment.open_db(name) for name in (
-        _layout.DATA_DB, _layout.PENDING_DB, _layout.AHEAD_DB, _layout.META_DB)))

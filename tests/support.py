@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeAlias
 
 import persipubsub.config
@@ -23,7 +24,8 @@ Connection: TypeAlias = "multiprocessing.connection.Connection[Any, Any]"
 
 
 def write_config(directory: pathlib.Path,
-                 publishers: Mapping[str, Sequence[str]] = {"pub": ["sub"]},
+                 publishers: Mapping[str,
+                                     Sequence[str]] = types.MappingProxyType({"pub": ("sub", )}),
                  subscribers: Sequence[str] = ("sub", ),
                  name: str = "config.json",
                  **changes: Any) -> pathlib.Path:
@@ -97,10 +99,9 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.001)
 
 
-def run_python(code: str,
-               *arguments: object,
-               options: Sequence[str] = (),
-               prefix: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+def run_python(
+    code: str, *arguments: object, options: Sequence[str] = (), prefix: Sequence[str] = ()
+) -> "subprocess.CompletedProcess[str]":
     """
     Run code in a Python process of its own that finds the modules this one has.
 

@@ -47,7 +47,7 @@ def test_errors_of_the_system_are_translated(
     with pytest.raises(persipubsub.errors.PersipubsubError) as caught:
         with _files.translated(path="/somewhere", doing="open"):
             raise OSError(number, os.strerror(number))
-    assert type(caught.value) is expected
+    assert caught.type is expected
     assert isinstance(caught.value.__cause__, OSError)
     assert str(caught.value) == "Expected to open /somewhere, but got: {}".format(
         os.strerror(number))
@@ -128,8 +128,8 @@ def test_writing_removing_and_making_are_flushed(tmp_path: pathlib.Path) -> None
     seen = []  # type: List[str]
     for line in lines:
         call = re.sub(r"^\d+ +", "", line).partition("(")[0].replace("at", "")
-        seen.append("{} {}".format(call, re.findall(re.escape(str(tmp_path)) + r"([^\">]*)",
-                                                    line)[-1]))
+        seen.append("{} {}".format(call,
+                                   re.findall(re.escape(str(tmp_path)) + r"([^\">]*)", line)[-1]))
     assert seen == [
         "mkdir /one", "fsync ", "mkdir /one/two", "fsync /one", "write /one/two/running.new",
         "fsync /one/two/running.new", "rename /one/two/running", "fsync /one/two",

@@ -5,6 +5,7 @@
 
 import asyncio
 import functools
+import linecache
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -20,6 +21,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, TypeAlias
 
 import pytest
@@ -792,6 +794,93 @@ def test_interrupted_at_any_moment(tmp_path: pathlib.Path) -> None:
                              capture_output=True,
                              text=True)
     assert (process.stdout, process.returncode) == ("[] True\n", 0), process.stderr
+
+
+def at_line(number: int, act: Callable[[], None], call: Callable[[], Any]) -> bool:
+    """
+    Act in the midst of a call, before a certain line of the module is executed.
+
+    :param number: of the line, counted from 1 as they are executed
+    :param act: what to do there; may raise
+    :param call: to be called
+    :return: False if the call had fewer lines
+    """
+    left = number
+
+    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if (frame.f_code.co_filename != persipubsub._wakeup.__file__
+                or frame.f_code.co_name == "__del__"):
+            return None
+        if event == "line":
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            # Python handles signals only after calls and jumps, thus never at the start or the end
+            # of these, where an exception would leave a lock locked.
+            left -= 0 if line.startswith(("with ", "try:", "return")) else 1
+            if left == 0:
+                act()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+
+def test_interrupted_at_every_line(mode: str, tmp_path: pathlib.Path) -> None:
+    """Interrupt a leader at each of its steps, while it has an event for another waiter."""
+    assert mode
+    hub = persipubsub._wakeup._hub
+    bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(2)]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt()
+
+    def lead() -> None:
+        with bells[0].prepare() as leader:
+            leader.wait(timeout=0.001)
+
+    for number in range(1, 1000):
+        with bells[1].prepare() as ticket:
+            while ticket.wait(timeout=0):
+                ticket.arm()
+            bells[1].ring()
+            interrupted = False
+            try:
+                reached = at_line(number, interrupt, lead)
+            except KeyboardInterrupt:
+                interrupted = reached = True
+            assert hub.leader is None and not hub.lock.locked()
+            start = time.monotonic()
+            assert ticket.wait(timeout=HANG_SECS)
+            assert time.monotonic() - start < HANG_SECS / 2
+        if not reached:
+            assert number > 50 and not interrupted
+            break
+    for bell in bells:
+        bell.close()
+
+
+def test_a_ring_in_the_midst_of_arm_is_not_forgotten(mode: str, tmp_path: pathlib.Path) -> None:
+    assert mode
+    bell = persipubsub._wakeup.Bell(str(tmp_path / "bell"))
+    outcomes = set()
+
+    def ring() -> None:
+        bell.ring()
+        persipubsub._wakeup.dispatch()
+
+    with bell.prepare() as ticket:
+        number = 1
+        while at_line(number, ring, ticket.arm):
+            number += 1
+            rung = ticket.wait(timeout=0)
+            assert rung or ticket.file.page[persipubsub._wakeup._FLAG] == 1
+            outcomes.add(rung)
+    assert outcomes == {False, True}
+    bell.close()
 
 
 def test_fork_leaves_the_parent_its_events(mode: str, tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,331 @@
+"""Share between the commands: options, output for people and for machines, and how they fail."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+import threading
+import types
+from typing import Any, Callable, Dict, Final, Iterable, List, Optional, Sequence, TypeVar
+
+import click
+
+import persipubsub.config
+import persipubsub.errors
+from persipubsub._progress import Progress
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+ResultT = TypeVar("ResultT")
+
+#: What would change a terminal, or look like a line of ours, if a message or a name had it.
+_UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+#: Seconds after which a time is told in a larger unit, and that unit in seconds.
+_TIME_UNITS: Final = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"))
+
+
+def config_argument(command: CommandT) -> CommandT:
+    """
+    Let a command take the configuration file.
+
+    :param command: to be decorated
+    :return: decorated command
+    """
+    return click.argument("config", type=click.Path(path_type=pathlib.Path))(command)
+
+
+def queue_option(text: str) -> Callable[[CommandT], CommandT]:
+    """
+    Let a command take the key of a queue.
+
+    :param text: what it means to the command
+    :return: decorator
+    """
+    return click.option("--queue", "queue_key", metavar="KEY", help=text)
+
+
+def json_option(command: CommandT) -> CommandT:
+    """
+    Let a command write JSON.
+
+    :param command: to be decorated
+    :return: decorated command
+    """
+    return click.option("--json", "as_json", is_flag=True, help="Write JSON, for machines.")(command)
+
+
+def yes_option(command: CommandT) -> CommandT:
+    """
+    Let a command be told not to ask.
+
+    :param command: to be decorated
+    :return: decorated command
+    """
+    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+
+
+def select(config_pth: pathlib.Path, queue_key: Optional[str]) -> List[str]:
+    """
+    List the queues that a command is about.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: that was given; None for all
+    :return: keys of the queues
+    """
+    queues = persipubsub.config.read(config_pth).queues
+    if queue_key is None:
+        return list(queues)
+    if queue_key not in queues:
+        raise click.BadParameter("{!r} is not a queue of {}. There {}.".format(
+            queue_key, config_pth, "is none" if not queues else "are: " + ", ".join(queues)),
+                                 param_hint="--queue")
+    return [queue_key]
+
+
+def select_one(config_pth: pathlib.Path, queue_key: Optional[str]) -> str:
+    """
+    Choose the queue that a command is about.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: that was given; None if the file has only one
+    :return: key of the queue
+    """
+    keys = select(config_pth, queue_key)
+    if len(keys) != 1:
+        raise click.UsageError("Expected --queue, since {} has {} queues{}.".format(
+            config_pth, len(keys), ": " + ", ".join(keys) if keys else ""))
+    return keys[0]
+
+
+class Report:
+    """
+    Tell what came of each queue, and go on with the next one when one fails.
+
+    >>> report = Report(as_json=True)
+    >>> report.done("queue", {"dropped": 3}, "queue: 3 dropped")
+    >>> report.exit_code
+    0
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        """
+        Initialize without a result.
+
+        :param as_json: True to write one JSON object at the end, False for a line each
+        """
+        self._as_json = as_json
+        self._results = {}  # type: Dict[str, Any]
+        self.exit_code = 0
+
+    def done(self, key: str, result: Any, line: str) -> None:
+        """
+        Tell what came of a queue.
+
+        :param key: of the queue
+        :param result: for machines
+        :param line: for people
+        """
+        self._results[key] = result
+        if not self._as_json:
+            print(printable(line), flush=True)
+
+    def failed(self, key: str, error: persipubsub.errors.PersipubsubError) -> None:
+        """
+        Tell that a queue failed.
+
+        :param key: of the queue
+        :param error: why
+        """
+        self._results[key] = {"error": str(error)}
+        self.exit_code = 1
+        complain(str(error))
+
+    def finish(self) -> None:
+        """Write what machines wait for, and end with the exit code."""
+        if self._as_json:
+            print(json.dumps(self._results, indent=2, default=to_json), flush=True)
+        sys.exit(self.exit_code)
+
+    def each(self, keys: Iterable[str], work: Callable[[str], ResultT],
+             tell: Callable[[str, ResultT], None]) -> None:
+        """
+        Do something with each queue, and finish.
+
+        :param keys: of the queues
+        :param work: to be done, given the key
+        :param tell: calls :py:meth:`done`, given the key and what came of the work
+        """
+        for key in keys:
+            try:
+                result = work(key)
+            except persipubsub.errors.ConfigError:
+                # Of the file, not of the queue: the same for all of them.
+                raise
+            except persipubsub.errors.PersipubsubError as error:
+                self.failed(key, error)
+            else:
+                tell(key, result)
+        self.finish()
+
+
+def complain(text: str) -> None:
+    """
+    Write a line about what went wrong.
+
+    :param text: what went wrong
+    """
+    print("persipubsub: {}".format(printable(text)), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    r"""
+    Show what would change a terminal instead of doing it.
+
+    :param text: to be shown
+    :return: text in which control characters are escaped
+
+    >>> print(printable("a\nb"))
+    a\nb
+    """
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"),
+                            text)
+
+
+def to_json(value: object) -> Any:
+    """
+    Turn an object of the library into what JSON has.
+
+    :param value: that JSON does not know
+    :return: that it knows
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, types.MappingProxyType):
+        return dict(value)
+    raise TypeError("Expected something for JSON, but got: {!r}".format(value))
+
+
+def show_bytes(size: float) -> str:
+    """
+    Show a size.
+
+    :param size: in bytes
+    :return: in a unit for people
+
+    >>> show_bytes(1234567)
+    '1.2 MB'
+    """
+    if size < 1000:
+        return "{:.0f} B".format(size)
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.95:
+            return "{:.1f} {}".format(size, unit)
+    return "{:,.1f} TB".format(size / 1000)
+
+
+def show_seconds(seconds: Optional[float]) -> str:
+    """
+    Show a time.
+
+    :param seconds: how long; None if there is none
+    :return: in a unit for people
+
+    >>> show_seconds(7300.0)
+    '2.0 h'
+    """
+    if seconds is None:
+        return "-"
+    for limit, unit, name in _TIME_UNITS:
+        if seconds >= limit:
+            return "{:,.1f} {}".format(seconds / unit, name)
+    return "{:.1f} s".format(seconds)
+
+
+def show_share(share: float) -> str:
+    """
+    Show a share.
+
+    :param share: 1.0 is all
+    :return: percentage
+
+    >>> show_share(0.123)
+    '12 %'
+    """
+    if 0 < share < 0.01:
+        return "<1 %"
+    return "{:.0f} %".format(100 * share)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """
+    Lay out a table for what is not a terminal: nothing is cut, columns are two spaces apart.
+
+    :param head: of the columns; the first one is text, the others are numbers
+    :param rows: of the table
+    :return: lines
+    """
+    cells = [list(head)] + [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for row in cells:
+        padded = [row[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def count(number: int, noun: str) -> str:
+    """
+    Show a number of things.
+
+    :param number: how many
+    :param noun: what, in the singular
+    :return: number and noun
+
+    >>> count(2, "message")
+    '2 messages'
+    """
+    return "{:,} {}{}".format(number, noun, "" if number == 1 else
+                              "es" if noun.endswith(("s", "x")) else "s")
+
+
+def with_progress(title: str, work: Callable[[Progress], ResultT]) -> ResultT:
+    """
+    Do something that takes long, and show how far it has come if somebody may look at it.
+
+    :param title: of what is done
+    :param work: to be done in this thread, so that Ctrl-C reaches it
+    :return: what the work returned
+    """
+    progress = Progress()
+    if not sys.stderr.isatty():
+        return work(progress)
+
+    import rich.console  # pylint: disable=import-outside-toplevel
+    import rich.progress  # pylint: disable=import-outside-toplevel
+
+    bar = rich.progress.Progress(rich.progress.TextColumn("{task.description}", markup=False),
+                                 rich.progress.BarColumn(),
+                                 rich.progress.TaskProgressColumn(),
+                                 console=rich.console.Console(stderr=True),
+                                 transient=True)
+    task = bar.add_task(printable(title), total=1.0)
+    is_done = threading.Event()
+
+    def draw() -> None:
+        while not is_done.wait(timeout=0.1):
+            bar.update(task,
+                       completed=progress.share(),
+                       description=printable("{} ({})".format(title, progress.what or "copy")))
+
+    with bar:
+        drawer = threading.Thread(target=draw, name="persipubsub-progress", daemon=True)
+        drawer.start()
+        try:
+            return work(progress)
+        finally:
+            is_done.set()
+            drawer.join()

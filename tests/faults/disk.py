@@ -1,0 +1,446 @@
+"""
+Model what a disk holds at a power failure, from a recording of what a process did.
+
+Only what was flushed is sure to be there. Of the rest any part may be: each 4096-byte (or 512-byte)
+piece of a write that was not followed by a flush of its file, each change of a file's size, each
+name that was not followed by a flush of its directory. A rename is atomic.
+"""
+
+import pathlib
+import random
+import re
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from tests.faults import tracing
+
+#: Everything that changes files or makes changes durable. Files are mapped for reading only, but for
+#: the bell, the gates and LMDB's lock file, whose content means nothing after a power failure.
+_CALLS = ("openat,open,creat,write,pwrite64,writev,pwritev,pwritev2,ftruncate,truncate,fallocate,"
+          "fdatasync,fsync,sync,syncfs,msync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,"
+          "rmdir,link,linkat,symlink,close,dup,dup2,dup3,sync_file_range,copy_file_range,sendfile,"
+          "lseek,read")
+
+_LINE = re.compile(rb"(\d+) +(?:(\w+)\((.*)|<\.\.\. (\w+) resumed>(.*))$", re.S)
+_STRING = re.compile(rb'"((?:\\x[0-9a-f]{2})*)"')
+_UNFINISHED = b" <unfinished ...>"
+
+
+class Call(NamedTuple):
+    """Hold one system call."""
+
+    name: str
+    strings: Tuple[bytes, ...]  #: its arguments that are strings
+    words: Tuple[str, ...]  #: all its arguments, each string replaced by one letter
+
+
+class Event(NamedTuple):
+    """Hold the beginning or the end of a system call."""
+
+    key: int  #: the same for the beginning and the end
+    call: Call
+    result: Optional[int]  #: None at the beginning
+
+
+def record(work: Callable[[], None], output: pathlib.Path) -> List[Event]:
+    """
+    Run a function in a process of its own and record what it does to files.
+
+    :param work: to be run; with threads, but without processes of its own
+    :param output: file for the trace
+    :return: events in order
+    """
+    code = tracing.run(
+        lambda: work, ["-xx", "-s", "100000000", "-o",
+               str(output), "-e", "trace=" + _CALLS, "-e", "signal=none"])
+    assert code == 0, "Expected the recorded process to end well, but got: {}".format(code)
+    return list(_parse(output.read_bytes().splitlines()))
+
+
+def _parse(lines: Sequence[bytes]) -> Iterator[Event]:
+    """Parse the lines of strace."""
+    begun = {}  # type: Dict[bytes, Tuple[int, bytes]]
+    for key, line in enumerate(lines):
+        match = _LINE.match(line)
+        if match is None:
+            assert b"+++" in line or b"---" in line, line[:200]
+            continue
+        thread, name, rest, _, resumed = match.groups()
+        if name is not None:
+            call_text = name + b"(" + rest
+            if rest.endswith(_UNFINISHED):
+                begun[thread] = (key, call_text[:-len(_UNFINISHED)])
+                call = _parse_call(begun[thread][1])
+                yield Event(key, call, None)
+                continue
+            call = _parse_call(call_text)
+            yield Event(key, call, None)
+        else:
+            key, text = begun.pop(thread)
+            call_text = text + resumed
+            # What read() brings is only known now; nobody looks at it.
+            call = _parse_call(call_text)
+        found = re.search(rb"\) += (-?\d+|\?)[^\"]*$", call_text)
+        assert found is not None, call_text[-200:]
+        yield Event(key, call, -1 if found.group(1) == b"?" else int(found.group(1)))
+
+
+def _parse_call(text: bytes) -> Call:
+    """Parse a system call and its arguments."""
+    strings = tuple(
+        bytes.fromhex(found.decode("ascii").replace("\\x", "")) for found in _STRING.findall(text))
+    name, _, rest = _STRING.sub(b"S", text).decode("ascii").partition("(")
+    arguments = re.sub(r"\) += .*$", "", rest)
+    return Call(name, strings, tuple(word.strip() for word in arguments.split(",")))
+
+
+class _Change:
+    """Hold a change of a file, or of names, that was not flushed yet."""
+
+    def __init__(self, key: int, place: int, data: bytes, size: Optional[int]) -> None:
+        self.key = key
+        self.place = place
+        self.data = data
+        self.size = size  # of the file from now on; None: of a write
+
+    def apply(self, content: bytearray) -> None:
+        """Change the content of a file."""
+        if self.size is not None:
+            _resize(content, self.size)
+            return
+        end = self.place + len(self.data)
+        if len(content) < end:
+            _resize(content, end)
+        content[self.place:end] = self.data
+
+
+def _resize(content: bytearray, size: int) -> None:
+    """Cut, or extend by zeros."""
+    del content[size:]
+    content.extend(bytes(size - len(content)))
+
+
+class _File:
+    """Hold a file: what everybody sees, what is on the disk for sure, and what is between them."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.seen = bytearray(content)
+        self.durable = bytearray(content)
+        self.pending = []  # type: List[_Change]
+
+    def add(self, change: _Change) -> None:
+        """Add a change that is not durable."""
+        change.apply(self.seen)
+        self.pending.append(change)
+
+    def flush(self, keys: Sequence[int]) -> None:
+        """Make the changes of some calls durable."""
+        for change in self.pending:
+            if change.key in keys:
+                change.apply(self.durable)
+        self.pending = [change for change in self.pending if change.key not in keys]
+
+    def survive(self, chance: random.Random, how: "Survival") -> bytes:
+        """Choose what of the file there is after a power failure."""
+        content = bytearray(self.durable)
+        pieces = []  # type: List[_Change]
+        for change in self.pending:
+            if change.size is not None:
+                pieces.append(change)
+                continue
+            begin = 0
+            while begin < len(change.data):
+                end = min(len(change.data),
+                          (change.place + begin) // how.piece * how.piece + how.piece - change.place)
+                pieces.append(
+                    _Change(change.key, change.place + begin, change.data[begin:end], None))
+                begin = end
+        only = chance.randrange(len(pieces)) if pieces else 0
+        for index, piece in enumerate(pieces):
+            if how.is_odd_one_out:
+                survives = (index == only) == (how.chance < 0.5)
+            else:
+                survives = chance.random() < how.chance
+            if survives:
+                piece.apply(content)
+        if how.keeps_size and len(content) < len(self.seen):
+            # The size reached the disk, the pages did not.
+            _resize(content, len(self.seen))
+        return bytes(content)
+
+
+class Survival(NamedTuple):
+    """Say how much of what was not flushed survives."""
+
+    chance: float  #: that a piece survives
+    piece: int  #: in bytes
+    is_odd_one_out: bool  #: a single piece survives, or (chance over one half) a single one does not
+    keeps_size: bool  #: files have the sizes that they had, with zeros where nothing survived
+    name_chance: float  #: that a change of a name survives
+    keeps_name_order: bool  #: of these changes, as in a journal: none behind the first that is lost
+
+    @staticmethod
+    def choose(chance: random.Random) -> "Survival":
+        """Choose at random, extremes more often than not."""
+        return Survival(chance=chance.choice((0.0, 1.0, 0.5, chance.random(), 0.9, 0.1)),
+                        piece=chance.choice((4096, 4096, 512)),
+                        is_odd_one_out=chance.random() < 0.3,
+                        keeps_size=chance.random() < 0.4,
+                        name_chance=chance.choice((0.0, 1.0, 0.5)),
+                        keeps_name_order=chance.random() < 0.5)
+
+
+class _Names:
+    """Hold a change of names that was not flushed yet."""
+
+    def __init__(self, key: int, parents: Sequence[str], removed: Optional[str],
+                 added: "Optional[Tuple[str, Optional[_File]]]") -> None:
+        self.key = key
+        self.parents = parents
+        self.removed = removed
+        self.added = added
+
+    def apply(self, names: "Dict[str, Optional[_File]]") -> None:
+        """Change names."""
+        if self.removed is not None:
+            names.pop(self.removed, None)
+        if self.added is not None:
+            names[self.added[0]] = self.added[1]
+
+
+class _Descriptor:
+    """Hold an open file, or a directory."""
+
+    def __init__(self, path: str, file: Optional[_File], flags: str) -> None:
+        self.path = path
+        self.file = file
+        self.place = 0
+        self.is_durable = "O_DSYNC" in flags or "O_SYNC" in flags
+        self.appends = "O_APPEND" in flags
+
+
+class Disk:
+    """
+    Follow the recorded calls; materialize what a power failure leaves behind.
+
+    Paths are those of a directory and of what is below it; everything else is ignored.
+    """
+
+    def __init__(self, root: pathlib.Path, initial: Optional[pathlib.Path] = None) -> None:
+        """
+        Initialize with a disk that is empty but for its root.
+
+        :param root: directory whose files are followed
+        :param initial: directory with what is on the disk at the beginning
+        """
+        self.root = str(root)
+        self.seen = {}  # type: Dict[str, Optional[_File]]
+        if initial is not None:
+            for path in sorted(initial.rglob("*")):
+                name = self.root + "/" + str(path.relative_to(initial))
+                self.seen[name] = None if path.is_dir() else _File(path.read_bytes())
+        self.durable = dict(self.seen)
+        self.pending = []  # type: List[_Names]
+        self.descriptors = {}  # type: Dict[int, _Descriptor]
+        self.flushing = {}  # type: Dict[int, List[int]]
+        self.running = set()  # type: set[int]
+
+    def feed(self, event: Event) -> None:
+        """
+        Follow one event.
+
+        :param event: next one of the recording
+        """
+        call, key = event.call, event.key
+        if event.result is None:
+            self.running.add(key)
+            if call.name in ("write", "pwrite64", "writev", "pwritev", "pwritev2"):
+                self._write(key, call)
+            elif call.name in ("fsync", "fdatasync"):
+                self.flushing[key] = self._complete_keys(int(call.words[0]))
+            return
+        self.running.discard(key)
+        if event.result < 0:
+            assert call.name not in ("write", "pwrite64", "writev", "fsync", "fdatasync"), event
+            return
+        handler = getattr(self, "_end_" + call.name, None)
+        if handler is not None:
+            handler(key, call, event.result)
+            return
+        assert call.name in ("lseek", "read", "close", "dup", "msync"), \
+            "Expected a call that is modelled, but got: {}".format(call)
+
+    def _below(self, path: str) -> bool:
+        """Tell whether a path is followed."""
+        return path.startswith(self.root + "/")
+
+    def _complete_keys(self, descriptor: int) -> List[int]:
+        """List the calls whose changes a flush that begins now covers."""
+        opened = self.descriptors.get(descriptor)
+        if opened is None:
+            return []
+        if opened.file is not None:
+            keys = {change.key for change in opened.file.pending}
+        else:
+            keys = {names.key for names in self.pending if opened.path in names.parents}
+        return sorted(keys - self.running)
+
+    def _write(self, key: int, call: Call) -> None:
+        """Begin a write."""
+        opened = self.descriptors.get(int(call.words[0]))
+        if opened is None or opened.file is None:
+            return
+        data = b"".join(call.strings)
+        if call.name in ("pwrite64", "pwritev", "pwritev2"):
+            place = int(call.words[-1])
+        else:
+            place = len(opened.file.seen) if opened.appends else opened.place
+            opened.place = place + len(data)
+        opened.file.add(_Change(key, place, data, None))
+
+    def _end_write(self, key: int, call: Call, result: int) -> None:
+        """End a write; with O_DSYNC it is durable then."""
+        opened = self.descriptors.get(int(call.words[0]))
+        if opened is None or opened.file is None:
+            return
+        assert result == len(b"".join(call.strings)), "Expected no short write"
+        if opened.is_durable:
+            opened.file.flush([key])
+
+    _end_pwrite64 = _end_writev = _end_pwritev = _end_pwritev2 = _end_write
+
+    def _end_fsync(self, key: int, call: Call, _: int) -> None:
+        """End a flush."""
+        keys = self.flushing.pop(key)
+        opened = self.descriptors.get(int(call.words[0]))
+        if opened is None:
+            return
+        if opened.file is not None:
+            opened.file.flush(keys)
+            return
+        for names in self.pending:
+            if names.key in keys:
+                names.apply(self.durable)
+        self.pending = [names for names in self.pending if names.key not in keys]
+
+    _end_fdatasync = _end_fsync
+
+    def _end_openat(self, key: int, call: Call, result: int) -> None:
+        """Open, and perhaps create or truncate, a file."""
+        path = call.strings[0].decode("utf-8")
+        flags = call.words[2]
+        self.descriptors.pop(result, None)
+        if path == self.root or (path in self.seen and self.seen[path] is None):
+            self.descriptors[result] = _Descriptor(path, None, flags)
+            return
+        if not self._below(path):
+            return
+        file = self.seen.get(path)
+        if file is None:
+            file = _File()
+            self._change_names(key, None, (path, file))
+        elif "O_TRUNC" in flags and file.seen:
+            file.add(_Change(key, 0, b"", 0))
+        self.descriptors[result] = _Descriptor(path, file, flags)
+
+    def _change_names(self, key: int, removed: Optional[str],
+                      added: "Optional[Tuple[str, Optional[_File]]]") -> None:
+        """Change names; not durable."""
+        path = added[0] if added is not None else removed
+        assert path is not None
+        change = _Names(key, [path.rpartition("/")[0]], removed, added)
+        change.apply(self.seen)
+        self.pending.append(change)
+
+    def _end_close(self, _: int, call: Call, __: int) -> None:
+        """Close a file."""
+        self.descriptors.pop(int(call.words[0]), None)
+
+    def _end_lseek(self, _: int, call: Call, result: int) -> None:
+        """Seek."""
+        opened = self.descriptors.get(int(call.words[0]))
+        if opened is not None:
+            opened.place = result
+
+    def _end_read(self, _: int, call: Call, result: int) -> None:
+        """Read."""
+        opened = self.descriptors.get(int(call.words[0]))
+        if opened is not None:
+            opened.place += result
+
+    def _end_sendfile(self, key: int, call: Call, result: int) -> None:
+        """Copy between files, from the place where the source stands."""
+        target = self.descriptors.get(int(call.words[0]))
+        source = self.descriptors.get(int(call.words[1]))
+        if target is None or target.file is None:
+            return
+        assert source is not None and source.file is not None, call
+        begin = source.place
+        if call.words[2] != "NULL":
+            begin = int(call.words[2].split(" ")[0].strip("[]"))
+        else:
+            source.place += result
+        data = bytes(source.file.seen[begin:begin + result])
+        assert len(data) == result
+        target.file.add(_Change(key, target.place, data, None))
+        target.place += result
+
+    def _end_ftruncate(self, key: int, call: Call, _: int) -> None:
+        """Change the size of a file."""
+        opened = self.descriptors.get(int(call.words[0]))
+        if opened is not None and opened.file is not None:
+            opened.file.add(_Change(key, 0, b"", int(call.words[1])))
+
+    def _end_fallocate(self, key: int, call: Call, _: int) -> None:
+        """Extend a file."""
+        opened = self.descriptors.get(int(call.words[0]))
+        if opened is not None and opened.file is not None:
+            assert call.words[1] == "0", call
+            size = max(len(opened.file.seen), int(call.words[2]) + int(call.words[3]))
+            opened.file.add(_Change(key, 0, b"", size))
+
+    def _end_rename(self, key: int, call: Call, _: int) -> None:
+        """Give a file another name."""
+        old, new = (string.decode("utf-8") for string in call.strings)
+        if not self._below(new):
+            return
+        file = self.seen[old]
+        assert file is not None, "Expected no directory to be renamed"
+        self._change_names(key, old, (new, file))
+
+    def _end_unlink(self, key: int, call: Call, _: int) -> None:
+        """Remove a name."""
+        path = call.strings[0].decode("utf-8")
+        if self._below(path):
+            self._change_names(key, path, None)
+
+    _end_rmdir = _end_unlink
+
+    def _end_mkdir(self, key: int, call: Call, _: int) -> None:
+        """Make a directory."""
+        path = call.strings[0].decode("utf-8")
+        if self._below(path):
+            self._change_names(key, None, (path, None))
+
+    def materialize(self, target: pathlib.Path, chance: random.Random, how: Survival) -> None:
+        """
+        Write what a power failure leaves behind now.
+
+        :param target: directory that is made for it
+        :param chance: to choose with
+        :param how: to choose
+        """
+        names = dict(self.durable)
+        for change in self.pending:
+            if chance.random() < how.name_chance:
+                change.apply(names)
+            elif how.keeps_name_order:
+                break
+        target.mkdir(mode=0o700)
+        for path, file in sorted(names.items()):
+            place = target / path[len(self.root) + 1:]
+            if not place.parent.is_dir():
+                continue
+            if file is None:
+                place.mkdir(mode=0o700)
+            else:
+                place.write_bytes(file.survive(chance, how))

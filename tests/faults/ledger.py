@@ -1,0 +1,207 @@
+"""Check the ledger of a storm exactly."""
+
+import collections
+import pathlib
+from typing import Any, DefaultDict, Dict, List, Mapping, NamedTuple, Sequence, Set, Tuple
+
+from tests.faults import workers
+
+
+class Receipt(NamedTuple):
+    """Say that a message was received."""
+
+    record: int  #: its number in the ledger
+    time_ns: int
+    consumer: str
+
+
+class Batch(NamedTuple):
+    """Say that messages were sent together."""
+
+    ids: Tuple[str, ...]
+    subscribers: Tuple[str, ...]
+    is_sent: bool  #: the call returned
+
+
+class Books:
+    """Hold what the ledger says."""
+
+    def __init__(self, path: pathlib.Path, audiences: Mapping[str, Sequence[str]]) -> None:
+        """
+        Read the ledger.
+
+        :param path: of the file
+        :param audiences: the subscribers that each publisher addresses
+        """
+        self.batches = []  # type: List[Batch]
+        self.received = collections.defaultdict(
+            dict)  # type: DefaultDict[str, Dict[str, List[Receipt]]]
+        self.lines = collections.defaultdict(lambda: collections.defaultdict(
+            list))  # type: DefaultDict[str, DefaultDict[str, List[str]]]
+        self.killed = {}  # type: Dict[str, Tuple[int, int]]
+        self.done = set()  # type: Set[Tuple[str, str]]
+        self.failed = collections.Counter()  # type: collections.Counter[Tuple[str, str]]
+        self.failures = collections.Counter()  # type: collections.Counter[str]
+        self.errors = []  # type: List[str]
+        self.torn = 0
+        self._audiences = audiences
+        self._tries = {}  # type: Dict[Tuple[str, int], int]
+        for index, line in enumerate(path.read_text(encoding="ascii").split("\n")):
+            if line.endswith(workers.Ledger.END):
+                fields = line[:-len(workers.Ledger.END)].split(" ")
+                self._enter(index, int(fields[0]), fields[1], fields[2:])
+            elif line:
+                self.torn += 1
+
+    def _enter(self, index: int, time_ns: int, kind: str, fields: List[str]) -> None:
+        """Enter one record."""
+        if kind == "try":
+            publisher, source, first, end = fields
+            self._tries[source, int(first)] = len(self.batches)
+            self.batches.append(
+                Batch(ids=tuple("{}:{}".format(source, number)
+                                for number in range(int(first), int(end))),
+                      subscribers=tuple(self._audiences[publisher]),
+                      is_sent=False))
+        elif kind == "sent":
+            place = self._tries[fields[1], int(fields[2])]
+            self.batches[place] = self.batches[place]._replace(is_sent=True)
+        elif kind == "received":
+            subscriber, consumer, *ids = fields
+            for identifier in ids:
+                self.received[subscriber].setdefault(identifier,
+                                                     []).append(Receipt(index, time_ns, consumer))
+            self.lines[subscriber][consumer].extend(ids)
+        elif kind == "done":
+            self.done.update((fields[1], identifier) for identifier in fields[2:])
+        elif kind == "failed":
+            self.failed.update((fields[1], identifier) for identifier in fields[2:])
+            self.failures[fields[0]] += len(fields) - 2
+        elif kind == "killed":
+            self.killed[fields[1]] = (index, time_ns)
+        else:
+            self.errors.append(" ".join(fields))
+
+    # What must hold
+
+    def lost(self) -> List[str]:
+        """List what was sent, and not received by somebody whom it is for."""
+        return [
+            "{} by {}".format(identifier, subscriber) for batch in self.batches if batch.is_sent
+            for subscriber in batch.subscribers for identifier in batch.ids
+            if identifier not in self.received[subscriber]
+        ]
+
+    def unknown(self) -> List[str]:
+        """List what was received, and nobody tried to send it to that subscriber."""
+        addressed = collections.defaultdict(set)  # type: DefaultDict[str, Set[str]]
+        for batch in self.batches:
+            for subscriber in batch.subscribers:
+                addressed[subscriber].update(batch.ids)
+        return [
+            "{} by {}".format(identifier, subscriber)
+            for subscriber, received in self.received.items() for identifier in received
+            if identifier not in addressed[subscriber]
+        ]
+
+    def halves(self) -> List[str]:
+        """List batches of killed publishers of which a part was received, or by some only."""
+        found = []  # type: List[str]
+        for batch in self.batches:
+            counts = [
+                sum(identifier in self.received[subscriber] for identifier in batch.ids)
+                for subscriber in batch.subscribers
+            ]
+            if not batch.is_sent and set(counts) not in ({0}, {len(batch.ids)}):
+                found.append("{}: {} of {}".format(batch.ids[0], counts, len(batch.ids)))
+        return found
+
+    def twice(self) -> List[str]:
+        """
+        List what was received again although it was neither given back nor its consumer killed.
+
+        Whoever received it before must have been killed, before it was received again, and not have
+        acknowledged it.
+        """
+        found = []  # type: List[str]
+        for received in self.received.values():
+            for identifier, receipts in received.items():
+                used = collections.Counter()  # type: collections.Counter[str]
+                for before, after in zip(receipts, receipts[1:]):
+                    consumer = before.consumer
+                    used[consumer] += 1
+                    if used[consumer] <= self.failed[consumer, identifier]:
+                        continue
+                    killed, _ = self.killed.get(consumer, (after.record, 0))
+                    if killed >= after.record or (consumer, identifier) in self.done:
+                        found.append("{} by {} and {}".format(identifier, consumer, after.consumer))
+        return found
+
+    def unfinished(self) -> List[str]:
+        """List what was received, and then neither finished nor was its consumer killed."""
+        return [
+            "{} by {}".format(identifier, receipts[-1].consumer)
+            for received in self.received.values() for identifier, receipts in received.items()
+            if (receipts[-1].consumer,
+                identifier) not in self.done and receipts[-1].consumer not in self.killed
+        ]
+
+    def disordered(self, subscriber: str) -> List[str]:
+        """
+        List what one process of a subscriber received after something that was sent later.
+
+        What is delivered again does not count.
+        """
+        found = []  # type: List[str]
+        first = {
+            identifier: receipts[0].consumer
+            for identifier, receipts in self.received[subscriber].items()
+        }
+        for consumer, ids in self.lines[subscriber].items():
+            latest = {}  # type: Dict[str, int]
+            for identifier in ids:
+                source, _, number = identifier.partition(":")
+                if int(number) < latest.get(source, -1) and first[identifier] == consumer:
+                    if ids.count(identifier) == 1:
+                        found.append("{} by {}".format(identifier, consumer))
+                latest[source] = max(latest.get(source, -1), int(number))
+        return found
+
+    # Figures
+
+    def count_sent(self) -> int:
+        """Count the messages for which ``send`` returned."""
+        return sum(len(batch.ids) for batch in self.batches if batch.is_sent)
+
+    def bounds(self, subscriber: str) -> Tuple[int, int]:
+        """Return how many messages a subscriber was sent at least and at most."""
+        mine = [batch for batch in self.batches if subscriber in batch.subscribers]
+        return (sum(len(batch.ids) for batch in mine
+                    if batch.is_sent), sum(len(batch.ids) for batch in mine))
+
+    def takeovers_ms(self, subscriber: str) -> List[float]:
+        """List how long it took from each kill until another one had the message, in order."""
+        found = []  # type: List[float]
+        for receipts in self.received[subscriber].values():
+            for before, after in zip(receipts, receipts[1:]):
+                index, time_ns = self.killed.get(before.consumer, (after.record, 0))
+                if index < after.record and before.consumer != after.consumer:
+                    found.append((after.time_ns - time_ns) / 1e6)
+        return sorted(found)
+
+    def again(self) -> int:
+        """Count deliveries of what had been delivered before."""
+        return sum(
+            len(receipts) - 1 for received in self.received.values()
+            for receipts in received.values())
+
+
+def percentile(values: Sequence[Any], percent: float) -> Any:
+    """
+    Return the value at a percentile.
+
+    :param values: in order
+    :param percent: from 0 to 100
+    :return: value; None if there is none
+    """
+    return values[min(len(values) - 1, int(len(values) * percent / 100))] if values else None

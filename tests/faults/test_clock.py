@@ -1,0 +1,96 @@
+"""Set the clock one year forward or back while the queue is used: nobody notices."""
+
+import pathlib
+import time
+from typing import Any, Callable, Final, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from tests import support
+from tests.faults import workers
+
+YEAR_SECS: Final = 366 * 86400
+
+
+def at(seconds: int, function: Callable[..., object], *arguments: Any) -> Any:
+    """
+    Call a function in a process whose wall clock is wrong.
+
+    :param seconds: how wrong
+    :param function: to be called
+    :param arguments: of the function
+    :return: what it returned
+    """
+
+    def run(pipe: support.Connection) -> None:
+        workers.guard()
+        wall_ns, wall = time.time_ns, time.time
+        time.time_ns = lambda: wall_ns() + seconds * 10**9
+        time.time = lambda: wall() + seconds
+        pipe.send(function(*arguments))
+
+    with support.Child(run) as child:
+        result = child.get()
+        child.end()
+    return result
+
+
+def initialize(config_pth: pathlib.Path) -> None:
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+
+def prune(config_pth: pathlib.Path) -> None:
+    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+
+
+def send(config_pth: pathlib.Path, *msgs: bytes) -> None:
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send_many(msgs=msgs)
+
+
+def receive(config_pth: pathlib.Path, count: int) -> List[bytes]:
+    received = []  # type: List[bytes]
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        while len(received) < count:
+            with sub.receive(timeout=0) as msg:
+                if msg is None:
+                    break
+                received.append(msg)
+    return received
+
+
+def wait_until_dropped(config_pth: pathlib.Path) -> int:
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        support.until(lambda: queue.front("sub") is None, what="messages are too old")
+        assert not queue.check()
+        return queue.statistics().subscribers[0].dropped_by_timeout
+
+
+@pytest.mark.parametrize("maker", [-YEAR_SECS, 0, YEAR_SECS])
+@pytest.mark.parametrize("user", [-YEAR_SECS, YEAR_SECS])
+def test_wall_clock(tmp_path: pathlib.Path, maker: int, user: int) -> None:
+    config_pth = support.write_config(tmp_path, durability="os")
+    at(maker, initialize, config_pth)
+    send(config_pth, b"0")
+    at(user, send, config_pth, b"1", b"2")
+    send(config_pth, b"3")
+    # Nobody drops anything as too old, and the order is that of the commits.
+    at(user, prune, config_pth)
+    prune(config_pth)
+    assert receive(config_pth, count=1) == [b"0"]
+    assert at(user, receive, config_pth, 2) == [b"1", b"2"]
+    assert receive(config_pth, count=9) == [b"3"]
+
+    # Too old is too old, whatever the clock on the wall says.
+    short_pth = support.write_config(tmp_path, name="short.json", durability="os",
+                                     MSG_TIMEOUT_SECS=0.05)  # yapf: disable
+    at(user, send, short_pth, b"4", b"5")
+    assert wait_until_dropped(short_pth) == 2
+    send(short_pth, b"6")
+    assert at(user, wait_until_dropped, short_pth) == 3

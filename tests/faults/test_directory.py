@@ -1,0 +1,103 @@
+"""Delete or rename the directory of a queue while processes use it: no hang, no crash, no loss."""
+
+import os
+import pathlib
+import shutil
+from typing import Callable, Final, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from tests import support
+from tests.faults import workers
+
+MESSAGES: Final = 100
+
+
+def work(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Have the queue open, send when told to and tell what came of it."""
+    workers.guard()
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with sub.receive(timeout=0) as msg:
+            assert msg == b"first"
+        pipe.send("ready")
+        pipe.recv()
+        sent = []  # type: List[bytes]
+        received = []  # type: List[bytes]
+
+        def send() -> None:
+            msg = b"%d" % len(sent)
+            pub.send(msg=msg)
+            sent.append(msg)
+
+        def receive() -> None:
+            with sub.receive(timeout=0) as msg:
+                if msg is not None:
+                    received.append(msg)
+
+        errors = {
+            support.outcome(function)
+            for _ in range(MESSAGES)
+            for function in (send, receive, sub.front, sub.pop_to_top)
+        }
+        pipe.send((sent, received, errors))
+    pipe.send("closed")
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether an error is of the error tree of the library."""
+    return issubclass(getattr(persipubsub.errors, name, type(None)),
+                      persipubsub.errors.PersipubsubError)
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda path: os.rename(path,
+                                                                          str(path) + "2")],
+                         ids=["deleted", "renamed"])
+def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
+                             change: Callable[[pathlib.Path], object]) -> None:
+    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0.05)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send(msg=b"first")
+    with support.Child(work, config_pth) as child:
+        assert child.get() == "ready"
+        change(tmp_path / "queue")
+        child.pipe.send("go on")
+        sent, received, errors = child.get()
+        assert all(name == "" or is_ours(name) for name in errors), errors
+        # Another process finds nothing, and says so.
+        with pytest.raises(persipubsub.errors.NotInitializedError):
+            persipubsub.publisher.Pub().init(pub_id="pub", config_pth=config_pth)
+        # It can be made anew meanwhile.
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            sub.init(sub_id="sub", config_pth=config_pth)
+            pub.send(msg=b"new")
+            with sub.receive(timeout=0) as msg:
+                assert msg == b"new"
+            assert sub.front() is None
+        assert child.get() == "closed"
+        child.end()
+
+    renamed = tmp_path / "queue2"
+    if renamed.exists():
+        # What was sent or received before or after the rename is in the books.
+        settings = support.settings(config_pth)._replace(path=str(renamed))
+        with persipubsub.queue.Queue(settings) as queue:
+            assert not queue.check()
+            assert queue.statistics().next_number >= len(sent) + 2
+            rest = []  # type: List[bytes]
+            consumer = queue.consumer("sub")
+            while (lease := consumer.take(timeout=0)) is not None:
+                rest.extend(lease.messages)
+                lease.acknowledge()
+        assert not set(received) & set(rest)

@@ -1,0 +1,86 @@
+"""Leave the interpreter while other threads are in the middle of a send or a receive."""
+
+import pathlib
+import random
+from typing import Final, Set
+
+import pytest
+
+import persipubsub.control
+import persipubsub.queue
+from tests import support
+from tests.faults import workers
+from tests.faults.test_storm import choose_seed
+
+ATTEMPTS: Final = 8
+
+PROGRAM: Final = """
+import sys, threading, time
+import persipubsub.publisher, persipubsub.subscriber
+from tests.faults import workers
+
+config_pth, ledger_pth, seconds, is_closed = sys.argv[1:]
+workers.guard()
+ledger = workers.Ledger(ledger_pth)
+pub, sub = persipubsub.publisher.Pub(), persipubsub.subscriber.Sub()
+pub.init(pub_id="pub", config_pth=config_pth)
+sub.init(sub_id="sub", config_pth=config_pth)
+started = threading.Semaphore(0)
+
+def send(source):
+    number = 0
+    while True:
+        msg = "{}:{}".format(source, number)
+        ledger.note("try", msg)
+        pub.send(msg=msg.encode("ascii"))
+        ledger.note("sent", msg)
+        started.release()
+        number += 1
+
+def receive():
+    while True:
+        with sub.receive(timeout=1) as msg:
+            if msg is not None:
+                ledger.note("received", msg.decode("ascii"))
+        started.release()
+
+for index in range(2):
+    threading.Thread(target=send, args=("{}.{}".format(ledger_pth[-3:], index), ), daemon=True).start()
+    threading.Thread(target=receive, daemon=True).start()
+for _ in range(4):
+    started.acquire()
+time.sleep(float(seconds))
+if is_closed == "True":
+    pub.close()
+    sub.close()
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_exit_in_a_send_and_in_a_receive(tmp_path: pathlib.Path, durability: str) -> None:
+    rng = random.Random(choose_seed())
+    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0.01)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    sent = set()  # type: Set[str]
+    received = set()  # type: Set[str]
+    for attempt in range(ATTEMPTS):
+        ledger_pth = tmp_path / "ledger{:03}".format(attempt)
+        process = support.run_python(PROGRAM, config_pth, ledger_pth, rng.uniform(0, 0.03),
+                                     rng.random() < 0.3)
+        # Threads that were cut short by the close may say so; nothing else may be said.
+        assert process.returncode == 7, process.stderr
+        assert "Fatal" not in process.stderr, process.stderr
+        for line in ledger_pth.read_text(encoding="ascii").split("\n"):
+            if line.endswith(workers.Ledger.END):
+                _, kind, msg = line[:-len(workers.Ledger.END)].split(" ")
+                if kind != "try":
+                    (sent if kind == "sent" else received).add(msg)
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert not queue.check()
+        consumer = queue.consumer("sub")
+        while (lease := consumer.take(timeout=0)) is not None:
+            received.update(msg.decode("ascii") for msg in lease.messages)
+            lease.acknowledge()
+    assert sent
+    assert not sent - received

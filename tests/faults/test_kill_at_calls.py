@@ -1,0 +1,284 @@
+"""
+Kill a process at any of its system calls, and go on at once in another one.
+
+A sample of the calls is taken, chosen by ``PERSIPUBSUB_SEED``; with ``PERSIPUBSUB_EVERY_CALL=1`` the
+process is killed at each of them.
+"""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import collections
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+from typing import Callable, Dict, Final, List, Sequence, Tuple
+
+import pytest
+
+import persipubsub.control
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from persipubsub import _files
+from tests import support
+from tests.faults import tracing
+
+IS_EVERY: Final = bool(int(os.environ.get("PERSIPUBSUB_EVERY_CALL", "0")))
+
+#: So many kills a case, if not every call is taken.
+SAMPLE: Final = 12
+
+BIG: Final = bytes(50000)
+
+FIRST: Final = (b"first", BIG, b"third")
+
+
+class Scene:
+    """Be a queue that a process is killed on, and its ledger."""
+
+    def __init__(self, directory: pathlib.Path, durability: str) -> None:
+        directory.mkdir()
+        self.directory = directory / "queue"
+        self.ledger = directory / "ledger"
+        self.config_pth = support.write_config(directory,
+                                               durability=durability,
+                                               checkpoint_secs=0.01,
+                                               busy_timeout_secs=10)
+
+    def note(self, *fields: object) -> None:
+        """Write a line into the ledger."""
+        descriptor = os.open(self.ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
+        os.close(descriptor)
+
+    def count(self, word: str) -> int:
+        """Count the lines of the ledger that begin with a word."""
+        if not self.ledger.exists():
+            return 0
+        return sum(line.startswith(word) for line in self.ledger.read_text("ascii").splitlines())
+
+    def publisher(self) -> persipubsub.publisher.Pub:
+        """Open a publisher."""
+        pub = persipubsub.publisher.Pub()
+        pub.init(pub_id="pub", config_pth=self.config_pth)
+        return pub
+
+    def subscriber(self) -> persipubsub.subscriber.Sub:
+        """Open a subscriber."""
+        sub = persipubsub.subscriber.Sub()
+        sub.init(sub_id="sub", config_pth=self.config_pth)
+        return sub
+
+
+# What is killed: everything but what is returned is done before strace comes.
+
+
+def start_send(scene: Scene) -> Callable[[], None]:
+    pub = scene.publisher()
+
+    def work() -> None:
+        for message in (b"small", BIG, b"last"):
+            scene.note("begun")
+            pub.send(message)
+            scene.note("sent")
+
+    return work
+
+
+def start_receive(scene: Scene) -> Callable[[], None]:
+    sub = scene.subscriber()
+
+    def work() -> None:
+        for _ in FIRST:
+            scene.note("take")
+            with sub.receive(timeout=1) as message:
+                assert message is not None
+            scene.note("acknowledged")
+        # Asleep until the time is over.
+        with sub.receive(timeout=0.02) as message:
+            assert message is None
+
+    return work
+
+
+def start_initialize(scene: Scene) -> Callable[[], None]:
+    return lambda: persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+
+
+def start_open(scene: Scene) -> Callable[[], None]:
+
+    def work() -> None:
+        scene.publisher()
+        scene.subscriber()
+
+    return work
+
+
+def start_close(scene: Scene) -> Callable[[], None]:
+    pub, sub = scene.publisher(), scene.subscriber()
+    scene.note("begun")
+    pub.send(b"small")
+    scene.note("sent")
+
+    def work() -> None:
+        pub.close()
+        sub.close()
+
+    return work
+
+
+def start_checkpoint(scene: Scene) -> Callable[[], None]:
+    settings = support.settings(scene.config_pth)
+    queue = persipubsub.queue.Queue(settings._replace(checkpoint_secs=3600))
+    scene.note("begun")
+    queue.put([b"small"])
+    scene.note("sent")
+
+    def work() -> None:
+        queue._environment._write_checkpoint()
+
+    return work
+
+
+SENT: Final = (b"small", BIG, b"last")
+
+Start = Callable[[Scene], Callable[[], None]]
+
+CASES = {
+    "send": start_send,
+    "receive": start_receive,
+    "initialize": start_initialize,
+    "open": start_open,
+    "close": start_close,
+    "checkpoint": start_checkpoint,
+}  # type: Dict[str, Start]
+
+
+# Who goes on
+
+
+def neighbour(pipe: support.Connection, scene: Scene) -> None:
+    """Have the queue open from before; when the other process was killed, work at once."""
+    pub, sub = scene.publisher(), scene.subscriber()
+    pipe.send("open")
+    pipe.recv()
+    pub.send(b"neighbour")
+    received = []  # type: List[bytes]
+    while not received or received[-1] != b"neighbour":
+        with sub.receive(timeout=5) as message:
+            assert message is not None, "Expected the message, but got: {}".format(received)
+            received.append(message)
+    pipe.send(received[:-1])
+    pub.close()
+    sub.close()
+
+
+def check_received(scene: Scene, received: Sequence[bytes]) -> None:
+    """Compare what arrived with the ledger: nothing lost, nothing twice, in order."""
+    everything = list(FIRST + SENT)
+    begin = len(everything)
+    # Which of them: from the first that is not acknowledged to the last that was sent.
+    for begin in range(scene.count("acknowledged"), scene.count("take") + 1):
+        for end in range(len(FIRST) + scene.count("sent"), len(FIRST) + scene.count("begun") + 1):
+            if list(received) == everything[begin:end]:
+                return
+    raise AssertionError("Expected what the ledger says, but got: {}; ledger: {}".format(
+        [message[:10] for message in received], {
+            word: scene.count(word)
+            for word in ("take", "acknowledged", "begun", "sent")
+        }))
+
+
+def check_scene(scene: Scene) -> None:
+    """Check that nothing hinders anybody: no repair is needed."""
+    persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+    with scene.publisher() as pub, scene.subscriber() as sub:
+        pub.send(b"afterwards")
+        with sub.receive(timeout=5) as message:
+            assert message == b"afterwards"
+    with persipubsub.queue.Queue(support.settings(scene.config_pth)) as queue:
+        assert queue.check() == []
+    assert not (scene.directory / _files.CREATING).exists()
+    assert not (scene.directory / _files.RUNNING).exists()
+    assert not _files.foreign_names(str(scene.directory))
+
+
+def kill_at(scene: Scene, start: Start, place: Tuple[str, int]) -> bool:
+    """
+    Kill a process at a system call, and see that the others go on.
+
+    :param scene: with a queue, or without
+    :param start: the process
+    :param place: name of the call, and the how manieth such call of a thread
+    :return: False if it ended before
+    """
+    is_there = scene.directory.exists()
+    options = [
+        "-o", os.devnull, "-e", "trace=" + place[0], "-e",
+        "inject={}:signal=KILL:when={}".format(*place)
+    ]
+    if is_there:
+        with support.Child(neighbour, scene) as child:
+            assert child.get() == "open"
+            code = tracing.run(lambda: start(scene), options)
+            child.pipe.send("go")
+            check_received(scene, child.get())
+            child.end()
+    else:
+        code = tracing.run(lambda: start(scene), options)
+        # Those who come too early are told so.
+        assert support.outcome(lambda: scene.subscriber().close()) in ("", "NotInitializedError")
+    check_scene(scene)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def list_calls(scene: Scene, start: Start, output: pathlib.Path) -> List[Tuple[str, int]]:
+    """List the system calls of a process: name, and the how manieth of that name in a thread."""
+    assert tracing.run(lambda: start(scene), ["-o", str(output)]) == 0
+    counts = collections.Counter()  # type: Dict[Tuple[str, str], int]
+    places = {}  # type: Dict[Tuple[str, int], None]
+    for line in output.read_text("utf-8", "replace").splitlines():
+        match = re.match(r"(\d+) +(\w+)\(", line)
+        if match is not None and match.group(2) not in ("exit", "exit_group", "restart_syscall"):
+            thread, name = match.groups()
+            counts[thread, name] += 1
+            places[name, counts[thread, name]] = None
+    return list(places)
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) -> None:
+    tracing.require()
+    if case == "checkpoint" and durability == "fsync":
+        pytest.skip("there are no checkpoints")
+    start = CASES[case]
+    chance = random.Random(tracing.seed())
+
+    def make(name: str) -> Scene:
+        scene = Scene(tmp_path / name, durability)
+        if case != "initialize":
+            persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+            with scene.publisher() as pub:
+                pub.send_many(FIRST)
+        return scene
+
+    places = list_calls(make("count"), start, tmp_path / "trace")
+    total = len(places)
+    if not IS_EVERY:
+        places = chance.sample(places, min(SAMPLE, total))
+    killed = 0
+    for place in places:
+        scene = make("{}-{}".format(*place))
+        try:
+            killed += kill_at(scene, start, place)
+        except AssertionError as error:
+            raise AssertionError("Killed at {}: {}".format(place, error)) from error
+        shutil.rmtree(scene.directory.parent)
+    print("{} kills at {} calls".format(killed, total))
+    assert killed >= len(places) // 2

@@ -1,0 +1,231 @@
+"""Stop processes (SIGSTOP) in the middle of their work: the others go on."""
+
+import os
+import pathlib
+import signal
+import time
+from typing import Any, Final, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from tests import support
+from tests.faults import workers
+
+#: A stopped process is caught in the middle of a commit within so many attempts.
+ATTEMPTS: Final = 2000
+
+
+def hold_one(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Receive a message, and acknowledge it when told to."""
+    workers.guard()
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with sub.receive(timeout=support.HANG_SECS) as msg:
+            pipe.send(msg)
+            pipe.recv()
+    pipe.send("done")
+
+
+def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Receive until nothing comes any more."""
+    workers.guard()
+    received = []  # type: List[bytes]
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        pipe.send("ready")
+        while True:
+            with sub.receive(timeout=0.2) as msg:
+                if msg is not None:
+                    received.append(msg)
+                elif pipe.poll():
+                    break
+    pipe.send(received)
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+@pytest.mark.parametrize("is_over_mark", [False, True])
+def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark: bool) -> None:
+    count, mark = (600, 200) if is_over_mark else (400, 1000)
+    if durability == "os":
+        count, mark = 5 * count, 5 * mark
+    config_pth = support.write_config(tmp_path, durability=durability, MAX_MSGS_NUM=mark)
+    # Who is stopped while it writes a checkpoint keeps all pages that are freed meanwhile: it is
+    # not what is tested here.
+    stopped_pth = support.write_config(tmp_path, name="stopped.json", durability=durability,
+                                       MAX_MSGS_NUM=mark, checkpoint_secs=0)  # yapf: disable
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    data = tmp_path / "queue" / "data.mdb"
+    expected = [b"%d " % number + bytes(1000) for number in range(count)]
+    with persipubsub.publisher.Pub() as pub, support.Child(hold_one, stopped_pth) as stopped:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send(msg=b"mine")
+        assert stopped.get() == b"mine"
+        stopped.kill(signal.SIGSTOP)
+        with support.Child(receive, config_pth) as one, support.Child(receive, config_pth) as two:
+            assert one.get() == two.get() == "ready"
+            with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+                for number, message in enumerate(expected):
+                    pub.send(msg=message)
+                    # The mark drops what waits, so that those who work must keep up with it.
+                    while number % 10 == 0 and queue.statistics().subscribers[0].lag > 40:
+                        time.sleep(0.001)
+                support.until(lambda: queue.statistics().subscribers[0].lag <= 1,
+                              what="the others receive everything else")
+            # Were nothing used again, each message would take five or six pages.
+            assert data.stat().st_size < 3 * 4096 * count
+            one.pipe.send("end")
+            two.pipe.send("end")
+            received = one.get() + two.get()
+        assert sorted(received) == sorted(expected)
+        stopped.kill(signal.SIGCONT)
+        stopped.pipe.send("finish")
+        assert stopped.get() == "done"
+        stopped.end()
+
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert not queue.check()
+        entry, = queue.statistics().subscribers
+        assert entry.lag == entry.failed == 0
+        # Above the mark the stopped one's message is dropped and counted, and nothing else.
+        assert entry.dropped_by_mark == (1 if is_over_mark else 0)
+        assert entry.acknowledged == count + (0 if is_over_mark else 1)
+        assert queue.front("sub") is None
+
+
+def send_always(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Send without end, and tell how many were sent."""
+    workers.guard()
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        count = 0
+        while not pipe.poll():
+            pub.send(msg=b"%d" % count)
+            count += 1
+            if count == 1:
+                pipe.send("ready")
+        pipe.send(count)
+
+
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, number: int) -> None:
+    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.2)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    sent = 0
+    with support.Child(send_always, config_pth) as child:
+        assert child.get() == "ready"
+        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            sub.init(sub_id="sub", config_pth=config_pth)
+            for _ in range(ATTEMPTS):
+                child.kill(signal.SIGSTOP)
+                begin = time.monotonic()
+                try:
+                    pub.send(msg=b"mine")
+                except persipubsub.errors.BusyTimeoutError as error:
+                    assert "busy_timeout_secs" in str(error)
+                    break
+                sent += 1
+                child.kill(signal.SIGCONT)
+            else:
+                pytest.fail("The publisher was never stopped in the middle of a commit.")
+            assert time.monotonic() - begin < support.HANG_SECS / 2
+
+            # Reading needs nobody's leave; what can not be acknowledged is given back.
+            assert sub.front() == b"0"
+            with pytest.raises(persipubsub.errors.BusyTimeoutError):
+                with sub.receive(timeout=0) as msg:
+                    assert msg == b"0"
+            assert sub.front() == b"0"
+
+            child.kill(number)
+            if number == signal.SIGKILL:
+                child.end(-signal.SIGKILL)
+            pub.send(msg=b"mine")
+            sent += 1
+            if number == signal.SIGCONT:
+                child.pipe.send("end")
+                theirs = child.get()
+                child.end()
+            received = []  # type: List[bytes]
+            while sub.front() is not None:
+                with sub.receive_many(max_msgs=100, timeout=0) as msgs:
+                    received.extend(msgs)
+    assert received.count(b"mine") == sent
+    others = [int(message) for message in received if message != b"mine"]
+    assert others == list(range(len(others)))
+    if number == signal.SIGCONT:
+        assert len(others) == theirs
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert not queue.check()
+
+
+def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Open the queue, and when told to, be killed in the middle of a read."""
+    workers.guard()
+    queue = persipubsub.queue.Queue(support.settings(config_pth))
+    pipe.send("ready")
+    pipe.recv()
+
+    def work(txn: Any, databases: Any) -> None:
+        txn.stat(databases.data)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    queue._environment.read(work)
+
+
+def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path) -> None:
+    size = 1 << 22
+    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0,
+                                      max_db_size_bytes=size)  # yapf: disable
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+        # Whoever opens the queue looks for dead readers: all of them do it before one dies.
+        with support.Child(die_reading, config_pth) as child:
+            assert child.get() == "ready"
+            pub.send(msg=b"first")
+            child.pipe.send("die")
+            child.end(-signal.SIGKILL)
+        for number in range(3000):
+            pub.send(msg=b"%d " % number + bytes(1000))
+            with sub.receive(timeout=0) as msg:
+                assert msg is not None
+        # The last one is still there.
+        assert sub.front() == b"2999 " + bytes(1000)
+        assert (tmp_path / "queue" / "data.mdb").stat().st_size <= size
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert not queue.check()
+        entry, = queue.statistics().subscribers
+        assert (entry.acknowledged, entry.dropped_by_mark) == (3000, 0)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_table_full_of_killed_readers(tmp_path: pathlib.Path, slots: int) -> None:
+    config_pth = support.write_config(tmp_path, max_reader_num=slots, busy_timeout_secs=5)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+        children = [support.Child(die_reading, config_pth) for _ in range(slots)]
+        for child in children:
+            assert child.get() == "ready"
+        for child in children:
+            child.pipe.send("die")
+            child.end(-signal.SIGKILL)
+            child.pipe.close()
+        pub.send(msg=b"first")
+        with sub.receive(timeout=0) as msg:
+            assert msg == b"first"
+        # Others can open the queue again.
+        with support.Child(hold_one, config_pth) as child:
+            pub.send(msg=b"second")
+            assert child.get() == b"second"
+            child.pipe.send("finish")
+            assert child.get() == "done"
+            child.end()

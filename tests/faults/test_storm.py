@@ -1,0 +1,199 @@
+"""
+Kill publishers and subscribers at random, again and again, and check an exact ledger at the end.
+
+``PERSIPUBSUB_STORM_SECS`` is how long each storm lasts, ``PERSIPUBSUB_SEED`` repeats its choices
+(not the scheduling of the machine). The enlarged form, which prints what it did:
+
+    PERSIPUBSUB_STORM_SECS=300 python -m pytest -s tests/faults/test_storm.py
+"""
+
+import os
+import pathlib
+import random
+import signal
+import time
+from typing import Dict, Final, List, Tuple
+
+import pytest
+
+import persipubsub.control
+import persipubsub.queue
+import persipubsub.statistics
+from tests import support
+from tests.faults import ledger, workers
+
+STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "8"))
+CLEAR_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "4"))
+
+AUDIENCES: Final = {"pub": ("alpha", "beta"), "pub_alpha": ("alpha", )}
+
+ROLES: Final = {
+    "p0": workers.Role(kind="publish", id="pub", batch=1),
+    "p1": workers.Role(kind="publish", id="pub", batch=20, threads=4),
+    "p2": workers.Role(kind="publish", id="pub_alpha", batch=5),
+    "a0": workers.Role(kind="subscribe", id="alpha", batch=1),
+    "a1": workers.Role(kind="subscribe", id="alpha", batch=1),
+    "a2": workers.Role(kind="subscribe", id="alpha", batch=30),
+    "b0": workers.Role(kind="subscribe", id="beta", batch=10),
+    "c0": workers.Role(kind="control", id="", batch=1),
+}
+
+
+def choose_seed() -> int:
+    """Choose a seed, and print it so that a failure can be repeated."""
+    seed = int(os.environ.get("PERSIPUBSUB_SEED", random.SystemRandom().randrange(1 << 32)))
+    print("PERSIPUBSUB_SEED={}".format(seed))
+    return seed
+
+
+def rage(places: Dict[str, workers.Worker], rng: random.Random, seconds: float,
+         killed: workers.Ledger) -> Tuple[int, int]:
+    """
+    Kill and stop workers at random.
+
+    :param places: workers
+    :param rng: makes the choices
+    :param seconds: how long
+    :param killed: where kills are noted
+    :return: how many were killed, how many were stopped for a while
+    """
+    kills = stops = 0
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(rng.uniform(0.05, 0.5))
+        # Now and then all at once, so that nobody is left who has the queue open.
+        count = len(places) if rng.random() < 0.05 else rng.choice((1, 1, 1, 2, 3))
+        chosen = rng.sample(sorted(places), count)
+        if rng.random() < 0.1:
+            stops += 1
+            child = places[chosen[0]].child
+            assert child is not None
+            child.kill(signal.SIGSTOP)
+            time.sleep(rng.uniform(0, 0.2))
+            child.kill(signal.SIGCONT)
+            continue
+        for place in chosen:
+            places[place].kill(killed)
+            kills += 1
+        time.sleep(rng.choice((0, 0, 0.1)))
+        for place in chosen:
+            places[place].start()
+    return kills, stops
+
+
+def drain(places: Dict[str, workers.Worker], board: workers.Board,
+          settings: persipubsub.queue.Settings) -> None:
+    """
+    Let publishers end, and subscribers when there is nothing left for them.
+
+    :param places: workers
+    :param board: that they share
+    :param settings: of the queue
+    """
+    board.end_publishers()
+    subscribers = [worker for worker in places.values() if worker.role.kind == "subscribe"]
+    for worker in places.values():
+        if worker not in subscribers:
+            worker.end()
+    with persipubsub.queue.Queue(settings) as queue:
+        support.until(lambda: all(entry.lag == 0 for entry in queue.statistics().subscribers),
+                      what="the subscribers receive everything")
+    board.end_subscribers()
+    for worker in subscribers:
+        worker.end()
+
+
+def figures(
+    config_pth: pathlib.Path
+) -> Tuple[persipubsub.statistics.QueueStatistics, Dict[
+        str, persipubsub.statistics.SubscriberStatistics]]:
+    """Check the store, and return its figures."""
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert not queue.check()
+        found = queue.statistics()
+    return found, {entry.subscriber: entry for entry in found.subscribers}
+
+
+def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
+          roles: Dict[str, workers.Role]) -> Tuple[pathlib.Path, ledger.Books, int]:
+    """
+    Run a storm, and check what holds for each of them.
+
+    :param tmp_path: where to
+    :param durability: of the queue
+    :param seconds: how long
+    :param roles: of the workers
+    :return: path to the configuration file, what the ledger says, number of kills
+    """
+    rng = random.Random(choose_seed())
+    config_pth = support.write_config(tmp_path,
+                                      publishers=AUDIENCES,
+                                      subscribers=("alpha", "beta"),
+                                      durability=durability,
+                                      checkpoint_secs=0.2,
+                                      MAX_MSGS_NUM=10**8)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
+    places = {}  # type: Dict[str, workers.Worker]
+    try:
+        for place, role in roles.items():
+            places[place] = workers.Worker(scene, role, place, rng)
+        kills, stops = rage(places, rng, seconds, workers.Ledger(scene.ledger_pth))
+        drain(places, scene.board, support.settings(config_pth))
+    finally:
+        for worker in places.values():
+            worker.destroy()
+    books = ledger.Books(scene.ledger_pth, AUDIENCES)
+    takeovers = books.takeovers_ms("alpha")
+    print("{}: {} kills, {} stops, {} messages sent, {} delivered again, {} torn records, "
+          "takeover p50 {} ms, p99 {} ms of {}".format(durability, kills, stops, books.count_sent(),
+                                                       books.again(), books.torn,
+                                                       ledger.percentile(takeovers, 50),
+                                                       ledger.percentile(takeovers, 99),
+                                                       len(takeovers)))
+    assert not books.errors
+    assert books.torn <= kills
+    assert not books.unknown()
+    assert not books.twice()
+    assert not books.disordered("beta")
+    return config_pth, books, kills
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
+    config_pth, books, kills = storm(tmp_path, durability, STORM_SECS, ROLES)
+    assert not books.lost()
+    assert not books.unfinished()
+    assert not books.halves()
+    # The test has tested something.
+    assert kills > STORM_SECS
+    assert books.count_sent() > 100 * STORM_SECS
+    print("out of order by competing processes: {}".format(books.disordered("alpha")))
+
+    found, subscribers = figures(config_pth)
+    assert found.messages == found.message_bytes == 0
+    for name, entry in subscribers.items():
+        assert entry.lag == 0
+        assert entry.acknowledged == len(books.received[name])
+        assert entry.failed <= books.failures[name]
+        assert (entry.dropped_by_timeout, entry.dropped_by_mark, entry.cleared, entry.skipped,
+                entry.corrupt) == (0, 0, 0, 0, 0)
+        # Kills between the note of a failure and its count are the only difference.
+        assert entry.failed >= books.failures[name] - 30 * kills
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_clearing_beside(tmp_path: pathlib.Path, durability: str) -> None:
+    roles = {**ROLES, "x0": workers.Role(kind="clear", id="alpha", batch=1)}
+    config_pth, books, _ = storm(tmp_path, durability, CLEAR_SECS, roles)
+    _, subscribers = figures(config_pth)
+    gone = []  # type: List[int]
+    for name, entry in subscribers.items():
+        assert entry.lag == 0
+        assert (entry.dropped_by_timeout, entry.dropped_by_mark, entry.corrupt) == (0, 0, 0)
+        at_least, at_most = books.bounds(name)
+        assert at_least <= entry.acknowledged + entry.cleared + entry.skipped <= at_most
+        # A message that was cleared while it was being received is not acknowledged.
+        assert entry.acknowledged <= len(books.received[name])
+        gone.append(entry.cleared + entry.skipped)
+    assert sum(gone) > 0

@@ -1,0 +1,210 @@
+"""
+Measure how soon a message arrives, and what waiting costs; times are printed with ``-s``.
+
+The bounds are far off what is measured on any machine: they find what hangs or polls.
+"""
+
+import os
+import pathlib
+import random
+import signal
+import time
+from typing import Any, Final, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.publisher
+import persipubsub.subscriber
+from tests import support
+from tests.faults import ledger, workers
+from tests.faults.test_crowds import Program, prefix_of
+from tests.faults.test_storm import choose_seed
+
+SENDS: Final = 1000
+TAKEOVERS: Final = int(os.environ.get("PERSIPUBSUB_TAKEOVERS", "12"))
+
+
+def receive_at(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
+    """Tell how long each message took to get here, in microseconds."""
+    workers.guard()
+    latencies = []  # type: List[float]
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        pipe.send("ready")
+        for _ in range(count):
+            with sub.receive(timeout=support.HANG_SECS) as msg:
+                now = time.monotonic_ns()
+                assert msg is not None
+                latencies.append((now - int(msg)) / 1e3)
+    pipe.send(sorted(latencies))
+
+
+def send_timed(pub: persipubsub.publisher.Pub, rng: random.Random, count: int) -> None:
+    """Send the time, each time to a subscriber that has gone to sleep."""
+    for _ in range(count):
+        time.sleep(rng.uniform(0.001, 0.003))
+        pub.send(msg=b"%d" % time.monotonic_ns())
+
+
+def test_latency(tmp_path: pathlib.Path) -> None:
+    rng = random.Random(choose_seed())
+    config_pth = support.write_config(tmp_path, durability="os")
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub, support.Child(receive_at, config_pth, SENDS) as child:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        assert child.get() == "ready"
+        send_timed(pub, rng, SENDS)
+        latencies = child.get()
+        child.end()
+    median = ledger.percentile(latencies, 50)
+    print("send to receive: p50 {:.0f} us, p90 {:.0f} us, p99 {:.0f} us".format(
+        median, ledger.percentile(latencies, 90), ledger.percentile(latencies, 99)))
+    # Without a wake-up, half a second.
+    assert median < 50000
+
+
+def idle(pipe: support.Connection, config_pth: pathlib.Path, seconds: float) -> None:
+    """Wait in vain, and tell which part of a processor that took."""
+    workers.guard()
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with sub.receive(timeout=0.05) as msg:
+            assert msg is None
+        pipe.send("ready")
+        begin, cpu = time.monotonic(), time.process_time()
+        with sub.receive(timeout=seconds) as msg:
+            assert msg is None
+        pipe.send((time.process_time() - cpu) / (time.monotonic() - begin))
+
+
+def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, durability="os")
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with support.Child(idle, config_pth, 3) as child:
+        assert child.get() == "ready"
+        share = child.get()
+        child.end()
+    print("idle: {:.3f} % of a processor".format(100 * share))
+    assert share < 0.02
+
+
+def hold_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Receive, tell when, and never finish until told to."""
+    workers.guard()
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        pipe.send("ready")
+        while True:
+            with sub.receive(timeout=support.HANG_SECS) as msg:
+                pipe.send((time.monotonic_ns(), msg))
+                pipe.recv()
+            pipe.send("done")
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -> None:
+    rng = random.Random(choose_seed())
+    config_pth = support.write_config(tmp_path, durability=durability)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    takeovers = []  # type: List[float]
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        one, two = (support.Child(hold_forever, config_pth) for _ in range(2))
+        try:
+            assert one.get() == two.get() == "ready"
+            for number in range(TAKEOVERS):
+                msg = b"%d" % number
+                pub.send(msg=msg)
+                support.until(lambda: one.pipe.poll() or two.pipe.poll(), what="a message")  # pylint: disable=cell-var-from-loop
+                if two.pipe.poll():
+                    one, two = two, one
+                assert one.get()[1] == msg
+                # The other one has seen that it is taken, and waits.
+                time.sleep(rng.uniform(0.01, 0.1))
+                assert not two.pipe.poll()
+                begin = time.monotonic_ns()
+                one.kill(signal.SIGKILL)
+                when, again = two.get()
+                assert again == msg
+                takeovers.append((when - begin) / 1e6)
+                two.pipe.send("finish")
+                assert two.get() == "done"
+                one.end(-signal.SIGKILL)
+                one.pipe.close()
+                one = support.Child(hold_forever, config_pth)
+                assert one.get() == "ready"
+        finally:
+            one.__exit__()
+            two.__exit__()
+    takeovers.sort()
+    print("{}: from the kill to the next consumer: p50 {:.1f} ms, p99 {:.1f} ms".format(
+        durability, ledger.percentile(takeovers, 50), ledger.percentile(takeovers, 99)))
+    # Looked at only once a second, it takes half a second.
+    assert ledger.percentile(takeovers, 50) < 300
+
+
+def die_before_the_ring(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Be killed between the commit of a message and the ring."""
+    workers.guard()
+    pub = persipubsub.publisher.Pub()
+    pub.init(pub_id="pub", config_pth=config_pth)
+    queue = pub._queue  # pylint: disable=protected-access
+    assert queue is not None
+    # pylint: disable-next=protected-access
+    queue._bell.ring = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    pub.send(msg=b"%d" % time.monotonic_ns())
+    pipe.send("never")
+
+
+def test_publisher_killed_before_it_rings(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with support.Child(receive_at, config_pth, 1) as child:
+        assert child.get() == "ready"
+        time.sleep(0.2)  # asleep, most probably; it holds anyhow
+        with support.Child(die_before_the_ring, config_pth) as publisher:
+            publisher.end(-signal.SIGKILL)
+        latency, = child.get()
+        child.end()
+    print("without a ring: {:.0f} ms".format(latency / 1e3))
+    # Once a second whatever happens, though the timeout of the receive is much longer.
+    assert latency < 1e6 * 4
+
+
+POLLING: Final = """
+import pathlib, sys, time
+import persipubsub._wakeup, persipubsub.subscriber
+from tests.faults import workers
+
+workers.guard()
+pathlib.Path("/proc/sys/user/max_inotify_instances").write_text("0")
+with persipubsub.subscriber.Sub() as sub:
+    sub.init(sub_id="sub", config_pth=sys.argv[1])
+    with sub.receive(timeout=0.01) as msg:
+        assert msg is None
+    print("ready", flush=True)
+    latencies = []
+    while len(latencies) < int(sys.argv[2]):
+        with sub.receive(timeout=60) as msg:
+            now = time.monotonic_ns()
+            latencies.append((now - int(msg)) / 1e3)
+    assert persipubsub._wakeup._hub.inotify < 0
+    print(sorted(latencies)[len(latencies) // 2], flush=True)
+"""
+
+
+def test_no_inotify_left(tmp_path: pathlib.Path) -> None:
+    prefix: Any = prefix_of()
+    if not pathlib.Path("/proc/sys/user/max_inotify_instances").exists():
+        pytest.skip("The kernel does not limit inotify by namespaces")
+    rng = random.Random(choose_seed())
+    config_pth = support.write_config(tmp_path, durability="os")
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with Program(prefix, POLLING, config_pth, 200) as program, persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        assert program.get() == "ready"
+        send_timed(pub, rng, 200)
+        median = float(program.get())
+    print("without inotify: p50 {:.0f} us".format(median))
+    assert median < 50000

@@ -1,0 +1,102 @@
+"""Run a function in a process of its own under strace, from its first instruction on."""
+
+import ctypes
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+from typing import Callable, Sequence
+
+import pytest
+
+from tests import support
+
+_PR_SET_PTRACER = 0x59616d61
+_ANY_PROCESS = ctypes.c_ulong(-1)
+
+
+def seed() -> int:
+    """
+    Choose the seed of a test, and print it.
+
+    :return: what the environment variable ``PERSIPUBSUB_SEED`` says, or something new
+    """
+    chosen = int(os.environ.get("PERSIPUBSUB_SEED", "") or int.from_bytes(os.urandom(4), "big"))
+    print("PERSIPUBSUB_SEED={}".format(chosen))
+    return chosen
+
+
+def _child(pipe: support.Connection, start: Callable[[], Callable[[], None]]) -> None:
+    """Do the work when told, so that strace sees all of it and nothing else."""
+    work = start()
+    # Where only parents may trace (Yama): strace is our sibling.
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)
+    pipe.send(os.getpid())
+    pipe.recv()
+    work()
+
+
+def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
+    """
+    Run a function under strace.
+
+    A fork costs a tenth of what a new interpreter does, and its calls are those of the function.
+
+    :param start: run before strace comes; returns what is run under it
+    :param options: of strace
+    :return: exit code of the process; negative: the signal that ended it
+    """
+    with support.Child(_child, start) as child:
+        tracer = subprocess.Popen(["strace", "-f", *options, "-p", str(child.get())],
+                                  stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE,
+                                  text=True)
+        try:
+            assert tracer.stderr is not None
+            line = tracer.stderr.readline()
+            if "attached" not in line:
+                raise RuntimeError("Expected strace to attach, but got: {}".format(
+                    line + tracer.stderr.read()))
+            child.pipe.send("go")
+            # First the tracer: it ends behind the process, and what it wrote is complete then.
+            _, rest = tracer.communicate(timeout=2 * support.HANG_SECS)
+            child.process.join(support.HANG_SECS)
+            assert child.process.exitcode is not None, rest
+            return child.process.exitcode
+        finally:
+            if tracer.poll() is None:
+                tracer.kill()
+                tracer.wait()
+
+
+@functools.lru_cache(maxsize=None)
+def _why_not() -> str:
+    """Tell why nothing can be traced here; empty if it can."""
+    if shutil.which("strace") is None:
+        return "strace is missing"
+    try:
+        run(lambda: lambda: None, ["-o", os.devnull, "-e", "trace=none"])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def require() -> None:
+    """Skip the test where strace is missing, or not permitted."""
+    reason = _why_not()
+    if reason:
+        pytest.skip("strace is needed: " + reason)
+
+
+def fast_directory() -> "tempfile.TemporaryDirectory[str]":
+    """
+    Make a directory in memory, if there is one, for the many images of a disk.
+
+    :return: to be used as a context manager
+    """
+    memory = pathlib.Path("/dev/shm")
+    return tempfile.TemporaryDirectory(
+        dir=memory if os.access(memory, os.W_OK | os.X_OK) else None)

@@ -1,0 +1,242 @@
+"""Test deploying, pruning and clearing queues, also while they are used."""
+
+# pylint: disable=missing-function-docstring
+
+import json
+import os
+import pathlib
+import threading
+from typing import Callable, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.statistics
+import persipubsub.subscriber
+from tests import support
+
+ALL = [
+    persipubsub.control.initialize_all_dbs, persipubsub.control.prune_dangling_messages,
+    persipubsub.control.clear_all_subs
+]  # type: List[Callable[[persipubsub.control.ConfigPath], object]]
+
+
+def send(config_pth: pathlib.Path, *messages: bytes) -> None:
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send_many(msgs=messages)
+
+
+def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> List[bytes]:
+    result = []  # type: List[bytes]
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id=sub_id, config_pth=config_pth)
+        while True:
+            with sub.receive(timeout=0) as message:
+                if message is None:
+                    return result
+                result.append(message)
+
+
+def statistics(config_pth: pathlib.Path) -> persipubsub.statistics.QueueStatistics:
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert not queue.check()
+        return queue.statistics()
+
+
+def test_initializing_is_idempotent(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    send(config_pth, b"one", b"two")
+    before = support.snapshot(tmp_path / "queue")["data.mdb"]
+    for _ in range(3):
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    assert support.snapshot(tmp_path / "queue")["data.mdb"] == before
+    assert receive_all(config_pth) == [b"one", b"two"]
+
+
+def test_new_subscribers_get_what_comes_from_then_on(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        # Also while publishers are running; they address those who were there for them.
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send(b"early")
+        more = support.write_config(tmp_path,
+                                    publishers={"pub": ["sub", "new"]},
+                                    subscribers=["sub", "new"],
+                                    name="more.json")
+        persipubsub.control.initialize_all_dbs(config_pth=more)
+        persipubsub.control.initialize_all_dbs(config_pth=more)
+    send(more, b"late")
+    assert receive_all(more, "new")[-1:] == [b"late"]
+    assert b"early" not in receive_all(more, "new")
+    assert receive_all(more) == [b"early", b"late"]
+
+    # Those that are not in the file any more stay.
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    assert {each.subscriber for each in statistics(config_pth).subscribers} == {"sub", "new"}
+
+
+def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    entries = json.loads(config_pth.read_text("utf-8"))
+    other = dict(entries["queues"]["queue"], path="deep/below/other", subscribers=["sink"])
+    entries["queues"]["other"] = other
+    entries["sub"].update({"out_queue": "other", "subscribers": ["sink"]})
+    entries["sink"] = {"in_queue": "other"}
+    config_pth.write_text(json.dumps(entries), "utf-8")
+    persipubsub.control.initialize_all_dbs(config_pth=str(config_pth))
+
+    # A stage of a pipeline receives from one queue and sends to the other.
+    send(config_pth, b"one", b"two")
+    with persipubsub.subscriber.Sub() as sub, persipubsub.publisher.Pub() as pub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        pub.init(pub_id="sub", config_pth=config_pth)
+        for _ in range(2):
+            with sub.receive(timeout=0) as message:
+                assert message is not None
+                pub.send(b"out of " + message)
+    assert receive_all(config_pth, "sink") == [b"out of one", b"out of two"]
+
+    send(config_pth, b"three")
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="sub", config_pth=config_pth)
+        pub.send(b"four")
+    persipubsub.control.clear_all_subs(config_pth=config_pth)
+    assert not receive_all(config_pth) and not receive_all(config_pth, "sink")
+
+
+def test_empty_file(tmp_path: pathlib.Path) -> None:
+    config_pth = tmp_path / "config.json"
+    config_pth.write_text('{"queues": {}}', "utf-8")
+    for function in ALL:
+        function(config_pth)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)
+def test_wrong_file(tmp_path: pathlib.Path, function: Callable[[persipubsub.control.ConfigPath],
+                                                               None]) -> None:
+    config_pth = tmp_path / "config.json"
+    with pytest.raises(persipubsub.errors.ConfigError, match="config.json"):
+        function(config_pth)
+    config_pth.write_text("{", "utf-8")
+    with pytest.raises(persipubsub.errors.ConfigError, match="config.json"):
+        function(str(config_pth))
+    for wrong in (None, 5, b"config.json", ["config.json"]):
+        with pytest.raises((persipubsub.errors.ConfigError, TypeError)):
+            function(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", ALL[1:], ids=lambda function: function.__name__)
+def test_not_initialized(tmp_path: pathlib.Path,
+                         function: Callable[[persipubsub.control.ConfigPath], object]) -> None:
+    config_pth = support.write_config(tmp_path)
+    with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+        function(config_pth)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_queues_before_a_wrong_one_are_ready(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    entries = json.loads(config_pth.read_text("utf-8"))
+    entries["queues"]["other"] = dict(entries["queues"]["queue"], path="other")
+    config_pth.write_text(json.dumps(entries), "utf-8")
+    (tmp_path / "other").write_text("text", "utf-8")
+    with pytest.raises(persipubsub.errors.FormatError, match="other"):
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    send(config_pth, b"message")
+    assert receive_all(config_pth) == [b"message"]
+
+
+def test_pruning_drops_what_is_too_old(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    soon = support.write_config(tmp_path, name="soon.json", MSG_TIMEOUT_SECS=1e-9)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    send(config_pth, *(b"%d" % number for number in range(100)))
+    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+    assert statistics(config_pth).messages == 100
+    persipubsub.control.prune_dangling_messages(config_pth=soon)
+    persipubsub.control.prune_dangling_messages(config_pth=soon)
+    found = statistics(config_pth)
+    assert (found.messages, found.subscribers[0].dropped_by_timeout) == (0, 100)
+    assert not receive_all(config_pth)
+    send(config_pth, b"after")
+    assert receive_all(config_pth) == [b"after"]
+    assert statistics(config_pth).next_number > 101
+
+
+def test_pruning_frees_what_everybody_has(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        for _ in range(300):
+            pub.send(bytes(2000))
+    assert len(receive_all(config_pth)) == 300
+    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+    size = (tmp_path / "queue" / "data.mdb").stat().st_size
+    send(config_pth, *(bytes(2000) for _ in range(200)))
+    assert (tmp_path / "queue" / "data.mdb").stat().st_size == size
+    assert statistics(config_pth).subscribers[0].dropped_by_timeout == 0
+
+
+def test_clearing_keeps_subscribers_and_numbers(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path,
+                                      publishers={"pub": ["one", "two"]},
+                                      subscribers=["one", "two"])
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    persipubsub.control.clear_all_subs(config_pth=config_pth)
+    send(config_pth, *(b"%d" % number for number in range(10)))
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="one", config_pth=config_pth)
+        with sub.receive(timeout=0) as message:
+            assert message == b"0"
+            for _ in range(2):
+                persipubsub.control.clear_all_subs(config_pth=config_pth)
+    found = statistics(config_pth)
+    assert found.messages == 0
+    assert [each.cleared for each in found.subscribers] == [10, 10]
+    send(config_pth, b"after")
+    assert receive_all(config_pth, "one") == receive_all(config_pth, "two") == [b"after"]
+    assert statistics(config_pth).next_number > 11
+
+
+def work(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
+    """Send and receive as many messages, in two threads."""
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+        received = []  # type: List[bytes]
+
+        def receive() -> None:
+            while not received or received[-1] != b"%d" % (count - 1):
+                with sub.receive(timeout=support.HANG_SECS) as message:
+                    assert message is not None
+                    received.append(message)
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        for number in range(count):
+            pub.send(b"%d" % number)
+        thread.join(support.HANG_SECS)
+        pipe.send(received)
+
+
+def test_deploying_and_pruning_beside_the_work(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with support.Child(work, config_pth, 500) as child:
+        rounds = 0
+        while not child.pipe.poll():
+            persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+            persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+            rounds += 1
+        assert child.get() == [b"%d" % number for number in range(500)]
+        child.end()
+    assert rounds > 0
+    statistics(config_pth)

@@ -1,0 +1,631 @@
+"""Test transactions: groups, interrupts, stopped processes, the size of the map, closing."""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import collections
+import functools
+import os
+import pathlib
+import random
+import signal
+import threading
+import time
+from typing import Any, Callable, Counter, Dict, Iterator, List, Optional
+
+import lmdb
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from persipubsub import _environment, _gate, _registry
+from tests import support
+
+INTERRUPTS = int(os.environ.get("PERSIPUBSUB_INTERRUPTS", "150"))
+
+
+@pytest.fixture(name="config_pth", params=["fsync", "os"])
+def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+    config_pth = support.write_config(tmp_path, durability=request.param, busy_timeout_secs=20)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    return config_pth
+
+
+@pytest.fixture(name="environment")
+def fixture_environment(config_pth: pathlib.Path) -> Iterator[_environment.Environment]:
+    settings = support.settings(config_pth)
+    environment = _registry.acquire(settings.path, settings.options())
+    yield environment
+    _registry.release(environment)
+
+
+def last_transaction(environment: _environment.Environment) -> int:
+    handles = environment._handles
+    assert handles is not None
+    return int(handles.environment.info()["last_txnid"])
+
+
+def nothing(txn: Any, databases: Any) -> int:
+    del databases
+    return int(txn.id())
+
+
+class Threads:
+    """Run functions in threads and keep what came of them, by name."""
+
+    def __init__(self) -> None:
+        self.results = {}  # type: Dict[str, Any]
+        self._threads = []  # type: List[threading.Thread]
+
+    def start(self, name: str, function: Callable[[], object]) -> None:
+
+        def run() -> None:
+            try:
+                self.results[name] = function()
+            except BaseException as error:  # pylint: disable=broad-exception-caught
+                self.results[name] = error
+
+        thread = threading.Thread(target=run, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def join(self) -> Dict[str, Any]:
+        for thread in self._threads:
+            thread.join(support.HANG_SECS)
+            assert not thread.is_alive(), "Expected all threads to end, but one hangs."
+        return self.results
+
+
+class Dam:
+    """Hold the write lock in a thread until the others wait, so that they make one group."""
+
+    def __init__(self, environment: _environment.Environment, threads: Threads) -> None:
+        self._environment = environment
+        self._is_inside = threading.Event()
+        self._is_open = threading.Event()
+        threads.start("dam", lambda: environment.write(self._work))
+        assert self._is_inside.wait(support.HANG_SECS)
+
+    def _work(self, txn: Any, databases: Any) -> None:
+        nothing(txn, databases)
+        self._is_inside.set()
+        assert self._is_open.wait(support.HANG_SECS)
+
+    def open(self, waiting: int) -> None:
+        support.until(lambda: len(self._environment._requests) >= waiting, "waiting requests")
+        self._is_open.set()
+
+
+# Groups
+
+
+def test_threads_share_a_commit(config_pth: pathlib.Path,
+                                environment: _environment.Environment) -> None:
+    threads = Threads()
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        before = last_transaction(environment)
+        dam = Dam(environment, threads)
+        for number in range(40):
+            threads.start(str(number),
+                          lambda number=number: pub.send(b"%d" % number))  # type: ignore
+        dam.open(waiting=40)
+        assert set(threads.join().values()) == {None}
+        # One of the dam, which changed nothing, and one for all of the others.
+        assert last_transaction(environment) - before <= 2
+
+    received = []  # type: List[int]
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        for _ in range(40):
+            with sub.receive(timeout=0) as message:
+                assert message is not None
+                received.append(int(message))
+        assert sub.front() is None
+    assert sorted(received) == list(range(40))
+
+
+def fill_map(txn: Any, databases: Any) -> None:
+    txn.put(b"key", bytes(1 << 29), db=databases.meta)
+
+
+def put_long_key(txn: Any, databases: Any) -> None:
+    txn.put(b"k" * 1000, b"value", db=databases.meta)
+
+
+def use_missing_subscriber(txn: Any, databases: Any) -> None:
+    del txn, databases
+    raise persipubsub.errors.NotInitializedError("mine")
+
+
+def lack_memory(txn: Any, databases: Any) -> None:
+    txn.put(b"must not be committed", b"value", db=databases.meta)
+    raise MemoryError("mine")
+
+
+def divide_by_zero(txn: Any, databases: Any) -> None:
+    txn.put(b"must not be committed", b"value", db=databases.meta)
+    raise ZeroDivisionError("mine")
+
+
+FAULTS = {
+    "map": (fill_map, persipubsub.errors.DiskFullError),
+    "key": (put_long_key, persipubsub.errors.StoreError),
+    "own": (use_missing_subscriber, persipubsub.errors.NotInitializedError),
+    "memory": (lack_memory, MemoryError),
+    "bug": (divide_by_zero, ZeroDivisionError),
+}  # type: Dict[str, Any]
+
+
+@pytest.mark.parametrize("faults", [["map"], ["key"], ["own"], ["memory"], ["bug"],
+                                    sorted(FAULTS)],
+                         ids="-".join)
+def test_each_gets_its_own_error(environment: _environment.Environment, faults: List[str]) -> None:
+    threads = Threads()
+    dam = Dam(environment, threads)
+
+    def put(name: str) -> Callable[[Any, Any], str]:
+
+        def work(txn: Any, databases: Any) -> str:
+            txn.put(name.encode(), name.encode(), db=databases.meta)
+            return name
+
+        return work
+
+    names = ["good {}".format(number) for number in range(10)]
+    for place, name in enumerate(names):
+        threads.start(name, functools.partial(environment.write, put(name)))
+        if place < len(faults):
+            fault = faults[place]
+            threads.start(fault, functools.partial(environment.write, FAULTS[fault][0]))
+    dam.open(waiting=len(names) + len(faults))
+    results = threads.join()
+    for name in names:
+        assert results[name] == name
+    for fault in faults:
+        assert isinstance(results[fault], FAULTS[fault][1]), results
+
+    def look(txn: Any, databases: Any) -> List[bytes]:
+        assert txn.get(b"must not be committed", db=databases.meta) is None
+        return [bytes(txn.get(name.encode(), db=databases.meta)) for name in names]
+
+    assert environment.read(look) == [name.encode() for name in names]
+
+
+def test_error_of_a_work_is_raised_alone(environment: _environment.Environment) -> None:
+    for work, error in FAULTS.values():
+        with pytest.raises(error):
+            environment.write(work)
+        assert environment.write(nothing) > 0
+        assert environment.read(nothing) > 0
+
+
+# Interrupts
+
+
+class Interrupts:
+    """
+    Raise KeyboardInterrupt at SIGINT, at most once for each arming.
+
+    So it comes only while the library works, and not in the lines of the test around it.
+    """
+
+    def __init__(self) -> None:
+        self.is_armed = False
+        self.count = 0
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, *_: object) -> None:
+        if self.is_armed:
+            self.is_armed = False
+            self.count += 1
+            raise KeyboardInterrupt
+
+    def run(self, function: Callable[[], object]) -> bool:
+        """Return True if the function was not interrupted."""
+        try:
+            self.is_armed = True
+            function()
+            self.is_armed = False
+            return True
+        except KeyboardInterrupt:
+            self.is_armed = False
+            return False
+
+
+def send_interrupted(pipe: support.Connection, config_pth: pathlib.Path, others: int) -> None:
+    """Send until told to stop; then tell what was sent for sure, and what perhaps."""
+    interrupts = Interrupts()
+    pub = persipubsub.publisher.Pub()
+    pub.init(pub_id="pub", config_pth=config_pth)
+    sure, perhaps = [], []  # type: List[bytes], List[bytes]
+    is_over = threading.Event()
+
+    def send_beside(name: int) -> None:
+        number = 0
+        while not is_over.is_set():
+            number += 1
+            message = b"%d-%d" % (name, number)
+            pub.send(message)
+            sure.append(message)
+
+    threads = Threads()
+    for name in range(others):
+        threads.start(str(name), lambda name=name: send_beside(name + 1))  # type: ignore[misc]
+    pipe.send("ready")
+    number = 0
+    while not pipe.poll():
+        number += 1
+        message = b"0-%d" % number
+        (sure if interrupts.run(lambda: pub.send(message)) else perhaps).append(message)
+    pipe.recv()
+    is_over.set()
+    failed = [result for result in threads.join().values() if result is not None]
+    pub.send(b"last")
+    sure.append(b"last")
+    pipe.send((sure, perhaps, interrupts.count, [repr(error) for error in failed]))
+    pipe.recv()
+    # The process is still there: nothing that it holds keeps others from going on.
+    pub.send(b"very last")
+    pipe.send(None)
+    pub.close()
+
+
+def fire(child: support.Child, generator: random.Random, count: int) -> None:
+    for _ in range(count):
+        time.sleep(generator.uniform(0, 0.004))
+        child.kill(signal.SIGINT)
+
+
+@pytest.mark.parametrize("others", [0, 4])
+def test_interrupted_send(config_pth: pathlib.Path, others: int) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    with support.Child(send_interrupted, config_pth, others) as child:
+        child.get()
+        fire(child, random.Random(seed), INTERRUPTS)
+        child.pipe.send("stop")
+        sure, perhaps, count, failed = child.get()
+        assert count > INTERRUPTS // 10
+        assert not failed
+
+        with persipubsub.publisher.Pub() as pub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            pub.send(b"from another process")
+        received = collections.Counter()  # type: Counter[bytes]
+        with persipubsub.subscriber.Sub() as sub:
+            sub.init(sub_id="sub", config_pth=config_pth)
+            message = None  # type: Optional[bytes]
+            while message != b"from another process":
+                with sub.receive(timeout=support.HANG_SECS) as message:
+                    assert message is not None
+                    received[message] += 1
+            child.pipe.send("go on")
+            child.get()
+            with sub.receive(timeout=support.HANG_SECS) as message:
+                assert message == b"very last"
+        child.end()
+
+    del received[b"from another process"]
+    assert set(sure) <= set(received) <= set(sure) | set(perhaps)
+    assert not [message for message, times in received.items() if times > 1]
+
+
+def receive_interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Receive until told to stop; then tell what was received."""
+    interrupts = Interrupts()
+    sub = persipubsub.subscriber.Sub()
+    sub.init(sub_id="sub", config_pth=config_pth)
+    received = []  # type: List[bytes]
+
+    def receive() -> None:
+        with sub.receive(timeout=0.002) as message:
+            if message is not None:
+                received.append(message)
+
+    pipe.send("ready")
+    while not pipe.poll():
+        interrupts.run(receive)
+    pipe.recv()
+    pipe.send((received, interrupts.count))
+    pipe.recv()
+    with sub.receive(timeout=support.HANG_SECS) as message:
+        pipe.send(message)
+    sub.close()
+
+
+def test_interrupted_receive(config_pth: pathlib.Path) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    sent = [b"%d" % number for number in range(2000)]
+    with support.Child(receive_interrupted,
+                       config_pth) as child, persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        child.get()
+        pub.send_many(sent)
+        fire(child, random.Random(seed), INTERRUPTS)
+        child.pipe.send("stop")
+        received, count = child.get()
+        assert count > INTERRUPTS // 10
+
+        # All others are there for another process, although the first one is still alive.
+        with persipubsub.subscriber.Sub() as sub:
+            sub.init(sub_id="sub", config_pth=config_pth)
+            pub.send(b"mark")
+            rest = []  # type: List[bytes]
+            while not rest or rest[-1] != b"mark":
+                with sub.receive(timeout=support.HANG_SECS) as message:
+                    assert message is not None
+                    rest.append(message)
+            assert sub.front() is None
+        child.pipe.send("go on")
+        pub.send(b"very last")
+        assert child.get() == b"very last"
+        child.end()
+    assert set(received) | set(rest[:-1]) == set(sent)
+    twice = collections.Counter(received + rest)
+    assert sum(twice.values()) - len(twice) <= count
+    assert rest[:-1] == sorted(rest[:-1], key=int)
+
+
+# A process that stops in the middle of a write
+
+
+def stop_inside(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Stop this process in a transaction, when told."""
+    pipe.recv()
+    settings = support.settings(config_pth)
+    environment = _registry.acquire(settings.path, settings.options())
+
+    def work(txn: Any, databases: Any) -> None:
+        txn.put(b"key", b"value", db=databases.meta)
+        pipe.send("inside")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    environment.write(work)
+    pipe.send("done")
+    pipe.recv()
+
+
+def is_stopped(child: support.Child) -> bool:
+    stat = pathlib.Path("/proc/{}/stat".format(child.process.pid)).read_text("ascii")
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+def test_stopped_writer(tmp_path: pathlib.Path, end: int) -> None:
+    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.5)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub, support.Child(
+            stop_inside, config_pth) as child:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+        pub.send(b"before")
+        child.pipe.send("go")
+        assert child.get() == "inside"
+        support.until(lambda: is_stopped(child), "stopped process")
+
+        start = time.monotonic()
+        with pytest.raises(persipubsub.errors.BusyTimeoutError, match="within 0.5 seconds"):
+            pub.send(b"refused")
+        assert 0.4 < time.monotonic() - start < 20
+        assert sub.front() == b"before"
+        with pytest.raises(persipubsub.errors.BusyTimeoutError):
+            with sub.receive(timeout=1) as message:
+                assert message == b"before"
+        # Many threads wait no longer, one after the other, than a few of them would.
+        threads = Threads()
+        for number in range(8):
+            threads.start(str(number), lambda: pub.send(b"refused"))
+        start = time.monotonic()
+        assert {type(error)
+                for error in threads.join().values()} == {persipubsub.errors.BusyTimeoutError}
+        assert time.monotonic() - start < 20
+        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+            assert queue.statistics() is not None
+
+        # Who is to open it needs a write transaction of LMDB, and a forked child opens it again.
+        with persipubsub.publisher.Pub() as other:
+            use = functools.partial(other.init, pub_id="pub", config_pth=config_pth)
+            assert support.outcomes_in_child(sub.front, use) == ["BusyTimeoutError"] * 2
+
+        child.kill(end)
+        if end == signal.SIGCONT:
+            assert child.get() == "done"
+        pub.send(b"after")
+        for expected in (b"before", b"after"):
+            with sub.receive(timeout=support.HANG_SECS) as message:
+                assert message == expected
+        assert sub.front() is None
+
+
+def test_timeout_says_the_truth(tmp_path: pathlib.Path) -> None:
+    """Nothing was written if a thread gets BusyTimeoutError, although others write for it."""
+    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.5)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    settings = support.settings(config_pth)
+    environment = _registry.acquire(settings.path, settings.options())
+    gate = _gate.Gate(os.path.join(settings.path, "write.lock"))
+    assert gate.enter(deadline=0)
+    is_over = threading.Event()
+
+    def slow(txn: Any, databases: Any) -> None:
+        nothing(txn, databases)
+        is_over.wait(2)
+
+    threads = Threads()
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+
+        def send() -> None:
+            try:
+                pub.send(b"message")
+            finally:
+                is_over.set()
+
+        # The slow one leads a group with the other one in it, which waits too long.
+        threads.start("slow", lambda: environment.write(slow))
+        support.until(lambda: len(environment._requests) == 1, "slow request")
+        threads.start("send", send)
+        support.until(lambda: len(environment._requests) == 2, "request")
+        gate.close()
+        results = threads.join()
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        found = sub.front()
+    _registry.release(environment)
+    if results["send"] is None:
+        assert found == b"message"
+    else:
+        assert isinstance(results["send"], persipubsub.errors.BusyTimeoutError)
+        assert found is None
+
+
+# The size of the map
+
+
+def send_large(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Open the queue with a larger map and fill it with more than the smaller one holds."""
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pipe.send("open")
+        pipe.recv()
+        for _ in range(8):
+            pub.send(bytes(1 << 18))
+    pipe.send("sent")
+
+
+def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
+    small = support.write_config(tmp_path, name="small.json", max_db_size_bytes=1 << 20)
+    large = support.write_config(tmp_path, name="large.json", max_db_size_bytes=1 << 24)
+    persipubsub.control.initialize_all_dbs(config_pth=small)
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        # Forked first: a child opens again what it inherited as its parent opened it.
+        with support.Child(send_large, large) as child:
+            assert child.get() == "open"
+            pub.init(pub_id="pub", config_pth=small)
+            sub.init(sub_id="sub", config_pth=small)
+            pub.send(b"first")
+            assert sub.front() == b"first"
+            child.pipe.send("go")
+            assert child.get() == "sent"
+            child.end()
+
+        threads = Threads()
+        for number in range(4):
+            threads.start("read {}".format(number), sub.front)
+            threads.start("write {}".format(number), lambda: pub.send(b"last"))
+        results = threads.join()
+        assert set(results.values()) == {b"first", None}, results
+        sizes = []  # type: List[int]
+        while True:
+            with sub.receive(timeout=0) as message:
+                if message is None:
+                    break
+                sizes.append(len(message))
+        assert sizes == [5] + [1 << 18] * 8 + [4] * 4
+
+
+# Closing
+
+
+def use_until_closed(config_pth: pathlib.Path) -> None:
+    """Use a publisher and a subscriber in many threads, and close them meanwhile."""
+    pub = persipubsub.publisher.Pub()
+    pub.init(pub_id="pub", config_pth=config_pth)
+    sub = persipubsub.subscriber.Sub()
+    sub.init(sub_id="sub", config_pth=config_pth)
+    threads = Threads()
+    counts = collections.Counter()  # type: Counter[str]
+
+    def send() -> None:
+        pub.send(b"message")
+
+    def receive() -> None:
+        with sub.receive(timeout=0.01):
+            pass
+
+    def repeat(name: str, function: Callable[[], object]) -> None:
+        while True:
+            function()
+            counts[name] += 1
+
+    for number in range(3):
+        for name, function in (("send", send), ("front", sub.front), ("receive", receive)):
+            threads.start("{} {}".format(name, number), functools.partial(repeat, name, function))
+    support.until(lambda: len(counts) == 3, "all three uses")
+    pub.close()
+    sub.close()
+    results = threads.join()
+    assert {type(error) for error in results.values()} == {persipubsub.errors.ClosedError}
+
+
+def test_close_while_others_work(config_pth: pathlib.Path) -> None:
+    for _ in range(10):
+        use_until_closed(config_pth)
+    assert not _registry._REGISTRY
+
+
+def test_closed_environment(environment: _environment.Environment) -> None:
+    handles = environment._handles
+    _registry.acquire(environment.directory, environment.options)
+    _registry.release(environment)
+    assert environment.write(nothing)
+    assert environment._handles is handles
+    environment.close()
+    environment.close()
+    for use in (lambda: environment.read(nothing), lambda: environment.write(nothing),
+                environment.flush_now, environment.check_readers):
+        with pytest.raises(persipubsub.errors.ClosedError, match="closed"):
+            use()
+
+
+def test_dead_readers_are_found(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, max_reader_num=2)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    settings = support.settings(config_pth)
+    environment = _registry.acquire(settings.path, settings.options())
+
+    def read(pipe: support.Connection) -> None:
+
+        def work(txn: Any, databases: Any) -> None:
+            nothing(txn, databases)
+            pipe.send("inside")
+            pipe.recv()
+
+        environment.read(work)
+
+    for _ in range(2):
+        with support.Child(read) as child:
+            assert child.get() == "inside"
+            child.kill(signal.SIGKILL)
+            child.end(-signal.SIGKILL)
+    assert environment.read(nothing) >= 0
+    _registry.release(environment)
+
+
+def test_error_of_lmdb_never_gets_through(environment: _environment.Environment) -> None:
+
+    def fail(txn: Any, databases: Any) -> None:
+        del txn, databases
+        # A store that is damaged in such a way would be refused when it is opened.
+        raise lmdb.CorruptedError("made up")
+
+    for use in (environment.read, environment.write):
+        with pytest.raises(persipubsub.errors.StoreCorruptError, match="made up") as caught:
+            use(fail)
+        assert isinstance(caught.value.__cause__, lmdb.CorruptedError)
+
+
+def test_clock_goes_on(config_pth: pathlib.Path) -> None:
+    settings = support.settings(config_pth)
+    times = []  # type: List[int]
+    for _ in range(3):
+        environment = _registry.acquire(settings.path, settings.options())
+        times.extend(environment.now_ns() for _ in range(100))
+        _registry.release(environment)
+    assert times == sorted(times)
+    assert abs(times[0] - time.time_ns()) < 3600 * 10**9

@@ -1,0 +1,298 @@
+"""Test that all that goes wrong below comes out as an error of the tree, with a useful message."""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import errno
+import os
+import pathlib
+import pickle
+import re
+import resource
+import shutil
+from typing import Callable, List, Type
+
+import lmdb
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from persipubsub import _environment, _opening
+from tests import support
+
+
+def subclasses(kind: Type[Exception]) -> List[Type[Exception]]:
+    return [kind] + [each for below in kind.__subclasses__() for each in subclasses(below)]
+
+
+def make(kind: Type[Exception], text: str = "mdb_put: made up", code: int = 0) -> lmdb.Error:
+    error = kind(text)
+    assert isinstance(error, lmdb.Error)
+    setattr(error, "code", code)
+    return error
+
+
+EXPECTED = {
+    "MapFullError": persipubsub.errors.DiskFullError,
+    "DiskError": persipubsub.errors.DiskFullError,
+    "ReadersFullError": persipubsub.errors.ReadersFullError,
+    "CorruptedError": persipubsub.errors.StoreCorruptError,
+    "PageNotFoundError": persipubsub.errors.StoreCorruptError,
+    "VersionMismatchError": persipubsub.errors.FormatError,
+    "InvalidError": persipubsub.errors.FormatError,
+    "IncompatibleError": persipubsub.errors.FormatError,
+    "PanicError": persipubsub.errors.FlushError,
+    "ReadonlyError": persipubsub.errors.AccessError,
+}
+
+
+def test_lmdb_has_errors() -> None:
+    names = {kind.__name__ for kind in subclasses(lmdb.Error)}
+    assert set(EXPECTED) < names
+    assert len(names) > 20
+
+
+@pytest.mark.parametrize("kind", subclasses(lmdb.Error), ids=lambda kind: kind.__name__)
+def test_each_error_of_lmdb_is_translated(kind: Type[Exception]) -> None:
+    for error in (make(kind), kind("mdb_put: made up")):
+        assert isinstance(error, lmdb.Error)
+        translated = _opening.translate(error=error, directory="/some/queue")
+        assert isinstance(translated, persipubsub.errors.PersipubsubError)
+        assert isinstance(translated, EXPECTED.get(kind.__name__, persipubsub.errors.StoreError))
+        assert str(translated).startswith("Expected to work with the queue /some/queue, but got: "
+                                          "mdb_put: made up")
+
+
+@pytest.mark.parametrize("code, expected", [
+    (errno.ENOSPC, persipubsub.errors.DiskFullError),
+    (errno.EDQUOT, persipubsub.errors.DiskFullError),
+    (errno.EFBIG, persipubsub.errors.DiskFullError),
+    (errno.EIO, persipubsub.errors.FlushError),
+    (errno.EACCES, persipubsub.errors.AccessError),
+    (errno.EPERM, persipubsub.errors.AccessError),
+    (errno.EROFS, persipubsub.errors.AccessError),
+    (errno.ENOENT, persipubsub.errors.NotInitializedError),
+    (errno.ENOTDIR, persipubsub.errors.NotInitializedError),
+    (errno.EINVAL, persipubsub.errors.StoreError),
+    (errno.ENOMEM, persipubsub.errors.StoreError),
+])
+def test_errors_of_the_system_in_lmdb(code: int,
+                                      expected: Type[persipubsub.errors.PersipubsubError]) -> None:
+    assert _opening.translate(make(lmdb.Error, code=code), "/q").__class__ is expected
+
+
+def test_map_full_is_told_from_disk_full() -> None:
+    assert isinstance(_opening.translate(make(lmdb.MapFullError), "/q"), _environment.MapFullError)
+    assert not isinstance(_opening.translate(make(lmdb.Error, code=errno.ENOSPC), "/q"),
+                          _environment.MapFullError)
+
+
+def make_own(name: str) -> persipubsub.errors.PersipubsubError:
+    if name == "CorruptMessageError":
+        return persipubsub.errors.CorruptMessageError("what went wrong", number=5)
+    if name == "ConfigError":
+        return persipubsub.errors.ConfigError("what went wrong", problems=["one", "two"])
+    error = getattr(persipubsub.errors, name)("what went wrong")
+    assert isinstance(error, persipubsub.errors.PersipubsubError)
+    return error
+
+
+@pytest.mark.parametrize("name", persipubsub.errors.__all__)
+def test_errors_can_be_caught_shown_and_copied(name: str) -> None:
+    error = make_own(name)
+    assert str(error) == "what went wrong"
+    with pytest.raises(persipubsub.errors.PersipubsubError):
+        raise error
+    # Processes hand errors to each other (multiprocessing, concurrent.futures).
+    copy = pickle.loads(pickle.dumps(error))
+    assert copy.__class__ is error.__class__
+    assert (str(copy), vars(copy)) == (str(error), vars(error))
+
+
+# What the whole library raises when something fails below it
+
+
+def uses(config_pth: pathlib.Path) -> List[Callable[[], object]]:
+    """Return each thing that a user can do with a queue; all of them may be repeated."""
+
+    def send() -> None:
+        with persipubsub.publisher.Pub() as pub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            pub.send(bytes(1000))
+
+    def send_many() -> None:
+        with persipubsub.publisher.Pub() as pub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            pub.send_many([bytes(10000)] * 10)
+
+    def receive() -> None:
+        with persipubsub.subscriber.Sub() as sub:
+            sub.init(sub_id="sub", config_pth=config_pth)
+            with sub.receive(timeout=0.01):
+                pass
+
+    def look() -> None:
+        with persipubsub.subscriber.Sub() as sub:
+            sub.init(sub_id="sub", config_pth=config_pth)
+            sub.front()
+            sub.pop_to_top()
+
+    def inspect() -> None:
+        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+            queue.statistics()
+            queue.check()
+
+    return [
+        send, send_many, receive, look, inspect,
+        lambda: persipubsub.control.initialize_all_dbs(config_pth),
+        lambda: persipubsub.control.prune_dangling_messages(config_pth),
+        lambda: persipubsub.control.clear_all_subs(config_pth)
+    ]
+
+
+TREE = set(persipubsub.errors.__all__)
+ALLOWED = TREE | {"", "MapFullError"}
+
+
+# The last write before the limit is cut short if the limit is no multiple of it: that is EIO.
+@pytest.mark.parametrize("size", [1000, 5000, 100000])
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str, size: int) -> None:
+    config_pth = support.write_config(tmp_path, durability=durability)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    def run(pipe: support.Connection) -> None:
+        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            sub.init(sub_id="sub", config_pth=config_pth)
+            before = os.stat(tmp_path / "queue" / "data.mdb").st_size
+            sent = 0
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before + 250000, resource.RLIM_INFINITY))
+            error = ""
+            while not error and sent < 10000:
+                error = support.outcome(lambda: pub.send(bytes(size)))
+                sent += not error
+            pipe.send((error, sent))
+            received = 0
+            while True:
+                with sub.receive(timeout=0) as message:
+                    if message is None:
+                        break
+                    received += 1
+            pipe.send(received)
+            # There is room now, without a larger limit; and more of it with one.
+            pipe.send(support.outcome(lambda: pub.send(b"again")))
+            resource.setrlimit(resource.RLIMIT_FSIZE,
+                               (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            pipe.send(support.outcome(lambda: pub.send(bytes(1 << 20))))
+            with sub.receive_many(max_msgs=10, timeout=0) as messages:
+                pipe.send([len(each) for each in messages])
+
+    with support.Child(run) as child:
+        error, sent = child.get()
+        assert error == "DiskFullError"
+        assert sent > 0
+        assert child.get() == sent
+        assert child.get() == ""
+        assert child.get() == ""
+        assert child.get() == [5, 1 << 20]
+        child.end()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100, 4096, 10000, 50000])
+def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: int) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    fresh = support.write_config(tmp_path, name="fresh.json", path=str(tmp_path / "fresh"))
+
+    def restrict() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    results = support.outcomes_in_child(restrict, *uses(config_pth), *uses(fresh))
+    assert set(results) <= ALLOWED, results
+    assert set(results) & TREE
+    assert not set(support.outcomes_in_child(*uses(config_pth))) - {""}
+    persipubsub.control.initialize_all_dbs(config_pth=fresh)
+    assert not set(support.outcomes_in_child(*uses(fresh))) - {""}
+
+
+@pytest.mark.parametrize("left", range(0, 14, 2))
+def test_nothing_but_the_tree_without_descriptors(tmp_path: pathlib.Path, left: int) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    def restrict() -> None:
+        # Modules that are imported when they are needed first want to be read.
+        for use in uses(config_pth):
+            use()
+        used = {int(name) for name in os.listdir("/proc/self/fd")}
+        lowest = min(number for number in range(1000) if number not in used)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + left, 4096))
+
+    results = support.outcomes_in_child(restrict, *uses(config_pth))
+    assert set(results) <= ALLOWED, results
+    if left == 0:
+        assert set(results[1:]) & TREE
+
+
+def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 18)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    for _ in range(5):
+        results = support.outcomes_in_child(*(uses(config_pth)[:3] * 10))
+        assert set(results) <= ALLOWED, results
+        assert results[-1] == ""
+    assert set(support.outcomes_in_child(*uses(config_pth)[2:])) == {""}
+
+
+@pytest.mark.parametrize("what", ["directory", "data.mdb", "lock.mdb", "all files"])
+def test_nothing_but_the_tree_when_files_disappear(tmp_path: pathlib.Path, what: str) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    def run(pipe: support.Connection) -> None:
+        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            sub.init(sub_id="sub", config_pth=config_pth)
+            if what == "directory":
+                shutil.rmtree(tmp_path / "queue")
+            elif what == "all files":
+                for path in (tmp_path / "queue").iterdir():
+                    path.unlink()
+            else:
+                (tmp_path / "queue" / what).unlink()
+
+            def receive() -> None:
+                with sub.receive(timeout=0.01):
+                    pass
+
+            pipe.send([
+                support.outcome(use)
+                for use in (lambda: pub.send(b"message"), receive, sub.front, sub.pop_to_top)
+            ])
+            pipe.send([support.outcome(use) for use in uses(config_pth)])
+            pipe.send([support.outcome(use) for use in (pub.close, sub.close)])
+
+    with support.Child(run) as child:
+        for _ in range(2):
+            assert set(child.get()) <= ALLOWED
+        assert child.get() == ["", ""]
+        child.end()
+
+
+def test_messages_say_what_was_expected_and_what_was_found(tmp_path: pathlib.Path) -> None:
+    """All texts of the package, as far as they can be read from its source."""
+    del tmp_path
+    texts = []  # type: List[str]
+    package = pathlib.Path(persipubsub.errors.__file__).parent
+    pattern = re.compile(r"errors\.\w+Error\(\s*((?:\"[^\"]*\"\s*)+)")
+    for path in sorted(package.glob("*.py")):
+        for match in pattern.finditer(path.read_text("utf-8")):
+            texts.append("".join(re.findall(r"\"([^\"]*)\"", match.group(1))))
+    assert len(texts) > 20
+    for text in texts:
+        if text not in ("{}", "{}. It was set aside; queue {}", "{} {}"):
+            assert re.search(r"^({}: )?([\w.{}]+: )?Expected .* but (got|it is)", text), text

@@ -1,0 +1,233 @@
+"""Test what may leave the log and what has to."""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import functools
+import pathlib
+from typing import List, Tuple
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+import persipubsub.queue
+from persipubsub import _log, _retention
+from tests import stores
+
+
+def floor_of(queue: persipubsub.queue.Queue) -> _retention.Floor:
+    """Look at the positions."""
+    return queue._environment.write(lambda txn, databases: _retention.find_floor(
+        txn, databases, _log.read_tail(txn.cursor(db=databases.data))))
+
+
+def position_of(queue: persipubsub.queue.Queue, name: str) -> int:
+    return stores.figures(queue, name).position
+
+
+def test_floor_is_the_first_number_that_anybody_needs(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
+        first = queue.put([b"1"])
+        queue.put([b"22"])
+        stores.take_all(queue, "a")
+        stores.take(queue, "b")
+        floor = floor_of(queue)
+        assert (floor.number, floor.everyone) == (first + 1, first + 1)
+        assert (floor.messages, floor.size, floor.subscribers) == (1, 1, 2)
+        stores.take(queue, "b")
+        assert floor_of(queue).number == queue.statistics().next_number
+
+
+def test_floor_of_each_audience(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b", "c"]) as queue:
+        first = queue.put([b"1"])
+        queue.put([b"2"], ("a", "b"))
+        queue.put([b"3"], ("c", ))
+        queue.put([b"4"])
+        stores.take_all(queue, "a")
+        stores.take(queue, "b")
+        stores.take(queue, "c")
+        floor = floor_of(queue)
+        # b still needs its second message, c the third one of the queue.
+        assert floor.audiences == {1: first + 1, 2: first + 2}
+        assert (floor.number, floor.everyone) == (first + 1, first + 1)
+
+
+def test_nobody_needs_anything_without_subscribers(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=[], max_messages=3) as queue:
+        for _ in range(20):
+            queue.put([b"x"])
+        assert floor_of(queue).number == queue.statistics().next_number
+        assert queue.statistics().messages == 0
+        queue.delete_finished()
+        assert len(stores.blocks(queue)) == 1
+
+
+@pytest.mark.parametrize("others", [1, 5, 1000])
+def test_position_passes_all_messages_for_others(tmp_path: pathlib.Path, others: int) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b"], keeps_os=True) as queue:
+        queue.put([b"x"])
+        for _ in range(others):
+            queue.put([b"for a"], ("a", ))
+        queue.put([b"y"], ("b", ))
+        # Only the last message waits for b; what a finished is not its business.
+        stores.take_all(queue, "a")
+        stores.take(queue, "b")
+        assert queue.statistics().messages == 1
+        assert floor_of(queue).number == queue.statistics().next_number - 1
+        assert position_of(queue, "b") == queue.statistics().next_number - 1
+        assert stores.take_all(queue, "b") == [b"y"]
+
+
+def test_messages_for_others_are_no_reason_to_drop_one(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path,
+                       subscribers=["a", "b"],
+                       max_messages=1500,
+                       drops_newest=True,
+                       keeps_os=True) as queue:
+        queue.put([b"x"], ("b", ))
+        for _ in range(1400):
+            queue.put([b"for a"], ("a", ))
+        queue.put([b"y"], ("b", ))
+        stores.take_all(queue, "a")
+        assert stores.take(queue, "b") == b"x"
+        # One message waits, so that there is room for a lot.
+        queue.put([b"z"] * 1000)
+        assert stores.figures(queue, "b").dropped_by_mark == 0
+        assert stores.take_all(queue, "b") == [b"y"] + [b"z"] * 1000
+
+
+@given(subscribers=st.integers(min_value=0, max_value=5000))
+def test_looks_are_spread_over_sends(subscribers: int) -> None:
+    floor = _retention.Floor(0, 1, 1, {}, 0, 0, subscribers)
+    interval = _retention.interval_of(floor)
+    assert 8 <= interval <= max(8, subscribers)
+    # Each send pays for a constant number of subscribers.
+    assert subscribers / interval <= 8
+
+
+def put_numbers(queue: persipubsub.queue.Queue, count: int) -> Tuple[int, List[bytes]]:
+    """Put messages that all differ, in one block; return the number of the first."""
+    messages = [b"%d" % index for index in range(count)]
+    return queue.put(messages), messages
+
+
+def halve(queue: persipubsub.queue.Queue, drops_newest: bool) -> List[_retention.Loss]:
+
+    def work(txn, databases):  # type: ignore[no-untyped-def]
+        tail = _log.read_tail(txn.cursor(db=databases.data))
+        floor = _retention.find_floor(txn, databases, tail)
+        return _retention.halve(txn, databases, floor, tail, drops_newest=drops_newest)[1]
+
+    losses: List[_retention.Loss] = queue._environment.write(work)
+    return losses
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10])
+@pytest.mark.parametrize("is_one_block", [True, False])
+@pytest.mark.parametrize("drops_newest", [True, False])
+def test_half_is_dropped_rounded_up(tmp_path: pathlib.Path, count: int, is_one_block: bool,
+                                    drops_newest: bool) -> None:
+    with stores.opened(tmp_path, subscribers=["sub", "done"]) as queue:
+        messages = [b"%d" % index for index in range(count)]
+        if is_one_block:
+            queue.put(messages)
+        else:
+            for message in messages:
+                queue.put([message])
+        stores.take_all(queue, "done")
+        before = queue.statistics().next_number
+        half = (count + 1) // 2
+        assert halve(queue, drops_newest) == [_retention.Loss("sub", half)]
+        assert queue.check() == []
+        assert queue.statistics().messages == count - half
+        # What is dropped is not given a number again.
+        assert queue.put([b"next"]) == before
+        kept = messages[:count - half] if drops_newest else messages[half:]
+        assert stores.take_all(queue) == kept + [b"next"]
+        assert stores.figures(queue).dropped_by_mark == half
+        assert stores.figures(queue, "done").dropped_by_mark == 0
+
+
+def test_message_at_work_is_dropped_and_not_counted_twice(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        _, messages = put_numbers(queue, 4)
+        consumer = queue.consumer("sub")
+        lease = consumer.take(timeout=0, max_messages=4)
+        assert lease is not None and lease.messages == messages
+        assert halve(queue, drops_newest=True) == [_retention.Loss("sub", 2)]
+        lease.acknowledge()
+        figures = stores.figures(queue)
+        assert (figures.acknowledged, figures.dropped_by_mark, figures.lag) == (2, 2, 0)
+
+
+def test_oldest_message_at_work_is_dropped_and_not_counted_twice(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        put_numbers(queue, 4)
+        lease = queue.consumer("sub").take(timeout=0)
+        assert lease is not None
+        halve(queue, drops_newest=False)
+        lease.acknowledge()
+        figures = stores.figures(queue)
+        assert (figures.acknowledged, figures.dropped_by_mark, figures.lag) == (0, 2, 2)
+
+
+def test_clear_leaves_a_placeholder(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
+        first, _ = put_numbers(queue, 3)
+        stores.take(queue, "a")
+        losses = queue._environment.write(_retention.clear)
+        assert sorted(losses) == [_retention.Loss("a", 2), _retention.Loss("b", 3)]
+        assert stores.blocks(queue)[-1] == range(first + 2, first + 2)
+        assert not any(stores.blocks(queue))
+        assert queue._environment.write(_retention.clear) == []
+        assert queue.put([b"x"]) == first + 3
+
+
+def test_expired_messages_are_found_by_their_time(tmp_path: pathlib.Path) -> None:
+    clock = stores.Clock()
+    with stores.opened(tmp_path, clock=clock, timeout_ns=10 * stores.SECOND_NS) as queue:
+        first = queue.put([b"1", b"2"])
+        clock.advance(1)
+        queue.put([b"3"])
+
+        def find(time_ns: int) -> int:
+            return queue._environment.write(functools.partial(_find_expired, time_ns=time_ns))
+
+        assert find(0) <= find(stores.START_NS) <= first
+        assert find(stores.START_NS + 1) == first + 2
+        assert find(clock()) == first + 2
+        assert find(clock() + 1) == first + 3
+
+
+def _find_expired(txn, databases, time_ns: int) -> int:  # type: ignore[no-untyped-def]
+    tail = _log.read_tail(txn.cursor(db=databases.data))
+    floor = _retention.find_floor(txn, databases, tail)
+    return max(floor.number, _retention.expired_before(txn, databases, floor, tail, time_ns))
+
+
+def skip(queue: persipubsub.queue.Queue) -> int:
+    return queue.skip_to_newest("sub")
+
+
+def test_newest_message_stays(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
+        assert skip(queue) == 0
+        put_numbers(queue, 3)
+        queue.put([b"not mine"], ("other", ))
+        assert skip(queue) == 2
+        assert skip(queue) == 0
+        figures = stores.figures(queue)
+        assert (figures.skipped, figures.acknowledged, figures.lag) == (2, 0, 1)
+        assert stores.figures(queue, "other").lag == 4
+        assert stores.take_all(queue) == [b"2"]
+        assert skip(queue) == 0
+
+
+def test_skipping_passes_dropped_messages(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        put_numbers(queue, 4)
+        halve(queue, drops_newest=True)
+        assert skip(queue) == 1
+        assert stores.take_all(queue) == [b"1"]
