@@ -32,6 +32,10 @@ def _read_version() -> str:
 
 _EXAMPLES = ["protobuf>=5", "rich>=13"]
 
+_CLI = ["click>=8.1", "rich>=13"]
+
+_METRICS = ["prometheus-client>=0.20"]
+
 setuptools.setup(
     name="persipubsub",
     version=_read_version(),
@@ -61,13 +65,30 @@ setuptools.setup(
     package_data={"persipubsub": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["lmdb>=3", "icontract>=2.6", "msgspec>=0.18"],
+    entry_points={"console_scripts": ["persipubsub = persipubsub.__main__:main"]},
     extras_require={
+        # The command persipubsub.
+        "cli": _CLI,
+        # persipubsub.metrics and the command "persipubsub metrics".
+        "metrics": _METRICS,
         # What examples/ imports beyond the library.
         "examples": _EXAMPLES,
-        # What docs/ is built with.
-        "doc": ["sphinx>=8", "furo", "sphinx-icontract>=2"],
+        # The peers that benchmarks/ measures beside the library, and what draws the results.
+        "bench": [
+            "diskcache>=5.6",
+            "honker>=0.5",
+            "litequeue>=0.9",
+            "localqueue>=1.4",
+            "matplotlib>=3.9",
+            "nque>=1",
+            "persist-queue>=1.1",
+            "rich>=13",
+            "simplebroker>=8",
+        ],
+        # What docs/ is built with; it imports all that is documented.
+        "doc": _METRICS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
         # All that the tests and precommit.py need; the examples are tested, too.
-        "dev": _EXAMPLES + [
+        "dev": _EXAMPLES + _CLI + _METRICS + [
             "build",
             "hypothesis>=6",
             "isort>=6",

@@ -14,10 +14,9 @@ def main() -> int:
     """
     missing = [name for name in ("click", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            "persipubsub: the command line needs {}. Install it with: "
-            "pip install 'persipubsub[cli]'".format(" and ".join(missing)),
-            file=sys.stderr)
+        print("persipubsub: the command line needs {}. Install it with: "
+              "pip install 'persipubsub[cli]'".format(" and ".join(missing)),
+              file=sys.stderr)
         return 1
     try:
         import persipubsub.cli  # pylint: disable=import-outside-toplevel

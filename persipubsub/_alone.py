@@ -1,8 +1,8 @@
 """
 Change the files of a queue as a whole: compact, restore, drop. Nobody else may use it meanwhile.
 
-What takes the place of the store is made beside it, flushed and verified, and only then renamed over
-it: whatever happens before, the store is as it was; whatever happens after, it is the new one.
+What takes the place of the store is made beside it, flushed and verified, and only then renamed
+over it: whatever happens before, the store is as it was; whatever happens after, it is the new one.
 """
 
 import contextlib
@@ -14,8 +14,7 @@ from typing import Final, Iterator, List, NamedTuple, Optional
 import lmdb
 
 import persipubsub.errors
-from persipubsub import (_checkpoint, _files, _header, _layout, _log, _opening, _registry,
-                         _verification)
+from persipubsub import _files, _header, _layout, _log, _opening, _registry, _verification
 from persipubsub._opening import Databases
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
@@ -116,7 +115,7 @@ def compact(settings: Settings, progress: Progress) -> Sizes:
                     _copy_compact(environment, path)
             except lmdb.Error as error:
                 raise _opening.translate(error, directory) from error
-            _verification.verify_file(path, progress)
+            _verification.verify_copy(path, progress, origin=store)
             _take_place(directory, path)
     return Sizes(before=before, after=os.stat(store).st_size)
 
@@ -234,9 +233,9 @@ def restore(settings: Settings, source: str, progress: Progress) -> None:
     """
     Let a backup take the place of a queue's store; the queue need not be there.
 
-    The backup is copied and the copy verified before anything else happens. Numbers go on behind all
-    that are known to be used. Whatever happens on the way, the store is either as it was or the
-    restored one, durably.
+    The backup is copied and the copy verified before anything else happens. Numbers go on behind
+    all that are known to be used. Whatever happens on the way, the store is either as it was or
+    the restored one, durably.
 
     :param settings: of the queue
     :param source: path of the backup
@@ -259,7 +258,7 @@ def restore(settings: Settings, source: str, progress: Progress) -> None:
         with _beside(store) as path:
             with _files.translated(path=source, doing="copy"):
                 shutil.copyfile(source, path)
-            _verification.verify_file(path, progress)
+            _verification.verify_copy(path, progress, origin=source)
             known = _read_known(directory)
             try:
                 with _verification.open_file(path,
@@ -312,8 +311,8 @@ def drop(settings: Settings) -> List[str]:
         _files.identify_store(directory)
     with alone(directory, settings.options()), _files.translated(path=directory, doing="remove"):
         foreign = _files.foreign_names(directory)
-        # A checkpoint that is left must not take the place of a new store one day; the mark must not
-        # be gone before the store, which can not be trusted without it.
+        # A checkpoint that is left must not take the place of a new store one day; the mark must
+        # not be gone before the store, which can not be trusted without it.
         _files.remove_durably(os.path.join(directory, _files.CHECKPOINT))
         _files.remove_durably(os.path.join(directory, _files.DATA))
         aside = os.path.join(directory, _files.CREATING)

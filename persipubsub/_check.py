@@ -22,13 +22,13 @@ def check(txn: "lmdb.Transaction[memoryview]",
     :return: what is wrong; nothing if it is sound
     """
     findings = []  # type: List[str]
-    value = txn.get(_layout.HEADER_KEY, db=databases.meta)
-    header = _layout.unpack_header(bytes(value if value is not None else b""), "")
-    audiences = _log.read_audiences(txn, databases)
     try:
+        value = txn.get(_layout.HEADER_KEY, db=databases.meta)
+        header = _layout.unpack_header(bytes(value if value is not None else b""), "")
+        audiences = _log.read_audiences(txn, databases)
         _check_log(txn, databases, audiences, findings, progress or _progress.Progress())
         _check_positions(txn, databases, header, findings)
-    except persipubsub.errors.StoreCorruptError as error:
+    except persipubsub.errors.StoreError as error:
         return findings + [str(error)]
     except (struct.error, ValueError, IndexError) as error:
         # A record that was cut, or is of another database.
@@ -51,6 +51,8 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     cursor = txn.cursor(db=databases.data)
     found = _log.head(cursor)
     begin = found.first if found is not None else _layout.FIRST_NUMBER
+    needed = min((subscriber.position for _, subscriber in _positions.read_all(txn, databases)),
+                 default=_layout.MAX_NUMBER)
     progress.begin("messages",
                    total=_log.read_tail(txn.cursor(db=databases.data)).next_number - begin)
     previous_end = _layout.FIRST_NUMBER
@@ -72,7 +74,8 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
         size = _check_messages(first, block, value, findings)
         totals = _blocks.unpack_totals(value, block)
         if previous is not None:
-            _check_totals(where, block, size, totals, previous, findings)
+            is_needed = bool(block.messages) or first >= needed
+            _check_totals(where, block, size, totals, previous, is_needed, findings)
         previous = (block.total_count, block.total_bytes, totals)
         previous_end = _blocks.end_of(first, block)
         previous_time = block.time_ns
@@ -102,7 +105,8 @@ def _check_messages(first: int, block: _blocks.Block, value: memoryview,
 
 
 def _check_totals(where: str, block: _blocks.Block, size: int, totals: Tuple[int, ...],
-                  previous: Tuple[int, int, Tuple[int, ...]], findings: List[str]) -> None:
+                  previous: Tuple[int, int,
+                                  Tuple[int, ...]], is_needed: bool, findings: List[str]) -> None:
     """
     Check that the totals of a block are those of the block before it and its own messages.
 
@@ -111,15 +115,15 @@ def _check_totals(where: str, block: _blocks.Block, size: int, totals: Tuple[int
     :param size: bytes of its messages
     :param totals: of its audiences
     :param previous: totals of the block before it
+    :param is_needed: False for a placeholder that all subscribers have passed
     :param findings: to be extended
     """
+    if not is_needed and block.total_count > previous[0]:
+        # It took the place of cleared messages; those in front of them may not be deleted yet.
+        return
     expected = list(previous[2]) + [0] * (len(totals) - len(previous[2]))
     if block.audience:
         expected[block.audience - 1] += block.messages
-    if not block.messages and block.total_count > previous[0]:
-        # A placeholder that took the place of cleared messages; those in front of them may not be
-        # deleted yet.
-        return
     if (block.total_count, block.total_bytes, list(totals)) != (previous[0] + block.messages,
                                                                 previous[1] + size, expected):
         findings.append("Expected {} to have the totals {}, but got: {}".format(

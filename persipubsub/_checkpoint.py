@@ -79,8 +79,10 @@ def write(directory: str, environment: lmdb.Environment) -> bool:
         except BlockingIOError:
             return False
         path = os.path.join(directory, _files.CHECKPOINT)
-        # Read first: the snapshot can only be newer than what is said of it.
-        covered = environment.info()["last_txnid"]
+        # Read first: the snapshot can only be newer than what is said of it. Not from info(): that
+        # tells of a commit a moment before it can be seen.
+        with environment.begin() as txn:
+            covered = txn.id()
         if os.path.lexists(path) and _read_covered(descriptor) == covered:
             return True
         # Copiers that were killed keep their slots and with them old pages.
@@ -146,13 +148,14 @@ def restore(directory: str) -> None:
         raise persipubsub.errors.StoreCorruptError("{} {}".format(error, hint)) from error
 
     age = time.time() - os.stat(path).st_mtime
-    # Numbers of transactions begin anew.
     descriptor = _files.open_own_file(os.path.join(directory, _files.CHECKPOINT_LOCK))
-    try:
-        os.pwrite(descriptor, bytes(8), 0)
-    finally:
-        os.close(descriptor)
     with _files.translated(path=store, doing="restore the checkpoint of"):
+        try:
+            # Numbers of transactions begin anew; flushed, as an old one may come up once more.
+            os.pwrite(descriptor, bytes(8), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         temporary = store + ".new"
         shutil.copyfile(path, temporary)
         os.chmod(temporary, os.stat(store).st_mode & 0o777)
@@ -209,9 +212,11 @@ class Checkpointer:
 
     def stop(self) -> None:
         """Let the thread end; wait for a checkpoint that is being written."""
-        self._is_stopped.set()
+        # Another thread may be about to start it: it can only be joined after that.
+        with self._lock:
+            self._is_stopped.set()
+            thread = self._thread
         self._is_changed.set()
-        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
@@ -223,6 +228,9 @@ class Checkpointer:
             if self._is_stopped.wait(timeout=max(0.0, due - time.monotonic())):
                 return
             self._is_changed.clear()
+            if self._is_stopped.is_set():
+                # Stopped since the line before the last one: nobody will set the other event again.
+                return
             begin = time.monotonic()
             try:
                 is_done = self._attempt()

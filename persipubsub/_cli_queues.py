@@ -1,5 +1,6 @@
 """Make queues ready, look at them, and clean them up: the commands about whole queues."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -18,7 +19,7 @@ from persipubsub import _cli_shared
 Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
 
 
-@click.command()
+@_cli_shared.command()
 @_cli_shared.config_argument
 @_cli_shared.queue_option("Make only this queue ready.")
 @_cli_shared.json_option
@@ -29,7 +30,6 @@ def init(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
     It may be repeated at any time: what is there stays as it is. Run it as the user whose programs
     use the queues.
 
-    \b
     Example:
         persipubsub init /etc/app/config.json
     """
@@ -44,7 +44,7 @@ def init(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
         lambda key, path: report.done(key, {"path": path}, "{}: ready in {}".format(key, path)))
 
 
-@click.command("check-config")
+@_cli_shared.command("check-config")
 @_cli_shared.config_argument
 @_cli_shared.queue_option("Also check that there is this queue.")
 @_cli_shared.json_option
@@ -52,7 +52,6 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
     """
     Check CONFIG and list all its problems, not only the first. No queue is touched.
 
-    \b
     Example:
         persipubsub check-config config.json
     """
@@ -69,21 +68,22 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
             print(_cli_shared.printable(problem), file=sys.stderr)
         _cli_shared.complain("{} in {}".format(_cli_shared.count(len(problems), "problem"), config))
     else:
-        print("{}: fine: {}, {}, {}".format(
-            _cli_shared.printable(str(config)), _cli_shared.count(len(found.queues), "queue"),
-            _cli_shared.count(len(found.publishers), "publisher"),
-            _cli_shared.count(len(found.subscribers), "subscriber")))
+        print("{}: fine: {}, {}, {}".format(_cli_shared.printable(str(config)),
+                                            _cli_shared.count(len(found.queues), "queue"),
+                                            _cli_shared.count(len(found.publishers), "publisher"),
+                                            _cli_shared.count(len(found.subscribers),
+                                                              "subscriber")))
     if problems:
         sys.exit(1)
 
 
-@click.command()
+@_cli_shared.command()
 @_cli_shared.config_argument
 @_cli_shared.queue_option("Look only at this queue.")
 @_cli_shared.json_option
 @click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
 @click.option("--interval",
-              type=click.FloatRange(min=0.1, max=3600),
+              type=_cli_shared.Seconds(min=0.1, max=3600),
               default=1.0,
               metavar="SECONDS",
               show_default=True,
@@ -97,22 +97,21 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
               type=click.Path(path_type=pathlib.Path, dir_okay=False),
               help="Also write the last view as a picture.")
 def stat(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        config: pathlib.Path, queue_key: Optional[str], as_json: bool, watch: bool,
-        interval: float, count: int, svg: Optional[pathlib.Path]) -> None:
+        config: pathlib.Path, queue_key: Optional[str], as_json: bool, watch: bool, interval: float,
+        count: int, svg: Optional[pathlib.Path]) -> None:
     """
     Show what is in the queues of CONFIG, and how far their subscribers are.
 
     It is cheap, whatever waits, and holds up nobody. With --watch it shows rates, too. With --watch
     and --json it writes a line of JSON for each look.
 
-    \b
     Examples:
         persipubsub stat config.json
         persipubsub stat config.json --json | jq '.greetings.subscribers[].lag'
         persipubsub stat config.json --watch
     """
     keys = _cli_shared.select(config, queue_key)
-    is_drawn = not as_json and (watch or svg is not None or sys.stdout.isatty())
+    is_drawn = not as_json and (svg is not None or sys.stdout.isatty())
     if is_drawn:
         from persipubsub import _cli_view  # pylint: disable=import-outside-toplevel
         failed = _cli_view.show(lambda: _collect(config, keys),
@@ -163,8 +162,10 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
     :param is_stream: True for a line of JSON
     """
     if as_json:
-        found = {key: dataclasses.asdict(figures)
-                 for key, figures in statistics.items()}  # type: Dict[str, Any]
+        found = {
+            key: dataclasses.asdict(figures)
+            for key, figures in statistics.items()
+        }  # type: Dict[str, Any]
         found.update({key: {"error": text} for key, text in errors.items()})
         print(json.dumps(found, indent=None if is_stream else 2), flush=True)
         return
@@ -184,24 +185,23 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
                 _cli_shared.show_share(figures.file_share), "{:,}".format(figures.commits)
             ] for key, figures in statistics.items()]))
         print()
-        print(
-            _cli_shared.table([
-                "SUBSCRIBER", "QUEUE", "LAG", "IN FLIGHT", "RECEIVED", "FAILED", "BY TIMEOUT",
-                "BY MARK", "CLEARED", "SKIPPED", "CORRUPT", "LAST"
-            ], [[
-                one.subscriber, key, "{:,}".format(one.lag),
-                "?" if one.in_flight is None else "{:,}".format(one.in_flight),
-                "{:,}".format(one.acknowledged), "{:,}".format(one.failed), "{:,}".format(
+        print(_cli_shared.table([
+            "SUBSCRIBER", "QUEUE", "LAG", "IN FLIGHT", "RECEIVED", "FAILED", "BY TIMEOUT",
+            "BY MARK", "CLEARED", "SKIPPED", "CORRUPT", "LAST"
+        ], [[
+            one.subscriber, key, "{:,}".format(one.lag),
+            "?" if one.in_flight is None else "{:,}".format(one.in_flight), "{:,}".format(
+                one.acknowledged), "{:,}".format(one.failed), "{:,}".format(
                     one.dropped_by_timeout), "{:,}".format(one.dropped_by_mark), "{:,}".format(
                         one.cleared), "{:,}".format(one.skipped), "{:,}".format(one.corrupt),
-                _cli_shared.show_seconds(one.seconds_since_acknowledged)
-            ] for key, figures in statistics.items() for one in figures.subscribers]),
-            flush=True)
+            _cli_shared.show_seconds(one.seconds_since_acknowledged)
+        ] for key, figures in statistics.items() for one in figures.subscribers]),
+              flush=True)
     for text in errors.values():
         _cli_shared.complain(text)
 
 
-@click.command()
+@_cli_shared.command()
 @_cli_shared.config_argument
 @_cli_shared.queue_option("Prune only this queue.")
 @_cli_shared.json_option
@@ -211,7 +211,6 @@ def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None
 
     Senders do the same little by little; this is for queues that nobody sends to.
 
-    \b
     Example:
         persipubsub prune config.json
     """
@@ -221,10 +220,10 @@ def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None
         lambda key: persipubsub.control.prune_dangling_messages(config, key)[key],
         lambda key, dropped: report.done(
             key, {"dropped": dropped}, "{}: {} dropped for being too old".format(
-                key, _cli_shared.count(dropped, "delivery").replace("deliverys", "deliveries"))))
+                key, _cli_shared.count(dropped, "delivery"))))
 
 
-@click.command()
+@_cli_shared.command()
 @_cli_shared.config_argument
 @_cli_shared.queue_option("Clear only this queue.")
 @_cli_shared.json_option
@@ -233,7 +232,6 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
     """
     Drop all messages of the queues of CONFIG, unread; their subscribers stay.
 
-    \b
     Example:
         persipubsub clear config.json --queue greetings --yes
     """
@@ -250,10 +248,10 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
         keys, lambda key: persipubsub.control.clear_all_subs(config, key)[key],
         lambda key, dropped: report.done(
             key, {"dropped": dropped}, "{}: cleared, {} unread".format(
-                key, _cli_shared.count(dropped, "delivery").replace("deliverys", "deliveries"))))
+                key, _cli_shared.count(dropped, "delivery"))))
 
 
-@click.command()
+@_cli_shared.command()
 @_cli_shared.config_argument
 @_cli_shared.queue_option("Serve only this queue.")
 @click.option("--port",
@@ -268,7 +266,6 @@ def metrics(config: pathlib.Path, queue_key: Optional[str], port: int, as_json: 
 
     It needs the extra: pip install 'persipubsub[metrics]'. Queues are opened for each scrape only.
 
-    \b
     Example:
         persipubsub metrics config.json --port 9464
     """
@@ -279,12 +276,12 @@ def metrics(config: pathlib.Path, queue_key: Optional[str], port: int, as_json: 
         raise click.ClickException(
             "The command metrics needs {}. Install it with: pip install 'persipubsub[metrics]'".
             format(error.name)) from None
-    try:
-        served = persipubsub.metrics.serve(config, queue_key, port=port)
-    except OSError as error:
-        raise click.ClickException("Expected to serve at 127.0.0.1:{}, but got: {}".format(
-            port, error.strerror)) from None
-    with served as url:
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(persipubsub.metrics.serve(config, queue_key, port=port))
+        except OSError as error:
+            raise click.ClickException("Expected to serve at 127.0.0.1:{}, but got: {}".format(
+                port, error.strerror)) from None
         print(json.dumps({"url": url}) if as_json else "Serving {}".format(url), flush=True)
         while True:
             time.sleep(3600)

@@ -1,7 +1,9 @@
 """Share between the commands: options, output for people and for machines, and how they fail."""
 
 import dataclasses
+import inspect
 import json
+import math
 import pathlib
 import re
 import sys
@@ -26,14 +28,50 @@ _UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\
 _TIME_UNITS: Final = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"))
 
 
-def config_argument(command: CommandT) -> CommandT:
+class _Command(click.Command):
+    """Show the examples of a command as they are written, instead of filling their lines."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """
+        Write the text of the help.
+
+        :param ctx: of the command
+        :param formatter: to be written to
+        """
+        # The mark of click for a paragraph that is not to be filled.
+        self.help = re.sub(r"\n\n(?=Examples?:\n)", "\n\n\b\n", inspect.cleandoc(self.help or ""))
+        super().format_help_text(ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """
+        Describe the command in the list of all commands.
+
+        :param limit: would cut the sentence, and is ignored
+        :return: its first sentence
+        """
+        del limit
+        paragraph = " ".join(inspect.cleandoc(self.help or "").partition("\n\n")[0].split())
+        return paragraph.partition(". ")[0].rstrip(".") + "."
+
+
+def command(name: Optional[str] = None) -> Callable[[Callable[..., None]], click.Command]:
+    """
+    Make a function a command.
+
+    :param name: of the command; that of the function if not given
+    :return: decorator
+    """
+    return click.command(name, cls=_Command)
+
+
+def config_argument(function: CommandT) -> CommandT:
     """
     Let a command take the configuration file.
 
-    :param command: to be decorated
-    :return: decorated command
+    :param function: of the command
+    :return: decorated function
     """
-    return click.argument("config", type=click.Path(path_type=pathlib.Path))(command)
+    return click.argument("config", type=click.Path(path_type=pathlib.Path))(function)
 
 
 def queue_option(text: str) -> Callable[[CommandT], CommandT]:
@@ -46,24 +84,44 @@ def queue_option(text: str) -> Callable[[CommandT], CommandT]:
     return click.option("--queue", "queue_key", metavar="KEY", help=text)
 
 
-def json_option(command: CommandT) -> CommandT:
+def json_option(function: CommandT) -> CommandT:
     """
     Let a command write JSON.
 
-    :param command: to be decorated
-    :return: decorated command
+    :param function: of the command
+    :return: decorated function
     """
-    return click.option("--json", "as_json", is_flag=True, help="Write JSON, for machines.")(command)
+    return click.option("--json", "as_json", is_flag=True,
+                        help="Write JSON, for machines.")(function)
 
 
-def yes_option(command: CommandT) -> CommandT:
+def yes_option(function: CommandT) -> CommandT:
     """
     Let a command be told not to ask.
 
-    :param command: to be decorated
-    :return: decorated command
+    :param function: of the command
+    :return: decorated function
     """
-    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+    return click.option("--yes", is_flag=True, help="Do not ask.")(function)
+
+
+class Seconds(click.FloatRange):
+    """Take a time, which "nan" is not, although it is a number for Python."""
+
+    def convert(self, value: Any, param: Optional[click.Parameter],
+                ctx: Optional[click.Context]) -> float:
+        """
+        Convert what was given on the command line.
+
+        :param value: that was given
+        :param param: that it was given for
+        :param ctx: of the command
+        :return: time in seconds
+        """
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail("{!r} is not a time.".format(value), param, ctx)
+        return seconds
 
 
 def select(config_pth: pathlib.Path, queue_key: Optional[str]) -> List[str]:
@@ -176,6 +234,8 @@ def complain(text: str) -> None:
 
     :param text: what went wrong
     """
+    # Errors tell programmers what to call; who reads this types it.
+    text = text.replace("persipubsub.control.initialize_all_dbs", "persipubsub init")
     print("persipubsub: {}".format(printable(text)), file=sys.stderr, flush=True)
 
 
@@ -285,11 +345,12 @@ def count(number: int, noun: str) -> str:
     :param noun: what, in the singular
     :return: number and noun
 
-    >>> count(2, "message")
-    '2 messages'
+    >>> count(2, "delivery")
+    '2 deliveries'
     """
-    return "{:,} {}{}".format(number, noun, "" if number == 1 else
-                              "es" if noun.endswith(("s", "x")) else "s")
+    if number != 1:
+        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return "{:,} {}".format(number, noun)
 
 
 def with_progress(title: str, work: Callable[[Progress], ResultT]) -> ResultT:
@@ -307,21 +368,21 @@ def with_progress(title: str, work: Callable[[Progress], ResultT]) -> ResultT:
     import rich.console  # pylint: disable=import-outside-toplevel
     import rich.progress  # pylint: disable=import-outside-toplevel
 
-    bar = rich.progress.Progress(rich.progress.TextColumn("{task.description}", markup=False),
-                                 rich.progress.BarColumn(),
-                                 rich.progress.TaskProgressColumn(),
-                                 console=rich.console.Console(stderr=True),
-                                 transient=True)
-    task = bar.add_task(printable(title), total=1.0)
+    drawing = rich.progress.Progress(rich.progress.TextColumn("{task.description}", markup=False),
+                                     rich.progress.BarColumn(),
+                                     rich.progress.TaskProgressColumn(),
+                                     console=rich.console.Console(stderr=True),
+                                     transient=True)
+    task = drawing.add_task(printable(title), total=1.0)
     is_done = threading.Event()
 
     def draw() -> None:
         while not is_done.wait(timeout=0.1):
-            bar.update(task,
-                       completed=progress.share(),
-                       description=printable("{} ({})".format(title, progress.what or "copy")))
+            drawing.update(task,
+                           completed=progress.share(),
+                           description=printable("{} ({})".format(title, progress.what or "copy")))
 
-    with bar:
+    with drawing:
         drawer = threading.Thread(target=draw, name="persipubsub-progress", daemon=True)
         drawer.start()
         try:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from typing import Any, Final, List
+from typing import Any, List
 
 import lmdb
 
@@ -12,9 +12,6 @@ from persipubsub import _check, _checkpoint, _files, _header, _opening, _transac
 from persipubsub._opening import Databases, MapFullError, Options
 
 __all__ = ["Databases", "Environment", "MapFullError", "Options"]
-
-#: Room on the disk that is given back when it is full, so that messages can be acknowledged.
-_RESERVE_BYTES: Final = 1 << 18
 
 
 class Environment(_transactions.Transactions):
@@ -58,21 +55,26 @@ class Environment(_transactions.Transactions):
 
     def open(self, adopts_durability: bool = False) -> None:
         """
-        Open the store. Hold the registry's lock and the open gate.
+        Open the store; a broken one is closed before. Hold the registry's lock and the open gate.
 
         :param adopts_durability: True to change the store's durability to that of the options
         """
-        self._failure = None
-        self._committed = self._flushed = 0
-        self._seen = 0
-        self._handles = _opening.open_store(self.directory, self.options)
-        try:
-            self._start(adopts_durability=adopts_durability)
-        except BaseException:
+        with contextlib.ExitStack() as stack:
+            # Other threads may be using a broken one.
+            for lock in self._locks():
+                stack.enter_context(lock)
             self._close_handles()
-            raise
+            self._failure = None
+            self._committed = self._flushed = 0
+            self._seen = 0
+            self._handles = _opening.open_store(self.directory, self.options)
+            try:
+                self._start(adopts_durability=adopts_durability)
+            except BaseException:
+                self._close_handles()
+                raise
         # Not before: a store that is refused shall not replace its checkpoint.
-        if self.options.keeps_os and self.options.checkpoint_secs:
+        if self.options.keeps_os and self.options.checkpoint_secs and self._checkpointer is None:
             self._checkpointer = _checkpoint.Checkpointer(self.options.checkpoint_secs,
                                                           self._write_checkpoint)
 
@@ -98,15 +100,16 @@ class Environment(_transactions.Transactions):
         if self.options.keeps_os and not handles.was_interrupted:
             self._prepare_os()
         if header.boot_id != _files.boot_id() or header.flags != flags or handles.was_interrupted:
+            was_interrupted = handles.was_interrupted
             header = self.write(
-                lambda txn, databases: _header.update(txn, databases, flags, handles.was_interrupted))
+                lambda txn, databases: _header.update(txn, databases, flags, was_interrupted))
             self.flush_now()
             if not self.options.keeps_os:
                 _opening.mark_clean(self.directory)
         if self.options.keeps_os and handles.was_interrupted:
             self._prepare_os()
         self.clock_offset_ns = header.clock_offset_ns
-        _files.keep_reserve(self.directory, _RESERVE_BYTES)
+        _files.keep_reserve(self.directory, _transactions.RESERVE_BYTES)
 
     def _check_content(self) -> None:
         """
@@ -163,13 +166,21 @@ class Environment(_transactions.Transactions):
                 # Not by _translate: a copy that failed says nothing of the store itself.
                 raise _opening.translate(error, self.directory) from error
 
-    def is_open(self) -> bool:
+    def is_usable(self) -> bool:
         """
-        Tell whether the store is open in this process.
+        Tell whether the store is open in this process, and LMDB does not refuse to work with it.
 
         :return: True if so
         """
-        return self._handles is not None
+        if self._handles is None:
+            return False
+        try:
+            with self._read_lock, self._open_handles().environment.begin():
+                return True
+        except lmdb.PanicError:
+            return False
+        except lmdb.Error:
+            return True
 
     def close(self) -> None:
         """
@@ -222,7 +233,7 @@ class Environment(_transactions.Transactions):
         if _opening.is_alone(handles):
             self.flush_now()
             _opening.mark_clean(self.directory)
-        elif self.options.checkpoint_secs:
+        elif self.options.checkpoint_secs and self._committed:
             # Nobody else may notice what was written since the last checkpoint. Another process
             # that is writing one may have begun too early: wait for it, within reason.
             deadline = time.monotonic() + self.options.busy_timeout_secs

@@ -162,8 +162,10 @@ def is_full(directory: str) -> bool:
     :return: True if so; False if that can not be found out
     """
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    path = os.path.join(directory, DATA)
     try:
-        size = os.stat(os.path.join(directory, DATA)).st_size
+        # While a queue is being created, there is none yet.
+        size = os.stat(path).st_size if os.path.lexists(path) else 0
         system = os.statvfs(directory)
     except OSError:
         return False
@@ -421,23 +423,26 @@ def ticks_ns() -> int:
     return time.clock_gettime_ns(_BOOT_CLOCK)
 
 
-def keep_reserve(directory: str, size: int) -> None:
+def keep_reserve(directory: str, size: int) -> bool:
     """
     Keep some room on the disk aside, if there is that much.
 
     :param directory: of the store
     :param size: in bytes
+    :return: True if it is kept now
     """
     path = os.path.join(directory, RESERVE)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     except OSError:
         # It is there already, or the directory may not be written to.
-        return
+        return os.path.lexists(path)
     try:
         os.posix_fallocate(descriptor, 0, size)
+        return True
     except OSError:
         os.unlink(path)
+        return False
     finally:
         os.close(descriptor)
 

@@ -21,7 +21,7 @@ _MOST_QUESTIONS: Final = 10000
 #: struct flock of Linux: type, whence, start, length, process.
 _FLOCK: Final = struct.Struct("hhqqi4x")
 
-#: Only there do claims belong to descriptions, so that one's own descriptor sees those of everybody.
+#: Only there do claims belong to descriptions, so that a new descriptor sees those of everybody.
 _GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", -1) if sys.platform == "linux" else -1
 
 
@@ -33,7 +33,7 @@ def count(path: str, spans: Mapping[int, Tuple[int, int]]) -> Optional[Mapping[i
     is opened for it is closed at the end; no claim is lost by that.
 
     :param path: of the claims file; as long as there is none, nobody claimed anything
-    :param spans: of each subscriber's ordinal: first number to look at, number behind the last one
+    :param spans: by subscriber's ordinal: first number to look at, number behind the last one
     :return: by ordinal; None if the system can not tell, or too many are at work
     """
     if _GETLK < 0:

@@ -94,7 +94,7 @@ def peek(settings: Settings, subscriber: str, count: int, start: int) -> List[Me
     :raise NotInitializedError: if there is no such subscriber
     """
     messages = []  # type: List[Message]
-    with _upkeep.opened(settings) as environment:
+    with _upkeep.opened(settings, is_look=True) as environment:
         while True:
             found = environment.read(
                 functools.partial(_peek,

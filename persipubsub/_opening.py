@@ -348,6 +348,9 @@ def flags_of(options: Options) -> int:
     return _layout.FLAG_DURABILITY_OS if options.keeps_os else 0
 
 
+_FLUSH_HINT: Final = (". Close all that this process has open of the queue and open it again; look "
+                      "at the disk.")
+
 _Translation = Tuple[Type[persipubsub.errors.PersipubsubError], str, Tuple[Type[lmdb.Error], ...],
                      Tuple[int, ...]]
 
@@ -361,8 +364,7 @@ _TRANSLATIONS = (
                                                 lmdb.BadTxnError), ()),
     (persipubsub.errors.FormatError, "", (lmdb.VersionMismatchError, lmdb.InvalidError,
                                           lmdb.IncompatibleError), ()),
-    (persipubsub.errors.FlushError, ". Close the queue and open it again; look at the disk.",
-     (lmdb.PanicError, ), (errno.EIO, )),
+    (persipubsub.errors.FlushError, _FLUSH_HINT, (lmdb.PanicError, ), (errno.EIO, )),
     (persipubsub.errors.AccessError, "", (lmdb.ReadonlyError, ), (errno.EACCES, errno.EPERM,
                                                                   errno.EROFS)),
     (persipubsub.errors.NotInitializedError, "", (), (errno.ENOENT, errno.ENOTDIR)),
@@ -371,6 +373,17 @@ _TRANSLATIONS = (
      "containers that share a queue have to share a namespace of process ids)", (), (errno.EAGAIN, )
      ),
 )  # type: Tuple[_Translation, ...]
+
+
+def flush_error_text(error: lmdb.Error, directory: str) -> str:
+    """
+    Describe a flush that failed.
+
+    :param error: that LMDB raised
+    :param directory: of the store
+    :return: text of the error to be raised instead
+    """
+    return "Expected to flush the queue {}, but got: {}{}".format(directory, error, _FLUSH_HINT)
 
 
 def translate(error: lmdb.Error, directory: str) -> persipubsub.errors.PersipubsubError:
@@ -425,6 +438,9 @@ def build(directory: str, options: Options) -> None:
                 txn.put(_layout.HEADER_KEY, _layout.pack_header(header))
     except lmdb.Error as error:
         raise translate(error=error, directory=directory) from error
+    # Of a queue whose data file was removed: it shall not come back in the place of this one.
+    for name in (_files.RUNNING, _files.CHECKPOINT, _files.CHECKPOINT_LOCK):
+        _files.remove_durably(os.path.join(directory, name))
     os.rename(os.path.join(aside, _files.DATA), os.path.join(directory, _files.DATA))
     os.unlink(os.path.join(aside, _files.LOCK))
     os.rmdir(aside)

@@ -287,7 +287,9 @@ def first_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases,
         first, block, _ = found
         if block.messages and (not block.audience or block.audience in audiences):
             number = max(number, first)
-            behind = skip_ahead(txn, databases, subscriber.ordinal, number)
+            behind = number
+            if subscriber.flags:
+                behind = skip_ahead(txn, databases, subscriber.ordinal, number)
             if behind == number:
                 return number
             number = behind

@@ -26,13 +26,15 @@ _USERS = {}  # type: Dict[_files.Identity, int]
 
 def acquire(directory: str,
             options: _opening.Options,
-            adopts_durability: bool = False) -> _environment.Environment:
+            adopts_durability: bool = False,
+            is_look: bool = False) -> _environment.Environment:
     """
     Open a store, or share it if this process has it open already.
 
     :param directory: of the store
     :param options: how to open it; those of the first user in the process hold
     :param adopts_durability: True to change the store's durability to that of the options
+    :param is_look: True for who reads a little and is gone: it leaves checkpoints to others
     :return: environment, to be given to :py:func:`release` once
     """
     with _REGISTRY_LOCK:
@@ -41,6 +43,7 @@ def acquire(directory: str,
         if environment is None:
             environment = _environment.Environment(directory=directory, options=options)
             environment.reopener = functools.partial(_reopen, environment)
+            environment.is_look = is_look
             with _opening.open_gate(directory, options):
                 environment.open(adopts_durability=adopts_durability)
                 # A checkpoint may have taken the place of the file.
@@ -52,6 +55,7 @@ def acquire(directory: str,
                 "Expected one durability for the queue {} in this process, but got two".format(
                     directory))
         _USERS[identity] += 1
+        environment.is_look = environment.is_look and is_look
         return environment
 
 
@@ -72,12 +76,12 @@ def release(environment: _environment.Environment) -> None:
 
 def _reopen(environment: _environment.Environment) -> None:
     """
-    Open an environment again in a forked child.
+    Open an environment in a forked child, or when LMDB refuses to work with it.
 
-    :param environment: that was open in the parent
+    :param environment: that was open
     """
     with _REGISTRY_LOCK:
-        if not environment.is_open():
+        if not environment.is_usable():
             with _opening.open_gate(environment.directory, environment.options):
                 environment.open()
 

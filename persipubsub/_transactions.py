@@ -49,6 +49,12 @@ _READER_CHECK_COMMITS: Final = 256
 #: A read that finds no slot in the table of readers tries again after this time, in seconds.
 _SLOT_PAUSE_SECS: Final = 0.001
 
+#: Room on the disk that is given back when it is full, so that messages can be acknowledged.
+RESERVE_BYTES: Final = 1 << 18
+
+#: The reserve is taken again when there is room for it; time between two looks, in seconds.
+_RESERVE_SECS: Final = 1.0
+
 
 class _Request:
     """Hold the work of one thread until some thread has committed it."""
@@ -82,7 +88,7 @@ class Transactions:
 
         # None before it was opened, in a forked child, and after it was closed.
         self._handles = None  # type: Optional[_opening.Handles]
-        # Opens it again in a forked child; the registry's lock has to be taken for that.
+        # Opens it in a forked child, or when LMDB needs it; takes the registry's lock.
         self.reopener = None  # type: Optional[Callable[[], None]]
 
         # The text of an error after which nothing more is written until the store is reopened.
@@ -97,6 +103,12 @@ class Transactions:
         self._committed = 0
         self._flushed = 0
         self._seen = 0
+
+        # When to look next whether there is room for the reserve; None if it was not spent.
+        self._reserve_due = None  # type: Optional[float]
+
+        # True as long as nobody in this process does more than to look at the store for a moment.
+        self.is_look = False
 
         # Only for an "os" store, and then told of every commit.
         self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
@@ -146,7 +158,8 @@ class Transactions:
                     self._is_reading = True
                     try:
                         with handles.environment.begin(buffers=True) as txn:
-                            if self._checkpointer is not None and txn.id() != self._seen:
+                            if (self._checkpointer is not None and txn.id() != self._seen
+                                    and not self.is_look):
                                 # A publisher that died may have left it to us.
                                 self._seen = txn.id()
                                 self._checkpointer.notice()
@@ -158,6 +171,9 @@ class Transactions:
             except lmdb.ReadersFullError as error:
                 deadline = deadline or time.monotonic() + self.options.busy_timeout_secs
                 if not self._find_slot() and time.monotonic() >= deadline:
+                    raise self._translate(error) from error
+            except lmdb.PanicError as error:
+                if not self._recover(error):
                     raise self._translate(error) from error
             except lmdb.Error as error:
                 raise self._translate(error) from error
@@ -233,15 +249,14 @@ class Transactions:
         if handles is not None:
             handles.gate.make_way()
         if request.error is not None:
-            if may_grow and self._find_room(request.error):
+            cause = request.error.__cause__
+            if (may_grow and self._find_room(request.error)) or self._recover(cause):
                 return self.write(work, is_flushed=is_flushed, may_grow=may_grow)
             raise request.error
         if not request.done:
             raise _gate.busy_error(self.directory, self.options.busy_timeout_secs)
-        if not request.commit % _READER_CHECK_COMMITS:
-            # Where everybody is busy, nobody else does it.
-            with contextlib.suppress(lmdb.Error, persipubsub.errors.ClosedError):
-                self.check_readers()
+        if self._reserve_due is not None or not request.commit % _READER_CHECK_COMMITS:
+            self._look_after_store(request.commit)
         if self._checkpointer is not None:
             self._checkpointer.notice()
         elif is_flushed and not self.options.keeps_os:
@@ -370,12 +385,8 @@ class Transactions:
         with self._flush_lock:
             if self._flushed >= commit:
                 return
-            handles = self._open_handles()
             committed = self._committed
-            try:
-                handles.environment.sync(True)
-            except lmdb.Error as error:
-                raise self._translate(error) from error
+            self._sync()
             self._flushed = committed
 
     def _open_handles(self) -> _opening.Handles:
@@ -407,8 +418,34 @@ class Transactions:
         if isinstance(error, MapFullError):
             return self.check_readers() > 0 or self._grow()
         if isinstance(error, persipubsub.errors.DiskFullError):
+            # As a time, so that it is not looked for at every send.
+            self._reserve_due = time.monotonic() + _RESERVE_SECS
             return _files.spend_reserve(self.directory)
         return False
+
+    def _look_after_store(self, commit: int) -> None:
+        """Do what has to be done from time to time; the transaction's id tells when."""
+        if not commit % _READER_CHECK_COMMITS:
+            # Where everybody is busy, nobody else does it.
+            with contextlib.suppress(lmdb.Error, persipubsub.errors.ClosedError):
+                self.check_readers()
+        if self._reserve_due is not None and time.monotonic() >= self._reserve_due:
+            is_kept = _files.keep_reserve(self.directory, RESERVE_BYTES)
+            self._reserve_due = None if is_kept else time.monotonic() + _RESERVE_SECS
+
+    def _recover(self, error: Optional[BaseException]) -> bool:
+        """
+        Open the store again if LMDB refuses to work since the disk had no room for a meta page.
+
+        Nothing was committed by that: LMDB has put the old meta page back.
+
+        :param error: of LMDB
+        :return: True if it is worth another try
+        """
+        if self._failure or self.reopener is None or not isinstance(error, lmdb.PanicError):
+            return False
+        self._reopen()
+        return True
 
     def _grow(self) -> bool:
         """
@@ -435,21 +472,30 @@ class Transactions:
         :return: error to be raised instead
         """
         translated = _opening.translate(error=error, directory=self.directory)
-        if isinstance(translated, persipubsub.errors.FlushError):
+        if (isinstance(translated, persipubsub.errors.FlushError)
+                and not isinstance(error, lmdb.PanicError)):
             self._failure = str(translated)
         return translated
+
+    def _sync(self) -> None:
+        """
+        Flush the data file; hold the flush lock.
+
+        :raise FlushError: whatever the reason: what was committed can be seen, and is not safe
+        """
+        try:
+            self._open_handles().environment.sync(True)
+        except lmdb.Error as error:
+            self._failure = _opening.flush_error_text(error, self.directory)
+            raise persipubsub.errors.FlushError(self._failure) from error
 
     def flush_now(self) -> None:
         """Flush everything, whatever the durability."""
         with self._flush_lock:
-            handles = self._open_handles()
-            try:
-                handles.environment.sync(True)
-            except lmdb.Error as error:
-                raise self._translate(error) from error
+            self._sync()
 
     def _reopen(self) -> None:
-        """Open the store again in a forked child."""
+        """Open the store in a forked child, or again after it could not be opened."""
         if self.reopener is None:
             self._open_handles()
         else:

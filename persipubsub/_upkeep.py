@@ -9,8 +9,7 @@ from typing import Iterator, List, Sequence
 import lmdb
 
 import persipubsub.errors
-from persipubsub import (_environment, _files, _log, _positions, _registry, _retention,
-                         _verification)
+from persipubsub import _environment, _files, _log, _positions, _registry, _retention, _verification
 from persipubsub._opening import Databases
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
@@ -20,13 +19,14 @@ _CHUNK_BLOCKS = 256
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[_environment.Environment]:
+def opened(settings: Settings, is_look: bool = False) -> Iterator[_environment.Environment]:
     """
     Have a queue open.
 
     :param settings: of the queue
+    :param is_look: True for who reads a little and is gone
     """
-    environment = _registry.acquire(settings.path, settings.options())
+    environment = _registry.acquire(settings.path, settings.options(), is_look=is_look)
     try:
         yield environment
     finally:
@@ -81,7 +81,9 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-                _verification.verify_file(path, progress)
+                _verification.verify_copy(path,
+                                          progress,
+                                          origin=os.path.join(settings.path, _files.DATA))
                 size = os.stat(path).st_size
                 try:
                     # Not a renaming: that would replace what came there meanwhile.

@@ -108,6 +108,7 @@ class _Pages(io.RawIOBase):
         """
         # Not lmdb.verify.verify: it looks only at the first page of a large value, so that it finds
         # nothing wrong with a file that was cut in the middle of one.
+        # pylint: disable-next=protected-access
         verifier = lmdb.verify._Verifier(self, self.size)  # type: ignore[no-untyped-call]
         try:
             findings = list(verifier.verify())  # type: ignore[no-untyped-call]
@@ -147,14 +148,28 @@ def verify_open(environment: _environment.Environment, progress: Progress) -> Li
             return findings
 
 
-def verify_file(path: str, progress: Progress) -> None:
+def verify_copy(path: str, progress: Progress, origin: str) -> None:
     """
-    Verify a data file that nobody writes to: a copy, a backup.
+    Verify a copy of a store that nobody writes to.
 
-    :param path: of the file
+    :param path: of the copy
     :param progress: to be counted up
+    :param origin: path of what was copied, named in errors, for the copy is not going to stay
     :raise FormatError: if it is not the data file of a queue of this format
     :raise StoreCorruptError: if anything is wrong with it
+    """
+    try:
+        _verify_copy(path, progress)
+    except persipubsub.errors.StoreError as error:
+        raise type(error)(str(error).replace(path, origin)) from error
+
+
+def _verify_copy(path: str, progress: Progress) -> None:
+    """
+    Verify a copy of a store that nobody writes to.
+
+    :param path: of the copy
+    :param progress: to be counted up
     """
     check_regular(path)
     if _files.missing_bytes(path) > 0:
@@ -196,8 +211,8 @@ def check_regular(path: str) -> None:
     except OSError as error:
         raise _files.translate_os_error(error=error, path=path, doing="look at") from error
     if not stat.S_ISREG(mode):
-        raise persipubsub.errors.FormatError(
-            "Expected {} to be a regular file, but got: {}".format(path, stat.filemode(mode)))
+        raise persipubsub.errors.FormatError("Expected {} to be a regular file, but got: {}".format(
+            path, stat.filemode(mode)))
 
 
 def open_file(path: str, is_readonly: bool, map_size: int = 0) -> lmdb.Environment:

@@ -149,7 +149,12 @@ def statistics(
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _for_each(config_pth, queue_key, lambda queue: queue.statistics())
+    results = {}
+    for key, settings in _settings(config_pth, queue_key).items():
+        with _upkeep.opened(settings, is_look=True) as environment:
+            results[key] = persipubsub.statistics.collect(environment, settings,
+                                                          environment.now_ns())
+    return types.MappingProxyType(results)
 
 
 @icontract.require(lambda count: count >= 1)

@@ -173,6 +173,8 @@ class Queue:
             self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
         except _environment.MapFullError:
             self._put_into_full_map(put)
+        except persipubsub.errors.DiskFullError:
+            self._put_onto_full_disk(put)
         except BaseException:
             self._floor = None
             raise
@@ -333,6 +335,18 @@ class Queue:
                     raise
             waiting, losses = self._environment.write(self._shrink, may_grow=True)
             self._losses.add(losses)
+
+    def _put_onto_full_disk(self, put: _Put) -> None:
+        """
+        Put messages where finished ones were, which a send that fails can not delete by itself.
+
+        :param put: what is to be added
+        :raise DiskFullError: if there are too few of them
+        """
+        self._floor = None
+        self.delete_finished()
+        self._environment.write(_retention.make_reusable, may_grow=True)
+        self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
 
     def _shrink(self, txn: "lmdb.Transaction[memoryview]",
                 databases: Databases) -> Tuple[int, List[_retention.Loss]]:

@@ -1,9 +1,8 @@
 """Receive messages from a queue."""
 
-import math
 import os
 from types import TracebackType
-from typing import List, Optional, Tuple, Type, Union
+from typing import Final, List, Optional, Tuple, Type, Union
 
 import persipubsub.config
 import persipubsub.errors
@@ -11,6 +10,9 @@ import persipubsub.queue
 from persipubsub import _delivery
 
 __all__ = ["BatchReceipt", "Receipt", "Sub"]
+
+#: A timeout of more than 30 years is none; an integer may be too large for a float.
+_FOREVER_SECS: Final = 1e9
 
 
 class _Taking:
@@ -242,7 +244,7 @@ class Sub:
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
             raise ValueError(
                 "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
-        if timeout is None or math.isinf(timeout):
+        if timeout is None or timeout > _FOREVER_SECS:
             return consumer, None, 1.0
         return consumer, timeout, timeout / retries
 

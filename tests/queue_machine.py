@@ -6,7 +6,8 @@ remember different things of what the other did.
 """
 
 # pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
+# pylint: disable=attribute-defined-outside-init
+# pylint: disable=too-many-public-methods
 
 import pathlib
 import shutil
@@ -257,7 +258,10 @@ class QueueMachine(RuleBasedStateMachine):
         """Close queues, perhaps with them the store; what their consumers had is given back."""
         for side in sides:
             self.queues[side].close()
-        self.consumers = {key: value for key, value in self.consumers.items() if key[0] not in sides}
+        self.consumers = {
+            key: value
+            for key, value in self.consumers.items() if key[0] not in sides
+        }
         self.leases = [entry for entry in self.leases if entry[0] not in sides]
         for side in sides:
             self.queues[side] = self.open()
@@ -278,8 +282,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert statistics.messages == len(waiting)
         assert statistics.message_bytes == sum(len(message.data) for message in waiting)
         assert statistics.next_number == self.twin.next_number
-        assert statistics.oldest_age_seconds == (
-            (self.clock.now_ns - waiting[0].time_ns) / 1e9 if waiting else None)
+        assert statistics.oldest_age_seconds == ((self.clock.now_ns - waiting[0].time_ns) /
+                                                 1e9 if waiting else None)
         assert {entry.subscriber for entry in statistics.subscribers} == set(self.twin.subscribers)
         for entry in statistics.subscribers:
             self.compare(entry)
@@ -292,13 +296,11 @@ class QueueMachine(RuleBasedStateMachine):
                 entry.corrupt) == (expected.acknowledged, expected.failed,
                                    expected.dropped_by_timeout, expected.dropped_by_mark,
                                    expected.cleared, expected.skipped, 0)
-        assert entry.seconds_since_acknowledged == (
-            None if expected.acknowledged_ns is None else
-            (self.clock.now_ns - expected.acknowledged_ns) / 1e9)
+        assert entry.seconds_since_acknowledged == (None if expected.acknowledged_ns is None else
+                                                    (self.clock.now_ns - expected.acknowledged_ns) /
+                                                    1e9)
         # Nothing is lost, and nothing counted twice.
         assert expected.addressed == (entry.lag + entry.acknowledged + entry.dropped_by_timeout +
                                       entry.dropped_by_mark + entry.cleared + entry.skipped)
         if expected.pending:
             assert entry.position <= min(expected.pending)
-
-

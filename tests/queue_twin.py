@@ -73,8 +73,8 @@ class Twin:
         """Tell whether the messages would pass a high-water mark."""
         waiting = self.waiting()
         return (len(waiting) + len(messages) > self.max_messages
-                or sum(len(message.data) for message in waiting) + sum(map(len, messages)) >
-                self.max_message_bytes)
+                or sum(len(message.data)
+                       for message in waiting) + sum(map(len, messages)) > self.max_message_bytes)
 
     def timeouts(self) -> int:
         """Count all that was dropped since it was too old."""
@@ -104,7 +104,7 @@ class Twin:
 
     def send(self, messages: Sequence[bytes], audience: Optional[Sequence[str]], now_ns: int,
              expires: bool) -> None:
-        """Send; a queue drops at times what is too old, and always before it drops anything else."""
+        """Send; what is too old is dropped at times, and always before anything else is."""
         if self.is_over(messages):
             self.expire(now_ns)
             while self.is_over(messages):
@@ -152,9 +152,10 @@ class Twin:
     def skip_to_newest(self, name: str) -> int:
         """Acknowledge all messages in front of the newest one; return how many."""
         subscriber = self.subscribers[name]
-        newest = max((message.number for message in self.log
-                      if message.audience is None or name in message.audience),
-                     default=0)
+        newest = max(
+            (message.number
+             for message in self.log if message.audience is None or name in message.audience),
+            default=0)
         skipped = {number for number in subscriber.pending if number < newest}
         subscriber.pending -= skipped
         subscriber.skipped += len(skipped)

@@ -123,8 +123,9 @@ class Scratch:
                                      max_dbs=8,
                                      sync=False,
                                      lib_version=0)
-        self.databases = Databases(*(self.environment.open_db(name) for name in (
-            _layout.DATA_DB, _layout.PENDING_DB, _layout.AHEAD_DB, _layout.META_DB)))
+        self.databases = Databases(*(self.environment.open_db(name)
+                                     for name in (_layout.DATA_DB, _layout.PENDING_DB,
+                                                  _layout.AHEAD_DB, _layout.META_DB)))
 
     @contextlib.contextmanager
     def begin(self) -> "Iterator[lmdb.Transaction[memoryview]]":

@@ -64,8 +64,7 @@ def test_block_is_decoded_as_it_was(messages: List[bytes], totals: List[int], ti
     sizes = [0, *itertools.accumulate(map(len, messages))]
     for index, message in enumerate(messages):
         assert _blocks.copy_message(value, block, index, FIRST + index) == message
-    assert [_blocks.size_before(value, block, index)
-            for index in range(len(messages) + 1)] == sizes
+    assert [_blocks.size_before(value, block, index) for index in range(len(messages) + 1)] == sizes
 
 
 @given(messages=MESSAGES, totals=TOTALS, data=st.data())

@@ -6,9 +6,9 @@
 import pathlib
 import shutil
 import struct
+import typing
 from typing import Callable, Dict, Iterator, List, TypeAlias
 
-import lmdb
 import pytest
 
 import persipubsub.errors
@@ -16,6 +16,9 @@ import persipubsub.queue
 from persipubsub import _blocks, _layout, _log, _positions
 from persipubsub._opening import Databases
 from tests import stores
+
+if typing.TYPE_CHECKING:
+    import lmdb
 
 Txn: TypeAlias = "lmdb.Transaction[memoryview]"
 
@@ -59,8 +62,8 @@ def fixture_copy(store: persipubsub.queue.Settings,
 
 def test_sound_store_has_no_findings(copy: persipubsub.queue.Queue) -> None:
     assert copy.check() == []
-    assert [len(block) for block in stores.blocks(copy)
-            if block] == [3, 1, 1, 1], stores.blocks(copy)
+    assert [len(block) for block in stores.blocks(copy) if block] == [3, 1, 1,
+                                                                      1], stores.blocks(copy)
 
 
 def blocks_of(txn: Txn, databases: Databases) -> List[_log.Found]:
@@ -159,6 +162,14 @@ def block_inside_another(txn: Txn, databases: Databases) -> None:
     txn.put(_layout.pack_number(first + 1), bytes(value), db=databases.data)
 
 
+def block_overlaps(txn: Txn, databases: Databases) -> None:
+    cursor = txn.cursor(db=databases.data)
+    batches = _blocks.encode_batches([b"x", b"y"])
+    tail = _log.append(cursor, _log.read_tail(cursor), 1, _layout.EVERYONE, batches)
+    _log.append(cursor, tail._replace(next_number=tail.next_number - 1), 1, _layout.EVERYONE,
+                batches)
+
+
 def key_of_another_kind(txn: Txn, databases: Databases) -> None:
     _, _, value = blocks_of(txn, databases)[0]
     txn.put(b"stranger", bytes(value), db=databases.data)
@@ -223,7 +234,9 @@ def flag_missing(txn: Txn, databases: Databases) -> None:
 
 
 def range_in_front_of_the_position(txn: Txn, databases: Databases) -> None:
-    change_subscriber(txn, databases, position=_positions.require(txn, databases, NAME).position + 2)
+    change_subscriber(txn,
+                      databases,
+                      position=_positions.require(txn, databases, NAME).position + 2)
 
 
 def range_behind_the_end(txn: Txn, databases: Databases) -> None:
@@ -259,8 +272,8 @@ def header_damaged(txn: Txn, databases: Databases) -> None:
 
 DAMAGES: List[Damage] = [
     message_flipped, checksum_flipped, end_flipped, record_flipped, totals_of_audience_flipped,
-    block_shortened_in_record, block_shortened_in_table, block_shortened_in_messages,
-    block_emptied, block_missing, block_inside_another, key_of_another_kind, time_went_back,
+    block_shortened_in_record, block_shortened_in_table, block_shortened_in_messages, block_emptied,
+    block_missing, block_inside_another, block_overlaps, key_of_another_kind, time_went_back,
     count_is_wrong, bytes_are_wrong, audience_is_unknown, audience_is_another, audience_is_gone,
     audience_is_cut, position_behind_the_end, position_zero, ordinal_of_another,
     ordinal_never_given, subscriber_cut, subscriber_of_no_text, flag_missing,
@@ -279,7 +292,7 @@ def test_damage_is_found(copy: persipubsub.queue.Queue, damage: Damage) -> None:
 
 
 def test_findings_name_the_place(copy: persipubsub.queue.Queue) -> None:
-    first = stores.blocks(copy)[1][0]
+    first = next(block[0] for block in stores.blocks(copy) if block)
     copy._environment.write(message_flipped)
     finding, = copy.check()
     assert "message {} ".format(first + 2) in finding

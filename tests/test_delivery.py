@@ -2,6 +2,7 @@
 
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
+# pylint: disable=unbalanced-tuple-unpacking
 
 import gc
 import pathlib
@@ -50,6 +51,39 @@ def test_two_queues_on_a_store_are_as_two_processes(tmp_path: pathlib.Path) -> N
         assert stores.figures(queue).acknowledged == 2
 
 
+@pytest.mark.parametrize("is_one_block", [True, False])
+def test_message_at_work_is_not_acknowledged_by_those_behind(tmp_path: pathlib.Path,
+                                                             is_one_block: bool) -> None:
+    with stores.opened(tmp_path) as queue:
+        if is_one_block:
+            queue.put([b"1", b"2", b"3"])
+        else:
+            for message in (b"1", b"2", b"3"):
+                queue.put([message])
+        held = take(queue.consumer("sub"))
+        for expected in (b"2", b"3"):
+            lease = take(queue.consumer("sub"))
+            assert lease.messages == [expected]
+            lease.acknowledge()
+            assert stores.figures(queue).lag == 3 - int(expected) + 1
+        held.give_back()
+        assert stores.take_all(queue) == [b"1"]
+
+
+def test_message_is_looked_at_again_when_it_is_claimed(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        first = queue.put([b"1", b"2", b"3"])
+        slow, quick = queue.consumer("sub"), queue.consumer("sub")
+        held, ahead = take(quick), take(quick)
+        ahead.acknowledge()
+        # The slow one found it a moment ago; meanwhile it was acknowledged ahead of the position.
+        assert slow._claim(begin=first + 1, number=first + 1, max_messages=1) is None
+        held.acknowledge()
+        assert slow._claim(begin=first, number=first, max_messages=1) is None
+        assert stores.take_all(queue) == [b"3"]
+        assert slow._claim(begin=first + 3, number=first + 3, max_messages=1) is None
+
+
 def test_message_that_was_given_back_comes_again_first(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"1", b"2", b"3"])
@@ -95,6 +129,15 @@ def test_batch_goes_over_blocks_and_over_messages_for_others(tmp_path: pathlib.P
         lease.acknowledge()
         assert stores.figures(queue).acknowledged == 4
         assert stores.figures(queue, "other").lag == 4
+
+
+def test_batch_does_not_claim_what_comes_later(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        queue.put([b"1", b"2"])
+        lease = take(queue.consumer("sub"), most=10)
+        queue.put([b"3"])
+        assert take(queue.consumer("sub")).messages == [b"3"]
+        assert lease.messages == [b"1", b"2"]
 
 
 def test_batch_ends_where_somebody_else_is_at_work(tmp_path: pathlib.Path) -> None:
@@ -300,6 +343,21 @@ def test_damaged_message_is_shown_to_one_consumer(tmp_path: pathlib.Path) -> Non
         queue.put([b"4"])
         queue.prune()
         assert queue.check() == []
+
+
+@pytest.mark.parametrize("drops_newest", [False, True])
+def test_damaged_message_that_was_dropped_is_not_set_aside(tmp_path: pathlib.Path,
+                                                           drops_newest: bool) -> None:
+    with stores.opened(tmp_path, max_messages=2, drops_newest=drops_newest) as queue:
+        first = queue.put([b"1", b"2"])
+        pending = queue.consumer("sub")._pending
+        # Somebody sends between the look at the damaged message and its setting aside.
+        queue.put([b"3"])
+        number = first + drops_newest
+        queue._environment.write(
+            lambda txn, databases: pending.set_aside(txn, databases, begin=number, number=number))
+        figures = stores.figures(queue)
+        assert (figures.corrupt, figures.dropped_by_mark, figures.lag) == (0, 1, 2)
 
 
 def test_damaged_record_stops_the_queue_and_loses_nothing(tmp_path: pathlib.Path) -> None:

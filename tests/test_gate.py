@@ -124,7 +124,7 @@ def hammer(pipe: support.Connection, path: str) -> None:
     gate = _gate.Gate(path)
     pipe.send("ready")
     count = 0
-    while not pipe.poll():
+    while count == 0 or not pipe.poll():
         assert enters(gate, support.HANG_SECS)
         count += 1
         leave(gate)

@@ -2,6 +2,7 @@
 
 # pylint: disable=missing-function-docstring
 # pylint: disable=redefined-outer-name
+# pylint: disable=unbalanced-tuple-unpacking
 
 import dataclasses
 from typing import List, Optional, Set, Tuple
@@ -105,8 +106,8 @@ class Model:
                    for message in self.messages)
 
     def first(self, begin: int, audiences: Optional[Set[int]] = None) -> Optional[Message]:
-        return next((message for message in self.messages if message.number >= begin and
-                     (audiences is None or message.audience in audiences | {0})), None)
+        return next((message for message in self.messages if message.number >= begin and (
+            audiences is None or message.audience in audiences | {0})), None)
 
 
 @pytest.fixture(scope="module")
@@ -190,16 +191,16 @@ def test_number_at_time_is_that_of_a_linear_search(scratch: stores.Scratch, step
 
 @given(steps=STEPS, audiences=st.sets(st.integers(min_value=1, max_value=3)), data=st.data())
 def test_next_addressed_message_is_that_of_a_linear_search(scratch: stores.Scratch,
-                                                           steps: List[object],
-                                                           audiences: Set[int],
+                                                           steps: List[object], audiences: Set[int],
                                                            data: st.DataObject) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
         begin = data.draw(st.integers(min_value=1, max_value=model.tail.next_number))
         end = model.tail.next_number
         expected = model.first(begin, audiences)
-        assert _log.number_addressed(model.cursor, begin, end, sorted(audiences)) == (
-            end if expected is None else expected.number)
+        assert _log.number_addressed(
+            model.cursor, begin, end,
+            sorted(audiences)) == (end if expected is None else expected.number)
 
 
 @given(steps=STEPS)
@@ -262,8 +263,7 @@ def test_head_is_deleted_up_to_what_is_needed(scratch: stores.Scratch, steps: Li
             if expected >= budget or end > ([everyone] + floors)[audience]:
                 break
             expected += 1
-        deleted = _log.delete_head(model.cursor, dict(enumerate(floors, start=1)), everyone,
-                                   budget)
+        deleted = _log.delete_head(model.cursor, dict(enumerate(floors, start=1)), everyone, budget)
         assert deleted == expected
         assert [found.first for found in _log.list_blocks(model.cursor)
                 ] == [first for first, _, _ in blocks[expected:]]

@@ -36,9 +36,8 @@ def surround(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch) -> Ca
 
     def check() -> None:
         for ordinal in (ORDINAL - 1, ORDINAL + 1):
-            assert list(_positions.ranges(txn, scratch.databases, ordinal)) == [
-                (1, 6), (10, 15), (1 << 40, (1 << 40) + 5)
-            ]
+            assert list(_positions.ranges(txn, scratch.databases,
+                                          ordinal)) == [(1, 6), (10, 15), (1 << 40, (1 << 40) + 5)]
 
     return check
 
@@ -84,8 +83,8 @@ def test_ranges_are_a_set(scratch: stores.Scratch, spans: List[Tuple[int, int]])
 
 
 @given(spans=SPANS, position=st.integers(min_value=1, max_value=40))
-def test_position_skips_the_ranges_that_it_reaches(scratch: stores.Scratch,
-                                                   spans: List[Tuple[int, int]],
+def test_position_skips_the_ranges_that_it_reaches(scratch: stores.Scratch, spans: List[Tuple[int,
+                                                                                              int]],
                                                    position: int) -> None:
     with scratch.begin() as txn:
         check = surround(txn, scratch)
@@ -100,8 +99,8 @@ def test_position_skips_the_ranges_that_it_reaches(scratch: stores.Scratch,
 
 
 @given(spans=SPANS, begin=st.integers(min_value=1, max_value=40))
-def test_ranges_are_dropped_from_a_number_on(scratch: stores.Scratch,
-                                             spans: List[Tuple[int, int]], begin: int) -> None:
+def test_ranges_are_dropped_from_a_number_on(scratch: stores.Scratch, spans: List[Tuple[int, int]],
+                                             begin: int) -> None:
     with scratch.begin() as txn:
         check = surround(txn, scratch)
         known = add_all(txn, scratch, spans)
@@ -160,6 +159,7 @@ def build_log(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch,
        position=st.integers(min_value=1, max_value=12))
 @example(audiences=[1] + [2] * 30 + [1], spans=[], position=2)
 @example(audiences=[1] + [2] * 30, spans=[], position=2)
+@example(audiences=[2, 1, 1, 2, 1], spans=[(2, 2)], position=1)
 def test_pending_messages_are_those_of_a_walk(scratch: stores.Scratch, audiences: List[int],
                                               spans: List[Tuple[int, int]], position: int) -> None:
     with scratch.begin() as txn:
@@ -173,12 +173,11 @@ def test_pending_messages_are_those_of_a_walk(scratch: stores.Scratch, audiences
         ]
         for begin in range(0, tail.next_number + 1):
             for end in range(begin, tail.next_number + 1):
-                assert _positions.count_pending(
-                    txn, scratch.databases, subscriber, [1], begin,
-                    end) == sum(begin <= number < end for number in pending)
+                assert _positions.count_pending(txn, scratch.databases, subscriber, [1], begin,
+                                                end) == sum(begin <= number < end
+                                                            for number in pending)
         assert _positions.first_pending(txn, scratch.databases, subscriber, [1],
-                                        tail.next_number) == (pending +
-                                                              [tail.next_number])[0]
+                                        tail.next_number) == (pending + [tail.next_number])[0]
 
 
 def write_header(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch) -> None:
@@ -195,9 +194,14 @@ def test_subscribers_are_added_at_the_end_with_ordinals_of_their_own(
         _positions.add(txn, scratch.databases, [b"a", b"b"])
         _positions.add(txn, scratch.databases, [b"b", b"c"])
         records: Dict[bytes, _layout.Subscriber] = dict(_positions.read_all(txn, scratch.databases))
-        assert {key: (record.ordinal, record.position) for key, record in records.items()
-                } == {b"a": (3, tail.next_number), b"b": (4, tail.next_number),
-                      b"c": (5, tail.next_number)}
+        assert {
+            key: (record.ordinal, record.position)
+            for key, record in records.items()
+        } == {
+            b"a": (3, tail.next_number),
+            b"b": (4, tail.next_number),
+            b"c": (5, tail.next_number)
+        }
         assert _header.read(txn, scratch.databases, "").next_ordinal == 6
         assert _positions.lacks(txn, scratch.databases, [b"a", b"d"])
         assert not _positions.lacks(txn, scratch.databases, [b"a", b"c"])

@@ -360,7 +360,7 @@ ENDS = ["return", "_exit", "kill"]
 
 
 @pytest.mark.parametrize("ends",
-                         itertools.product(ENDS, ENDS, [(0, 1), (1, 0)]),
+                         list(itertools.product(ENDS, ENDS, [(0, 1), (1, 0)])),
                          ids=lambda ends: "-".join(str(each) for each in ends))
 def test_fork_in_every_order_of_ends(tmp_path: pathlib.Path, ends: Tuple[str, str,
                                                                          Tuple[int, int]]) -> None:

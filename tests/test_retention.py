@@ -150,8 +150,13 @@ def test_half_is_dropped_rounded_up(tmp_path: pathlib.Path, count: int, is_one_b
         assert stores.figures(queue, "done").dropped_by_mark == 0
 
 
-def test_message_at_work_is_dropped_and_not_counted_twice(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("before", [0, 1])
+def test_message_at_work_is_dropped_and_not_counted_twice(tmp_path: pathlib.Path,
+                                                          before: int) -> None:
     with stores.opened(tmp_path) as queue:
+        # With a message in front of them, the position stands right at those at work.
+        put_numbers(queue, before)
+        assert len(stores.take_all(queue)) == before
         _, messages = put_numbers(queue, 4)
         consumer = queue.consumer("sub")
         lease = consumer.take(timeout=0, max_messages=4)
@@ -159,7 +164,7 @@ def test_message_at_work_is_dropped_and_not_counted_twice(tmp_path: pathlib.Path
         assert halve(queue, drops_newest=True) == [_retention.Loss("sub", 2)]
         lease.acknowledge()
         figures = stores.figures(queue)
-        assert (figures.acknowledged, figures.dropped_by_mark, figures.lag) == (2, 2, 0)
+        assert (figures.acknowledged, figures.dropped_by_mark, figures.lag) == (before + 2, 2, 0)
 
 
 def test_oldest_message_at_work_is_dropped_and_not_counted_twice(tmp_path: pathlib.Path) -> None:
@@ -171,6 +176,28 @@ def test_oldest_message_at_work_is_dropped_and_not_counted_twice(tmp_path: pathl
         lease.acknowledge()
         figures = stores.figures(queue)
         assert (figures.acknowledged, figures.dropped_by_mark, figures.lag) == (0, 2, 2)
+
+
+@pytest.mark.parametrize("drops_newest", [False, True])
+def test_range_ahead_is_kept_or_passed(tmp_path: pathlib.Path, drops_newest: bool) -> None:
+    with stores.opened(tmp_path) as queue:
+        put_numbers(queue, 5)
+        consumer = queue.consumer("sub")
+        held = [consumer.take(timeout=0) for _ in range(4)]
+        for lease in (held[1], held[3]):
+            assert lease is not None
+            lease.acknowledge()
+        # Three of five leave; two or one of them were done.
+        assert halve(queue, drops_newest) == [_retention.Loss("sub", 2)]
+        assert queue.check() == []
+        # All ranges were reached by the position, or become one with what was dropped.
+        assert len(stores.ranges(queue)) == (1 if drops_newest else 0)
+        for lease in (held[0], held[2]):
+            assert lease is not None
+            lease.give_back()
+        assert stores.take_all(queue) == ([b"0"] if drops_newest else [b"4"])
+        figures = stores.figures(queue)
+        assert (figures.acknowledged, figures.dropped_by_mark, figures.lag) == (3, 2, 0)
 
 
 def test_clear_leaves_a_placeholder(tmp_path: pathlib.Path) -> None:
@@ -231,3 +258,16 @@ def test_skipping_passes_dropped_messages(tmp_path: pathlib.Path) -> None:
         halve(queue, drops_newest=True)
         assert skip(queue) == 1
         assert stores.take_all(queue) == [b"1"]
+
+
+def test_store_is_sound_while_cleared_blocks_are_still_there(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
+        for _ in range(5):
+            queue.put([b"x", b"y"])
+        queue._environment.write(_retention.clear)
+        assert sum(map(len, stores.blocks(queue))) == 8
+        assert queue.check() == []
+        queue.put([b"z"])
+        assert queue.check() == []
+        assert stores.take_all(queue, "a") == [b"z"]
+        assert (queue.statistics().messages, queue.statistics().message_bytes) == (1, 1)

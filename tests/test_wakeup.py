@@ -15,7 +15,6 @@ import resource
 import shutil
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import textwrap
@@ -128,12 +127,12 @@ class Board:
 
     def __getitem__(self, index: int) -> int:
         """Return a number."""
-        value: int = struct.unpack_from("@q", self._page, 8 * index)[0]
-        return value
+        return int.from_bytes(self._page[8 * index:8 * index + 8], byteorder=sys.byteorder)
 
     def __setitem__(self, index: int, value: int) -> None:
         """Write a number, and unlock a mutex afterwards, as every commit does."""
-        struct.pack_into("@q", self._page, 8 * index, value)
+        # Rejected: struct.pack_into writes zeros first, and another process may read them.
+        self._page[8 * index:8 * index + 8] = value.to_bytes(length=8, byteorder=sys.byteorder)
         with self._mutex:
             pass
         with self._mutex:
@@ -549,6 +548,28 @@ def test_the_leader_is_woken_by_whoever_dispatches(tmp_path: pathlib.Path) -> No
             assert time.monotonic() - start < HANG_SECS / 2
             assert ticket.wait(timeout=0)
     bell.close()
+
+
+def test_a_polled_bell_beside_a_watched_one(tmp_path: pathlib.Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """See that a leader who sleeps in the kernel starts to poll when that becomes necessary."""
+    if sys.platform != "linux":
+        pytest.skip("inotify is a part of Linux")
+    monkeypatch.delenv("PERSIPUBSUB_POLLING", raising=False)
+    bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(2)]
+    leader = Waiter(bells[0])
+    until_led()
+    monkeypatch.setenv("PERSIPUBSUB_POLLING", "1")
+    follower = Waiter(bells[1])
+    until_led(followers=1)
+    start = time.monotonic()
+    bells[1].ring()
+    assert follower.result() is True
+    assert time.monotonic() - start < HANG_SECS / 2
+    bells[0].ring()
+    assert leader.result() is True
+    for bell in bells:
+        bell.close()
 
 
 def test_two_bells_of_a_process_on_one_file(mode: str, tmp_path: pathlib.Path) -> None:

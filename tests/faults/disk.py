@@ -13,12 +13,13 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequenc
 
 from tests.faults import tracing
 
-#: Everything that changes files or makes changes durable. Files are mapped for reading only, but for
-#: the bell, the gates and LMDB's lock file, whose content means nothing after a power failure.
-_CALLS = ("openat,open,creat,write,pwrite64,writev,pwritev,pwritev2,ftruncate,truncate,fallocate,"
-          "fdatasync,fsync,sync,syncfs,msync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,"
-          "rmdir,link,linkat,symlink,close,dup,dup2,dup3,sync_file_range,copy_file_range,sendfile,"
-          "lseek,read")
+#: Everything that changes files or makes changes durable. Files are mapped for reading only, but
+#: for the bell, the gates and LMDB's lock file: their content means nothing after a power failure.
+_CALLS = (
+    "openat,open,creat,write,pwrite64,writev,pwritev,pwritev2,ftruncate,truncate,fallocate,"
+    "fdatasync,fsync,sync,syncfs,msync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,"
+    "rmdir,link,linkat,symlink,close,dup,dup2,dup3,sync_file_range,copy_file_range,sendfile,"
+    "lseek,read")
 
 _LINE = re.compile(rb"(\d+) +(?:(\w+)\((.*)|<\.\.\. (\w+) resumed>(.*))$", re.S)
 _STRING = re.compile(rb'"((?:\\x[0-9a-f]{2})*)"')
@@ -50,8 +51,9 @@ def record(work: Callable[[], None], output: pathlib.Path) -> List[Event]:
     :return: events in order
     """
     code = tracing.run(
-        lambda: work, ["-xx", "-s", "100000000", "-o",
-               str(output), "-e", "trace=" + _CALLS, "-e", "signal=none"])
+        lambda: work,
+        ["-xx", "-s", "100000000", "-o",
+         str(output), "-e", "trace=" + _CALLS, "-e", "signal=none"])
     assert code == 0, "Expected the recorded process to end well, but got: {}".format(code)
     return list(_parse(output.read_bytes().splitlines()))
 
@@ -149,10 +151,9 @@ class _File:
                 continue
             begin = 0
             while begin < len(change.data):
-                end = min(len(change.data),
-                          (change.place + begin) // how.piece * how.piece + how.piece - change.place)
-                pieces.append(
-                    _Change(change.key, change.place + begin, change.data[begin:end], None))
+                place = change.place + begin
+                end = min(len(change.data), place - place % how.piece + how.piece - change.place)
+                pieces.append(_Change(change.key, place, change.data[begin:end], None))
                 begin = end
         only = chance.randrange(len(pieces)) if pieces else 0
         for index, piece in enumerate(pieces):
@@ -173,7 +174,7 @@ class Survival(NamedTuple):
 
     chance: float  #: that a piece survives
     piece: int  #: in bytes
-    is_odd_one_out: bool  #: a single piece survives, or (chance over one half) a single one does not
+    is_odd_one_out: bool  #: one piece survives, or (chance over one half) one does not
     keeps_size: bool  #: files have the sizes that they had, with zeros where nothing survived
     name_chance: float  #: that a change of a name survives
     keeps_name_order: bool  #: of these changes, as in a journal: none behind the first that is lost
@@ -257,6 +258,9 @@ class Disk:
                 self._write(key, call)
             elif call.name in ("fsync", "fdatasync"):
                 self.flushing[key] = self._complete_keys(int(call.words[0]))
+            elif call.name == "close":
+                # At its end, another thread may have got the number already.
+                self.descriptors.pop(int(call.words[0]), None)
             return
         self.running.discard(key)
         if event.result < 0:
@@ -350,10 +354,6 @@ class Disk:
         change = _Names(key, [path.rpartition("/")[0]], removed, added)
         change.apply(self.seen)
         self.pending.append(change)
-
-    def _end_close(self, _: int, call: Call, __: int) -> None:
-        """Close a file."""
-        self.descriptors.pop(int(call.words[0]), None)
 
     def _end_lseek(self, _: int, call: Call, result: int) -> None:
         """Seek."""

@@ -2,9 +2,11 @@
 
 import collections
 import pathlib
-from typing import Any, DefaultDict, Dict, List, Mapping, NamedTuple, Sequence, Set, Tuple
+from typing import Any, DefaultDict, Dict, Final, List, Mapping, NamedTuple, Sequence, Set, Tuple
 
 from tests.faults import workers
+
+_SECOND_NS: Final = 10**9
 
 
 class Receipt(NamedTuple):
@@ -39,6 +41,7 @@ class Books:
         self.lines = collections.defaultdict(lambda: collections.defaultdict(
             list))  # type: DefaultDict[str, DefaultDict[str, List[str]]]
         self.killed = {}  # type: Dict[str, Tuple[int, int]]
+        self.disturbed = collections.defaultdict(list)  # type: DefaultDict[str, List[int]]
         self.done = set()  # type: Set[Tuple[str, str]]
         self.failed = collections.Counter()  # type: collections.Counter[Tuple[str, str]]
         self.failures = collections.Counter()  # type: collections.Counter[str]
@@ -79,6 +82,9 @@ class Books:
             self.failures[fields[0]] += len(fields) - 2
         elif kind == "killed":
             self.killed[fields[1]] = (index, time_ns)
+            self.disturbed[fields[0]].append(time_ns)
+        elif kind == "stopped":
+            self.disturbed[fields[0]].append(time_ns)
         else:
             self.errors.append(" ".join(fields))
 
@@ -146,26 +152,37 @@ class Books:
                 identifier) not in self.done and receipts[-1].consumer not in self.killed
         ]
 
-    def disordered(self, subscriber: str) -> List[str]:
+    def disordered(self, subscriber: str, is_shared: bool) -> List[str]:
         """
         List what one process of a subscriber received after something that was sent later.
 
-        What is delivered again does not count.
+        What is delivered again does not count. Nor does what another process of the subscriber had
+        claimed, and was killed (or stopped for a while) before it noted that.
+
+        :param subscriber: its id
+        :param is_shared: True if several processes are the subscriber at the same time
+        :return: messages and processes
         """
         found = []  # type: List[str]
-        first = {
-            identifier: receipts[0].consumer
-            for identifier, receipts in self.received[subscriber].items()
-        }
+        everything = self.received[subscriber]
         for consumer, ids in self.lines[subscriber].items():
-            latest = {}  # type: Dict[str, int]
+            latest = {}  # type: Dict[str, Tuple[int, int]]
             for identifier in ids:
-                source, _, number = identifier.partition(":")
-                if int(number) < latest.get(source, -1) and first[identifier] == consumer:
-                    if ids.count(identifier) == 1:
+                source, _, text = identifier.partition(":")
+                number, receipt = int(text), everything[identifier][0]
+                highest, passed_ns = latest.get(source, (-1, 0))
+                if number > highest:
+                    latest[source] = (number, receipt.time_ns)
+                elif receipt.consumer == consumer and ids.count(identifier) == 1:
+                    if not (is_shared
+                            and self._is_disturbed(subscriber, passed_ns, receipt.time_ns)):
                         found.append("{} by {}".format(identifier, consumer))
-                latest[source] = max(latest.get(source, -1), int(number))
         return found
+
+    def _is_disturbed(self, subscriber: str, begin_ns: int, end_ns: int) -> bool:
+        """Tell whether somebody was killed or stopped while a message was passed over."""
+        return any(begin_ns - _SECOND_NS < time_ns < end_ns
+                   for time_ns in self.disturbed[subscriber])
 
     # Figures
 

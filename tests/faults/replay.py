@@ -62,7 +62,8 @@ def content(seed: int, index: int) -> bytes:
     return b"%d " % index + chance.randbytes(chance.randrange(size + 1))
 
 
-def write_config(directory: pathlib.Path, durability: str,
+def write_config(directory: pathlib.Path,
+                 durability: str,
                  checkpoint_secs: float = 0.01) -> pathlib.Path:
     """Write the configuration of a queue that drops messages from time to time."""
     return support.write_config(directory,
@@ -107,12 +108,13 @@ class _Worker:
         self.tell(state=state_of(self.queue(), self.sent))
         for _ in range(operations):
             operation = self.chance.choices(
-                (self.send, self.send_many, self.receive, self.receive_many, self.fail,
-                 self.skip, self.clear, self.reopen, self.wait),
+                (self.send, self.send_many, self.receive, self.receive_many, self.fail, self.skip,
+                 self.clear, self.reopen, self.wait),
                 weights=(40, 8, 25, 5, 3, 1, 1, 3, 8))[0]
             self.tell(begin=operation.__name__)
             operation()
-            self.tell(state=state_of(self.queue(), self.sent), closed=operation == self.reopen)
+            self.tell(state=state_of(self.queue(), self.sent),
+                      closed=operation.__name__ == "reopen")
         if closes:
             self.pub.close()
             self.sub.close()
@@ -320,9 +322,10 @@ class _Follower:
             self._read_ledger(json.loads(call.strings[0]))
         elif call.name == "rename" and call.strings[1].endswith(b"/checkpoint.mdb"):
             self.renamed = self.copying
-        elif call.name == "fsync" and self.renamed is not None:
+        elif call.name == "pwrite64" and self.renamed is not None:
             opened = self.disk.descriptors.get(int(call.words[0]))
-            if opened is not None and opened.file is None:
+            if opened is not None and opened.path.endswith("/checkpoint.lock"):
+                # That is how the library says that it is finished, after the last flush.
                 self.progress.checkpoints += 1
                 self.progress.lower = max(self.progress.lower, self.renamed[0])
                 self.progress.covered_lines = self.renamed[1]
@@ -370,14 +373,13 @@ def images(recording: Recording, target: pathlib.Path, count: int,
     :return: images; each is removed when the next one is taken
     """
     states = [
-        State(*line["state"]) for line in map(
-            json.loads, (recording.root.parent / "ledger").read_text("ascii").splitlines())
-        if "state" in line
+        State(*line["state"])
+        for line in map(json.loads, (recording.root.parent /
+                                     "ledger").read_text("ascii").splitlines()) if "state" in line
     ]
     places = [
-        index for index, event in enumerate(recording.events)
-        if event.call.name in _SETTLING and (event.result is not None or event.call.name in
-                                             ("fsync", "fdatasync"))
+        index for index, event in enumerate(recording.events) if event.call.name in _SETTLING and (
+            event.result is not None or event.call.name in ("fsync", "fdatasync"))
     ]
     chosen = sorted(places * (count // len(places)) + chance.sample(places, count % len(places)))
     follower = _Follower(recording)
@@ -460,8 +462,10 @@ def _use(config_pth: pathlib.Path, expected: Sequence[bytes]) -> str:
     with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
         pub.init(pub_id="pub", config_pth=config_pth)
         sub.init(sub_id="sub", config_pth=config_pth)
-        pub.send(b"afterwards")
-        for message in (*expected, b"afterwards", None):
+        for message in (*expected, None, b"afterwards", None):
+            # Not earlier: at its high-water mark the queue would drop messages for it.
+            if message == b"afterwards":
+                pub.send(message)
             with sub.receive(timeout=0) as received:
                 if received != message:
                     return "Expected the message {!r}, but got: {!r}".format(
@@ -524,10 +528,12 @@ def survey(recording: Recording,
         pipe.send(Summary(done, refused, faults))
 
     with support.Child(run) as child:
-        said = ""
+        last = ""
+        said = ""  # type: Any
         while isinstance(said, str):
+            last = said
             try:
-                last, said = said, child.get()
+                said = child.get()
             except AssertionError as error:
                 raise AssertionError("{}: {}".format(last, error)) from error
         child.end()

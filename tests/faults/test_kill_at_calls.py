@@ -1,7 +1,7 @@
 """
 Kill a process at any of its system calls, and go on at once in another one.
 
-A sample of the calls is taken, chosen by ``PERSIPUBSUB_SEED``; with ``PERSIPUBSUB_EVERY_CALL=1`` the
+A sample of the calls is taken, chosen by ``PERSIPUBSUB_SEED``; with ``PERSIPUBSUB_EVERY_CALL=1`` a
 process is killed at each of them.
 """
 
@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from typing import Callable, Dict, Final, List, Sequence, Tuple
 
 import pytest
@@ -29,8 +30,11 @@ from tests.faults import tracing
 
 IS_EVERY: Final = bool(int(os.environ.get("PERSIPUBSUB_EVERY_CALL", "0")))
 
-#: So many kills a case, if not every call is taken.
-SAMPLE: Final = 12
+#: So many kills a case, if not every call is taken; fewer on a machine that is busy.
+SAMPLE: Final = 10
+
+#: No further kill of a sample begins after this time, in seconds.
+BUDGET_SECS: Final = 4.0
 
 BIG: Final = bytes(50000)
 
@@ -132,8 +136,11 @@ def start_close(scene: Scene) -> Callable[[], None]:
 
 
 def start_checkpoint(scene: Scene) -> Callable[[], None]:
-    settings = support.settings(scene.config_pth)
-    queue = persipubsub.queue.Queue(settings._replace(checkpoint_secs=3600))
+    queue = persipubsub.queue.Queue(support.settings(scene.config_pth))
+    checkpointer = queue._environment._checkpointer
+    assert checkpointer is not None
+    # Not beside what is traced.
+    checkpointer.stop()
     scene.note("begun")
     queue.put([b"small"])
     scene.note("sent")
@@ -156,7 +163,6 @@ CASES = {
     "close": start_close,
     "checkpoint": start_checkpoint,
 }  # type: Dict[str, Start]
-
 
 # Who goes on
 
@@ -187,10 +193,9 @@ def check_received(scene: Scene, received: Sequence[bytes]) -> None:
             if list(received) == everything[begin:end]:
                 return
     raise AssertionError("Expected what the ledger says, but got: {}; ledger: {}".format(
-        [message[:10] for message in received], {
-            word: scene.count(word)
-            for word in ("take", "acknowledged", "begun", "sent")
-        }))
+        [message[:10] for message in received],
+        {word: scene.count(word)
+         for word in ("take", "acknowledged", "begun", "sent")}))
 
 
 def check_scene(scene: Scene) -> None:
@@ -202,7 +207,6 @@ def check_scene(scene: Scene) -> None:
             assert message == b"afterwards"
     with persipubsub.queue.Queue(support.settings(scene.config_pth)) as queue:
         assert queue.check() == []
-    assert not (scene.directory / _files.CREATING).exists()
     assert not (scene.directory / _files.RUNNING).exists()
     assert not _files.foreign_names(str(scene.directory))
 
@@ -272,8 +276,12 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
     total = len(places)
     if not IS_EVERY:
         places = chance.sample(places, min(SAMPLE, total))
-    killed = 0
+    killed = done = 0
+    deadline = time.monotonic() + BUDGET_SECS
     for place in places:
+        if done >= 3 and not IS_EVERY and time.monotonic() > deadline:
+            break
+        done += 1
         scene = make("{}-{}".format(*place))
         try:
             killed += kill_at(scene, start, place)
@@ -281,4 +289,4 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
             raise AssertionError("Killed at {}: {}".format(place, error)) from error
         shutil.rmtree(scene.directory.parent)
     print("{} kills at {} calls".format(killed, total))
-    assert killed >= len(places) // 2
+    assert killed >= done // 2

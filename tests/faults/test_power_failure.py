@@ -45,7 +45,7 @@ def test_checkpointed_queue_goes_on_from_an_earlier_state(tmp_path: pathlib.Path
 def test_power_fails_again_while_a_queue_recovers(tmp_path: pathlib.Path, seed: int) -> None:
     recording = replay.record(tmp_path, seed, "os", operations=40)
     chance = random.Random(seed)
-    rounds = max(3, replay.IMAGES // 50)
+    rounds = max(3, replay.IMAGES // 100)
     for number, image in enumerate(replay.images(recording, tmp_path, rounds, chance)):
         if not image.progress.states:
             continue
@@ -53,7 +53,7 @@ def test_power_fails_again_while_a_queue_recovers(tmp_path: pathlib.Path, seed: 
         directory.mkdir()
         second = replay.record_recovery(directory, recording, image, operations=10)
         # No state but that of the checkpoint, even before the recovery ended.
-        replay.survey(second, replay.IMAGES // 2, chance, boot=100).assert_sound()
+        replay.survey(second, 60, chance, boot=100).assert_sound()
 
 
 # Several threads
@@ -116,11 +116,11 @@ def find_lost_send(image: replay.Image, recording: replay.Recording, boot: int) 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_sends_of_many_threads_survive(tmp_path: pathlib.Path, seed: int, durability: str) -> None:
-    recording = replay.record(tmp_path,
-                              seed,
-                              durability,
-                              work=lambda config_pth, ledger: send_in_threads(
-                                  config_pth, ledger, threads=4, count=12))
+    recording = replay.record(
+        tmp_path,
+        seed,
+        durability,
+        work=lambda config_pth, ledger: send_in_threads(config_pth, ledger, threads=4, count=12))
     assert len(replay.follow_to_end(recording).lines) == 48
     replay.survey(recording, replay.IMAGES // 2, random.Random(seed),
                   find=find_lost_send).assert_sound()
@@ -179,20 +179,14 @@ def mark_without_checkpoint(environment: _environment.Environment) -> None:
 
 
 TAKEN_OUT = {
-    "flush after a commit":
-        ("fsync", lambda: take_out(_environment.Environment, "_flush")),
-    "flush of the pages":
-        ("fsync", lambda: take_out(_opening, "lmdb", _LmdbWithout("sync"))),
-    "flush of a checkpoint and of names":
-        ("os", lambda: take_out(os, "fsync")),
-    "flush of the directory":
-        ("os", lambda: take_out(_files, "flush_directory")),
-    "mark of a running store":
-        ("os", lambda: take_out(_opening, "mark_running")),
-    "checkpoint before the mark":
-        ("os", lambda: take_out(_environment.Environment, "_prepare_os", mark_without_checkpoint)),
-    "flush before a clean end":
-        ("os", lambda: take_out(_environment.Environment, "flush_now")),
+    "flush after a commit": ("fsync", lambda: take_out(_environment.Environment, "_flush")),
+    "flush of the pages": ("fsync", lambda: take_out(_opening, "lmdb", _LmdbWithout("sync"))),
+    "flush of a checkpoint and of names": ("os", lambda: take_out(os, "fsync")),
+    "flush of the directory": ("os", lambda: take_out(_files, "flush_directory")),
+    "mark of a running store": ("os", lambda: take_out(_opening, "mark_running")),
+    "checkpoint before the mark": (
+        "os", lambda: take_out(_environment.Environment, "_prepare_os", mark_without_checkpoint)),
+    "flush before a clean end": ("os", lambda: take_out(_environment.Environment, "flush_now")),
 }  # type: Dict[str, Tuple[str, Callable[[], None]]]
 
 
@@ -219,7 +213,12 @@ def test_replay_notices_what_is_taken_out(tmp_path: pathlib.Path, seed: int,
         directory = tmp_path / str(attempt)
         directory.mkdir()
         recording = replay.record(directory, seed + attempt, durability, prepare=prepare)
-        summary = replay.survey(recording, 100, random.Random(seed + attempt))
+        try:
+            summary = replay.survey(recording, 100, random.Random(seed + attempt))
+        except AssertionError as error:
+            # LMDB kills the process that opens a damaged file.
+            assert "it ended with -" in str(error)
+            return
         if summary.faults or summary.refused:
             print("{} faults in {} images".format(
                 len(summary.faults) + len(summary.refused), summary.images))

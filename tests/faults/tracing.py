@@ -1,5 +1,6 @@
 """Run a function in a process of its own under strace, from its first instruction on."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -49,18 +50,21 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
     :return: exit code of the process; negative: the signal that ended it
     """
     with support.Child(_child, start) as child:
-        tracer = subprocess.Popen(["strace", "-f", *options, "-p", str(child.get())],
-                                  stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.PIPE,
-                                  text=True)
+        tracer = subprocess.Popen(
+            ["strace", "-f", *options, "-p", str(child.get())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True)
         try:
             assert tracer.stderr is not None
             line = tracer.stderr.readline()
             if "attached" not in line:
-                raise RuntimeError("Expected strace to attach, but got: {}".format(
-                    line + tracer.stderr.read()))
-            child.pipe.send("go")
+                raise RuntimeError(
+                    "Expected strace to attach, but got: {}".format(line + tracer.stderr.read()))
+            # A process that is to be killed at its first read does not live to be told.
+            with contextlib.suppress(BrokenPipeError):
+                child.pipe.send("go")
             # First the tracer: it ends behind the process, and what it wrote is complete then.
             _, rest = tracer.communicate(timeout=2 * support.HANG_SECS)
             child.process.join(support.HANG_SECS)
@@ -98,5 +102,4 @@ def fast_directory() -> "tempfile.TemporaryDirectory[str]":
     :return: to be used as a context manager
     """
     memory = pathlib.Path("/dev/shm")
-    return tempfile.TemporaryDirectory(
-        dir=memory if os.access(memory, os.W_OK | os.X_OK) else None)
+    return tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK | os.X_OK) else None)

@@ -294,6 +294,14 @@ class Worker:
         self.child.pipe.close()
         self.child = None
 
+    def stop(self, ledger: Ledger, seconds: float) -> None:
+        """Stop the one that is there for a while."""
+        assert self.child is not None
+        self.child.kill(signal.SIGSTOP)
+        time.sleep(seconds)
+        ledger.note("stopped", self.role.id, self.name)
+        self.child.kill(signal.SIGCONT)
+
     def end(self) -> None:
         """Wait for the end of the last one."""
         if self.child is None:

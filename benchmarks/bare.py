@@ -1,0 +1,98 @@
+"""Put and delete in LMDB without any library: the limit of what can be reached."""
+
+import pathlib
+from typing import Any, List
+
+import lmdb
+
+from benchmarks import contender
+
+_MAP_BYTES = 1 << 36
+
+
+class Bare(contender.Contender):
+    """
+    Keep messages under consecutive numbers.
+
+    One put and one commit for each send; one look, then one delete and one commit for each
+    message received. There are no subscribers, no claims, no checks and no limits.
+    """
+
+    name = "bare LMDB"
+    distribution = "lmdb"
+    note = "a loop of puts and deletes, no library"
+    max_subscribers = 10**9
+
+    def __init__(self, directory: pathlib.Path, durability: str, subscribers: int = 1) -> None:
+        """
+        Open the environment; create it if it is not there.
+
+        :param directory: of the environment, which exists
+        :param durability: ``fsync``: LMDB's default; ``os``: ``sync=False``
+        :param subscribers: makes no difference
+        """
+        del subscribers
+        # The engine and the options of the library, so that only the library is the difference.
+        self._environment = lmdb.open(str(directory),
+                                      map_size=_MAP_BYTES,
+                                      lib_version=0,
+                                      sync=durability == contender.FSYNC)
+        self.send = self._put
+
+    def _put(self, message: bytes) -> None:
+        """
+        Put a message behind the last one.
+
+        :param message: to be put
+        """
+        with self._environment.begin(write=True, buffers=True) as txn:
+            cursor = txn.cursor()
+            number = int.from_bytes(cursor.key(), "big") + 1 if cursor.last() else 1
+            cursor.put(number.to_bytes(8, "big"), message, append=True)
+
+    def send_many(self, messages: List[Any]) -> None:
+        """Send messages in one commit."""
+        with self._environment.begin(write=True, buffers=True) as txn:
+            cursor = txn.cursor()
+            number = int.from_bytes(cursor.key(), "big") + 1 if cursor.last() else 1
+            for message in messages:
+                cursor.put(number.to_bytes(8, "big"), message, append=True)
+                number += 1
+
+    def receive(self, count: int) -> List[Any]:
+        """Receive messages one by one, and acknowledge each of them."""
+        received = []  # type: List[Any]
+        begin = self._environment.begin
+        for _ in range(count):
+            with begin(buffers=True) as txn:
+                cursor = txn.cursor()
+                cursor.first()
+                key, message = bytes(cursor.key()), bytes(cursor.value())
+            received.append(message)
+            with begin(write=True) as txn:
+                txn.delete(key)
+        return received
+
+    def receive_many(self, count: int, batch: int) -> List[Any]:
+        """Receive messages in batches that are acknowledged together."""
+        received = []  # type: List[Any]
+        begin = self._environment.begin
+        while len(received) < count:
+            wanted = min(batch, count - len(received))
+            with begin(buffers=True) as txn:
+                for _, message in zip(range(wanted), txn.cursor().iternext(keys=False)):
+                    received.append(bytes(message))
+            with begin(write=True, buffers=True) as txn:
+                cursor = txn.cursor()
+                cursor.first()
+                for _ in range(wanted):
+                    cursor.delete()
+        return received
+
+    def drain(self, subscriber: int, count: int) -> List[Any]:
+        """Receive all messages of one of several subscribers."""
+        return [] if subscriber else self.receive_many(count, 1000)
+
+    def close(self) -> None:
+        """Close the queue."""
+        self._environment.close()

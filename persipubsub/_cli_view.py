@@ -1,0 +1,301 @@
+"""Draw the statistics on a terminal, once or again and again."""
+
+import collections
+import io
+import pathlib
+import time
+from typing import (Callable, Deque, Dict, Final, List, Mapping, NamedTuple, Optional, Sequence,
+                    Tuple)
+
+import rich.box
+import rich.console
+import rich.live
+import rich.panel
+import rich.table
+import rich.text
+
+import persipubsub.statistics
+from persipubsub import _cli_shared
+
+Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
+
+_BAR_WIDTH: Final = 20
+_TREND_WIDTH: Final = 20
+
+#: Terminals that are narrower, in characters, show no trend of each subscriber.
+_WIDE: Final = 100
+
+_PICTURE_WIDTH: Final = 110
+_LEVELS: Final = " ▁▂▃▄▅▆▇█"
+
+#: Rows with a share from these on are drawn in that color.
+_COLORS: Final = ((0.8, "red"), (0.5, "yellow"), (0.0, "green"))
+
+
+class _Look(NamedTuple):
+    """Hold the figures of one look."""
+
+    time: float  #: on the monotonic clock, in seconds
+    statistics: persipubsub.statistics.QueueStatistics
+
+
+class History:
+    """Remember the last looks at one queue."""
+
+    def __init__(self) -> None:
+        """Initialize without a look."""
+        self._looks = collections.deque(maxlen=_TREND_WIDTH + 1)  # type: Deque[_Look]
+
+    def add(self, now: float, statistics: persipubsub.statistics.QueueStatistics) -> None:
+        """
+        Remember a look.
+
+        :param now: on the monotonic clock, in seconds
+        :param statistics: of the queue
+        """
+        self._looks.append(_Look(now, statistics))
+
+    def is_moving(self) -> bool:
+        """
+        Tell whether there are rates.
+
+        :return: True after two looks
+        """
+        return len(self._looks) > 1
+
+    def sent(self) -> List[float]:
+        """
+        Compute how many messages were sent between the looks.
+
+        :return: rates, in messages a second
+        """
+        return self._rates([float(look.statistics.next_number) for look in self._looks])
+
+    def received(self, subscriber: str) -> List[float]:
+        """
+        Compute how many messages were acknowledged between the looks.
+
+        :param subscriber: by whom
+        :return: rates, in messages a second
+        """
+        return self._rates([
+            float(
+                next((one.acknowledged
+                      for one in look.statistics.subscribers if one.subscriber == subscriber), 0))
+            for look in self._looks
+        ])
+
+    def _rates(self, totals: Sequence[float]) -> List[float]:
+        """
+        Compute rates.
+
+        :param totals: at each look
+        :return: growth a second; a total that went back was counted anew
+        """
+        looks = list(self._looks)
+        return [
+            max(0.0, totals[index] - totals[index - 1]) /
+            max(1e-3, looks[index].time - looks[index - 1].time) for index in range(1, len(totals))
+        ]
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """
+    Draw numbers as a line of bars.
+
+    :param values: to be drawn, the newest last
+    :return: a character for each of the newest ones
+
+    >>> sparkline([0, 1, 2, 4])[-4:]
+    ' ▂▄█'
+    """
+    top = max(values, default=0.0)
+    if top <= 0:
+        return ("▁" * len(values[-_TREND_WIDTH:])).rjust(_TREND_WIDTH)
+    # What is not nothing shall be seen.
+    steps = [max(1, round(value / top * 8)) if value > 0 else 0 for value in values[-_TREND_WIDTH:]]
+    return "".join(_LEVELS[step] for step in steps).rjust(_TREND_WIDTH)
+
+
+def _bar(share: float) -> rich.text.Text:
+    """
+    Draw a share.
+
+    :param share: 1.0 is all
+    :return: bar with the percentage
+    """
+    color = next(color for limit, color in _COLORS if share >= limit)
+    filled = min(_BAR_WIDTH, max(1 if share > 0 else 0, round(share * _BAR_WIDTH)))
+    text = rich.text.Text()
+    text.append("━" * filled, style=color)
+    text.append("┄" * (_BAR_WIDTH - filled), style="bright_black")
+    text.append(" {:>4}".format(_cli_shared.show_share(share)),
+                style=color if share >= 0.5 else "default")
+    return text
+
+
+def _draw_marks(figures: persipubsub.statistics.QueueStatistics,
+                history: History) -> rich.table.Table:
+    """
+    Draw what is in a queue.
+
+    :param figures: of the queue
+    :param history: of the queue
+    :return: four rows
+    """
+    grid = rich.table.Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "left", "left"):
+        grid.add_column(justify=justify, no_wrap=True)
+    rows = [
+        ("messages", "{:,}".format(figures.messages), figures.message_share, "of MAX_MSGS_NUM"),
+        ("bytes", _cli_shared.show_bytes(figures.message_bytes), figures.byte_share,
+         "of HWM_LMDB_SIZE_BYTES"),
+        ("oldest", _cli_shared.show_seconds(figures.oldest_age_seconds), figures.age_share,
+         "of MSG_TIMEOUT_SECS"),
+        ("file", _cli_shared.show_bytes(figures.file_bytes), figures.file_share,
+         "of max_db_size_bytes"),
+    ]
+    for name, value, share, limit in rows:
+        grid.add_row(rich.text.Text(name, style="bold"), value, _bar(share),
+                     rich.text.Text(limit, style="bright_black"))
+    if history.is_moving():
+        rates = history.sent()
+        trend = rich.text.Text(sparkline(rates), style="cyan")
+        grid.add_row(rich.text.Text("sent", style="bold"), "{:,.0f}/s".format(rates[-1]), trend,
+                     rich.text.Text("{:,} commits".format(figures.commits), style="bright_black"))
+    else:
+        grid.add_row(rich.text.Text("commits", style="bold"), "{:,}".format(figures.commits))
+    return grid
+
+
+def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: History, limit: int,
+                      width: int) -> rich.table.Table:
+    """
+    Draw the subscribers of a queue.
+
+    :param figures: of the queue
+    :param history: of the queue
+    :param limit: how many to draw at most: those with the largest lag
+    :param width: of the terminal, in characters
+    :return: a row for each
+    """
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("subscriber", overflow="fold", min_width=10)
+    names = ["lag", "in flight", "received"]
+    names += ["rate"] if history.is_moving() else []
+    names += ["last", "failed", "timeout", "mark", "other"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    has_trend = history.is_moving() and width >= _WIDE
+    if has_trend:
+        table.add_column("", no_wrap=True)
+    drawn = sorted(figures.subscribers, key=lambda one: -one.lag)[:limit]
+    for one in sorted(drawn, key=lambda one: one.subscriber):
+        cells = [
+            rich.text.Text(_cli_shared.printable(one.subscriber), style="bold"),
+            _number(one.lag, ""),
+            _number(one.in_flight, ""),
+            _number(one.acknowledged, "")
+        ]
+        if history.is_moving():
+            rates = history.received(one.subscriber)
+            cells.append(rich.text.Text("{:,.0f}/s".format(rates[-1])))
+        cells += [
+            rich.text.Text(_cli_shared.show_seconds(one.seconds_since_acknowledged)),
+            _number(one.failed, "yellow"),
+            _number(one.dropped_by_timeout, "red"),
+            _number(one.dropped_by_mark, "red"),
+            _number(one.cleared + one.skipped + one.corrupt, "yellow")
+        ]
+        if has_trend:
+            cells.append(rich.text.Text(sparkline(history.received(one.subscriber)), style="cyan"))
+        table.add_row(*cells)
+    hidden = len(figures.subscribers) - len(drawn)
+    if hidden:
+        table.add_row(rich.text.Text("and {} more, with less lag".format(hidden), style="italic"))
+    return table
+
+
+def _number(number: Optional[int], style: str) -> rich.text.Text:
+    """
+    Show a number.
+
+    :param number: to be shown; None if it is not known
+    :param style: if it is not zero
+    :return: text, dim for zero
+    """
+    if number is None:
+        return rich.text.Text("?", style="bright_black")
+    return rich.text.Text("{:,}".format(number), style=style if number else "bright_black")
+
+
+def draw(statistics: Statistics, errors: Mapping[str, str], histories: Mapping[str, History],
+         limit: int, width: int) -> rich.console.Group:
+    """
+    Draw queues.
+
+    :param statistics: by queue
+    :param errors: of those that can not be looked at, by queue
+    :param histories: by queue
+    :param limit: how many subscribers of a queue to draw at most
+    :param width: of the terminal, in characters
+    :return: a panel for each
+    """
+    panels = []
+    for key, figures in statistics.items():
+        panels.append(
+            rich.panel.Panel(rich.console.Group(
+                _draw_marks(figures, histories[key]),
+                _draw_subscribers(figures, histories[key], limit, width)),
+                             title=rich.text.Text(_cli_shared.printable(key), style="bold"),
+                             subtitle=rich.text.Text(_cli_shared.printable(figures.path),
+                                                     style="bright_black"),
+                             title_align="left",
+                             subtitle_align="right",
+                             expand=False))
+    for key, text in errors.items():
+        panels.append(
+            rich.panel.Panel(rich.text.Text(_cli_shared.printable(text)),
+                             title=rich.text.Text(_cli_shared.printable(key), style="bold"),
+                             title_align="left",
+                             border_style="red",
+                             expand=False))
+    if not panels:
+        panels.append(rich.panel.Panel("There are no queues.", expand=False))
+    return rich.console.Group(*panels)
+
+
+def show(collect: Callable[[], Tuple[Statistics, Dict[str, str]]], interval: float, looks: int,
+         svg: Optional[pathlib.Path]) -> bool:
+    """
+    Look at queues and draw them.
+
+    :param collect: looks
+    :param interval: between two looks, in seconds
+    :param looks: how many; 0: until Ctrl-C
+    :param svg: where to write the last view as a picture
+    :return: True if a queue could not be looked at
+    """
+    console = rich.console.Console()
+    histories = collections.defaultdict(History)  # type: Dict[str, History]
+    done = 0
+    with rich.live.Live(console=console, auto_refresh=False, screen=False,
+                        vertical_overflow="crop") as live:
+        while True:
+            statistics, errors = collect()
+            for key, figures in statistics.items():
+                histories[key].add(time.monotonic(), figures)
+            # A look has to fit into the terminal, or it could not be drawn over.
+            room = console.height if looks != 1 else 1 << 20
+            limit = max(1, room // max(1, len(statistics)) - 12)
+            view = draw(statistics, errors, histories, limit, console.width)
+            live.update(view, refresh=True)
+            done += 1
+            if done == looks:
+                break
+            time.sleep(interval)
+    if svg is not None:
+        picture = rich.console.Console(record=True, width=_PICTURE_WIDTH, file=io.StringIO())
+        picture.print(draw(statistics, errors, histories, len(statistics) * 100, _PICTURE_WIDTH))
+        picture.save_svg(str(svg), title="persipubsub stat")
+    return bool(errors)

@@ -1,0 +1,107 @@
+"""
+Steer queues from the command line.
+
+A thin face of :py:mod:`persipubsub.control`: each command of it is a function there. It needs the
+extra ``cli``.
+"""
+
+import os
+import sys
+from typing import Optional, Sequence
+
+import click
+
+import persipubsub
+import persipubsub.errors
+from persipubsub import _cli_maintenance, _cli_messages, _cli_queues, _cli_shared
+
+__all__ = ["commands", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(persipubsub.__version__, prog_name="persipubsub")
+def commands() -> None:
+    """
+    Deploy, watch and maintain the queues of a configuration file.
+
+    For example: persipubsub stat config.json
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C.
+    """
+
+
+for _command in (_cli_queues.init, _cli_queues.check_config, _cli_queues.stat, _cli_messages.peek,
+                 _cli_messages.tail, _cli_messages.send, _cli_messages.receive, _cli_queues.prune,
+                 _cli_queues.clear, _cli_maintenance.verify, _cli_maintenance.compact,
+                 _cli_maintenance.backup, _cli_maintenance.restore, _cli_maintenance.add_subscriber,
+                 _cli_maintenance.remove_subscriber, _cli_maintenance.drop_queue,
+                 _cli_queues.metrics):
+    commands.add_command(_command)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """
+    Run a command, and turn whatever goes wrong into a line and an exit code.
+
+    :param arguments: of the command line; those of the process if not given
+    :return: exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted
+    """
+    if "_PERSIPUBSUB_COMPLETE" in os.environ:
+        # A shell asks for completions; click answers and exits.
+        commands.main(prog_name="persipubsub")
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal can not show is no reason to fail.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Who reads our output has seen enough.
+        _close_output()
+        return 0
+    except KeyboardInterrupt:
+        _cli_shared.complain("interrupted")
+        return 130
+    except OSError as error:
+        # Of the output, or of a file that was named; those of queues are translated.
+        _close_output()
+        _cli_shared.complain("Expected to write the output, but got: {}".format(error))
+        return 1
+
+
+def _close_output() -> None:
+    """Write nothing to the standard output any more, not even what is left at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """
+    Run a command.
+
+    ``click.Command.main`` was rejected: it exits with 1 for a closed pipe and for Ctrl-C.
+
+    :param arguments: of the command line
+    :return: exit code
+    """
+    code = 1
+    try:
+        with commands.make_context("persipubsub", list(arguments)) as context:
+            commands.invoke(context)
+        code = 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    except click.Abort:
+        print(file=sys.stderr)
+        _cli_shared.complain("nothing was done")
+    except click.UsageError as error:
+        error.show()
+        code = error.exit_code
+    except click.ClickException as error:
+        _cli_shared.complain(error.format_message())
+    except persipubsub.errors.PersipubsubError as error:
+        _cli_shared.complain(str(error))
+    return code

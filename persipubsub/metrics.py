@@ -1,0 +1,211 @@
+"""
+Expose the statistics of queues to Prometheus.
+
+It needs the extra ``metrics``. Register a :py:class:`Collector` in a program that serves metrics
+anyhow, or let :py:func:`serve` (the command ``persipubsub metrics``) do it.
+"""
+
+import contextlib
+import os
+from typing import Dict, Final, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
+
+import prometheus_client
+import prometheus_client.metrics_core
+import prometheus_client.registry
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.statistics
+
+__all__ = ["Collector", "serve"]
+
+_Family = Union[prometheus_client.metrics_core.GaugeMetricFamily,
+                prometheus_client.metrics_core.CounterMetricFamily]
+
+
+class _Metric(NamedTuple):
+    """Describe a metric that is a field of the statistics."""
+
+    name: str
+    field: str
+    is_counter: bool
+    help: str
+
+
+_QUEUE_METRICS: Final = (
+    _Metric("messages", "messages", False, "Messages that somebody still has to acknowledge."),
+    _Metric("message_bytes", "message_bytes", False, "Bytes of these messages."),
+    _Metric("file_bytes", "file_bytes", False, "Size of the data file."),
+    _Metric("oldest_age_seconds", "oldest_age_seconds", False,
+            "Age of the oldest waiting message; missing if none waits."),
+    _Metric("numbers", "next_number", True,
+            "Number of the next message: what was sent, but for gaps."),
+    _Metric("commits", "commits", True,
+            "Write transactions since the store was created, compacted or restored."),
+)
+
+_SHARES: Final = {
+    "MAX_MSGS_NUM": "message_share",
+    "HWM_LMDB_SIZE_BYTES": "byte_share",
+    "MSG_TIMEOUT_SECS": "age_share",
+    "max_db_size_bytes": "file_share"
+}
+
+_SUBSCRIBER_METRICS: Final = (
+    _Metric("lag", "lag", False, "Messages that the subscriber still has to acknowledge."),
+    _Metric("in_flight", "in_flight", False, "Of these, how many are being worked on right now."),
+    _Metric("acknowledged", "acknowledged", True, "Messages that were received and acknowledged."),
+    _Metric("failed", "failed", True, "Deliveries that ended with an exception."),
+    _Metric("skipped", "skipped", True, "Messages that pop_to_top acknowledged."),
+    _Metric("corrupt", "corrupt", True, "Damaged messages that were set aside."),
+    _Metric("seconds_since_acknowledged", "seconds_since_acknowledged", False,
+            "Time since the last acknowledgement; missing before the first one."),
+)
+
+_DROPS: Final = {"timeout": "dropped_by_timeout", "mark": "dropped_by_mark", "clear": "cleared"}
+
+
+class Collector(prometheus_client.registry.Collector):
+    """
+    Collect the statistics of queues at each scrape. Any thread may call it.
+
+    Queues are open only as long as a scrape takes, so that maintenance finds them unused.
+
+    >>> import prometheus_client
+    >>> registry = prometheus_client.CollectorRegistry()
+    >>> registry.register(Collector("/etc/missing.json"))
+    >>> registry.get_sample_value("persipubsub_config_up") == 0
+    True
+    """
+
+    def __init__(self,
+                 config_pth: Union[str, "os.PathLike[str]"],
+                 queue_key: Optional[str] = None) -> None:
+        """
+        Initialize without touching a file: the configuration is read at each scrape.
+
+        :param config_pth: path to the configuration file
+        :param queue_key: key in ``queues``; all of them if not given
+        """
+        self._config_pth = config_pth
+        self._queue_key = queue_key
+
+    def describe(self) -> Iterator[prometheus_client.metrics_core.Metric]:
+        """
+        Describe nothing, so that registering does not open the queues.
+
+        :return: nothing
+        """
+        return iter(())
+
+    def collect(self) -> Iterator[prometheus_client.metrics_core.Metric]:
+        """
+        Look at the queues.
+
+        :return: metrics
+        """
+        statistics = {}  # type: Dict[str, persipubsub.statistics.QueueStatistics]
+        ups = {}  # type: Dict[str, int]
+        is_read = 1
+        try:
+            keys = list(persipubsub.config.read(self._config_pth).queues)
+        except persipubsub.errors.ConfigError:
+            keys, is_read = [], 0
+        for key in keys if self._queue_key is None else [self._queue_key]:
+            try:
+                statistics.update(persipubsub.control.statistics(self._config_pth, key))
+                ups[key] = 1
+            except persipubsub.errors.PersipubsubError:
+                ups[key] = 0
+        family = prometheus_client.metrics_core.GaugeMetricFamily
+        yield family("persipubsub_config_up", "1 if the configuration file is fine.", is_read)
+        up = family("persipubsub_up", "1 if the queue can be looked at.", labels=["queue"])
+        for key, value in ups.items():
+            up.add_metric([key], value)
+        yield up
+        yield from _queue_families(statistics)
+        yield from _subscriber_families(statistics)
+
+
+def _make(metric: _Metric, labels: Sequence[str]) -> _Family:
+    """
+    Make an empty metric.
+
+    :param metric: description
+    :param labels: names of the labels
+    :return: metric
+    """
+    kind = (prometheus_client.metrics_core.CounterMetricFamily
+            if metric.is_counter else prometheus_client.metrics_core.GaugeMetricFamily)
+    return kind("persipubsub_" + metric.name, metric.help, labels=labels)
+
+
+def _queue_families(
+    statistics: Mapping[str, persipubsub.statistics.QueueStatistics], ) -> Iterator[_Family]:
+    """
+    Make the metrics of queues.
+
+    :param statistics: by queue
+    :return: metrics
+    """
+    for metric in _QUEUE_METRICS:
+        family = _make(metric, ["queue"])
+        for key, figures in statistics.items():
+            value = getattr(figures, metric.field)
+            if value is not None:
+                family.add_metric([key], value)
+        yield family
+    shares = _make(_Metric("share", "", False, "Share of each limit; 1 is the limit."),
+                   ["queue", "limit"])
+    for key, figures in statistics.items():
+        for limit, field in _SHARES.items():
+            shares.add_metric([key, limit], getattr(figures, field))
+    yield shares
+
+
+def _subscriber_families(
+    statistics: Mapping[str, persipubsub.statistics.QueueStatistics], ) -> Iterator[_Family]:
+    """
+    Make the metrics of subscribers.
+
+    :param statistics: by queue
+    :return: metrics
+    """
+    subscribers = [(key, one) for key, figures in statistics.items() for one in figures.subscribers]
+    for metric in _SUBSCRIBER_METRICS:
+        family = _make(metric, ["queue", "subscriber"])
+        for key, one in subscribers:
+            value = getattr(one, metric.field)
+            if value is not None:
+                family.add_metric([key, one.subscriber], value)
+        yield family
+    drops = _make(_Metric("dropped", "", True, "Messages that were dropped unread."),
+                  ["queue", "subscriber", "reason"])
+    for key, one in subscribers:
+        for reason, field in _DROPS.items():
+            drops.add_metric([key, one.subscriber, reason], getattr(one, field))
+    yield drops
+
+
+@contextlib.contextmanager
+def serve(config_pth: Union[str, "os.PathLike[str]"],
+          queue_key: Optional[str] = None,
+          port: int = 9464) -> Iterator[str]:
+    """
+    Serve the metrics over HTTP, on the loopback address only, while the block runs.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :param port: TCP port; 0: any that is free
+    :return: context manager of the address
+    """
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(Collector(config_pth, queue_key))
+    server, thread = prometheus_client.start_http_server(port, addr="127.0.0.1", registry=registry)
+    try:
+        yield "http://127.0.0.1:{}/metrics".format(server.server_port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,417 @@
+"""Test full disks, full maps and disks that fail: clear errors, nothing lost, no restart."""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import errno
+import functools
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+from typing import Any, Callable, Final, List, Optional, Tuple
+
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from persipubsub import _files
+from tests import support
+from tests.faults import tracing
+
+_NAMESPACE: Final = ("unshare", "--map-root-user", "--mount")
+
+
+def on_small_disk(directory: pathlib.Path, function: Callable[..., None], size: str, *arguments:
+                  object) -> None:
+    """
+    Run a function of this module on a small disk of its own.
+
+    :param directory: where the disk is mounted
+    :param function: gets the directory, and arguments as texts
+    :param size: of the disk, as mount understands it
+    :param arguments: of the function
+    """
+    if shutil.which("unshare") is None or subprocess.run(
+        [*_NAMESPACE, "mount", "-t", "tmpfs", "none",
+         str(directory)],
+            capture_output=True,
+            check=False).returncode != 0:
+        pytest.skip("user namespaces with mounts are needed for a small disk")
+    done = support.run_python("""if True:
+        import pathlib, subprocess, sys
+        from tests.faults import test_disk_full
+        subprocess.check_call(
+            ["mount", "-t", "tmpfs", "-o", "size=" + sys.argv[3], "none", sys.argv[1]])
+        getattr(test_disk_full, sys.argv[2])(pathlib.Path(sys.argv[1]), *sys.argv[4:])
+        print("done")
+        """,
+                              directory,
+                              function.__name__,
+                              size,
+                              *arguments,
+                              prefix=_NAMESPACE)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("done\n")
+
+
+class Filler:
+    """Fill a disk with a file, and free it again."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.path = directory / "filler"
+
+    def fill(self, leaving: int = 0) -> None:
+        """Fill the disk but for some pages."""
+        with open(self.path, "ab", buffering=0) as fid:
+            try:
+                while True:
+                    fid.write(bytes(4096))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+            os.ftruncate(fid.fileno(), max(0, fid.tell() - 4096 * leaving))
+
+    def free(self) -> None:
+        """Free the disk."""
+        self.path.unlink(missing_ok=True)
+
+
+class Users:
+    """Hold an open publisher and subscriber."""
+
+    def __init__(self, config_pth: pathlib.Path) -> None:
+        self.config_pth = config_pth
+        self.pub = persipubsub.publisher.Pub()
+        self.sub = persipubsub.subscriber.Sub()
+        self.open()
+
+    def open(self) -> None:
+        """Open both."""
+        self.pub.init(pub_id="pub", config_pth=self.config_pth)
+        self.sub.init(sub_id="sub", config_pth=self.config_pth)
+
+    def close(self) -> None:
+        """Close both."""
+        self.pub.close()
+        self.sub.close()
+
+    def send(self, index: int, size: int = 3000) -> str:
+        """Send a message; return the name of the error."""
+        return support.outcome(lambda: self.pub.send(b"%d " % index + bytes(size)))
+
+    def send_until_error(self, first: int, size: int = 3000) -> Tuple[int, str]:
+        """Send until it fails; return the number of the message that failed, and the error."""
+        for index in range(first, 1 << 20):
+            error = self.send(index, size)
+            if error:
+                return index, error
+        raise AssertionError("Expected the disk to be full")
+
+    def receive(self) -> Optional[int]:
+        """Receive a message; return its number."""
+        with self.sub.receive(timeout=0) as message:
+            return None if message is None else int(message.split(b" ")[0])
+
+    def receive_all(self) -> List[int]:
+        """Receive all messages; return their numbers."""
+        numbers = []  # type: List[int]
+        while (number := self.receive()) is not None:
+            numbers.append(number)
+        return numbers
+
+    def check(self) -> List[str]:
+        """Check the store."""
+        assert self.pub._queue is not None
+        return self.pub._queue.check()
+
+
+# Small disks
+
+
+def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
+    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    users = Users(config_pth)
+    filler = Filler(directory)
+    assert users.send(0) == ""
+    filler.fill(leaving=200)
+    sent, error = users.send_until_error(1)
+    assert error == "DiskFullError" and sent > 10
+    filler.fill()
+    received = []  # type: List[Optional[int]]
+    reserve = directory / "queue" / _files.RESERVE
+    assert reserve.exists() and users.pub._queue is not None
+    environment = users.pub._queue._environment
+    # A backup, say: as long as it reads, no page is free and the file has to grow.
+    with environment._open_handles().environment.begin():
+        received.extend(users.receive() for _ in range(3))
+    assert not reserve.exists()
+    # Somebody else takes whatever we give back.
+    for _ in range(sent // 2 - 3):
+        received.append(users.receive())
+        filler.fill()
+    assert received == list(range(sent // 2))
+    assert users.check() == []
+
+    filler.free()
+    environment._reserve_due = 0.0
+    for index in range(sent, sent + 20):
+        assert users.send(index) == ""
+    assert reserve.exists()
+    assert users.receive_all() == list(range(sent // 2, sent + 20))
+    assert users.check() == []
+    users.close()
+
+
+def fill_with_finished_messages(directory: pathlib.Path, durability: str) -> None:
+    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    users = Users(config_pth)
+    filler = Filler(directory)
+    filler.fill(leaving=200)
+    sent, error = users.send_until_error(0)
+    assert error == "DiskFullError" and sent > 10
+    assert users.receive_all() == list(range(sent))
+    # No byte more is free, but all that the store has is finished.
+    for index in range(sent, 2 * sent):
+        assert users.send(index) == "", index
+        assert users.receive() == index
+        filler.fill()
+    assert users.check() == []
+    users.close()
+
+
+def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
+    """Use a queue with so little room that one file after the other can not be made."""
+    config_pth = support.write_config(directory,
+                                      durability=durability,
+                                      max_reader_num=100,
+                                      checkpoint_secs=0.01)
+    queue = directory / "queue"
+    filler = Filler(directory)
+
+    def use() -> None:
+        users = Users(config_pth)
+        users.send(1)
+        users.receive()
+        users.close()
+
+    seen = []  # type: List[str]
+    for pages in (*range(0, 24, 2), *range(24, 60, 6)):
+        filler.fill(leaving=pages)
+        seen += support.outcomes_in_child(
+            lambda: persipubsub.control.initialize_all_dbs(config_pth=config_pth))
+        filler.free()
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        for name in os.listdir(queue):
+            # As after a restore from a backup; these are the files that are made anew.
+            if name != _files.DATA:
+                (queue / name).unlink()
+        filler.fill(leaving=pages)
+        seen += support.outcomes_in_child(use)
+        filler.free()
+        users = Users(config_pth)
+        users.receive_all()
+        assert users.send(2) == "" and users.receive() == 2
+        assert users.check() == []
+        users.close()
+        shutil.rmtree(queue)
+    assert set(seen) == {"", "DiskFullError"}, seen
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+@pytest.mark.parametrize(
+    "function", [fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages],
+    ids=lambda function: str(function.__name__))
+def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durability: str) -> None:
+    on_small_disk(tmp_path, function, "2m", durability)
+
+
+# A limit on the size of files
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str) -> None:
+    # While a checkpoint is being copied, no page is free: an acknowledgement would have to wait.
+    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    def run(pipe: support.Connection) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        users = Users(config_pth)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+        sent, error = users.send_until_error(0)
+        pipe.send(error)
+        pipe.send([users.receive() for _ in range(sent // 2)] == list(range(sent // 2)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        for index in range(sent, 2 * sent):
+            assert users.send(index) == ""
+        pipe.send(users.receive_all() == list(range(sent // 2, 2 * sent)))
+        pipe.send(users.check())
+        users.close()
+
+    with support.Child(run) as child:
+        assert child.get() == "DiskFullError"
+        assert child.get() is True
+        assert child.get() is True
+        assert child.get() == []
+        child.end()
+
+
+# Disks that fail
+
+_SENDS: Final = 5
+
+
+def start_under_errors(config_pth: pathlib.Path, output: pathlib.Path) -> Callable[[], None]:
+    """Open the queue; return what is done while calls fail."""
+    users = Users(config_pth)
+    assert users.send(0) == ""
+
+    def work() -> None:
+        outcomes = [users.send(index, 3000 * index) for index in range(1, _SENDS + 1)]
+        acknowledged = support.outcome(users.receive)
+        users.close()
+        users.open()
+        # The injected error has come and gone, or never comes.
+        last = users.send(_SENDS + 1)
+        output.write_text(
+            json.dumps([outcomes, acknowledged, last,
+                        users.receive_all(),
+                        users.check()]))
+        users.close()
+
+    return work
+
+
+INJECTIONS = [
+    ("fsync", "pwrite64", "ENOSPC", 6),
+    ("fsync", "writev", "ENOSPC", 2),
+    ("fsync", "fdatasync", "ENOSPC", 4),
+    ("fsync", "pwrite64", "EIO", 4),
+    ("fsync", "fdatasync", "EIO", 4),
+    ("os", "pwrite64", "ENOSPC", 6),
+    ("os", "pwrite64", "EIO", 3),
+    ("fsync", "pwrite64", "EDQUOT", 3),
+]
+
+
+@pytest.mark.parametrize("durability, call, error, places", INJECTIONS)
+def test_calls_that_fail(tmp_path: pathlib.Path, durability: str, call: str, error: str,
+                         places: int) -> None:
+    tracing.require()
+    failures = set()
+    for place in range(1, places + 1):
+        directory = tmp_path / str(place)
+        directory.mkdir()
+        config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        output = directory / "output"
+        data = directory / "queue" / _files.DATA
+        code = tracing.run(functools.partial(start_under_errors, config_pth, output), [
+            "-o", os.devnull, "-P",
+            str(data), "-e", "trace=" + call, "-e", "inject={}:error={}:when={}".format(
+                call, error, place)
+        ])
+        assert code == 0
+        outcomes, acknowledged, last, received, findings = json.loads(output.read_text())
+        print(place, outcomes, acknowledged, received)
+        assert not findings and last == ""
+        failures |= set(outcomes) - {""}
+        check_outcomes(outcomes, acknowledged, received)
+    assert failures <= ({"FlushError"} if error == "EIO" else {"DiskFullError", "FlushError"})
+    assert failures or error != "EIO"
+
+
+def check_outcomes(outcomes: List[str], acknowledged: str, received: List[int]) -> None:
+    """Check that what returned is there, and that what was refused is not."""
+    sent = [0] + [index for index, outcome in enumerate(outcomes, start=1) if not outcome]
+    sent.append(_SENDS + 1)
+    refused = [
+        index for index, outcome in enumerate(outcomes, start=1) if outcome == "DiskFullError"
+    ]
+    # A flush that failed says that nobody knows.
+    assert set(sent) - {0} <= set(received)
+    assert 0 in received or not acknowledged
+    assert not set(refused) & set(received)
+    assert received == sorted(set(received))
+    if "FlushError" in outcomes:
+        # Refused until it is opened again.
+        place = outcomes.index("FlushError")
+        assert set(outcomes[place:]) == {"FlushError"} and acknowledged == "FlushError"
+
+
+def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.Path) -> None:
+    """LMDB refuses all further work with the open environment: it is opened again."""
+    tracing.require()
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    output = tmp_path / "output"
+
+    def start() -> Callable[[], None]:
+        users = Users(config_pth)
+        assert users.send(0) == ""
+
+        def work() -> None:
+            outcomes = [users.send(index, 10) for index in range(1, 21)]
+            output.write_text(json.dumps([outcomes, users.receive_all(), users.check()]))
+            users.close()
+
+        return work
+
+    for place in range(1, 12):
+        data = tmp_path / "queue" / _files.DATA
+        code = tracing.run(start, [
+            "-o", os.devnull, "-P",
+            str(data), "-e", "trace=pwrite64", "-e",
+            "inject=pwrite64:error=ENOSPC:when={}..{}".format(place, place + 8)
+        ])
+        assert code == 0
+        outcomes, received, findings = json.loads(output.read_text())
+        sent = [index for index, outcome in enumerate(outcomes, start=1) if not outcome]
+        assert set(outcomes) <= {"", "DiskFullError"}
+        assert "DiskFullError" in outcomes and outcomes[-1] == ""
+        assert received == [0, *sent] and not findings
+
+
+# A full map
+
+
+@pytest.mark.parametrize("strategy", ["prune_first", "prune_last"])
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_full_map(tmp_path: pathlib.Path, durability: str, strategy: str) -> None:
+    config_pth = support.write_config(tmp_path,
+                                      durability=durability,
+                                      strategy=strategy,
+                                      max_db_size_bytes=1 << 19)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    users = Users(config_pth)
+    count = 400
+    for index in range(count):
+        assert users.send(index) == ""
+    received = users.receive_all()
+    assert received == sorted(set(received)) and 20 < len(received) < count
+    assert (0 if strategy == "prune_last" else count - 1) in received
+    assert (0 in received) == (strategy == "prune_last")
+    assert users.pub._queue is not None
+    statistics = users.pub._queue.statistics().subscribers[0]  # type: Any
+    assert statistics.dropped_by_mark == count - len(received)
+    assert users.send(count) == "" and users.receive() == count
+    assert users.check() == []
+    users.close()
+
+
+def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 19)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    users = Users(config_pth)
+    assert users.send(0) == ""
+    assert users.send(1, size=1 << 20) == "MessageTooLargeError"
+    assert users.receive_all() == [0]
+    users.close()

@@ -1,0 +1,480 @@
+"""Test checkpoints of ``os`` queues: when they are made, by whom, and what they are good for."""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import logging
+import os
+import pathlib
+import resource
+import shutil
+import threading
+from typing import Any, Callable, Iterator, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from persipubsub import _checkpoint, _files
+from tests import support
+from tests.faults import disk, tracing
+
+SOON = 0.01
+
+
+@pytest.fixture(name="config_pth")
+def fixture_config_pth(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give the configuration of a queue that was made ready."""
+    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=SOON)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    yield config_pth
+
+
+def opened(config_pth: pathlib.Path, is_automatic: bool = False) -> persipubsub.queue.Queue:
+    """Open the queue; no checkpoint is made but when somebody says so, if not automatic."""
+    queue = persipubsub.queue.Queue(support.settings(config_pth))
+    # What a forked process inherits is opened by its first use.
+    queue.statistics()
+    checkpointer = queue._environment._checkpointer
+    assert checkpointer is not None
+    if not is_automatic:
+        checkpointer.stop()
+    return queue
+
+
+def last_transaction(queue: persipubsub.queue.Queue) -> int:
+    return int(queue._environment._open_handles().environment.info()["last_txnid"])
+
+
+def covered(queue: persipubsub.queue.Queue) -> int:
+    return _checkpoint.covered_transaction(queue.settings.path)
+
+
+def wait_until_covered(queue: persipubsub.queue.Queue) -> None:
+    last = last_transaction(queue)
+    support.until(lambda: covered(queue) >= last, "a checkpoint")
+
+
+def take_all(queue: persipubsub.queue.Queue) -> List[bytes]:
+    messages = []  # type: List[bytes]
+    consumer = queue.consumer("sub")
+    while (lease := consumer.take(timeout=0)) is not None:
+        messages.extend(lease.messages)
+        lease.acknowledge()
+    return messages
+
+
+def killed(work: Callable[[], None]) -> None:
+    """Do something in a process that is killed right after it, with all that it has open."""
+
+    def run(pipe: support.Connection) -> None:
+        work()
+        pipe.send("done")
+        pipe.recv()
+
+    with support.Child(run) as child:
+        assert child.get() == "done"
+        child.kill(9)
+        child.end(-9)
+
+
+def put_and_stay(config_pth: pathlib.Path, *messages: bytes) -> None:
+    """Put messages, and never close the queue."""
+    queue = opened(config_pth)
+    queue.put(messages)
+    KEPT.append(queue)
+
+
+KEPT = []  # type: List[persipubsub.queue.Queue]
+
+
+def after_power_failure(config_pth: pathlib.Path) -> List[bytes]:
+    """Open the queue in another boot, with a store that is garbage; return what there is."""
+    directory = pathlib.Path(support.settings(config_pth).path)
+    if (directory / _files.RUNNING).exists():
+        data = directory / _files.DATA
+        data.write_bytes(data.read_bytes()[:8192] + bytes(data.stat().st_size - 8192))
+
+    def run(pipe: support.Connection) -> None:
+        setattr(_files, "boot_id", lambda: b"the boot after it")
+        with opened(config_pth) as queue:
+            findings = queue.check()
+            pipe.send(findings or take_all(queue))
+
+    with support.Child(run) as child:
+        messages = child.get()  # type: List[bytes]
+        child.end()
+    return messages
+
+
+# When
+
+
+def test_open_queue_has_a_checkpoint_before_anything_is_sent(config_pth: pathlib.Path) -> None:
+    killed(lambda: put_and_stay(config_pth, b"of the first one"))
+    with opened(config_pth):
+        pass
+    directory = pathlib.Path(support.settings(config_pth).path)
+    (directory / _files.CHECKPOINT).unlink()
+    with opened(config_pth) as queue:
+        assert (directory / _files.CHECKPOINT).exists()
+        assert (directory / _files.RUNNING).read_bytes() == _files.boot_id()
+        assert covered(queue) == last_transaction(queue)
+
+
+def test_checkpoints_follow_what_is_done(config_pth: pathlib.Path) -> None:
+    with opened(config_pth, is_automatic=True) as queue:
+        for number in range(3):
+            queue.put([b"%d" % number])
+            wait_until_covered(queue)
+        take_all(queue)
+        wait_until_covered(queue)
+
+
+def test_nothing_new_is_not_written_again(config_pth: pathlib.Path) -> None:
+    with opened(config_pth) as queue:
+        path = os.path.join(queue.settings.path, _files.CHECKPOINT)
+        before = os.stat(path).st_ino
+        assert queue._environment._write_checkpoint()
+        assert os.stat(path).st_ino == before
+        queue.put([b"new"])
+        assert queue._environment._write_checkpoint()
+        assert os.stat(path).st_ino != before
+
+
+def test_thread_sleeps_while_nothing_is_new() -> None:
+    attempts = []  # type: List[int]
+
+    def attempt() -> bool:
+        attempts.append(1)
+        return True
+
+    checkpointer = _checkpoint.Checkpointer(0.0, attempt)
+    assert not attempts and checkpointer._thread is None
+    checkpointer.notice()
+    support.until(lambda: attempts, "the first attempt")
+    support.until(lambda: not checkpointer._is_changed.is_set(), "the thread to sleep")
+    checkpointer.stop()
+    assert len(attempts) == 1
+
+
+def test_failed_attempt_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    attempts = []  # type: List[int]
+
+    def attempt() -> bool:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise persipubsub.errors.DiskFullError("full on purpose")
+        return len(attempts) > 2
+
+    checkpointer = _checkpoint.Checkpointer(0.0, attempt)
+    with caplog.at_level(logging.WARNING, logger="persipubsub.checkpoint"):
+        checkpointer.notice()
+        support.until(lambda: len(attempts) == 3, "two more attempts")
+        checkpointer.stop()
+    assert "full on purpose" in caplog.text
+
+
+def test_stop_that_comes_while_the_thread_wakes_up() -> None:
+    """The event that wakes the thread must not be cleared without a look at why it was set."""
+    checkpointer = _checkpoint.Checkpointer(0.0, lambda: True)
+
+    class Racing(threading.Event):
+        """Be stopped in the most awkward moment."""
+
+        def clear(self) -> None:
+            """Clear, but be set just before."""
+            checkpointer._is_stopped.set()
+            self.set()
+            super().clear()
+
+    checkpointer._is_changed = Racing()
+    checkpointer.notice()
+    thread = checkpointer._thread
+    assert thread is not None
+    thread.join(support.HANG_SECS)
+    assert not thread.is_alive()
+
+
+def test_many_begin_and_stop_at_once() -> None:
+    for _ in range(300):
+        checkpointer = _checkpoint.Checkpointer(0.0, lambda: True)
+        errors = []  # type: List[str]
+
+        def stop(stop_it: Callable[[], None], errors: List[str]) -> None:
+            errors.append(support.outcome(stop_it))
+
+        threads = [threading.Thread(target=checkpointer.notice) for _ in range(2)]
+        threads.append(threading.Thread(target=stop, args=(checkpointer.stop, errors)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(support.HANG_SECS)
+            assert not thread.is_alive()
+        assert errors == [""]
+        last = checkpointer._thread
+        assert last is None or not last.is_alive()
+
+
+# By whom
+
+
+def copy_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Write a checkpoint into a pipe that nobody empties."""
+    queue = opened(config_pth)
+    queue.put([bytes(1 << 20)])
+    path = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+    os.mkfifo(path)
+    keeper = os.open(path, os.O_RDWR)
+    pipe.send("copying")
+    queue._environment._write_checkpoint()
+    os.close(keeper)
+
+
+def has_filled(path: pathlib.Path) -> bool:
+    """Tell whether a pipe has something in it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return bool(os.read(descriptor, 1))
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def test_killed_copier_hinders_nobody(config_pth: pathlib.Path) -> None:
+    with opened(config_pth) as queue:
+        temporary = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+        with support.Child(copy_for_ever, config_pth) as child:
+            assert child.get() == "copying"
+            support.until(lambda: has_filled(temporary), "the copy to begin")
+            # One at a time; the others go on.
+            assert not queue._environment._write_checkpoint()
+            queue.put([b"meanwhile"])
+            child.kill(9)
+            child.end(-9)
+        environment = queue._environment._open_handles().environment
+        # The dead one's slot would keep its pages for ever.
+        assert len(environment.readers().splitlines()) >= 2
+        temporary.unlink()
+        assert queue._environment._write_checkpoint()
+        assert "no active readers" in environment.readers()
+        assert covered(queue) == last_transaction(queue)
+
+
+def test_leftover_of_a_killed_copier_is_overwritten(config_pth: pathlib.Path) -> None:
+    with opened(config_pth) as queue:
+        temporary = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+        temporary.write_bytes(b"half of a copy" * 100000)
+        queue.put([b"message"])
+        assert queue._environment._write_checkpoint()
+        assert not temporary.exists()
+        _files.verify_data_file(os.path.join(queue.settings.path, _files.CHECKPOINT))
+
+
+def write_many(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    queue = opened(config_pth)
+    pipe.send("open")
+    pipe.recv()
+    done = 0
+    for number in range(60):
+        queue.put([b"%d" % number])
+        done += queue._environment._write_checkpoint()
+    support.until(queue._environment._write_checkpoint, "a checkpoint of one's own")
+    pipe.send(done)
+    queue.close()
+
+
+def test_many_processes_at_once(config_pth: pathlib.Path) -> None:
+    children = [support.Child(write_many, config_pth) for _ in range(3)]
+    try:
+        for child in children:
+            assert child.get() == "open"
+        for child in children:
+            child.pipe.send("go")
+        print([child.get() for child in children])
+        for child in children:
+            child.end()
+    finally:
+        for child in children:
+            child.__exit__()
+    path = pathlib.Path(support.settings(config_pth).path)
+    _files.verify_data_file(str(path / _files.CHECKPOINT))
+    assert not (path / _files.RUNNING).exists()
+    with opened(config_pth) as queue:
+        assert len(take_all(queue)) == 180
+
+
+def test_messages_of_a_killed_publisher_are_left_to_others(config_pth: pathlib.Path) -> None:
+    with opened(config_pth, is_automatic=True) as queue:
+        wait_until_covered(queue)
+        killed(lambda: put_and_stay(config_pth, b"last words"))
+        # A subscriber that sleeps looks once a second.
+        lease = queue.consumer("sub").take(timeout=0)
+        assert lease is not None and lease.messages == [b"last words"]
+        wait_until_covered(queue)
+        lease.give_back()
+
+
+def test_leaving_others_behind_covers_what_was_done(config_pth: pathlib.Path) -> None:
+
+    def stay(pipe: support.Connection) -> None:
+        put_and_stay(config_pth, b"first")
+        pipe.send("open")
+        pipe.recv()
+
+    with support.Child(stay) as child:
+        assert child.get() == "open"
+        with opened(config_pth) as queue:
+            queue.put([b"second"])
+            assert covered(queue) < last_transaction(queue)
+        child.kill(9)
+        child.end(-9)
+    assert after_power_failure(config_pth) == [b"first", b"second"]
+
+
+# What for
+
+
+def test_clean_end_loses_nothing(config_pth: pathlib.Path) -> None:
+    with opened(config_pth) as queue:
+        queue.put([b"first"])
+        queue.put([b"second"])
+    assert after_power_failure(config_pth) == [b"first", b"second"]
+
+
+def test_end_of_the_interpreter_loses_nothing(config_pth: pathlib.Path) -> None:
+    done = support.run_python(
+        """if True:
+        import sys
+        import persipubsub.publisher
+        pub = persipubsub.publisher.Pub()
+        pub.init(pub_id="pub", config_pth=sys.argv[1])
+        pub.send(b"first")
+        pub.send(b"second")
+        """, config_pth)
+    assert done.returncode == 0, done.stderr
+    assert after_power_failure(config_pth) == [b"first", b"second"]
+
+
+def test_last_checkpoint_takes_the_place_of_the_store(config_pth: pathlib.Path) -> None:
+
+    def work() -> None:
+        put_and_stay(config_pth, b"covered")
+        assert KEPT[-1]._environment._write_checkpoint()
+        KEPT[-1].put([b"lost"])
+
+    killed(work)
+    assert after_power_failure(config_pth) == [b"covered"]
+
+
+def cut(path: pathlib.Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: cut(path, 0),
+    "one page": lambda path: cut(path, 4096),
+    "half": lambda path: cut(path,
+                             path.stat().st_size // 2),
+    "minus a page": lambda path: cut(path,
+                                     path.stat().st_size - 4096),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "zeros behind the meta pages": lambda path: path.write_bytes(path.read_bytes()[:8192] + bytes(
+        path.stat().st_size - 8192)),
+    "text": lambda path: path.write_text("Dear diary\n" * 2000, encoding="utf-8"),
+}  # type: dict[str, Callable[[pathlib.Path], Any]]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_a_sound_checkpoint_the_queue_is_refused(config_pth: pathlib.Path,
+                                                         damage: str) -> None:
+    killed(lambda: put_and_stay(config_pth, b"message"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    DAMAGES[damage](directory / _files.CHECKPOINT)
+    (directory / _files.RUNNING).write_bytes(b"another boot----")
+    before = (directory / _files.DATA).read_bytes()
+    with pytest.raises(persipubsub.errors.StoreCorruptError) as caught:
+        opened(config_pth)
+    text = str(caught.value)
+    assert str(directory / _files.CHECKPOINT) in text
+    assert "Restore a backup" in text and "remove " + str(directory / _files.RUNNING) in text
+    assert (directory / _files.DATA).read_bytes() == before
+    # The way on that the error tells.
+    (directory / _files.RUNNING).unlink()
+    with opened(config_pth) as queue:
+        assert take_all(queue) == [b"message"]
+
+
+def test_store_that_is_cut_is_replaced(config_pth: pathlib.Path) -> None:
+    killed(lambda: put_and_stay(config_pth, b"message"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    (directory / _files.RUNNING).write_bytes(b"another boot----")
+    cut(directory / _files.DATA, 0)
+    with opened(config_pth) as queue:
+        assert not take_all(queue)
+        assert queue.put([b"next"]) > 1 << 32
+
+
+def test_full_disk_while_copying_keeps_the_one_before(config_pth: pathlib.Path) -> None:
+
+    def run(pipe: support.Connection) -> None:
+        queue = opened(config_pth)
+        queue.put([b"covered"])
+        assert queue._environment._write_checkpoint()
+        queue.put([bytes(100000)])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40000, hard))
+        pipe.send(support.outcome(queue._environment._write_checkpoint))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        queue.put([b"goes on"])
+        pipe.send(covered(queue) < last_transaction(queue))
+        pipe.recv()
+
+    with support.Child(run) as child:
+        assert child.get() == "DiskFullError"
+        assert child.get() is True
+        child.kill(9)
+        child.end(-9)
+    temporary = pathlib.Path(support.settings(config_pth).path) / (_files.CHECKPOINT + ".new")
+    assert temporary.stat().st_size == 0, "Expected the room to be given back."
+    assert after_power_failure(config_pth) == [b"covered"]
+
+
+# What is said of a checkpoint
+
+
+def test_what_is_said_of_a_checkpoint_is_forgotten_for_good(tmp_path: pathlib.Path,
+                                                            config_pth: pathlib.Path) -> None:
+    """Numbers of transactions begin anew: a power failure shall not bring the old one back."""
+    tracing.require()
+    killed(lambda: put_and_stay(config_pth, b"message"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    initial = tmp_path / "initial"
+    shutil.copytree(directory, initial)
+    events = disk.record(lambda: _checkpoint.restore(str(directory)), tmp_path / "trace")
+    followed = disk.Disk(directory, initial)
+    for event in events:
+        followed.feed(event)
+        if event.call.name == "rename" and event.result is not None:
+            break
+    else:
+        raise AssertionError("Expected the checkpoint to be renamed")
+    lock = followed.seen[str(directory / _files.CHECKPOINT_LOCK)]
+    assert lock is not None and bytes(lock.durable) == bytes(8)
+
+
+def test_checkpoint_of_a_removed_queue_does_not_come_back(config_pth: pathlib.Path) -> None:
+    killed(lambda: put_and_stay(config_pth, b"of the removed queue"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    with opened(config_pth) as queue:
+        assert queue._environment._write_checkpoint()
+        (directory / _files.DATA).unlink()
+    (directory / _files.RUNNING).write_bytes(b"another boot----")
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    killed(lambda: put_and_stay(config_pth))
+    assert not after_power_failure(config_pth)

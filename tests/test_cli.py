@@ -1,0 +1,719 @@
+"""Test the command line, each command as a process of its own."""
+
+# pylint: disable=missing-function-docstring
+
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any, Dict, Iterator, List, Mapping, Sequence
+
+import click.testing
+import pytest
+
+import persipubsub
+import persipubsub.cli
+import persipubsub.control
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from tests import support
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+COMMANDS: Mapping[str, click.Command] = persipubsub.cli.commands.commands
+
+#: Commands with what they need behind the configuration file.
+ARGUMENTS: Dict[str, List[str]] = {
+    "peek": ["sub"],
+    "receive": ["sub"],
+    "send": ["pub", "--message", "x"],
+    "backup": ["target"],
+    "restore": ["backup", "--yes"],
+    "add-subscriber": ["new"],
+    "remove-subscriber": ["sub", "--yes"],
+    "clear": ["--yes"],
+    "drop-queue": ["--yes"],
+    "metrics": ["--port", "0"],
+}
+
+
+def start(*arguments: object, prefix: Sequence[str] = (),
+          **options: Any) -> "subprocess.Popen[bytes]":
+    environment = dict(os.environ, PYTHONPATH=str(_ROOT), COLUMNS="110")
+    environment.pop("PYTHONUNBUFFERED", None)
+    options = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        **options
+    }
+    command = [*prefix, sys.executable, "-m", "persipubsub", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, **options)
+
+
+def run(*arguments: object,
+        stdin: bytes = b"",
+        exit_code: int = 0,
+        **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a command; whatever happens, no traceback may come."""
+    process = start(*arguments, stdin=subprocess.PIPE, **options)
+    out, err = process.communicate(stdin, timeout=support.HANG_SECS)
+    assert b"Traceback" not in err
+    assert process.returncode == exit_code, (out, err)
+    return subprocess.CompletedProcess([], process.returncode, out.decode(), err.decode())
+
+
+def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+    config_pth = support.write_config(directory, **changes)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
+
+
+def send(config_pth: pathlib.Path, *messages: bytes) -> None:
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send_many(messages)
+
+
+def lag(config_pth: pathlib.Path) -> int:
+    return persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag
+
+
+# The commands as such
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    runner = click.testing.CliRunner()
+    for name, command in COMMANDS.items():
+        result = runner.invoke(persipubsub.cli.commands, [name, "--help"])
+        assert result.exit_code == 0
+        assert re.search(r"\n  Examples?:\n      .*persipubsub {} ".format(name),
+                         result.output), name
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"config", "--queue", "--json"} <= options, name
+
+
+def test_every_command_is_in_the_docs_and_no_other() -> None:
+    text = (_ROOT / "docs" / "operations.rst").read_text(encoding="utf-8")
+    titles = re.findall(r"^([a-z-]+)\n~+$", text, re.MULTILINE)
+    assert sorted(titles) == sorted(COMMANDS)
+    for title in titles:
+        section = re.search(r"^{}\n~+\n(.*?)(?=^[^\n]+\n[~-]{{3,}}$|\Z)".format(title), text,
+                            re.MULTILINE | re.DOTALL)
+        assert section is not None
+        assert "$ persipubsub {} ".format(title) in section.group(1), title
+
+
+def test_every_command_and_option_of_the_docs_is_there() -> None:
+    text = (_ROOT / "docs" / "operations.rst").read_text(encoding="utf-8")
+    lines = re.findall(r"persipubsub ([a-z-]+) /?[\w./-]*config\.json(.*)", text)
+    assert len(lines) >= len(COMMANDS)
+    for name, rest in lines:
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        for option in re.findall(r"(?<!\S)--[a-z]+", rest):
+            assert option in known, (name, option)
+
+
+def test_version_and_help_and_no_command() -> None:
+    assert run("--version").stdout == "persipubsub, version {}\n".format(persipubsub.__version__)
+    assert "check-config" in run("--help").stdout
+    assert "check-config" in run(exit_code=2).stderr
+
+
+def test_console_script_is_there() -> None:
+    text = (_ROOT / "setup.py").read_text(encoding="utf-8")
+    assert '"persipubsub = persipubsub.__main__:main"' in text
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_without_the_extra_it_says_how_to_install_it(missing: str) -> None:
+    process = support.run_python(
+        "import sys, runpy; sys.modules[sys.argv.pop()] = None\n"
+        "runpy.run_module('persipubsub', run_name='__main__')", missing)
+    assert process.returncode == 1
+    assert process.stderr == ("persipubsub: the command line needs {}. Install it with: "
+                              "pip install 'persipubsub[cli]'\n".format(missing))
+
+
+def test_metrics_without_the_extra(tmp_path: pathlib.Path) -> None:
+    process = support.run_python(
+        "import sys, runpy; sys.modules['prometheus_client'] = None\n"
+        "runpy.run_module('persipubsub', run_name='__main__')", "metrics",
+        support.write_config(tmp_path))
+    assert process.returncode == 1
+    assert "pip install 'persipubsub[metrics]'" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+# Queues
+
+
+def test_init_and_stat(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    expected = "queue: ready in {}\n".format(tmp_path / "queue")
+    assert run("init", config_pth).stdout == expected
+    assert json.loads(run("init", config_pth, "--json").stdout) == {
+        "queue": {
+            "path": str(tmp_path / "queue")
+        }
+    }
+    send(config_pth, b"x" * 1000, b"y")
+    lines = run("stat", config_pth).stdout.splitlines()
+    assert re.match(r"QUEUE +MESSAGES +OF MARK +BYTES", lines[0])
+    assert re.match(r"queue +2 +<1 % +1\.0 kB", lines[1])
+    assert re.match(r"sub +queue +2 +0 +0", lines[4])
+    found = json.loads(run("stat", config_pth, "--json").stdout)["queue"]
+    assert (found["messages"], found["message_bytes"], found["next_number"]) == (2, 1001, 4)
+    assert found["message_share"] == 2e-6
+    assert found["subscribers"][0]["in_flight"] == 0
+
+
+def test_stat_counts_what_is_in_flight(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"x"] * 10)
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        consumer = queue.consumer("sub")
+        leases = [consumer.take(timeout=0), consumer.take(timeout=0, max_messages=3)]
+        found = json.loads(run("stat", config_pth, "--json").stdout)["queue"]
+        assert found["subscribers"][0]["in_flight"] == 4
+        for lease in leases:
+            assert lease is not None
+            lease.acknowledge()
+    found = json.loads(run("stat", config_pth, "--json").stdout)["queue"]
+    assert (found["subscribers"][0]["in_flight"], found["subscribers"][0]["lag"]) == (0, 6)
+
+
+def test_one_queue_that_fails_does_not_hide_the_others(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    config = json.loads(config_pth.read_text())
+    config["queues"]["missing"] = dict(config["queues"]["queue"], path=str(tmp_path / "missing"))
+    config_pth.write_text(json.dumps(config))
+    process = run("stat", config_pth, exit_code=1)
+    assert re.search(r"^queue +0 ", process.stdout, re.MULTILINE)
+    assert "persipubsub init" in process.stderr and len(process.stderr.splitlines()) == 1
+    process = run("stat", config_pth, "--json", exit_code=1)
+    assert set(json.loads(process.stdout)) == {"queue", "missing"}
+    assert json.loads(process.stdout)["missing"]["error"].startswith("Expected")
+    run("stat", config_pth, "--queue", "queue")
+    process = run("tail", config_pth, exit_code=2)
+    assert "--queue" in process.stderr
+
+
+def test_check_config_lists_all_problems(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, max_db_num=-1, MAX_MSGS_NUM=True)
+    process = run("check-config", config_pth, exit_code=1)
+    assert process.stdout == ""
+    lines = process.stderr.splitlines()
+    assert len(lines) == 3 and lines[2].endswith("2 problems in {}".format(config_pth))
+    assert "max_db_num" in lines[0] and "MAX_MSGS_NUM" in lines[1]
+    found = json.loads(run("check-config", config_pth, "--json", exit_code=1).stdout)
+    assert found == {"problems": lines[:2]}
+    support.write_config(tmp_path)
+    assert "fine: 1 queue, 1 publisher, 1 subscriber" in run("check-config", config_pth).stdout
+
+
+def test_prune_and_clear(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1", b"2")
+    assert run("prune", config_pth).stdout.startswith("queue: 0 deliveries")
+    process = run("clear", config_pth, stdin=b"n\n", exit_code=1)
+    assert "Drop 2 messages of queue?" in process.stderr and process.stdout == ""
+    run("clear", config_pth, exit_code=1)
+    assert lag(config_pth) == 2
+    assert run("clear", config_pth, stdin=b"y\n").stdout == "queue: cleared, 2 deliveries unread\n"
+    assert lag(config_pth) == 0
+    assert json.loads(run("clear", config_pth, "--yes", "--json").stdout) == {
+        "queue": {
+            "dropped": 0
+        }
+    }
+
+
+# Messages
+
+
+def test_send_and_receive(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    (tmp_path / "file").write_bytes(b"\0\xff\n")
+    assert run("send", config_pth, "pub", "--message", "hello", tmp_path / "file").stderr == \
+        "2 messages sent\n"
+    run("send", config_pth, "pub", stdin=b"all\nof\nit")
+    assert json.loads(
+        run("send", config_pth, "pub", "--lines", "--json", stdin=b"a\n\nlast").stdout) == {
+            "sent": 3
+        }
+    assert lag(config_pth) == 6
+
+    assert run("receive", config_pth, "sub").stdout == "hello\n"
+    process = start("receive", config_pth, "sub", "--format", "raw")
+    assert process.communicate(timeout=support.HANG_SECS)[0] == b"\0\xff\n"
+    found = json.loads(run("receive", config_pth, "sub", "--json").stdout)
+    assert base64.b64decode(found["base64"]) == b"all\nof\nit"
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    lines = run("receive", config_pth, "sub", "--number", "0", "--directory", inbox).stdout
+    paths = [pathlib.Path(line) for line in lines.splitlines()]
+    assert [path.read_bytes() for path in paths] == [b"a", b"", b"last"]
+    assert sorted(inbox.iterdir()) == paths
+    process2 = run("receive", config_pth, "sub", exit_code=1)
+    assert process2.stderr == "persipubsub: no message for sub within 0 seconds\n"
+
+
+def test_receive_waits(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    with start("receive", config_pth, "sub", "--timeout", "inf", "--number", "2") as process:
+        assert process.stdout is not None
+        send(config_pth, b"1")
+        assert process.stdout.readline() == b"1\n"
+        send(config_pth, b"2")
+        assert process.stdout.readline() == b"2\n"
+        assert process.wait(timeout=support.HANG_SECS) == 0
+
+
+def test_lines_are_sent_as_they_come(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path, MAX_MSGS_NUM=100)
+    with start("send", config_pth, "pub", "--lines", stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"1\n")
+        process.stdin.flush()
+        support.until(lambda: lag(config_pth) == 1, "the first line")
+        # More than fits into one commit: the high-water mark drops the rest, as it is told to.
+        process.stdin.write(b"".join(b"%d\n" % index for index in range(1000)))
+        process.stdin.close()
+        assert process.wait(timeout=support.HANG_SECS) == 0
+        assert process.stderr is not None and b"1,001 messages sent" in process.stderr.read()
+    assert run("receive", config_pth, "sub", "--number", "0").stdout.splitlines()[-1] == "999"
+
+
+def test_peek(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"hello", "w\xf6rld\n\x1b[2J".encode(), b"\xff")
+    lines = run("peek", config_pth, "sub").stdout.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == ["hello", "w\xf6rld\\n\\x1b[2J", "\\xff"]
+    numbers = [int(line.split()[0]) for line in lines]
+    lines = run("peek", config_pth, "sub", "--from", numbers[1], "--number", 1, "--format",
+                "hex").stdout.splitlines()
+    assert len(lines) == 1 and lines[0].endswith("77c3b6726c640a1b5b324a")
+    found = json.loads(run("peek", config_pth, "sub", "--number", 1, "--json").stdout)
+    assert (found["number"], found["base64"]) == (numbers[0], "aGVsbG8=")
+    assert lag(config_pth) == 3
+
+
+class Terminal:
+    """Run a command in a pseudo-terminal and read what it shows."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Start the command."""
+        self._master, slave = pty.openpty()
+        # Its own session, so that Ctrl-C reaches it and nobody else.
+        self.process = start(*arguments,
+                             stdin=slave,
+                             stdout=slave,
+                             stderr=slave,
+                             start_new_session=True,
+                             preexec_fn=lambda: self._control(slave))
+        os.close(slave)
+        self.text = ""
+
+    @staticmethod
+    def _control(slave: int) -> None:
+        import fcntl  # pylint: disable=import-outside-toplevel
+        import termios  # pylint: disable=import-outside-toplevel
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def type(self, keys: bytes) -> None:
+        """Press keys."""
+        os.write(self._master, keys)
+
+    def wait_for(self, pattern: str) -> None:
+        """Read until something was shown."""
+        deadline = time.monotonic() + support.HANG_SECS
+        while not re.search(pattern, self.text):
+            assert time.monotonic() < deadline, "Waited in vain for {!r} in {!r}".format(
+                pattern, self.text)
+            if select.select([self._master], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # the command ended
+                    self.text += os.read(self._master, 1 << 16).decode()
+
+    def end(self, exit_code: int) -> None:
+        """Wait for the end."""
+        with contextlib.suppress(OSError):
+            while select.select([self._master], [], [], support.HANG_SECS)[0]:
+                found = os.read(self._master, 1 << 16)
+                if not found:
+                    break
+                self.text += found.decode()
+        assert self.process.wait(timeout=support.HANG_SECS) == exit_code, self.text
+        assert "Traceback" not in self.text
+
+
+def test_tail_in_a_terminal(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"one", b"two")
+    with Terminal("tail", config_pth, "--number", "1") as terminal:
+        terminal.wait_for("two")
+        assert "one" not in terminal.text
+        send(config_pth, b"three")
+        terminal.wait_for("three")
+        terminal.type(b"\x03")
+        terminal.end(exit_code=130)
+    assert "persipubsub: interrupted" in terminal.text
+    assert lag(config_pth) == 3
+
+
+def test_stat_watch_in_a_terminal(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    with Terminal("stat", config_pth, "--watch", "--interval", "0.1") as terminal:
+        terminal.wait_for("MAX_MSGS_NUM")
+        terminal.wait_for("sent.*/s")
+        send(config_pth, *[b"x"] * 777)
+        terminal.wait_for("777")
+        terminal.wait_for("[\u2581-\u2588]")
+        terminal.type(b"\x03")
+        terminal.end(exit_code=130)
+    # The cursor is shown again.
+    assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l")
+
+
+def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    out = run("stat", config_pth, "--watch", "--count", "3", "--interval", "0.1", "--json").stdout
+    assert [json.loads(line)["queue"]["messages"] for line in out.splitlines()] == [0, 0, 0]
+
+
+def test_stat_as_a_picture(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    run("stat", config_pth, "--svg", tmp_path / "stat.svg")
+    text = (tmp_path / "stat.svg").read_text(encoding="utf-8")
+    assert text.startswith("<svg") and "MAX_MSGS_NUM" in text
+    process = run("stat", config_pth, "--svg", tmp_path / "missing" / "stat.svg", exit_code=1)
+    assert "missing" in process.stderr
+
+
+# Closed pipes and Ctrl-C
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tail", "--number", "100"], ["stat"], ["stat", "--watch", "--interval", "0.1"],
+                  ["peek", "sub", "--number", "100"]])
+def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: pathlib.Path,
+                                                arguments: List[str]) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"x" * 1000] * 200)
+    with start(arguments[0], config_pth, *arguments[1:]) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=support.HANG_SECS) == 0
+        assert process.stderr.read() == b""
+    assert lag(config_pth) == 200
+
+
+def test_closed_pipe_leaves_what_was_not_written(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"%d" % index * 1000 for index in range(200)])
+    with start("receive", config_pth, "sub", "--number", "0") as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"0" * 1000 + b"\n"
+        process.stdout.close()
+        assert process.wait(timeout=support.HANG_SECS) == 0
+        assert process.stderr.read() == b""
+    # A pipe holds some messages that were written and never read; all others are still there.
+    rest = lag(config_pth)
+    assert 0 < rest < 200
+    assert persipubsub.control.peek(config_pth, "sub")[0].content == b"%d" % (200 - rest) * 1000
+
+
+def test_full_output_leaves_the_message(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"x")
+    with open("/dev/full", "wb") as full:
+        for arguments in [["receive", config_pth, "sub"], ["stat", config_pth]]:
+            process = start(*arguments, stdout=full)
+            err = process.communicate(timeout=support.HANG_SECS)[1]
+            assert process.returncode == 1
+            assert b"No space left" in err and b"Traceback" not in err
+    assert lag(config_pth) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["tail", "--number", "1"], ["receive", "sub", "--number", "2", "--timeout", "inf"],
+     ["stat", "--watch", "--json"], ["metrics", "--port", "0"]])
+def test_interrupted(tmp_path: pathlib.Path, arguments: List[str]) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"x")
+    with start(arguments[0], config_pth, *arguments[1:]) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=support.HANG_SECS) == 130
+        assert process.stderr.read() == b"persipubsub: interrupted\n"
+
+
+# Maintenance
+
+
+def test_verify(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"some content that is easily found")
+    assert run("verify", config_pth).stdout == "queue: sound\n"
+    path = tmp_path / "queue" / "data.mdb"
+    path.write_bytes(path.read_bytes().replace(b"some content", b"what content"))
+    process = run("verify", config_pth, exit_code=1)
+    assert process.stdout == "queue: 1 finding\n" and "checksum" in process.stderr
+    found = json.loads(run("verify", config_pth, "--json", exit_code=1).stdout)
+    assert len(found["queue"]["findings"]) == 1
+
+
+def test_verify_shows_its_progress_in_a_terminal(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"x" * 100] * 20000)
+    with Terminal("verify", config_pth) as terminal:
+        terminal.end(exit_code=0)
+    assert "queue: sound" in terminal.text and "%" in terminal.text
+
+
+def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1")
+    target = tmp_path / "backup"
+    assert run("backup", config_pth, target).stdout.endswith("{}, verified\n".format(target))
+    assert "there already" in run("backup", config_pth, target, exit_code=1).stderr
+    send(config_pth, b"2")
+    with persipubsub.queue.Queue(support.settings(config_pth)):
+        for arguments in [["compact"], ["restore", str(target), "--yes"], ["drop-queue", "--yes"]]:
+            process = run(arguments[0], config_pth, *arguments[1:], exit_code=1)
+            assert "process {}".format(os.getpid()) in process.stderr
+    run("restore", config_pth, target, exit_code=1)
+    assert lag(config_pth) == 2
+    assert run("restore", config_pth, target, stdin=b"y\n").stdout == \
+        "queue: restored, with 1 message\n"
+    assert lag(config_pth) == 1
+    found = json.loads(run("compact", config_pth, "--json").stdout)["queue"]
+    assert found["before_bytes"] >= found["after_bytes"] > 0
+
+
+def test_subscribers_and_drop(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    process = run("add-subscriber", config_pth, "late")
+    assert "late was added" in process.stdout and "queues.queue.subscribers" in process.stdout
+    assert "there already" in run("add-subscriber", config_pth, "late").stdout
+    send(config_pth, b"1")
+    assert run("peek", config_pth, "late", "--queue", "queue").stdout.endswith("  1\n")
+    assert run("receive", config_pth, "late", "--queue", "queue").stdout == "1\n"
+    send(config_pth, b"2")
+    process = run("remove-subscriber", config_pth, "late", stdin=b"y\n")
+    assert "with 1 message that" in process.stderr and "late was removed" in process.stdout
+    process = run("remove-subscriber", config_pth, "late", exit_code=1)
+    assert "'late'" in process.stderr
+    (tmp_path / "queue" / "notes").touch()
+    run("drop-queue", config_pth, exit_code=1)
+    assert "notes" in run("drop-queue", config_pth, stdin=b"y\n").stdout
+    assert os.listdir(tmp_path / "queue") == ["notes"]
+
+
+# Metrics
+
+
+@contextlib.contextmanager
+def serving(config_pth: pathlib.Path) -> Iterator[str]:
+    with start("metrics", config_pth, "--port", "0", "--json") as process:
+        assert process.stdout is not None
+        try:
+            yield json.loads(process.stdout.readline())["url"]
+        finally:
+            process.kill()
+
+
+def test_metrics_are_served_on_the_loopback_address_only(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"x" * 10, b"y")
+    with serving(config_pth) as url:
+        with urllib.request.urlopen(url, timeout=support.HANG_SECS) as response:
+            text = response.read().decode()
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        listening = [
+            line.split()[1] for name in ["/proc/net/tcp", "/proc/net/tcp6"] if os.path.exists(name)
+            for line in pathlib.Path(name).read_text(encoding="ascii").splitlines()[1:]
+            if line.split()[3] == "0A" and line.split()[1].endswith(":{:04X}".format(port))
+        ]
+        assert listening == ["0100007F:{:04X}".format(port)]
+        # It has the queue open only while it answers.
+        persipubsub.control.compact(config_pth)
+        process = run("metrics", config_pth, "--port", port, exit_code=1)
+        assert "127.0.0.1:{}".format(port) in process.stderr
+    assert 'persipubsub_up{queue="queue"} 1.0' in text
+    assert 'persipubsub_messages{queue="queue"} 2.0' in text
+    assert 'persipubsub_message_bytes{queue="queue"} 11.0' in text
+    assert 'persipubsub_lag{queue="queue",subscriber="sub"} 2.0' in text
+    assert 'persipubsub_share{limit="MAX_MSGS_NUM",queue="queue"} 2e-06' in text
+    assert 'persipubsub_dropped_total{queue="queue",reason="mark",subscriber="sub"} 0.0' in text
+
+
+def test_metrics_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    with serving(config_pth) as url:
+        with urllib.request.urlopen(url, timeout=support.HANG_SECS) as response:
+            assert 'persipubsub_up{queue="queue"} 0.0' in response.read().decode()
+
+
+# What users do wrong
+
+
+def outcome(capfd: pytest.CaptureFixture[str], *arguments: object) -> int:
+    """Run a command in this process: one line on stderr, no traceback, nothing on stdout."""
+    code = persipubsub.cli.main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    assert out == "", arguments
+    assert err and "Traceback" not in err, arguments
+    if code == 1:
+        assert len(err.splitlines()) == 1 and err.startswith("persipubsub: "), (arguments, err)
+    return code
+
+
+def wrong_files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    yield directory / "missing.json"
+    yield directory
+    for name, content in [("empty", b""), ("list", b"[]"), ("binary", bytes(range(256))),
+                          ("half", b'{"queues": {'), ("nested", b"[" * 100000)]:
+        path = directory / (name + ".json")
+        path.write_bytes(content)
+        yield path
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"check-config"}))
+def test_wrong_configuration_file(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
+                                  name: str) -> None:
+    for path in wrong_files(tmp_path):
+        assert outcome(capfd, name, path, *ARGUMENTS.get(name, [])) == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"check-config", "init", "metrics"}))
+def test_queue_that_can_not_be_used(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
+                                    name: str) -> None:
+    arguments = [
+        str(tmp_path / argument) if argument in ("target", "backup") else argument
+        for argument in ARGUMENTS.get(name, [])
+    ]
+    config_pth = support.write_config(tmp_path)
+    # Not initialized
+    assert outcome(capfd, name, config_pth, *arguments) == 1
+    # No rights, for root neither
+    nowhere = support.write_config(tmp_path, name="nowhere.json", path="/proc/queue")
+    assert outcome(capfd, name, nowhere, *arguments) == 1
+    # Another program's
+    (tmp_path / "queue").mkdir()
+    (tmp_path / "queue" / "notes").write_text("precious")
+    assert outcome(capfd, name, config_pth, *arguments) == 1
+    (tmp_path / "queue" / "notes").unlink()
+    # Damaged
+    persipubsub.control.initialize_all_dbs(config_pth)
+    if name in ("verify", "drop-queue"):
+        return
+    os.truncate(tmp_path / "queue" / "data.mdb", 5000)
+    assert outcome(capfd, name, config_pth, *arguments) == 1
+
+
+def test_init_where_nobody_may_write(tmp_path: pathlib.Path,
+                                     capfd: pytest.CaptureFixture[str]) -> None:
+    assert outcome(capfd, "init", support.write_config(tmp_path, path="/proc/queue")) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nothing-of-this-name"], ["stat"], ["stat", "CONFIG", "--queue", "missing"],
+     ["stat", "CONFIG", "--nothing"], ["peek", "CONFIG"], [
+         "peek", "CONFIG", "sub", "--number", "0"
+     ], ["peek", "CONFIG", "sub", "--number", "many"], ["tail", "CONFIG", "--number", "-1"],
+     ["receive", "CONFIG", "sub", "--timeout", "-1"], ["receive", "CONFIG", "sub", "--format", "x"],
+     ["receive", "CONFIG", "sub", "--directory", "/missing"], ["backup", "CONFIG"],
+     ["metrics", "CONFIG", "--port", "65536"], ["stat", "CONFIG", "--interval", "0"],
+     ["stat", "CONFIG", "--interval", "nan"], ["send", "CONFIG", "pub", "--queue", "missing"]])
+def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
+                     arguments: List[str]) -> None:
+    config_pth = make(tmp_path)
+    replaced = [str(config_pth) if argument == "CONFIG" else argument for argument in arguments]
+    assert outcome(capfd, *replaced) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["peek", "nobody"], ["receive", "nobody"], ["receive", "nobody", "--queue", "queue"],
+     ["send", "nobody"], ["send", "pub", "/missing"], ["send", "pub", "/"],
+     ["remove-subscriber", "nobody"], ["restore", "/missing", "--yes"], ["restore", "/", "--yes"],
+     ["restore", "/dev/zero", "--yes"], ["backup", "/"], ["backup", "/missing/backup"],
+     ["add-subscriber", ""], ["add-subscriber", "queues"]])
+def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
+                           arguments: List[str]) -> None:
+    config_pth = make(tmp_path)
+    if arguments[:2] == ["send", "pub"]:
+        code = persipubsub.cli.main([arguments[0], str(config_pth), *arguments[1:]])
+        err = capfd.readouterr().err.splitlines()
+        assert (code, err[0], len(err)) == (1, "0 messages sent", 2)
+        return
+    assert outcome(capfd, arguments[0], config_pth, *arguments[1:]) == 1
+
+
+def test_too_large_message(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path, HWM_LMDB_SIZE_BYTES=100)
+    process = run("send", config_pth, "pub", "--lines", stdin=b"1\n" + b"x" * 101, exit_code=1)
+    assert process.stderr.splitlines()[0] == "1 message sent"
+    assert "HWM_LMDB_SIZE_BYTES" in process.stderr
+    assert lag(config_pth) == 1
+
+
+# Speed
+
+
+def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:
+    count = int(os.environ.get("PERSIPUBSUB_STAT_MESSAGES", "100000"))
+    subscribers = ["sub{:03}".format(index) for index in range(100)]
+    config_pth = make(tmp_path,
+                      subscribers=subscribers,
+                      publishers={
+                          "pub": subscribers,
+                          "some": subscribers[:10]
+                      },
+                      MAX_MSGS_NUM=2 * count,
+                      HWM_LMDB_SIZE_BYTES=1 << 40,
+                      max_db_size_bytes=1 << 34,
+                      durability="os",
+                      checkpoint_secs=0)
+    with persipubsub.publisher.Pub() as pub, persipubsub.publisher.Pub() as some:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        some.init(pub_id="some", config_pth=config_pth)
+        for index in range(count // 1000):
+            (some if index % 10 == 0 else pub).send_many([b"x" * 50] * 1000)
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        seconds = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            statistics = queue.statistics()
+            seconds.append(time.perf_counter() - begin)
+    print("statistics of {} messages and 100 subscribers: {:.1f} ms".format(
+        count, 1e3 * min(seconds)))
+    assert statistics.messages == count
+    assert statistics.subscribers[0].lag == count
+    assert statistics.subscribers[99].lag == count - count // 10
+    # Generous: it takes milliseconds; a walk through the messages would take seconds.
+    assert min(seconds) < 1.0

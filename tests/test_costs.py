@@ -1,0 +1,163 @@
+"""
+Test what sending and receiving cost, by counting: transactions, flushes, system calls.
+
+Counts do not wobble as times do, so that a slower design does not slip in unseen. Whoever means to
+change what an operation costs changes the table below, in the same commit.
+"""
+
+import collections
+import functools
+import os
+import pathlib
+import re
+from typing import Callable, Counter, Dict, Final, List, NamedTuple
+
+import pytest
+
+import persipubsub.control
+import persipubsub.publisher
+import persipubsub.subscriber
+from tests import support
+from tests.faults import tracing
+
+#: So many single messages are sent and received, and so many are in the batch.
+_SINGLES: Final = 100
+_BATCH: Final = 1000
+
+_FLUSHES: Final = {"fsync", "fdatasync", "msync", "sync_file_range", "syncfs", "sync"}
+_LOCKS: Final = {"flock", "fcntl", "fcntl64"}
+_WRITES: Final = {"pwrite64", "pwritev", "writev", "write"}
+
+# The memory of the process is the business of its allocator.
+_MEMORY: Final = {"brk", "mmap", "munmap", "mremap", "madvise"}
+
+
+class Cost(NamedTuple):
+    """
+    Say what some operations cost in all, with nobody waiting and nobody else at work.
+
+    What is done once in a while, such as deleting a few finished blocks, is included: it has to be
+    part of transactions that are made anyhow.
+    """
+
+    transactions: int
+    flushes: int  #: waits for the disk
+    locks: int  #: the gate between processes is locked and unlocked, and so is a claim
+    most_writes: int  #: of LMDB: a page or a run of pages, and the meta page
+    most_others: int  #: any other system call
+
+
+# A send in fsync mode flushes its pages inside the write lock and its meta page outside of it. An
+# acknowledgement flushes once: what is lost of it is only delivered again.
+_COSTS: Final = {
+    "fsync": {
+        "send": Cost(transactions=100, flushes=200, locks=200, most_writes=470, most_others=30),
+        "receive": Cost(transactions=100, flushes=100, locks=400, most_writes=400, most_others=310),
+        "send_many": Cost(transactions=1, flushes=2, locks=2, most_writes=8, most_others=2),
+        "receive_many": Cost(transactions=1, flushes=1, locks=4, most_writes=4, most_others=4),
+    },
+    "os": {
+        "send": Cost(transactions=100, flushes=0, locks=200, most_writes=470, most_others=30),
+        "receive": Cost(transactions=100, flushes=0, locks=400, most_writes=400, most_others=310),
+        "send_many": Cost(transactions=1, flushes=0, locks=2, most_writes=8, most_others=2),
+        "receive_many": Cost(transactions=1, flushes=0, locks=4, most_writes=4, most_others=4),
+    },
+}
+
+
+def last_transaction(sub: persipubsub.subscriber.Sub) -> int:
+    assert sub._queue is not None
+    return int(sub._queue._environment._open_handles().environment.info()["last_txnid"])
+
+
+def send_and_receive(config_pth: pathlib.Path) -> None:
+    """Do everything that is counted. Between two operations a look for a file is left as a mark."""
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+
+        def mark(name: str) -> None:
+            os.access("/mark/{}/{}".format(name, last_transaction(sub)), os.F_OK)
+
+        def receive(count: int) -> None:
+            for _ in range(count):
+                with sub.receive(timeout=support.HANG_SECS) as msg:
+                    assert msg == b"x" * 256
+
+        # Files that are opened at their first use.
+        for _ in range(20):
+            pub.send(b"x" * 256)
+            receive(1)
+        mark("send")
+        for _ in range(_SINGLES):
+            pub.send(b"x" * 256)
+        mark("receive")
+        receive(_SINGLES)
+        mark("send_many")
+        pub.send_many([b"x" * 256] * _BATCH)
+        mark("receive_many")
+        with sub.receive_many(_BATCH, timeout=support.HANG_SECS) as msgs:
+            assert len(msgs) == _BATCH
+        mark("end")
+
+
+def count(trace_pth: pathlib.Path) -> Dict[str, Counter[str]]:
+    """Count the system calls between two marks, by the name of the first one."""
+    counts = {}  # type: Dict[str, Counter[str]]
+    marks = []  # type: List[int]
+    current = collections.Counter()  # type: Counter[str]
+    for line in trace_pth.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = re.search(r'"/mark/(\w+)/(\d+)"', line)
+        if match is not None:
+            if marks:
+                current["transactions"] = int(match.group(2)) - marks[-1]
+            marks.append(int(match.group(2)))
+            current = counts[match.group(1)] = collections.Counter()
+            continue
+        call = re.match(r"(?:\d+ +)?(\w+)\(", line)
+        if call is not None:
+            current[call.group(1)] += 1
+    assert list(counts) == ["send", "receive", "send_many", "receive_many", "end"]
+    return counts
+
+
+def cost_of(counts: Counter[str]) -> Cost:
+    rest = collections.Counter(counts)
+    transactions = rest.pop("transactions")
+    for name in _MEMORY:
+        rest.pop(name, None)
+    flushes, locks, writes = (sum(rest.pop(name, 0) for name in names)
+                              for names in (_FLUSHES, _LOCKS, _WRITES))
+    return Cost(transactions, flushes, locks, writes, sum(rest.values()))
+
+
+@pytest.fixture(name="trace", scope="module")
+def fixture_trace(
+        tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Dict[str, Counter[str]]]:
+    tracing.require()
+
+    @functools.lru_cache(maxsize=None)
+    def trace(durability: str) -> Dict[str, Counter[str]]:
+        directory = tmp_path_factory.mktemp("costs")
+        # Checkpoints come by the clock.
+        config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0)
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        trace_pth = directory / "trace"
+        work = functools.partial(send_and_receive, config_pth)
+        assert tracing.run(lambda: work, ["-o", str(trace_pth)]) == 0
+        return count(trace_pth)
+
+    return trace
+
+
+@pytest.mark.parametrize("operation", ["send", "receive", "send_many", "receive_many"])
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_costs(durability: str, operation: str, trace: Callable[[str], Dict[str,
+                                                                            Counter[str]]]) -> None:
+    counts = trace(durability)[operation]
+    found, expected = cost_of(counts), _COSTS[durability][operation]
+    print("{} {}: {}, {}".format(durability, operation, found, dict(counts)))
+    assert found[:3] == expected[:3], counts
+    # Pages split and merge as the tree grows and shrinks: the number of writes is bounded only.
+    assert 0.8 * expected.most_writes <= found.most_writes <= expected.most_writes, counts
+    assert found.most_others <= expected.most_others, counts

@@ -1,0 +1,597 @@
+"""Test what control does to whole queues: verify, back up, restore, compact, drop, subscribers."""
+
+# pylint: disable=missing-function-docstring
+
+import os
+import pathlib
+import signal
+import threading
+from typing import Any, Callable, List, Tuple
+
+import pytest
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from persipubsub import _alone, _files, _opening
+from tests import support
+
+BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
+
+
+def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+    config_pth = support.write_config(directory, **changes)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
+
+
+def send(config_pth: pathlib.Path, *messages: bytes) -> None:
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        for message in messages:
+            pub.send(message)
+
+
+def receive(config_pth: pathlib.Path, sub_id: str = "sub") -> List[bytes]:
+    messages: List[bytes] = []
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id=sub_id, config_pth=config_pth)
+        while True:
+            with sub.receive(timeout=0) as message:
+                if message is None:
+                    return messages
+                messages.append(message)
+
+
+def next_number(config_pth: pathlib.Path) -> int:
+    return persipubsub.control.statistics(config_pth)["queue"].next_number
+
+
+def assert_sound(config_pth: pathlib.Path) -> None:
+    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+
+
+# Choosing queues
+
+
+@pytest.mark.parametrize("function", [
+    persipubsub.control.initialize_all_dbs, persipubsub.control.prune_dangling_messages,
+    persipubsub.control.clear_all_subs, persipubsub.control.statistics, persipubsub.control.verify,
+    persipubsub.control.compact
+])
+def test_unknown_queue(tmp_path: pathlib.Path, function: Callable[..., object]) -> None:
+    config_pth = make(tmp_path)
+    with pytest.raises(persipubsub.errors.ConfigError, match="nothing_of_this_name"):
+        function(config_pth, "nothing_of_this_name")
+
+
+def test_results_can_not_be_changed(tmp_path: pathlib.Path) -> None:
+    statistics = persipubsub.control.statistics(make(tmp_path))
+    with pytest.raises(TypeError):
+        statistics["queue"] = statistics["queue"]  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        statistics["queue"].messages = 1  # type: ignore[misc]
+
+
+def test_prune_and_clear_tell_how_many(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path, subscribers=["sub", "other"], publishers={"pub": ["sub", "other"]})
+    send(config_pth, b"1", b"2")
+    assert persipubsub.control.prune_dangling_messages(config_pth) == {"queue": 0}
+    assert persipubsub.control.clear_all_subs(config_pth, "queue") == {"queue": 4}
+    assert not receive(config_pth)
+
+
+# Verifying
+
+
+@BOTH
+def test_sound_queue_is_verified_while_it_is_used(tmp_path: pathlib.Path, durability: str) -> None:
+    config_pth = make(tmp_path, durability=durability)
+    send(config_pth, b"x" * 10000, b"y")
+    is_done = threading.Event()
+
+    def publish() -> None:
+        with persipubsub.publisher.Pub() as pub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            while not is_done.is_set():
+                pub.send_many([b"z" * 1000] * 10)
+                receive(config_pth)
+
+    def run(pipe: support.Connection) -> None:
+        thread = threading.Thread(target=publish)
+        thread.start()
+        pipe.send("begun")
+        pipe.recv()
+        is_done.set()
+        thread.join()
+
+    with support.Child(run) as child:
+        child.get()
+        for _ in range(20):
+            assert_sound(config_pth)
+        child.pipe.send("end")
+        child.end()
+
+
+def test_damaged_message_is_found(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"before", b"some content that is easily found", b"behind")
+    path = tmp_path / "queue" / "data.mdb"
+    content = path.read_bytes()
+    assert content.count(b"some content") >= 1
+    path.write_bytes(content.replace(b"some content", b"what content"))
+    findings = persipubsub.control.verify(config_pth)["queue"]
+    assert len(findings) == 1 and "message 3 (33 bytes) to have the checksum" in findings[0]
+
+
+def test_damaged_page_is_found_without_a_crash(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"x" * 2000] * 20)
+    path = tmp_path / "queue" / "data.mdb"
+    content = bytearray(path.read_bytes())
+    # All pages behind the meta pages claim to be of another kind.
+    for page in range(2, len(content) // 4096):
+        content[page * 4096 + 10] ^= 0x0f
+    path.write_bytes(content)
+    outcomes = support.outcomes_in_child(lambda: persipubsub.control.verify(config_pth))
+    assert outcomes == [""]
+    assert persipubsub.control.verify(config_pth)["queue"]
+
+
+def test_truncated_store_is_found(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"x" * 2000] * 20)
+    os.truncate(tmp_path / "queue" / "data.mdb", 3 * 4096)
+    findings = persipubsub.control.verify(config_pth)["queue"]
+    assert len(findings) == 1
+
+
+# Backups
+
+
+@BOTH
+def test_backup_is_restored(tmp_path: pathlib.Path, durability: str) -> None:
+    config_pth = make(tmp_path, durability=durability)
+    send(config_pth, b"1", b"2")
+    receive(config_pth)
+    send(config_pth, b"3", b"4")
+    target = tmp_path / "backup"
+    size = persipubsub.control.backup(config_pth, "queue", target)
+    assert target.stat().st_size == size
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert receive(config_pth) == [b"3", b"4"]
+    send(config_pth, b"5")
+    used = next_number(config_pth)
+
+    persipubsub.control.restore(config_pth, "queue", target)
+    assert_sound(config_pth)
+    # No number is used again, whatever happened since the backup.
+    assert next_number(config_pth) > used
+    send(config_pth, b"6")
+    assert receive(config_pth) == [b"3", b"4", b"6"]
+    assert_sound(config_pth)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".new")] == []
+
+
+def test_no_number_is_used_twice_by_repeated_restoring(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    numbers = set()
+    for _ in range(3):
+        send(config_pth, b"2")
+        number = persipubsub.control.peek(config_pth, "sub", count=2)[-1].number
+        assert number not in numbers
+        numbers.add(number)
+        persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+        assert receive(config_pth) == [b"1"]
+
+
+def test_backup_creates_a_queue_elsewhere(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    (tmp_path / "elsewhere").mkdir()
+    # Another durability, and one more subscriber.
+    other_pth = support.write_config(tmp_path / "elsewhere",
+                                     subscribers=["sub", "other"],
+                                     durability="os")
+    persipubsub.control.restore(other_pth, "queue", tmp_path / "backup")
+    send(other_pth, b"2")
+    assert receive(other_pth) == [b"1", b"2"]
+    subscribers = persipubsub.control.statistics(other_pth)["queue"].subscribers
+    assert [one.subscriber for one in subscribers] == ["other", "sub"]
+    assert_sound(other_pth)
+
+
+def test_backup_replaces_nothing(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    (tmp_path / "file").write_bytes(b"precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ["file", "link", "queue"]:
+        with pytest.raises(persipubsub.errors.StoreError, match="there already"):
+            persipubsub.control.backup(config_pth, "queue", tmp_path / name)
+    assert (tmp_path / "file").read_bytes() == b"precious"
+    with pytest.raises(persipubsub.errors.AccessError, match="no such directory"):
+        persipubsub.control.backup(config_pth, "queue", tmp_path / "missing" / "backup")
+
+
+@BOTH
+def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: pathlib.Path,
+                                                            durability: str) -> None:
+    config_pth = make(tmp_path, durability=durability)
+    send(config_pth, b"before", b"some content that is easily found", b"behind")
+    path = tmp_path / "queue" / "data.mdb"
+    path.write_bytes(path.read_bytes().replace(b"some content", b"what content"))
+    with pytest.raises(persipubsub.errors.StoreCorruptError, match="checksum"):
+        persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "queue"]
+
+
+def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"some content")
+    before = support.snapshot(tmp_path / "queue")
+    (tmp_path / "text").write_bytes(b"something else" * 10000)
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    whole = (tmp_path / "backup").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[:-4096])
+    (tmp_path / "damaged").write_bytes(whole.replace(b"some content", b"what content"))
+    for name in ["text", "empty", "fifo", "cut", "damaged", "queue", "missing"]:
+        with pytest.raises(persipubsub.errors.StoreError, match=name):
+            persipubsub.control.restore(config_pth, "queue", tmp_path / name)
+    after = support.snapshot(tmp_path / "queue")
+    assert {**after, "lock.mdb": b""} == {**before, "lock.mdb": b""}
+    assert receive(config_pth) == [b"some content"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
+def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
+    config_pth = make(tmp_path, durability="os")
+    send(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    path = tmp_path / "queue" / "data.mdb"
+    if damage == "truncated":
+        os.truncate(path, 4096)
+    elif damage == "garbage":
+        path.write_bytes(os.urandom(8192))
+    else:
+        path.unlink()
+    if damage == "garbage":
+        # It is not ours to decide what that file is.
+        with pytest.raises(persipubsub.errors.FormatError):
+            persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+        path.unlink()
+    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+    assert receive(config_pth) == [b"1"]
+    assert_sound(config_pth)
+
+
+def test_old_checkpoint_never_takes_the_place_of_what_was_restored(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path, durability="os")
+    send(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    receive(config_pth)
+    send(config_pth, b"2")
+    directory = tmp_path / "queue"
+    assert (directory / _files.CHECKPOINT).exists()
+    # As if the machine went down: the mark is that of another boot.
+    (directory / _files.RUNNING).write_bytes(bytes(range(16)))
+    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+    assert not (directory / _files.RUNNING).exists()
+    assert receive(config_pth) == [b"1"]
+
+
+def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        number = 0
+        while True:
+            pub.send_many([b"%d" % (number + index) for index in range(3)])
+            number += 3
+            pipe.send(number)
+
+
+def take_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    pipe.send("begun")
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="other", config_pth=config_pth)
+        while True:
+            with sub.receive_many(max_msgs=10, timeout=10):
+                pass
+
+
+def drain(child: support.Child) -> int:
+    last = 0
+    while child.pipe.poll(0):
+        last = child.pipe.recv()
+    return last
+
+
+@BOTH
+def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.Path,
+                                                              durability: str) -> None:
+    config_pth = make(tmp_path,
+                      subscribers=["sub", "other"],
+                      publishers={"pub": ["sub", "other"]},
+                      durability=durability)
+    sent = []
+    with support.Child(publish_for_ever, config_pth) as publisher, \
+            support.Child(take_for_ever, config_pth) as taker:
+        taker.get()
+        publisher.get()
+        for index in range(5):
+            sent.append(drain(publisher) or publisher.get())
+            persipubsub.control.backup(config_pth, "queue", tmp_path / "backup{}".format(index))
+        publisher.kill(signal.SIGKILL)
+        taker.kill(signal.SIGKILL)
+        publisher.process.join()
+        taker.process.join()
+    for index, count in enumerate(sent):
+        persipubsub.control.restore(config_pth, "queue", tmp_path / "backup{}".format(index))
+        assert_sound(config_pth)
+        messages = receive(config_pth)
+        assert messages == [b"%d" % number for number in range(len(messages))]
+        assert len(messages) >= count
+
+
+# Compacting
+
+
+@BOTH
+def test_compact_gives_room_back_and_keeps_all(tmp_path: pathlib.Path, durability: str) -> None:
+    config_pth = make(tmp_path, durability=durability)
+    send(config_pth, b"first")
+    receive(config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send_many([os.urandom(1000) for _ in range(2000)])
+    persipubsub.control.clear_all_subs(config_pth)
+    send(config_pth, b"last")
+    number = next_number(config_pth)
+    sizes = persipubsub.control.compact(config_pth)["queue"]
+    assert sizes.before > 2000000 > 200000 > sizes.after
+    assert (tmp_path / "queue" / "data.mdb").stat().st_mode & 0o777 == 0o600
+    assert next_number(config_pth) == number
+    assert_sound(config_pth)
+    assert receive(config_pth) == [b"last"]
+    assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
+
+
+def use(config_pth: pathlib.Path) -> List[Callable[[], object]]:
+    return [
+        lambda: persipubsub.control.compact(config_pth),
+        lambda: persipubsub.control.restore(config_pth, "queue", config_pth.parent / "backup"),
+        lambda: persipubsub.control.drop_queue(config_pth, "queue")
+    ]
+
+
+def hold_open(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        pipe.send("open")
+        pipe.recv()
+
+
+def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    with support.Child(hold_open, config_pth) as child:
+        child.get()
+        for function in use(config_pth):
+            with pytest.raises(persipubsub.errors.QueueInUseError,
+                               match="process {}".format(child.process.pid)):
+                function()
+        child.pipe.send("end")
+        child.end()
+    # This process counts, too.
+    with persipubsub.queue.Queue(support.settings(config_pth)):
+        for function in use(config_pth):
+            with pytest.raises(persipubsub.errors.QueueInUseError):
+                function()
+    assert receive(config_pth) == [b"1"]
+
+
+def steps() -> List[Tuple[Any, str]]:
+    return [(os, "rename"), (_files, "flush_directory"), (_opening, "mark_clean"),
+            (_files, "remove_durably"), (os, "unlink")]
+
+
+@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("action", ["compact", "restore"])
+def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, step: int) -> None:
+    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
+    send(config_pth, b"old")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    send(config_pth, b"new")
+
+    def run(_: support.Connection) -> None:
+        module, name = steps()[step]
+        # Opened and closed before, so that only the swap is cut.
+        original, entered = getattr(module, name), _alone._take_place
+        setattr(_alone, "_take_place", lambda *arguments: cut(entered, *arguments))
+
+        def cut(function: Callable[..., None], *arguments: Any) -> None:
+            setattr(module, name, lambda *_: os._exit(7))
+            function(*arguments)
+            setattr(module, name, original)
+            os._exit(7)
+
+        use(config_pth)[action == "restore"]()
+
+    with support.Child(run) as child:
+        child.end(exit_code=7)
+    assert_sound(config_pth)
+    messages = receive(config_pth)
+    assert messages == [b"old", b"new"] or (action, messages) == ("restore", [b"old"])
+    send(config_pth, b"later")
+    assert receive(config_pth) == [b"later"]
+    persipubsub.control.compact(config_pth)
+    assert_sound(config_pth)
+
+
+def test_store_of_another_program_is_left_alone(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    # So far as can be told from outside: no process of this library ever opened it.
+    (tmp_path / "queue" / _files.USERS).unlink()
+    for function in use(config_pth)[1:]:
+        with pytest.raises(persipubsub.errors.FormatError, match="another program"):
+            function()
+    assert receive(config_pth) == [b"1"]
+
+
+# Dropping
+
+
+@BOTH
+def test_drop_removes_the_directory(tmp_path: pathlib.Path, durability: str) -> None:
+    config_pth = make(tmp_path, durability=durability)
+    send(config_pth, b"1")
+    receive(config_pth)
+    assert not persipubsub.control.drop_queue(config_pth, "queue")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+    with pytest.raises(persipubsub.errors.NotInitializedError):
+        persipubsub.control.drop_queue(config_pth, "queue")
+    persipubsub.control.initialize_all_dbs(config_pth)
+    assert not receive(config_pth)
+
+
+def test_drop_leaves_what_is_not_ours(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    (tmp_path / "queue" / "notes.txt").write_text("precious")
+    (tmp_path / "queue" / "data.mdb.bak").write_text("precious")
+    assert persipubsub.control.drop_queue(config_pth, "queue") == ("data.mdb.bak", "notes.txt")
+    assert sorted(os.listdir(tmp_path / "queue")) == ["data.mdb.bak", "notes.txt"]
+
+
+# Subscribers
+
+
+def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send(b"1")
+        assert persipubsub.control.add_subscriber(config_pth, "queue", "late")
+        assert not persipubsub.control.add_subscriber(config_pth, "queue", "late")
+        for index in range(100):
+            pub.send(b"%d" % index)
+        assert len(receive(config_pth)) == 101
+        found = persipubsub.control.peek(config_pth, "late", count=1000, queue_key="queue")
+        assert len(found) == 100
+        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+            lease = queue.consumer("late").take(timeout=0)
+            assert lease is not None
+            assert persipubsub.control.remove_subscriber(config_pth, "queue", "late") == 100
+            # It had a message in hand: that is acknowledged into the void.
+            lease.acknowledge()
+            with pytest.raises(persipubsub.errors.NotInitializedError):
+                queue.front("late")
+        assert persipubsub.control.statistics(config_pth)["queue"].messages == 0
+        for index in range(100):
+            pub.send(b"%d" % index)
+        assert persipubsub.control.statistics(config_pth)["queue"].messages == 100
+    with pytest.raises(persipubsub.errors.NotInitializedError, match="'late'"):
+        persipubsub.control.remove_subscriber(config_pth, "queue", "late")
+    assert_sound(config_pth)
+
+
+@pytest.mark.parametrize("identifier", ["", "data_db", "queues", "x" * 256, "a\0b", "\ud800"])
+def test_identifier_that_nobody_may_have(tmp_path: pathlib.Path, identifier: str) -> None:
+    config_pth = make(tmp_path)
+    with pytest.raises(persipubsub.errors.ConfigError):
+        persipubsub.control.add_subscriber(config_pth, "queue", identifier)
+    assert len(persipubsub.control.statistics(config_pth)["queue"].subscribers) == 1
+
+
+def test_ranges_leave_with_their_subscriber(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1", b"2", b"3")
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        first = queue.consumer("sub").take(timeout=0)
+        second = queue.consumer("sub").take(timeout=0)
+        assert first is not None and second is not None
+        second.acknowledge()
+        assert persipubsub.control.remove_subscriber(config_pth, "queue", "sub") == 2
+        first.give_back()
+    assert_sound(config_pth)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    assert not receive(config_pth)
+
+
+# Looking
+
+
+def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path,
+                      subscribers=["sub", "other"],
+                      publishers={
+                          "pub": ["sub", "other"],
+                          "narrow": ["other"]
+                      })
+    send(config_pth, b"1", b"2", b"3")
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="narrow", config_pth=config_pth)
+        pub.send(b"not for sub")
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send_many([b"%d" % index for index in range(4, 1300)])
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        first = queue.consumer("sub").take(timeout=0)
+        second = queue.consumer("sub").take(timeout=0)
+        assert first is not None and second is not None
+        second.acknowledge()
+        found = persipubsub.control.peek(config_pth, "sub", count=4000)
+        expected = [b"%d" % index for index in range(1, 1300) if index != 2]
+        assert [message.content for message in found] == expected
+        again = persipubsub.control.peek(config_pth, "sub", count=2, start=found[500].number)
+        assert [one.content for one in again] == [one.content for one in found[500:502]]
+        first.give_back()
+    assert persipubsub.control.peek(config_pth, "other", count=4)[3].subscribers == ("other", )
+    assert receive(config_pth) == expected
+
+
+def test_follow_sees_what_comes(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1", b"2", b"3")
+    assert [one.content for one in next(persipubsub.control.follow(config_pth, "queue", last=2))
+            ] == [b"2", b"3"]
+    found = persipubsub.control.follow(config_pth, "queue")
+    assert next(found) == []
+    send(config_pth, b"4")
+    messages: List[bytes] = []
+    while len(messages) < 1:
+        messages += [one.content or b"" for one in next(found)]
+    assert messages == [b"4"]
+    found.close()  # type: ignore[attr-defined]
+    assert receive(config_pth) == [b"1", b"2", b"3", b"4"]
+
+
+def test_look_at_an_os_queue_in_use_copies_nothing(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
+
+    def run(pipe: support.Connection) -> None:
+        with persipubsub.publisher.Pub() as pub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            pub.send(b"x")
+            pipe.send("sent")
+            pipe.recv()
+
+    with support.Child(run) as child:
+        child.get()
+        checkpoint = tmp_path / "queue" / _files.CHECKPOINT
+        before = checkpoint.stat()
+        assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
+        assert len(persipubsub.control.peek(config_pth, "sub", count=9)) == 1
+        after = checkpoint.stat()
+        # A checkpoint that is written takes the place of the one before.
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        child.pipe.send("end")
+        child.end()

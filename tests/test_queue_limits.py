@@ -1,0 +1,317 @@
+"""Test what a queue does at its limits: high-water marks, too large messages, a full map."""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import logging
+import pathlib
+import random
+import threading
+from typing import List
+
+import pytest
+
+import persipubsub.errors
+import persipubsub.queue
+from persipubsub import _blocks, _log, _positions
+from tests import stores, support
+
+
+def numbered(count: int, begin: int = 0) -> List[bytes]:
+    """Make messages that all differ."""
+    return [b"%06d" % index for index in range(begin, begin + count)]
+
+
+# High-water marks
+
+
+@pytest.mark.parametrize("drops_newest", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 3, 10, 11])
+def test_half_is_dropped_at_the_mark_of_messages(tmp_path: pathlib.Path, most: int,
+                                                 drops_newest: bool) -> None:
+    with stores.opened(tmp_path, max_messages=most, drops_newest=drops_newest) as queue:
+        messages = numbered(most)
+        for message in messages:
+            queue.put([message])
+        assert stores.figures(queue).dropped_by_mark == 0
+        queue.put([b"one more"])
+        half = (most + 1) // 2
+        kept = messages[:most - half] if drops_newest else messages[half:]
+        assert stores.figures(queue).dropped_by_mark == half
+        assert stores.take_all(queue) == kept + [b"one more"]
+
+
+@pytest.mark.parametrize("drops_newest", [False, True])
+def test_half_is_dropped_at_the_mark_of_bytes(tmp_path: pathlib.Path, drops_newest: bool) -> None:
+    with stores.opened(tmp_path, max_message_bytes=100, drops_newest=drops_newest) as queue:
+        messages = [b"a" * 10, b"b" * 20, b"c" * 30, b"d" * 40]
+        for message in messages:
+            queue.put([message])
+        queue.put([b""])
+        assert stores.figures(queue).dropped_by_mark == 0
+        queue.put([b"e"])
+        # Three of five messages: half of them, whatever their bytes are.
+        assert stores.figures(queue).dropped_by_mark == 3
+        assert stores.take_all(queue) == (messages[:2]
+                                          if drops_newest else [messages[3], b""]) + [b"e"]
+
+
+def test_half_is_dropped_until_a_batch_fits(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_messages=16) as queue:
+        queue.put(numbered(16))
+        queue.put(numbered(13, begin=16))
+        # 16, 8, 4, and then two: 3 are left of the 16, no more than there is room for.
+        assert stores.figures(queue).dropped_by_mark == 14
+        assert stores.take_all(queue) == numbered(15, begin=14)
+
+
+@pytest.mark.parametrize("drops_newest", [False, True])
+def test_single_block_is_cut_in_its_middle(tmp_path: pathlib.Path, drops_newest: bool) -> None:
+    with stores.opened(tmp_path, max_messages=10001, drops_newest=drops_newest) as queue:
+        messages = numbered(10001)
+        first = queue.put(messages)
+        assert len([block for block in stores.blocks(queue) if block]) == 1
+        assert queue.put([b"next"]) == first + 10001
+        assert queue.check() == []
+        kept = messages[:5000] if drops_newest else messages[5001:]
+        assert queue.statistics().message_bytes == 6 * 5000 + 4
+        assert stores.take_all(queue) == kept + [b"next"]
+
+
+def test_finished_messages_do_not_count(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_messages=3, max_message_bytes=3) as queue:
+        for message in numbered(100):
+            queue.put([message[:1]])
+            queue.put([b"", b""])
+            assert len(stores.take_all(queue)) == 3
+        assert stores.figures(queue).dropped_by_mark == 0
+
+
+def test_positions_that_went_back_are_noticed(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_messages=4) as queue:
+        first = queue.put([b"1", b"2", b"3", b"4"])
+        stores.take_all(queue)
+        queue.put([b"5"])
+
+        def rewind(txn, databases):  # type: ignore[no-untyped-def]
+            subscriber = _positions.require(txn, databases, b"sub")
+            _positions.write(txn, databases, b"sub", subscriber._replace(position=first))
+            _log.change_generation(txn.cursor(db=databases.data))
+
+        queue._environment.write(rewind)
+        assert queue.statistics().messages == 5
+        queue.put([b"6"])
+        assert queue.statistics().messages <= 4
+        assert stores.take_all(queue) == [b"4", b"5", b"6"]
+
+
+def test_losses_are_counted_for_each_subscriber(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b", "c"], max_messages=4) as queue:
+        queue.put([b"1", b"2"])
+        queue.put([b"3"], ("c", ))
+        queue.put([b"4"])
+        stores.take(queue, "a")
+        queue.put([b"5"])
+        assert [stores.figures(queue, name).dropped_by_mark for name in "abc"] == [1, 2, 2]
+        assert stores.take_all(queue, "a") == [b"4", b"5"]
+        assert stores.take_all(queue, "c") == [b"3", b"4", b"5"]
+
+
+def test_losses_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
+        with stores.opened(tmp_path, subscribers=["a", "b"], max_messages=4) as queue:
+            stores.take(queue, "a")
+            for message in numbered(30):
+                queue.put([message])
+            dropped = stores.figures(queue, "a").dropped_by_mark
+    counts = [record.getMessage() for record in caplog.records]
+    assert counts and all("dropped unread" in text for text in counts)
+    # The warnings name all that was lost, however few they are.
+    lost = sum(int(text.rsplit(": ", 1)[1].split(" of ")[0]) for text in counts)
+    assert lost == dropped > 20 and len(counts) <= 3
+
+
+def test_queue_without_a_mark_in_sight_drops_nothing(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_messages=1000, max_message_bytes=6000) as queue:
+        for message in numbered(1000):
+            queue.put([message])
+        assert stores.take_all(queue) == numbered(1000)
+
+
+# Too large
+
+
+@pytest.mark.parametrize("changes, messages", [
+    ({
+        "max_message_bytes": 10
+    }, [bytes(11)]),
+    ({
+        "max_message_bytes": 10
+    }, [bytes(6), bytes(5)]),
+    ({
+        "max_messages": 3
+    }, [b""] * 4),
+    ({
+        "max_bytes": 1 << 20
+    }, [bytes(1 << 20)]),
+    ({
+        "max_bytes": 1 << 20
+    }, [b""] * (1 << 17)),
+])
+def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: pathlib.Path, changes: object,
+                                                        messages: List[bytes]) -> None:
+    assert isinstance(changes, dict)
+    with stores.opened(tmp_path, clock=stores.Clock(), **changes) as queue:
+        queue.put([b"a", b"b"])
+        before, content = queue.statistics(), support.snapshot(tmp_path / "queue")["data.mdb"]
+        for _ in range(2):
+            with pytest.raises(persipubsub.errors.MessageTooLargeError, match=str(tmp_path)):
+                queue.put(messages)
+        assert queue.statistics() == before
+        assert support.snapshot(tmp_path / "queue")["data.mdb"] == content
+        assert stores.take_all(queue) == [b"a", b"b"]
+
+
+def test_what_just_fits_is_taken(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_messages=3, max_message_bytes=10) as queue:
+        queue.put([bytes(10)])
+        queue.put([bytes(5), b"", bytes(5)])
+        assert stores.take_all(queue) == [bytes(5), b"", bytes(5)]
+
+
+def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: pathlib.Path) -> None:
+    try:
+        # Untouched pages of zeros take no memory.
+        message = bytes(1 << 32)
+    except MemoryError:
+        pytest.skip("no room for a message of 4 GiB")
+    with stores.opened(tmp_path, max_message_bytes=1 << 40, max_bytes=1 << 40) as queue:
+        with pytest.raises(persipubsub.errors.MessageTooLargeError, match="4294967296"):
+            queue.put([b"x", message])
+        assert queue.statistics().messages == 0
+
+
+def test_sizes_are_checked_before_anything_is_put(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_messages=2, max_message_bytes=10) as queue:
+        queue.settings.check_size([bytes(4), bytes(6)])
+        for messages in ([bytes(5), bytes(6)], [b""] * 3, [bytes(11)]):
+            with pytest.raises(persipubsub.errors.MessageTooLargeError):
+                queue.settings.check_size(messages)
+
+
+# A full map
+
+
+@pytest.mark.parametrize("drops_newest", [False, True])
+@pytest.mark.parametrize("size", [3000, 50000])
+def test_full_map_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: bool,
+                                       size: int) -> None:
+    with stores.opened(tmp_path, max_bytes=1 << 20, drops_newest=drops_newest,
+                       keeps_os=True) as queue:
+        sent: List[bytes] = []
+        while stores.figures(queue).dropped_by_mark == 0:
+            sent.append(b"%06d" % len(sent) + bytes(size))
+            queue.put(sent[-1:])
+        # Nothing but half of what waited, although LMDB needs some commits to use freed pages.
+        assert stores.figures(queue).dropped_by_mark == len(sent) // 2
+        assert len(sent) * size > 600000
+        half = len(sent) // 2
+        kept = sent[:len(sent) - 1 - half] if drops_newest else sent[half:-1]
+        assert queue.check() == []
+        assert stores.take_all(queue) == kept + sent[-1:]
+
+
+def test_full_map_of_finished_messages_drops_nothing(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
+        for _ in range(7):
+            queue.put([bytes(100000)])
+        stores.take_all(queue)
+        queue.put([b"waits"])
+        for _ in range(5):
+            queue.put([bytes(500000)])
+            assert stores.take(queue) == b"waits"
+            queue.put([b"waits"])
+            assert stores.take(queue) == bytes(500000)
+        assert stores.figures(queue).dropped_by_mark == 0
+
+
+def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) -> None:
+    limit = 1 << 20
+    with stores.opened(tmp_path, max_bytes=limit, keeps_os=True) as queue:
+        largest = limit - _blocks.BLOCK_BYTES // 8 - _blocks.ENTRY_BYTES
+        generator = random.Random(1)
+        for index in range(60):
+            size = generator.choice([100, 5000, 100000, 400000, largest])
+            queue.put([b"%06d" % index + bytes(size - 6)])
+            assert queue.statistics().messages >= 1
+        assert stores.take_all(queue)[-1].startswith(b"000059")
+        # The map may grow a little so that it can be tidied up; see persipubsub._environment.
+        assert queue.statistics().file_bytes < limit + (1 << 26)
+
+
+def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
+        put = persipubsub.queue._Put(_blocks.encode_batches([bytes(900)]), None)
+        count = 0
+        with pytest.raises(persipubsub.errors.DiskFullError, match="max_db_size_bytes"):
+            while True:
+                queue._environment.write(lambda txn, databases: queue._put(txn, databases, put))
+                count += 1
+        assert queue.statistics().messages == count > 600
+        assert [len(stores.take(queue) or b"") for _ in range(20)] == [900] * 20
+        assert queue.front("sub") == bytes(900)
+        assert queue.skip_to_newest("sub") == count - 21
+        assert stores.take_all(queue) == [bytes(900)]
+        queue.prune()
+        assert len(stores.blocks(queue)) == 1
+        queue.put([b"x"])
+        assert stores.figures(queue).dropped_by_mark == 0
+
+
+def test_full_map_is_cleared(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
+        put = persipubsub.queue._Put(_blocks.encode_batches([bytes(900)]), None)
+        with pytest.raises(persipubsub.errors.DiskFullError):
+            while True:
+                queue._environment.write(lambda txn, databases: queue._put(txn, databases, put))
+        assert queue.clear() > 600
+        queue.put([bytes(300000)])
+        assert [len(message) for message in stores.take_all(queue)] == [300000]
+
+
+class _Sender(logging.Handler):
+    """Send from a handler of warnings: a program may do that."""
+
+    def __init__(self, queue: persipubsub.queue.Queue) -> None:
+        super().__init__()
+        self.queue = queue
+        self.sent = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.sent < 3:
+            self.sent += 1
+            self.queue.put([b"warning"])
+
+
+@pytest.mark.parametrize("changes", [{"max_messages": 10}, {"max_bytes": 1 << 20}])
+def test_warnings_are_given_outside_of_transactions(tmp_path: pathlib.Path,
+                                                    changes: object) -> None:
+    assert isinstance(changes, dict)
+    with stores.opened(tmp_path, keeps_os=True, **changes) as queue:
+        handler = _Sender(queue)
+        logger = logging.getLogger("persipubsub.queue")
+        logger.addHandler(handler)
+
+        def send() -> None:
+            for _ in range(50):
+                queue.put([bytes(50000)])
+
+        try:
+            # A transaction inside of another one would hang.
+            thread = threading.Thread(target=send, daemon=True)
+            thread.start()
+            thread.join(support.HANG_SECS)
+            assert not thread.is_alive()
+        finally:
+            logger.removeHandler(handler)
+        assert handler.sent >= 1
