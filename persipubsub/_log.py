@@ -126,8 +126,7 @@ def change_generation(cursor: "lmdb.Cursor[memoryview]") -> None:
     tail = read_tail(cursor)
     tail = tail._replace(generation=(tail.generation + 1) & 0xffffffff)
     if tail.next_number == _layout.FIRST_NUMBER:
-        # There is no block to carry it: number 1 is given up.
-        put_placeholder(cursor, tail._replace(next_number=_layout.FIRST_NUMBER + 1))
+        # Of an empty log nothing wrong can be remembered, and there is no block to carry it.
         return
     cursor.last()
     value = bytes(cursor.value())

@@ -107,9 +107,7 @@ class Transactions:
         # When to look next whether there is room for the reserve; None if it was not spent.
         self._reserve_due = None  # type: Optional[float]
 
-        # True as long as nobody in this process does more than to look at the store for a moment.
-        self.is_look = False
-
+        self.is_look = False  # True while nobody in this process does more than have a short look
         # Only for an "os" store, and then told of every commit.
         self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
 
@@ -210,9 +208,9 @@ class Transactions:
         """
         Run a work in a write transaction, possibly together with works of other threads.
 
-        All of the work is committed, or nothing. It must raise before it changes anything, if it
-        raises: what others did in the same transaction is committed. It waits for other threads and
-        processes for up to ``busy_timeout_secs`` seconds.
+        All of the work is committed, or nothing if it raises. It may be run several times, and only
+        the last one counts. It waits for other threads and processes for up to
+        ``busy_timeout_secs`` seconds.
 
         :param work: to be run; no user code in it
         :param is_flushed: True to return only when the commit survives a power failure, if that is
@@ -312,12 +310,12 @@ class Transactions:
 
     def _recognize_committed(self, handles: _opening.Handles, group: List[_Request]) -> None:
         """
-        See which works were committed although an exception came: a KeyboardInterrupt that arrives
-        during a commit is raised right behind it. They must not be run again.
+        See which works were committed although an exception came, and must not be run again.
 
         :param handles: of the open store; the gate is held, so that nobody else committed since
         :param group: works that were run, or not
         """
+        # A KeyboardInterrupt that arrives during a commit is raised right behind it.
         last = handles.environment.info()["last_txnid"]
         for request in group:
             if 0 < request.commit <= last:
@@ -337,7 +335,8 @@ class Transactions:
             self._follow_map_size()
             self._run_group(handles, group)
         except Exception as error:  # pylint: disable=broad-exception-caught
-            # Not only LMDB's errors: the memory that one message lacks is nobody else's fault.
+            # Whatever it is, nothing of the transaction was committed, and it is the fault of one
+            # work alone: each gets a transaction, and its error, of its own.
             for request in group:
                 request.commit = 0
             if len(group) == 1:
@@ -361,11 +360,7 @@ class Transactions:
             raise persipubsub.errors.FlushError(self._failure)
         with handles.environment.begin(write=True, buffers=True) as txn:
             for request in group:
-                request.error = None
-                try:
-                    request.result = request.work(txn, handles.databases)
-                except persipubsub.errors.PersipubsubError as error:
-                    request.error = error
+                request.result = request.work(txn, handles.databases)
             commit = txn.id()
             for request in group:
                 request.commit = commit

@@ -174,7 +174,7 @@ def test_init_and_stat(tmp_path: pathlib.Path) -> None:
     assert re.match(r"queue +2 +<1 % +1\.0 kB", lines[1])
     assert re.match(r"sub +queue +2 +0 +0", lines[4])
     found = json.loads(run("stat", config_pth, "--json").stdout)["queue"]
-    assert (found["messages"], found["message_bytes"], found["next_number"]) == (2, 1001, 4)
+    assert (found["messages"], found["message_bytes"], found["next_number"]) == (2, 1001, 3)
     assert found["message_share"] == 2e-6
     assert found["subscribers"][0]["in_flight"] == 0
 

@@ -197,14 +197,19 @@ class Books:
                     if batch.is_sent), sum(len(batch.ids) for batch in mine))
 
     def takeovers_ms(self, subscriber: str) -> List[float]:
-        """List how long it took from each kill until another one had the message, in order."""
-        found = []  # type: List[float]
+        """
+        List how long it took from each kill until another process had the message, in order.
+
+        Of a batch, the first message counts: those behind it wait until somebody is free.
+        """
+        found = {}  # type: Dict[str, float]
         for receipts in self.received[subscriber].values():
             for before, after in zip(receipts, receipts[1:]):
                 index, time_ns = self.killed.get(before.consumer, (after.record, 0))
                 if index < after.record and before.consumer != after.consumer:
-                    found.append((after.time_ns - time_ns) / 1e6)
-        return sorted(found)
+                    taken_ms = (after.time_ns - time_ns) / 1e6
+                    found[before.consumer] = min(taken_ms, found.get(before.consumer, taken_ms))
+        return sorted(found.values())
 
     def again(self) -> int:
         """Count deliveries of what had been delivered before."""

@@ -192,6 +192,8 @@ def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Open the queue, and when told to, be killed in the middle of a read."""
     workers.guard()
     queue = persipubsub.queue.Queue(support.settings(config_pth))
+    # In a forked process it is opened at the first use, and that frees the slots of dead readers.
+    queue.front("sub")
     pipe.send("ready")
     pipe.recv()
 
