@@ -124,7 +124,7 @@ def test_damaged_message_is_found(tmp_path: pathlib.Path) -> None:
     assert content.count(b"some content") >= 1
     path.write_bytes(content.replace(b"some content", b"what content"))
     findings = persipubsub.control.verify(config_pth)["queue"]
-    assert len(findings) == 1 and "message 3 (33 bytes) to have the checksum" in findings[0]
+    assert len(findings) == 1 and "message 2 (33 bytes) to have the checksum" in findings[0]
 
 
 def test_damaged_page_is_found_without_a_crash(tmp_path: pathlib.Path) -> None:

@@ -42,6 +42,7 @@ class Books:
             list))  # type: DefaultDict[str, DefaultDict[str, List[str]]]
         self.killed = {}  # type: Dict[str, Tuple[int, int]]
         self.disturbed = collections.defaultdict(list)  # type: DefaultDict[str, List[int]]
+        self.stopped_ns = []  # type: List[int]
         self.done = set()  # type: Set[Tuple[str, str]]
         self.failed = collections.Counter()  # type: collections.Counter[Tuple[str, str]]
         self.failures = collections.Counter()  # type: collections.Counter[str]
@@ -85,6 +86,7 @@ class Books:
             self.disturbed[fields[0]].append(time_ns)
         elif kind == "stopped":
             self.disturbed[fields[0]].append(time_ns)
+            self.stopped_ns.append(time_ns)
         else:
             self.errors.append(" ".join(fields))
 
@@ -200,16 +202,25 @@ class Books:
         """
         List how long it took from each kill until another process had the message, in order.
 
-        Of a batch, the first message counts: those behind it wait until somebody is free.
+        Of a batch, the first message counts: those behind it wait until somebody is free. There has
+        to be somebody else who was at work all the time, neither killed nor stopped.
         """
-        found = {}  # type: Dict[str, float]
+        found = {}  # type: Dict[str, Tuple[float, int]]
+        working_ns = {}  # type: Dict[str, int]
         for receipts in self.received[subscriber].values():
+            for receipt in receipts:
+                working_ns[receipt.consumer] = min(
+                    receipt.time_ns, working_ns.get(receipt.consumer, receipt.time_ns))
             for before, after in zip(receipts, receipts[1:]):
-                index, time_ns = self.killed.get(before.consumer, (after.record, 0))
-                if index < after.record and before.consumer != after.consumer:
-                    taken_ms = (after.time_ns - time_ns) / 1e6
-                    found[before.consumer] = min(taken_ms, found.get(before.consumer, taken_ms))
-        return sorted(found.values())
+                record, time_ns = self.killed.get(before.consumer, (after.record, 0))
+                if record < after.record and before.consumer != after.consumer:
+                    taken = ((after.time_ns - time_ns) / 1e6, after.time_ns)
+                    found[before.consumer] = min(taken, found.get(before.consumer, taken))
+        never = (0, 1 << 63)
+        return sorted(taken_ms for consumer, (taken_ms, taken_ns) in found.items() if not any(
+            self.killed[consumer][1] < time_ns < taken_ns for time_ns in self.stopped_ns) and any(
+                begin_ns < self.killed[consumer][1] and self.killed.get(other, never)[1] > taken_ns
+                for other, begin_ns in working_ns.items() if other != consumer))
 
     def again(self) -> int:
         """Count deliveries of what had been delivered before."""
