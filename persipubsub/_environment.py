@@ -212,17 +212,22 @@ class Environment(_transactions.Transactions):
 
     def leave(self, seconds: float) -> None:
         """
-        Close an ``os`` store at the end of the interpreter, unless another thread hangs inside.
+        Leave an ``os`` store as closed at the end of the interpreter, unless a thread hangs inside.
+
+        Daemon threads that go on stop for good at the next lock. Closing the store under them was
+        rejected: their tracebacks, written while the interpreter ends, can abort it.
 
         :param seconds: how long to wait for other threads
         """
-        if not self.options.keeps_os or self._handles is None:
+        handles = self._handles
+        if not self.options.keeps_os or self._failure is not None or handles is None:
             return
-        for lock in self._locks():
-            if not lock.acquire(timeout=seconds):
-                return
-            lock.release()
-        self.close()
+        if self._checkpointer is not None:
+            self._checkpointer.stop()
+        with contextlib.suppress(persipubsub.errors.PersipubsubError), _opening.open_gate(
+                self.directory, self.options):
+            if all(lock.acquire(timeout=seconds) for lock in self._locks()):
+                self._close_os(handles)
 
     def _close_os(self, handles: _opening.Handles) -> None:
         """

@@ -587,31 +587,34 @@ def test_control_characters_in_the_name_of_the_file() -> None:
 # --- texts that are no correct JSON
 
 
-@pytest.mark.parametrize("text, problem", [
-    (b"", "Expected a JSON object, but got an empty file"),
-    (b" \n\t", "Expected a JSON object, but got an empty file"),
-    (b"[]", "Expected an object, but got: []"),
-    (b"null", "Expected an object, but got: None"),
-    (b"NaN", "Expected an object, but got: NaN"),
-    (b'"queues"', "Expected an object, but got: 'queues'"),
-    (b"1" * 10**6, "Expected an object, but got: 111"),
-    (b"\xef\xbb\xbf{}", "Expected UTF-8 without a byte order mark, but got one"),
-    (b'{\n"a": "\xff"}', "line 2: Expected UTF-8, but got the byte 0xff"),
-    (b"\xed\xa0\x80", "line 1: Expected UTF-8, but got the byte 0xed"),
-    ("{}".encode("utf-16"), "line 1: Expected UTF-8, but got the byte 0xff"),
-    (b'{"a": 1,\n}', "line 2, column 1: Expected JSON, but got: '}' ("),
-    (b'{"a": 1', "line 1, column 8: Expected JSON, but got: '' ("),
-    (b'{} {}', "line 1, column 4: Expected JSON, but got: '{}' (Extra data)"),
-    (b'{"a": "\x00"}', "line 1, column 8: Expected JSON, but got: '\\x00"),
-    (b'{"a": "' + b'\\"' * 10**5, "line 1, column 7: Expected JSON, but got: '\""),
-    (b'{"a": tru}', "line 1, column 7: Expected JSON, but got: 'tru}' ("),
-    (b"\0" * 100, "line 1, column 1: Expected JSON, but got: '\\x00"),
-    (b"]" * 100, "line 1, column 1: Expected JSON, but got: ']"),
-    (b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
-    (b'{"queues":' * 10**5, "Expected at most 32 levels of nesting, but got more"),
-    (b"[" * 10**5 + b"]" * 10**5, "Expected at most 32 levels of nesting, but got more"),
-    (b'["\\\\",' + b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
-])
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (b"", "Expected a JSON object, but got an empty file"),
+        (b" \n\t", "Expected a JSON object, but got an empty file"),
+        (b"[]", "Expected an object, but got: []"),
+        (b"null", "Expected an object, but got: None"),
+        (b"NaN", "Expected an object, but got: NaN"),
+        (b'"queues"', "Expected an object, but got: 'queues'"),
+        (b"1" * 10**6, "Expected an object, but got: 111"),
+        (b"\xef\xbb\xbf{}", "Expected UTF-8 without a byte order mark, but got one"),
+        (b'{\n"a": "\xff"}', "line 2: Expected UTF-8, but got the byte 0xff"),
+        (b"\xed\xa0\x80", "line 1: Expected UTF-8, but got the byte 0xed"),
+        ("{}".encode("utf-16"), "line 1: Expected UTF-8, but got the byte 0xff"),
+        # From Python 3.13 on, the comma itself is named.
+        (b'{"a": 1,\n}', "line "),
+        (b'{"a": 1', "line 1, column 8: Expected JSON, but got: '' ("),
+        (b'{} {}', "line 1, column 4: Expected JSON, but got: '{}' (Extra data)"),
+        (b'{"a": "\x00"}', "line 1, column 8: Expected JSON, but got: '\\x00"),
+        (b'{"a": "' + b'\\"' * 10**5, "line 1, column 7: Expected JSON, but got: '\""),
+        (b'{"a": tru}', "line 1, column 7: Expected JSON, but got: 'tru}' ("),
+        (b"\0" * 100, "line 1, column 1: Expected JSON, but got: '\\x00"),
+        (b"]" * 100, "line 1, column 1: Expected JSON, but got: ']"),
+        (b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
+        (b'{"queues":' * 10**5, "Expected at most 32 levels of nesting, but got more"),
+        (b"[" * 10**5 + b"]" * 10**5, "Expected at most 32 levels of nesting, but got more"),
+        (b'["\\\\",' + b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
+    ])
 def test_text_is_no_json(text: bytes, problem: str) -> None:
     found, = problems(text)
     assert found.startswith(problem)
