@@ -96,6 +96,7 @@ setuptools.setup(
             "pydocstyle>=6.3",
             "pylint>=3.3",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "tox>=4.20",
             "twine>=6.1",
             "types-protobuf",

@@ -164,7 +164,7 @@ def test_subclass_of_bytes_comes_back_as_bytes(config_pth: pathlib.Path,
 WRONG = ["text", 5, 5.0, None, True, [b"bytes"], (b"bytes", ), {}, object(), Bytes]
 
 
-@pytest.mark.parametrize("message", WRONG, ids=repr)
+@pytest.mark.parametrize("message", WRONG, ids=lambda message: type(message).__name__)
 @pytest.mark.parametrize("autosync", [False, True])
 def test_anything_else_is_a_type_error(config_pth: pathlib.Path, message: Any,
                                        autosync: bool) -> None:
@@ -182,7 +182,7 @@ def test_anything_else_is_a_type_error(config_pth: pathlib.Path, message: Any,
 
 @pytest.mark.parametrize(
     "messages",
-    [b"bytes", bytearray(b"b"), memoryview(b"b"), "text", 5, None], ids=repr)
+    [b"bytes", bytearray(b"b"), memoryview(b"b"), "text", 5, None], ids=lambda messages: type(messages).__name__)
 def test_what_is_no_list_of_messages(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
                                      messages: Any) -> None:
     with pytest.raises(TypeError):

@@ -1,6 +1,7 @@
 """Record a queue at work, cut its power at many places, and look at what is left."""
 
 import dataclasses
+import faulthandler
 import json
 import logging
 import os
@@ -507,6 +508,8 @@ def survey(recording: Recording,
 
     def run(pipe: support.Connection) -> None:
         logging.getLogger("persipubsub").setLevel(logging.CRITICAL)
+        # Without a protection an image may crash the process; the parent reports it.
+        faulthandler.disable()
         refused = []  # type: List[str]
         faults = []  # type: List[str]
         done = 0
