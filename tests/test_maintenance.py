@@ -16,7 +16,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _alone, _files, _opening
+from persipubsub import _alone, _checkpoint, _files, _opening
 from tests import support
 
 BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
