@@ -228,7 +228,8 @@ class Transactions:
         try:
             is_locked = lock.acquire(blocking=False) or lock.acquire(
                 timeout=self.options.busy_timeout_secs)
-            if is_locked and not request.done:
+            # More than once if so many others were before us that our work was not in the group.
+            while is_locked and not request.done:
                 self._commit_group(request)
         finally:
             try:

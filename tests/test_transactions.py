@@ -1,0 +1,46 @@
+"""Test how works of several threads share transactions; see also test_environment.py."""
+
+import pathlib
+import threading
+from typing import List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.publisher
+from persipubsub import _transactions
+from tests import support
+
+THREADS = 8
+
+
+@pytest.mark.parametrize("largest", [1, 3, 512])
+def test_group_smaller_than_the_crowd(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+                                      largest: int) -> None:
+    """A thread that leads a group in which its own work has no place goes on until it is done."""
+    monkeypatch.setattr(_transactions, "_LARGEST_GROUP", largest)
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    failed = []  # type: List[BaseException]
+    barrier = threading.Barrier(THREADS)
+
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+
+        def send() -> None:
+            try:
+                barrier.wait(support.HANG_SECS)
+                for _ in range(40):
+                    pub.send(b"message")
+            except BaseException as error:  # pylint: disable=broad-exception-caught
+                failed.append(error)
+
+        threads = [threading.Thread(target=send) for _ in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * support.HANG_SECS)
+            assert not thread.is_alive()
+        assert not failed
+    figures = persipubsub.control.statistics(config_pth)["queue"]
+    assert figures.messages == 40 * THREADS
