@@ -195,7 +195,7 @@ def _check_build(overwrite: bool) -> bool:
             found = set(wheel.namelist())
         expected = {
             pth.relative_to(source).as_posix()
-            for pth in (source / _PACKAGE).iterdir() if pth.suffix in (".py", ".typed")
+            for pth in (source / _PACKAGE).rglob("*") if pth.suffix in (".py", ".typed")
         }
         packed = {name for name in found if ".dist-info/" not in name}
         if packed != expected:

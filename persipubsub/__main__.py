@@ -19,8 +19,8 @@ def main() -> int:
               file=sys.stderr)
         return 1
     try:
-        import persipubsub.cli  # pylint: disable=import-outside-toplevel
-        return persipubsub.cli.main()
+        import persipubsub.cli.commands  # pylint: disable=import-outside-toplevel
+        return persipubsub.cli.commands.main()
     except KeyboardInterrupt:
         # While it was still being loaded.
         print("persipubsub: interrupted", file=sys.stderr)

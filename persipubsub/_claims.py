@@ -17,7 +17,6 @@ them at once without unlocking. Claims which it inherited are dead. All are clos
 
 **A deleted file.** Who opens a file that was made anew locks other bytes than those who opened it
 before. Only opening one more descriptor notices that; to look on each claim would double its cost.
-Delete a claims file only while no process uses the queue.
 
 **Systems without such locks** (macOS) fall back to POSIX record locks, which belong to a process as
 a whole: a table in memory keeps its claims apart. The kernel drops all those of a process on a file
@@ -38,7 +37,8 @@ import threading
 import weakref
 from typing import Deque, Dict, Final, List, Optional, Tuple
 
-from persipubsub import _files, errors
+from persipubsub import errors
+from persipubsub.environment import _files
 
 # 2**15 subscribers times 2**48 numbers fill exactly the non-negative offsets of a file.
 _NUMBER_BITS: Final = 48
@@ -212,8 +212,8 @@ class _TableHolder(_Holder):
 
 _instances: "weakref.WeakSet[Claims]" = weakref.WeakSet()
 
-# Guards opening a descriptor together with registering it, so that no fork falls between the two,
-# and _shared_files. No lock is taken inside. Re-entrant: a signal handler may fork.
+# Guards opening a descriptor together with registering it (no fork falls between the two), and
+# _shared_files. No lock is taken inside. Re-entrant: a signal handler may fork.
 _opening: Final = threading.RLock()
 _shared_files: Dict[Tuple[int, int], _SharedFile] = {}
 

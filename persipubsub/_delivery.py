@@ -13,7 +13,9 @@ import time
 from typing import Callable, Final, List, Optional, Tuple
 
 import persipubsub.errors
-from persipubsub import _claims, _environment, _pending, _positions, _wakeup
+from persipubsub import _claims, _wakeup
+from persipubsub.environment import _environment
+from persipubsub.store import _pending, _positions
 
 #: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may
 #: die between its commit and its ring.
@@ -67,11 +69,19 @@ class Lease:
         finally:
             self._claim.release()
 
-    def give_back(self) -> None:
-        """Leave the messages where they were; they are delivered again, perhaps to another."""
+    def give_back(self, error: Optional[BaseException] = None) -> None:
+        """
+        Leave the messages where they were; they are delivered again, perhaps to another.
+
+        :param error: why; None if they were not worked on
+        """
+        del error
         self._claim.release()
         if self._process_id == os.getpid():
             self._consumer.count_failure(len(self.numbers))
+
+    def touch(self) -> None:
+        """Do nothing: the kernel knows that this process is alive, however long it works."""
 
 
 class Consumer:

@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Dict, Final, Sequence
 
-from persipubsub import _retention
+from persipubsub.store import _retention
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 

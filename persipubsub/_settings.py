@@ -4,7 +4,8 @@ from typing import NamedTuple, Sequence
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _blocks, _opening
+from persipubsub.environment import _opening
+from persipubsub.store import _blocks
 
 
 class Settings(NamedTuple):
@@ -29,14 +30,8 @@ class Settings(NamedTuple):
         :param config: that describes the queue
         :param queue_key: of the queue in ``queues``
         :return: its settings
-        :raise ConfigError: if its path has a scheme that this version does not know
         """
         queue = config.queues[queue_key]
-        scheme, separator, _ = queue.path.partition("://")
-        if separator:
-            raise persipubsub.errors.ConfigError(
-                "{}: queues.{}.path: Expected a path to a directory, but got: the unknown scheme "
-                "{!r} in {!r}".format(config.path, queue_key, scheme, queue.path))
         mark = queue.high_water_mark
         return cls(path=config.queue_path(queue_key),
                    max_bytes=queue.max_db_size_bytes,

@@ -45,7 +45,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional
 
 import persipubsub.errors
-from persipubsub import _files
+from persipubsub.environment import _files
 
 __all__ = ["Bell", "Ticket", "dispatch"]
 

@@ -8,6 +8,7 @@ subscribers are running. Those that need a queue for themselves say so: they rai
 The command ``persipubsub`` is a thin face of this module.
 """
 
+import contextlib
 import os
 import types
 from typing import Callable, Iterator, List, Mapping, Optional, Tuple, TypeVar, Union
@@ -17,10 +18,11 @@ import icontract
 import persipubsub.config
 import persipubsub.queue
 import persipubsub.statistics
-from persipubsub import _alone, _looking, _upkeep
-from persipubsub._alone import Sizes
-from persipubsub._looking import Message
+from persipubsub import _engines
 from persipubsub._progress import Progress
+from persipubsub.maintenance import _alone, _looking, _upkeep
+from persipubsub.maintenance._alone import Sizes
+from persipubsub.maintenance._looking import Message
 
 __all__ = [
     "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "verify",
@@ -33,20 +35,35 @@ ConfigPath = Union[str, os.PathLike[str]]
 ResultT = TypeVar("ResultT")
 
 
-def _settings(config_pth: ConfigPath,
-              queue_key: Optional[str]) -> Mapping[str, persipubsub.queue.Settings]:
+def _select(config_pth: ConfigPath,
+            queue_key: Optional[str]) -> Tuple[persipubsub.config.Config, List[str]]:
     """
-    Read what is to be known of queues.
+    Read a configuration file and choose queues.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given
-    :return: settings by key
+    :return: configuration, keys of the queues
     :raise ConfigError: if the file is wrong, or has no such queue
     """
     config = persipubsub.config.read(config_pth)
     if queue_key is not None:
         config.queue_path(queue_key)
-    keys = list(config.queues) if queue_key is None else [queue_key]
+    return config, list(config.queues) if queue_key is None else [queue_key]
+
+
+def _settings(config_pth: ConfigPath,
+              queue_key: Optional[str]) -> Mapping[str, persipubsub.queue.Settings]:
+    """
+    Read what is to be known of queues that are directories of this machine.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: settings by key
+    :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
+    """
+    config, keys = _select(config_pth, queue_key)
+    for key in keys:
+        _engines.engine_of(config, key)
     return {key: persipubsub.queue.Settings.of(config, key) for key in keys}
 
 
@@ -63,7 +80,7 @@ def _one(config_pth: ConfigPath, queue_key: str) -> persipubsub.queue.Settings:
 
 
 def _for_each(config_pth: ConfigPath, queue_key: Optional[str],
-              work: Callable[[persipubsub.queue.Queue], ResultT]) -> Mapping[str, ResultT]:
+              work: Callable[[_engines.Queue], ResultT]) -> Mapping[str, ResultT]:
     """
     Open queues, one after the other, and do something with each.
 
@@ -72,9 +89,10 @@ def _for_each(config_pth: ConfigPath, queue_key: Optional[str],
     :param work: to be done
     :return: what came of it, by key
     """
+    config, keys = _select(config_pth, queue_key)
     results = {}
-    for key, settings in _settings(config_pth, queue_key).items():
-        with persipubsub.queue.Queue(settings) as queue:
+    for key in keys:
+        with contextlib.closing(_engines.engine_of(config, key).open_queue(config, key)) as queue:
             results[key] = work(queue)
     return types.MappingProxyType(results)
 
@@ -93,9 +111,9 @@ def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) 
     :raise FormatError: if the directory of a queue holds something else
     :raise AccessError: if a directory may not be created or written to
     """
-    config = persipubsub.config.read(config_pth)
-    for key, settings in _settings(config_pth, queue_key).items():
-        persipubsub.queue.Queue.ensure(settings, subscribers=config.queues[key].subscribers)
+    config, keys = _select(config_pth, queue_key)
+    for key in keys:
+        _engines.engine_of(config, key).ensure_queue(config, key)
 
 
 def prune_dangling_messages(config_pth: ConfigPath,

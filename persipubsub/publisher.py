@@ -5,7 +5,7 @@ from typing import Optional, Sequence, Tuple, Union
 
 import persipubsub.config
 import persipubsub.errors
-import persipubsub.queue
+from persipubsub import _engines
 
 __all__ = ["Pub"]
 
@@ -41,7 +41,7 @@ class Pub:
 
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
-        self._queue = None  # type: Optional[persipubsub.queue.Queue]
+        self._queue = None  # type: Optional[_engines.Queue]
         self._audience = None  # type: Optional[Tuple[str, ...]]
         self._autosync = False
 
@@ -63,7 +63,8 @@ class Pub:
         config = persipubsub.config.read(config_pth)
         publisher = config.publisher(pub_id)
         everybody = set(config.queues[publisher.out_queue].subscribers)
-        queue = persipubsub.queue.Queue(persipubsub.queue.Settings.of(config, publisher.out_queue))
+        engine = _engines.engine_of(config, publisher.out_queue)
+        queue = engine.open_queue(config, publisher.out_queue)
         try:
             queue.require_subscribers(publisher.subscribers)
         except BaseException:
@@ -132,7 +133,7 @@ class Pub:
         messages = [_to_bytes(msg) for msg in msgs]
         if self._autosync:
             for message in messages:
-                queue.settings.check_size((message, ))
+                queue.check_sizes((message, ))
             for message in messages:
                 queue.put((message, ), self._audience)
         elif messages:

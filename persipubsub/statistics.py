@@ -6,8 +6,10 @@ from typing import List, Optional, Tuple
 
 import lmdb
 
-from persipubsub import _environment, _files, _in_flight, _layout, _log, _positions, _settings
-from persipubsub._opening import Databases
+from persipubsub import _in_flight, _settings
+from persipubsub.environment import _environment, _files
+from persipubsub.store import _layout, _log, _positions
+from persipubsub.store._databases import Databases
 
 __all__ = ["QueueStatistics", "SubscriberStatistics", "collect"]
 

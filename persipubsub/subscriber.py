@@ -6,8 +6,7 @@ from typing import Final, List, Optional, Tuple, Type, Union
 
 import persipubsub.config
 import persipubsub.errors
-import persipubsub.queue
-from persipubsub import _delivery
+from persipubsub import _engines
 
 __all__ = ["BatchReceipt", "Receipt", "Sub"]
 
@@ -21,7 +20,7 @@ class _Taking:
     __slots__ = ("_consumer", "_timeout", "_pause", "_max_messages", "_lease")
 
     def __init__(self,
-                 consumer: _delivery.Consumer,
+                 consumer: _engines.Consumer,
                  timeout: Optional[float],
                  pause: float,
                  max_messages: int = 1) -> None:
@@ -37,9 +36,9 @@ class _Taking:
         self._timeout = timeout
         self._pause = pause
         self._max_messages = max_messages
-        self._lease = None  # type: Optional[_delivery.Lease]
+        self._lease = None  # type: Optional[_engines.Lease]
 
-    def _take(self) -> Optional[_delivery.Lease]:
+    def _take(self) -> Optional[_engines.Lease]:
         """
         Wait for messages.
 
@@ -57,7 +56,7 @@ class _Taking:
         if kind is None:
             lease.acknowledge()
         else:
-            lease.give_back()
+            lease.give_back(error)
 
 
 class Receipt(_Taking):
@@ -135,8 +134,8 @@ class Sub:
 
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
-        self._queue = None  # type: Optional[persipubsub.queue.Queue]
-        self._consumer = None  # type: Optional[_delivery.Consumer]
+        self._queue = None  # type: Optional[_engines.Queue]
+        self._consumer = None  # type: Optional[_engines.Consumer]
         self._sub_id = ""
 
     def init(self, sub_id: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
@@ -152,7 +151,8 @@ class Sub:
         """
         config = persipubsub.config.read(config_pth)
         subscriber = config.subscriber(sub_id)
-        queue = persipubsub.queue.Queue(persipubsub.queue.Settings.of(config, subscriber.in_queue))
+        queue = _engines.engine_of(config,
+                                   subscriber.in_queue).open_queue(config, subscriber.in_queue)
         try:
             consumer = queue.consumer(sub_id)
         except BaseException:
@@ -226,7 +226,7 @@ class Sub:
         return BatchReceipt(*self._prepare(timeout, retries), max_msgs)
 
     def _prepare(self, timeout: Optional[float],
-                 retries: int) -> "Tuple[_delivery.Consumer, Optional[float], float]":
+                 retries: int) -> "Tuple[_engines.Consumer, Optional[float], float]":
         """
         Check the arguments of a receipt.
 

@@ -20,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _blocks, _delivery
+from persipubsub import _delivery
+from persipubsub.store import _blocks
 from tests import stores
 from tests.queue_twin import Twin
 

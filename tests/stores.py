@@ -7,8 +7,8 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 import lmdb
 
 import persipubsub.queue
-from persipubsub import _layout, _log, _positions
-from persipubsub._opening import Databases
+from persipubsub.store import _layout, _log, _positions
+from persipubsub.store._databases import Databases
 from tests import support
 
 #: An injected clock begins here.

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 import types
-from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeAlias
+from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeAlias, Union
 
 import persipubsub.config
+import persipubsub.publisher
 import persipubsub.queue
+import persipubsub.subscriber
 
 #: Catches hangs: nothing that a test waits for takes a tenth of it.
 HANG_SECS = 60.0
@@ -74,6 +76,15 @@ def settings(config_pth: pathlib.Path) -> persipubsub.queue.Settings:
     :return: settings of its queue
     """
     return persipubsub.queue.Settings.of(persipubsub.config.read(config_pth), "queue")
+
+
+def queue_of(
+    user: Union[persipubsub.publisher.Pub,
+                persipubsub.subscriber.Sub], ) -> persipubsub.queue.Queue:
+    """Return the queue on this machine that a publisher or a subscriber has open."""
+    queue = user._queue  # pylint: disable=protected-access
+    assert isinstance(queue, persipubsub.queue.Queue)
+    return queue
 
 
 def snapshot(directory: pathlib.Path) -> Dict[str, bytes]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 import persipubsub.errors
-from persipubsub import _blocks
+from persipubsub.store import _blocks
 
 MESSAGES = st.lists(st.binary(max_size=40), min_size=1, max_size=8)
 

@@ -13,8 +13,8 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _blocks, _layout, _log, _positions
-from persipubsub._opening import Databases
+from persipubsub.store import _blocks, _layout, _log, _positions
+from persipubsub.store._databases import Databases
 from tests import stores
 
 if typing.TYPE_CHECKING:

@@ -18,7 +18,8 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _checkpoint, _files
+from persipubsub.environment import _checkpoint, _files
+from persipubsub.store import _clock
 from tests import support
 from tests.faults import disk, tracing
 
@@ -99,7 +100,7 @@ def after_power_failure(config_pth: pathlib.Path) -> List[bytes]:
         data.write_bytes(data.read_bytes()[:8192] + bytes(data.stat().st_size - 8192))
 
     def run(pipe: support.Connection) -> None:
-        setattr(_files, "boot_id", lambda: b"the boot after it")
+        setattr(_clock, "boot_id", lambda: b"the boot after it")
         with opened(config_pth) as queue:
             findings = queue.check()
             pipe.send(findings or take_all(queue))
@@ -121,7 +122,7 @@ def test_open_queue_has_a_checkpoint_before_anything_is_sent(config_pth: pathlib
     (directory / _files.CHECKPOINT).unlink()
     with opened(config_pth) as queue:
         assert (directory / _files.CHECKPOINT).exists()
-        assert (directory / _files.RUNNING).read_bytes() == _files.boot_id()
+        assert (directory / _files.RUNNING).read_bytes() == _clock.boot_id()
         assert covered(queue) == last_transaction(queue)
 
 

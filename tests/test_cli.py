@@ -22,7 +22,7 @@ import click.testing
 import pytest
 
 import persipubsub
-import persipubsub.cli
+import persipubsub.cli.commands
 import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
@@ -31,7 +31,7 @@ from tests import support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-COMMANDS: Mapping[str, click.Command] = persipubsub.cli.commands.commands
+COMMANDS: Mapping[str, click.Command] = persipubsub.cli.commands.commands.commands
 
 #: Commands with what they need behind the configuration file.
 ARGUMENTS: Dict[str, List[str]] = {
@@ -96,7 +96,7 @@ def lag(config_pth: pathlib.Path) -> int:
 def test_every_command_has_help_with_an_example() -> None:
     runner = click.testing.CliRunner()
     for name, command in COMMANDS.items():
-        result = runner.invoke(persipubsub.cli.commands, [name, "--help"])
+        result = runner.invoke(persipubsub.cli.commands.commands, [name, "--help"])
         assert result.exit_code == 0
         assert re.search(r"\n  Examples?:\n      .*persipubsub {} ".format(name),
                          result.output), name
@@ -582,7 +582,7 @@ def test_metrics_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
 
 def outcome(capfd: pytest.CaptureFixture[str], *arguments: object) -> int:
     """Run a command in this process: one line on stderr, no traceback, nothing on stdout."""
-    code = persipubsub.cli.main([str(argument) for argument in arguments])
+    code = persipubsub.cli.commands.main([str(argument) for argument in arguments])
     out, err = capfd.readouterr()
     assert out == "", arguments
     assert err and "Traceback" not in err, arguments
@@ -667,7 +667,7 @@ def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[
                            arguments: List[str]) -> None:
     config_pth = make(tmp_path)
     if arguments[:2] == ["send", "pub"]:
-        code = persipubsub.cli.main([arguments[0], str(config_pth), *arguments[1:]])
+        code = persipubsub.cli.commands.main([arguments[0], str(config_pth), *arguments[1:]])
         err = capfd.readouterr().err.splitlines()
         assert (code, err[0], len(err)) == (1, "0 messages sent", 2)
         return

@@ -66,8 +66,7 @@ _COSTS: Final = {
 
 
 def last_transaction(sub: persipubsub.subscriber.Sub) -> int:
-    assert sub._queue is not None
-    return int(sub._queue._environment._open_handles().environment.info()["last_txnid"])
+    return int(support.queue_of(sub)._environment._open_handles().environment.info()["last_txnid"])
 
 
 def send_and_receive(config_pth: pathlib.Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _delivery, _layout, _log
+from persipubsub import _delivery
+from persipubsub.store import _layout, _log
 from tests import stores, support
 
 

@@ -21,7 +21,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _environment, _gate, _registry
+from persipubsub.environment import _environment, _gate, _registry
 from tests import support
 
 INTERRUPTS = int(os.environ.get("PERSIPUBSUB_INTERRUPTS", "150"))

@@ -20,7 +20,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _environment, _opening
+from persipubsub.environment import _environment, _opening
 from tests import support
 
 
@@ -291,7 +291,7 @@ def test_messages_say_what_was_expected_and_what_was_found(tmp_path: pathlib.Pat
     texts = []  # type: List[str]
     package = pathlib.Path(persipubsub.errors.__file__).parent
     pattern = re.compile(r"errors\.\w+Error\(\s*((?:\"[^\"]*\"\s*)+)")
-    for path in sorted(package.glob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         for match in pattern.finditer(path.read_text("utf-8")):
             texts.append("".join(re.findall(r"\"([^\"]*)\"", match.group(1))))
     assert len(texts) > 20

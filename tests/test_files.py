@@ -18,7 +18,8 @@ import lmdb
 import pytest
 
 import persipubsub.errors
-from persipubsub import _files
+from persipubsub.environment import _files
+from persipubsub.store import _clock
 from tests import support
 
 
@@ -111,7 +112,7 @@ def test_writing_removing_and_making_are_flushed(tmp_path: pathlib.Path) -> None
     trace = tmp_path / "trace"
     done = support.run_python("""if True:
         import sys
-        from persipubsub import _files
+        from persipubsub.environment import _files
         _files.make_directories(sys.argv[1] + "/one/two")
         _files.write_durably(sys.argv[1] + "/one/two/running", b"content")
         _files.remove_durably(sys.argv[1] + "/one/two/running")
@@ -331,7 +332,7 @@ def test_verify_finds_a_damaged_page(tmp_path: pathlib.Path) -> None:
 
 
 def test_boot_and_clock() -> None:
-    assert len(_files.boot_id()) == 16
-    assert _files.boot_id() == _files.boot_id()
-    ticks = [_files.ticks_ns() for _ in range(1000)]
+    assert len(_clock.boot_id()) == 16
+    assert _clock.boot_id() == _clock.boot_id()
+    ticks = [_clock.ticks_ns() for _ in range(1000)]
     assert ticks == sorted(ticks)

@@ -16,7 +16,7 @@ import time
 import pytest
 
 import persipubsub.errors
-from persipubsub import _gate
+from persipubsub.environment import _gate
 from tests import support
 
 
@@ -151,7 +151,8 @@ def test_who_waits_gets_its_turn(gate_path: str) -> None:
 def test_full_disk_kills_nobody(tmp_path: pathlib.Path) -> None:
     code = """if True:
         import errno, fcntl, os, subprocess, sys, time
-        from persipubsub import _gate, errors
+        from persipubsub import errors
+        from persipubsub.environment import _gate
         directory = sys.argv[1]
         for name in ("there.lock", "new.lock"):
             subprocess.check_call(["mount", "-t", "tmpfs", "-o", "size=64k", "none", directory])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 import persipubsub.errors
-from persipubsub import _layout
+from persipubsub.store import _layout
 
 NUMBERS = st.integers(min_value=0, max_value=_layout.MAX_NUMBER)
 

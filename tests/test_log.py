@@ -12,7 +12,7 @@ import lmdb
 import pytest
 from hypothesis import example, given
 
-from persipubsub import _blocks, _layout, _log
+from persipubsub.store import _blocks, _layout, _log
 from tests import stores
 
 AUDIENCES = st.integers(min_value=0, max_value=3)

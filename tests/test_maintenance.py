@@ -16,7 +16,8 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _alone, _files, _opening
+from persipubsub.environment import _files, _opening
+from persipubsub.maintenance import _alone
 from tests import support
 
 BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
@@ -582,8 +583,7 @@ def test_look_at_an_os_queue_in_use_copies_nothing(tmp_path: pathlib.Path) -> No
             pub.init(pub_id="pub", config_pth=config_pth)
             pub.send(b"x")
             # Whatever the background thread finds from here on is in this one.
-            queue = pub._queue
-            assert queue is not None
+            queue = support.queue_of(pub)
             support.until(queue._environment._write_checkpoint, "the checkpoint of what was sent")
             pipe.send("sent")
             pipe.recv()

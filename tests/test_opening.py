@@ -22,7 +22,8 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _files, _layout, _opening
+from persipubsub.environment import _files, _opening
+from persipubsub.store import _clock, _layout
 from tests import support
 
 PAGE = 4096
@@ -518,10 +519,10 @@ def test_last_user_takes_the_mark_away(tmp_path: pathlib.Path) -> None:
     assert not mark_of(tmp_path).exists()
     with support.Child(opener, config_pth) as first, support.Child(opener, config_pth) as second:
         assert (first.get(), second.get()) == ("open", "open")
-        assert mark_of(tmp_path).read_bytes() == _files.boot_id()
+        assert mark_of(tmp_path).read_bytes() == _clock.boot_id()
         first.pipe.send("close")
         assert first.get() == "closed"
-        assert mark_of(tmp_path).read_bytes() == _files.boot_id()
+        assert mark_of(tmp_path).read_bytes() == _clock.boot_id()
         with persipubsub.publisher.Pub() as pub:
             pub.init(pub_id="pub", config_pth=config_pth)
             second.pipe.send("close")
@@ -623,7 +624,7 @@ def test_mark_of_this_boot_needs_no_check(tmp_path: pathlib.Path) -> None:
         assert child.get() == "open"
         child.kill(9)
         child.end(-9)
-    assert mark_of(tmp_path).read_bytes() == _files.boot_id()
+    assert mark_of(tmp_path).read_bytes() == _clock.boot_id()
     send(config_pth, b"message")
     assert receive_all(config_pth) == [b"message"]
     assert not mark_of(tmp_path).exists()
@@ -756,7 +757,7 @@ def test_full_disk_kills_nobody(tmp_path: pathlib.Path, deleted: str) -> None:
     code = """if True:
         import errno, os, pathlib, subprocess, sys
         import persipubsub.control, persipubsub.errors
-        from persipubsub import _registry
+        from persipubsub.environment import _registry
         from tests import support, test_opening
 
         directory = pathlib.Path(sys.argv[1])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 
 import persipubsub.errors
-from persipubsub import _blocks, _header, _layout, _log, _positions
+from persipubsub.store import _blocks, _header, _layout, _log, _positions
 from tests import stores
 
 SPANS = st.lists(st.tuples(st.integers(min_value=1, max_value=30),

@@ -182,7 +182,8 @@ def test_anything_else_is_a_type_error(config_pth: pathlib.Path, message: Any,
 
 @pytest.mark.parametrize(
     "messages",
-    [b"bytes", bytearray(b"b"), memoryview(b"b"), "text", 5, None], ids=lambda messages: type(messages).__name__)
+    [b"bytes", bytearray(b"b"), memoryview(b"b"), "text", 5, None],
+    ids=lambda messages: type(messages).__name__)
 def test_what_is_no_list_of_messages(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
                                      messages: Any) -> None:
     with pytest.raises(TypeError):
@@ -220,9 +221,7 @@ def test_changed_buffer_changes_nothing(config_pth: pathlib.Path,
 
 
 def last_transaction(pub: persipubsub.publisher.Pub) -> int:
-    queue = pub._queue
-    assert queue is not None
-    handles = queue._environment._handles
+    handles = support.queue_of(pub)._environment._handles
     assert handles is not None
     return int(handles.environment.info()["last_txnid"])
 

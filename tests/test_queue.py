@@ -13,7 +13,8 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _blocks
+from persipubsub import _putting
+from persipubsub.store import _blocks
 from tests import stores, support
 
 MEGABYTE = 1000000
@@ -149,10 +150,10 @@ def test_later_subscriber_is_not_in_an_audience(tmp_path: pathlib.Path) -> None:
 def test_failed_send_leaves_no_audience_to_be_mixed_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, subscribers=["a", "b"]) as queue, \
             persipubsub.queue.Queue(queue.settings) as other:
-        put = persipubsub.queue._Put(_blocks.encode_batches([b"lost"]), ("a", ))
+        put = _putting._Put(_blocks.encode_batches([b"lost"]), ("a", ))
 
         def fail(txn, databases):  # type: ignore[no-untyped-def]
-            queue._put(txn, databases, put)
+            queue._putter._put(txn, databases, put)
             raise lmdb.MapFullError("as if the map were full")
 
         with pytest.raises(persipubsub.errors.DiskFullError):

@@ -13,7 +13,8 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _blocks, _log, _positions
+from persipubsub import _putting
+from persipubsub.store import _blocks, _log, _positions
 from tests import stores, support
 
 
@@ -245,17 +246,18 @@ def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) 
             queue.put([b"%06d" % index + bytes(size - 6)])
             assert queue.statistics().messages >= 1
         assert stores.take_all(queue)[-1].startswith(b"000059")
-        # The map may grow a little so that it can be tidied up; see persipubsub._environment.
+        # The map may grow a little so that it can be tidied up; see _transactions.
         assert queue.statistics().file_bytes < limit + (1 << 26)
 
 
 def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = persipubsub.queue._Put(_blocks.encode_batches([bytes(900)]), None)
+        put = _putting._Put(_blocks.encode_batches([bytes(900)]), None)
         count = 0
         with pytest.raises(persipubsub.errors.DiskFullError, match="max_db_size_bytes"):
             while True:
-                queue._environment.write(lambda txn, databases: queue._put(txn, databases, put))
+                queue._environment.write(
+                    lambda txn, databases: queue._putter._put(txn, databases, put))
                 count += 1
         assert queue.statistics().messages == count > 600
         assert [len(stores.take(queue) or b"") for _ in range(20)] == [900] * 20
@@ -270,10 +272,11 @@ def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None
 
 def test_full_map_is_cleared(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = persipubsub.queue._Put(_blocks.encode_batches([bytes(900)]), None)
+        put = _putting._Put(_blocks.encode_batches([bytes(900)]), None)
         with pytest.raises(persipubsub.errors.DiskFullError):
             while True:
-                queue._environment.write(lambda txn, databases: queue._put(txn, databases, put))
+                queue._environment.write(
+                    lambda txn, databases: queue._putter._put(txn, databases, put))
         assert queue.clear() > 600
         queue.put([bytes(300000)])
         assert [len(message) for message in stores.take_all(queue)] == [300000]

@@ -23,7 +23,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _registry
+from persipubsub.environment import _registry
 from tests import support
 
 FORKS = int(os.environ.get("PERSIPUBSUB_FORKS", "100"))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 
 import persipubsub.queue
-from persipubsub import _log, _retention
+from persipubsub.store import _log, _retention
 from tests import stores
 
 

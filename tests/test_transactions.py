@@ -8,7 +8,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.publisher
-from persipubsub import _transactions
+from persipubsub.environment import _transactions
 from tests import support
 
 THREADS = 8

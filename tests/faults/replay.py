@@ -18,7 +18,8 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _checkpoint, _files
+from persipubsub.environment import _checkpoint, _files
+from persipubsub.store import _clock
 from tests import support
 from tests.faults import disk, tracing
 
@@ -94,9 +95,7 @@ class _Worker:
 
     def queue(self) -> persipubsub.queue.Queue:
         """Return the open queue."""
-        queue = self.pub._queue  # pylint: disable=protected-access
-        assert queue is not None
-        return queue
+        return support.queue_of(self.pub)
 
     def open(self) -> None:
         """Open the queue."""
@@ -184,7 +183,7 @@ class _Worker:
 def new_boot(number: int) -> None:
     """Let this process believe that the machine has just been started."""
     started = time.monotonic_ns()
-    setattr(_files, "boot_id", lambda: b"boot %11d" % number)
+    setattr(_clock, "boot_id", lambda: b"boot %11d" % number)
     setattr(_files, "ticks_ns", lambda: time.monotonic_ns() - started + 10**9)
 
 

@@ -20,7 +20,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _files
+from persipubsub.environment import _files
 from tests import support
 from tests.faults import tracing
 
@@ -127,8 +127,7 @@ class Users:
 
     def check(self) -> List[str]:
         """Check the store."""
-        assert self.pub._queue is not None
-        return self.pub._queue.check()
+        return support.queue_of(self.pub).check()
 
 
 # Small disks
@@ -146,8 +145,8 @@ def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
     filler.fill()
     received = []  # type: List[Optional[int]]
     reserve = directory / "queue" / _files.RESERVE
-    assert reserve.exists() and users.pub._queue is not None
-    environment = users.pub._queue._environment
+    assert reserve.exists()
+    environment = support.queue_of(users.pub)._environment
     # A backup, say: as long as it reads, no page is free and the file has to grow.
     with environment._open_handles().environment.begin():
         received.extend(users.receive() for _ in range(3))

@@ -24,7 +24,7 @@ import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub import _files
+from persipubsub.environment import _files
 from tests import support
 from tests.faults import tracing
 

@@ -19,7 +19,8 @@ import pytest
 import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
-from persipubsub import _environment, _files, _header, _opening
+from persipubsub.environment import _environment, _files, _opening
+from persipubsub.store import _header
 from tests import support
 from tests.faults import replay, tracing
 

@@ -149,10 +149,8 @@ def die_before_the_ring(pipe: support.Connection, config_pth: pathlib.Path) -> N
     workers.guard()
     pub = persipubsub.publisher.Pub()
     pub.init(pub_id="pub", config_pth=config_pth)
-    queue = pub._queue  # pylint: disable=protected-access
-    assert queue is not None
-    # pylint: disable-next=protected-access
-    queue._bell.ring = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    bell = support.queue_of(pub)._bell  # pylint: disable=protected-access
+    setattr(bell, "ring", lambda: os.kill(os.getpid(), signal.SIGKILL))
     pub.send(msg=b"%d" % time.monotonic_ns())
     pipe.send("never")
 

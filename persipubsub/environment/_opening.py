@@ -15,7 +15,9 @@ from typing import Final, Iterator, NamedTuple, Optional, Tuple, Type
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _checkpoint, _files, _gate, _layout
+from persipubsub.environment import _checkpoint, _files, _gate
+from persipubsub.store import _clock, _layout
+from persipubsub.store._databases import Databases
 
 #: Named databases of a store, and some room for those of later versions. ``max_db_num`` is not used
 #: for it: LMDB copies the handles at every transaction (1,024 of them make a read transaction of
@@ -35,15 +37,6 @@ class Options(NamedTuple):
     keeps_os: bool  #: durability "os": commits are not flushed
     checkpoint_secs: float  #: time between checkpoints of an "os" store; 0: none
     busy_timeout_secs: float  #: how long a write waits for another process
-
-
-class Databases(NamedTuple):
-    """Hold the handles of the sub-databases."""
-
-    data: "lmdb._Database"
-    pending: "lmdb._Database"
-    ahead: "lmdb._Database"
-    meta: "lmdb._Database"
 
 
 class MapFullError(persipubsub.errors.DiskFullError):
@@ -217,7 +210,7 @@ def _was_interrupted(directory: str) -> bool:
     :return: True if its last pages may never have reached the disk
     """
     mark = _read_mark(directory)
-    return mark is not None and mark != _files.boot_id()
+    return mark is not None and mark != _clock.boot_id()
 
 
 def _read_mark(directory: str) -> Optional[bytes]:
@@ -243,7 +236,7 @@ def is_marked(directory: str) -> bool:
     :param directory: of the store
     :return: True if it is
     """
-    return _read_mark(directory) == _files.boot_id()
+    return _read_mark(directory) == _clock.boot_id()
 
 
 def mark_running(directory: str) -> None:
@@ -252,7 +245,7 @@ def mark_running(directory: str) -> None:
 
     :param directory: of an ``os`` store
     """
-    boot = _files.boot_id()
+    boot = _clock.boot_id()
     if _read_mark(directory) != boot:
         path = os.path.join(directory, _files.RUNNING)
         with _files.translated(path=path, doing="write"):
@@ -421,8 +414,8 @@ def build(directory: str, options: Options) -> None:
         os.mkdir(aside, mode=_files.DIRECTORY_MODE)
     header = _layout.Header(format=_layout.FORMAT,
                             flags=flags_of(options),
-                            clock_offset_ns=time.time_ns() - _files.ticks_ns(),
-                            boot_id=_files.boot_id(),
+                            clock_offset_ns=time.time_ns() - _clock.ticks_ns(),
+                            boot_id=_clock.boot_id(),
                             next_ordinal=0)
     try:
         with lmdb.open(aside,

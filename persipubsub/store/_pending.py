@@ -10,8 +10,8 @@ from typing import Callable, Dict, Final, List, NamedTuple, Tuple, Union
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _blocks, _layout, _log, _positions
-from persipubsub._opening import Databases
+from persipubsub.store import _blocks, _layout, _log, _positions
+from persipubsub.store._databases import Databases
 
 #: A batch ends with the block that reaches this many bytes, however many messages were asked for.
 _BATCH_BYTES: Final = 1 << 24

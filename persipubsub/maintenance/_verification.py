@@ -15,9 +15,10 @@ import lmdb
 import lmdb.verify
 
 import persipubsub.errors
-from persipubsub import _check, _environment, _files, _layout, _opening
-from persipubsub._opening import Databases
 from persipubsub._progress import Progress
+from persipubsub.environment import _environment, _files, _opening
+from persipubsub.store import _check, _layout
+from persipubsub.store._databases import Databases
 
 #: Where a meta page has the number of its transaction, and the size of a page.
 _TRANSACTION_OFFSET: Final = 144

@@ -14,15 +14,15 @@ import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _cli_shared
+from persipubsub.cli import _shared
 
 Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Make only this queue ready.")
-@_cli_shared.json_option
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Make only this queue ready.")
+@_shared.json_option
 def init(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
     """
     Create the queues of CONFIG, and add their subscribers.
@@ -33,21 +33,21 @@ def init(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
     Example:
         persipubsub init /etc/app/config.json
     """
-    report = _cli_shared.Report(as_json)
+    report = _shared.Report(as_json)
 
     def work(key: str) -> str:
         persipubsub.control.initialize_all_dbs(config, key)
         return persipubsub.config.read(config).queue_path(key)
 
     report.each(
-        _cli_shared.select(config, queue_key), work,
+        _shared.select(config, queue_key), work,
         lambda key, path: report.done(key, {"path": path}, "{}: ready in {}".format(key, path)))
 
 
-@_cli_shared.command("check-config")
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Also check that there is this queue.")
-@_cli_shared.json_option
+@_shared.command("check-config")
+@_shared.config_argument
+@_shared.queue_option("Also check that there is this queue.")
+@_shared.json_option
 def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
     """
     Check CONFIG and list all its problems, not only the first. No queue is touched.
@@ -58,32 +58,31 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
     problems = ()  # type: Any
     try:
         found = persipubsub.config.read(config)
-        _cli_shared.select(config, queue_key)
+        _shared.select(config, queue_key)
     except persipubsub.errors.ConfigError as error:
         problems = error.problems
     if as_json:
         print(json.dumps({"problems": list(problems)}, indent=2))
     elif problems:
         for problem in problems:
-            print(_cli_shared.printable(problem), file=sys.stderr)
-        _cli_shared.complain("{} in {}".format(_cli_shared.count(len(problems), "problem"), config))
+            print(_shared.printable(problem), file=sys.stderr)
+        _shared.complain("{} in {}".format(_shared.count(len(problems), "problem"), config))
     else:
-        print("{}: fine: {}, {}, {}".format(_cli_shared.printable(str(config)),
-                                            _cli_shared.count(len(found.queues), "queue"),
-                                            _cli_shared.count(len(found.publishers), "publisher"),
-                                            _cli_shared.count(len(found.subscribers),
-                                                              "subscriber")))
+        print("{}: fine: {}, {}, {}".format(_shared.printable(str(config)),
+                                            _shared.count(len(found.queues), "queue"),
+                                            _shared.count(len(found.publishers), "publisher"),
+                                            _shared.count(len(found.subscribers), "subscriber")))
     if problems:
         sys.exit(1)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Look only at this queue.")
-@_cli_shared.json_option
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Look only at this queue.")
+@_shared.json_option
 @click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
 @click.option("--interval",
-              type=_cli_shared.Seconds(min=0.1, max=3600),
+              type=_shared.Seconds(min=0.1, max=3600),
               default=1.0,
               metavar="SECONDS",
               show_default=True,
@@ -110,14 +109,14 @@ def stat(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         persipubsub stat config.json --json | jq '.greetings.subscribers[].lag'
         persipubsub stat config.json --watch
     """
-    keys = _cli_shared.select(config, queue_key)
+    keys = _shared.select(config, queue_key)
     is_drawn = not as_json and (svg is not None or sys.stdout.isatty())
     if is_drawn:
-        from persipubsub import _cli_view  # pylint: disable=import-outside-toplevel
-        failed = _cli_view.show(lambda: _collect(config, keys),
-                                interval=interval,
-                                looks=count if watch else 1,
-                                svg=svg)
+        from persipubsub.cli import _view  # pylint: disable=import-outside-toplevel
+        failed = _view.show(lambda: _collect(config, keys),
+                            interval=interval,
+                            looks=count if watch else 1,
+                            svg=svg)
     else:
         looks = 0
         while True:
@@ -171,21 +170,21 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
         return
     if statistics:
         print(
-            _cli_shared.table([
+            _shared.table([
                 "QUEUE", "MESSAGES", "OF MARK", "BYTES", "OF MARK", "OLDEST", "OF TIMEOUT", "FILE",
                 "OF LIMIT", "COMMITS"
             ], [[
                 key, "{:,}".format(figures.messages),
-                _cli_shared.show_share(figures.message_share),
-                _cli_shared.show_bytes(figures.message_bytes),
-                _cli_shared.show_share(figures.byte_share),
-                _cli_shared.show_seconds(figures.oldest_age_seconds),
-                _cli_shared.show_share(figures.age_share),
-                _cli_shared.show_bytes(figures.file_bytes),
-                _cli_shared.show_share(figures.file_share), "{:,}".format(figures.commits)
+                _shared.show_share(figures.message_share),
+                _shared.show_bytes(figures.message_bytes),
+                _shared.show_share(figures.byte_share),
+                _shared.show_seconds(figures.oldest_age_seconds),
+                _shared.show_share(figures.age_share),
+                _shared.show_bytes(figures.file_bytes),
+                _shared.show_share(figures.file_share), "{:,}".format(figures.commits)
             ] for key, figures in statistics.items()]))
         print()
-        print(_cli_shared.table([
+        print(_shared.table([
             "SUBSCRIBER", "QUEUE", "LAG", "IN FLIGHT", "RECEIVED", "FAILED", "BY TIMEOUT",
             "BY MARK", "CLEARED", "SKIPPED", "CORRUPT", "LAST"
         ], [[
@@ -194,17 +193,17 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
                 one.acknowledged), "{:,}".format(one.failed), "{:,}".format(
                     one.dropped_by_timeout), "{:,}".format(one.dropped_by_mark), "{:,}".format(
                         one.cleared), "{:,}".format(one.skipped), "{:,}".format(one.corrupt),
-            _cli_shared.show_seconds(one.seconds_since_acknowledged)
+            _shared.show_seconds(one.seconds_since_acknowledged)
         ] for key, figures in statistics.items() for one in figures.subscribers]),
               flush=True)
     for text in errors.values():
-        _cli_shared.complain(text)
+        _shared.complain(text)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Prune only this queue.")
-@_cli_shared.json_option
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Prune only this queue.")
+@_shared.json_option
 def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
     """
     Drop messages that are too old, and delete those that everybody acknowledged.
@@ -214,20 +213,20 @@ def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None
     Example:
         persipubsub prune config.json
     """
-    report = _cli_shared.Report(as_json)
+    report = _shared.Report(as_json)
     report.each(
-        _cli_shared.select(config, queue_key),
+        _shared.select(config, queue_key),
         lambda key: persipubsub.control.prune_dangling_messages(config, key)[key],
         lambda key, dropped: report.done(
             key, {"dropped": dropped}, "{}: {} dropped for being too old".format(
-                key, _cli_shared.count(dropped, "delivery"))))
+                key, _shared.count(dropped, "delivery"))))
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Clear only this queue.")
-@_cli_shared.json_option
-@_cli_shared.yes_option
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Clear only this queue.")
+@_shared.json_option
+@_shared.yes_option
 def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bool) -> None:
     """
     Drop all messages of the queues of CONFIG, unread; their subscribers stay.
@@ -235,31 +234,30 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
     Example:
         persipubsub clear config.json --queue greetings --yes
     """
-    keys = _cli_shared.select(config, queue_key)
+    keys = _shared.select(config, queue_key)
     if not yes:
         waiting = sum(figures.messages for key in keys
                       for figures in persipubsub.control.statistics(config, key).values())
-        click.confirm("Drop {} of {}?".format(_cli_shared.count(waiting, "message"),
-                                              ", ".join(keys)),
+        click.confirm("Drop {} of {}?".format(_shared.count(waiting, "message"), ", ".join(keys)),
                       abort=True,
                       err=True)
-    report = _cli_shared.Report(as_json)
+    report = _shared.Report(as_json)
     report.each(
         keys, lambda key: persipubsub.control.clear_all_subs(config, key)[key],
         lambda key, dropped: report.done(
             key, {"dropped": dropped}, "{}: cleared, {} unread".format(
-                key, _cli_shared.count(dropped, "delivery"))))
+                key, _shared.count(dropped, "delivery"))))
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Serve only this queue.")
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Serve only this queue.")
 @click.option("--port",
               type=click.IntRange(min=0, max=65535),
               default=9464,
               show_default=True,
               help="TCP port on the loopback address; 0: any that is free.")
-@_cli_shared.json_option
+@_shared.json_option
 def metrics(config: pathlib.Path, queue_key: Optional[str], port: int, as_json: bool) -> None:
     """
     Serve the statistics to Prometheus at http://127.0.0.1:PORT/metrics, until Ctrl-C.
@@ -269,7 +267,7 @@ def metrics(config: pathlib.Path, queue_key: Optional[str], port: int, as_json: 
     Example:
         persipubsub metrics config.json --port 9464
     """
-    _cli_shared.select(config, queue_key)
+    _shared.select(config, queue_key)
     try:
         import persipubsub.metrics  # pylint: disable=import-outside-toplevel,redefined-outer-name
     except ModuleNotFoundError as error:

@@ -11,7 +11,6 @@ import os
 import resource
 import stat
 import struct
-import time
 from typing import Final, Iterator, List, NamedTuple
 
 import persipubsub.errors
@@ -38,9 +37,6 @@ _TOLERATED: Final = frozenset(("lost+found", ".nfs", "..data"))
 
 DIRECTORY_MODE: Final = 0o700
 FILE_MODE: Final = 0o600
-
-#: Where the clock that includes sleep is missing, the one without it has to do.
-_BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 #: A disk is full if it has less room than this, in bytes.
 _LITTLE_ROOM: Final = 1 << 16
@@ -396,31 +392,6 @@ def _parse_meta(path: str, head: bytes) -> "tuple[int, int]":
             "Expected both meta pages of {} to be valid, but got: the magic {:#x}, "
             "version {}".format(path, fields[0], fields[1]))
     return fields[7], fields[6]
-
-
-def boot_id() -> bytes:
-    """
-    Identify the running boot of the operating system.
-
-    :return: 16 bytes that change with every boot; zeros where the system does not tell
-    """
-    try:
-        with open("/proc/sys/kernel/random/boot_id", "rt", encoding="ascii") as fid:
-            return bytes.fromhex(fid.read().strip().replace("-", ""))
-    except (OSError, ValueError):
-        return bytes(16)
-
-
-def ticks_ns() -> int:
-    """
-    Read a clock that nobody sets.
-
-    The wall clock was rejected for the age of messages: somebody setting it one year ahead would
-    drop every message as too old.
-
-    :return: nanoseconds since boot, sleep included
-    """
-    return time.clock_gettime_ns(_BOOT_CLOCK)
 
 
 def keep_reserve(directory: str, size: int) -> bool:

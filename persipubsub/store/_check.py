@@ -6,8 +6,9 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _blocks, _layout, _log, _positions, _progress
-from persipubsub._opening import Databases
+from persipubsub import _progress
+from persipubsub.store import _blocks, _layout, _log, _positions
+from persipubsub.store._databases import Databases
 
 
 def check(txn: "lmdb.Transaction[memoryview]",

@@ -15,7 +15,8 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
-from persipubsub import _cli_shared, _delivery
+from persipubsub import _delivery
+from persipubsub.cli import _shared
 
 #: So much of a stream of lines is read, and so sent in one commit, at most.
 _CHUNK_BYTES: Final = 1 << 16
@@ -35,7 +36,7 @@ def _show(content: bytes, style: str) -> str:
         return content.hex()
     if style == "base64":
         return base64.b64encode(content).decode("ascii")
-    return _cli_shared.printable(content.decode("utf-8", "backslashreplace"))
+    return _shared.printable(content.decode("utf-8", "backslashreplace"))
 
 
 def _print_look(message: persipubsub.control.Message, style: str, as_json: bool) -> None:
@@ -56,15 +57,15 @@ def _print_look(message: persipubsub.control.Message, style: str, as_json: bool)
         print(json.dumps(found), flush=True)
         return
     content = "(damaged)" if message.content is None else _show(message.content, style)
-    print("{:>10}  {:>9}  {}".format(message.number, _cli_shared.show_seconds(message.age_seconds),
+    print("{:>10}  {:>9}  {}".format(message.number, _shared.show_seconds(message.age_seconds),
                                      content),
           flush=True)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
+@_shared.command()
+@_shared.config_argument
 @click.argument("subscriber")
-@_cli_shared.queue_option("Queue of the subscriber, if CONFIG has no entry for it.")
+@_shared.queue_option("Queue of the subscriber, if CONFIG has no entry for it.")
 @click.option("--number",
               type=click.IntRange(min=1),
               default=10,
@@ -82,7 +83,7 @@ def _print_look(message: persipubsub.control.Message, style: str, as_json: bool)
               default="text",
               show_default=True,
               help="How to show the messages.")
-@_cli_shared.json_option
+@_shared.json_option
 def peek(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         config: pathlib.Path, subscriber: str, queue_key: Optional[str], number: int, start: int,
         style: str, as_json: bool) -> None:
@@ -96,14 +97,14 @@ def peek(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         persipubsub peek config.json sub --from 4711 --number 1 --format hex
     """
     if queue_key is not None:
-        _cli_shared.select_one(config, queue_key)
+        _shared.select_one(config, queue_key)
     for message in persipubsub.control.peek(config, subscriber, number, start, queue_key):
         _print_look(message, style, as_json)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Which queue; needed if CONFIG has several.")
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Which queue; needed if CONFIG has several.")
 @click.option("--number",
               type=click.IntRange(min=0),
               default=0,
@@ -115,7 +116,7 @@ def peek(  # pylint: disable=too-many-arguments,too-many-positional-arguments
               default="text",
               show_default=True,
               help="How to show the messages.")
-@_cli_shared.json_option
+@_shared.json_option
 def tail(config: pathlib.Path, queue_key: Optional[str], number: int, style: str,
          as_json: bool) -> None:
     """
@@ -127,15 +128,15 @@ def tail(config: pathlib.Path, queue_key: Optional[str], number: int, style: str
     Example:
         persipubsub tail config.json --queue greetings --number 10
     """
-    key = _cli_shared.select_one(config, queue_key)
+    key = _shared.select_one(config, queue_key)
     expected = None  # type: Optional[int]
     found = persipubsub.control.follow(config, key, last=number)
     with contextlib.closing(found):  # type: ignore[type-var]
         for messages in found:
             for message in messages:
                 if expected is not None and message.number > expected:
-                    _cli_shared.complain("{} passed unseen".format(
-                        _cli_shared.count(message.number - expected, "number")))
+                    _shared.complain("{} passed unseen".format(
+                        _shared.count(message.number - expected, "number")))
                 expected = message.number + 1
                 _print_look(message, style, as_json)
             _fail_if_nobody_reads()
@@ -155,18 +156,18 @@ def _fail_if_nobody_reads() -> None:
         raise BrokenPipeError()
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
+@_shared.command()
+@_shared.config_argument
 @click.argument("publisher")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
-@_cli_shared.queue_option("Fail unless it is the queue of the publisher.")
+@_shared.queue_option("Fail unless it is the queue of the publisher.")
 @click.option("--message",
               "texts",
               multiple=True,
               metavar="TEXT",
               help="Send this text. It may be given several times.")
 @click.option("--lines", is_flag=True, help="Send each line as a message, without its end.")
-@_cli_shared.json_option
+@_shared.json_option
 def send(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         config: pathlib.Path, publisher: str, files: Tuple[str, ...], queue_key: Optional[str],
         texts: Tuple[str, ...], lines: bool, as_json: bool) -> None:
@@ -196,7 +197,7 @@ def send(  # pylint: disable=too-many-arguments,too-many-positional-arguments
             if as_json:
                 print(json.dumps({"sent": sent}), flush=True)
             else:
-                print("{} sent".format(_cli_shared.count(sent, "message")), file=sys.stderr)
+                print("{} sent".format(_shared.count(sent, "message")), file=sys.stderr)
 
 
 def _send(pub: persipubsub.publisher.Pub, messages: Sequence[bytes]) -> int:
@@ -315,17 +316,17 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
         os.close(descriptor)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
+@_shared.command()
+@_shared.config_argument
 @click.argument("subscriber")
-@_cli_shared.queue_option("Queue of the subscriber, if CONFIG has no entry for it.")
+@_shared.queue_option("Queue of the subscriber, if CONFIG has no entry for it.")
 @click.option("--number",
               type=click.IntRange(min=0),
               default=1,
               show_default=True,
               help="How many messages; 0: all that come.")
 @click.option("--timeout",
-              type=_cli_shared.Seconds(min=0),
+              type=_shared.Seconds(min=0),
               default=0.0,
               show_default=True,
               metavar="SECONDS",
@@ -339,7 +340,7 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
               default="text",
               show_default=True,
               help="How to write messages to stdout: a line each, or raw: just their bytes.")
-@_cli_shared.json_option
+@_shared.json_option
 def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         config: pathlib.Path, subscriber: str, queue_key: Optional[str], number: int,
         timeout: float, directory: Optional[pathlib.Path], style: str, as_json: bool) -> None:
@@ -358,15 +359,15 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     key = queue_key
     if key is None:
         key = found.subscriber(subscriber).in_queue
-    _cli_shared.select_one(config, key)
+    _shared.select_one(config, key)
     output = _Output(directory, style, as_json)
     settings = persipubsub.queue.Settings.of(found, key)
     with persipubsub.queue.Queue(settings) as queue:
         received, is_whole = _receive(queue.consumer(subscriber), output, number, timeout)
     if received < number:
-        _cli_shared.complain("{} for {} within {:g} seconds".format(
-            "no message" if not received else "only {}".format(
-                _cli_shared.count(received, "message")), subscriber, timeout))
+        _shared.complain("{} for {} within {:g} seconds".format(
+            "no message" if not received else "only {}".format(_shared.count(received, "message")),
+            subscriber, timeout))
     if received < number or not is_whole:
         sys.exit(1)
 
@@ -388,7 +389,7 @@ def _receive(consumer: _delivery.Consumer, output: _Output, number: int,
         try:
             lease = consumer.take(None if timeout == float("inf") else timeout)
         except persipubsub.errors.CorruptMessageError as error:
-            _cli_shared.complain(str(error))
+            _shared.complain(str(error))
             is_whole = False
             continue
         if lease is None:

@@ -13,7 +13,7 @@ import threading
 from typing import ContextManager, Dict, Final
 
 import persipubsub.errors
-from persipubsub import _environment, _files, _opening
+from persipubsub.environment import _environment, _files, _opening
 
 #: How long the end of the interpreter waits for a thread that is still at work, in seconds.
 _LEAVE_SECS: Final = 5.0

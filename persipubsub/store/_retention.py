@@ -9,8 +9,8 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import lmdb
 
-from persipubsub import _layout, _log, _positions
-from persipubsub._opening import Databases
+from persipubsub.store import _layout, _log, _positions
+from persipubsub.store._databases import Databases
 
 
 class Floor(NamedTuple):

@@ -17,7 +17,7 @@ import os
 import time
 from typing import Final, Optional
 
-import persipubsub._files
+import persipubsub.environment._files
 import persipubsub.errors
 
 _FIRST_PAUSE_SECS: Final = 0.00002
@@ -42,11 +42,11 @@ class Gate:
         :param path: of the gate's file
         """
         self.path = path
-        self.descriptor = persipubsub._files.open_own_file(path)
+        self.descriptor = persipubsub.environment._files.open_own_file(path)
         try:
-            with persipubsub._files.translated(path=path, doing="extend"):
+            with persipubsub.environment._files.translated(path=path, doing="extend"):
                 if os.fstat(self.descriptor).st_size < mmap.PAGESIZE:
-                    persipubsub._files.reserve(self.descriptor, mmap.PAGESIZE)
+                    persipubsub.environment._files.reserve(self.descriptor, mmap.PAGESIZE)
                 self._page = mmap.mmap(self.descriptor, mmap.PAGESIZE)  # type: Optional[mmap.mmap]
         except BaseException:
             os.close(self.descriptor)

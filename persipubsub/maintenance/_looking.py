@@ -8,9 +8,12 @@ from typing import Final, Iterator, List, Optional, Tuple
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _blocks, _environment, _files, _log, _positions, _upkeep, _wakeup
-from persipubsub._opening import Databases
+from persipubsub import _wakeup
 from persipubsub._settings import Settings
+from persipubsub.environment import _environment, _files
+from persipubsub.maintenance import _upkeep
+from persipubsub.store import _blocks, _log, _positions
+from persipubsub.store._databases import Databases
 
 #: A look ends with the message that reaches this many bytes; the next one goes on behind it.
 _LOOK_BYTES: Final = 1 << 20

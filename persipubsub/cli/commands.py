@@ -13,7 +13,7 @@ import click
 
 import persipubsub
 import persipubsub.errors
-from persipubsub import _cli_maintenance, _cli_messages, _cli_queues, _cli_shared
+from persipubsub.cli import _maintenance, _messages, _queues, _shared
 
 __all__ = ["commands", "main"]
 
@@ -30,12 +30,11 @@ def commands() -> None:
     """
 
 
-for _command in (_cli_queues.init, _cli_queues.check_config, _cli_queues.stat, _cli_messages.peek,
-                 _cli_messages.tail, _cli_messages.send, _cli_messages.receive, _cli_queues.prune,
-                 _cli_queues.clear, _cli_maintenance.verify, _cli_maintenance.compact,
-                 _cli_maintenance.backup, _cli_maintenance.restore, _cli_maintenance.add_subscriber,
-                 _cli_maintenance.remove_subscriber, _cli_maintenance.drop_queue,
-                 _cli_queues.metrics):
+for _command in (_queues.init, _queues.check_config, _queues.stat, _messages.peek, _messages.tail,
+                 _messages.send, _messages.receive, _queues.prune, _queues.clear,
+                 _maintenance.verify, _maintenance.compact, _maintenance.backup,
+                 _maintenance.restore, _maintenance.add_subscriber, _maintenance.remove_subscriber,
+                 _maintenance.drop_queue, _queues.metrics):
     commands.add_command(_command)
 
 
@@ -62,12 +61,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         _close_output()
         return 0
     except KeyboardInterrupt:
-        _cli_shared.complain("interrupted")
+        _shared.complain("interrupted")
         return 130
     except OSError as error:
         # Of the output, or of a file that was named; those of queues are translated.
         _close_output()
-        _cli_shared.complain("Expected to write the output, but got: {}".format(error))
+        _shared.complain("Expected to write the output, but got: {}".format(error))
         return 1
 
 
@@ -96,12 +95,12 @@ def _run(arguments: Sequence[str]) -> int:
         code = stop.code if isinstance(stop.code, int) else 0
     except click.Abort:
         print(file=sys.stderr)
-        _cli_shared.complain("nothing was done")
+        _shared.complain("nothing was done")
     except click.UsageError as error:
         error.show()
         code = error.exit_code
     except click.ClickException as error:
-        _cli_shared.complain(error.format_message())
+        _shared.complain(error.format_message())
     except persipubsub.errors.PersipubsubError as error:
-        _cli_shared.complain(str(error))
+        _shared.complain(str(error))
     return code

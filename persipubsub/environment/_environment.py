@@ -8,8 +8,10 @@ from typing import Any, List
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _check, _checkpoint, _files, _header, _opening, _transactions
-from persipubsub._opening import Databases, MapFullError, Options
+from persipubsub.environment import _checkpoint, _files, _opening, _transactions
+from persipubsub.environment._opening import MapFullError, Options
+from persipubsub.store import _check, _clock, _header
+from persipubsub.store._databases import Databases
 
 __all__ = ["Databases", "Environment", "MapFullError", "Options"]
 
@@ -18,8 +20,8 @@ class Environment(_transactions.Transactions):
     """
     Hold an open store, for all threads of the process.
 
-    Obtain it from :py:func:`persipubsub._registry.acquire`. After a fork it reopens itself in the
-    child at its first use there.
+    Obtain it from :py:func:`persipubsub.environment._registry.acquire`. After a fork it reopens
+    itself in the child at its first use there.
     """
 
     def __init__(self, directory: str, options: Options) -> None:
@@ -40,7 +42,7 @@ class Environment(_transactions.Transactions):
 
         :return: nanoseconds; about the time since 1970
         """
-        return _files.ticks_ns() + self.clock_offset_ns
+        return _clock.ticks_ns() + self.clock_offset_ns
 
     def file_bytes(self) -> int:
         """
@@ -99,7 +101,7 @@ class Environment(_transactions.Transactions):
         # checkpoint of what is there, and the mark. A restored store has both from before.
         if self.options.keeps_os and not handles.was_interrupted:
             self._prepare_os()
-        if header.boot_id != _files.boot_id() or header.flags != flags or handles.was_interrupted:
+        if header.boot_id != _clock.boot_id() or header.flags != flags or handles.was_interrupted:
             was_interrupted = handles.was_interrupted
             header = self.write(
                 lambda txn, databases: _header.update(txn, databases, flags, was_interrupted))

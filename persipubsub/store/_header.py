@@ -6,8 +6,8 @@ from typing import Final, Optional
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _blocks, _files, _layout
-from persipubsub._opening import Databases
+from persipubsub.store import _blocks, _clock, _layout
+from persipubsub.store._databases import Databases
 
 #: How far numbers skip ahead when an earlier state of the store takes its place. More messages than
 #: that were hardly sent since then, and the numbers last for 65,536 power failures.
@@ -40,7 +40,7 @@ def update(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int
     :return: header as written
     """
     header = read(txn, databases, "")
-    boot = _files.boot_id()
+    boot = _clock.boot_id()
     number = _layout.FIRST_NUMBER
     last = None  # type: Optional[_blocks.Block]
     cursor = txn.cursor(db=databases.data)
@@ -51,7 +51,7 @@ def update(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int
     if header.boot_id != boot:
         # Never earlier than what is stored: ages would be negative, positions by time wrong.
         latest = max(last.time_ns if last is not None else 0, time.time_ns())
-        header = header._replace(boot_id=boot, clock_offset_ns=latest - _files.ticks_ns())
+        header = header._replace(boot_id=boot, clock_offset_ns=latest - _clock.ticks_ns())
     if was_interrupted:
         placeholder = _blocks.pack_block(0, 0, 0, 0, _layout.EVERYONE, 0, ())
         if last is not None:

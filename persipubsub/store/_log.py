@@ -10,8 +10,8 @@ from typing import Dict, Final, List, NamedTuple, Optional, Sequence, Tuple
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _blocks, _layout
-from persipubsub._opening import Databases
+from persipubsub.store import _blocks, _layout
+from persipubsub.store._databases import Databases
 
 
 class Tail(NamedTuple):

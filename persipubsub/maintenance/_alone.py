@@ -14,10 +14,12 @@ from typing import Final, Iterator, List, NamedTuple, Optional
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _files, _header, _layout, _log, _opening, _registry, _verification
-from persipubsub._opening import Databases
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
+from persipubsub.environment import _files, _opening, _registry
+from persipubsub.maintenance import _verification
+from persipubsub.store import _header, _layout, _log
+from persipubsub.store._databases import Databases
 
 #: Room that a restored store needs beyond its own size for what is changed in it, in bytes.
 _ROOM_BYTES: Final = 1 << 24

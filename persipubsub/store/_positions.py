@@ -11,8 +11,8 @@ from typing import Dict, Final, Iterator, List, Optional, Sequence, Tuple
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _blocks, _layout, _log
-from persipubsub._opening import Databases
+from persipubsub.store import _blocks, _layout, _log
+from persipubsub.store._databases import Databases
 
 #: So many blocks for others are walked over before the next one for a subscriber is searched by
 #: bisection, which takes as long as 20 of them.

@@ -3,7 +3,7 @@ Run transactions on one open store, for all threads of the process.
 
 Locks, in the order in which they are taken:
 
-1. the registry's lock (opening, closing, forking), see :py:mod:`persipubsub._registry`,
+1. the registry's lock (opening, closing, forking), see :py:mod:`persipubsub.environment._registry`,
 2. the open gate of a store (between processes, while one of them opens, closes or creates it),
 3. the copy lock of an environment (while a checkpoint is written),
 4. the write lock of an environment (between threads), then the write gate (between processes),
@@ -25,8 +25,9 @@ from typing import Any, Callable, Deque, Final, List, Optional, Sequence, TypeVa
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _checkpoint, _files, _gate, _opening
-from persipubsub._opening import Databases, MapFullError, Options
+from persipubsub.environment import _checkpoint, _files, _gate, _opening
+from persipubsub.environment._opening import MapFullError, Options
+from persipubsub.store._databases import Databases
 
 __all__ = ["Transactions", "Work"]
 
@@ -73,7 +74,8 @@ class Transactions:
     """
     Run transactions on one store, from any number of threads.
 
-    How the store is opened and closed is left to :py:class:`persipubsub._environment.Environment`.
+    How the store is opened and closed is left to
+    :py:class:`persipubsub.environment._environment.Environment`.
     """
 
     def __init__(self, directory: str, options: Options) -> None:
@@ -229,7 +231,7 @@ class Transactions:
             is_locked = lock.acquire(blocking=False) or lock.acquire(
                 timeout=self.options.busy_timeout_secs)
             # More than once if so many others were before us that our work was not in the group.
-            while is_locked and not request.done:
+            while is_locked and not request.done and request.error is None:
                 self._commit_group(request)
         finally:
             try:

@@ -23,7 +23,7 @@ from typing import Callable, Final, Optional
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _files
+from persipubsub.environment import _files
 
 _LOGGER = logging.getLogger("persipubsub.checkpoint")
 

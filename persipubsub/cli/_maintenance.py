@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 import click
 
 import persipubsub.control
-from persipubsub import _cli_shared
+from persipubsub.cli import _shared
 
 
 def _ask(text: str, yes: bool) -> None:
@@ -18,7 +18,7 @@ def _ask(text: str, yes: bool) -> None:
     :param yes: True if it was answered
     """
     if not yes:
-        click.confirm(_cli_shared.printable(text), abort=True, err=True)
+        click.confirm(_shared.printable(text), abort=True, err=True)
 
 
 def _tell(as_json: bool, line: str, **described: object) -> None:
@@ -29,13 +29,13 @@ def _tell(as_json: bool, line: str, **described: object) -> None:
     :param line: for people
     :param described: for machines
     """
-    print(json.dumps(described) if as_json else _cli_shared.printable(line), flush=True)
+    print(json.dumps(described) if as_json else _shared.printable(line), flush=True)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Verify only this queue.")
-@_cli_shared.json_option
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Verify only this queue.")
+@_shared.json_option
 def verify(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
     """
     Verify every page, record and checksum of the queues of CONFIG, while they are in use.
@@ -46,28 +46,28 @@ def verify(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> Non
     Example:
         persipubsub verify config.json --queue greetings
     """
-    report = _cli_shared.Report(as_json)
+    report = _shared.Report(as_json)
 
     def work(key: str) -> Tuple[str, ...]:
-        return _cli_shared.with_progress(
+        return _shared.with_progress(
             key, lambda progress: persipubsub.control.verify(config, key, progress)[key])
 
     def tell(key: str, findings: Tuple[str, ...]) -> None:
         report.done(
             key, {"findings": findings},
             "{}: {}".format(key,
-                            _cli_shared.count(len(findings), "finding") if findings else "sound"))
+                            _shared.count(len(findings), "finding") if findings else "sound"))
         for finding in findings:
             report.exit_code = 1
-            _cli_shared.complain("{}: {}".format(key, finding))
+            _shared.complain("{}: {}".format(key, finding))
 
-    report.each(_cli_shared.select(config, queue_key), work, tell)
+    report.each(_shared.select(config, queue_key), work, tell)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Compact only this queue.")
-@_cli_shared.json_option
+@_shared.command()
+@_shared.config_argument
+@_shared.queue_option("Compact only this queue.")
+@_shared.json_option
 def compact(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
     """
     Give the room on the disk back that the queues of CONFIG do not need any more.
@@ -77,26 +77,26 @@ def compact(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> No
     Example:
         persipubsub compact config.json --queue greetings
     """
-    report = _cli_shared.Report(as_json)
+    report = _shared.Report(as_json)
 
     def work(key: str) -> persipubsub.control.Sizes:
-        return _cli_shared.with_progress(
+        return _shared.with_progress(
             key, lambda progress: persipubsub.control.compact(config, key, progress)[key])
 
     report.each(
-        _cli_shared.select(config, queue_key), work, lambda key, sizes: report.done(
+        _shared.select(config, queue_key), work, lambda key, sizes: report.done(
             key, {
                 "before_bytes": sizes.before,
                 "after_bytes": sizes.after
-            }, "{}: {}, was {}".format(key, _cli_shared.show_bytes(sizes.after),
-                                       _cli_shared.show_bytes(sizes.before))))
+            }, "{}: {}, was {}".format(key, _shared.show_bytes(sizes.after),
+                                       _shared.show_bytes(sizes.before))))
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
+@_shared.command()
+@_shared.config_argument
 @click.argument("target", type=click.Path(path_type=pathlib.Path))
-@_cli_shared.queue_option("Which queue; needed if CONFIG has several.")
-@_cli_shared.json_option
+@_shared.queue_option("Which queue; needed if CONFIG has several.")
+@_shared.json_option
 def backup(config: pathlib.Path, target: pathlib.Path, queue_key: Optional[str],
            as_json: bool) -> None:
     """
@@ -108,22 +108,22 @@ def backup(config: pathlib.Path, target: pathlib.Path, queue_key: Optional[str],
     Example:
         persipubsub backup config.json /backup/greetings.mdb --queue greetings
     """
-    key = _cli_shared.select_one(config, queue_key)
-    size = _cli_shared.with_progress(
+    key = _shared.select_one(config, queue_key)
+    size = _shared.with_progress(
         key, lambda progress: persipubsub.control.backup(config, key, target, progress))
     _tell(as_json,
-          "{}: {} in {}, verified".format(key, _cli_shared.show_bytes(size), target),
+          "{}: {} in {}, verified".format(key, _shared.show_bytes(size), target),
           queue=key,
           target=str(target),
           bytes=size)
 
 
-@_cli_shared.command()
-@_cli_shared.config_argument
+@_shared.command()
+@_shared.config_argument
 @click.argument("source", type=click.Path(path_type=pathlib.Path))
-@_cli_shared.queue_option("Which queue; needed if CONFIG has several.")
-@_cli_shared.json_option
-@_cli_shared.yes_option
+@_shared.queue_option("Which queue; needed if CONFIG has several.")
+@_shared.json_option
+@_shared.yes_option
 def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str], as_json: bool,
             yes: bool) -> None:
     """
@@ -135,22 +135,22 @@ def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str]
     Example:
         persipubsub restore config.json /backup/greetings.mdb --queue greetings
     """
-    key = _cli_shared.select_one(config, queue_key)
+    key = _shared.select_one(config, queue_key)
     _ask("Replace all that is in the queue {} by {}?".format(key, source), yes)
-    _cli_shared.with_progress(
+    _shared.with_progress(
         key, lambda progress: persipubsub.control.restore(config, key, source, progress))
     figures = persipubsub.control.statistics(config, key)[key]
     _tell(as_json,
-          "{}: restored, with {}".format(key, _cli_shared.count(figures.messages, "message")),
+          "{}: restored, with {}".format(key, _shared.count(figures.messages, "message")),
           queue=key,
           messages=figures.messages)
 
 
-@_cli_shared.command("add-subscriber")
-@_cli_shared.config_argument
+@_shared.command("add-subscriber")
+@_shared.config_argument
 @click.argument("subscriber")
-@_cli_shared.queue_option("Which queue; needed if CONFIG has several.")
-@_cli_shared.json_option
+@_shared.queue_option("Which queue; needed if CONFIG has several.")
+@_shared.json_option
 def add_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[str],
                    as_json: bool) -> None:
     """
@@ -161,7 +161,7 @@ def add_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[st
     Example:
         persipubsub add-subscriber config.json archive --queue greetings
     """
-    key = _cli_shared.select_one(config, queue_key)
+    key = _shared.select_one(config, queue_key)
     is_new = persipubsub.control.add_subscriber(config, key, subscriber)
     line = "{}: {} {}.".format(key, subscriber,
                                "was added" if is_new else "is there already, and stays as it is")
@@ -173,12 +173,12 @@ def add_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[st
     _tell(as_json, line, queue=key, subscriber=subscriber, added=is_new)
 
 
-@_cli_shared.command("remove-subscriber")
-@_cli_shared.config_argument
+@_shared.command("remove-subscriber")
+@_shared.config_argument
 @click.argument("subscriber")
-@_cli_shared.queue_option("Which queue; needed if CONFIG has several.")
-@_cli_shared.json_option
-@_cli_shared.yes_option
+@_shared.queue_option("Which queue; needed if CONFIG has several.")
+@_shared.json_option
+@_shared.yes_option
 def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[str],
                       as_json: bool, yes: bool) -> None:
     """
@@ -190,29 +190,29 @@ def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional
     Example:
         persipubsub remove-subscriber config.json archive --queue greetings
     """
-    key = _cli_shared.select_one(config, queue_key)
+    key = _shared.select_one(config, queue_key)
     figures = persipubsub.control.statistics(config, key)[key]
     lags = {one.subscriber: one.lag for one in figures.subscribers}
     if subscriber in lags:
         _ask(
             "Remove {} from {}, with {} that it did not acknowledge?".format(
-                subscriber, key, _cli_shared.count(lags[subscriber], "message")), yes)
+                subscriber, key, _shared.count(lags[subscriber], "message")), yes)
     lag = persipubsub.control.remove_subscriber(config, key, subscriber)
     _tell(
         as_json,
         "{key}: {} was removed, with {} that it did not acknowledge. Remove it from {}, too: from "
         "queues.{key}.subscribers, from those of publishers, and its own entry; init adds it "
-        "again otherwise.".format(subscriber, _cli_shared.count(lag, "message"), config, key=key),
+        "again otherwise.".format(subscriber, _shared.count(lag, "message"), config, key=key),
         queue=key,
         subscriber=subscriber,
         unread=lag)
 
 
-@_cli_shared.command("drop-queue")
-@_cli_shared.config_argument
-@_cli_shared.queue_option("Which queue; needed if CONFIG has several.")
-@_cli_shared.json_option
-@_cli_shared.yes_option
+@_shared.command("drop-queue")
+@_shared.config_argument
+@_shared.queue_option("Which queue; needed if CONFIG has several.")
+@_shared.json_option
+@_shared.yes_option
 def drop_queue(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bool) -> None:
     """
     Remove a queue from the disk, with all its messages.
@@ -223,7 +223,7 @@ def drop_queue(config: pathlib.Path, queue_key: Optional[str], as_json: bool, ye
     Example:
         persipubsub drop-queue config.json --queue greetings
     """
-    key = _cli_shared.select_one(config, queue_key)
+    key = _shared.select_one(config, queue_key)
     _ask("Remove the queue {} with all its messages from the disk?".format(key), yes)
     others = persipubsub.control.drop_queue(config, key)
     line = "{}: dropped".format(key)

@@ -9,10 +9,12 @@ from typing import Iterator, List, Sequence
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _environment, _files, _log, _positions, _registry, _retention, _verification
-from persipubsub._opening import Databases
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
+from persipubsub.environment import _environment, _files, _registry
+from persipubsub.maintenance import _verification
+from persipubsub.store import _log, _positions, _retention
+from persipubsub.store._databases import Databases
 
 #: How many blocks are deleted in one transaction after a subscriber was removed.
 _CHUNK_BLOCKS = 256

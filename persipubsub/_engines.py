@@ -1,0 +1,180 @@
+"""
+Say what a queue has to offer, and find the engine that keeps it by the scheme of its path.
+
+:py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subscriber.Sub` and
+:py:mod:`persipubsub.control` know queues only by what stands here. An engine is a module with the
+two functions of :py:class:`Engine`; a further one is a new module and one line in ``_MODULES``.
+
+Everything may be called by any number of threads at the same time, unless it says otherwise.
+"""
+
+import importlib
+from typing import Any, Dict, Final, List, Optional, Protocol, Sequence, Tuple, cast
+
+import persipubsub.config
+import persipubsub.errors
+
+#: Modules by the scheme of a queue's path; a plain path has none.
+_MODULES: Final[Dict[str, str]] = {
+    "": "persipubsub.queue",
+}
+
+
+class Lease(Protocol):
+    """
+    Hold messages that one consumer has and nobody else gets.
+
+    Exactly one of :py:meth:`acknowledge` and :py:meth:`give_back` is to be called, once.
+    """
+
+    messages: List[bytes]  #: that were sent, at least one
+
+    def acknowledge(self) -> None:
+        """Let the messages leave the queue for this subscriber, all at once."""
+
+    def give_back(self, error: Optional[BaseException] = None) -> None:
+        """
+        Leave the messages where they were; they are delivered again, perhaps to another.
+
+        :param error: why; None if they were not worked on
+        """
+
+    def touch(self) -> None:
+        """Say that the messages are still being worked on, where the engine has to be told."""
+
+
+class Consumer(Protocol):
+    """Take messages of one subscriber."""
+
+    def take(self,
+             timeout: Optional[float],
+             longest_pause: float = 1.0,
+             max_messages: int = 1) -> Optional[Lease]:
+        """
+        Take the next message, or several; wait if there is none.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param longest_pause: time between two looks at the queue without a wake-up, in seconds
+        :param max_messages: how many to take at most; all that are there at once, at least one
+        :return: messages; None if there was none in time
+        """
+
+    def front(self) -> Optional[bytes]:
+        """
+        Look at the next message without taking it.
+
+        :return: message that nobody has acknowledged or claimed; None if there is none
+        """
+
+
+class Queue(Protocol):
+    """Be one open queue."""
+
+    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+        """
+        Add messages at the end of the queue, all of them or none.
+
+        :param messages: in the order in which they are to be received
+        :param audience: ids of the subscribers that get them; everybody if not given
+        :return: number of the first message
+        """
+
+    def check_sizes(self, messages: Sequence[bytes]) -> None:
+        """
+        Check that the queue could hold messages if it were empty.
+
+        :param messages: to be put in one commit
+        :raise MessageTooLargeError: if it could not
+        """
+
+    def require_subscribers(self, subscribers: Sequence[str]) -> None:
+        """
+        Check that subscribers were initialized.
+
+        :param subscribers: ids
+        :raise NotInitializedError: if one of them was not
+        """
+
+    def consumer(self, subscriber: str) -> Consumer:
+        """
+        Take part in the work of a subscriber.
+
+        :param subscriber: its id
+        :return: from which messages can be taken
+        :raise NotInitializedError: if the queue has no such subscriber
+        """
+
+    def skip_to_newest(self, subscriber: str) -> int:
+        """
+        Acknowledge all messages of a subscriber but the newest one.
+
+        :param subscriber: its id
+        :return: how many were acknowledged by that
+        """
+
+    def prune(self) -> int:
+        """
+        Drop the messages that are too old, and delete those that everybody acknowledged.
+
+        :return: how many deliveries were dropped
+        """
+
+    def clear(self) -> int:
+        """
+        Drop all messages; subscribers stay.
+
+        :return: how many deliveries were dropped
+        """
+
+    def statistics(self) -> Any:
+        """
+        Count what is in the queue, without a walk through the messages.
+
+        :return: :py:class:`persipubsub.statistics.QueueStatistics`
+        """
+
+    def close(self) -> None:
+        """Close the queue; it may be closed twice. What was put stays."""
+
+
+class Engine(Protocol):
+    """Keep queues. It is a module."""
+
+    def ensure_queue(self, config: persipubsub.config.Config, queue_key: str) -> None:
+        """
+        Create a queue and its subscribers, as far as they are not there. It may be repeated.
+
+        :param config: that describes the queue
+        :param queue_key: of the queue in ``queues``
+        """
+
+    def open_queue(self, config: persipubsub.config.Config, queue_key: str) -> Queue:
+        """
+        Open a queue that was initialized.
+
+        :param config: that describes the queue
+        :param queue_key: of the queue in ``queues``
+        :return: to be closed by the caller
+        :raise NotInitializedError: if there is no queue yet
+        """
+
+
+def engine_of(config: persipubsub.config.Config, queue_key: str) -> Engine:
+    """
+    Find the engine of a queue, and import it if it was not used before.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: engine
+    :raise ConfigError: if the path of the queue has a scheme that is not known
+    """
+    path = config.queues[queue_key].path
+    scheme, separator, _ = path.partition("://")
+    module = _MODULES.get(scheme if separator else "")
+    if module is None:
+        raise persipubsub.errors.ConfigError(
+            "{}: queues.{}.path: Expected a path to a directory{}, but got: the unknown scheme "
+            "{!r} in {!r}".format(config.path, queue_key, "".join(" or {}://...".format(name)
+                                                                  for name in _MODULES
+                                                                  if name), scheme, path))
+    return cast(Engine, importlib.import_module(module))
