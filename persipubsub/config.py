@@ -27,7 +27,7 @@ __all__ = [
 
 #: Names of the sub-databases that the store needs for itself; no subscriber can have them.
 RESERVED_SUBSCRIBER_IDS: Final = frozenset(
-    {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "audience_db"})
+    {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db"})
 
 _QUEUES_KEY = "queues"
 

@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 import lmdb
 
 import persipubsub.queue
-from persipubsub.store import _layout, _log, _positions
+from persipubsub.store import _databases, _layout, _log, _positions
 from persipubsub.store._databases import Databases
 from tests import support
 
@@ -123,9 +123,7 @@ class Scratch:
                                      max_dbs=8,
                                      sync=False,
                                      lib_version=0)
-        self.databases = Databases(*(self.environment.open_db(name)
-                                     for name in (_layout.DATA_DB, _layout.PENDING_DB,
-                                                  _layout.AHEAD_DB, _layout.META_DB)))
+        self.databases = Databases(*(self.environment.open_db(name) for name in _databases.NAMES))
 
     @contextlib.contextmanager
     def begin(self) -> "Iterator[lmdb.Transaction[memoryview]]":

@@ -16,7 +16,7 @@ import lmdb
 
 import persipubsub.errors
 from persipubsub.environment import _checkpoint, _files, _gate
-from persipubsub.store import _clock, _layout
+from persipubsub.store import _clock, _databases, _layout
 from persipubsub.store._databases import Databases
 
 #: Named databases of a store, and some room for those of later versions. ``max_db_num`` is not used
@@ -98,8 +98,7 @@ def open_store(directory: str, options: Options) -> Handles:
             raise _gate.busy_error(directory, options.busy_timeout_secs)
         try:
             databases = Databases(*(environment.open_db(name, create=False)
-                                    for name in (_layout.DATA_DB, _layout.PENDING_DB,
-                                                 _layout.AHEAD_DB, _layout.META_DB)))
+                                    for name in _databases.NAMES))
             environment.reader_check()
         except (lmdb.NotFoundError, lmdb.IncompatibleError, lmdb.DbsFullError):
             raise _foreign_error(directory) from None
@@ -424,7 +423,7 @@ def build(directory: str, options: Options) -> None:
                        mode=_files.FILE_MODE,
                        create=False,
                        lib_version=0) as environment:
-            for database in (_layout.DATA_DB, _layout.PENDING_DB, _layout.AHEAD_DB):
+            for database in _databases.NAMES:
                 environment.open_db(database)
             meta = environment.open_db(_layout.META_DB)
             with environment.begin(write=True, db=meta) as txn:

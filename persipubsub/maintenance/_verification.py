@@ -17,7 +17,7 @@ import lmdb.verify
 import persipubsub.errors
 from persipubsub._progress import Progress
 from persipubsub.environment import _environment, _files, _opening
-from persipubsub.store import _check, _layout
+from persipubsub.store import _check, _databases, _layout
 from persipubsub.store._databases import Databases
 
 #: Where a meta page has the number of its transaction, and the size of a page.
@@ -243,6 +243,4 @@ def databases_of(environment: lmdb.Environment) -> Databases:
     :param environment: of the store
     :return: handles
     """
-    return Databases(*(environment.open_db(name, create=False)
-                       for name in (_layout.DATA_DB, _layout.PENDING_DB, _layout.AHEAD_DB,
-                                    _layout.META_DB)))
+    return Databases(*(environment.open_db(name, create=False) for name in _databases.NAMES))

@@ -1,8 +1,10 @@
 """Name the handles of the sub-databases that every work on a store is given."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import lmdb
+
+from persipubsub.store import _layout
 
 
 class Databases(NamedTuple):
@@ -12,3 +14,10 @@ class Databases(NamedTuple):
     pending: "lmdb._Database"
     ahead: "lmdb._Database"
     meta: "lmdb._Database"
+    attempts: "lmdb._Database"
+    once: "lmdb._Database"
+
+
+#: Names of the sub-databases, in the order of the handles.
+NAMES: Final = (_layout.DATA_DB, _layout.PENDING_DB, _layout.AHEAD_DB, _layout.META_DB,
+                _layout.ATTEMPTS_DB, _layout.ONCE_DB)

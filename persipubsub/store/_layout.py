@@ -12,6 +12,9 @@ sub-database  key                                 value
 ``pending_db`` subscriber id (UTF-8)              ordinal, position and counters of the subscriber
 ``ahead_db``  ordinal of a subscriber (4 bytes)    end of a range (8 bytes) that the subscriber
               number (8 bytes)                    acknowledged ahead of its position
+``attempts_db`` ordinal of a subscriber (4 bytes)  how often the message was delivered, when it is
+              number (8 bytes)                    due again, the last error
+``once_db``   an id that a publisher gave         number of its message
 ``meta_db``   ``header``                          what the whole store is
 ``meta_db``   ``audience`` and an index (2 bytes) the subscriber ids that some publisher addresses
 ============= =================================== ==================================================
@@ -33,6 +36,8 @@ DATA_DB: Final = b"data_db"
 PENDING_DB: Final = b"pending_db"
 AHEAD_DB: Final = b"ahead_db"
 META_DB: Final = b"meta_db"
+ATTEMPTS_DB: Final = b"attempts_db"
+ONCE_DB: Final = b"once_db"
 
 HEADER_KEY: Final = b"header"
 AUDIENCE_KEY_PREFIX: Final = b"audience"
@@ -40,6 +45,7 @@ AUDIENCE_KEY_PREFIX: Final = b"audience"
 FLAG_DURABILITY_OS: Final = 1
 
 FLAG_MAY_HAVE_RANGES: Final = 1
+FLAG_MAY_HAVE_ATTEMPTS: Final = 2
 
 #: Number of the first message of a store; 0 means "none".
 FIRST_NUMBER: Final = 1
