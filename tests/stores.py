@@ -7,7 +7,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 import lmdb
 
 import persipubsub.queue
-from persipubsub.store import _databases, _layout, _log, _positions
+from persipubsub.store import _databases, _log, _positions
 from persipubsub.store._databases import Databases
 from tests import support
 
