@@ -163,7 +163,7 @@ class Consumer:
         guess = self._guess
         if guess:
             self._guess = 0
-            lease = self._claim(guess, guess, max_messages)
+            lease = self._claim(guess, guess, max_messages, is_guess=True)
             if lease is not None:
                 return lease, False
 
@@ -183,13 +183,18 @@ class Consumer:
             is_claimed = True
             start = candidate.number + 1
 
-    def _claim(self, begin: int, number: int, max_messages: int) -> Optional[Lease]:
+    def _claim(self,
+               begin: int,
+               number: int,
+               max_messages: int,
+               is_guess: bool = False) -> Optional[Lease]:
         """
         Claim messages and look at them again.
 
         :param begin: everything from here to the first message is done or not for the subscriber
         :param number: of the first message
         :param max_messages: how many to take at most
+        :param is_guess: True if it is the next one only if the position is still there
         :return: messages; None if somebody else has or had the first one
         """
         ordinal = self._pending.ordinal
@@ -202,7 +207,10 @@ class Consumer:
         messages = None  # type: Optional[List[bytes]]
         try:
             numbers, messages = self._environment.read(
-                functools.partial(self._pending.copy, number=number, end=number + claim.count))
+                functools.partial(self._pending.copy,
+                                  number=number,
+                                  end=number + claim.count,
+                                  is_guess=is_guess))
             if messages and claim.count > 1:
                 claim.narrow(number, numbers[-1] + 1 - number)
         except persipubsub.errors.CorruptMessageError as error:

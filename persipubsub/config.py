@@ -22,8 +22,8 @@ from persipubsub import _json_file as json_file
 from persipubsub._config_checks import Text, Texts
 
 __all__ = [
-    "Strategy", "Durability", "HighWaterMark", "Queue", "Publisher", "Subscriber", "Config",
-    "RESERVED_SUBSCRIBER_IDS", "read", "parse", "check_identifier"
+    "Strategy", "Durability", "StartFrom", "HighWaterMark", "Queue", "Publisher", "Subscriber",
+    "Config", "RESERVED_SUBSCRIBER_IDS", "read", "parse", "check_identifier"
 ]
 
 RESERVED_SUBSCRIBER_IDS: Final = _config_checks.RESERVED_SUBSCRIBER_IDS
@@ -49,6 +49,15 @@ class Durability(enum.Enum):
     FSYNC = "fsync"
     #: With the operating system: it survives its process; a power failure, from a checkpoint on.
     OS = "os"
+
+
+class StartFrom(enum.Enum):
+    """Choose what a new subscriber gets of the messages that are in the queue already."""
+
+    #: Nothing: only what is sent from then on.
+    END = "end"
+    #: All that is still stored and addressed to it.
+    BEGINNING = "beginning"
 
 
 # yapf: disable
@@ -138,6 +147,8 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     identifier: Annotated[Text, msgspec.Meta(description="key of the entry, 1 to 255 bytes")]
     in_queue: Annotated[Text, msgspec.Meta(description="key in queues, to receive from")]
+    start_from: Annotated[StartFrom, msgspec.Meta(
+        description="where it begins when it is added to the queue")] = StartFrom.END
 
 
 # yapf: enable

@@ -34,7 +34,7 @@ _ROWS: List[Set[str]] = [
     {"maintenance._alone", "maintenance._upkeep"},
     {"maintenance._verification"},
     {"_delivery", "_putting", "statistics"},
-    {"_tidying"},
+    {"_replay", "_tidying"},
     {"_losses"},
     {"_settings"},
     {"environment._registry"},

@@ -122,8 +122,12 @@ class Pending:
             known = self._audiences.get(audience, False)
         return known
 
-    def copy(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, number: int,
-             end: int) -> Tuple[List[int], List[bytes]]:
+    def copy(self,
+             txn: "lmdb.Transaction[memoryview]",
+             databases: Databases,
+             number: int,
+             end: int,
+             is_guess: bool = False) -> Tuple[List[int], List[bytes]]:
         """
         Copy messages from a claimed one on, as far as they are pending.
 
@@ -131,13 +135,14 @@ class Pending:
         :param databases: handles
         :param number: of the first message
         :param end: number behind the last one to look at
+        :param is_guess: True if it is the next one only if the position is still there
         :return: numbers and messages; empty if the first one is not pending
         :raise CorruptMessageError: if the first one is damaged
         """
         numbers = []  # type: List[int]
         messages = []  # type: List[bytes]
         subscriber = _positions.require(txn, databases, self.key)
-        if number < subscriber.position:
+        if number < subscriber.position or (is_guess and number != subscriber.position):
             return numbers, messages
         if subscriber.flags:
             if _positions.skip_ahead(txn, databases, subscriber.ordinal, number) != number:
@@ -209,6 +214,7 @@ class Pending:
             # It was removed and added again: another subscriber of the same name.
             return subscriber.position
         count = self._count_pending(txn, databases, subscriber, numbers)
+        begin = self._begin_of(txn, databases, subscriber, begin, numbers[0])
         moved, _ = _positions.acknowledge(txn, databases, subscriber, begin, numbers[-1] + 1)
         if count:
             moved = moved._replace(acknowledged=moved.acknowledged + count,
@@ -216,6 +222,27 @@ class Pending:
         if moved != subscriber:
             _positions.write(txn, databases, self.key, moved)
         return moved.position
+
+    def _begin_of(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                  subscriber: _layout.Subscriber, begin: int, number: int) -> int:
+        """
+        Look whether what lies in front of a message is still done or not for the subscriber.
+
+        It is not after a seek to what lies in between, which is to be received again.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param subscriber: its record
+        :param begin: everything from here to the message was, when it was taken
+        :param number: of the message
+        :return: from where on to acknowledge
+        """
+        if begin >= number:
+            return number
+        own = _positions.audiences_of(_log.read_audiences(txn, databases), self.key)
+        if _positions.count_pending(txn, databases, subscriber, own, begin, number):
+            return number
+        return begin
 
     @staticmethod
     def _count_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases,
@@ -250,6 +277,7 @@ class Pending:
         :param number: of the message
         """
         subscriber = _positions.require(txn, databases, self.key)
+        begin = self._begin_of(txn, databases, subscriber, begin, number)
         moved, fresh = _positions.acknowledge(txn, databases, subscriber, begin, number + 1)
         if fresh:
             _positions.write(txn, databases, self.key, moved._replace(corrupt=moved.corrupt + 1))
