@@ -24,7 +24,7 @@ _MAX_LINES = 500
 _ROWS: List[Set[str]] = [
     {"__main__"},
     {"cli.commands"},
-    {"cli._maintenance", "cli._messages", "cli._queues"},
+    {"cli._maintenance", "cli._messages", "cli._queues", "cli._replay"},
     {"cli._view"},
     {"cli._shared", "metrics"},
     {"control", "publisher", "subscriber"},
