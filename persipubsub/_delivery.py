@@ -181,6 +181,16 @@ class Consumer:
             return lease
         return self._wait(self._take_newest_now, timeout, longest_pause)
 
+    def take_at(self, number: int) -> Optional[Lease]:
+        """
+        Take one certain message, whatever else is there. It does not wait.
+
+        :param number: of the message
+        :return: message; None if it is not pending, or another consumer has it
+        :raise CorruptMessageError: if it is damaged; it is set aside
+        """
+        return self._claim(number, number, 1)
+
     def _wait(self, take: "Callable[[], _Taken]", timeout: Optional[float],
               longest_pause: float) -> Optional[Lease]:
         """
@@ -203,8 +213,8 @@ class Consumer:
                 if now >= next_check:
                     self._environment.check_readers()
                     next_check = now + _READER_CHECK_SECS
-                pause = _CLAIMED_PAUSE_SECS if taken.is_claimed else min(longest_pause,
-                                                                         _LONGEST_PAUSE_SECS)
+                pause = _CLAIMED_PAUSE_SECS if taken.is_claimed else min(
+                    longest_pause, _LONGEST_PAUSE_SECS)
                 if taken.due_ns:
                     pause = min(pause, max(0, taken.due_ns - self._pending.now_ns()) / 1e9)
                 ticket.wait(pause if deadline is None else min(pause, deadline - now))
@@ -274,14 +284,14 @@ class Consumer:
         """
         lease = None  # type: Optional[Lease]
         try:
-            skipped = self._environment.write(functools.partial(_newest.skip_to,
-                                                                pending=self._pending,
-                                                                number=number),
-                                              may_grow=True)
-            if skipped is not None and skipped.copied.is_spent:
-                self._move(skipped.copied)
-            elif skipped is not None and skipped.copied.numbers:
-                lease = self._lease(claim, number, skipped.copied)
+            copied = self._environment.write(functools.partial(_newest.skip_to,
+                                                               pending=self._pending,
+                                                               number=number),
+                                             may_grow=True)
+            if copied is not None and copied.is_spent:
+                self._move(copied)
+            elif copied is not None and copied.numbers:
+                lease = self._lease(claim, number, copied)
         except persipubsub.errors.CorruptMessageError as error:
             raise self._set_aside(number, error) from None
         finally:
@@ -414,11 +424,10 @@ class Consumer:
         """
         try:
             if error is not None:
-                spent = self._environment.write(functools.partial(
-                    _deliveries.fail,
-                    pending=self._pending,
-                    numbers=copied.numbers,
-                    error=_moving.text_of(error)),
+                spent = self._environment.write(functools.partial(_deliveries.fail,
+                                                                  pending=self._pending,
+                                                                  numbers=copied.numbers,
+                                                                  error=_moving.text_of(error)),
                                                 may_grow=True)
                 for number in spent:
                     self._move(
@@ -475,4 +484,3 @@ class _Taken(NamedTuple):
     lease: Optional[Lease]
     is_claimed: bool  #: True if messages were passed over that others have claimed
     due_ns: int  #: when the first of those that rest is due, on the queue's clock; 0 if none rests
-

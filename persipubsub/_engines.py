@@ -13,11 +13,15 @@ from typing import Any, Dict, Final, List, Optional, Protocol, Sequence, Tuple, 
 
 import persipubsub.config
 import persipubsub.errors
+import persipubsub.message
 
 #: Modules by the scheme of a queue's path; a plain path has none.
 _MODULES: Final[Dict[str, str]] = {
     "": "persipubsub.queue",
 }
+
+#: Largest id of a message, in bytes; LMDB takes keys of up to 511 bytes.
+MAX_ID_BYTES: Final = 255
 
 
 class Lease(Protocol):
@@ -37,6 +41,13 @@ class Lease(Protocol):
         Leave the messages where they were; they are delivered again, perhaps to another.
 
         :param error: why; None if they were not worked on
+        """
+
+    def details(self) -> List[persipubsub.message.Message]:
+        """
+        Tell what is known of the messages.
+
+        :return: messages, in order
         """
 
     def touch(self) -> None:
@@ -59,6 +70,15 @@ class Consumer(Protocol):
         :return: messages; None if there was none in time
         """
 
+    def take_newest(self, timeout: Optional[float], longest_pause: float = 1.0) -> Optional[Lease]:
+        """
+        Take the newest message and acknowledge all older ones as skipped; wait if there is none.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param longest_pause: time between two looks at the queue without a wake-up, in seconds
+        :return: message; None if there was none in time
+        """
+
     def front(self) -> Optional[bytes]:
         """
         Look at the next message without taking it.
@@ -70,13 +90,22 @@ class Consumer(Protocol):
 class Queue(Protocol):
     """Be one open queue."""
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
-        :return: number of the first message
+        :param timeout:
+            how long to wait for room where the strategy is ``block``, in seconds; None: for ever
+        :param msg_ids:
+            of the messages, as many as these, None for those without, 1 to 255 bytes each; a
+            message of an id that the queue knows is left out, the rest is added
+        :return: number of the first message; of one that is left out, of the one that is stored
         """
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:

@@ -9,11 +9,11 @@ message would be in neither.
 
 import contextlib
 import datetime
+import hashlib
 import logging
 import os
-import threading
 import time
-from typing import Callable, Final, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Callable, Final, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import persipubsub.dead_letter
 import persipubsub.errors
@@ -38,12 +38,14 @@ class Target(Protocol):
     def put(self,
             messages: Sequence[bytes],
             audience: Optional[Tuple[str, ...]] = None,
-            msg_ids: Optional[Sequence[bytes]] = None) -> int:
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages, each once for its id.
 
         :param messages: to be added
         :param audience: ids of the subscribers that get them; everybody if not given
+        :param timeout: how long to wait for room, in seconds
         :param msg_ids: of the messages
         :return: number of the first message
         """
@@ -76,12 +78,11 @@ class Mover:
         """
         self._origin = origin
         self._open_target = open_target
-        self._target = None  # type: Optional[Target]
+        # The first one is used. Two threads may open it at the same time: a lock was rejected, since
+        # a child that is forked meanwhile would wait for it for ever.
+        self._targets = []  # type: List[Target]
         self._ready_at = 0.0
         self._warned_at = -_WARNING_SECS
-        # Guards the target. Locks of that queue are taken inside of it, and never those of the
-        # queue that the messages come from.
-        self._lock = threading.Lock()
 
     def is_ready(self) -> bool:
         """
@@ -106,7 +107,7 @@ class Mover:
             _LOGGER.warning(
                 "The message %s of the queue %s was dropped for %s, which has no "
                 "dead_letter_queue, after %s deliveries: %s", message.number, self._origin.path,
-                self._origin.subscriber, attempts.count, error)
+                self._origin.subscriber, attempts.deliveries, error)
             return True
         if not self.is_ready():
             return False
@@ -114,20 +115,20 @@ class Mover:
                                                     subscriber=self._origin.subscriber,
                                                     number=message.number,
                                                     sent_at=message.sent_at,
-                                                    attempts=attempts.count,
+                                                    attempts=attempts.deliveries,
                                                     error=error,
                                                     moved_at=datetime.datetime.now(
                                                         datetime.timezone.utc),
                                                     data=message.data)
         # The time of the first delivery tells it from the same number of a queue that was dropped
         # and created again, and from a message that an operator let be delivered again.
-        msg_id = "dead letter {} {} {} {}".format(attempts.since_ns, ordinal, message.number,
-                                                  os.path.realpath(self._origin.path))
+        msg_id = make_id("dead letter", os.path.realpath(self._origin.path), ordinal,
+                         message.number, attempts.since_ns)
         try:
-            with self._lock:
-                if self._target is None:
-                    self._target = self._open_target()
-                self._target.put([letter.encode()], msg_ids=[msg_id.encode("utf-8")])
+            if not self._targets:
+                self._targets.append(self._open_target())
+            # No time to wait for room: the consumer has other messages to work on.
+            self._targets[0].put([letter.encode()], timeout=0, msg_ids=[msg_id])
         except persipubsub.errors.PersipubsubError as failure:
             self._postpone(message.number, failure)
             return False
@@ -151,10 +152,23 @@ class Mover:
 
     def close(self) -> None:
         """Close the queue of dead letters."""
-        with self._lock:
-            target, self._target = self._target, None
-        if target is not None:
-            target.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._targets.pop().close()
+
+
+def make_id(*parts: object) -> bytes:
+    """
+    Make the id under which a message is put once.
+
+    :param parts: what tells the message from all others
+    :return: id of a bounded length, as paths may be longer than ids
+
+    >>> make_id("dead letter", 1) == make_id("dead letter", 1) != make_id("dead letter", 2)
+    True
+    """
+    text = " ".join(str(part) for part in parts)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest().encode("ascii")
 
 
 def text_of(error: BaseException) -> str:

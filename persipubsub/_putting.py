@@ -15,7 +15,7 @@ import persipubsub.errors
 from persipubsub import _losses, _wakeup
 from persipubsub._settings import Settings
 from persipubsub.environment import _environment
-from persipubsub.store import _blocks, _layout, _log, _retention
+from persipubsub.store import _blocks, _layout, _log, _once, _retention
 from persipubsub.store._databases import Databases
 
 #: How many blocks are deleted in one transaction while an operator prunes or clears a queue.
@@ -30,17 +30,25 @@ class _Put:
 
     __slots__ = ("batches", "count", "size", "audience", "first", "floor", "losses")
 
-    def __init__(self, batches: List[_blocks.Batch], audience: Optional[Tuple[str, ...]]) -> None:
-        self.batches = batches
+    def __init__(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]]) -> None:
+        self.audience = audience
+        self.first = 0
+        self.floor = None  # type: Optional[_retention.Floor]
+        self.losses = []  # type: List[_retention.Loss]
+        self.encode(messages)
+
+    def encode(self, messages: Sequence[bytes]) -> None:
+        """
+        Choose the messages.
+
+        :param messages: to be added
+        """
+        self.batches = batches = _blocks.encode_batches(messages)
         if len(batches) == 1:
             self.count, self.size, _ = batches[0]
         else:
             self.count = sum(batch.messages for batch in batches)
             self.size = sum(batch.size for batch in batches)
-        self.audience = audience
-        self.first = 0
-        self.floor = None  # type: Optional[_retention.Floor]
-        self.losses = []  # type: List[_retention.Loss]
 
 
 class Putter:
@@ -72,7 +80,10 @@ class Putter:
         self._floor = None  # type: Optional[_retention.Floor]
         self._audiences = {}  # type: Dict[Tuple[str, ...], int]
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -81,20 +92,26 @@ class Putter:
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
-        :return: number of the first message
+        :param msg_ids:
+            of the messages, as many as these, None for those without; a message of an id that is
+            known is left out
+        :return: number of the first message; of one that is left out, of the one that is stored
         :raise MessageTooLargeError: if the queue could never hold them
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
         if len(messages) != 1 or len(messages[0]) > self._surely_fitting:
             self._settings.check_size(messages)
-        put = _Put(_blocks.encode_batches(messages), audience)
+        put = _Put(messages, audience)
+        work = functools.partial(self._put, put=put)  # type: Callable[..., None]
+        if msg_ids:
+            work = functools.partial(self._put_once, put=put, messages=messages, msg_ids=msg_ids)
         try:
-            self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
+            self._environment.write(work, is_flushed=True)
         except _environment.MapFullError:
-            self._put_into_full_map(put)
+            self._put_into_full_map(work)
         except persipubsub.errors.DiskFullError:
-            self._put_onto_full_disk(put)
+            self._put_onto_full_disk(work)
         except BaseException:
             self._floor = None
             raise
@@ -135,6 +152,43 @@ class Putter:
                               put.losses,
                               budget=2 * (interval + len(put.batches)))
         put.floor = floor
+
+    def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: _Put,
+                  messages: Sequence[bytes], msg_ids: Sequence[Optional[bytes]]) -> None:
+        """
+        Add the messages whose ids are not known, and remember their ids.
+
+        :param txn: write transaction
+        :param databases: handles
+        :param put: what to add; gets the result
+        :param messages: all of the call
+        :param msg_ids: of the messages, None for those without
+        """
+        now_ns = self._now_ns()
+        oldest_ns = now_ns - self._settings.once_window_ns
+        given = list(dict.fromkeys(msg_id for msg_id in msg_ids if msg_id is not None))
+        found = dict(zip(given, _once.find(txn, databases, given, oldest_ns)))
+        # The place among the messages to be added; of an id that comes twice, the first.
+        places = {}  # type: Dict[bytes, int]
+        chosen = []  # type: List[bytes]
+        for message, msg_id in zip(messages, msg_ids):
+            if msg_id is None or (found[msg_id] is None and msg_id not in places):
+                if msg_id is not None:
+                    places[msg_id] = len(chosen)
+                chosen.append(message)
+        put.encode(chosen)
+        if chosen:
+            self._put(txn, databases, put)
+        else:
+            # What is stored may not be flushed yet. LMDB commits nothing without a change, and the
+            # number of the transaction would stand for the next one: its flush would be left out.
+            _once.touch(txn, databases, given[0])
+            put.floor = self._floor
+        for msg_id, place in places.items():
+            _once.remember(txn, databases, msg_id, put.first + place, now_ns)
+        _once.forget(txn, databases, oldest_ns, budget=2 * len(given))
+        known = found.get(msg_ids[0]) if msg_ids[0] is not None else None
+        put.first = put.first if known is None else known
 
     def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: _Put) -> bool:
         """
@@ -215,11 +269,11 @@ class Putter:
             self._audiences[subscribers] = audience
         return audience
 
-    def _put_into_full_map(self, put: _Put) -> None:
+    def _put_into_full_map(self, work: Callable[..., None]) -> None:
         """
         Put messages into a full store: delete what is finished, then drop by the strategy.
 
-        :param put: what is to be added
+        :param work: that adds them
         :raise DiskFullError: if it does not fit although nothing is left to be dropped
         """
         waiting = 1
@@ -231,7 +285,6 @@ class Putter:
             self._environment.write(_retention.make_reusable, may_grow=True)
             try:
                 # With nothing left to be dropped, the free pages are only too scattered for it.
-                work = functools.partial(self._put, put=put)
                 self._environment.write(work, is_flushed=True, may_grow=not waiting)
                 return
             except _environment.MapFullError:
@@ -240,17 +293,17 @@ class Putter:
             waiting, losses = self._environment.write(self._shrink, may_grow=True)
             self._losses.add(losses)
 
-    def _put_onto_full_disk(self, put: _Put) -> None:
+    def _put_onto_full_disk(self, work: Callable[..., None]) -> None:
         """
         Put messages where finished ones were, which a send that fails can not delete by itself.
 
-        :param put: what is to be added
+        :param work: that adds them
         :raise DiskFullError: if there are too few of them
         """
         self._floor = None
         self.delete_finished()
         self._environment.write(_retention.make_reusable, may_grow=True)
-        self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
+        self._environment.write(work, is_flushed=True)
 
     def _shrink(self, txn: "lmdb.Transaction[memoryview]",
                 databases: Databases) -> Tuple[int, List[_retention.Loss]]:
@@ -290,10 +343,13 @@ class Putter:
         """
         Delete all messages that everybody acknowledged, in many short transactions.
 
-        Senders get their turn between them.
+        Senders get their turn between them. Ids of messages that are older than the window are
+        forgotten on the way.
 
         :return: how many blocks were deleted
         """
+        while self._forget() == _CHUNK_BLOCKS:
+            pass
         total = 0
         while True:
             deleted = self._environment.write(functools.partial(_retention.delete_finished,
@@ -302,3 +358,17 @@ class Putter:
             total += deleted
             if deleted < _CHUNK_BLOCKS:
                 return total
+
+    def _forget(self) -> int:
+        """
+        Forget ids of messages that are older than the window.
+
+        :return: how many, up to a chunk
+        """
+        oldest_ns = self._now_ns() - self._settings.once_window_ns
+        if not self._environment.read(functools.partial(_once.is_any_before, oldest_ns=oldest_ns)):
+            return 0
+        return self._environment.write(functools.partial(_once.forget,
+                                                         oldest_ns=oldest_ns,
+                                                         budget=_CHUNK_BLOCKS),
+                                       may_grow=True)

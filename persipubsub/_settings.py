@@ -1,11 +1,23 @@
 """Take from a configuration what a queue on this machine has to know."""
 
-from typing import NamedTuple, Sequence
+import types
+from typing import Final, Mapping, NamedTuple, Optional, Sequence
 
 import persipubsub.config
 import persipubsub.errors
 from persipubsub.environment import _opening
-from persipubsub.store import _blocks
+from persipubsub.store import _attempts, _blocks
+
+
+class Retries(NamedTuple):
+    """Say what happens to the messages that a subscriber fails to work on."""
+
+    policy: _attempts.Policy
+    queue_key: str  #: of the subscriber's queue in the configuration
+    dead_letters: "Optional[Settings]"  #: of the queue of dead letters; None if there is none
+
+
+_NO_RETRIES: Final[Mapping[str, Retries]] = types.MappingProxyType({})
 
 
 class Settings(NamedTuple):
@@ -21,14 +33,20 @@ class Settings(NamedTuple):
     keeps_os: bool  #: durability "os"
     checkpoint_secs: float  #: time between checkpoints of an "os" queue; 0: none
     busy_timeout_secs: float  #: how long a write waits for another process
+    once_window_ns: int = 3600 * 10**9  #: how long ids of messages are remembered, in nanoseconds
+    retries: Mapping[str, Retries] = _NO_RETRIES  #: of the subscribers that say something of them
 
     @classmethod
-    def of(cls, config: persipubsub.config.Config, queue_key: str) -> "Settings":
+    def of(cls,
+           config: persipubsub.config.Config,
+           queue_key: str,
+           has_retries: bool = True) -> "Settings":
         """
         Take the settings from a configuration.
 
         :param config: that describes the queue
         :param queue_key: of the queue in ``queues``
+        :param has_retries: False to leave out what subscribers do with messages that fail
         :return: its settings
         """
         queue = config.queues[queue_key]
@@ -42,7 +60,9 @@ class Settings(NamedTuple):
                    drops_newest=mark.strategy is persipubsub.config.Strategy.PRUNE_LAST,
                    keeps_os=queue.durability is persipubsub.config.Durability.OS,
                    checkpoint_secs=queue.checkpoint_secs,
-                   busy_timeout_secs=queue.busy_timeout_secs)
+                   busy_timeout_secs=queue.busy_timeout_secs,
+                   once_window_ns=int(queue.once_window_secs * 1e9),
+                   retries=_retries_of(config, queue_key) if has_retries else _NO_RETRIES)
 
     def options(self) -> _opening.Options:
         """
@@ -80,3 +100,25 @@ class Settings(NamedTuple):
             raise persipubsub.errors.MessageTooLargeError(
                 "Expected messages of at most {} bytes for the queue {} (max_db_size_bytes), but "
                 "got: {} bytes".format(max(0, room), self.path, size))
+
+
+def _retries_of(config: persipubsub.config.Config, queue_key: str) -> Mapping[str, Retries]:
+    """
+    Take from a configuration what subscribers do with messages that fail.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: by id of those subscribers that say something
+    """
+    found = {}
+    for subscriber in config.subscribers.values():
+        if subscriber.in_queue != queue_key:
+            continue
+        policy = _attempts.Policy(max_deliveries=subscriber.max_deliveries,
+                                  delay_ns=int(subscriber.retry_delay_secs * 1e9))
+        target = subscriber.dead_letter_queue
+        if policy != _attempts.Policy():
+            # Without the retries of that queue: its subscribers may give up into this one.
+            letters = Settings.of(config, target, has_retries=False) if target else None
+            found[subscriber.identifier] = Retries(policy, queue_key, letters)
+    return types.MappingProxyType(found)

@@ -59,8 +59,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             letter = msgspec.msgpack.decode(msg, type=cls)
         except msgspec.DecodeError as error:
             raise persipubsub.errors.CorruptMessageError(
-                "Expected a dead letter, but got {} bytes: {}".format(len(msg), error),
-                number=0) from error
+                "Expected a dead letter, but got {} bytes: {}".format(len(msg),
+                                                                      error), number=0) from error
         if letter.version != 1:
             raise persipubsub.errors.CorruptMessageError(
                 "Expected a dead letter of the version 1, but got: {!r}".format(letter.version),

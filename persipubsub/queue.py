@@ -15,10 +15,10 @@ import lmdb
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _claims, _delivery, _losses, _putting, _wakeup
-from persipubsub._settings import Settings
+from persipubsub import _claims, _delivery, _in_flight, _losses, _moving, _putting, _wakeup
+from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
-from persipubsub.store import _check, _pending, _positions, _retention
+from persipubsub.store import _attempts, _check, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
 __all__ = ["Queue", "Settings", "ensure_queue", "open_queue"]
@@ -59,6 +59,8 @@ class Queue:
         self._now_ns = clock if clock is not None else self._environment.now_ns
         self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
         self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
+        self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
+        self._movers = []  # type: List[_moving.Mover]
         self._losses = _losses.LossLog(settings.path)
         self._putter = _putting.Putter(settings, self._environment, self._bell, self._losses,
                                        self._now_ns)
@@ -106,6 +108,8 @@ class Queue:
         self._is_closed = True
         self._losses.report(force=True)
         self._claims.close()
+        for mover in self._movers:
+            mover.close()
         self._bell.close()
         _registry.release(self._environment)
 
@@ -122,7 +126,11 @@ class Queue:
 
     # Putting
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -131,13 +139,19 @@ class Queue:
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
-        :return: number of the first message
+        :param timeout:
+            how long to wait for room where the strategy is ``block``, in seconds; None: for ever
+        :param msg_ids:
+            of the messages, as many as these, None for those without, 1 to 255 bytes each; a
+            message of an id that the queue knows is left out, the rest is added
+        :return: number of the first message; of one that is left out, of the one that is stored
         :raise MessageTooLargeError: if the queue could never hold them
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
         self._check_open()
-        return self._putter.put(messages, audience)
+        del timeout
+        return self._putter.put(messages, audience, msg_ids)
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """
@@ -175,12 +189,34 @@ class Queue:
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self._check_open()
+        retries = self.settings.retries.get(subscriber)
+        policy = _attempts.Policy() if retries is None else retries.policy
         return _delivery.Consumer(environment=self._environment,
                                   claims=self._claims,
+                                  board=self._board,
                                   bell=self._bell,
                                   pending=_pending.Pending(subscriber, self.settings.timeout_ns,
-                                                           self._now_ns),
-                                  expire=self.drop_expired)
+                                                           self._now_ns, policy),
+                                  expire=self.drop_expired,
+                                  mover=self._mover(subscriber, retries))
+
+    def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
+        """
+        Make what moves the messages of a subscriber that are not delivered any more.
+
+        :param subscriber: its id
+        :param retries: what to do with them; None if nothing limits the deliveries
+        :return: to be closed with the queue
+        """
+        letters = None if retries is None else retries.dead_letters
+        mover = _moving.Mover(
+            _moving.Origin(queue="" if retries is None else retries.queue_key,
+                           subscriber=subscriber,
+                           path=self.settings.path),
+            open_target=None if letters is None else functools.partial(Queue, letters))
+        if letters is not None:
+            self._movers.append(mover)
+        return mover
 
     def front(self, subscriber: str) -> Optional[bytes]:
         """
@@ -276,7 +312,11 @@ def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
     """
-    Queue.ensure(Settings.of(config, queue_key), config.queues[queue_key].subscribers)
+    subscribers = list(config.queues[queue_key].subscribers)
+    if any(found.dead_letter_queue == queue_key for found in config.subscribers.values()):
+        # On its behalf the operator looks at what is there; without it nobody might keep it.
+        subscribers.append(persipubsub.config.DEAD_LETTERS)
+    Queue.ensure(Settings.of(config, queue_key), subscribers)
 
 
 def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:

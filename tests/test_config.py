@@ -152,7 +152,8 @@ def test_example(tmp_path: pathlib.Path, as_path: Any) -> None:
                                      high_water_mark=mark,
                                      durability=persipubsub.config.Durability.FSYNC,
                                      checkpoint_secs=1,
-                                     busy_timeout_secs=30)
+                                     busy_timeout_secs=30,
+                                     once_window_secs=3600)
     assert config.path == config_pth
     assert dict(config.queues) == {key: queue}
     assert config.publisher("pub") == persipubsub.config.Publisher("pub", key, ("sub", ))
@@ -275,6 +276,8 @@ VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
     ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", []], ["fsync", "os"], "'fsync' or 'os'"),
     ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 86400.5], [0, 0.1,
                                                             86400], "a number between 0 and 86400"),
+    ([*QUEUE, "once_window_secs"], [*NOT_SECONDS, 0, 3_200_000_001], [0.1, 3_200_000_000],
+     "a number greater than 0 and at most 3200000000"),
     ([*QUEUE, "busy_timeout_secs"], [*NOT_SECONDS, 0,
                                      86401], [0.1,
                                               86400], "a number greater than 0 and at most 86400"),
@@ -885,6 +888,7 @@ def correct_content(draw: st.DrawFn) -> dict[str, Any]:
             "durability": draw(st.sampled_from(["fsync", "os"])),
             "checkpoint_secs": draw(st.floats(0, 86400)),
             "busy_timeout_secs": draw(st.floats(0.001, 86400)),
+            "once_window_secs": draw(st.floats(0.001, 3.2e9)),
         }
         content["queues"][key] = queue
         for identifier in queue["subscribers"]:

@@ -150,7 +150,7 @@ def test_later_subscriber_is_not_in_an_audience(tmp_path: pathlib.Path) -> None:
 def test_failed_send_leaves_no_audience_to_be_mixed_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, subscribers=["a", "b"]) as queue, \
             persipubsub.queue.Queue(queue.settings) as other:
-        put = _putting._Put(_blocks.encode_batches([b"lost"]), ("a", ))
+        put = _putting._Put([b"lost"], ("a", ))
 
         def fail(txn, databases):  # type: ignore[no-untyped-def]
             queue._putter._put(txn, databases, put)

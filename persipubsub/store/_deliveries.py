@@ -33,7 +33,7 @@ def describe(copied: _pending.Copied, offset_ns: int,
     described = []
     for number, data, sent_at in zip(copied.numbers, copied.messages, times):
         attempts = copied.attempts.get(number)
-        count = 0 if attempts is None else attempts.count
+        count = 0 if attempts is None else attempts.deliveries
         described.append(
             persipubsub.message.Message(data=data,
                                         number=number,
@@ -63,7 +63,8 @@ def begin(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _p
         before = copied.attempts.get(found)
         if before is None:
             before = _layout.Attempts(0, 0, pending.now_ns(), 0, "")
-        counted[found] = before._replace(count=before.count + 1, flags=_layout.FLAG_IS_BEGUN)
+        counted[found] = before._replace(deliveries=before.deliveries + 1,
+                                         flags=_layout.FLAG_IS_BEGUN)
         _attempts.write(txn, databases, pending.ordinal, found, counted[found])
     _flag(txn, databases, pending.key)
     return copied._replace(attempts=counted)
@@ -109,7 +110,7 @@ def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pe
         if before is None:
             before = _layout.Attempts(0, 0, now_ns, 0, "")
         # Counted when it began, unless nothing limits the deliveries.
-        count = before.count + (not before.flags & _layout.FLAG_IS_BEGUN)
+        count = before.deliveries + (not before.flags & _layout.FLAG_IS_BEGUN)
         is_spent = pending.policy.is_spent(count)
         due_ns = 0
         if pending.policy.delay_ns and not is_spent:
@@ -143,9 +144,9 @@ def take_back(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending
         before = _attempts.read(txn, databases, pending.ordinal, number)
         if before is None or not before.flags & _layout.FLAG_IS_BEGUN:
             continue
-        if before.count > 1:
+        if before.deliveries > 1:
             _attempts.write(txn, databases, pending.ordinal, number,
-                            before._replace(count=before.count - 1, flags=0))
+                            before._replace(deliveries=before.deliveries - 1, flags=0))
         else:
             _attempts.forget(txn, databases, pending.ordinal, number)
     _positions.write(txn, databases, pending.key, subscriber)

@@ -1,22 +1,16 @@
 """Find the newest message of a subscriber and skip to it, inside of a transaction."""
 
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 import lmdb
 
-from persipubsub.store import (_attempts, _deliveries, _layout, _log, _pending, _positions)
+from persipubsub.store import _attempts, _deliveries, _layout, _log, _pending, _positions
 from persipubsub.store._databases import Databases
 
 
-class Skipped(NamedTuple):
-    """Hold the newest message, and how many were skipped for it."""
-
-    copied: _pending.Copied
-    count: int
-
-
-def find(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending
-         ) -> Union[_pending.Candidate, _pending.Expired, _pending.Resting, None]:
+def find(
+    txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending
+) -> Union[_pending.Candidate, _pending.Expired, _pending.Resting, None]:
     """
     Find the newest message that is pending. Messages for others behind it are walked over.
 
@@ -63,7 +57,7 @@ def _newest_of(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def skip_to(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-            number: int) -> Optional[Skipped]:
+            number: int) -> Optional[_pending.Copied]:
     """
     Copy a claimed message if it is the newest one, and acknowledge all in front of it.
 
@@ -71,7 +65,7 @@ def skip_to(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: 
     :param databases: handles
     :param pending: messages of the subscriber
     :param number: of the message
-    :return: message and how many were skipped; None if it is not the newest one any more
+    :return: message; None if it is not the newest one any more
     :raise CorruptMessageError: if it is damaged
     """
     newest = find(txn, databases, pending)
@@ -88,4 +82,4 @@ def skip_to(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: 
         moved, _ = _positions.acknowledge(txn, databases, subscriber, subscriber.position, number)
         _positions.write(txn, databases, pending.key,
                          moved._replace(skipped=moved.skipped + skipped))
-    return Skipped(copied, skipped)
+    return copied

@@ -165,7 +165,7 @@ class Pending:
                                                       candidate.number)
 
     def is_addressed(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                      audience: int) -> bool:
+                     audience: int) -> bool:
         """
         Tell whether messages are for the subscriber.
 
@@ -256,7 +256,7 @@ class Pending:
         for other, attempts in _attempts.between(txn, databases, self.ordinal, number, end):
             if attempts.due_ns > now_ns:
                 return other, found, False
-            if self.policy.is_spent(attempts.count):
+            if self.policy.is_spent(attempts.deliveries):
                 if other > number:
                     return other, found, False
                 return number + 1, {number: attempts}, True
