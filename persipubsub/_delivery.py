@@ -12,6 +12,7 @@ was delivered often enough is moved away, by the one whose delivery failed, or b
 comes across it.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -115,7 +116,7 @@ class Consumer:
 
     def __init__(self, environment: _environment.Environment, claims: _claims.Claims,
                  board: _in_flight.Board, bell: _wakeup.Bell, pending: _pending.Pending,
-                 expire: Callable[[], int], mover: _moving.Mover) -> None:
+                 expire: Callable[[], int], mover: _moving.Mover, rings: bool) -> None:
         """
         Look the subscriber up.
 
@@ -126,6 +127,7 @@ class Consumer:
         :param pending: messages of the subscriber
         :param expire: drops messages that are too old
         :param mover: takes messages that are not delivered any more
+        :param rings: True to wake publishers that wait for room at each acknowledgement
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self._environment = environment
@@ -135,6 +137,7 @@ class Consumer:
         self._pending = pending
         self._expire = expire
         self._mover = mover
+        self._rings = rings
 
         # What the last acknowledgement saw behind itself; a guess that is checked before it counts.
         self._guess = 0
@@ -288,6 +291,8 @@ class Consumer:
                                                                pending=self._pending,
                                                                number=number),
                                              may_grow=True)
+            if copied is not None and self._rings:
+                self._ring()
             if copied is not None and copied.is_spent:
                 self._move(copied)
             elif copied is not None and copied.numbers:
@@ -376,6 +381,8 @@ class Consumer:
                                                   begin_number=begin,
                                                   number=error.number),
                                 may_grow=True)
+        if self._rings:
+            self._ring()
         return persipubsub.errors.CorruptMessageError("{}. It was set aside; queue {}".format(
             error, self._environment.directory),
                                                       number=error.number)
@@ -412,6 +419,13 @@ class Consumer:
                                                                 begin=begin,
                                                                 numbers=numbers),
                                               may_grow=True)
+        if self._rings:
+            self._ring()
+
+    def _ring(self) -> None:
+        """Wake those who wait, for messages or for room."""
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            self._bell.ring()  # those who are not woken look once a second anyhow
 
     # Failing
 
@@ -444,10 +458,7 @@ class Consumer:
 
     def wake_others(self) -> None:
         """Wake others that may take what was given back."""
-        try:
-            self._bell.ring()
-        except persipubsub.errors.PersipubsubError:
-            pass  # the others look once a second anyhow
+        self._ring()
 
     def _move(self, copied: _pending.Copied) -> None:
         """
@@ -464,6 +475,8 @@ class Consumer:
                                                       pending=self._pending,
                                                       number=message.number),
                                     may_grow=True)
+            if self._rings:
+                self._ring()
 
     def describe(self, copied: _pending.Copied) -> List[persipubsub.message.Message]:
         """

@@ -106,6 +106,7 @@ class Queue(Protocol):
             of the messages, as many as these, None for those without, 1 to 255 bytes each; a
             message of an id that the queue knows is left out, the rest is added
         :return: number of the first message; of one that is left out, of the one that is stored
+        :raise QueueFullError: if there is no room, and the strategy is to drop nothing
         """
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:

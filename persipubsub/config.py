@@ -37,6 +37,10 @@ class Strategy(enum.Enum):
     PRUNE_FIRST = "prune_first"
     #: Drop the newest messages.
     PRUNE_LAST = "prune_last"
+    #: Drop nothing: ``send`` raises ``QueueFullError`` at once.
+    REJECT = "reject"
+    #: Drop nothing: ``send`` waits for room, and raises ``QueueFullError`` after its timeout.
+    BLOCK = "block"
 
 
 class Durability(enum.Enum):
@@ -70,7 +74,7 @@ class HighWaterMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ren
         ge=1, le=2**48, description="size of the queue, in messages")]
     size_bytes: Annotated[int, msgspec.Meta(
         ge=1, le=2**46, description="size of the queue, in bytes")]
-    strategy: Annotated[Strategy, msgspec.Meta(description="what is dropped above the mark")]
+    strategy: Annotated[Strategy, msgspec.Meta(description="what happens above the mark")]
 
 
 class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,6 +110,9 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     once_window_secs: Annotated[float, msgspec.Meta(
         gt=0, le=3_200_000_000,
         description="time for which the ids of messages are remembered, in seconds")] = 3600.0
+    retain_secs: Annotated[float, msgspec.Meta(
+        ge=0, le=3_200_000_000,
+        description="time for which finished messages stay, in seconds since they were sent")] = 0.0
 
 
 class Publisher(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

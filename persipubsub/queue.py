@@ -6,6 +6,7 @@ This is what :py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subsc
 time; many processes may have the same queue open.
 """
 
+import contextlib
 import functools
 import os
 from typing import Callable, List, Optional, Sequence, Tuple
@@ -15,7 +16,7 @@ import lmdb
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _claims, _delivery, _in_flight, _losses, _moving, _putting, _wakeup
+from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putting, _tidying, _wakeup)
 from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
 from persipubsub.store import _attempts, _check, _pending, _positions, _retention
@@ -32,8 +33,9 @@ class Queue:
     >>> directory = tempfile.TemporaryDirectory()
     >>> settings = Settings(
     ...     path=directory.name, max_bytes=1 << 24, max_readers=16, timeout_ns=10**12,
-    ...     max_messages=100, max_message_bytes=10**6, drops_newest=False, keeps_os=False,
-    ...     checkpoint_secs=1.0, busy_timeout_secs=10.0)
+    ...     max_messages=100, max_message_bytes=10**6, keeps_os=False,
+    ...     checkpoint_secs=1.0, busy_timeout_secs=10.0,
+    ...     strategy=persipubsub.config.Strategy.PRUNE_FIRST)
     >>> Queue.ensure(settings, subscribers=["sub"])
     >>> with Queue(settings) as queue:
     ...     queue.put([b"first", b"second"])
@@ -62,8 +64,9 @@ class Queue:
         self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
         self._movers = []  # type: List[_moving.Mover]
         self._losses = _losses.LossLog(settings.path)
+        self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
         self._putter = _putting.Putter(settings, self._environment, self._bell, self._losses,
-                                       self._now_ns)
+                                       self._tidier, self._now_ns)
         self._is_closed = False
 
     @staticmethod
@@ -146,12 +149,12 @@ class Queue:
             message of an id that the queue knows is left out, the rest is added
         :return: number of the first message; of one that is left out, of the one that is stored
         :raise MessageTooLargeError: if the queue could never hold them
+        :raise QueueFullError: if there is no room, and the strategy is to drop nothing
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
         self._check_open()
-        del timeout
-        return self._putter.put(messages, audience, msg_ids)
+        return self._putter.put(messages, audience, timeout, msg_ids)
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """
@@ -198,7 +201,8 @@ class Queue:
                                   pending=_pending.Pending(subscriber, self.settings.timeout_ns,
                                                            self._now_ns, policy),
                                   expire=self.drop_expired,
-                                  mover=self._mover(subscriber, retries))
+                                  mover=self._mover(subscriber, retries),
+                                  rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
 
     def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
         """
@@ -236,8 +240,15 @@ class Queue:
         """
         self._check_open()
         key = subscriber.encode("utf-8")
-        return self._environment.write(functools.partial(_retention.skip_to_newest, key=key),
-                                       may_grow=True)
+        skipped = self._environment.write(functools.partial(_retention.skip_to_newest, key=key),
+                                          may_grow=True)
+        self._ring()
+        return skipped
+
+    def _ring(self) -> None:
+        """Wake publishers that wait for room, and subscribers."""
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            self._bell.ring()  # those who are not woken look once a second
 
     # Looking after the queue
 
@@ -248,7 +259,10 @@ class Queue:
         :return: how many deliveries were dropped
         """
         self._check_open()
-        return self._putter.drop_expired()
+        dropped = self._tidier.drop_expired()
+        if dropped:
+            self._ring()
+        return dropped
 
     def delete_finished(self) -> int:
         """
@@ -259,7 +273,7 @@ class Queue:
         :return: how many blocks were deleted
         """
         self._check_open()
-        return self._putter.delete_finished()
+        return self._tidier.delete_finished()
 
     def prune(self) -> int:
         """
@@ -281,7 +295,8 @@ class Queue:
         """
         self._check_open()
         losses = self._environment.write(_retention.clear, may_grow=True)
-        self.delete_finished()
+        self._ring()
+        self._tidier.delete_finished(keeps_retained=False)
         return sum(loss.messages for loss in losses)
 
     def statistics(self) -> persipubsub.statistics.QueueStatistics:

@@ -36,6 +36,7 @@ _ROWS: List[Set[str]] = [
     {"maintenance._alone", "maintenance._upkeep"},
     {"maintenance._verification"},
     {"_delivery", "_putting", "statistics"},
+    {"_tidying"},
     {"_losses", "_moving"},
     {"_settings"},
     {"environment._registry"},

@@ -53,18 +53,6 @@ def remember(txn: "lmdb.Transaction[memoryview]", databases: Databases, identifi
     txn.put(_layout.once_time_key(time_ns, identifier), b"", db=databases.once)
 
 
-def touch(txn: "lmdb.Transaction[memoryview]", databases: Databases, identifier: bytes) -> None:
-    """
-    Write the record of an id as it is, so that the transaction changes something.
-
-    :param txn: write transaction
-    :param databases: handles
-    :param identifier: that is known
-    """
-    key = _layout.once_id_key(identifier)
-    txn.put(key, bytes(txn.get(key, b"", db=databases.once)), db=databases.once)
-
-
 def is_any_before(txn: "lmdb.Transaction[memoryview]", databases: Databases,
                   oldest_ns: int) -> bool:
     """
