@@ -9,7 +9,7 @@ time; many processes may have the same queue open.
 import contextlib
 import functools
 import os
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import lmdb
 
@@ -62,7 +62,7 @@ class Queue:
         self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
         self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
         self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
-        self._movers = []  # type: List[_moving.Mover]
+        self._movers = {}  # type: Dict[str, _moving.Mover]
         self._losses = _losses.LossLog(settings.path)
         self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
         self._putter = _putting.Putter(settings, self._environment, self._bell, self._losses,
@@ -111,7 +111,7 @@ class Queue:
         self._is_closed = True
         self._losses.report(force=True)
         self._claims.close()
-        for mover in self._movers:
+        for mover in self._movers.values():
             mover.close()
         self._bell.close()
         _registry.release(self._environment)
@@ -206,21 +206,21 @@ class Queue:
 
     def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
         """
-        Make what moves the messages of a subscriber that are not delivered any more.
+        Choose what moves the messages of a subscriber that are not delivered any more.
 
         :param subscriber: its id
         :param retries: what to do with them; None if nothing limits the deliveries
-        :return: to be closed with the queue
+        :return: to be closed with the queue; it has nothing open before it moves a message
         """
         letters = None if retries is None else retries.dead_letters
-        mover = _moving.Mover(
-            _moving.Origin(queue="" if retries is None else retries.queue_key,
-                           subscriber=subscriber,
-                           path=self.settings.path),
-            open_target=None if letters is None else functools.partial(Queue, letters))
-        if letters is not None:
-            self._movers.append(mover)
-        return mover
+        # One for all consumers of the subscriber: it remembers that a message could not be moved.
+        return self._movers.setdefault(
+            subscriber,
+            _moving.Mover(
+                _moving.Origin(queue="" if retries is None else retries.queue_key,
+                               subscriber=subscriber,
+                               path=self.settings.path),
+                open_target=None if letters is None else functools.partial(Queue, letters)))
 
     def front(self, subscriber: str) -> Optional[bytes]:
         """
