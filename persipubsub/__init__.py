@@ -16,13 +16,14 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from persipubsub import (config, control, errors, message, publisher, queue, statistics,
-                             subscriber)
+    from persipubsub import (config, control, dead_letter, errors, message, publisher, queue,
+                             statistics, subscriber)
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "config", "control", "errors", "message", "publisher", "queue", "statistics", "subscriber"
+    "config", "control", "dead_letter", "errors", "message", "publisher", "queue", "statistics",
+    "subscriber"
 ]
 
 

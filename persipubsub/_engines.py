@@ -13,6 +13,7 @@ from typing import Any, Dict, Final, List, Optional, Protocol, Sequence, Tuple, 
 
 import persipubsub.config
 import persipubsub.errors
+import persipubsub.message
 
 #: Modules by the scheme of a queue's path; a plain path has none.
 _MODULES: Final[Dict[str, str]] = {
@@ -42,6 +43,13 @@ class Lease(Protocol):
         :param error: why; None if they were not worked on
         """
 
+    def details(self) -> List[persipubsub.message.Message]:
+        """
+        Tell what is known of the messages.
+
+        :return: messages, in order
+        """
+
     def touch(self) -> None:
         """Say that the messages are still being worked on, where the engine has to be told."""
 
@@ -60,6 +68,15 @@ class Consumer(Protocol):
         :param longest_pause: time between two looks at the queue without a wake-up, in seconds
         :param max_messages: how many to take at most; all that are there at once, at least one
         :return: messages; None if there was none in time
+        """
+
+    def take_newest(self, timeout: Optional[float], longest_pause: float = 1.0) -> Optional[Lease]:
+        """
+        Take the newest message and acknowledge all older ones as skipped; wait if there is none.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param longest_pause: time between two looks at the queue without a wake-up, in seconds
+        :return: message; None if there was none in time
         """
 
     def front(self) -> Optional[bytes]:

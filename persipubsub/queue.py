@@ -10,17 +10,18 @@ import contextlib
 import datetime
 import functools
 import os
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import lmdb
 
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _claims, _delivery, _losses, _putting, _replay, _tidying, _wakeup
-from persipubsub._settings import Settings
+from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putting, _replay,
+                         _tidying, _wakeup)
+from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
-from persipubsub.store import _check, _pending, _positions, _retention
+from persipubsub.store import _attempts, _check, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
 __all__ = ["Queue", "Settings", "ensure_queue", "open_queue"]
@@ -62,6 +63,8 @@ class Queue:
         self._now_ns = clock if clock is not None else self._environment.now_ns
         self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
         self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
+        self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
+        self._movers = {}  # type: Dict[str, _moving.Mover]
         self._losses = _losses.LossLog(settings.path)
         self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
         self._putter = _putting.Putter(settings, self._environment, self._bell, self._losses,
@@ -118,6 +121,8 @@ class Queue:
         self._is_closed = True
         self._losses.report(force=True)
         self._claims.close()
+        for mover in self._movers.values():
+            mover.close()
         self._bell.close()
         _registry.release(self._environment)
 
@@ -197,13 +202,35 @@ class Queue:
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self._check_open()
+        retries = self.settings.retries.get(subscriber)
+        policy = _attempts.Policy() if retries is None else retries.policy
         return _delivery.Consumer(environment=self._environment,
                                   claims=self._claims,
+                                  board=self._board,
                                   bell=self._bell,
                                   pending=_pending.Pending(subscriber, self.settings.timeout_ns,
-                                                           self._now_ns),
+                                                           self._now_ns, policy),
                                   expire=self.drop_expired,
+                                  mover=self._mover(subscriber, retries),
                                   rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
+
+    def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
+        """
+        Choose what moves the messages of a subscriber that are not delivered any more.
+
+        :param subscriber: its id
+        :param retries: what to do with them; None if nothing limits the deliveries
+        :return: to be closed with the queue; it has nothing open before it moves a message
+        """
+        letters = None if retries is None else retries.dead_letters
+        # One for all consumers of the subscriber: it remembers that a message could not be moved.
+        return self._movers.setdefault(
+            subscriber,
+            _moving.Mover(
+                _moving.Origin(queue="" if retries is None else retries.queue_key,
+                               subscriber=subscriber,
+                               path=self.settings.path),
+                open_target=None if letters is None else functools.partial(Queue, letters)))
 
     def front(self, subscriber: str) -> Optional[bytes]:
         """
@@ -333,8 +360,12 @@ def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
     """
+    subscribers = list(config.queues[queue_key].subscribers)
+    if any(found.dead_letter_queue == queue_key for found in config.subscribers.values()):
+        # On its behalf the operator looks at what is there; without it nobody might keep it.
+        subscribers.append(persipubsub.config.DEAD_LETTERS)
     Queue.ensure(Settings.of(config, queue_key),
-                 subscribers=config.queues[queue_key].subscribers,
+                 subscribers=subscribers,
                  from_beginning=[
                      subscriber.identifier for subscriber in config.subscribers.values()
                      if subscriber.in_queue == queue_key
