@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import time
-from typing import Any, Callable, Counter, Dict, Iterator, List, Optional
+from typing import Any, Callable, Counter, Deque, Dict, Iterator, List, Optional
 
 import lmdb
 import pytest
@@ -312,6 +312,97 @@ def test_interrupted_send(config_pth: pathlib.Path, others: int) -> None:
     del received[b"from another process"]
     assert set(sure) <= set(received) <= set(sure) | set(perhaps)
     assert not [message for message, times in received.items() if times > 1]
+
+
+def send_from_a_handler(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Send, while other threads do so, and a signal handler does in the midst of it."""
+    pub = persipubsub.publisher.Pub()
+    pub.init(pub_id="pub", config_pth=config_pth)
+    from_handler, refused = [], []  # type: List[bytes], List[str]
+    is_over = threading.Event()
+
+    def handle(*_: object) -> None:
+        message = b"handler-%d" % (len(from_handler) + len(refused))
+        try:
+            pub.send(message)
+            from_handler.append(message)
+        except persipubsub.errors.StoreError as error:
+            refused.append(str(error))
+
+    def send_beside(name: int) -> int:
+        number = 0
+        while not is_over.is_set():
+            pub.send(b"%d-%d" % (name, number))
+            number += 1
+        return number
+
+    threads = Threads()
+    for name in range(3):
+        threads.start(str(name), lambda name=name: send_beside(name))  # type: ignore[misc]
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    number = 0
+    deadline = time.monotonic() + support.HANG_SECS
+    while time.monotonic() < deadline and (not refused or not from_handler or number < 200):
+        pub.send(b"main-%d" % number)
+        number += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    is_over.set()
+    pipe.send((number, from_handler, refused, threads.join()))
+    pub.close()
+
+
+def test_signal_handler_that_sends(config_pth: pathlib.Path) -> None:
+    with support.Child(send_from_a_handler, config_pth) as child:
+        number, from_handler, refused, beside = child.get()
+        child.end()
+    # What it interrupts it can not wait for; nobody else has a part in that.
+    assert refused and all("signal handler" in text for text in refused)
+    assert [count for count in beside.values() if not isinstance(count, int)] == []
+    expected = [b"main-%d" % index for index in range(number)] + from_handler
+    for name, count in beside.items():
+        expected.extend(b"%s-%d" % (name.encode("ascii"), index) for index in range(count))
+    received = []  # type: List[bytes]
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        while len(received) < len(expected):
+            with sub.receive_many(max_msgs=1000, timeout=support.HANG_SECS) as messages:
+                assert messages
+                received.extend(messages)
+        assert sub.front() is None
+    assert sorted(received) == sorted(expected)
+
+
+class InterruptedDeque(Deque[Any]):
+    """Be interrupted once, when the entries are removed and nobody has them yet."""
+
+    is_interrupted = False
+
+    def popleft(self) -> Any:
+        if not self.is_interrupted:
+            self.is_interrupted = True
+            # All of them, as nobody knows whose thread gets the lock first.
+            self.clear()
+            raise KeyboardInterrupt
+        return super().popleft()
+
+
+def test_interrupt_loses_no_work_of_another_thread(environment: _environment.Environment) -> None:
+    threads = Threads()
+    dam = Dam(environment, threads)
+    environment._requests = InterruptedDeque()
+    for name in ("one", "two", "three"):
+        threads.start(name, lambda: environment.write(nothing))
+    dam.open(waiting=3)
+    results = threads.join()
+    interrupted = [
+        name for name, result in results.items() if isinstance(result, KeyboardInterrupt)
+    ]
+    assert len(interrupted) == 1
+    assert {type(result)
+            for name, result in results.items() if name not in interrupted} == {int,
+                                                                                type(None)}
+    assert environment.write(nothing) > 0
 
 
 def receive_interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:
