@@ -22,6 +22,7 @@ import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
 from persipubsub.environment import _environment, _gate, _registry
+from persipubsub.store import _layout
 from tests import support
 
 INTERRUPTS = int(os.environ.get("PERSIPUBSUB_INTERRUPTS", "150"))
@@ -50,6 +51,13 @@ def last_transaction(environment: _environment.Environment) -> int:
 
 def nothing(txn: Any, databases: Any) -> int:
     del databases
+    return int(txn.id())
+
+
+def rewrite(txn: Any, databases: Any) -> int:
+    """Change a page, so that there is something to be committed."""
+    header = bytes(txn.get(_layout.HEADER_KEY, db=databases.meta))
+    txn.put(_layout.HEADER_KEY, header, db=databases.meta)
     return int(txn.id())
 
 
@@ -201,6 +209,39 @@ def test_error_of_a_work_is_raised_alone(environment: _environment.Environment) 
             environment.write(work)
         assert environment.write(nothing) > 0
         assert environment.read(nothing) > 0
+
+
+def test_commit_during_a_flush_gets_a_flush_of_its_own(environment: _environment.Environment,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = []  # type: List[int]
+    flushes = []  # type: List[int]
+    sync = environment._sync
+
+    def sync_slowly() -> None:
+        sync()
+        if not flushes:
+            # The flush has begun before this commit: it may have missed it.
+            threads = Threads()
+            threads.start("late", lambda: environment.write(rewrite))
+            commits.append(threads.join()["late"])
+        flushes.append(len(commits))
+
+    monkeypatch.setattr(environment, "_sync", sync_slowly)
+    environment._flush(environment.write(rewrite))
+    environment._flush(commits[0])
+    assert len(flushes) == 2
+    environment._flush(commits[0])
+    assert len(flushes) == 2
+
+
+def test_write_makes_way_for_a_process_that_waits(environment: _environment.Environment) -> None:
+    handles = environment._handles
+    assert handles is not None
+    page = handles.gate._page
+    assert page is not None
+    page[0] = 1  # as another process does while it waits
+    environment.write(nothing)
+    assert page[0] == 0
 
 
 # Interrupts
