@@ -1,5 +1,6 @@
 """Run the command line: ``persipubsub`` or ``python -m persipubsub``."""
 
+import gc
 import importlib.util
 import sys
 
@@ -19,12 +20,18 @@ def main() -> int:
               file=sys.stderr)
         return 1
     try:
+        # A short command is done before garbage is worth collecting: the collections while modules
+        # are loaded, and the one at the exit, took a fifth of the time of "stat".
+        gc.disable()
         import persipubsub.cli.commands  # pylint: disable=import-outside-toplevel
+        gc.enable()
         return persipubsub.cli.commands.main()
     except KeyboardInterrupt:
         # While it was still being loaded.
         print("persipubsub: interrupted", file=sys.stderr)
         return 130
+    finally:
+        gc.freeze()
 
 
 if __name__ == "__main__":

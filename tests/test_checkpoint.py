@@ -479,3 +479,32 @@ def test_checkpoint_of_a_removed_queue_does_not_come_back(config_pth: pathlib.Pa
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     killed(lambda: put_and_stay(config_pth))
     assert not after_power_failure(config_pth)
+
+
+def test_send_where_no_thread_can_be_started(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, durability="os")
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    code = """if True:
+        import logging, resource, sys, threading
+        import persipubsub.publisher, persipubsub.subscriber
+        logging.basicConfig(format="%(name)s", stream=sys.stdout)
+        before = threading.stack_size(1 << 36)
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 36, resource.RLIM_INFINITY))
+        pub = persipubsub.publisher.Pub()
+        pub.init(pub_id="pub", config_pth=sys.argv[1])
+        pub.send(b"one")
+        pub.send(b"two")
+        assert threading.active_count() == 1
+        threading.stack_size(before)
+        pub.send(b"three")
+        assert threading.active_count() == 2
+        pub.close()
+        """
+    done = support.run_python(code, config_pth)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(done.stdout.split()) == {"persipubsub.checkpoint"}
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert [
+            queue.consumer("sub").take(timeout=0,
+                                       max_messages=5).messages  # type: ignore[union-attr]
+        ] == [[b"one", b"two", b"three"]]

@@ -47,6 +47,92 @@ def statistics(config_pth: pathlib.Path) -> persipubsub.statistics.QueueStatisti
         return queue.statistics()
 
 
+# Deploy, publish, receive: the calls as they are described, each in a program of its own.
+DEPLOY = """
+import sys
+import persipubsub.control
+
+persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])
+persipubsub.control.prune_dangling_messages(config_pth=sys.argv[1])
+"""
+
+PUBLISH = """
+import sys
+import persipubsub.publisher
+
+pub = persipubsub.publisher.Pub()
+pub.init(pub_id="pub", config_pth=sys.argv[1], autosync=False)
+pub.send(msg=b"one")
+pub.send_many(msgs=[b"two", b"three", b"four", b"five"])
+"""
+
+RECEIVE = """
+import pathlib, sys
+import persipubsub.subscriber
+
+sub = persipubsub.subscriber.Sub()
+sub.init(sub_id="sub", config_pth=pathlib.Path(sys.argv[1]))
+with sub.receive(timeout=60, retries=10) as msg:
+    print(msg)
+try:
+    with sub.receive(timeout=60, retries=10) as msg:
+        raise ValueError(msg)
+except ValueError as error:
+    print("failed", error)
+with sub.receive(timeout=60, retries=10) as msg:
+    print(msg)
+sub.pop_to_top()
+print(sub.front())
+with sub.receive(timeout=60, retries=10) as msg:
+    print(msg)
+with sub.receive(timeout=0.01, retries=10) as msg:
+    print(msg)
+"""
+
+CLEAR = """
+import sys
+import persipubsub.control
+
+persipubsub.control.clear_all_subs(config_pth=sys.argv[1])
+"""
+
+
+def test_three_programs(tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "queues" / "queue")
+    config_pth = tmp_path / "config.json"
+    # A file with all keys that have to be there, and no more.
+    config_pth.write_text(
+        json.dumps({
+            "pub": {
+                "out_queue": path,
+                "subscribers": ["sub"]
+            },
+            "sub": {
+                "in_queue": path
+            },
+            "queues": {
+                path: {
+                    "path": path,
+                    "max_reader_num": 1024,
+                    "max_db_num": 1024,
+                    "max_db_size_bytes": 34359738368,
+                    "subscribers": ["sub"],
+                    "high-water-mark": {
+                        "MSG_TIMEOUT_SECS": 600,
+                        "MAX_MSGS_NUM": 10000,
+                        "HWM_LMDB_SIZE_BYTES": 1000000,
+                        "strategy": "prune_first"
+                    }
+                }
+            }
+        }))
+    received = "b'one'\nfailed b'two'\nb'two'\nb'five'\nb'five'\nNone\n"
+    for program, expected in ((DEPLOY, ""), (PUBLISH, ""), (RECEIVE, received), (DEPLOY, ""),
+                              (PUBLISH, ""), (CLEAR, ""), (PUBLISH, ""), (RECEIVE, received)):
+        done = support.run_python(program, config_pth)
+        assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+
+
 def test_initializing_is_idempotent(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)

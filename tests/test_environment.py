@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import time
-from typing import Any, Callable, Counter, Dict, Iterator, List, Optional
+from typing import Any, Callable, Counter, Deque, Dict, Iterator, List, Optional
 
 import lmdb
 import pytest
@@ -22,6 +22,7 @@ import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
 from persipubsub.environment import _environment, _gate, _registry
+from persipubsub.store import _layout
 from tests import support
 
 INTERRUPTS = int(os.environ.get("PERSIPUBSUB_INTERRUPTS", "150"))
@@ -50,6 +51,13 @@ def last_transaction(environment: _environment.Environment) -> int:
 
 def nothing(txn: Any, databases: Any) -> int:
     del databases
+    return int(txn.id())
+
+
+def rewrite(txn: Any, databases: Any) -> int:
+    """Change a page, so that there is something to be committed."""
+    header = bytes(txn.get(_layout.HEADER_KEY, db=databases.meta))
+    txn.put(_layout.HEADER_KEY, header, db=databases.meta)
     return int(txn.id())
 
 
@@ -203,6 +211,39 @@ def test_error_of_a_work_is_raised_alone(environment: _environment.Environment) 
         assert environment.read(nothing) > 0
 
 
+def test_commit_during_a_flush_gets_a_flush_of_its_own(environment: _environment.Environment,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = []  # type: List[int]
+    flushes = []  # type: List[int]
+    sync = environment._sync
+
+    def sync_slowly() -> None:
+        sync()
+        if not flushes:
+            # The flush has begun before this commit: it may have missed it.
+            threads = Threads()
+            threads.start("late", lambda: environment.write(rewrite))
+            commits.append(threads.join()["late"])
+        flushes.append(len(commits))
+
+    monkeypatch.setattr(environment, "_sync", sync_slowly)
+    environment._flush(environment.write(rewrite))
+    environment._flush(commits[0])
+    assert len(flushes) == 2
+    environment._flush(commits[0])
+    assert len(flushes) == 2
+
+
+def test_write_makes_way_for_a_process_that_waits(environment: _environment.Environment) -> None:
+    handles = environment._handles
+    assert handles is not None
+    page = handles.gate._page
+    assert page is not None
+    page[0] = 1  # as another process does while it waits
+    environment.write(nothing)
+    assert page[0] == 0
+
+
 # Interrupts
 
 
@@ -312,6 +353,100 @@ def test_interrupted_send(config_pth: pathlib.Path, others: int) -> None:
     del received[b"from another process"]
     assert set(sure) <= set(received) <= set(sure) | set(perhaps)
     assert not [message for message, times in received.items() if times > 1]
+
+
+def send_from_a_handler(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Send, while other threads do so, and a signal handler does in the midst of it."""
+    pub = persipubsub.publisher.Pub()
+    pub.init(pub_id="pub", config_pth=config_pth)
+    from_handler, refused = [], []  # type: List[bytes], List[str]
+    is_over = threading.Event()
+
+    def handle(*_: object) -> None:
+        message = b"handler-%d" % (len(from_handler) + len(refused))
+        try:
+            pub.send(message)
+            from_handler.append(message)
+        except persipubsub.errors.StoreError as error:
+            refused.append(str(error))
+
+    def send_beside(name: int) -> int:
+        number = 0
+        while not is_over.is_set():
+            pub.send(b"%d-%d" % (name, number))
+            number += 1
+        return number
+
+    threads = Threads()
+    for name in range(3):
+        threads.start(str(name), lambda name=name: send_beside(name))  # type: ignore[misc]
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    number = 0
+    deadline = time.monotonic() + support.HANG_SECS
+    while time.monotonic() < deadline and (not refused or not from_handler or number < 200):
+        pub.send(b"main-%d" % number)
+        number += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    is_over.set()
+    pipe.send((number, from_handler, refused, threads.join()))
+    pub.close()
+
+
+def test_signal_handler_that_sends(config_pth: pathlib.Path) -> None:
+    with support.Child(send_from_a_handler, config_pth) as child:
+        number, from_handler, refused, beside = child.get()
+        child.end()
+    # What it interrupts it can not wait for; nobody else has a part in that.
+    assert refused and all("signal handler" in text for text in refused)
+    assert [count for count in beside.values() if not isinstance(count, int)] == []
+    expected = [b"main-%d" % index for index in range(number)] + from_handler
+    for name, count in beside.items():
+        expected.extend(b"%s-%d" % (name.encode("ascii"), index) for index in range(count))
+    received = []  # type: List[bytes]
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        while len(received) < len(expected):
+            with sub.receive_many(max_msgs=1000, timeout=support.HANG_SECS) as messages:
+                assert messages
+                received.extend(messages)
+        assert sub.front() is None
+    assert sorted(received) == sorted(expected)
+
+
+class InterruptedDeque(Deque[Any]):
+    """Be interrupted once, when the entries are removed and nobody has them yet."""
+
+    is_interrupted = False
+
+    def popleft(self) -> Any:
+        if not self.is_interrupted:
+            self.is_interrupted = True
+            # All of them, as nobody knows whose thread gets the lock first.
+            self.clear()
+            raise KeyboardInterrupt
+        return super().popleft()
+
+
+def write_interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Write in three threads, one of which is interrupted; tell what came of each."""
+    settings = support.settings(config_pth)
+    environment = _registry.acquire(settings.path, settings.options())
+    threads = Threads()
+    dam = Dam(environment, threads)
+    environment._requests = InterruptedDeque()
+    for name in ("one", "two", "three"):
+        threads.start(name, lambda: environment.write(rewrite))
+    dam.open(waiting=3)
+    pipe.send(sorted(type(result).__name__ for result in threads.join().values()))
+    _registry.release(environment)
+
+
+def test_interrupt_loses_no_work_of_another_thread(config_pth: pathlib.Path) -> None:
+    # In another process, which can be killed: a thread whose work is lost would hang for good.
+    with support.Child(write_interrupted, config_pth) as child:
+        assert child.get() == ["KeyboardInterrupt", "NoneType", "int", "int"]
+        child.end()
 
 
 def receive_interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:

@@ -425,6 +425,36 @@ def test_leaving_the_interpreter(tmp_path: pathlib.Path) -> None:
     assert receive_all(config_pth).count(b"message") == 3
 
 
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_send_after_the_interpreter_was_left(tmp_path: pathlib.Path, durability: str) -> None:
+    config_pth = support.write_config(tmp_path, durability=durability)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    code = """if True:
+        import atexit, sys
+
+        def send_late():
+            try:
+                pub.send(b"late")
+                print("sent")
+            except persipubsub.errors.ClosedError:
+                print("closed")
+            pub.close()
+
+        atexit.register(send_late)
+        import persipubsub.errors, persipubsub.publisher
+        pub = persipubsub.publisher.Pub()
+        pub.init(pub_id="pub", config_pth=sys.argv[1])
+        pub.send(b"in time")
+        """
+    done = support.run_python(code, config_pth)
+    assert (done.returncode, done.stderr) == (0, "")
+    # The store was flushed and marked as closed: what came then, a power failure could take, and
+    # what is left would not be looked at.
+    assert done.stdout == ("closed\n" if durability == "os" else "sent\n")
+    assert not (tmp_path / "queue" / "running").exists()
+    assert receive_all(config_pth) == [b"in time"] + [b"late"] * (durability == "fsync")
+
+
 def test_many_threads_send_batches(config_pth: pathlib.Path,
                                    pub: persipubsub.publisher.Pub) -> None:
 

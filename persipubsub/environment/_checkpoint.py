@@ -205,10 +205,18 @@ class Checkpointer:
         """Start the thread."""
         with self._lock:
             if self._thread is None and not self._is_stopped.is_set():
-                self._thread = threading.Thread(target=self._run,
-                                                name="persipubsub-checkpoint",
-                                                daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run,
+                                          name="persipubsub-checkpoint",
+                                          daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    # No memory or no number left for it, or the interpreter ends. The message is
+                    # sent all the same; the next change tries again.
+                    self._is_changed.clear()
+                    _LOGGER.warning("No checkpoints can be written: %s", error)
+                    return
+                self._thread = thread
 
     def stop(self) -> None:
         """Let the thread end; wait for a checkpoint that is being written."""

@@ -67,6 +67,7 @@ class Environment(_transactions.Transactions):
                 stack.enter_context(lock)
             self._close_handles()
             self._failure = None
+            self._has_left = False
             self._committed = self._flushed = 0
             self._seen = 0
             self._handles = _opening.open_store(self.directory, self.options)
@@ -217,7 +218,9 @@ class Environment(_transactions.Transactions):
         Leave an ``os`` store as closed at the end of the interpreter, unless a thread hangs inside.
 
         Daemon threads that go on stop for good at the next lock. Closing the store under them was
-        rejected: their tracebacks, written while the interpreter ends, can abort it.
+        rejected: their tracebacks, written while the interpreter ends, can abort it. The thread
+        that leaves gets ClosedError if it writes once more, in a function of ``atexit`` that was
+        registered before this one: nothing would tell after a power failure that it was not flushed.
 
         :param seconds: how long to wait for other threads
         """
@@ -230,6 +233,9 @@ class Environment(_transactions.Transactions):
                 self.directory, self.options):
             if all(lock.acquire(timeout=seconds) for lock in self._locks()):
                 self._close_os(handles)
+                self._has_left = True
+                self._failure = ("Expected to write to the queue {} before the interpreter ends, "
+                                 "but got: it was left".format(self.directory))
 
     def _close_os(self, handles: _opening.Handles) -> None:
         """

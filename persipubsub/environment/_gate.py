@@ -101,3 +101,16 @@ def busy_error(path: str, seconds: float) -> persipubsub.errors.BusyTimeoutError
         "Expected to write to the queue {} within {} seconds (busy_timeout_secs), but got: another "
         "process is in the middle of a write. It may be stopped, or the disk may hang.".format(
             path, seconds))
+
+
+def nested_error(path: str) -> persipubsub.errors.StoreError:
+    """
+    Describe a write inside of another one of the same thread.
+
+    :param path: of the queue
+    :return: error to be raised
+    """
+    return persipubsub.errors.StoreError(
+        "Expected to write to the queue {} when this thread is not in the middle of a write, but "
+        "got: a signal handler that interrupted one. Set a flag there, and write later.".format(
+            path))

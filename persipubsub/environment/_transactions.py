@@ -93,8 +93,10 @@ class Transactions:
         # Opens it in a forked child, or when LMDB needs it; takes the registry's lock.
         self.reopener = None  # type: Optional[Callable[[], None]]
 
-        # The text of an error after which nothing more is written until the store is reopened.
+        # The text of an error after which nothing more is written until the store is reopened;
+        # with _has_left, because it was left as closed at the end of the interpreter.
         self._failure = None  # type: Optional[str]
+        self._has_left = False
 
         # True while a transaction is open in the thread that holds the lock.
         self._is_writing = False
@@ -128,11 +130,7 @@ class Transactions:
         self._read_lock = threading.RLock()
 
     def _locks(self) -> "Sequence[threading.RLock]":
-        """
-        List the locks in the order in which they are taken.
-
-        :return: copy lock, write lock, flush lock, read lock
-        """
+        """Return the locks in the order in which they are taken."""
         return self._copy_lock, self._write_lock, self._flush_lock, self._read_lock
 
     # Transactions
@@ -283,10 +281,16 @@ class Transactions:
 
         :param own: request of this thread, which holds the write lock
         """
+        if self._is_writing:
+            own.error = _gate.nested_error(self.directory)
+            return
         handles = self._open_handles()
         gate = handles.gate
         group = []  # type: List[_Request]
         try:
+            # Before the gate: a signal handler that writes must not leave it for the code that it
+            # interrupted, nor take the works of other threads along.
+            self._is_writing = True
             # One attempt without a deadline spares the plain path the clock.
             try:
                 fcntl.flock(gate.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,16 +301,19 @@ class Transactions:
                     own.error = _gate.busy_error(self.directory, timeout)
                     return
 
-            self._is_writing = True
             while self._requests and len(group) < _LARGEST_GROUP:
                 group.append(self._requests.popleft())
+            if not group:
+                # A thread that was interrupted took our work out of the queue and never ran it.
+                group.append(own)
             self._run_group(handles, group)
         except BaseException:
             self._recognize_committed(handles, group)
             raise
         finally:
-            fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+            # First, with no call before it: whatever interrupts the rest must not leave it set.
             self._is_writing = False
+            fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
             for request in reversed(group):
                 if not request.done and request is not own:
                     self._requests.appendleft(request)
@@ -360,7 +367,8 @@ class Transactions:
         :param group: works to be run
         """
         if self._failure is not None:
-            raise persipubsub.errors.FlushError(self._failure)
+            kind = persipubsub.errors.ClosedError if self._has_left else persipubsub.errors.FlushError
+            raise kind(self._failure)
         with handles.environment.begin(write=True, buffers=True) as txn:
             for request in group:
                 request.result = request.work(txn, handles.databases)
@@ -388,12 +396,7 @@ class Transactions:
             self._flushed = committed
 
     def _open_handles(self) -> _opening.Handles:
-        """
-        Return what is open.
-
-        :return: handles of the store
-        :raise ClosedError: if it was closed meanwhile
-        """
+        """Return what is open of the store; raise ClosedError if it was closed meanwhile."""
         handles = self._handles
         if handles is None:
             raise persipubsub.errors.ClosedError(
@@ -476,11 +479,7 @@ class Transactions:
         return translated
 
     def _sync(self) -> None:
-        """
-        Flush the data file; hold the flush lock.
-
-        :raise FlushError: whatever the reason: what was committed can be seen, and is not safe
-        """
+        """Flush the data file; hold the flush lock. Any error: what can be seen is not safe."""
         try:
             self._open_handles().environment.sync(True)
         except lmdb.Error as error:

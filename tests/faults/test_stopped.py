@@ -12,6 +12,7 @@ import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub import _delivery
 from tests import support
 from tests.faults import workers
 
@@ -204,8 +205,10 @@ def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     queue._environment.read(work)
 
 
-def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path) -> None:
-    size = 1 << 22
+# At the end of a small map the search is made anyhow; in a large one only now and then.
+@pytest.mark.parametrize("size, bound", [(1 << 22, 1 << 22), (1 << 28, 12 << 20)])
+def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: int,
+                                                 bound: int) -> None:
     config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0,
                                       max_db_size_bytes=size)  # yapf: disable
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
@@ -224,11 +227,30 @@ def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path) -> None
                 assert msg is not None
         # The last one is still there.
         assert sub.front() == b"2999 " + bytes(1000)
-        assert (tmp_path / "queue" / "data.mdb").stat().st_size <= size
+        assert (tmp_path / "queue" / "data.mdb").stat().st_size <= bound
     with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
         assert not queue.check()
         entry, = queue.statistics().subscribers
         assert (entry.acknowledged, entry.dropped_by_mark) == (3000, 0)
+
+
+def test_who_waits_frees_the_slots_of_killed_readers(tmp_path: pathlib.Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_delivery, "_READER_CHECK_SECS", 0.01)
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with support.Child(die_reading, config_pth) as child:
+            assert child.get() == "ready"
+            child.pipe.send("die")
+            child.end(-signal.SIGKILL)
+        handles = support.queue_of(sub)._environment._handles
+        assert handles is not None
+        assert str(child.process.pid) in handles.environment.readers()
+        with sub.receive(timeout=0.1) as msg:
+            assert msg is None
+        assert str(child.process.pid) not in handles.environment.readers()
 
 
 @pytest.mark.parametrize("slots", [1, 3])
