@@ -188,10 +188,10 @@ def test_old_messages_are_dropped_by_a_send(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, clock=clock, timeout_ns=10 * stores.SECOND_NS) as queue:
         queue.put(numbered(5))
         clock.advance(11)
-        for _ in range(8):
+        for _ in range(16):
             queue.put([b"new"])
         figures = stores.figures(queue)
-        assert (figures.dropped_by_timeout, figures.lag) == (5, 8)
+        assert (figures.dropped_by_timeout, figures.lag) == (5, 16)
 
 
 def test_old_messages_make_room_before_young_ones_are_dropped(tmp_path: pathlib.Path) -> None:
@@ -349,9 +349,9 @@ def test_no_send_deletes_much(tmp_path: pathlib.Path) -> None:
             assert lease is not None
             lease.acknowledge()
             lengths.append(len(stores.blocks(queue)))
-        assert max(before - after for before, after in zip(lengths, lengths[1:])) <= 20
+        assert max(before - after for before, after in zip(lengths, lengths[1:])) <= 36
         # About twice as many leave as come.
-        assert lengths[-1] <= 20
+        assert lengths[-1] <= 36
 
 
 def test_prune_deletes_all_that_is_finished(tmp_path: pathlib.Path) -> None:

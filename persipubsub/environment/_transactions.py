@@ -20,7 +20,7 @@ import contextlib
 import fcntl
 import threading
 import time
-from typing import Any, Callable, Deque, Final, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, Deque, Final, List, NamedTuple, Optional, Sequence, TypeVar
 
 import lmdb
 
@@ -70,6 +70,13 @@ class _Request:
         self.commit = 0
 
 
+class Left(NamedTuple):
+    """Hold what the last work of a transaction returned, for the first work of the next one."""
+
+    commit: int  #: id of the transaction
+    result: object
+
+
 class Transactions:
     """
     Run transactions on one store, from any number of threads.
@@ -105,6 +112,10 @@ class Transactions:
         self._committed = 0
         self._flushed = 0
         self._seen = 0
+
+        # Of the last transaction of this process. A work whose own transaction is the next one finds
+        # the store just as that left it; if another process wrote in between, the ids tell.
+        self.left = None  # type: Optional[Left]
 
         # When to look next whether there is room for the reserve; None if it was not spent.
         self._reserve_due = None  # type: Optional[float]
@@ -364,10 +375,13 @@ class Transactions:
         with handles.environment.begin(write=True, buffers=True) as txn:
             for request in group:
                 request.result = request.work(txn, handles.databases)
+                # Not for the next work of the group, nor if this transaction fails.
+                self.left = None
             commit = txn.id()
             for request in group:
                 request.commit = commit
         self._committed = commit
+        self.left = Left(commit, request.result)
         for request in group:
             request.done = True
 
