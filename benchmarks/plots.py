@@ -5,6 +5,7 @@ import statistics
 from typing import Any, Dict, List, Sequence
 
 import matplotlib
+import matplotlib.lines
 import matplotlib.pyplot as plt
 
 from benchmarks import figures, report, roster, rounds
@@ -191,7 +192,7 @@ def _draw_dots(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     # The shapes only: the colors are named by the labels.
     handles = [
-        plt.Line2D([], [], linestyle="", marker=marker, color="#666666")
+        matplotlib.lines.Line2D([], [], linestyle="", marker=marker, color="#666666")
         for _, marker in zip(quantiles, "o>sD")
     ]
     drawing.legend(handles,

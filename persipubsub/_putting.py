@@ -118,13 +118,10 @@ class Putter:
         :param put: what to add; gets the result
         :return: new end of the log
         """
-        commit = txn.id()
-        left = self._environment.left
         cursor = txn.cursor(db=databases.data)
+        tail = self._environment.left
         # As the last put left it, if nobody wrote since then.
-        if left is not None and left.commit == commit - 1 and isinstance(left.result, _log.Tail):
-            tail = left.result
-        else:
+        if not isinstance(tail, _log.Tail) or self._environment.left_by != txn.id() - 1:
             tail = _log.read_tail(cursor)
         floor = self._floor
         put.losses = []

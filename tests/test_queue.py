@@ -6,7 +6,7 @@
 import pathlib
 import random
 import threading
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 import lmdb
 import pytest
@@ -14,6 +14,7 @@ import pytest
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _putting
+from persipubsub.environment import _transactions
 from persipubsub.store import _blocks
 from tests import stores, support
 
@@ -334,6 +335,62 @@ def test_file_stays_small_at_a_steady_backlog(tmp_path: pathlib.Path, backlog: i
         # It does not grow any more, and is not much larger than what it holds.
         assert sizes[-1] <= 1.5 * sizes[4]
         assert sizes[-1] <= 400000 + 5 * size * (backlog + 8)
+
+
+def send_when_told(pipe: support.Connection, queue: persipubsub.queue.Queue) -> None:
+    while pipe.recv():
+        queue.put([b"theirs"])
+        pipe.send(None)
+
+
+@pytest.mark.parametrize("turns", ["otto", "oott", "totot"])
+def test_end_of_the_log_is_where_another_process_left_it(tmp_path: pathlib.Path,
+                                                         turns: str) -> None:
+    with stores.opened(tmp_path) as queue:
+        with support.Child(send_when_told, queue) as child:
+            for turn in turns:
+                if turn == "o":
+                    queue.put([b"ours"])
+                else:
+                    child.pipe.send(True)
+                    child.get()
+            child.pipe.send(False)
+            child.end()
+        expected = [b"ours" if turn == "o" else b"theirs" for turn in turns]
+        assert stores.take_all(queue) == expected
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_end_of_the_log_where_two_puts_share_a_transaction(tmp_path: pathlib.Path,
+                                                           fails: bool) -> None:
+    with stores.opened(tmp_path) as queue:
+        environment = queue._environment
+
+        def work(*arguments: Any) -> object:
+            put = _putting._Put(_blocks.encode_batches([b"second"]), None)
+            result = queue._putter._put(*arguments, put)
+            if fails:
+                raise persipubsub.errors.StoreError("on purpose")
+            return result
+
+        queue.put([b"first"])
+        request = _transactions._Request(work)
+        environment._requests.append(request)
+        queue.put([b"third"])
+        assert (request.commit == environment._committed) != fails
+        queue.put([b"fourth"])
+        expected = [b"first", b"third", b"fourth"
+                    ] if fails else [b"first", b"second", b"third", b"fourth"]
+        assert stores.take_all(queue) == expected
+
+
+def test_end_of_the_log_after_other_works(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        for index, work in enumerate(
+            (queue.clear, queue.prune, lambda: stores.take_all(queue), lambda: None)):
+            queue.put([b"before"])
+            work()
+            assert queue.put([b"after"]) == 2 * index + 2
 
 
 def test_no_send_deletes_much(tmp_path: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ import contextlib
 import fcntl
 import threading
 import time
-from typing import Any, Callable, Deque, Final, List, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Deque, Final, List, Optional, Sequence, TypeVar
 
 import lmdb
 
@@ -70,13 +70,6 @@ class _Request:
         self.commit = 0
 
 
-class Left(NamedTuple):
-    """Hold what the last work of a transaction returned, for the first work of the next one."""
-
-    commit: int  #: id of the transaction
-    result: object
-
-
 class Transactions:
     """
     Run transactions on one store, from any number of threads.
@@ -113,9 +106,11 @@ class Transactions:
         self._flushed = 0
         self._seen = 0
 
-        # Of the last transaction of this process. A work whose own transaction is the next one finds
-        # the store just as that left it; if another process wrote in between, the ids tell.
-        self.left = None  # type: Optional[Left]
+        # The last transaction of this process, and what its last work returned. The first work of
+        # the very next transaction finds the store just as that left it; if another process wrote
+        # in between, the ids tell. Written by whoever holds the write lock.
+        self.left_by = 0
+        self.left = None  # type: object
 
         # When to look next whether there is room for the reserve; None if it was not spent.
         self._reserve_due = None  # type: Optional[float]
@@ -314,13 +309,13 @@ class Transactions:
             self._run_group(handles, group)
         except BaseException:
             self._recognize_committed(handles, group)
+            for request in reversed(group):
+                if not request.done and request is not own:
+                    self._requests.appendleft(request)
             raise
         finally:
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
             self._is_writing = False
-            for request in reversed(group):
-                if not request.done and request is not own:
-                    self._requests.appendleft(request)
 
     def _recognize_committed(self, handles: _opening.Handles, group: List[_Request]) -> None:
         """
@@ -373,15 +368,14 @@ class Transactions:
         if self._failure is not None:
             raise persipubsub.errors.FlushError(self._failure)
         with handles.environment.begin(write=True, buffers=True) as txn:
-            for request in group:
-                request.result = request.work(txn, handles.databases)
-                # Not for the next work of the group, nor if this transaction fails.
-                self.left = None
             commit = txn.id()
             for request in group:
+                request.result = request.work(txn, handles.databases)
                 request.commit = commit
-        self._committed = commit
-        self.left = Left(commit, request.result)
+                # Not for the next work of the group, nor if this transaction fails.
+                self.left = None
+        self._committed = self.left_by = commit
+        self.left = request.result
         for request in group:
             request.done = True
 

@@ -78,17 +78,20 @@ def append(cursor: "lmdb.Cursor[memoryview]", tail: Tail, time_ns: int, audience
     :param batches: encoded messages
     :return: new end of the log
     """
-    number, _, count, size, generation, totals = tail
-    time_ns = max(time_ns, tail.time_ns)
-    for batch in batches:
-        count += batch.messages
-        size += batch.size
+    number, last_ns, count, size, generation, totals = tail
+    if time_ns < last_ns:
+        time_ns = last_ns
+    for messages, added, body in batches:
+        count += messages
+        size += added
         if audience:
-            totals = _add_to_audience(totals, audience, batch.messages)
-        record = _blocks.pack_block(time_ns, count, size, batch.messages, audience, generation,
-                                    totals)
-        cursor.put(_layout.pack_number(number), record + batch.body, append=True)
-        number += batch.messages
+            totals = _add_to_audience(totals, audience, messages)
+        record = _blocks.pack_block(time_ns, count, size, messages, audience, generation, totals)
+        if not cursor.put(_layout.pack_number(number), record + body, append=True):
+            raise persipubsub.errors.StoreCorruptError(
+                "Expected the log to end in front of message {}, but got: one behind it".format(
+                    number))
+        number += messages
     return Tail(number, time_ns, count, size, generation, totals)
 
 
