@@ -154,6 +154,9 @@ def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
         size = len(message)
         return [Batch(1, size, _ENTRY.pack(size, zlib.crc32(message)) + message)]
 
+    if messages and sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES:
+        return [_encode_batch(messages)]
+
     batches = []  # type: List[Batch]
     begin = 0
     size = 0

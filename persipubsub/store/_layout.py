@@ -66,6 +66,8 @@ _SUBSCRIBER_BEGIN = struct.Struct("<IIQQ")
 _AHEAD_KEY = struct.Struct(">IQ")
 _AHEAD_VALUE = struct.Struct("<Q")
 
+SUBSCRIBER_BYTES: Final = _SUBSCRIBER.size
+
 pack_number = _NUMBER.pack
 
 
@@ -160,6 +162,16 @@ def unpack_subscriber(value: Buffer) -> Subscriber:
         raise persipubsub.errors.StoreCorruptError(
             "Expected the record of a subscriber to have {} bytes, but got: {} bytes".format(
                 _SUBSCRIBER.size, len(value))) from None
+
+
+def unpack_position(value: Buffer) -> Tuple[int, int, int]:
+    """
+    Decode the beginning of the record of a subscriber, in a third of the time of all of it.
+
+    :param value: of ``pending_db``
+    :return: ordinal, flags, position
+    """
+    return _SUBSCRIBER_BEGIN.unpack_from(value)[:3]
 
 
 def acknowledge_in_order(value: memoryview, ordinal: int, numbers: Sequence[int],

@@ -136,13 +136,13 @@ class Pending:
         """
         numbers = []  # type: List[int]
         messages = []  # type: List[bytes]
-        subscriber = _positions.require(txn, databases, self.key)
-        if number < subscriber.position:
+        ordinal, flags, position = _positions.require_position(txn, databases, self.key)
+        if number < position:
             return numbers, messages
-        if subscriber.flags:
-            if _positions.skip_ahead(txn, databases, subscriber.ordinal, number) != number:
+        if flags:
+            if _positions.skip_ahead(txn, databases, ordinal, number) != number:
                 return numbers, messages
-            end = min(end, _positions.next_range(txn, databases, subscriber.ordinal, number))
+            end = min(end, _positions.next_range(txn, databases, ordinal, number))
 
         oldest_ns = self._now_ns() - self._timeout_ns
         size = 0
