@@ -290,7 +290,7 @@ def draw(out: pathlib.Path, results: Dict[str, Any]) -> None:
             draw_figure = _draw_dots
         drawing = draw_figure(rows, figure)
         title = "{} ({})".format(figure.title, figure.unit)
-        if results["profile"] != "full":
+        if results["profile"] == "quick":
             title += " - {} run".format(results["profile"])
         drawing.suptitle(title, fontsize=12)
         drawing.savefig(out / (name + ".svg"), metadata={"Date": None})
