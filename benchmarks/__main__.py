@@ -44,9 +44,18 @@ def _parse() -> argparse.Namespace:
         description="Measure this library, its peers and bare LMDB side by side.",
         epilog="Figures: {}. Those that the results have already, of the same profile and machine, "
         "are not measured again, unless named by --only.".format(", ".join(figures.FIGURES)))
-    parser.add_argument("--quick",
-                        action="store_true",
-                        help="take two minutes, not most of an hour")
+    duration = parser.add_mutually_exclusive_group()
+    duration.add_argument("--quick",
+                          action="store_const",
+                          dest="profile",
+                          const=figures.QUICK,
+                          default=figures.FULL,
+                          help="take two minutes, not 25: a sketch that shows that it works")
+    duration.add_argument("--long",
+                          action="store_const",
+                          dest="profile",
+                          const=figures.LONG,
+                          help="take an hour or more: more rounds, longer measurements")
     parser.add_argument("--only",
                         type=_parse_figures,
                         metavar="FIGURE[,FIGURE]",
@@ -89,6 +98,18 @@ def _load(path: pathlib.Path, profile: figures.Profile, described: Dict[str,
     return results
 
 
+def _save(path: pathlib.Path, results: Dict[str, Any]) -> None:
+    """
+    Save results, so that whoever is killed meanwhile can still continue from those before.
+
+    :param path: to the file
+    :param results: of this run so far
+    """
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 def main() -> int:
     """
     Measure what was asked for.
@@ -99,7 +120,7 @@ def main() -> int:
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=160)
-    profile = figures.QUICK if arguments.quick else figures.FULL
+    profile = arguments.profile  # type: figures.Profile
     if arguments.rounds is not None:
         profile = profile._replace(rounds=arguments.rounds)
     parent = arguments.dir or _ROOT / "build"
@@ -131,7 +152,7 @@ def main() -> int:
                 rows = figures.FIGURES[name].measure(
                     rounds.Runner(directory, tell, profile.timeout_secs), profile)
             results["figures"][name] = [row._asdict() for row in rows]
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            _save(path, results)
             report.show(console, results, name)
             console.print("{}: {:.0f} s\n".format(name, time.monotonic() - begin))
     except KeyboardInterrupt:

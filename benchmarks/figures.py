@@ -35,6 +35,11 @@ class Profile(NamedTuple):
     memory_count: int
     timeout_secs: float
 
+    @property
+    def few_rounds(self) -> int:
+        """Return the number of rounds of a figure that has many cases."""
+        return (self.rounds + 1) // 2
+
 
 QUICK = Profile(name="quick",
                 rounds=1,
@@ -54,23 +59,34 @@ QUICK = Profile(name="quick",
                 memory_count=500,
                 timeout_secs=60)
 
+#: The default: medians of five rounds, and of three where a figure has many cases.
 FULL = Profile(name="full",
                rounds=5,
-               seconds=0.5,
-               sends=20000,
-               batches=30,
+               seconds=0.3,
+               sends=10000,
+               batches=10,
                subscribers=(1, 10, 100, 500),
                backlogs=(0, 10**5, 10**6, 10**7),
-               size_bytes=1 << 26,
+               size_bytes=1 << 25,
                workers={
                    "processes": (1, 2, 4, 8),
                    "threads": (1, 2, 4, 8, 16)
                },
-               latency_secs=5.0,
+               latency_secs=2.0,
                pruned=10**6,
                total=10**7,
-               memory_count=5000,
-               timeout_secs=300)
+               memory_count=500,
+               timeout_secs=180)
+
+LONG = FULL._replace(name="long",
+                     rounds=9,
+                     seconds=0.5,
+                     sends=20000,
+                     batches=30,
+                     size_bytes=1 << 26,
+                     latency_secs=5.0,
+                     memory_count=5000,
+                     timeout_secs=300)
 
 
 def _requests(names: Sequence[str], task: str, arguments: Mapping[str, Any],
@@ -119,7 +135,7 @@ def fan_out(runner: Runner, profile: Profile) -> List[Row]:
                     "seconds": profile.seconds,
                     "count": min(profile.sends, 5000)
                 }, {"rate": case}, **{case: subscribers}))
-    return runner.in_turn(requests, profile.rounds)
+    return runner.in_turn(requests, profile.few_rounds)
 
 
 def backlog(runner: Runner, profile: Profile) -> List[Row]:
@@ -158,7 +174,7 @@ def backlog(runner: Runner, profile: Profile) -> List[Row]:
             firsts[key] += request.arguments["count"]
             return result
 
-        return runner.in_turn(requests, profile.rounds, run=run)
+        return runner.in_turn(requests, profile.few_rounds, run=run)
 
 
 def size(runner: Runner, profile: Profile) -> List[Row]:
@@ -175,7 +191,7 @@ def size(runner: Runner, profile: Profile) -> List[Row]:
     return runner.in_turn(
         _requests(FEW, "sizes", {"limits": limits}, cases,
                   **{case: float(case.split()[1])
-                     for case in cases}), min(3, profile.rounds))
+                     for case in cases}), profile.few_rounds)
 
 
 def _concurrency(runner: Runner, profile: Profile, kind: str) -> List[Row]:
@@ -191,7 +207,7 @@ def _concurrency(runner: Runner, profile: Profile, kind: str) -> List[Row]:
                 "seconds": profile.seconds,
                 "count": profile.sends
             }, {"rate": case}, **{case: workers}))
-    return runner.in_turn(requests, min(3, profile.rounds))
+    return runner.in_turn(requests, profile.few_rounds)
 
 
 def processes(runner: Runner, profile: Profile) -> List[Row]:
@@ -213,7 +229,7 @@ def latency(runner: Runner, profile: Profile) -> List[Row]:
     }
     names = [name for name in roster.ALL if roster.find(name).can_sleep]
     return runner.in_turn(_requests(names, "latency", {"seconds": profile.latency_secs}, cases),
-                          profile.rounds)
+                          profile.few_rounds)
 
 
 def pause(runner: Runner, profile: Profile) -> List[Row]:
@@ -231,7 +247,7 @@ def pause(runner: Runner, profile: Profile) -> List[Row]:
                 "seconds": 6 * profile.seconds
             }, {name: "{}: {}".format(text, name)
                 for name in names}))
-    return runner.in_turn(requests, min(3, profile.rounds), has_warm_up=False)
+    return runner.in_turn(requests, profile.few_rounds, has_warm_up=False)
 
 
 def file_size(runner: Runner, profile: Profile) -> List[Row]:
@@ -242,7 +258,9 @@ def file_size(runner: Runner, profile: Profile) -> List[Row]:
         runner.tell("{} {}".format(request.contender, request.durability))
         try:
             with runner.directory() as directory:
-                result = runner.run(request, directory, total=profile.total, samples=50)
+                # Flushed, a tenth of them has to do: it takes a hundred times as long.
+                total = profile.total // (10 if request.durability == FSYNC else 1)
+                result = runner.run(request, directory, total=total, samples=50)
         except rounds.Broken as error:
             rows.append(Row(request.contender, request.durability, "0", [], None, str(error)))
             continue
@@ -257,7 +275,7 @@ def memory(runner: Runner, profile: Profile) -> List[Row]:
     cases = {"all": "resident", "own": "resident, without pages of files"}
     requests = [Request("", "", "memory", {"count": 0}, cases, {})] + _requests(
         roster.ALL, "memory", {"count": profile.memory_count}, cases)
-    rows = runner.in_turn(requests, min(3, profile.rounds), has_warm_up=False)
+    rows = runner.in_turn(requests, profile.few_rounds, has_warm_up=False)
     return [row._replace(contender=row.contender or "Python alone") for row in rows]
 
 

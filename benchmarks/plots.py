@@ -5,6 +5,7 @@ import statistics
 from typing import Any, Dict, List, Sequence
 
 import matplotlib
+import matplotlib.lines
 import matplotlib.pyplot as plt
 
 from benchmarks import figures, report, roster, rounds
@@ -191,7 +192,7 @@ def _draw_dots(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     # The shapes only: the colors are named by the labels.
     handles = [
-        plt.Line2D([], [], linestyle="", marker=marker, color="#666666")
+        matplotlib.lines.Line2D([], [], linestyle="", marker=marker, color="#666666")
         for _, marker in zip(quantiles, "o>sD")
     ]
     drawing.legend(handles,
@@ -289,7 +290,7 @@ def draw(out: pathlib.Path, results: Dict[str, Any]) -> None:
             draw_figure = _draw_dots
         drawing = draw_figure(rows, figure)
         title = "{} ({})".format(figure.title, figure.unit)
-        if results["profile"] != "full":
+        if results["profile"] == "quick":
             title += " - {} run".format(results["profile"])
         drawing.suptitle(title, fontsize=12)
         drawing.savefig(out / (name + ".svg"), metadata={"Date": None})

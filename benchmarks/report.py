@@ -238,9 +238,8 @@ def write(out: pathlib.Path, results: Dict[str, Any]) -> None:
     :param out: directory
     :param results: of a run
     """
-    mark = ("" if results["profile"] == "full" else
-            "These are the results of a *{}* run, to be read as a sketch.\n\n".format(
-                results["profile"]))
+    mark = ("These are the results of a *quick* run, to be read as a sketch.\n\n"
+            if results["profile"] == "quick" else "")
     for name in results["figures"]:
         figure = figures.FIGURES[name]
         text = "{} In brackets: what persipubsub has, divided by that.\n\n".format(

@@ -351,12 +351,14 @@ class Consumer:
         :return: messages
         """
         if not self._pending.policy.max_deliveries:
+            # Not a partial function: with keywords it takes three times as long to be called.
             return self._environment.read(
-                functools.partial(self._pending.copy, number=number, end=end, is_guess=is_guess))
+                lambda txn, databases: self._pending.copy(txn, databases, number, end, is_guess))
         return self._environment.write(functools.partial(_deliveries.begin,
                                                          pending=self._pending,
                                                          number=number,
-                                                         end=end),
+                                                         end=end,
+                                                         is_guess=is_guess),
                                        may_grow=True)
 
     def _lease(self, claim: _claims.Claim, begin: int, copied: _pending.Copied) -> Lease:
@@ -421,10 +423,9 @@ class Consumer:
         :param begin: everything from here to the first message is done or not for the subscriber
         :param numbers: of the messages
         """
-        self._guess = self._environment.write(functools.partial(self._pending.acknowledge,
-                                                                begin=begin,
-                                                                numbers=numbers),
-                                              may_grow=True)
+        self._guess = self._environment.write(
+            lambda txn, databases: self._pending.acknowledge(txn, databases, begin, numbers),
+            may_grow=True)
         if self._rings:
             self._ring()
 

@@ -20,7 +20,7 @@ from persipubsub.environment import _environment
 from persipubsub.store import _blocks, _layout, _log, _once, _retention
 from persipubsub.store._databases import Databases
 
-#: A send of more bytes than this looks for finished blocks at once.
+#: After so many bytes a send looks for finished blocks at once, however few messages they are.
 _LARGE_BYTES = 1 << 16
 
 #: Who waits for room looks at the queue this often whatever happens, in seconds: a subscriber may
@@ -162,9 +162,14 @@ class Putter:
 
         :param put: what to add; gets the result
         """
-        work = functools.partial(self._put if put.msg_ids is None else self._put_once, put=put)
+        add = self._put if put.msg_ids is None else self._put_once
+
+        # Not a partial function: with a keyword it takes three times as long to be called.
+        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> Optional[_log.Tail]:
+            return add(txn, databases, put)
+
         try:
-            self._environment.write(work, is_flushed=True)
+            self._environment.write(work, True)
         except _environment.MapFullError:
             self._put_into_full_map(put, work)
         except persipubsub.errors.DiskFullError:
@@ -270,16 +275,21 @@ class Putter:
             text += " The slowest subscriber is {!r} with {} of them.".format(*slowest)
         return persipubsub.errors.QueueFullError(text)
 
-    def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: _Put) -> None:
+    def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+             put: _Put) -> Optional[_log.Tail]:
         """
         Add messages at the end of the log and tidy up a little at its beginning.
 
         :param txn: write transaction
         :param databases: handles
         :param put: what to add; gets the result
+        :return: new end of the log; None if the queue is full
         """
         cursor = txn.cursor(db=databases.data)
-        tail = _log.read_tail(cursor)
+        tail = self._environment.left
+        # As the last put left it, if nobody wrote since then.
+        if not isinstance(tail, _log.Tail) or self._environment.left_by != txn.id() - 1:
+            tail = _log.read_tail(cursor)
         floor = self._floor
         put.losses = []
         put.is_full = False
@@ -289,44 +299,48 @@ class Putter:
             tail, floor = self._make_room(txn, databases, tail, put)
             if put.is_full:
                 put.floor = floor
-                return
+                return None
         put.first = tail.next_number
         audience = self._find_audience(txn, databases, put.audience) if put.audience else 0
+        size = tail.total_bytes
         tail = _log.append(cursor, tail, self._now_ns(), audience, put.batches)
 
         interval = _retention.interval_of(floor)
-        if (put.size > _LARGE_BYTES or tail.next_number // interval != put.first // interval):
+        if (tail.next_number // interval != put.first // interval
+                or tail.total_bytes // _LARGE_BYTES != size // _LARGE_BYTES):
             floor = self._tidier.tidy(txn,
                                       databases,
                                       tail,
                                       put.losses,
                                       budget=2 * (interval + len(put.batches)))
         put.floor = floor
+        return tail
 
     def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                  put: _Put) -> None:
+                  put: _Put) -> Optional[_log.Tail]:
         """
         Add the messages whose ids are not known, and remember their ids.
 
         :param txn: write transaction
         :param databases: handles
         :param put: what to add; gets the result
+        :return: new end of the log; None if nothing was added
         """
         now_ns = self._now_ns()
         oldest_ns = now_ns - self._settings.once_window_ns
         known, places = put.leave_out_known(txn, databases, oldest_ns)
         put.is_full = False
         put.floor = self._floor
-        if put.count:
-            self._put(txn, databases, put)
+        tail = self._put(txn, databases, put) if put.count else None
         if put.is_full:
-            return
+            return None
         for msg_id, place in places.items():
             _once.remember(txn, databases, msg_id, put.first + place, now_ns)
         _once.forget(txn, databases, oldest_ns, budget=2 * (len(known) + len(places)))
         assert put.msg_ids is not None, "It has ids, or it would be put as others are."
         if put.msg_ids[0] in known:
             put.first = known[put.msg_ids[0]]
+        return tail
 
     def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: _Put) -> bool:
         """

@@ -1,7 +1,7 @@
 """Publish messages to a queue."""
 
 import os
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Iterable, List, Optional, Sequence, Tuple, Union
 
 import persipubsub.config
 import persipubsub.errors
@@ -172,7 +172,7 @@ class Pub:
             raise _not_open()
         if isinstance(msgs, (bytes, bytearray, memoryview, str)):
             raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
-        messages = [_to_bytes(msg) for msg in msgs]
+        messages = _all_to_bytes(msgs)
         ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
         if self._autosync:
             for message in messages:
@@ -198,6 +198,21 @@ def _to_bytes(msg: object) -> bytes:
         return bytes(msg)
     raise TypeError("Expected a message of type bytes, bytearray or memoryview, but got: {}".format(
         type(msg).__name__))
+
+
+def _all_to_bytes(msgs: Iterable[object]) -> List[bytes]:
+    """
+    Copy messages, so that they can not change while they are sent.
+
+    :param msgs: given by the user
+    :return: their bytes
+    :raise TypeError: if one of them is not bytes-like
+    """
+    messages = list(msgs)
+    # One by one would take a fifth of the time of the whole call.
+    if set(map(type, messages)) == {bytes}:
+        return messages  # type: ignore[return-value]
+    return [_to_bytes(msg) for msg in messages]
 
 
 def _to_ids(msg_ids: Sequence[Optional[MessageId]], count: int) -> Optional[List[Optional[bytes]]]:

@@ -102,7 +102,7 @@ def test_messages_for_others_are_no_reason_to_drop_one(tmp_path: pathlib.Path) -
 def test_looks_are_spread_over_sends(subscribers: int) -> None:
     floor = _retention.Floor(0, 1, 1, {}, 0, 0, subscribers)
     interval = _retention.interval_of(floor)
-    assert 8 <= interval <= max(8, subscribers)
+    assert 16 <= interval <= max(16, subscribers)
     # Each send pays for a constant number of subscribers.
     assert subscribers / interval <= 8
 

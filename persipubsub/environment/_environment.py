@@ -69,6 +69,7 @@ class Environment(_transactions.Transactions):
             self._failure = None
             self._has_left = False
             self._committed = self._flushed = 0
+            self.left = None
             self._seen = 0
             self._handles = _opening.open_store(self.directory, self.options)
             try:

@@ -104,13 +104,14 @@ class Transactions:
 
         # Ids of LMDB's transactions: the last one of this process, the last flushed one, and the
         # last one that was seen by a reader and is to be in a checkpoint.
-        self._committed = 0
-        self._flushed = 0
-        self._seen = 0
+        self._committed = self._flushed = self._seen = 0
+
+        # What the last work of this process returned, and the id of its transaction. The first work
+        # of the very next transaction finds the store as that left it. Under the write lock.
+        self.left, self.left_by = None, 0  # type: object, int
 
         # When to look next whether there is room for the reserve; None if it was not spent.
         self._reserve_due = None  # type: Optional[float]
-
         self.is_look = False  # True while nobody in this process does more than have a short look
         # Only for an "os" store, and then told of every commit.
         self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
@@ -170,11 +171,9 @@ class Transactions:
                 deadline = deadline or time.monotonic() + self.options.busy_timeout_secs
                 if not self._find_slot() and time.monotonic() >= deadline:
                     raise self._translate(error) from error
-            except lmdb.PanicError as error:
+            except lmdb.Error as error:
                 if not self._recover(error):
                     raise self._translate(error) from error
-            except lmdb.Error as error:
-                raise self._translate(error) from error
 
     def _find_slot(self) -> bool:
         """
@@ -182,10 +181,10 @@ class Transactions:
 
         :return: True if a slot was freed
         """
-        is_freed = self.check_readers() > 0
-        if not is_freed:
-            time.sleep(_SLOT_PAUSE_SECS)
-        return is_freed
+        if self.check_readers() > 0:
+            return True
+        time.sleep(_SLOT_PAUSE_SECS)
+        return False
 
     def check_readers(self) -> int:
         """
@@ -309,14 +308,14 @@ class Transactions:
             self._run_group(handles, group)
         except BaseException:
             self._recognize_committed(handles, group)
+            for request in reversed(group):
+                if not request.done and request is not own:
+                    self._requests.appendleft(request)
             raise
         finally:
             # First, with no call before it: whatever interrupts the rest must not leave it set.
             self._is_writing = False
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
-            for request in reversed(group):
-                if not request.done and request is not own:
-                    self._requests.appendleft(request)
 
     def _recognize_committed(self, handles: _opening.Handles, group: List[_Request]) -> None:
         """
@@ -370,12 +369,14 @@ class Transactions:
             kind = persipubsub.errors.ClosedError if self._has_left else persipubsub.errors.FlushError
             raise kind(self._failure)
         with handles.environment.begin(write=True, buffers=True) as txn:
-            for request in group:
-                request.result = request.work(txn, handles.databases)
             commit = txn.id()
             for request in group:
+                request.result = request.work(txn, handles.databases)
                 request.commit = commit
-        self._committed = commit
+                # Not for the next work of the group, nor if this transaction fails.
+                self.left = None
+        self._committed = self.left_by = commit
+        self.left = request.result
         for request in group:
             request.done = True
 
@@ -406,8 +407,7 @@ class Transactions:
     def _follow_map_size(self) -> None:
         """Map as much as the process that raised ``max_db_size_bytes`` did."""
         with self._write_lock, self._flush_lock, self._read_lock:
-            environment = self._open_handles().environment
-            environment.set_mapsize(0)
+            self._open_handles().environment.set_mapsize(0)
 
     def _find_room(self, error: BaseException) -> bool:
         """

@@ -151,11 +151,11 @@ def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
     """
     if len(messages) == 1:
         message = messages[0]
-        return [
-            Batch(messages=1,
-                  size=len(message),
-                  body=_ENTRY.pack(len(message), zlib.crc32(message)) + message)
-        ]
+        size = len(message)
+        return [Batch(1, size, _ENTRY.pack(size, zlib.crc32(message)) + message)]
+
+    if messages and sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES:
+        return [_encode_batch(messages)]
 
     batches = []  # type: List[Batch]
     begin = 0

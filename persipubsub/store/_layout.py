@@ -77,6 +77,8 @@ _AHEAD_VALUE = struct.Struct("<Q")
 _ATTEMPTS = struct.Struct("<IIQQ")
 _ONCE = struct.Struct("<QQ")
 
+SUBSCRIBER_BYTES: Final = _SUBSCRIBER.size
+
 pack_number = _NUMBER.pack
 
 
@@ -174,6 +176,16 @@ def unpack_subscriber(value: Buffer) -> Subscriber:
         raise persipubsub.errors.StoreCorruptError(
             "Expected the record of a subscriber to have {} bytes, but got: {} bytes".format(
                 _SUBSCRIBER.size, len(value))) from None
+
+
+def unpack_position(value: Buffer) -> Tuple[int, int, int]:
+    """
+    Decode the beginning of the record of a subscriber, in a third of the time of all of it.
+
+    :param value: of ``pending_db``
+    :return: ordinal, flags, position
+    """
+    return _SUBSCRIBER_BEGIN.unpack_from(value)[:3]
 
 
 def acknowledge_in_order(value: memoryview, ordinal: int, numbers: Sequence[int],

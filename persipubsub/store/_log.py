@@ -5,6 +5,7 @@ The log is ``data_db``: blocks of messages in the order of commits. A number bel
 not to a block; numbers that were dropped leave gaps, so that every search lands on the next block.
 """
 
+import itertools
 from typing import Dict, Final, List, NamedTuple, Optional, Sequence, Tuple
 
 import lmdb
@@ -77,17 +78,20 @@ def append(cursor: "lmdb.Cursor[memoryview]", tail: Tail, time_ns: int, audience
     :param batches: encoded messages
     :return: new end of the log
     """
-    number, _, count, size, generation, totals = tail
-    time_ns = max(time_ns, tail.time_ns)
-    for batch in batches:
-        count += batch.messages
-        size += batch.size
+    number, last_ns, count, size, generation, totals = tail
+    if time_ns < last_ns:
+        time_ns = last_ns
+    for messages, added, body in batches:
+        count += messages
+        size += added
         if audience:
-            totals = _add_to_audience(totals, audience, batch.messages)
-        record = _blocks.pack_block(time_ns, count, size, batch.messages, audience, generation,
-                                    totals)
-        cursor.put(_layout.pack_number(number), record + batch.body, append=True)
-        number += batch.messages
+            totals = _add_to_audience(totals, audience, messages)
+        record = _blocks.pack_block(time_ns, count, size, messages, audience, generation, totals)
+        if not cursor.put(_layout.pack_number(number), record + body, append=True):
+            raise persipubsub.errors.StoreCorruptError(
+                "Expected the log to end in front of message {}, but got: one behind it".format(
+                    number))
+        number += messages
     return Tail(number, time_ns, count, size, generation, totals)
 
 
@@ -145,10 +149,11 @@ def seek(cursor: "lmdb.Cursor[memoryview]", number: int) -> Optional[Found]:
     :param number: to be found
     :return: found block; None if the log ends before
     """
-    if cursor.set_range(_layout.pack_number(number)):
+    key = _layout.pack_number(number)
+    if cursor.set_key(key):
+        return _found(cursor, number)
+    if cursor.set_range(key):
         first = _layout.unpack_number(cursor.key())
-        if first == number:
-            return _found(cursor, first)
         if not cursor.prev():
             cursor.first()
             return _found(cursor, first)
@@ -337,11 +342,11 @@ def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], every
     :param retained_ns: what was committed later stays, although it is finished
     :return: how many were deleted
     """
-    deleted = 0
     if budget <= 0 or not cursor.last():
         return 0
     last_number = _layout.unpack_number(cursor.key())
     cursor.first()
+    deleted = 0 if floors else _delete_passed(cursor, everyone, budget)
     while deleted < budget:
         number = _layout.unpack_number(cursor.key())
         if number == last_number:
@@ -353,6 +358,29 @@ def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], every
         cursor.delete()
         deleted += 1
     return deleted
+
+
+def _delete_passed(cursor: "lmdb.Cursor[memoryview]", everyone: int, budget: int) -> int:
+    """
+    Delete the blocks whose next block is not needed in full either, by their keys alone.
+
+    Decoding each of them takes five times as long. What this leaves over (a gap in the numbers,
+    the last finished block) is for the closer look.
+
+    :param cursor: of ``data_db``; stands at the first block, and afterwards at the first one left
+    :param everyone: the first number that any subscriber still needs; all is for everybody
+    :param budget: how many blocks to delete at most
+    :return: how many were deleted
+    """
+    finished = -1
+    for key in itertools.islice(cursor.iternext(keys=True, values=False), budget + 1):
+        if int.from_bytes(key, "big") > everyone:
+            break
+        finished += 1
+    cursor.first()
+    for _ in range(finished):
+        cursor.delete()
+    return max(finished, 0)
 
 
 def truncate(cursor: "lmdb.Cursor[memoryview]", tail: Tail, cut: int) -> Tail:

@@ -208,14 +208,14 @@ class Pending:
         runs = []  # type: List[Tuple[int, int]]
         attempts = _NO_ATTEMPTS
         is_spent = False
-        subscriber = _positions.require(txn, databases, self.key)
-        if number < subscriber.position or (is_guess and number != subscriber.position):
+        ordinal, flags, position = _positions.require_position(txn, databases, self.key)
+        if number < position or (is_guess and number != position):
             return _NOTHING
-        if subscriber.flags:
-            if _positions.skip_ahead(txn, databases, subscriber.ordinal, number) != number:
+        if flags:
+            if _positions.skip_ahead(txn, databases, ordinal, number) != number:
                 return _NOTHING
-            end = min(end, _positions.next_range(txn, databases, subscriber.ordinal, number))
-            if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+            end = min(end, _positions.next_range(txn, databases, ordinal, number))
+            if flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
                 end, attempts, is_spent = self._limit(txn, databases, number, end)
                 if number == end:
                     return _NOTHING
@@ -226,6 +226,14 @@ class Pending:
         found = _log.seek(cursor, number)
         if found is None or number < found.first:
             return _NOTHING
+        if number + 1 == end:
+            # The loop below would do, and takes twice as long for a single message.
+            first, block, value = found
+            if (number >= first + block.messages or block.time_ns < oldest_ns
+                    or not self.is_addressed(txn, databases, block.audience)):
+                return _NOTHING
+            message = _blocks.copy_message(value, block, number - first, number)
+            return Copied([number], [message], [(1, block.time_ns)], attempts, is_spent)
         while found is not None and found.first < end and size < _BATCH_BYTES:
             first, block, value = found
             begin, stop = max(number - first, 0), min(end - first, block.messages)

@@ -53,6 +53,23 @@ def require(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     return subscriber
 
 
+def require_position(txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                     key: bytes) -> Tuple[int, int, int]:
+    """
+    Read where a subscriber that has to be there is.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param key: its id, in UTF-8
+    :return: ordinal, flags, position
+    :raise NotInitializedError: if there is no such subscriber
+    """
+    value = txn.get(key, db=databases.pending)
+    if value is not None and len(value) == _layout.SUBSCRIBER_BYTES:
+        return _layout.unpack_position(value)
+    return require(txn, databases, key)[:3]
+
+
 def write(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes,
           subscriber: _layout.Subscriber) -> None:
     """
