@@ -19,6 +19,7 @@ import msgspec
 import msgspec.structs
 
 from persipubsub import _json_file as json_file
+from persipubsub.jetstream import _address
 
 __all__ = [
     "Strategy", "Durability", "HighWaterMark", "Queue", "Publisher", "Subscriber", "Config",
@@ -30,10 +31,8 @@ RESERVED_SUBSCRIBER_IDS: Final = frozenset(
     {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db"})
 
 _QUEUES_KEY = "queues"
-
 # A large file that is something else altogether would fill the memory with its problems.
 _MAX_PROBLEMS = 1000
-
 _MAX_IDENTIFIER_SIZE = 255  # bytes in UTF-8
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Neither the operating system nor UTF-8 (and hence no C++ or Go program) takes any other.
@@ -374,6 +373,8 @@ class _Checker:
             self.check_struct(Queue, queue, place)
             path = queue.get("path") if isinstance(queue, dict) else None
             if isinstance(path, str):
+                if problem := _address.problem_of(path):
+                    self.problems.append(f"{place}.path: {problem}")
                 # By name: what is right must not depend on the links that are on the disk now.
                 resolved = _resolve(self.path.parent, path)
                 if not _SCHEME.match(path):

@@ -63,7 +63,7 @@ def _settings(config_pth: ConfigPath,
     """
     config, keys = _select(config_pth, queue_key)
     for key in keys:
-        _engines.engine_of(config, key)
+        _engines.require_directory(config, key)
     return {key: persipubsub.queue.Settings.of(config, key) for key in keys}
 
 
@@ -167,12 +167,10 @@ def statistics(
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    results = {}
-    for key, settings in _settings(config_pth, queue_key).items():
-        with _upkeep.opened(settings, is_look=True) as environment:
-            results[key] = persipubsub.statistics.collect(environment, settings,
-                                                          environment.now_ns())
-    return types.MappingProxyType(results)
+    config, keys = _select(config_pth, queue_key)
+    return types.MappingProxyType(
+        {key: _engines.engine_of(config, key).statistics_of(config, key)
+         for key in keys})
 
 
 @icontract.require(lambda count: count >= 1)
@@ -198,8 +196,7 @@ def peek(config_pth: ConfigPath,
     config = persipubsub.config.read(config_pth)
     if queue_key is None:
         queue_key = config.subscriber(sub_id).in_queue
-    config.queue_path(queue_key)
-    settings = persipubsub.queue.Settings.of(config, queue_key)
+    settings = _one(config_pth, queue_key)
     return tuple(_looking.peek(settings, sub_id, count=count, start=start))
 
 

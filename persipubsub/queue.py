@@ -18,10 +18,11 @@ import persipubsub.statistics
 from persipubsub import _claims, _delivery, _losses, _putting, _wakeup
 from persipubsub._settings import Settings
 from persipubsub.environment import _files, _registry
+from persipubsub.maintenance import _upkeep
 from persipubsub.store import _check, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
-__all__ = ["Queue", "Settings", "ensure_queue", "open_queue"]
+__all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "statistics_of"]
 
 
 class Queue:
@@ -289,3 +290,18 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     :raise NotInitializedError: if there is no queue yet
     """
     return Queue(Settings.of(config, queue_key))
+
+
+def statistics_of(config: persipubsub.config.Config,
+                  queue_key: str) -> persipubsub.statistics.QueueStatistics:
+    """
+    Count what is in a queue, without taking part in it: it is not in use for that.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: figures of the queue and of its subscribers
+    :raise NotInitializedError: if there is no queue yet
+    """
+    settings = Settings.of(config, queue_key)
+    with _upkeep.opened(settings, is_look=True) as environment:
+        return persipubsub.statistics.collect(environment, settings, environment.now_ns())

@@ -29,6 +29,12 @@ _ROWS: List[Set[str]] = [
     {"cli._shared", "metrics"},
     {"control", "publisher", "subscriber"},
     {"_engines"},
+    {"jetstream.engine"},
+    {"jetstream._delivery", "jetstream._publishing"},
+    {"jetstream._pulling"},
+    {"jetstream._stream"},
+    {"jetstream._link"},
+    {"jetstream._errors", "jetstream._loop", "jetstream._settings"},
     {"maintenance._looking"},
     {"queue"},
     {"maintenance._alone", "maintenance._upkeep"},
@@ -48,7 +54,7 @@ _ROWS: List[Set[str]] = [
     {"store._databases"},
     {"store._layout", "store._blocks", "store._clock"},
     {"config"},
-    {"_json_file", "_progress", "message"},
+    {"_json_file", "_progress", "message", "jetstream._address"},
     {"errors"},
 ]
 
