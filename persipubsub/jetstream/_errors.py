@@ -1,6 +1,7 @@
 """Turn what NATS says into errors of this library; no other of its errors leaves the room."""
 
 import asyncio
+import re
 import ssl
 from typing import Any, Dict, Final, FrozenSet
 
@@ -59,7 +60,7 @@ def translate(error: BaseException, path: str) -> persipubsub.errors.Persipubsub
         return error
     if isinstance(error, ApiError):
         return _translate_answer(error, path)
-    if isinstance(error, (nats.errors.AuthorizationError, nats.errors.InvalidUserCredentialsError)):
+    if is_refusal(error):
         return persipubsub.errors.AccessError(
             "Expected servers of {} that let us in (NATS_CREDS, NATS_USER and NATS_PASSWORD, "
             "NATS_TOKEN or NATS_NKEY), but got: {}".format(path, describe(error)))
@@ -110,6 +111,21 @@ def _translate_answer(error: ApiError, path: str) -> persipubsub.errors.Persipub
             "Expected as many servers as replicas of {}, but got: {}".format(path, error))
     return persipubsub.errors.StoreError("Expected the servers of {} to do it, but got: {}".format(
         path, error))
+
+
+def is_refusal(error: BaseException) -> bool:
+    """
+    Tell whether a server does not let us in, so that there is no use in trying again.
+
+    :param error: of a connection
+    :return: True if it is about who we are
+    """
+    # Most often the client raises its base class, with the words of the server.
+    return isinstance(error, (nats.errors.AuthorizationError,
+                              nats.errors.InvalidUserCredentialsError)) or (
+                                  isinstance(error, nats.errors.Error) and
+                                  re.search("authorization|authentication", str(error),
+                                            re.IGNORECASE) is not None)
 
 
 def describe(error: BaseException) -> str:

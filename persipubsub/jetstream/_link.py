@@ -125,7 +125,7 @@ class Link:
 
         async def complain(error: BaseException) -> None:
             self._complaint = error
-            if isinstance(error, (nats.errors.AuthorizationError, ssl.SSLError)):
+            if isinstance(error, ssl.SSLError) or _errors.is_refusal(error):
                 refused.set()
 
         client = nats.aio.client.Client()
@@ -160,6 +160,11 @@ class Link:
         await _close(client)
         if error is None:
             raise self._unreachable()
+        if connecting.done() and not isinstance(error, (nats.errors.Error, OSError)):
+            # What it reads credentials with has errors of its own, and raises KeyError as well.
+            raise persipubsub.errors.AccessError(
+                "Expected credentials for {} in NATS_CREDS or NATS_NKEY, but got: {}".format(
+                    self._path, _errors.describe(error)))
         raise _errors.translate(error, self._path) from None
 
     def _unreachable(self) -> persipubsub.errors.UnavailableError:
