@@ -105,6 +105,7 @@ class Server:
 
         :return: True if it takes clients
         """
+        assert self.process is not None and self.process.poll() is None, self._log.read_text()
         return bool(self.look("healthz").get("status") == "ok")
 
 
@@ -167,7 +168,7 @@ def running(directory: pathlib.Path,
     :return: servers that are ready
     """
     ports = free_ports(3 * nodes)
-    routes = " ".join("nats://127.0.0.1:{}".format(port) for port in ports[2 * nodes:])
+    routes = ", ".join("nats://127.0.0.1:{}".format(port) for port in ports[2 * nodes:])
     servers = []
     for index in range(nodes):
         name = "node{}".format(index)
