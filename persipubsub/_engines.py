@@ -72,12 +72,18 @@ class Consumer(Protocol):
 class Queue(Protocol):
     """Be one open queue."""
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[str]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
+        :param timeout: how long to wait for room, where the strategy is to wait, in seconds
+        :param msg_ids: one for each message; the same is stored once, as long as it is remembered
         :return: number of the first message
         """
 
@@ -169,6 +175,16 @@ class Engine(Protocol):
         :param queue_key: of the queue in ``queues``
         :return: figures of the queue and of its subscribers
         :raise NotInitializedError: if there is no queue yet
+        """
+
+    def check_durability(self, config: persipubsub.config.Config,
+                         queue_key: str) -> Tuple[str, ...]:
+        """
+        Look whether a queue is less durable than its configuration says.
+
+        :param config: that describes the queue
+        :param queue_key: of the queue in ``queues``
+        :return: warnings
         """
 
 

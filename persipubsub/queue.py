@@ -22,7 +22,7 @@ from persipubsub.maintenance import _upkeep
 from persipubsub.store import _check, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
-__all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "statistics_of"]
+__all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
 
 
 class Queue:
@@ -123,7 +123,11 @@ class Queue:
 
     # Putting
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[str]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -132,11 +136,14 @@ class Queue:
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
+        :param timeout: is not used yet
+        :param msg_ids: are not used yet
         :return: number of the first message
         :raise MessageTooLargeError: if the queue could never hold them
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
+        del timeout, msg_ids
         self._check_open()
         return self._putter.put(messages, audience)
 
@@ -305,3 +312,15 @@ def statistics_of(config: persipubsub.config.Config,
     settings = Settings.of(config, queue_key)
     with _upkeep.opened(settings, is_look=True) as environment:
         return persipubsub.statistics.collect(environment, settings, environment.now_ns())
+
+
+def check_durability(config: persipubsub.config.Config, queue_key: str) -> Tuple[str, ...]:
+    """
+    Look whether a queue is less durable than its configuration says: it never is.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: warnings
+    """
+    del config, queue_key
+    return ()

@@ -35,7 +35,7 @@ class Loop:
         #: own thread changes them.
         self.closers = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
         self.sockets = []  # type: List[Callable[[], int]]
-        self._is_stopped = False
+        self._is_stopped = threading.Event()
         self._tasks = set()  # type: Set["asyncio.Task[Any]"]
         # A daemon: a program that ends without closing its queues must not hang.
         self._thread = threading.Thread(target=self._run, name="persipubsub-nats", daemon=True)
@@ -59,13 +59,13 @@ class Loop:
         :return: what the coroutine returned
         :raise ClosedError: if the interpreter is about to exit
         """
-        if self._is_stopped:
+        if self._is_stopped.is_set():
             raise _exiting()
         future = asyncio.run_coroutine_threadsafe(function(), self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            if self._is_stopped and threading.current_thread().daemon:
+            if self._is_stopped.is_set() and threading.current_thread().daemon:
                 # The interpreter stops such a thread where it is, and so do we: an error would be
                 # printed at the end of a program in which nothing is wrong.
                 threading.Event().wait()
@@ -97,9 +97,9 @@ class Loop:
 
     def stop(self) -> None:
         """Close all connections, end the thread and wait for both, but not for long."""
-        if self.process_id != os.getpid() or self._is_stopped:
+        if self.process_id != os.getpid() or self._is_stopped.is_set():
             return
-        self._is_stopped = True
+        self._is_stopped.set()
         future = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
         try:
             future.result(timeout=_EXIT_SECS)

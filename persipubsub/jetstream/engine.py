@@ -20,9 +20,9 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
 from persipubsub import _losses
-from persipubsub.jetstream import _delivery, _errors, _link, _loop, _publishing, _settings, _stream
+from persipubsub.jetstream import _delivery, _durability, _errors, _link, _loop, _publishing, _settings, _stream
 
-__all__ = ["Queue", "ensure_queue", "open_queue", "statistics_of"]
+__all__ = ["Queue", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
 
 ResultT = TypeVar("ResultT")
 
@@ -405,3 +405,16 @@ def statistics_of(config: persipubsub.config.Config,
     """
     with open_queue(config, queue_key) as queue:
         return queue.statistics()
+
+
+def check_durability(config: persipubsub.config.Config, queue_key: str) -> Tuple[str, ...]:
+    """
+    Look whether the servers flush each message, as durability ``fsync`` promises.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: warnings
+    """
+    if config.queues[queue_key].durability is not persipubsub.config.Durability.FSYNC:
+        return ()
+    return _durability.warnings_of(_settings.Settings.of(config, queue_key).address)
