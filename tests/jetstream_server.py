@@ -187,11 +187,11 @@ def running(directory: pathlib.Path,
         for server in servers:
             server.start()
         cluster.wait()
-        if nodes > 1:
-            until(lambda: servers[0].look("jsz").get("meta_cluster", {}).get("leader"), "a leader")
-            # The leader takes new streams only when it knows of its peers.
-            until(lambda: servers[0].look("jsz")["meta_cluster"].get("cluster_size") == nodes,
-                  "the peers")
+        # The leader takes new streams only when it knows of its peers; only it tells them.
+        until(
+            lambda: nodes == 1 or any(
+                len(server.look("jsz").get("meta_cluster", {}).get("replicas", [])) == nodes - 1
+                for server in servers), "a leader of the cluster")
         yield cluster
     finally:
         for server in servers:

@@ -39,6 +39,14 @@ class ApiError(Exception):
         self.code = int(answer.get("code", 0))
         self.err_code = int(answer.get("err_code", 0))
 
+    def is_missing(self) -> bool:
+        """
+        Tell whether a stream or a consumer was not found.
+
+        :return: True if so
+        """
+        return self.err_code in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND)
+
     def is_temporary(self) -> bool:
         """
         Tell whether the same request may be answered otherwise a moment later.

@@ -35,6 +35,10 @@ _LONGEST_ATTEMPT_SECS: Final = 5.0
 
 _PAUSE_SECS: Final = 0.1
 
+#: A cluster that was started again does not know all of its consumers for a moment, and says that
+#: they are not there; that is believed after so many seconds.
+RECOVERY_SECS: Final = 5.0
+
 #: No answer of a server that says it has no JetStream is believed after so many seconds.
 _NO_JETSTREAM_SECS: Final = 2.0
 
@@ -253,19 +257,40 @@ class Link:
                     "Expected the servers of {} to be ready, but got: {}".format(self._path, error))
             await asyncio.sleep(_PAUSE_SECS)
 
-    async def api(self, verb: str, body: Optional[Mapping[str, Any]],
-                  deadline: float) -> Dict[str, Any]:
+    async def api(self,
+                  verb: str,
+                  body: Optional[Mapping[str, Any]],
+                  deadline: float,
+                  confirms: bool = True) -> Dict[str, Any]:
         """
         Ask the API of JetStream.
 
         :param verb: subject without its prefix, such as ``STREAM.INFO.name``
         :param body: of the request
         :param deadline: on the monotonic clock
+        :param confirms: False to believe at once that a stream or a consumer is not there
         :return: the answer
         :raise ApiError: if it is a refusal that waiting does not change
         """
         payload = b"" if body is None else json.dumps(body).encode("utf-8")
-        return await self.ask("$JS.API." + verb, payload, deadline)
+        until = min(deadline, time.monotonic() + RECOVERY_SECS)
+        while True:
+            try:
+                return await self.ask("$JS.API." + verb, payload, deadline)
+            except _errors.ApiError as error:
+                if (not confirms or not error.is_missing() or not self.is_cluster()
+                        or time.monotonic() >= until):
+                    raise
+            await asyncio.sleep(_PAUSE_SECS)
+
+    def is_cluster(self) -> bool:
+        """
+        Tell whether there are several servers.
+
+        :return: False if not, or not known yet
+        """
+        # pylint: disable-next=protected-access
+        return self._client is not None and bool(self._client._server_info.get("cluster"))
 
     def _check_rights(self) -> None:
         """

@@ -19,7 +19,7 @@ import nats.aio.client
 import nats.aio.msg
 import nats.errors
 import persipubsub.errors
-from persipubsub.jetstream import _errors, _settings, _stream
+from persipubsub.jetstream import _errors, _link, _settings, _stream
 
 #: A pull is repeated after so many seconds: it is lost with the server that has it.
 _LONGEST_PULL_SECS: Final = 5.0
@@ -105,6 +105,8 @@ class Puller:
         self._subject = "$JS.API.CONSUMER.MSG.NEXT.{}.{}".format(stream.name, durable)
         self._info = "CONSUMER.INFO.{}.{}".format(stream.name, durable)
         self._idle = []  # type: List[_Inbox]
+        # Since when the consumer is not there; 0.0 if it is.
+        self._missing_since = 0.0
         # When the servers were heard last, as far as anybody listened.
         self._heard = self._listened = time.monotonic()
 
@@ -146,6 +148,8 @@ class Puller:
                         taken = await self._fresh(inbox, max_messages)
                     if taken and 1 < max_messages and len(taken) < max_messages and not is_last:
                         taken += await self._rest(inbox, max_messages - len(taken))
+                if taken:
+                    self._missing_since = 0.0
                 if taken or (deadline is not None and time.monotonic() >= deadline):
                     return taken
         except asyncio.CancelledError:
@@ -278,12 +282,20 @@ class Puller:
         :raise NotInitializedError: if it is not
         """
         try:
-            await self._stream.link.api(self._info, None, time.monotonic() + 0.5)
+            await self._stream.link.api(self._info,
+                                        None,
+                                        time.monotonic() + 0.5,
+                                        confirms=False)
         except _errors.ApiError as error:
-            if error.err_code in (_errors.CONSUMER_NOT_FOUND, _errors.STREAM_NOT_FOUND):
+            now = time.monotonic()
+            self._missing_since = self._missing_since or now
+            patience = _link.RECOVERY_SECS if self._stream.link.is_cluster() else 0.0
+            if error.is_missing() and now - self._missing_since >= patience:
                 raise _errors.translate(error, self._settings.path) from None
         except persipubsub.errors.UnavailableError:
             pass
+        else:
+            self._missing_since = 0.0
 
     async def _fresh(self, inbox: _Inbox, count: int) -> List[Pulled]:
         """

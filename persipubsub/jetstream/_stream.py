@@ -75,7 +75,7 @@ class Stream:
         :return: what the servers know of it; None if there is none
         """
         try:
-            return await self.info(deadline)
+            return await self.info(deadline, confirms=False)
         except persipubsub.errors.NotInitializedError:
             return None
 
@@ -87,7 +87,7 @@ class Stream:
         :param deadline: on the monotonic clock
         """
         wanted = self.settings.consumer_config(subscriber)
-        found = await self.consumer_info(subscriber, deadline)
+        found = await self.consumer_info(subscriber, deadline, confirms=False)
         if found is not None:
             config = found["config"]
             # What it was to get stays: messages may be under way that nobody else wants.
@@ -105,18 +105,19 @@ class Stream:
 
     # Looking
 
-    async def info(self, deadline: float) -> Dict[str, Any]:
+    async def info(self, deadline: float, confirms: bool = True) -> Dict[str, Any]:
         """
         Ask for what the servers know of the stream.
 
         :param deadline: on the monotonic clock
+        :param confirms: False to believe at once that it is not there
         :return: ``config``, ``state`` and more
         :raise NotInitializedError: if there is none
         :raise FormatError: if it is somebody else's
         """
         before_ns = time.time_ns()
         try:
-            answer = await self.link.api("STREAM.INFO." + self.name, None, deadline)
+            answer = await self.link.api("STREAM.INFO." + self.name, None, deadline, confirms)
         except _errors.ApiError as error:
             raise _errors.translate(error, self.settings.path) from None
         if not _settings.is_ours(answer["config"]):
@@ -136,17 +137,21 @@ class Stream:
         """
         return time.time_ns() + self.offset_ns
 
-    async def consumer_info(self, subscriber: str, deadline: float) -> Optional[Dict[str, Any]]:
+    async def consumer_info(self,
+                            subscriber: str,
+                            deadline: float,
+                            confirms: bool = True) -> Optional[Dict[str, Any]]:
         """
         Ask for what the servers know of a subscriber.
 
         :param subscriber: its id
         :param deadline: on the monotonic clock
+        :param confirms: False to believe at once that it is not there
         :return: ``config``, ``num_pending`` and more; None if there is no such consumer
         """
         verb = "CONSUMER.INFO.{}.{}".format(self.name, _address.durable_of(subscriber))
         try:
-            return await self.link.api(verb, None, deadline)
+            return await self.link.api(verb, None, deadline, confirms)
         except _errors.ApiError as error:
             if error.err_code != _errors.CONSUMER_NOT_FOUND:
                 raise
@@ -196,7 +201,8 @@ class Stream:
         else:
             names = await self._names(deadline)
             for subscriber in subscribers:
-                if _address.durable_of(subscriber) not in names:
+                if (_address.durable_of(subscriber) not in names
+                        and await self.consumer_info(subscriber, deadline) is None):
                     del self._interest[audience]
                     raise self._missing(subscriber)
         self._interest[audience] = now
