@@ -168,7 +168,6 @@ def running(directory: pathlib.Path,
     :return: servers that are ready
     """
     ports = free_ports(3 * nodes)
-    routes = ", ".join("nats://127.0.0.1:{}".format(port) for port in ports[2 * nodes:])
     servers = []
     for index in range(nodes):
         name = "node{}".format(index)
@@ -179,13 +178,20 @@ def running(directory: pathlib.Path,
                 *("  " + line for line in jetstream), "}"
             ]
         if nodes > 1:
-            own.append('cluster {{ name: "tests", listen: "127.0.0.1:{}", routes: [{}] }}'.format(
-                ports[2 * nodes + index], routes))
+            own.append("cluster {{ name: tests, listen: 127.0.0.1:{}, pool_size: -1, routes: [{}] }}".
+                       format(
+                           ports[2 * nodes + index],
+                           ", ".join("nats://127.0.0.1:{}".format(port)
+                                     for port in ports[2 * nodes:]
+                                     if port != ports[2 * nodes + index])))
         servers.append(Server(directory, name, ports[2 * index:2 * index + 2], own))
     cluster = Servers(servers)
     try:
         for server in servers:
+            # One after the other: servers that find each other at the same moment were seen to lose
+            # one of them for good.
             server.start()
+            wait_for_port(server)
         cluster.wait()
         # The leader takes new streams only when it knows of its peers; only it tells them.
         until(
