@@ -34,6 +34,8 @@ _EXAMPLES = ["protobuf>=5", "rich>=13"]
 
 _CLI = ["click>=8.1", "rich>=13"]
 
+_NATS = ["nats-py[nkeys]>=2.9"]
+
 _METRICS = ["prometheus-client>=0.20"]
 
 setuptools.setup(
@@ -71,6 +73,8 @@ setuptools.setup(
         "cli": _CLI,
         # persipubsub.metrics and the command "persipubsub metrics".
         "metrics": _METRICS,
+        # Queues with the path nats://..., for more than one machine.
+        "nats": _NATS,
         # What examples/ imports beyond the library.
         "examples": _EXAMPLES,
         # The peers that benchmarks/ measures beside the library, and what draws the results.
@@ -86,9 +90,9 @@ setuptools.setup(
             "simplebroker>=8",
         ],
         # What docs/ is built with; it imports all that is documented.
-        "doc": _METRICS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
+        "doc": _METRICS + _NATS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
         # All that the tests and precommit.py need; the examples are tested, too.
-        "dev": _EXAMPLES + _CLI + _METRICS + [
+        "dev": _EXAMPLES + _CLI + _METRICS + _NATS + [
             "build",
             "hypothesis>=6",
             "isort>=6",

@@ -49,6 +49,9 @@ _SUBSCRIBERS = {"archive": 1, "index": 1, "checksums": 2}
 #: The subscriber whose process is killed. It is its only one: nobody else does its work meanwhile.
 _VICTIM = "archive"
 
+#: A server of NATS takes messages up to 1 MiB, headers included, unless it is configured otherwise.
+_LARGEST_FOR_SERVERS = 10**6
+
 #: All children end by themselves after that many seconds, and so do we.
 _LIMIT_SECS = 300
 
@@ -360,7 +363,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="send only the first N files (default: all)")
     parser.add_argument("--queue",
                         metavar="PATH",
-                        help="where the queue is; it stays (default: in a temporary directory)")
+                        help="where the queue is, a directory or nats://host:4222/STREAM; it stays "
+                        "(default: in a temporary directory)")
     parser.add_argument("--patience",
                         type=float,
                         default=30,
@@ -386,6 +390,10 @@ def main() -> int:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     standard_library = pathlib.Path(sysconfig.get_path("stdlib"))
     files, others = bookkeeping.find_files(standard_library, args.files)
+    if "://" in (args.queue or ""):
+        small = [file for file in files if file.size <= _LARGEST_FOR_SERVERS]
+        print("Too large for servers: {} files".format(len(files) - len(small)))
+        files = small
     if not files:
         print("No files in {}".format(standard_library), file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ import msgspec
 import msgspec.structs
 
 from persipubsub import _json_file as json_file
+from persipubsub.jetstream import _address
 
 #: Names of the sub-databases that the store needs for itself; no subscriber can have them.
 #: ... but for the last one: on whose behalf operators look at a queue of dead letters.
@@ -130,6 +131,8 @@ class Checker:
             self.check_struct(self.kinds.queue, queue, place)
             path = queue.get("path") if isinstance(queue, dict) else None
             if isinstance(path, str):
+                if problem := _address.problem_of(path):
+                    self.problems.append(f"{place}.path: {problem}")
                 # By name: what is right must not depend on the links that are on the disk now.
                 resolved = resolve(self.path.parent, path)
                 if not _SCHEME.match(path):

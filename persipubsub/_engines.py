@@ -9,15 +9,17 @@ Everything may be called by any number of threads at the same time, unless it sa
 """
 
 import importlib
-from typing import Any, Dict, Final, List, Optional, Protocol, Sequence, Tuple, cast
+from typing import Dict, Final, List, Optional, Protocol, Sequence, Tuple, cast
 
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.message
+import persipubsub.statistics
 
 #: Modules by the scheme of a queue's path; a plain path has none.
 _MODULES: Final[Dict[str, str]] = {
     "": "persipubsub.queue",
+    "nats": "persipubsub.jetstream.engine",
 }
 
 #: Largest id of a message, in bytes; LMDB takes keys of up to 511 bytes.
@@ -156,11 +158,11 @@ class Queue(Protocol):
         :return: how many deliveries were dropped
         """
 
-    def statistics(self) -> Any:
+    def statistics(self) -> persipubsub.statistics.QueueStatistics:
         """
         Count what is in the queue, without a walk through the messages.
 
-        :return: :py:class:`persipubsub.statistics.QueueStatistics`
+        :return: figures of the queue and of its subscribers
         """
 
     def close(self) -> None:
@@ -188,6 +190,27 @@ class Engine(Protocol):
         :raise NotInitializedError: if there is no queue yet
         """
 
+    def statistics_of(self, config: persipubsub.config.Config,
+                      queue_key: str) -> persipubsub.statistics.QueueStatistics:
+        """
+        Count what is in a queue, without taking part in it.
+
+        :param config: that describes the queue
+        :param queue_key: of the queue in ``queues``
+        :return: figures of the queue and of its subscribers
+        :raise NotInitializedError: if there is no queue yet
+        """
+
+    def check_durability(self, config: persipubsub.config.Config,
+                         queue_key: str) -> Tuple[str, ...]:
+        """
+        Look whether a queue is less durable than its configuration says.
+
+        :param config: that describes the queue
+        :param queue_key: of the queue in ``queues``
+        :return: warnings
+        """
+
 
 def engine_of(config: persipubsub.config.Config, queue_key: str) -> Engine:
     """
@@ -196,7 +219,8 @@ def engine_of(config: persipubsub.config.Config, queue_key: str) -> Engine:
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
     :return: engine
-    :raise ConfigError: if the path of the queue has a scheme that is not known
+    :raise ConfigError: if the path of the queue has a scheme that is not known, or one that needs an
+        extra which is not installed
     """
     path = config.queues[queue_key].path
     scheme, separator, _ = path.partition("://")
@@ -207,4 +231,28 @@ def engine_of(config: persipubsub.config.Config, queue_key: str) -> Engine:
             "{!r} in {!r}".format(config.path, queue_key, "".join(" or {}://...".format(name)
                                                                   for name in _MODULES
                                                                   if name), scheme, path))
-    return cast(Engine, importlib.import_module(module))
+    try:
+        return cast(Engine, importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "persipubsub":
+            raise
+        # An extra has the name of its scheme.
+        raise persipubsub.errors.ConfigError(
+            "{}: queues.{}.path: Expected what {}:// needs (pip install 'persipubsub[{}]'), but got: "
+            "no module {!r}".format(config.path, queue_key, scheme, scheme, error.name)) from None
+
+
+def require_directory(config: persipubsub.config.Config, queue_key: str) -> None:
+    """
+    Check that a queue is a directory of this machine.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :raise ConfigError: if it is kept elsewhere
+    """
+    if "://" in config.queues[queue_key].path:
+        engine_of(config, queue_key)
+        raise persipubsub.errors.ConfigError(
+            "{}: queues.{}.path: Expected a queue that is a directory of this machine, but got: {!r}; "
+            "this is to be done with the tools of its servers".format(
+                config.path, queue_key, config.queues[queue_key].path))

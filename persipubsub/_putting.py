@@ -406,7 +406,7 @@ class Putter:
             self._audiences[subscribers] = audience
         return audience
 
-    def _put_into_full_map(self, put: _Put, work: Callable[..., None]) -> None:
+    def _put_into_full_map(self, put: _Put, work: Callable[..., Optional[_log.Tail]]) -> None:
         """
         Put messages into a full store: delete what is finished, then drop by the strategy.
 
@@ -440,7 +440,7 @@ class Putter:
                 waiting, losses = self._environment.write(self._shrink, may_grow=True)
                 self._losses.add(losses)
 
-    def _put_onto_full_disk(self, work: Callable[..., None]) -> None:
+    def _put_onto_full_disk(self, work: Callable[..., Optional[_log.Tail]]) -> None:
         """
         Put messages where finished ones were, which a send that fails can not delete by itself.
 

@@ -19,7 +19,8 @@ import icontract
 import persipubsub.config
 import persipubsub.queue
 import persipubsub.statistics
-from persipubsub import _engines
+from persipubsub import _engines, _migration
+from persipubsub._migration import Moved
 from persipubsub._progress import Progress
 from persipubsub.maintenance import _alone, _dead_letters, _looking, _upkeep
 from persipubsub.maintenance._alone import Sizes
@@ -30,7 +31,8 @@ __all__ = [
     "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "seek",
     "verify", "compact", "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue",
     "peek", "follow", "in_flight", "dead_letter_queues", "dead_letters", "send_back",
-    "drop_dead_letters", "ListedDeadLetter", "Message", "Progress", "Sizes"
+    "drop_dead_letters", "migrate", "check_durability", "ListedDeadLetter", "Message", "Moved",
+    "Progress", "Sizes"
 ]
 
 ConfigPath = Union[str, os.PathLike[str]]
@@ -66,7 +68,7 @@ def _settings(config_pth: ConfigPath,
     """
     config, keys = _select(config_pth, queue_key)
     for key in keys:
-        _engines.engine_of(config, key)
+        _engines.require_directory(config, key)
     return {key: persipubsub.queue.Settings.of(config, key) for key in keys}
 
 
@@ -171,12 +173,10 @@ def statistics(
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    results = {}
-    for key, settings in _settings(config_pth, queue_key).items():
-        with _upkeep.opened(settings, is_look=True) as environment:
-            results[key] = persipubsub.statistics.collect(environment, settings,
-                                                          environment.now_ns())
-    return types.MappingProxyType(results)
+    config, keys = _select(config_pth, queue_key)
+    return types.MappingProxyType(
+        {key: _engines.engine_of(config, key).statistics_of(config, key)
+         for key in keys})
 
 
 def in_flight(
@@ -224,8 +224,7 @@ def peek(config_pth: ConfigPath,
     config = persipubsub.config.read(config_pth)
     if queue_key is None:
         queue_key = config.subscriber(sub_id).in_queue
-    config.queue_path(queue_key)
-    settings = persipubsub.queue.Settings.of(config, queue_key)
+    settings = _one(config_pth, queue_key)
     return tuple(_looking.peek(settings, sub_id, count=count, start=start))
 
 
@@ -500,3 +499,48 @@ def drop_queue(config_pth: ConfigPath, queue_key: str) -> Tuple[str, ...]:
     :raise QueueInUseError: if any process, this one included, has the queue open
     """
     return tuple(_alone.drop(_one(config_pth, queue_key)))
+
+
+def migrate(config_pth: ConfigPath,
+            queue_key: str,
+            target: str,
+            progress: Optional[Progress] = None) -> Mapping[str, Moved]:
+    """
+    Move what waits in a queue of this machine to a queue on servers, while both are in use.
+
+    The other queue is initialized first. Each subscriber gets what it did not acknowledge yet, in
+    order, and nothing else; what its consumers are receiving right now stays theirs. Moved messages
+    are as old as the move. It waits for room at the other queue's high-water mark, and drops nothing.
+    It may be killed and repeated; the configuration file is not changed.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :param target: path of the other queue, ``nats://...``
+    :param progress: is counted up, for another thread to look at
+    :return: what became of the messages, by subscriber; run it again if something is left
+    :raise ConfigError: if the file is wrong, has no such queue, or the target is none
+    :raise NotInitializedError: if the queue was not initialized
+    :raise QueueFullError: if there is no room at the target for half a minute
+    :raise UnavailableError: if no server answers in time
+    """
+    config, _ = _select(config_pth, queue_key)
+    return _migration.migrate(config, queue_key, target, progress or Progress())
+
+
+def check_durability(config_pth: ConfigPath,
+                     queue_key: Optional[str] = None) -> Mapping[str, Tuple[str, ...]]:
+    """
+    Look for queues that are less durable than their configuration says, as far as that can be told.
+
+    On this machine, the library itself sees to it. Servers flush when they are configured to: they
+    are asked if the path of the queue says where (``monitor=http://host:8222``).
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: warnings, by queue
+    :raise ConfigError: if the file is wrong
+    """
+    config, keys = _select(config_pth, queue_key)
+    return types.MappingProxyType(
+        {key: _engines.engine_of(config, key).check_durability(config, key)
+         for key in keys})

@@ -10,6 +10,7 @@ Name everything that can go wrong, one class for each way a caller would react.
      +-- QueueInUseError         end the other processes of the queue, then repeat
      +-- BusyTimeoutError        repeat later; another process holds the queue for too long
      +-- ReadersFullError        raise max_reader_num, or end processes
+     +-- UnavailableError        repeat later; look at the servers of the queue
      +-- AccessError             give the process the rights to the queue's directory
      +-- MessageError            change what you send
      |    +-- MessageTooLargeError
@@ -21,7 +22,7 @@ Name everything that can go wrong, one class for each way a caller would react.
           +-- FormatError            the files are not a queue of this version
           +-- StoreCorruptError      restore a backup
 
-No ``lmdb.Error`` and no ``msgspec.MsgspecError`` leaves the library. ``TypeError`` is raised as
+No error of ``lmdb``, ``msgspec`` or ``nats`` leaves the library. ``TypeError`` is raised as
 everywhere in Python for an argument of a wrong type.
 """
 
@@ -35,6 +36,7 @@ __all__ = [
     "QueueInUseError",
     "BusyTimeoutError",
     "ReadersFullError",
+    "UnavailableError",
     "AccessError",
     "MessageError",
     "MessageTooLargeError",
@@ -94,6 +96,15 @@ class BusyTimeoutError(PersipubsubError):
 
 class ReadersFullError(PersipubsubError):
     """Report that all ``max_reader_num`` slots of the queue's reader table are taken."""
+
+
+class UnavailableError(PersipubsubError):
+    """
+    Report that the servers of a queue (``nats://...``) did not answer in time, or can not.
+
+    Whether they did what they were asked for is not known: a message may have been stored, an
+    acknowledgement may have been taken. Repeat it, and the message may be delivered twice.
+    """
 
 
 class AccessError(PersipubsubError):

@@ -21,10 +21,11 @@ from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putt
                          _tidying, _wakeup)
 from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
+from persipubsub.maintenance import _upkeep
 from persipubsub.store import _attempts, _check, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
-__all__ = ["Queue", "Settings", "ensure_queue", "open_queue"]
+__all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
 
 
 class Queue:
@@ -383,3 +384,30 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     :raise NotInitializedError: if there is no queue yet
     """
     return Queue(Settings.of(config, queue_key))
+
+
+def statistics_of(config: persipubsub.config.Config,
+                  queue_key: str) -> persipubsub.statistics.QueueStatistics:
+    """
+    Count what is in a queue, without taking part in it: it is not in use for that.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: figures of the queue and of its subscribers
+    :raise NotInitializedError: if there is no queue yet
+    """
+    settings = Settings.of(config, queue_key)
+    with _upkeep.opened(settings, is_look=True) as environment:
+        return persipubsub.statistics.collect(environment, settings, environment.now_ns())
+
+
+def check_durability(config: persipubsub.config.Config, queue_key: str) -> Tuple[str, ...]:
+    """
+    Look whether a queue is less durable than its configuration says: it never is.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: warnings
+    """
+    del config, queue_key
+    return ()

@@ -219,7 +219,7 @@ def test_check_config_lists_all_problems(tmp_path: pathlib.Path) -> None:
     assert len(lines) == 3 and lines[2].endswith("2 problems in {}".format(config_pth))
     assert "max_db_num" in lines[0] and "MAX_MSGS_NUM" in lines[1]
     found = json.loads(run("check-config", config_pth, "--json", exit_code=1).stdout)
-    assert found == {"problems": lines[:2]}
+    assert found == {"problems": lines[:2], "warnings": []}
     support.write_config(tmp_path)
     assert "fine: 1 queue, 1 publisher, 1 subscriber" in run("check-config", config_pth).stdout
 

@@ -490,10 +490,10 @@ def test_two_queues_at_one_path(other: str) -> None:
 
 
 def test_two_queues_of_one_scheme() -> None:
-    content = change([*QUEUE, "path"], "nats://a//b")
-    content["queues"]["other"] = {**content["queues"]["/q"], "path": "nats://a/b"}
+    content = change([*QUEUE, "path"], "other://a//b")
+    content["queues"]["other"] = {**content["queues"]["/q"], "path": "other://a/b"}
     assert len(parse(content).queues) == 2
-    content["queues"]["other"]["path"] = "nats://a//b"
+    content["queues"]["other"]["path"] = "other://a//b"
     assert "another path" in problems(content)[0]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.subscriber
+from tests import jetstream_server
 
 _SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
 
@@ -54,6 +55,20 @@ def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
     assert re.search(r"^latency: +p50 .* ms, p99 .* ms", out, re.MULTILINE), out
     assert "durability {}\n".format(durability) in out
     assert "\x1b" not in out and "\r" not in out, "Expected no progress bar without a terminal"
+    assert not _left(tmp_path)
+
+
+@jetstream_server.needs_server
+@pytest.mark.parametrize("nodes", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_nothing_is_lost_on_servers(tmp_path: pathlib.Path, nodes: int) -> None:
+    with jetstream_server.running(tmp_path, nodes=nodes) as servers:
+        options = {"ack_wait": 2, **({"replicas": nodes} if nodes > 1 else {})}
+        process = _start(tmp_path, "--files", "200", "--queue",
+                         servers.path("quickstart", **options))
+        out, err = process.communicate(timeout=_TIMEOUT_SECS)
+    assert (err, process.returncode) == ("", 0), out
+    assert re.search(r"^lost: +0$", out, re.MULTILINE), out
+    assert re.search(r"^killed: +archive \(PID \d+\) with SIGKILL", out, re.MULTILINE), out
     assert not _left(tmp_path)
 
 

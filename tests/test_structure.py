@@ -24,12 +24,22 @@ _MAX_LINES = 500
 _ROWS: List[Set[str]] = [
     {"__main__"},
     {"cli.commands"},
-    {"cli._dead_letters", "cli._maintenance", "cli._messages", "cli._queues", "cli._replay"},
+    {
+        "cli._dead_letters", "cli._maintenance", "cli._messages", "cli._migrate", "cli._queues",
+        "cli._replay"
+    },
     {"cli._view"},
     {"cli._shared", "metrics"},
     {"control", "publisher", "subscriber"},
     {"_receipts"},
+    {"_migration"},
     {"_engines"},
+    {"jetstream.engine"},
+    {"jetstream._delivery", "jetstream._publishing"},
+    {"jetstream._pulling"},
+    {"jetstream._stream"},
+    {"jetstream._link"},
+    {"jetstream._durability", "jetstream._errors", "jetstream._loop", "jetstream._settings"},
     {"maintenance._dead_letters"},
     {"maintenance._looking"},
     {"queue"},
@@ -54,7 +64,7 @@ _ROWS: List[Set[str]] = [
     {"store._layout", "store._blocks", "store._clock"},
     {"config"},
     {"_config_checks"},
-    {"_json_file", "_progress", "dead_letter", "message"},
+    {"_json_file", "_progress", "dead_letter", "message", "jetstream._address"},
     {"errors"},
 ]
 

@@ -52,17 +52,30 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
     """
     Check CONFIG and list all its problems, not only the first. No queue is touched.
 
+    For queues on servers (nats://...?monitor=http://host:8222), it warns if a server flushes less
+    than their durability promises.
+
     Example:
         persipubsub check-config config.json
     """
     problems = ()  # type: Any
+    warnings = []  # type: List[str]
     try:
         found = persipubsub.config.read(config)
         _shared.select(config, queue_key)
+        # Only servers are asked; a directory is what this library makes it.
+        for key in [key for key, queue in found.queues.items() if "://" in queue.path]:
+            warnings += [
+                "{}: {}".format(key, text)
+                for text in persipubsub.control.check_durability(config, key)[key]
+            ]
     except persipubsub.errors.ConfigError as error:
         problems = error.problems
+    if not as_json:
+        for warning in warnings:
+            _shared.complain("warning: " + warning)
     if as_json:
-        print(json.dumps({"problems": list(problems)}, indent=2))
+        print(json.dumps({"problems": list(problems), "warnings": warnings}, indent=2))
     elif problems:
         for problem in problems:
             print(_shared.printable(problem), file=sys.stderr)

@@ -13,7 +13,8 @@ import click
 
 import persipubsub
 import persipubsub.errors
-from persipubsub.cli import _dead_letters, _maintenance, _messages, _queues, _replay, _shared
+from persipubsub.cli import (_dead_letters, _maintenance, _messages, _migrate, _queues, _replay,
+                             _shared)
 
 __all__ = ["commands", "main"]
 
@@ -34,7 +35,8 @@ for _command in (_queues.init, _queues.check_config, _queues.stat, _messages.pee
                  _messages.send, _messages.receive, _dead_letters.dead_letters, _replay.seek,
                  _queues.prune, _queues.clear, _maintenance.verify, _maintenance.compact,
                  _maintenance.backup, _maintenance.restore, _maintenance.add_subscriber,
-                 _maintenance.remove_subscriber, _maintenance.drop_queue, _queues.metrics):
+                 _maintenance.remove_subscriber, _maintenance.drop_queue, _migrate.migrate,
+                 _queues.metrics):
     commands.add_command(_command)
 
 

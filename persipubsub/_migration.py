@@ -1,0 +1,226 @@
+"""
+Move what waits in a queue on this machine to another engine, while both are in use.
+
+For each subscriber, messages are taken as one more of its consumers would, put into the other queue
+for this subscriber alone, and then acknowledged. A message is never in neither of the two; a kill in
+between leaves it in both, and the next run puts it again under the same id, which the other engine
+knows. One copy for all subscribers was rejected: whoever acknowledged it before the kill would get it
+twice, or an id for each set of subscribers would not be recognized.
+"""
+
+import contextlib
+import os
+import time
+import types
+from typing import Dict, Final, List, Mapping, NamedTuple, Sequence
+
+import msgspec.structs
+
+import persipubsub.config
+import persipubsub.errors
+import persipubsub.queue
+from persipubsub import _delivery, _engines
+from persipubsub._progress import Progress
+
+#: Messages that are moved at once, at most.
+_BATCH_MESSAGES: Final = 200
+
+#: After so many seconds without a message that could be moved, we give up.
+_PATIENCE_SECS: Final = 30.0
+
+_PAUSE_SECS: Final = 0.2
+
+
+class Moved(NamedTuple):
+    """
+    Hold what became of the messages of one subscriber.
+
+    >>> Moved(moved=3, left=0).left
+    0
+    """
+
+    moved: int  #: messages that are in the other queue now, and were acknowledged here
+    left: int  #: messages that are still here: others are receiving them, or sent them meanwhile
+
+
+def prepare(config: persipubsub.config.Config, queue_key: str,
+            target: str) -> persipubsub.config.Config:
+    """
+    Describe the queue where it is to be.
+
+    :param config: that describes it where it is
+    :param queue_key: of the queue in ``queues``
+    :param target: path of the queue where it is to be
+    :return: configuration; it has a publisher for each subscriber alone, beside those of the file
+    :raise ConfigError: if the target is none
+    """
+    _engines.require_directory(config, queue_key)
+    # Read anew, so that the path is checked as one in the file would be.
+    queue = msgspec.structs.replace(config.queues[queue_key], path=target)
+    # No entry of a file has an empty name.
+    alone = {
+        "\0" + subscriber: persipubsub.config.Publisher("\0" + subscriber, queue_key,
+                                                        (subscriber, ))
+        for subscriber in queue.subscribers
+    }
+    moved = msgspec.structs.replace(config,
+                                    queues=types.MappingProxyType({
+                                        **config.queues, queue_key: queue
+                                    }),
+                                    publishers=types.MappingProxyType({
+                                        **config.publishers,
+                                        **alone
+                                    }))
+    if "://" not in target:
+        raise persipubsub.errors.ConfigError(
+            "Expected the other queue as nats://..., but got: {!r}".format(target))
+    _engines.engine_of(moved, queue_key)
+    return moved
+
+
+def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
+            progress: Progress) -> Mapping[str, Moved]:
+    """
+    Move all waiting messages, subscriber by subscriber. It may be repeated.
+
+    :param config: that describes the queue where it is
+    :param queue_key: of the queue in ``queues``
+    :param target: path of the queue where it is to be
+    :param progress: to be counted up
+    :return: what became of the messages, by subscriber
+    """
+    moved = prepare(config, queue_key, target)
+    engine = _engines.engine_of(moved, queue_key)
+    with persipubsub.queue.open_queue(config, queue_key) as source:
+        lags = _lags(source)
+        engine.ensure_queue(moved, queue_key)
+        progress.begin("messages", total=sum(lags.values()))
+        with contextlib.closing(engine.open_queue(moved, queue_key)) as destination:
+            # A message that is as large as the mark of bytes takes it alone.
+            mover = _Mover(source, destination, moved.queues[queue_key], progress)
+            counts = {subscriber: mover.move(subscriber) for subscriber in lags}
+        lags = _lags(source)
+    return types.MappingProxyType({
+        subscriber: Moved(moved=count, left=lags.get(subscriber, 0))
+        for subscriber, count in counts.items()
+    })
+
+
+def _lags(queue: persipubsub.queue.Queue) -> Dict[str, int]:
+    """
+    Count the messages that subscribers still have to acknowledge.
+
+    :param queue: where they wait
+    :return: by id of the subscriber
+    """
+    return {one.subscriber: one.lag for one in queue.statistics().subscribers}
+
+
+class _Mover:
+    """Move messages from one open queue to another."""
+
+    def __init__(self, source: persipubsub.queue.Queue, destination: _engines.Queue,
+                 described: persipubsub.config.Queue, progress: Progress) -> None:
+        """
+        Initialize without moving anything.
+
+        :param source: where they wait
+        :param destination: where they are to be
+        :param described: the queue of the configuration
+        :param progress: to be counted up
+        """
+        self._source = source
+        self._destination = destination
+        self._mark = described.high_water_mark
+        self._subscribers = described.subscribers
+        self._progress = progress
+        self._origin = os.path.realpath(source.settings.path)
+
+    def move(self, subscriber: str) -> int:
+        """
+        Move the messages of a subscriber, in order.
+
+        :param subscriber: its id
+        :return: how many were moved
+        """
+        if subscriber not in self._subscribers:
+            # It was added by hand, and is in no configuration: nobody could receive them there.
+            return 0
+        consumer = self._source.consumer(subscriber)
+        most = max(1, min(_BATCH_MESSAGES, self._mark.max_msgs_num // 4))
+        moved = 0
+        deadline = time.monotonic() + _PATIENCE_SECS
+        while True:
+            lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
+            if lease is not None:
+                self._move(subscriber, lease)
+                moved += len(lease.messages)
+                self._progress.done += len(lease.messages)
+                deadline = time.monotonic() + _PATIENCE_SECS
+            elif not _lags(self._source).get(subscriber) or time.monotonic() >= deadline:
+                return moved
+
+    def _move(self, subscriber: str, lease: _delivery.Lease) -> None:
+        """
+        Move what was taken.
+
+        :param subscriber: whose it is
+        :param lease: messages
+        """
+        try:
+            begin = 0
+            for end in _cut(lease.messages, self._mark.size_bytes // 4):
+                messages = lease.messages[begin:end]
+                self._wait_for_room(messages)
+                self._destination.put(messages,
+                                      audience=(subscriber, ),
+                                      msg_ids=[
+                                          "{}\0{}\0{}".format(self._origin, subscriber,
+                                                              number).encode("utf-8")
+                                          for number in lease.numbers[begin:end]
+                                      ])
+                begin = end
+        except BaseException as error:
+            lease.give_back(error)
+            raise
+        lease.acknowledge()
+
+    def _wait_for_room(self, messages: Sequence[bytes]) -> None:
+        """
+        Wait until nothing has to be dropped for messages; moving is no reason to lose any.
+
+        :param messages: to be put
+        :raise QueueFullError: if there is no room for too long
+        """
+        deadline = time.monotonic() + _PATIENCE_SECS
+        while True:
+            figures = self._destination.statistics()
+            if not figures.messages or (figures.messages + len(messages) <= self._mark.max_msgs_num
+                                        and figures.message_bytes + sum(map(len, messages))
+                                        <= self._mark.size_bytes):
+                return
+            if time.monotonic() >= deadline:
+                raise persipubsub.errors.QueueFullError(
+                    "Expected room in the queue {}, but got: {} messages wait in it; start its "
+                    "subscribers there, or raise its high-water mark, and repeat".format(
+                        figures.path, figures.messages))
+            time.sleep(_PAUSE_SECS)
+
+
+def _cut(messages: Sequence[bytes], size: int) -> List[int]:
+    """
+    Cut messages into parts that are not too large.
+
+    :param messages: to be cut
+    :param size: of a part, in bytes; a larger message is a part of its own
+    :return: index behind the last message of each part
+    """
+    ends = []
+    total = 0
+    for index, message in enumerate(messages):
+        if total and total + len(message) > size:
+            ends.append(index)
+            total = 0
+        total += len(message)
+    ends.append(len(messages))
+    return ends

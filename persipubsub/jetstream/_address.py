@@ -1,0 +1,197 @@
+"""
+Read the path of a queue that is a stream: ``nats://host:4222,other/STREAM?replicas=3``.
+
+The names of subjects and of durable consumers are made here as well. Nothing of NATS is imported, so
+that a configuration can be checked where the extra is not installed.
+"""
+
+import hashlib
+import re
+import urllib.parse
+from typing import Dict, Final, NamedTuple, Optional, Sequence, Tuple
+
+_PREFIX: Final = "nats://"
+_DEFAULT_PORT: Final = 4222
+
+_STREAM: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?")
+_MONITOR: Final = re.compile(r"https?://[^\s/?#@]+/?")
+
+#: Longest name that is made of an id as it is; the server takes it for the name of a directory.
+_LONGEST_NAME: Final = 120
+
+#: What the server takes in the name of a consumer, and is not our mark for an escape.
+_PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+class Address(NamedTuple):
+    """
+    Say where a stream is.
+
+    >>> parse("nats://one,two:4223/orders?replicas=3").servers
+    ('nats://one:4222', 'nats://two:4223')
+    """
+
+    servers: Tuple[str, ...]  #: addresses of some servers; they tell the others
+    stream: str  #: its name
+    replicas: int  #: servers that keep each message
+    ack_wait_secs: float  #: after which the message of a dead consumer is delivered again
+    monitor: Optional[str]  #: address of a server's monitoring port, if it is known
+
+
+def parse(path: str) -> Address:
+    """
+    Read a path.
+
+    :param path: of the queue, as it is in the configuration file
+    :return: what it says
+    :raise ValueError: if it says something else; the text tells what was expected and what was found
+    """
+    if not path.startswith(_PREFIX):
+        raise ValueError("Expected nats://..., but got: {!r}".format(path))
+    location, _, query = path[len(_PREFIX):].partition("?")
+    hosts, _, stream = location.partition("/")
+    if "@" in hosts:
+        # Not shown: it may be a password, and errors are logged.
+        raise ValueError("Expected servers without credentials (they belong into the environment), "
+                         "but got: a name in front of '@'")
+    if not _STREAM.fullmatch(stream):
+        raise ValueError("Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, "
+                         "0-9, '_' and '-'), but got: {!r}".format(stream))
+    options = _parse_query(query)
+    return Address(servers=tuple(map(_parse_server, hosts.split(","))),
+                   stream=stream,
+                   replicas=int(_number(options, "replicas", 1, 1, 5)),
+                   ack_wait_secs=_number(options, "ack_wait", 30, 0.1, 86400),
+                   monitor=_parse_monitor(options.get("monitor")))
+
+
+def problem_of(path: str) -> Optional[str]:
+    """
+    Say what is wrong with a path.
+
+    :param path: of any queue
+    :return: what was expected and found; None if nothing is wrong, or it is no ``nats://...``
+    """
+    if not path.startswith(_PREFIX):
+        return None
+    try:
+        parse(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _parse_server(text: str) -> str:
+    """
+    Read one server.
+
+    :param text: host, and perhaps a port
+    :return: address for NATS
+    """
+    match = _HOST.fullmatch(text)
+    port = int(match["port"] or _DEFAULT_PORT) if match is not None else 0
+    if match is None or not 0 < port < 65536:
+        raise ValueError(
+            "Expected servers as host or host:port, with commas between them, but got: {!r}".format(
+                text))
+    return "nats://{}:{}".format(match["host"], port)
+
+
+def _parse_query(query: str) -> Dict[str, str]:
+    """
+    Read the options of a path.
+
+    :param query: what is behind the question mark
+    :return: values by name
+    """
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise ValueError(
+            "Expected name=value behind the question mark, but got: {!r}".format(query)) from None
+    options = dict(pairs)
+    known = ("replicas", "ack_wait", "monitor")
+    for name in options:
+        if name not in known:
+            raise ValueError("Expected only the options {}, but got: {!r}".format(
+                ", ".join(known), name))
+    if len(options) < len(pairs):
+        raise ValueError("Expected each option once, but got: {!r}".format(query))
+    return options
+
+
+def _number(options: Dict[str, str], name: str, default: float, least: float, most: float) -> float:
+    """
+    Read an option that is a number.
+
+    :param options: all of them
+    :param name: of the option
+    :param default: if it is not there; an integer allows only integers
+    :param least: that it may be
+    :param most: that it may be
+    :return: its value
+    """
+    text = options.get(name)
+    if text is None:
+        return default
+    is_integer = name == "replicas"
+    if not re.fullmatch(r"[0-9]{1,9}" if is_integer else r"[0-9]{1,9}(\.[0-9]{1,9})?", text) \
+            or not least <= float(text) <= most:
+        raise ValueError("Expected {} to be {} from {} to {}, but got: {!r}".format(
+            name, "an integer" if is_integer else "a number of seconds", least, most, text))
+    return float(text)
+
+
+def _parse_monitor(text: Optional[str]) -> Optional[str]:
+    """
+    Read the address of a monitoring port.
+
+    :param text: of the option; None if it is not there
+    :return: address without a slash at its end
+    """
+    if text is not None and not _MONITOR.fullmatch(text):
+        raise ValueError("Expected monitor to be like http://host:8222, but got: {!r}".format(text))
+    return None if text is None else text.rstrip("/")
+
+
+# Names
+
+
+def subject_of(stream: str, audience: Optional[Sequence[str]]) -> str:
+    """
+    Name the subject of the messages for some subscribers.
+
+    An audience has a subject, and not each publisher: publishers with the same audience share it, and
+    subscribers need not know who publishes. It is a digest since a subject of many ids would be too
+    long for the protocol.
+
+    :param stream: its name
+    :param audience: ids of the subscribers; None for all of them
+    :return: subject
+
+    >>> subject_of("orders", None)
+    'persipubsub.orders.all'
+    """
+    if audience is None:
+        return "persipubsub.{}.all".format(stream)
+    digest = hashlib.sha256("\0".join(sorted(audience)).encode("utf-8")).hexdigest()
+    return "persipubsub.{}.some.{}".format(stream, digest[:32])
+
+
+def durable_of(subscriber: str) -> str:
+    """
+    Name the durable consumer of a subscriber.
+
+    :param subscriber: its id
+    :return: name; no two ids have the same
+
+    >>> durable_of("sub.1")
+    'sub=2e1'
+    """
+    key = subscriber.encode("utf-8")
+    name = "".join(chr(byte) if byte in _PLAIN else "={:02x}".format(byte) for byte in key)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    # "h" is no hexadecimal digit, so that no id that is escaped looks like this.
+    return "=h" + hashlib.sha256(key).hexdigest()

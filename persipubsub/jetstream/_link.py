@@ -1,0 +1,391 @@
+"""
+Hold one connection to the servers of a stream, and ask them until they answer or the time is over.
+
+All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`. Queues at the same servers share
+a connection. Credentials come from the environment, under the names that the tool ``nats`` uses.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import ssl
+import time
+import weakref
+from typing import Any, Dict, Final, Mapping, Optional, Tuple
+
+import nats.aio.client
+import nats.aio.msg
+import nats.errors
+
+import persipubsub.errors
+from persipubsub.jetstream import _errors, _loop
+
+_LOGGER = logging.getLogger("persipubsub.jetstream")
+
+#: Variables of the environment that say who we are.
+_VARIABLES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_USER", "NATS_PASSWORD", "NATS_TOKEN",
+                     "NATS_CA", "NATS_CERT", "NATS_KEY")
+
+#: The first connection is not waited for longer than that, in seconds.
+_CONNECT_SECS: Final = 10.0
+
+#: A request that is not answered is repeated after so many seconds, at first and at most.
+_FIRST_ATTEMPT_SECS: Final = 1.0
+_LONGEST_ATTEMPT_SECS: Final = 5.0
+
+_PAUSE_SECS: Final = 0.1
+
+#: A cluster that was started again does not know all of its consumers for a moment, and says that
+#: they are not there; that is believed after so many seconds.
+RECOVERY_SECS: Final = 5.0
+
+#: No answer of a server that says it has no JetStream is believed after so many seconds.
+_NO_JETSTREAM_SECS: Final = 2.0
+
+
+class Link:
+    """Be a connection that is made at its first use, and made again when it is lost."""
+
+    def __init__(self, loop: _loop.Loop, servers: Tuple[str, ...], path: str) -> None:
+        """
+        Initialize without connecting.
+
+        :param loop: that it runs in
+        :param servers: addresses of some servers
+        :param path: of a queue, for errors
+        """
+        self.loop = loop
+        self.users = 0
+        self._is_closed = False
+        self._servers = servers
+        self._path = path
+        self._client = None  # type: Optional[nats.aio.client.Client]
+        # Guards the making of a connection.
+        self._connecting = asyncio.Lock()
+        self._complaint = None  # type: Optional[BaseException]
+        loop.closers.append(self.close)
+        loop.sockets.append(self._descriptor)
+
+    async def close(self) -> None:
+        """Close the connection; what was asked for and not answered is lost."""
+        for listed, own in ((self.loop.closers, self.close), (self.loop.sockets, self._descriptor)):
+            if own in listed:
+                listed.remove(own)  # type: ignore[arg-type]
+        self._is_closed = True
+        client, self._client = self._client, None
+        if client is not None:
+            await _close(client)
+
+    def _descriptor(self) -> int:
+        """
+        Find the socket of the connection.
+
+        :return: its descriptor; -1 if there is none
+        """
+        transport = getattr(self._client, "_transport", None)
+        writer = getattr(transport, "_io_writer", None)
+        socket = None if writer is None else writer.get_extra_info("socket")
+        return -1 if socket is None else int(socket.fileno())
+
+    # Connecting
+
+    async def client(self, deadline: float) -> nats.aio.client.Client:
+        """
+        Wait until there is a connection.
+
+        :param deadline: on the monotonic clock
+        :return: client that is connected
+        :raise UnavailableError: if no server answers in time
+        :raise AccessError: if a server does not let us in
+        """
+        while True:
+            client = self._client
+            if client is not None and client.is_connected:
+                return client
+            if self._is_closed:
+                raise persipubsub.errors.ClosedError(
+                    "Expected the queue {} to be open, but got: it was closed meanwhile".format(
+                        self._path))
+            if client is None or client.is_closed:
+                async with self._connecting:
+                    if self._client is client:
+                        self._client = await self._connect(deadline)
+            elif time.monotonic() >= deadline:
+                raise self._unreachable()
+            else:
+                # It is reconnecting. What we published now would be kept, and sent behind what is
+                # lost in the socket: out of order.
+                await asyncio.sleep(0.02)
+
+    async def _connect(self, deadline: float) -> nats.aio.client.Client:
+        """
+        Connect, and wait for it no longer than is reasonable.
+
+        :param deadline: on the monotonic clock
+        :return: client that is connected
+        """
+        self._complaint = None
+        refused = asyncio.Event()
+
+        async def complain(error: BaseException) -> None:
+            self._complaint = error
+            if isinstance(error, ssl.SSLError) or _errors.is_refusal(error):
+                refused.set()
+
+        client = nats.aio.client.Client()
+        # With endless reconnects, which are needed later on, this alone would never return.
+        connecting = asyncio.ensure_future(
+            client.connect(
+                servers=list(self._servers),
+                error_cb=complain,
+                name="persipubsub",
+                connect_timeout=2,
+                reconnect_time_wait=0.1,  # type: ignore[arg-type]
+                max_reconnect_attempts=-1,
+                ping_interval=5,
+                pending_size=1 << 24,
+                **_credentials(self._path)))
+        waiting = asyncio.ensure_future(refused.wait())
+        pause = max(0.05, min(_CONNECT_SECS, deadline - time.monotonic()))
+        try:
+            await asyncio.wait((connecting, waiting),
+                               timeout=pause,
+                               return_when=asyncio.FIRST_COMPLETED)
+            if connecting.done() and connecting.exception() is None:
+                return client
+            error = connecting.exception() if connecting.done() else self._complaint
+        except asyncio.CancelledError:
+            await _close(client)
+            raise
+        finally:
+            waiting.cancel()
+            if not connecting.done():
+                connecting.cancel()
+        await _close(client)
+        if error is None:
+            raise self._unreachable()
+        if connecting.done() and not isinstance(error, (nats.errors.Error, OSError)):
+            # What it reads credentials with has errors of its own, and raises KeyError as well.
+            raise persipubsub.errors.AccessError(
+                "Expected credentials for {} in NATS_CREDS or NATS_NKEY, but got: {}".format(
+                    self._path, _errors.describe(error)))
+        raise _errors.translate(error, self._path) from None
+
+    def _unreachable(self) -> persipubsub.errors.UnavailableError:
+        """
+        Describe servers that can not be reached.
+
+        :return: error to be raised
+        """
+        found = "none" if self._complaint is None else _errors.describe(self._complaint)
+        return persipubsub.errors.UnavailableError(
+            "Expected a connection to the servers of {}, but got: {}".format(self._path, found))
+
+    # Asking
+
+    async def request(self,
+                      subject: str,
+                      payload: bytes,
+                      deadline: float,
+                      headers: Optional[Mapping[str, str]] = None) -> nats.aio.msg.Msg:
+        """
+        Ask until there is an answer. The request has to be one that may be repeated.
+
+        :param subject: of the request
+        :param payload: of the request
+        :param deadline: on the monotonic clock
+        :param headers: of the request
+        :return: the answer
+        :raise UnavailableError: if there was none in time
+        """
+        attempt = _FIRST_ATTEMPT_SECS
+        begin = time.monotonic()
+        while True:
+            client = await self.client(deadline)
+            error = None  # type: Optional[BaseException]
+            try:
+                return await client.request(subject,
+                                            payload,
+                                            timeout=max(0.05,
+                                                        min(attempt, deadline - time.monotonic())),
+                                            headers=dict(headers) if headers else None)
+            except (nats.errors.TimeoutError, asyncio.TimeoutError) as found:
+                error = found
+                attempt = min(2 * attempt, _LONGEST_ATTEMPT_SECS)
+                self._check_rights()
+            except nats.errors.NoRespondersError as found:
+                # Nobody leads the stream for a moment, or there is no JetStream at all.
+                error = found
+                if not client._server_info.get("jetstream") and (  # pylint: disable=protected-access
+                        time.monotonic() - begin > _NO_JETSTREAM_SECS):
+                    raise persipubsub.errors.UnavailableError(
+                        "Expected servers of {} with JetStream (nats-server -js), but got: a "
+                        "server without it".format(self._path)) from None
+            except (nats.errors.ConnectionClosedError, nats.errors.ConnectionReconnectingError,
+                    nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError,
+                    OSError) as found:
+                error = found
+            if time.monotonic() >= deadline:
+                raise _errors.translate(error, self._path) from None
+            await asyncio.sleep(_PAUSE_SECS)
+
+    async def ask(self,
+                  subject: str,
+                  payload: bytes,
+                  deadline: float,
+                  headers: Optional[Mapping[str, str]] = None) -> Dict[str, Any]:
+        """
+        Ask, as :py:meth:`request` does, for an answer of JetStream.
+
+        :param subject: of the request
+        :param payload: of the request
+        :param deadline: on the monotonic clock
+        :param headers: of the request
+        :return: the answer
+        :raise ApiError: if it is a refusal that waiting does not change
+        """
+        while True:
+            message = await self.request(subject, payload, deadline, headers)
+            answer = json.loads(message.data)  # type: Dict[str, Any]
+            if "error" not in answer:
+                return answer
+            error = _errors.ApiError(answer["error"])
+            if not error.is_temporary():
+                raise error
+            if time.monotonic() >= deadline:
+                raise persipubsub.errors.UnavailableError(
+                    "Expected the servers of {} to be ready, but got: {}".format(self._path, error))
+            await asyncio.sleep(_PAUSE_SECS)
+
+    async def api(self,
+                  verb: str,
+                  body: Optional[Mapping[str, Any]],
+                  deadline: float,
+                  confirms: bool = True) -> Dict[str, Any]:
+        """
+        Ask the API of JetStream.
+
+        :param verb: subject without its prefix, such as ``STREAM.INFO.name``
+        :param body: of the request
+        :param deadline: on the monotonic clock
+        :param confirms: False to believe at once that a stream or a consumer is not there
+        :return: the answer
+        :raise ApiError: if it is a refusal that waiting does not change
+        """
+        payload = b"" if body is None else json.dumps(body).encode("utf-8")
+        until = min(deadline, time.monotonic() + RECOVERY_SECS)
+        while True:
+            try:
+                return await self.ask("$JS.API." + verb, payload, deadline)
+            except _errors.ApiError as error:
+                if (not confirms or not error.is_missing() or not self.is_cluster()
+                        or time.monotonic() >= until):
+                    raise
+            await asyncio.sleep(_PAUSE_SECS)
+
+    def is_cluster(self) -> bool:
+        """
+        Tell whether there are several servers.
+
+        :return: False if not, or not known yet
+        """
+        # pylint: disable-next=protected-access
+        return self._client is not None and bool(self._client._server_info.get("cluster"))
+
+    def _check_rights(self) -> None:
+        """
+        Look whether a server told us that we may not do what we asked for.
+
+        It does not answer such a request, but complains on the side.
+
+        :raise AccessError: if it did
+        """
+        complaint, self._complaint = self._complaint, None
+        if complaint is not None and "permissions violation" in str(complaint).lower():
+            raise persipubsub.errors.AccessError(
+                "Expected the rights to use {}, but got: {}".format(self._path, complaint))
+
+
+async def _close(client: nats.aio.client.Client) -> None:
+    """
+    Close a client, whatever state it is in.
+
+    :param client: to be closed
+    """
+    try:
+        await asyncio.wait_for(client.close(), timeout=1.0)
+    except (asyncio.TimeoutError, nats.errors.Error, OSError):
+        pass
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        # The client raises whatever its half-made connection raises (AttributeError, for one).
+        _LOGGER.debug("Closing a connection failed: %s", error)
+
+
+def _credentials(path: str) -> Dict[str, Any]:
+    """
+    Take from the environment who we are.
+
+    :param path: of the queue, for errors
+    :return: arguments of the client
+    """
+    found = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
+    options = {}  # type: Dict[str, Any]
+    for name, argument in (("NATS_CREDS", "user_credentials"), ("NATS_NKEY", "nkeys_seed"),
+                           ("NATS_USER", "user"), ("NATS_PASSWORD", "password"), ("NATS_TOKEN",
+                                                                                  "token")):
+        if name in found:
+            options[argument] = found[name]
+    for name in ("NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT", "NATS_KEY"):
+        if name in found and not os.access(found[name], os.R_OK):
+            raise persipubsub.errors.AccessError(
+                "Expected a file that can be read in {} for the queue {}, but got: {!r}".format(
+                    name, path, found[name]))
+    if "NATS_CA" in found or "NATS_CERT" in found:
+        try:
+            context = ssl.create_default_context(cafile=found.get("NATS_CA"))
+            if "NATS_CERT" in found:
+                context.load_cert_chain(found["NATS_CERT"], found.get("NATS_KEY"))
+        except (OSError, ssl.SSLError) as error:
+            raise persipubsub.errors.AccessError(
+                "Expected certificates in NATS_CA, NATS_CERT and NATS_KEY for the queue {}, but "
+                "got: {}".format(path, error)) from None
+        options["tls"] = context
+    return options
+
+
+#: Connections by loop, servers and credentials. Only the loop's own thread changes it.
+_LINKS = weakref.WeakKeyDictionary()  # type: weakref.WeakKeyDictionary[_loop.Loop, Dict[Any, Link]]
+
+
+def acquire(loop: _loop.Loop, servers: Tuple[str, ...], path: str) -> Link:
+    """
+    Share a connection. Only for the loop's own thread.
+
+    :param loop: of this process
+    :param servers: addresses of some servers
+    :param path: of the queue, for errors
+    :return: to be released
+    """
+    links = _LINKS.setdefault(loop, {})
+    key = (servers, tuple(os.environ.get(name) for name in _VARIABLES))
+    link = links.get(key)
+    if link is None:
+        link = links[key] = Link(loop, servers, path)
+    link.users += 1
+    return link
+
+
+async def release(link: Link) -> None:
+    """
+    Give a connection up, and close it if nobody else uses it.
+
+    :param link: that was acquired
+    """
+    link.users -= 1
+    if link.users > 0:
+        return
+    links = _LINKS.get(link.loop, {})
+    for key in [key for key, other in links.items() if other is link]:
+        del links[key]
+    await link.close()

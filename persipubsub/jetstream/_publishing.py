@@ -1,0 +1,246 @@
+"""
+Publish messages, and make room where a high-water mark is reached.
+
+All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
+"""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from typing import Dict, Final, List, NoReturn, Optional, Sequence, Tuple
+
+import persipubsub.errors
+from persipubsub import _losses
+from persipubsub.jetstream import _errors, _settings, _stream
+from persipubsub.store import _retention
+
+#: Messages of a batch are published in groups of so many messages and bytes, each written to the
+#: socket at once: what a lost connection leaves of a group is its beginning, so that the order stays.
+_GROUP_MESSAGES: Final = 512
+_GROUP_BYTES: Final = 1 << 20
+
+#: What a message takes beside its bytes, in bytes: its frame, its subject and its headers.
+_OVERHEAD_BYTES: Final = 256
+
+#: Headers that the server counts as a part of the message, at most, in bytes.
+_HEADER_BYTES: Final = 192
+
+#: How often a full queue is looked at by somebody who waits for room, in seconds.
+_FIRST_LOOK_SECS: Final = 0.01
+_LONGEST_LOOK_SECS: Final = 0.25
+
+
+class Publishing:
+    """Put messages into one stream."""
+
+    def __init__(self, stream: _stream.Stream, settings: _settings.Settings,
+                 losses: _losses.LossLog) -> None:
+        """
+        Initialize without publishing anything.
+
+        :param stream: of the queue
+        :param settings: of the queue
+        :param losses: where dropped messages are told
+        """
+        self._stream = stream
+        self._settings = settings
+        self._losses = losses
+        # Guards the making of room: coroutines that find the queue full at once prune it once.
+        self._room = asyncio.Lock()
+
+    async def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]],
+                  timeout: Optional[float], msg_ids: Optional[Sequence[Optional[bytes]]]) -> int:
+        """
+        Publish messages, in order.
+
+        :param messages: to be published
+        :param audience: ids of the subscribers that get them; None for everybody
+        :param timeout: how long to wait for room, in seconds; None: for ever
+        :param msg_ids: given by the user, None for those without; the same is stored once within the
+            server's window
+        :return: number of the first message
+        """
+        settings = self._settings
+        await self._check_payload(messages)
+        await self._stream.require_interest(audience, self._deadline())
+        subject = settings.subject(audience)
+        unique = uuid.uuid4().hex
+        ids = [
+            "{}.{}".format(unique, index) if msg_id is None else _to_id(msg_id)
+            for index, msg_id in enumerate(msg_ids or [None] * len(messages))
+        ]
+        until = None if timeout is None else time.monotonic() + timeout
+        if len(messages) == 1:
+            return await self._publish(subject, messages[0], ids[0], until)
+        if await self._make_room(len(messages), sum(map(len, messages)), until):
+            # Somebody else may fill the queue in between: one after the other, so that a message
+            # that is refused does not come behind those that follow it.
+            numbers = [
+                await self._publish(subject, message, one, until)
+                for message, one in zip(messages, ids)
+            ]
+            return numbers[0]
+        numbers = []
+        for begin, end in _groups(messages):
+            numbers += await asyncio.gather(
+                *(self._publish(subject, message, one, until)
+                  for message, one in zip(messages[begin:end], ids[begin:end])))
+        return numbers[0]
+
+    def _deadline(self) -> float:
+        """
+        Bound the wait for the servers.
+
+        :return: on the monotonic clock
+        """
+        # A publish that is repeated later than the server remembers ids would be stored twice.
+        window = float(self._settings.stream_config()["duplicate_window"]) / 1e9
+        return time.monotonic() + min(self._settings.wait_secs, max(1.0, window / 2))
+
+    async def _check_payload(self, messages: Sequence[bytes]) -> None:
+        """
+        Check that the server takes messages of this size; it would close the connection.
+
+        :param messages: to be published
+        :raise MessageTooLargeError: if it does not
+        """
+        client = await self._stream.link.client(self._deadline())
+        limit = client.max_payload - _HEADER_BYTES
+        largest = max(map(len, messages))
+        if largest > limit:
+            raise persipubsub.errors.MessageTooLargeError(
+                "Expected a message of at most {} bytes for the queue {} (max_payload of its server "
+                "is {}), but got: {} bytes".format(limit, self._settings.path, client.max_payload,
+                                                   largest))
+
+    async def _publish(self, subject: str, message: bytes, msg_id: str,
+                       until: Optional[float]) -> int:
+        """
+        Publish one message, until it is stored or the time is over.
+
+        :param subject: of the message
+        :param message: to be published
+        :param msg_id: the same one each time, so that it is stored once
+        :param until: how long to wait for room, on the monotonic clock; None: for ever
+        :return: its number
+        """
+        headers = {"Nats-Msg-Id": msg_id, "Nats-Expected-Stream": self._stream.name}
+        deadline = self._deadline()
+        while True:
+            try:
+                answer = await self._stream.link.ask(subject, message, deadline, headers)
+            except _errors.ApiError as error:
+                if error.err_code != _errors.LIMIT_REACHED:
+                    raise
+                await self._make_room(1, len(message), until)
+                deadline = self._deadline()
+                continue
+            if answer.get("seq"):
+                return int(answer["seq"])
+            # Known by its id, and not stored: its leader died in between, and it may be lost.
+            if time.monotonic() >= deadline:
+                raise persipubsub.errors.UnavailableError(
+                    "Expected {} to store a message, but got: no number for it in time".format(
+                        self._settings.path))
+            await asyncio.sleep(0.05)
+
+    # Making room
+
+    async def _make_room(self, count: int, size: int, until: Optional[float]) -> bool:
+        """
+        Make or wait for room, as the strategy says. If there is room it does nothing.
+
+        :param count: of messages to come
+        :param size: of them, in bytes
+        :param until: how long to wait for room, on the monotonic clock; None: for ever
+        :return: True if it is so full that others could take the room away
+        """
+        limits = self._settings.stream_config()
+        size += count * _OVERHEAD_BYTES
+        if count > 1 and size > limits["max_bytes"]:
+            raise persipubsub.errors.MessageTooLargeError(
+                "Expected a batch of at most {} bytes for the queue {} (HWM_LMDB_SIZE_BYTES, {} "
+                "bytes for each message beside its own included), but got: {} bytes".format(
+                    limits["max_bytes"], self._settings.path, _OVERHEAD_BYTES, size))
+        pause = _FIRST_LOOK_SECS
+        while True:
+            async with self._room:
+                state = (await self._stream.info(self._deadline()))["state"]
+                messages, stored = state["messages"], state["bytes"]
+                if not messages or (messages + count <= limits["max_msgs"]
+                                    and stored + size <= limits["max_bytes"]):
+                    return bool(messages + 2 * count + 1000 > limits["max_msgs"]
+                                or stored + 2 * size > limits["max_bytes"])
+                if self._settings.strategy.startswith("prune"):
+                    await self._prune(messages)
+                    continue
+                if self._settings.strategy != "block" or (until is not None
+                                                          and time.monotonic() >= until):
+                    await self._raise_full(messages)
+            await asyncio.sleep(pause if until is
+                                None else max(0.001, min(pause, until - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_LOOK_SECS)
+
+    async def _prune(self, messages: int) -> None:
+        """
+        Drop half of the messages.
+
+        :param messages: how many there are
+        """
+        deadline = self._deadline()
+        before = await self._stream.lags(deadline)
+        if self._settings.strategy == "prune_last":
+            await self._stream.delete_newest(messages - messages // 2, deadline)
+        else:
+            # By what is to stay: if another process prunes as well, the second one does nothing.
+            keep = messages // 2
+            await self._stream.purge(deadline, **({"keep": keep} if keep else {}))
+        after = await self._stream.lags(deadline)
+        self._losses.add([
+            _retention.Loss(subscriber, lag - after.get(subscriber, 0))
+            for subscriber, lag in before.items() if lag > after.get(subscriber, 0)
+        ])
+
+    async def _raise_full(self, messages: int) -> NoReturn:
+        """
+        Tell that the queue is full, and who is behind.
+
+        :param messages: how many there are
+        :raise QueueFullError: always
+        """
+        lags = await self._stream.lags(self._deadline())  # type: Dict[str, int]
+        slowest = max(lags, key=lambda subscriber: lags[subscriber], default="nobody")
+        raise persipubsub.errors.QueueFullError(
+            "Expected room in the queue {} (MAX_MSGS_NUM, HWM_LMDB_SIZE_BYTES), but got: {} messages "
+            "wait in it, {} of them for {!r}".format(self._settings.path, messages,
+                                                     lags.get(slowest, 0), slowest))
+
+
+def _groups(messages: Sequence[bytes]) -> List[Tuple[int, int]]:
+    """
+    Cut a batch into what is written at once.
+
+    :param messages: of the batch
+    :return: index of the first message of each group, and of the one behind it
+    """
+    groups = []
+    begin = size = 0
+    for index, message in enumerate(messages):
+        if index > begin and (index - begin >= _GROUP_MESSAGES
+                              or size + len(message) > _GROUP_BYTES):
+            groups.append((begin, index))
+            begin, size = index, 0
+        size += len(message)
+    groups.append((begin, len(messages)))
+    return groups
+
+
+def _to_id(msg_id: bytes) -> str:
+    """
+    Make what a user gave fit into a header.
+
+    :param msg_id: any bytes
+    :return: no two of them have the same
+    """
+    return "u." + hashlib.sha256(msg_id).hexdigest()

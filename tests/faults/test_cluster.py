@@ -1,0 +1,222 @@
+"""
+Kill servers of a cluster of three under load, start them again, and check an exact ledger at the end.
+
+``PERSIPUBSUB_CLUSTER_RUNS`` is how many runs there are; the leader of the stream is killed, then all
+three servers, then a follower, and so on. The enlarged form, which prints what it did:
+
+    PERSIPUBSUB_CLUSTER_RUNS=10 python -m pytest -s -n0 tests/faults/test_cluster.py
+"""
+
+import collections
+import os
+import pathlib
+import random
+import time
+from typing import Dict, Final, List, Set, Tuple
+
+import pytest
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.statistics
+from persipubsub.jetstream import engine
+from tests import jetstream_server
+from tests.faults.test_storm import choose_seed
+from tests.support import Child, Connection, outcome, until, write_config
+
+pytestmark = [jetstream_server.needs_server, pytest.mark.slow, pytest.mark.timeout(300)]
+
+RUNS: Final = int(os.environ.get("PERSIPUBSUB_CLUSTER_RUNS", "2"))
+VICTIMS: Final = ("leader", "all", "follower")
+
+#: Messages that each publisher sends at once.
+BATCHES: Final = {"p0": 1, "p1": 5, "p2": 1}
+
+#: Consumers, each with its subscriber.
+CONSUMERS: Final = {"a0": "alpha", "b0": "beta", "b1": "beta"}
+
+
+class Ledger:
+    """Note what happened, each time in one write."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def note(self, *fields: object) -> None:
+        os.write(self._descriptor, (" ".join(map(str, fields)) + "\n").encode("ascii"))
+
+
+def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
+    ledger = Ledger(path)
+    number = 0
+    with persipubsub.publisher.Pub() as pub:
+        pub.init("pub", config_pth)
+        pipe.send("ready")
+        while not pipe.poll():
+            ids = ["{}:{}".format(name, number + index) for index in range(BATCHES[name])]
+            number += len(ids)
+            ledger.note("try", *ids)
+            try:
+                pub.send_many([one.encode("ascii") for one in ids])
+            except persipubsub.errors.UnavailableError:
+                ledger.note("unknown", *ids)
+            else:
+                ledger.note("sent", *ids)
+    pipe.send("done")
+
+
+def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
+    ledger = Ledger(path)
+    # Not by Sub: the attempts are needed.
+    with engine.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
+        consumer = queue.consumer(CONSUMERS[name])
+        pipe.send("ready")
+        while not pipe.poll():
+            try:
+                lease = consumer.take(timeout=0.2, max_messages=4)
+                if lease is None:
+                    continue
+                for message in lease.details():
+                    ledger.note("received", name, message.number, message.attempts,
+                                message.data.decode("ascii"))
+                lease.acknowledge()
+            except persipubsub.errors.UnavailableError:
+                ledger.note("disturbed", name)
+    pipe.send("done")
+
+
+def lags(config_pth: pathlib.Path) -> List[int]:
+    try:
+        figures = persipubsub.control.statistics(config_pth)["queue"]
+    except persipubsub.errors.UnavailableError:
+        return [-1]
+    return [figures.messages] + [one.lag for one in figures.subscribers]
+
+
+class Books:
+    """Hold what the ledger says."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.sent = set()  # type: Set[str]
+        self.tried = set()  # type: Set[str]
+        self.disturbances = 0
+        #: By consumer: number, attempts and id, in the order in which they were received.
+        self.received = collections.defaultdict(
+            list)  # type: collections.defaultdict[str, List[Tuple[int, int, str]]]
+        for line in path.read_text(encoding="ascii").splitlines():
+            kind, *fields = line.split(" ")
+            if kind in ("sent", "try"):
+                (self.sent if kind == "sent" else self.tried).update(fields)
+            elif kind == "received":
+                self.received[fields[0]].append((int(fields[1]), int(fields[2]), fields[3]))
+            else:
+                self.disturbances += 1
+
+    def by_subscriber(self) -> Dict[str, List[Tuple[int, int, str]]]:
+        """Put the receipts of all consumers of a subscriber together."""
+        found = collections.defaultdict(
+            list)  # type: collections.defaultdict[str, List[Tuple[int, int, str]]]
+        for consumer, receipts in self.received.items():
+            found[CONSUMERS[consumer]] += receipts
+        return found
+
+    def check(self) -> str:
+        """Check what must hold, and describe the rest."""
+        again = 0
+        numbers = {}  # type: Dict[str, int]
+        for subscriber, receipts in self.by_subscriber().items():
+            ids = {one for _, _, one in receipts}
+            assert not self.sent - ids, "{} lost {}".format(subscriber, sorted(self.sent - ids)[:9])
+            assert not ids - self.tried
+            again += len(receipts) - len(ids)
+            for number, _, one in receipts:
+                # Each message is stored once, however often it was published.
+                assert numbers.setdefault(one, number) == number, one
+        # What a publisher sent later is behind what it sent before.
+        for publisher in BATCHES:
+            mine = sorted((int(one.partition(":")[2]), number) for one, number in numbers.items()
+                          if one.partition(":")[0] == publisher)
+            for (_, before), (later, after) in zip(mine, mine[1:]):
+                assert before < after, "{}:{}".format(publisher, later)
+        for consumer, receipts in self.received.items():
+            latest = 0
+            seen = set()  # type: Set[int]
+            for number, attempts, _ in receipts:
+                assert number > latest or attempts > 1 or number in seen, (consumer, number)
+                seen.add(number)
+                latest = max(latest, number)
+        return "{} messages sent, {} not acknowledged, {} delivered again, {} calls failed".format(
+            len(self.sent), len(self.tried - self.sent), again, self.disturbances)
+
+
+def kill(cluster: jetstream_server.Servers, victim: str, rng: random.Random) -> None:
+    """Kill servers, and start them again after a while."""
+    until(lambda: cluster.leader("storm"), "a leader of the stream")
+    leader = cluster.leader("storm")
+    followers = [server for server in cluster.servers if server is not leader]
+    assert leader is not None
+    chosen = {
+        "leader": [leader],
+        "follower": [rng.choice(followers)],
+        "all": cluster.servers
+    }[victim]
+    for server in chosen:
+        server.kill()
+    time.sleep(rng.uniform(0.2, 2))
+    for server in chosen:
+        server.start()
+    cluster.wait()
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
+    rng = random.Random(choose_seed())
+    victim = VICTIMS[run % len(VICTIMS)]
+    ledger_pth = tmp_path / "ledger"
+    with jetstream_server.running(tmp_path, nodes=3) as cluster:
+        config_pth = write_config(tmp_path,
+                                  path=cluster.path("storm", replicas=3, ack_wait=3),
+                                  publishers={"pub": ("alpha", "beta")},
+                                  subscribers=("alpha", "beta"),
+                                  busy_timeout_secs=30)
+        persipubsub.control.initialize_all_dbs(config_pth)
+        publishers = [Child(publish, config_pth, ledger_pth, name) for name in BATCHES]
+        consumers = [Child(subscribe, config_pth, ledger_pth, name) for name in CONSUMERS]
+        try:
+            for child in publishers + consumers:
+                assert child.get() == "ready"
+            for _ in range(2):
+                time.sleep(rng.uniform(0.5, 1.5))
+                kill(cluster, victim, rng)
+            time.sleep(1)
+            for group in (publishers, consumers):
+                for child in group:
+                    child.pipe.send("end")
+                for child in group:
+                    assert child.get() == "done"
+                    child.end()
+                if group is publishers:
+                    until(lambda: lags(config_pth) == [0, 0, 0], "the subscribers")
+        finally:
+            for child in publishers + consumers:
+                child.__exit__()
+    books = Books(ledger_pth)
+    print("run {}, {} killed: {}".format(run, victim, books.check()))
+    assert len(books.sent) > 100
+
+
+def test_one_server_is_enough_to_begin(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path, nodes=3) as cluster:
+        config_pth = write_config(tmp_path,
+                                  path=cluster.path("few", replicas=3),
+                                  busy_timeout_secs=3)
+        persipubsub.control.initialize_all_dbs(config_pth)
+        cluster.servers[0].kill()
+        # Two of three: everything works. One of three: nothing does, and it is told in time.
+        with persipubsub.publisher.Pub() as pub:
+            pub.init("pub", config_pth)
+            pub.send(b"hello")
+            cluster.servers[1].kill()
+            assert outcome(lambda: pub.send(b"lost")) == "UnavailableError"

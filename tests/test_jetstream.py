@@ -1,0 +1,611 @@
+"""Test what is peculiar to queues on NATS JetStream: its traps, and what bad input gets."""
+
+import asyncio
+import contextlib
+import inspect
+import itertools
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List
+
+import nats
+import nats.errors
+import nats.js.errors
+import pytest
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.subscriber
+from persipubsub.jetstream import _address, _delivery, _errors, _settings, engine
+from tests import jetstream_server
+from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
+from tests.test_behaviour import drain, numbered, open_pub, open_sub
+
+pytestmark = jetstream_server.needs_server
+
+_COUNTER = itertools.count()
+
+
+@pytest.fixture(name="servers", scope="module")
+def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
+    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
+        yield servers
+
+
+@pytest.fixture(name="config_pth")
+def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
+    return deploy(tmp_path, servers)
+
+
+def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+           **changes: Any) -> pathlib.Path:
+    changes.setdefault("busy_timeout_secs", 10)
+    changes.setdefault("path", servers.path("stream{}".format(next(_COUNTER)), ack_wait=1))
+    config_pth = write_config(tmp_path, **changes)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
+
+
+def settings_of(config_pth: pathlib.Path) -> _settings.Settings:
+    return _settings.Settings.of(persipubsub.config.read(config_pth), "queue")
+
+
+def open_queue(config_pth: pathlib.Path, **changes: Any) -> engine.Queue:
+    """Open a queue, with settings that no configuration file can have yet."""
+    queue = engine.Queue(settings_of(config_pth)._replace(**changes))
+    queue.run(queue.connect)
+    return queue
+
+
+def ask(servers: jetstream_server.Servers, verb: str, **body: Any) -> Dict[str, Any]:
+    """Ask the API of JetStream, behind the library's back."""
+
+    async def work() -> Dict[str, Any]:
+        client = await nats.connect("nats://127.0.0.1:{}".format(servers.servers[0].port))
+        answer = await client.request("$JS.API." + verb, json.dumps(body).encode(), timeout=10)
+        await client.close()
+        found = json.loads(answer.data)  # type: Dict[str, Any]
+        assert "error" not in found, found
+        return found
+
+    return asyncio.run(work())
+
+
+# Paths
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("nats://h/S", _address.Address(("nats://h:4222", ), "S", 1, 30, None)),
+    ("nats://h1:1,[::1]:2/a_B-9?replicas=3&ack_wait=0.5&monitor=http://m:8222/",
+     _address.Address(("nats://h1:1", "nats://[::1]:2"), "a_B-9", 3, 0.5, "http://m:8222")),
+])
+def test_paths(path: str, expected: _address.Address) -> None:
+    assert _address.parse(path) == expected
+
+
+@pytest.mark.parametrize("path, what", [
+    ("nats://", "the name of a stream"),
+    ("nats://host", "the name of a stream"),
+    ("nats://host/", "the name of a stream"),
+    ("nats://host/a.b", "the name of a stream"),
+    ("nats://host/a/b", "the name of a stream"),
+    ("nats://host/" + "a" * 65, "the name of a stream"),
+    ("nats:///S", "servers"),
+    ("nats://a,,b/S", "servers"),
+    ("nats://a:0/S", "servers"),
+    ("nats://a:65536/S", "servers"),
+    ("nats://a b/S", "servers"),
+    ("nats://user:secret@host/S", "without credentials"),
+    ("nats://host/S?replicas", "name=value"),
+    ("nats://host/S?replicas=0", "replicas"),
+    ("nats://host/S?replicas=2.5", "replicas"),
+    ("nats://host/S?replicas=1&replicas=3", "each option once"),
+    ("nats://host/S?ack_wait=nan", "ack_wait"),
+    ("nats://host/S?ack_wait=0", "ack_wait"),
+    ("nats://host/S?monitor=file:///etc/passwd", "monitor"),
+    ("nats://host/S?color=red", "color"),
+])
+def test_wrong_paths(path: str, what: str, tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path, path=path)
+    with pytest.raises(persipubsub.errors.ConfigError, match=what) as info:
+        persipubsub.config.read(config_pth)
+    assert "config.json: queues.queue.path: Expected" in str(info.value)
+    assert "secret" not in str(info.value)
+
+
+def test_no_two_ids_have_one_name() -> None:
+    ids = ["a", "A", "a.b", "a=2eb", "a b", "a/b", "a\\b", "a*", "a>", "=h", "\xe9", "\xe9" * 127]
+    ids += ["a" * length for length in (119, 120, 121, 255)] + ["a" * 254 + "b"]
+    names = [_address.durable_of(one) for one in ids]
+    assert len(set(names)) == len(ids)
+    assert all(len(name) <= 120 and not set(name) & set(" .*>/\\\t\r\n") for name in names)
+
+
+# What bad input gets
+
+
+def test_server_that_is_down(tmp_path: pathlib.Path) -> None:
+    port = jetstream_server.free_ports(1)[0]
+    config_pth = write_config(tmp_path,
+                              path="nats://127.0.0.1:{}/S".format(port),
+                              busy_timeout_secs=0.5)
+    for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
+                     lambda: open_pub(config_pth), lambda: open_sub(config_pth),
+                     lambda: persipubsub.control.statistics(config_pth)):
+        begin = time.monotonic()
+        with pytest.raises(persipubsub.errors.UnavailableError, match="127.0.0.1"):
+            function()
+        assert time.monotonic() - begin < HANG_SECS / 4
+
+
+def test_server_that_dies_and_comes_back(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path, servers, busy_timeout_secs=1)
+        with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+            pub.send(b"before")
+            servers.servers[0].kill()
+            assert outcome(lambda: pub.send(b"lost")) == "UnavailableError"
+            assert outcome(sub.front) == "UnavailableError"
+
+            def receive() -> None:
+                with sub.receive(timeout=HANG_SECS):
+                    pass
+
+            assert outcome(receive) == "UnavailableError"
+            servers.servers[0].start()
+            servers.wait()
+            pub.send(b"after")
+            received = drain(sub, timeout=2)
+        assert [one for one in received if one != b"lost"] == [b"before", b"after"]
+
+
+def test_stopped_server_is_not_waited_for_longer_than_allowed(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path, servers, busy_timeout_secs=1)
+        process = servers.servers[0].process
+        assert process is not None
+        with open_pub(config_pth) as pub:
+            process.send_signal(signal.SIGSTOP)
+            try:
+                assert outcome(lambda: pub.send(b"hello")) == "UnavailableError"
+            finally:
+                process.send_signal(signal.SIGCONT)
+            until(lambda: outcome(lambda: pub.send(b"again")) == "", "the server")
+
+
+def test_server_without_jetstream(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path, jetstream=["off"]) as servers:
+        config_pth = write_config(tmp_path, path=servers.path("S"))
+        with pytest.raises(persipubsub.errors.UnavailableError, match="nats-server -js"):
+            persipubsub.control.initialize_all_dbs(config_pth)
+
+
+def test_account_without_jetstream(tmp_path: pathlib.Path) -> None:
+    lines = ["accounts { A { users: [{user: a, password: a}] } }", "no_auth_user: a"]
+    with jetstream_server.running(tmp_path, lines=lines) as servers:
+        config_pth = write_config(tmp_path, path=servers.path("S"))
+        with pytest.raises(persipubsub.errors.UnavailableError, match="nats-server -js"):
+            persipubsub.control.initialize_all_dbs(config_pth)
+
+
+def test_credentials(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        'authorization { users: [{user: "all", password: "pass"}, {user: "some", password: "pass", '
+        'permissions: {publish: ["_INBOX.>"], subscribe: ">"}}] }'
+    ]
+    with jetstream_server.running(tmp_path, lines=lines) as servers:
+        config_pth = write_config(tmp_path, path=servers.path("S"), busy_timeout_secs=3)
+        for user, password in ((None, None), ("all", "wrong"), ("some", "pass")):
+            for name, value in (("NATS_USER", user), ("NATS_PASSWORD", password)):
+                if value is not None:
+                    monkeypatch.setenv(name, value)
+            with pytest.raises(persipubsub.errors.AccessError) as info:
+                persipubsub.control.initialize_all_dbs(config_pth)
+            assert password is None or password not in str(info.value)
+        monkeypatch.setenv("NATS_USER", "all")
+        persipubsub.control.initialize_all_dbs(config_pth)
+        with open_pub(config_pth) as pub:
+            pub.send(b"hello")
+
+
+@pytest.mark.parametrize("name", ["NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT"])
+def test_credentials_that_are_no_file(config_pth: pathlib.Path, name: str,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    # A server that asks for none gets no credentials, and their file is not read.
+    for value in ("/nonexistent", str(config_pth))[:1 if name == "NATS_CREDS" else 2]:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(persipubsub.errors.AccessError):
+            open_pub(config_pth)
+
+
+def test_stream_of_somebody_else(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
+    ask(servers, "STREAM.CREATE.theirs", name="theirs", subjects=["their.subject"])
+    config_pth = write_config(tmp_path, path=servers.path("theirs"))
+    for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
+                     lambda: open_pub(config_pth), lambda: open_sub(config_pth),
+                     lambda: persipubsub.control.clear_all_subs(config_pth)):
+        with pytest.raises(persipubsub.errors.FormatError, match="somebody else"):
+            function()
+    assert ask(servers, "STREAM.INFO.theirs")["config"]["subjects"] == ["their.subject"]
+
+
+def test_subjects_of_somebody_else(tmp_path: pathlib.Path,
+                                   servers: jetstream_server.Servers) -> None:
+    ask(servers, "STREAM.CREATE.taken", name="taken", subjects=["persipubsub.mine.>"])
+    config_pth = write_config(tmp_path, path=servers.path("mine"))
+    with pytest.raises(persipubsub.errors.FormatError, match="overlap"):
+        persipubsub.control.initialize_all_dbs(config_pth)
+
+
+def test_more_replicas_than_servers(tmp_path: pathlib.Path,
+                                    servers: jetstream_server.Servers) -> None:
+    config_pth = write_config(tmp_path, path=servers.path("many", replicas=3))
+    with pytest.raises(persipubsub.errors.ConfigError, match="replicas"):
+        persipubsub.control.initialize_all_dbs(config_pth)
+
+
+def test_server_without_room(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path, jetstream=["max_file_store: 1MB"]) as servers:
+        config_pth = write_config(tmp_path, path=servers.path("S"), HWM_LMDB_SIZE_BYTES=1 << 30)
+        with pytest.raises(persipubsub.errors.DiskFullError):
+            persipubsub.control.initialize_all_dbs(config_pth)
+
+
+def test_payload_limit_of_the_server(config_pth: pathlib.Path) -> None:
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        with pytest.raises(persipubsub.errors.MessageTooLargeError, match="max_payload.* 1048576"):
+            pub.send(bytes(1 << 20))
+        largest = bytes((1 << 20) - 192)
+        pub.send(largest)
+        assert drain(sub, timeout=1) == [largest]
+
+
+def test_without_the_extra(tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path, path="nats://localhost/S")
+    run = run_python(
+        "import sys; sys.modules['nats'] = None\n"
+        "import persipubsub.control, persipubsub.errors\n"
+        "try: persipubsub.control.initialize_all_dbs(sys.argv[1])\n"
+        "except persipubsub.errors.ConfigError as error: print(error)", config_pth)
+    assert "pip install 'persipubsub[nats]'" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("name", ["compact", "verify"])
+def test_what_needs_a_directory(config_pth: pathlib.Path, name: str) -> None:
+    with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
+        getattr(persipubsub.control, name)(config_pth)
+
+
+def test_other_things_that_need_a_directory(config_pth: pathlib.Path,
+                                            tmp_path: pathlib.Path) -> None:
+    control = persipubsub.control
+    for function in (lambda: control.peek(config_pth, "sub"),
+                     lambda: control.follow(config_pth, "queue"),
+                     lambda: control.backup(config_pth, "queue", tmp_path / "backup"),
+                     lambda: control.restore(config_pth, "queue", tmp_path / "backup"),
+                     lambda: control.add_subscriber(config_pth, "queue", "new"),
+                     lambda: control.remove_subscriber(config_pth, "queue", "sub"),
+                     lambda: control.drop_queue(config_pth, "queue")):
+        assert outcome(function) == "ConfigError"
+
+
+@pytest.mark.parametrize("kind", [
+    kind for module in (nats.errors, nats.js.errors) for kind in vars(module).values()
+    if inspect.isclass(kind) and issubclass(kind, nats.errors.Error)
+])
+def test_no_error_of_nats_leaves(kind: "type[nats.errors.Error]") -> None:
+    error = kind.__new__(kind)
+    with contextlib.suppress(TypeError):
+        error = kind()
+    with contextlib.suppress(Exception):
+        str(error)
+        assert isinstance(_errors.translate(error, "nats://h/S"),
+                          persipubsub.errors.PersipubsubError)
+
+
+# Traps
+
+
+def test_answer_without_a_number_is_none(config_pth: pathlib.Path,
+                                         servers: jetstream_server.Servers) -> None:
+    # After its leader died, a stream was seen to answer like this to a message that it lost. Here,
+    # the stream does not listen any more, and somebody else answers.
+    settings = settings_of(config_pth)
+    name = settings.address.stream
+    with open_pub(config_pth) as pub:
+        pub.send(b"before")
+        config = ask(servers, "STREAM.INFO." + name)["config"]
+        ask(servers, "STREAM.UPDATE." + name, **{**config, "subjects": ["elsewhere." + name]})
+        answers = [
+            b'{"stream": "S", "seq": 0, "duplicate": true}', b'{"stream": "S", "seq": 0}',
+            b'{"stream": "S", "seq": 7, "duplicate": true}'
+        ]
+        ids = []  # type: List[str]
+        is_listening, is_over = threading.Event(), threading.Event()
+
+        async def answer() -> None:
+            client = await nats.connect("nats://127.0.0.1:{}".format(servers.servers[0].port))
+
+            async def take(message: Any) -> None:
+                ids.append(message.headers["Nats-Msg-Id"])
+                await message.respond(answers[len(ids) - 1])
+
+            await client.subscribe(settings.subject(None), cb=take)
+            await client.flush()
+            is_listening.set()
+            while not is_over.is_set():
+                await asyncio.sleep(0.01)
+            await client.close()
+
+        thread = threading.Thread(target=asyncio.run, args=(answer(), ))
+        thread.start()
+        assert is_listening.wait(HANG_SECS)
+        try:
+            pub.send(b"hello")
+        finally:
+            is_over.set()
+            thread.join(HANG_SECS)
+        assert len(ids) == 3
+        assert len(set(ids)) == 1
+
+
+def test_message_that_nobody_wants_is_refused(tmp_path: pathlib.Path,
+                                              servers: jetstream_server.Servers) -> None:
+    config_pth = deploy(tmp_path, servers, publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
+    name = settings_of(config_pth).address.stream
+    with open_pub(config_pth) as pub:
+        pub.send(b"hello")
+        ask(servers, "CONSUMER.DELETE.{}.b".format(name))
+        until(lambda: outcome(lambda: pub.send(b"hello")) == "NotInitializedError", "an error")
+        persipubsub.control.initialize_all_dbs(config_pth)
+        pub.send(b"again")
+
+
+def test_audience_that_consumers_do_not_know(tmp_path: pathlib.Path,
+                                             servers: jetstream_server.Servers) -> None:
+    config_pth = deploy(tmp_path, servers, publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
+    path = persipubsub.config.read(config_pth).queues["queue"].path
+    changed = write_config(tmp_path,
+                           path=path,
+                           publishers={"pub": ("a", )},
+                           subscribers=("a", "b"),
+                           name="changed.json")
+    with open_pub(changed) as pub:
+        # It would be acknowledged and dropped.
+        with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+            pub.send(b"hello")
+        persipubsub.control.initialize_all_dbs(changed)
+        pub.send(b"hello")
+    with open_sub(changed, "a") as sub:
+        assert drain(sub) == [b"hello"]
+
+
+def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
+                                               servers: jetstream_server.Servers) -> None:
+    config_pth = deploy(tmp_path, servers, MSG_TIMEOUT_SECS=0.5)
+    name = settings_of(config_pth).address.stream
+    config = ask(servers, "STREAM.INFO." + name)["config"]
+    ask(servers, "STREAM.UPDATE." + name, **{**config, "max_age": 3600 * 10**9})
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send(b"old")
+        time.sleep(0.6)
+        assert sub.front() is None
+        assert drain(sub) == []
+        pub.send(b"old")
+        time.sleep(0.6)
+        assert ask(servers, "STREAM.INFO." + name)["state"]["messages"] == 1
+        assert persipubsub.control.prune_dangling_messages(config_pth) == {"queue": 1}
+        assert ask(servers, "STREAM.INFO." + name)["state"]["messages"] == 0
+
+
+def test_late_message_is_not_kept_in_the_process(config_pth: pathlib.Path) -> None:
+    # A pull that ends right when a message comes: nobody may sit on it for ack_wait.
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
+        for _ in range(20):
+            thread = threading.Thread(target=drain, args=(sub, 0.01))
+            thread.start()
+            time.sleep(0.01)
+            pub.send(b"hello")
+            thread.join(HANG_SECS)
+        assert all(message == b"hello" for message in drain(other))
+        assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag == 0
+
+
+def test_dropped_messages_are_told(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+                                   caplog: pytest.LogCaptureFixture) -> None:
+    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=10)
+    with caplog.at_level("WARNING", logger="persipubsub"), open_pub(config_pth) as pub:
+        for message in numbered(11):
+            pub.send(message)
+    assert "dropped unread: 5 of sub" in caplog.text
+
+
+def test_limits_are_brought_up_to_date(tmp_path: pathlib.Path,
+                                       servers: jetstream_server.Servers) -> None:
+    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=10)
+    path = persipubsub.config.read(config_pth).queues["queue"].path
+    deploy(tmp_path, servers, MAX_MSGS_NUM=20, path=path.replace("ack_wait=1", "ack_wait=2"))
+    name = settings_of(config_pth).address.stream
+    assert ask(servers, "STREAM.INFO." + name)["config"]["max_msgs"] == 20
+    assert ask(servers, "CONSUMER.INFO.{}.sub".format(name))["config"]["ack_wait"] == 2 * 10**9
+
+
+# What the boundary has beside
+
+
+def test_details(config_pth: pathlib.Path) -> None:
+    with open_queue(config_pth) as queue:
+        assert queue.put([b"first", b"second"]) == 1
+        consumer = queue.consumer("sub")
+        for attempts in (1, 2):
+            lease = consumer.take(timeout=HANG_SECS)
+            assert lease is not None
+            lease.touch()
+            found = lease.details()[0]
+            assert (found.data, found.number, found.attempts) == (b"first", 1, attempts)
+            assert abs(found.sent_at.timestamp() - time.time()) < HANG_SECS
+            lease.give_back(KeyError("why"))
+
+
+def test_newest(config_pth: pathlib.Path) -> None:
+    with open_queue(config_pth) as queue:
+        consumer = queue.consumer("sub")
+        assert consumer.take_newest(timeout=0.05) is None
+        queue.put(numbered(300))
+        lease = consumer.take_newest(timeout=HANG_SECS)
+        assert lease is not None and lease.messages == [b"299"]
+        lease.acknowledge()
+        assert consumer.take(timeout=0.05) is None
+
+
+def test_same_id_is_stored_once(config_pth: pathlib.Path) -> None:
+    with open_queue(config_pth) as queue:
+        first = queue.put([b"a", b"b"], msg_ids=[b"one\r\n", b"two"])
+        assert queue.put([b"a"], msg_ids=[b"one\r\n"]) == first
+        assert queue.put([b"c"]) == first + 2
+
+
+def test_full_queue_that_drops_nothing(tmp_path: pathlib.Path,
+                                       servers: jetstream_server.Servers) -> None:
+    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=3)
+    with open_queue(config_pth, strategy="reject") as queue:
+        queue.put(numbered(2))
+        with pytest.raises(persipubsub.errors.QueueFullError, match="2 of them for 'sub'"):
+            queue.put(numbered(2))
+        queue.put([b"2"])
+        with pytest.raises(persipubsub.errors.QueueFullError, match="3 of them for 'sub'"):
+            queue.put([b"3"])
+    with open_queue(config_pth, strategy="block") as queue, open_sub(config_pth) as sub:
+        assert outcome(lambda: queue.put([b"3"], timeout=0.1)) == "QueueFullError"
+
+        def receive() -> None:
+            time.sleep(0.2)
+            with sub.receive(timeout=HANG_SECS):
+                pass
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        queue.put([b"3"], timeout=HANG_SECS)
+        thread.join(HANG_SECS)
+        assert drain(sub) == [b"1", b"2", b"3"]
+
+
+# Threads, fork, exit
+
+
+def test_connections_end_with_the_parent(tmp_path: pathlib.Path) -> None:
+
+    def idle(pipe: Connection) -> None:
+        pipe.send("there")
+        pipe.recv()
+
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path, servers)
+        pub = open_pub(config_pth)
+        pub.send(b"hello")
+        server = servers.servers[0]
+        assert server.look("connz")["num_connections"] == 1
+        with Child(idle) as child:
+            assert child.get() == "there"
+            pub.close()
+            until(lambda: server.look("connz").get("num_connections") == 0, "the connection's end")
+            child.pipe.send("end")
+            child.end()
+
+
+def test_queues_share_a_connection_and_a_thread(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path, servers)
+        with open_pub(config_pth), open_pub(config_pth), open_sub(config_pth):
+            assert servers.servers[0].look("connz")["num_connections"] == 1
+            threads = [one for one in threading.enumerate() if one.name == "persipubsub-nats"]
+            assert len(threads) == 1
+
+
+@pytest.mark.parametrize("code", [
+    "pub.send(b'hello')",
+    "pub.send(b'hello'); lease = sub.receive(timeout=10).__enter__()",
+    "import threading; threading.Thread(target=lambda: sub.receive(timeout=None).__enter__(), "
+    "daemon=True).start(); import time; time.sleep(0.2)",
+    "import os, signal; os.kill(SERVER, signal.SIGSTOP)",
+])
+def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path, servers)
+        process = servers.servers[0].process
+        assert process is not None
+        run = run_python(
+            "import sys; SERVER = int(sys.argv[2])\n"
+            "import persipubsub.publisher, persipubsub.subscriber\n"
+            "pub = persipubsub.publisher.Pub(); pub.init('pub', sys.argv[1])\n"
+            "sub = persipubsub.subscriber.Sub(); sub.init('sub', sys.argv[1])\n" + code, config_pth,
+            process.pid)
+        process.send_signal(signal.SIGCONT)
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_interrupted_wait_gives_back_what_came_meanwhile(config_pth: pathlib.Path) -> None:
+    handover = _delivery._Handover()  # pylint: disable=protected-access
+    with open_queue(config_pth) as queue:
+        queue.put([b"hello"])
+        consumer = queue.consumer("sub")
+        lease = consumer.take(timeout=HANG_SECS)
+        assert lease is not None
+        assert handover.leave() is None
+        assert not handover.give(lease)
+        lease.give_back()
+        again = consumer.take(timeout=HANG_SECS)
+        assert again is not None and again.messages == [b"hello"]
+
+
+def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
+    results = []  # type: List[str]
+
+    def work() -> None:
+
+        def use() -> None:
+            with open_pub(config_pth) as pub:
+                pub.send(b"hello")
+
+        results.append(outcome(use))
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_SECS)
+    assert results == [""] * 16
+
+
+def test_child_that_forks_in_the_middle(config_pth: pathlib.Path) -> None:
+    # Another thread of the parent is inside of the library when it forks.
+    is_over = threading.Event()
+    results = []  # type: List[str]
+
+    def send_on() -> None:
+        with open_pub(config_pth) as pub:
+            while not is_over.is_set():
+                results.append(outcome(lambda: pub.send(b"parent")))
+
+    def use(pipe: Connection, function: Callable[[], persipubsub.publisher.Pub]) -> None:
+        with function() as pub:
+            pub.send(b"child")
+        pipe.send(os.getpid())
+
+    thread = threading.Thread(target=send_on)
+    thread.start()
+    try:
+        for _ in range(5):
+            with Child(use, lambda: open_pub(config_pth)) as child:
+                child.get()
+                child.end()
+    finally:
+        is_over.set()
+        thread.join(HANG_SECS)
+    assert set(results) == {""}

@@ -1,0 +1,247 @@
+"""Test that a queue moves to servers exactly, while it is in use and when the move is killed."""
+
+import itertools
+import json
+import pathlib
+import signal
+import threading
+from typing import Any, Dict, Iterator, List
+
+import pytest
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+from persipubsub import _migration
+from persipubsub._progress import Progress
+from tests import jetstream_server
+from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
+from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
+
+pytestmark = jetstream_server.needs_server
+
+PUBLISHERS = {"pub": ("a", "b", "c"), "two": ("a", "b")}
+
+_COUNTER = itertools.count()
+
+
+@pytest.fixture(name="servers", scope="module")
+def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
+    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
+        yield servers
+
+
+class Scene:
+    """Hold a queue on this machine, and the same queue where it is to be."""
+
+    def __init__(self, tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+                 **changes: Any) -> None:
+        self.target = servers.path("moved{}".format(next(_COUNTER)), ack_wait=1)
+        described = {
+            "publishers": PUBLISHERS,
+            "subscribers": ("a", "b", "c"),
+            **changes
+        }  # type: Dict[str, Any]
+        self.old = write_config(tmp_path, **described)
+        self.new = write_config(tmp_path, path=self.target, name="new.json", **described)
+        persipubsub.control.initialize_all_dbs(self.old)
+
+
+@pytest.fixture(name="scene")
+def _scene(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> Scene:
+    return Scene(tmp_path, servers)
+
+
+def received(config_pth: pathlib.Path) -> Dict[str, List[bytes]]:
+    found = {}
+    for name in ("a", "b", "c"):
+        with open_sub(config_pth, name) as sub:
+            found[name] = drain(sub, timeout=0.3)
+    return found
+
+
+def test_everyone_gets_what_it_did_not_have_yet(scene: Scene) -> None:
+    with open_pub(scene.old) as pub, open_pub(scene.old, "two") as two:
+        for number in range(0, 600, 2):
+            pub.send(b"%d" % number)
+            two.send(b"%d" % (number + 1))
+    with open_sub(scene.old, "a") as sub, sub.receive_many(max_msgs=100, timeout=HANG_SECS) as msgs:
+        assert len(msgs) == 100
+    with open_sub(scene.old, "c") as sub:
+        sub.pop_to_top()
+    progress = Progress()
+    counts = persipubsub.control.migrate(scene.old, "queue", scene.target, progress)
+    assert counts == {"a": (500, 0), "b": (600, 0), "c": (1, 0)}
+    assert progress.share() == 1.0
+    assert lags(scene.old) == {"a": 0, "b": 0, "c": 0}
+    assert received(scene.new) == {"a": numbered(600)[100:], "b": numbered(600), "c": [b"598"]}
+    # Once more: there is nothing left.
+    assert persipubsub.control.migrate(scene.old, "queue", scene.target) == {
+        name: (0, 0)
+        for name in "abc"
+    }
+
+
+def test_publishers_first(scene: Scene) -> None:
+    with open_pub(scene.old) as pub:
+        pub.send(b"old")
+    persipubsub.control.initialize_all_dbs(scene.new)
+    with open_pub(scene.new) as pub:
+        pub.send(b"new")
+        persipubsub.control.migrate(scene.old, "queue", scene.target)
+        pub.send(b"newer")
+    # What was sent to the servers before the move is in front of what was moved.
+    assert received(scene.new) == {name: [b"new", b"old", b"newer"] for name in "abc"}
+
+
+def test_consumers_keep_what_they_have(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_migration, "_PATIENCE_SECS", 0.5)
+    with open_pub(scene.old) as pub, open_sub(scene.old, "a") as sub:
+        pub.send_many(numbered(3))
+        with sub.receive(timeout=HANG_SECS) as msg:
+            assert msg == b"0"
+            counts = persipubsub.control.migrate(scene.old, "queue", scene.target)
+            assert counts == {"a": (2, 1), "b": (3, 0), "c": (3, 0)}
+    assert received(scene.new)["a"] == numbered(3)[1:]
+
+
+def test_full_target_drops_nothing(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path, servers, MAX_MSGS_NUM=10)
+    with open_pub(scene.old) as pub:
+        pub.send_many(numbered(10))
+    monkeypatch.setattr(_migration, "_PATIENCE_SECS", 0.5)
+    with pytest.raises(persipubsub.errors.QueueFullError, match="start its subscribers there"):
+        persipubsub.control.migrate(scene.old, "queue", scene.target)
+    found = received(scene.new)
+    monkeypatch.undo()
+    is_over = threading.Event()
+    rest = {name: [] for name in "abc"}  # type: Dict[str, List[bytes]]
+
+    def receive() -> None:
+        while not is_over.is_set():
+            for name, messages in received(scene.new).items():
+                rest[name] += messages
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    try:
+        persipubsub.control.migrate(scene.old, "queue", scene.target)
+        until(lambda: set(lags(scene.new).values()) == {0}, "the subscribers")
+    finally:
+        is_over.set()
+        thread.join(HANG_SECS)
+    assert {
+        name: found[name] + rest[name]
+        for name in "abc"
+    } == {
+        name: numbered(10)
+        for name in "abc"
+    }
+
+
+def test_wrong_targets(scene: Scene, tmp_path: pathlib.Path,
+                       servers: jetstream_server.Servers) -> None:
+    for target in (str(tmp_path / "other"), "nats://host", "other://host/S", ""):
+        assert outcome(
+            lambda: persipubsub.control.migrate(scene.old, "queue", target)) == "ConfigError"
+    assert outcome(
+        lambda: persipubsub.control.migrate(scene.new, "queue", servers.path("S"))) == "ConfigError"
+    missing = write_config(tmp_path, path=str(tmp_path / "missing"), name="missing.json")
+    assert outcome(lambda: persipubsub.control.migrate(missing, "queue", scene.target)
+                   ) == "NotInitializedError"
+
+
+def test_killed_in_the_middle(scene: Scene) -> None:
+    with open_pub(scene.old) as pub:
+        for begin in range(0, 1000, 100):
+            pub.send_many(numbered(1000)[begin:begin + 100])
+
+    def move(pipe: Connection) -> None:
+        progress = Progress()
+        thread = threading.Thread(target=persipubsub.control.migrate,
+                                  args=(scene.old, "queue", scene.target, progress))
+        thread.start()
+        until(lambda: progress.done > 0, "the move begins")
+        pipe.send("moving")
+        thread.join()
+        pipe.send("done")
+
+    kills = 0
+    for _ in range(4):
+        with Child(move) as child:
+            assert child.get() == "moving"
+            child.kill(signal.SIGKILL)
+            child.process.join(HANG_SECS)
+            kills += child.process.exitcode == -signal.SIGKILL
+    assert kills
+    counts = persipubsub.control.migrate(scene.old, "queue", scene.target)
+    assert all(count.left == 0 for count in counts.values())
+    assert counts["c"].moved > 0
+    assert received(scene.new) == {name: numbered(1000) for name in "abc"}
+
+
+def test_message_that_was_put_before_the_kill_is_not_put_again(
+        scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_pub(scene.old) as pub:
+        pub.send_many(numbered(5))
+
+    class Killed(Exception):
+        pass
+
+    def die(_: object) -> None:
+        raise Killed
+
+    # Between putting the messages there and acknowledging them here.
+    with monkeypatch.context() as patch:
+        patch.setattr("persipubsub._delivery.Lease.acknowledge", die)
+        with pytest.raises(Killed):
+            persipubsub.control.migrate(scene.old, "queue", scene.target)
+    persipubsub.control.migrate(scene.old, "queue", scene.target)
+    assert received(scene.new) == {name: numbered(5) for name in "abc"}
+
+
+def test_command(scene: Scene) -> None:
+    with open_pub(scene.old) as pub:
+        pub.send_many(numbered(7))
+    code = "import sys; import persipubsub.__main__ as main; sys.exit(main.main())"
+    run = run_python(code, "migrate", scene.old, "--to", scene.target)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert [line.split() for line in run.stdout.splitlines()] == [["SUBSCRIBER", "MOVED", "LEFT"],
+                                                                  ["a", "7", "0"], ["b", "7", "0"],
+                                                                  ["c", "7", "0"]]
+    run = run_python(code, "migrate", scene.old, "--queue", "queue", "--to", scene.target, "--json")
+    assert json.loads(run.stdout) == {name: {"moved": 0, "left": 0} for name in "abc"}
+    run = run_python(code, "migrate", scene.old, "--to", "elsewhere")
+    assert run.returncode == 1 and "nats://" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ([], "flushes every 120 s"),
+    (["sync_interval: always"], ""),
+])
+def test_durability_of_servers(tmp_path: pathlib.Path, lines: List[str], expected: str) -> None:
+    with jetstream_server.running(tmp_path, jetstream=lines) as servers:
+        monitor = "http://127.0.0.1:{}".format(servers.servers[0].monitor_port)
+        config_pth = write_config(tmp_path, path=servers.path("S", monitor=monitor))
+        warnings = persipubsub.control.check_durability(config_pth)["queue"]
+        assert len(warnings) == bool(expected)
+        assert not expected or expected in warnings[0]
+        asked_for_less = write_config(tmp_path,
+                                      path=servers.path("S", monitor=monitor),
+                                      durability="os")
+        assert persipubsub.control.check_durability(asked_for_less)["queue"] == ()
+
+
+def test_durability_that_nobody_tells(tmp_path: pathlib.Path) -> None:
+    port = jetstream_server.free_ports(1)[0]
+    for path, expected in (("nats://h/S", "not checked: the path has no monitor"),
+                           ("nats://h/S?monitor=http://127.0.0.1:{}".format(port),
+                            "does not answer")):
+        config_pth = write_config(tmp_path, path=path)
+        assert expected in persipubsub.control.check_durability(config_pth)["queue"][0]
+        run = run_python("import sys; import persipubsub.__main__ as main; sys.exit(main.main())",
+                         "check-config", config_pth)
+        assert run.returncode == 0 and expected in run.stderr
+    assert persipubsub.control.check_durability(write_config(tmp_path))["queue"] == ()
