@@ -73,6 +73,7 @@ class Checker:
     """Collect the problems of a file."""
 
     def __init__(self, path: pathlib.Path, kinds: Kinds) -> None:
+        """Initialize without problems."""
         self.path = path
         self.kinds = kinds
         self.problems: list[str] = []
