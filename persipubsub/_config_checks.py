@@ -1,8 +1,8 @@
 """
 Find all the problems of a configuration file, not only the first.
 
-What the file may hold is told by the structs of :py:mod:`persipubsub.config`; here is how a value is
-compared with them, and what holds between entries: references, repetitions, identifiers.
+What the file may hold is told by the structs of :py:mod:`persipubsub.config`; here is how a value
+is compared with them, and what holds between entries: references, repetitions, identifiers.
 """
 
 import enum

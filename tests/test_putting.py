@@ -58,9 +58,13 @@ class Blocked:
 
 
 @pytest.mark.parametrize("strategy", [REJECT, BLOCK])
-@pytest.mark.parametrize("changes, messages", [({"max_messages": 3}, [b"3"]),
-                                               ({"max_messages": 4}, [b"3", b"4"]),
-                                               ({"max_message_bytes": 4}, [b"34"])])  # yapf: disable
+@pytest.mark.parametrize("changes, messages", [({
+    "max_messages": 3
+}, [b"3"]), ({
+    "max_messages": 4
+}, [b"3", b"4"]), ({
+    "max_message_bytes": 4
+}, [b"34"])])
 def test_full_queue_refuses_and_keeps_all(tmp_path: pathlib.Path,
                                           strategy: persipubsub.config.Strategy, changes: Any,
                                           messages: List[bytes]) -> None:

@@ -1,6 +1,7 @@
 """Test where subscribers begin, what stays for them, and going to another place."""
 
 # pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
 
 import datetime
 import pathlib
@@ -117,6 +118,7 @@ def test_beginning_is_not_in_front_of_the_timeout(tmp_path: pathlib.Path) -> Non
         put_each(queue, numbered(3, start=3))
         stores.take_all(queue)
         clock.advance(6)
+        assert queue.seek("sub", time.time() - 3600) == 4
         assert queue.seek("sub", "beginning") == 4
         assert stores.take_all(queue) == numbered(3, start=3)
         # Nothing was dropped by that.
@@ -253,8 +255,7 @@ def test_it_wakes_who_waits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
 
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()
-        bell = queue._bell  # pylint: disable=protected-access
-        support.until(lambda: bell._open().page[0], what="the subscriber waits")  # pylint: disable=protected-access
+        support.until(lambda: queue._bell._open().page[0], what="the subscriber waits")
         queue.seek("sub", "beginning")
         thread.join(support.HANG_SECS / 2)
         assert received == [b"x"]
