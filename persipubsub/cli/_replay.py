@@ -12,34 +12,30 @@ import persipubsub.control
 from persipubsub.cli import _shared
 
 
-class _Place(click.ParamType):
-    """Take a place in a queue."""
+def _place(ctx: click.Context, param: click.Parameter, value: str) -> Any:
+    """
+    Convert a place that was given on the command line.
 
-    name = "place"
-
-    def convert(self, value: Any, param: Optional[click.Parameter],
-                ctx: Optional[click.Context]) -> Any:
-        """
-        Convert what was given on the command line.
-
-        :param value: that was given
-        :param param: that it was given for
-        :param ctx: of the command
-        :return: place, as :py:func:`persipubsub.control.seek` takes it
-        """
-        if value in ("beginning", "end"):
-            return value
-        try:
-            if value.isascii() and value.isdigit():
-                return int(value)
-            if value.startswith("@"):
-                return datetime.datetime.fromtimestamp(float(value[1:]), datetime.timezone.utc)
-            # Without a time zone it is a time on the clock of whoever types it.
-            return datetime.datetime.fromisoformat(value).astimezone()
-        except (ValueError, OverflowError, OSError):
-            return self.fail(
-                "Expected 'beginning', 'end', a number, a time (2026-11-24T18:30:00), or @ and "
-                "seconds since 1970, but got: {!r}".format(value), param, ctx)
+    :param ctx: of the command
+    :param param: that it was given for
+    :param value: that was given
+    :return: place, as :py:func:`persipubsub.control.seek` takes it
+    """
+    if value in ("beginning", "end"):
+        return value
+    try:
+        if value.isascii() and value.isdigit():
+            return int(value)
+        if value.startswith("@"):
+            return datetime.datetime.fromtimestamp(float(value[1:]), datetime.timezone.utc)
+        # Without a time zone it is a time on the clock of whoever types it.
+        return datetime.datetime.fromisoformat(value).astimezone()
+    except (ValueError, OverflowError, OSError):
+        raise click.BadParameter(
+            "Expected 'beginning', 'end', a number, a time (2026-11-24T18:30:00), or @ and seconds "
+            "since 1970, but got: {!r}".format(value),
+            ctx=ctx,
+            param=param) from None
 
 
 @_shared.command()
@@ -47,7 +43,8 @@ class _Place(click.ParamType):
 @click.argument("subscriber")
 @click.option("--to",
               "place",
-              type=_Place(),
+              callback=_place,
+              metavar="PLACE",
               required=True,
               help="'beginning', 'end', the number of a message, or a time: 2026-11-24T18:30:00 "
               "(local, unless it ends with a zone such as +01:00), or @ and seconds since 1970.")
