@@ -16,7 +16,7 @@ import contextlib
 import functools
 import os
 import time
-from typing import Callable, Final, List, NamedTuple, Optional, Tuple
+from typing import Callable, Final, List, Optional, Tuple
 
 import persipubsub.errors
 import persipubsub.message
@@ -107,6 +107,12 @@ class Lease:
         """Do nothing: the kernel knows that this process is alive, however long it works."""
 
 
+#: What a look at the queue came to: what was taken; whether messages were passed over that others
+#: have claimed; when the first of those that rest is due, on the queue's clock, 0 if none rests. A
+#: plain tuple, as it is made for each message.
+_Taken = Tuple[Optional[Lease], bool, int]
+
+
 class Consumer:
     """
     Take messages of one subscriber, from any number of threads.
@@ -159,7 +165,7 @@ class Consumer:
         :return: messages; None if there was none in time
         :raise CorruptMessageError: if the next message is damaged; it is set aside
         """
-        lease = self._take_now(max_messages).lease
+        lease = self._take_now(max_messages)[0]
         if lease is not None or (timeout is not None and timeout <= 0):
             return lease
         return self._wait(functools.partial(self._take_now, max_messages), timeout, longest_pause)
@@ -179,7 +185,7 @@ class Consumer:
         :return: message; None if there was none in time
         :raise CorruptMessageError: if the newest message is damaged; it is set aside
         """
-        lease = self._take_newest_now().lease
+        lease = self._take_newest_now()[0]
         if lease is not None or (timeout is not None and timeout <= 0):
             return lease
         return self._wait(self._take_newest_now, timeout, longest_pause)
@@ -194,7 +200,7 @@ class Consumer:
         """
         return self._claim(number, number, 1)
 
-    def _wait(self, take: "Callable[[], _Taken]", timeout: Optional[float],
+    def _wait(self, take: Callable[[], _Taken], timeout: Optional[float],
               longest_pause: float) -> Optional[Lease]:
         """
         Take as soon as there is something.
@@ -209,20 +215,20 @@ class Consumer:
         with self._bell.prepare() as ticket:
             while True:
                 ticket.arm()
-                taken = take()
+                lease, is_claimed, due_ns = take()
                 now = time.monotonic()
-                if taken.lease is not None or (deadline is not None and now >= deadline):
-                    return taken.lease
+                if lease is not None or (deadline is not None and now >= deadline):
+                    return lease
                 if now >= next_check:
                     self._environment.check_readers()
                     next_check = now + _READER_CHECK_SECS
-                pause = _CLAIMED_PAUSE_SECS if taken.is_claimed else min(
-                    longest_pause, _LONGEST_PAUSE_SECS)
-                if taken.due_ns:
-                    pause = min(pause, max(0, taken.due_ns - self._pending.now_ns()) / 1e9)
+                pause = _CLAIMED_PAUSE_SECS if is_claimed else min(longest_pause,
+                                                                   _LONGEST_PAUSE_SECS)
+                if due_ns:
+                    pause = min(pause, max(0, due_ns - self._pending.now_ns()) / 1e9)
                 ticket.wait(pause if deadline is None else min(pause, deadline - now))
 
-    def _take_now(self, max_messages: int) -> "_Taken":
+    def _take_now(self, max_messages: int) -> _Taken:
         """
         Take what is there.
 
@@ -234,7 +240,7 @@ class Consumer:
             self._guess = 0
             lease = self._claim(guess, guess, max_messages)
             if lease is not None:
-                return _Taken(lease, False, 0)
+                return lease, False, 0
 
         start = 0
         is_claimed = False
@@ -247,15 +253,15 @@ class Consumer:
             if candidate is not None and candidate.due_ns:
                 due_ns = min(due_ns or candidate.due_ns, candidate.due_ns)
             if not isinstance(candidate, _pending.Candidate):
-                return _Taken(None, is_claimed, due_ns)
+                return None, is_claimed, due_ns
             lease = self._claim(candidate.begin, candidate.number, max_messages)
             if lease is not None:
-                return _Taken(lease, is_claimed, due_ns)
+                return lease, is_claimed, due_ns
             # Claimed, acknowledged a moment ago, or just moved away.
             is_claimed = True
             start = candidate.number + 1
 
-    def _take_newest_now(self) -> "_Taken":
+    def _take_newest_now(self) -> _Taken:
         """
         Take the newest message if it is free.
 
@@ -267,15 +273,15 @@ class Consumer:
                 self._expire()
                 continue
             if not isinstance(newest, _pending.Candidate):
-                return _Taken(None, False, 0 if newest is None else newest.due_ns)
+                return None, False, 0 if newest is None else newest.due_ns
             claim = self._claims.claim(self._pending.ordinal, newest.number)
             if claim is None:
-                return _Taken(None, True, 0)
+                return None, True, 0
             lease = self._skip_to(claim, newest.number)
             if lease is not None:
-                return _Taken(lease, False, 0)
+                return lease, False, 0
             if not self._mover.is_ready():
-                return _Taken(None, False, 0)
+                return None, False, 0
 
     def _skip_to(self, claim: _claims.Claim, number: int) -> Optional[Lease]:
         """
@@ -489,11 +495,3 @@ class Consumer:
         return _deliveries.describe(copied,
                                     offset_ns=time.time_ns() - self._pending.now_ns(),
                                     is_counted=bool(self._pending.policy.max_deliveries))
-
-
-class _Taken(NamedTuple):
-    """Say what a look at the queue came to."""
-
-    lease: Optional[Lease]
-    is_claimed: bool  #: True if messages were passed over that others have claimed
-    due_ns: int  #: when the first of those that rest is due, on the queue's clock; 0 if none rests

@@ -16,7 +16,8 @@ import lmdb
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putting, _tidying, _wakeup)
+from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putting, _tidying,
+                         _wakeup)
 from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
 from persipubsub.store import _attempts, _check, _pending, _positions, _retention

@@ -11,10 +11,10 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 import persipubsub.queue
-from persipubsub import _delivery
+from persipubsub import _delivery, _wakeup
 from persipubsub._settings import Retries
 from persipubsub.maintenance import _upkeep
-from persipubsub.store import _attempts, _layout
+from persipubsub.store import _attempts, _layout, _positions
 from persipubsub.store._databases import Databases
 from tests import stores, support
 
@@ -155,8 +155,7 @@ def test_longest_first_delay_is_kept() -> None:
 
 def test_later_messages_are_not_held_up(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock,
-                       retries=retries(delay_ns=stores.SECOND_NS)) as queue:
+    with stores.opened(tmp_path, clock=clock, retries=retries(delay_ns=stores.SECOND_NS)) as queue:
         queue.put([b"1", b"2"])
         queue.put([b"3"])
         take(queue).give_back(ERROR)
@@ -169,8 +168,7 @@ def test_later_messages_are_not_held_up(tmp_path: pathlib.Path) -> None:
 
 def test_batch_ends_in_front_of_what_rests(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock,
-                       retries=retries(delay_ns=stores.SECOND_NS)) as queue:
+    with stores.opened(tmp_path, clock=clock, retries=retries(delay_ns=stores.SECOND_NS)) as queue:
         queue.put([b"1", b"2", b"3"])
         held, failing = take(queue), take(queue)
         failing.give_back(ERROR)
@@ -218,13 +216,13 @@ def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: pathlib.Path) ->
 def fixture_pauses(monkeypatch: pytest.MonkeyPatch) -> List[float]:
     """Collect how long waiting consumers meant to sleep."""
     pauses: List[float] = []
-    original = _delivery._wakeup.Ticket.wait
+    original = _wakeup.Ticket.wait
 
     def wait(self: Any, timeout: float) -> bool:
         pauses.append(timeout)
-        return original(self, timeout)
+        return bool(original(self, timeout))
 
-    monkeypatch.setattr(_delivery._wakeup.Ticket, "wait", wait)
+    monkeypatch.setattr(_wakeup.Ticket, "wait", wait)
     return pauses
 
 
@@ -240,8 +238,7 @@ def test_nobody_sleeps_longer_than_until_the_next_message_is_due(tmp_path: pathl
 
 
 def test_competing_consumers_share_what_is_due(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path,
-                       retries=retries(max_deliveries=50, delay_ns=10**6)) as queue:
+    with stores.opened(tmp_path, retries=retries(max_deliveries=50, delay_ns=10**6)) as queue:
         queue.put([bytes((index, )) for index in range(20)])
         done: List[bytes] = []
 
@@ -278,6 +275,11 @@ def acknowledge_all(queue: persipubsub.queue.Queue) -> None:
     assert stores.take_all(queue)
 
 
+def skip_and_acknowledge(queue: persipubsub.queue.Queue) -> None:
+    assert queue.skip_to_newest("sub") == 3
+    acknowledge_all(queue)
+
+
 def fill(queue: persipubsub.queue.Queue) -> None:
     queue.put([b"x"] * 9)
 
@@ -290,7 +292,7 @@ def remove(queue: persipubsub.queue.Queue) -> None:
 @pytest.mark.parametrize("leave", [
     acknowledge_all,
     lambda queue: queue.clear(),
-    lambda queue: (queue.skip_to_newest("sub"), acknowledge_all(queue)),
+    skip_and_acknowledge,
     fill,
     remove,
 ])
@@ -307,7 +309,7 @@ def test_record_leaves_with_its_message(tmp_path: pathlib.Path,
         queue.put([b"5"])
         assert stores.take_all(queue) == [b"5"]
         record = queue._environment.read(
-            lambda txn, databases: _layout.unpack_subscriber(txn.get(b"sub", db=databases.pending)))
+            lambda txn, databases: _positions.require(txn, databases, b"sub"))
         assert record.flags == 0
 
 
@@ -356,8 +358,10 @@ def test_records_of_others_stay(scratch: stores.Scratch) -> None:
         assert list(_attempts.between(txn, scratch.databases, 1, 0, 1 << 48)) == [(1 << 40, record)]
         assert not _attempts.forget_before(txn, scratch.databases, 1, 1 << 48)
         for ordinal in (0, 2):
-            assert [number for number, _ in _attempts.between(txn, scratch.databases, ordinal, 2,
-                                                              1 << 48)] == [2, 1 << 40]
+            assert [
+                number
+                for number, _ in _attempts.between(txn, scratch.databases, ordinal, 2, 1 << 48)
+            ] == [2, 1 << 40]
         _attempts.forget_all(txn, scratch.databases, 2)
         assert _attempts.read(txn, scratch.databases, 2, 1) is None
         assert _attempts.read(txn, scratch.databases, 0, 1) == record
@@ -370,8 +374,8 @@ def damage(queue: persipubsub.queue.Queue,
            change: "Callable[[Any, Databases, int], None]") -> List[str]:
 
     def work(txn: "Any", databases: Databases) -> None:
-        change(txn, databases, _layout.unpack_subscriber(txn.get(b"sub",
-                                                                 db=databases.pending)).ordinal)
+        change(txn, databases,
+               _layout.unpack_subscriber(txn.get(b"sub", db=databases.pending)).ordinal)
 
     queue._environment.write(work)
     return queue.check()

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import logging
 import pathlib
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -29,14 +29,16 @@ def opened(directory: pathlib.Path,
     """Open a queue and that of its dead letters; check both at the end."""
     letters = stores.settings(directory, path=str(directory / "letters"), **changes)
     persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
-    with persipubsub.queue.Queue(letters) as target, stores.opened(
-            directory, subscribers=["sub", "other"],
-            retries=retries(letters, max_deliveries)) as queue:
+    with persipubsub.queue.Queue(letters) as target, stores.opened(directory,
+                                                                   subscribers=["sub", "other"],
+                                                                   retries=retries(
+                                                                       letters,
+                                                                       max_deliveries)) as queue:
         yield queue, target
         assert target.check() == []
 
 
-def retries(letters: "Settings | None", max_deliveries: int) -> "dict[str, Retries]":
+def retries(letters: Optional[Settings], max_deliveries: int) -> "dict[str, Retries]":
     return {"sub": Retries(_attempts.Policy(max_deliveries=max_deliveries), "greetings", letters)}
 
 
@@ -71,8 +73,8 @@ def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: pathlib.Path) -
         slack = datetime.timedelta(seconds=1)
         assert begin - slack <= found.sent_at <= found.moved_at <= end + slack
         figures = stores.figures(queue)
-        assert (figures.dead_lettered, figures.failed, figures.acknowledged,
-                figures.lag) == (1, 2, 1, 0)
+        assert (figures.dead_lettered, figures.failed, figures.acknowledged, figures.lag) == (1, 2,
+                                                                                              1, 0)
         assert stores.attempts(queue) == {}
 
 

@@ -22,7 +22,7 @@ from tests import stores, support
 
 @pytest.fixture(name="queue_and_sub")
 def fixture_queue_and_sub(
-    tmp_path: pathlib.Path
+        tmp_path: pathlib.Path
 ) -> Iterator[Tuple[persipubsub.queue.Queue, persipubsub.subscriber.Sub]]:
     config_pth = support.write_config(tmp_path, subscribers=["sub", "other"])
     persipubsub.control.initialize_all_dbs(config_pth)
@@ -77,9 +77,9 @@ def test_loop_goes_on_with_what_comes(queue_and_sub: Pair) -> None:
 def test_end_is_the_end(queue_and_sub: Pair) -> None:
     queue, sub = queue_and_sub
     msgs = sub.messages(timeout=0)
-    assert list(msgs) == []
+    assert not list(msgs)
     queue.put([b"1"])
-    assert list(msgs) == []
+    assert not list(msgs)
 
 
 @pytest.mark.parametrize("how", ["raise", "break"])
@@ -115,7 +115,7 @@ def test_block_around_the_loop_tells_how_it_was_left(queue_and_sub: Pair) -> Non
             for _ in msgs:
                 raise ValueError("no")
     assert stores.figures(queue).failed == 1
-    assert list(msgs) == []
+    assert not list(msgs)
     with sub.receive(timeout=0, details=True) as message:
         assert message is not None
         assert (message.data, message.attempts) == (b"2", 2)

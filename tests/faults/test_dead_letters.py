@@ -1,9 +1,9 @@
 """
 Kill consumers whose deliveries are limited, and count what became of each message.
 
-``PERSIPUBSUB_STORM_SECS`` is how long the storm lasts at least, ``PERSIPUBSUB_SEED`` repeats its
-choices (not the scheduling of the machine); with ``PERSIPUBSUB_EVERY_CALL=1`` a process is killed at
-each system call of a move, and not at a sample of them.
+The storm grows with ``PERSIPUBSUB_STORM_SECS``, ``PERSIPUBSUB_SEED`` repeats its choices (not the
+scheduling of the machine); with ``PERSIPUBSUB_EVERY_CALL=1`` a process is killed at each system
+call of a move, and not at a sample of them.
 """
 
 # pylint: disable=missing-function-docstring
@@ -136,7 +136,8 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
     rng = random.Random(seed)
     config_pth = make(tmp_path, retry_delay_secs=delay_secs)
     ledger = Ledger(tmp_path / "ledger")
-    kinds = rng.choices([b"fail", b"kill", b"work"], weights=[1, 1, 8],
+    kinds = rng.choices([b"fail", b"kill", b"work"],
+                        weights=[1, 1, 8],
                         k=int(60 * max(1.0, STORM_SECS)))
     send(config_pth, *kinds)
 
@@ -212,11 +213,11 @@ def prepare(directory: pathlib.Path) -> pathlib.Path:
 
 
 def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
-    """Fail with the message for the last time; all but the end of it is done before strace comes."""
+    """Fail with the message for the last time: strace comes when all but the end is done."""
     sub = persipubsub.subscriber.Sub()
     sub.init(sub_id="sub", config_pth=config_pth)
     receipt = sub.receive(timeout=0)
-    assert receipt.__enter__() == b"fail"
+    assert receipt.__enter__() == b"fail"  # pylint: disable=unnecessary-dunder-call
     error = ValueError("no")
     return lambda: receipt.__exit__(ValueError, error, None)
 
