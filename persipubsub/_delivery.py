@@ -101,7 +101,7 @@ class Lease:
         finally:
             self._claim.release()
         if is_own:
-            self._consumer.wake_others()
+            self._consumer.ring()
 
     def touch(self) -> None:
         """Do nothing: the kernel knows that this process is alive, however long it works."""
@@ -238,7 +238,7 @@ class Consumer:
         guess = self._guess
         if guess:
             self._guess = 0
-            lease = self._claim(guess, guess, max_messages)
+            lease = self._claim(guess, guess, max_messages, is_guess=True)
             if lease is not None:
                 return lease, False, 0
 
@@ -298,7 +298,7 @@ class Consumer:
                                                                number=number),
                                              may_grow=True)
             if copied is not None and self._rings:
-                self._ring()
+                self.ring()
             if copied is not None and copied.is_spent:
                 self._move(copied)
             elif copied is not None and copied.numbers:
@@ -310,13 +310,18 @@ class Consumer:
                 claim.release()
         return lease
 
-    def _claim(self, begin: int, number: int, max_messages: int) -> Optional[Lease]:
+    def _claim(self,
+               begin: int,
+               number: int,
+               max_messages: int,
+               is_guess: bool = False) -> Optional[Lease]:
         """
         Claim messages and look at them again.
 
         :param begin: everything from here to the first message is done or not for the subscriber
         :param number: of the first message
         :param max_messages: how many to take at most
+        :param is_guess: True if it is the next one only if the position is still there
         :return: messages; None if somebody else has or had the first one, or it was moved away
         """
         ordinal = self._pending.ordinal
@@ -328,7 +333,7 @@ class Consumer:
             return None
         lease = None  # type: Optional[Lease]
         try:
-            copied = self._copy(number, number + claim.count)
+            copied = self._copy(number, number + claim.count, is_guess)
             if copied.is_spent:
                 self._move(copied)
             elif copied.numbers:
@@ -342,21 +347,23 @@ class Consumer:
                 claim.release()
         return lease
 
-    def _copy(self, number: int, end: int) -> _pending.Copied:
+    def _copy(self, number: int, end: int, is_guess: bool) -> _pending.Copied:
         """
         Copy claimed messages, and count the delivery where deliveries are limited.
 
         :param number: of the first message
         :param end: number behind the last one to look at
+        :param is_guess: True if it is the next one only if the position is still there
         :return: messages
         """
         if not self._pending.policy.max_deliveries:
             return self._environment.read(
-                functools.partial(self._pending.copy, number=number, end=end))
+                functools.partial(self._pending.copy, number=number, end=end, is_guess=is_guess))
         return self._environment.write(functools.partial(_deliveries.begin,
                                                          pending=self._pending,
                                                          number=number,
-                                                         end=end),
+                                                         end=end,
+                                                         is_guess=is_guess),
                                        may_grow=True)
 
     def _lease(self, claim: _claims.Claim, begin: int, copied: _pending.Copied) -> Lease:
@@ -388,7 +395,7 @@ class Consumer:
                                                   number=error.number),
                                 may_grow=True)
         if self._rings:
-            self._ring()
+            self.ring()
         return persipubsub.errors.CorruptMessageError("{}. It was set aside; queue {}".format(
             error, self._environment.directory),
                                                       number=error.number)
@@ -426,9 +433,9 @@ class Consumer:
                                                                 numbers=numbers),
                                               may_grow=True)
         if self._rings:
-            self._ring()
+            self.ring()
 
-    def _ring(self) -> None:
+    def ring(self) -> None:
         """Wake those who wait, for messages or for room."""
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             self._bell.ring()  # those who are not woken look once a second anyhow
@@ -462,10 +469,6 @@ class Consumer:
             # The message is where it was; the user's own exception matters more than the count.
             pass
 
-    def wake_others(self) -> None:
-        """Wake others that may take what was given back."""
-        self._ring()
-
     def _move(self, copied: _pending.Copied) -> None:
         """
         Move a claimed message away that is not delivered any more.
@@ -482,7 +485,7 @@ class Consumer:
                                                       number=message.number),
                                     may_grow=True)
             if self._rings:
-                self._ring()
+                self.ring()
 
     def describe(self, copied: _pending.Copied) -> List[persipubsub.message.Message]:
         """

@@ -22,8 +22,8 @@ from persipubsub import _json_file as json_file
 from persipubsub._config_checks import Text, Texts
 
 __all__ = [
-    "Strategy", "Durability", "HighWaterMark", "Queue", "Publisher", "Subscriber", "Config",
-    "RESERVED_SUBSCRIBER_IDS", "DEAD_LETTERS", "read", "parse", "check_identifier"
+    "Strategy", "Durability", "StartFrom", "HighWaterMark", "Queue", "Publisher", "Subscriber",
+    "Config", "RESERVED_SUBSCRIBER_IDS", "DEAD_LETTERS", "read", "parse", "check_identifier"
 ]
 
 RESERVED_SUBSCRIBER_IDS: Final = _config_checks.RESERVED_SUBSCRIBER_IDS
@@ -50,6 +50,15 @@ class Durability(enum.Enum):
     FSYNC = "fsync"
     #: With the operating system: it survives its process; a power failure, from a checkpoint on.
     OS = "os"
+
+
+class StartFrom(enum.Enum):
+    """Choose what a new subscriber gets of the messages that are in the queue already."""
+
+    #: Nothing: only what is sent from then on.
+    END = "end"
+    #: All that is still stored and addressed to it.
+    BEGINNING = "beginning"
 
 
 # yapf: disable
@@ -139,6 +148,8 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     identifier: Annotated[Text, msgspec.Meta(description="key of the entry, 1 to 255 bytes")]
     in_queue: Annotated[Text, msgspec.Meta(description="key in queues, to receive from")]
+    start_from: Annotated[StartFrom, msgspec.Meta(
+        description="where it begins when it is added to the queue")] = StartFrom.END
     max_deliveries: Annotated[int, msgspec.Meta(
         ge=1, le=2**31, description="how often a message is delivered at most, in deliveries; "
         "without the key there is no limit")] = 0

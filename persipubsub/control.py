@@ -9,6 +9,7 @@ The command ``persipubsub`` is a thin face of this module.
 """
 
 import contextlib
+import datetime
 import os
 import types
 from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
@@ -26,9 +27,9 @@ from persipubsub.maintenance._dead_letters import ListedDeadLetter
 from persipubsub.maintenance._looking import Message
 
 __all__ = [
-    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "verify",
-    "compact", "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue", "peek",
-    "follow", "in_flight", "dead_letter_queues", "dead_letters", "send_back", "drop_dead_letters",
+    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "seek",
+    "verify", "compact", "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue",
+    "peek", "follow", "in_flight", "dead_letters", "send_back", "drop_dead_letters",
     "ListedDeadLetter", "Message", "Progress", "Sizes"
 ]
 
@@ -104,7 +105,8 @@ def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) 
     Create the queues of a configuration file and add their subscribers.
 
     It may be repeated at any time: what is there stays as it is, new subscribers are added and get
-    what is published from then on. All of it is durable when the call returns; queues that were
+    what is published from then on; with ``start_from`` ``"beginning"``, also what is still stored
+    and addressed to them. All of it is durable when the call returns; queues that were
     made ready before an error stay ready.
 
     :param config_pth: path to the configuration file
@@ -244,18 +246,42 @@ def follow(config_pth: ConfigPath, queue_key: str, last: int = 0) -> Iterator[Li
     return _looking.follow(_one(config_pth, queue_key), last=last)
 
 
-# Messages that were given up
-
-
-def dead_letter_queues(config_pth: ConfigPath) -> Tuple[str, ...]:
+def seek(config_pth: ConfigPath,
+         sub_id: str,
+         to: Union[str, int, float, datetime.datetime],
+         queue_key: Optional[str] = None) -> int:
     """
-    List the queues into which subscribers' messages are moved that they failed to work on.
+    Let a subscriber go on from another place of the queue: back, to receive again, or forward.
+
+    It is done in one transaction, and durable when the call returns. Whatever the subscriber has
+    acknowledged from that place on is delivered again, as far as it is still stored (see
+    ``retain_secs``); what it passes unread counts as skipped. It may be called while everybody is
+    at work: a message that is being received is not given to a second one meanwhile.
+
+    A time means a message's age by the wall clock now. If that was set since the message was sent,
+    the place is off by as much. Messages that are older than the queue's timeout are passed over.
 
     :param config_pth: path to the configuration file
-    :return: keys of the queues
-    :raise ConfigError: if the file is wrong
+    :param sub_id: id of the subscriber
+    :param to:
+        ``"beginning"``: the oldest message that is stored; ``"end"``: behind the newest one; an
+        ``int``: the message of that number, or the next one that is stored; a ``float`` (seconds
+        since 1970) or a ``datetime`` with a time zone: the first message that was sent then or later
+    :param queue_key: key in ``queues``; that of the subscriber's entry if not given
+    :return: new position: the number of the message from which it goes on
+    :raise ConfigError: if the file is wrong, or has no such subscriber or queue
+    :raise NotInitializedError: if the queue or the subscriber was not initialized
+    :raise TypeError: if the place is of another type
+    :raise ValueError: if it is another text, or a time without a time zone
     """
-    return tuple(_dead_letters.queues_of(persipubsub.config.read(config_pth)))
+    config = persipubsub.config.read(config_pth)
+    if queue_key is None:
+        queue_key = config.subscriber(sub_id).in_queue
+    with persipubsub.queue.Queue(_one(config_pth, queue_key)) as queue:
+        return queue.seek(sub_id, to)
+
+
+# Messages that were given up
 
 
 def dead_letters(config_pth: ConfigPath,
@@ -383,9 +409,9 @@ def restore(config_pth: ConfigPath,
     :raise FormatError: if it is not the backup of a queue, or the directory holds something else
     """
     settings = _one(config_pth, queue_key)
-    subscribers = persipubsub.config.read(config_pth).queues[queue_key].subscribers
+    config = persipubsub.config.read(config_pth)
     _alone.restore(settings, os.path.realpath(os.fspath(source)), progress or Progress())
-    persipubsub.queue.Queue.ensure(settings, subscribers=subscribers)
+    persipubsub.queue.ensure_queue(config, queue_key)
 
 
 @icontract.ensure(lambda result: all(sizes.after > 0 for sizes in result.values()))

@@ -7,17 +7,18 @@ time; many processes may have the same queue open.
 """
 
 import contextlib
+import datetime
 import functools
 import os
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import lmdb
 
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putting, _tidying,
-                         _wakeup)
+from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putting, _replay,
+                         _tidying, _wakeup)
 from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
 from persipubsub.store import _attempts, _check, _pending, _positions, _retention
@@ -71,15 +72,18 @@ class Queue:
         self._is_closed = False
 
     @staticmethod
-    def ensure(settings: Settings, subscribers: Sequence[str]) -> None:
+    def ensure(settings: Settings, subscribers: Sequence[str],
+               from_beginning: Sequence[str] = ()) -> None:
         """
         Create the queue and its subscribers, as far as they are not there. It may be repeated.
 
-        The store is durable when the call returns. New subscribers begin at the end of the queue.
-        A store of another durability is changed, if no process uses it.
+        The store is durable when the call returns. A store of another durability is changed, if no
+        process uses it.
 
         :param settings: of the queue
         :param subscribers: ids of all its subscribers; others that are there stay
+        :param from_beginning:
+            those of them that get what is still stored if they are new; the others begin at the end
         :raise QueueInUseError: to change the durability while it is used
         """
         options = settings.options()
@@ -88,7 +92,12 @@ class Queue:
         try:
             keys = [subscriber.encode("utf-8") for subscriber in subscribers]
             if environment.read(functools.partial(_positions.lacks, keys=keys)):
-                environment.write(functools.partial(_positions.add, keys=keys))
+                environment.write(
+                    functools.partial(
+                        _positions.add,
+                        keys=keys,
+                        from_beginning=[name.encode("utf-8") for name in from_beginning],
+                        oldest_ns=environment.now_ns() - settings.timeout_ns))
                 environment.flush_now()
         finally:
             _registry.release(environment)
@@ -251,6 +260,29 @@ class Queue:
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             self._bell.ring()  # those who are not woken look once a second
 
+    def seek(self, subscriber: str, to: Union[str, int, float, datetime.datetime]) -> int:
+        """
+        Let a subscriber go on from another place, in one transaction and durably.
+
+        :param subscriber: its id
+        :param to: see :py:func:`persipubsub.control.seek`
+        :return: its new position
+        :raise NotInitializedError: if the queue has no such subscriber
+        """
+        self._check_open()
+        choose = _replay.chooser(to, self.settings.timeout_ns, self._now_ns)
+
+        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:
+            return _positions.seek(txn,
+                                   databases,
+                                   key=subscriber.encode("utf-8"),
+                                   number=choose(txn, databases))
+
+        position = self._environment.write(work, may_grow=True)
+        self._environment.flush_now()
+        self._ring()
+        return position
+
     # Looking after the queue
 
     def drop_expired(self) -> int:
@@ -332,7 +364,13 @@ def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
     if any(found.dead_letter_queue == queue_key for found in config.subscribers.values()):
         # On its behalf the operator looks at what is there; without it nobody might keep it.
         subscribers.append(persipubsub.config.DEAD_LETTERS)
-    Queue.ensure(Settings.of(config, queue_key), subscribers)
+    Queue.ensure(Settings.of(config, queue_key),
+                 subscribers=subscribers,
+                 from_beginning=[
+                     subscriber.identifier for subscriber in config.subscribers.values()
+                     if subscriber.in_queue == queue_key
+                     and subscriber.start_from is persipubsub.config.StartFrom.BEGINNING
+                 ])
 
 
 def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:

@@ -14,7 +14,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Dict, List, Optional, Set, Tuple
+import time
+from typing import Dict, List, Optional, Set, Tuple, Union
 
 import hypothesis.strategies as st
 import pytest
@@ -319,8 +320,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(side=SIDES,
           index=st.integers(min_value=0, max_value=3),
           what=st.sampled_from([
-              "prune", "prune", "pop to top", "pop to top", "clear", "add", "reopen", "reopen",
-              "reopen all"
+              "prune", "prune", "pop to top", "pop to top", "clear", "add", "add", "reopen",
+              "reopen", "reopen all"
           ]))
     def look_after(self, side: int, index: int, what: str) -> None:
         """Do one of the things that end much of what goes on: one rule, to be chosen seldom."""
@@ -333,9 +334,46 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.queues[side].clear() == self.twin.clear()
             assert len(stores.blocks(self.queues[0])) <= 1
         elif what == "add":
-            self.add_subscriber()
+            self.add_subscriber(from_beginning=bool(index % 2))
         else:
             self.reopen((side, ) if what == "reopen" else (0, 1))
+
+    @rule(side=SIDES,
+          index=st.integers(min_value=0, max_value=3),
+          place=st.sampled_from(["beginning", "beginning", "end", "number", "number", "time"]),
+          back=st.integers(min_value=-2, max_value=20))
+    def seek(self, side: int, index: int, place: str, back: int) -> None:
+        name = self.name(index)
+        queue = self.queues[side]
+        to = place  # type: Union[str, int, float]
+        head, end = self.stored()
+        expected = {"beginning": 0, "end": end, "number": self.twin.next_number - back}.get(place)
+        oldest_ns = self.clock.now_ns - TIMEOUT_NS
+        if place == "number":
+            to = self.twin.next_number - back
+        if place == "time":
+            # Half a year ago: the wall clock goes on between here and there.
+            to = time.time() - 1.5e7
+        if place in ("beginning", "time"):
+            expected = min((message.number for message in self.twin.log
+                            if message.number >= head and message.time_ns >= oldest_ns),
+                           default=end)
+        assert expected is not None
+        position = queue.seek(name, to)
+        if place == "number":
+            assert position == max(head, min(expected, end))
+        else:
+            # A gap in front of the message makes no difference.
+            assert head <= position <= expected
+            assert not [
+                message for message in self.twin.log if position <= message.number < expected
+            ]
+        self.twin.seek(name, position)
+
+    def stored(self) -> Tuple[int, int]:
+        """Return the first number that is stored, and the next one."""
+        blocks = stores.blocks(self.queues[0])
+        return blocks[0].start if blocks else self.twin.next_number, self.twin.next_number
 
     def prune(self, side: int) -> None:
         before = self.twin.timeouts()
@@ -355,12 +393,18 @@ class QueueMachine(RuleBasedStateMachine):
             if message.time_ns > self.clock.now_ns - self.settings.retain_ns
         } <= numbers
 
-    def add_subscriber(self) -> None:
+    def add_subscriber(self, from_beginning: bool) -> None:
         names = NAMES[:1 + len(self.twin.subscribers)]
-        persipubsub.queue.Queue.ensure(self.settings, subscribers=names)
+        # The clock of the queue itself is far ahead of the injected one: nothing is too old by it.
+        made = self.settings._replace(timeout_ns=stores.START_NS)
+        persipubsub.queue.Queue.ensure(made,
+                                       subscribers=names,
+                                       from_beginning=names if from_beginning else ())
         if names[-1] not in self.twin.subscribers:
             self.twin.add(names[-1])
             self.apply_policies()
+            if from_beginning:
+                self.twin.seek(names[-1], self.stored()[0])
         # The first subscribers of a new queue may cost a number.
         assert self.queues[0].statistics().next_number == self.twin.next_number
 

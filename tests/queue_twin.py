@@ -269,6 +269,20 @@ class Twin:
             subscriber.acknowledged += 1
             subscriber.acknowledged_ns = now_ns
 
+    def seek(self, name: str, position: int) -> None:
+        """Let a subscriber go on from another place."""
+        subscriber = self.subscribers[name]
+        passed = {number for number in subscriber.pending if number < position}
+        subscriber.skipped += len(passed)
+        again = {
+            message.number
+            for message in self.log
+            if message.number >= position and (message.audience is None or name in message.audience)
+        }
+        # What was done before is before it once more.
+        subscriber.addressed += len(again - subscriber.pending)
+        subscriber.pending = again
+
     def skip_to_newest(self, name: str) -> int:
         """Acknowledge all messages in front of the newest one; return how many."""
         subscriber = self.subscribers[name]

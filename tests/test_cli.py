@@ -40,6 +40,7 @@ ARGUMENTS: Dict[str, List[str]] = {
     "send": ["pub", "--message", "x"],
     "backup": ["target"],
     "restore": ["backup", "--yes"],
+    "seek": ["sub", "--to", "end"],
     "add-subscriber": ["new"],
     "remove-subscriber": ["sub", "--yes"],
     "clear": ["--yes"],
@@ -511,6 +512,31 @@ def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
     assert lag(config_pth) == 1
     found = json.loads(run("compact", config_pth, "--json").stdout)["queue"]
     assert found["before_bytes"] >= found["after_bytes"] > 0
+
+
+@pytest.mark.parametrize("place, position", [("beginning", 1), ("end", 4), ("2", 2), ("0", 1),
+                                             ("99", 4), ("@0", 1), ("@4e9", 4), ("2001-02-03", 1),
+                                             ("2001-02-03T04:05:06Z", 1),
+                                             ("2150-02-03 04:05+01:00", 4)])
+def test_seek(tmp_path: pathlib.Path, place: str, position: int) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1", b"2", b"3")
+    count = 4 - position
+    process = run("seek", config_pth, "sub", "--to", place)
+    assert process.stdout.startswith("queue: sub goes on from number {}, with ".format(position))
+    assert process.stdout.endswith(" before it\n")
+    found = json.loads(run("seek", config_pth, "sub", "--to", place, "--json").stdout)
+    assert found == {"queue": "queue", "subscriber": "sub", "position": position, "lag": count}
+    assert lag(config_pth) == count
+
+
+@pytest.mark.parametrize("place", ["", "start", "-1", "1.5", "@", "@nan", "@1e99", "24.11.2026"])
+def test_seek_to_no_place(tmp_path: pathlib.Path, place: str) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"1")
+    process = run("seek", config_pth, "sub", "--to", place, exit_code=2)
+    assert "but got: {!r}".format(place) in process.stderr
+    assert lag(config_pth) == 1
 
 
 def test_subscribers_and_drop(tmp_path: pathlib.Path) -> None:

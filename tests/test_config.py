@@ -900,7 +900,10 @@ def correct_content(draw: st.DrawFn) -> dict[str, Any]:
         content["queues"][key] = queue
         for identifier in queue["subscribers"]:
             if draw(st.booleans()):
-                content.setdefault(identifier, {})["in_queue"] = key
+                content.setdefault(identifier,
+                                   {}).update(in_queue=key,
+                                              start_from=draw(st.sampled_from(["end",
+                                                                               "beginning"])))
         if queue["subscribers"]:
             members = st.lists(st.sampled_from(queue["subscribers"]), unique=True, min_size=1)
             entry = content.setdefault(draw(IDENTIFIER), {})
@@ -922,5 +925,6 @@ def test_round_trip(content: dict[str, Any]) -> None:
                                                   subscribers=list(publisher.subscribers))
     for identifier, subscriber in config.subscribers.items():
         assert subscriber.identifier == identifier
-        entries.setdefault(identifier, {})["in_queue"] = subscriber.in_queue
+        entries.setdefault(identifier, {}).update(in_queue=subscriber.in_queue,
+                                                  start_from=subscriber.start_from.value)
     assert entries == {key: entry for key, entry in content.items() if key != "queues"}

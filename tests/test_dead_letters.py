@@ -73,7 +73,6 @@ def test_letters_are_listed_without_taking_them(config_pth: pathlib.Path) -> Non
     one = persipubsub.control.dead_letters(config_pth, "letters")["letters"][0]
     assert (one.letter.queue, one.letter.subscriber, one.letter.error) == ("queue", "sub",
                                                                            "ValueError: not 1")
-    assert persipubsub.control.dead_letter_queues(config_pth) == ("letters", )
     figures = persipubsub.control.statistics(config_pth)["letters"]
     assert [entry.subscriber for entry in figures.subscribers] == ["dead_letters"]
 

@@ -2,6 +2,9 @@
 
 import pathlib
 import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -39,3 +42,26 @@ def test_named_variable_is_used(name: str) -> None:
 def test_named_errors_are_there() -> None:
     named = set(re.findall(r"``(\w+Error)``", _GUARANTEES))
     assert named <= set(persipubsub.errors.__all__)
+
+
+def _block(text: str, title: str) -> str:
+    """Return the only block behind a title."""
+    found = re.findall("^" + re.escape(title) + r"\n\n((?:(?:    .*)?\n)+)", text, re.MULTILINE)
+    assert len(found) == 1, title
+    return textwrap.dedent(found[0]).strip("\n") + "\n"
+
+
+@pytest.mark.parametrize("name", ["back-pressure", "once", "replay"])
+def test_example_runs_and_prints_what_it_says(tmp_path: pathlib.Path, name: str) -> None:
+    text = (_ROOT / "docs" / (name + ".rst")).read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(_block(text, ".. code-block:: json"), encoding="utf-8")
+    process = subprocess.run(
+        [sys.executable, "-c", _block(text, ".. code-block:: python")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False)
+    assert process.stderr == ""
+    assert process.stdout == _block(text, "It prints::")
+    assert process.returncode == 0

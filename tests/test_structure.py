@@ -24,7 +24,7 @@ _MAX_LINES = 500
 _ROWS: List[Set[str]] = [
     {"__main__"},
     {"cli.commands"},
-    {"cli._dead_letters", "cli._maintenance", "cli._messages", "cli._queues"},
+    {"cli._dead_letters", "cli._maintenance", "cli._messages", "cli._queues", "cli._replay"},
     {"cli._view"},
     {"cli._shared", "metrics"},
     {"control", "publisher", "subscriber"},
@@ -36,7 +36,7 @@ _ROWS: List[Set[str]] = [
     {"maintenance._alone", "maintenance._upkeep"},
     {"maintenance._verification"},
     {"_delivery", "_putting", "statistics"},
-    {"_tidying"},
+    {"_replay", "_tidying"},
     {"_losses", "_moving"},
     {"_settings"},
     {"environment._registry"},

@@ -42,8 +42,12 @@ def describe(copied: _pending.Copied, offset_ns: int,
     return described
 
 
-def begin(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-          number: int, end: int) -> _pending.Copied:
+def begin(txn: "lmdb.Transaction[memoryview]",
+          databases: Databases,
+          pending: _pending.Pending,
+          number: int,
+          end: int,
+          is_guess: bool = False) -> _pending.Copied:
     """
     Copy claimed messages, and count their delivery before it begins: crashes count, too.
 
@@ -52,10 +56,11 @@ def begin(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _p
     :param pending: messages of the subscriber
     :param number: of the first message
     :param end: number behind the last one to look at
+    :param is_guess: True if it is the next one only if the position is still there
     :return: messages with what is known of their deliveries, this one included
     :raise CorruptMessageError: if the first one is damaged
     """
-    copied = pending.copy(txn, databases, number, end)
+    copied = pending.copy(txn, databases, number, end, is_guess)
     if copied.is_spent or not copied.numbers:
         return copied
     counted = {}  # type: Dict[int, _layout.Attempts]
@@ -165,7 +170,8 @@ def set_aside(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending
     """
     subscriber = _positions.require(txn, databases, pending.key)
     _attempts.forget(txn, databases, subscriber.ordinal, number)
-    moved, fresh = _positions.acknowledge(txn, databases, subscriber, begin_number, number + 1)
+    start = pending.begin_of(txn, databases, subscriber, begin_number, number)
+    moved, fresh = _positions.acknowledge(txn, databases, subscriber, start, number + 1)
     if fresh:
         _positions.write(txn, databases, pending.key, moved._replace(corrupt=moved.corrupt + 1))
 

@@ -186,8 +186,12 @@ class Pending:
             known = self._audiences.get(audience, False)
         return known
 
-    def copy(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, number: int,
-             end: int) -> Copied:
+    def copy(self,
+             txn: "lmdb.Transaction[memoryview]",
+             databases: Databases,
+             number: int,
+             end: int,
+             is_guess: bool = False) -> Copied:
         """
         Copy messages from a claimed one on, as far as they are pending, due and to be delivered.
 
@@ -195,13 +199,14 @@ class Pending:
         :param databases: handles
         :param number: of the first message
         :param end: number behind the last one to look at
+        :param is_guess: True if it is the next one only if the position is still there
         :return: messages; none if the first one is not pending, or not due
         :raise CorruptMessageError: if the first one is damaged
         """
         attempts = _NO_ATTEMPTS
         is_spent = False
         subscriber = _positions.require(txn, databases, self.key)
-        if number < subscriber.position:
+        if number < subscriber.position or (is_guess and number != subscriber.position):
             return _NOTHING
         if subscriber.flags:
             if _positions.skip_ahead(txn, databases, subscriber.ordinal, number) != number:
@@ -303,6 +308,7 @@ class Pending:
             # It was removed and added again: another subscriber of the same name.
             return subscriber.position
         count = self._count_pending(txn, databases, subscriber, numbers)
+        begin = self.begin_of(txn, databases, subscriber, begin, numbers[0])
         if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
             for number in numbers:
                 _attempts.forget(txn, databases, subscriber.ordinal, number)
@@ -313,6 +319,27 @@ class Pending:
         if moved != subscriber:
             _positions.write(txn, databases, self.key, moved)
         return moved.position
+
+    def begin_of(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                 subscriber: _layout.Subscriber, begin: int, number: int) -> int:
+        """
+        Look whether what lies in front of a message is still done or not for the subscriber.
+
+        It is not after a seek to what lies in between, which is to be received again.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param subscriber: its record
+        :param begin: everything from here to the message was, when it was taken
+        :param number: of the message
+        :return: from where on to acknowledge
+        """
+        if begin >= number:
+            return number
+        own = _positions.audiences_of(_log.read_audiences(txn, databases), self.key)
+        if _positions.count_pending(txn, databases, subscriber, own, begin, number):
+            return number
+        return begin
 
     @staticmethod
     def _count_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases,

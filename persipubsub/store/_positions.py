@@ -350,13 +350,65 @@ def lacks(txn: "lmdb.Transaction[memoryview]", databases: Databases, keys: Seque
     return any(txn.get(key, db=databases.pending) is None for key in keys)
 
 
-def add(txn: "lmdb.Transaction[memoryview]", databases: Databases, keys: Sequence[bytes]) -> None:
+def beginning(txn: "lmdb.Transaction[memoryview]", databases: Databases, oldest_ns: int) -> int:
     """
-    Add the subscribers that are missing, at the end of the queue.
+    Find the first message that is still stored and not too old.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param oldest_ns: everything that was committed before is too old
+    :return: its number; the next number if there is none
+    """
+    cursor = txn.cursor(db=databases.data)
+    end = _log.read_tail(cursor).next_number
+    found = _log.head(cursor)
+    first = found.first if found is not None else end
+    return _log.number_at_time(cursor, min(first, end), end, oldest_ns)
+
+
+def seek(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes, number: int) -> int:
+    """
+    Let a subscriber go on from a message, which may lie behind or in front of its position.
+
+    Whatever it acknowledged from there on is delivered again; what it passes counts as skipped.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param key: id of the subscriber, in UTF-8
+    :param number: of the message
+    :return: new position, which is at most the next number and not in front of what is stored
+    """
+    subscriber = require(txn, databases, key)
+    cursor = txn.cursor(db=databases.data)
+    end = _log.read_tail(cursor).next_number
+    found = _log.head(cursor)
+    number = max(min(number, end), found.first if found is not None else end)
+    audiences = audiences_of(_log.read_audiences(txn, databases), key)
+    skipped = count_pending(txn, databases, subscriber, audiences, 0, number)
+    drop_ranges(txn, databases, subscriber.ordinal, 0)
+    write(
+        txn, databases, key,
+        subscriber._replace(position=number,
+                            flags=subscriber.flags & ~_layout.FLAG_MAY_HAVE_RANGES,
+                            skipped=subscriber.skipped + skipped))
+    # Whoever remembers how far all subscribers have come looks again: positions went back.
+    _log.change_generation(cursor)
+    return number
+
+
+def add(txn: "lmdb.Transaction[memoryview]",
+        databases: Databases,
+        keys: Sequence[bytes],
+        from_beginning: Sequence[bytes] = (),
+        oldest_ns: int = 0) -> None:
+    """
+    Add the subscribers that are missing, at the end of the queue or at its beginning.
 
     :param txn: write transaction
     :param databases: handles
     :param keys: ids in UTF-8
+    :param from_beginning: those of them that get what is still stored
+    :param oldest_ns: ... and was not committed before
     """
     value = txn.get(_layout.HEADER_KEY, db=databases.meta)
     header = _layout.unpack_header(bytes(value or b""), "")
@@ -370,7 +422,10 @@ def add(txn: "lmdb.Transaction[memoryview]", databases: Databases, keys: Sequenc
             raise persipubsub.errors.StoreError(
                 "Expected at most {} subscribers in the life of a queue, but got: {!r}".format(
                     _layout.MAX_SUBSCRIBER_ORDINAL, key))
-        subscriber = _layout.Subscriber(ordinal, 0, tail.next_number, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        position = tail.next_number
+        if key in from_beginning:
+            position = beginning(txn, databases, oldest_ns)
+        subscriber = _layout.Subscriber(ordinal, 0, position, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         write(txn, databases, key, subscriber)
         ordinal += 1
     txn.put(_layout.HEADER_KEY,

@@ -1,0 +1,90 @@
+"""
+Kill publishers that wait for room and the subscribers that make it, and check the ledger.
+
+``PERSIPUBSUB_STORM_SECS`` is how long each storm lasts, ``PERSIPUBSUB_SEED`` repeats its choices.
+"""
+
+# pylint: disable=missing-function-docstring
+
+import os
+import pathlib
+import random
+from typing import Dict, Final
+
+import pytest
+
+import persipubsub.control
+import persipubsub.queue
+from tests import support
+from tests.faults import ledger, test_storm, workers
+
+STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "3"))
+
+#: Fewer than publishers send in the time of a kill.
+MOST: Final = 30
+
+ROLES: Final = {
+    "p0": workers.Role(kind="publish", id="pub", batch=1),
+    "p1": workers.Role(kind="publish", id="pub", batch=20, threads=4),
+    "p2": workers.Role(kind="publish", id="pub_alpha", batch=5),
+    "a0": workers.Role(kind="subscribe", id="alpha", batch=1),
+    "a1": workers.Role(kind="subscribe", id="alpha", batch=10),
+    "b0": workers.Role(kind="subscribe", id="beta", batch=10),
+    "c0": workers.Role(kind="control", id="", batch=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
+                                                      durability: str) -> None:
+    rng = random.Random(test_storm.choose_seed())
+    config_pth = support.write_config(tmp_path,
+                                      publishers=test_storm.AUDIENCES,
+                                      subscribers=("alpha", "beta"),
+                                      durability=durability,
+                                      checkpoint_secs=0.2,
+                                      strategy="block",
+                                      MAX_MSGS_NUM=MOST)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
+    killed_ledger = workers.Ledger(scene.ledger_pth)
+    places = {}  # type: Dict[str, workers.Worker]
+    highest = 0
+    kills = 0
+    try:
+        for place, role in ROLES.items():
+            places[place] = workers.Worker(scene, role, place, rng)
+        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+            for _ in range(4):
+                killed, _ = test_storm.rage(places, rng, STORM_SECS / 4, killed_ledger)
+                kills += killed
+                # With no subscriber left, all publishers come to wait.
+                for place in ("a0", "a1", "b0"):
+                    places[place].kill(killed_ledger)
+                support.until(lambda: queue.statistics().messages > MOST - 20, "the queue is full")
+                highest = max(highest, queue.statistics().messages)
+                for place in ("a0", "a1", "b0"):
+                    places[place].start()
+        test_storm.drain(places, scene.board, support.settings(config_pth))
+    finally:
+        for worker in places.values():
+            worker.destroy()
+
+    books = ledger.Books(scene.ledger_pth, test_storm.AUDIENCES)
+    print("{}: {} kills, {} messages sent, at most {} waited".format(durability, kills,
+                                                                     books.count_sent(), highest))
+    assert not books.errors
+    assert not books.unknown()
+    assert not books.twice()
+    assert not books.lost()
+    assert not books.unfinished()
+    assert not books.halves()
+    assert highest <= MOST
+    assert books.count_sent() > 10 * STORM_SECS
+    found, subscribers = test_storm.figures(config_pth)
+    assert found.messages == 0
+    for name, entry in subscribers.items():
+        assert entry.acknowledged == len(books.received[name])
+        assert (entry.dropped_by_timeout, entry.dropped_by_mark, entry.cleared,
+                entry.skipped) == (0, 0, 0, 0)

@@ -1,0 +1,113 @@
+"""
+Kill publishers at random that repeat what they do not know to be sent: each message is stored once.
+
+``PERSIPUBSUB_STORM_SECS`` is how long each storm lasts, ``PERSIPUBSUB_SEED`` repeats its choices.
+"""
+
+# pylint: disable=missing-function-docstring
+
+import os
+import pathlib
+import random
+import signal
+import time
+from typing import Dict, Final, List, Set, Tuple
+
+import pytest
+
+import persipubsub.control
+import persipubsub.publisher
+import persipubsub.queue
+from tests import stores, support
+from tests.faults import test_storm, workers
+
+STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
+
+#: Jobs that are shared by two processes, and jobs of one of its own.
+SOURCES: Final = ("shared", "shared", "own")
+
+
+def read(ledger_pth: pathlib.Path, place: int) -> Tuple[Set[str], Set[str]]:
+    """Read what the processes of a place, or of all places, tried to send, and sent for certain."""
+    found = {"try": set(), "sent": set()}  # type: Dict[str, Set[str]]
+    for line in ledger_pth.read_text(encoding="ascii").split("\n"):
+        if line.endswith(workers.Ledger.END):
+            _, kind, number, *ids = line[:-len(workers.Ledger.END)].split(" ")
+            if place < 0 or int(number) == place:
+                found[kind].update(ids)
+    return found["try"], found["sent"]
+
+
+def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: pathlib.Path,
+            place: int, seed: int) -> None:
+    """Go on where the process before was killed, and repeat some of what it sent."""
+    workers.guard()
+    ledger = workers.Ledger(ledger_pth)
+    rng = random.Random(seed)
+    _, sent = read(ledger_pth, place)
+    number = max(0, len(sent) - rng.randint(0, 30))
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        while not pipe.poll():
+            count = rng.choice((1, 1, rng.randint(2, 20)))
+            ids = ["{}:{}".format(SOURCES[place], number + index) for index in range(count)]
+            ledger.note("try", place, *ids)
+            if count == 1:
+                pub.send(ids[0].encode("ascii"), msg_id=ids[0])
+            else:
+                pub.send_many([name.encode("ascii") for name in ids], msg_ids=ids)
+            ledger.note("sent", place, *ids)
+            number += count
+    pipe.send("ended")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_each_message_is_stored_once(tmp_path: pathlib.Path, durability: str) -> None:
+    rng = random.Random(test_storm.choose_seed())
+    config_pth = support.write_config(tmp_path,
+                                      durability=durability,
+                                      checkpoint_secs=0.2,
+                                      MAX_MSGS_NUM=10**8)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    ledger_pth = tmp_path / "ledger"
+    ledger_pth.touch()
+
+    def start(place: int) -> support.Child:
+        return support.Child(publish, config_pth, ledger_pth, place, rng.randrange(1 << 60))
+
+    children = [start(place) for place in range(len(SOURCES))]
+    kills = 0
+    try:
+        deadline = time.monotonic() + STORM_SECS
+        while time.monotonic() < deadline:
+            time.sleep(rng.uniform(0.02, 0.2))
+            place = rng.randrange(len(children))
+            children[place].kill(signal.SIGKILL)
+            children[place].end(-signal.SIGKILL)
+            children[place].pipe.close()
+            children[place] = start(place)
+            kills += 1
+        for child in children:
+            child.pipe.send("end")
+        for child in children:
+            assert child.get() == "ended"
+            child.end()
+    finally:
+        for child in children:
+            child.__exit__()
+
+    tried, sent = read(ledger_pth, -1)
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert queue.check() == []
+        numbers = queue.statistics().next_number - 1
+        stored = [message.decode("ascii") for message in stores.take_all(queue)]
+    print("{}: {} kills, {} messages sent".format(durability, kills, len(sent)))
+    assert len(stored) == len(set(stored)) == numbers
+    assert sent <= set(stored) <= tried
+    for source in set(SOURCES):
+        mine = [int(name.partition(":")[2]) for name in stored if name.startswith(source)]
+        expected = list(range(len(mine)))  # type: List[int]
+        assert mine == expected
+    assert kills > STORM_SECS
+    assert len(sent) > 20 * STORM_SECS
