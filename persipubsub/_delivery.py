@@ -198,7 +198,7 @@ class Consumer:
         :return: message; None if it is not pending, or another consumer has it
         :raise CorruptMessageError: if it is damaged; it is set aside
         """
-        return self._claim(number, number, 1)
+        return self._claim(0, number, 1)
 
     def _wait(self, take: Callable[[], _Taken], timeout: Optional[float],
               longest_pause: float) -> Optional[Lease]:
@@ -302,9 +302,9 @@ class Consumer:
             if copied is not None and copied.is_spent:
                 self._move(copied)
             elif copied is not None and copied.numbers:
-                lease = self._lease(claim, number, copied)
+                lease = self._lease(claim, 0, copied)
         except persipubsub.errors.CorruptMessageError as error:
-            raise self._set_aside(number, error) from None
+            raise self._set_aside(0, error) from None
         finally:
             if lease is None:
                 claim.release()
@@ -425,7 +425,7 @@ class Consumer:
         """
         Acknowledge messages that this consumer has claimed, in one transaction.
 
-        :param begin: everything from here to the first message is done or not for the subscriber
+        :param begin: everything from here to the first message is done, unless a look says otherwise
         :param numbers: of the messages
         """
         self._guess = self._environment.write(functools.partial(self._pending.acknowledge,

@@ -11,6 +11,7 @@ from typing import Any, Iterator, List, Optional, Tuple
 
 import pytest
 
+import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery, _moving
@@ -256,3 +257,32 @@ def test_letter_of_another_version_is_refused() -> None:
                         version=2)
     with pytest.raises(persipubsub.errors.CorruptMessageError, match="version 1, but got: 2"):
         DeadLetter.decode(letter.encode())
+
+
+@pytest.mark.parametrize("how", ["give up", "newest", "at"])
+def test_position_passes_the_gap_in_front_of_what_leaves(tmp_path: pathlib.Path, how: str) -> None:
+    letters = stores.settings(tmp_path, path=str(tmp_path / "letters"))
+    persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
+    with stores.opened(tmp_path,
+                       max_messages=4,
+                       strategy=persipubsub.config.Strategy.PRUNE_LAST,
+                       retries=retries(letters, 1)) as queue:
+        first = queue.put([b"1", b"2", b"3", b"4"])
+        queue.consumer("sub").take_newest(timeout=0)
+        # Messages 3 and 4 are dropped; the position goes on from a gap.
+        number = queue.put([b"5"])
+        assert stores.take_all(queue)[-1:] == [b"5"]
+        number = queue.put([b"6", b"7", b"8", b"9"])
+        held = queue.consumer("sub").take(timeout=0, max_messages=2)
+        assert held is not None and first < number
+        held.acknowledge()
+        queue.put([b"x"])
+        if how == "give up":
+            fail(queue, times=1)
+        else:
+            consumer = queue.consumer("sub")
+            lease = consumer.take_newest(
+                timeout=0) if how == "newest" else consumer.take_at(number + 2)
+            assert lease is not None
+            lease.acknowledge()
+        assert stores.ranges(queue) == []
