@@ -16,7 +16,7 @@ import contextlib
 import functools
 import os
 import time
-from typing import Callable, Final, List, NamedTuple, Optional, Tuple
+from typing import Callable, Final, List, Optional, Tuple
 
 import persipubsub.errors
 import persipubsub.message
@@ -101,10 +101,16 @@ class Lease:
         finally:
             self._claim.release()
         if is_own:
-            self._consumer.wake_others()
+            self._consumer.ring()
 
     def touch(self) -> None:
         """Do nothing: the kernel knows that this process is alive, however long it works."""
+
+
+#: What a look at the queue came to: what was taken; whether messages were passed over that others
+#: have claimed; when the first of those that rest is due, on the queue's clock, 0 if none rests. A
+#: plain tuple, as it is made for each message.
+_Taken = Tuple[Optional[Lease], bool, int]
 
 
 class Consumer:
@@ -159,7 +165,7 @@ class Consumer:
         :return: messages; None if there was none in time
         :raise CorruptMessageError: if the next message is damaged; it is set aside
         """
-        lease = self._take_now(max_messages).lease
+        lease = self._take_now(max_messages)[0]
         if lease is not None or (timeout is not None and timeout <= 0):
             return lease
         return self._wait(functools.partial(self._take_now, max_messages), timeout, longest_pause)
@@ -179,7 +185,7 @@ class Consumer:
         :return: message; None if there was none in time
         :raise CorruptMessageError: if the newest message is damaged; it is set aside
         """
-        lease = self._take_newest_now().lease
+        lease = self._take_newest_now()[0]
         if lease is not None or (timeout is not None and timeout <= 0):
             return lease
         return self._wait(self._take_newest_now, timeout, longest_pause)
@@ -192,9 +198,9 @@ class Consumer:
         :return: message; None if it is not pending, or another consumer has it
         :raise CorruptMessageError: if it is damaged; it is set aside
         """
-        return self._claim(number, number, 1)
+        return self._claim(0, number, 1)
 
-    def _wait(self, take: "Callable[[], _Taken]", timeout: Optional[float],
+    def _wait(self, take: Callable[[], _Taken], timeout: Optional[float],
               longest_pause: float) -> Optional[Lease]:
         """
         Take as soon as there is something.
@@ -209,20 +215,20 @@ class Consumer:
         with self._bell.prepare() as ticket:
             while True:
                 ticket.arm()
-                taken = take()
+                lease, is_claimed, due_ns = take()
                 now = time.monotonic()
-                if taken.lease is not None or (deadline is not None and now >= deadline):
-                    return taken.lease
+                if lease is not None or (deadline is not None and now >= deadline):
+                    return lease
                 if now >= next_check:
                     self._environment.check_readers()
                     next_check = now + _READER_CHECK_SECS
-                pause = _CLAIMED_PAUSE_SECS if taken.is_claimed else min(
-                    longest_pause, _LONGEST_PAUSE_SECS)
-                if taken.due_ns:
-                    pause = min(pause, max(0, taken.due_ns - self._pending.now_ns()) / 1e9)
+                pause = _CLAIMED_PAUSE_SECS if is_claimed else min(longest_pause,
+                                                                   _LONGEST_PAUSE_SECS)
+                if due_ns:
+                    pause = min(pause, max(0, due_ns - self._pending.now_ns()) / 1e9)
                 ticket.wait(pause if deadline is None else min(pause, deadline - now))
 
-    def _take_now(self, max_messages: int) -> "_Taken":
+    def _take_now(self, max_messages: int) -> _Taken:
         """
         Take what is there.
 
@@ -234,7 +240,7 @@ class Consumer:
             self._guess = 0
             lease = self._claim(guess, guess, max_messages, is_guess=True)
             if lease is not None:
-                return _Taken(lease, False, 0)
+                return lease, False, 0
 
         start = 0
         is_claimed = False
@@ -247,15 +253,15 @@ class Consumer:
             if candidate is not None and candidate.due_ns:
                 due_ns = min(due_ns or candidate.due_ns, candidate.due_ns)
             if not isinstance(candidate, _pending.Candidate):
-                return _Taken(None, is_claimed, due_ns)
+                return None, is_claimed, due_ns
             lease = self._claim(candidate.begin, candidate.number, max_messages)
             if lease is not None:
-                return _Taken(lease, is_claimed, due_ns)
+                return lease, is_claimed, due_ns
             # Claimed, acknowledged a moment ago, or just moved away.
             is_claimed = True
             start = candidate.number + 1
 
-    def _take_newest_now(self) -> "_Taken":
+    def _take_newest_now(self) -> _Taken:
         """
         Take the newest message if it is free.
 
@@ -267,15 +273,15 @@ class Consumer:
                 self._expire()
                 continue
             if not isinstance(newest, _pending.Candidate):
-                return _Taken(None, False, 0 if newest is None else newest.due_ns)
+                return None, False, 0 if newest is None else newest.due_ns
             claim = self._claims.claim(self._pending.ordinal, newest.number)
             if claim is None:
-                return _Taken(None, True, 0)
+                return None, True, 0
             lease = self._skip_to(claim, newest.number)
             if lease is not None:
-                return _Taken(lease, False, 0)
+                return lease, False, 0
             if not self._mover.is_ready():
-                return _Taken(None, False, 0)
+                return None, False, 0
 
     def _skip_to(self, claim: _claims.Claim, number: int) -> Optional[Lease]:
         """
@@ -292,13 +298,13 @@ class Consumer:
                                                                number=number),
                                              may_grow=True)
             if copied is not None and self._rings:
-                self._ring()
+                self.ring()
             if copied is not None and copied.is_spent:
                 self._move(copied)
             elif copied is not None and copied.numbers:
-                lease = self._lease(claim, number, copied)
+                lease = self._lease(claim, 0, copied)
         except persipubsub.errors.CorruptMessageError as error:
-            raise self._set_aside(number, error) from None
+            raise self._set_aside(0, error) from None
         finally:
             if lease is None:
                 claim.release()
@@ -390,7 +396,7 @@ class Consumer:
                                                   number=error.number),
                                 may_grow=True)
         if self._rings:
-            self._ring()
+            self.ring()
         return persipubsub.errors.CorruptMessageError("{}. It was set aside; queue {}".format(
             error, self._environment.directory),
                                                       number=error.number)
@@ -420,16 +426,16 @@ class Consumer:
         """
         Acknowledge messages that this consumer has claimed, in one transaction.
 
-        :param begin: everything from here to the first message is done or not for the subscriber
+        :param begin: everything from here to the first message is done, unless a look says otherwise
         :param numbers: of the messages
         """
         self._guess = self._environment.write(
             lambda txn, databases: self._pending.acknowledge(txn, databases, begin, numbers),
             may_grow=True)
         if self._rings:
-            self._ring()
+            self.ring()
 
-    def _ring(self) -> None:
+    def ring(self) -> None:
         """Wake those who wait, for messages or for room."""
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             self._bell.ring()  # those who are not woken look once a second anyhow
@@ -463,10 +469,6 @@ class Consumer:
             # The message is where it was; the user's own exception matters more than the count.
             pass
 
-    def wake_others(self) -> None:
-        """Wake others that may take what was given back."""
-        self._ring()
-
     def _move(self, copied: _pending.Copied) -> None:
         """
         Move a claimed message away that is not delivered any more.
@@ -483,7 +485,7 @@ class Consumer:
                                                       number=message.number),
                                     may_grow=True)
             if self._rings:
-                self._ring()
+                self.ring()
 
     def describe(self, copied: _pending.Copied) -> List[persipubsub.message.Message]:
         """
@@ -496,11 +498,3 @@ class Consumer:
         return _deliveries.describe(copied,
                                     offset_ns=time.time_ns() - self._pending.now_ns(),
                                     is_counted=bool(self._pending.policy.max_deliveries))
-
-
-class _Taken(NamedTuple):
-    """Say what a look at the queue came to."""
-
-    lease: Optional[Lease]
-    is_claimed: bool  #: True if messages were passed over that others have claimed
-    due_ns: int  #: when the first of those that rest is due, on the queue's clock; 0 if none rests

@@ -40,10 +40,13 @@ _GETLK: Final[int] = getattr(fcntl, "F_OFD_GETLK", -1) if sys.platform == "linux
 #: over the note of the other one, of which nothing is known then.
 _NOTES: Final = 1024
 
-#: Subscriber's ordinal, process, first number, time since boot in nanoseconds, all of it added up.
+#: Subscriber's ordinal, process, first number, time since boot in nanoseconds, and a sum of all of
+#: it, by which a note is known that is half written.
 _NOTE: Final = struct.Struct("<IIQQQ")
 
-_BOARD_BYTES: Final = _NOTES * _NOTE.size
+_NOTE_BYTES: Final = 32
+
+_BOARD_BYTES: Final = _NOTES * _NOTE_BYTES
 
 
 class Note(NamedTuple):
@@ -59,19 +62,6 @@ class Span(NamedTuple):
     first: int  #: number of the first one
     length: int  #: how many
     note: Optional[Note]  #: None if nothing is known
-
-
-def _sum_of(ordinal: int, process_id: int, number: int, since_ns: int) -> int:
-    """
-    Compute by what a note is known that is half written.
-
-    :param ordinal: of the subscriber
-    :param process_id: of the consumer
-    :param number: of the first message
-    :param since_ns: time since boot
-    :return: 64 bits
-    """
-    return (ordinal + process_id * 3 + number * 5 + since_ns * 7) & 0xffffffffffffffff
 
 
 class Board:
@@ -112,8 +102,10 @@ class Board:
             if page is None:
                 return
         since_ns = _clock.ticks_ns()
-        _NOTE.pack_into(page, (number + ordinal) % _NOTES * _NOTE.size, ordinal, process_id, number,
-                        since_ns, _sum_of(ordinal, process_id, number, since_ns))
+        # In one call, as it is done for each message.
+        _NOTE.pack_into(page, (number + ordinal) % _NOTES * _NOTE_BYTES, ordinal, process_id,
+                        number, since_ns,
+                        ordinal + process_id * 3 + number * 5 + since_ns * 7 & 0xffffffffffffffff)
 
     def find(self, ordinal: int, number: int) -> Optional[Note]:
         """
@@ -128,8 +120,8 @@ class Board:
             return None
         found, process_id, first, since_ns, total = _NOTE.unpack_from(page, (number + ordinal) %
                                                                       _NOTES * _NOTE.size)
-        if ((found, first) != (ordinal, number)
-                or total != _sum_of(ordinal, process_id, number, since_ns)
+        if ((found, first) != (ordinal, number) or total
+                != ordinal + process_id * 3 + number * 5 + since_ns * 7 & 0xffffffffffffffff
                 or not _is_alive(process_id)):
             return None
         return Note(process_id, since_ns)

@@ -78,8 +78,8 @@ class Mover:
         """
         self._origin = origin
         self._open_target = open_target
-        # The first one is used. Two threads may open it at the same time: a lock was rejected, since
-        # a child that is forked meanwhile would wait for it for ever.
+        # The first one is used; two threads may open it at the same time. A lock was rejected: a
+        # child that is forked meanwhile would wait for it for ever.
         self._targets = []  # type: List[Target]
         self._ready_at = 0.0
         self._warned_at = -_WARNING_SECS

@@ -52,10 +52,28 @@ class _Taking(Generic[ContentT]):
         self._contents = contents
         self._lease = None  # type: Optional[_engines.Lease]
 
+    def _start(self) -> Optional[_engines.Lease]:
+        """
+        Take messages and hold them.
+
+        :return: on them; None if none came in time
+        """
+        self._lease = self._take()
+        return self._lease
+
+    def _end(self) -> Optional[_engines.Lease]:
+        """
+        Let go of what is held.
+
+        :return: to be acknowledged or given back; None if there is nothing
+        """
+        lease, self._lease = self._lease, None
+        return lease
+
     def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
                  traceback: Optional[TracebackType]) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
-        lease, self._lease = self._lease, None
+        lease = self._end()
         if lease is None:
             return
         if kind is None:
@@ -79,7 +97,7 @@ class Receipt(_Taking[ContentT]):
 
         :return: message; None if none came in time
         """
-        lease = self._lease = self._take()
+        lease = self._start()
         return None if lease is None else self._contents(lease)[0]
 
 
@@ -98,7 +116,7 @@ class BatchReceipt(_Taking[ContentT]):
 
         :return: messages; empty if none came in time
         """
-        lease = self._lease = self._take()
+        lease = self._start()
         return [] if lease is None else self._contents(lease)
 
 
@@ -160,22 +178,21 @@ class Messages(_Taking[ContentT]):
         :raise StopIteration: if none came in time
         """
         self.acknowledge()
-        lease = None if self._is_done else self._take()
+        lease = None if self._is_done else self._start()
         if lease is None:
             self._is_done = True
             raise StopIteration
-        self._lease = lease
         return self._contents(lease)[0]
 
     def acknowledge(self) -> None:
         """Acknowledge the message at hand before the next one is asked for; it may be repeated."""
-        lease, self._lease = self._lease, None
+        lease = self._end()
         if lease is not None:
             lease.acknowledge()
 
     def close(self) -> None:
         """Give the message at hand back as if it had not been delivered, and end."""
         self._is_done = True
-        lease, self._lease = self._lease, None
+        lease = self._end()
         if lease is not None:
             lease.give_back()

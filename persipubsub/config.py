@@ -156,8 +156,8 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dead_letter_queue: Annotated[Text, msgspec.Meta(
         description="key in queues, where messages go then; needs max_deliveries")] = ""
     retry_delay_secs: Annotated[float, msgspec.Meta(
-        ge=0, le=86400, description="rest of a message after its first failed delivery, in seconds; "
-        "doubled with each further one, up to an hour")] = 0.0
+        ge=0, le=86400, description="rest of a message after its first failed delivery, in "
+        "seconds; doubled with each further one, up to an hour")] = 0.0
 
 
 # yapf: enable

@@ -30,9 +30,8 @@ from persipubsub.maintenance._looking import Message
 __all__ = [
     "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "seek",
     "verify", "compact", "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue",
-    "peek", "follow", "in_flight", "dead_letter_queues", "dead_letters", "send_back",
-    "drop_dead_letters", "migrate", "check_durability", "ListedDeadLetter", "Message", "Moved",
-    "Progress", "Sizes"
+    "peek", "follow", "in_flight", "dead_letters", "send_back", "drop_dead_letters", "migrate",
+    "check_durability", "ListedDeadLetter", "Message", "Moved", "Progress", "Sizes"
 ]
 
 ConfigPath = Union[str, os.PathLike[str]]
@@ -265,8 +264,7 @@ def seek(config_pth: ConfigPath,
     :param to:
         ``"beginning"``: the oldest message that is stored; ``"end"``: behind the newest one; an
         ``int``: the message of that number, or the next one that is stored; a ``float`` (seconds
-        since 1970) or a ``datetime`` with a time zone: the first message that was sent then or
-        later
+        since 1970) or a ``datetime`` with a time zone: the first message that was sent then or later
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
     :return: new position: the number of the message from which it goes on
     :raise ConfigError: if the file is wrong, or has no such subscriber or queue
@@ -282,17 +280,6 @@ def seek(config_pth: ConfigPath,
 
 
 # Messages that were given up
-
-
-def dead_letter_queues(config_pth: ConfigPath) -> Tuple[str, ...]:
-    """
-    List the queues into which subscribers' messages are moved that they failed to work on.
-
-    :param config_pth: path to the configuration file
-    :return: keys of the queues
-    :raise ConfigError: if the file is wrong
-    """
-    return tuple(_dead_letters.queues_of(persipubsub.config.read(config_pth)))
 
 
 def dead_letters(config_pth: ConfigPath,

@@ -37,6 +37,13 @@ class Subscriber:
     delay_ns: int = 0
     attempts: Dict[int, int] = dataclasses.field(default_factory=dict)
     due_ns: Dict[int, int] = dataclasses.field(default_factory=dict)
+    begun: Set[int] = dataclasses.field(default_factory=set)  #: counted before they began
+
+    def forget(self) -> None:
+        """Begin anew with messages that are not pending, if they ever are again."""
+        self.attempts = {key: self.attempts[key] for key in self.attempts if key in self.pending}
+        self.due_ns = {key: self.due_ns[key] for key in self.due_ns if key in self.pending}
+        self.begun &= self.pending
 
     def delays(self, number: int, now_ns: int) -> None:
         """Let a message rest after a failed delivery."""
@@ -158,6 +165,7 @@ class Twin:
         counts = [subscriber.attempts.get(number, 0) + 1 for number in numbers]
         if subscriber.max_deliveries:
             subscriber.attempts.update(zip(numbers, counts))
+            subscriber.begun.update(numbers)
         return counts
 
     def fail(self, name: str, numbers: Sequence[int], now_ns: int) -> None:
@@ -167,8 +175,9 @@ class Twin:
         for number in numbers:
             if number not in subscriber.pending:
                 continue
-            if not subscriber.max_deliveries:
+            if number not in subscriber.begun:
                 subscriber.attempts[number] = subscriber.attempts.get(number, 0) + 1
+            subscriber.begun.discard(number)
             if subscriber.is_spent(number):
                 self.move(name, number)
             else:
@@ -177,9 +186,9 @@ class Twin:
     def take_back(self, name: str, numbers: Sequence[int]) -> None:
         """Take a delivery back that nobody worked on."""
         subscriber = self.subscribers[name]
-        for number in numbers:
-            if subscriber.max_deliveries:
-                subscriber.attempts[number] -= 1
+        for number in subscriber.begun & set(numbers):
+            subscriber.attempts[number] -= 1
+            subscriber.begun.remove(number)
 
     def move(self, name: str, number: int) -> None:
         """Move a message away that was delivered often enough."""
@@ -272,6 +281,7 @@ class Twin:
     def seek(self, name: str, position: int) -> None:
         """Let a subscriber go on from another place."""
         subscriber = self.subscribers[name]
+        subscriber.forget()
         passed = {number for number in subscriber.pending if number < position}
         subscriber.skipped += len(passed)
         again = {

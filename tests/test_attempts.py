@@ -11,10 +11,10 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 import persipubsub.queue
-from persipubsub import _delivery
+from persipubsub import _delivery, _wakeup
 from persipubsub._settings import Retries
 from persipubsub.maintenance import _upkeep
-from persipubsub.store import _attempts, _layout
+from persipubsub.store import _attempts, _layout, _positions
 from persipubsub.store._databases import Databases
 from tests import stores, support
 
@@ -216,13 +216,13 @@ def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: pathlib.Path) ->
 def fixture_pauses(monkeypatch: pytest.MonkeyPatch) -> List[float]:
     """Collect how long waiting consumers meant to sleep."""
     pauses: List[float] = []
-    original = _delivery._wakeup.Ticket.wait
+    original = _wakeup.Ticket.wait
 
     def wait(self: Any, timeout: float) -> bool:
         pauses.append(timeout)
-        return original(self, timeout)
+        return bool(original(self, timeout))
 
-    monkeypatch.setattr(_delivery._wakeup.Ticket, "wait", wait)
+    monkeypatch.setattr(_wakeup.Ticket, "wait", wait)
     return pauses
 
 
@@ -275,6 +275,11 @@ def acknowledge_all(queue: persipubsub.queue.Queue) -> None:
     assert stores.take_all(queue)
 
 
+def skip_and_acknowledge(queue: persipubsub.queue.Queue) -> None:
+    assert queue.skip_to_newest("sub") == 3
+    acknowledge_all(queue)
+
+
 def fill(queue: persipubsub.queue.Queue) -> None:
     queue.put([b"x"] * 9)
 
@@ -287,7 +292,7 @@ def remove(queue: persipubsub.queue.Queue) -> None:
 @pytest.mark.parametrize("leave", [
     acknowledge_all,
     lambda queue: queue.clear(),
-    lambda queue: (queue.skip_to_newest("sub"), acknowledge_all(queue)),
+    skip_and_acknowledge,
     fill,
     remove,
 ])
@@ -304,7 +309,7 @@ def test_record_leaves_with_its_message(tmp_path: pathlib.Path,
         queue.put([b"5"])
         assert stores.take_all(queue) == [b"5"]
         record = queue._environment.read(
-            lambda txn, databases: _layout.unpack_subscriber(txn.get(b"sub", db=databases.pending)))
+            lambda txn, databases: _positions.require(txn, databases, b"sub"))
         assert record.flags == 0
 
 

@@ -73,7 +73,6 @@ def test_letters_are_listed_without_taking_them(config_pth: pathlib.Path) -> Non
     one = persipubsub.control.dead_letters(config_pth, "letters")["letters"][0]
     assert (one.letter.queue, one.letter.subscriber, one.letter.error) == ("queue", "sub",
                                                                            "ValueError: not 1")
-    assert persipubsub.control.dead_letter_queues(config_pth) == ("letters", )
     figures = persipubsub.control.statistics(config_pth)["letters"]
     assert [entry.subscriber for entry in figures.subscribers] == ["dead_letters"]
 
@@ -88,7 +87,7 @@ def test_letters_are_sent_back_to_whom_they_failed(config_pth: pathlib.Path) -> 
     # The other one had all of them once.
     assert received(config_pth, "other") == [b"1", b"2", b"3"]
     assert listed(config_pth) == {}
-    assert persipubsub.control.send_back(config_pth, "letters", numbers) == ()
+    assert not persipubsub.control.send_back(config_pth, "letters", numbers)
 
 
 def test_message_that_fails_again_is_another_letter(config_pth: pathlib.Path) -> None:
@@ -109,7 +108,7 @@ def test_letters_are_dropped(config_pth: pathlib.Path) -> None:
     assert dropped == (numbers[0], )
     assert list(listed(config_pth).values()) == [b"2", b"3"]
     assert persipubsub.control.drop_dead_letters(config_pth, "letters") == tuple(numbers[1:])
-    assert received(config_pth, "sub") == []
+    assert not received(config_pth, "sub")
 
 
 def test_many_letters_are_read_in_pages(config_pth: pathlib.Path) -> None:

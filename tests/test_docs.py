@@ -8,7 +8,9 @@ import textwrap
 
 import pytest
 
+import persipubsub.control
 import persipubsub.errors
+from tests import support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _GUARANTEES = (_ROOT / "docs" / "guarantees.rst").read_text(encoding="utf-8")
@@ -51,7 +53,7 @@ def _block(text: str, title: str) -> str:
     return textwrap.dedent(found[0]).strip("\n") + "\n"
 
 
-@pytest.mark.parametrize("name", ["back-pressure", "once", "replay"])
+@pytest.mark.parametrize("name", ["back-pressure", "once", "replay", "retries"])
 def test_example_runs_and_prints_what_it_says(tmp_path: pathlib.Path, name: str) -> None:
     text = (_ROOT / "docs" / (name + ".rst")).read_text(encoding="utf-8")
     (tmp_path / "config.json").write_text(_block(text, ".. code-block:: json"), encoding="utf-8")
@@ -65,3 +67,29 @@ def test_example_runs_and_prints_what_it_says(tmp_path: pathlib.Path, name: str)
     assert process.stderr == ""
     assert process.stdout == _block(text, "It prints::")
     assert process.returncode == 0
+
+
+def test_examples_of_receiving_run(tmp_path: pathlib.Path) -> None:
+    text = (_ROOT / "docs" / "receiving.rst").read_text(encoding="utf-8")
+    blocks = re.findall(r"^.. code-block:: python\n\n((?:(?:    .*)?\n)+)", text, re.MULTILINE)
+    assert len(blocks) == 7
+    send = ("with persipubsub.publisher.Pub() as pub:\n"
+            "    pub.init('pub', 'config.json')\n"
+            "    pub.send_many([b'hello', b'stop'])\n"
+            "print('--')\n")
+    code = "import persipubsub\n" + "".join(
+        textwrap.dedent(block) + "\n" + send for block in blocks)
+    persipubsub.control.initialize_all_dbs(support.write_config(tmp_path))
+    process = subprocess.run([sys.executable, "-c", code],
+                             cwd=tmp_path,
+                             capture_output=True,
+                             text=True,
+                             timeout=120,
+                             check=False)
+    assert process.stderr == ""
+    received = process.stdout.split("--\n")
+    assert received[:6] == [
+        "", "got b'hello'\n", "got b'stop'\ngot b'hello'\ngot b'stop'\n",
+        "got b'hello'\ngot b'stop'\n", "got b'hello'\ngot b'stop'\n", "the newest is b'stop'\n"
+    ]
+    assert re.match(r"11 \d{4}-\d\d-\d\dT[\d:.]+\+00:00 1 b'hello'\n", received[6])

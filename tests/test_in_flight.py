@@ -151,7 +151,7 @@ def test_note_of_a_process_that_ended_is_not_believed(tmp_path: pathlib.Path) ->
 
 def test_look_makes_no_board(tmp_path: pathlib.Path) -> None:
     assert board(tmp_path, is_look=True).find(0, 1) is None
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.iterdir())
     (tmp_path / "board").write_bytes(b"short")
     assert board(tmp_path, is_look=True).find(0, 1) is None
     assert (tmp_path / "board").read_bytes() == b"short"

@@ -7,10 +7,11 @@ import contextlib
 import datetime
 import logging
 import pathlib
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import pytest
 
+import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery, _moving
@@ -38,7 +39,7 @@ def opened(directory: pathlib.Path,
         assert target.check() == []
 
 
-def retries(letters: "Settings | None", max_deliveries: int) -> "dict[str, Retries]":
+def retries(letters: Optional[Settings], max_deliveries: int) -> "dict[str, Retries]":
     return {"sub": Retries(_attempts.Policy(max_deliveries=max_deliveries), "greetings", letters)}
 
 
@@ -256,3 +257,25 @@ def test_letter_of_another_version_is_refused() -> None:
                         version=2)
     with pytest.raises(persipubsub.errors.CorruptMessageError, match="version 1, but got: 2"):
         DeadLetter.decode(letter.encode())
+
+
+@pytest.mark.parametrize("how", ["give up", "newest", "at"])
+def test_position_passes_the_gap_in_front_of_what_leaves(tmp_path: pathlib.Path, how: str) -> None:
+    letters = stores.settings(tmp_path, path=str(tmp_path / "letters"))
+    persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
+    with stores.opened(tmp_path,
+                       max_messages=4,
+                       strategy=persipubsub.config.Strategy.PRUNE_LAST,
+                       retries=retries(letters, 1)) as queue:
+        queue.put([b"1", b"2", b"3", b"4"])
+        # The messages 3 and 4 are dropped.
+        number = queue.put([b"5"])
+        assert queue.seek("sub", number - 1) == number - 1
+        if how == "give up":
+            fail(queue, times=1)
+        else:
+            consumer = queue.consumer("sub")
+            lease = consumer.take_newest(timeout=0) if how == "newest" else consumer.take_at(number)
+            assert lease is not None
+            lease.acknowledge()
+        assert (stores.ranges(queue), stores.figures(queue).position) == ([], number + 1)

@@ -7,7 +7,7 @@ import gc
 import itertools
 import pathlib
 import threading
-from typing import Iterator, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import pytest
 
@@ -16,7 +16,7 @@ import persipubsub.errors
 import persipubsub.message
 import persipubsub.publisher
 import persipubsub.subscriber
-from persipubsub import _receipts
+from persipubsub import _claims, _receipts
 from tests import stores, support
 
 
@@ -77,9 +77,9 @@ def test_loop_goes_on_with_what_comes(queue_and_sub: Pair) -> None:
 def test_end_is_the_end(queue_and_sub: Pair) -> None:
     queue, sub = queue_and_sub
     msgs = sub.messages(timeout=0)
-    assert list(msgs) == []
+    assert not list(msgs)
     queue.put([b"1"])
-    assert list(msgs) == []
+    assert not list(msgs)
 
 
 @pytest.mark.parametrize("how", ["raise", "break"])
@@ -115,7 +115,7 @@ def test_block_around_the_loop_tells_how_it_was_left(queue_and_sub: Pair) -> Non
             for _ in msgs:
                 raise ValueError("no")
     assert stores.figures(queue).failed == 1
-    assert list(msgs) == []
+    assert not list(msgs)
     with sub.receive(timeout=0, details=True) as message:
         assert message is not None
         assert (message.data, message.attempts) == (b"2", 2)
@@ -232,6 +232,25 @@ def test_nothing_is_skipped_while_another_has_the_newest_message(queue_and_sub: 
         held.acknowledge()
     figures = stores.figures(queue)
     assert (figures.acknowledged, figures.skipped, figures.lag) == (1, 2, 0)
+
+
+def test_newest_is_looked_for_again_in_the_transaction(queue_and_sub: Pair,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, sub = queue_and_sub
+    queue.put([b"1", b"2"])
+    original = _claims.Claims.claim
+    newer = [b"3"]
+
+    def claim(*arguments: Any, **options: Any) -> Any:
+        # Somebody sends between the look and the claim.
+        if newer:
+            queue.put([newer.pop()])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(_claims.Claims, "claim", claim)
+    with sub.receive_to_top(timeout=0) as msg:
+        assert msg == b"3"
+    assert (stores.figures(queue).skipped, stores.figures(queue).lag) == (2, 0)
 
 
 def test_newest_message_is_waited_for(queue_and_sub: Pair) -> None:

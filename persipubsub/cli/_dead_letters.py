@@ -12,6 +12,7 @@ import msgspec
 import persipubsub.config
 import persipubsub.control
 from persipubsub.cli import _shared
+from persipubsub.maintenance import _dead_letters
 
 _ACTIONS = ("list", "send-back", "drop")
 
@@ -44,7 +45,7 @@ def dead_letters(  # pylint: disable=too-many-arguments,too-many-positional-argu
     """
     keys = _shared.select(config, queue_key)
     if queue_key is None:
-        keys = list(persipubsub.control.dead_letter_queues(config))
+        keys = _dead_letters.queues_of(persipubsub.config.read(config))
     if action == "list":
         if numbers:
             raise click.UsageError("Expected --number only with send-back and drop.")

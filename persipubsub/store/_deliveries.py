@@ -170,8 +170,8 @@ def set_aside(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending
     """
     subscriber = _positions.require(txn, databases, pending.key)
     _attempts.forget(txn, databases, subscriber.ordinal, number)
-    begin_number = pending.begin_of(txn, databases, subscriber, begin_number, number)
-    moved, fresh = _positions.acknowledge(txn, databases, subscriber, begin_number, number + 1)
+    start = pending.begin_of(txn, databases, subscriber, begin_number, number)
+    moved, fresh = _positions.acknowledge(txn, databases, subscriber, start, number + 1)
     if fresh:
         _positions.write(txn, databases, pending.key, moved._replace(corrupt=moved.corrupt + 1))
 
@@ -192,6 +192,8 @@ def give_up(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: 
     if not _pending.is_pending(txn, databases, subscriber, number):
         return
     _attempts.forget(txn, databases, subscriber.ordinal, number)
-    moved, _ = _positions.acknowledge(txn, databases, subscriber, number, number + 1)
+    # Gaps in front of it are passed: what lies behind a position counts as waiting.
+    start = pending.begin_of(txn, databases, subscriber, subscriber.position, number)
+    moved, _ = _positions.acknowledge(txn, databases, subscriber, start, number + 1)
     _positions.write(txn, databases, pending.key,
                      moved._replace(dead_lettered=moved.dead_lettered + 1))

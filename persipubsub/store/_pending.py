@@ -203,9 +203,6 @@ class Pending:
         :return: messages; none if the first one is not pending, or not due
         :raise CorruptMessageError: if the first one is damaged
         """
-        numbers = []  # type: List[int]
-        messages = []  # type: List[bytes]
-        runs = []  # type: List[Tuple[int, int]]
         attempts = _NO_ATTEMPTS
         is_spent = False
         ordinal, flags, position = _positions.require_position(txn, databases, self.key)
@@ -220,6 +217,7 @@ class Pending:
                 if number == end:
                     return _NOTHING
 
+        result = Copied([], [], [], attempts, is_spent)
         oldest_ns = self.now_ns() - self.timeout_ns
         size = 0
         cursor = txn.cursor(db=databases.data)
@@ -240,17 +238,17 @@ class Pending:
             if block.time_ns < oldest_ns:
                 break
             if begin < stop and self.is_addressed(txn, databases, block.audience):
-                copied = _copy_run(value, block, first, begin, stop, bool(messages))
-                numbers.extend(range(first + begin, first + begin + len(copied)))
-                messages.extend(copied)
-                runs.append((len(copied), block.time_ns))
+                copied = _copy_run(value, block, first, begin, stop, bool(result.messages))
+                result.numbers.extend(range(first + begin, first + begin + len(copied)))
+                result.messages.extend(copied)
+                result.runs.append((len(copied), block.time_ns))
                 if len(copied) < stop - begin:
                     break
                 size += _blocks.size_before(value, block, stop)
-            elif not messages:
+            elif not result.messages:
                 break
             found = _log.following(cursor) if first + block.messages < end else None
-        return Copied(numbers, messages, runs, attempts, is_spent)
+        return result
 
     def _limit(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, number: int,
                end: int) -> Tuple[int, Dict[int, _layout.Attempts], bool]:

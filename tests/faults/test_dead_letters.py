@@ -1,9 +1,9 @@
 """
 Kill consumers whose deliveries are limited, and count what became of each message.
 
-``PERSIPUBSUB_STORM_SECS`` is how long the storm lasts at least, ``PERSIPUBSUB_SEED`` repeats its
-choices (not the scheduling of the machine); with ``PERSIPUBSUB_EVERY_CALL=1`` a process is killed at
-each system call of a move, and not at a sample of them.
+The storm grows with ``PERSIPUBSUB_STORM_SECS``, ``PERSIPUBSUB_SEED`` repeats its choices (not the
+scheduling of the machine); with ``PERSIPUBSUB_EVERY_CALL=1`` a process is killed at each system
+call of a move, and not at a sample of them.
 """
 
 # pylint: disable=missing-function-docstring
@@ -213,11 +213,11 @@ def prepare(directory: pathlib.Path) -> pathlib.Path:
 
 
 def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
-    """Fail with the message for the last time; all but the end of it is done before strace comes."""
+    """Fail with the message for the last time: strace comes when all but the end is done."""
     sub = persipubsub.subscriber.Sub()
     sub.init(sub_id="sub", config_pth=config_pth)
     receipt = sub.receive(timeout=0)
-    assert receipt.__enter__() == b"fail"
+    assert receipt.__enter__() == b"fail"  # pylint: disable=unnecessary-dunder-call
     error = ValueError("no")
     return lambda: receipt.__exit__(ValueError, error, None)
 
