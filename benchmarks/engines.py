@@ -91,15 +91,17 @@ class Bench:
 
         :return: messages in a second, by what was done
         """
-        threads = [threading.Thread(target=self._send, args=(self._count // 16, )) for _ in range(16)]
+        threads = [
+            threading.Thread(target=self._send, args=(self._count // 16, )) for _ in range(16)
+        ]
         batch = [_MESSAGE] * 1000
         return {
             "send": self._rate(self._count, lambda: self._send(self._count)),
             "receive": self._rate(self._count, lambda: self._receive(self._count)),
             "send, 16 threads": self._rate(self._count // 16 * 16, lambda: _run(threads)),
             "(drain)": self._rate(1, lambda: self._receive_many(self._count // 16 * 16)),
-            "send_many(1000)": self._rate(10000, lambda: [self._pub.send_many(batch)
-                                                          for _ in range(10)]),
+            "send_many(1000)": self._rate(10000,
+                                          lambda: [self._pub.send_many(batch) for _ in range(10)]),
             "receive_many(1000)": self._rate(10000, lambda: self._receive_many(10000)),
         }
 
@@ -135,7 +137,9 @@ def _run(threads: List[threading.Thread]) -> None:
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description="Measure two engines in one run.")
-    parser.add_argument("--queue", required=True, help="nats://host:4222/STREAM, used for this only")
+    parser.add_argument("--queue",
+                        required=True,
+                        help="nats://host:4222/STREAM, used for this only")
     parser.add_argument("--durability", choices=["fsync", "os"], default="fsync")
     parser.add_argument("--count", type=int, default=1000)
     args = parser.parse_args()

@@ -154,10 +154,11 @@ class Servers:
 
 
 @contextlib.contextmanager
-def running(directory: pathlib.Path,
-            nodes: int = 1,
-            lines: Sequence[str] = (),
-            jetstream: Sequence[str] = ()) -> Iterator[Servers]:
+def running(
+    directory: pathlib.Path,
+    nodes: int = 1,
+    lines: Sequence[str] = (),
+    jetstream: Sequence[str] = ()) -> Iterator[Servers]:
     """
     Run servers as long as the ``with`` block.
 
@@ -178,12 +179,12 @@ def running(directory: pathlib.Path,
                 *("  " + line for line in jetstream), "}"
             ]
         if nodes > 1:
-            own.append("cluster {{ name: tests, listen: 127.0.0.1:{}, pool_size: -1, routes: [{}] }}".
-                       format(
-                           ports[2 * nodes + index],
-                           ", ".join("nats://127.0.0.1:{}".format(port)
-                                     for port in ports[2 * nodes:]
-                                     if port != ports[2 * nodes + index])))
+            own.append(
+                "cluster {{ name: tests, listen: 127.0.0.1:{}, pool_size: -1, routes: [{}] }}".
+                format(
+                    ports[2 * nodes + index], ", ".join("nats://127.0.0.1:{}".format(port)
+                                                        for port in ports[2 * nodes:]
+                                                        if port != ports[2 * nodes + index])))
         servers.append(Server(directory, name, ports[2 * index:2 * index + 2], own))
     cluster = Servers(servers)
     try:

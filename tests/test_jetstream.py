@@ -12,11 +12,11 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List
 
+import pytest
+
 import nats
 import nats.errors
 import nats.js.errors
-import pytest
-
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
@@ -296,8 +296,7 @@ def test_other_things_that_need_a_directory(config_pth: pathlib.Path,
 
 
 @pytest.mark.parametrize("kind", [
-    kind for module in (nats.errors, nats.js.errors)
-    for kind in vars(module).values()
+    kind for module in (nats.errors, nats.js.errors) for kind in vars(module).values()
     if inspect.isclass(kind) and issubclass(kind, nats.errors.Error)
 ])
 def test_no_error_of_nats_leaves(kind: "type[nats.errors.Error]") -> None:
@@ -397,7 +396,7 @@ def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
         pub.send(b"old")
         time.sleep(0.6)
         assert sub.front() is None
-        assert drain(sub) == []
+        assert not drain(sub)
         pub.send(b"old")
         time.sleep(0.6)
         assert ask(servers, "STREAM.INFO." + name)["state"]["messages"] == 1

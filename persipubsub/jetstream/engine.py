@@ -20,7 +20,8 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
 from persipubsub import _losses
-from persipubsub.jetstream import _delivery, _durability, _errors, _link, _loop, _publishing, _settings, _stream
+from persipubsub.jetstream import (_delivery, _durability, _errors, _link, _loop, _publishing,
+                                   _settings, _stream)
 
 __all__ = ["Queue", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
 
@@ -62,7 +63,7 @@ class Queue:
         self.close()
 
     def close(self) -> None:
-        """Close the queue; it may be closed twice. What was put stays, what is held is given back."""
+        """Close the queue; it may be closed twice. What is held is given back."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -149,8 +150,8 @@ class Queue:
         """
         Add messages at the end of the queue.
 
-        When the call returns, the servers have all of them. When it raises, some of several messages
-        may be there, those at the beginning: before 2.12 the server has no transactions.
+        When the call returns, the servers have all of them. When it raises, some of several
+        messages may be there, those at the beginning: before 2.12 the server has no transactions.
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
@@ -268,8 +269,8 @@ class Queue:
         """
         Count what is in the queue, by what the servers know.
 
-        It is no snapshot: subscribers are asked for one after the other. What was dropped, cleared or
-        skipped is not counted by NATS, and is 0.
+        It is no snapshot: subscribers are asked for one after the other. What was dropped, cleared
+        or skipped is not counted by NATS, and is 0.
 
         :return: figures of the queue and of its subscribers
         """
