@@ -2,10 +2,10 @@
 Move what waits in a queue on this machine to another engine, while both are in use.
 
 For each subscriber, messages are taken as one more of its consumers would, put into the other queue
-for this subscriber alone, and then acknowledged. A message is never in neither of the two; a kill in
-between leaves it in both, and the next run puts it again under the same id, which the other engine
-knows. One copy for all subscribers was rejected: whoever acknowledged it before the kill would get it
-twice, or an id for each set of subscribers would not be recognized.
+for this subscriber alone, and then acknowledged. A message is never in neither of the two; a kill
+in between leaves it in both, and the next run puts it again under the same id, which the other
+engine knows. One copy for all subscribers was rejected: whoever acknowledged it before the kill
+would get it twice, or an id for each set of subscribers would not be recognized.
 """
 
 import contextlib

@@ -498,8 +498,8 @@ def migrate(config_pth: ConfigPath,
 
     The other queue is initialized first. Each subscriber gets what it did not acknowledge yet, in
     order, and nothing else; what its consumers are receiving right now stays theirs. Moved messages
-    are as old as the move. It waits for room at the other queue's high-water mark, and drops nothing.
-    It may be killed and repeated; the configuration file is not changed.
+    are as old as the move. It waits for room at the other queue's high-water mark, and drops
+    nothing. It may be killed and repeated; the configuration file is not changed.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``

@@ -4,6 +4,9 @@ Test what every engine has to do, through what users call.
 Each test runs on a queue in a directory and on a stream of a real server.
 """
 
+# Receipts are entered and left by hand where a test needs that.
+# pylint: disable=unnecessary-dunder-call
+
 import itertools
 import os
 import pathlib
@@ -88,7 +91,7 @@ def test_messages_come_in_order(deploy: Deploy) -> None:
             pub.send(message)
         pub.send_many([b"", b"batch", bytes(range(256))])
         assert drain(sub) == numbered(20) + [b"", b"batch", bytes(range(256))]
-        assert drain(sub) == []
+        assert not drain(sub)
 
 
 def test_messages_wait_for_subscribers_that_are_away(deploy: Deploy) -> None:
@@ -189,7 +192,7 @@ def test_competing_consumers_share(deploy: Deploy) -> None:
                 assert one.front() is None
                 with one.receive(timeout=0.05) as nothing:
                     assert nothing is None
-        assert drain(one) == []
+        assert not drain(one)
 
 
 def _hold(pipe: Connection, config_pth: pathlib.Path) -> None:
@@ -221,8 +224,8 @@ def test_message_stays_with_a_consumer_that_takes_its_time(deploy: Deploy) -> No
         with sub.receive(timeout=HANG_SECS) as msg:
             assert msg == b"hello"
             # Longer than ack_wait of the stream.
-            assert drain(other, timeout=2.5) == []
-        assert drain(other) == []
+            assert not drain(other, timeout=2.5)
+        assert not drain(other)
 
 
 def test_closing_gives_back_what_is_received(deploy: Deploy) -> None:
@@ -318,7 +321,7 @@ def test_clear_drops_all(deploy: Deploy) -> None:
             pass
         number = persipubsub.control.statistics(config_pth)["queue"].next_number
         assert persipubsub.control.clear_all_subs(config_pth) == {"queue": 9}
-        assert drain(sub) == []
+        assert not drain(sub)
         assert lags(config_pth) == {"a": 0, "b": 0}
         pub.send(b"after")
         assert drain(sub) == [b"after"]

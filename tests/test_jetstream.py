@@ -12,11 +12,11 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List
 
+import pytest
+
 import nats
 import nats.errors
 import nats.js.errors
-import pytest
-
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
@@ -396,7 +396,7 @@ def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
         pub.send(b"old")
         time.sleep(0.6)
         assert sub.front() is None
-        assert drain(sub) == []
+        assert not drain(sub)
         pub.send(b"old")
         time.sleep(0.6)
         assert ask(servers, "STREAM.INFO." + name)["state"]["messages"] == 1

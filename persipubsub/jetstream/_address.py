@@ -1,8 +1,8 @@
 """
 Read the path of a queue that is a stream: ``nats://host:4222,other/STREAM?replicas=3``.
 
-The names of subjects and of durable consumers are made here as well. Nothing of NATS is imported, so
-that a configuration can be checked where the extra is not installed.
+The names of subjects and of durable consumers are made here as well. Nothing of NATS is imported,
+so that a configuration can be checked where the extra is not installed.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def parse(path: str) -> Address:
 
     :param path: of the queue, as it is in the configuration file
     :return: what it says
-    :raise ValueError: if it says something else; the text tells what was expected and what was found
+    :raise ValueError: if it says something else; the text tells what was expected and found
     """
     if not path.startswith(_PREFIX):
         raise ValueError("Expected nats://..., but got: {!r}".format(path))
@@ -162,9 +162,9 @@ def subject_of(stream: str, audience: Optional[Sequence[str]]) -> str:
     """
     Name the subject of the messages for some subscribers.
 
-    An audience has a subject, and not each publisher: publishers with the same audience share it, and
-    subscribers need not know who publishes. It is a digest since a subject of many ids would be too
-    long for the protocol.
+    An audience has a subject, and not each publisher: publishers with the same audience share it,
+    and subscribers need not know who publishes. It is a digest since a subject of many ids would be
+    too long for the protocol.
 
     :param stream: its name
     :param audience: ids of the subscribers; None for all of them

@@ -1,9 +1,9 @@
 """
 Lease messages of one subscriber: deliver, keep, acknowledge, give back.
 
-The server gives a message to one consumer and expects an acknowledgement within ``ack_wait``. As long
-as a lease is held, the server is told that it is being worked on; when its process dies, nobody tells
-it any more, and the message is delivered to another.
+The server gives a message to one consumer and expects an acknowledgement within ``ack_wait``. As
+long as a lease is held, the server is told that it is being worked on; when its process dies,
+nobody tells it any more, and the message is delivered to another.
 """
 
 import asyncio
@@ -404,8 +404,8 @@ class Consumer:
         """
         Look at the next message without taking it.
 
-        While others of the same subscriber have messages, the server does not tell which: then it is
-        taken and given back, which counts as a delivery.
+        While others of the same subscriber have messages, the server does not tell which: then it
+        is taken and given back, which counts as a delivery.
 
         :return: message that nobody has acknowledged or taken; None if there is none
         """

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import ssl
-from typing import Any, Dict, Final, FrozenSet
+from typing import Any, Dict, Final, Sequence, Tuple, Type
 
 import nats.errors
 
@@ -24,6 +24,21 @@ _BAD_REPLICAS: Final = (10005, 10074)
 #: Answers with the code 503 that waiting does not change.
 _FINAL: Final = frozenset(
     (LIMIT_REACHED, ) + _NOT_ENABLED + _NO_ROOM + _BAD_REPLICAS)  # type: FrozenSet[int]
+
+#: What answers mean: their codes, the error, and what was expected of the path.
+_ANSWERS = (
+    ((STREAM_NOT_FOUND, CONSUMER_NOT_FOUND), persipubsub.errors.NotInitializedError,
+     "a queue at {} (persipubsub.control.initialize_all_dbs makes it)"),
+    (_NOT_ENABLED, persipubsub.errors.UnavailableError,
+     "servers of {} with JetStream (nats-server -js)"),
+    ((_OVERLAP, NAME_IN_USE), persipubsub.errors.FormatError,
+     "to make the stream of {}, and none of somebody else in its place"),
+    ((_TOO_LARGE, ), persipubsub.errors.MessageTooLargeError,
+     "a message that the servers of {} take"),
+    ((LIMIT_REACHED, ), persipubsub.errors.QueueFullError, "room in the queue {}"),
+    (_NO_ROOM, persipubsub.errors.DiskFullError, "room on the servers of {}"),
+    (_BAD_REPLICAS, persipubsub.errors.ConfigError, "as many servers as replicas of {}"),
+)  # type: Sequence[Tuple[Tuple[int, ...], Type[persipubsub.errors.PersipubsubError], str]]
 
 
 class ApiError(Exception):
@@ -93,33 +108,12 @@ def _translate_answer(error: ApiError, path: str) -> persipubsub.errors.Persipub
     :param path: of the queue
     :return: error of this library
     """
-    code = error.err_code
-    if code in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND):
-        return persipubsub.errors.NotInitializedError(
-            "Expected a queue at {} (persipubsub.control.initialize_all_dbs makes it), but got: {}".
-            format(path, error))
-    if code in _NOT_ENABLED:
-        return persipubsub.errors.UnavailableError(
-            "Expected servers of {} with JetStream (nats-server -js), but got: {}".format(
-                path, error))
-    if code in (_OVERLAP, NAME_IN_USE):
-        return persipubsub.errors.FormatError(
-            "Expected to make the stream of {}, but got one of somebody else: {}".format(
-                path, error))
-    if code == _TOO_LARGE:
-        return persipubsub.errors.MessageTooLargeError(
-            "Expected a message that the servers of {} take, but got: {}".format(path, error))
-    if code == LIMIT_REACHED:
-        return persipubsub.errors.QueueFullError(
-            "Expected room in the queue {}, but got: {}".format(path, error))
-    if code in _NO_ROOM:
-        return persipubsub.errors.DiskFullError(
-            "Expected room on the servers of {}, but got: {}".format(path, error))
-    if code in _BAD_REPLICAS:
-        return persipubsub.errors.ConfigError(
-            "Expected as many servers as replicas of {}, but got: {}".format(path, error))
-    return persipubsub.errors.StoreError("Expected the servers of {} to do it, but got: {}".format(
-        path, error))
+    for codes, kind, text in _ANSWERS:
+        if error.err_code in codes:
+            break
+    else:
+        kind, text = persipubsub.errors.StoreError, "the servers of {} to do it"
+    return kind("Expected {}, but got: {}".format(text.format(path), error))
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -1,8 +1,9 @@
 """
 Hold one connection to the servers of a stream, and ask them until they answer or the time is over.
 
-All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`. Queues at the same servers share
-a connection. Credentials come from the environment, under the names that the tool ``nats`` uses.
+All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`. Queues at the same servers
+share a connection. Credentials come from the environment, under the names that the tool ``nats``
+uses.
 """
 
 import asyncio
@@ -217,8 +218,9 @@ class Link:
             except nats.errors.NoRespondersError as found:
                 # Nobody leads the stream for a moment, or there is no JetStream at all.
                 error = found
-                if not client._server_info.get("jetstream") and (  # pylint: disable=protected-access
-                        time.monotonic() - begin > _NO_JETSTREAM_SECS):
+                # pylint: disable-next=protected-access
+                is_enabled = bool(client._server_info.get("jetstream"))
+                if not is_enabled and time.monotonic() - begin > _NO_JETSTREAM_SECS:
                     raise persipubsub.errors.UnavailableError(
                         "Expected servers of {} with JetStream (nats-server -js), but got: a "
                         "server without it".format(self._path)) from None

@@ -5,8 +5,8 @@ The client of NATS is written for ``asyncio``, the library is not: any thread ha
 and waits for it. One loop, and not one for each queue, so that a program with a hundred queues has
 one more thread and not a hundred.
 
-A forked child has neither the thread nor a use for the connections: it begins with a loop of its own
-at its first call, and the parent's connections are closed in it.
+A forked child has neither the thread nor a use for the connections: it begins with a loop of its
+own at its first call, and the parent's connections are closed in it.
 """
 
 import asyncio

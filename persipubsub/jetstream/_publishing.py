@@ -16,7 +16,7 @@ from persipubsub.jetstream import _errors, _settings, _stream
 from persipubsub.store import _retention
 
 #: Messages of a batch are published in groups of so many messages and bytes, each written to the
-#: socket at once: what a lost connection leaves of a group is its beginning, so that the order stays.
+#: socket at once: a lost connection leaves the beginning of a group, so that the order stays.
 _GROUP_MESSAGES: Final = 512
 _GROUP_BYTES: Final = 1 << 20
 
@@ -110,9 +110,9 @@ class Publishing:
         largest = max(map(len, messages))
         if largest > limit:
             raise persipubsub.errors.MessageTooLargeError(
-                "Expected a message of at most {} bytes for the queue {} (max_payload of its server "
-                "is {}), but got: {} bytes".format(limit, self._settings.path, client.max_payload,
-                                                   largest))
+                "Expected a message of at most {} bytes for the queue {} (max_payload of its "
+                "server is {}), but got: {} bytes".format(limit, self._settings.path,
+                                                          client.max_payload, largest))
 
     async def _publish(self, subject: str, message: bytes, msg_id: str,
                        until: Optional[float]) -> int:
@@ -212,9 +212,9 @@ class Publishing:
         lags = await self._stream.lags(self._deadline())  # type: Dict[str, int]
         slowest = max(lags, key=lambda subscriber: lags[subscriber], default="nobody")
         raise persipubsub.errors.QueueFullError(
-            "Expected room in the queue {} (MAX_MSGS_NUM, HWM_LMDB_SIZE_BYTES), but got: {} messages "
-            "wait in it, {} of them for {!r}".format(self._settings.path, messages,
-                                                     lags.get(slowest, 0), slowest))
+            "Expected room in the queue {} (MAX_MSGS_NUM, HWM_LMDB_SIZE_BYTES), but got: {} "
+            "messages wait in it, {} of them for {!r}".format(self._settings.path, messages,
+                                                              lags.get(slowest, 0), slowest))
 
 
 def _groups(messages: Sequence[bytes]) -> List[Tuple[int, int]]:

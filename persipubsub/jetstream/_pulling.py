@@ -1,10 +1,10 @@
 """
 Pull messages of one subscriber from the servers.
 
-A pull is a request with an inbox for what it brings. Each consumer keeps a few inboxes, one for each
-thread that waits at the same time, since a pull that nobody waits for any more may still bring
-messages: whoever uses its inbox next gets them. ``fetch`` of nats-py was rejected: it mixes the pulls
-of several threads in one inbox, and takes a lost connection for an empty queue.
+A pull is a request with an inbox for what it brings. Each consumer keeps a few inboxes, one for
+each thread that waits at the same time, since a pull that nobody waits for any more may still bring
+messages: whoever uses its inbox next gets them. ``fetch`` of nats-py was rejected: it mixes the
+pulls of several threads in one inbox, and takes a lost connection for an empty queue.
 
 All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
@@ -357,8 +357,8 @@ def to_pulled(data: bytes, reply: str) -> Pulled:
     Read what the server writes into the reply subject of a message.
 
     :param data: of the message
-    :param reply: ``$JS.ACK.stream.consumer.deliveries.number.order.time.pending``, where a domain and
-        an account may stand in front of the stream
+    :param reply: ``$JS.ACK.stream.consumer.deliveries.number.order.time.pending``, where a domain
+        and an account may stand in front of the stream
     :return: message
 
     >>> to_pulled(b"", "$JS.ACK.Q.sub.2.7.9.1795545064100655688.3")[2:5]

@@ -176,9 +176,9 @@ class Stream:
         """
         Check that every subscriber of an audience wants its messages.
 
-        A stream of this kind acknowledges what nobody wants, and drops it: a message to a subscriber
-        without a consumer would be lost without an error. The servers are asked once a second, and
-        not each time: only an operator takes consumers away.
+        A stream of this kind acknowledges what nobody wants, and drops it: a message to a
+        subscriber without a consumer would be lost without an error. The servers are asked once a
+        second, and not each time: only an operator takes consumers away.
 
         :param audience: ids; None for all subscribers
         :param deadline: on the monotonic clock
@@ -273,7 +273,7 @@ class Stream:
         :param deadline: on the monotonic clock
         :return: its ``seq``, ``data`` and more; None if there is none
         """
-        found = None  # type: Optional[Dict[str, Any]]
+        messages = []  # type: List[Dict[str, Any]]
         for subject in subjects:
             try:
                 answer = await self.link.api("STREAM.MSG.GET." + self.name, {
@@ -284,10 +284,8 @@ class Stream:
                 if error.err_code not in _errors.MESSAGE_NOT_FOUND:
                     raise
                 continue
-            message = answer["message"]  # type: Dict[str, Any]
-            if found is None or message["seq"] < found["seq"]:
-                found = message
-        return found
+            messages.append(answer["message"])
+        return min(messages, key=lambda message: int(message["seq"]), default=None)
 
     # Dropping
 

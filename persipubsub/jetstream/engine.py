@@ -64,7 +64,7 @@ class Queue:
         self.close()
 
     def close(self) -> None:
-        """Close the queue; it may be closed twice. What was put stays, what is held is given back."""
+        """Close the queue; it may be closed twice. What is held is given back."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -151,8 +151,8 @@ class Queue:
         """
         Add messages at the end of the queue.
 
-        When the call returns, the servers have all of them. When it raises, some of several messages
-        may be there, those at the beginning: before 2.12 the server has no transactions.
+        When the call returns, the servers have all of them. When it raises, some of several
+        messages may be there, those at the beginning: before 2.12 the server has no transactions.
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
@@ -271,8 +271,8 @@ class Queue:
         """
         Count what is in the queue, by what the servers know.
 
-        It is no snapshot: subscribers are asked for one after the other. What was dropped, cleared or
-        skipped is not counted by NATS, and is 0.
+        It is no snapshot: subscribers are asked for one after the other. What was dropped, cleared
+        or skipped is not counted by NATS, and is 0.
 
         :return: figures of the queue and of its subscribers
         """
