@@ -76,7 +76,7 @@ FULL = Profile(name="full",
                pruned=10**6,
                total=10**7,
                memory_count=500,
-               timeout_secs=180)
+               timeout_secs=300)
 
 LONG = FULL._replace(name="long",
                      rounds=9,
@@ -85,8 +85,7 @@ LONG = FULL._replace(name="long",
                      batches=30,
                      size_bytes=1 << 26,
                      latency_secs=5.0,
-                     memory_count=5000,
-                     timeout_secs=300)
+                     memory_count=5000)
 
 
 def _requests(names: Sequence[str], task: str, arguments: Mapping[str, Any],
@@ -196,7 +195,7 @@ def size(runner: Runner, profile: Profile) -> List[Row]:
 
 def _concurrency(runner: Runner, profile: Profile, kind: str) -> List[Row]:
     """Send from several workers at the same time."""
-    names = FEW[:3] if profile.name == "quick" else FEW
+    names = FEW if profile.name == "long" else FEW[:3]
     requests = []  # type: List[Request]
     for workers in profile.workers[kind]:
         case = str(workers)
@@ -258,9 +257,7 @@ def file_size(runner: Runner, profile: Profile) -> List[Row]:
         runner.tell("{} {}".format(request.contender, request.durability))
         try:
             with runner.directory() as directory:
-                # Flushed, a tenth of them has to do: it takes a hundred times as long.
-                total = profile.total // (10 if request.durability == FSYNC else 1)
-                result = runner.run(request, directory, total=total, samples=50)
+                result = runner.run(request, directory, total=profile.total, samples=50)
         except rounds.Broken as error:
             rows.append(Row(request.contender, request.durability, "0", [], None, str(error)))
             continue

@@ -10,7 +10,7 @@ import functools
 import os
 import pathlib
 import re
-from typing import Any, Callable, Counter, Dict, Final, List, NamedTuple
+from typing import Any, Callable, Counter, Dict, Final, List, NamedTuple, Set
 
 import pytest
 
@@ -25,7 +25,9 @@ from tests.faults import tracing
 _SINGLES: Final = 100
 _BATCH: Final = 1000
 
-_FLUSHES: Final = {"fsync", "fdatasync", "msync", "sync_file_range", "syncfs", "sync"}
+_FLUSHES: Final = {
+    "flushed write", "fsync", "fdatasync", "msync", "sync_file_range", "syncfs", "sync"
+}
 _LOCKS: Final = {"flock", "fcntl", "fcntl64"}
 _WRITES: Final = {"pwrite64", "pwritev", "writev", "write"}
 
@@ -155,6 +157,7 @@ def count(trace_pth: pathlib.Path) -> Dict[str, Counter[str]]:
     """Count the system calls between two marks, by the name of the first one."""
     counts = {}  # type: Dict[str, Counter[str]]
     before = transactions, reads = 0, 0
+    flushed = set()  # type: Set[str]
     current = collections.Counter()  # type: Counter[str]
     for line in trace_pth.read_text(encoding="utf-8", errors="replace").splitlines():
         match = re.search(r'"/mark/(\w+)/(\d+)/(\d+)"', line)
@@ -164,9 +167,14 @@ def count(trace_pth: pathlib.Path) -> Dict[str, Counter[str]]:
             before = transactions, reads
             current = counts[match.group(1)] = collections.Counter()
             continue
-        call = re.match(r"(?:\d+ +)?(\w+)\(", line)
+        opened = re.search(r"\bO_D?SYNC\b.* = (\d+)$", line)
+        if opened is not None:
+            flushed.add(opened.group(1))
+        call = re.match(r"(?:\d+ +)?(\w+)\((\d*)", line)
         if call is not None:
-            current[call.group(1)] += 1
+            # LMDB writes its meta page so, unless it is told to leave the flush to us.
+            is_flushed = call.group(1) in _WRITES and call.group(2) in flushed
+            current["flushed write" if is_flushed else call.group(1)] += 1
     assert list(counts) == ["send", "receive", "send_many", "receive_many", "end"]
     return counts
 
