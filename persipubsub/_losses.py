@@ -28,8 +28,9 @@ class LossLog:
         self._path = path
         self._counts = {}  # type: Dict[str, int]
         self._last = -_PAUSE_SECS
-        # Guards the counts; nothing else is done while it is held.
-        self._lock = threading.Lock()
+        # Guards the counts; nothing else is done while it is held. Re-entrant for a signal handler
+        # that closes the queue.
+        self._lock = threading.RLock()
 
     def add(self, losses: Sequence[_retention.Loss]) -> None:
         """

@@ -24,13 +24,11 @@ could undo the S of the waiter that B woke. A waiter that was killed costs one n
 
 Users have 128 inotify instances, so a process has one, and no thread of its own: one of the waiting
 threads, the leader, polls it and rings the tickets of the others, the followers, who sleep at a
-gate each. A leader that leaves, for whatever reason, appoints another. A thread alone leads, with
-nothing between it and the kernel. Events are read, and tickets rung, under the lock under which
-a waiter checks that it was not rung; what nobody read stays in the kernel.
+gate each. A leader that leaves appoints another. Events are read, and tickets rung, under the lock
+under which a waiter checks that it was not rung; what nobody read stays in the kernel.
 
-Where inotify is missing or used up, or ``PERSIPUBSUB_POLLING`` is in the environment, the leader
-polls the stamps every 0.1 to 5 milliseconds. A stamp is the time, not a counter: of two processes
-that count at once, one could bring back the number that a waiter saw last.
+Without inotify, or with ``PERSIPUBSUB_POLLING`` in the environment, the leader polls the stamps
+every 0.1 to 5 milliseconds. A stamp is the time: of two counters, one could bring a number back.
 """
 
 import errno
@@ -38,13 +36,13 @@ import mmap
 import os
 import select
 import stat
-import struct
 import sys
 import threading
 import time
 from typing import Any, Callable, Dict, List, Optional
 
 import persipubsub.errors
+from persipubsub import _inotify
 from persipubsub.environment import _files
 
 __all__ = ["Bell", "Ticket", "dispatch"]
@@ -58,13 +56,7 @@ _SHORTEST_POLL_SECS = 0.0001
 _LONGEST_POLL_SECS = 0.005
 _RETRY_SECS = 1.0  # between attempts to get inotify
 _LONGEST_SLEEP_SECS = 3600.0  # poll(2) overflows after 24 days
-
-_EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of a name (0, as files have none)
-_IN_ACCESS = 0x1
-_IN_Q_OVERFLOW = 0x4000
-_IN_DONT_FOLLOW = 0x02000000
-
-_library: Any = None  # ctypes.CDLL, when it was needed
+_LONGEST_HOLD_SECS = 0.02  # a lock held for longer is held by the code that a handler interrupted
 
 
 class _File:
@@ -86,8 +78,7 @@ class _File:
             status = os.fstat(self.descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            # Written, as a hole is SIGBUS on a full disk; and not from the beginning, as another
-            # process may have set the flag already.
+            # Written, as a hole is SIGBUS on a full disk; not its beginning: the flag may be set.
             filling = bytes(_PAGE_BYTES - _UNUSED)
             if (status.st_size < _PAGE_BYTES
                     and os.pwrite(self.descriptor, filling, _UNUSED) < len(filling)):
@@ -111,17 +102,6 @@ class _File:
             self.page[_FLAG] = 1  # the message is safe: do not fail, the next publisher rings
 
 
-def _call_library(name: str, *arguments: Any) -> int:
-    """Call a function of inotify, for which Python has no binding; raise OSError if it fails."""
-    global _library  # pylint: disable=global-statement
-    import ctypes  # pylint: disable=import-outside-toplevel  # slow, and only waiters need it
-    _library = _library or ctypes.CDLL(None, use_errno=True)
-    result: int = getattr(_library, name)(*arguments)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), name)
-    return result
-
-
 class _Hub:  # pylint: disable=too-many-instance-attributes
     """Share one inotify instance between all bells and threads of a process."""
 
@@ -137,6 +117,8 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
         self.leader_polls = False
         self.followers: Dict["Ticket", None] = {}  # asleep and not rung; empty without a leader
         self.callbacks: List[Callable[[], object]] = []  # of rung tickets, still to be called
+        self.closing: List["Bell"] = [
+        ]  # still to be forgotten; without the lock, appending is atomic
         self.inotify = -1
         self.nudge = -1  # eventfd that gets the leader out of poll()
         self.poller: Optional[Any] = None  # select.poll on both; for the leader only
@@ -164,13 +146,12 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
             if self.nudge < 0:
                 self.nudge = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             if self.poller is None:
-                self.inotify = _call_library("inotify_init1", os.O_CLOEXEC | os.O_NONBLOCK)
+                self.inotify = _inotify.start()
                 poller = select.poll()
                 poller.register(self.nudge, select.POLLIN)
                 poller.register(self.inotify, select.POLLIN)
                 self.poller = poller
-            watch = _call_library("inotify_add_watch", self.inotify, os.fsencode(file.path),
-                                  _IN_ACCESS | _IN_DONT_FOLLOW)
+            watch = _inotify.watch(self.inotify, file.path)
             # Rejected: /proc/self/fd/N needs no check, but is forbidden after setuid.
             if not os.path.samestat(os.lstat(file.path), os.fstat(file.descriptor)):
                 raise OSError(errno.ESTALE, "Another file took the place", file.path)
@@ -193,26 +174,39 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
                 os.close(descriptor)
 
     def forget(self, bell: "Bell") -> None:
-        """Wake all waiters of the bell for good, and watch its file no longer."""
-        with self.lock:
-            file = self.files.pop(bell, None)
-            if file is not None:
-                same = self.watched.get(file.watch, [])
-                if same == [file]:
-                    del self.watched[file.watch]
-                    _library.inotify_rm_watch(self.inotify, file.watch)
-                elif same:
-                    same.remove(file)
-                self.polled.pop(file, None)
-                for ticket in file.tickets:
-                    ticket.closed = True
-                self._ring(file)
-                file.tickets.clear()  # else it stays open until the garbage is collected
-                self._close_unused()
-        self._call_back()
+        """
+        Wake all waiters of the bell for good, and watch its file no longer.
+
+        If a signal handler interrupted the holder of the lock, that one does it, in leave() or
+        dispatch(). Rejected: a re-entrant lock, as it shows half-done changes.
+        """
+        self.closing.append(bell)
+        if self.lock.acquire(timeout=_LONGEST_HOLD_SECS):
+            try:
+                while self.closing:
+                    self._forget(self.closing.pop())
+            finally:
+                self.lock.release()
+            self._call_back()
+
+    def _forget(self, bell: "Bell") -> None:
+        file = self.files.pop(bell, None)
+        if file is not None:
+            same = self.watched.get(file.watch, [])
+            if same == [file]:
+                del self.watched[file.watch]
+                _inotify.forget(self.inotify, file.watch)
+            elif same:
+                same.remove(file)
+            self.polled.pop(file, None)
+            for ticket in file.tickets:
+                ticket.closed = True
+            self._ring(file)
+            file.tickets.clear()  # else it stays open until the garbage is collected
+            self._close_unused()
 
     def _close_unused(self) -> None:
-        if not self.files and self.leader is None:
+        if not (self.files or self.leader):
             self.close_descriptors()
 
     def dispatch(self, by_leader: bool = False) -> bool:
@@ -233,14 +227,13 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
         events = b""
         if self.inotify >= 0:
             try:
-                events = os.read(self.inotify, 256 * _EVENT.size)
+                events = os.read(self.inotify, 256 * _inotify.EVENT.size)
             except BlockingIOError:
                 pass
         rang = bool(events)
-        # IN_IGNORED comes after we removed a watch, and finds nobody. The kernel removes none while
-        # the file is open, even if it was deleted.
-        for watch, mask, _, _ in _EVENT.iter_unpack(events):
-            overflow = mask & _IN_Q_OVERFLOW
+        # IN_IGNORED, after we removed a watch, finds nobody. The kernel removes none of open files.
+        for watch, mask, _, _ in _inotify.EVENT.iter_unpack(events):
+            overflow = mask & _inotify.OVERFLOW
             for file in self.files.values() if overflow else self.watched.get(watch, ()):
                 self._ring(file)
         for file in self.polled:
@@ -269,6 +262,8 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
 
     def _call_back(self) -> None:
         """Call the callbacks of rung tickets; without the lock, which they may need."""
+        if self.closing:
+            self.forget(self.closing.pop())
         while self.callbacks:
             with self.lock:
                 callbacks, self.callbacks = self.callbacks, []
@@ -318,6 +313,8 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
                 if self.leader is not None:
                     self._signal(self.leader)
                 self._close_unused()
+        if self.closing:
+            self.forget(self.closing.pop())
 
 
 _hub = _Hub()
@@ -361,10 +358,10 @@ class Ticket:
         """
         Forget former rings, set the flag: every commit that a look after this misses will ring.
 
-        Never blocks. The flag must be visible to all before the look reads anything, but common
-        processors delay a store past later loads. Locking and unlocking twice is a full fence: on
-        x86 every atomic instruction is one, on ARM unlocking (release) is not passed by locking
-        (acquire). Rejected: ``sched_yield`` and ``membarrier``, which cost a system call.
+        Never blocks. The flag must be visible before the look reads anything, but processors delay
+        a store past later loads. Locking and unlocking twice is a full fence: on x86 every atomic
+        instruction is one, on ARM unlocking is not passed by locking. Rejected: ``sched_yield`` and
+        ``membarrier``, which cost a system call.
         """
         self.rung = False
         self.file.page[_FLAG] = 1
@@ -378,8 +375,7 @@ class Ticket:
         Block until the bell rings. An exception, as of a signal, leaves everything in order.
 
         :param timeout: most time to block, in seconds; only check whether it rang if not positive
-        :return: True if rung since :py:meth:`arm` or the last ``wait``, or if the bell was closed
-            meanwhile; False if the time is over
+        :return: True if rung since :py:meth:`arm` or the last ``wait``, or closed meanwhile
         :raise ClosedError: if ticket or bell were closed before, or are of the parent process
         """
         hub = self._hub
@@ -397,8 +393,8 @@ class Ticket:
         """
         Have the callback called when the ticket is rung, once after each :py:meth:`arm`.
 
-        :param callback: called in the thread that notices the ring, or at once if it rang already;
-            short, and never raising but ``RuntimeError`` by ``loop.call_soon_threadsafe``
+        :param callback: called by who notices the ring, or at once if it rang already; short, and
+            never raising but ``RuntimeError`` by ``loop.call_soon_threadsafe``
         """
         with self._hub.lock:
             self.callback = callback
@@ -487,7 +483,7 @@ class Bell:
         """
         Wake this bell's waiters in this process: all calls raise ``ClosedError`` from now on.
 
-        Never blocks, and may be called again.
+        Blocks for 20 milliseconds at most, also in a signal handler, and may be called again.
         """
         self._closed = True
         self._file = None

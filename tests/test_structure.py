@@ -54,7 +54,7 @@ _ROWS: List[Set[str]] = [
     {"environment._transactions"},
     {"environment._opening"},
     {"environment._checkpoint", "environment._gate", "_wakeup", "_claims", "_in_flight"},
-    {"environment._files"},
+    {"environment._files", "_inotify"},
     {"store._newest"},
     {"store._deliveries"},
     {"store._retention", "store._check", "store._pending"},

@@ -884,6 +884,40 @@ def test_interrupted_at_every_line(mode: str, tmp_path: pathlib.Path) -> None:
         bell.close()
 
 
+def test_signal_handler_that_closes_at_every_line(mode: str, tmp_path: pathlib.Path) -> None:
+    """Close a bell in the midst of waiting for it; another one beside has to go on."""
+    assert mode
+    hub = persipubsub._wakeup._hub
+    other = persipubsub._wakeup.Bell(str(tmp_path / "other"))
+    closed = 0
+    for number in range(1, 1000):
+        bell = persipubsub._wakeup.Bell(str(tmp_path / "bell"))
+
+        def lead(bell: persipubsub._wakeup.Bell = bell) -> None:
+            with bell.prepare() as ticket:
+                bell.ring()
+                while ticket.wait(timeout=0.001):
+                    ticket.arm()
+
+        with other.prepare() as ticket:
+            while ticket.wait(timeout=0):
+                ticket.arm()
+            other.ring()
+            try:
+                reached = at_line(number, bell.close, lead)
+            except persipubsub.errors.ClosedError:
+                closed += 1
+                reached = True
+            assert bell not in hub.files or not reached
+            assert hub.leader is None and not hub.lock.locked()
+            assert ticket.wait(timeout=HANG_SECS)
+        bell.close()
+        if not reached:
+            break
+    assert number > 50 and closed > 20
+    other.close()
+
+
 def test_a_ring_in_the_midst_of_arm_is_not_forgotten(mode: str, tmp_path: pathlib.Path) -> None:
     assert mode
     bell = persipubsub._wakeup.Bell(str(tmp_path / "bell"))

@@ -189,8 +189,9 @@ class Checkpointer:
         self._seconds = seconds
         self._attempt = attempt
         self._thread = None  # type: Optional[threading.Thread]
-        # Guards the start of the thread; nothing is waited for while it is held.
-        self._lock = threading.Lock()
+        # Guards the start of the thread; nothing is waited for while it is held. Re-entrant for a
+        # signal handler that closes the queue.
+        self._lock = threading.RLock()
         self._is_changed = threading.Event()
         self._is_stopped = threading.Event()
 
