@@ -86,7 +86,7 @@ setuptools.setup(
             "simplebroker>=8",
         ],
         # What docs/ is built with; it imports all that is documented.
-        "doc": _METRICS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
+        "doc": _CLI + _METRICS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
         # All that the tests and precommit.py need; the examples are tested, too.
         "dev": _EXAMPLES + _CLI + _METRICS + [
             "build",

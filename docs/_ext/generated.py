@@ -1,0 +1,253 @@
+"""
+Write parts of the reference from the code itself, so that they can not drift.
+
+``.. config-keys:: Queue``
+    A table of the keys of a class of :py:mod:`persipubsub.config`.
+
+``.. command-line::``
+    A section for each command.
+
+``.. error-tree::``
+    The tree of errors, as it is drawn in :py:mod:`persipubsub.errors`.
+"""
+
+import enum
+import inspect
+import types
+from typing import Annotated, Any, Dict, Iterator, List, Mapping, Union, get_args, get_origin
+
+import click
+import docutils.nodes
+import msgspec
+import msgspec.structs
+import sphinx.application
+import sphinx.util.docutils
+
+import persipubsub.cli.commands
+import persipubsub.config
+import persipubsub.errors
+
+_NOUNS = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
+
+def _parts(annotation: Any) -> "tuple[Any, msgspec.Meta]":
+    """
+    Split an annotation.
+
+    :param annotation: of a field
+    :return: the type, what is said about it; of several notes, the outermost that says something
+    """
+    notes = []  # type: List[msgspec.Meta]
+    while get_origin(annotation) is Annotated:
+        annotation, *metas = get_args(annotation)
+        notes += [meta for meta in metas if isinstance(meta, msgspec.Meta)]
+    merged = {}  # type: Dict[str, Any]
+    for name in ("description", "gt", "ge", "lt", "le", "min_length", "max_length"):
+        merged[name] = next((value for note in notes
+                             if (value := getattr(note, name)) is not None), None)
+    return annotation, msgspec.Meta(**merged)
+
+
+def _alternatives(annotation: Any) -> List[Any]:
+    """
+    Take ``None`` out of a union.
+
+    :param annotation: of a value
+    :return: the types that a value in the file can have
+    """
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [kind for kind in get_args(annotation) if kind is not type(None)]
+    return [annotation]
+
+
+def describe_type(annotation: Any) -> str:
+    """
+    Say of what type a value is.
+
+    :param annotation: of the value
+    :return: text for a cell of a table
+    """
+    kind, _ = _parts(annotation)
+    alternatives = _alternatives(kind)
+    if len(alternatives) > 1 or alternatives[0] is not kind:
+        return " or ".join(map(describe_type, alternatives))
+    origin = get_origin(kind)
+    if origin in (tuple, list, frozenset, set):
+        return "list of {}s".format(describe_type(get_args(kind)[0]))
+    if origin is not None and issubclass(origin, Mapping):
+        return "object of {}".format(describe_type(get_args(kind)[1]))
+    if issubclass(kind, enum.Enum):
+        return "string"
+    if issubclass(kind, msgspec.Struct):
+        return "object, see {}".format(kind.__name__)
+    return _NOUNS[kind]
+
+
+def _number(value: Any) -> str:
+    """Show a number so that it can be read, and powers of two as such if they are large."""
+    if isinstance(value, int) and value >= 1 << 16 and value & (value - 1) == 0:
+        return "2\\ :sup:`{}`".format(value.bit_length() - 1)
+    return "{:,}".format(value)
+
+
+def describe_range(annotation: Any) -> str:
+    """
+    Say which values are allowed.
+
+    :param annotation: of the value
+    :return: text for a cell of a table; empty if there is no limit
+    """
+    kind, meta = _parts(annotation)
+    alternatives = _alternatives(kind)
+    if len(alternatives) > 1 or alternatives[0] is not kind:
+        return " or ".join(filter(None, map(describe_range, alternatives)))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return ", ".join("``{}``".format(member.value) for member in kind)
+    limits = []  # type: List[str]
+    for name, text in (("gt", "more than {}"), ("ge", "from {}"), ("lt", "less than {}"),
+                       ("le", "to {}"), ("min_length", "length from {}"), ("max_length",
+                                                                          "length to {}")):
+        value = getattr(meta, name)
+        if value is not None:
+            limits.append(text.format(_number(value)))
+    return " ".join(limits)
+
+
+def describe_default(field: msgspec.structs.FieldInfo) -> str:
+    """
+    Say what a missing key means.
+
+    :param field: of the class
+    :return: text for a cell of a table
+    """
+    if field.required:
+        return "required"
+    default = field.default
+    if default is msgspec.NODEFAULT:
+        default = field.default_factory() if callable(field.default_factory) else None
+    if isinstance(default, enum.Enum):
+        return "``{}``".format(default.value)
+    if default is None:
+        return "none"
+    if isinstance(default, float) and default.is_integer():
+        default = int(default)
+    return "``{}``".format(default)
+
+
+def config_table(kind: type[msgspec.Struct]) -> Iterator[str]:
+    """
+    Write the table of a class of the configuration.
+
+    :param kind: class
+    :return: lines of reStructuredText
+    """
+    yield ".. list-table::"
+    yield "    :header-rows: 1"
+    yield "    :widths: 22 14 24 12 40"
+    yield ""
+    rows = [["Key", "Type", "Values", "Default", "Meaning"]]
+    for field in msgspec.structs.fields(kind):
+        if field.encode_name == "identifier":
+            # The key of the entry, and not a key in it.
+            continue
+        _, meta = _parts(field.type)
+        rows.append([
+            "``{}``".format(field.encode_name),
+            describe_type(field.type),
+            describe_range(field.type),
+            describe_default(field), meta.description or ""
+        ])
+    for row in rows:
+        for index, cell in enumerate(row):
+            yield "    {} - {}".format(" " if index else "*", cell)
+    yield ""
+
+
+def command_sections(group: click.Group) -> Iterator[str]:
+    """
+    Write a section for each command.
+
+    :param group: of the commands
+    :return: lines of reStructuredText
+    """
+    for name, command in group.commands.items():
+        context = click.Context(command, info_name="persipubsub {}".format(name))
+        yield name
+        yield "-" * len(name)
+        yield ""
+        yield "::"
+        yield ""
+        yield "    " + " ".join([context.command_path, *command.collect_usage_pieces(context)])
+        yield ""
+        text, _, examples = (command.help or "").replace("\b", "").partition("\nExample")
+        yield from (line.strip() for line in text.splitlines())
+        yield ""
+        records = [
+            record for parameter in command.get_params(context)
+            if (record := parameter.get_help_record(context)) is not None
+        ]
+        for option, meaning in records:
+            yield "``{}``".format(option)
+            yield "    {}".format(meaning)
+            yield ""
+        if examples:
+            yield "::"
+            yield ""
+            yield from ("    " + line.strip() for line in examples.splitlines()[1:]
+                        if line.strip())
+            yield ""
+
+
+class ConfigKeys(sphinx.util.docutils.SphinxDirective):
+    """Write the table of a class of the configuration."""
+
+    required_arguments = 1
+
+    def run(self) -> List[docutils.nodes.Node]:
+        """
+        Write it.
+
+        :return: the table
+        """
+        kind = getattr(persipubsub.config, self.arguments[0])
+        return self.parse_text_to_nodes("\n".join(config_table(kind)))
+
+
+class CommandLine(sphinx.util.docutils.SphinxDirective):
+    """Write a section for each command."""
+
+    def run(self) -> List[docutils.nodes.Node]:
+        """
+        Write them.
+
+        :return: sections
+        """
+        text = "\n".join(command_sections(persipubsub.cli.commands.commands))
+        return self.parse_text_to_nodes(text, allow_section_headings=True)
+
+
+class ErrorTree(sphinx.util.docutils.SphinxDirective):
+    """Show the tree of errors."""
+
+    def run(self) -> List[docutils.nodes.Node]:
+        """
+        Show it.
+
+        :return: the drawing
+        """
+        text = inspect.getdoc(persipubsub.errors) or ""
+        drawn = [line for line in text.splitlines() if line.startswith("    ")]
+        return self.parse_text_to_nodes("::\n\n" + "\n".join(drawn))
+
+
+def setup(app: sphinx.application.Sphinx) -> Dict[str, bool]:
+    """
+    Add the directives to Sphinx.
+
+    :param app: Sphinx
+    :return: what it has to know
+    """
+    app.add_directive("config-keys", ConfigKeys)
+    app.add_directive("command-line", CommandLine)
+    app.add_directive("error-tree", ErrorTree)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
