@@ -48,7 +48,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     keywords="publish subscribe queue persistent durable lmdb ipc interprocess",
     classifiers=[
-        "Development Status :: 4 - Beta",
+        "Development Status :: 5 - Production/Stable",
         "Intended Audience :: Developers",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",

@@ -26,7 +26,8 @@ from typing import Dict, Final, Iterator, List, NamedTuple, Optional, Sequence, 
 
 from tests import support
 
-_DIRECTIVE = re.compile(r"^(?P<indent> *)\.\. (?P<name>code-block|literalinclude|code):: *(?P<rest>.*)$")
+_DIRECTIVE = re.compile(
+    r"^(?P<indent> *)\.\. (?P<name>code-block|literalinclude|code):: *(?P<rest>.*)$")
 _OPTION = re.compile(r"^ *:(?P<key>[\w-]+): *(?P<value>.*)$")
 _NAMED = re.compile(r"``([\w./-]+\.\w+)``:{1,2}$")
 
@@ -98,8 +99,8 @@ def blocks_of(page: pathlib.Path) -> List[Block]:
 def _indented(lines: Sequence[str], index: int, indent: int) -> Tuple[str, int]:
     """Return what is indented by more from a line on, without its indentation, and what follows."""
     body = []  # type: List[str]
-    while index < len(lines) and (not lines[index].strip() or lines[index].startswith(" " *
-                                                                                       (indent + 1))):
+    while index < len(lines) and (not lines[index].strip()
+                                  or lines[index].startswith(" " * (indent + 1))):
         body.append(lines[index])
         index += 1
     return textwrap.dedent("\n".join(body)).strip("\n") + "\n", index

@@ -17,11 +17,8 @@ import types
 from typing import Annotated, Any, Dict, Iterator, List, Mapping, Union, get_args, get_origin
 
 import click
-import docutils.nodes
 import msgspec
 import msgspec.structs
-import sphinx.application
-import sphinx.util.docutils
 
 import persipubsub.cli.commands
 import persipubsub.config
@@ -43,8 +40,8 @@ def _parts(annotation: Any) -> "tuple[Any, msgspec.Meta]":
         notes += [meta for meta in metas if isinstance(meta, msgspec.Meta)]
     merged = {}  # type: Dict[str, Any]
     for name in ("description", "gt", "ge", "lt", "le", "min_length", "max_length"):
-        merged[name] = next((value for note in notes
-                             if (value := getattr(note, name)) is not None), None)
+        merged[name] = next((value for note in notes if (value := getattr(note, name)) is not None),
+                            None)
     return annotation, msgspec.Meta(**merged)
 
 
@@ -106,7 +103,7 @@ def describe_range(annotation: Any) -> str:
     limits = []  # type: List[str]
     for name, text in (("gt", "more than {}"), ("ge", "from {}"), ("lt", "less than {}"),
                        ("le", "to {}"), ("min_length", "length from {}"), ("max_length",
-                                                                          "length to {}")):
+                                                                           "length to {}")):
         value = getattr(meta, name)
         if value is not None:
             limits.append(text.format(_number(value)))
@@ -193,61 +190,60 @@ def command_sections(group: click.Group) -> Iterator[str]:
         if examples:
             yield "::"
             yield ""
-            yield from ("    " + line.strip() for line in examples.splitlines()[1:]
-                        if line.strip())
+            yield from ("    " + line.strip() for line in examples.splitlines()[1:] if line.strip())
             yield ""
 
 
-class ConfigKeys(sphinx.util.docutils.SphinxDirective):
-    """Write the table of a class of the configuration."""
-
-    required_arguments = 1
-
-    def run(self) -> List[docutils.nodes.Node]:
-        """
-        Write it.
-
-        :return: the table
-        """
-        kind = getattr(persipubsub.config, self.arguments[0])
-        return self.parse_text_to_nodes("\n".join(config_table(kind)))
-
-
-class CommandLine(sphinx.util.docutils.SphinxDirective):
-    """Write a section for each command."""
-
-    def run(self) -> List[docutils.nodes.Node]:
-        """
-        Write them.
-
-        :return: sections
-        """
-        text = "\n".join(command_sections(persipubsub.cli.commands.commands))
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
-
-
-class ErrorTree(sphinx.util.docutils.SphinxDirective):
-    """Show the tree of errors."""
-
-    def run(self) -> List[docutils.nodes.Node]:
-        """
-        Show it.
-
-        :return: the drawing
-        """
-        text = inspect.getdoc(persipubsub.errors) or ""
-        drawn = [line for line in text.splitlines() if line.startswith("    ")]
-        return self.parse_text_to_nodes("::\n\n" + "\n".join(drawn))
-
-
-def setup(app: sphinx.application.Sphinx) -> Dict[str, bool]:
+def error_tree() -> Iterator[str]:
     """
-    Add the directives to Sphinx.
+    Draw the tree of errors.
+
+    :return: lines of reStructuredText
+    """
+    yield "::"
+    yield ""
+    text = inspect.getdoc(persipubsub.errors) or ""
+    yield from (line for line in text.splitlines() if line.startswith("    "))
+    yield ""
+
+
+def expand(text: str) -> str:
+    """
+    Write what the directives of a page stand for.
+
+    It is done before Sphinx parses the page. Directives of Sphinx were rejected: they would have to
+    parse a second time, and could only be tried out where Sphinx is installed.
+
+    :param text: of the page
+    :return: text without them
+
+    >>> "BusyTimeoutError" in expand(".. error-tree::")
+    True
+    """
+    lines = []  # type: List[str]
+    for line in text.splitlines():
+        name, _, argument = line.partition("::")
+        if name == ".. config-keys":
+            lines += config_table(getattr(persipubsub.config, argument.strip()))
+        elif name == ".. command-line":
+            lines += command_sections(persipubsub.cli.commands.commands)
+        elif name == ".. error-tree":
+            lines += error_tree()
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def setup(app: Any) -> Dict[str, bool]:
+    """
+    Let Sphinx expand each page that it reads.
 
     :param app: Sphinx
     :return: what it has to know
     """
-    app.add_directive("config-keys", ConfigKeys)
-    app.add_directive("command-line", CommandLine)
-    app.add_directive("error-tree", ErrorTree)
+
+    def expand_page(_app: Any, _name: str, source: List[str]) -> None:
+        source[0] = expand(source[0])
+
+    app.connect("source-read", expand_page)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

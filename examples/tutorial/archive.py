@@ -16,7 +16,7 @@ with open("archive.txt", "a", encoding="utf-8") as archive, persipubsub.subscrib
             if msg is None:
                 break
             message = struct_pb2.Struct.FromString(msg)
-            archive.write("{:.0f} {}\n".format(message["number"], message["line"]))
+            archive.write("{} {}\n".format(message["number"], message["line"]))
             archive.flush()
             time.sleep(pause)
         # Here the message is acknowledged, and not before the line is in the file.

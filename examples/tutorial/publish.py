@@ -9,7 +9,7 @@ with open("access.log", encoding="utf-8") as log, persipubsub.publisher.Pub() as
     count = 0
     for count, line in enumerate(log, start=1):
         message = struct_pb2.Struct()
-        message.update({"number": count, "line": line.rstrip("\n")})
+        message.update({"number": str(count), "line": line.rstrip("\n")})
         pub.send(msg=message.SerializeToString())
 
 print("published {} lines".format(count))
