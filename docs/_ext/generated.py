@@ -24,6 +24,15 @@ import persipubsub.cli.commands
 import persipubsub.config
 import persipubsub.errors
 
+_LIMITS = {
+    "gt": "more than {}",
+    "ge": "from {}",
+    "lt": "less than {}",
+    "le": "to {}",
+    "min_length": "length at least {}",
+    "max_length": "length at most {}"
+}
+
 _NOUNS = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
@@ -101,9 +110,7 @@ def describe_range(annotation: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return ", ".join("``{}``".format(member.value) for member in kind)
     limits = []  # type: List[str]
-    for name, text in (("gt", "more than {}"), ("ge", "from {}"), ("lt", "less than {}"),
-                       ("le", "to {}"), ("min_length", "length from {}"), ("max_length",
-                                                                           "length to {}")):
+    for name, text in _LIMITS.items():
         value = getattr(meta, name)
         if value is not None:
             limits.append(text.format(_number(value)))
@@ -124,7 +131,11 @@ def describe_default(field: msgspec.structs.FieldInfo) -> str:
         default = field.default_factory() if callable(field.default_factory) else None
     if isinstance(default, enum.Enum):
         return "``{}``".format(default.value)
-    if default is None:
+    if default in (None, ""):
+        return "none"
+    _, meta = _parts(field.type)
+    if isinstance(default, (int, float)) and meta.ge is not None and default < meta.ge:
+        # It stands for a missing key, and could not be written into the file.
         return "none"
     if isinstance(default, float) and default.is_integer():
         default = int(default)

@@ -46,6 +46,19 @@ _SUBSCRIBER = [
 ]
 
 _AHEAD_KEY = [Field(4, "key", "ordinal"), Field(8, "key", "first number acknowledged ahead")]
+_ATTEMPTS_KEY = [Field(4, "key", "ordinal"), Field(8, "key", "number of the message")]
+_ATTEMPTS = [
+    Field(4, "number", "deliveries so far"),
+    Field(4, "number", "flags; 1: the last one goes on, or its process died"),
+    Field(8, "number", "first recorded, ns on the queue's clock"),
+    Field(8, "number", "due again, ns on the queue's clock")
+]
+
+_ONCE = [
+    Field(8, "number", "number of the message"),
+    Field(8, "number", "time, ns on the queue's clock")
+]
+
 _AHEAD = [Field(8, "number", "number behind the range")]
 
 _BLOCK = [
@@ -124,6 +137,15 @@ def _describe(name: str, key: bytes, value: bytes) -> Iterator[Tuple[bytes, str]
     elif name == "ahead_db":
         yield from _parts(_AHEAD_KEY, key)
         yield from _parts(_AHEAD, value)
+    elif name == "attempts_db":
+        yield from _parts(_ATTEMPTS_KEY, key)
+        yield from _parts(_ATTEMPTS + [Field(len(value) - 24, "bytes", "last error")], value)
+    elif name == "once_db" and key.startswith(b"i"):
+        yield from _parts([Field(len(key), "bytes", "key: i and an id")], key)
+        yield from _parts(_ONCE, value)
+    elif name == "once_db":
+        fields = [Field(1, "bytes", "key"), Field(8, "key", "time"), Field(len(key) - 9, "bytes", "id")]
+        yield from _parts(fields, key)
     elif name == "meta_db" and key == b"header":
         yield from _parts([Field(6, "bytes", "key")], key)
         yield from _parts(_HEADER, value)
