@@ -1,15 +1,16 @@
 """
-Read the code blocks of a page of the documentation, and do what the page says in an empty directory.
+Read the code blocks of a page of the documentation, and do what it says in an empty directory.
 
 A page is followed word for word, from top to bottom:
 
-* A block with a ``:caption:`` is a file of that name. So is one in JSON behind a paragraph which ends
-  with the name: ``here ``config.json``:``.
-* Any other block in Python is a script, which has to end with exit code 0. If the paragraph behind it
-  ends with ``prints:``, the block that follows is what it prints. One with prompts (``>>>``) is a
-  doctest.
-* A block whose first line begins with ``$`` is typed into one shell, the same for the whole page. What
-  stands below a command is what it prints. A command without anything below may print what it likes.
+* A block with a ``:caption:`` is a file of that name. So is one in JSON behind a paragraph that
+  ends with the name: ``here ``config.json``:``. Any other one in JSON only has to be well-formed.
+* Any other block in Python is a script, which has to end with exit code 0. If the paragraph behind
+  it ends with ``prints:``, the block that follows is what it prints. One with prompts (``>>>``) is
+  a doctest, which knows what those above it have assigned.
+* A block whose first line begins with ``$`` is typed into a shell, the same one for the whole page.
+  What stands below a command is what it prints; a command with nothing below may print what it
+  likes.
 
 In what is printed, ``...`` stands for anything, also for several lines.
 """

@@ -1,9 +1,10 @@
 """Test that the documentation speaks of what is there, and that what it shows works."""
 
 import inspect
+import json
 import pathlib
 import re
-from typing import Dict, List, Set, Tuple, Type
+from typing import Dict, List, Set
 
 import msgspec
 import pytest
@@ -11,8 +12,11 @@ import pytest
 import persipubsub
 import persipubsub.cli.commands
 import persipubsub.config
+import persipubsub.control
 import persipubsub.errors
-from tests import doc_pages
+import persipubsub.publisher
+import persipubsub.subscriber
+from tests import doc_pages, support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _DOCS = _ROOT / "docs"
@@ -25,8 +29,6 @@ _SKIPPED: Dict[str, str] = {
     "$ python3 -m venv": "installs from the network; .ci/run does it",
     "$ . venv3/bin/activate": "the tests run in such an environment",
     "$ pip install": "installs from the network",
-    "python3 -m venv": "installs from the network; .ci/run does it",
-    "pip install": "installs from the network",
     "$ cd \"$(mktemp -d)\"": "the test has an empty directory already",
 }
 
@@ -40,9 +42,18 @@ _LANGUAGES: Dict[str, str] = {
     "go": "no compiler for it is at hand",
 }
 
-#: Pages whose commands are about the queues of an installation, which the tests do not have.
-_NOT_TYPED: Dict[str, str] = {
-    "operations.rst": "tests/test_cli.py compares each command and option, and runs them all",
+#: Beginnings of commands of operations.rst that are not typed, with the reason. tests/test_cli.py
+#: runs each command, these too.
+_ENDLESS: Dict[str, str] = {
+    "pip install": "installs from the network",
+    "persipubsub stat config.json --json | jq": "jq may be missing",
+    "persipubsub stat config.json --watch": "goes on until Ctrl-C",
+    "persipubsub stat /etc/app/config.json --watch": "goes on until Ctrl-C",
+    "persipubsub tail": "goes on until Ctrl-C",
+    "journalctl": "goes on until Ctrl-C",
+    "persipubsub receive config.json sub --number 0": "goes on until Ctrl-C",
+    "persipubsub receive config.json sub --number 100": "waits for a hundred messages",
+    "persipubsub metrics": "goes on until Ctrl-C",
 }
 
 
@@ -65,10 +76,77 @@ def test_page_works_word_for_word(page: pathlib.Path, tmp_path: pathlib.Path) ->
     }
     assert not unknown, "Expected a language that is run, or that is excused in _LANGUAGES"
 
-    if page.name in _NOT_TYPED:
+    if page.name == "operations.rst":
+        # The blocks do not follow from each other: each has a test of its own below.
         blocks = [block for block in blocks if not block.is_typed]
     with doc_pages.Shell(tmp_path) as shell:
         doc_pages.Reader(shell).follow(blocks, tuple(_SKIPPED))
+
+
+_OPERATIONS = {
+    block.place: block
+    for block in doc_pages.blocks_of(_DOCS / "operations.rst") if block.is_typed
+}
+
+#: What has to be done before a command, by its beginning.
+_BEFORE = {
+    "persipubsub restore": "persipubsub backup config.json backup/greetings.mdb --queue greetings",
+    "persipubsub remove-sub": "persipubsub add-subscriber config.json index --queue greetings",
+}
+
+
+def _prepare_operations(directory: pathlib.Path) -> None:
+    """Make the queue that operations.rst is about: two messages wait, one of them for one only."""
+    config_pth = support.write_config(directory, {
+        "pub": ("sub", "log"),
+        "other": ("sub", )
+    }, ("sub", "log"),
+                                      path="queues/greetings")
+    entries = json.loads(config_pth.read_text(encoding="utf-8"))
+    entries["queues"]["greetings"] = entries["queues"].pop("queue")
+    for entry in entries.values():
+        for key in {"in_queue", "out_queue"} & set(entry):
+            entry[key] = "greetings"
+    config_pth.write_text(json.dumps(entries), encoding="utf-8")
+    persipubsub.control.initialize_all_dbs(config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send_many(msgs=[b"gone", b"hello", b"again"])
+    for name, count in (("sub", 1), ("log", 2)):
+        with persipubsub.subscriber.Sub() as sub:
+            sub.init(sub_id=name, config_pth=config_pth)
+            with sub.receive_many(max_msgs=count, timeout=0) as msgs:
+                assert len(msgs) == count
+    (directory / "report.pb").write_bytes(b"report")
+    (directory / "backup").mkdir()
+
+
+def _as_on_page(printed: str) -> str:
+    """Loosen what is measured and differs from run to run: times and sizes on the disk."""
+    return re.sub(r" *\d+\.\d (s|kB)\b", r"... \1", printed)
+
+
+@pytest.mark.parametrize("place", sorted(_OPERATIONS))
+def test_commands_of_operations_work(place: str, tmp_path: pathlib.Path) -> None:
+    _prepare_operations(tmp_path)
+    with doc_pages.Shell(tmp_path) as shell:
+        for command, shown in doc_pages.commands_of(_OPERATIONS[place]):
+            if any(command.startswith(beginning) for beginning in _ENDLESS):
+                continue
+            command = command.replace("/etc/app/", "").replace("/backup/", "backup/")
+            for beginning, before in _BEFORE.items():
+                if command.startswith(beginning):
+                    shell.type(before)
+            if shown is None or not re.search(r"\]: y$", shown, re.MULTILINE):
+                printed, exit_code = shell.type(command)
+            else:
+                printed, exit_code = shell.type("echo y | " + command)
+            assert exit_code == 0, (command, printed)
+            if shown is not None:
+                # Who types the answer sees it, and goes on in a line of its own.
+                shown = _as_on_page(shown.replace("]: y\n", "]: ")).replace("/backup/", "backup/")
+                printed = printed.replace(str(tmp_path), "/srv/app")
+                assert doc_pages.matches(shown, printed), (command, printed)
 
 
 def test_a_page_that_lies_is_found(tmp_path: pathlib.Path) -> None:

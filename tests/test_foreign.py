@@ -149,19 +149,19 @@ def test_dump_is_that_of_the_docs(queue_pth: pathlib.Path) -> None:
 def test_dump_knows_what_only_some_queues_have() -> None:
     describe = _dump_queue()._describe
     attempts = struct.pack("<IIQQ", 3, 1, 5, 7) + b"no"
-    assert [meaning for _, meaning in describe("attempts_db", struct.pack(">IQ", 1, 2), attempts)
-            ] == [
+    assert [meaning
+            for _, meaning in describe("attempts_db", struct.pack(">IQ", 1, 2), attempts)] == [
                 "ordinal: 1", "number of the message: 2", "deliveries so far: 3",
                 "flags; 1: the last one goes on, or its process died: 1",
                 "first recorded, ns on the queue's clock: 5",
                 "due again, ns on the queue's clock: 7", "last error: 'no'"
             ]
     assert [meaning for _, meaning in describe("once_db", b"iorder", struct.pack("<QQ", 4, 9))] == [
-        "key: i and an id: 'iorder'", "number of the message: 4",
-        "time, ns on the queue's clock: 9"
+        "key: i and an id: 'iorder'", "number of the message: 4", "time, ns on the queue's clock: 9"
     ]
-    assert [meaning for _, meaning in describe("once_db", b"t" + struct.pack(">Q", 9) + b"order", b"")
-            ] == ["key: 't'", "time: 9", "id: 'order'"]
+    assert [
+        meaning for _, meaning in describe("once_db", b"t" + struct.pack(">Q", 9) + b"order", b"")
+    ] == ["key: 't'", "time: 9", "id: 'order'"]
 
 
 def test_every_file_of_a_queue_is_described() -> None:

@@ -62,7 +62,7 @@ def _alternatives(annotation: Any) -> List[Any]:
     :return: the types that a value in the file can have
     """
     if get_origin(annotation) in (Union, types.UnionType):
-        return [kind for kind in get_args(annotation) if kind is not type(None)]
+        return [kind for kind in get_args(annotation) if kind is not types.NoneType]
     return [annotation]
 
 

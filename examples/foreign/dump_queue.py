@@ -144,7 +144,11 @@ def _describe(name: str, key: bytes, value: bytes) -> Iterator[Tuple[bytes, str]
         yield from _parts([Field(len(key), "bytes", "key: i and an id")], key)
         yield from _parts(_ONCE, value)
     elif name == "once_db":
-        fields = [Field(1, "bytes", "key"), Field(8, "key", "time"), Field(len(key) - 9, "bytes", "id")]
+        fields = [
+            Field(1, "bytes", "key"),
+            Field(8, "key", "time"),
+            Field(len(key) - 9, "bytes", "id")
+        ]
         yield from _parts(fields, key)
     elif name == "meta_db" and key == b"header":
         yield from _parts([Field(6, "bytes", "key")], key)
