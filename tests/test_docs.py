@@ -1,12 +1,14 @@
 """Test that the documentation speaks of what is there, and that what it shows works."""
 
+import importlib.util
 import inspect
 import json
 import pathlib
 import re
-from typing import Dict, List, Set
+from typing import Dict, Set, Type
 
 import msgspec
+import msgspec.structs
 import pytest
 
 import persipubsub
@@ -54,6 +56,14 @@ _ENDLESS: Dict[str, str] = {
     "persipubsub receive config.json sub --number 0": "goes on until Ctrl-C",
     "persipubsub receive config.json sub --number 100": "waits for a hundred messages",
     "persipubsub metrics": "goes on until Ctrl-C",
+}
+
+#: Classes of the configuration whose fields are keys in the file.
+_KINDS: Dict[str, Type[msgspec.Struct]] = {
+    name: kind
+    for name in persipubsub.config.__all__
+    if inspect.isclass(kind := getattr(persipubsub.config, name))
+    and issubclass(kind, msgspec.Struct) and name != "Config"
 }
 
 
@@ -192,12 +202,45 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 def test_every_kind_of_entry_of_the_configuration_is_in_the_reference() -> None:
     text = (_DOCS / "reference-config.rst").read_text(encoding="utf-8")
     shown = re.findall(r"^\.\. config-keys:: (\w+)$", text, re.MULTILINE)
-    kinds: List[str] = [
-        name for name in persipubsub.config.__all__
-        if inspect.isclass(kind := getattr(persipubsub.config, name))
-        and issubclass(kind, msgspec.Struct) and name != "Config"
-    ]
-    assert sorted(shown) == sorted(kinds)
+    assert sorted(shown) == sorted(_KINDS)
+
+
+def _expanded(name: str) -> str:
+    """Return a page as Sphinx gets it, with what docs/_ext writes."""
+    spec = importlib.util.spec_from_file_location("generated", _DOCS / "_ext" / "generated.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.expand((_DOCS / name).read_text(encoding="utf-8"))
+    assert isinstance(text, str)
+    return text
+
+
+def test_every_key_of_the_configuration_is_in_the_reference() -> None:
+    text = _expanded("reference-config.rst")
+    rows = re.findall(
+        r"^    \* - ``(.+)``\n      - (.+)\n      - (.*)\n      - (.+)\n      - (.+)$", text,
+        re.MULTILINE)
+    keys = [field.encode_name for kind in _KINDS.values() for field in msgspec.structs.fields(kind)]
+    assert sorted(row[0] for row in rows) == sorted(key for key in keys if key != "identifier")
+    found = {row[0]: row[1:] for row in rows}
+    assert found["max_reader_num"][:3] == ("integer", "from 1 to 65,535", "required")
+    assert found["strategy"][1].startswith("``prune_first``, ``prune_last``")
+    assert found["checkpoint_secs"][:3] == ("number", "from 0 to 86,400", "``1``")
+    assert found["durability"][:3] == ("string", "``fsync``, ``os``", "``fsync``")
+
+
+def test_every_command_and_option_is_in_the_reference() -> None:
+    text = _expanded("reference-commands.rst")
+    sections = dict(
+        re.findall(r"^([a-z-]+)\n-+\n(.*?)(?=^[a-z-]+\n---|\Z)", text, re.MULTILINE | re.DOTALL))
+    commands = persipubsub.cli.commands.commands.commands
+    assert sorted(sections) == sorted(commands)
+    for name, command in commands.items():
+        assert "    persipubsub {} [OPTIONS] CONFIG".format(name) in sections[name]
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert not option.startswith("-") or "``{}".format(option) in sections[name]
 
 
 def test_every_public_module_is_in_the_reference() -> None:

@@ -1,5 +1,6 @@
 """Test that others can read a queue from what docs/format.rst says."""
 
+import fcntl
 import importlib.util
 import os
 import pathlib
@@ -89,6 +90,22 @@ def test_program_in_c_reads_while_the_queue_is_used(program: pathlib.Path,
         assert out.endswith("message 1 for audience 0, 3 bytes, sound: one\n")
         queue.put([b"two"])
         assert stores.take_all(queue, "alarm") == [b"one", b"two"]
+
+
+def test_program_in_c_counts_as_a_user(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        queue.put([b"x" * 1000] * 1000)
+    with subprocess.Popen([program, tmp_path / "queue"], stdout=subprocess.PIPE) as process:
+        try:
+            # It has begun, and waits: a megabyte does not fit into a pipe.
+            assert process.stdout is not None and process.stdout.read(1) == b"f"
+            with open(tmp_path / "queue" / _files.USERS, "rb") as users:
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            process.kill()
+    with stores.opened(tmp_path) as queue:
+        assert len(stores.take_all(queue)) == 1000
 
 
 def test_program_in_c_refuses_another_format(program: pathlib.Path,

@@ -13,6 +13,7 @@ Write parts of the reference from the code itself, so that they can not drift.
 
 import enum
 import inspect
+import re
 import types
 from typing import Annotated, Any, Dict, Iterator, List, Mapping, Union, get_args, get_origin
 
@@ -171,6 +172,11 @@ def config_table(kind: type[msgspec.Struct]) -> Iterator[str]:
     yield ""
 
 
+def _prose(text: str) -> str:
+    """Mark options in a text as such: two hyphens would become a dash."""
+    return re.sub(r"(?<!\S)(--?[a-z][a-z-]*)", r"``\1``", text)
+
+
 def command_sections(group: click.Group) -> Iterator[str]:
     """
     Write a section for each command.
@@ -180,28 +186,20 @@ def command_sections(group: click.Group) -> Iterator[str]:
     """
     for name, command in group.commands.items():
         context = click.Context(command, info_name="persipubsub {}".format(name))
-        yield name
-        yield "-" * len(name)
+        yield from [name, "-" * len(name), ""]
+        usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+        yield from ["::", "", "    " + usage, ""]
+        text = inspect.cleandoc((command.help or "").replace("\b", ""))
+        description, *examples = re.split(r"^Examples?:\n", text, maxsplit=1, flags=re.MULTILINE)
+        yield from map(_prose, description.splitlines())
         yield ""
-        yield "::"
-        yield ""
-        yield "    " + " ".join([context.command_path, *command.collect_usage_pieces(context)])
-        yield ""
-        text, _, examples = (command.help or "").replace("\b", "").partition("\nExample")
-        yield from (line.strip() for line in text.splitlines())
-        yield ""
-        records = [
-            record for parameter in command.get_params(context)
-            if (record := parameter.get_help_record(context)) is not None
-        ]
-        for option, meaning in records:
-            yield "``{}``".format(option)
-            yield "    {}".format(meaning)
-            yield ""
-        if examples:
-            yield "::"
-            yield ""
-            yield from ("    " + line.strip() for line in examples.splitlines()[1:] if line.strip())
+        for parameter in command.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None and record[1] and parameter.name != "help":
+                yield from ["``{}``".format(record[0]), "    " + _prose(record[1]), ""]
+        for example in examples:
+            yield from ["::", ""]
+            yield from ("    " + line.strip() for line in example.splitlines())
             yield ""
 
 
