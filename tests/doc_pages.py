@@ -4,13 +4,16 @@ Read the code blocks of a page of the documentation, and do what it says in an e
 A page is followed word for word, from top to bottom:
 
 * A block with a ``:caption:`` is a file of that name. So is one in JSON behind a paragraph that
-  ends with the name: ``here ``config.json``:``. Any other one in JSON only has to be well-formed.
-* Any other block in Python is a script, which has to end with exit code 0. If the paragraph behind
-  it ends with ``prints:``, the block that follows is what it prints. One with prompts (``>>>``) is
-  a doctest, which knows what those above it have assigned.
+  ends with the name: ``here ``config.json``:``, and a whole configuration is ``config.json``. Any
+  other one in JSON only has to be well-formed.
+* Any other block in Python is run. All of a page share one interpreter, so that what was assigned
+  above is known below. If the paragraph behind it ends with ``prints:``, the block that follows is
+  what it prints. One with prompts (``>>>``) is a doctest.
 * A block whose first line begins with ``$`` is typed into a shell, the same one for the whole page.
   What stands below a command is what it prints; a command with nothing below may print what it
   likes.
+* A page that speaks of ``config.json`` without showing one means the queue of *Start*, which then
+  is there, with a publisher that sends something now and then.
 
 In what is printed, ``...`` stands for anything, also for several lines.
 """
@@ -21,6 +24,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from typing import Dict, Final, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -117,6 +121,28 @@ def _paragraph(lines: Sequence[str], end: int) -> str:
     return " ".join(line.strip() for line in lines[begin:end])
 
 
+def _file_name(block: Block) -> str:
+    """Return the name of the file that a block is; empty if it is none."""
+    if block.caption or block.is_typed:
+        return block.caption
+    if block.language == "json":
+        named = _NAMED.search(block.introduction)
+        if named is not None:
+            return named.group(1)
+        if re.search(r'^ *"queues": \{', block.code, re.MULTILINE):
+            return "config.json"
+    return ""
+
+
+def _check_json(block: Block) -> None:
+    """Check that a part of a file is well-formed."""
+    text = block.code.strip().rstrip(",")
+    try:
+        json.loads(text if text.startswith(("{", "[")) else "{" + text + "}")
+    except ValueError as error:
+        raise AssertionError("{}: Expected JSON, but got: {}".format(block.place, error)) from error
+
+
 def matches(expected: str, found: str) -> bool:
     """
     Compare what was printed with what a page shows.
@@ -138,6 +164,90 @@ def matches(expected: str, found: str) -> bool:
     return re.fullmatch(pattern, tidy(found), re.DOTALL) is not None
 
 
+def _environment() -> Dict[str, str]:
+    """Return the environment in which the reader has installed the library."""
+    environment = dict(os.environ, LC_ALL="C.UTF-8", COLUMNS="120", TERM="dumb")
+    environment["PATH"] = os.pathsep.join(
+        [str(pathlib.Path(sys.executable).parent), environment["PATH"]])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        path for path in sys.path if "site-packages" not in path and path.startswith("/"))
+    return environment
+
+
+#: Runs what comes in on the standard input, a line of JSON each, and says whether it went well.
+_INTERPRETER: Final = """\
+import doctest, json, os, sys, traceback
+
+space = {"__name__": "__main__"}
+answers = open(int(sys.argv[1]), "w", buffering=1)
+for line in sys.stdin:
+    directory, code = json.loads(line)
+    os.chdir(directory)
+    failed = 0
+    try:
+        if ">>> " in code:
+            test = doctest.DocTestParser().get_doctest(code, {}, "page", "page", 0)
+            test.globs = space
+            runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+            failed = runner.run(test, clear_globs=False).failed
+        else:
+            exec(compile(code, "page", "exec"), space)
+    except SystemExit as stop:
+        failed = bool(stop.code)
+    except BaseException:
+        traceback.print_exc()
+        failed = 1
+    sys.stdout.flush()
+    print(int(failed), file=answers)
+"""
+
+
+class Interpreter:
+    """Run the Python of a page in one process, which ends with it."""
+
+    def __init__(self) -> None:
+        """Start the process."""
+        answers, theirs = os.pipe()
+        self._answers = open(answers, encoding="ascii")
+        self._printed = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _INTERPRETER, str(theirs)],
+            env=_environment(),
+            pass_fds=[theirs],
+            stdin=subprocess.PIPE,
+            stdout=self._printed,
+            stderr=subprocess.STDOUT,
+            text=True)
+        os.close(theirs)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._answers.close()
+        self._printed.close()
+
+    def run(self, directory: pathlib.Path, code: str) -> Tuple[str, bool]:
+        """
+        Run code.
+
+        :param directory: where to
+        :param code: to be run
+        :return: what it printed, whether it ended well
+        """
+        assert self._process.stdin is not None
+        begin = self._printed.seek(0, os.SEEK_END)
+        alarm = threading.Timer(2 * support.HANG_SECS, self._process.kill)
+        alarm.start()
+        self._process.stdin.write(json.dumps([str(directory), code]) + "\n")
+        self._process.stdin.flush()
+        answer = self._answers.readline()
+        alarm.cancel()
+        # The process shares the offset: it goes on writing at the end.
+        self._printed.seek(begin)
+        return self._printed.read().decode("utf-8"), answer == "0\n"
+
+
 class Shell:
     """Type commands into one shell, as a reader does. Whatever it has started ends with it."""
 
@@ -147,15 +257,9 @@ class Shell:
 
         :param directory: where to
         """
-        environment = dict(os.environ, LC_ALL="C.UTF-8", COLUMNS="120", TERM="dumb")
-        # The environment that the tests run in is the one that the reader installed the library in.
-        environment["PATH"] = os.pathsep.join(
-            [str(pathlib.Path(sys.executable).parent), environment["PATH"]])
-        environment["PYTHONPATH"] = os.pathsep.join(
-            path for path in sys.path if "site-packages" not in path and path.startswith("/"))
         self._process = subprocess.Popen(["bash", "--noprofile", "--norc"],
                                          cwd=directory,
-                                         env=environment,
+                                         env=_environment(),
                                          stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE,
                                          stderr=subprocess.STDOUT,
@@ -218,6 +322,19 @@ def commands_of(block: Block) -> Iterator[Tuple[str, Optional[str]]]:
         yield "\n".join(lines[:count]), printed or None
 
 
+#: What is published on a page that shows no queue of its own.
+_PUBLISHER: Final = """\
+import itertools, time
+import persipubsub.publisher
+
+with persipubsub.publisher.Pub() as pub:
+    pub.init(pub_id="pub", config_pth="config.json")
+    for message in itertools.cycle([b"hello", b"stop"]):
+        pub.send(msg=message)
+        time.sleep(0.3)
+"""
+
+
 class Reader:
     """Follow a page."""
 
@@ -228,7 +345,6 @@ class Reader:
         :param shell: into which everything is typed
         """
         self._shell = shell
-        self._prompts = ""
 
     def follow(self, blocks: Sequence[Block], skipped: Sequence[str] = ()) -> int:
         """
@@ -238,23 +354,39 @@ class Reader:
         :param skipped: beginnings of commands and of blocks that are not run
         :return: how many files were written, scripts run and commands typed
         """
+        interpreter = Interpreter()
+        try:
+            return self._follow(interpreter, blocks, skipped)
+        finally:
+            interpreter.close()
+
+    def _follow(self, interpreter: Interpreter, blocks: Sequence[Block],
+                skipped: Sequence[str]) -> int:
+        """Do what the blocks say, in Python with an interpreter."""
         done = 0
         shown = -1
+        if not any(map(_file_name, blocks)) and any(
+                '"config.json"' in block.code or (block.is_typed and "config.json" in block.code)
+                for block in blocks):
+            self._start_publishing()
         for index, block in enumerate(blocks):
             if index == shown or any(block.code.startswith(text) for text in skipped):
                 continue
             if block.is_typed:
                 done += self._type(block, skipped)
-            elif block.caption or (block.language == "json" and _NAMED.search(block.introduction)):
-                self._write(block)
+            elif _file_name(block):
+                path = self._directory() / _file_name(block)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(block.code, encoding="utf-8")
                 done += 1
             elif block.language == "json":
-                done += self._parse(block)
+                _check_json(block)
+                done += 1
             elif block.language in ("python", "pycon"):
                 if index + 1 < len(blocks) and re.search(r"\bprints::?$",
                                                          blocks[index + 1].introduction):
                     shown = index + 1
-                self._run(block, blocks[shown].code if shown == index + 1 else None)
+                self._run(interpreter, block, blocks[shown].code if shown == index + 1 else None)
                 done += 1
         return done
 
@@ -262,39 +394,20 @@ class Reader:
         """Ask where the page has gone to."""
         return pathlib.Path(self._shell.type("pwd")[0].rstrip("\n"))
 
-    def _write(self, block: Block) -> None:
-        """Write a file."""
-        named = _NAMED.search(block.introduction)
-        name = block.caption or (named.group(1) if named is not None else "")
-        path = self._directory() / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block.code, encoding="utf-8")
+    def _start_publishing(self) -> None:
+        """Make the queue of the page Start, and let somebody publish."""
+        start = blocks_of(pathlib.Path(__file__).parent.parent / "docs" / "start.rst")
+        config = next(block.code for block in start if block.caption == "config.json")
+        (self._directory() / "config.json").write_text(config, encoding="utf-8")
+        (self._directory() / ".publisher.py").write_text(_PUBLISHER, encoding="utf-8")
+        printed, exit_code = self._shell.type("persipubsub init config.json")
+        assert exit_code == 0, printed
+        self._shell.type("python .publisher.py &")
 
-    def _parse(self, block: Block) -> int:
-        """Check that a part of a file is well-formed."""
-        text = block.code.strip().rstrip(",")
-        try:
-            json.loads(text if text.startswith(("{", "[")) else "{" + text + "}")
-        except ValueError as error:
-            raise AssertionError("{}: Expected JSON, but got: {}".format(block.place,
-                                                                         error)) from error
-        return 1
-
-    def _run(self, block: Block, shown: Optional[str]) -> None:
-        """Run a script or a doctest, and compare what it prints."""
-        code = block.code
-        if ">>> " in code:
-            # One doctest for the page: what was assigned above is known below.
-            self._prompts += code + "\n"
-            code = ("import doctest, sys\n"
-                    "test = doctest.DocTestParser().get_doctest({!r}, {{}}, 'page', 'page', 0)\n"
-                    "sys.exit(doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed)"
-                    "\n").format(self._prompts)
-        script = self._directory() / ".script.py"
-        script.write_text(code, encoding="utf-8")
-        printed, exit_code = self._shell.type("python .script.py")
-        script.unlink()
-        assert exit_code == 0, "{}: {}".format(block.place, printed)
+    def _run(self, interpreter: Interpreter, block: Block, shown: Optional[str]) -> None:
+        """Run a block in Python, and compare what it prints."""
+        printed, is_done = interpreter.run(self._directory(), block.code)
+        assert is_done, "{}: {}".format(block.place, printed)
         if shown is not None:
             assert matches(shown, printed), "{}: {}".format(block.place, printed)
 
