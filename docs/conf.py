@@ -32,6 +32,9 @@ nitpick_ignore_regex = [
     ("py:class", r"(persipubsub\.\w+\.)?Annotated"),
 ]
 
+# What is not said to be Python is none: drawings, commands.
+highlight_language = "text"
+
 html_theme = "furo"
 html_title = "persipubsub {}".format(release)
 

@@ -1,10 +1,12 @@
 """Test that the documentation speaks of what is there, and that what it shows works."""
 
+import doctest
 import importlib.util
 import inspect
 import json
 import pathlib
 import re
+import types
 from typing import Dict, Set, Type
 
 import msgspec
@@ -210,15 +212,26 @@ def test_every_kind_of_entry_of_the_configuration_is_in_the_reference() -> None:
     assert sorted(shown) == sorted(_KINDS)
 
 
-def _expanded(name: str) -> str:
-    """Return a page as Sphinx gets it, with what docs/_ext writes."""
+def _generated() -> types.ModuleType:
+    """Import docs/_ext/generated.py, which is in no package."""
     spec = importlib.util.spec_from_file_location("generated", _DOCS / "_ext" / "generated.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = module.expand((_DOCS / name).read_text(encoding="utf-8"))
+    return module
+
+
+def _expanded(name: str) -> str:
+    """Return a page as Sphinx gets it, with what docs/_ext writes."""
+    text = _generated().expand((_DOCS / name).read_text(encoding="utf-8"))
     assert isinstance(text, str)
     return text
+
+
+def test_examples_in_docstrings_here_and_in_the_docs() -> None:
+    for module in (_generated(), doc_pages):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed, module.__name__
 
 
 def test_every_key_of_the_configuration_is_in_the_reference() -> None:
