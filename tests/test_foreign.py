@@ -197,7 +197,7 @@ def test_every_sub_database_is_described() -> None:
     ("pending_db", _layout._SUBSCRIBER.size),
 ])
 def test_size_of_a_record_is_that_of_its_table(name: str, packed: int) -> None:
-    section = re.search(r"\n{}\n-+\n(.*?)(?=\n[a-z_]+\n---+\n|\Z)".format(name), _FORMAT, re.DOTALL)
+    section = re.search(r"\n{}\n-+\n(.*?)(?=\n[^\n]+\n---+\n|\Z)".format(name), _FORMAT, re.DOTALL)
     assert section is not None
     rows = re.findall(r"^(\d+) +(\d+) ", section.group(1), re.MULTILINE)
     end = 0
