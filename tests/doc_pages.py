@@ -29,6 +29,8 @@ import textwrap
 import threading
 from typing import Dict, Final, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+import persipubsub.config
+import persipubsub.errors
 from tests import support
 
 _DIRECTIVE = re.compile(
@@ -36,6 +38,7 @@ _DIRECTIVE = re.compile(
 _OPTION = re.compile(r"^ *:(?P<key>[\w-]+): *(?P<value>.*)$")
 _NAMED = re.compile(r"``([\w./-]+\.\w+)``:{1,2}$")
 
+_IS_CONFIG = re.compile(r'^ *"queues": \{', re.MULTILINE)
 _NOTICE = re.compile(r"bash: line \d+: +\d+ Killed")
 
 #: Ends the output of a command; nothing that a page runs prints it.
@@ -129,9 +132,17 @@ def _file_name(block: Block) -> str:
         named = _NAMED.search(block.introduction)
         if named is not None:
             return named.group(1)
-        if re.search(r'^ *"queues": \{', block.code, re.MULTILINE):
+        if _IS_CONFIG.search(block.code):
             return "config.json"
     return ""
+
+
+def _check_config(block: Block) -> None:
+    """Check a whole configuration, also one that the page goes on to do nothing with."""
+    try:
+        persipubsub.config.parse(block.code.encode("utf-8"), config_pth=_file_name(block))
+    except persipubsub.errors.ConfigError as error:
+        raise AssertionError("{}: {}".format(block.place, error)) from error
 
 
 def _check_json(block: Block) -> None:
@@ -378,6 +389,8 @@ class Reader:
                 path = self._directory() / _file_name(block)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.code, encoding="utf-8")
+                if _IS_CONFIG.search(block.code):
+                    _check_config(block)
                 done += 1
             elif block.language == "json":
                 _check_json(block)

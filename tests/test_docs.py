@@ -41,7 +41,7 @@ _SKIPPED: Dict[str, str] = {
 #: Languages of blocks that are not run, with the reason.
 _LANGUAGES: Dict[str, str] = {
     "text": "drawings and output",
-    "": "drawings, output, and commands that take long: tests/test_readme.py compares them",
+    "": "drawings, output, and commands that install or take long",
     "ini": "units of systemd: they need a machine that is theirs",
     "yaml": "containers: they need images and a daemon",
     "c": "tests/test_foreign.py builds and runs it",
@@ -177,6 +177,7 @@ def test_a_page_that_lies_is_found(tmp_path: pathlib.Path) -> None:
             ".. code-block:: python\n\n    print(1)\n\nIt prints::\n\n    2\n",
             ".. code-block:: python\n\n    >>> 1\n    2\n",
             ".. code-block:: json\n\n    {\"a\": }\n",
+            ".. code-block:: json\n\n    {\n    \"queues\": {\"a\": {}}}\n",
             "Here ``a.txt``:\n\n.. code-block:: json\n    :caption: b.json\n\n    1\n\n"
             ".. code-block:: console\n\n    $ cat b.json\n    2\n",
     ]:
