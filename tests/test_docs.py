@@ -48,23 +48,28 @@ _LANGUAGES: Dict[str, str] = {
     "go": "no compiler for it is at hand",
 }
 
-#: Beginnings of blocks that show what a test can not bring about, with the reason.
+#: Beginnings of blocks and commands that show what a test of docs can not bring about, with the
+#: reason: they need servers, or messages with a history.
 _PICTURES: Dict[str, str] = {
+    "$ nats-server": "tests/test_jetstream.py starts servers",
+    "$ persipubsub migrate": "tests/test_migration.py runs it with a server",
+    "$ persipubsub dead-letters": "tests/test_dead_letters.py runs it with messages that failed",
+    "$ persipubsub seek": "tests/test_cli.py runs it with messages that stay",
     "$ persipubsub stat config.json | tail -2": "shows a consumer that has hung for hours",
 }
 
 #: Beginnings of commands of operations.rst that are not typed, with the reason. tests/test_cli.py
 #: runs each command, these too.
 _ENDLESS: Dict[str, str] = {
-    "pip install": "installs from the network",
-    "persipubsub stat config.json --json | jq": "jq may be missing",
-    "persipubsub stat config.json --watch": "goes on until Ctrl-C",
-    "persipubsub stat /etc/app/config.json --watch": "goes on until Ctrl-C",
-    "persipubsub tail": "goes on until Ctrl-C",
-    "journalctl": "goes on until Ctrl-C",
-    "persipubsub receive config.json sub --number 0": "goes on until Ctrl-C",
-    "persipubsub receive config.json sub --number 100": "waits for a hundred messages",
-    "persipubsub metrics": "goes on until Ctrl-C",
+    "$ pip install": "installs from the network",
+    "$ persipubsub stat config.json --json | jq": "jq may be missing",
+    "$ persipubsub stat config.json --watch": "goes on until Ctrl-C",
+    "$ persipubsub stat /etc/app/config.json --watch": "goes on until Ctrl-C",
+    "$ persipubsub tail": "goes on until Ctrl-C",
+    "$ journalctl": "goes on until Ctrl-C",
+    "$ persipubsub receive config.json sub --number 0": "goes on until Ctrl-C",
+    "$ persipubsub receive config.json sub --number 100": "waits for a hundred messages",
+    "$ persipubsub metrics": "goes on until Ctrl-C",
 }
 
 #: Classes of the configuration whose fields are keys in the file.
@@ -150,7 +155,7 @@ def test_commands_of_operations_work(place: str, tmp_path: pathlib.Path) -> None
     _prepare_operations(tmp_path)
     with doc_pages.Shell(tmp_path) as shell:
         for command, shown in doc_pages.commands_of(_OPERATIONS[place]):
-            if any(command.startswith(beginning) for beginning in _ENDLESS):
+            if ("$ " + command).startswith((*_ENDLESS, *_PICTURES)):
                 continue
             command = command.replace("/etc/app/", "").replace("/backup/", "backup/")
             for beginning, before in _BEFORE.items():
@@ -184,6 +189,32 @@ def test_a_page_that_lies_is_found(tmp_path: pathlib.Path) -> None:
         page.write_text(text, encoding="utf-8")
         with doc_pages.Shell(tmp_path) as shell, pytest.raises(AssertionError, match="page.rst:"):
             doc_pages.Reader(shell).follow(doc_pages.blocks_of(page))
+
+
+def test_a_page_without_a_queue_means_that_of_start(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.rst"
+    page.write_text("""
+.. code-block:: python
+
+    import persipubsub.subscriber
+
+    sub = persipubsub.subscriber.Sub()
+    sub.init(sub_id="sub", config_pth="config.json")
+
+.. code-block:: python
+
+    for _ in range(2):
+        with sub.receive(timeout=60) as msg:
+            print(msg)
+
+It prints::
+
+    b'hello'
+    b'stop'
+""",
+                    encoding="utf-8")
+    with doc_pages.Shell(tmp_path) as shell:
+        assert doc_pages.Reader(shell).follow(doc_pages.blocks_of(page)) == 2
 
 
 def test_excuses_are_used() -> None:
