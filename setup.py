@@ -50,7 +50,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     keywords="publish subscribe queue persistent durable lmdb ipc interprocess",
     classifiers=[
-        "Development Status :: 4 - Beta",
+        "Development Status :: 5 - Production/Stable",
         "Intended Audience :: Developers",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
@@ -90,7 +90,7 @@ setuptools.setup(
             "simplebroker>=8",
         ],
         # What docs/ is built with; it imports all that is documented.
-        "doc": _METRICS + _NATS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
+        "doc": _CLI + _METRICS + _NATS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
         # All that the tests and precommit.py need; the examples are tested, too.
         "dev": _EXAMPLES + _CLI + _METRICS + _NATS + [
             "build",

@@ -1,6 +1,11 @@
 """Configure Sphinx: ``python -m sphinx -n -W -b html docs OUTPUT``."""
 
+import pathlib
+import sys
+
 import persipubsub
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "_ext"))
 
 # Sphinx prescribes these names.
 # pylint: disable=redefined-builtin
@@ -11,7 +16,8 @@ copyright = "2026, persipubsub developers"
 release = persipubsub.__version__
 version = release
 
-extensions = ["sphinx.ext.autodoc", "sphinx_icontract"]
+# The last one is in _ext: it writes the tables of the configuration and of the command line.
+extensions = ["sphinx.ext.autodoc", "sphinx_icontract", "generated"]
 
 # As written in the source: contracts and sections of a module belong together.
 autodoc_member_order = "bysource"
@@ -25,6 +31,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"persipubsub\.(\w+\.)?_.*"),
     ("py:class", r"(persipubsub\.\w+\.)?Annotated"),
 ]
+
+# What is not said to be Python is none: drawings, commands.
+highlight_language = "text"
 
 html_theme = "furo"
 html_title = "persipubsub {}".format(release)

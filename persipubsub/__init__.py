@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:
     from persipubsub import (config, control, dead_letter, errors, message, publisher, queue,
                              statistics, subscriber)
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 __all__ = [
     "config", "control", "dead_letter", "errors", "message", "publisher", "queue", "statistics",

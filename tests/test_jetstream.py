@@ -12,11 +12,11 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List
 
-import pytest
-
 import nats
 import nats.errors
 import nats.js.errors
+import pytest
+
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
