@@ -16,13 +16,14 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from persipubsub import (config, control, errors, message, publisher, queue, statistics,
+    from persipubsub import (aio, config, control, errors, message, publisher, queue, statistics,
                              subscriber)
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "config", "control", "errors", "message", "publisher", "queue", "statistics", "subscriber"
+    "aio", "config", "control", "errors", "message", "publisher", "queue", "statistics",
+    "subscriber"
 ]
 
 

@@ -111,6 +111,8 @@ class Consumer:
 
         # What the last acknowledgement saw behind itself; a guess that is checked before it counts.
         self._guess = 0
+        # When somebody who looks in vain is to look after the table of readers.
+        self._next_check = time.monotonic() + _READER_CHECK_SECS
         pending.ordinal = environment.read(
             lambda txn, databases: _positions.require(txn, databases, pending.key)).ordinal
 
@@ -148,6 +150,31 @@ class Consumer:
                 pause = _CLAIMED_PAUSE_SECS if is_claimed else min(longest_pause,
                                                                    _LONGEST_PAUSE_SECS)
                 ticket.wait(pause if deadline is None else min(pause, deadline - now))
+
+    def take_now(self, max_messages: int = 1) -> Tuple[Optional[Lease], float]:
+        """
+        Take the next message, or several, if there is one.
+
+        It may still block: where messages are too old and have to be dropped, where the next one is
+        damaged and has to be set aside, or where the table of readers is full.
+
+        :param max_messages: how many to take at most; all that are there at once, at least one
+        :return: messages or None; after how many seconds to look again without a wake-up
+        :raise CorruptMessageError: if the next message is damaged; it is set aside
+        """
+        lease, is_claimed = self._take_now(max_messages)
+        if lease is None and time.monotonic() >= self._next_check:
+            self._environment.check_readers()
+            self._next_check = time.monotonic() + _READER_CHECK_SECS
+        return lease, _CLAIMED_PAUSE_SECS if is_claimed else _LONGEST_PAUSE_SECS
+
+    def prepare_wait(self) -> _wakeup.Ticket:
+        """
+        Begin to wait. What comes after this, or after the ticket was armed, rings it.
+
+        :return: to be armed before each further look, and to be closed by the caller
+        """
+        return self._bell.prepare()
 
     def _take_now(self, max_messages: int) -> Tuple[Optional[Lease], bool]:
         """

@@ -99,13 +99,72 @@ class Putter:
             self._floor = None
             raise
         self._floor = put.floor
+        self._finish(put.losses)
+        return put.first
+
+    def put_each(
+        self, puts: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]]]]
+    ) -> List[Optional[BaseException]]:
+        """
+        Put for several callers, each of them all or nothing, in one commit if nothing is wrong.
+
+        :param puts: messages and audience of each
+        :return: error of each; None if it was put
+        """
+        if not puts:
+            return []
+        try:
+            if len(puts) == 1:
+                self.put(*puts[0])
+            else:
+                self._put_together(puts)
+        except persipubsub.errors.BusyTimeoutError as error:
+            # Nobody is at fault, and everybody waited long enough.
+            return [error] * len(puts)
+        except persipubsub.errors.PersipubsubError as error:
+            if len(puts) == 1:
+                return [error]
+            # Halves, so that those who are not at fault share as few commits as can be.
+            half = len(puts) // 2
+            return self.put_each(puts[:half]) + self.put_each(puts[half:])
+        return [None] * len(puts)
+
+    def _put_together(self, puts: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str,
+                                                                                 ...]]]]) -> None:
+        """
+        Put for several callers in one commit, or nothing of it.
+
+        :param puts: messages and audience of each
+        """
+        made = []  # type: List[_Put]
+        for messages, audience in puts:
+            self._settings.check_size(messages)
+            made.append(_Put(_blocks.encode_batches(messages), audience))
+
+        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
+            for put in made:
+                self._put(txn, databases, put)
+
+        try:
+            self._environment.write(work, is_flushed=True)
+        except BaseException:
+            self._floor = None
+            raise
+        self._floor = made[-1].floor
+        self._finish([loss for put in made for loss in put.losses])
+
+    def _finish(self, losses: List[_retention.Loss]) -> None:
+        """
+        Tell the others of a commit.
+
+        :param losses: what was dropped unread in it
+        """
         try:
             self._bell.ring()
         except persipubsub.errors.PersipubsubError:
             pass  # it is sent; subscribers look once a second anyhow
-        if put.losses:
-            self._losses.add(put.losses)
-        return put.first
+        if losses:
+            self._losses.add(losses)
 
     def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: _Put) -> None:
         """

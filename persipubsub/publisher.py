@@ -1,7 +1,7 @@
 """Publish messages to a queue."""
 
 import os
-from typing import Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import persipubsub.config
 import persipubsub.errors
@@ -128,9 +128,7 @@ class Pub:
         queue = self._queue
         if queue is None:
             raise _not_open()
-        if isinstance(msgs, (bytes, bytearray, memoryview, str)):
-            raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
-        messages = [_to_bytes(msg) for msg in msgs]
+        messages = _all_to_bytes(msgs)
         if self._autosync:
             for message in messages:
                 queue.check_sizes((message, ))
@@ -154,6 +152,19 @@ def _to_bytes(msg: object) -> bytes:
         return bytes(msg)
     raise TypeError("Expected a message of type bytes, bytearray or memoryview, but got: {}".format(
         type(msg).__name__))
+
+
+def _all_to_bytes(msgs: Sequence[object]) -> List[bytes]:
+    """
+    Copy messages, so that they can not change while they are sent.
+
+    :param msgs: given by the user
+    :return: their bytes
+    :raise TypeError: if it is no list, or one of them is not bytes-like
+    """
+    if isinstance(msgs, (bytes, bytearray, memoryview, str)):
+        raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
+    return [_to_bytes(msg) for msg in msgs]
 
 
 def _not_open() -> persipubsub.errors.ClosedError:

@@ -139,6 +139,20 @@ class Queue:
         self._check_open()
         return self._putter.put(messages, audience)
 
+    def put_each(
+        self, puts: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]]]]
+    ) -> List[Optional[BaseException]]:
+        """
+        Do what a :py:meth:`put` of each would do, one after the other, in as few commits as can be.
+
+        It waits for other processes about as long as a single ``put``.
+
+        :param puts: messages and audience of each
+        :return: error of each; None if it was put
+        """
+        self._check_open()
+        return self._putter.put_each(puts)
+
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """
         Check that the queue could hold messages if it were empty.

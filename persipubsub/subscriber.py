@@ -220,9 +220,7 @@ class Sub:
         :return: context manager of the messages
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        if isinstance(max_msgs, bool) or not isinstance(max_msgs, int) or max_msgs < 1:
-            raise ValueError(
-                "Expected max_msgs to be an integer from 1 on, but got: {!r}".format(max_msgs))
+        _check_max_msgs(max_msgs)
         return BatchReceipt(*self._prepare(timeout, retries), max_msgs)
 
     def _prepare(self, timeout: Optional[float],
@@ -265,6 +263,18 @@ class Sub:
         if queue is None:
             raise _not_open()
         queue.skip_to_newest(self._sub_id)
+
+
+def _check_max_msgs(max_msgs: object) -> None:
+    """
+    Check how many messages somebody wants at once.
+
+    :param max_msgs: given by the user
+    :raise ValueError: if it is not a number of messages
+    """
+    if isinstance(max_msgs, bool) or not isinstance(max_msgs, int) or max_msgs < 1:
+        raise ValueError(
+            "Expected max_msgs to be an integer from 1 on, but got: {!r}".format(max_msgs))
 
 
 def _not_open() -> persipubsub.errors.ClosedError:
