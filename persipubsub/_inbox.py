@@ -63,7 +63,7 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         self._error: Optional[BaseException] = None  # after close
 
         self._waiters: Dict[_Waiter, None] = {}  # in the order in which they came
-        # While a worker looks, the ticket is its own; and what comes meanwhile asks for another look.
+        # While a worker looks, the ticket is its own; what comes meanwhile asks for another look.
         self._is_looking = False
         self._looks_again = False
         self._ticket: Optional[_wakeup.Ticket] = None

@@ -257,7 +257,7 @@ class Sub:
         self._sub = _Subscriber()
         self._inboxes: Dict[asyncio.AbstractEventLoop, _inbox.Inbox] = {}
         self._workers = _workers.Workers(_ACKNOWLEDGING_THREADS)
-        # Apart, so that nobody waits for an acknowledgement because of others who wait for messages.
+        # Apart, so that acknowledgements do not wait behind tasks that wait for messages.
         self._takers = _workers.Workers(_WAITING_THREADS)
         # A single thread, so that one opens and closes in order, even if a task was cancelled.
         self._opener = _workers.Workers(1)
@@ -345,10 +345,12 @@ class Sub:
 
     async def messages(self, timeout: Optional[float] = None) -> AsyncIterator[bytes]:
         """
-        Receive one message after the other: ``async for msg in sub.messages()``.
+        Receive one message after the other, for an ``async for`` statement.
 
         A message is acknowledged when the next one is asked for. If the loop is left before that,
-        by an exception, ``break`` or a task that is cancelled, it stays and is delivered again.
+        by an exception, ``break`` or a task that is cancelled, it stays and is delivered again. It
+        is given back a moment later: when Python closes the iterator, or at the end of an ``async
+        with contextlib.aclosing(sub.messages()) as messages`` block.
 
         :param timeout: how long to wait for each message, in seconds; None: for ever
         :return: messages, until none comes in time
