@@ -7,6 +7,7 @@ still pending is delivered. It is acknowledged in a write transaction before the
 so that nobody can claim it in between.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -92,7 +93,8 @@ class Consumer:
     """
 
     def __init__(self, environment: _environment.Environment, claims: _claims.Claims,
-                 bell: _wakeup.Bell, pending: _pending.Pending, expire: Callable[[], int]) -> None:
+                 bell: _wakeup.Bell, pending: _pending.Pending, expire: Callable[[], int],
+                 rings: bool) -> None:
         """
         Look the subscriber up.
 
@@ -101,6 +103,7 @@ class Consumer:
         :param bell: of the queue
         :param pending: messages of the subscriber
         :param expire: drops messages that are too old
+        :param rings: True to wake publishers that wait for room at each acknowledgement
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self._environment = environment
@@ -108,6 +111,7 @@ class Consumer:
         self._bell = bell
         self._pending = pending
         self._expire = expire
+        self._rings = rings
 
         # What the last acknowledgement saw behind itself; a guess that is checked before it counts.
         self._guess = 0
@@ -233,6 +237,8 @@ class Consumer:
                                                       begin=begin,
                                                       number=error.number),
                                     may_grow=True)
+            if self._rings:
+                self._ring()
             raise persipubsub.errors.CorruptMessageError("{}. It was set aside; queue {}".format(
                 error, self._environment.directory),
                                                          number=error.number) from None
@@ -273,6 +279,13 @@ class Consumer:
                                                                 begin=begin,
                                                                 numbers=numbers),
                                               may_grow=True)
+        if self._rings:
+            self._ring()
+
+    def _ring(self) -> None:
+        """Wake those who wait, for messages or for room."""
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            self._bell.ring()  # those who are not woken look once a second anyhow
 
     def count_failure(self, count: int) -> None:
         """
@@ -286,7 +299,4 @@ class Consumer:
         except persipubsub.errors.PersipubsubError:
             # The message is where it was; the user's own exception matters more than the count.
             pass
-        try:
-            self._bell.ring()
-        except persipubsub.errors.PersipubsubError:
-            pass  # the others look once a second anyhow
+        self._ring()

@@ -23,6 +23,9 @@ _MODULES: Final[Dict[str, str]] = {
     "": "persipubsub.queue",
 }
 
+#: Largest id of a message, in bytes; LMDB takes keys of up to 511 bytes.
+MAX_ID_BYTES: Final = 255
+
 
 class Lease(Protocol):
     """
@@ -98,13 +101,23 @@ class WakingConsumer(Consumer, Protocol):
 class Queue(Protocol):
     """Be one open queue."""
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
-        :return: number of the first message
+        :param timeout:
+            how long to wait for room where the strategy is ``block``, in seconds; None: for ever
+        :param msg_ids:
+            of the messages, as many as these, None for those without, 1 to 255 bytes each; a
+            message of an id that the queue knows is left out, the rest is added
+        :return: number of the first message; of one that is left out, of the one that is stored
+        :raise QueueFullError: if there is no room, and the strategy is to drop nothing
         """
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
@@ -173,13 +186,18 @@ class TogetherQueue(Queue, Protocol):
     An engine may do without; each send then takes one of a few threads.
     """
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Tell whether publishers wait for room in a full queue."""
+
     def put_each(
-        self, puts: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]]]]
+        self, sendings: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]],
+                                       Optional[Sequence[Optional[bytes]]]]]
     ) -> List[Optional[BaseException]]:
         """
-        Do what a :py:meth:`Queue.put` of each would do, one after the other.
+        Do what a :py:meth:`Queue.put` of each would do, one after the other, but wait for no room.
 
-        :param puts: messages and audience of each
+        :param sendings: messages, audience and ids of each
         :return: error of each; None if it was put
         """
 

@@ -9,8 +9,10 @@ import asyncio
 import collections
 import os
 import threading
+import time
 from typing import Deque, Dict, Final, List, Optional, Sequence, Tuple
 
+import persipubsub.errors
 from persipubsub import _engines, _workers
 
 #: Messages that are put together at most: the others of the process shall get their turn.
@@ -19,16 +21,21 @@ _MOST_MESSAGES: Final = 512
 #: ... and bytes, unless a single send has more.
 _MOST_BYTES: Final = 1 << 23
 
+#: Time between two attempts of a task that waits for room, in seconds.
+_ROOM_SECS: Final = 0.02
+
 
 class _Sending:
     """Hold what one task sends until it was put."""
 
-    __slots__ = ("messages", "audience", "size", "loop", "future")
+    __slots__ = ("messages", "audience", "msg_ids", "size", "loop", "future")
 
     def __init__(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]],
+                 msg_ids: Optional[Sequence[Optional[bytes]]],
                  loop: asyncio.AbstractEventLoop) -> None:
         self.messages = messages
         self.audience = audience
+        self.msg_ids = msg_ids
         self.size = sum(map(len, messages))
         self.loop = loop
         self.future: "asyncio.Future[None]" = loop.create_future()
@@ -54,15 +61,43 @@ class Outbox:
         # What each loop sends in one round; only touched in the thread of the loop.
         self._rounds: Dict[asyncio.AbstractEventLoop, List[_Sending]] = {}
 
-    async def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]]) -> None:
+    async def put(self,
+                  messages: Sequence[bytes],
+                  audience: Optional[Tuple[str, ...]],
+                  timeout: Optional[float] = None,
+                  msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
         """
         Put messages, all of them or none, and wait until they are as safe as the durability says.
 
         :param messages: to be sent
         :param audience: ids of the subscribers that get them; everybody if not given
+        :param timeout: how long to wait for room, if the queue lets publishers wait, in seconds;
+            None: for ever
+        :param msg_ids: of the messages; None if none has one
+        """
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                await self._put_now(messages, audience, msg_ids)
+                return
+            except persipubsub.errors.QueueFullError:
+                remaining = deadline - time.monotonic()
+                if not self.queue.waits_for_room or remaining <= 0:
+                    raise
+            # Rejected: to wait in a thread, of which there would have to be one for each task.
+            await asyncio.sleep(min(_ROOM_SECS, remaining))
+
+    async def _put_now(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]],
+                       msg_ids: Optional[Sequence[Optional[bytes]]]) -> None:
+        """
+        Put messages, all of them or none, if there is room.
+
+        :param messages: to be sent
+        :param audience: ids of the subscribers that get them; everybody if not given
+        :param msg_ids: of the messages; None if none has one
         """
         loop = asyncio.get_running_loop()
-        sending = _Sending(messages, audience, loop)
+        sending = _Sending(messages, audience, msg_ids, loop)
         sent = self._rounds.get(loop)
         if sent is None:
             sent = self._rounds[loop] = []
@@ -89,8 +124,9 @@ class Outbox:
         """Send in a worker thread until there is nothing left."""
         while group := self._next_group():
             try:
-                errors = self.queue.put_each([(sending.messages, sending.audience)
-                                              for sending in group])
+                errors = self.queue.put_each([
+                    (sending.messages, sending.audience, sending.msg_ids) for sending in group
+                ])
             except BaseException as error:  # pylint: disable=broad-exception-caught
                 errors = [error] * len(group)
             by_loop: Dict[asyncio.AbstractEventLoop, List[Tuple["asyncio.Future[None]",

@@ -7,47 +7,91 @@ adds, so that no send ever pays for the whole queue.
 """
 
 import functools
+import time
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import lmdb
 
+import persipubsub.config
 import persipubsub.errors
-from persipubsub import _losses, _wakeup
+from persipubsub import _losses, _tidying, _wakeup
 from persipubsub._settings import Settings
 from persipubsub.environment import _environment
-from persipubsub.store import _blocks, _layout, _log, _retention
+from persipubsub.store import _blocks, _layout, _log, _once, _retention
 from persipubsub.store._databases import Databases
-
-#: How many blocks are deleted in one transaction while an operator prunes or clears a queue.
-_CHUNK_BLOCKS = 256
 
 #: A send of more bytes than this looks for finished blocks at once.
 _LARGE_BYTES = 1 << 16
 
+#: Who waits for room looks at the queue this often whatever happens, in seconds: a subscriber may
+#: die between its commit and its ring, and messages become too old without one.
+_LONGEST_PAUSE_SECS = 1.0
 
-class _Put:
+
+class Put:
     """Hold what one call of ``put`` adds, and what came of it."""
 
-    __slots__ = ("batches", "count", "size", "audience", "first", "floor", "losses")
+    __slots__ = ("messages", "msg_ids", "batches", "count", "size", "audience", "first", "floor",
+                 "losses", "is_full")
 
-    def __init__(self, batches: List[_blocks.Batch], audience: Optional[Tuple[str, ...]]) -> None:
-        self.batches = batches
+    def __init__(self,
+                 messages: Sequence[bytes],
+                 audience: Optional[Tuple[str, ...]],
+                 msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
+        self.messages = messages
+        self.msg_ids = msg_ids
+        self.audience = audience
+        self.first = 0
+        self.floor = None  # type: Optional[_retention.Floor]
+        self.losses = []  # type: List[_retention.Loss]
+        self.is_full = False
+        self.encode(messages)
+
+    def encode(self, messages: Sequence[bytes]) -> None:
+        """
+        Choose what to add.
+
+        :param messages: of the call, or some of them
+        """
+        self.batches = batches = _blocks.encode_batches(messages)
         if len(batches) == 1:
             self.count, self.size, _ = batches[0]
         else:
             self.count = sum(batch.messages for batch in batches)
             self.size = sum(batch.size for batch in batches)
-        self.audience = audience
-        self.first = 0
-        self.floor = None  # type: Optional[_retention.Floor]
-        self.losses = []  # type: List[_retention.Loss]
+
+    def leave_out_known(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                        oldest_ns: int) -> "Tuple[Dict[bytes, int], Dict[bytes, int]]":
+        """
+        Choose the messages whose ids are not known; of an id that comes twice, the first.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param oldest_ns: ids that were given before are not known any more
+        :return: numbers of the messages of known ids; indices of the others among those to be added
+        """
+        msg_ids = self.msg_ids or ()
+        given = list(dict.fromkeys(msg_id for msg_id in msg_ids if msg_id is not None))
+        found = _once.find(txn, databases, given, oldest_ns)
+        known = {msg_id: number for msg_id, number in zip(given, found) if number is not None}
+        places = {}  # type: Dict[bytes, int]
+        chosen = []  # type: List[bytes]
+        for message, msg_id in zip(self.messages, msg_ids):
+            if msg_id is not None:
+                if msg_id in known or msg_id in places:
+                    continue
+                places[msg_id] = len(chosen)
+            chosen.append(message)
+        self.encode(chosen)
+        return known, places
 
 
 class Putter:
     """Add messages to one open queue, from any number of threads."""
 
-    def __init__(self, settings: Settings, environment: _environment.Environment,
-                 bell: _wakeup.Bell, losses: _losses.LossLog, now_ns: Callable[[], int]) -> None:
+    def __init__(  # pylint: disable=too-many-arguments,too-many-positional-arguments
+            self, settings: Settings, environment: _environment.Environment, bell: _wakeup.Bell,
+            losses: _losses.LossLog, tidier: _tidying.Tidier, now_ns: Callable[[], int]) -> None:
         """
         Initialize without looking at the store.
 
@@ -55,24 +99,35 @@ class Putter:
         :param environment: of the queue
         :param bell: of the queue
         :param losses: are told of messages that were dropped unread
+        :param tidier: of the queue
         :param now_ns: reads the queue's clock
         """
         self._settings = settings
         self._environment = environment
         self._bell = bell
         self._losses = losses
+        self._tidier = tidier
         self._now_ns = now_ns
+        self._drops_newest = settings.strategy is persipubsub.config.Strategy.PRUNE_LAST
 
         # A single message of no more bytes needs no closer look.
         self._surely_fitting = min(
             settings.max_message_bytes, _blocks.MAX_MESSAGE_BYTES,
             settings.max_bytes - _blocks.BLOCK_BYTES // 8 - _blocks.ENTRY_BYTES)
 
+        # Whether the last send found no room. Then the next one looks before it writes, so that
+        # nobody who waits keeps the others from the write lock. Only a guess.
+        self._was_full = False
+
         # Remembered between sends; written by whoever holds the environment's write lock.
         self._floor = None  # type: Optional[_retention.Floor]
         self._audiences = {}  # type: Dict[Tuple[str, ...], int]
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -81,92 +136,145 @@ class Putter:
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
-        :return: number of the first message
+        :param timeout:
+            how long to wait for room where the strategy is ``block``, in seconds; None: for ever
+        :param msg_ids:
+            of the messages, as many as these, None for those without; a message of an id that is
+            known is left out
+        :return: number of the first message; of one that is left out, of the one that is stored
         :raise MessageTooLargeError: if the queue could never hold them
+        :raise QueueFullError: if there is no room, and the strategy is to drop nothing
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
         if len(messages) != 1 or len(messages[0]) > self._surely_fitting:
             self._settings.check_size(messages)
-        put = _Put(_blocks.encode_batches(messages), audience)
+        put = Put(messages, audience, msg_ids or None)
+        if self._settings.drops_unread:
+            self._write(put)
+        else:
+            self._write_when_there_is_room(put, timeout)
+        return put.first
+
+    def _write(self, put: Put) -> None:
+        """
+        Add messages, ring, and warn of what was dropped.
+
+        :param put: what to add; gets the result
+        """
+        work = functools.partial(self._put if put.msg_ids is None else self._put_once, put=put)
         try:
-            self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
+            self._environment.write(work, is_flushed=True)
         except _environment.MapFullError:
-            self._put_into_full_map(put)
+            self._put_into_full_map(put, work)
         except persipubsub.errors.DiskFullError:
-            self._put_onto_full_disk(put)
+            self._put_onto_full_disk(work)
         except BaseException:
             self._floor = None
             raise
         self._floor = put.floor
-        self._finish(put.losses)
-        return put.first
+        if not put.is_full or put.losses:
+            self._ring()
+        if put.losses:
+            self._losses.add(put.losses)
 
-    def put_each(
-        self, puts: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]]]]
-    ) -> List[Optional[BaseException]]:
-        """
-        Put for several callers, each of them all or nothing, in one commit if nothing is wrong.
-
-        :param puts: messages and audience of each
-        :return: error of each; None if it was put
-        """
-        if not puts:
-            return []
-        try:
-            if len(puts) == 1:
-                self.put(*puts[0])
-            else:
-                self._put_together(puts)
-        except persipubsub.errors.BusyTimeoutError as error:
-            # Nobody is at fault, and everybody waited long enough.
-            return [error] * len(puts)
-        except persipubsub.errors.PersipubsubError as error:
-            if len(puts) == 1:
-                return [error]
-            # Halves, so that those who are not at fault share as few commits as can be.
-            half = len(puts) // 2
-            return self.put_each(puts[:half]) + self.put_each(puts[half:])
-        return [None] * len(puts)
-
-    def _put_together(self, puts: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str,
-                                                                                 ...]]]]) -> None:
-        """
-        Put for several callers in one commit, or nothing of it.
-
-        :param puts: messages and audience of each
-        """
-        made = []  # type: List[_Put]
-        for messages, audience in puts:
-            self._settings.check_size(messages)
-            made.append(_Put(_blocks.encode_batches(messages), audience))
-
-        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
-            for put in made:
-                self._put(txn, databases, put)
-
-        try:
-            self._environment.write(work, is_flushed=True)
-        except BaseException:
-            self._floor = None
-            raise
-        self._floor = made[-1].floor
-        self._finish([loss for put in made for loss in put.losses])
-
-    def _finish(self, losses: List[_retention.Loss]) -> None:
-        """
-        Tell the others of a commit.
-
-        :param losses: what was dropped unread in it
-        """
+    def _ring(self) -> None:
+        """Wake subscribers."""
         try:
             self._bell.ring()
         except persipubsub.errors.PersipubsubError:
             pass  # it is sent; subscribers look once a second anyhow
-        if losses:
-            self._losses.add(losses)
 
-    def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: _Put) -> None:
+    def _write_when_there_is_room(self, put: Put, timeout: Optional[float]) -> None:
+        """
+        Add messages to a queue that drops nothing; wait for room if that is the strategy.
+
+        An exception, as of a signal, while it waits leaves nothing sent.
+
+        :param put: what to add; gets the result
+        :param timeout: how long to wait, in seconds; None: for ever
+        :raise QueueFullError: if there was no room in time
+        """
+        if self._write_if_there_is_room(put):
+            return
+        is_blocking = self._settings.strategy is persipubsub.config.Strategy.BLOCK
+        if is_blocking and (timeout is None or timeout > 0):
+            deadline = None if timeout is None else time.monotonic() + timeout
+            with self._bell.prepare() as ticket:
+                while True:
+                    ticket.arm()
+                    if self._write_if_there_is_room(put):
+                        return
+                    pause = _LONGEST_PAUSE_SECS
+                    if deadline is not None:
+                        pause = min(pause, deadline - time.monotonic())
+                        if pause <= 0:
+                            break
+                    ticket.wait(pause)
+        raise self._full_error(put)
+
+    def _write_if_there_is_room(self, put: Put) -> bool:
+        """
+        Add messages unless the queue is full.
+
+        :param put: what to add; gets the result
+        :return: False if it is full, and nothing was added
+        """
+        if self._was_full and self._environment.read(functools.partial(self._is_full, put=put)):
+            return False
+        self._write(put)
+        self._was_full = put.is_full
+        return not put.is_full
+
+    def _is_full(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                 put: Put) -> bool:
+        """
+        Look whether messages would pass a high-water mark, also if what is too old were dropped.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param put: what is to be added
+        :return: True if so
+        """
+        if put.msg_ids is not None:
+            put.leave_out_known(txn, databases, self._now_ns() - self._settings.once_window_ns)
+            if not put.count:
+                return False
+        tail = _log.read_tail(txn.cursor(db=databases.data))
+        floor = _retention.find_floor(txn, databases, tail, is_look=True)
+        return self._is_over(tail, floor, put) and floor.number == _retention.expired_before(
+            txn, databases, floor, tail,
+            self._now_ns() - self._settings.timeout_ns)
+
+    def _full_error(self, put: Put) -> persipubsub.errors.QueueFullError:
+        """
+        Describe a full queue, and who holds it up.
+
+        :param put: what was to be added
+        :return: error to be raised
+        """
+
+        def work(txn: "lmdb.Transaction[memoryview]",
+                 databases: Databases) -> "Tuple[int, int, Optional[_retention.Slowest]]":
+            tail = _log.read_tail(txn.cursor(db=databases.data))
+            floor = _retention.find_floor(txn, databases, tail, is_look=True)
+            return (tail.total_count - floor.messages, tail.total_bytes - floor.size,
+                    _retention.find_slowest(txn, databases))
+
+        count, size, slowest = self._environment.read(work)
+        settings = self._settings
+        text = (
+            "Expected room for {} more message(s) of {} bytes in the queue {}, but got: {} of "
+            "{} messages (MAX_MSGS_NUM) and {} of {} bytes (HWM_LMDB_SIZE_BYTES) wait in a store "
+            "of at most {} bytes (max_db_size_bytes).".format(put.count, put.size, settings.path,
+                                                              count, settings.max_messages, size,
+                                                              settings.max_message_bytes,
+                                                              settings.max_bytes))
+        if slowest is not None:
+            text += " The slowest subscriber is {!r} with {} of them.".format(*slowest)
+        return persipubsub.errors.QueueFullError(text)
+
+    def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: Put) -> None:
         """
         Add messages at the end of the log and tidy up a little at its beginning.
 
@@ -178,24 +286,53 @@ class Putter:
         tail = _log.read_tail(cursor)
         floor = self._floor
         put.losses = []
+        put.is_full = False
         if floor is None or floor.generation != tail.generation:
             floor = _retention.find_floor(txn, databases, tail)
         if self._is_over(tail, floor, put):
             tail, floor = self._make_room(txn, databases, tail, put)
+            if put.is_full:
+                put.floor = floor
+                return
         put.first = tail.next_number
         audience = self._find_audience(txn, databases, put.audience) if put.audience else 0
         tail = _log.append(cursor, tail, self._now_ns(), audience, put.batches)
 
         interval = _retention.interval_of(floor)
         if (put.size > _LARGE_BYTES or tail.next_number // interval != put.first // interval):
-            floor = self.tidy(txn,
-                              databases,
-                              tail,
-                              put.losses,
-                              budget=2 * (interval + len(put.batches)))
+            floor = self._tidier.tidy(txn,
+                                      databases,
+                                      tail,
+                                      put.losses,
+                                      budget=2 * (interval + len(put.batches)))
         put.floor = floor
 
-    def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: _Put) -> bool:
+    def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                  put: Put) -> None:
+        """
+        Add the messages whose ids are not known, and remember their ids.
+
+        :param txn: write transaction
+        :param databases: handles
+        :param put: what to add; gets the result
+        """
+        now_ns = self._now_ns()
+        oldest_ns = now_ns - self._settings.once_window_ns
+        known, places = put.leave_out_known(txn, databases, oldest_ns)
+        put.is_full = False
+        put.floor = self._floor
+        if put.count:
+            self._put(txn, databases, put)
+        if put.is_full:
+            return
+        for msg_id, place in places.items():
+            _once.remember(txn, databases, msg_id, put.first + place, now_ns)
+        _once.forget(txn, databases, oldest_ns, budget=2 * (len(known) + len(places)))
+        assert put.msg_ids is not None, "It has ids, or it would be put as others are."
+        if put.msg_ids[0] in known:
+            put.first = known[put.msg_ids[0]]
+
+    def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: Put) -> bool:
         """
         Tell whether messages would pass a high-water mark.
 
@@ -208,9 +345,9 @@ class Putter:
                 or tail.total_bytes - floor.size + put.size > self._settings.max_message_bytes)
 
     def _make_room(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
-                   put: _Put) -> "Tuple[_log.Tail, _retention.Floor]":
+                   put: Put) -> "Tuple[_log.Tail, _retention.Floor]":
         """
-        Look closely at the high-water marks, and drop messages if they are passed.
+        Look closely at the high-water marks; drop messages if they are passed, or refuse to.
 
         :param txn: write transaction
         :param databases: handles
@@ -220,40 +357,25 @@ class Putter:
         """
         floor = _retention.find_floor(txn, databases, tail)
         if self._is_over(tail, floor, put):
-            floor = self.tidy(txn, databases, tail, put.losses, budget=_CHUNK_BLOCKS)
+            floor = self._tidier.tidy(txn,
+                                      databases,
+                                      tail,
+                                      put.losses,
+                                      budget=_tidying.CHUNK_BLOCKS)
         while self._is_over(tail, floor, put):
+            if not self._settings.drops_unread:
+                # Not by an exception: it would take back what was dropped since it is too old, and
+                # what other threads put in the same transaction.
+                put.is_full = True
+                break
             tail, losses = _retention.halve(txn,
                                             databases,
                                             floor,
                                             tail,
-                                            drops_newest=self._settings.drops_newest)
+                                            drops_newest=self._drops_newest)
             put.losses.extend(losses)
             floor = _retention.find_floor(txn, databases, tail)
         return tail, floor
-
-    def tidy(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
-             losses: List[_retention.Loss], budget: int) -> _retention.Floor:
-        """
-        Drop what is too old, and delete some finished blocks.
-
-        :param txn: write transaction
-        :param databases: handles
-        :param tail: end of the log
-        :param losses: to be extended by what was dropped
-        :param budget: how many blocks to delete at most
-        :return: how far all subscribers have come
-        """
-        floor = _retention.find_floor(txn, databases, tail)
-        cut = _retention.expired_before(txn, databases, floor, tail,
-                                        self._now_ns() - self._settings.timeout_ns)
-        if cut > floor.number:
-            losses.extend(_retention.drop_before(txn, databases, cut, _retention.count_timeout))
-            floor = _retention.find_floor(txn, databases, tail)
-        _log.delete_head(txn.cursor(db=databases.data),
-                         floor.audiences,
-                         floor.everyone,
-                         budget=budget)
-        return floor
 
     def _find_audience(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
                        subscribers: Tuple[str, ...]) -> int:
@@ -274,11 +396,12 @@ class Putter:
             self._audiences[subscribers] = audience
         return audience
 
-    def _put_into_full_map(self, put: _Put) -> None:
+    def _put_into_full_map(self, put: Put, work: Callable[..., None]) -> None:
         """
         Put messages into a full store: delete what is finished, then drop by the strategy.
 
         :param put: what is to be added
+        :param work: that adds them
         :raise DiskFullError: if it does not fit although nothing is left to be dropped
         """
         waiting = 1
@@ -286,30 +409,38 @@ class Putter:
         self._environment.check_readers()
         while True:
             self._floor = None
-            self.delete_finished()
+            if not self._settings.drops_unread:
+                self._tidier.drop_expired()
+            self._tidier.delete_finished(keeps_retained=False)
             self._environment.write(_retention.make_reusable, may_grow=True)
             try:
                 # With nothing left to be dropped, the free pages are only too scattered for it.
-                work = functools.partial(self._put, put=put)
                 self._environment.write(work, is_flushed=True, may_grow=not waiting)
                 return
             except _environment.MapFullError:
                 if not waiting:
                     raise
-            waiting, losses = self._environment.write(self._shrink, may_grow=True)
-            self._losses.add(losses)
+            if not self._settings.drops_unread:
+                waiting = self._environment.read(self._count_waiting)
+                put.losses = []
+                put.is_full = waiting > 0
+                if put.is_full:
+                    return
+            else:
+                waiting, losses = self._environment.write(self._shrink, may_grow=True)
+                self._losses.add(losses)
 
-    def _put_onto_full_disk(self, put: _Put) -> None:
+    def _put_onto_full_disk(self, work: Callable[..., None]) -> None:
         """
         Put messages where finished ones were, which a send that fails can not delete by itself.
 
-        :param put: what is to be added
+        :param work: that adds them
         :raise DiskFullError: if there are too few of them
         """
         self._floor = None
-        self.delete_finished()
+        self._tidier.delete_finished(keeps_retained=False)
         self._environment.write(_retention.make_reusable, may_grow=True)
-        self._environment.write(functools.partial(self._put, put=put), is_flushed=True)
+        self._environment.write(work, is_flushed=True)
 
     def _shrink(self, txn: "lmdb.Transaction[memoryview]",
                 databases: Databases) -> Tuple[int, List[_retention.Loss]]:
@@ -325,39 +456,20 @@ class Putter:
         waiting = tail.total_count - floor.messages
         if not waiting:
             return 0, []
-        drops_newest = self._settings.drops_newest
-        return waiting, _retention.halve(txn, databases, floor, tail, drops_newest=drops_newest)[1]
+        return waiting, _retention.halve(txn,
+                                         databases,
+                                         floor,
+                                         tail,
+                                         drops_newest=self._drops_newest)[1]
 
-    def drop_expired(self) -> int:
+    @staticmethod
+    def _count_waiting(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:
         """
-        Drop the messages that are older than the queue's timeout, for all subscribers.
+        Count the messages that somebody still has to acknowledge.
 
-        :return: how many deliveries were dropped
+        :param txn: any transaction
+        :param databases: handles
+        :return: how many there are
         """
-        losses = []  # type: List[_retention.Loss]
-
-        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
-            losses.clear()
-            tail = _log.read_tail(txn.cursor(db=databases.data))
-            self.tidy(txn, databases, tail, losses, budget=_CHUNK_BLOCKS)
-
-        self._environment.write(work, may_grow=True)
-        self._losses.add(losses)
-        return sum(loss.messages for loss in losses)
-
-    def delete_finished(self) -> int:
-        """
-        Delete all messages that everybody acknowledged, in many short transactions.
-
-        Senders get their turn between them.
-
-        :return: how many blocks were deleted
-        """
-        total = 0
-        while True:
-            deleted = self._environment.write(functools.partial(_retention.delete_finished,
-                                                                budget=_CHUNK_BLOCKS),
-                                              may_grow=True)
-            total += deleted
-            if deleted < _CHUNK_BLOCKS:
-                return total
+        tail = _log.read_tail(txn.cursor(db=databases.data))
+        return tail.total_count - _retention.find_floor(txn, databases, tail, is_look=True).messages

@@ -5,7 +5,7 @@ from typing import NamedTuple, Sequence
 import persipubsub.config
 import persipubsub.errors
 from persipubsub.environment import _opening
-from persipubsub.store import _blocks
+from persipubsub.store import _blocks, _retention
 
 
 class Settings(NamedTuple):
@@ -15,12 +15,14 @@ class Settings(NamedTuple):
     max_bytes: int  #: largest size of the store
     max_readers: int  #: slots in LMDB's table of readers
     timeout_ns: int  #: age at which a message is dropped, in nanoseconds
-    max_messages: int  #: number of messages at which some are dropped
-    max_message_bytes: int  #: bytes of all messages at which some are dropped
-    drops_newest: bool  #: what is dropped then: the newest half, or the oldest
+    max_messages: int  #: number of messages that may wait
+    max_message_bytes: int  #: bytes of messages that may wait
+    strategy: persipubsub.config.Strategy  #: what happens then
     keeps_os: bool  #: durability "os"
     checkpoint_secs: float  #: time between checkpoints of an "os" queue; 0: none
     busy_timeout_secs: float  #: how long a write waits for another process
+    once_window_ns: int = 3600 * 10**9  #: how long ids of messages are remembered, in nanoseconds
+    retain_ns: int = 0  #: how long finished messages stay, in nanoseconds since their commit
 
     @classmethod
     def of(cls, config: persipubsub.config.Config, queue_key: str) -> "Settings":
@@ -39,10 +41,31 @@ class Settings(NamedTuple):
                    timeout_ns=int(mark.msg_timeout_secs * 1e9),
                    max_messages=mark.max_msgs_num,
                    max_message_bytes=mark.size_bytes,
-                   drops_newest=mark.strategy is persipubsub.config.Strategy.PRUNE_LAST,
+                   strategy=mark.strategy,
                    keeps_os=queue.durability is persipubsub.config.Durability.OS,
                    checkpoint_secs=queue.checkpoint_secs,
-                   busy_timeout_secs=queue.busy_timeout_secs)
+                   busy_timeout_secs=queue.busy_timeout_secs,
+                   once_window_ns=int(queue.once_window_secs * 1e9),
+                   retain_ns=int(queue.retain_secs * 1e9))
+
+    @property
+    def drops_unread(self) -> bool:
+        """
+        Tell whether messages that were not read are dropped to make room.
+
+        :return: False if those who send are refused, or wait, instead
+        """
+        return self.strategy in (persipubsub.config.Strategy.PRUNE_FIRST,
+                                 persipubsub.config.Strategy.PRUNE_LAST)
+
+    def retained_ns(self, now_ns: int) -> int:
+        """
+        Tell which finished messages stay.
+
+        :param now_ns: time on the queue's clock
+        :return: those that were committed later
+        """
+        return now_ns - self.retain_ns if self.retain_ns else _retention.RETAINS_NOTHING_NS
 
     def options(self) -> _opening.Options:
         """

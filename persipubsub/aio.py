@@ -21,7 +21,8 @@ import persipubsub.publisher
 import persipubsub.subscriber
 from persipubsub import _engines, _inbox, _outbox, _workers
 from persipubsub._receipts import BatchReceipt, Receipt
-from persipubsub.publisher import BytesLike, _all_to_bytes, _not_open, _to_bytes
+from persipubsub.publisher import (BytesLike, MessageId, _all_to_bytes, _not_open, _to_bytes,
+                                   _to_ids)
 from persipubsub.subscriber import _check_max_msgs
 
 __all__ = ["BatchReceipt", "Pub", "Receipt", "Sub"]
@@ -151,7 +152,10 @@ class Pub:
             self._opener.close()
             self._workers.close()
 
-    async def send(self, msg: BytesLike) -> None:
+    async def send(self,
+                   msg: BytesLike,
+                   timeout: Optional[float] = None,
+                   msg_id: Optional[MessageId] = None) -> None:
         """
         Send a message to all subscribers of the publisher.
 
@@ -160,8 +164,15 @@ class Pub:
         message is sent, or it is not: as with a process that dies then.
 
         :param msg: to be sent; may be empty
-        :raise TypeError: if it is not bytes-like
+        :param timeout: how long to wait for room where the queue's strategy is ``block``, in
+            seconds; 0: not at all; None: for ever
+        :param msg_id: of the message; if the queue knows it, nothing is sent, and the message that
+            is stored is safe when the call returns
+        :raise TypeError: if it is not bytes-like, or the id is neither a string nor bytes
+        :raise ValueError: if the id is not of 1 to 255 bytes
         :raise MessageTooLargeError: if the queue could never hold it
+        :raise QueueFullError: if there is no room, and the queue's strategy is ``reject``, or
+            ``block`` and the time is over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long, at
             most about twice ``busy_timeout_secs``
         :raise DiskFullError: if there is no room
@@ -169,11 +180,15 @@ class Pub:
         queue, audience = self._pub.opened()
         outbox = self._outbox_of(queue)
         if outbox is None:
-            await self._workers.run(functools.partial(self._pub.send, msg))
-        else:
-            await outbox.put((_to_bytes(msg), ), audience)
+            await self._workers.run(functools.partial(self._pub.send, msg, timeout, msg_id))
+            return
+        message = _to_bytes(msg)
+        await outbox.put((message, ), audience, timeout, _to_ids((msg_id, ), count=1))
 
-    async def send_many(self, msgs: Sequence[BytesLike]) -> None:
+    async def send_many(self,
+                        msgs: Sequence[BytesLike],
+                        timeout: Optional[float] = None,
+                        msg_ids: Optional[Sequence[Optional[MessageId]]] = None) -> None:
         """
         Send messages in one commit: all of them or none, even if the task is cancelled meanwhile.
 
@@ -181,6 +196,8 @@ class Pub:
         the task is cancelled, then leaves those before it sent.
 
         :param msgs: to be sent
+        :param timeout: how long to wait for room, see :py:meth:`send`; with ``autosync`` for each
+        :param msg_ids: of the messages, as many as these, None for those without
         :raise TypeError: if one of them is not bytes-like; nothing is sent
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
         :raise PersipubsubError: otherwise as :py:meth:`send` does
@@ -188,16 +205,18 @@ class Pub:
         queue, audience = self._pub.opened()
         outbox = self._outbox_of(queue)
         if outbox is None:
-            await self._workers.run(functools.partial(self._pub.send_many, msgs))
+            await self._workers.run(functools.partial(self._pub.send_many, msgs, timeout, msg_ids))
             return
         messages = _all_to_bytes(msgs)
+        ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
         if self._pub.commits_each:
             for message in messages:
                 queue.check_sizes((message, ))
-            for message in messages:
-                await outbox.put((message, ), audience)
+            for index, message in enumerate(messages):
+                await outbox.put((message, ), audience, timeout,
+                                 None if ids is None else ids[index:index + 1])
         elif messages:
-            await outbox.put(messages, audience)
+            await outbox.put(messages, audience, timeout, ids)
 
     def _outbox_of(self, queue: _engines.Queue) -> Optional[_outbox.Outbox]:
         """

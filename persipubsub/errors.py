@@ -135,7 +135,12 @@ class CorruptMessageError(MessageError):
 
 
 class QueueFullError(PersipubsubError):
-    """Report that the queue stands at its high-water mark and nothing may be dropped."""
+    """
+    Report that the queue stands at a high-water mark and nothing may be dropped. Nothing was sent.
+
+    The strategy of the queue is ``reject``, or ``block`` and there was no room in time. The message
+    names the subscriber that needs the oldest message.
+    """
 
 
 class DiskFullError(PersipubsubError):

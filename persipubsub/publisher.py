@@ -11,6 +11,8 @@ __all__ = ["Pub"]
 
 BytesLike = Union[bytes, bytearray, memoryview]
 
+MessageId = Union[str, bytes]
+
 
 class Pub:
     """
@@ -36,6 +38,8 @@ class Pub:
     ...     pub.init(pub_id="pub", config_pth=config_pth)
     ...     pub.send(msg=b"hello")
     ...     pub.send_many(msgs=[b"one", b"two"])
+    ...     for _ in range(2):
+    ...         pub.send(msg=b"an order", msg_id="order 17")  # stored once
     >>> directory.cleanup()
     """
 
@@ -94,34 +98,72 @@ class Pub:
         if queue is not None:
             queue.close()
 
-    def send(self, msg: BytesLike) -> None:
+    def send(self,
+             msg: BytesLike,
+             timeout: Optional[float] = None,
+             msg_id: Optional[MessageId] = None) -> None:
         """
         Send a message to all subscribers of the publisher.
 
         When the call returns, the message is as safe as the queue's ``durability`` says. It waits
         for another process's write for at most ``busy_timeout_secs`` seconds.
 
+        With an id it may be repeated, also by another process after this one was killed: the queue
+        stores one message of an id within ``once_window_secs`` seconds. The ids of all publishers
+        of a queue are in one namespace.
+
         :param msg: to be sent; may be empty
-        :raise TypeError: if it is not bytes-like
+        :param timeout:
+            how long to wait for room where the queue's strategy is ``block``, in seconds; 0: not at
+            all; None: for ever
+        :param msg_id:
+            of the message, 1 to 255 bytes (of a string, in UTF-8); if the queue knows it, nothing
+            is sent, and the message that is stored is safe when the call returns
+        :raise TypeError: if it is not bytes-like, or the id is neither a string nor bytes
+        :raise ValueError: if the id has another length
         :raise MessageTooLargeError: if the queue could never hold it
+        :raise QueueFullError:
+            if there is no room, and the queue's strategy is ``reject``, or ``block`` and the time is
+            over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """
         queue = self._queue
         if queue is None:
             raise _not_open()
-        queue.put((_to_bytes(msg), ), self._audience)
+        message = _to_bytes(msg)
+        if timeout is None and msg_id is None:
+            queue.put((message, ), self._audience)
+        else:
+            queue.put((message, ), self._audience, timeout, _to_ids((msg_id, ), count=1))
 
-    def send_many(self, msgs: Sequence[BytesLike]) -> None:
+    def send_many(self,
+                  msgs: Sequence[BytesLike],
+                  timeout: Optional[float] = None,
+                  msg_ids: Optional[Sequence[Optional[MessageId]]] = None) -> None:
         """
         Send messages in one commit: all of them or none.
 
         With ``autosync`` each message has a commit of its own instead, in order; an error then
         leaves those before it sent.
 
+        Messages of ids that the queue knows, or that come twice, are left out; the others are
+        sent.
+
         :param msgs: to be sent
-        :raise TypeError: if one of them is not bytes-like; nothing is sent
+        :param timeout:
+            how long to wait for room where the queue's strategy is ``block``, in seconds; 0: not at
+            all; None: for ever. With ``autosync`` it is for each message.
+        :param msg_ids: of the messages, see :py:meth:`send`; as many as these, None for those
+            without
+        :raise TypeError:
+            if one of them is not bytes-like, or an id is neither a string nor bytes; nothing is
+            sent
+        :raise ValueError: if an id has another length, or there are not as many as messages
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
+        :raise QueueFullError:
+            if there is no room, and the queue's strategy is ``reject``, or ``block`` and the time is
+            over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """
@@ -129,13 +171,15 @@ class Pub:
         if queue is None:
             raise _not_open()
         messages = _all_to_bytes(msgs)
+        ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
         if self._autosync:
             for message in messages:
                 queue.check_sizes((message, ))
-            for message in messages:
-                queue.put((message, ), self._audience)
+            for index, message in enumerate(messages):
+                queue.put((message, ), self._audience, timeout,
+                          None if ids is None else ids[index:index + 1])
         elif messages:
-            queue.put(messages, self._audience)
+            queue.put(messages, self._audience, timeout, ids)
 
 
 def _to_bytes(msg: object) -> bytes:
@@ -165,6 +209,44 @@ def _all_to_bytes(msgs: Sequence[object]) -> List[bytes]:
     if isinstance(msgs, (bytes, bytearray, memoryview, str)):
         raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
     return [_to_bytes(msg) for msg in msgs]
+
+
+def _to_ids(msg_ids: Sequence[Optional[MessageId]], count: int) -> Optional[List[Optional[bytes]]]:
+    """
+    Encode the ids of messages.
+
+    :param msg_ids: given by the user
+    :param count: how many there have to be
+    :return: ids in UTF-8; None if there is none among them
+    :raise TypeError: if one of them is neither a string nor bytes
+    :raise ValueError: if one of them has another length, or there is another number of them
+    """
+    if isinstance(msg_ids, (bytes, str)):
+        raise TypeError("Expected a list of ids of messages, but got: {!r}".format(msg_ids))
+    ids = [None if msg_id is None else _to_id(msg_id) for msg_id in msg_ids]
+    if len(ids) != count:
+        raise ValueError("Expected an id, or None, for each of {} messages, but got: {}".format(
+            count, len(ids)))
+    return None if ids.count(None) == count else ids
+
+
+def _to_id(msg_id: object) -> bytes:
+    """
+    Encode the id of a message.
+
+    :param msg_id: given by the user
+    :return: id in UTF-8
+    :raise TypeError: if it is neither a string nor bytes
+    :raise ValueError: if it has another length
+    """
+    if not isinstance(msg_id, (str, bytes)):
+        raise TypeError("Expected an id of a message of type str or bytes, but got: {}".format(
+            type(msg_id).__name__))
+    encoded = bytes(msg_id) if isinstance(msg_id, bytes) else msg_id.encode("utf-8")
+    if not 0 < len(encoded) <= _engines.MAX_ID_BYTES:
+        raise ValueError("Expected an id of a message of 1 to {} bytes, but got: {} bytes".format(
+            _engines.MAX_ID_BYTES, len(encoded)))
+    return encoded
 
 
 def _not_open() -> persipubsub.errors.ClosedError:

@@ -6,6 +6,7 @@ This is what :py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subsc
 time; many processes may have the same queue open.
 """
 
+import contextlib
 import functools
 import os
 from typing import Callable, List, Optional, Sequence, Tuple
@@ -15,7 +16,7 @@ import lmdb
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _claims, _delivery, _losses, _putting, _wakeup
+from persipubsub import _claims, _delivery, _losses, _putting_together, _tidying, _wakeup
 from persipubsub._settings import Settings
 from persipubsub.environment import _files, _registry
 from persipubsub.store import _check, _pending, _positions, _retention
@@ -32,8 +33,9 @@ class Queue:
     >>> directory = tempfile.TemporaryDirectory()
     >>> settings = Settings(
     ...     path=directory.name, max_bytes=1 << 24, max_readers=16, timeout_ns=10**12,
-    ...     max_messages=100, max_message_bytes=10**6, drops_newest=False, keeps_os=False,
-    ...     checkpoint_secs=1.0, busy_timeout_secs=10.0)
+    ...     max_messages=100, max_message_bytes=10**6, keeps_os=False,
+    ...     checkpoint_secs=1.0, busy_timeout_secs=10.0,
+    ...     strategy=persipubsub.config.Strategy.PRUNE_FIRST)
     >>> Queue.ensure(settings, subscribers=["sub"])
     >>> with Queue(settings) as queue:
     ...     queue.put([b"first", b"second"])
@@ -60,8 +62,9 @@ class Queue:
         self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
         self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
         self._losses = _losses.LossLog(settings.path)
-        self._putter = _putting.Putter(settings, self._environment, self._bell, self._losses,
-                                       self._now_ns)
+        self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
+        self._putter = _putting_together.GroupPutter(settings, self._environment, self._bell, self._losses,
+                                       self._tidier, self._now_ns)
         self._is_closed = False
 
     @staticmethod
@@ -122,7 +125,11 @@ class Queue:
 
     # Putting
 
-    def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]] = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -131,27 +138,38 @@ class Queue:
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
-        :return: number of the first message
+        :param timeout:
+            how long to wait for room where the strategy is ``block``, in seconds; None: for ever
+        :param msg_ids:
+            of the messages, as many as these, None for those without, 1 to 255 bytes each; a
+            message of an id that the queue knows is left out, the rest is added
+        :return: number of the first message; of one that is left out, of the one that is stored
         :raise MessageTooLargeError: if the queue could never hold them
+        :raise QueueFullError: if there is no room, and the strategy is to drop nothing
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
         self._check_open()
-        return self._putter.put(messages, audience)
+        return self._putter.put(messages, audience, timeout, msg_ids)
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Tell whether publishers wait for room in a full queue."""
+        return self.settings.strategy is persipubsub.config.Strategy.BLOCK
 
     def put_each(
-        self, puts: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]]]]
-    ) -> List[Optional[BaseException]]:
+            self,
+            sendings: Sequence[_putting_together.Sending]) -> List[Optional[BaseException]]:
         """
         Do what a :py:meth:`put` of each would do, one after the other, in as few commits as can be.
 
-        It waits for other processes about as long as a single ``put``.
+        It waits for other processes about as long as a single ``put``, and not for room.
 
-        :param puts: messages and audience of each
+        :param sendings: messages, audience and ids of each
         :return: error of each; None if it was put
         """
         self._check_open()
-        return self._putter.put_each(puts)
+        return self._putter.put_each(sendings)
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """
@@ -194,7 +212,8 @@ class Queue:
                                   bell=self._bell,
                                   pending=_pending.Pending(subscriber, self.settings.timeout_ns,
                                                            self._now_ns),
-                                  expire=self.drop_expired)
+                                  expire=self.drop_expired,
+                                  rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
 
     def front(self, subscriber: str) -> Optional[bytes]:
         """
@@ -214,8 +233,15 @@ class Queue:
         """
         self._check_open()
         key = subscriber.encode("utf-8")
-        return self._environment.write(functools.partial(_retention.skip_to_newest, key=key),
-                                       may_grow=True)
+        skipped = self._environment.write(functools.partial(_retention.skip_to_newest, key=key),
+                                          may_grow=True)
+        self._ring()
+        return skipped
+
+    def _ring(self) -> None:
+        """Wake publishers that wait for room, and subscribers."""
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            self._bell.ring()  # those who are not woken look once a second
 
     # Looking after the queue
 
@@ -226,7 +252,10 @@ class Queue:
         :return: how many deliveries were dropped
         """
         self._check_open()
-        return self._putter.drop_expired()
+        dropped = self._tidier.drop_expired()
+        if dropped:
+            self._ring()
+        return dropped
 
     def delete_finished(self) -> int:
         """
@@ -237,7 +266,7 @@ class Queue:
         :return: how many blocks were deleted
         """
         self._check_open()
-        return self._putter.delete_finished()
+        return self._tidier.delete_finished()
 
     def prune(self) -> int:
         """
@@ -259,7 +288,8 @@ class Queue:
         """
         self._check_open()
         losses = self._environment.write(_retention.clear, may_grow=True)
-        self.delete_finished()
+        self._ring()
+        self._tidier.delete_finished(keeps_retained=False)
         return sum(loss.messages for loss in losses)
 
     def statistics(self) -> persipubsub.statistics.QueueStatistics:

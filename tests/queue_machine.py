@@ -9,6 +9,7 @@ remember different things of what the other did.
 # pylint: disable=attribute-defined-outside-init
 # pylint: disable=too-many-public-methods
 
+import contextlib
 import pathlib
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery
@@ -26,6 +28,8 @@ from tests import stores
 from tests.queue_twin import Twin
 
 TIMEOUT_NS = 1000
+
+WINDOW_NS = 700
 
 NAMES = ("sub", "another", "später")
 
@@ -52,17 +56,21 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize(subscribers=st.integers(min_value=1, max_value=3),
                 max_messages=st.sampled_from([1, 4, 5, 8, 9, 20]),
                 max_message_bytes=st.sampled_from([20, 100, 1000, 1000]),
-                drops_newest=st.booleans(),
+                strategy=st.sampled_from(persipubsub.config.Strategy),
+                retain_ns=st.sampled_from([0, 0, 3, TIMEOUT_NS // 2]),
                 keeps_os=st.booleans(),
                 block_bytes=st.sampled_from([24, 60, 1 << 20]))
     def create(self, subscribers: int, max_messages: int, max_message_bytes: int,
-               drops_newest: bool, keeps_os: bool, block_bytes: int) -> None:
+               strategy: persipubsub.config.Strategy, retain_ns: int, keeps_os: bool,
+               block_bytes: int) -> None:
         self.patch.setattr(_blocks, "BLOCK_BYTES", block_bytes)
         self.settings = stores.settings(pathlib.Path(self.directory),
                                         timeout_ns=TIMEOUT_NS,
                                         max_messages=max_messages,
                                         max_message_bytes=max_message_bytes,
-                                        drops_newest=drops_newest,
+                                        strategy=strategy,
+                                        retain_ns=retain_ns,
+                                        once_window_ns=WINDOW_NS,
                                         keeps_os=keeps_os)
         names = NAMES[:subscribers]
         persipubsub.queue.Queue.ensure(self.settings, subscribers=names)
@@ -72,7 +80,8 @@ class QueueMachine(RuleBasedStateMachine):
                          timeout_ns=TIMEOUT_NS,
                          max_messages=max_messages,
                          max_message_bytes=max_message_bytes,
-                         drops_newest=drops_newest)
+                         strategy=strategy.value,
+                         window_ns=WINDOW_NS)
 
     def open(self) -> persipubsub.queue.Queue:
         return persipubsub.queue.Queue(self.settings, clock=self.clock)
@@ -102,6 +111,7 @@ class QueueMachine(RuleBasedStateMachine):
                 lease.acknowledge()
                 subscriber.pending.remove(expected[0].number)
             assert consumer.take(timeout=0) is None
+        self.clock.now_ns += self.settings.retain_ns
         self.queues[0].prune()
         assert self.queues[0].check() == []
         statistics = self.queues[0].statistics()
@@ -130,20 +140,33 @@ class QueueMachine(RuleBasedStateMachine):
         names = [name for index, name in enumerate(self.twin.subscribers) if chosen & 1 << index]
         self.put(side=side, messages=messages, audience=tuple(sorted(names)) or None)
 
-    def put(self, side: int, messages: List[bytes], audience: Optional[Tuple[str, ...]]) -> None:
+    @rule(side=SIDES,
+          messages=MESSAGES,
+          ids=st.lists(st.sampled_from([None, b"a", b"b", b"c", b"d"]), min_size=7, max_size=7))
+    def send_once(self, side: int, messages: List[bytes], ids: List[Optional[bytes]]) -> None:
+        self.put(side=side, messages=messages, audience=None, ids=ids[:len(messages)])
+
+    def put(self,
+            side: int,
+            messages: List[bytes],
+            audience: Optional[Tuple[str, ...]],
+            ids: Optional[List[Optional[bytes]]] = None) -> None:
         queue = self.queues[side]
         if self.twin.is_too_large(messages):
             with pytest.raises(persipubsub.errors.MessageTooLargeError):
-                queue.put(messages, audience)
+                queue.put(messages, audience, timeout=0, msg_ids=ids)
             return
-        assert queue.put(messages, audience) == self.twin.next_number
+        number = None  # type: Optional[int]
+        with contextlib.suppress(persipubsub.errors.QueueFullError):
+            number = queue.put(messages, audience, timeout=0, msg_ids=ids)
         # A queue looks for what is too old at every few sends; the twin does when it does.
         expired = sum(subscriber.dropped_by_timeout
                       for subscriber in queue.statistics().subscribers)
-        self.twin.send(messages,
-                       audience=audience,
-                       now_ns=self.clock.now_ns,
-                       expires=expired != self.twin.timeouts())
+        assert number == self.twin.send(messages,
+                                        audience=audience,
+                                        now_ns=self.clock.now_ns,
+                                        expires=expired != self.twin.timeouts(),
+                                        ids=ids)
 
     # Receiving
 
@@ -241,11 +264,20 @@ class QueueMachine(RuleBasedStateMachine):
     def prune(self, side: int) -> None:
         before = self.twin.timeouts()
         assert self.queues[side].prune() == self.twin.expire(self.clock.now_ns) - before
-        # Whatever is at the head now is needed by somebody, or only keeps its numbers taken.
+        # Whatever is at the head now is needed by somebody, or retained, or only keeps its numbers
+        # taken.
         blocks = stores.blocks(self.queues[0])
         waiting = self.twin.waiting()
-        if len(blocks) > 1:
-            assert waiting and blocks[0].stop > waiting[0].number
+        if len(blocks) > 1 and not (waiting and blocks[0].stop > waiting[0].number):
+            first = self.twin.message(blocks[0].start)
+            assert first.time_ns > self.clock.now_ns - self.settings.retain_ns
+        # What is retained is there, but for what was cleared or made room for.
+        numbers = {number for block in blocks for number in block}
+        assert {
+            message.number
+            for message in self.twin.log
+            if message.time_ns > self.clock.now_ns - self.settings.retain_ns
+        } <= numbers
 
     def add_subscriber(self) -> None:
         names = NAMES[:1 + len(self.twin.subscribers)]

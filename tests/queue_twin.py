@@ -6,7 +6,7 @@ before it is a set of numbers.
 """
 
 import dataclasses
-from typing import Dict, FrozenSet, List, Optional, Sequence, Set
+from typing import Dict, FrozenSet, List, Optional, Sequence, Set, Tuple
 
 
 @dataclasses.dataclass
@@ -38,14 +38,17 @@ class Twin:
     """Do what a queue does, to lists."""
 
     def __init__(self, subscribers: Sequence[str], next_number: int, timeout_ns: int,
-                 max_messages: int, max_message_bytes: int, drops_newest: bool) -> None:
+                 max_messages: int, max_message_bytes: int, strategy: str, window_ns: int) -> None:
         self.subscribers = {name: Subscriber() for name in subscribers}
         self.log: List[Message] = []
         self.next_number = next_number
         self.timeout_ns = timeout_ns
         self.max_messages = max_messages
         self.max_message_bytes = max_message_bytes
-        self.drops_newest = drops_newest
+        self.strategy = strategy
+        self.window_ns = window_ns
+        # Number and time of the messages that were sent with an id
+        self.ids: Dict[bytes, Tuple[int, int]] = {}
 
     # Looking
 
@@ -102,13 +105,44 @@ class Twin:
         """Add a subscriber that gets what is sent from now on."""
         self.subscribers[name] = Subscriber()
 
-    def send(self, messages: Sequence[bytes], audience: Optional[Sequence[str]], now_ns: int,
-             expires: bool) -> None:
-        """Send; what is too old is dropped at times, and always before anything else is."""
-        if self.is_over(messages):
+    def send(self,
+             messages: Sequence[bytes],
+             audience: Optional[Sequence[str]],
+             now_ns: int,
+             expires: bool,
+             ids: Optional[Sequence[Optional[bytes]]] = None) -> Optional[int]:
+        """
+        Send; what is too old is dropped at times, and always before anything else is.
+
+        Return the number of the first message, None if the queue is full.
+        """
+        fresh: List[bytes] = []
+        known = dict(self.ids)
+        number = self.next_number
+        for index, (data, identifier) in enumerate(zip(messages, ids or [None] * len(messages))):
+            found, time_ns = known.get(identifier or b"", (0, -self.window_ns))
+            if not found or now_ns - time_ns > self.window_ns:
+                found = self.next_number + len(fresh)
+                fresh.append(data)
+                if identifier is not None:
+                    known[identifier] = (found, now_ns)
+            if index == 0:
+                number = found
+        if fresh and self.is_over(fresh):
             self.expire(now_ns)
-            while self.is_over(messages):
+            while self.is_over(fresh):
+                if self.strategy in ("reject", "block"):
+                    return None
                 self._halve()
+        self.ids = known
+        self._append(fresh, audience, now_ns)
+        if expires:
+            self.expire(now_ns)
+        return number
+
+    def _append(self, messages: Sequence[bytes], audience: Optional[Sequence[str]],
+                now_ns: int) -> None:
+        """Add messages at the end."""
         names = list(self.subscribers if audience is None else audience)
         for data in messages:
             message = Message(self.next_number, data,
@@ -118,8 +152,6 @@ class Twin:
             for name in names:
                 self.subscribers[name].addressed += 1
                 self.subscribers[name].pending.add(message.number)
-        if expires:
-            self.expire(now_ns)
 
     def expire(self, now_ns: int) -> int:
         """Drop what is too old; return how many deliveries will not be."""
@@ -133,12 +165,13 @@ class Twin:
         """Drop half of the waiting messages, rounded up."""
         waiting = self.waiting()
         half = (len(waiting) + 1) // 2
-        dropped = waiting[len(waiting) - half:] if self.drops_newest else waiting[:half]
+        drops_newest = self.strategy == "prune_last"
+        dropped = waiting[len(waiting) - half:] if drops_newest else waiting[:half]
         numbers = {message.number for message in dropped}
         for subscriber in self.subscribers.values():
             subscriber.dropped_by_mark += len(subscriber.pending & numbers)
             subscriber.pending -= numbers
-        if self.drops_newest:
+        if drops_newest:
             self.log = [message for message in self.log if message.number not in numbers]
 
     def acknowledge(self, name: str, number: int, now_ns: int) -> None:

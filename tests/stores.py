@@ -6,6 +6,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import lmdb
 
+import persipubsub.config
 import persipubsub.queue
 from persipubsub.store import _databases, _log, _positions
 from persipubsub.store._databases import Databases
@@ -44,6 +45,12 @@ def settings(directory: pathlib.Path, **changes: Any) -> persipubsub.queue.Setti
     made = support.settings(support.write_config(directory))
     # Tests that want a checkpoint say so: it is made by a thread at a time of its own.
     return made._replace(checkpoint_secs=0)._replace(**changes)
+
+
+def pruning(drops_newest: bool) -> persipubsub.config.Strategy:
+    """Choose the strategy that drops the newest messages, or the oldest."""
+    strategies = persipubsub.config.Strategy
+    return strategies.PRUNE_LAST if drops_newest else strategies.PRUNE_FIRST
 
 
 @contextlib.contextmanager

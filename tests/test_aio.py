@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
+import itertools
 import os
 import pathlib
 import random
@@ -57,20 +58,22 @@ class CountedLease(_delivery.Lease):
     """Be a lease of which it is known whether somebody forgot it, which no claim shows."""
 
     open: Dict[int, List[int]] = {}
+    serials = itertools.count()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         """Enter the lease."""
         super().__init__(*arguments, **named)
-        self.open[id(self)] = self.numbers
+        self.serial = next(self.serials)
+        self.open[self.serial] = self.numbers
 
     def acknowledge(self) -> None:
         """Strike the lease out."""
-        del self.open[id(self)]
+        del self.open[self.serial]
         super().acknowledge()
 
     def give_back(self, error: Optional[BaseException] = None) -> None:
         """Strike the lease out."""
-        del self.open[id(self)]
+        del self.open[self.serial]
         super().give_back(error)
 
 
@@ -395,6 +398,52 @@ async def test_consumer_in_another_process_is_killed(face: faces.Face,
             assert await waiting == b"one"
 
 
+# What sends can ask for
+
+
+@scenario
+async def test_message_of_an_id_is_stored_once(face: faces.Face, config_pth: pathlib.Path) -> None:
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send(b"one", msg_id="1")
+        await asyncio.gather(pub.send(b"again", msg_id=b"1"), pub.send(b"two", msg_id="2"),
+                             pub.send(b"three"))
+        await pub.send_many([b"again", b"four"], msg_ids=["2", None])
+        received = await drain(sub)
+        assert (received[0], set(received[1:3]), received[3:]) == (b"one", {b"two",
+                                                                            b"three"}, [b"four"])
+        for wrong, kind in ((1, TypeError), ("", ValueError), ("x" * 256, ValueError)):
+            with pytest.raises(kind):
+                await pub.send(b"", msg_id=wrong)
+        with pytest.raises(ValueError):
+            await pub.send_many([b"", b""], msg_ids=["1"])
+
+
+@pytest.mark.parametrize("strategy", ["reject", "block"])
+@scenario
+async def test_queue_that_is_full(face: faces.Face, tmp_path: pathlib.Path, strategy: str) -> None:
+    config_pth = support.write_config(tmp_path, MAX_MSGS_NUM=3, strategy=strategy)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    async with opened(face, config_pth) as (pub, sub):
+        outcomes = await asyncio.gather(*(pub.send(b"one", timeout=0.1) for _ in range(5)),
+                                        return_exceptions=True)
+        kinds = [type(outcome) for outcome in outcomes]
+        assert kinds.count(type(None)) == 3
+        assert kinds.count(persipubsub.errors.QueueFullError) == 2
+        with pytest.raises(persipubsub.errors.QueueFullError, match="'sub'"):
+            await pub.send_many([b"two"], timeout=0)
+        if strategy == "block":
+            waiting = asyncio.ensure_future(pub.send(b"waited"))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            assert await receive(sub) == b"one"
+            await waiting
+            assert await drain(sub) == [b"one", b"one", b"waited"]
+        else:
+            assert await drain(sub) == [b"one"] * 3
+        await pub.send(b"last")
+        assert await drain(sub) == [b"last"]
+
+
 # Iteration
 
 
@@ -486,7 +535,8 @@ async def test_sends_share_commits(face: faces.Face, config_pth: pathlib.Path,
         before = last_transaction(pub)
         await asyncio.gather(*map(pub.send, msgs))
         await busy
-        assert 0 < last_transaction(pub) - before <= 20
+        # 20 are asked for; it is one for each 512 messages, and that of who was busy.
+        assert 0 < last_transaction(pub) - before <= 2 + is_busy
         assert threading.active_count() <= threads + 1
         async with sub.receive_many(2000, timeout=0) as received:
             # What a loop sends stays in order.
@@ -725,7 +775,7 @@ def test_objects_work_in_a_forked_child(face: faces.Face, config_pth: pathlib.Pa
             child.end()
         assert inherited == 0
         received = await asyncio.gather(*waiting)
-        assert received == [b"0", b"1"]
+        assert set(received) == {b"0", b"1"}
         return await use()
 
     def in_child() -> int:

@@ -31,7 +31,9 @@ NAME = b"sub"
 @pytest.fixture(name="store", scope="module")
 def fixture_store(tmp_path_factory: pytest.TempPathFactory) -> persipubsub.queue.Settings:
     """Make a store with blocks of several audiences, gaps, ranges ahead and two subscribers."""
-    made = stores.settings(tmp_path_factory.mktemp("sound"), max_messages=8, drops_newest=True)
+    made = stores.settings(tmp_path_factory.mktemp("sound"),
+                           max_messages=8,
+                           strategy=stores.pruning(True))
     persipubsub.queue.Queue.ensure(made, subscribers=["sub", "other"])
     with persipubsub.queue.Queue(made, clock=stores.Clock()) as queue:
         queue.put([b"one", b"two", b"three"])

@@ -152,7 +152,9 @@ def test_example(tmp_path: pathlib.Path, as_path: Any) -> None:
                                      high_water_mark=mark,
                                      durability=persipubsub.config.Durability.FSYNC,
                                      checkpoint_secs=1,
-                                     busy_timeout_secs=30)
+                                     busy_timeout_secs=30,
+                                     once_window_secs=3600,
+                                     retain_secs=0)
     assert config.path == config_pth
     assert dict(config.queues) == {key: queue}
     assert config.publisher("pub") == persipubsub.config.Publisher("pub", key, ("sub", ))
@@ -275,6 +277,12 @@ VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
     ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", []], ["fsync", "os"], "'fsync' or 'os'"),
     ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 86400.5], [0, 0.1,
                                                             86400], "a number between 0 and 86400"),
+    ([*QUEUE, "once_window_secs"], [*NOT_SECONDS, 0, 3_200_000_001], [0.1, 3_200_000_000],
+     "a number greater than 0 and at most 3200000000"),
+    ([*QUEUE,
+      "retain_secs"], [*NOT_SECONDS,
+                       3_200_000_001], [0, 1.5,
+                                        3_200_000_000], "a number between 0 and 3200000000"),
     ([*QUEUE, "busy_timeout_secs"], [*NOT_SECONDS, 0,
                                      86401], [0.1,
                                               86400], "a number greater than 0 and at most 86400"),
@@ -289,8 +297,9 @@ VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
     ([*MARK,
       "HWM_LMDB_SIZE_BYTES"], [*NOT_INTEGERS,
                                2**46 + 1], [1, 2**46], "an integer between 1 and 70368744177664"),
-    ([*MARK, "strategy"], [None, 1, "PRUNE_FIRST", "reject",
-                           []], ["prune_first", "prune_last"], "'prune_first' or 'prune_last'"),
+    ([*MARK, "strategy"], [None, 1, "PRUNE_FIRST", "wait",
+                           []], ["prune_first", "prune_last", "reject",
+                                 "block"], "'prune_first' or 'prune_last' or 'reject' or 'block'"),
     (QUEUE, [None, [], 1], [], "an object"),
 ]
 
@@ -880,11 +889,13 @@ def correct_content(draw: st.DrawFn) -> dict[str, Any]:
                     st.one_of(st.integers(1, 3200000000), st.floats(0.001, 3.2e9))),
                 "MAX_MSGS_NUM": draw(st.integers(1, 2**48)),
                 "HWM_LMDB_SIZE_BYTES": draw(st.integers(1, 2**46)),
-                "strategy": draw(st.sampled_from(["prune_first", "prune_last"])),
+                "strategy": draw(st.sampled_from(["prune_first", "prune_last", "reject", "block"])),
             },
             "durability": draw(st.sampled_from(["fsync", "os"])),
             "checkpoint_secs": draw(st.floats(0, 86400)),
             "busy_timeout_secs": draw(st.floats(0.001, 86400)),
+            "once_window_secs": draw(st.floats(0.001, 3.2e9)),
+            "retain_secs": draw(st.floats(0, 3.2e9)),
         }
         content["queues"][key] = queue
         for identifier in queue["subscribers"]:

@@ -349,7 +349,7 @@ def test_damaged_message_is_shown_to_one_consumer(tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize("drops_newest", [False, True])
 def test_damaged_message_that_was_dropped_is_not_set_aside(tmp_path: pathlib.Path,
                                                            drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_messages=2, drops_newest=drops_newest) as queue:
+    with stores.opened(tmp_path, max_messages=2, strategy=stores.pruning(drops_newest)) as queue:
         first = queue.put([b"1", b"2"])
         pending = queue.consumer("sub")._pending
         # Somebody sends between the look at the damaged message and its setting aside.

@@ -15,6 +15,9 @@ from hypothesis import example, given
 from persipubsub.store import _blocks, _layout, _log
 from tests import stores
 
+#: Nothing was committed later.
+NO_TIME_NS = 1 << 63
+
 AUDIENCES = st.integers(min_value=0, max_value=3)
 
 SIZES = st.lists(st.integers(min_value=0, max_value=5), min_size=1, max_size=4)
@@ -263,7 +266,8 @@ def test_head_is_deleted_up_to_what_is_needed(scratch: stores.Scratch, steps: Li
             if expected >= budget or end > ([everyone] + floors)[audience]:
                 break
             expected += 1
-        deleted = _log.delete_head(model.cursor, dict(enumerate(floors, start=1)), everyone, budget)
+        deleted = _log.delete_head(model.cursor, dict(enumerate(floors, start=1)), everyone, budget,
+                                   NO_TIME_NS)
         assert deleted == expected
         assert [found.first for found in _log.list_blocks(model.cursor)
                 ] == [first for first, _, _ in blocks[expected:]]
@@ -273,15 +277,22 @@ def test_head_is_deleted_up_to_what_is_needed(scratch: stores.Scratch, steps: Li
 def test_last_block_stays_though_nobody_needs_it(scratch: stores.Scratch) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(sends(1, 2))
-        assert _log.delete_head(model.cursor, {}, everyone=100, budget=100) == 1
+        assert _log.delete_head(model.cursor, {}, everyone=100, budget=100,
+                                retained_ns=NO_TIME_NS) == 1
         assert _log.read_tail(model.cursor) == model.tail
 
 
 def test_block_of_an_unknown_audience_is_kept_as_one_for_everybody(scratch: stores.Scratch) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(sends(1, 2, audience=2))
-        assert _log.delete_head(model.cursor, {1: 100}, everyone=1, budget=100) == 0
-        assert _log.delete_head(model.cursor, {1: 1}, everyone=2, budget=100) == 1
+        assert _log.delete_head(model.cursor, {1: 100},
+                                everyone=1,
+                                budget=100,
+                                retained_ns=NO_TIME_NS) == 0
+        assert _log.delete_head(model.cursor, {1: 1},
+                                everyone=2,
+                                budget=100,
+                                retained_ns=NO_TIME_NS) == 1
 
 
 def test_placeholder_keeps_numbers_totals_and_time(scratch: stores.Scratch) -> None:
@@ -341,4 +352,4 @@ def test_empty_log_has_nothing(scratch: stores.Scratch) -> None:
         assert _log.EMPTY.next_number == _layout.FIRST_NUMBER
         assert (_log.seek(cursor, 1), _log.head(cursor), _log.last(cursor)) == (None, None, None)
         assert _log.place_of(cursor, 5) == _log.Place(0, 0, ())
-        assert _log.delete_head(cursor, {}, everyone=5, budget=5) == 0
+        assert _log.delete_head(cursor, {}, everyone=5, budget=5, retained_ns=NO_TIME_NS) == 0

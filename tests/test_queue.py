@@ -4,6 +4,7 @@
 # pylint: disable=protected-access
 
 import pathlib
+import pickle
 import random
 import threading
 from typing import List, Tuple
@@ -150,7 +151,7 @@ def test_later_subscriber_is_not_in_an_audience(tmp_path: pathlib.Path) -> None:
 def test_failed_send_leaves_no_audience_to_be_mixed_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, subscribers=["a", "b"]) as queue, \
             persipubsub.queue.Queue(queue.settings) as other:
-        put = _putting._Put(_blocks.encode_batches([b"lost"]), ("a", ))
+        put = _putting._Put([b"lost"], ("a", ))
 
         def fail(txn, databases):  # type: ignore[no-untyped-def]
             queue._putter._put(txn, databases, put)
@@ -247,7 +248,7 @@ def test_numbers_survive_everything(tmp_path: pathlib.Path) -> None:
     with persipubsub.queue.Queue(made, clock=clock) as queue:
         expected = queue.put([b"x"]) + 1
         for drops_newest in (False, True):
-            queue.settings = made._replace(drops_newest=drops_newest)
+            queue.settings = made._replace(strategy=stores.pruning(drops_newest))
             for forget in (lambda: stores.take_all(queue), queue.clear, lambda: clock.advance(11),
                            queue.prune, lambda: queue.skip_to_newest("sub"),
                            lambda: queue.put([b"z"] * 8)):
@@ -262,7 +263,7 @@ def test_numbers_survive_everything(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 def test_numbers_go_on_behind_dropped_messages(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_messages=1, drops_newest=drops_newest) as queue:
+    with stores.opened(tmp_path, max_messages=1, strategy=stores.pruning(drops_newest)) as queue:
         first = queue.put([b"0"])
         for index in range(1, 50):
             assert queue.put([b"x"]) == first + index
@@ -274,9 +275,9 @@ def test_numbers_go_on_in_another_process(tmp_path: pathlib.Path) -> None:
     made = stores.settings(tmp_path)
     persipubsub.queue.Queue.ensure(made, subscribers=["sub"])
     code = """
-import sys
+import pickle, sys
 import persipubsub.queue
-settings = persipubsub.queue.Settings(*eval(sys.argv[1]))
+settings = pickle.loads(bytes.fromhex(sys.argv[1]))
 with persipubsub.queue.Queue(settings) as queue:
     print(queue.put([b"x", b"y"]))
     if sys.argv[2] == "clear":
@@ -284,7 +285,7 @@ with persipubsub.queue.Queue(settings) as queue:
 """
     numbers = []
     for what in ("keep", "clear", "clear", "keep"):
-        result = support.run_python(code, repr(tuple(made)), what)
+        result = support.run_python(code, pickle.dumps(made).hex(), what)
         assert result.returncode == 0, result.stderr
         numbers.append(int(result.stdout))
     assert numbers == list(range(numbers[0], numbers[0] + 8, 2))

@@ -30,7 +30,7 @@ def numbered(count: int, begin: int = 0) -> List[bytes]:
 @pytest.mark.parametrize("most", [1, 2, 3, 10, 11])
 def test_half_is_dropped_at_the_mark_of_messages(tmp_path: pathlib.Path, most: int,
                                                  drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_messages=most, drops_newest=drops_newest) as queue:
+    with stores.opened(tmp_path, max_messages=most, strategy=stores.pruning(drops_newest)) as queue:
         messages = numbered(most)
         for message in messages:
             queue.put([message])
@@ -44,7 +44,8 @@ def test_half_is_dropped_at_the_mark_of_messages(tmp_path: pathlib.Path, most: i
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 def test_half_is_dropped_at_the_mark_of_bytes(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_message_bytes=100, drops_newest=drops_newest) as queue:
+    with stores.opened(tmp_path, max_message_bytes=100,
+                       strategy=stores.pruning(drops_newest)) as queue:
         messages = [b"a" * 10, b"b" * 20, b"c" * 30, b"d" * 40]
         for message in messages:
             queue.put([message])
@@ -68,7 +69,8 @@ def test_half_is_dropped_until_a_batch_fits(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 def test_single_block_is_cut_in_its_middle(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_messages=10001, drops_newest=drops_newest) as queue:
+    with stores.opened(tmp_path, max_messages=10001,
+                       strategy=stores.pruning(drops_newest)) as queue:
         messages = numbered(10001)
         first = queue.put(messages)
         assert len([block for block in stores.blocks(queue) if block]) == 1
@@ -207,7 +209,9 @@ def test_sizes_are_checked_before_anything_is_put(tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize("size", [3000, 50000])
 def test_full_map_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: bool,
                                        size: int) -> None:
-    with stores.opened(tmp_path, max_bytes=1 << 20, drops_newest=drops_newest,
+    with stores.opened(tmp_path,
+                       max_bytes=1 << 20,
+                       strategy=stores.pruning(drops_newest),
                        keeps_os=True) as queue:
         sent: List[bytes] = []
         while stores.figures(queue).dropped_by_mark == 0:
@@ -252,7 +256,7 @@ def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) 
 
 def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = _putting._Put(_blocks.encode_batches([bytes(900)]), None)
+        put = _putting._Put([bytes(900)], None)
         count = 0
         with pytest.raises(persipubsub.errors.DiskFullError, match="max_db_size_bytes"):
             while True:
@@ -272,7 +276,7 @@ def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None
 
 def test_full_map_is_cleared(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = _putting._Put(_blocks.encode_batches([bytes(900)]), None)
+        put = _putting._Put([bytes(900)], None)
         with pytest.raises(persipubsub.errors.DiskFullError):
             while True:
                 queue._environment.write(

@@ -5,7 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import List, Set, Type
+from typing import List, Set, Tuple, Type
 
 import msgspec
 import msgspec.structs
@@ -32,12 +32,17 @@ def _block(section: str, opening: str) -> str:
     return re.sub(r"^    ", "", match.group(1), flags=re.MULTILINE).strip() + "\n"
 
 
+def _fields_of_configuration() -> List[Tuple[str, bool]]:
+    kinds: List[Type[msgspec.Struct]] = [
+        persipubsub.config.Publisher, persipubsub.config.Subscriber, persipubsub.config.Queue,
+        persipubsub.config.HighWaterMark
+    ]
+    return [(field.encode_name, field.required) for kind in kinds
+            for field in msgspec.structs.fields(kind) if field.name != "identifier"]
+
+
 def _keys_of_configuration() -> Set[str]:
-    entries = {"queues", "out_queue", "subscribers", "in_queue"}
-    kinds: List[Type[msgspec.Struct]] = [persipubsub.config.Queue, persipubsub.config.HighWaterMark]
-    for kind in kinds:
-        entries |= {field.encode_name for field in msgspec.structs.fields(kind)}
-    return entries
+    return {"queues"} | {key for key, _ in _fields_of_configuration()}
 
 
 def test_sections_are_in_order() -> None:
@@ -88,10 +93,7 @@ def test_configuration_of_the_example_is_complete() -> None:
             return set()
         return set(found).union(*map(keys, found.values()))
 
-    optional = {
-        field.encode_name
-        for field in msgspec.structs.fields(persipubsub.config.Queue) if not field.required
-    }
+    optional = {key for key, is_required in _fields_of_configuration() if not is_required}
     names = {"pub", "sub", "greetings"}
     assert keys(json.loads(text)) - names == _keys_of_configuration() - optional
 
@@ -103,13 +105,9 @@ def test_all_keys_of_the_configuration_are_explained() -> None:
     assert len(names) == len(set(names))
     assert set(names) == _keys_of_configuration()
 
-    fields = {
-        field.encode_name: field
-        for field in msgspec.structs.fields(persipubsub.config.Queue)
-    }
+    optional = {key for key, is_required in _fields_of_configuration() if not is_required}
     for name, text in explained:
-        is_optional = name in fields and not fields[name].required
-        assert text.startswith("Optional. ") == is_optional, name
+        assert text.startswith("Optional. ") == (name in optional), name
 
 
 def test_values_of_the_configuration_are_explained() -> None:

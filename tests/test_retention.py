@@ -84,7 +84,7 @@ def test_messages_for_others_are_no_reason_to_drop_one(tmp_path: pathlib.Path) -
     with stores.opened(tmp_path,
                        subscribers=["a", "b"],
                        max_messages=1500,
-                       drops_newest=True,
+                       strategy=stores.pruning(True),
                        keeps_os=True) as queue:
         queue.put([b"x"], ("b", ))
         for _ in range(1400):

@@ -59,7 +59,8 @@ def test_age_is_that_of_the_oldest_message_that_waits(tmp_path: pathlib.Path) ->
 
 def test_gap_in_front_of_the_oldest_message_has_no_age(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, max_messages=4, drops_newest=True) as queue:
+    with stores.opened(tmp_path, clock=clock, max_messages=4,
+                       strategy=stores.pruning(True)) as queue:
         queue.put([b"1", b"2", b"3", b"4"])
         clock.advance(1)
         # The messages 3 and 4 are dropped.

@@ -44,3 +44,29 @@ def test_group_smaller_than_the_crowd(tmp_path: pathlib.Path, monkeypatch: pytes
         assert not failed
     figures = persipubsub.control.statistics(config_pth)["queue"]
     assert figures.messages == 40 * THREADS
+
+
+def test_work_without_a_change_takes_no_flush_from_the_next_one(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMDB uses up no id for a transaction that changed nothing."""
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        environment = support.queue_of(pub)._environment  # pylint: disable=protected-access
+        pub.send(b"message")
+        flushes = []  # type: List[int]
+        flush = environment._sync  # pylint: disable=protected-access
+
+        def count() -> None:
+            flush()
+            flushes.append(1)
+
+        monkeypatch.setattr(environment, "_sync", count)
+        environment.write(lambda txn, databases: None, is_flushed=True)
+        del flushes[:]
+        pub.send(b"message")
+        assert flushes == [1]
+        environment.write(lambda txn, databases: None)
+        pub.send(b"message")
+        assert flushes == [1, 1]

@@ -149,7 +149,9 @@ def remove_subscriber(settings: Settings, subscriber: str) -> int:
     with opened(settings) as environment:
         lag = environment.write(work, may_grow=True)
         environment.flush_now()
-        delete = functools.partial(_retention.delete_finished, budget=_CHUNK_BLOCKS)
+        delete = functools.partial(_retention.delete_finished,
+                                   budget=_CHUNK_BLOCKS,
+                                   retained_ns=settings.retained_ns(environment.now_ns()))
         while environment.write(delete, may_grow=True) == _CHUNK_BLOCKS:
             pass
         return lag

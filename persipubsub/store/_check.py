@@ -29,6 +29,7 @@ def check(txn: "lmdb.Transaction[memoryview]",
         audiences = _log.read_audiences(txn, databases)
         _check_log(txn, databases, audiences, findings, progress or _progress.Progress())
         _check_positions(txn, databases, header, findings)
+        _check_ids(txn, databases, findings)
     except persipubsub.errors.StoreError as error:
         return findings + [str(error)]
     except (struct.error, ValueError, IndexError) as error:
@@ -181,3 +182,34 @@ def _check_ranges(where: str, subscriber: _layout.Subscriber, tail: _log.Tail,
             findings.append("Expected the range {}-{} of {} behind {} and at most at {}".format(
                 begin, end, where, previous, tail.next_number))
         previous = end
+
+
+def _check_ids(txn: "lmdb.Transaction[memoryview]", databases: Databases,
+               findings: List[str]) -> None:
+    """
+    Check that each id of a message is found by itself and by its time, and was given to a message.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param findings: to be extended
+    """
+    tail = _log.read_tail(txn.cursor(db=databases.data))
+    for key, value in txn.cursor(db=databases.once):
+        if bytes(key[:1]) == _layout.ONCE_ID_PREFIX:
+            identifier = bytes(key[1:])
+            number, time_ns = _layout.unpack_once(value)
+            if not _layout.FIRST_NUMBER <= number < tail.next_number:
+                findings.append(
+                    "Expected the id {!r} to be of a message before {}, but got: {}".format(
+                        identifier, tail.next_number, number))
+            other = _layout.once_time_key(time_ns, identifier)
+        elif bytes(key[:1]) == _layout.ONCE_TIME_PREFIX:
+            time_ns, identifier = _layout.unpack_once_time_key(key)
+            other = _layout.once_id_key(identifier)
+        else:
+            findings.append("Expected an id or a time in once_db, but got: {!r}".format(bytes(key)))
+            continue
+        there = txn.get(other, db=databases.once)
+        if there is None or there and _layout.unpack_once(there)[1] != time_ns:
+            findings.append("Expected the id {!r} by itself and by its time {}, but got: one "
+                            "only".format(identifier, time_ns))

@@ -14,7 +14,9 @@ sub-database  key                                 value
               number (8 bytes)                    acknowledged ahead of its position
 ``attempts_db`` ordinal of a subscriber (4 bytes)  how often the message was delivered, when it is
               number (8 bytes)                    due again, the last error
-``once_db``   an id that a publisher gave         number of its message
+``once_db``   ``i`` and an id that a publisher    number of its message (8 bytes), time (8 bytes)
+              gave
+``once_db``   ``t``, time (8 bytes) and the id    empty: finds the oldest ids
 ``meta_db``   ``header``                          what the whole store is
 ``meta_db``   ``audience`` and an index (2 bytes) the subscriber ids that some publisher addresses
 ============= =================================== ==================================================
@@ -42,6 +44,10 @@ ONCE_DB: Final = b"once_db"
 HEADER_KEY: Final = b"header"
 AUDIENCE_KEY_PREFIX: Final = b"audience"
 
+#: In ``once_db``: ids behind the first one, times behind the second one, in LMDB's order the last.
+ONCE_ID_PREFIX: Final = b"i"
+ONCE_TIME_PREFIX: Final = b"t"
+
 FLAG_DURABILITY_OS: Final = 1
 
 FLAG_MAY_HAVE_RANGES: Final = 1
@@ -65,6 +71,7 @@ _SUBSCRIBER = struct.Struct("<II9Q")
 _SUBSCRIBER_BEGIN = struct.Struct("<IIQQ")
 _AHEAD_KEY = struct.Struct(">IQ")
 _AHEAD_VALUE = struct.Struct("<Q")
+_ONCE = struct.Struct("<QQ")
 
 pack_number = _NUMBER.pack
 
@@ -251,3 +258,48 @@ def audience_key(audience: int) -> bytes:
     :return: key of ``meta_db``
     """
     return AUDIENCE_KEY_PREFIX + audience.to_bytes(2, "big")
+
+
+def once_id_key(identifier: bytes) -> bytes:
+    """
+    Encode the key under which an id is kept.
+
+    :param identifier: that a publisher gave, of 1 to 255 bytes
+    :return: key of ``once_db``
+    """
+    return ONCE_ID_PREFIX + identifier
+
+
+def once_time_key(time_ns: int, identifier: bytes) -> bytes:
+    """
+    Encode the key that finds an id by its time.
+
+    :param time_ns: on the queue's clock
+    :param identifier: that a publisher gave
+    :return: key of ``once_db``
+    """
+    return ONCE_TIME_PREFIX + _NUMBER.pack(time_ns) + identifier
+
+
+def unpack_once_time_key(key: Buffer) -> Tuple[int, bytes]:
+    """
+    Decode the key that finds an id by its time.
+
+    :param key: of ``once_db``
+    :return: time on the queue's clock, id
+    """
+    return _NUMBER.unpack_from(key, 1)[0], bytes(key[1 + _NUMBER.size:])
+
+
+pack_once = _ONCE.pack
+
+
+def unpack_once(value: Buffer) -> Tuple[int, int]:
+    """
+    Decode what is kept with an id.
+
+    :param value: of ``once_db``
+    :return: number of the message, time on the queue's clock
+    """
+    number, time_ns = _ONCE.unpack(value)
+    return number, time_ns

@@ -326,7 +326,7 @@ def number_addressed(cursor: "lmdb.Cursor[memoryview]", begin: int, end: int,
 
 
 def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], everyone: int,
-                budget: int) -> int:
+                budget: int, retained_ns: int) -> int:
     """
     Delete finished blocks at the beginning of the log; the last block stays.
 
@@ -334,6 +334,7 @@ def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], every
     :param floors: by audience from 1 on: the first number that one of its subscribers still needs
     :param everyone: the first number that any subscriber still needs of what is for everybody
     :param budget: how many blocks to delete at most
+    :param retained_ns: what was committed later stays, although it is finished
     :return: how many were deleted
     """
     deleted = 0
@@ -347,7 +348,7 @@ def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], every
             break
         block = _blocks.unpack_block(cursor.value(), number)
         floor = floors.get(block.audience, everyone) if block.audience else everyone
-        if block.messages and number + block.messages > floor:
+        if block.messages and (number + block.messages > floor or block.time_ns > retained_ns):
             break
         cursor.delete()
         deleted += 1

@@ -5,7 +5,7 @@ A message leaves when all its subscribers acknowledged it. It is dropped unread 
 than the queue's timeout, or to make room at a high-water mark; each subscriber counts its losses.
 """
 
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, Final, List, NamedTuple, Optional, Sequence, Tuple
 
 import lmdb
 
@@ -30,12 +30,22 @@ class Floor(NamedTuple):
     subscribers: int  #: how many there are
 
 
+class Slowest(NamedTuple):
+    """Hold who holds the queue up."""
+
+    subscriber: str
+    lag: int  #: messages that it still has to acknowledge
+
+
 class Loss(NamedTuple):
     """Hold how many messages were dropped unread for a subscriber."""
 
     subscriber: str
     messages: int
 
+
+#: Nothing was committed later than at this time: no finished message stays.
+RETAINS_NOTHING_NS: Final = 1 << 63
 
 #: The smallest number of sends between two looks at positions; small enough to keep the file small.
 _SMALLEST_INTERVAL = 8
@@ -54,13 +64,17 @@ def interval_of(floor: Floor) -> int:
     return max(_SMALLEST_INTERVAL, floor.subscribers // 4)
 
 
-def find_floor(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail) -> Floor:
+def find_floor(txn: "lmdb.Transaction[memoryview]",
+               databases: Databases,
+               tail: _log.Tail,
+               is_look: bool = False) -> Floor:
     """
     Look at the positions of all subscribers.
 
     :param txn: write transaction; positions may be moved over messages of others
     :param databases: handles
     :param tail: end of the log
+    :param is_look: True to move none of them; any transaction will do then
     :return: how far all subscribers have come
     """
     subscribers = _positions.read_all(txn, databases)
@@ -69,8 +83,12 @@ def find_floor(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: 
     for key, subscriber in subscribers:
         position = subscriber.position
         if audiences:
-            position = _settle(txn, databases, key, subscriber, tail,
-                               _positions.audiences_of(audiences, key))
+            own = _positions.audiences_of(audiences, key)
+            if is_look:
+                position = _positions.first_pending(txn, databases, subscriber, own,
+                                                    tail.next_number)
+            else:
+                position = _settle(txn, databases, key, subscriber, tail, own)
         positions[key.decode("utf-8")] = position
 
     everyone = min(positions.values(), default=tail.next_number)
@@ -111,6 +129,26 @@ def _settle(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: byte
     position = _positions.trim_ranges(txn, databases, subscriber.ordinal, position)
     _positions.write(txn, databases, key, subscriber._replace(position=position))
     return position
+
+
+def find_slowest(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> Optional[Slowest]:
+    """
+    Find the subscriber that needs the oldest message.
+
+    :param txn: any transaction
+    :param databases: handles
+    :return: who it is; None if all messages are finished
+    """
+    end = _log.read_tail(txn.cursor(db=databases.data)).next_number
+    audiences = _log.read_audiences(txn, databases)
+    oldest, slowest = end, None
+    for key, subscriber in _positions.read_all(txn, databases):
+        own = _positions.audiences_of(audiences, key)
+        first = _positions.first_pending(txn, databases, subscriber, own, end)
+        if first < oldest:
+            lag = _positions.count_pending(txn, databases, subscriber, own, 0, end)
+            oldest, slowest = first, Slowest(key.decode("utf-8"), lag)
+    return slowest
 
 
 Count = Callable[[_layout.Subscriber, int], _layout.Subscriber]
@@ -251,18 +289,24 @@ def halve(txn: "lmdb.Transaction[memoryview]", databases: Databases, floor: Floo
     return tail, drop_before(txn, databases, cut, count_mark)
 
 
-def delete_finished(txn: "lmdb.Transaction[memoryview]", databases: Databases, budget: int) -> int:
+def delete_finished(txn: "lmdb.Transaction[memoryview]", databases: Databases, budget: int,
+                    retained_ns: int) -> int:
     """
     Delete blocks that everybody acknowledged.
 
     :param txn: write transaction
     :param databases: handles
     :param budget: how many blocks to delete at most
+    :param retained_ns: what was committed later stays, although it is finished
     :return: how many were deleted
     """
     cursor = txn.cursor(db=databases.data)
     floor = find_floor(txn, databases, _log.read_tail(cursor))
-    return _log.delete_head(cursor, floor.audiences, floor.everyone, budget=budget)
+    return _log.delete_head(cursor,
+                            floor.audiences,
+                            floor.everyone,
+                            budget=budget,
+                            retained_ns=retained_ns)
 
 
 def clear(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[Loss]:
