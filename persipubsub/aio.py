@@ -20,7 +20,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.subscriber
 from persipubsub import _engines, _inbox, _outbox, _workers
-from persipubsub._receipts import BatchReceipt, Receipt
+from persipubsub._async_receipts import BatchReceipt, Receipt
 from persipubsub.publisher import (BytesLike, MessageId, _all_to_bytes, _not_open, _to_bytes,
                                    _to_ids)
 from persipubsub.subscriber import _check_max_msgs

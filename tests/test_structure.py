@@ -28,7 +28,7 @@ _ROWS: List[Set[str]] = [
     {"cli._view"},
     {"cli._shared", "metrics"},
     {"aio"},
-    {"_receipts"},
+    {"_async_receipts"},
     {"_inbox", "_outbox"},
     {"_workers"},
     {"control", "publisher", "subscriber"},
