@@ -16,14 +16,14 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from persipubsub import (aio, config, control, errors, message, publisher, queue, statistics,
-                             subscriber)
+    from persipubsub import (aio, config, control, dead_letter, errors, message, publisher, queue,
+                             statistics, subscriber)
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "aio", "config", "control", "errors", "message", "publisher", "queue", "statistics",
-    "subscriber"
+    "aio", "config", "control", "dead_letter", "errors", "message", "publisher", "queue",
+    "statistics", "subscriber"
 ]
 
 

@@ -18,8 +18,10 @@ import msgspec.structs
 from persipubsub import _json_file as json_file
 
 #: Names of the sub-databases that the store needs for itself; no subscriber can have them.
+#: ... but for the last one: on whose behalf operators look at a queue of dead letters.
+DEAD_LETTERS: Final = "dead_letters"
 RESERVED_SUBSCRIBER_IDS: Final = frozenset(
-    {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db"})
+    {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db", DEAD_LETTERS})
 
 QUEUES_KEY: Final = "queues"
 
@@ -103,6 +105,8 @@ class Checker:
             if key != QUEUES_KEY:
                 self.check_identifier(key, json_file.at("", key))
                 self.check_entry(key, entry, queues)
+                if isinstance(entry, dict) and "dead_letter_queue" in entry:
+                    self.check_dead_letters(found, key, queues)
         return None
 
     def check_repeated(self, found: Any, place: str) -> None:
@@ -244,6 +248,29 @@ class Checker:
             for key, field in entry_fields(kind).items():
                 if not field.required and key in entry:
                     self.check_value(field.type, entry[key], json_file.at(place, key))
+
+    def check_dead_letters(self, entries: Mapping[str, Any], identifier: str, queues: Any) -> None:
+        """Add the problems of where a subscriber's messages go that it fails to work on."""
+        entry = entries[identifier]
+        place = json_file.at("", identifier)
+        there = f"{place}.dead_letter_queue"
+        found = entry["dead_letter_queue"]
+        if "max_deliveries" not in entry:
+            self.add(place, "the key 'max_deliveries' beside 'dead_letter_queue'",
+                     json_file.Literal("no such key"))
+        if self.check_reference("dead_letter_queue", entry, queues, place) is None:
+            return
+        if found == entry.get("in_queue"):
+            self.add(there, "another queue than 'in_queue'", found)
+        for key in (found, entry.get("in_queue")):
+            path = queues.get(key, {}).get("path") if isinstance(key, str) else None
+            if isinstance(path, str) and _SCHEME.match(path):
+                self.add(there, "queues that are directories, this one and 'in_queue'", path)
+        for key, other in entries.items():
+            if isinstance(other, dict) and other.get("out_queue") == found:
+                # Its messages would be taken for dead letters.
+                self.add(there, "a queue that nobody publishes to", found,
+                         f" (which {json_file.shown(key)} does)")
 
     def check_reference(self, key: str, entry: Any, queues: Any, place: str) -> Any:
         """Add the problem of a reference, return the subscribers of the queue, None if unknown."""

@@ -5,28 +5,34 @@ A message is found in a read transaction, then claimed, then looked at again in 
 the two, another consumer of the same subscriber may have acknowledged it. Only what is claimed and
 still pending is delivered. It is acknowledged in a write transaction before the claim is released,
 so that nobody can claim it in between.
+
+Where deliveries are limited, the second look is a write transaction that counts the delivery before
+the user's code sees the message: a consumer that takes its process down with it counts, too. What
+was delivered often enough is moved away, by the one whose delivery failed, or by the next one that
+comes across it.
 """
 
 import contextlib
 import functools
 import os
 import time
-from typing import Callable, Final, List, Optional, Tuple
+from typing import Callable, Final, List, NamedTuple, Optional, Tuple
 
 import persipubsub.errors
-from persipubsub import _claims, _wakeup
+import persipubsub.message
+from persipubsub import _claims, _in_flight, _moving, _wakeup
 from persipubsub.environment import _environment
-from persipubsub.store import _pending, _positions
+from persipubsub.store import _deliveries, _newest, _pending, _positions
 
 #: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may
 #: die between its commit and its ring.
-_LONGEST_PAUSE_SECS: Final = 1.0
+LONGEST_PAUSE_SECS: Final = 1.0
 
 #: ... and this often while others hold claims, which the kernel gives back without a ring.
-_CLAIMED_PAUSE_SECS: Final = 0.05
+CLAIMED_PAUSE_SECS: Final = 0.05
 
 #: The table of readers is searched for dead processes this often by somebody who waits anyhow.
-_READER_CHECK_SECS: Final = 5.0
+READER_CHECK_SECS: Final = 5.0
 
 
 class Lease:
@@ -36,26 +42,35 @@ class Lease:
     Exactly one of :py:meth:`acknowledge` and :py:meth:`give_back` is to be called, once.
     """
 
-    __slots__ = ("messages", "numbers", "_consumer", "_begin", "_claim", "_process_id")
+    __slots__ = ("messages", "numbers", "_consumer", "_begin", "_claim", "_copied", "_process_id")
 
-    def __init__(self, consumer: "Consumer", claim: _claims.Claim, begin: int, numbers: List[int],
-                 messages: List[bytes]) -> None:
+    def __init__(self, consumer: "Consumer", claim: _claims.Claim, begin: int,
+                 copied: _pending.Copied, process_id: int) -> None:
         """
         Initialize with what was claimed.
 
         :param consumer: that took the messages
         :param claim: on them
         :param begin: everything from here to the first message is done or not for the subscriber
-        :param numbers: of the messages
-        :param messages: their bytes
+        :param copied: messages
+        :param process_id: of this process
         """
-        self.messages = messages
-        self.numbers = numbers
+        self.messages = copied.messages
+        self.numbers = copied.numbers
         self._consumer = consumer
         self._begin = begin
         self._claim = claim
+        self._copied = copied
         # A forked child inherits the object, but the claim stays with its parent.
-        self._process_id = os.getpid()
+        self._process_id = process_id
+
+    def details(self) -> List[persipubsub.message.Message]:
+        """
+        Tell what is known of the messages. No file is touched.
+
+        :return: messages, in order
+        """
+        return self._consumer.describe(self._copied)
 
     def acknowledge(self) -> None:
         """
@@ -74,12 +89,19 @@ class Lease:
         """
         Leave the messages where they were; they are delivered again, perhaps to another.
 
+        A message that was delivered often enough is moved away instead.
+
         :param error: why; None if they were not worked on
         """
-        del error
-        self._claim.release()
-        if self._process_id == os.getpid():
-            self._consumer.count_failure(len(self.numbers))
+        is_own = self._process_id == os.getpid()
+        try:
+            # Before the claim is released: the next one shall know what happened.
+            if is_own:
+                self._consumer.give_back(self._copied, error)
+        finally:
+            self._claim.release()
+        if is_own:
+            self._consumer.wake_others()
 
     def touch(self) -> None:
         """Do nothing: the kernel knows that this process is alive, however long it works."""
@@ -93,30 +115,32 @@ class Consumer:
     """
 
     def __init__(self, environment: _environment.Environment, claims: _claims.Claims,
-                 bell: _wakeup.Bell, pending: _pending.Pending, expire: Callable[[], int],
-                 rings: bool) -> None:
+                 board: _in_flight.Board, bell: _wakeup.Bell, pending: _pending.Pending,
+                 expire: Callable[[], int], mover: _moving.Mover, rings: bool) -> None:
         """
         Look the subscriber up.
 
         :param environment: of the queue
         :param claims: of the queue
+        :param board: of the queue, on which claims are noted for people to see
         :param bell: of the queue
         :param pending: messages of the subscriber
         :param expire: drops messages that are too old
+        :param mover: takes messages that are not delivered any more
         :param rings: True to wake publishers that wait for room at each acknowledgement
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self._environment = environment
         self._claims = claims
+        self._board = board
         self._bell = bell
         self._pending = pending
         self._expire = expire
+        self._mover = mover
         self._rings = rings
 
         # What the last acknowledgement saw behind itself; a guess that is checked before it counts.
         self._guess = 0
-        # When somebody who looks in vain is to look after the table of readers.
-        self._next_check = time.monotonic() + _READER_CHECK_SECS
         pending.ordinal = environment.read(
             lambda txn, databases: _positions.require(txn, databases, pending.key)).ordinal
 
@@ -124,7 +148,7 @@ class Consumer:
 
     def take(self,
              timeout: Optional[float],
-             longest_pause: float = _LONGEST_PAUSE_SECS,
+             longest_pause: float = LONGEST_PAUSE_SECS,
              max_messages: int = 1) -> Optional[Lease]:
         """
         Take the next message, or several; wait if there is none.
@@ -135,80 +159,150 @@ class Consumer:
         :return: messages; None if there was none in time
         :raise CorruptMessageError: if the next message is damaged; it is set aside
         """
-        lease, _ = self._take_now(max_messages)
+        lease = self._take_now(max_messages).lease
         if lease is not None or (timeout is not None and timeout <= 0):
             return lease
+        return self._wait(functools.partial(self._take_now, max_messages), timeout, longest_pause)
 
+    def take_newest(self,
+                    timeout: Optional[float],
+                    longest_pause: float = LONGEST_PAUSE_SECS) -> Optional[Lease]:
+        """
+        Take the newest message and acknowledge all older ones as skipped; wait if there is none.
+
+        The older ones are skipped in the transaction that sees that the message still is the newest
+        one. While another consumer has the newest message there is none to take, and nothing is
+        skipped.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param longest_pause: time between two looks at the queue without a wake-up, in seconds
+        :return: message; None if there was none in time
+        :raise CorruptMessageError: if the newest message is damaged; it is set aside
+        """
+        lease = self._take_newest_now().lease
+        if lease is not None or (timeout is not None and timeout <= 0):
+            return lease
+        return self._wait(self._take_newest_now, timeout, longest_pause)
+
+    def take_at(self, number: int) -> Optional[Lease]:
+        """
+        Take one certain message, whatever else is there. It does not wait.
+
+        :param number: of the message
+        :return: message; None if it is not pending, or another consumer has it
+        :raise CorruptMessageError: if it is damaged; it is set aside
+        """
+        return self._claim(number, number, 1)
+
+    def _wait(self, take: "Callable[[], _Taken]", timeout: Optional[float],
+              longest_pause: float) -> Optional[Lease]:
+        """
+        Take as soon as there is something.
+
+        :param take: takes what is there
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param longest_pause: time between two looks at the queue without a wake-up, in seconds
+        :return: messages; None if there was none in time
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
-        next_check = time.monotonic() + _READER_CHECK_SECS
+        next_check = time.monotonic() + READER_CHECK_SECS
         with self._bell.prepare() as ticket:
             while True:
                 ticket.arm()
-                lease, is_claimed = self._take_now(max_messages)
+                taken = take()
                 now = time.monotonic()
-                if lease is not None or (deadline is not None and now >= deadline):
-                    return lease
+                if taken.lease is not None or (deadline is not None and now >= deadline):
+                    return taken.lease
                 if now >= next_check:
                     self._environment.check_readers()
-                    next_check = now + _READER_CHECK_SECS
-                pause = _CLAIMED_PAUSE_SECS if is_claimed else min(longest_pause,
-                                                                   _LONGEST_PAUSE_SECS)
+                    next_check = now + READER_CHECK_SECS
+                pause = CLAIMED_PAUSE_SECS if taken.is_claimed else min(
+                    longest_pause, LONGEST_PAUSE_SECS)
+                if taken.due_ns:
+                    pause = min(pause, max(0, taken.due_ns - self._pending.now_ns()) / 1e9)
                 ticket.wait(pause if deadline is None else min(pause, deadline - now))
 
-    def take_now(self, max_messages: int = 1) -> Tuple[Optional[Lease], float]:
-        """
-        Take the next message, or several, if there is one.
-
-        It may still block: where messages are too old and have to be dropped, where the next one is
-        damaged and has to be set aside, or where the table of readers is full.
-
-        :param max_messages: how many to take at most; all that are there at once, at least one
-        :return: messages or None; after how many seconds to look again without a wake-up
-        :raise CorruptMessageError: if the next message is damaged; it is set aside
-        """
-        lease, is_claimed = self._take_now(max_messages)
-        if lease is None and time.monotonic() >= self._next_check:
-            self._environment.check_readers()
-            self._next_check = time.monotonic() + _READER_CHECK_SECS
-        return lease, _CLAIMED_PAUSE_SECS if is_claimed else _LONGEST_PAUSE_SECS
-
-    def prepare_wait(self) -> _wakeup.Ticket:
-        """
-        Begin to wait. What comes after this, or after the ticket was armed, rings it.
-
-        :return: to be armed before each further look, and to be closed by the caller
-        """
-        return self._bell.prepare()
-
-    def _take_now(self, max_messages: int) -> Tuple[Optional[Lease], bool]:
+    def _take_now(self, max_messages: int) -> "_Taken":
         """
         Take what is there.
 
         :param max_messages: how many to take at most
-        :return: messages or None; whether some were passed over that others have claimed
+        :return: what was taken, and what was passed over
         """
         guess = self._guess
         if guess:
             self._guess = 0
             lease = self._claim(guess, guess, max_messages)
             if lease is not None:
-                return lease, False
+                return _Taken(lease, False, 0)
 
         start = 0
         is_claimed = False
+        due_ns = 0
         while True:
             candidate = self._environment.read(functools.partial(self._pending.find, start=start))
-            if candidate is None:
-                return None, is_claimed
             if isinstance(candidate, _pending.Expired):
                 self._expire()
                 continue
+            if candidate is not None and candidate.due_ns:
+                due_ns = min(due_ns or candidate.due_ns, candidate.due_ns)
+            if not isinstance(candidate, _pending.Candidate):
+                return _Taken(None, is_claimed, due_ns)
             lease = self._claim(candidate.begin, candidate.number, max_messages)
             if lease is not None:
-                return lease, is_claimed
-            # Claimed, or acknowledged a moment ago.
+                return _Taken(lease, is_claimed, due_ns)
+            # Claimed, acknowledged a moment ago, or just moved away.
             is_claimed = True
             start = candidate.number + 1
+
+    def _take_newest_now(self) -> "_Taken":
+        """
+        Take the newest message if it is free.
+
+        :return: what was taken, and what was passed over
+        """
+        while True:
+            newest = self._environment.read(functools.partial(_newest.find, pending=self._pending))
+            if isinstance(newest, _pending.Expired):
+                self._expire()
+                continue
+            if not isinstance(newest, _pending.Candidate):
+                return _Taken(None, False, 0 if newest is None else newest.due_ns)
+            claim = self._claims.claim(self._pending.ordinal, newest.number)
+            if claim is None:
+                return _Taken(None, True, 0)
+            lease = self._skip_to(claim, newest.number)
+            if lease is not None:
+                return _Taken(lease, False, 0)
+            if not self._mover.is_ready():
+                return _Taken(None, False, 0)
+
+    def _skip_to(self, claim: _claims.Claim, number: int) -> Optional[Lease]:
+        """
+        Take a claimed message if it is the newest one, and skip all in front of it.
+
+        :param claim: on it
+        :param number: of the message
+        :return: message; None if it is not the newest one any more, or was moved away
+        """
+        lease = None  # type: Optional[Lease]
+        try:
+            copied = self._environment.write(functools.partial(_newest.skip_to,
+                                                               pending=self._pending,
+                                                               number=number),
+                                             may_grow=True)
+            if copied is not None and self._rings:
+                self._ring()
+            if copied is not None and copied.is_spent:
+                self._move(copied)
+            elif copied is not None and copied.numbers:
+                lease = self._lease(claim, number, copied)
+        except persipubsub.errors.CorruptMessageError as error:
+            raise self._set_aside(number, error) from None
+        finally:
+            if lease is None:
+                claim.release()
+        return lease
 
     def _claim(self, begin: int, number: int, max_messages: int) -> Optional[Lease]:
         """
@@ -217,7 +311,7 @@ class Consumer:
         :param begin: everything from here to the first message is done or not for the subscriber
         :param number: of the first message
         :param max_messages: how many to take at most
-        :return: messages; None if somebody else has or had the first one
+        :return: messages; None if somebody else has or had the first one, or it was moved away
         """
         ordinal = self._pending.ordinal
         if max_messages == 1:
@@ -226,26 +320,72 @@ class Consumer:
             claim = self._claims.claim_prefix(ordinal, number, max_messages)
         if claim is None:
             return None
-        messages = None  # type: Optional[List[bytes]]
+        lease = None  # type: Optional[Lease]
         try:
-            numbers, messages = self._environment.read(
-                functools.partial(self._pending.copy, number=number, end=number + claim.count))
-            if messages and claim.count > 1:
-                claim.narrow(number, numbers[-1] + 1 - number)
+            copied = self._copy(number, number + claim.count)
+            if copied.is_spent:
+                self._move(copied)
+            elif copied.numbers:
+                if claim.count > 1:
+                    claim.narrow(number, copied.numbers[-1] + 1 - number)
+                lease = self._lease(claim, begin, copied)
         except persipubsub.errors.CorruptMessageError as error:
-            self._environment.write(functools.partial(self._pending.set_aside,
-                                                      begin=begin,
-                                                      number=error.number),
-                                    may_grow=True)
-            if self._rings:
-                self._ring()
-            raise persipubsub.errors.CorruptMessageError("{}. It was set aside; queue {}".format(
-                error, self._environment.directory),
-                                                         number=error.number) from None
+            raise self._set_aside(begin, error) from None
         finally:
-            if not messages:
+            if lease is None:
                 claim.release()
-        return Lease(self, claim, begin, numbers, messages) if messages else None
+        return lease
+
+    def _copy(self, number: int, end: int) -> _pending.Copied:
+        """
+        Copy claimed messages, and count the delivery where deliveries are limited.
+
+        :param number: of the first message
+        :param end: number behind the last one to look at
+        :return: messages
+        """
+        if not self._pending.policy.max_deliveries:
+            return self._environment.read(
+                functools.partial(self._pending.copy, number=number, end=end))
+        return self._environment.write(functools.partial(_deliveries.begin,
+                                                         pending=self._pending,
+                                                         number=number,
+                                                         end=end),
+                                       may_grow=True)
+
+    def _lease(self, claim: _claims.Claim, begin: int, copied: _pending.Copied) -> Lease:
+        """
+        Hold claimed messages.
+
+        :param claim: on them
+        :param begin: everything from here to the first message is done or not for the subscriber
+        :param copied: messages
+        :return: to be acknowledged or given back
+        """
+        process_id = os.getpid()
+        self._board.note(self._pending.ordinal, copied.numbers[0], process_id)
+        return Lease(self, claim, begin, copied, process_id)
+
+    def _set_aside(
+            self, begin: int, error: persipubsub.errors.CorruptMessageError
+    ) -> persipubsub.errors.CorruptMessageError:
+        """
+        Acknowledge a damaged message that is claimed.
+
+        :param begin: everything from here to the message is done or not for the subscriber
+        :param error: names it
+        :return: error to be raised
+        """
+        self._environment.write(functools.partial(_deliveries.set_aside,
+                                                  pending=self._pending,
+                                                  begin_number=begin,
+                                                  number=error.number),
+                                may_grow=True)
+        if self._rings:
+            self._ring()
+        return persipubsub.errors.CorruptMessageError("{}. It was set aside; queue {}".format(
+            error, self._environment.directory),
+                                                      number=error.number)
 
     def front(self) -> Optional[bytes]:
         """
@@ -287,16 +427,73 @@ class Consumer:
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             self._bell.ring()  # those who are not woken look once a second anyhow
 
-    def count_failure(self, count: int) -> None:
-        """
-        Count deliveries that failed, and wake others that may take the messages.
+    # Failing
 
-        :param count: how many
+    def give_back(self, copied: _pending.Copied, error: Optional[BaseException]) -> None:
+        """
+        Record how a delivery ended that was not acknowledged; the messages are still claimed.
+
+        :param copied: messages
+        :param error: what it ended with; None if nobody worked on them
         """
         try:
-            self._environment.write(functools.partial(self._pending.count_failure, count=count),
-                                    may_grow=True)
+            if error is not None:
+                spent = self._environment.write(functools.partial(_deliveries.fail,
+                                                                  pending=self._pending,
+                                                                  numbers=copied.numbers,
+                                                                  error=_moving.text_of(error)),
+                                                may_grow=True)
+                for number in spent:
+                    self._move(
+                        self._environment.read(
+                            functools.partial(self._pending.copy, number=number, end=number + 1)))
+            elif self._pending.policy.max_deliveries:
+                self._environment.write(functools.partial(_deliveries.take_back,
+                                                          pending=self._pending,
+                                                          numbers=copied.numbers),
+                                        may_grow=True)
         except persipubsub.errors.PersipubsubError:
             # The message is where it was; the user's own exception matters more than the count.
             pass
+
+    def wake_others(self) -> None:
+        """Wake others that may take what was given back."""
         self._ring()
+
+    def _move(self, copied: _pending.Copied) -> None:
+        """
+        Move a claimed message away that is not delivered any more.
+
+        :param copied: the message, with its record
+        """
+        if not copied.is_spent:
+            return  # it was dropped meanwhile
+        message = self.describe(copied)[0]
+        attempts = copied.attempts[message.number]
+        if self._mover.move(self._pending.ordinal, message, attempts):
+            self._environment.write(functools.partial(_deliveries.give_up,
+                                                      pending=self._pending,
+                                                      number=message.number),
+                                    may_grow=True)
+            if self._rings:
+                self._ring()
+
+    def describe(self, copied: _pending.Copied) -> List[persipubsub.message.Message]:
+        """
+        Tell what is known of messages.
+
+        :param copied: messages
+        :return: the same with all that is known
+        """
+        # By their age: the queue's clock is not that of the wall, which somebody may have set.
+        return _deliveries.describe(copied,
+                                    offset_ns=time.time_ns() - self._pending.now_ns(),
+                                    is_counted=bool(self._pending.policy.max_deliveries))
+
+
+class _Taken(NamedTuple):
+    """Say what a look at the queue came to."""
+
+    lease: Optional[Lease]
+    is_claimed: bool  #: True if messages were passed over that others have claimed
+    due_ns: int  #: when the first of those that rest is due, on the queue's clock; 0 if none rests

@@ -14,6 +14,7 @@ from typing import (TYPE_CHECKING, Any, Dict, Final, List, Optional, Protocol, S
 
 import persipubsub.config
 import persipubsub.errors
+import persipubsub.message
 
 if TYPE_CHECKING:
     from persipubsub import _wakeup
@@ -46,6 +47,13 @@ class Lease(Protocol):
         :param error: why; None if they were not worked on
         """
 
+    def details(self) -> List[persipubsub.message.Message]:
+        """
+        Tell what is known of the messages.
+
+        :return: messages, in order
+        """
+
     def touch(self) -> None:
         """Say that the messages are still being worked on, where the engine has to be told."""
 
@@ -66,6 +74,15 @@ class Consumer(Protocol):
         :return: messages; None if there was none in time
         """
 
+    def take_newest(self, timeout: Optional[float], longest_pause: float = 1.0) -> Optional[Lease]:
+        """
+        Take the newest message and acknowledge all older ones as skipped; wait if there is none.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param longest_pause: time between two looks at the queue without a wake-up, in seconds
+        :return: message; None if there was none in time
+        """
+
     def front(self) -> Optional[bytes]:
         """
         Look at the next message without taking it.
@@ -82,11 +99,14 @@ class WakingConsumer(Consumer, Protocol):
     An engine may do without; what waits for its messages then shares a few threads.
     """
 
-    def take_now(self, max_messages: int = 1) -> Tuple[Optional[Lease], float]:
+    def take_now(self,
+                 max_messages: int = 1,
+                 is_newest: bool = False) -> Tuple[Optional[Lease], float]:
         """
         Take the next message, or several, if there is one.
 
         :param max_messages: how many to take at most; all that are there at once, at least one
+        :param is_newest: True to take the newest message instead, and to skip all older ones
         :return: messages or None; after how many seconds to look again without a wake-up
         """
 

@@ -30,12 +30,13 @@ _POLL_SECS: Final = 0.005
 class _Waiter:
     """Be one task that waits."""
 
-    __slots__ = ("future", "max_messages", "pause", "deadline")
+    __slots__ = ("future", "max_messages", "is_newest", "pause", "deadline")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout: Optional[float], pause: float,
-                 max_messages: int) -> None:
+                 max_messages: int, is_newest: bool) -> None:
         self.future: "asyncio.Future[Optional[_engines.Lease]]" = loop.create_future()
         self.max_messages = max_messages
+        self.is_newest = is_newest
         self.pause = pause
         self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
 
@@ -73,19 +74,20 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         self._poller: Optional[asyncio.TimerHandle] = None
         _inboxes.add(self)
 
-    async def take(self, timeout: Optional[float], pause: float,
-                   max_messages: int) -> Optional[_engines.Lease]:
+    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
+                   is_newest: bool) -> Optional[_engines.Lease]:
         """
         Wait for messages.
 
         :param timeout: how long to wait, in seconds; None: for ever
         :param pause: time between two looks without a wake-up, in seconds
         :param max_messages: how many to take at most
+        :param is_newest: True to take the newest message instead, and to skip all older ones
         :return: messages; None if none came in time
         """
         if self._error is not None:
             raise self._error
-        waiter = _Waiter(self.loop, timeout, pause, max_messages)
+        waiter = _Waiter(self.loop, timeout, pause, max_messages, is_newest)
         self._waiters[waiter] = None
         self._start_look()
         try:
@@ -172,7 +174,8 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         :return: after how many seconds to look again
         """
         while len(leases) < len(wanted):
-            lease, pause = self.consumer.take_now(wanted[len(leases)].max_messages)
+            waiter = wanted[len(leases)]
+            lease, pause = self.consumer.take_now(waiter.max_messages, waiter.is_newest)
             if lease is None:
                 return pause
             leases.append(lease)
@@ -344,14 +347,15 @@ class SharedInbox:
         self._workers = workers
         self._slice_secs = slice_secs
 
-    async def take(self, timeout: Optional[float], pause: float,
-                   max_messages: int) -> Optional[_engines.Lease]:
+    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
+                   is_newest: bool) -> Optional[_engines.Lease]:
         """
         Wait for messages.
 
         :param timeout: how long to wait, in seconds; None: for ever
         :param pause: time between two looks without a wake-up, in seconds
         :param max_messages: how many to take at most
+        :param is_newest: True to take the newest message instead, and to skip all older ones
         :return: messages; None if none came in time
         """
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
@@ -359,9 +363,12 @@ class SharedInbox:
                        None] = lambda lease: None if lease is None else _give_back(lease)
         while True:
             remaining = deadline - time.monotonic()
-            wait = functools.partial(self._consumer.take, max(0.0, min(remaining,
-                                                                       self._slice_secs)), pause,
-                                     max_messages)
+            seconds = max(0.0, min(remaining, self._slice_secs))
+            wait: Callable[[], Optional[_engines.Lease]]
+            if is_newest:
+                wait = functools.partial(self._consumer.take_newest, seconds, pause)
+            else:
+                wait = functools.partial(self._consumer.take, seconds, pause, max_messages)
             lease = await self._workers.run(wait, undo)
             if lease is not None or remaining <= self._slice_secs:
                 return lease

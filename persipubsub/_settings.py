@@ -1,11 +1,23 @@
 """Take from a configuration what a queue on this machine has to know."""
 
-from typing import NamedTuple, Sequence
+import types
+from typing import Final, Mapping, NamedTuple, Optional, Sequence
 
 import persipubsub.config
 import persipubsub.errors
 from persipubsub.environment import _opening
-from persipubsub.store import _blocks, _retention
+from persipubsub.store import _attempts, _blocks, _retention
+
+
+class Retries(NamedTuple):
+    """Say what happens to the messages that a subscriber fails to work on."""
+
+    policy: _attempts.Policy
+    queue_key: str  #: of the subscriber's queue in the configuration
+    dead_letters: "Optional[Settings]"  #: of the queue of dead letters; None if there is none
+
+
+_NO_RETRIES: Final[Mapping[str, Retries]] = types.MappingProxyType({})
 
 
 class Settings(NamedTuple):
@@ -23,14 +35,19 @@ class Settings(NamedTuple):
     busy_timeout_secs: float  #: how long a write waits for another process
     once_window_ns: int = 3600 * 10**9  #: how long ids of messages are remembered, in nanoseconds
     retain_ns: int = 0  #: how long finished messages stay, in nanoseconds since their commit
+    retries: Mapping[str, Retries] = _NO_RETRIES  #: of the subscribers that say something of them
 
     @classmethod
-    def of(cls, config: persipubsub.config.Config, queue_key: str) -> "Settings":
+    def of(cls,
+           config: persipubsub.config.Config,
+           queue_key: str,
+           has_retries: bool = True) -> "Settings":
         """
         Take the settings from a configuration.
 
         :param config: that describes the queue
         :param queue_key: of the queue in ``queues``
+        :param has_retries: False to leave out what subscribers do with messages that fail
         :return: its settings
         """
         queue = config.queues[queue_key]
@@ -46,7 +63,8 @@ class Settings(NamedTuple):
                    checkpoint_secs=queue.checkpoint_secs,
                    busy_timeout_secs=queue.busy_timeout_secs,
                    once_window_ns=int(queue.once_window_secs * 1e9),
-                   retain_ns=int(queue.retain_secs * 1e9))
+                   retain_ns=int(queue.retain_secs * 1e9),
+                   retries=_retries_of(config, queue_key) if has_retries else _NO_RETRIES)
 
     @property
     def drops_unread(self) -> bool:
@@ -103,3 +121,25 @@ class Settings(NamedTuple):
             raise persipubsub.errors.MessageTooLargeError(
                 "Expected messages of at most {} bytes for the queue {} (max_db_size_bytes), but "
                 "got: {} bytes".format(max(0, room), self.path, size))
+
+
+def _retries_of(config: persipubsub.config.Config, queue_key: str) -> Mapping[str, Retries]:
+    """
+    Take from a configuration what subscribers do with messages that fail.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: by id of those subscribers that say something
+    """
+    found = {}
+    for subscriber in config.subscribers.values():
+        if subscriber.in_queue != queue_key:
+            continue
+        policy = _attempts.Policy(max_deliveries=subscriber.max_deliveries,
+                                  delay_ns=int(subscriber.retry_delay_secs * 1e9))
+        target = subscriber.dead_letter_queue
+        if policy != _attempts.Policy():
+            # Without the retries of that queue: its subscribers may give up into this one.
+            letters = Settings.of(config, target, has_retries=False) if target else None
+            found[subscriber.identifier] = Retries(policy, queue_key, letters)
+    return types.MappingProxyType(found)

@@ -23,10 +23,11 @@ from persipubsub._config_checks import Text, Texts
 
 __all__ = [
     "Strategy", "Durability", "HighWaterMark", "Queue", "Publisher", "Subscriber", "Config",
-    "RESERVED_SUBSCRIBER_IDS", "read", "parse", "check_identifier"
+    "RESERVED_SUBSCRIBER_IDS", "DEAD_LETTERS", "read", "parse", "check_identifier"
 ]
 
 RESERVED_SUBSCRIBER_IDS: Final = _config_checks.RESERVED_SUBSCRIBER_IDS
+DEAD_LETTERS: Final = _config_checks.DEAD_LETTERS
 
 
 class Strategy(enum.Enum):
@@ -138,6 +139,14 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     identifier: Annotated[Text, msgspec.Meta(description="key of the entry, 1 to 255 bytes")]
     in_queue: Annotated[Text, msgspec.Meta(description="key in queues, to receive from")]
+    max_deliveries: Annotated[int, msgspec.Meta(
+        ge=1, le=2**31, description="how often a message is delivered at most, in deliveries; "
+        "without the key there is no limit")] = 0
+    dead_letter_queue: Annotated[Text, msgspec.Meta(
+        description="key in queues, where messages go then; needs max_deliveries")] = ""
+    retry_delay_secs: Annotated[float, msgspec.Meta(
+        ge=0, le=86400, description="rest of a message after its first failed delivery, in seconds; "
+        "doubled with each further one, up to an hour")] = 0.0
 
 
 # yapf: enable

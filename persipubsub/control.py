@@ -11,7 +11,7 @@ The command ``persipubsub`` is a thin face of this module.
 import contextlib
 import os
 import types
-from typing import Callable, Iterator, List, Mapping, Optional, Tuple, TypeVar, Union
+from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 
 import icontract
 
@@ -20,14 +20,16 @@ import persipubsub.queue
 import persipubsub.statistics
 from persipubsub import _engines
 from persipubsub._progress import Progress
-from persipubsub.maintenance import _alone, _looking, _upkeep
+from persipubsub.maintenance import _alone, _dead_letters, _looking, _upkeep
 from persipubsub.maintenance._alone import Sizes
+from persipubsub.maintenance._dead_letters import ListedDeadLetter
 from persipubsub.maintenance._looking import Message
 
 __all__ = [
     "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "verify",
     "compact", "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue", "peek",
-    "follow", "Message", "Progress", "Sizes"
+    "follow", "in_flight", "dead_letter_queues", "dead_letters", "send_back", "drop_dead_letters",
+    "ListedDeadLetter", "Message", "Progress", "Sizes"
 ]
 
 ConfigPath = Union[str, os.PathLike[str]]
@@ -175,6 +177,28 @@ def statistics(
     return types.MappingProxyType(results)
 
 
+def in_flight(
+    config_pth: ConfigPath,
+    queue_key: Optional[str] = None,
+) -> Mapping[str, Tuple[persipubsub.statistics.InFlight, ...]]:
+    """
+    Tell what is being worked on right now, in which process and since when.
+
+    No time makes a consumer lose a message: as long as its process lives, the message is its own.
+    If it hangs, end that process, and another one has the message at once.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: by queue; nothing where the system does not tell
+    :raise ConfigError: if the file is wrong
+    :raise NotInitializedError: if a queue was not initialized
+    """
+    return types.MappingProxyType({
+        key: tuple(claim for one in figures.subscribers for claim in one.claims)
+        for key, figures in statistics(config_pth, queue_key).items()
+    })
+
+
 @icontract.require(lambda count: count >= 1)
 @icontract.require(lambda start: start >= 0)
 @icontract.ensure(lambda result, count: len(result) <= count)
@@ -218,6 +242,75 @@ def follow(config_pth: ConfigPath, queue_key: str, last: int = 0) -> Iterator[Li
     :raise ConfigError: if the file is wrong, or has no such queue
     """
     return _looking.follow(_one(config_pth, queue_key), last=last)
+
+
+# Messages that were given up
+
+
+def dead_letter_queues(config_pth: ConfigPath) -> Tuple[str, ...]:
+    """
+    List the queues into which subscribers' messages are moved that they failed to work on.
+
+    :param config_pth: path to the configuration file
+    :return: keys of the queues
+    :raise ConfigError: if the file is wrong
+    """
+    return tuple(_dead_letters.queues_of(persipubsub.config.read(config_pth)))
+
+
+def dead_letters(config_pth: ConfigPath,
+                 queue_key: Optional[str] = None) -> Mapping[str, Tuple[ListedDeadLetter, ...]]:
+    """
+    Look at messages that were given up, without taking them.
+
+    All of them are read into the memory.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key of a queue of dead letters; all of them if not given
+    :return: those that were neither sent back nor dropped, in order, by queue
+    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise NotInitializedError: if a queue was not initialized, or as one for something else
+    """
+    config, keys = _select(config_pth, queue_key)
+    if queue_key is None:
+        keys = _dead_letters.queues_of(config)
+    return types.MappingProxyType({key: tuple(_dead_letters.look(config, key)) for key in keys})
+
+
+def send_back(config_pth: ConfigPath,
+              queue_key: str,
+              numbers: Optional[Sequence[int]] = None) -> Tuple[int, ...]:
+    """
+    Send messages that were given up to the subscriber that failed to work on them, as new ones.
+
+    No other subscriber gets them. Each is durable in its queue before it leaves the queue of dead
+    letters; when the process is killed in between and the call repeated, it is sent once.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key of the queue of dead letters
+    :param numbers: in that queue; all that are there now if not given
+    :return: numbers of those that were sent back; one that is not there or in use is left out
+    :raise ConfigError: if the file is wrong, or lacks that queue, or the one of a letter
+    :raise NotInitializedError: if the queue of a letter does not have its subscriber any more
+    """
+    config, _ = _select(config_pth, queue_key)
+    return _dead_letters.send_back(config, queue_key, numbers)
+
+
+def drop_dead_letters(config_pth: ConfigPath,
+                      queue_key: str,
+                      numbers: Optional[Sequence[int]] = None) -> Tuple[int, ...]:
+    """
+    Drop messages that were given up.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key of the queue of dead letters
+    :param numbers: in that queue; all that are there now if not given
+    :return: numbers of those that were dropped; one that is not there or in use is left out
+    :raise ConfigError: if the file is wrong, or has no such queue
+    """
+    config, _ = _select(config_pth, queue_key)
+    return _dead_letters.drop(config, queue_key, numbers)
 
 
 # Maintenance

@@ -57,8 +57,11 @@ _SUBSCRIBER_METRICS: Final = (
     _Metric("in_flight", "in_flight", False, "Of these, how many are being worked on right now."),
     _Metric("acknowledged", "acknowledged", True, "Messages that were received and acknowledged."),
     _Metric("failed", "failed", True, "Deliveries that ended with an exception."),
-    _Metric("skipped", "skipped", True, "Messages that pop_to_top acknowledged."),
+    _Metric("skipped", "skipped", True,
+            "Messages that pop_to_top and receive_to_top acknowledged."),
     _Metric("corrupt", "corrupt", True, "Damaged messages that were set aside."),
+    _Metric("dead_lettered", "dead_lettered", True,
+            "Messages that were given up after max_deliveries."),
     _Metric("seconds_since_acknowledged", "seconds_since_acknowledged", False,
             "Time since the last acknowledgement; missing before the first one."),
 )

@@ -9,17 +9,18 @@ time; many processes may have the same queue open.
 import contextlib
 import functools
 import os
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import lmdb
 
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _claims, _delivery, _losses, _putting_together, _tidying, _wakeup
-from persipubsub._settings import Settings
+from persipubsub import (_claims, _in_flight, _losses, _moving, _putting_together, _tidying,
+                         _wakeup, _waking)
+from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
-from persipubsub.store import _check, _pending, _positions, _retention
+from persipubsub.store import _attempts, _check, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
 __all__ = ["Queue", "Settings", "ensure_queue", "open_queue"]
@@ -61,10 +62,12 @@ class Queue:
         self._now_ns = clock if clock is not None else self._environment.now_ns
         self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
         self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
+        self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
+        self._movers = {}  # type: Dict[str, _moving.Mover]
         self._losses = _losses.LossLog(settings.path)
         self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
-        self._putter = _putting_together.GroupPutter(settings, self._environment, self._bell, self._losses,
-                                       self._tidier, self._now_ns)
+        self._putter = _putting_together.GroupPutter(settings, self._environment, self._bell,
+                                                     self._losses, self._tidier, self._now_ns)
         self._is_closed = False
 
     @staticmethod
@@ -109,6 +112,8 @@ class Queue:
         self._is_closed = True
         self._losses.report(force=True)
         self._claims.close()
+        for mover in self._movers.values():
+            mover.close()
         self._bell.close()
         _registry.release(self._environment)
 
@@ -157,9 +162,8 @@ class Queue:
         """Tell whether publishers wait for room in a full queue."""
         return self.settings.strategy is persipubsub.config.Strategy.BLOCK
 
-    def put_each(
-            self,
-            sendings: Sequence[_putting_together.Sending]) -> List[Optional[BaseException]]:
+    def put_each(self,
+                 sendings: Sequence[_putting_together.Sending]) -> List[Optional[BaseException]]:
         """
         Do what a :py:meth:`put` of each would do, one after the other, in as few commits as can be.
 
@@ -198,7 +202,7 @@ class Queue:
 
     # Receiving
 
-    def consumer(self, subscriber: str) -> "_delivery.Consumer":
+    def consumer(self, subscriber: str) -> _waking.Consumer:
         """
         Take part in the work of a subscriber.
 
@@ -207,13 +211,35 @@ class Queue:
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self._check_open()
-        return _delivery.Consumer(environment=self._environment,
-                                  claims=self._claims,
-                                  bell=self._bell,
-                                  pending=_pending.Pending(subscriber, self.settings.timeout_ns,
-                                                           self._now_ns),
-                                  expire=self.drop_expired,
-                                  rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
+        retries = self.settings.retries.get(subscriber)
+        policy = _attempts.Policy() if retries is None else retries.policy
+        return _waking.Consumer(environment=self._environment,
+                                claims=self._claims,
+                                board=self._board,
+                                bell=self._bell,
+                                pending=_pending.Pending(subscriber, self.settings.timeout_ns,
+                                                         self._now_ns, policy),
+                                expire=self.drop_expired,
+                                mover=self._mover(subscriber, retries),
+                                rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
+
+    def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
+        """
+        Choose what moves the messages of a subscriber that are not delivered any more.
+
+        :param subscriber: its id
+        :param retries: what to do with them; None if nothing limits the deliveries
+        :return: to be closed with the queue; it has nothing open before it moves a message
+        """
+        letters = None if retries is None else retries.dead_letters
+        # One for all consumers of the subscriber: it remembers that a message could not be moved.
+        return self._movers.setdefault(
+            subscriber,
+            _moving.Mover(
+                _moving.Origin(queue="" if retries is None else retries.queue_key,
+                               subscriber=subscriber,
+                               path=self.settings.path),
+                open_target=None if letters is None else functools.partial(Queue, letters)))
 
     def front(self, subscriber: str) -> Optional[bytes]:
         """
@@ -320,7 +346,11 @@ def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
     """
-    Queue.ensure(Settings.of(config, queue_key), config.queues[queue_key].subscribers)
+    subscribers = list(config.queues[queue_key].subscribers)
+    if any(found.dead_letter_queue == queue_key for found in config.subscribers.values()):
+        # On its behalf the operator looks at what is there; without it nobody might keep it.
+        subscribers.append(persipubsub.config.DEAD_LETTERS)
+    Queue.ensure(Settings.of(config, queue_key), subscribers)
 
 
 def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:

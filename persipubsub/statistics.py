@@ -2,16 +2,32 @@
 
 import dataclasses
 import os
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import lmdb
 
 from persipubsub import _in_flight, _settings
 from persipubsub.environment import _environment, _files
-from persipubsub.store import _layout, _log, _positions
+from persipubsub.store import _clock, _layout, _log, _positions
 from persipubsub.store._databases import Databases
 
-__all__ = ["QueueStatistics", "SubscriberStatistics", "collect"]
+__all__ = ["InFlight", "QueueStatistics", "SubscriberStatistics", "collect"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """
+    Hold messages that one consumer is working on: it claimed them together.
+
+    The kernel says that they are claimed. The rest is what the consumer noted, and unknown if its
+    note was written over.
+    """
+
+    subscriber: str  #: its id
+    number: int  #: of the first message
+    count: int  #: numbers that are claimed, from the first one on
+    process_id: Optional[int]  #: of the consumer; None if it is not known
+    seconds: Optional[float]  #: since they were claimed; None if it is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +47,12 @@ class SubscriberStatistics:
     dropped_by_timeout: int  #: messages that were dropped unread since they were too old
     dropped_by_mark: int  #: messages that were dropped unread at a high-water mark
     cleared: int  #: messages that an operator cleared
-    skipped: int  #: messages that ``pop_to_top`` acknowledged
+    skipped: int  #: messages that ``pop_to_top`` and ``receive_to_top`` acknowledged
     corrupt: int  #: damaged messages that were set aside
+    dead_lettered: int  #: messages that were given up after ``max_deliveries``
     seconds_since_acknowledged: Optional[float]  #: None: it never acknowledged
+    #: what is in flight, where and since when; ordered by number
+    claims: Tuple[InFlight, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +90,42 @@ def collect(environment: _environment.Environment, settings: _settings.Settings,
     """
     collector = _Collector(settings, environment.file_bytes(), now_ns)
     statistics = environment.read(collector.collect)
-    claims = _in_flight.count(
+    claims = _in_flight.find(
         os.path.join(settings.path, _files.CLAIMS), {
             ordinal: (figures.position, statistics.next_number)
             for ordinal, figures in zip(collector.ordinals, statistics.subscribers)
-        })
+        }, _in_flight.Board(os.path.join(settings.path, _files.BOARD), is_look=True))
     if claims is None:
         return statistics
     return dataclasses.replace(
         statistics,
         subscribers=tuple(
-            dataclasses.replace(figures, in_flight=min(figures.lag, claims[ordinal]))
+            _with_claims(figures, claims[ordinal])
             for ordinal, figures in zip(collector.ordinals, statistics.subscribers)))
+
+
+def _with_claims(figures: SubscriberStatistics,
+                 spans: Sequence[_in_flight.Span]) -> SubscriberStatistics:
+    """
+    Add what is in flight.
+
+    :param figures: of a subscriber
+    :param spans: that its consumers claimed
+    :return: figures
+    """
+    if not spans:
+        return dataclasses.replace(figures, in_flight=0)
+    now_ns = _clock.ticks_ns()
+    return dataclasses.replace(
+        figures,
+        in_flight=min(figures.lag, sum(span.length for span in spans)),
+        claims=tuple(
+            InFlight(subscriber=figures.subscriber,
+                     number=span.first,
+                     count=span.length,
+                     process_id=None if span.note is None else span.note.process_id,
+                     seconds=None if span.note is None else max(0, now_ns - span.note.since_ns) /
+                     1e9) for span in spans))
 
 
 class _Collector:
@@ -164,4 +207,5 @@ class _Collector:
             cleared=record.cleared,
             skipped=record.skipped,
             corrupt=record.corrupt,
+            dead_lettered=record.dead_lettered,
             seconds_since_acknowledged=None if since_ns is None else max(0, since_ns) / 1e9)

@@ -1,100 +1,19 @@
 """Receive messages from a queue."""
 
+import functools
 import os
-from types import TracebackType
-from typing import Final, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Final, Literal, Optional, Tuple, Union, overload
 
 import persipubsub.config
 import persipubsub.errors
 from persipubsub import _engines
+from persipubsub._receipts import BatchReceipt, Messages, Receipt, describe, unwrap
+from persipubsub.message import Message
 
-__all__ = ["BatchReceipt", "Receipt", "Sub"]
+__all__ = ["BatchReceipt", "Messages", "Receipt", "Sub"]
 
 #: A timeout of more than 30 years is none; an integer may be too large for a float.
 _FOREVER_SECS: Final = 1e9
-
-
-class _Taking:
-    """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
-
-    __slots__ = ("_consumer", "_timeout", "_pause", "_max_messages", "_lease")
-
-    def __init__(self,
-                 consumer: _engines.Consumer,
-                 timeout: Optional[float],
-                 pause: float,
-                 max_messages: int = 1) -> None:
-        """
-        Initialize without taking anything.
-
-        :param consumer: of the subscriber
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param pause: time between two looks without a wake-up, in seconds
-        :param max_messages: how many messages to take at most
-        """
-        self._consumer = consumer
-        self._timeout = timeout
-        self._pause = pause
-        self._max_messages = max_messages
-        self._lease = None  # type: Optional[_engines.Lease]
-
-    def _take(self) -> Optional[_engines.Lease]:
-        """
-        Wait for messages.
-
-        :return: messages; None if none came in time
-        """
-        self._lease = self._consumer.take(self._timeout, self._pause, self._max_messages)
-        return self._lease
-
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 traceback: Optional[TracebackType]) -> None:
-        """Acknowledge the messages, or give them back if the block was left by an exception."""
-        lease, self._lease = self._lease, None
-        if lease is None:
-            return
-        if kind is None:
-            lease.acknowledge()
-        else:
-            lease.give_back(error)
-
-
-class Receipt(_Taking):
-    """
-    Hold one message in a ``with`` block.
-
-    Returned by :py:meth:`Sub.receive`; to be entered once.
-    """
-
-    __slots__ = ()
-
-    def __enter__(self) -> Optional[bytes]:
-        """
-        Wait for a message.
-
-        :return: message; None if none came in time
-        """
-        lease = self._take()
-        return None if lease is None else lease.messages[0]
-
-
-class BatchReceipt(_Taking):
-    """
-    Hold several messages in a ``with`` block.
-
-    Returned by :py:meth:`Sub.receive_many`; to be entered once.
-    """
-
-    __slots__ = ()
-
-    def __enter__(self) -> List[bytes]:
-        """
-        Wait for messages.
-
-        :return: messages; empty if none came in time
-        """
-        lease = self._take()
-        return [] if lease is None else lease.messages
 
 
 class Sub:
@@ -183,7 +102,25 @@ class Sub:
         if queue is not None:
             queue.close()
 
-    def receive(self, timeout: Optional[float] = 60, retries: int = 10) -> Receipt:
+    @overload
+    def receive(self,
+                timeout: Optional[float] = 60,
+                retries: int = 10,
+                details: Literal[False] = False) -> "Receipt[bytes]":
+        ...
+
+    @overload
+    def receive(self,
+                timeout: Optional[float] = 60,
+                retries: int = 10,
+                *,
+                details: Literal[True]) -> "Receipt[Message]":
+        ...
+
+    def receive(self,
+                timeout: Optional[float] = 60,
+                retries: int = 10,
+                details: bool = False) -> "Receipt[Any]":
         """
         Receive the next message in a ``with`` block.
 
@@ -194,16 +131,71 @@ class Sub:
         :param timeout: how long to wait, in seconds; None: for ever
         :param retries: how often to look at the queue within ``timeout`` if nobody wakes us; it is
             looked at once a second anyhow
+        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
         :return: context manager of the message
         :raise CorruptMessageError: from the ``with`` statement if the next message is damaged; it
             is set aside, and the next call gives the one behind it
         """
-        return Receipt(*self._prepare(timeout, retries))
+        return Receipt(self._prepare(timeout, retries), describe if details else unwrap)
+
+    @overload
+    def receive_to_top(self,
+                       timeout: Optional[float] = 60,
+                       retries: int = 10,
+                       details: Literal[False] = False) -> "Receipt[bytes]":
+        ...
+
+    @overload
+    def receive_to_top(self,
+                       timeout: Optional[float] = 60,
+                       retries: int = 10,
+                       *,
+                       details: Literal[True]) -> "Receipt[Message]":
+        ...
+
+    def receive_to_top(self,
+                       timeout: Optional[float] = 60,
+                       retries: int = 10,
+                       details: bool = False) -> "Receipt[Any]":
+        """
+        Receive the newest message in a ``with`` block, and skip all older ones.
+
+        The older ones are acknowledged for this subscriber, in the one transaction that sees that
+        the message still is the newest one; other subscribers keep theirs. They stay skipped
+        whatever becomes of the newest one. While another process has that, nothing is skipped, and
+        it is waited for the next one.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us
+        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
+        :return: context manager of the message, as of :py:meth:`receive`
+        :raise CorruptMessageError: as :py:meth:`receive` does
+        """
+        return Receipt(self._prepare(timeout, retries, is_newest=True),
+                       describe if details else unwrap)
+
+    @overload
+    def receive_many(self,
+                     max_msgs: int,
+                     timeout: Optional[float] = 60,
+                     retries: int = 10,
+                     details: Literal[False] = False) -> "BatchReceipt[bytes]":
+        ...
+
+    @overload
+    def receive_many(self,
+                     max_msgs: int,
+                     timeout: Optional[float] = 60,
+                     retries: int = 10,
+                     *,
+                     details: Literal[True]) -> "BatchReceipt[Message]":
+        ...
 
     def receive_many(self,
                      max_msgs: int,
                      timeout: Optional[float] = 60,
-                     retries: int = 10) -> "BatchReceipt":
+                     retries: int = 10,
+                     details: bool = False) -> "BatchReceipt[Any]":
         """
         Receive several messages in a ``with`` block.
 
@@ -217,34 +209,61 @@ class Sub:
         :param max_msgs: how many messages at most
         :param timeout: how long to wait for the first one, in seconds; None: for ever
         :param retries: how often to look at the queue within ``timeout`` if nobody wakes us
+        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
         :return: context manager of the messages
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         _check_max_msgs(max_msgs)
-        return BatchReceipt(*self._prepare(timeout, retries), max_msgs)
+        return BatchReceipt(functools.partial(self._prepare(timeout, retries), max_msgs),
+                            describe if details else unwrap)
 
-    def _prepare(self, timeout: Optional[float],
-                 retries: int) -> "Tuple[_engines.Consumer, Optional[float], float]":
+    @overload
+    def messages(self,
+                 timeout: Optional[float] = None,
+                 details: Literal[False] = False) -> "Messages[bytes]":
+        ...
+
+    @overload
+    def messages(self,
+                 timeout: Optional[float] = None,
+                 *,
+                 details: Literal[True]) -> "Messages[Message]":
+        ...
+
+    def messages(self, timeout: Optional[float] = None, details: bool = False) -> "Messages[Any]":
+        """
+        Iterate over the messages as they come.
+
+        A message is acknowledged when the next one is asked for. The loop ends when no message came
+        within ``timeout``. A message at which the loop is left by an exception stays, and is
+        delivered again; so does one at which it is left by ``break``, unless the iterator is used
+        in a ``with`` statement: see :py:class:`Messages`.
+
+        :param timeout: how long to wait for each message, in seconds; None: for ever
+        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
+        :return: iterator
+        :raise CorruptMessageError: from the iteration, as :py:meth:`receive` does
+        """
+        return Messages(self._prepare(timeout, retries=1), describe if details else unwrap)
+
+    def _prepare(self,
+                 timeout: Optional[float],
+                 retries: int,
+                 is_newest: bool = False) -> "Callable[..., Optional[_engines.Lease]]":
         """
         Check the arguments of a receipt.
 
         :param timeout: how long to wait, in seconds; None: for ever
         :param retries: how often to look within ``timeout``
-        :return: consumer, how long to wait, time between two looks in seconds
+        :param is_newest: True to take the newest message instead of the next one
+        :return: waits and takes, given how many messages at most unless it is one
         """
         consumer = self._consumer
         if consumer is None:
             raise _not_open()
-        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
-            raise ValueError(
-                "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".
-                format(timeout))
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
-            raise ValueError(
-                "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
-        if timeout is None or timeout > _FOREVER_SECS:
-            return consumer, None, 1.0
-        return consumer, timeout, timeout / retries
+        timeout, pause = _to_waiting(timeout, retries)
+        return functools.partial(consumer.take_newest if is_newest else consumer.take, timeout,
+                                 pause)
 
     def front(self) -> Optional[bytes]:
         """
@@ -263,6 +282,27 @@ class Sub:
         if queue is None:
             raise _not_open()
         queue.skip_to_newest(self._sub_id)
+
+
+def _to_waiting(timeout: Optional[float], retries: int) -> Tuple[Optional[float], float]:
+    """
+    Check how long somebody wants to wait.
+
+    :param timeout: given by the user, in seconds; None: for ever
+    :param retries: how often to look within ``timeout``
+    :return: how long to wait, time between two looks in seconds
+    :raise ValueError: if they are no such numbers
+    """
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
+        raise ValueError(
+            "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".format(
+                timeout))
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
+        raise ValueError(
+            "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
+    if timeout is None or timeout > _FOREVER_SECS:
+        return None, 1.0
+    return timeout, timeout / retries
 
 
 def _check_max_msgs(max_msgs: object) -> None:

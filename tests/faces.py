@@ -65,6 +65,10 @@ class _BlockingSub(_Blocking):
         """Receive a message in an ``async with`` block."""
         return _BlockingReceipt(self.blocking.receive(*arguments, **named))
 
+    def receive_to_top(self, *arguments: Any, **named: Any) -> _BlockingReceipt:
+        """Receive the newest message in an ``async with`` block."""
+        return _BlockingReceipt(self.blocking.receive_to_top(*arguments, **named))
+
     def receive_many(self, *arguments: Any, **named: Any) -> _BlockingReceipt:
         """Receive messages in an ``async with`` block."""
         return _BlockingReceipt(self.blocking.receive_many(*arguments, **named))

@@ -21,6 +21,12 @@ class Consumer:
         """Take messages."""
         return self._consumer.take(timeout, longest_pause, max_messages)
 
+    def take_newest(self,
+                    timeout: Optional[float],
+                    longest_pause: float = 1.0) -> Optional[_engines.Lease]:
+        """Take the newest message."""
+        return self._consumer.take_newest(timeout, longest_pause)
+
     def front(self) -> Optional[bytes]:
         """Look at the next message."""
         return self._consumer.front()

@@ -10,6 +10,7 @@ remember different things of what the other did.
 # pylint: disable=too-many-public-methods
 
 import contextlib
+import os
 import pathlib
 import shutil
 import tempfile
@@ -20,10 +21,12 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import persipubsub.config
+import persipubsub.dead_letter
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery
-from persipubsub.store import _blocks
+from persipubsub._settings import Retries
+from persipubsub.store import _attempts, _blocks
 from tests import stores
 from tests.queue_twin import Twin
 
@@ -32,6 +35,11 @@ TIMEOUT_NS = 1000
 WINDOW_NS = 700
 
 NAMES = ("sub", "another", "später")
+
+#: How often a message is delivered to each of them, and its rest after the first failure.
+POLICIES = (_attempts.Policy(), _attempts.Policy(max_deliveries=2, delay_ns=3),
+            _attempts.Policy(delay_ns=TIMEOUT_NS // 8), _attempts.Policy(max_deliveries=1),
+            _attempts.Policy(max_deliveries=3))
 
 SIDES = st.integers(min_value=0, max_value=1)
 
@@ -59,11 +67,17 @@ class QueueMachine(RuleBasedStateMachine):
                 strategy=st.sampled_from(persipubsub.config.Strategy),
                 retain_ns=st.sampled_from([0, 0, 3, TIMEOUT_NS // 2]),
                 keeps_os=st.booleans(),
-                block_bytes=st.sampled_from([24, 60, 1 << 20]))
+                block_bytes=st.sampled_from([24, 60, 1 << 20]),
+                policies=st.tuples(*[st.sampled_from(POLICIES)] * len(NAMES)))
     def create(self, subscribers: int, max_messages: int, max_message_bytes: int,
                strategy: persipubsub.config.Strategy, retain_ns: int, keeps_os: bool,
-               block_bytes: int) -> None:
+               block_bytes: int, policies: Tuple[_attempts.Policy, ...]) -> None:
         self.patch.setattr(_blocks, "BLOCK_BYTES", block_bytes)
+        self.policies = dict(zip(NAMES, policies))
+        letters = stores.settings(pathlib.Path(self.directory),
+                                  path=os.path.join(self.directory, "letters"))
+        persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
+        self.letters = persipubsub.queue.Queue(letters)
         self.settings = stores.settings(pathlib.Path(self.directory),
                                         timeout_ns=TIMEOUT_NS,
                                         max_messages=max_messages,
@@ -71,7 +85,11 @@ class QueueMachine(RuleBasedStateMachine):
                                         strategy=strategy,
                                         retain_ns=retain_ns,
                                         once_window_ns=WINDOW_NS,
-                                        keeps_os=keeps_os)
+                                        keeps_os=keeps_os,
+                                        retries={
+                                            name: Retries(policy, "the queue", letters)
+                                            for name, policy in self.policies.items()
+                                        })
         names = NAMES[:subscribers]
         persipubsub.queue.Queue.ensure(self.settings, subscribers=names)
         self.queues = [self.open(), self.open()]
@@ -82,6 +100,11 @@ class QueueMachine(RuleBasedStateMachine):
                          max_message_bytes=max_message_bytes,
                          strategy=strategy.value,
                          window_ns=WINDOW_NS)
+        self.apply_policies()
+
+    def apply_policies(self) -> None:
+        for name, subscriber in self.twin.subscribers.items():
+            subscriber.max_deliveries, subscriber.delay_ns = self.policies[name]
 
     def open(self) -> persipubsub.queue.Queue:
         return persipubsub.queue.Queue(self.settings, clock=self.clock)
@@ -93,16 +116,21 @@ class QueueMachine(RuleBasedStateMachine):
         finally:
             for queue in self.queues:
                 queue.close()
+            if self.queues:
+                self.letters.close()
             self.patch.undo()
             shutil.rmtree(self.directory)
 
     def drain(self) -> None:
         """Take all that is left; the store is as good as empty then."""
-        for _, _, held in self.leases:
+        for _, name, held in self.leases:
             held.give_back()
+            self.twin.take_back(name, held.numbers)
         self.leases = []
         for name, subscriber in self.twin.subscribers.items():
             consumer = self.queues[0].consumer(name)
+            # Whatever rests is due then, or too old.
+            self.clock.now_ns += TIMEOUT_NS
             while expected := self.twin.next_of(name, set(), self.clock.now_ns):
                 lease = consumer.take(timeout=0)
                 assert lease is not None, (name, expected)
@@ -111,6 +139,8 @@ class QueueMachine(RuleBasedStateMachine):
                 lease.acknowledge()
                 subscriber.pending.remove(expected[0].number)
             assert consumer.take(timeout=0) is None
+            assert not subscriber.pending
+        self.letters_are_equal()
         self.clock.now_ns += self.settings.retain_ns
         self.queues[0].prune()
         assert self.queues[0].check() == []
@@ -127,6 +157,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     def name(self, index: int) -> str:
         return list(self.twin.subscribers)[index % len(self.twin.subscribers)]
+
+    def letters_are_equal(self) -> None:
+        found = []
+        for msg in stores.take_all(self.letters, "dead_letters"):
+            letter = persipubsub.dead_letter.DeadLetter.decode(msg)
+            found.append((letter.subscriber, letter.number, letter.attempts, letter.data))
+        assert found == self.twin.letters
 
     # Sending
 
@@ -173,16 +210,14 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(side=SIDES, index=st.integers(min_value=0, max_value=3), most=BATCHES)
     def take(self, side: int, index: int, most: int) -> None:
         name = self.name(index)
-        consumer = self.consumers.get((side, name))
-        if consumer is None:
-            consumer = self.consumers[(side, name)] = self.queues[side].consumer(name)
+        consumer = self.consumer(side, name)
         expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns, most)
         lease = consumer.take(timeout=0, max_messages=most)
         if not expected:
             assert lease is None
             return
         assert lease is not None
-        self.leases.append((side, name, lease))
+        self.hold(side, name, lease)
         # It may end early, where the numbers of other subscribers' messages lie in between.
         count = len(lease.numbers)
         assert lease.numbers == [message.number for message in expected[:count]]
@@ -190,6 +225,31 @@ class QueueMachine(RuleBasedStateMachine):
         assert 0 < count <= most
         if count < len(expected):
             assert expected[count].number > expected[0].number + count
+
+    def consumer(self, side: int, name: str) -> _delivery.Consumer:
+        consumer = self.consumers.get((side, name))
+        if consumer is None:
+            consumer = self.consumers[(side, name)] = self.queues[side].consumer(name)
+        return consumer
+
+    def hold(self, side: int, name: str, lease: _delivery.Lease) -> None:
+        self.leases.append((side, name, lease))
+        details = lease.details()
+        assert [message.number for message in details] == lease.numbers
+        assert [message.data for message in details] == lease.messages
+        assert [message.attempts for message in details] == self.twin.deliver(name, lease.numbers)
+
+    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3))
+    def take_newest(self, side: int, index: int) -> None:
+        name = self.name(index)
+        expected = self.twin.newest_of(name, self.claimed(name), self.clock.now_ns)
+        lease = self.consumer(side, name).take_newest(timeout=0)
+        if expected is None:
+            assert lease is None
+            return
+        assert lease is not None
+        assert (lease.numbers, lease.messages) == ([expected.number], [expected.data])
+        self.hold(side, name, lease)
 
     @rule(most=BATCHES)
     def take_on_both_sides(self, most: int) -> None:
@@ -222,16 +282,32 @@ class QueueMachine(RuleBasedStateMachine):
             self.acknowledge(index=before)
 
     @precondition(lambda self: self.leases)
-    @rule(index=st.integers(min_value=0, max_value=20))
-    def fail(self, index: int) -> None:
+    @rule(index=st.integers(min_value=0, max_value=20),
+          how=st.sampled_from(["fail", "fail", "fail", "die", "give back"]))
+    def fail(self, index: int, how: str) -> None:
         _, name, lease = self.leases.pop(index % len(self.leases))
-        lease.give_back()
-        self.twin.subscribers[name].failed += len(lease.numbers)
+        if how == "fail":
+            lease.give_back(ValueError("no"))
+            self.twin.fail(name, lease.numbers, self.clock.now_ns)
+        elif how == "give back":
+            lease.give_back()
+            self.twin.take_back(name, lease.numbers)
+        else:
+            # All that is left of a consumer that was killed: the kernel gives the claim back.
+            lease._claim.release()  # pylint: disable=protected-access
+
+    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3), times=st.integers(1, 4))
+    def fail_again(self, side: int, index: int, times: int) -> None:
+        for _ in range(times):
+            before = len(self.leases)
+            self.take(side=side, index=index, most=1)
+            if len(self.leases) > before:
+                self.fail(index=before, how="fail")
 
     @rule(side=SIDES, index=st.integers(min_value=0, max_value=3))
     def front(self, side: int, index: int) -> None:
         name = self.name(index)
-        expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns)
+        expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns, is_look=True)
         assert self.queues[side].front(name) == (expected[0].data if expected else None)
 
     # Looking after the queue
@@ -284,6 +360,7 @@ class QueueMachine(RuleBasedStateMachine):
         persipubsub.queue.Queue.ensure(self.settings, subscribers=names)
         if names[-1] not in self.twin.subscribers:
             self.twin.add(names[-1])
+            self.apply_policies()
         # The first subscribers of a new queue may cost a number.
         assert self.queues[0].statistics().next_number == self.twin.next_number
 
@@ -307,6 +384,16 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.queues[0].check() == []
 
     @invariant()
+    def attempts_are_those_of_pending_messages(self) -> None:
+        """Nothing is left behind, as there is little enough for it to go at once."""
+        if not self.queues:
+            return
+        for name in self.twin.subscribers:
+            position = stores.figures(self.queues[0], name).position
+            for number in stores.attempts(self.queues[0], name):
+                assert number >= position
+
+    @invariant()
     def statistics_are_equal(self) -> None:
         if not self.queues:
             return
@@ -325,15 +412,16 @@ class QueueMachine(RuleBasedStateMachine):
         expected = self.twin.subscribers[entry.subscriber]
         assert entry.lag == len(expected.pending)
         assert (entry.acknowledged, entry.failed, entry.dropped_by_timeout, entry.dropped_by_mark,
-                entry.cleared, entry.skipped,
+                entry.cleared, entry.skipped, entry.dead_lettered,
                 entry.corrupt) == (expected.acknowledged, expected.failed,
                                    expected.dropped_by_timeout, expected.dropped_by_mark,
-                                   expected.cleared, expected.skipped, 0)
+                                   expected.cleared, expected.skipped, expected.dead_lettered, 0)
         assert entry.seconds_since_acknowledged == (None if expected.acknowledged_ns is None else
                                                     (self.clock.now_ns - expected.acknowledged_ns) /
                                                     1e9)
         # Nothing is lost, and nothing counted twice.
         assert expected.addressed == (entry.lag + entry.acknowledged + entry.dropped_by_timeout +
-                                      entry.dropped_by_mark + entry.cleared + entry.skipped)
+                                      entry.dropped_by_mark + entry.cleared + entry.skipped +
+                                      entry.dead_lettered)
         if expected.pending:
             assert entry.position <= min(expected.pending)

@@ -31,7 +31,26 @@ class Subscriber:
     dropped_by_mark: int = 0
     cleared: int = 0
     skipped: int = 0
+    dead_lettered: int = 0
     acknowledged_ns: Optional[int] = None
+    max_deliveries: int = 0  #: 0: any number
+    delay_ns: int = 0
+    attempts: Dict[int, int] = dataclasses.field(default_factory=dict)
+    due_ns: Dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def delays(self, number: int, now_ns: int) -> None:
+        """Let a message rest after a failed delivery."""
+        if self.delay_ns:
+            self.due_ns[number] = now_ns + min(
+                3600 * 10**9, self.delay_ns * 2**(self.attempts.get(number, 1) - 1))
+
+    def is_resting(self, number: int, now_ns: int) -> bool:
+        """Tell whether a message is not due yet."""
+        return self.due_ns.get(number, 0) > now_ns
+
+    def is_spent(self, number: int) -> bool:
+        """Tell whether a message is not to be delivered any more."""
+        return bool(self.max_deliveries) and self.attempts.get(number, 0) >= self.max_deliveries
 
 
 class Twin:
@@ -49,6 +68,7 @@ class Twin:
         self.window_ns = window_ns
         # Number and time of the messages that were sent with an id
         self.ids: Dict[bytes, Tuple[int, int]] = {}
+        self.letters: List[Tuple[str, int, int, bytes]] = []
 
     # Looking
 
@@ -83,15 +103,29 @@ class Twin:
         """Count all that was dropped since it was too old."""
         return sum(subscriber.dropped_by_timeout for subscriber in self.subscribers.values())
 
-    def next_of(self, name: str, claimed: Set[int], now_ns: int, most: int = 1) -> List[Message]:
-        """Find what a consumer gets next; what is too old is dropped when it is next."""
+    def next_of(self,
+                name: str,
+                claimed: Set[int],
+                now_ns: int,
+                most: int = 1,
+                is_look: bool = False) -> List[Message]:
+        """
+        Find what a consumer gets next.
+
+        What is too old is dropped when it is next; what was delivered often enough is moved away,
+        but by a mere look.
+        """
+        subscriber = self.subscribers[name]
         found: List[Message] = []
-        for number in sorted(self.subscribers[name].pending):
+        for number in sorted(subscriber.pending):
             message = self.message(number)
-            if self.is_expired(message, now_ns):
+            if not found and self.is_expired(message, now_ns):
                 self.expire(now_ns)
-                return self.next_of(name, claimed, now_ns, most)
-            if number not in claimed:
+                return self.next_of(name, claimed, now_ns, most, is_look)
+            is_free = number not in claimed and not subscriber.is_resting(number, now_ns)
+            if is_free and not found and subscriber.is_spent(number) and not is_look:
+                self.move(name, number)
+            elif is_free and (is_look or not subscriber.is_spent(number)):
                 found.append(message)
             elif found:
                 break
@@ -99,7 +133,60 @@ class Twin:
                 break
         return found
 
+    def newest_of(self, name: str, claimed: Set[int], now_ns: int) -> Optional[Message]:
+        """Find what a consumer gets that wants the newest message; what is older is skipped."""
+        subscriber = self.subscribers[name]
+        while subscriber.pending:
+            message = self.message(max(subscriber.pending))
+            if self.is_expired(message, now_ns):
+                self.expire(now_ns)
+                continue
+            if message.number in claimed or subscriber.is_resting(message.number, now_ns):
+                return None
+            subscriber.skipped += len(subscriber.pending) - 1
+            subscriber.pending = {message.number}
+            if not subscriber.is_spent(message.number):
+                return message
+            self.move(name, message.number)
+        return None
+
     # Changing
+
+    def deliver(self, name: str, numbers: Sequence[int]) -> List[int]:
+        """Count a delivery before it begins; return which one it is, for each message."""
+        subscriber = self.subscribers[name]
+        counts = [subscriber.attempts.get(number, 0) + 1 for number in numbers]
+        if subscriber.max_deliveries:
+            subscriber.attempts.update(zip(numbers, counts))
+        return counts
+
+    def fail(self, name: str, numbers: Sequence[int], now_ns: int) -> None:
+        """Count a delivery that ended with an exception."""
+        subscriber = self.subscribers[name]
+        subscriber.failed += len(numbers)
+        for number in numbers:
+            if number not in subscriber.pending:
+                continue
+            if not subscriber.max_deliveries:
+                subscriber.attempts[number] = subscriber.attempts.get(number, 0) + 1
+            if subscriber.is_spent(number):
+                self.move(name, number)
+            else:
+                subscriber.delays(number, now_ns)
+
+    def take_back(self, name: str, numbers: Sequence[int]) -> None:
+        """Take a delivery back that nobody worked on."""
+        subscriber = self.subscribers[name]
+        for number in numbers:
+            if subscriber.max_deliveries:
+                subscriber.attempts[number] -= 1
+
+    def move(self, name: str, number: int) -> None:
+        """Move a message away that was delivered often enough."""
+        subscriber = self.subscribers[name]
+        self.letters.append((name, number, subscriber.attempts[number], self.message(number).data))
+        subscriber.pending.remove(number)
+        subscriber.dead_lettered += 1
 
     def add(self, name: str) -> None:
         """Add a subscriber that gets what is sent from now on."""

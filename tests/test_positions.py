@@ -20,7 +20,7 @@ SPANS = st.lists(st.tuples(st.integers(min_value=1, max_value=30),
 
 ORDINAL = 5
 
-EMPTY = _layout.Subscriber(ORDINAL, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+EMPTY = _layout.Subscriber(ORDINAL, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")

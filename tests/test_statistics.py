@@ -95,7 +95,7 @@ def test_each_end_of_a_message_is_counted_for_itself(tmp_path: pathlib.Path) -> 
         queue.put([b"7"])
         lease = queue.consumer("sub").take(timeout=0)
         assert lease is not None
-        lease.give_back()
+        lease.give_back(ValueError())
         assert queue.skip_to_newest("sub") == 3
         clock.advance(11)
         queue.prune()
@@ -114,6 +114,7 @@ def test_each_end_of_a_message_is_counted_for_itself(tmp_path: pathlib.Path) -> 
             cleared=1,
             skipped=3,
             corrupt=0,
+            dead_lettered=0,
             seconds_since_acknowledged=12)
         assert stores.figures(queue) == expected
         assert stores.figures(queue,

@@ -396,8 +396,8 @@ def _receive(consumer: _delivery.Consumer, output: _Output, number: int,
             break
         try:
             output.write(lease.numbers[0], lease.messages[0])
-        except BaseException:
-            lease.give_back()
+        except BaseException as error:
+            lease.give_back(error)
             raise
         lease.acknowledge()
         received += 1

@@ -186,18 +186,37 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
         print()
         print(_shared.table([
             "SUBSCRIBER", "QUEUE", "LAG", "IN FLIGHT", "RECEIVED", "FAILED", "BY TIMEOUT",
-            "BY MARK", "CLEARED", "SKIPPED", "CORRUPT", "LAST"
+            "BY MARK", "CLEARED", "SKIPPED", "CORRUPT", "DEAD LETTERS", "LAST"
         ], [[
             one.subscriber, key, "{:,}".format(one.lag),
             "?" if one.in_flight is None else "{:,}".format(one.in_flight), "{:,}".format(
-                one.acknowledged), "{:,}".format(one.failed), "{:,}".format(
-                    one.dropped_by_timeout), "{:,}".format(one.dropped_by_mark), "{:,}".format(
-                        one.cleared), "{:,}".format(one.skipped), "{:,}".format(one.corrupt),
+                one.acknowledged), "{:,}".format(one.failed), "{:,}".format(one.dropped_by_timeout),
+            "{:,}".format(one.dropped_by_mark), "{:,}".format(one.cleared), "{:,}".format(
+                one.skipped), "{:,}".format(one.corrupt), "{:,}".format(one.dead_lettered),
             _shared.show_seconds(one.seconds_since_acknowledged)
         ] for key, figures in statistics.items() for one in figures.subscribers]),
               flush=True)
+        _print_claims(statistics)
     for text in errors.values():
         _shared.complain(text)
+
+
+def _print_claims(statistics: Statistics) -> None:
+    """
+    Print what is in flight, if anything is.
+
+    :param statistics: by queue
+    """
+    rows = [[
+        claim.subscriber, key,
+        str(claim.number), "{:,}".format(claim.count),
+        "?" if claim.process_id is None else str(claim.process_id),
+        _shared.show_seconds(claim.seconds)
+    ] for key, figures in statistics.items() for one in figures.subscribers for claim in one.claims]
+    if rows:
+        print()
+        print(_shared.table(["IN FLIGHT", "QUEUE", "NUMBER", "MESSAGES", "PROCESS", "SINCE"], rows),
+              flush=True)
 
 
 @_shared.command()

@@ -183,7 +183,7 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
     table.add_column("subscriber", overflow="fold", min_width=10)
     names = ["lag", "in flight", "received"]
     names += ["rate"] if history.is_moving() else []
-    names += ["last", "failed", "timeout", "mark", "other"]
+    names += ["last", "failed", "timeout", "mark", "dead", "other"]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     has_trend = history.is_moving() and width >= _WIDE
@@ -205,6 +205,7 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
             _number(one.failed, "yellow"),
             _number(one.dropped_by_timeout, "red"),
             _number(one.dropped_by_mark, "red"),
+            _number(one.dead_lettered, "red"),
             _number(one.cleared + one.skipped + one.corrupt, "yellow")
         ]
         if has_trend:

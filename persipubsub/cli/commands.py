@@ -13,7 +13,7 @@ import click
 
 import persipubsub
 import persipubsub.errors
-from persipubsub.cli import _maintenance, _messages, _queues, _shared
+from persipubsub.cli import _dead_letters, _maintenance, _messages, _queues, _shared
 
 __all__ = ["commands", "main"]
 
@@ -31,8 +31,8 @@ def commands() -> None:
 
 
 for _command in (_queues.init, _queues.check_config, _queues.stat, _messages.peek, _messages.tail,
-                 _messages.send, _messages.receive, _queues.prune, _queues.clear,
-                 _maintenance.verify, _maintenance.compact, _maintenance.backup,
+                 _messages.send, _messages.receive, _dead_letters.dead_letters, _queues.prune,
+                 _queues.clear, _maintenance.verify, _maintenance.compact, _maintenance.backup,
                  _maintenance.restore, _maintenance.add_subscriber, _maintenance.remove_subscriber,
                  _maintenance.drop_queue, _queues.metrics):
     commands.add_command(_command)

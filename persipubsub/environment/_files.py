@@ -22,6 +22,7 @@ OPEN_GATE: Final = "open.lock"
 USERS: Final = "users.lock"
 CLAIMS: Final = "claims.lock"
 BELL: Final = "bell"
+BOARD: Final = "board"
 RUNNING: Final = "running"
 CHECKPOINT: Final = "checkpoint.mdb"
 CHECKPOINT_LOCK: Final = "checkpoint.lock"
@@ -29,8 +30,8 @@ RESERVE: Final = "reserve"
 CREATING: Final = "creating"
 
 #: Everything that this library keeps in a queue's directory.
-OWN: Final = frozenset((DATA, LOCK, WRITE_GATE, OPEN_GATE, USERS, CLAIMS, BELL, RUNNING, CREATING,
-                        CHECKPOINT, CHECKPOINT_LOCK, RESERVE))
+OWN: Final = frozenset((DATA, LOCK, WRITE_GATE, OPEN_GATE, USERS, CLAIMS, BELL, BOARD, RUNNING,
+                        CREATING, CHECKPOINT, CHECKPOINT_LOCK, RESERVE))
 
 #: What a file system or a mount puts into an empty directory by itself.
 _TOLERATED: Final = frozenset(("lost+found", ".nfs", "..data"))
@@ -146,7 +147,18 @@ def reserve(descriptor: int, size: int) -> None:
     :param descriptor: of the file
     :param size: in bytes
     """
-    if os.pwrite(descriptor, bytes(size), 0) < size:
+    extend(descriptor, 0, size)
+
+
+def extend(descriptor: int, begin: int, end: int) -> None:
+    """
+    Write the rest of a file that is going to be mapped, with zeros.
+
+    :param descriptor: of the file
+    :param begin: first byte to write
+    :param end: behind the last byte, which is the size of the file then
+    """
+    if os.pwrite(descriptor, bytes(end - begin), begin) < end - begin:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

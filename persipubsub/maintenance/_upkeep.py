@@ -13,7 +13,7 @@ from persipubsub._progress import Progress
 from persipubsub._settings import Settings
 from persipubsub.environment import _environment, _files, _registry
 from persipubsub.maintenance import _verification
-from persipubsub.store import _log, _positions, _retention
+from persipubsub.store import _attempts, _log, _positions, _retention
 from persipubsub.store._databases import Databases
 
 #: How many blocks are deleted in one transaction after a subscriber was removed.
@@ -141,6 +141,7 @@ def remove_subscriber(settings: Settings, subscriber: str) -> int:
         lag = _positions.count_pending(txn, databases, record, audiences, 0,
                                        _log.read_tail(cursor).next_number)
         _positions.drop_ranges(txn, databases, record.ordinal, 0)
+        _attempts.forget_all(txn, databases, record.ordinal)
         txn.delete(key, db=databases.pending)
         # Whoever remembers how far all subscribers have come looks again.
         _log.change_generation(cursor)

@@ -161,6 +161,37 @@ def _check_positions(txn: "lmdb.Transaction[memoryview]", databases: Databases,
         if ordinal not in ordinals:
             findings.append("Expected no range at {} of the unknown subscriber {}".format(
                 begin, ordinal))
+    _check_attempts(txn, databases, tail, findings)
+
+
+def _check_attempts(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
+                    findings: List[str]) -> None:
+    """
+    Check that there are records of attempts only of messages that may be delivered again.
+
+    Those in front of a position go little by little: as long as any are left, the subscriber is
+    flagged, and each time its record is written some of them go.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param tail: end of the log
+    :param findings: to be extended
+    """
+    flagged = {
+        subscriber.ordinal
+        for _, subscriber in _positions.read_all(txn, databases)
+        if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS
+    }
+    for key, value in txn.cursor(db=databases.attempts):
+        ordinal, number = _layout.unpack_attempts_key(key)
+        attempts = _layout.unpack_attempts(value)
+        where = "the record of attempts for the subscriber {} at {}".format(ordinal, number)
+        if ordinal not in flagged:
+            findings.append("Expected {} to be one of a flagged subscriber".format(where))
+        if number >= tail.next_number:
+            findings.append("Expected {} in front of {}".format(where, tail.next_number))
+        if not attempts.deliveries:
+            findings.append("Expected {} to count something".format(where))
 
 
 def _check_ranges(where: str, subscriber: _layout.Subscriber, tail: _log.Tail,

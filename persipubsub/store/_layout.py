@@ -13,7 +13,8 @@ sub-database  key                                 value
 ``ahead_db``  ordinal of a subscriber (4 bytes)    end of a range (8 bytes) that the subscriber
               number (8 bytes)                    acknowledged ahead of its position
 ``attempts_db`` ordinal of a subscriber (4 bytes)  how often the message was delivered, when it is
-              number (8 bytes)                    due again, the last error
+              number (8 bytes)                    due again, the last error; only of messages that
+                                                  the subscriber still has to acknowledge
 ``once_db``   ``i`` and an id that a publisher    number of its message (8 bytes), time (8 bytes)
               gave
 ``once_db``   ``t``, time (8 bytes) and the id    empty: finds the oldest ids
@@ -53,6 +54,8 @@ FLAG_DURABILITY_OS: Final = 1
 FLAG_MAY_HAVE_RANGES: Final = 1
 FLAG_MAY_HAVE_ATTEMPTS: Final = 2
 
+FLAG_IS_BEGUN: Final = 1
+
 #: Number of the first message of a store; 0 means "none".
 FIRST_NUMBER: Final = 1
 
@@ -67,10 +70,11 @@ Buffer = Union[bytes, memoryview]
 
 _NUMBER = struct.Struct(">Q")
 _HEADER = struct.Struct("<8sIIq16sI")
-_SUBSCRIBER = struct.Struct("<II9Q")
+_SUBSCRIBER = struct.Struct("<II10Q")
 _SUBSCRIBER_BEGIN = struct.Struct("<IIQQ")
 _AHEAD_KEY = struct.Struct(">IQ")
 _AHEAD_VALUE = struct.Struct("<Q")
+_ATTEMPTS = struct.Struct("<IIQQ")
 _ONCE = struct.Struct("<QQ")
 
 pack_number = _NUMBER.pack
@@ -131,15 +135,18 @@ class Subscriber(NamedTuple):
     """Hold the position of a subscriber and what happened to its messages."""
 
     ordinal: int  #: names the subscriber in ``ahead_db`` and in claims; never used twice
-    flags: int  #: 1: there may be ranges that were acknowledged ahead of the position
+    #: 1: there may be ranges that were acknowledged ahead of the position; 2: there may be records
+    #: of attempts
+    flags: int
     position: int  #: the first number that it still has to acknowledge
     acknowledged: int
     failed: int  #: deliveries that ended with an exception
     dropped_by_timeout: int
     dropped_by_mark: int
     cleared: int
-    skipped: int  #: by ``pop_to_top``
+    skipped: int  #: by ``pop_to_top`` and ``receive_to_top``
     corrupt: int  #: set aside since their bytes were not those that were sent
+    dead_lettered: int  #: given up after too many deliveries
     acknowledged_ns: int  #: when it last acknowledged, on the queue's clock; 0: never
 
 
@@ -216,6 +223,43 @@ def unpack_ahead(key: Buffer, value: Buffer) -> Tuple[int, int, int]:
 
 
 pack_ahead_value = _AHEAD_VALUE.pack
+
+
+class Attempts(NamedTuple):
+    """Hold what is known of the deliveries of one message to one subscriber."""
+
+    deliveries: int  #: so far, the one that goes on included
+    flags: int  #: 1: the last delivery began, and nobody said how it ended
+    since_ns: int  #: when the first one was recorded, on the queue's clock
+    due_ns: int  #: when the message may be delivered again, on the queue's clock; 0: at once
+    error: str  #: what the last one that failed ended with; empty if that was not recorded
+
+
+#: The key of a record of attempts is made as the one of a range: ordinal and number.
+pack_attempts_key = _AHEAD_KEY.pack
+unpack_attempts_key = _AHEAD_KEY.unpack
+
+
+def pack_attempts(attempts: Attempts) -> bytes:
+    """
+    Encode the attempts to deliver a message.
+
+    :param attempts: to be encoded
+    :return: value of ``attempts_db``
+    """
+    return _ATTEMPTS.pack(*attempts[:4]) + attempts.error.encode("utf-8", "replace")
+
+
+def unpack_attempts(value: Buffer) -> Attempts:
+    """
+    Decode the attempts to deliver a message.
+
+    :param value: of ``attempts_db``
+    :return: decoded record
+    """
+    deliveries, flags, since_ns, due_ns = _ATTEMPTS.unpack_from(value)
+    return Attempts(deliveries, flags, since_ns, due_ns,
+                    bytes(value[_ATTEMPTS.size:]).decode("utf-8", "replace"))
 
 
 def pack_audience(subscribers: Sequence[str]) -> bytes:

@@ -2,16 +2,20 @@
 Find, copy and acknowledge the messages of one subscriber, inside of a transaction.
 
 What is pending for a subscriber is what lies at or behind its position, is addressed to it, and was
-not acknowledged ahead.
+not acknowledged ahead. Of that, a message that failed may rest until it is due again.
 """
 
-from typing import Callable, Dict, Final, List, NamedTuple, Tuple, Union
+import types
+from typing import Callable, Dict, Final, List, Mapping, NamedTuple, Tuple, Union
 
 import lmdb
 
 import persipubsub.errors
-from persipubsub.store import _blocks, _layout, _log, _positions
+from persipubsub.store import _attempts, _blocks, _layout, _log, _positions
 from persipubsub.store._databases import Databases
+
+#: Of messages without a record.
+_NO_ATTEMPTS: Final[Mapping[int, _layout.Attempts]] = types.MappingProxyType({})
 
 #: A batch ends with the block that reaches this many bytes, however many messages were asked for.
 _BATCH_BYTES: Final = 1 << 24
@@ -22,10 +26,30 @@ class Candidate(NamedTuple):
 
     begin: int  #: everything from here to the message is done or not for the subscriber
     number: int
+    due_ns: int  #: when the first of those in front of it that rest is due; 0 if none rests
+
+
+class Resting(NamedTuple):
+    """Say that there are only messages that are not due yet."""
+
+    due_ns: int  #: when the first one is, on the queue's clock
 
 
 class Expired(NamedTuple):
     """Say that the next message is too old."""
+
+
+class Copied(NamedTuple):
+    """Hold messages that were copied out of the store."""
+
+    numbers: List[int]
+    messages: List[bytes]
+    runs: List[Tuple[int, int]]  #: how many of them were committed together, and when
+    attempts: Mapping[int, _layout.Attempts]  #: of those that have a record
+    is_spent: bool  #: True if it is a single message that is not to be delivered any more
+
+
+_NOTHING: Final = Copied([], [], [], _NO_ATTEMPTS, False)
 
 
 class Pending:
@@ -36,55 +60,93 @@ class Pending:
     change.
     """
 
-    def __init__(self, subscriber: str, timeout_ns: int, now_ns: Callable[[], int]) -> None:
+    def __init__(self,
+                 subscriber: str,
+                 timeout_ns: int,
+                 now_ns: Callable[[], int],
+                 policy: _attempts.Policy = _attempts.Policy()) -> None:
         """
         Initialize without looking.
 
         :param subscriber: its id
         :param timeout_ns: age at which messages are too old, in nanoseconds
         :param now_ns: reads the queue's clock
+        :param policy: how often a message is delivered, and how soon again
         """
         self.key = subscriber.encode("utf-8")
         self.ordinal = -1
-        self._timeout_ns = timeout_ns
-        self._now_ns = now_ns
+        self.timeout_ns = timeout_ns
+        self.now_ns = now_ns
+        self.policy = policy
         self._audiences = {}  # type: Dict[int, bool]
 
     def find(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-             start: int) -> Union[Candidate, Expired, None]:
+             start: int) -> Union[Candidate, Expired, Resting, None]:
         """
-        Find the next message that is pending.
+        Find the next message that is pending, and due.
+
+        It walks over those that are not due, so that it takes time with their number.
 
         :param txn: any transaction
         :param databases: handles
         :param start: where to begin; in front of the position: at the position
-        :return: message; that it is too old; None if there is none
+        :return: message; that it is too old; when one is due if none is; None if there is none
         """
         subscriber = _positions.require(txn, databases, self.key)
         begin = number = max(start, subscriber.position)
+        due_ns = 0
         cursor = txn.cursor(db=databases.data)
         found = _log.seek(cursor, number)
         while found is not None:
             first, block, _ = found
             number = max(number, first)
-            if block.messages and self._is_addressed(txn, databases, block.audience):
+            if block.messages and self.is_addressed(txn, databases, block.audience):
+                stop = first + block.messages
                 if subscriber.flags:
                     number = _positions.skip_ahead(txn, databases, subscriber.ordinal, number)
-                if number < first + block.messages:
-                    if block.time_ns < self._now_ns() - self._timeout_ns:
-                        return Expired()
-                    return Candidate(begin=begin, number=number)
+                if number < stop and block.time_ns < self.now_ns() - self.timeout_ns:
+                    return Expired()
+                if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+                    due, resting_ns = self._skip_resting(txn, databases, subscriber, number, stop)
+                    if resting_ns:
+                        begin = number = due
+                        due_ns = min(due_ns or resting_ns, resting_ns)
+                if number < stop:
+                    return Candidate(begin=begin, number=number, due_ns=due_ns)
                 begin = number
             if number > _blocks.end_of(first, block):
                 found = _log.seek(cursor, number)
             else:
                 found = _log.following(cursor)
-        return None
+        return Resting(due_ns) if due_ns else None
+
+    def _skip_resting(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                      subscriber: _layout.Subscriber, number: int, stop: int) -> Tuple[int, int]:
+        """
+        Skip messages that are not due yet.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param subscriber: its record
+        :param number: of a message that is pending
+        :param stop: number behind the last one to look at
+        :return: number of the first one that is pending and due, at least ``stop`` if none is; when
+            the first of those that were skipped is due, 0 if none was skipped
+        """
+        now_ns = self.now_ns()
+        due_ns = 0
+        while number < stop:
+            attempts = _attempts.read(txn, databases, subscriber.ordinal, number)
+            if attempts is None or attempts.due_ns <= now_ns:
+                break
+            due_ns = min(due_ns or attempts.due_ns, attempts.due_ns)
+            number = _positions.skip_ahead(txn, databases, subscriber.ordinal, number + 1)
+        return number, due_ns
 
     def copy_next(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
                   start: int) -> Union[Tuple[int, bytes], Expired, None]:
         """
-        Copy the next message that is pending.
+        Copy the next message that is pending, and due.
 
         :param txn: any transaction
         :param databases: handles
@@ -94,14 +156,16 @@ class Pending:
         candidate = self.find(txn, databases, start=start)
         if candidate is None or isinstance(candidate, Expired):
             return candidate
+        if isinstance(candidate, Resting):
+            return None
         found = _log.seek(txn.cursor(db=databases.data), candidate.number)
         assert found is not None, "The message was found in the same snapshot."
         return candidate.number, _blocks.copy_message(found.value, found.block,
                                                       candidate.number - found.first,
                                                       candidate.number)
 
-    def _is_addressed(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                      audience: int) -> bool:
+    def is_addressed(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                     audience: int) -> bool:
         """
         Tell whether messages are for the subscriber.
 
@@ -123,49 +187,81 @@ class Pending:
         return known
 
     def copy(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, number: int,
-             end: int) -> Tuple[List[int], List[bytes]]:
+             end: int) -> Copied:
         """
-        Copy messages from a claimed one on, as far as they are pending.
+        Copy messages from a claimed one on, as far as they are pending, due and to be delivered.
 
         :param txn: any transaction
         :param databases: handles
         :param number: of the first message
         :param end: number behind the last one to look at
-        :return: numbers and messages; empty if the first one is not pending
+        :return: messages; none if the first one is not pending, or not due
         :raise CorruptMessageError: if the first one is damaged
         """
         numbers = []  # type: List[int]
         messages = []  # type: List[bytes]
+        runs = []  # type: List[Tuple[int, int]]
+        attempts = _NO_ATTEMPTS
+        is_spent = False
         subscriber = _positions.require(txn, databases, self.key)
         if number < subscriber.position:
-            return numbers, messages
+            return _NOTHING
         if subscriber.flags:
             if _positions.skip_ahead(txn, databases, subscriber.ordinal, number) != number:
-                return numbers, messages
+                return _NOTHING
             end = min(end, _positions.next_range(txn, databases, subscriber.ordinal, number))
+            if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+                end, attempts, is_spent = self._limit(txn, databases, number, end)
+                if number == end:
+                    return _NOTHING
 
-        oldest_ns = self._now_ns() - self._timeout_ns
+        oldest_ns = self.now_ns() - self.timeout_ns
         size = 0
         cursor = txn.cursor(db=databases.data)
         found = _log.seek(cursor, number)
         if found is None or number < found.first:
-            return numbers, messages
+            return _NOTHING
         while found is not None and found.first < end and size < _BATCH_BYTES:
             first, block, value = found
             begin, stop = max(number - first, 0), min(end - first, block.messages)
             if block.time_ns < oldest_ns:
                 break
-            if begin < stop and self._is_addressed(txn, databases, block.audience):
+            if begin < stop and self.is_addressed(txn, databases, block.audience):
                 copied = _copy_run(value, block, first, begin, stop, bool(messages))
                 numbers.extend(range(first + begin, first + begin + len(copied)))
                 messages.extend(copied)
+                runs.append((len(copied), block.time_ns))
                 if len(copied) < stop - begin:
                     break
                 size += _blocks.size_before(value, block, stop)
             elif not messages:
                 break
             found = _log.following(cursor) if first + block.messages < end else None
-        return numbers, messages
+        return Copied(numbers, messages, runs, attempts, is_spent)
+
+    def _limit(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, number: int,
+               end: int) -> Tuple[int, Dict[int, _layout.Attempts], bool]:
+        """
+        Cut a range in front of what is not due or not to be delivered any more.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param number: of the first message
+        :param end: number behind the last one
+        :return: new end, records in front of it, whether the first one is not to be delivered and
+            therefore alone
+        """
+        now_ns = self.now_ns()
+        found = {}  # type: Dict[int, _layout.Attempts]
+        for other, attempts in _attempts.between(txn, databases, self.ordinal, number, end):
+            if attempts.due_ns > now_ns:
+                return other, found, False
+            if self.policy.is_spent(attempts.deliveries):
+                if other > number:
+                    return other, found, False
+                return number + 1, {number: attempts}, True
+            found[other] = attempts
+        return end, found, False
 
     def acknowledge(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, begin: int,
                     numbers: List[int]) -> int:
@@ -182,7 +278,7 @@ class Pending:
         if value is None:
             # The subscriber was removed meanwhile.
             return 0
-        in_order = _layout.acknowledge_in_order(value, self.ordinal, numbers, self._now_ns())
+        in_order = _layout.acknowledge_in_order(value, self.ordinal, numbers, self.now_ns())
         if in_order is not None:
             position = numbers[-1] + 1
             txn.put(self.key, in_order, db=databases.pending)
@@ -209,10 +305,13 @@ class Pending:
             # It was removed and added again: another subscriber of the same name.
             return subscriber.position
         count = self._count_pending(txn, databases, subscriber, numbers)
+        if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+            for number in numbers:
+                _attempts.forget(txn, databases, subscriber.ordinal, number)
         moved, _ = _positions.acknowledge(txn, databases, subscriber, begin, numbers[-1] + 1)
         if count:
             moved = moved._replace(acknowledged=moved.acknowledged + count,
-                                   acknowledged_ns=self._now_ns())
+                                   acknowledged_ns=self.now_ns())
         if moved != subscriber:
             _positions.write(txn, databases, self.key, moved)
         return moved.position
@@ -229,44 +328,25 @@ class Pending:
         :param numbers: of the messages
         :return: how many are still pending
         """
-        cursor = txn.cursor(db=databases.data)
-        count = 0
-        for number in numbers:
-            if number < subscriber.position:
-                continue
-            found = _log.seek(cursor, number)
-            if found is not None and found.first <= number < found.first + found.block.messages:
-                count += _positions.skip_ahead(txn, databases, subscriber.ordinal, number) == number
-        return count
+        return sum(is_pending(txn, databases, subscriber, number) for number in numbers)
 
-    def set_aside(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, begin: int,
-                  number: int) -> None:
-        """
-        Acknowledge a damaged message.
 
-        :param txn: write transaction
-        :param databases: handles
-        :param begin: everything from here to the message is done or not for the subscriber
-        :param number: of the message
-        """
-        subscriber = _positions.require(txn, databases, self.key)
-        moved, fresh = _positions.acknowledge(txn, databases, subscriber, begin, number + 1)
-        if fresh:
-            _positions.write(txn, databases, self.key, moved._replace(corrupt=moved.corrupt + 1))
+def is_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases,
+               subscriber: _layout.Subscriber, number: int) -> bool:
+    """
+    Tell whether a message was neither acknowledged, dropped nor skipped.
 
-    def count_failure(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                      count: int) -> None:
-        """
-        Count deliveries that ended with an exception.
-
-        :param txn: write transaction
-        :param databases: handles
-        :param count: how many
-        """
-        subscriber = _positions.read(txn, databases, self.key)
-        if subscriber is not None and subscriber.ordinal == self.ordinal:
-            _positions.write(txn, databases, self.key,
-                             subscriber._replace(failed=subscriber.failed + count))
+    :param txn: any transaction
+    :param databases: handles
+    :param subscriber: to whom it is addressed
+    :param number: of the message
+    :return: True if it is pending
+    """
+    if number < subscriber.position:
+        return False
+    found = _log.seek(txn.cursor(db=databases.data), number)
+    return (found is not None and found.first <= number < found.first + found.block.messages
+            and _positions.skip_ahead(txn, databases, subscriber.ordinal, number) == number)
 
 
 def _copy_run(value: memoryview, block: _blocks.Block, first: int, begin: int, stop: int,

@@ -11,7 +11,7 @@ from typing import Dict, Final, Iterator, List, Optional, Sequence, Tuple
 import lmdb
 
 import persipubsub.errors
-from persipubsub.store import _blocks, _layout, _log
+from persipubsub.store import _attempts, _blocks, _layout, _log
 from persipubsub.store._databases import Databases
 
 #: So many blocks for others are walked over before the next one for a subscriber is searched by
@@ -56,13 +56,17 @@ def require(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 def write(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes,
           subscriber: _layout.Subscriber) -> None:
     """
-    Write the record of a subscriber.
+    Write the record of a subscriber; records of attempts that its position has passed are deleted.
 
     :param txn: write transaction
     :param databases: handles
     :param key: its id, in UTF-8
     :param subscriber: its record
     """
+    # Here, and not where positions are moved: there are many of these, and none can forget it.
+    if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS and not _attempts.forget_before(
+            txn, databases, subscriber.ordinal, subscriber.position):
+        subscriber = subscriber._replace(flags=subscriber.flags & ~_layout.FLAG_MAY_HAVE_ATTEMPTS)
     txn.put(key, _layout.pack_subscriber(subscriber), db=databases.pending)
 
 
@@ -366,7 +370,7 @@ def add(txn: "lmdb.Transaction[memoryview]", databases: Databases, keys: Sequenc
             raise persipubsub.errors.StoreError(
                 "Expected at most {} subscribers in the life of a queue, but got: {!r}".format(
                     _layout.MAX_SUBSCRIBER_ORDINAL, key))
-        subscriber = _layout.Subscriber(ordinal, 0, tail.next_number, 0, 0, 0, 0, 0, 0, 0, 0)
+        subscriber = _layout.Subscriber(ordinal, 0, tail.next_number, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         write(txn, databases, key, subscriber)
         ordinal += 1
     txn.put(_layout.HEADER_KEY,

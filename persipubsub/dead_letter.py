@@ -1,0 +1,68 @@
+"""
+Read messages that were given up.
+
+A message that was delivered as often as its subscriber's ``max_deliveries`` allows, and never
+acknowledged, is moved into the subscriber's ``dead_letter_queue``. There it is a message like any
+other, whose bytes are an envelope in MessagePack: a map with the fields of :py:class:`DeadLetter`
+as keys, of which ``version`` is 1, and times are MessagePack's timestamps.
+"""
+
+import datetime
+
+import msgspec
+
+import persipubsub.errors
+
+__all__ = ["DeadLetter"]
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    Hold a message that was given up, and why.
+
+    >>> import datetime
+    >>> now = datetime.datetime(2026, 11, 24, tzinfo=datetime.timezone.utc)
+    >>> letter = DeadLetter(queue="greetings", subscriber="sub", number=7, sent_at=now, attempts=3,
+    ...                     error="ValueError: no greeting", moved_at=now, data=b"?")
+    >>> DeadLetter.decode(letter.encode()) == letter
+    True
+    """
+
+    queue: str  #: key of the queue that it comes from
+    subscriber: str  #: id of whom it could not be delivered to
+    number: int  #: of the message in that queue
+    sent_at: datetime.datetime  #: when it was committed there, in UTC
+    attempts: int  #: how often it was delivered
+    error: str  #: type and text of what the last delivery ended with, at most 500 characters
+    moved_at: datetime.datetime  #: when it was given up, in UTC
+    data: bytes  #: that was sent
+    version: int = 1  #: of the envelope
+
+    def encode(self) -> bytes:
+        """
+        Encode the envelope.
+
+        :return: bytes of a message
+        """
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, msg: bytes) -> "DeadLetter":
+        """
+        Decode a message that was received from a queue of dead letters. It touches no file.
+
+        :param msg: bytes of the message
+        :return: what is in the envelope
+        :raise CorruptMessageError: if it is no envelope of this version
+        """
+        try:
+            letter = msgspec.msgpack.decode(msg, type=cls)
+        except msgspec.DecodeError as error:
+            raise persipubsub.errors.CorruptMessageError(
+                "Expected a dead letter, but got {} bytes: {}".format(len(msg),
+                                                                      error), number=0) from error
+        if letter.version != 1:
+            raise persipubsub.errors.CorruptMessageError(
+                "Expected a dead letter of the version 1, but got: {!r}".format(letter.version),
+                number=letter.number)
+        return letter

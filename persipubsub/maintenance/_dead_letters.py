@@ -1,0 +1,141 @@
+"""Look at messages that were given up, send them back to where they come from, or drop them."""
+
+import contextlib
+import dataclasses
+import os
+from typing import Callable, Dict, Final, Iterator, List, Optional, Sequence, Tuple
+
+import persipubsub.config
+import persipubsub.errors
+import persipubsub.queue
+from persipubsub import _delivery, _moving
+from persipubsub.dead_letter import DeadLetter
+from persipubsub.maintenance import _looking
+
+#: So many are read at once.
+_PAGE: Final = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedDeadLetter:
+    """Hold a dead letter that was looked at."""
+
+    number: int  #: in the queue of dead letters
+    letter: DeadLetter
+
+
+def queues_of(config: persipubsub.config.Config) -> List[str]:
+    """
+    List the queues of dead letters.
+
+    :param config: that describes the queues
+    :return: their keys, in the order of the file
+    """
+    used = {subscriber.dead_letter_queue for subscriber in config.subscribers.values()}
+    return [key for key in config.queues if key in used]
+
+
+def look(config: persipubsub.config.Config, queue_key: str) -> Iterator[ListedDeadLetter]:
+    """
+    Look at the dead letters of a queue, in order, without taking them.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue of dead letters
+    :return: those that were neither sent back nor dropped; damaged ones are left out
+    """
+    settings = persipubsub.queue.Settings.of(config, queue_key)
+    start = 0
+    while True:
+        page = _looking.peek(settings, persipubsub.config.DEAD_LETTERS, count=_PAGE, start=start)
+        for message in page:
+            if message.content is not None:
+                yield ListedDeadLetter(message.number, DeadLetter.decode(message.content))
+        if not page:
+            return
+        start = page[-1].number + 1
+
+
+def drop(config: persipubsub.config.Config, queue_key: str,
+         numbers: Optional[Sequence[int]]) -> Tuple[int, ...]:
+    """
+    Let dead letters leave their queue.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue of dead letters
+    :param numbers: in that queue; None: all that are there now
+    :return: numbers of those that left
+    """
+    return _each(config, queue_key, numbers, lambda number, letter: None)
+
+
+def send_back(config: persipubsub.config.Config, queue_key: str,
+              numbers: Optional[Sequence[int]]) -> Tuple[int, ...]:
+    """
+    Send dead letters to the subscriber that failed to work on them, and to nobody else.
+
+    Each is put there before it leaves the queue of dead letters, under an id that is the same when
+    it is repeated: whenever the process is killed, it is in one of the two.
+
+    :param config: that describes the queues
+    :param queue_key: of the queue of dead letters
+    :param numbers: in that queue; None: all that are there now
+    :return: numbers of those that were sent back
+    :raise ConfigError: if the file does not have a letter's queue any more
+    :raise NotInitializedError: if that queue does not have its subscriber any more
+    """
+    path = os.path.realpath(config.queue_path(queue_key))
+    with contextlib.ExitStack() as stack:
+        targets = {}  # type: Dict[str, persipubsub.queue.Queue]
+
+        def put(number: int, letter: DeadLetter) -> None:
+            target = targets.get(letter.queue)
+            if target is None:
+                config.queue_path(letter.queue)
+                target = stack.enter_context(persipubsub.queue.open_queue(config, letter.queue))
+                targets[letter.queue] = target
+            target.require_subscribers([letter.subscriber])
+            msg_id = _moving.make_id("send back", path, number, letter.moved_at.isoformat())
+            target.put([letter.data], (letter.subscriber, ), timeout=0, msg_ids=[msg_id])
+
+        return _each(config, queue_key, numbers, put)
+
+
+def _each(config: persipubsub.config.Config, queue_key: str, numbers: Optional[Sequence[int]],
+          work: Callable[[int, DeadLetter], None]) -> Tuple[int, ...]:
+    """
+    Do something with dead letters, and let each leave its queue afterwards.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue of dead letters
+    :param numbers: in that queue; None: all that are there now
+    :param work: to be done, given the number and the letter
+    :return: numbers of those that left; another process may be at work on the others
+    """
+    done = []  # type: List[int]
+    with persipubsub.queue.open_queue(config, queue_key) as queue:
+        consumer = queue.consumer(persipubsub.config.DEAD_LETTERS)
+        # Those that come back meanwhile are not sent back again.
+        end = queue.statistics().next_number
+        if numbers is None:
+            numbers = [listed.number for listed in look(config, queue_key) if listed.number < end]
+        for number in numbers:
+            lease = consumer.take_at(number)
+            if lease is not None:
+                _finish(lease, work)
+                done.append(number)
+    return tuple(done)
+
+
+def _finish(lease: _delivery.Lease, work: Callable[[int, DeadLetter], None]) -> None:
+    """
+    Do something with a dead letter.
+
+    :param lease: on it; acknowledged if the work succeeds
+    :param work: to be done
+    """
+    try:
+        work(lease.numbers[0], DeadLetter.decode(lease.messages[0]))
+    except BaseException:
+        lease.give_back()
+        raise
+    lease.acknowledge()

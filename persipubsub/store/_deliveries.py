@@ -1,0 +1,191 @@
+"""
+Record what became of a delivery that did not end well, inside of a transaction.
+
+An acknowledgement is in :py:mod:`persipubsub.store._pending`; here is all the rest: deliveries that
+are counted before they begin, those that failed, and messages that are not delivered any more.
+"""
+
+import datetime
+from typing import Dict, Final, List, Sequence
+
+import lmdb
+
+import persipubsub.message
+from persipubsub.store import _attempts, _layout, _pending, _positions
+from persipubsub.store._databases import Databases
+
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+
+
+def describe(copied: _pending.Copied, offset_ns: int,
+             is_counted: bool) -> List[persipubsub.message.Message]:
+    """
+    Tell what is known of messages. No store is touched.
+
+    :param copied: messages
+    :param offset_ns: what the wall clock is ahead of the queue's clock, in nanoseconds
+    :param is_counted: True if this delivery is counted in the records
+    :return: the same with all that is known
+    """
+    times = []  # type: List[datetime.datetime]
+    for count, time_ns in copied.runs:
+        times += [_EPOCH + datetime.timedelta(microseconds=(time_ns + offset_ns) // 1000)] * count
+    described = []
+    for number, data, sent_at in zip(copied.numbers, copied.messages, times):
+        attempts = copied.attempts.get(number)
+        count = 0 if attempts is None else attempts.deliveries
+        described.append(
+            persipubsub.message.Message(data=data,
+                                        number=number,
+                                        sent_at=sent_at,
+                                        attempts=count if is_counted else count + 1))
+    return described
+
+
+def begin(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+          number: int, end: int) -> _pending.Copied:
+    """
+    Copy claimed messages, and count their delivery before it begins: crashes count, too.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :param number: of the first message
+    :param end: number behind the last one to look at
+    :return: messages with what is known of their deliveries, this one included
+    :raise CorruptMessageError: if the first one is damaged
+    """
+    copied = pending.copy(txn, databases, number, end)
+    if copied.is_spent or not copied.numbers:
+        return copied
+    counted = {}  # type: Dict[int, _layout.Attempts]
+    for found in copied.numbers:
+        before = copied.attempts.get(found)
+        if before is None:
+            before = _layout.Attempts(0, 0, pending.now_ns(), 0, "")
+        counted[found] = before._replace(deliveries=before.deliveries + 1,
+                                         flags=_layout.FLAG_IS_BEGUN)
+        _attempts.write(txn, databases, pending.ordinal, found, counted[found])
+    _flag(txn, databases, pending.key)
+    return copied._replace(attempts=counted)
+
+
+def _flag(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes) -> None:
+    """
+    Say that a subscriber has records of attempts.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param key: id of the subscriber, in UTF-8
+    """
+    subscriber = _positions.require(txn, databases, key)
+    if not subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+        _positions.write(
+            txn, databases, key,
+            subscriber._replace(flags=subscriber.flags | _layout.FLAG_MAY_HAVE_ATTEMPTS))
+
+
+def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+         numbers: Sequence[int], error: str) -> List[int]:
+    """
+    Record that a delivery failed.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :param numbers: of the messages that were delivered
+    :param error: what it ended with
+    :return: numbers of those that are not to be delivered any more
+    """
+    subscriber = _positions.read(txn, databases, pending.key)
+    if subscriber is None or subscriber.ordinal != pending.ordinal:
+        return []
+    spent = []  # type: List[int]
+    now_ns = pending.now_ns()
+    flags = subscriber.flags
+    for number in numbers:
+        if not _pending.is_pending(txn, databases, subscriber, number):
+            continue
+        before = _attempts.read(txn, databases, pending.ordinal, number)
+        if before is None:
+            before = _layout.Attempts(0, 0, now_ns, 0, "")
+        # Counted when it began, unless nothing limits the deliveries.
+        count = before.deliveries + (not before.flags & _layout.FLAG_IS_BEGUN)
+        is_spent = pending.policy.is_spent(count)
+        due_ns = 0
+        if pending.policy.delay_ns and not is_spent:
+            due_ns = now_ns + pending.policy.delay_after(count)
+        # Nobody is told the text of what is delivered for ever.
+        text = error[:_attempts.ERROR_CHARACTERS] if pending.policy.max_deliveries else ""
+        _attempts.write(txn, databases, pending.ordinal, number,
+                        _layout.Attempts(count, 0, before.since_ns, due_ns, text))
+        flags |= _layout.FLAG_MAY_HAVE_ATTEMPTS
+        if is_spent:
+            spent.append(number)
+    _positions.write(txn, databases, pending.key,
+                     subscriber._replace(failed=subscriber.failed + len(numbers), flags=flags))
+    return spent
+
+
+def take_back(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+              numbers: Sequence[int]) -> None:
+    """
+    Take the count of a delivery back: nobody worked on the messages.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :param numbers: of the messages
+    """
+    subscriber = _positions.read(txn, databases, pending.key)
+    if subscriber is None or subscriber.ordinal != pending.ordinal:
+        return
+    for number in numbers:
+        before = _attempts.read(txn, databases, pending.ordinal, number)
+        if before is None or not before.flags & _layout.FLAG_IS_BEGUN:
+            continue
+        if before.deliveries > 1:
+            _attempts.write(txn, databases, pending.ordinal, number,
+                            before._replace(deliveries=before.deliveries - 1, flags=0))
+        else:
+            _attempts.forget(txn, databases, pending.ordinal, number)
+    _positions.write(txn, databases, pending.key, subscriber)
+
+
+def set_aside(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+              begin_number: int, number: int) -> None:
+    """
+    Acknowledge a damaged message.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :param begin_number: everything from here to the message is done or not for the subscriber
+    :param number: of the message
+    """
+    subscriber = _positions.require(txn, databases, pending.key)
+    _attempts.forget(txn, databases, subscriber.ordinal, number)
+    moved, fresh = _positions.acknowledge(txn, databases, subscriber, begin_number, number + 1)
+    if fresh:
+        _positions.write(txn, databases, pending.key, moved._replace(corrupt=moved.corrupt + 1))
+
+
+def give_up(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+            number: int) -> None:
+    """
+    Acknowledge a message that is not delivered any more.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :param number: of the message
+    """
+    subscriber = _positions.read(txn, databases, pending.key)
+    if subscriber is None or subscriber.ordinal != pending.ordinal:
+        return
+    if not _pending.is_pending(txn, databases, subscriber, number):
+        return
+    _attempts.forget(txn, databases, subscriber.ordinal, number)
+    moved, _ = _positions.acknowledge(txn, databases, subscriber, number, number + 1)
+    _positions.write(txn, databases, pending.key,
+                     moved._replace(dead_lettered=moved.dead_lettered + 1))

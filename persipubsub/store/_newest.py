@@ -1,0 +1,85 @@
+"""Find the newest message of a subscriber and skip to it, inside of a transaction."""
+
+from typing import Optional, Union
+
+import lmdb
+
+from persipubsub.store import _attempts, _deliveries, _layout, _log, _pending, _positions
+from persipubsub.store._databases import Databases
+
+
+def find(
+    txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending
+) -> Union[_pending.Candidate, _pending.Expired, _pending.Resting, None]:
+    """
+    Find the newest message that is pending. Messages for others behind it are walked over.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :return: message; that it is too old; when it is due; None if there is none
+    """
+    subscriber = _positions.require(txn, databases, pending.key)
+    found = _log.last(cursor := txn.cursor(db=databases.data))
+    while found is not None and found.first + found.block.messages > subscriber.position:
+        if found.block.messages and pending.is_addressed(txn, databases, found.block.audience):
+            number = _newest_of(txn, databases, subscriber, found)
+            if number is not None:
+                if found.block.time_ns < pending.now_ns() - pending.timeout_ns:
+                    return _pending.Expired()
+                if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+                    attempts = _attempts.read(txn, databases, subscriber.ordinal, number)
+                    if attempts is not None and attempts.due_ns > pending.now_ns():
+                        return _pending.Resting(attempts.due_ns)
+                return _pending.Candidate(begin=number, number=number, due_ns=0)
+        found = _log.preceding(cursor)
+    return None
+
+
+def _newest_of(txn: "lmdb.Transaction[memoryview]", databases: Databases,
+               subscriber: _layout.Subscriber, found: _log.Found) -> Optional[int]:
+    """
+    Find the newest message of a block that was not acknowledged.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param subscriber: its record
+    :param found: block
+    :return: number; None if all of them were acknowledged
+    """
+    number = found.first + found.block.messages - 1
+    if not subscriber.flags & _layout.FLAG_MAY_HAVE_RANGES:
+        return number
+    for begin, end in reversed(list(_positions.ranges(txn, databases, subscriber.ordinal))):
+        if begin <= number < end:
+            number = begin - 1
+    return number if number >= max(found.first, subscriber.position) else None
+
+
+def skip_to(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+            number: int) -> Optional[_pending.Copied]:
+    """
+    Copy a claimed message if it is the newest one, and acknowledge all in front of it.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :param number: of the message
+    :return: message; None if it is not the newest one any more
+    :raise CorruptMessageError: if it is damaged
+    """
+    newest = find(txn, databases, pending)
+    if not isinstance(newest, _pending.Candidate) or newest.number != number:
+        return None
+    if pending.policy.max_deliveries:
+        copied = _deliveries.begin(txn, databases, pending, number, number + 1)
+    else:
+        copied = pending.copy(txn, databases, number, number + 1)
+    subscriber = _positions.require(txn, databases, pending.key)
+    audiences = _positions.audiences_of(_log.read_audiences(txn, databases), pending.key)
+    skipped = _positions.count_pending(txn, databases, subscriber, audiences, 0, number)
+    if skipped:
+        moved, _ = _positions.acknowledge(txn, databases, subscriber, subscriber.position, number)
+        _positions.write(txn, databases, pending.key,
+                         moved._replace(skipped=moved.skipped + skipped))
+    return copied

@@ -1,0 +1,280 @@
+"""
+Kill consumers whose deliveries are limited, and count what became of each message.
+
+``PERSIPUBSUB_STORM_SECS`` is how long the storm lasts at least, ``PERSIPUBSUB_SEED`` repeats its
+choices (not the scheduling of the machine); with ``PERSIPUBSUB_EVERY_CALL=1`` a process is killed at
+each system call of a move, and not at a sample of them.
+"""
+
+# pylint: disable=missing-function-docstring
+
+import collections
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import time
+from typing import Callable, Dict, Final, List, Set, Tuple
+
+import pytest
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from tests import support
+from tests.faults import tracing
+
+STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
+IS_EVERY: Final = bool(int(os.environ.get("PERSIPUBSUB_EVERY_CALL", "0")))
+
+#: So many kills of a sample, fewer after so many seconds.
+SAMPLE: Final = 12
+BUDGET_SECS: Final = 5.0
+
+MAX_DELIVERIES: Final = 3
+
+CONSUMERS: Final = 3
+
+
+def make(directory: pathlib.Path, **changes: object) -> pathlib.Path:
+    """Make a queue ready, and that of its dead letters."""
+    directory.mkdir(exist_ok=True)
+    config_pth = support.write_config(directory)
+    found = json.loads(config_pth.read_text())
+    found["sub"].update({
+        "max_deliveries": MAX_DELIVERIES,
+        "dead_letter_queue": "letters",
+        **changes
+    })
+    found["queues"]["letters"] = dict(found["queues"]["queue"],
+                                      path=str(directory / "letters"),
+                                      subscribers=[])
+    config_pth.write_text(json.dumps(found))
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
+
+
+def send(config_pth: pathlib.Path, *messages: bytes) -> None:
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        for message in messages:
+            pub.send(message)
+
+
+def letters(config_pth: pathlib.Path) -> List[persipubsub.control.ListedDeadLetter]:
+    return list(persipubsub.control.dead_letters(config_pth)["letters"])
+
+
+def check_stores(config_pth: pathlib.Path) -> None:
+    for key, findings in persipubsub.control.verify(config_pth).items():
+        assert findings == (), key
+
+
+class Ledger:
+    """Note what consumers do, whatever happens to them."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+
+    def note(self, *fields: object) -> None:
+        """Write a line."""
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
+        os.close(descriptor)
+
+    def lines(self) -> List[List[str]]:
+        """Read all lines."""
+        return [line.split(" ") for line in self._path.read_text("ascii").splitlines()]
+
+
+def consume(_: support.Connection, config_pth: pathlib.Path, ledger: Ledger, batch: int) -> None:
+    """Work on messages: some fail, some kill their process, the others take a moment."""
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        while True:
+            try:
+                with sub.receive_many(batch, timeout=support.HANG_SECS, details=True) as messages:
+                    for message in messages:
+                        ledger.note("take", message.number, message.attempts)
+                        if message.data == b"fail":
+                            raise ValueError("no")
+                        if message.data == b"kill":
+                            os.kill(os.getpid(), signal.SIGKILL)
+                    time.sleep(0.001)
+                for message in messages:
+                    ledger.note("done", message.number)
+            except ValueError:
+                pass
+
+
+def rage(places: Dict[int, support.Child], start: Callable[[int], support.Child],
+         rng: random.Random, is_over: Callable[[], bool]) -> int:
+    """Kill consumers at random, and start others, until all is done."""
+    kills = 0
+    deadline = time.monotonic() + support.HANG_SECS + 10 * STORM_SECS
+    while not is_over():
+        assert time.monotonic() < deadline, "Expected an end of the storm"
+        time.sleep(rng.uniform(0.01, 0.1))
+        index = rng.randrange(CONSUMERS)
+        for place, child in list(places.items()):
+            # Those that a message killed are started again, too.
+            if child.process.exitcode is not None or place == index:
+                kills += 1
+                child.__exit__()
+                places[place] = start(place)
+    return kills
+
+
+@pytest.mark.parametrize("delay_secs", [0, 0.02])
+def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
+                                                        delay_secs: float) -> None:
+    seed = tracing.seed()
+    rng = random.Random(seed)
+    config_pth = make(tmp_path, retry_delay_secs=delay_secs)
+    ledger = Ledger(tmp_path / "ledger")
+    kinds = rng.choices([b"fail", b"kill", b"work"], weights=[1, 1, 8],
+                        k=int(60 * max(1.0, STORM_SECS)))
+    send(config_pth, *kinds)
+
+    def start(place: int) -> support.Child:
+        # A batch fails as a whole: only one of the consumers takes more than a message.
+        return support.Child(consume, config_pth, ledger, 3 if place == 0 else 1)
+
+    places = {place: start(place) for place in range(CONSUMERS)}
+    try:
+        kills = rage(places, start, rng, lambda: not lag(config_pth))
+    finally:
+        for child in places.values():
+            child.__exit__()
+    check_stores(config_pth)
+    check_books(config_pth, ledger, kinds)
+    found = letters(config_pth)
+    print("{} messages, {} kills, {} dead letters".format(len(kinds), kills, len(found)))
+
+
+def lag(config_pth: pathlib.Path) -> int:
+    return persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0].lag
+
+
+def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: List[bytes]) -> None:
+    """Compare the ledger, the statistics and the dead letters."""
+    taken = collections.defaultdict(list)  # type: Dict[int, List[int]]
+    done = collections.Counter()  # type: Dict[int, int]
+    for word, number, *rest in ledger.lines():
+        if word == "take":
+            taken[int(number)].append(int(rest[0]))
+        else:
+            done[int(number)] += 1
+    found = [one.letter for one in letters(config_pth)]
+    given_up = {letter.number for letter in found}
+    first = min(taken)
+    # Exactly once: no letter is there twice, and what was given up was not acknowledged.
+    assert len(found) == len(given_up)
+    assert max(done.values(), default=1) == 1
+    assert not given_up & set(done)
+    figures = persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0]
+    assert figures.dead_lettered == len(found)
+    assert figures.acknowledged == len(kinds) - len(found)
+    for letter in found:
+        assert letter.attempts == MAX_DELIVERIES
+        assert letter.data == kinds[letter.number - first]
+    # What can not succeed did not.
+    hopeless = {first + index for index, kind in enumerate(kinds) if kind != b"work"}
+    assert hopeless <= given_up
+    # No delivery was counted twice, and none was made that the limit forbids; one may be missing in
+    # the ledger, whose consumer was killed before it could write.
+    for attempts in taken.values():
+        assert attempts == sorted(set(attempts)) and attempts[-1] <= MAX_DELIVERIES
+    seen = set()  # type: Set[str]
+    for letter in found:
+        seen.add(letter.error)
+    assert seen <= {"ValueError: no", "its process ended, or dropped it, before it was done"}
+
+
+# Each system call of a move
+
+
+def prepare(directory: pathlib.Path) -> pathlib.Path:
+    """Make a queue with a message of which one more delivery is allowed, and one behind it."""
+    config_pth = make(directory)
+    send(config_pth, b"fail", b"work")
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        for _ in range(MAX_DELIVERIES - 1):
+            with pytest.raises(ValueError):
+                with sub.receive(timeout=0):
+                    raise ValueError("no")
+    return config_pth
+
+
+def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
+    """Fail with the message for the last time; all but the end of it is done before strace comes."""
+    sub = persipubsub.subscriber.Sub()
+    sub.init(sub_id="sub", config_pth=config_pth)
+    receipt = sub.receive(timeout=0)
+    assert receipt.__enter__() == b"fail"
+    error = ValueError("no")
+    return lambda: receipt.__exit__(ValueError, error, None)
+
+
+def list_calls(directory: pathlib.Path) -> List[Tuple[str, int]]:
+    """List the system calls of a move: name, and which one of that name."""
+    config_pth = prepare(directory)
+    trace_pth = directory / "trace"
+    assert tracing.run(lambda: start_last_delivery(config_pth), ["-o", str(trace_pth)]) == 0
+    assert [one.letter.data for one in letters(config_pth)] == [b"fail"]
+    counts = collections.Counter()  # type: Dict[str, int]
+    places = []  # type: List[Tuple[str, int]]
+    for line in trace_pth.read_text("utf-8", "replace").splitlines():
+        match = re.match(r"\d+ +(\w+)\(", line)
+        if match is not None and match.group(1) not in ("exit", "exit_group", "restart_syscall"):
+            counts[match.group(1)] += 1
+            places.append((match.group(1), counts[match.group(1)]))
+    return places
+
+
+def kill_at(config_pth: pathlib.Path, place: Tuple[str, int]) -> bool:
+    """Kill a move at a system call; the next consumer finishes what is left of it."""
+    code = tracing.run(lambda: start_last_delivery(config_pth), [
+        "-o", os.devnull, "-e", "trace=" + place[0], "-e",
+        "inject={}:signal=KILL:when={}".format(*place)
+    ])
+    assert code in (0, -signal.SIGKILL)
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with sub.receive(timeout=5, details=True) as message:
+            assert message is not None
+            assert (message.data, message.attempts) == (b"work", 1)
+        with sub.receive(timeout=0) as nothing:
+            assert nothing is None
+    found, = letters(config_pth)
+    assert (found.letter.data, found.letter.attempts) == (b"fail", MAX_DELIVERIES)
+    figures = persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0]
+    assert (figures.dead_lettered, figures.acknowledged, figures.lag) == (1, 1, 0)
+    check_stores(config_pth)
+    return code != 0
+
+
+def test_move_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
+    tracing.require()
+    chance = random.Random(tracing.seed())
+    places = list_calls(tmp_path / "count")
+    total = len(places)
+    if not IS_EVERY:
+        places = chance.sample(places, min(SAMPLE, total))
+    killed = done = 0
+    deadline = time.monotonic() + BUDGET_SECS
+    for place in places:
+        if done >= 3 and not IS_EVERY and time.monotonic() > deadline:
+            break
+        done += 1
+        try:
+            killed += kill_at(prepare(tmp_path / "{}-{}".format(*place)), place)
+        except AssertionError as error:
+            raise AssertionError("Killed at {}: {}".format(place, error)) from error
+    print("{} kills at {} calls".format(killed, total))
+    assert killed >= done // 2

@@ -1,0 +1,304 @@
+"""Test what operators do with messages that were given up, in Python and on the command line."""
+
+# pylint: disable=missing-function-docstring
+
+import base64
+import json
+import pathlib
+from typing import Any, Dict, List, Sequence
+
+import pytest
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+import persipubsub.subscriber
+from persipubsub import _delivery
+from tests import stores, support, test_cli
+
+
+def write_config(directory: pathlib.Path, **subscriber: Any) -> pathlib.Path:
+    """Write a file with a queue, its two subscribers and a queue of dead letters."""
+    config_pth = support.write_config(directory,
+                                      publishers={"pub": ("sub", "other")},
+                                      subscribers=["sub", "other"])
+    found = json.loads(config_pth.read_text())
+    found["sub"].update({"max_deliveries": 1, "dead_letter_queue": "letters", **subscriber})
+    found["queues"]["letters"] = dict(found["queues"]["queue"],
+                                      path=str(directory / "letters"),
+                                      subscribers=[])
+    config_pth.write_text(json.dumps(found))
+    return config_pth
+
+
+def fail(config_pth: pathlib.Path, *messages: bytes) -> None:
+    """Send messages, and fail with them until they are given up."""
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+        for message in messages:
+            pub.send(message)
+            with pytest.raises(ValueError):
+                with sub.receive(timeout=0) as msg:
+                    assert msg == message
+                    raise ValueError("not " + message.decode())
+
+
+@pytest.fixture(name="config_pth")
+def fixture_config_pth(tmp_path: pathlib.Path) -> pathlib.Path:
+    config_pth = write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
+
+
+def listed(config_pth: pathlib.Path) -> Dict[int, bytes]:
+    found = persipubsub.control.dead_letters(config_pth)
+    assert list(found) == ["letters"]
+    return {one.number: one.letter.data for one in found["letters"]}
+
+
+def received(config_pth: pathlib.Path, name: str) -> List[bytes]:
+    with persipubsub.queue.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
+        assert queue.check() == []
+        return stores.take_all(queue, name)
+
+
+def test_letters_are_listed_without_taking_them(config_pth: pathlib.Path) -> None:
+    assert listed(config_pth) == {}
+    fail(config_pth, b"1", b"2")
+    for _ in range(2):
+        assert list(listed(config_pth).values()) == [b"1", b"2"]
+    one = persipubsub.control.dead_letters(config_pth, "letters")["letters"][0]
+    assert (one.letter.queue, one.letter.subscriber, one.letter.error) == ("queue", "sub",
+                                                                          "ValueError: not 1")
+    assert persipubsub.control.dead_letter_queues(config_pth) == ("letters", )
+    figures = persipubsub.control.statistics(config_pth)["letters"]
+    assert [entry.subscriber for entry in figures.subscribers] == ["dead_letters"]
+
+
+def test_letters_are_sent_back_to_whom_they_failed(config_pth: pathlib.Path) -> None:
+    fail(config_pth, b"1", b"2", b"3")
+    numbers = list(listed(config_pth))
+    assert persipubsub.control.send_back(config_pth, "letters", numbers[1:2]) == (numbers[1], )
+    assert received(config_pth, "sub") == [b"2"]
+    assert persipubsub.control.send_back(config_pth, "letters") == (numbers[0], numbers[2])
+    assert received(config_pth, "sub") == [b"1", b"3"]
+    # The other one had all of them once.
+    assert received(config_pth, "other") == [b"1", b"2", b"3"]
+    assert listed(config_pth) == {}
+    assert persipubsub.control.send_back(config_pth, "letters", numbers) == ()
+
+
+def test_message_that_fails_again_is_another_letter(config_pth: pathlib.Path) -> None:
+    fail(config_pth, b"1")
+    persipubsub.control.send_back(config_pth, "letters")
+    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with sub.receive(timeout=0, details=True) as message:
+            assert message is not None and message.attempts == 1
+            raise ValueError("again")
+    assert list(listed(config_pth).values()) == [b"1"]
+
+
+def test_letters_are_dropped(config_pth: pathlib.Path) -> None:
+    fail(config_pth, b"1", b"2", b"3")
+    numbers = list(listed(config_pth))
+    dropped = persipubsub.control.drop_dead_letters(config_pth, "letters", [numbers[0], 99])
+    assert dropped == (numbers[0], )
+    assert list(listed(config_pth).values()) == [b"2", b"3"]
+    assert persipubsub.control.drop_dead_letters(config_pth, "letters") == tuple(numbers[1:])
+    assert received(config_pth, "sub") == []
+
+
+def test_many_letters_are_read_in_pages(config_pth: pathlib.Path) -> None:
+    messages = [b"%d" % index for index in range(250)]
+    fail(config_pth, *messages)
+    assert list(listed(config_pth).values()) == messages
+    assert len(persipubsub.control.send_back(config_pth, "letters")) == 250
+    assert received(config_pth, "sub") == messages
+
+
+@pytest.mark.parametrize("is_put", [False, True])
+def test_letter_is_in_one_of_the_queues_whenever_the_process_is_killed(
+        config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch, is_put: bool) -> None:
+    fail(config_pth, b"1")
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    target = _delivery.Lease if is_put else persipubsub.queue.Queue
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, "acknowledge" if is_put else "put", die)
+        persipubsub.control.send_back(config_pth, "letters")
+    assert list(listed(config_pth).values()) == [b"1"]
+    assert len(persipubsub.control.send_back(config_pth, "letters")) == 1
+    assert listed(config_pth) == {}
+    assert received(config_pth, "sub") == [b"1"]
+
+
+def test_letter_of_a_subscriber_that_is_gone_stays(config_pth: pathlib.Path) -> None:
+    fail(config_pth, b"1")
+    persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
+    with pytest.raises(persipubsub.errors.NotInitializedError, match="'sub'"):
+        persipubsub.control.send_back(config_pth, "letters")
+    assert list(listed(config_pth).values()) == [b"1"]
+
+
+def test_letter_of_a_queue_that_is_gone_stays(config_pth: pathlib.Path) -> None:
+    fail(config_pth, b"1")
+    text = config_pth.read_text()
+    config_pth.write_text(text.replace('"queue":', '"renamed":').replace('": "queue"',
+                                                                         '": "renamed"'))
+    with pytest.raises(persipubsub.errors.ConfigError, match="'queue'"):
+        persipubsub.control.send_back(config_pth, "letters")
+    config_pth.write_text(text)
+    assert list(listed(config_pth).values()) == [b"1"]
+
+
+def test_queue_of_something_else_has_no_letters(config_pth: pathlib.Path) -> None:
+    with pytest.raises(persipubsub.errors.NotInitializedError, match="dead_letters"):
+        persipubsub.control.dead_letters(config_pth, "queue")
+    with pytest.raises(persipubsub.errors.ConfigError):
+        persipubsub.control.drop_dead_letters(config_pth, "nothing")
+
+
+def test_queues_may_give_up_into_each_other(tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path)
+    found = json.loads(config_pth.read_text())
+    found["queues"]["letters"]["subscribers"] = ["reader"]
+    found["reader"] = {"in_queue": "letters", "max_deliveries": 1, "dead_letter_queue": "last"}
+    found["queues"]["last"] = dict(found["queues"]["letters"], path="last", subscribers=[])
+    config_pth.write_text(json.dumps(found))
+    persipubsub.control.initialize_all_dbs(config_pth)
+    fail(config_pth, b"1")
+    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
+        sub.init(sub_id="reader", config_pth=config_pth)
+        with sub.receive(timeout=0):
+            raise ValueError("no")
+    letters = persipubsub.control.dead_letters(config_pth)
+    assert [len(letters[key]) for key in ("letters", "last")] == [1, 1]
+
+
+# The configuration file
+
+
+def problems(config_pth: pathlib.Path) -> Sequence[str]:
+    with pytest.raises(persipubsub.errors.ConfigError) as info:
+        persipubsub.config.read(config_pth)
+    return info.value.problems
+
+
+def test_keys_are_read(tmp_path: pathlib.Path) -> None:
+    config = persipubsub.config.read(write_config(tmp_path, retry_delay_secs=1.5, max_deliveries=7))
+    sub = config.subscriber("sub")
+    assert (sub.max_deliveries, sub.dead_letter_queue, sub.retry_delay_secs) == (7, "letters", 1.5)
+    other = config.subscriber("other")
+    assert (other.max_deliveries, other.dead_letter_queue, other.retry_delay_secs) == (0, "", 0)
+    retries = persipubsub.queue.Settings.of(config, "queue").retries
+    assert list(retries) == ["sub"]
+    assert retries["sub"].policy == (7, 1500000000)
+
+
+@pytest.mark.parametrize("key, value, problem", [
+    ("max_deliveries", 0, "sub.max_deliveries: Expected an integer between 1 and 2147483648"),
+    ("max_deliveries", True, "sub.max_deliveries: Expected an integer"),
+    ("max_deliveries", 1.0, "sub.max_deliveries: Expected an integer"),
+    ("retry_delay_secs", -1, "sub.retry_delay_secs: Expected a number between 0 and 86400"),
+    ("retry_delay_secs", "1", "sub.retry_delay_secs: Expected a number"),
+    ("dead_letter_queue", "nothing", "sub.dead_letter_queue: Expected a key of queues"),
+    ("dead_letter_queue", 1, "sub.dead_letter_queue: Expected"),
+    ("dead_letter_queue", "queue", "sub.dead_letter_queue: Expected another queue than 'in_queue'"),
+])
+def test_wrong_value_is_a_problem(tmp_path: pathlib.Path, key: str, value: object,
+                                  problem: str) -> None:
+    assert any(problem in found for found in problems(write_config(tmp_path, **{key: value})))
+
+
+def test_queue_of_dead_letters_needs_a_limit(tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path)
+    found = json.loads(config_pth.read_text())
+    del found["sub"]["max_deliveries"]
+    config_pth.write_text(json.dumps(found))
+    assert problems(config_pth) == (
+        "sub: Expected the key 'max_deliveries' beside 'dead_letter_queue', "
+        "but got: no such key", )
+
+
+def test_nobody_else_publishes_to_a_queue_of_dead_letters(tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path)
+    found = json.loads(config_pth.read_text())
+    found["queues"]["letters"]["subscribers"] = ["reader"]
+    found["reader"] = {"in_queue": "letters"}
+    found["writer"] = {"out_queue": "letters", "subscribers": ["reader"]}
+    config_pth.write_text(json.dumps(found))
+    problem, = problems(config_pth)
+    assert "a queue that nobody publishes to" in problem and "writer" in problem
+
+
+def test_queue_of_another_engine_takes_no_letters(tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path)
+    config_pth.write_text(config_pth.read_text().replace(str(tmp_path / "letters"),
+                                                         "nats://localhost/letters"))
+    assert any("queues that are directories" in problem for problem in problems(config_pth))
+
+
+def test_nobody_else_is_called_like_that(tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path)
+    config_pth.write_text(config_pth.read_text().replace('"other"', '"dead_letters"'))
+    assert any("not reserved" in problem for problem in problems(config_pth))
+
+
+# The command
+
+
+def test_command_lists(config_pth: pathlib.Path) -> None:
+    assert test_cli.run("dead-letters", config_pth).stdout == "There are no dead letters.\n"
+    fail(config_pth, b"\x00\xff".decode("latin-1").encode(), b"2")
+    head, first, second = test_cli.run("dead-letters", config_pth).stdout.splitlines()
+    assert head.split()[-1] == "ERROR"
+    assert first.split()[:6] == ["letters", "1", "queue", "sub", "1", "1"]
+    assert second.endswith("ValueError: not 2")
+    found = json.loads(test_cli.run("dead-letters", config_pth, "list", "--json").stdout)
+    assert [base64.b64decode(one["letter"]["data"]) for one in found["letters"]][1] == b"2"
+    assert [one["number"] for one in found["letters"]] == [1, 2]
+
+
+def test_command_sends_back_and_drops(config_pth: pathlib.Path) -> None:
+    fail(config_pth, b"1", b"2", b"3")
+    options = ("--queue", "letters", "--number")
+    out = test_cli.run("dead-letters", config_pth, "send-back", *options, 2)
+    assert out.stdout == "letters: 1 dead letter sent back\n"
+    assert received(config_pth, "sub") == [b"2"]
+    out = test_cli.run("dead-letters", config_pth, "drop", *options, 2, "--yes", exit_code=1)
+    assert "not there" in out.stderr
+    asked = test_cli.run("dead-letters", config_pth, "drop", stdin=b"n\n", exit_code=1)
+    assert "Drop 2 dead letters of letters?" in asked.stderr
+    assert len(listed(config_pth)) == 2
+    out = test_cli.run("dead-letters", config_pth, "drop", "--yes", "--json")
+    assert json.loads(out.stdout) == {"letters": {"numbers": [1, 3]}}
+    assert listed(config_pth) == {}
+
+
+def test_command_of_wrong_usage(config_pth: pathlib.Path) -> None:
+    test_cli.run("dead-letters", config_pth, "burn", exit_code=2)
+    test_cli.run("dead-letters", config_pth, "--number", 1, exit_code=2)
+    test_cli.run("dead-letters", config_pth, "--queue", "nothing", exit_code=2)
+    test_cli.run("dead-letters", config_pth, "--queue", "queue", exit_code=1)
+
+
+def test_what_is_in_flight_is_printed(config_pth: pathlib.Path) -> None:
+    with persipubsub.queue.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
+        queue.put([b"1"])
+        assert "IN FLIGHT      " not in test_cli.run("stat", config_pth).stdout
+        lease = queue.consumer("other").take(timeout=0)
+        assert lease is not None
+        lines = test_cli.run("stat", config_pth).stdout.splitlines()
+        if stores.figures(queue, "other").claims:
+            claim, = stores.figures(queue, "other").claims
+            assert lines[-1].split()[:5] == ["other", "queue", "1", "1", str(claim.process_id)]
+            found = json.loads(test_cli.run("stat", config_pth, "--json").stdout)
+            other = found["queue"]["subscribers"][0]
+            assert other["claims"][0]["process_id"] == claim.process_id
+        lease.acknowledge()
