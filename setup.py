@@ -106,6 +106,7 @@ setuptools.setup(
             "twine>=6.1",
             "types-protobuf",
             "types-setuptools",
+            "uvloop>=0.21",
             "yapf>=0.43",
         ],
     },

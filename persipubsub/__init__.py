@@ -16,14 +16,14 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from persipubsub import (config, control, dead_letter, errors, message, publisher, queue,
+    from persipubsub import (aio, config, control, dead_letter, errors, message, publisher, queue,
                              statistics, subscriber)
 
 __version__ = "1.0.0"
 
 __all__ = [
-    "config", "control", "dead_letter", "errors", "message", "publisher", "queue", "statistics",
-    "subscriber"
+    "aio", "config", "control", "dead_letter", "errors", "message", "publisher", "queue",
+    "statistics", "subscriber"
 ]
 
 

@@ -26,13 +26,13 @@ from persipubsub.store import _deliveries, _newest, _pending, _positions
 
 #: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may
 #: die between its commit and its ring.
-_LONGEST_PAUSE_SECS: Final = 1.0
+LONGEST_PAUSE_SECS: Final = 1.0
 
 #: ... and this often while others hold claims, which the kernel gives back without a ring.
-_CLAIMED_PAUSE_SECS: Final = 0.05
+CLAIMED_PAUSE_SECS: Final = 0.05
 
 #: The table of readers is searched for dead processes this often by somebody who waits anyhow.
-_READER_CHECK_SECS: Final = 5.0
+READER_CHECK_SECS: Final = 5.0
 
 
 class Lease:
@@ -154,7 +154,7 @@ class Consumer:
 
     def take(self,
              timeout: Optional[float],
-             longest_pause: float = _LONGEST_PAUSE_SECS,
+             longest_pause: float = LONGEST_PAUSE_SECS,
              max_messages: int = 1) -> Optional[Lease]:
         """
         Take the next message, or several; wait if there is none.
@@ -172,7 +172,7 @@ class Consumer:
 
     def take_newest(self,
                     timeout: Optional[float],
-                    longest_pause: float = _LONGEST_PAUSE_SECS) -> Optional[Lease]:
+                    longest_pause: float = LONGEST_PAUSE_SECS) -> Optional[Lease]:
         """
         Take the newest message and acknowledge all older ones as skipped; wait if there is none.
 
@@ -211,7 +211,7 @@ class Consumer:
         :return: messages; None if there was none in time
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        next_check = time.monotonic() + _READER_CHECK_SECS
+        next_check = time.monotonic() + READER_CHECK_SECS
         with self._bell.prepare() as ticket:
             while True:
                 ticket.arm()
@@ -221,9 +221,8 @@ class Consumer:
                     return lease
                 if now >= next_check:
                     self._environment.check_readers()
-                    next_check = now + _READER_CHECK_SECS
-                pause = _CLAIMED_PAUSE_SECS if is_claimed else min(longest_pause,
-                                                                   _LONGEST_PAUSE_SECS)
+                    next_check = now + READER_CHECK_SECS
+                pause = CLAIMED_PAUSE_SECS if is_claimed else min(longest_pause, LONGEST_PAUSE_SECS)
                 if due_ns:
                     pause = min(pause, max(0, due_ns - self._pending.now_ns()) / 1e9)
                 ticket.wait(pause if deadline is None else min(pause, deadline - now))

@@ -9,12 +9,16 @@ Everything may be called by any number of threads at the same time, unless it sa
 """
 
 import importlib
-from typing import Dict, Final, List, Optional, Protocol, Sequence, Tuple, cast
+from typing import (TYPE_CHECKING, Any, Dict, Final, List, Optional, Protocol, Sequence, Tuple,
+                    cast, runtime_checkable)
 
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.message
 import persipubsub.statistics
+
+if TYPE_CHECKING:
+    from persipubsub import _wakeup
 
 #: Modules by the scheme of a queue's path; a plain path has none.
 _MODULES: Final[Dict[str, str]] = {
@@ -86,6 +90,33 @@ class Consumer(Protocol):
         Look at the next message without taking it.
 
         :return: message that nobody has acknowledged or claimed; None if there is none
+        """
+
+
+@runtime_checkable
+class WakingConsumer(Consumer, Protocol):
+    """
+    Wake who waits, instead of keeping a thread for each: for :py:mod:`persipubsub.aio`.
+
+    An engine may do without; what waits for its messages then shares a few threads.
+    """
+
+    def take_now(self,
+                 max_messages: int = 1,
+                 is_newest: bool = False) -> Tuple[Optional[Lease], float]:
+        """
+        Take the next message, or several, if there is one.
+
+        :param max_messages: how many to take at most; all that are there at once, at least one
+        :param is_newest: True to take the newest message instead, and to skip all older ones
+        :return: messages or None; after how many seconds to look again without a wake-up
+        """
+
+    def prepare_wait(self) -> "_wakeup.Ticket":
+        """
+        Begin to wait. What comes after this, or after the ticket was armed, rings it.
+
+        :return: to be armed before each further look, and to be closed by the caller
         """
 
 
@@ -167,6 +198,30 @@ class Queue(Protocol):
 
     def close(self) -> None:
         """Close the queue; it may be closed twice. What was put stays."""
+
+
+@runtime_checkable
+class TogetherQueue(Queue, Protocol):
+    """
+    Put what several callers send with one wait for the disk: for :py:mod:`persipubsub.aio`.
+
+    An engine may do without; each send then takes one of a few threads.
+    """
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Tell whether publishers wait for room in a full queue."""
+
+    def put_each(
+        self, sendings: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]],
+                                       Optional[Sequence[Optional[bytes]]]]]
+    ) -> List[Optional[BaseException]]:
+        """
+        Do what a :py:meth:`Queue.put` of each would do, one after the other, but wait for no room.
+
+        :param sendings: messages, audience and ids of each
+        :return: error of each; None if it was put
+        """
 
 
 class Engine(Protocol):

@@ -28,7 +28,7 @@ _LARGE_BYTES = 1 << 16
 _LONGEST_PAUSE_SECS = 1.0
 
 
-class _Put:
+class Put:
     """Hold what one call of ``put`` adds, and what came of it."""
 
     __slots__ = ("messages", "msg_ids", "batches", "count", "size", "audience", "first", "floor",
@@ -149,14 +149,14 @@ class Putter:
         """
         if len(messages) != 1 or len(messages[0]) > self._surely_fitting:
             self._settings.check_size(messages)
-        put = _Put(messages, audience, msg_ids or None)
+        put = Put(messages, audience, msg_ids or None)
         if self._settings.drops_unread:
             self._write(put)
         else:
             self._write_when_there_is_room(put, timeout)
         return put.first
 
-    def _write(self, put: _Put) -> None:
+    def _write(self, put: Put) -> None:
         """
         Add messages, ring, and warn of what was dropped.
 
@@ -179,14 +179,18 @@ class Putter:
             raise
         self._floor = put.floor
         if not put.is_full or put.losses:
-            try:
-                self._bell.ring()
-            except persipubsub.errors.PersipubsubError:
-                pass  # it is sent; subscribers look once a second anyhow
+            self._ring()
         if put.losses:
             self._losses.add(put.losses)
 
-    def _write_when_there_is_room(self, put: _Put, timeout: Optional[float]) -> None:
+    def _ring(self) -> None:
+        """Wake subscribers."""
+        try:
+            self._bell.ring()
+        except persipubsub.errors.PersipubsubError:
+            pass  # it is sent; subscribers look once a second anyhow
+
+    def _write_when_there_is_room(self, put: Put, timeout: Optional[float]) -> None:
         """
         Add messages to a queue that drops nothing; wait for room if that is the strategy.
 
@@ -214,7 +218,7 @@ class Putter:
                     ticket.wait(pause)
         raise self._full_error(put)
 
-    def _write_if_there_is_room(self, put: _Put) -> bool:
+    def _write_if_there_is_room(self, put: Put) -> bool:
         """
         Add messages unless the queue is full.
 
@@ -227,8 +231,7 @@ class Putter:
         self._was_full = put.is_full
         return not put.is_full
 
-    def _is_full(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                 put: _Put) -> bool:
+    def _is_full(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: Put) -> bool:
         """
         Look whether messages would pass a high-water mark, also if what is too old were dropped.
 
@@ -247,7 +250,7 @@ class Putter:
             txn, databases, floor, tail,
             self._now_ns() - self._settings.timeout_ns)
 
-    def _full_error(self, put: _Put) -> persipubsub.errors.QueueFullError:
+    def _full_error(self, put: Put) -> persipubsub.errors.QueueFullError:
         """
         Describe a full queue, and who holds it up.
 
@@ -276,7 +279,7 @@ class Putter:
         return persipubsub.errors.QueueFullError(text)
 
     def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-             put: _Put) -> Optional[_log.Tail]:
+             put: Put) -> Optional[_log.Tail]:
         """
         Add messages at the end of the log and tidy up a little at its beginning.
 
@@ -317,7 +320,7 @@ class Putter:
         return tail
 
     def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                  put: _Put) -> Optional[_log.Tail]:
+                  put: Put) -> Optional[_log.Tail]:
         """
         Add the messages whose ids are not known, and remember their ids.
 
@@ -342,7 +345,7 @@ class Putter:
             put.first = known[put.msg_ids[0]]
         return tail
 
-    def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: _Put) -> bool:
+    def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: Put) -> bool:
         """
         Tell whether messages would pass a high-water mark.
 
@@ -355,7 +358,7 @@ class Putter:
                 or tail.total_bytes - floor.size + put.size > self._settings.max_message_bytes)
 
     def _make_room(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
-                   put: _Put) -> "Tuple[_log.Tail, _retention.Floor]":
+                   put: Put) -> "Tuple[_log.Tail, _retention.Floor]":
         """
         Look closely at the high-water marks; drop messages if they are passed, or refuse to.
 
@@ -406,7 +409,7 @@ class Putter:
             self._audiences[subscribers] = audience
         return audience
 
-    def _put_into_full_map(self, put: _Put, work: Callable[..., Optional[_log.Tail]]) -> None:
+    def _put_into_full_map(self, put: Put, work: Callable[..., Optional[_log.Tail]]) -> None:
         """
         Put messages into a full store: delete what is finished, then drop by the strategy.
 

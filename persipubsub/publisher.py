@@ -170,8 +170,6 @@ class Pub:
         queue = self._queue
         if queue is None:
             raise _not_open()
-        if isinstance(msgs, (bytes, bytearray, memoryview, str)):
-            raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
         messages = _all_to_bytes(msgs)
         ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
         if self._autosync:
@@ -206,8 +204,10 @@ def _all_to_bytes(msgs: Iterable[object]) -> List[bytes]:
 
     :param msgs: given by the user
     :return: their bytes
-    :raise TypeError: if one of them is not bytes-like
+    :raise TypeError: if it is no list, or one of them is not bytes-like
     """
+    if isinstance(msgs, (bytes, bytearray, memoryview, str)):
+        raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
     messages = list(msgs)
     # One by one would take a fifth of the time of the whole call.
     if set(map(type, messages)) == {bytes}:

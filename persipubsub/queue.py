@@ -17,8 +17,8 @@ import lmdb
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import (_claims, _delivery, _in_flight, _losses, _moving, _putting, _replay,
-                         _tidying, _wakeup)
+from persipubsub import (_claims, _in_flight, _losses, _moving, _putting_together, _replay,
+                         _tidying, _wakeup, _waking)
 from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
 from persipubsub.maintenance import _upkeep
@@ -68,8 +68,8 @@ class Queue:
         self._movers = {}  # type: Dict[str, _moving.Mover]
         self._losses = _losses.LossLog(settings.path)
         self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
-        self._putter = _putting.Putter(settings, self._environment, self._bell, self._losses,
-                                       self._tidier, self._now_ns)
+        self._putter = _putting_together.GroupPutter(settings, self._environment, self._bell,
+                                                     self._losses, self._tidier, self._now_ns)
         self._is_closed = False
 
     @staticmethod
@@ -167,6 +167,24 @@ class Queue:
         self._check_open()
         return self._putter.put(messages, audience, timeout, msg_ids)
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Tell whether publishers wait for room in a full queue."""
+        return self.settings.strategy is persipubsub.config.Strategy.BLOCK
+
+    def put_each(self,
+                 sendings: Sequence[_putting_together.Sending]) -> List[Optional[BaseException]]:
+        """
+        Do what a :py:meth:`put` of each would do, one after the other, in as few commits as can be.
+
+        It waits for other processes about as long as a single ``put``, and not for room.
+
+        :param sendings: messages, audience and ids of each
+        :return: error of each; None if it was put
+        """
+        self._check_open()
+        return self._putter.put_each(sendings)
+
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """
         Check that the queue could hold messages if it were empty.
@@ -194,7 +212,7 @@ class Queue:
 
     # Receiving
 
-    def consumer(self, subscriber: str) -> "_delivery.Consumer":
+    def consumer(self, subscriber: str) -> _waking.Consumer:
         """
         Take part in the work of a subscriber.
 
@@ -205,15 +223,15 @@ class Queue:
         self._check_open()
         retries = self.settings.retries.get(subscriber)
         policy = _attempts.Policy() if retries is None else retries.policy
-        return _delivery.Consumer(environment=self._environment,
-                                  claims=self._claims,
-                                  board=self._board,
-                                  bell=self._bell,
-                                  pending=_pending.Pending(subscriber, self.settings.timeout_ns,
-                                                           self._now_ns, policy),
-                                  expire=self.drop_expired,
-                                  mover=self._mover(subscriber, retries),
-                                  rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
+        return _waking.Consumer(environment=self._environment,
+                                claims=self._claims,
+                                board=self._board,
+                                bell=self._bell,
+                                pending=_pending.Pending(subscriber, self.settings.timeout_ns,
+                                                         self._now_ns, policy),
+                                expire=self.drop_expired,
+                                mover=self._mover(subscriber, retries),
+                                rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
 
     def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
         """

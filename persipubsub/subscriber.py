@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any, Callable, Final, Literal, Optional, Union, overload
+from typing import Any, Callable, Final, Literal, Optional, Tuple, Union, overload
 
 import persipubsub.config
 import persipubsub.errors
@@ -213,9 +213,7 @@ class Sub:
         :return: context manager of the messages
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        if isinstance(max_msgs, bool) or not isinstance(max_msgs, int) or max_msgs < 1:
-            raise ValueError(
-                "Expected max_msgs to be an integer from 1 on, but got: {!r}".format(max_msgs))
+        _check_max_msgs(max_msgs)
         return BatchReceipt(functools.partial(self._prepare(timeout, retries), max_msgs),
                             describe if details else unwrap)
 
@@ -263,17 +261,7 @@ class Sub:
         consumer = self._consumer
         if consumer is None:
             raise _not_open()
-        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
-            raise ValueError(
-                "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".
-                format(timeout))
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
-            raise ValueError(
-                "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
-        if timeout is None or timeout > _FOREVER_SECS:
-            timeout, pause = None, 1.0
-        else:
-            pause = timeout / retries
+        timeout, pause = _to_waiting(timeout, retries)
         return functools.partial(consumer.take_newest if is_newest else consumer.take, timeout,
                                  pause)
 
@@ -294,6 +282,39 @@ class Sub:
         if queue is None:
             raise _not_open()
         queue.skip_to_newest(self._sub_id)
+
+
+def _to_waiting(timeout: Optional[float], retries: int) -> Tuple[Optional[float], float]:
+    """
+    Check how long somebody wants to wait.
+
+    :param timeout: given by the user, in seconds; None: for ever
+    :param retries: how often to look within ``timeout``
+    :return: how long to wait, time between two looks in seconds
+    :raise ValueError: if they are no such numbers
+    """
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
+        raise ValueError(
+            "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".format(
+                timeout))
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
+        raise ValueError(
+            "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
+    if timeout is None or timeout > _FOREVER_SECS:
+        return None, 1.0
+    return timeout, timeout / retries
+
+
+def _check_max_msgs(max_msgs: object) -> None:
+    """
+    Check how many messages somebody wants at once.
+
+    :param max_msgs: given by the user
+    :raise ValueError: if it is not a number of messages
+    """
+    if isinstance(max_msgs, bool) or not isinstance(max_msgs, int) or max_msgs < 1:
+        raise ValueError(
+            "Expected max_msgs to be an integer from 1 on, but got: {!r}".format(max_msgs))
 
 
 def _not_open() -> persipubsub.errors.ClosedError:

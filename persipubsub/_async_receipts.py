@@ -1,0 +1,165 @@
+"""
+Hold what a task received until it is known what became of it; as ``_receipts`` does for a thread.
+
+There are no finalizers here either: a claim that was dropped is given back by the claim itself.
+"""
+
+import functools
+from types import TracebackType
+from typing import Awaitable, Callable, Generic, List, Optional, Type
+
+from persipubsub import _engines, _workers
+from persipubsub._receipts import ContentT
+
+Take = Callable[[], Awaitable[Optional[_engines.Lease]]]
+
+
+class _Taking(Generic[ContentT]):
+    """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
+
+    __slots__ = ("_take", "_contents", "_workers", "_lease")
+
+    def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]],
+                 workers: _workers.Workers) -> None:
+        """
+        Initialize without taking anything.
+
+        :param take: waits for messages and takes them
+        :param contents: makes of them what the block gets
+        :param workers: acknowledge and give back
+        """
+        self._take = take
+        self._contents = contents
+        self._workers = workers
+        self._lease: Optional[_engines.Lease] = None
+
+    async def __aexit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                        traceback: Optional[TracebackType]) -> None:
+        """Acknowledge the messages, or give them back if the block was left by an exception."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        # Done to the end even if the task is cancelled meanwhile.
+        if kind is None:
+            await self._workers.run(lease.acknowledge)
+        else:
+            await self._workers.run(functools.partial(lease.give_back, error))
+
+
+class Receipt(_Taking[ContentT]):
+    """
+    Hold one message in an ``async with`` block.
+
+    Returned by :py:meth:`persipubsub.aio.Sub.receive`; to be entered once.
+    """
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> Optional[ContentT]:
+        """
+        Wait for a message.
+
+        :return: message; None if none came in time
+        """
+        lease = self._lease = await self._take()
+        return None if lease is None else self._contents(lease)[0]
+
+
+class BatchReceipt(_Taking[ContentT]):
+    """
+    Hold several messages in an ``async with`` block.
+
+    Returned by :py:meth:`persipubsub.aio.Sub.receive_many`; to be entered once.
+    """
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> List[ContentT]:
+        """
+        Wait for messages.
+
+        :return: messages; empty if none came in time
+        """
+        lease = self._lease = await self._take()
+        return [] if lease is None else self._contents(lease)
+
+
+class Messages(_Taking[ContentT]):
+    """
+    Iterate over messages; each is acknowledged when the next one is asked for.
+
+    Returned by :py:meth:`persipubsub.aio.Sub.messages`; for one task. Nothing happens before the
+    first message is asked for.
+
+    An ``async for`` loop does not tell the iterator whether it is left by ``break`` or by an
+    exception. A message at which it is left stays and is delivered again, at once if nothing else
+    refers to the iterator. Who uses ``break``, or wants errors to be counted and kept, tells it:
+
+    - by ``async with sub.messages() as msgs:`` around the loop. Leaving the block acknowledges the
+      message at hand; an exception gives it back, and is recorded.
+    - or by :py:meth:`acknowledge` before the ``break``.
+    """
+
+    __slots__ = ("_is_done", )
+
+    def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]],
+                 workers: _workers.Workers) -> None:
+        """
+        Initialize without taking anything.
+
+        :param take: waits for messages and takes them
+        :param contents: makes of them what the loop gets
+        :param workers: acknowledge and give back
+        """
+        super().__init__(take, contents, workers)
+        self._is_done = False
+
+    async def __aenter__(self) -> "Messages[ContentT]":
+        """
+        Let the end of the block decide on the last message.
+
+        :return: itself
+        """
+        return self
+
+    async def __aexit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                        traceback: Optional[TracebackType]) -> None:
+        """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
+        self._is_done = True
+        await super().__aexit__(kind, error, traceback)
+
+    def __aiter__(self) -> "Messages[ContentT]":
+        """
+        Iterate.
+
+        :return: itself
+        """
+        return self
+
+    async def __anext__(self) -> ContentT:
+        """
+        Acknowledge the message at hand, and wait for the next one.
+
+        :return: message
+        :raise StopAsyncIteration: if none came in time
+        """
+        await self.acknowledge()
+        lease = None if self._is_done else await self._take()
+        if lease is None:
+            self._is_done = True
+            raise StopAsyncIteration
+        self._lease = lease
+        return self._contents(lease)[0]
+
+    async def acknowledge(self) -> None:
+        """Acknowledge the message at hand before the next one is asked for; it may be repeated."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await self._workers.run(lease.acknowledge)
+
+    async def aclose(self) -> None:
+        """Give the message at hand back as if it had not been delivered, and end."""
+        self._is_done = True
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await self._workers.run(lease.give_back)

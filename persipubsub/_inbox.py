@@ -1,0 +1,386 @@
+"""
+Hand the messages of one consumer to the tasks of one event loop that wait for some.
+
+However many tasks wait, one worker thread looks at the queue for all of them, and only when there
+is a reason: somebody rang, a task began to wait, or it is time for the look that is taken whatever
+happens. In between, nothing waits but the loop's selector.
+
+All of it is callbacks and not a task of its own: a loop that ends cancels its tasks, and one that
+is cancelled while a worker thread takes messages would lose their claims. A lease that nobody
+waits for any more is given back at once, wherever that is noticed.
+"""
+
+import asyncio
+import functools
+import os
+import time
+import weakref
+from typing import Callable, Dict, Final, List, Optional
+
+import persipubsub.errors
+from persipubsub import _engines, _wakeup, _workers
+
+#: Messages or batches that are taken in one go, so that the first task does not wait for all.
+_MOST_TAKEN: Final = 16
+
+#: Without inotify, time between two looks at the bell, which cost no system call, in seconds.
+_POLL_SECS: Final = 0.005
+
+
+class _Waiter:
+    """Be one task that waits."""
+
+    __slots__ = ("future", "max_messages", "is_newest", "pause", "deadline")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: Optional[float], pause: float,
+                 max_messages: int, is_newest: bool) -> None:
+        self.future: "asyncio.Future[Optional[_engines.Lease]]" = loop.create_future()
+        self.max_messages = max_messages
+        self.is_newest = is_newest
+        self.pause = pause
+        self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
+
+
+class Inbox:  # pylint: disable=too-many-instance-attributes
+    """
+    Wait for the tasks of one loop.
+
+    Everything happens in the thread of the loop, but for :py:meth:`_look` and :py:meth:`close`.
+    """
+
+    def __init__(self, consumer: _engines.WakingConsumer, workers: _workers.Workers,
+                 loop: asyncio.AbstractEventLoop) -> None:
+        """
+        Initialize with nobody waiting.
+
+        :param consumer: to take messages from
+        :param workers: look at the queue
+        :param loop: of the tasks
+        """
+        self.loop = loop
+        self.process_id = os.getpid()
+        self.consumer = consumer
+        self._workers = workers
+        self._error: Optional[BaseException] = None  # after close
+
+        self._waiters: Dict[_Waiter, None] = {}  # in the order in which they came
+        # While a worker looks, the ticket is its own; what comes meanwhile asks for another look.
+        self._is_looking = False
+        self._looks_again = False
+        self._ticket: Optional[_wakeup.Ticket] = None
+        # A duplicate of inotify's descriptor: the loop may watch it even after the bell was closed.
+        self._watched = -1
+        self._timer: Optional[asyncio.TimerHandle] = None
+        self._poller: Optional[asyncio.TimerHandle] = None
+        _inboxes.add(self)
+
+    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
+                   is_newest: bool) -> Optional[_engines.Lease]:
+        """
+        Wait for messages.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param pause: time between two looks without a wake-up, in seconds
+        :param max_messages: how many to take at most
+        :param is_newest: True to take the newest message instead, and to skip all older ones
+        :return: messages; None if none came in time
+        """
+        if self._error is not None:
+            raise self._error
+        waiter = _Waiter(self.loop, timeout, pause, max_messages, is_newest)
+        self._waiters[waiter] = None
+        self._start_look()
+        try:
+            return await waiter.future
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        """
+        Forget a task that was cancelled, or whose message is damaged.
+
+        :param waiter: the task
+        """
+        self._waiters.pop(waiter, None)
+        future = waiter.future
+        # Cancelled after the lease was there, but before the task went on.
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self._give_back(future.result())
+        self._rest_if_idle()
+
+    def _give_back(self, lease: Optional[_engines.Lease]) -> None:
+        """
+        Let others have messages that nobody waits for any more.
+
+        :param lease: of the messages
+        """
+        if lease is not None:
+            self._workers.submit(functools.partial(_give_back, lease))
+
+    # Looking
+
+    def _start_look(self) -> None:
+        """Have a worker look, now or when it has finished the look it is at."""
+        self._looks_again = self._is_looking
+        waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
+        if self._is_looking or not waiters:
+            return
+        self._is_looking = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._workers.submit(functools.partial(self._look, waiters, time.monotonic()))
+
+    def _look(self, waiters: List[_Waiter], now: float) -> None:
+        """
+        Look at the queue in a worker thread, and take as much as is wanted.
+
+        :param waiters: tasks that want something
+        :param now: time on the monotonic clock at which the look began, in seconds
+        """
+        wanted = waiters[:_MOST_TAKEN]
+        leases: List[_engines.Lease] = []
+        error: Optional[BaseException] = None
+        pause = 0.0
+        try:
+            if self._ticket is not None:
+                if self._ticket.closed:
+                    raise persipubsub.errors.ClosedError(
+                        "Expected an open queue to receive from, but got: it was closed")
+                self._ticket.arm()
+            pause = self._take(wanted, leases)
+            if (self._ticket is None and len(leases) < len(wanted)
+                    and any(waiter.deadline > now for waiter in waiters)):
+                self._ticket = self.consumer.prepare_wait()
+                self._ticket.set_callback(
+                    functools.partial(_workers.post, self.loop, self._start_look))
+                pause = self._take(wanted, leases)
+        except BaseException as caught:  # pylint: disable=broad-exception-caught
+            error = caught
+        if not _workers.post(self.loop, self._hand_out, waiters, leases, pause, error):
+            # The loop was closed under its tasks.
+            for lease in leases:
+                _give_back(lease)
+            if self._ticket is not None:
+                self._ticket.close()
+
+    def _take(self, wanted: List[_Waiter], leases: List[_engines.Lease]) -> float:
+        """
+        Take what is there, in a worker thread.
+
+        :param wanted: tasks that want something; the first ones were served already
+        :param leases: of the first tasks; extended
+        :return: after how many seconds to look again
+        """
+        while len(leases) < len(wanted):
+            waiter = wanted[len(leases)]
+            lease, pause = self.consumer.take_now(waiter.max_messages, waiter.is_newest)
+            if lease is None:
+                return pause
+            leases.append(lease)
+        return 0.0
+
+    def _hand_out(self, waiters: List[_Waiter], leases: List[_engines.Lease], pause: float,
+                  error: Optional[BaseException]) -> None:
+        """
+        Give the tasks what a look found, and go on waiting for the others.
+
+        :param waiters: tasks for which it was looked
+        :param leases: of the first ones of them
+        :param pause: after how many seconds to look again
+        :param error: that ended the look
+        """
+        self._is_looking = False
+        for waiter, lease in zip(waiters, leases):
+            if waiter in self._waiters and not waiter.future.done():
+                del self._waiters[waiter]
+                waiter.future.set_result(lease)
+            else:
+                self._give_back(lease)
+
+        missed = waiters[len(leases):]
+        if isinstance(error, persipubsub.errors.CorruptMessageError):
+            missed = missed[:1]  # it was set aside, and concerns nobody else
+        is_all = error is None and len(leases) == min(len(waiters), _MOST_TAKEN)
+        now = time.monotonic()
+        for waiter in missed if not is_all else ():
+            if waiter in self._waiters and (error is not None or waiter.deadline <= now):
+                del self._waiters[waiter]
+                if error is not None:
+                    _workers.fail(waiter.future, error)
+                elif not waiter.future.done():
+                    waiter.future.set_result(None)
+
+        if not self._waiters:
+            self._rest_if_idle()
+        elif self._looks_again or is_all or error is not None:
+            self._start_look()
+        else:
+            self._wait(pause)
+
+    # Waiting
+
+    def _wait(self, pause: float) -> None:
+        """
+        Let the loop wait for the bell.
+
+        :param pause: longest time until the next look, in seconds
+        """
+        if self._watched < 0 and self._poller is None:
+            self._watch()
+        now = time.monotonic()
+        for waiter in self._waiters:
+            pause = min(pause, waiter.pause, waiter.deadline - now)
+        self._timer = self.loop.call_later(max(pause, 0.0), self._start_look)
+
+    def _watch(self) -> None:
+        """Have the loop notice the bell of any process."""
+        descriptor = -1 if self._ticket is None else self._ticket.fileno()
+        if descriptor >= 0:
+            try:
+                self._watched = os.dup(descriptor)
+                self.loop.add_reader(self._watched, _wakeup.dispatch)
+                return
+            except OSError:
+                pass  # no descriptor is left, or the bell was closed by another thread
+            self._unwatch()
+        self._poll()
+
+    def _poll(self) -> None:
+        """Look at the bell every few milliseconds, where there is no inotify."""
+        self._poller = self.loop.call_later(_POLL_SECS, self._poll)
+        _wakeup.dispatch()
+
+    def _unwatch(self) -> None:
+        """Have the loop notice nothing any more."""
+        descriptor, self._watched = self._watched, -1
+        if descriptor >= 0:
+            if not self.loop.is_closed():
+                self.loop.remove_reader(descriptor)
+            os.close(descriptor)
+        if self._poller is not None:
+            self._poller.cancel()
+            self._poller = None
+
+    def _rest_if_idle(self) -> None:
+        """Give everything back that waiting needs, if nobody waits."""
+        if self._waiters or self._is_looking:
+            return
+        self._unwatch()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.close()
+
+    # Ending
+
+    def close(self, error: BaseException) -> None:
+        """
+        Let all who wait fail. Any thread may call it; those of other loops fail a little later.
+
+        :param error: to be raised there
+        """
+        if self.process_id != os.getpid():
+            return
+        try:
+            is_own = asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            is_own = False
+        if is_own:
+            self._fail(error)
+        elif not _workers.post(self.loop, self._fail, error):
+            # The loop was closed under its tasks: nobody can be told. A worker that still looks
+            # will notice it, too, and what a look has found is given back with the loop's memory.
+            self._waiters.clear()
+            self._is_looking = False
+            self._rest_if_idle()
+
+    def _fail(self, error: BaseException) -> None:
+        """Let all who wait fail, in the thread of the loop."""
+        self._error = error
+        for waiter in self._waiters:
+            _workers.fail(waiter.future, error)
+        self._waiters.clear()
+        self._rest_if_idle()
+
+    def close_in_child(self) -> None:
+        """Let go of the parent's descriptor, without a word to the parent's loop."""
+        descriptor, self._watched = self._watched, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _give_back(lease: _engines.Lease) -> None:
+    """
+    Give messages back that were not worked on, in a worker thread.
+
+    :param lease: of the messages
+    """
+    try:
+        lease.give_back()
+    except persipubsub.errors.PersipubsubError:
+        pass  # a queue that was closed has given them back already
+
+
+class SharedInbox:
+    """
+    Wait for tasks of any number of loops where an engine can not wake them.
+
+    Each task that waits gets a thread of a few for a short while, again and again.
+    """
+
+    def __init__(self,
+                 consumer: _engines.Consumer,
+                 workers: _workers.Workers,
+                 slice_secs: float = 1.0) -> None:
+        """
+        Initialize with nobody waiting.
+
+        :param consumer: to take messages from
+        :param workers: wait
+        :param slice_secs: how long one task keeps a thread at most, in seconds
+        """
+        self._consumer = consumer
+        self._workers = workers
+        self._slice_secs = slice_secs
+
+    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
+                   is_newest: bool) -> Optional[_engines.Lease]:
+        """
+        Wait for messages.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param pause: time between two looks without a wake-up, in seconds
+        :param max_messages: how many to take at most
+        :param is_newest: True to take the newest message instead, and to skip all older ones
+        :return: messages; None if none came in time
+        """
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        undo: Callable[[Optional[_engines.Lease]],
+                       None] = lambda lease: None if lease is None else _give_back(lease)
+        while True:
+            remaining = deadline - time.monotonic()
+            seconds = max(0.0, min(remaining, self._slice_secs))
+            wait: Callable[[], Optional[_engines.Lease]]
+            if is_newest:
+                wait = functools.partial(self._consumer.take_newest, seconds, pause)
+            else:
+                wait = functools.partial(self._consumer.take, seconds, pause, max_messages)
+            lease = await self._workers.run(wait, undo)
+            if lease is not None or remaining <= self._slice_secs:
+                return lease
+
+
+_inboxes: "weakref.WeakSet[Inbox]" = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """Let go of the parent's descriptors in a forked child."""
+    for inbox in list(_inboxes):
+        inbox.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
