@@ -1,5 +1,7 @@
 """Test that the documentation speaks of what is there."""
 
+# pylint: disable=missing-function-docstring
+
 import pathlib
 import re
 import subprocess
@@ -77,7 +79,8 @@ def test_examples_of_receiving_run(tmp_path: pathlib.Path) -> None:
             "    pub.init('pub', 'config.json')\n"
             "    pub.send_many([b'hello', b'stop'])\n"
             "print('--')\n")
-    code = "import persipubsub\n" + "".join(textwrap.dedent(block) + "\n" + send for block in blocks)
+    code = "import persipubsub\n"
+    code += "".join(textwrap.dedent(block) + "\n" + send for block in blocks)
     persipubsub.control.initialize_all_dbs(support.write_config(tmp_path))
     process = subprocess.run([sys.executable, "-c", code],
                              cwd=tmp_path,
