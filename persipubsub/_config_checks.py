@@ -1,8 +1,8 @@
 """
 Find all the problems of a configuration file, not only the first.
 
-What the file may hold is told by the structs of :py:mod:`persipubsub.config`; here is how a value is
-compared with them, and what holds between entries: references, repetitions, identifiers.
+What the file may hold is told by the structs of :py:mod:`persipubsub.config`; here is how a value
+is compared with them, and what holds between entries: references, repetitions, identifiers.
 """
 
 import enum
@@ -75,6 +75,7 @@ class Checker:
     """Collect the problems of a file."""
 
     def __init__(self, path: pathlib.Path, kinds: Kinds) -> None:
+        """Initialize without problems."""
         self.path = path
         self.kinds = kinds
         self.problems: list[str] = []

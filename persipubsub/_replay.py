@@ -12,7 +12,7 @@ from typing import Callable, Union
 
 import lmdb
 
-from persipubsub.store import _layout, _log, _positions
+from persipubsub.store import _layout, _positions
 from persipubsub.store._databases import Databases
 
 Place = Union[str, int, float, datetime.datetime]

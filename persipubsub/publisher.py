@@ -123,8 +123,8 @@ class Pub:
         :raise ValueError: if the id has another length
         :raise MessageTooLargeError: if the queue could never hold it
         :raise QueueFullError:
-            if there is no room, and the queue's strategy is ``reject``, or ``block`` and the time is
-            over; nothing is sent
+            if there is no room, and the queue's strategy is ``reject``, or it is ``block`` and the
+            time is over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """
@@ -162,8 +162,8 @@ class Pub:
         :raise ValueError: if an id has another length, or there are not as many as messages
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
         :raise QueueFullError:
-            if there is no room, and the queue's strategy is ``reject``, or ``block`` and the time is
-            over; nothing is sent
+            if there is no room, and the queue's strategy is ``reject``, or it is ``block`` and the
+            time is over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """

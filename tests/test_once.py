@@ -200,7 +200,7 @@ def test_wrong_id(tmp_path: pathlib.Path, msg_id: Any, error: "type[Exception]")
         for text in ("ab", b"ab"):
             with pytest.raises(TypeError, match="list of ids"):
                 pub.send_many([b"x", b"y"], msg_ids=text)  # type: ignore[arg-type]
-        assert stores.take_all(support.queue_of(pub)) == []
+        assert not stores.take_all(support.queue_of(pub))
 
 
 def test_longest_id(tmp_path: pathlib.Path) -> None:

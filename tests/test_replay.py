@@ -1,6 +1,7 @@
 """Test where subscribers begin, what stays for them, and going to another place."""
 
 # pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
 
 import datetime
 import pathlib
@@ -117,6 +118,7 @@ def test_beginning_is_not_in_front_of_the_timeout(tmp_path: pathlib.Path) -> Non
         put_each(queue, numbered(3, start=3))
         stores.take_all(queue)
         clock.advance(6)
+        assert queue.seek("sub", time.time() - 3600) == 4
         assert queue.seek("sub", "beginning") == 4
         assert stores.take_all(queue) == numbered(3, start=3)
         # Nothing was dropped by that.
@@ -218,22 +220,44 @@ def test_others_see_it_at_once(tmp_path: pathlib.Path) -> None:
         assert stores.take_all(other) == numbered(58)[position - 1:]
 
 
-def test_it_wakes_who_waits(tmp_path: pathlib.Path) -> None:
+def test_marks_count_what_is_sought_again(tmp_path: pathlib.Path) -> None:
+    """Nobody goes by the positions of before."""
+    with stores.opened(tmp_path,
+                       retain_ns=HOUR_NS,
+                       max_messages=10,
+                       strategy=persipubsub.config.Strategy.REJECT) as queue:
+        with persipubsub.queue.Queue(queue.settings) as other:
+            for index in range(20):
+                other.put([b"%d" % index], msg_ids=[b"%d" % index])
+                stores.take(queue)
+            queue.seek("sub", 5)
+            with pytest.raises(persipubsub.errors.QueueFullError, match="got: 16 of 10 messages"):
+                other.put([b"20"])
+            # What is stored already needs no room, although there is more than the mark.
+            assert other.put([b"19"], msg_ids=[b"19"]) == 20
+            assert stores.take_all(queue) == numbered(16, start=4)
+
+
+def test_it_wakes_who_waits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody looks by himself within the time of this test.
+    monkeypatch.setattr("persipubsub._delivery._LONGEST_PAUSE_SECS", 10 * support.HANG_SECS)
     with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
         queue.put([b"x"])
         assert stores.take(queue) == b"x"
         received = []  # type: List[bytes]
 
         def receive() -> None:
-            lease = queue.consumer("sub").take(timeout=support.HANG_SECS)
+            lease = queue.consumer("sub").take(timeout=support.HANG_SECS,
+                                               longest_pause=10 * support.HANG_SECS)
             assert lease is not None
             received.extend(lease.messages)
             lease.acknowledge()
 
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()
+        support.until(lambda: queue._bell._open().page[0], what="the subscriber waits")
         queue.seek("sub", "beginning")
-        thread.join(support.HANG_SECS)
+        thread.join(support.HANG_SECS / 2)
         assert received == [b"x"]
 
 
