@@ -425,7 +425,7 @@ class Consumer:
         """
         Acknowledge messages that this consumer has claimed, in one transaction.
 
-        :param begin: everything from here to the first message is done, unless a look says otherwise
+        :param begin: everything from here to the first message was done when they were taken
         :param numbers: of the messages
         """
         self._guess = self._environment.write(

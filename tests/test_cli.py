@@ -46,6 +46,8 @@ ARGUMENTS: Dict[str, List[str]] = {
     "clear": ["--yes"],
     "drop-queue": ["--yes"],
     "metrics": ["--port", "0"],
+    # Without it, there is no such queue in the file, and nothing to do.
+    "dead-letters": ["--queue", "queue"],
 }
 
 

@@ -2,6 +2,7 @@
 
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
+# pylint: disable=contextmanager-generator-missing-cleanup
 
 import contextlib
 import datetime

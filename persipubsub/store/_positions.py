@@ -397,9 +397,7 @@ def seek(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes, 
     """
     subscriber = require(txn, databases, key)
     cursor = txn.cursor(db=databases.data)
-    end = _log.read_tail(cursor).next_number
-    found = _log.head(cursor)
-    number = max(min(number, end), found.first if found is not None else end)
+    number = _stored_from(cursor, number)
     audiences = audiences_of(_log.read_audiences(txn, databases), key)
     skipped = count_pending(txn, databases, subscriber, audiences, 0, number)
     drop_ranges(txn, databases, subscriber.ordinal, 0)
@@ -411,6 +409,26 @@ def seek(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes, 
     # Whoever remembers how far all subscribers have come looks again: positions went back.
     _log.change_generation(cursor)
     return number
+
+
+def _stored_from(cursor: "lmdb.Cursor[memoryview]", number: int) -> int:
+    """
+    Find the first message that is stored from a number on.
+
+    A position must not rest on a number whose message is gone: somebody may still be at work on it,
+    and would be taken for one who acknowledges the next message.
+
+    :param cursor: of ``data_db``
+    :param number: to be found
+    :return: its number; the next number if there is none
+    """
+    end = _log.read_tail(cursor).next_number
+    found = _log.seek(cursor, min(max(number, 0), end))
+    while found is not None:
+        if found.block.messages:
+            return max(found.first, number)
+        found = _log.following(cursor)
+    return end
 
 
 def add(txn: "lmdb.Transaction[memoryview]",
