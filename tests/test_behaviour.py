@@ -67,7 +67,7 @@ def open_sub(config_pth: pathlib.Path, sub_id: str = "sub") -> persipubsub.subsc
 
 def drain(sub: persipubsub.subscriber.Sub, timeout: float = 0.15) -> List[bytes]:
     """Receive all that is there."""
-    received = []
+    received = []  # type: List[bytes]
     while True:
         with sub.receive(timeout=timeout) as msg:
             if msg is None:
