@@ -118,10 +118,6 @@ class Bench:
         for _ in range(count):
             self._pub.send_many(batch)
 
-    def _send_many(self, batch: List[bytes], count: int) -> None:
-        for _ in range(count):
-            self._pub.send_many(batch)
-
     def _receive(self, count: int) -> None:
         for _ in range(count):
             with self._sub.receive(timeout=60) as msg:
