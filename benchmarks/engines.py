@@ -100,14 +100,9 @@ class Bench:
             "receive": self._rate(self._count, lambda: self._receive(self._count)),
             "send, 16 threads": self._rate(self._count // 16 * 16, lambda: _run(threads)),
             "(drain)": self._rate(1, lambda: self._receive_many(self._count // 16 * 16)),
-            "send_many(1000)": self._rate(10000, lambda: self._send_many(batch)),
+            "send_many(1000)": self._rate(10000, lambda: self._send_many(batch, 10)),
             "receive_many(1000)": self._rate(10000, lambda: self._receive_many(10000)),
         }
-
-    def _send_many(self, batch: List[bytes]) -> None:
-        """Send a batch ten times."""
-        for _ in range(10):
-            self._pub.send_many(batch)
 
     @staticmethod
     def _rate(count: int, work: Callable[[], object]) -> float:
@@ -118,6 +113,10 @@ class Bench:
     def _send(self, count: int) -> None:
         for _ in range(count):
             self._pub.send(_MESSAGE)
+
+    def _send_many(self, batch: List[bytes], count: int) -> None:
+        for _ in range(count):
+            self._pub.send_many(batch)
 
     def _receive(self, count: int) -> None:
         for _ in range(count):

@@ -274,8 +274,8 @@ def engine_of(config: persipubsub.config.Config, queue_key: str) -> Engine:
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
     :return: engine
-    :raise ConfigError: if the path of the queue has a scheme that is not known, or one that needs an
-        extra which is not installed
+    :raise ConfigError: if the path of the queue has a scheme that is not known, or one that needs
+        an extra which is not installed
     """
     path = config.queues[queue_key].path
     scheme, separator, _ = path.partition("://")
@@ -293,8 +293,11 @@ def engine_of(config: persipubsub.config.Config, queue_key: str) -> Engine:
             raise
         # An extra has the name of its scheme.
         raise persipubsub.errors.ConfigError(
-            "{}: queues.{}.path: Expected what {}:// needs (pip install 'persipubsub[{}]'), but got: "
-            "no module {!r}".format(config.path, queue_key, scheme, scheme, error.name)) from None
+            "{}: queues.{}.path: Expected what {scheme}:// needs (pip install "
+            "'persipubsub[{scheme}]'), but got: no module {!r}".format(config.path,
+                                                                       queue_key,
+                                                                       error.name,
+                                                                       scheme=scheme)) from None
 
 
 def require_directory(config: persipubsub.config.Config, queue_key: str) -> None:
@@ -308,6 +311,6 @@ def require_directory(config: persipubsub.config.Config, queue_key: str) -> None
     if "://" in config.queues[queue_key].path:
         engine_of(config, queue_key)
         raise persipubsub.errors.ConfigError(
-            "{}: queues.{}.path: Expected a queue that is a directory of this machine, but got: {!r}; "
-            "this is to be done with the tools of its servers".format(
+            "{}: queues.{}.path: Expected a queue that is a directory of this machine, but got: "
+            "{!r}; this is to be done with the tools of its servers".format(
                 config.path, queue_key, config.queues[queue_key].path))

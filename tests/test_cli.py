@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, click.Command] = persipubsub.cli.commands.commands.comman
 #: Commands with what they need behind the configuration file.
 ARGUMENTS: Dict[str, List[str]] = {
     "peek": ["sub"],
+    "migrate": ["--to", "nats://127.0.0.1:1/nobody"],
     "receive": ["sub"],
     "send": ["pub", "--message", "x"],
     "backup": ["target"],

@@ -26,19 +26,20 @@ _FINAL: Final = frozenset(
     (LIMIT_REACHED, ) + _NOT_ENABLED + _NO_ROOM + _BAD_REPLICAS)  # type: FrozenSet[int]
 
 #: What answers mean: their codes, the error, and what was expected of the path.
-_ANSWERS = (
-    ((STREAM_NOT_FOUND, CONSUMER_NOT_FOUND), persipubsub.errors.NotInitializedError,
-     "a queue at {} (persipubsub.control.initialize_all_dbs makes it)"),
-    (_NOT_ENABLED, persipubsub.errors.UnavailableError,
-     "servers of {} with JetStream (nats-server -js)"),
-    ((_OVERLAP, NAME_IN_USE), persipubsub.errors.FormatError,
-     "to make the stream of {}, and none of somebody else in its place"),
-    ((_TOO_LARGE, ), persipubsub.errors.MessageTooLargeError,
-     "a message that the servers of {} take"),
-    ((LIMIT_REACHED, ), persipubsub.errors.QueueFullError, "room in the queue {}"),
-    (_NO_ROOM, persipubsub.errors.DiskFullError, "room on the servers of {}"),
-    (_BAD_REPLICAS, persipubsub.errors.ConfigError, "as many servers as replicas of {}"),
-)  # type: Sequence[Tuple[Tuple[int, ...], Type[persipubsub.errors.PersipubsubError], str]]
+_ANSWERS: Final[Sequence[Tuple[Tuple[
+    int, ...], Type[persipubsub.errors.PersipubsubError], str]]] = (
+        ((STREAM_NOT_FOUND, CONSUMER_NOT_FOUND), persipubsub.errors.NotInitializedError,
+         "a queue at {} (persipubsub.control.initialize_all_dbs makes it)"),
+        (_NOT_ENABLED, persipubsub.errors.UnavailableError,
+         "servers of {} with JetStream (nats-server -js)"),
+        ((_OVERLAP, NAME_IN_USE), persipubsub.errors.FormatError,
+         "to make the stream of {}, and none of somebody else in its place"),
+        ((_TOO_LARGE, ), persipubsub.errors.MessageTooLargeError,
+         "a message that the servers of {} take"),
+        ((LIMIT_REACHED, ), persipubsub.errors.QueueFullError, "room in the queue {}"),
+        (_NO_ROOM, persipubsub.errors.DiskFullError, "room on the servers of {}"),
+        (_BAD_REPLICAS, persipubsub.errors.ConfigError, "as many servers as replicas of {}"),
+    )
 
 
 class ApiError(Exception):

@@ -43,8 +43,8 @@ class Settings(NamedTuple):
         try:
             address = _address.parse(queue.path)
         except ValueError as error:
-            raise persipubsub.errors.ConfigError("{}: queues.{}.path: {}".format(
-                config.path, queue_key, error)) from None
+            text = "{}: queues.{}.path: {}".format(config.path, queue_key, error)
+            raise persipubsub.errors.ConfigError(text) from None
         everybody = set(queue.subscribers)
         audiences = frozenset(
             tuple(sorted(publisher.subscribers)) for publisher in config.publishers.values()
