@@ -218,7 +218,8 @@ def test_costs(durability: str, operation: str, trace: Callable[[str], Dict[str,
     found, expected = cost_of(counts), _COSTS[durability][operation]
     print("{} {}: {}, {}".format(durability, operation, found, dict(counts)))
     assert found[:4] == expected[:4], counts
-    # Pages split and merge as the tree grows and shrinks, and neighbours are written in one call: the
-    # number of writes is bounded only. From below, too, since a trace that misses some proves nothing.
+    # Pages split and merge as the tree grows and shrinks, and neighbours are written in one call:
+    # the number of writes is bounded only. From below, too, since a trace that misses some proves
+    # nothing.
     assert 0.5 * expected.most_writes <= found.most_writes <= expected.most_writes, counts
     assert found.most_others <= expected.most_others, counts

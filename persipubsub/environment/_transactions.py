@@ -376,7 +376,7 @@ class Transactions:
                 # Not for the next work of the group, nor if this transaction fails.
                 self.left = None
         self._committed = self.left_by = commit
-        self.left = request.result
+        self.left = group[-1].result
         for request in group:
             request.done = True
 

@@ -79,8 +79,7 @@ def append(cursor: "lmdb.Cursor[memoryview]", tail: Tail, time_ns: int, audience
     :return: new end of the log
     """
     number, last_ns, count, size, generation, totals = tail
-    if time_ns < last_ns:
-        time_ns = last_ns
+    time_ns = max(time_ns, last_ns)
     for messages, added, body in batches:
         count += messages
         size += added
