@@ -202,7 +202,7 @@ class Checkpointer:
         # Guards the start of the thread; nothing is waited for while it is held. Re-entrant for a
         # signal handler that closes the queue.
         self._lock = threading.RLock()
-        self._is_changed = _Event()
+        self._is_changed = _Event()  # type: threading.Event
         self._is_stopped = _Event()
 
     def notice(self) -> None:

@@ -367,8 +367,9 @@ class Transactions:
         :param group: works to be run
         """
         if self._failure is not None:
-            kind = persipubsub.errors.ClosedError if self._has_left else persipubsub.errors.FlushError
-            raise kind(self._failure)
+            if self._has_left:
+                raise persipubsub.errors.ClosedError(self._failure)
+            raise persipubsub.errors.FlushError(self._failure)
         with handles.environment.begin(write=True, buffers=True) as txn:
             for request in group:
                 request.result = request.work(txn, handles.databases)
