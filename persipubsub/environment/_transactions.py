@@ -303,7 +303,7 @@ class Transactions:
 
             while self._requests and len(group) < _LARGEST_GROUP:
                 group.append(self._requests.popleft())
-            if not group:
+            if not group and not own.done:
                 # A thread that was interrupted took our work out of the queue and never ran it.
                 group.append(own)
             self._run_group(handles, group)
