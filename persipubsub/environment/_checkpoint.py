@@ -172,6 +172,16 @@ def restore(directory: str) -> None:
         directory, age)
 
 
+class _Event(threading.Event):
+    """Be an event that a signal handler may set while the code that it interrupted sets it."""
+
+    def __init__(self) -> None:
+        """Initialize as not set."""
+        super().__init__()
+        # That of the standard library is not re-entrant: the handler would hang.
+        self._cond = threading.Condition(threading.RLock())
+
+
 class Checkpointer:
     """
     Write checkpoints in the background as long as there is something new.
@@ -192,8 +202,8 @@ class Checkpointer:
         # Guards the start of the thread; nothing is waited for while it is held. Re-entrant for a
         # signal handler that closes the queue.
         self._lock = threading.RLock()
-        self._is_changed = threading.Event()
-        self._is_stopped = threading.Event()
+        self._is_changed = _Event()  # type: threading.Event
+        self._is_stopped = _Event()
 
     def notice(self) -> None:
         """Say that something was committed; costs a few nanoseconds if that is known."""

@@ -221,7 +221,7 @@ class Environment(_transactions.Transactions):
         Daemon threads that go on stop for good at the next lock. Closing the store under them was
         rejected: their tracebacks, written while the interpreter ends, can abort it. The thread
         that leaves gets ClosedError if it writes once more, in a function of ``atexit`` that was
-        registered before this one: nothing would tell after a power failure that it was not flushed.
+        registered before this one: nothing would tell after a power failure that it is not flushed.
 
         :param seconds: how long to wait for other threads
         """

@@ -302,7 +302,7 @@ class Transactions:
 
             while self._requests and len(group) < _LARGEST_GROUP:
                 group.append(self._requests.popleft())
-            if not group:
+            if not group and not own.done:
                 # A thread that was interrupted took our work out of the queue and never ran it.
                 group.append(own)
             self._run_group(handles, group)
@@ -366,8 +366,9 @@ class Transactions:
         :param group: works to be run
         """
         if self._failure is not None:
-            kind = persipubsub.errors.ClosedError if self._has_left else persipubsub.errors.FlushError
-            raise kind(self._failure)
+            if self._has_left:
+                raise persipubsub.errors.ClosedError(self._failure)
+            raise persipubsub.errors.FlushError(self._failure)
         with handles.environment.begin(write=True, buffers=True) as txn:
             commit = txn.id()
             for request in group:
