@@ -8,18 +8,17 @@ subscribers are running. Those that need a queue for themselves say so: they rai
 The command ``persipubsub`` is a thin face of this module.
 """
 
-import contextlib
 import datetime
 import os
 import types
-from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import icontract
 
 import persipubsub.config
 import persipubsub.queue
 import persipubsub.statistics
-from persipubsub import _engines, _migration
+from persipubsub import _engines, _migration, _selection
 from persipubsub._migration import Moved
 from persipubsub._progress import Progress
 from persipubsub.maintenance import _alone, _dead_letters, _looking, _upkeep
@@ -34,71 +33,7 @@ __all__ = [
     "check_durability", "ListedDeadLetter", "Message", "Moved", "Progress", "Sizes"
 ]
 
-ConfigPath = Union[str, os.PathLike[str]]
-
-ResultT = TypeVar("ResultT")
-
-
-def _select(config_pth: ConfigPath,
-            queue_key: Optional[str]) -> Tuple[persipubsub.config.Config, List[str]]:
-    """
-    Read a configuration file and choose queues.
-
-    :param config_pth: path to the configuration file
-    :param queue_key: key in ``queues``; all of them if not given
-    :return: configuration, keys of the queues
-    :raise ConfigError: if the file is wrong, or has no such queue
-    """
-    config = persipubsub.config.read(config_pth)
-    if queue_key is not None:
-        config.queue_path(queue_key)
-    return config, list(config.queues) if queue_key is None else [queue_key]
-
-
-def _settings(config_pth: ConfigPath,
-              queue_key: Optional[str]) -> Mapping[str, persipubsub.queue.Settings]:
-    """
-    Read what is to be known of queues that are directories of this machine.
-
-    :param config_pth: path to the configuration file
-    :param queue_key: key in ``queues``; all of them if not given
-    :return: settings by key
-    :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
-    """
-    config, keys = _select(config_pth, queue_key)
-    for key in keys:
-        _engines.require_directory(config, key)
-    return {key: persipubsub.queue.Settings.of(config, key) for key in keys}
-
-
-def _one(config_pth: ConfigPath, queue_key: str) -> persipubsub.queue.Settings:
-    """
-    Read what is to be known of one queue.
-
-    :param config_pth: path to the configuration file
-    :param queue_key: key in ``queues``
-    :return: its settings
-    :raise ConfigError: if the file is wrong, or has no such queue
-    """
-    return _settings(config_pth, queue_key)[queue_key]
-
-
-def _for_each(config_pth: ConfigPath, queue_key: Optional[str],
-              work: Callable[[_engines.Queue], ResultT]) -> Mapping[str, ResultT]:
-    """
-    Open queues, one after the other, and do something with each.
-
-    :param config_pth: path to the configuration file
-    :param queue_key: key in ``queues``; all of them if not given
-    :param work: to be done
-    :return: what came of it, by key
-    """
-    config, keys = _select(config_pth, queue_key)
-    results = {}
-    for key in keys:
-        with contextlib.closing(_engines.engine_of(config, key).open_queue(config, key)) as queue:
-            results[key] = work(queue)
-    return types.MappingProxyType(results)
+ConfigPath = _selection.ConfigPath
 
 
 def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> None:
@@ -116,7 +51,7 @@ def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) 
     :raise FormatError: if the directory of a queue holds something else
     :raise AccessError: if a directory may not be created or written to
     """
-    config, keys = _select(config_pth, queue_key)
+    config, keys = _selection.select(config_pth, queue_key)
     for key in keys:
         _engines.engine_of(config, key).ensure_queue(config, key)
 
@@ -134,7 +69,7 @@ def prune_dangling_messages(config_pth: ConfigPath,
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _for_each(config_pth, queue_key, lambda queue: queue.prune())
+    return _selection.for_each(config_pth, queue_key, lambda queue: queue.prune())
 
 
 def clear_all_subs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> Mapping[str, int]:
@@ -150,7 +85,7 @@ def clear_all_subs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> M
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _for_each(config_pth, queue_key, lambda queue: queue.clear())
+    return _selection.for_each(config_pth, queue_key, lambda queue: queue.clear())
 
 
 # Looking
@@ -172,7 +107,7 @@ def statistics(
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    config, keys = _select(config_pth, queue_key)
+    config, keys = _selection.select(config_pth, queue_key)
     return types.MappingProxyType(
         {key: _engines.engine_of(config, key).statistics_of(config, key)
          for key in keys})
@@ -223,7 +158,7 @@ def peek(config_pth: ConfigPath,
     config = persipubsub.config.read(config_pth)
     if queue_key is None:
         queue_key = config.subscriber(sub_id).in_queue
-    settings = _one(config_pth, queue_key)
+    settings = _selection.one(config_pth, queue_key)
     return tuple(_looking.peek(settings, sub_id, count=count, start=start))
 
 
@@ -241,7 +176,7 @@ def follow(config_pth: ConfigPath, queue_key: str, last: int = 0) -> Iterator[Li
     :return: iterator over messages, several at a time; an empty list at least once a second
     :raise ConfigError: if the file is wrong, or has no such queue
     """
-    return _looking.follow(_one(config_pth, queue_key), last=last)
+    return _looking.follow(_selection.one(config_pth, queue_key), last=last)
 
 
 def seek(config_pth: ConfigPath,
@@ -275,7 +210,7 @@ def seek(config_pth: ConfigPath,
     config = persipubsub.config.read(config_pth)
     if queue_key is None:
         queue_key = config.subscriber(sub_id).in_queue
-    with persipubsub.queue.Queue(_one(config_pth, queue_key)) as queue:
+    with persipubsub.queue.Queue(_selection.one(config_pth, queue_key)) as queue:
         return queue.seek(sub_id, to)
 
 
@@ -295,7 +230,7 @@ def dead_letters(config_pth: ConfigPath,
     :raise ConfigError: if the file is wrong, or has no such queue
     :raise NotInitializedError: if a queue was not initialized, or as one for something else
     """
-    config, keys = _select(config_pth, queue_key)
+    config, keys = _selection.select(config_pth, queue_key)
     if queue_key is None:
         keys = _dead_letters.queues_of(config)
     return types.MappingProxyType({key: tuple(_dead_letters.look(config, key)) for key in keys})
@@ -317,7 +252,7 @@ def send_back(config_pth: ConfigPath,
     :raise ConfigError: if the file is wrong, or lacks that queue, or the one of a letter
     :raise NotInitializedError: if the queue of a letter does not have its subscriber any more
     """
-    config, _ = _select(config_pth, queue_key)
+    config, _ = _selection.select(config_pth, queue_key)
     return _dead_letters.send_back(config, queue_key, numbers)
 
 
@@ -333,7 +268,7 @@ def drop_dead_letters(config_pth: ConfigPath,
     :return: numbers of those that were dropped; one that is not there or in use is left out
     :raise ConfigError: if the file is wrong, or has no such queue
     """
-    config, _ = _select(config_pth, queue_key)
+    config, _ = _selection.select(config_pth, queue_key)
     return _dead_letters.drop(config, queue_key, numbers)
 
 
@@ -359,7 +294,7 @@ def verify(config_pth: ConfigPath,
     progress = progress or Progress()
     return types.MappingProxyType({
         key: tuple(_upkeep.verify(settings, progress))
-        for key, settings in _settings(config_pth, queue_key).items()
+        for key, settings in _selection.settings_of(config_pth, queue_key).items()
     })
 
 
@@ -382,7 +317,8 @@ def backup(config_pth: ConfigPath,
     :raise StoreError: if the target is there already
     :raise DiskFullError: if there is no room for it
     """
-    return _upkeep.backup(_one(config_pth, queue_key), os.fspath(target), progress or Progress())
+    return _upkeep.backup(_selection.one(config_pth, queue_key), os.fspath(target), progress
+                          or Progress())
 
 
 def restore(config_pth: ConfigPath,
@@ -406,7 +342,7 @@ def restore(config_pth: ConfigPath,
     :raise StoreCorruptError: if the backup is damaged
     :raise FormatError: if it is not the backup of a queue, or the directory holds something else
     """
-    settings = _one(config_pth, queue_key)
+    settings = _selection.one(config_pth, queue_key)
     config = persipubsub.config.read(config_pth)
     _alone.restore(settings, os.path.realpath(os.fspath(source)), progress or Progress())
     persipubsub.queue.ensure_queue(config, queue_key)
@@ -433,7 +369,7 @@ def compact(config_pth: ConfigPath,
     progress = progress or Progress()
     return types.MappingProxyType({
         key: _alone.compact(settings, progress)
-        for key, settings in _settings(config_pth, queue_key).items()
+        for key, settings in _selection.settings_of(config_pth, queue_key).items()
     })
 
 
@@ -450,7 +386,7 @@ def add_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -> b
     :raise ConfigError: if the file is wrong, has no such queue, or nobody may have that id
     :raise NotInitializedError: if the queue was not initialized
     """
-    settings = _one(config_pth, queue_key)
+    settings = _selection.one(config_pth, queue_key)
     persipubsub.config.check_identifier(subscriber, config_pth)
     return bool(_upkeep.add_subscribers(settings, [subscriber]))
 
@@ -469,7 +405,7 @@ def remove_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -
     :raise ConfigError: if the file is wrong, or has no such queue
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
-    return _upkeep.remove_subscriber(_one(config_pth, queue_key), subscriber)
+    return _upkeep.remove_subscriber(_selection.one(config_pth, queue_key), subscriber)
 
 
 def drop_queue(config_pth: ConfigPath, queue_key: str) -> Tuple[str, ...]:
@@ -486,7 +422,7 @@ def drop_queue(config_pth: ConfigPath, queue_key: str) -> Tuple[str, ...]:
     :raise NotInitializedError: if there is no queue
     :raise QueueInUseError: if any process, this one included, has the queue open
     """
-    return tuple(_alone.drop(_one(config_pth, queue_key)))
+    return tuple(_alone.drop(_selection.one(config_pth, queue_key)))
 
 
 def migrate(config_pth: ConfigPath,
@@ -511,7 +447,7 @@ def migrate(config_pth: ConfigPath,
     :raise QueueFullError: if there is no room at the target for half a minute
     :raise UnavailableError: if no server answers in time
     """
-    config, _ = _select(config_pth, queue_key)
+    config, _ = _selection.select(config_pth, queue_key)
     return _migration.migrate(config, queue_key, target, progress or Progress())
 
 
@@ -528,7 +464,7 @@ def check_durability(config_pth: ConfigPath,
     :return: warnings, by queue
     :raise ConfigError: if the file is wrong
     """
-    config, keys = _select(config_pth, queue_key)
+    config, keys = _selection.select(config_pth, queue_key)
     return types.MappingProxyType(
         {key: _engines.engine_of(config, key).check_durability(config, key)
          for key in keys})

@@ -35,7 +35,7 @@ _ROWS: List[Set[str]] = [
     {"_inbox", "_outbox"},
     {"_workers"},
     {"control", "publisher", "subscriber"},
-    {"_receipts"},
+    {"_receipts", "_selection"},
     {"_migration"},
     {"_engines"},
     {"jetstream.engine"},

@@ -1,0 +1,76 @@
+"""Choose the queues of a configuration file that somebody is to look after."""
+
+import contextlib
+import os
+import types
+from typing import Callable, List, Mapping, Optional, Tuple, TypeVar, Union
+
+import persipubsub.config
+import persipubsub.queue
+from persipubsub import _engines
+
+ConfigPath = Union[str, "os.PathLike[str]"]
+
+ResultT = TypeVar("ResultT")
+
+
+def select(config_pth: ConfigPath,
+           queue_key: Optional[str]) -> Tuple[persipubsub.config.Config, List[str]]:
+    """
+    Read a configuration file and choose queues.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: configuration, keys of the queues
+    :raise ConfigError: if the file is wrong, or has no such queue
+    """
+    config = persipubsub.config.read(config_pth)
+    if queue_key is not None:
+        config.queue_path(queue_key)
+    return config, list(config.queues) if queue_key is None else [queue_key]
+
+
+def settings_of(config_pth: ConfigPath,
+                queue_key: Optional[str]) -> Mapping[str, persipubsub.queue.Settings]:
+    """
+    Read what is to be known of queues that are directories of this machine.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: settings by key
+    :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
+    """
+    config, keys = select(config_pth, queue_key)
+    for key in keys:
+        _engines.require_directory(config, key)
+    return {key: persipubsub.queue.Settings.of(config, key) for key in keys}
+
+
+def one(config_pth: ConfigPath, queue_key: str) -> persipubsub.queue.Settings:
+    """
+    Read what is to be known of one queue.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :return: its settings
+    :raise ConfigError: if the file is wrong, or has no such queue
+    """
+    return settings_of(config_pth, queue_key)[queue_key]
+
+
+def for_each(config_pth: ConfigPath, queue_key: Optional[str],
+             work: Callable[[_engines.Queue], ResultT]) -> Mapping[str, ResultT]:
+    """
+    Open queues, one after the other, and do something with each.
+
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``; all of them if not given
+    :param work: to be done
+    :return: what came of it, by key
+    """
+    config, keys = select(config_pth, queue_key)
+    results = {}
+    for key in keys:
+        with contextlib.closing(_engines.engine_of(config, key).open_queue(config, key)) as queue:
+            results[key] = work(queue)
+    return types.MappingProxyType(results)
