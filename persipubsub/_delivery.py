@@ -16,7 +16,7 @@ import contextlib
 import functools
 import os
 import time
-from typing import Callable, Final, List, NamedTuple, Optional, Tuple
+from typing import Callable, Final, List, NamedTuple, Optional
 
 import persipubsub.errors
 import persipubsub.message
