@@ -1,8 +1,8 @@
 """
 Take messages for those who wait by themselves: the tasks of :py:mod:`persipubsub.aio`.
 
-How messages are taken is the business of :py:mod:`persipubsub._delivery`. Here is what waiting needs
-that is not done by a thread: a look that does not wait, and a ticket of the bell.
+How messages are taken is the business of :py:mod:`persipubsub._delivery`. Here is what waiting
+needs that is not done by a thread: a look that does not wait, and a ticket of the bell.
 """
 
 import time

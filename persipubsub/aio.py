@@ -23,7 +23,6 @@ from persipubsub._async_publisher import Pub
 from persipubsub._async_receipts import BatchReceipt, Messages, Receipt, Take
 from persipubsub._receipts import describe, unwrap
 from persipubsub.message import Message
-from persipubsub.publisher import BytesLike, MessageId, _all_to_bytes, _not_open, _to_bytes, _to_ids
 from persipubsub.subscriber import _check_max_msgs, _not_open, _to_waiting
 
 __all__ = ["BatchReceipt", "Messages", "Pub", "Receipt", "Sub"]
