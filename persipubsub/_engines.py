@@ -9,8 +9,8 @@ Everything may be called by any number of threads at the same time, unless it sa
 """
 
 import importlib
-from typing import (TYPE_CHECKING, Any, Dict, Final, List, Optional, Protocol, Sequence, Tuple,
-                    cast, runtime_checkable)
+from typing import (TYPE_CHECKING, Dict, Final, List, Optional, Protocol, Sequence, Tuple, cast,
+                    runtime_checkable)
 
 import persipubsub.config
 import persipubsub.errors

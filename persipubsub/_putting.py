@@ -38,6 +38,13 @@ class Put:
                  messages: Sequence[bytes],
                  audience: Optional[Tuple[str, ...]],
                  msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
+        """
+        Encode messages, before any lock is taken.
+
+        :param messages: of the call
+        :param audience: ids of the subscribers that get them; everybody if not given
+        :param msg_ids: of the messages, None for those without
+        """
         self.messages = messages
         self.msg_ids = msg_ids
         self.audience = audience

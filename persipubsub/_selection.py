@@ -1,7 +1,6 @@
 """Choose the queues of a configuration file that somebody is to look after."""
 
 import contextlib
-import os
 import types
 from typing import Callable, List, Mapping, Optional, Tuple, TypeVar, Union
 

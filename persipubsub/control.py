@@ -199,7 +199,8 @@ def seek(config_pth: ConfigPath,
     :param to:
         ``"beginning"``: the oldest message that is stored; ``"end"``: behind the newest one; an
         ``int``: the message of that number, or the next one that is stored; a ``float`` (seconds
-        since 1970) or a ``datetime`` with a time zone: the first message that was sent then or later
+        since 1970) or a ``datetime`` with a time zone: the first message that was sent then or
+        later
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
     :return: new position: the number of the message from which it goes on
     :raise ConfigError: if the file is wrong, or has no such subscriber or queue

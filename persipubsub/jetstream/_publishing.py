@@ -57,8 +57,8 @@ class Publishing:
         :param messages: to be published
         :param audience: ids of the subscribers that get them; None for everybody
         :param timeout: how long to wait for room, in seconds; None: for ever
-        :param msg_ids: given by the user, None for those without; the same is stored once within the
-            server's window
+        :param msg_ids: given by the user, None for those without; the same is stored once within
+            the server's window
         :return: number of the first message
         """
         settings = self._settings

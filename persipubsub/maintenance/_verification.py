@@ -17,7 +17,7 @@ import lmdb.verify
 import persipubsub.errors
 from persipubsub._progress import Progress
 from persipubsub.environment import _environment, _files, _opening
-from persipubsub.store import _check, _databases, _layout
+from persipubsub.store import _check, _databases
 from persipubsub.store._databases import Databases
 
 #: Where a meta page has the number of its transaction, and the size of a page.

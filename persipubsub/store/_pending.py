@@ -6,7 +6,7 @@ not acknowledged ahead. Of that, a message that failed may rest until it is due 
 """
 
 import types
-from typing import Callable, Dict, Final, List, Mapping, NamedTuple, Tuple, Union
+from typing import Callable, Dict, Final, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import lmdb
 
@@ -206,32 +206,49 @@ class Pending:
         attempts = _NO_ATTEMPTS
         is_spent = False
         ordinal, flags, position = _positions.require_position(txn, databases, self.key)
-        if number < position or (is_guess and number != position):
+        if (number < position or (is_guess and number != position)
+                or flags and _positions.skip_ahead(txn, databases, ordinal, number) != number):
             return _NOTHING
         if flags:
-            if _positions.skip_ahead(txn, databases, ordinal, number) != number:
-                return _NOTHING
             end = min(end, _positions.next_range(txn, databases, ordinal, number))
             if flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
                 end, attempts, is_spent = self._limit(txn, databases, number, end)
                 if number == end:
                     return _NOTHING
 
-        result = Copied([], [], [], attempts, is_spent)
-        oldest_ns = self.now_ns() - self.timeout_ns
-        size = 0
         cursor = txn.cursor(db=databases.data)
         found = _log.seek(cursor, number)
         if found is None or number < found.first:
             return _NOTHING
-        if number + 1 == end:
-            # The loop below would do, and takes twice as long for a single message.
-            first, block, value = found
-            if (number >= first + block.messages or block.time_ns < oldest_ns
-                    or not self.is_addressed(txn, databases, block.audience)):
-                return _NOTHING
-            message = _blocks.copy_message(value, block, number - first, number)
-            return Copied([number], [message], [(1, block.time_ns)], attempts, is_spent)
+        if number + 1 < end:
+            return self._copy_runs(txn, databases, cursor, found, number,
+                                   end)._replace(attempts=attempts, is_spent=is_spent)
+        # What is below would do, and takes twice as long for a single message.
+        first, block, value = found
+        if (number >= first + block.messages or block.time_ns < self.now_ns() - self.timeout_ns
+                or not self.is_addressed(txn, databases, block.audience)):
+            return _NOTHING
+        message = _blocks.copy_message(value, block, number - first, number)
+        return Copied([number], [message], [(1, block.time_ns)], attempts, is_spent)
+
+    def _copy_runs(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                   cursor: "lmdb.Cursor[memoryview]", found: Optional[_log.Found], number: int,
+                   end: int) -> Copied:
+        """
+        Copy messages of one block after the other, as far as they are not too old and addressed.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param cursor: of ``data_db``; stands at the first block
+        :param found: first block
+        :param number: of the first message
+        :param end: number behind the last one to look at
+        :return: messages, without what is known of their deliveries
+        :raise CorruptMessageError: if the first one is damaged
+        """
+        result = Copied([], [], [], _NO_ATTEMPTS, False)
+        oldest_ns = self.now_ns() - self.timeout_ns
+        size = 0
         while found is not None and found.first < end and size < _BATCH_BYTES:
             first, block, value = found
             begin, stop = max(number - first, 0), min(end - first, block.messages)
