@@ -1,6 +1,7 @@
 """Choose the queues of a configuration file that somebody is to look after."""
 
 import contextlib
+import os
 import types
 from typing import Callable, List, Mapping, Optional, Tuple, TypeVar, Union
 
@@ -8,7 +9,7 @@ import persipubsub.config
 import persipubsub.queue
 from persipubsub import _engines
 
-ConfigPath = Union[str, "os.PathLike[str]"]
+ConfigPath = Union[str, os.PathLike[str]]
 
 ResultT = TypeVar("ResultT")
 
