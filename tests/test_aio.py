@@ -314,15 +314,16 @@ async def test_waiting_goes_on_while_others_are_served(face: faces.Face,
     async with opened(face, config_pth) as (pub, sub):
         waiting: Set["asyncio.Future[Optional[bytes]]"] = {
             asyncio.ensure_future(receive(sub, None))
-            for _ in range(10)
+            for _ in range(6)
         }
         while waiting:
-            await asyncio.sleep(0.02)
+            # Longer than others look while a message is claimed.
+            await asyncio.sleep(0.15)
             begin = time.monotonic()
             await pub.send(b"one")
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             times.append(time.monotonic() - begin)
-    assert sorted(times)[5] < 0.4, times
+    assert sorted(times)[3] < 0.4, times
 
 
 @scenario
