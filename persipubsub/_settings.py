@@ -6,7 +6,7 @@ from typing import Final, Mapping, NamedTuple, Optional, Sequence
 import persipubsub.config
 import persipubsub.errors
 from persipubsub.environment import _opening
-from persipubsub.store import _attempts, _blocks, _retention
+from persipubsub.store import _attempts, _blocks, _log
 
 
 class Retries(NamedTuple):
@@ -83,7 +83,7 @@ class Settings(NamedTuple):
         :param now_ns: time on the queue's clock
         :return: those that were committed later
         """
-        return now_ns - self.retain_ns if self.retain_ns else _retention.RETAINS_NOTHING_NS
+        return now_ns - self.retain_ns if self.retain_ns else _log.RETAINS_NOTHING_NS
 
     def options(self) -> _opening.Options:
         """

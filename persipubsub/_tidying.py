@@ -93,7 +93,7 @@ class Tidier:
             pass
         total = 0
         retained_ns = (self._settings.retained_ns(self._now_ns())
-                       if keeps_retained else _retention.RETAINS_NOTHING_NS)
+                       if keeps_retained else _log.RETAINS_NOTHING_NS)
         delete = functools.partial(_retention.delete_finished,
                                    budget=CHUNK_BLOCKS,
                                    retained_ns=retained_ns)

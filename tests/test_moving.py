@@ -18,7 +18,7 @@ import persipubsub.queue
 from persipubsub import _delivery, _moving
 from persipubsub._settings import Retries, Settings
 from persipubsub.dead_letter import DeadLetter
-from persipubsub.store import _attempts, _deliveries
+from persipubsub.store import _attempts, _deliveries, _positions
 from tests import stores, support
 
 ERROR = ValueError("no greeting")
@@ -260,6 +260,14 @@ def test_letter_of_another_version_is_refused() -> None:
         DeadLetter.decode(letter.encode())
 
 
+def rest_on(queue: persipubsub.queue.Queue, number: int) -> None:
+    """Let the position rest on a number that is gone, as behind a checkpoint that was restored."""
+    queue.seek("sub", number)
+    queue._environment.write(lambda txn, databases: _positions.write(
+        txn, databases, b"sub",
+        _positions.require(txn, databases, b"sub")._replace(position=number)))
+
+
 @pytest.mark.parametrize("how", ["give up", "newest", "at"])
 def test_position_passes_the_gap_in_front_of_what_leaves(tmp_path: pathlib.Path, how: str) -> None:
     letters = stores.settings(tmp_path, path=str(tmp_path / "letters"))
@@ -271,7 +279,7 @@ def test_position_passes_the_gap_in_front_of_what_leaves(tmp_path: pathlib.Path,
         queue.put([b"1", b"2", b"3", b"4"])
         # The messages 3 and 4 are dropped.
         number = queue.put([b"5"])
-        assert queue.seek("sub", number - 1) == number - 1
+        rest_on(queue, number - 1)
         if how == "give up":
             fail(queue, times=1)
         else:

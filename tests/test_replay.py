@@ -240,7 +240,7 @@ def test_marks_count_what_is_sought_again(tmp_path: pathlib.Path) -> None:
 
 def test_it_wakes_who_waits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nobody looks by himself within the time of this test.
-    monkeypatch.setattr("persipubsub._delivery._LONGEST_PAUSE_SECS", 10 * support.HANG_SECS)
+    monkeypatch.setattr("persipubsub._delivery.LONGEST_PAUSE_SECS", 10 * support.HANG_SECS)
     with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
         queue.put([b"x"])
         assert stores.take(queue) == b"x"

@@ -14,6 +14,9 @@ import persipubsub.errors
 from persipubsub.store import _blocks, _layout
 from persipubsub.store._databases import Databases
 
+#: Nothing was committed later than at this time: no finished message stays.
+RETAINS_NOTHING_NS: Final = 1 << 63
+
 
 class Tail(NamedTuple):
     """Hold what the end of the log says."""
@@ -345,7 +348,9 @@ def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], every
         return 0
     last_number = _layout.unpack_number(cursor.key())
     cursor.first()
-    deleted = 0 if floors else _delete_passed(cursor, everyone, budget)
+    deleted = 0
+    if not floors and retained_ns == RETAINS_NOTHING_NS:
+        deleted = _delete_passed(cursor, everyone, budget)
     while deleted < budget:
         number = _layout.unpack_number(cursor.key())
         if number == last_number:

@@ -44,9 +44,6 @@ class Loss(NamedTuple):
     messages: int
 
 
-#: Nothing was committed later than at this time: no finished message stays.
-RETAINS_NOTHING_NS: Final = 1 << 63
-
 #: The smallest number of messages between two looks at positions. A look and the deletion behind
 #: it take as long as a send: with 8 of them between two looks it was a sixth of the time of all.
 _SMALLEST_INTERVAL = 16

@@ -236,7 +236,7 @@ def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: i
 
 def test_who_waits_frees_the_slots_of_killed_readers(tmp_path: pathlib.Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_delivery, "_READER_CHECK_SECS", 0.01)
+    monkeypatch.setattr(_delivery, "READER_CHECK_SECS", 0.01)
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     with persipubsub.subscriber.Sub() as sub:
