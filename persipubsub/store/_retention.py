@@ -5,7 +5,7 @@ A message leaves when all its subscribers acknowledged it. It is dropped unread 
 than the queue's timeout, or to make room at a high-water mark; each subscriber counts its losses.
 """
 
-from typing import Callable, Dict, Final, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import lmdb
 
