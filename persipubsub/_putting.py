@@ -296,8 +296,8 @@ class Putter:
         :return: new end of the log; None if the queue is full
         """
         cursor = txn.cursor(db=databases.data)
-        # As the last put left it, if nobody wrote since then. Taken away: it is not what the next one
-        # of this transaction finds.
+        # As the last put left it, if nobody wrote since then. Taken away: it is not what the next
+        # one of this transaction finds.
         tail, self._environment.left = self._environment.left, None
         if not isinstance(tail, _log.Tail) or self._environment.left_by != txn.id() - 1:
             tail = _log.read_tail(cursor)
