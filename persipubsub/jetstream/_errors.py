@@ -22,7 +22,7 @@ _NO_ROOM: Final = (10023, 10028, 10047)
 _BAD_REPLICAS: Final = (10005, 10074)
 
 #: Answers with the code 503 that waiting does not change.
-_FINAL: Final[FrozenSet[int]] = frozenset((LIMIT_REACHED, ) + _NOT_ENABLED + _NO_ROOM +
+_FINAL: Final[frozenset[int]] = frozenset((LIMIT_REACHED, ) + _NOT_ENABLED + _NO_ROOM +
                                           _BAD_REPLICAS)
 
 #: What answers mean: their codes, the error, and what was expected of the path.
