@@ -18,9 +18,10 @@ import msgspec.structs
 from persipubsub import _json_file as json_file
 from persipubsub.jetstream import _address
 
-#: Names of the sub-databases that the store needs for itself; no subscriber can have them.
-#: ... but for the last one: on whose behalf operators look at a queue of dead letters.
+#: The subscriber of each queue of dead letters, on whose behalf operators look at it.
 DEAD_LETTERS: Final = "dead_letters"
+
+#: Names of the sub-databases that the store needs for itself, and that subscriber's.
 RESERVED_SUBSCRIBER_IDS: Final = frozenset(
     {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db", DEAD_LETTERS})
 
