@@ -3,6 +3,7 @@
 # pylint: disable=missing-function-docstring
 
 import base64
+import codecs
 import contextlib
 import json
 import os
@@ -328,6 +329,8 @@ class Terminal:
                              start_new_session=True,
                              preexec_fn=lambda: self._control(slave))
         os.close(slave)
+        # A read may end in the middle of a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.text = ""
 
     @staticmethod
@@ -356,7 +359,7 @@ class Terminal:
                 pattern, self.text)
             if select.select([self._master], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):  # the command ended
-                    self.text += os.read(self._master, 1 << 16).decode()
+                    self.text += self._decoder.decode(os.read(self._master, 1 << 16))
 
     def end(self, exit_code: int) -> None:
         """Wait for the end."""
@@ -365,7 +368,7 @@ class Terminal:
                 found = os.read(self._master, 1 << 16)
                 if not found:
                     break
-                self.text += found.decode()
+                self.text += self._decoder.decode(found)
         assert self.process.wait(timeout=support.HANG_SECS) == exit_code, self.text
         assert "Traceback" not in self.text
 
