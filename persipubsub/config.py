@@ -26,7 +26,9 @@ __all__ = [
     "Config", "RESERVED_SUBSCRIBER_IDS", "DEAD_LETTERS", "read", "parse", "check_identifier"
 ]
 
+#: Identifiers that no publisher and no subscriber can have: the store needs them for itself.
 RESERVED_SUBSCRIBER_IDS: Final = _config_checks.RESERVED_SUBSCRIBER_IDS
+#: The subscriber of a queue of dead letters on whose behalf operators look at it.
 DEAD_LETTERS: Final = _config_checks.DEAD_LETTERS
 
 
