@@ -30,6 +30,14 @@ QUEUES_KEY: Final = "queues"
 # A large file that is something else altogether would fill the memory with its problems.
 _MAX_PROBLEMS = 1000
 
+# Of a subscriber: what only a queue in a directory does, and the values that ask for nothing. To
+# ignore them on servers would be to break a promise in silence.
+_SUBSCRIBER_OF_DIRECTORY: Final = {
+    "start_from": "end",
+    "max_deliveries": None,
+    "retry_delay_secs": 0
+}
+
 _MAX_IDENTIFIER_SIZE = 255  # bytes in UTF-8
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Neither the operating system nor UTF-8 (and hence no C++ or Go program) takes any other.
@@ -139,6 +147,8 @@ class Checker:
                 resolved = resolve(self.path.parent, path)
                 if not _SCHEME.match(path):
                     resolved = "/" + os.path.normpath(resolved).lstrip("/")
+                else:
+                    self.check_only_in_directories({"retain_secs": 0}, queue, path, place)
                 other = places.setdefault(resolved, place)
                 if other != place:
                     self.add(f"{place}.path", f"another path than that of {other}", path)
@@ -242,10 +252,21 @@ class Checker:
             if entry["subscribers"] == []:
                 self.add(there, "at least one subscriber", [])
         known = self.check_reference("in_queue", entry, queues, place) if keys else None
+        if known is not None:
+            path = queues[entry["in_queue"]].get("path")
+            if isinstance(path, str) and _SCHEME.match(path):
+                self.check_only_in_directories(_SUBSCRIBER_OF_DIRECTORY, entry, path, place)
         if known is not None and identifier not in known:
             expected = f"a queue with the subscriber {json_file.shown(identifier, limit=100)}"
             self.add(f"{place}.in_queue", expected, entry["in_queue"],
                      f" ({json_file.listed(known)})")
+
+    def check_only_in_directories(self, unused: Mapping[str, Any], found: Mapping[str, Any],
+                                  path: str, place: str) -> None:
+        """Add the keys that a queue on servers would ignore, unless they ask for nothing."""
+        for key, nothing in unused.items():
+            if found.get(key, nothing) != nothing:
+                self.add(json_file.at(place, key), "it only with a queue that is a directory", path)
 
     def check_options(self, entry: Mapping[str, Any], place: str) -> None:
         """Add the problems of the optional keys of an entry."""

@@ -489,6 +489,24 @@ def test_two_queues_at_one_path(other: str) -> None:
         f"queues.other.path: Expected another path than that of queues./q, but got: {other!r}", )
 
 
+@pytest.mark.parametrize("place, value, nothing", [
+    (["sub", "max_deliveries"], 3, ABSENT),
+    (["sub", "retry_delay_secs"], 0.5, 0),
+    (["sub", "start_from"], "beginning", "end"),
+    (["queues", "/q", "retain_secs"], 60, 0),
+])
+def test_keys_that_servers_would_ignore(place: Sequence[str], value: Any, nothing: Any) -> None:
+    content = change(place, value)
+    parse(content)
+    content["queues"]["/q"]["path"] = "nats://host/S"
+    assert problems(content) == (
+        f"{'.'.join(place)}: Expected it only with a queue that is a directory, "
+        "but got: 'nats://host/S'", )
+    content = make() if nothing is ABSENT else change(place, nothing)
+    content["queues"]["/q"]["path"] = "nats://host/S"
+    assert parse(content).queues["/q"].path == "nats://host/S"
+
+
 def test_two_queues_of_one_scheme() -> None:
     content = change([*QUEUE, "path"], "other://a//b")
     content["queues"]["other"] = {**content["queues"]["/q"], "path": "other://a/b"}
