@@ -325,7 +325,8 @@ class Putter:
                                       put.losses,
                                       budget=2 * (interval + len(put.batches)))
         put.floor = floor
-        return tail
+        # LMDB uses up no id for a transaction that changes nothing: another process may get it.
+        return tail if put.batches else None
 
     def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
                   put: Put) -> Optional[_log.Tail]:
