@@ -126,7 +126,8 @@ class Putter:
         # nobody who waits keeps the others from the write lock. Only a guess.
         self._was_full = False
 
-        # Remembered between sends; written by whoever holds the environment's write lock.
+        # Remembered between sends. The first is written behind a commit, in any order: an older one
+        # still is a lower bound. The second is under the environment's write lock.
         self._floor = None  # type: Optional[_retention.Floor]
         self._audiences = {}  # type: Dict[Tuple[str, ...], int]
 
@@ -296,8 +297,8 @@ class Putter:
         :return: new end of the log; None if the queue is full
         """
         cursor = txn.cursor(db=databases.data)
-        # As the last put left it, if nobody wrote since then. Taken away: it is not what the next one
-        # of this transaction finds.
+        # As the last put left it, if nobody wrote since then. Taken away: it is not what the next
+        # one of this transaction finds.
         tail, self._environment.left = self._environment.left, None
         if not isinstance(tail, _log.Tail) or self._environment.left_by != txn.id() - 1:
             tail = _log.read_tail(cursor)
@@ -341,6 +342,7 @@ class Putter:
         now_ns = self._now_ns()
         oldest_ns = now_ns - self._settings.once_window_ns
         known, places = put.leave_out_known(txn, databases, oldest_ns)
+        put.losses = []
         put.is_full = False
         put.floor = self._floor
         tail = self._put(txn, databases, put) if put.count else None

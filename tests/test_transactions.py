@@ -94,8 +94,9 @@ def test_end_of_the_log_is_not_taken_from_a_transaction_without_a_change(
             queue.put([])
         else:
             # As where a signal handler committed all works of the code that it interrupted.
-            environment = queue._environment  # pylint: disable=protected-access
-            environment._run_group(environment._open_handles(), [])  # pylint: disable=protected-access
+            # pylint: disable=protected-access
+            environment = queue._environment
+            environment._run_group(environment._open_handles(), [])
         with support.Child(send_in_child, config_pth) as child:
             assert child.get() == "sent"
             child.end()
