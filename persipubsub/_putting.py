@@ -126,7 +126,8 @@ class Putter:
         # nobody who waits keeps the others from the write lock. Only a guess.
         self._was_full = False
 
-        # Remembered between sends; written by whoever holds the environment's write lock.
+        # Remembered between sends. The first is written behind a commit, in any order: an older one
+        # still is a lower bound. The second is under the environment's write lock.
         self._floor = None  # type: Optional[_retention.Floor]
         self._audiences = {}  # type: Dict[Tuple[str, ...], int]
 
@@ -325,7 +326,8 @@ class Putter:
                                       put.losses,
                                       budget=2 * (interval + len(put.batches)))
         put.floor = floor
-        return tail
+        # LMDB uses up no id for a transaction that changes nothing: another process may get it.
+        return tail if put.batches else None
 
     def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
                   put: Put) -> Optional[_log.Tail]:
@@ -340,6 +342,7 @@ class Putter:
         now_ns = self._now_ns()
         oldest_ns = now_ns - self._settings.once_window_ns
         known, places = put.leave_out_known(txn, databases, oldest_ns)
+        put.losses = []
         put.is_full = False
         put.floor = self._floor
         tail = self._put(txn, databases, put) if put.count else None

@@ -70,3 +70,35 @@ def test_work_without_a_change_takes_no_flush_from_the_next_one(
         environment.write(lambda txn, databases: None)
         pub.send(b"message")
         assert flushes == [1, 1]
+
+
+def send_in_child(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Send a message from another process."""
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send(b"from the child")
+    pipe.send("sent")
+
+
+@pytest.mark.parametrize("is_put", [True, False])
+def test_end_of_the_log_is_not_taken_from_a_transaction_without_a_change(
+        tmp_path: pathlib.Path, is_put: bool) -> None:
+    """Another process gets the id that LMDB did not use up, and moves the end of the log."""
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send(b"message")
+        queue = support.queue_of(pub)
+        if is_put:
+            queue.put([])
+        else:
+            # As where a signal handler committed all works of the code that it interrupted.
+            # pylint: disable=protected-access
+            environment = queue._environment
+            environment._run_group(environment._open_handles(), [])
+        with support.Child(send_in_child, config_pth) as child:
+            assert child.get() == "sent"
+            child.end()
+        pub.send(b"message")
+    assert persipubsub.control.statistics(config_pth)["queue"].messages == 3

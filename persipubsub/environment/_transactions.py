@@ -377,7 +377,7 @@ class Transactions:
                 # Not for the next work of the group, nor if this transaction fails.
                 self.left = None
         self._committed = self.left_by = commit
-        self.left = group[-1].result
+        self.left = group[-1].result if group else None
         for request in group:
             request.done = True
 
