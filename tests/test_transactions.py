@@ -8,6 +8,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.publisher
+import persipubsub.queue
 from persipubsub.environment import _transactions
 from tests import support
 
@@ -102,3 +103,24 @@ def test_end_of_the_log_is_not_taken_from_a_transaction_without_a_change(
             child.end()
         pub.send(b"message")
     assert persipubsub.control.statistics(config_pth)["queue"].messages == 3
+
+
+def test_work_is_not_taken_for_committed_when_another_process_gets_the_id(
+        tmp_path: pathlib.Path) -> None:
+    """It would never be run: a message would be lost."""
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        queue.put([b"ours"])
+        # pylint: disable=protected-access
+        environment = queue._environment
+        handles = environment._open_handles()
+        # As an interrupt leaves it that comes in front of the commit.
+        request = _transactions._Request(lambda txn, databases: None)
+        request.commit = handles.environment.info()["last_txnid"] + 1
+        environment._recognize_committed(handles, [request])
+        with support.Child(send_in_child, config_pth) as child:
+            assert child.get() == "sent"
+            child.end()
+        environment._recognize_committed(handles, [request])
+        assert not request.done

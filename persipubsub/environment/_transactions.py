@@ -38,10 +38,8 @@ Work = Callable[["lmdb.Transaction[memoryview]", Databases], ResultT]
 #: No more works than this share a transaction, so that no thread writes for the others forever.
 _LARGEST_GROUP: Final = 512
 
-#: A full map grows by this much so that messages can be acknowledged and dropped ...
+#: A full map grows by so much, and at most by so much, that messages can be acknowledged and dropped.
 _GROWTH_BYTES: Final = 1 << 20
-
-#: ... and never by more than this.
 _LARGEST_GROWTH_BYTES: Final = 1 << 26
 
 #: The table of readers is searched for dead processes once in so many commits of all processes.
@@ -330,6 +328,8 @@ class Transactions:
             if 0 < request.commit <= last:
                 self._committed = max(self._committed, request.commit)
                 request.done = True
+            # Another process may get the id of a transaction that was not committed.
+            request.commit = request.commit if request.done else 0
 
     def _run_group(self, handles: _opening.Handles, group: List[_Request]) -> None:
         """
