@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import types
+import zlib
 from typing import Tuple
 
 import lmdb
@@ -39,24 +40,32 @@ def make_queue(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "queue"
 
 
-@pytest.fixture(name="program", scope="module")
-def build_program(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Build the program in C as its Makefile says."""
-    if shutil.which("cc") is None or shutil.which("make") is None:
-        pytest.skip("no C compiler or no make: install gcc and make")
+@pytest.fixture(name="program",
+                scope="module",
+                params=[("list_queue", "list_queue.c", "cc", "gcc"),
+                        ("list_queue_cpp", "list_queue.cpp", "g++", "g++")],
+                ids=["c", "cpp"])
+def build_program(request: pytest.FixtureRequest,
+                  tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Build a program as its Makefile says: what one of them does, the other has to do, too."""
+    name, source, compiler, package = request.param
+    if shutil.which(compiler) is None or shutil.which("make") is None:
+        pytest.skip("no {0} or no make: install {1} and make".format(compiler, package))
     if not pathlib.Path("/usr/include/lmdb.h").exists():
         pytest.skip("no header of LMDB: install liblmdb-dev")
     directory = tmp_path_factory.mktemp("foreign")
-    for name in ("Makefile", "list_queue.c"):
-        shutil.copy(_FOREIGN / name, directory)
-    process = subprocess.run(["make"],
+    for copied in ("Makefile", source):
+        shutil.copy(_FOREIGN / copied, directory)
+    process = subprocess.run(["make", name],
                              cwd=directory,
                              capture_output=True,
                              text=True,
                              timeout=support.HANG_SECS,
                              check=False)
     assert process.returncode == 0, process.stderr
-    return directory / "list_queue"
+    built = directory / name
+    assert isinstance(built, pathlib.Path)
+    return built
 
 
 def _run(program: pathlib.Path, *arguments: object) -> Tuple[int, str, str]:
@@ -68,7 +77,7 @@ def _run(program: pathlib.Path, *arguments: object) -> Tuple[int, str, str]:
     return process.returncode, process.stdout, process.stderr
 
 
-def test_program_in_c_reads_a_queue(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
+def test_program_reads_a_queue(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
     expected = """\
 format 1, durability fsync
 subscriber alarm: position 1, acknowledged 0
@@ -81,8 +90,8 @@ message 4 for audience 1, 4 bytes, sound: psst
     assert _run(program, queue_pth) == (0, expected, "")
 
 
-def test_program_in_c_reads_while_the_queue_is_used(program: pathlib.Path,
-                                                    tmp_path: pathlib.Path) -> None:
+def test_program_reads_while_the_queue_is_used(program: pathlib.Path,
+                                               tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, ("alarm", "archive")) as queue:
         queue.put([b"one"])
         code, out, err = _run(program, tmp_path / "queue")
@@ -92,7 +101,7 @@ def test_program_in_c_reads_while_the_queue_is_used(program: pathlib.Path,
         assert stores.take_all(queue, "alarm") == [b"one", b"two"]
 
 
-def test_program_in_c_counts_as_a_user(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_program_counts_as_a_user(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"x" * 1000] * 1000)
     with subprocess.Popen([program, tmp_path / "queue"], stdout=subprocess.PIPE) as process:
@@ -108,8 +117,7 @@ def test_program_in_c_counts_as_a_user(program: pathlib.Path, tmp_path: pathlib.
         assert len(stores.take_all(queue)) == 1000
 
 
-def test_program_in_c_refuses_another_format(program: pathlib.Path,
-                                             queue_pth: pathlib.Path) -> None:
+def test_program_refuses_another_format(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
     with lmdb.open(str(queue_pth), max_dbs=16, lib_version=0) as environment:
         meta = environment.open_db(b"meta_db", create=False)
         with environment.begin(write=True, db=meta) as txn:
@@ -121,21 +129,85 @@ def test_program_in_c_refuses_another_format(program: pathlib.Path,
                                "list_queue: header: a format that this program does not know\n")
 
 
-def test_program_in_c_refuses_what_is_not_a_queue(program: pathlib.Path,
-                                                  tmp_path: pathlib.Path) -> None:
+def test_program_refuses_what_is_not_a_queue(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
     code, out, err = _run(program, tmp_path)
     assert (code, out) == (1, "")
     assert "not a queue, or no rights" in err
     assert sorted(tmp_path.iterdir()) == []
 
 
-def test_program_in_c_finds_damage(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
+def test_program_finds_damage(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
     data = queue_pth / "data.mdb"
     data.write_bytes(data.read_bytes().replace(b"helloworld", b"jelloworld"))
     code, out, _ = _run(program, queue_pth)
     assert code == 0
     assert "message 1 for audience 0, 5 bytes, DAMAGED: jello\n" in out
     assert "message 3 for audience 0, 5 bytes, sound: world\n" in out
+
+
+@pytest.mark.parametrize("sound, damaged, listed, reason", [
+    pytest.param(struct.pack("<QQIHH", 3, 10, 3, 0, 0),
+                 struct.pack("<QQIHH", 3, 10, 3, 1, 0),
+                 0,
+                 "block: its checksum is wrong",
+                 id="header of the block"),
+    pytest.param(struct.pack("<II", 10, zlib.crc32(b"world")),
+                 struct.pack("<II", 11, zlib.crc32(b"world")),
+                 2,
+                 "message: damaged",
+                 id="end behind the block"),
+    pytest.param(struct.pack("<II", 5, zlib.crc32(b"")),
+                 struct.pack("<II", 4, zlib.crc32(b"")),
+                 1,
+                 "message: damaged",
+                 id="end before the start"),
+])
+def test_program_stops_at_a_damaged_block(program: pathlib.Path, queue_pth: pathlib.Path,
+                                          sound: bytes, damaged: bytes, listed: int,
+                                          reason: str) -> None:
+    data = queue_pth / "data.mdb"
+    content = data.read_bytes()
+    assert sound in content
+    data.write_bytes(content.replace(sound, damaged))
+    code, out, err = _run(program, queue_pth)
+    assert (code, err) == (1, "list_queue: {}\n".format(reason))
+    assert out.count("\nmessage ") == listed, out
+
+
+def test_program_does_not_take_a_damaged_page_for_the_end(program: pathlib.Path,
+                                                          tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        for _ in range(12):
+            queue.put([b"x" * 1000])
+    data = tmp_path / "queue" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    branches = 0
+    for page in range(0, len(content), 4096):
+        # A branch page of LMDB has the flag 1, and offsets of its children from the byte 16 on.
+        flags, lower = struct.unpack_from("<HH", content, page + 10)
+        if flags == 1 and lower >= 20:
+            node, = struct.unpack_from("<H", content, page + 18)
+            struct.pack_into("<I", content, page + node, 0xFFFFFFF)
+            branches += 1
+    assert branches > 0
+    data.write_bytes(content)
+    code, out, err = _run(program, tmp_path / "queue")
+    assert code == 1
+    assert err.startswith("list_queue: data_db: MDB_PAGE_NOTFOUND"), err
+    assert "message 1 for" in out and "message 12 for" not in out
+
+
+def test_program_shows_all_bytes_of_a_message(program: pathlib.Path,
+                                              tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        queue.put([b"zero\0byte"])
+    code, out, err = _run(program, tmp_path / "queue")
+    assert (code, err) == (0, "")
+    assert out.endswith("message 1 for audience 0, 9 bytes, sound: zero\0byte\n")
+
+
+def test_program_says_how_it_is_used(program: pathlib.Path) -> None:
+    assert _run(program) == (2, "", "usage: list_queue QUEUE_DIRECTORY\n")
 
 
 def _dump_queue() -> types.ModuleType:

@@ -55,6 +55,13 @@ static MDB_cursor *open_cursor(MDB_txn *txn, const char *name) {
     return cursor;
 }
 
+/* Only the end is an end; anything else that stops the list is an error. */
+static int next(MDB_cursor *cursor, MDB_val *key, MDB_val *value, const char *name) {
+    int code = mdb_cursor_get(cursor, key, value, MDB_NEXT);
+    if (code != MDB_NOTFOUND) check(code, name);
+    return code == 0;
+}
+
 static void list_header(MDB_txn *txn) {
     MDB_cursor *cursor = open_cursor(txn, "meta_db");
     MDB_val key = {6, "header"}, value;
@@ -68,7 +75,7 @@ static void list_header(MDB_txn *txn) {
 static void list_subscribers(MDB_txn *txn) {
     MDB_cursor *cursor = open_cursor(txn, "pending_db");
     MDB_val key, value;
-    for (int code = 0; (code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) == 0;) {
+    while (next(cursor, &key, &value, "pending_db")) {
         const unsigned char *record = value.mv_data;
         if (value.mv_size < 24) fail("subscriber", "damaged");
         printf("subscriber %.*s: position %" PRIu64 ", acknowledged %" PRIu64 "\n",
@@ -90,8 +97,10 @@ static void list_block(uint64_t number, const unsigned char *block, size_t size)
         if (end < start || begin + end > size) fail("message", "damaged");
         const unsigned char *bytes = block + begin + start;
         int is_sound = crc32(0, bytes, end - start) == little(block + table + 8 * i + 4, 4);
-        printf("message %" PRIu64 " for audience %" PRIu64 ", %zu bytes, %s: %.*s\n", number + i,
-               audience, end - start, is_sound ? "sound" : "DAMAGED", (int)(end - start), bytes);
+        printf("message %" PRIu64 " for audience %" PRIu64 ", %zu bytes, %s: ", number + i,
+               audience, end - start, is_sound ? "sound" : "DAMAGED");
+        fwrite(bytes, 1, end - start, stdout); /* not %.*s, which stops at a zero byte */
+        putchar('\n');
         start = end;
     }
 }
@@ -99,7 +108,7 @@ static void list_block(uint64_t number, const unsigned char *block, size_t size)
 static void list_messages(MDB_txn *txn) {
     MDB_cursor *cursor = open_cursor(txn, "data_db");
     MDB_val key, value;
-    for (int code = 0; (code = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) == 0;) {
+    while (next(cursor, &key, &value, "data_db")) {
         if (key.mv_size != 8) fail("block", "its key has another length");
         list_block(big(key.mv_data, 8), value.mv_data, value.mv_size);
     }
