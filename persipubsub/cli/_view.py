@@ -183,10 +183,13 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
     table.add_column("subscriber", overflow="fold", min_width=10)
     names = ["lag", "in flight", "received"]
     names += ["rate"] if history.is_moving() else []
-    names += ["last", "failed", "timeout", "mark", "dead", "other"]
+    # In a narrow terminal names and lags would be cut for figures that are mostly zero.
+    is_wide = width >= _WIDE
+    names += ["last", "failed"]
+    names += ["timeout", "mark", "dead", "other"] if is_wide else ["dropped"]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    has_trend = history.is_moving() and width >= _WIDE
+    has_trend = history.is_moving() and is_wide
     if has_trend:
         table.add_column("", no_wrap=True)
     drawn = sorted(figures.subscribers, key=lambda one: -one.lag)[:limit]
@@ -202,12 +205,12 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
             cells.append(rich.text.Text("{:,.0f}/s".format(rates[-1])))
         cells += [
             rich.text.Text(_shared.show_seconds(one.seconds_since_acknowledged)),
-            _number(one.failed, "yellow"),
-            _number(one.dropped_by_timeout, "red"),
-            _number(one.dropped_by_mark, "red"),
-            _number(one.dead_lettered, "red"),
-            _number(one.cleared + one.skipped + one.corrupt, "yellow")
+            _number(one.failed, "yellow")
         ]
+        dropped = [one.dropped_by_timeout, one.dropped_by_mark, one.dead_lettered]
+        cells += [_number(count, "red") for count in (dropped if is_wide else [sum(dropped)])]
+        if is_wide:
+            cells.append(_number(one.cleared + one.skipped + one.corrupt, "yellow"))
         if has_trend:
             cells.append(rich.text.Text(sparkline(history.received(one.subscriber)), style="cyan"))
         table.add_row(*cells)
