@@ -38,7 +38,7 @@ Work = Callable[["lmdb.Transaction[memoryview]", Databases], ResultT]
 #: No more works than this share a transaction, so that no thread writes for the others forever.
 _LARGEST_GROUP: Final = 512
 
-#: A full map grows by so much, and at most by so much, that messages can be acknowledged and dropped.
+#: A full map grows by so much, and in all by so much, so that messages can be acknowledged.
 _GROWTH_BYTES: Final = 1 << 20
 _LARGEST_GROWTH_BYTES: Final = 1 << 26
 
