@@ -300,15 +300,15 @@ def test_batch_makes_room_for_itself(deploy: Deploy) -> None:
 
 
 def test_old_messages_are_dropped(deploy: Deploy) -> None:
-    config_pth = deploy(MSG_TIMEOUT_SECS=0.5)
+    config_pth = deploy(MSG_TIMEOUT_SECS=1.5)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send(b"old")
-        time.sleep(0.6)
+        time.sleep(1.6)  # as old as that takes time
         assert sub.front() is None
         pub.send(b"new")
         assert drain(sub, timeout=0.1) == [b"new"]
         pub.send(b"old")
-        time.sleep(0.6)
+        time.sleep(1.6)  # as old as that takes time
         persipubsub.control.prune_dangling_messages(config_pth)
         assert lags(config_pth) == {"sub": 0}
 
