@@ -28,6 +28,9 @@ _LOGGER = logging.getLogger("persipubsub.jetstream")
 _VARIABLES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_USER", "NATS_PASSWORD", "NATS_TOKEN",
                      "NATS_CA", "NATS_CERT", "NATS_KEY")
 
+#: A connection that was reset while it was made is made again after this time, in seconds.
+_AGAIN_SECS: Final = 0.05
+
 #: The first connection is not waited for longer than that, in seconds.
 _CONNECT_SECS: Final = 10.0
 
@@ -164,6 +167,10 @@ class Link:
             if not connecting.done():
                 connecting.cancel()
         await _close(client)
+        if isinstance(error, ConnectionResetError) and time.monotonic() < deadline:
+            # A server that refuses us closes at once: its reason may be lost with the connection.
+            await asyncio.sleep(_AGAIN_SECS)
+            return await self._connect(deadline)
         if error is None:
             raise self._unreachable()
         if connecting.done() and not isinstance(error, (nats.errors.Error, OSError)):
