@@ -329,8 +329,9 @@ class Terminal:
                              start_new_session=True,
                              preexec_fn=lambda: self._control(slave))
         os.close(slave)
-        # A read may end in the middle of a character.
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        # A read may end in the middle of a character. Ctrl-C throws away what the terminal still
+        # holds, so half a character may be lost for good: it is replaced, no command is at fault.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text = ""
 
     @staticmethod
