@@ -53,6 +53,13 @@ def pruning(drops_newest: bool) -> persipubsub.config.Strategy:
     return strategies.PRUNE_LAST if drops_newest else strategies.PRUNE_FIRST
 
 
+def rewrite(txn: Any, databases: Any) -> int:
+    """Change a page, so that there is something to be committed; return the transaction's id."""
+    header = bytes(txn.get(_layout.HEADER_KEY, db=databases.meta))
+    txn.put(_layout.HEADER_KEY, header, db=databases.meta)
+    return int(txn.id())
+
+
 @contextlib.contextmanager
 def opened(directory: pathlib.Path,
            subscribers: Sequence[str] = ("sub", ),

@@ -15,7 +15,7 @@ import pytest
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _putting
-from persipubsub.environment import _transactions
+from persipubsub.environment import _line
 from persipubsub.store import _blocks
 from persipubsub.store._databases import Databases
 from tests import stores, support
@@ -376,14 +376,35 @@ def test_end_of_the_log_where_two_puts_share_a_transaction(tmp_path: pathlib.Pat
             return result
 
         queue.put([b"first"])
-        request = _transactions._Request(work)
-        environment._requests.append(request)
+        request = _line.Request(work)
+        environment._line.requests.append(request)
         queue.put([b"third"])
         assert (request.commit == environment._committed) != fails
         queue.put([b"fourth"])
         expected = [b"first", b"third", b"fourth"
                     ] if fails else [b"first", b"second", b"third", b"fourth"]
         assert stores.take_all(queue) == expected
+
+
+def test_end_of_the_log_after_a_group_that_failed(tmp_path: pathlib.Path) -> None:
+    """What its last put left behind is not in the store; each work starts from what is there."""
+    with stores.opened(tmp_path) as queue:
+        environment = queue._environment
+
+        def put(message: bytes) -> _line.Request:
+            return _line.Request(lambda txn, databases: queue._putter._put(
+                txn, databases, _putting.Put([message], None)))
+
+        def fail(*_: object) -> None:
+            raise persipubsub.errors.StoreError("on purpose")
+
+        queue.put([b"first"])
+        requests = [put(b"second"), _line.Request(fail), put(b"third")]
+        environment._run_group(environment._open_handles(), requests)
+        assert [request.error is None for request in requests] == [True, False, True]
+        queue.put([b"fourth"])
+        queue.check()
+        assert stores.take_all(queue) == [b"first", b"second", b"third", b"fourth"]
 
 
 def test_end_of_the_log_after_other_works(tmp_path: pathlib.Path) -> None:

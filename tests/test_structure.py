@@ -58,7 +58,10 @@ _ROWS: List[Set[str]] = [
     {"environment._environment"},
     {"environment._transactions"},
     {"environment._opening"},
-    {"environment._checkpoint", "environment._gate", "_wakeup", "_claims", "_in_flight"},
+    {
+        "environment._checkpoint", "environment._gate", "environment._line", "_wakeup", "_claims",
+        "_in_flight"
+    },
     {"environment._files", "_inotify"},
     {"store._newest"},
     {"store._deliveries"},

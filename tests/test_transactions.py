@@ -9,7 +9,7 @@ import pytest
 import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
-from persipubsub.environment import _transactions
+from persipubsub.environment import _line, _transactions
 from tests import support
 
 THREADS = 8
@@ -116,7 +116,7 @@ def test_work_is_not_taken_for_committed_when_another_process_gets_the_id(
         environment = queue._environment
         handles = environment._open_handles()
         # As an interrupt leaves it that comes in front of the commit.
-        request = _transactions._Request(lambda txn, databases: None)
+        request = _line.Request(lambda txn, databases: None)
         request.commit = handles.environment.info()["last_txnid"] + 1
         environment._recognize_committed(handles, [request])
         with support.Child(send_in_child, config_pth) as child:

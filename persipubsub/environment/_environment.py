@@ -280,7 +280,6 @@ class Environment(_transactions.Transactions):
             _ABANDONED.append(self._handles)
             self._handles = None
         self._is_writing = self._is_reading = False
-        self._requests.clear()
         self._checkpointer = None
         self._make_locks()
         self._close_handles()

@@ -15,17 +15,16 @@ entered twice: it knows its owner, so that a ``finally`` clause can give it back
 whether a KeyboardInterrupt came before or after it was taken.
 """
 
-import collections
 import contextlib
 import fcntl
 import threading
 import time
-from typing import Any, Callable, Deque, Final, List, Optional, Sequence, TypeVar
+from typing import Callable, Final, List, Optional, Sequence, TypeVar, Union
 
 import lmdb
 
 import persipubsub.errors
-from persipubsub.environment import _checkpoint, _files, _gate, _opening
+from persipubsub.environment import _checkpoint, _files, _gate, _line, _opening
 from persipubsub.environment._opening import MapFullError, Options
 from persipubsub.store._databases import Databases
 
@@ -53,19 +52,6 @@ RESERVE_BYTES: Final = 1 << 18
 
 #: The reserve is taken again when there is room for it; time between two looks, in seconds.
 _RESERVE_SECS: Final = 1.0
-
-
-class _Request:
-    """Hold the work of one thread until some thread has committed it."""
-
-    __slots__ = ("work", "done", "result", "error", "commit")
-
-    def __init__(self, work: Work[Any]) -> None:
-        self.work = work
-        self.done = False
-        self.result = None  # type: Any
-        self.error = None  # type: Optional[BaseException]
-        self.commit = 0
 
 
 class Transactions:
@@ -97,8 +83,7 @@ class Transactions:
         self._has_left = False
 
         # True while a transaction is open in the thread that holds the lock.
-        self._is_writing = False
-        self._is_reading = False
+        self._is_writing = self._is_reading = False
 
         # Ids of LMDB's transactions: the last one of this process, the last flushed one, and the
         # last one that was seen by a reader and is to be in a checkpoint.
@@ -114,23 +99,22 @@ class Transactions:
         # Only for an "os" store, and then told of every commit.
         self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
 
-        self._requests = collections.deque()  # type: Deque[_Request]
         self._make_locks()
 
     def _make_locks(self) -> None:
         """Create the locks; see the module for what they guard and their order."""
         # Guards copies of the store, so that none is being made when the process forks or closes.
         self._copy_lock = threading.RLock()
-        # Guards the writing half: requests being run, the gate's descriptor.
-        self._write_lock = threading.RLock()
+        # The write lock: guards the writing half, requests being run, the gate's descriptor.
+        self._line = _line.Line()
         # Guards flushes, so that one flush serves all threads that wait for one.
         self._flush_lock = threading.RLock()
         # Guards read transactions, so that none is open when the process forks or remaps.
         self._read_lock = threading.RLock()
 
-    def _locks(self) -> "Sequence[threading.RLock]":
+    def _locks(self) -> "Sequence[Union[threading.RLock, _line.Line]]":
         """Return the locks in the order in which they are taken."""
-        return self._copy_lock, self._write_lock, self._flush_lock, self._read_lock
+        return self._copy_lock, self._line, self._flush_lock, self._read_lock
 
     # Transactions
 
@@ -218,29 +202,8 @@ class Transactions:
         """
         if self._handles is None:
             self._reopen()
-        request = _Request(work)
-        self._requests.append(request)
-        lock = self._write_lock
-        is_locked = False
-        try:
-            is_locked = lock.acquire(blocking=False) or lock.acquire(
-                timeout=self.options.busy_timeout_secs)
-            # More than once if so many others were before us that our work was not in the group.
-            while is_locked and not request.done and request.error is None:
-                self._commit_group(request)
-        finally:
-            try:
-                lock.release()
-            except RuntimeError:
-                # Not ours: the wait timed out or was interrupted.
-                pass
-            is_taken = not request.done and not self._withdraw(request)
-
-        if is_taken:
-            # Another thread is about to commit it: only what comes of that tells whether nothing
-            # was written, as the error of a timeout says.
-            with lock:
-                self._withdraw(request)
+        request = _line.Request(work, is_flushed and not self.options.keeps_os)
+        self._take_turn(request)
         handles = self._handles
         if handles is not None:
             handles.gate.make_way()
@@ -255,35 +218,56 @@ class Transactions:
             self._look_after_store(request.commit)
         if self._checkpointer is not None:
             self._checkpointer.notice()
-        elif is_flushed and not self.options.keeps_os:
-            self._flush(request.commit)
+        elif request.is_flushed:
+            self._flush(request)
         return request.result  # type: ignore[no-any-return]
 
-    def _withdraw(self, request: _Request) -> bool:
+    def _take_turn(self, request: _line.Request) -> None:
         """
-        Take back a request that nobody ran.
+        Get a work committed, by this thread or by another one.
 
-        :param request: of a thread that gives up
-        :return: False if another thread is running it, or ran it
+        :param request: gets the result or the error; neither if the wait was too long
         """
+        line, lock = self._line, self._line.lock
+        line.requests.append(request)
+        group = []  # type: List[_line.Request]
         try:
-            self._requests.remove(request)
-        except ValueError:
-            return False
-        return True
+            is_locked = lock.acquire(blocking=False) or line.wait(request,
+                                                                  self.options.busy_timeout_secs)
+            # More than once if so many others were before us that our work was not in the group.
+            while is_locked and not request.done and request.error is None:
+                _line.share_flush(group, request)
+                group = self._commit_group(request)
+        finally:
+            # Not with contextlib.suppress: a KeyboardInterrupt in there would leave it taken.
+            try:
+                lock.release()
+            except RuntimeError:
+                pass  # not ours: another thread did the work, or the wait timed out
+            if line.requests:
+                line.wake_next()
+            if len(group) > 1:
+                _line.share_flush(group, request)
+            is_taken = not request.done and not line.withdraw(request)
 
-    def _commit_group(self, own: _Request) -> None:
+        if is_taken:
+            # Another thread is about to commit it: only that tells whether nothing was written.
+            with line:
+                line.withdraw(request)
+
+    def _commit_group(self, own: _line.Request) -> List[_line.Request]:
         """
         Run the works that wait, this thread's own among them, and commit them together.
 
         :param own: request of this thread, which holds the write lock
+        :return: those that were run; their threads still sleep, own excepted
         """
         if self._is_writing:
             own.error = _gate.nested_error(self.directory)
-            return
+            return []
         handles = self._open_handles()
         gate = handles.gate
-        group = []  # type: List[_Request]
+        group = []  # type: List[_line.Request]
         try:
             # Before the gate: a signal handler that writes must not leave it for the code that it
             # interrupted, nor take the works of other threads along.
@@ -296,26 +280,29 @@ class Transactions:
                 if not gate.enter(deadline=time.monotonic() + timeout):
                     # Not done, so that it is withdrawn: nobody shall write it later.
                     own.error = _gate.busy_error(self.directory, timeout)
-                    return
+                    return []
 
-            while self._requests and len(group) < _LARGEST_GROUP:
-                group.append(self._requests.popleft())
+            requests = self._line.requests
+            while requests and len(group) < _LARGEST_GROUP:
+                group.append(requests.popleft())
             if not group and not own.done:
                 # A thread that was interrupted took our work out of the queue and never ran it.
                 group.append(own)
             self._run_group(handles, group)
+            return group
         except BaseException:
             self._recognize_committed(handles, group)
             for request in reversed(group):
                 if not request.done and request is not own:
-                    self._requests.appendleft(request)
+                    self._line.requests.appendleft(request)
+                request.wake()
             raise
         finally:
             # First, with no call before it: whatever interrupts the rest must not leave it set.
             self._is_writing = False
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
 
-    def _recognize_committed(self, handles: _opening.Handles, group: List[_Request]) -> None:
+    def _recognize_committed(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
         """
         See which works were committed although an exception came, and must not be run again.
 
@@ -331,7 +318,7 @@ class Transactions:
             # Another process may get the id of a transaction that was not committed.
             request.commit = request.commit if request.done else 0
 
-    def _run_group(self, handles: _opening.Handles, group: List[_Request]) -> None:
+    def _run_group(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
         """
         Run works in one transaction; when it fails, each of them in one of its own.
 
@@ -358,7 +345,7 @@ class Transactions:
             for request in group:
                 self._run_group(handles, [request])
 
-    def _run(self, handles: _opening.Handles, group: List[_Request]) -> None:
+    def _run(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
         """
         Run works in one transaction.
 
@@ -369,33 +356,46 @@ class Transactions:
             if self._has_left:
                 raise persipubsub.errors.ClosedError(self._failure)
             raise persipubsub.errors.FlushError(self._failure)
-        with handles.environment.begin(write=True, buffers=True) as txn:
-            commit = txn.id()
-            for request in group:
-                request.result = request.work(txn, handles.databases)
-                request.commit = commit
-                # Not for the next work of the group, nor if this transaction fails.
-                self.left = None
+        try:
+            with handles.environment.begin(write=True, buffers=True) as txn:
+                commit = txn.id()
+                for request in group:
+                    request.result = request.work(txn, handles.databases)
+                    request.commit = commit
+                    # For the next work, which finds the store as if this one were committed.
+                    self.left, self.left_by = request.result, commit - 1
+        except BaseException:
+            self.left = None
+            raise
         self._committed = self.left_by = commit
-        self.left = group[-1].result if group else None
+        if not group:
+            self.left = None
         for request in group:
             request.done = True
 
-    def _flush(self, commit: int) -> None:
+    def _flush(self, request: _line.Request) -> None:
         """
         Wait until a commit survives a power failure.
 
         What is left since the commit is LMDB's meta page; one flush serves all threads that came.
 
-        :param commit: id of the transaction
+        :param request: that was committed
+        :raise FlushError: also for a flush of another thread that failed: the kernel tells it once,
+            and one more would succeed and mean nothing
         """
-        with self._flush_lock:
-            if self._flushed >= commit:
-                return
-            # Not of our own works: one that changes nothing leaves its id to the next commit.
-            committed = self._open_handles().environment.info()["last_txnid"]
-            self._sync()
-            self._flushed = committed
+        try:
+            with self._flush_lock:
+                if self._flushed >= request.commit:
+                    return
+                if self._failure is not None:
+                    raise persipubsub.errors.FlushError(self._failure)
+                # Not of our own works: one that changes nothing leaves its id to the next commit.
+                committed = self._open_handles().environment.info()["last_txnid"]
+                self._sync()
+                self._flushed = committed
+        finally:
+            for follower in request.followers:
+                follower.wake()
 
     def _open_handles(self) -> _opening.Handles:
         """Return what is open of the store; raise ClosedError if it was closed meanwhile."""
@@ -407,7 +407,7 @@ class Transactions:
 
     def _follow_map_size(self) -> None:
         """Map as much as the process that raised ``max_db_size_bytes`` did."""
-        with self._write_lock, self._flush_lock, self._read_lock:
+        with self._line, self._flush_lock, self._read_lock:
             self._open_handles().environment.set_mapsize(0)
 
     def _find_room(self, error: BaseException) -> bool:
@@ -458,7 +458,7 @@ class Transactions:
 
         :return: True if it was made larger
         """
-        with self._write_lock, self._flush_lock, self._read_lock:
+        with self._line, self._flush_lock, self._read_lock:
             environment = self._open_handles().environment
             size = environment.info()["map_size"]
             if size + _GROWTH_BYTES > self.options.map_size + _LARGEST_GROWTH_BYTES:

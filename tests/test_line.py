@@ -1,0 +1,253 @@
+"""Test that threads which stand in line to write are woken, whatever happens in front of them."""
+
+# pylint: disable=missing-function-docstring
+# pylint: disable=protected-access
+
+import os
+import pathlib
+import threading
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+from persipubsub.environment import _environment, _line, _registry, _transactions
+from tests import stores, support
+
+THREADS = 6
+
+
+@pytest.fixture(name="no_second_look", autouse=True)
+def fixture_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody wake by himself: whoever is not woken hangs."""
+    monkeypatch.setattr(_line, "_LONGEST_SLEEP_SECS", 10 * support.HANG_SECS)
+
+
+@pytest.fixture(name="environment", params=["fsync", "os"])
+def fixture_environment(request: pytest.FixtureRequest,
+                        tmp_path: pathlib.Path) -> Iterator[_environment.Environment]:
+    config_pth = support.write_config(tmp_path,
+                                      durability=request.param,
+                                      busy_timeout_secs=2 * support.HANG_SECS)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    settings = support.settings(config_pth)
+    opened = _registry.acquire(settings.path, settings.options())
+    yield opened
+    _registry.release(opened)
+
+
+class Crowd:
+    """Write in threads; daemons, so that a hanging one fails its test and not the whole run."""
+
+    def __init__(self, environment: _environment.Environment) -> None:
+        self.environment = environment
+        self.results = {}  # type: Dict[int, object]
+        self._threads = []  # type: List[threading.Thread]
+
+    def start(self, count: int, write: Callable[[], object]) -> None:
+        """Call a function in so many threads."""
+
+        def call(index: int) -> None:
+            try:
+                self.results[index] = write()
+            except BaseException as error:  # pylint: disable=broad-exception-caught
+                self.results[index] = error
+
+        for _ in range(count):
+            thread = threading.Thread(target=call, args=(len(self._threads), ), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def until_waiting(self, count: int) -> None:
+        """Wait until so many are in line, each with its alarm."""
+        requests = self.environment._line.requests
+        support.until(
+            lambda: len(requests) == count and all(request.alarm for request in list(requests)),
+            "waiting threads")
+
+    def join(self) -> List[object]:
+        """Wait for all; return what came of them."""
+        for thread in self._threads:
+            thread.join(support.HANG_SECS)
+            assert not thread.is_alive(), "Expected all threads to be woken, but one sleeps on."
+        return [self.results[index] for index in sorted(self.results)]
+
+
+def write_flushed(environment: _environment.Environment) -> Callable[[], int]:
+    return lambda: environment.write(stores.rewrite, is_flushed=True)
+
+
+def write(environment: _environment.Environment) -> Callable[[], int]:
+    return lambda: environment.write(stores.rewrite)
+
+
+# Nobody is left asleep
+
+
+@pytest.mark.parametrize("largest", [1, 2, 512])
+@pytest.mark.parametrize("writes", [(write_flushed, ), (write, ), (write_flushed, write)])
+def test_all_are_woken(environment: _environment.Environment, monkeypatch: pytest.MonkeyPatch,
+                       largest: int, writes: Any) -> None:
+    """Many rounds, as it depends on who comes when."""
+    monkeypatch.setattr(_transactions, "_LARGEST_GROUP", largest)
+
+    def write_often(turn: int) -> None:
+        for number in range(40):
+            writes[(number + turn) % len(writes)](environment)()
+
+    crowd = Crowd(environment)
+    for turn in range(THREADS):
+        crowd.start(1, lambda turn=turn: write_often(turn))  # type: ignore[misc]
+    assert crowd.join() == [None] * THREADS
+
+
+@pytest.mark.parametrize("writes", [(write_flushed, ), (write, ), (write, write_flushed)])
+def test_all_of_a_group_are_woken(environment: _environment.Environment, writes: Any) -> None:
+    """One leads for all of the others, and flushes for them, or one of them does."""
+    crowd = Crowd(environment)
+    with environment._line:
+        for index in range(THREADS):
+            crowd.start(1, writes[index % len(writes)](environment))
+        crowd.until_waiting(THREADS)
+    assert len(set(crowd.join())) == 1
+
+
+def test_one_flush_for_a_group(environment: _environment.Environment,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    flushes = []  # type: List[int]
+    sync = environment._sync
+
+    def count() -> None:
+        flushes.append(1)
+        sync()
+
+    monkeypatch.setattr(environment, "_sync", count)
+    crowd = Crowd(environment)
+    with environment._line:
+        # Whoever leads, all others find their flush done.
+        crowd.start(1, write(environment))
+        crowd.start(THREADS, write_flushed(environment))
+        crowd.until_waiting(THREADS + 1)
+    crowd.join()
+    assert len(flushes) == (0 if environment.options.keeps_os else 1)
+
+
+def test_error_of_one_wakes_all(environment: _environment.Environment) -> None:
+
+    def fail(*_: object) -> int:
+        raise persipubsub.errors.StoreError("on purpose")
+
+    crowd = Crowd(environment)
+    with environment._line:
+        crowd.start(2, write_flushed(environment))
+        crowd.start(1, lambda: environment.write(fail, is_flushed=True))
+        crowd.start(2, write_flushed(environment))
+        crowd.until_waiting(5)
+    found = [type(result) for result in crowd.join()]
+    assert found == [int, int, persipubsub.errors.StoreError, int, int]
+
+
+# Other holders of the lock
+
+
+def test_who_forks_wakes_the_next(environment: _environment.Environment) -> None:
+    crowd = Crowd(environment)
+    environment.before_fork()
+    crowd.start(THREADS, write(environment))
+    crowd.until_waiting(THREADS)
+    environment.after_fork_in_parent()
+    crowd.join()
+
+
+def test_nobody_stands_in_line_in_a_forked_child(environment: _environment.Environment) -> None:
+    """The threads of the parent do not exist there: nobody would see what comes of their works."""
+    crowd = Crowd(environment)
+    with environment._line:
+        crowd.start(1, write(environment))
+        crowd.until_waiting(1)
+        # pylint: disable=consider-using-with
+        pid = os.fork()
+        if pid == 0:
+            os._exit(len(environment._line.requests))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    crowd.join()
+
+
+def test_who_makes_the_map_larger_wakes_the_next(environment: _environment.Environment) -> None:
+    crowd = Crowd(environment)
+    with environment._read_lock:
+        # It holds the line, and waits for the read lock.
+        growing = threading.Thread(target=environment._grow, daemon=True)
+        growing.start()
+        support.until(lambda: not is_free(environment._line), "the map's growth")
+        crowd.start(1, write(environment))
+        crowd.until_waiting(1)
+    growing.join(support.HANG_SECS)
+    crowd.join()
+
+
+def is_free(line: _line.Line) -> bool:
+    if line.lock.acquire(blocking=False):
+        line.lock.release()
+        return True
+    return False
+
+
+def test_who_gives_up_wakes_the_next(environment: _environment.Environment) -> None:
+    """He may have been woken for nothing, just before."""
+    line = environment._line
+    first, second = _line.Request(stores.rewrite), _line.Request(stores.rewrite)
+    line.requests.extend([first, second])
+    second.alarm = threading.Lock()
+    second.alarm.acquire()  # pylint: disable=consider-using-with
+    assert line.withdraw(first)
+    assert not second.alarm.locked()
+    assert line.withdraw(second) and not line.withdraw(second)
+
+
+def test_who_waits_too_long_leaves_the_line(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.05)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    settings = support.settings(config_pth)
+    environment = _registry.acquire(settings.path, settings.options())
+    crowd = Crowd(environment)
+    with environment._line:
+        crowd.start(2, write(environment))
+        found = crowd.join()
+    assert [type(result) for result in found] == 2 * [persipubsub.errors.BusyTimeoutError]
+    assert not environment._line.requests
+    _registry.release(environment)
+
+
+# A failed flush
+
+
+def test_failed_flush_fails_for_all_that_wait_for_it(tmp_path: pathlib.Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of a failure once: one more flush would succeed, and mean nothing."""
+    config_pth = support.write_config(tmp_path, busy_timeout_secs=2 * support.HANG_SECS)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    settings = support.settings(config_pth)
+    environment = _registry.acquire(settings.path, settings.options())
+    sync = environment._sync
+    calls = []  # type: List[int]
+
+    def fail_once() -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            sync()
+            return
+        # As _sync does where the kernel told of an error.
+        environment._failure = "Expected to flush, but got: EIO, on purpose"
+        raise persipubsub.errors.FlushError(environment._failure)
+
+    monkeypatch.setattr(environment, "_sync", fail_once)
+    crowd = Crowd(environment)
+    with environment._line:
+        crowd.start(THREADS, write_flushed(environment))
+        crowd.until_waiting(THREADS)
+    found = [type(result) for result in crowd.join()]
+    assert found == [persipubsub.errors.FlushError] * THREADS
+    assert len(calls) == 1
+    _registry.release(environment)
