@@ -7,10 +7,11 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import nats
 import nats.errors
@@ -163,6 +164,77 @@ def test_server_that_dies_and_comes_back(tmp_path: pathlib.Path) -> None:
             pub.send(b"after")
             received = drain(sub, timeout=2)
         assert [one for one in received if one != b"lost"] == [b"before", b"after"]
+
+
+@contextlib.contextmanager
+def forgetting(servers: jetstream_server.Servers, store: pathlib.Path) -> Iterator[None]:
+    """
+    Let a server forget what it delivered in the ``with`` block, as killed servers do.
+
+    Deliveries are noted after they were made: the test does not race with that, but puts the store
+    back to what it was before.
+    """
+    server = servers.servers[0]
+    server.kill(signal.SIGTERM)
+    shutil.copytree(store, store.with_name("before"))
+    server.start()
+    servers.wait()
+    yield
+    server.kill()
+    shutil.rmtree(store)
+    store.with_name("before").rename(store)
+    server.start()
+    servers.wait()
+
+
+@pytest.mark.parametrize("is_worked_on", [True, False])
+def test_server_that_forgot_its_deliveries(tmp_path: pathlib.Path, is_worked_on: bool) -> None:
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path,
+                            servers,
+                            path=servers.path("forgetful", ack_wait=HANG_SECS),
+                            busy_timeout_secs=15)
+        with open_pub(config_pth) as pub:
+            pub.send_many(numbered(7))
+        with open_queue(config_pth) as one, open_queue(config_pth) as other:
+            with forgetting(servers, tmp_path / "node0"):
+                first = one.consumer("sub").take(timeout=HANG_SECS, max_messages=2)
+                second = other.consumer("sub").take(timeout=HANG_SECS, max_messages=3)
+            assert first is not None and first.messages == numbered(7)[:2]
+            assert second is not None and second.messages == numbered(7)[2:5]
+            if not is_worked_on:
+                first.give_back()
+            # Nobody pulls, and it would ignore them for ever.
+            second.acknowledge()
+            if is_worked_on:
+                first.acknowledge()
+            expected = [(number, 1) for number in (6, 7)]
+            if not is_worked_on:
+                # They were pulled beside what was asked for, and not kept until ack_wait is over.
+                expected = [(1, 2), (2, 2)] + expected
+            assert one.statistics().subscribers[0].lag == len(expected)
+            received = []  # type: List[Tuple[int, int]]
+            while len(received) < len(expected):
+                rest = one.consumer("sub").take(timeout=HANG_SECS / 4, max_messages=9)
+                assert rest is not None, received
+                received += [(message.number, message.attempts) for message in rest.details()]
+                rest.acknowledge()
+            assert sorted(received) == expected
+            assert one.statistics().messages == 0
+
+
+def test_acknowledging_what_a_server_lost(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path, servers, busy_timeout_secs=2)
+        with open_queue(config_pth) as queue, open_pub(config_pth) as pub:
+            with forgetting(servers, tmp_path / "node0"):
+                pub.send(b"lost")
+                lease = queue.consumer("sub").take(timeout=HANG_SECS)
+            assert lease is not None
+            assert outcome(lease.acknowledge) == "UnavailableError"
+            pub.send(b"later")
+            with open_sub(config_pth) as sub:
+                assert drain(sub, timeout=2) == [b"later"]
 
 
 def test_stopped_server_is_not_waited_for_longer_than_allowed(tmp_path: pathlib.Path) -> None:

@@ -123,7 +123,7 @@ class Lease:
         :raise UnavailableError: if no server answers in time; the messages are delivered again
         """
         if self._process_id == os.getpid():
-            self._consumer.run(lambda: self._finish(b"+ACK", self._consumer.settings.wait_secs))
+            self._consumer.run(self._acknowledge)
 
     def give_back(self, error: Optional[BaseException] = None) -> None:
         """
@@ -137,23 +137,29 @@ class Lease:
         if self._process_id != os.getpid():
             return
         try:
-            self._consumer.run(lambda: self._finish(b"-NAK", _GIVE_BACK_SECS))
+            self._consumer.run(self.refuse)
         except persipubsub.errors.PersipubsubError:
             pass  # what the user raised matters more
 
-    async def _finish(self, what: bytes, seconds: float) -> None:
-        """
-        Tell the server what came of the messages, and wait for its answers.
+    async def _acknowledge(self) -> None:
+        """Tell the server that the messages were worked on, and wait for its answers."""
+        self._end()
+        await self._consumer.puller(self._ports).acknowledge(
+            self.pulled,
+            time.monotonic() + self._consumer.settings.wait_secs)
 
-        :param what: ``+ACK`` or ``-NAK``
-        :param seconds: how long to wait
-        """
+    async def refuse(self) -> None:
+        """Let the messages be delivered again. Only for the loop's own thread."""
+        self._end()
+        deadline = time.monotonic() + _GIVE_BACK_SECS
+        # In order: the first one is the next that is delivered again.
+        await asyncio.gather(*(self._ports.link.request(one.reply, b"-NAK", deadline)
+                               for one in self.pulled))
+
+    def _end(self) -> None:
+        """Hold the messages no longer."""
         self.stop()
         self._consumer.leases.discard(self)
-        deadline = time.monotonic() + seconds
-        # In order: the first one is the next that is delivered again.
-        await asyncio.gather(*(self._ports.link.request(one.reply, what, deadline)
-                               for one in self.pulled))
 
     async def abandon(self) -> None:
         """Give the messages back without waiting for an answer."""
@@ -362,7 +368,7 @@ class Consumer:
         if not pulled:
             return 0
         count, newest = await self._skip(ports, pulled)
-        await newest._finish(b"-NAK", _GIVE_BACK_SECS)  # pylint: disable=protected-access
+        await newest.refuse()
         return count
 
     async def _skip(self, ports: Ports, pulled: List[_pulling.Pulled]) -> "tuple[int, Lease]":
@@ -378,8 +384,7 @@ class Consumer:
         count = 0
         while True:
             pulled.sort(key=lambda one: one.number)
-            await asyncio.gather(*(ports.link.request(one.reply, b"+ACK", self._deadline())
-                                   for one in pulled[:-1]))
+            await self.puller(ports).acknowledge(pulled[:-1], self._deadline())
             count += len(pulled) - 1
             newest = pulled[-1]
             if newest.number >= last:
@@ -440,5 +445,5 @@ class Consumer:
         if not pulled:
             return None
         lease = self._lease(ports, pulled)
-        await lease._finish(b"-NAK", _GIVE_BACK_SECS)  # pylint: disable=protected-access
+        await lease.refuse()
         return lease.messages[0]

@@ -13,7 +13,7 @@ import asyncio
 import collections
 import json
 import time
-from typing import Any, Deque, Dict, Final, List, NamedTuple, Optional
+from typing import Any, Deque, Dict, Final, List, NamedTuple, Optional, Sequence
 
 import nats.aio.client
 import nats.aio.msg
@@ -29,6 +29,10 @@ _LONGEST_PULL_SECS: Final = 5.0
 _HEARTBEAT_SECS: Final = 0.5
 
 _PAUSE_SECS: Final = 0.1
+
+#: An acknowledgement that is not answered is repeated after so many seconds, at first and at most.
+_FIRST_ANSWER_SECS: Final = 1.0
+_LONGEST_ANSWER_SECS: Final = 5.0
 
 
 class Pulled(NamedTuple):
@@ -325,6 +329,91 @@ class Puller:
         """
         while inbox.messages:
             await self._tell(inbox.client, inbox.messages.popleft(), b"-NAK")
+
+    async def acknowledge(self, pulled: Sequence[Pulled], deadline: float) -> None:
+        """
+        Acknowledge messages, and wait until the servers have it.
+
+        Servers that were killed may forget which messages they had delivered: deliveries are noted
+        after they were made. Such a server ignores the acknowledgement of a message that is still
+        to be delivered as far as it knows; if all consumers wait here, it would do so for ever. So
+        we ask for the messages again, and then acknowledge them. To raise an error was rejected:
+        all that was worked on would be worked on again.
+
+        :param pulled: messages
+        :param deadline: on the monotonic clock
+        :raise UnavailableError: if there was no answer in time; they are delivered again
+        """
+        patience = _FIRST_ANSWER_SECS
+        while True:
+            until = min(deadline, time.monotonic() + patience)
+            # In order: the first one is the next that is delivered again.
+            answers = await asyncio.gather(*(self._stream.link.request(one.reply, b"+ACK", until)
+                                             for one in pulled),
+                                           return_exceptions=True)
+            errors = [one for one in answers if isinstance(one, BaseException)]
+            if not errors:
+                return
+            for error in errors:
+                if (not isinstance(error, persipubsub.errors.UnavailableError)
+                        or time.monotonic() >= deadline):
+                    raise error
+            pulled = [
+                one for one, answer in zip(pulled, answers) if isinstance(answer, BaseException)
+            ]
+            await self._ask_again(pulled, deadline)
+            patience = min(2 * patience, _LONGEST_ANSWER_SECS)
+
+    async def _ask_again(self, forgotten: Sequence[Pulled], deadline: float) -> None:
+        """
+        Let the servers deliver messages again, if they do not know that they did so already.
+
+        :param forgotten: messages that they may not know to be with us
+        :param deadline: on the monotonic clock
+        """
+        try:
+            until = min(deadline, time.monotonic() + _FIRST_ANSWER_SECS)
+            info = await self._stream.link.api(self._info, None, until, confirms=False)
+            # A leader that was elected just now may have noted our deliveries meanwhile, and act on
+            # what it knew at its election: what it tells of both has to be asked. If it is merely
+            # slow, nothing must be pulled.
+            if (int(info["delivered"]["stream_seq"]) < max(one.number for one in forgotten)
+                    or int(info["num_ack_pending"]) < len(forgotten)):
+                inbox = await self._listening(None, _FIRST_ANSWER_SECS)
+                if inbox is not None:
+                    floor = int(info["ack_floor"]["stream_seq"])
+                    await self._pull_again(inbox, forgotten, floor, deadline)
+        except (persipubsub.errors.PersipubsubError, _errors.ApiError, nats.errors.Error, OSError):
+            pass  # the acknowledgement is repeated, and says it if nothing helps
+
+    async def _pull_again(self, inbox: _Inbox, forgotten: Sequence[Pulled], number: int,
+                          deadline: float) -> None:
+        """
+        Pull until messages were delivered again, or nothing is left.
+
+        :param inbox: to be used
+        :param forgotten: messages that are with us already
+        :param number: up to which everything was acknowledged
+        :param deadline: on the monotonic clock
+        """
+        own = {one.number for one in forgotten}
+        last = max(own)
+        others = []  # type: List[Pulled]
+        try:
+            while number < last and time.monotonic() < deadline:
+                batch = min(len(own), last - number)
+                await self._ask(inbox, {"batch": batch, "no_wait": True}, 0.0)
+                if not inbox.messages:
+                    break
+                number = max(one.number for one in inbox.messages)
+                others += (one for one in inbox.messages if one.number not in own)
+                inbox.messages.clear()
+        finally:
+            self._idle.append(inbox)
+            # Others wait for an answer to their acknowledgements as well: those get it now, and
+            # only what nobody has is delivered again. Not sooner: it would come back at once,
+            # before what we ask for.
+            await self.give_back(others)
 
     async def give_back(self, pulled: List[Pulled]) -> None:
         """

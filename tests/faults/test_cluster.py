@@ -37,6 +37,12 @@ BATCHES: Final = {"p0": 1, "p1": 5, "p2": 1}
 #: Consumers, each with its subscriber.
 CONSUMERS: Final = {"a0": "alpha", "b0": "beta", "b1": "beta"}
 
+#: Messages that a consumer takes at once, at most.
+TAKEN_AT_ONCE: Final = 4
+
+#: How often servers are killed in a run.
+KILLS: Final = 2
+
 
 class Ledger:
     """Note what happened, each time in one write."""
@@ -75,7 +81,7 @@ def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, na
         pipe.send("ready")
         while not pipe.poll():
             try:
-                lease = consumer.take(timeout=0.2, max_messages=4)
+                lease = consumer.take(timeout=0.2, max_messages=TAKEN_AT_ONCE)
                 if lease is None:
                     continue
                 for message in lease.details():
@@ -92,7 +98,7 @@ def lags(config_pth: pathlib.Path) -> List[int]:
         figures = persipubsub.control.statistics(config_pth)["queue"]
     except persipubsub.errors.UnavailableError:
         return [-1]
-    return [figures.messages] + [one.lag for one in figures.subscribers]
+    return [one.lag for one in figures.subscribers]
 
 
 class Books:
@@ -102,36 +108,40 @@ class Books:
         self.sent = set()  # type: Set[str]
         self.tried = set()  # type: Set[str]
         self.disturbances = 0
-        #: By consumer: number, attempts and id, in the order in which they were received.
-        self.received = collections.defaultdict(
-            list)  # type: collections.defaultdict[str, List[Tuple[int, int, str]]]
+        #: By subscriber: consumer, number, attempts and id, in the order in which it was noted.
+        self.received = {
+            name: []
+            for name in CONSUMERS.values()
+        }  # type: Dict[str, List[Tuple[str, int, int, str]]]
         for line in path.read_text(encoding="ascii").splitlines():
             kind, *fields = line.split(" ")
             if kind in ("sent", "try"):
                 (self.sent if kind == "sent" else self.tried).update(fields)
             elif kind == "received":
-                self.received[fields[0]].append((int(fields[1]), int(fields[2]), fields[3]))
+                self.received[CONSUMERS[fields[0]]].append(
+                    (fields[0], int(fields[1]), int(fields[2]), fields[3]))
             else:
                 self.disturbances += 1
 
-    def by_subscriber(self) -> Dict[str, List[Tuple[int, int, str]]]:
-        """Put the receipts of all consumers of a subscriber together."""
-        found = collections.defaultdict(
-            list)  # type: collections.defaultdict[str, List[Tuple[int, int, str]]]
-        for consumer, receipts in self.received.items():
-            found[CONSUMERS[consumer]] += receipts
-        return found
+    def missing(self) -> Dict[str, List[str]]:
+        """Find what was sent and not received, by subscriber."""
+        return {
+            subscriber: sorted(left)
+            for subscriber, receipts in self.received.items()
+            if (left := self.sent - {one
+                                     for _, _, _, one in receipts})
+        }
 
     def check(self) -> str:
         """Check what must hold, and describe the rest."""
         again = 0
         numbers = {}  # type: Dict[str, int]
-        for subscriber, receipts in self.by_subscriber().items():
-            ids = {one for _, _, one in receipts}
-            assert not self.sent - ids, "{} lost {}".format(subscriber, sorted(self.sent - ids)[:9])
+        assert not self.missing()
+        for receipts in self.received.values():
+            ids = {one for _, _, _, one in receipts}
             assert not ids - self.tried
             again += len(receipts) - len(ids)
-            for number, _, one in receipts:
+            for _, number, _, one in receipts:
                 # Each message is stored once, however often it was published.
                 assert numbers.setdefault(one, number) == number, one
         # What a publisher sent later is behind what it sent before.
@@ -140,13 +150,20 @@ class Books:
                           if one.partition(":")[0] == publisher)
             for (_, before), (later, after) in zip(mine, mine[1:]):
                 assert before < after, "{}:{}".format(publisher, later)
-        for consumer, receipts in self.received.items():
-            latest = 0
+        for subscriber, receipts in self.received.items():
+            latest = collections.Counter()  # type: collections.Counter[str]
             seen = set()  # type: Set[int]
-            for number, attempts, _ in receipts:
-                assert number > latest or attempts > 1 or number in seen, (consumer, number)
+            early = []
+            for consumer, number, attempts, _ in receipts:
+                if number < latest[consumer] and attempts == 1 and number not in seen:
+                    early.append((consumer, number))
                 seen.add(number)
-                latest = max(latest, number)
+                latest[consumer] = max(latest[consumer], number)
+            # Out of order is only what was delivered before. Servers that were killed forget their
+            # latest deliveries, and count from one again; what was under way to another consumer
+            # at that moment is noted nowhere.
+            assert len(early) <= KILLS * TAKEN_AT_ONCE * (
+                list(CONSUMERS.values()).count(subscriber) - 1), early
         return "{} messages sent, {} not acknowledged, {} delivered again, {} calls failed".format(
             len(self.sent), len(self.tried - self.sent), again, self.disturbances)
 
@@ -187,7 +204,7 @@ def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
         try:
             for child in publishers + consumers:
                 assert child.get() == "ready"
-            for _ in range(2):
+            for _ in range(KILLS):
                 time.sleep(rng.uniform(0.5, 1.5))
                 kill(cluster, victim, rng)
             time.sleep(1)
@@ -198,7 +215,13 @@ def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
                     assert child.get() == "done"
                     child.end()
                 if group is publishers:
-                    until(lambda: lags(config_pth) == [0, 0, 0], "the subscribers")
+                    # Not until the stream is empty: after a crash of all, the leader of the stream
+                    # was seen to keep messages that everybody had acknowledged, for minutes, since
+                    # it is another one that leads the consumer (num_redelivered stays on those that
+                    # follow it). Nobody gets them again. And the lags alone do not do: servers that
+                    # were just started tell them too low.
+                    until(lambda: lags(config_pth) == [0, 0] and not Books(ledger_pth).missing(),
+                          "the subscribers")
         finally:
             for child in publishers + consumers:
                 child.__exit__()
