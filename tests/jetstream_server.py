@@ -108,6 +108,16 @@ class Server:
         assert self.process is not None and self.process.poll() is None, self._log.read_text()
         return bool(self.look("healthz").get("status") == "ok")
 
+    def knows_peers(self, count: int) -> bool:
+        """
+        Ask whether it leads a cluster that is complete: only then it takes new streams.
+
+        :param count: of the other servers
+        :return: True if it does; only the leader tells of the others
+        """
+        peers = self.look("jsz").get("meta_cluster", {}).get("replicas") or []
+        return len(peers) == count and not any(peer.get("offline") for peer in peers)
+
 
 class Servers:
     """Be one server, or a cluster."""
@@ -179,12 +189,12 @@ def running(
                 *("  " + line for line in jetstream), "}"
             ]
         if nodes > 1:
+            # With a route to itself: by the number of routes, a server knows how many there are to
+            # be. Two of three that find each other first would be a cluster of two otherwise.
             own.append(
                 "cluster {{ name: tests, listen: 127.0.0.1:{}, pool_size: -1, routes: [{}] }}".
-                format(
-                    ports[2 * nodes + index], ", ".join("nats://127.0.0.1:{}".format(port)
-                                                        for port in ports[2 * nodes:]
-                                                        if port != ports[2 * nodes + index])))
+                format(ports[2 * nodes + index],
+                       ", ".join("nats://127.0.0.1:{}".format(port) for port in ports[2 * nodes:])))
         servers.append(Server(directory, name, ports[2 * index:2 * index + 2], own))
     cluster = Servers(servers)
     try:
@@ -194,11 +204,8 @@ def running(
             server.start()
             wait_for_port(server)
         cluster.wait()
-        # The leader takes new streams only when it knows of its peers; only it tells them.
-        until(
-            lambda: nodes == 1 or any(
-                len(server.look("jsz").get("meta_cluster", {}).get("replicas", [])) == nodes - 1
-                for server in servers), "a leader of the cluster")
+        until(lambda: nodes == 1 or any(server.knows_peers(nodes - 1) for server in servers),
+              "a leader of the cluster")
         yield cluster
     finally:
         for server in servers:

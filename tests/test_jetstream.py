@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import nats
 import nats.errors
@@ -384,47 +384,86 @@ def test_no_error_of_nats_leaves(kind: "type[nats.errors.Error]") -> None:
 # Traps
 
 
+@contextlib.contextmanager
+def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
+             answers: Sequence[bytes]) -> Iterator[List[Tuple[str, str]]]:
+    """
+    Answer in place of a stream, which does not listen any more.
+
+    :param servers: of the stream
+    :param config_pth: of the queue
+    :param answers: one after the other; nothing at all where it is empty
+    :return: what was published so far: the last part of the subject, and the id
+    """
+    name = settings_of(config_pth).address.stream
+    config = ask(servers, "STREAM.INFO." + name)["config"]
+    ask(servers, "STREAM.UPDATE." + name, **{**config, "subjects": ["elsewhere." + name]})
+    published = []  # type: List[Tuple[str, str]]
+    is_listening, is_over = threading.Event(), threading.Event()
+
+    async def answer() -> None:
+        client = await nats.connect("nats://127.0.0.1:{}".format(servers.servers[0].port))
+
+        async def take(message: Any) -> None:
+            published.append((message.subject.split(".")[-1], (message.headers
+                                                               or {}).get("Nats-Msg-Id", "")))
+            if answers[len(published) - 1]:
+                await message.respond(answers[len(published) - 1])
+
+        await client.subscribe("persipubsub.{}.>".format(name), cb=take)
+        await client.flush()
+        is_listening.set()
+        while not is_over.is_set():
+            await asyncio.sleep(0.01)
+        await client.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(answer(), ))
+    thread.start()
+    assert is_listening.wait(HANG_SECS)
+    try:
+        yield published
+    finally:
+        is_over.set()
+        thread.join(HANG_SECS)
+
+
 def test_answer_without_a_number_is_none(config_pth: pathlib.Path,
                                          servers: jetstream_server.Servers) -> None:
-    # After its leader died, a stream was seen to answer like this to a message that it lost. Here,
-    # the stream does not listen any more, and somebody else answers.
-    settings = settings_of(config_pth)
-    name = settings.address.stream
+    # After its leader died, a stream was seen to answer like this to a message that it lost.
+    answers = [
+        b'{"stream": "S", "seq": 0, "duplicate": true}', b'{"stream": "S", "seq": 0}',
+        b'{"stream": "S", "seq": 7, "duplicate": true}'
+    ]
     with open_pub(config_pth) as pub:
         pub.send(b"before")
-        config = ask(servers, "STREAM.INFO." + name)["config"]
-        ask(servers, "STREAM.UPDATE." + name, **{**config, "subjects": ["elsewhere." + name]})
-        answers = [
-            b'{"stream": "S", "seq": 0, "duplicate": true}', b'{"stream": "S", "seq": 0}',
-            b'{"stream": "S", "seq": 7, "duplicate": true}'
-        ]
-        ids = []  # type: List[str]
-        is_listening, is_over = threading.Event(), threading.Event()
-
-        async def answer() -> None:
-            client = await nats.connect("nats://127.0.0.1:{}".format(servers.servers[0].port))
-
-            async def take(message: Any) -> None:
-                ids.append(message.headers["Nats-Msg-Id"])
-                await message.respond(answers[len(ids) - 1])
-
-            await client.subscribe(settings.subject(None), cb=take)
-            await client.flush()
-            is_listening.set()
-            while not is_over.is_set():
-                await asyncio.sleep(0.01)
-            await client.close()
-
-        thread = threading.Thread(target=asyncio.run, args=(answer(), ))
-        thread.start()
-        assert is_listening.wait(HANG_SECS)
-        try:
+        with impostor(servers, config_pth, answers) as published:
             pub.send(b"hello")
-        finally:
-            is_over.set()
-            thread.join(HANG_SECS)
-        assert len(ids) == 3
-        assert len(set(ids)) == 1
+    assert len(published) == 3
+    assert len(set(published)) == 1
+
+
+def test_leader_catches_up_before_a_message_is_published_again(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path, nodes=3) as servers:
+        config_pth = deploy(tmp_path, servers, path=servers.path("replicated", replicas=3))
+        stored, none = b'{"stream": "S", "seq": 7}', b""
+        with open_queue(config_pth) as queue:
+            assert queue.put([b"first"]) == 1
+            numbers = [int(queue.run(lambda: nobody(queue))["seq"]) for _ in range(2)]
+            # The stream itself answers, and keeps nothing.
+            assert numbers == [2, 3] and queue.statistics().messages == 1
+            with impostor(servers, config_pth, [none, none, stored, stored, stored]) as published:
+                queue.put([b"a", b"b"])
+    both = published[:2]
+    assert both[0] != both[1]
+    # Once for both.
+    assert published == both + [("nobody", "")] + both
+
+
+async def nobody(queue: engine.Queue) -> Dict[str, Any]:
+    """Publish what nobody wants."""
+    link = (await queue.ports()).link
+    return await link.ask(_address.nobodys_subject(queue.settings.address.stream), b"",
+                          time.monotonic() + HANG_SECS)
 
 
 def test_message_that_nobody_wants_is_refused(tmp_path: pathlib.Path,

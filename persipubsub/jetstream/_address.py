@@ -179,6 +179,16 @@ def subject_of(stream: str, audience: Optional[Sequence[str]]) -> str:
     return "persipubsub.{}.some.{}".format(stream, digest[:32])
 
 
+def nobodys_subject(stream: str) -> str:
+    """
+    Name a subject that is part of the stream, and that no subscriber wants.
+
+    :param stream: its name
+    :return: subject
+    """
+    return "persipubsub.{}.nobody".format(stream)
+
+
 def durable_of(subscriber: str) -> str:
     """
     Name the durable consumer of a subscriber.

@@ -13,7 +13,7 @@ import os
 import ssl
 import time
 import weakref
-from typing import Any, Dict, Final, Mapping, Optional, Tuple
+from typing import Any, Callable, Coroutine, Dict, Final, Mapping, Optional, Tuple, TypeAlias
 
 import nats.aio.client
 import nats.aio.msg
@@ -21,6 +21,9 @@ import nats.errors
 
 import persipubsub.errors
 from persipubsub.jetstream import _errors, _loop
+
+#: Is awaited before a request is repeated.
+Before: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 _LOGGER = logging.getLogger("persipubsub.jetstream")
 
@@ -196,7 +199,8 @@ class Link:
                       subject: str,
                       payload: bytes,
                       deadline: float,
-                      headers: Optional[Mapping[str, str]] = None) -> nats.aio.msg.Msg:
+                      headers: Optional[Mapping[str, str]] = None,
+                      before: Optional[Before] = None) -> nats.aio.msg.Msg:
         """
         Ask until there is an answer. The request has to be one that may be repeated.
 
@@ -204,6 +208,7 @@ class Link:
         :param payload: of the request
         :param deadline: on the monotonic clock
         :param headers: of the request
+        :param before: is awaited before each repetition
         :return: the answer
         :raise UnavailableError: if there was none in time
         """
@@ -238,12 +243,15 @@ class Link:
             if time.monotonic() >= deadline:
                 raise _errors.translate(error, self._path) from None
             await asyncio.sleep(_PAUSE_SECS)
+            if before is not None:
+                await before()
 
     async def ask(self,
                   subject: str,
                   payload: bytes,
                   deadline: float,
-                  headers: Optional[Mapping[str, str]] = None) -> Dict[str, Any]:
+                  headers: Optional[Mapping[str, str]] = None,
+                  before: Optional[Before] = None) -> Dict[str, Any]:
         """
         Ask, as :py:meth:`request` does, for an answer of JetStream.
 
@@ -251,11 +259,12 @@ class Link:
         :param payload: of the request
         :param deadline: on the monotonic clock
         :param headers: of the request
+        :param before: is awaited before each repetition
         :return: the answer
         :raise ApiError: if it is a refusal that waiting does not change
         """
         while True:
-            message = await self.request(subject, payload, deadline, headers)
+            message = await self.request(subject, payload, deadline, headers, before)
             answer = json.loads(message.data)  # type: Dict[str, Any]
             if "error" not in answer:
                 return answer
@@ -266,6 +275,8 @@ class Link:
                 raise persipubsub.errors.UnavailableError(
                     "Expected the servers of {} to be ready, but got: {}".format(self._path, error))
             await asyncio.sleep(_PAUSE_SECS)
+            if before is not None:
+                await before()
 
     async def api(self,
                   verb: str,

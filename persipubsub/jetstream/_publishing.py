@@ -12,7 +12,7 @@ from typing import Dict, Final, List, NoReturn, Optional, Sequence, Tuple
 
 import persipubsub.errors
 from persipubsub import _losses
-from persipubsub.jetstream import _errors, _settings, _stream
+from persipubsub.jetstream import _address, _errors, _settings, _stream
 from persipubsub.store import _retention
 
 #: Messages of a batch are published in groups of so many messages and bytes, each written to the
@@ -46,6 +46,10 @@ class Publishing:
         self._stream = stream
         self._settings = settings
         self._losses = losses
+        # Guards the one below: coroutines that lose the servers at once wait for them once. Nothing
+        # else is locked while it is held.
+        self._catching_up = asyncio.Lock()
+        self._caught_up = 0.0
         # Guards the making of room: coroutines that find the queue full at once prune it once.
         self._room = asyncio.Lock()
 
@@ -127,9 +131,18 @@ class Publishing:
         """
         headers = {"Nats-Msg-Id": msg_id, "Nats-Expected-Stream": self._stream.name}
         deadline = self._deadline()
+        sent = 0.0
+
+        async def catch_up() -> None:
+            nonlocal sent
+            await self._catch_up(sent, deadline)
+            sent = time.monotonic()
+
+        before = catch_up if self._settings.address.replicas > 1 else None
         while True:
+            sent = time.monotonic()
             try:
-                answer = await self._stream.link.ask(subject, message, deadline, headers)
+                answer = await self._stream.link.ask(subject, message, deadline, headers, before)
             except _errors.ApiError as error:
                 if error.err_code != _errors.LIMIT_REACHED:
                     raise
@@ -144,6 +157,28 @@ class Publishing:
                     "Expected {} to store a message, but got: no number for it in time".format(
                         self._settings.path))
             await asyncio.sleep(0.05)
+
+    async def _catch_up(self, since: float, deadline: float) -> None:
+        """
+        Wait until the leader of a replicated stream knows all that was stored before.
+
+        A server that was elected just now takes messages before it has gone through what the one
+        before it stored, and does not know the ids in that yet (2.10.27: they are looked up when a
+        message is proposed): a message that is published again would be stored twice. What it
+        answers to a message that nobody wants, and that is not kept, comes behind all that. A pause
+        was rejected: nobody knows how long.
+
+        :param since: when a message was published last that is to be published again, on the
+            monotonic clock
+        :param deadline: on the monotonic clock
+        :raise UnavailableError: if no server answers in time
+        """
+        async with self._catching_up:
+            if self._caught_up < since:
+                begin = time.monotonic()
+                await self._stream.link.request(_address.nobodys_subject(self._stream.name), b"",
+                                                deadline)
+                self._caught_up = begin
 
     # Making room
 
