@@ -108,15 +108,13 @@ class Server:
         assert self.process is not None and self.process.poll() is None, self._log.read_text()
         return bool(self.look("healthz").get("status") == "ok")
 
-    def knows_peers(self, count: int) -> bool:
+    def peers(self) -> List[Dict[str, Any]]:
         """
-        Ask whether it leads a cluster that is complete: only then it takes new streams.
+        List the other servers of its cluster.
 
-        :param count: of the other servers
-        :return: True if it does; only the leader tells of the others
+        :return: what is known of each; none if it does not lead them
         """
-        peers = self.look("jsz").get("meta_cluster", {}).get("replicas") or []
-        return len(peers) == count and not any(peer.get("offline") for peer in peers)
+        return list(self.look("jsz").get("meta_cluster", {}).get("replicas") or [])
 
 
 class Servers:
@@ -204,7 +202,8 @@ def running(
             server.start()
             wait_for_port(server)
         cluster.wait()
-        until(lambda: nodes == 1 or any(server.knows_peers(nodes - 1) for server in servers),
+        # The leader takes new streams only when it knows of its peers; only it tells them.
+        until(lambda: nodes == 1 or any(len(server.peers()) == nodes - 1 for server in servers),
               "a leader of the cluster")
         yield cluster
     finally:

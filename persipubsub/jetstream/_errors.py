@@ -19,7 +19,8 @@ _NOT_ENABLED: Final = (10039, 10076)
 _OVERLAP: Final = 10065
 _TOO_LARGE: Final = 10054
 _NO_ROOM: Final = (10023, 10028, 10047)
-_BAD_REPLICAS: Final = (10005, 10074)
+_NO_PEERS: Final = 10005
+_BAD_REPLICAS: Final = (_NO_PEERS, 10074)
 
 #: Answers with the code 503 that waiting does not change.
 _FINAL: Final[frozenset[int]] = frozenset((LIMIT_REACHED, ) + _NOT_ENABLED + _NO_ROOM +
@@ -70,7 +71,10 @@ class ApiError(Exception):
 
         :return: True while servers elect a leader, for example
         """
-        return self.code == 503 and self.err_code not in _FINAL
+        # Too few servers by their number, or because some of them are not there right now: only the
+        # words tell (2.10.27: "no suitable peers for placement, peer offline").
+        is_somebody_away = self.err_code == _NO_PEERS and "offline" in str(self)
+        return is_somebody_away or (self.code == 503 and self.err_code not in _FINAL)
 
 
 def translate(error: BaseException, path: str) -> persipubsub.errors.PersipubsubError:

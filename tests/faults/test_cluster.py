@@ -11,6 +11,7 @@ import collections
 import os
 import pathlib
 import random
+import signal
 import time
 from typing import Dict, Final, List, Set, Tuple
 
@@ -244,3 +245,26 @@ def test_two_of_three_servers_are_enough(tmp_path: pathlib.Path) -> None:
             pub.init("pub", hasty)
             cluster.servers[1].kill()
             assert outcome(lambda: pub.send(b"lost")) == "UnavailableError"
+
+
+def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path, nodes=3) as cluster:
+        path = cluster.path("away", replicas=3)
+        patient = write_config(tmp_path, path=path, name="patient.json")
+        hasty = write_config(tmp_path, path=path, busy_timeout_secs=2, name="hasty.json")
+        server, *others = cluster.servers
+        # It says good-bye: who is killed counts as there for a while.
+        server.kill(signal.SIGTERM)
+        until(lambda: any(peer.get("offline") for one in others for peer in one.peers()),
+              "the others to miss it")
+        # It is no error of the configuration.
+        assert outcome(lambda: persipubsub.control.initialize_all_dbs(hasty)) == "UnavailableError"
+        with Child(initialize, patient) as child:
+            server.start()
+            assert child.get() == "done"
+            child.end()
+
+
+def initialize(pipe: Connection, config_pth: pathlib.Path) -> None:
+    persipubsub.control.initialize_all_dbs(config_pth)
+    pipe.send("done")
