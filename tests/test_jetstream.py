@@ -223,6 +223,22 @@ def test_server_that_forgot_its_deliveries(tmp_path: pathlib.Path, is_worked_on:
             assert one.statistics().messages == 0
 
 
+def test_acknowledgement_that_was_noted_and_not_answered(config_pth: pathlib.Path) -> None:
+    with open_queue(config_pth, wait_secs=3.0) as queue, open_pub(config_pth) as pub:
+        pub.send_many(numbered(3))
+        consumer = queue.consumer("sub")
+        for is_noted in (True, False):
+            lease = consumer.take(timeout=HANG_SECS)
+            assert lease is not None
+            if is_noted:
+                lease.acknowledge()
+            # As if its server had died: nobody answers at this subject.
+            lease.pulled = [one._replace(reply="nowhere") for one in lease.pulled]
+            assert outcome(lease.acknowledge) == ("" if is_noted else "UnavailableError")
+        with open_sub(config_pth) as sub:
+            assert sorted(drain(sub, timeout=2)) == numbered(3)[1:]
+
+
 def test_acknowledging_what_a_server_lost(tmp_path: pathlib.Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
         config_pth = deploy(tmp_path, servers, busy_timeout_secs=2)

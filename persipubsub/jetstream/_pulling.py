@@ -345,7 +345,7 @@ class Puller:
         :raise UnavailableError: if there was no answer in time; they are delivered again
         """
         patience = _FIRST_ANSWER_SECS
-        while True:
+        while pulled:
             until = min(deadline, time.monotonic() + patience)
             # In order: the first one is the next that is delivered again.
             answers = await asyncio.gather(*(self._stream.link.request(one.reply, b"+ACK", until)
@@ -361,15 +361,16 @@ class Puller:
             pulled = [
                 one for one, answer in zip(pulled, answers) if isinstance(answer, BaseException)
             ]
-            await self._ask_again(pulled, deadline)
+            pulled = await self._ask_again(pulled, deadline)
             patience = min(2 * patience, _LONGEST_ANSWER_SECS)
 
-    async def _ask_again(self, forgotten: Sequence[Pulled], deadline: float) -> None:
+    async def _ask_again(self, pulled: Sequence[Pulled], deadline: float) -> Sequence[Pulled]:
         """
         Let the servers deliver messages again, if they do not know that they did so already.
 
-        :param forgotten: messages that they may not know to be with us
+        :param pulled: messages whose acknowledgements were not answered
         :param deadline: on the monotonic clock
+        :return: those that are still to be acknowledged
         """
         try:
             until = min(deadline, time.monotonic() + _FIRST_ANSWER_SECS)
@@ -377,14 +378,17 @@ class Puller:
             # A leader that was elected just now may have noted our deliveries meanwhile, and act on
             # what it knew at its election: what it tells of both has to be asked. If it is merely
             # slow, nothing must be pulled.
-            if (int(info["delivered"]["stream_seq"]) < max(one.number for one in forgotten)
-                    or int(info["num_ack_pending"]) < len(forgotten)):
+            floor = int(info["ack_floor"]["stream_seq"])
+            # It may also have noted the acknowledgements, and have died before it answered.
+            pulled = [one for one in pulled if one.number > floor]
+            if pulled and (int(info["delivered"]["stream_seq"]) < max(one.number for one in pulled)
+                           or int(info["num_ack_pending"]) < len(pulled)):
                 inbox = await self._listening(None, _FIRST_ANSWER_SECS)
                 if inbox is not None:
-                    floor = int(info["ack_floor"]["stream_seq"])
-                    await self._pull_again(inbox, forgotten, floor, deadline)
+                    await self._pull_again(inbox, pulled, floor, deadline)
         except (persipubsub.errors.PersipubsubError, _errors.ApiError, nats.errors.Error, OSError):
             pass  # the acknowledgement is repeated, and says it if nothing helps
+        return pulled
 
     async def _pull_again(self, inbox: _Inbox, forgotten: Sequence[Pulled], number: int,
                           deadline: float) -> None:
