@@ -9,6 +9,8 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
+import struct
 import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
@@ -23,7 +25,7 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.subscriber
-from persipubsub.jetstream import _address, _delivery, _errors, _settings, engine
+from persipubsub.jetstream import _address, _delivery, _errors, _link, _settings, engine
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
 from tests.test_behaviour import drain, numbered, open_pub, open_sub
@@ -265,6 +267,71 @@ def test_stopped_server_is_not_waited_for_longer_than_allowed(tmp_path: pathlib.
             finally:
                 process.send_signal(signal.SIGCONT)
             until(lambda: outcome(lambda: pub.send(b"again")) == "", "the server")
+
+
+@contextlib.contextmanager
+def resetting(port: int, count: int) -> Iterator[Tuple[int, List[str]]]:
+    """
+    Reset connections to a server, and pass the later ones on.
+
+    :param port: of the server
+    :param count: of connections that are reset, in the middle of their beginning
+    :return: port to connect to, and what became of each connection
+    """
+    fates = []  # type: List[str]
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def copy(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(1 << 16):
+                    target.sendall(data)
+                target.shutdown(socket.SHUT_WR)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client = stack.enter_context(listener.accept()[0])
+                    server = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    if len(fates) < count:
+                        fates.append("reset")
+                        client.sendall(server.recv(1 << 16))
+                        client.recv(1)
+                        # Without lingering, closing resets.
+                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                          struct.pack("ii", 1, 0))
+                        client.close()
+                    else:
+                        fates.append("passed on")
+                        for pair in ((client, server), (server, client)):
+                            threading.Thread(target=copy, args=pair, daemon=True).start()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield int(listener.getsockname()[1]), fates
+        finally:
+            # Wakes the one that accepts; closing alone does not.
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(HANG_SECS)
+
+
+def test_connection_that_is_reset_while_it_is_made(tmp_path: pathlib.Path,
+                                                   servers: jetstream_server.Servers,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    path = servers.path("reset{}".format(next(_COUNTER)))
+    deploy(tmp_path, servers, path=path)
+    port = servers.servers[0].port
+    # The client itself tries again ten times a second, as long as we let it: not often enough here.
+    monkeypatch.setattr(_link, "_CONNECT_SECS", 2.0)
+    with resetting(port, count=25) as (other_port, fates):
+        config_pth = write_config(tmp_path,
+                                  path=path.replace(str(port), str(other_port)),
+                                  busy_timeout_secs=HANG_SECS / 2)
+        with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+            pub.send(b"hello")
+            assert drain(sub, timeout=2) == [b"hello"]
+        assert fates == ["reset"] * 25 + ["passed on"]
 
 
 def test_server_without_jetstream(tmp_path: pathlib.Path) -> None:
