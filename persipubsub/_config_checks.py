@@ -16,7 +16,6 @@ import msgspec
 import msgspec.structs
 
 from persipubsub import _json_file as json_file
-from persipubsub.jetstream import _address
 
 #: The subscriber of each queue of dead letters, on whose behalf operators look at it.
 DEAD_LETTERS: Final = "dead_letters"
@@ -141,17 +140,23 @@ class Checker:
             self.check_struct(self.kinds.queue, queue, place)
             path = queue.get("path") if isinstance(queue, dict) else None
             if isinstance(path, str):
-                if problem := _address.problem_of(path):
-                    self.problems.append(f"{place}.path: {problem}")
                 # By name: what is right must not depend on the links that are on the disk now.
                 resolved = resolve(self.path.parent, path)
                 if not _SCHEME.match(path):
                     resolved = "/" + os.path.normpath(resolved).lstrip("/")
                 else:
+                    self.check_address(path, place)
                     self.check_only_in_directories({"retain_secs": 0}, queue, path, place)
                 other = places.setdefault(resolved, place)
                 if other != place:
                     self.add(f"{place}.path", f"another path than that of {other}", path)
+
+    def check_address(self, path: str, place: str) -> None:
+        """Add the problem of a path to servers."""
+        # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
+        from persipubsub.jetstream import _address  # pylint: disable=import-outside-toplevel
+        if problem := _address.problem_of(path):
+            self.problems.append(f"{place}.path: {problem}")
 
     def check_struct(self, kind: type[msgspec.Struct], found: Any, place: str) -> None:
         """Add the problems of what is to become a struct."""

@@ -3,14 +3,15 @@ Say what a queue has to offer, and find the engine that keeps it by the scheme o
 
 :py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subscriber.Sub` and
 :py:mod:`persipubsub.control` know queues only by what stands here. An engine is a module with the
-two functions of :py:class:`Engine`; a further one is a new module and one line in ``_MODULES``.
+functions of :py:class:`Engine`; a further one is a new module and one line in ``_MODULES``.
 
 Everything may be called by any number of threads at the same time, unless it says otherwise.
 """
 
 import importlib
-from typing import (TYPE_CHECKING, Dict, Final, List, Optional, Protocol, Sequence, Tuple, cast,
-                    runtime_checkable)
+import types
+from typing import (TYPE_CHECKING, Dict, Final, List, Mapping, Optional, Protocol, Sequence, Tuple,
+                    cast, runtime_checkable)
 
 import persipubsub.config
 import persipubsub.errors
@@ -25,6 +26,10 @@ _MODULES: Final[Dict[str, str]] = {
     "": "persipubsub.queue",
     "nats": "persipubsub.jetstream.engine",
 }
+
+#: Modules of a :py:class:`Counter`, where it is not the one of the engine: whoever only counts
+#: loads nothing of what sends and receives, which would take longer than to count.
+_COUNTERS: Final[Dict[str, str]] = {"": "persipubsub.statistics"}
 
 #: Largest id of a message, in bytes; LMDB takes keys of up to 511 bytes.
 MAX_ID_BYTES: Final = 255
@@ -224,6 +229,21 @@ class TogetherQueue(Queue, Protocol):
         """
 
 
+class Counter(Protocol):
+    """Count what is in queues. It is a module."""
+
+    def statistics_of(self, config: persipubsub.config.Config,
+                      queue_key: str) -> persipubsub.statistics.QueueStatistics:
+        """
+        Count what is in a queue, without taking part in it.
+
+        :param config: that describes the queue
+        :param queue_key: of the queue in ``queues``
+        :return: figures of the queue and of its subscribers
+        :raise NotInitializedError: if there is no queue yet
+        """
+
+
 class Engine(Protocol):
     """Keep queues. It is a module."""
 
@@ -242,17 +262,6 @@ class Engine(Protocol):
         :param config: that describes the queue
         :param queue_key: of the queue in ``queues``
         :return: to be closed by the caller
-        :raise NotInitializedError: if there is no queue yet
-        """
-
-    def statistics_of(self, config: persipubsub.config.Config,
-                      queue_key: str) -> persipubsub.statistics.QueueStatistics:
-        """
-        Count what is in a queue, without taking part in it.
-
-        :param config: that describes the queue
-        :param queue_key: of the queue in ``queues``
-        :return: figures of the queue and of its subscribers
         :raise NotInitializedError: if there is no queue yet
         """
 
@@ -277,17 +286,43 @@ def engine_of(config: persipubsub.config.Config, queue_key: str) -> Engine:
     :raise ConfigError: if the path of the queue has a scheme that is not known, or one that needs
         an extra which is not installed
     """
+    return cast(Engine, _import(config, queue_key, _MODULES))
+
+
+def counter_of(config: persipubsub.config.Config, queue_key: str) -> Counter:
+    """
+    Find what counts the messages of a queue, and import it if it was not used before.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: counter
+    :raise ConfigError: as that of :py:func:`engine_of`
+    """
+    return cast(Counter, _import(config, queue_key, {**_MODULES, **_COUNTERS}))
+
+
+def _import(config: persipubsub.config.Config, queue_key: str,
+            modules: Mapping[str, str]) -> types.ModuleType:
+    """
+    Import the module for a queue.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :param modules: names by scheme
+    :return: module
+    :raise ConfigError: as that of :py:func:`engine_of`
+    """
     path = config.queues[queue_key].path
     scheme, separator, _ = path.partition("://")
-    module = _MODULES.get(scheme if separator else "")
+    module = modules.get(scheme if separator else "")
     if module is None:
         raise persipubsub.errors.ConfigError(
             "{}: queues.{}.path: Expected a path to a directory{}, but got: the unknown scheme "
             "{!r} in {!r}".format(config.path, queue_key, "".join(" or {}://...".format(name)
-                                                                  for name in _MODULES
+                                                                  for name in modules
                                                                   if name), scheme, path))
     try:
-        return cast(Engine, importlib.import_module(module))
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "persipubsub":
             raise

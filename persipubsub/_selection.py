@@ -6,8 +6,8 @@ import types
 from typing import Callable, List, Mapping, Optional, Tuple, TypeVar, Union
 
 import persipubsub.config
-import persipubsub.queue
 from persipubsub import _engines
+from persipubsub._settings import Settings
 
 ConfigPath = Union[str, os.PathLike[str]]
 
@@ -30,8 +30,7 @@ def select(config_pth: ConfigPath,
     return config, list(config.queues) if queue_key is None else [queue_key]
 
 
-def settings_of(config_pth: ConfigPath,
-                queue_key: Optional[str]) -> Mapping[str, persipubsub.queue.Settings]:
+def settings_of(config_pth: ConfigPath, queue_key: Optional[str]) -> Mapping[str, Settings]:
     """
     Read what is to be known of queues that are directories of this machine.
 
@@ -43,10 +42,10 @@ def settings_of(config_pth: ConfigPath,
     config, keys = select(config_pth, queue_key)
     for key in keys:
         _engines.require_directory(config, key)
-    return {key: persipubsub.queue.Settings.of(config, key) for key in keys}
+    return {key: Settings.of(config, key) for key in keys}
 
 
-def one(config_pth: ConfigPath, queue_key: str) -> persipubsub.queue.Settings:
+def one(config_pth: ConfigPath, queue_key: str) -> Settings:
     """
     Read what is to be known of one queue.
 

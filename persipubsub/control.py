@@ -17,8 +17,8 @@ import icontract
 
 import persipubsub.config
 import persipubsub.queue
-import persipubsub.statistics
 from persipubsub import _engines, _migration, _selection
+from persipubsub._counting import in_flight, statistics
 from persipubsub._migration import Moved
 from persipubsub._progress import Progress
 from persipubsub.maintenance import _alone, _dead_letters, _looking, _upkeep
@@ -89,50 +89,6 @@ def clear_all_subs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> M
 
 
 # Looking
-
-
-def statistics(
-    config_pth: ConfigPath,
-    queue_key: Optional[str] = None,
-) -> Mapping[str, persipubsub.statistics.QueueStatistics]:
-    """
-    Count what is in queues and what happened to it, without a walk through the messages.
-
-    Each queue's figures are a consistent snapshot; nobody is held up. It takes time with the number
-    of subscribers, and none with that of the messages.
-
-    :param config_pth: path to the configuration file
-    :param queue_key: key in ``queues``; all of them if not given
-    :return: figures of the queues and of their subscribers, by queue; nothing of it can be changed
-    :raise ConfigError: if the file is wrong
-    :raise NotInitializedError: if a queue was not initialized
-    """
-    config, keys = _selection.select(config_pth, queue_key)
-    return types.MappingProxyType(
-        {key: _engines.engine_of(config, key).statistics_of(config, key)
-         for key in keys})
-
-
-def in_flight(
-    config_pth: ConfigPath,
-    queue_key: Optional[str] = None,
-) -> Mapping[str, Tuple[persipubsub.statistics.InFlight, ...]]:
-    """
-    Tell what is being worked on right now, in which process and since when.
-
-    No time makes a consumer lose a message: as long as its process lives, the message is its own.
-    If it hangs, end that process, and another one has the message at once.
-
-    :param config_pth: path to the configuration file
-    :param queue_key: key in ``queues``; all of them if not given
-    :return: by queue; nothing where the system does not tell
-    :raise ConfigError: if the file is wrong
-    :raise NotInitializedError: if a queue was not initialized
-    """
-    return types.MappingProxyType({
-        key: tuple(claim for one in figures.subscribers for claim in one.claims)
-        for key, figures in statistics(config_pth, queue_key).items()
-    })
 
 
 @icontract.require(lambda count: count >= 1)

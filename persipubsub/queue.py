@@ -21,11 +21,10 @@ from persipubsub import (_claims, _in_flight, _losses, _moving, _putting_togethe
                          _tidying, _wakeup, _waking)
 from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
-from persipubsub.maintenance import _upkeep
 from persipubsub.store import _attempts, _check, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
-__all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
+__all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "check_durability"]
 
 
 class Queue:
@@ -402,21 +401,6 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     :raise NotInitializedError: if there is no queue yet
     """
     return Queue(Settings.of(config, queue_key))
-
-
-def statistics_of(config: persipubsub.config.Config,
-                  queue_key: str) -> persipubsub.statistics.QueueStatistics:
-    """
-    Count what is in a queue, without taking part in it: it is not in use for that.
-
-    :param config: that describes the queue
-    :param queue_key: of the queue in ``queues``
-    :return: figures of the queue and of its subscribers
-    :raise NotInitializedError: if there is no queue yet
-    """
-    settings = Settings.of(config, queue_key)
-    with _upkeep.opened(settings, is_look=True) as environment:
-        return persipubsub.statistics.collect(environment, settings, environment.now_ns())
 
 
 def check_durability(config: persipubsub.config.Config, queue_key: str) -> Tuple[str, ...]:

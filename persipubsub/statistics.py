@@ -6,12 +6,13 @@ from typing import List, Optional, Sequence, Tuple
 
 import lmdb
 
+import persipubsub.config
 from persipubsub import _in_flight, _settings
-from persipubsub.environment import _environment, _files
+from persipubsub.environment import _environment, _files, _registry
 from persipubsub.store import _clock, _layout, _log, _positions
 from persipubsub.store._databases import Databases
 
-__all__ = ["InFlight", "QueueStatistics", "SubscriberStatistics", "collect"]
+__all__ = ["InFlight", "QueueStatistics", "SubscriberStatistics", "collect", "statistics_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,20 @@ def collect(environment: _environment.Environment, settings: _settings.Settings,
         subscribers=tuple(
             _with_claims(figures, claims[ordinal])
             for ordinal, figures in zip(collector.ordinals, statistics.subscribers)))
+
+
+def statistics_of(config: persipubsub.config.Config, queue_key: str) -> QueueStatistics:
+    """
+    Count what is in a queue, without taking part in it: it is not in use for that.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: figures of the queue and of its subscribers
+    :raise NotInitializedError: if there is no queue yet
+    """
+    settings = _settings.Settings.of(config, queue_key)
+    with _registry.opened(settings.path, settings.options(), is_look=True) as environment:
+        return collect(environment, settings, environment.now_ns())
 
 
 def _with_claims(figures: SubscriberStatistics,

@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from typing import Any, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set
 
 import click.testing
 import pytest
@@ -716,6 +716,56 @@ def test_too_large_message(tmp_path: pathlib.Path) -> None:
 
 
 # Speed
+
+#: What ``stat`` loads of the library. Times wobble, and a module that is loaded in vain does not
+#: show in them; whoever needs one more adds it here.
+STAT_LOADS = {
+    "", "__main__", "_config_checks", "_counting", "_engines", "_in_flight", "_json_file",
+    "_progress", "_selection", "_settings", "cli", "cli._shared", "cli._stat", "cli.commands",
+    "config", "environment", "environment._checkpoint", "environment._environment",
+    "environment._files", "environment._gate", "environment._opening", "environment._registry",
+    "environment._transactions", "errors", "message", "statistics", "store", "store._attempts",
+    "store._blocks", "store._check", "store._clock", "store._databases", "store._header",
+    "store._layout", "store._log", "store._positions"
+}
+
+#: What would take long to load, and is for other commands, or for other people than scripts.
+SLOW = {
+    "aiohttp", "asyncio", "concurrent", "ctypes", "hashlib", "icontract", "multiprocessing", "nats",
+    "prometheus_client", "rich", "shutil", "socket", "ssl", "subprocess", "tempfile"
+}
+
+
+def loaded(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Set[str]:
+    """Run a command, and return the names of all modules that it loads."""
+    # Not PYTHONPROFILEIMPORTTIME: that leaves out what importlib imports.
+    monkeypatch.setenv("PYTHONVERBOSE", "1")
+    return set(re.findall(r"^import '([\w.]+)' #", run(*arguments).stderr, re.MULTILINE))
+
+
+def own(names: Set[str]) -> Set[str]:
+    """Choose those of the library, named from the package on."""
+    return {
+        name.removeprefix("persipubsub").removeprefix(".")
+        for name in names if name.partition(".")[0] == "persipubsub"
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--watch", "--count", "2", "--json"]])
+def test_stat_loads_only_what_it_needs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+                                       options: List[str]) -> None:
+    names = loaded(monkeypatch, "stat", make(tmp_path), "--interval", "0.1", *options)
+    # The module that is run is not imported by name.
+    assert own(names) | {"__main__"} == STAT_LOADS
+    assert {name.partition(".")[0] for name in names} & SLOW == set()
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_of_a_command_loads_no_other(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    names = {one for one in own(loaded(monkeypatch, name, "--help")) if one.startswith("cli._")}
+    function = COMMANDS[name].callback
+    assert function is not None
+    assert names == {"cli._shared"} | own({function.__module__})
 
 
 def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:

@@ -26,7 +26,7 @@ _ROWS: List[Set[str]] = [
     {"cli.commands"},
     {
         "cli._dead_letters", "cli._maintenance", "cli._messages", "cli._migrate", "cli._queues",
-        "cli._replay"
+        "cli._replay", "cli._stat"
     },
     {"cli._view"},
     {"cli._shared", "metrics"},
@@ -35,6 +35,7 @@ _ROWS: List[Set[str]] = [
     {"_inbox", "_outbox"},
     {"_workers"},
     {"control", "publisher", "subscriber"},
+    {"_counting"},
     {"_receipts", "_selection"},
     {"_migration"},
     {"_engines"},

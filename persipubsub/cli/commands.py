@@ -5,21 +5,69 @@ A thin face of :py:mod:`persipubsub.control`: each command of it is a function t
 extra ``cli``.
 """
 
+import importlib
 import os
 import sys
-from typing import Optional, Sequence
+from typing import Dict, Final, Iterator, Mapping, Optional, Sequence, cast
 
 import click
 
 import persipubsub
 import persipubsub.errors
-from persipubsub.cli import (_dead_letters, _maintenance, _messages, _migrate, _queues, _replay,
-                             _shared)
+from persipubsub.cli import _shared
 
 __all__ = ["commands", "main"]
 
+#: Modules by the name of the command, in the order of the reference. Its function has the same
+#: name, with underscores.
+_MODULES: Final[Dict[str, str]] = {
+    "init": "_queues",
+    "check-config": "_queues",
+    "stat": "_stat",
+    "peek": "_messages",
+    "tail": "_messages",
+    "send": "_messages",
+    "receive": "_messages",
+    "dead-letters": "_dead_letters",
+    "seek": "_replay",
+    "prune": "_queues",
+    "clear": "_queues",
+    "verify": "_maintenance",
+    "compact": "_maintenance",
+    "backup": "_maintenance",
+    "restore": "_maintenance",
+    "add-subscriber": "_maintenance",
+    "remove-subscriber": "_maintenance",
+    "drop-queue": "_maintenance",
+    "migrate": "_migrate",
+    "metrics": "_queues",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class _Commands(Mapping[str, click.Command]):
+    """
+    Import a command when it is asked for: to load all of them takes longer than most of them run.
+
+    A group whose ``get_command`` imports was rejected: click takes the names that it proposes for
+    a mistyped one from here.
+    """
+
+    def __getitem__(self, name: str) -> click.Command:
+        module = importlib.import_module("persipubsub.cli." + _MODULES[name])
+        return cast(click.Command, getattr(module, name.replace("-", "_")))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+
+@click.group(commands=_Commands(),
+             context_settings={
+                 "help_option_names": ["-h", "--help"],
+                 "max_content_width": 100
+             })
 @click.version_option(persipubsub.__version__, prog_name="persipubsub")
 def commands() -> None:
     """
@@ -29,15 +77,6 @@ def commands() -> None:
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C.
     """
-
-
-for _command in (_queues.init, _queues.check_config, _queues.stat, _messages.peek, _messages.tail,
-                 _messages.send, _messages.receive, _dead_letters.dead_letters, _replay.seek,
-                 _queues.prune, _queues.clear, _maintenance.verify, _maintenance.compact,
-                 _maintenance.backup, _maintenance.restore, _maintenance.add_subscriber,
-                 _maintenance.remove_subscriber, _maintenance.drop_queue, _migrate.migrate,
-                 _queues.metrics):
-    commands.add_command(_command)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

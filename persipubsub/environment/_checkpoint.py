@@ -15,7 +15,6 @@ goes.
 import fcntl
 import logging
 import os
-import shutil
 import threading
 import time
 from typing import Callable, Final, Optional
@@ -131,6 +130,8 @@ def restore(directory: str) -> None:
     :param directory: of the store
     :raise StoreCorruptError: if there is no sound checkpoint
     """
+    import shutil  # pylint: disable=import-outside-toplevel  # slow, and hardly ever needed
+
     path = os.path.join(directory, _files.CHECKPOINT)
     store = os.path.join(directory, _files.DATA)
     hint = ("The machine went down while the queue was in use, so that the store itself can not be "

@@ -7,10 +7,11 @@ hands out a single environment for each store and counts its users.
 """
 
 import atexit
+import contextlib
 import functools
 import os
 import threading
-from typing import ContextManager, Dict, Final
+from typing import ContextManager, Dict, Final, Iterator
 
 import persipubsub.errors
 from persipubsub.environment import _environment, _files, _opening
@@ -72,6 +73,24 @@ def release(environment: _environment.Environment) -> None:
                 if _USERS[identity] == 0:
                     del _REGISTRY[identity], _USERS[identity]
                     environment.close()
+
+
+@contextlib.contextmanager
+def opened(directory: str,
+           options: _opening.Options,
+           is_look: bool = False) -> Iterator[_environment.Environment]:
+    """
+    Have a store open in a ``with`` block.
+
+    :param directory: of the store
+    :param options: how to open it; those of the first user in the process hold
+    :param is_look: True for who reads a little and is gone
+    """
+    environment = acquire(directory, options, is_look=is_look)
+    try:
+        yield environment
+    finally:
+        release(environment)
 
 
 def _reopen(environment: _environment.Environment) -> None:

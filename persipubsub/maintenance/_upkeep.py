@@ -1,10 +1,9 @@
 """Look after a queue while others use it: verify, back up, change its subscribers."""
 
-import contextlib
 import functools
 import os
 import tempfile
-from typing import Iterator, List, Sequence
+from typing import ContextManager, List, Sequence
 
 import lmdb
 
@@ -20,19 +19,14 @@ from persipubsub.store._databases import Databases
 _CHUNK_BLOCKS = 256
 
 
-@contextlib.contextmanager
-def opened(settings: Settings, is_look: bool = False) -> Iterator[_environment.Environment]:
+def opened(settings: Settings, is_look: bool = False) -> ContextManager[_environment.Environment]:
     """
-    Have a queue open.
+    Have a queue open in a ``with`` block.
 
     :param settings: of the queue
     :param is_look: True for who reads a little and is gone
     """
-    environment = _registry.acquire(settings.path, settings.options(), is_look=is_look)
-    try:
-        yield environment
-    finally:
-        _registry.release(environment)
+    return _registry.opened(settings.path, settings.options(), is_look=is_look)
 
 
 def verify(settings: Settings, progress: Progress) -> List[str]:
