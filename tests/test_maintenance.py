@@ -16,7 +16,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.environment import _files, _opening
+from persipubsub.environment import _files, _opening, _registry
 from persipubsub.maintenance import _alone
 from tests import support
 
@@ -599,3 +599,82 @@ def test_look_at_an_os_queue_in_use_copies_nothing(tmp_path: pathlib.Path) -> No
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
         child.pipe.send("end")
         child.end()
+
+
+#: Look twice, and tell which files were opened to write, renamed or removed, and what was called in
+#: another thread.
+_AUDITED_LOOK = """if True:
+    import os, sys, threading
+    import persipubsub.control
+    seen = []
+    def notice(event, arguments):
+        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_TRUNC):
+            seen.append(str(arguments[0]))
+        elif event in ("os.rename", "os.remove", "os.mkdir"):
+            seen.append(event)
+    sys.addaudithook(notice)
+    threading.settrace(lambda frame, event, argument: seen.append(frame.f_code.co_name))
+    statistics = persipubsub.control.statistics(sys.argv[1])
+    messages = persipubsub.control.peek(sys.argv[1], "sub", count=9)
+    print(statistics["queue"].messages, len(messages), *seen)
+"""
+
+
+def state_of(directory: pathlib.Path) -> List[Tuple[str, int, int]]:
+    """List the files of a queue with what changes when they are written, and the directory."""
+    return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns)
+            for path in sorted([directory, *directory.iterdir()]) if path.name != _files.LOCK]
+
+
+@BOTH
+def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: pathlib.Path,
+                                                         durability: str) -> None:
+    config_pth = make(tmp_path, durability=durability, checkpoint_secs=0.001)
+    send(config_pth, b"x")
+    before = state_of(tmp_path / "queue")
+    done = support.run_python(_AUDITED_LOOK, config_pth)
+    # Keeping some room on the disk aside begins with the question whether there is some.
+    assert (done.stdout.split(),
+            done.stderr) == (["1", "1"] + [str(tmp_path / "queue" / _files.RESERVE)] * 2, "")
+    assert state_of(tmp_path / "queue") == before
+
+
+def test_who_works_while_the_process_looks_leaves_checkpoint_and_mark(
+        tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
+    settings = support.settings(config_pth)
+    mark = tmp_path / "queue" / _files.RUNNING
+    checkpoint = tmp_path / "queue" / _files.CHECKPOINT
+    with _registry.opened(settings.path, settings.options(), is_look=True):
+        assert not mark.exists()
+        checkpoint.unlink()
+        with persipubsub.queue.Queue(settings) as queue:
+            assert mark.exists() and checkpoint.exists()
+            queue.put([b"x"])
+    assert not mark.exists()
+    with persipubsub.queue.Queue(settings) as queue:
+        # Another look does not make a process that works one that looks.
+        with _registry.opened(settings.path, settings.options(), is_look=True):
+            pass
+        queue.put([b"y"])
+        assert mark.exists()
+    assert not mark.exists()
+
+
+def test_look_leaves_a_queue_clean_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
+    mark = tmp_path / "queue" / _files.RUNNING
+
+    def run(pipe: support.Connection) -> None:
+        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+            queue.put([b"x"])
+            pipe.send("sent")
+            pipe.recv()
+
+    with support.Child(run) as child:
+        child.get()
+        child.kill(9)
+        child.end(-9)
+    assert mark.exists()
+    assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
+    assert not mark.exists()

@@ -101,9 +101,12 @@ class Environment(_transactions.Transactions):
 
         # Whatever is written from here on may reach the disk in part: before it, there has to be a
         # checkpoint of what is there, and the mark. A restored store has both from before.
-        if self.options.keeps_os and not handles.was_interrupted:
+        is_outdated = (header.boot_id != _clock.boot_id() or header.flags != flags
+                       or handles.was_interrupted)
+        if (self.options.keeps_os and not handles.was_interrupted
+                and (is_outdated or not self.is_look)):
             self._prepare_os()
-        if header.boot_id != _clock.boot_id() or header.flags != flags or handles.was_interrupted:
+        if is_outdated:
             was_interrupted = handles.was_interrupted
             header = self.write(
                 lambda txn, databases: _header.update(txn, databases, flags, was_interrupted))
@@ -114,6 +117,13 @@ class Environment(_transactions.Transactions):
             self._prepare_os()
         self.clock_offset_ns = header.clock_offset_ns
         _files.keep_reserve(self.directory, _transactions.RESERVE_BYTES)
+
+    def begin_work(self) -> None:
+        """Let a store be written to that was only looked at so far; hold what :py:meth:`open` needs."""
+        # A forked child has it closed, and prepares it when it opens it.
+        if self.options.keeps_os and self._handles is not None:
+            self._prepare_os()
+        self.is_look = False
 
     def _check_content(self) -> None:
         """
@@ -244,6 +254,9 @@ class Environment(_transactions.Transactions):
 
         :param handles: of the store
         """
+        if self.is_look and not _opening.is_marked(self.directory):
+            # Nobody wrote since it was left clean, this process neither.
+            return
         if _opening.is_alone(handles):
             self.flush_now()
             _opening.mark_clean(self.directory)

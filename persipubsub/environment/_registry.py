@@ -35,7 +35,9 @@ def acquire(directory: str,
     :param directory: of the store
     :param options: how to open it; those of the first user in the process hold
     :param adopts_durability: True to change the store's durability to that of the options
-    :param is_look: True for who reads a little and is gone: it leaves checkpoints to others
+    :param is_look:
+        True for who reads a little and is gone: checkpoints and the mark of a running store are
+        left to others, and nothing is to be written
     :return: environment, to be given to :py:func:`release` once
     """
     with _REGISTRY_LOCK:
@@ -55,8 +57,10 @@ def acquire(directory: str,
             raise persipubsub.errors.ConfigError(
                 "Expected one durability for the queue {} in this process, but got two".format(
                     directory))
+        if environment.is_look and not is_look:
+            with _opening.open_gate(directory, options):
+                environment.begin_work()
         _USERS[identity] += 1
-        environment.is_look = environment.is_look and is_look
         return environment
 
 
