@@ -8,7 +8,7 @@ import persipubsub.publisher
 from persipubsub import _engines, _outbox, _workers
 from persipubsub.publisher import BytesLike, MessageId, _all_to_bytes, _not_open, _to_bytes, _to_ids
 
-#: For an engine that can not put what several tasks send together.
+#: For an engine that can not put what several tasks send together, and has no loop of its own.
 _SENDING_THREADS: Final = 8
 
 
@@ -68,7 +68,7 @@ class Pub:
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
         self._pub = _Publisher()
-        self._outbox: Optional[_outbox.Outbox] = None
+        self._outbox: Union[_outbox.Outbox, _outbox.LoopOutbox, None] = None
         self._workers = _workers.Workers(_SENDING_THREADS)
         # A single thread, so that one opens and closes in order, even if a task was cancelled.
         self._opener = _workers.Workers(1)
@@ -179,18 +179,22 @@ class Pub:
         elif messages:
             await outbox.put(messages, audience, timeout, ids)
 
-    def _outbox_of(self, queue: _engines.Queue) -> Optional[_outbox.Outbox]:
+    def _outbox_of(self, queue: _engines.Queue) -> Union[_outbox.Outbox, _outbox.LoopOutbox, None]:
         """
-        Find where messages are collected for the queue in this process.
+        Find what puts messages into the queue in this process without a thread for each task.
 
         :param queue: that is open
-        :return: outbox; None if the engine can not put them together
+        :return: outbox; None if the engine has nothing of the kind
         """
         outbox = self._outbox
         if outbox is not None and outbox.queue is queue and outbox.process_id == os.getpid():
             return outbox
-        if not isinstance(queue, _engines.TogetherQueue):
-            return None
         # Two threads may make one each at the same time; they only share less.
-        self._outbox = _outbox.Outbox(queue, self._workers)
-        return self._outbox
+        if isinstance(queue, _engines.TogetherQueue):
+            outbox = _outbox.Outbox(queue, self._workers)
+        elif isinstance(queue, _engines.LoopQueue):
+            outbox = _outbox.LoopOutbox(queue)
+        else:
+            return None
+        self._outbox = outbox
+        return outbox

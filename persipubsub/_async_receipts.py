@@ -6,31 +6,82 @@ There are no finalizers here either: a claim that was dropped is given back by t
 
 import functools
 from types import TracebackType
-from typing import Awaitable, Callable, Generic, List, Optional, Type
+from typing import Awaitable, Callable, Generic, List, Optional, Protocol, Type, cast
 
-from persipubsub import _engines, _workers
+from persipubsub import _begun, _engines, _workers
 from persipubsub._receipts import ContentT
 
 Take = Callable[[], Awaitable[Optional[_engines.Lease]]]
 
 
+class Ending(Protocol):
+    """End leases. What is begun is done to its end even if the task is cancelled meanwhile."""
+
+    async def acknowledge(self, lease: _engines.Lease) -> None:
+        """
+        Let messages leave the queue, and wait for it.
+
+        :param lease: on them
+        """
+
+    async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
+        """
+        Leave messages where they were, and wait for it.
+
+        :param lease: on them
+        :param error: why; None if they were not worked on
+        """
+
+
+class InWorkers:
+    """End leases in a few threads."""
+
+    def __init__(self, workers: _workers.Workers) -> None:
+        """
+        Initialize without any lease.
+
+        :param workers: acknowledge and give back
+        """
+        self._workers = workers
+
+    async def acknowledge(self, lease: _engines.Lease) -> None:
+        """Acknowledge in a worker thread."""
+        await self._workers.run(lease.acknowledge)
+
+    async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
+        """Give back in a worker thread."""
+        await self._workers.run(functools.partial(lease.give_back, error))
+
+
+class InLoop:
+    """End leases in the loop that an engine has of its own."""
+
+    async def acknowledge(self, lease: _engines.Lease) -> None:
+        """Acknowledge in the loop of the engine."""
+        await _begun.result_of(cast(_engines.LoopLease, lease).begin_acknowledge())
+
+    async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
+        """Give back in the loop of the engine."""
+        await _begun.result_of(cast(_engines.LoopLease, lease).begin_give_back(error))
+
+
 class _Taking(Generic[ContentT]):
     """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
 
-    __slots__ = ("_take", "_contents", "_workers", "_lease")
+    __slots__ = ("_take", "_contents", "_ending", "_lease")
 
     def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]],
-                 workers: _workers.Workers) -> None:
+                 ending: Ending) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param contents: makes of them what the block gets
-        :param workers: acknowledge and give back
+        :param ending: acknowledges and gives back
         """
         self._take = take
         self._contents = contents
-        self._workers = workers
+        self._ending = ending
         self._lease: Optional[_engines.Lease] = None
 
     async def __aexit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
@@ -39,11 +90,10 @@ class _Taking(Generic[ContentT]):
         lease, self._lease = self._lease, None
         if lease is None:
             return
-        # Done to the end even if the task is cancelled meanwhile.
         if kind is None:
-            await self._workers.run(lease.acknowledge)
+            await self._ending.acknowledge(lease)
         else:
-            await self._workers.run(functools.partial(lease.give_back, error))
+            await self._ending.give_back(lease, error)
 
 
 class Receipt(_Taking[ContentT]):
@@ -103,15 +153,15 @@ class Messages(_Taking[ContentT]):
     __slots__ = ("_is_done", )
 
     def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]],
-                 workers: _workers.Workers) -> None:
+                 ending: Ending) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param contents: makes of them what the loop gets
-        :param workers: acknowledge and give back
+        :param ending: acknowledges and gives back
         """
-        super().__init__(take, contents, workers)
+        super().__init__(take, contents, ending)
         self._is_done = False
 
     async def __aenter__(self) -> "Messages[ContentT]":
@@ -155,11 +205,11 @@ class Messages(_Taking[ContentT]):
         """Acknowledge the message at hand before the next one is asked for; it may be repeated."""
         lease, self._lease = self._lease, None
         if lease is not None:
-            await self._workers.run(lease.acknowledge)
+            await self._ending.acknowledge(lease)
 
     async def aclose(self) -> None:
         """Give the message at hand back as if it had not been delivered, and end."""
         self._is_done = True
         lease, self._lease = self._lease, None
         if lease is not None:
-            await self._workers.run(lease.give_back)
+            await self._ending.give_back(lease)

@@ -8,6 +8,7 @@ functions of :py:class:`Engine`; a further one is a new module and one line in `
 Everything may be called by any number of threads at the same time, unless it says otherwise.
 """
 
+import concurrent.futures
 import importlib
 import types
 from typing import (TYPE_CHECKING, Dict, Final, List, Mapping, Optional, Protocol, Sequence, Tuple,
@@ -125,6 +126,53 @@ class WakingConsumer(Consumer, Protocol):
         """
 
 
+class LoopLease(Lease, Protocol):
+    """End a lease in the event loop that an engine has of its own, see :py:class:`LoopConsumer`."""
+
+    def begin_acknowledge(self) -> concurrent.futures.Future[None]:
+        """
+        Begin to let the messages leave the queue for this subscriber. Never blocks.
+
+        :return: done when the engine has it, which is tried even if nobody waits for it
+        """
+
+    def begin_give_back(self,
+                        error: Optional[BaseException] = None) -> concurrent.futures.Future[None]:
+        """
+        Begin to leave the messages where they were. Never blocks.
+
+        :param error: why; None if they were not worked on
+        :return: done when the engine has it, or it is to be had no more
+        """
+
+
+@runtime_checkable
+class LoopConsumer(Consumer, Protocol):
+    """
+    Wait in the event loop that an engine has of its own: for :py:mod:`persipubsub.aio`.
+
+    An engine may do without; see :py:class:`WakingConsumer`. All its leases are
+    :py:class:`LoopLease`, and its queue is a :py:class:`LoopQueue`.
+    """
+
+    def begin_take(self,
+                   timeout: Optional[float],
+                   max_messages: int = 1,
+                   is_newest: bool = False) -> concurrent.futures.Future[Optional[Lease]]:
+        """
+        Begin to take the next message, or several. Never blocks.
+
+        When the queue is closed, it fails with a ``ClosedError``.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param max_messages: how many to take at most; all that are there at once, at least one
+        :param is_newest: True to take the newest message instead, and to skip all older ones
+        :return:
+            messages; None if there was none in time. If it could be cancelled, nothing was taken,
+            or it is given back; otherwise the messages belong to who called
+        """
+
+
 class Queue(Protocol):
     """Be one open queue."""
 
@@ -226,6 +274,27 @@ class TogetherQueue(Queue, Protocol):
 
         :param sendings: messages, audience and ids of each
         :return: error of each; None if it was put
+        """
+
+
+@runtime_checkable
+class LoopQueue(Queue, Protocol):
+    """Put in the event loop that an engine has of its own, see :py:class:`LoopConsumer`."""
+
+    def begin_put(
+            self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> concurrent.futures.Future[int]:
+        """
+        Begin what :py:meth:`Queue.put` does. Never blocks.
+
+        :param messages: in the order in which they are to be received
+        :param audience: ids of the subscribers that get them; everybody if not given
+        :param timeout: how long to wait for room, in seconds; None: for ever
+        :param msg_ids: of the messages, None for those without
+        :return: number of the first message
         """
 
 

@@ -15,10 +15,10 @@ import functools
 import os
 import time
 import weakref
-from typing import Callable, Dict, Final, List, Optional
+from typing import Callable, Dict, Final, List, Optional, cast
 
 import persipubsub.errors
-from persipubsub import _engines, _wakeup, _workers
+from persipubsub import _begun, _engines, _wakeup, _workers
 
 #: Messages or batches that are taken in one go, so that the first task does not wait for all.
 _MOST_TAKEN: Final = 16
@@ -372,6 +372,46 @@ class SharedInbox:
             lease = await self._workers.run(wait, undo)
             if lease is not None or remaining <= self._slice_secs:
                 return lease
+
+
+class LoopInbox:
+    """Wait for tasks of any number of loops where an engine has a loop of its own."""
+
+    def __init__(self, consumer: _engines.LoopConsumer) -> None:
+        """
+        Initialize with nobody waiting.
+
+        :param consumer: to take messages from
+        """
+        self.consumer = consumer
+
+    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
+                   is_newest: bool) -> Optional[_engines.Lease]:
+        """
+        Wait for messages.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param pause: is not needed: the engine looks by itself
+        :param max_messages: how many to take at most
+        :param is_newest: True to take the newest message instead, and to skip all older ones
+        :return: messages; None if none came in time
+        """
+        del pause
+        return await _begun.result_of(self.consumer.begin_take(timeout, max_messages, is_newest),
+                                      _begin_give_back)
+
+
+def _begin_give_back(lease: Optional[_engines.Lease]) -> None:
+    """
+    Give messages back that were not worked on, without waiting for it.
+
+    :param lease: of an engine with a loop of its own; None if there was none in time
+    """
+    if lease is not None:
+        try:
+            cast(_engines.LoopLease, lease).begin_give_back()
+        except persipubsub.errors.PersipubsubError:
+            pass  # a queue that was closed has given them back already
 
 
 _inboxes: "weakref.WeakSet[Inbox]" = weakref.WeakSet()

@@ -13,7 +13,7 @@ import time
 from typing import Deque, Dict, Final, List, Optional, Sequence, Tuple
 
 import persipubsub.errors
-from persipubsub import _engines, _workers
+from persipubsub import _begun, _engines, _workers
 
 #: Messages that are put together at most: the others of the process shall get their turn.
 _MOST_MESSAGES: Final = 512
@@ -156,6 +156,34 @@ class Outbox:
                     group.append(sending)
             self._is_sending = bool(group)
         return group
+
+
+class LoopOutbox:
+    """Send for tasks of any number of loops where an engine has a loop of its own."""
+
+    def __init__(self, queue: _engines.LoopQueue) -> None:
+        """
+        Initialize without anything to be sent.
+
+        :param queue: to be put into
+        """
+        self.queue = queue
+        self.process_id = os.getpid()
+
+    async def put(self,
+                  messages: Sequence[bytes],
+                  audience: Optional[Tuple[str, ...]],
+                  timeout: Optional[float] = None,
+                  msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
+        """
+        Put messages, even if the task is cancelled meanwhile, and wait until the engine has them.
+
+        :param messages: to be sent
+        :param audience: ids of the subscribers that get them; everybody if not given
+        :param timeout: how long to wait for room, in seconds; None: for ever
+        :param msg_ids: of the messages; None if none has one
+        """
+        await _begun.result_of(self.queue.begin_put(messages, audience, timeout, msg_ids))
 
 
 def _tell(outcomes: "Sequence[Tuple[asyncio.Future[None], Optional[BaseException]]]") -> None:

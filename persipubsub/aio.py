@@ -20,7 +20,8 @@ import persipubsub.errors
 import persipubsub.subscriber
 from persipubsub import _engines, _inbox, _workers
 from persipubsub._async_publisher import Pub
-from persipubsub._async_receipts import BatchReceipt, Messages, Receipt, Take
+from persipubsub._async_receipts import (BatchReceipt, Ending, InLoop, InWorkers, Messages, Receipt,
+                                         Take)
 from persipubsub._receipts import describe, unwrap
 from persipubsub.message import Message
 from persipubsub.subscriber import _check_max_msgs, _not_open, _to_waiting
@@ -30,8 +31,10 @@ __all__ = ["BatchReceipt", "Messages", "Pub", "Receipt", "Sub"]
 #: Acknowledgements at the same moment share a commit; so many do.
 _ACKNOWLEDGING_THREADS: Final = 8
 
-#: For an engine that can not wake its waiters.
+#: For an engine that can not wake its waiters, and has no loop of its own.
 _WAITING_THREADS: Final = 16
+
+_IN_LOOP: Final = InLoop()
 
 
 class _Subscriber(persipubsub.subscriber.Sub):
@@ -92,7 +95,9 @@ class Sub:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
         self._sub = _Subscriber()
         self._inboxes: Dict[asyncio.AbstractEventLoop, _inbox.Inbox] = {}
+        self._loop_inbox: Optional[_inbox.LoopInbox] = None
         self._workers = _workers.Workers(_ACKNOWLEDGING_THREADS)
+        self._in_workers = InWorkers(self._workers)
         # Apart, so that acknowledgements do not wait behind tasks that wait for messages.
         self._takers = _workers.Workers(_WAITING_THREADS)
         # A single thread, so that one opens and closes in order, even if a task was cancelled.
@@ -174,8 +179,8 @@ class Sub:
         :raise CorruptMessageError: from the ``async with`` statement if the next message is
             damaged; it is set aside, and the next call gives the one behind it
         """
-        return Receipt(self._taker(timeout, retries), describe if details else unwrap,
-                       self._workers)
+        take, ending = self._taker(timeout, retries)
+        return Receipt(take, describe if details else unwrap, ending)
 
     @overload
     def receive_to_top(self,
@@ -207,8 +212,8 @@ class Sub:
         :return: context manager of the message, as of :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        return Receipt(self._taker(timeout, retries, is_newest=True),
-                       describe if details else unwrap, self._workers)
+        take, ending = self._taker(timeout, retries, is_newest=True)
+        return Receipt(take, describe if details else unwrap, ending)
 
     @overload
     def receive_many(self,
@@ -247,8 +252,8 @@ class Sub:
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         _check_max_msgs(max_msgs)
-        return BatchReceipt(self._taker(timeout, retries, max_msgs),
-                            describe if details else unwrap, self._workers)
+        take, ending = self._taker(timeout, retries, max_msgs)
+        return BatchReceipt(take, describe if details else unwrap, ending)
 
     @overload
     def messages(self,
@@ -275,7 +280,8 @@ class Sub:
         :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
         :return: iterator that ends when no message comes in time
         """
-        return Messages(self._taker(timeout, 1), describe if details else unwrap, self._workers)
+        take, ending = self._taker(timeout, 1)
+        return Messages(take, describe if details else unwrap, ending)
 
     def __aiter__(self) -> "Messages[bytes]":
         """
@@ -305,7 +311,7 @@ class Sub:
                timeout: Optional[float],
                retries: int,
                max_messages: int = 1,
-               is_newest: bool = False) -> Take:
+               is_newest: bool = False) -> Tuple[Take, Ending]:
         """
         Check the arguments of a receipt.
 
@@ -313,13 +319,16 @@ class Sub:
         :param retries: how often to look within ``timeout``
         :param max_messages: how many messages to take at most
         :param is_newest: True to take the newest message instead of the next one
-        :return: waits and takes
+        :return: what waits and takes, what acknowledges and gives back
         """
         consumer, wait, pause = self._sub.prepare(timeout, retries)
-        return functools.partial(
-            self._inbox_of(consumer).take, wait, pause, max_messages, is_newest)
+        inbox = self._inbox_of(consumer)
+        return (functools.partial(inbox.take, wait, pause, max_messages, is_newest),
+                _IN_LOOP if isinstance(inbox, _inbox.LoopInbox) else self._in_workers)
 
-    def _inbox_of(self, consumer: _engines.Consumer) -> Union[_inbox.Inbox, _inbox.SharedInbox]:
+    def _inbox_of(
+            self, consumer: _engines.Consumer
+    ) -> Union[_inbox.Inbox, _inbox.LoopInbox, _inbox.SharedInbox]:
         """
         Find where the running loop waits for messages.
 
@@ -330,6 +339,11 @@ class Sub:
         inbox = self._inboxes.get(loop)
         if (inbox is not None and inbox.consumer is consumer and inbox.process_id == os.getpid()):
             return inbox
+        if self._loop_inbox is not None and self._loop_inbox.consumer is consumer:
+            return self._loop_inbox
+        if isinstance(consumer, _engines.LoopConsumer):
+            self._loop_inbox = _inbox.LoopInbox(consumer)
+            return self._loop_inbox
         if not isinstance(consumer, _engines.WakingConsumer):
             return _inbox.SharedInbox(consumer, self._takers)
         for other, abandoned in list(self._inboxes.items()):

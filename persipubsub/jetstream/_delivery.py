@@ -8,20 +8,20 @@ nobody tells it any more, and the message is delivered to another.
 
 import asyncio
 import base64
+import concurrent.futures
+import contextlib
 import datetime
 import os
-import threading
 import time
 import weakref
-from typing import Any, Callable, Coroutine, Final, List, Optional, Protocol, TypeVar
+from typing import Any, Callable, Coroutine, Final, List, Optional, Sequence
 
 import nats.errors
 
 import persipubsub.errors
 import persipubsub.message
-from persipubsub.jetstream import _address, _errors, _link, _loop, _pulling, _settings, _stream
-
-ResultT = TypeVar("ResultT")
+from persipubsub.jetstream import (_acknowledging, _address, _calls, _errors, _pulling, _settings,
+                                   _stream)
 
 #: A message that can not be given back at once is delivered again after ack_wait.
 _GIVE_BACK_SECS: Final = 2.0
@@ -32,34 +32,6 @@ _SKIPPED_AT_ONCE: Final = 256
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
-class Run(Protocol):
-    """Run a coroutine in the loop."""
-
-    def __call__(self, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
-        """
-        Run it.
-
-        :param function: makes the coroutine
-        :return: what it returned
-        """
-
-
-class Ports:
-    """Be what a consumer needs of its queue. All of it runs in the loop's own thread."""
-
-    def __init__(self, loop: _loop.Loop, link: _link.Link, stream: _stream.Stream) -> None:
-        """
-        Initialize with what is open.
-
-        :param loop: of this process
-        :param link: to the servers
-        :param stream: of the queue
-        """
-        self.loop = loop
-        self.link = link
-        self.stream = stream
-
-
 class Lease:
     """
     Hold messages that one consumer has and nobody else gets, as long as its process lives.
@@ -67,7 +39,8 @@ class Lease:
     Exactly one of :py:meth:`acknowledge` and :py:meth:`give_back` is to be called, once.
     """
 
-    def __init__(self, consumer: "Consumer", ports: Ports, pulled: List[_pulling.Pulled]) -> None:
+    def __init__(self, consumer: "Consumer", ports: _calls.Ports,
+                 pulled: List[_pulling.Pulled]) -> None:
         """
         Initialize with what was pulled. Only for the loop's own thread.
 
@@ -123,7 +96,36 @@ class Lease:
         :raise UnavailableError: if no server answers in time; the messages are delivered again
         """
         if self._process_id == os.getpid():
-            self._consumer.run(self._acknowledge)
+            self._consumer.calls.run(self._acknowledge)
+
+    def begin_acknowledge(self) -> concurrent.futures.Future[None]:
+        """
+        Begin what :py:meth:`acknowledge` does. Never blocks.
+
+        :return: done when the server has it; errors are those of :py:meth:`acknowledge`
+        """
+        return self._begin(self._acknowledge)
+
+    async def _acknowledge(self) -> None:
+        """Tell the server that the messages were worked on, and wait for its answers."""
+        self._end()
+        await self._consumer.acknowledge(self._ports, self.pulled,
+                                         time.monotonic() + self._consumer.settings.wait_secs)
+
+    def _begin(
+            self, function: Callable[[], Coroutine[Any, Any,
+                                                   None]]) -> concurrent.futures.Future[None]:
+        """
+        Begin to end the lease, if it is one of this process.
+
+        :param function: makes the coroutine
+        :return: done when it is ended
+        """
+        if self._process_id == os.getpid():
+            return self._consumer.calls.begin(function)
+        nothing = concurrent.futures.Future()  # type: concurrent.futures.Future[None]
+        nothing.set_result(None)
+        return nothing
 
     def give_back(self, error: Optional[BaseException] = None) -> None:
         """
@@ -137,16 +139,28 @@ class Lease:
         if self._process_id != os.getpid():
             return
         try:
-            self._consumer.run(self.refuse)
-        except persipubsub.errors.PersipubsubError:
-            pass  # what the user raised matters more
+            self._consumer.calls.run(self._give_back)
+        except persipubsub.errors.ClosedError:
+            pass  # closing gave it back
 
-    async def _acknowledge(self) -> None:
-        """Tell the server that the messages were worked on, and wait for its answers."""
-        self._end()
-        await self._consumer.puller(self._ports).acknowledge(
-            self.pulled,
-            time.monotonic() + self._consumer.settings.wait_secs)
+    def begin_give_back(self,
+                        error: Optional[BaseException] = None) -> concurrent.futures.Future[None]:
+        """
+        Begin what :py:meth:`give_back` does. Never blocks.
+
+        :param error: why; None if they were not worked on
+        :return: done when the server has it, or is waited for no more
+        :raise ClosedError: if the queue was closed, which gave it back
+        """
+        del error
+        return self._begin(self._give_back)
+
+    async def _give_back(self) -> None:
+        """Give the messages back."""
+        try:
+            await self.refuse()
+        except (persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
+            pass  # what the user raised matters more
 
     async def refuse(self) -> None:
         """Let the messages be delivered again. Only for the loop's own thread."""
@@ -169,7 +183,7 @@ class Lease:
     def touch(self) -> None:
         """Tell the server that the messages are being worked on, which it is told anyhow."""
         if self._process_id == os.getpid():
-            self._consumer.run(self.beat)
+            self._consumer.calls.run(self.beat)
 
     def details(self) -> List[persipubsub.message.Message]:
         """
@@ -186,38 +200,6 @@ class Lease:
         ]
 
 
-class _Handover:
-    """Let a lease be with the thread that waits for it, or with nobody, but never be forgotten."""
-
-    def __init__(self) -> None:
-        """Initialize without a lease."""
-        # Guards the two below: one thread gives, while the other may be interrupted and leave.
-        self._lock = threading.Lock()
-        self._lease = None  # type: Optional[Lease]
-        self._has_left = False
-
-    def give(self, lease: Lease) -> bool:
-        """
-        Give the lease.
-
-        :param lease: that was taken
-        :return: False if nobody waits for it any more
-        """
-        with self._lock:
-            self._lease = lease
-            return not self._has_left
-
-    def leave(self) -> Optional[Lease]:
-        """
-        Stop waiting.
-
-        :return: lease that was given already
-        """
-        with self._lock:
-            self._has_left = True
-            return self._lease
-
-
 class Consumer:
     """
     Take messages of one subscriber, from any number of threads.
@@ -225,27 +207,24 @@ class Consumer:
     Consumers of the same subscriber, on whatever machines, share its messages.
     """
 
-    def __init__(self, settings: _settings.Settings, subscriber: str, run: Run,
-                 ports: "Callable[[], Coroutine[Any, Any, Ports]]") -> None:
+    def __init__(self, settings: _settings.Settings, subscriber: str, calls: _calls.Calls) -> None:
         """
         Initialize without taking anything.
 
         :param settings: of the queue
         :param subscriber: its id
-        :param run: runs a coroutine in the loop
-        :param ports: opens the queue in this process, if it is not open there
+        :param calls: of the queue
         """
         self.settings = settings
-        self.run = run
+        self.calls = calls
         #: That are held. Only the loop's own thread changes it.
         self.leases = weakref.WeakSet()  # type: weakref.WeakSet[Lease]
         self._durable = _address.durable_of(subscriber)
         self._subscriber = subscriber
-        self._get_ports = ports
         self._puller = None  # type: Optional[_pulling.Puller]
-        self._puller_of = None  # type: Optional[Ports]
+        self._puller_of = None  # type: Optional[_calls.Ports]
 
-    def puller(self, ports: Ports) -> _pulling.Puller:
+    def puller(self, ports: _calls.Ports) -> _pulling.Puller:
         """
         Find what pulls. A forked child gets its own. Only for the loop's own thread.
 
@@ -258,9 +237,23 @@ class Consumer:
             self.leases = weakref.WeakSet()
         return self._puller
 
+    async def acknowledge(self, ports: _calls.Ports, pulled: Sequence[_pulling.Pulled],
+                          deadline: float) -> None:
+        """
+        Acknowledge messages, and wait until the servers have it. Only for the loop's own thread.
+
+        :param ports: of the queue
+        :param pulled: messages
+        :param deadline: on the monotonic clock
+        :raise UnavailableError: if there was no answer in time; they are delivered again
+        """
+        await _acknowledging.acknowledge(self.puller(ports), ports.stream, self._durable, pulled,
+                                         deadline)
+
     async def close(self) -> None:
         """Give back what is held, and stop listening. Only for the loop's own thread."""
-        if self._puller is not None:
+        if self._puller_of is not None and self._puller_of.loop.process_id == os.getpid():
+            assert self._puller is not None
             for lease in list(self.leases):
                 await lease.abandon()
             await self._puller.close()
@@ -303,7 +296,58 @@ class Consumer:
         :param function: makes the coroutine that takes it
         :return: the lease
         """
-        handover = _Handover()
+        handover = _calls.Handover()  # type: _calls.Handover[Lease]
+        try:
+            return self.calls.run(self._into(handover, function))
+        except BaseException:
+            lease = handover.leave()
+            if lease is not None:
+                lease.give_back()
+            raise
+
+    def begin_take(self,
+                   timeout: Optional[float],
+                   max_messages: int = 1,
+                   is_newest: bool = False) -> concurrent.futures.Future[Optional[Lease]]:
+        """
+        Begin what :py:meth:`take` or :py:meth:`take_newest` does. Never blocks.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param max_messages: how many to take at most
+        :param is_newest: True to take the newest message, and to skip all older ones
+        :return:
+            messages; None if there was none in time. Once it is cancelled, what was taken is given
+            back
+        :raise ClosedError: if the queue was closed
+        """
+        handover = _calls.Handover()  # type: _calls.Handover[Lease]
+
+        async def function() -> Optional[Lease]:
+            return await (self._take_newest(timeout) if is_newest else self._take(
+                timeout, max_messages))
+
+        def end(begun: concurrent.futures.Future[Optional[Lease]]) -> None:
+            lease = handover.leave() if begun.cancelled() else None
+            if lease is not None:
+                with contextlib.suppress(persipubsub.errors.ClosedError):
+                    lease.begin_give_back()
+
+        begun = self.calls.begin(self._into(handover, function))
+        begun.add_done_callback(end)
+        return begun
+
+    @staticmethod
+    def _into(
+        handover: "_calls.Handover[Lease]",
+        function: "Callable[[], Coroutine[Any, Any, Optional[Lease]]]"
+    ) -> "Callable[[], Coroutine[Any, Any, Optional[Lease]]]":
+        """
+        Put a lease where whoever waits finds it, or give it back if nobody does any more.
+
+        :param handover: to be used
+        :param function: makes the coroutine that takes the lease
+        :return: makes the coroutine that does both
+        """
 
         async def work() -> Optional[Lease]:
             lease = await function()
@@ -311,13 +355,7 @@ class Consumer:
                 await lease.abandon()
             return lease
 
-        try:
-            return self.run(work)
-        except BaseException:
-            lease = handover.leave()
-            if lease is not None:
-                lease.give_back()
-            raise
+        return work
 
     async def _take(self, timeout: Optional[float], max_messages: int) -> Optional[Lease]:
         """
@@ -327,11 +365,11 @@ class Consumer:
         :param max_messages: how many at most
         :return: messages; None if there was none in time
         """
-        ports = await self._get_ports()
+        ports = await self.calls.ports()
         pulled = await self.puller(ports).pull(timeout, max_messages)
         return self._lease(ports, pulled) if pulled else None
 
-    def _lease(self, ports: Ports, pulled: List[_pulling.Pulled]) -> Lease:
+    def _lease(self, ports: _calls.Ports, pulled: List[_pulling.Pulled]) -> Lease:
         """
         Lease what was pulled.
 
@@ -350,7 +388,7 @@ class Consumer:
         :param timeout: how long to wait for the first one, in seconds; None: for ever
         :return: newest message; None if there was none in time
         """
-        ports = await self._get_ports()
+        ports = await self.calls.ports()
         pulled = await self.puller(ports).pull(timeout, 1)
         if not pulled:
             return None
@@ -363,7 +401,7 @@ class Consumer:
 
         :return: how many were acknowledged by that
         """
-        ports = await self._get_ports()
+        ports = await self.calls.ports()
         pulled = await self.puller(ports).pull(0.0, _SKIPPED_AT_ONCE)
         if not pulled:
             return 0
@@ -371,7 +409,8 @@ class Consumer:
         await newest.refuse()
         return count
 
-    async def _skip(self, ports: Ports, pulled: List[_pulling.Pulled]) -> "tuple[int, Lease]":
+    async def _skip(self, ports: _calls.Ports,
+                    pulled: List[_pulling.Pulled]) -> "tuple[int, Lease]":
         """
         Acknowledge all messages that are there now but the newest one.
 
@@ -380,20 +419,25 @@ class Consumer:
         :return: how many were acknowledged; the newest one
         """
         # What is published meanwhile may be too fast for us to come to an end.
-        last = int((await ports.stream.info(self._deadline()))["state"]["last_seq"])
         count = 0
-        while True:
-            pulled.sort(key=lambda one: one.number)
-            await self.puller(ports).acknowledge(pulled[:-1], self._deadline())
-            count += len(pulled) - 1
-            newest = pulled[-1]
-            if newest.number >= last:
-                break
-            more = await self.puller(ports).pull(0.0, _SKIPPED_AT_ONCE)
-            if not more:
-                break
-            pulled = [newest] + more
-        return count, self._lease(ports, [newest])
+        try:
+            last = int((await ports.stream.info(self._deadline()))["state"]["last_seq"])
+            while True:
+                pulled.sort(key=lambda one: one.number)
+                await self.acknowledge(ports, pulled[:-1], self._deadline())
+                count += len(pulled) - 1
+                pulled = pulled[-1:]
+                if pulled[0].number >= last:
+                    break
+                more = await self.puller(ports).pull(0.0, _SKIPPED_AT_ONCE)
+                if not more:
+                    break
+                pulled += more
+        except BaseException:
+            # The server knows of those that were acknowledged already.
+            await self.puller(ports).give_back(pulled)
+            raise
+        return count, self._lease(ports, pulled)
 
     def _deadline(self) -> float:
         """
@@ -414,7 +458,7 @@ class Consumer:
 
         :return: message that nobody has acknowledged or taken; None if there is none
         """
-        return self.run(self._front)
+        return self.calls.run(self._front)
 
     async def _front(self) -> Optional[bytes]:
         """
@@ -422,7 +466,7 @@ class Consumer:
 
         :return: message; None if there is none
         """
-        ports = await self._get_ports()
+        ports = await self.calls.ports()
         info = await ports.stream.consumer_info(self._subscriber, self._deadline())
         if info is None:
             raise _errors.translate(

@@ -59,9 +59,7 @@ class Loop:
         :return: what the coroutine returned
         :raise ClosedError: if the interpreter is about to exit
         """
-        if self._is_stopped.is_set():
-            raise _exiting()
-        future = asyncio.run_coroutine_threadsafe(function(), self._loop)
+        future = self.begin(function)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -73,6 +71,20 @@ class Loop:
         except BaseException:
             future.cancel()
             raise
+
+    def begin(
+            self, function: Callable[[], Coroutine[Any, Any,
+                                                   ResultT]]) -> concurrent.futures.Future[ResultT]:
+        """
+        Run a coroutine in the loop and do not wait for it; it has to bound its own waits.
+
+        :param function: makes the coroutine
+        :return: of what the coroutine returns; cancelling it cancels the coroutine
+        :raise ClosedError: if the interpreter is about to exit
+        """
+        if self._is_stopped.is_set():
+            raise _exiting()
+        return asyncio.run_coroutine_threadsafe(function(), self._loop)
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """

@@ -50,6 +50,9 @@ class Publishing:
         # else is locked while it is held.
         self._catching_up = asyncio.Lock()
         self._caught_up = 0.0
+        # Guards what is asked before a message is published: who has to wait for an answer is not
+        # overtaken, so that messages are in the order of the calls. It is taken before _room.
+        self._order = asyncio.Lock()
         # Guards the making of room: coroutines that find the queue full at once prune it once.
         self._room = asyncio.Lock()
 
@@ -66,8 +69,10 @@ class Publishing:
         :return: number of the first message
         """
         settings = self._settings
-        await self._check_payload(messages)
-        await self._stream.require_interest(audience, self._deadline())
+        async with self._order:
+            await self._check_payload(messages)
+            await self._stream.require_interest(audience, self._deadline())
+        # Up to the moment in which the message is written, nothing is awaited that suspends us.
         subject = settings.subject(audience)
         unique = uuid.uuid4().hex
         ids = [

@@ -13,7 +13,7 @@ import asyncio
 import collections
 import json
 import time
-from typing import Any, Deque, Dict, Final, List, NamedTuple, Optional, Sequence
+from typing import Any, Deque, Dict, Final, List, NamedTuple, Optional, Set
 
 import nats.aio.client
 import nats.aio.msg
@@ -29,10 +29,6 @@ _LONGEST_PULL_SECS: Final = 5.0
 _HEARTBEAT_SECS: Final = 0.5
 
 _PAUSE_SECS: Final = 0.1
-
-#: An acknowledgement that is not answered is repeated after so many seconds, at first and at most.
-_FIRST_ANSWER_SECS: Final = 1.0
-_LONGEST_ANSWER_SECS: Final = 5.0
 
 
 class Pulled(NamedTuple):
@@ -60,6 +56,8 @@ class _Inbox:
         self.messages = collections.deque()  # type: Deque[Pulled]
         self.statuses = collections.deque()  # type: Deque[Dict[str, str]]
         self.changed = asyncio.Event()
+        #: Pulls whose end was not seen yet: they may bring something.
+        self.pulls = 0
         self._subscription = None  # type: Any
 
     async def listen(self) -> "_Inbox":
@@ -87,9 +85,9 @@ class _Inbox:
         self.changed.set()
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and take what comes until the server knows."""
         try:
-            await self._subscription.unsubscribe()
+            await self._subscription.drain()
         except (nats.errors.Error, OSError):
             pass  # the connection is gone, and the inbox with it
 
@@ -110,17 +108,33 @@ class Puller:
         self._subject = "$JS.API.CONSUMER.MSG.NEXT.{}.{}".format(stream.name, durable)
         self._info = "CONSUMER.INFO.{}.{}".format(stream.name, durable)
         self._idle = []  # type: List[_Inbox]
+        # What waits for messages, and what ends the use of inboxes.
+        self._pulls = set()  # type: Set["asyncio.Task[Any]"]
+        self._retiring = set()  # type: Set["asyncio.Task[None]"]
+        self._is_closed = False
         # Since when the consumer is not there; 0.0 if it is.
         self._missing_since = 0.0
         # When the servers were heard last, as far as anybody listened.
         self._heard = self._listened = time.monotonic()
 
     async def close(self) -> None:
-        """Stop listening, and let others have what nobody took."""
+        """Stop listening, and let others have what nobody took. Those who wait fail."""
+        self._is_closed = True
+        pulls = [task for task in self._pulls if task is not asyncio.current_task()]
+        for task in pulls:
+            task.cancel()
+        await asyncio.gather(*pulls, return_exceptions=True)
         inboxes, self._idle = self._idle, []
-        for inbox in inboxes:
-            await self._give_up(inbox)
-            await inbox.close()
+        await asyncio.gather(*map(self._retire, inboxes), *self._retiring)
+
+    async def _retire(self, inbox: _Inbox) -> None:
+        """
+        Stop listening, and let others have what comes until the server knows of it.
+
+        :param inbox: that nobody uses any more
+        """
+        await inbox.close()
+        await self._give_up(inbox)
 
     async def pull(self, timeout: Optional[float], max_messages: int) -> List[Pulled]:
         """
@@ -131,6 +145,31 @@ class Puller:
         :return: messages; none if there was none in time
         :raise UnavailableError: if no server answers for too long
         :raise NotInitializedError: if there is no such consumer any more
+        :raise ClosedError: if the queue is closed meanwhile
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._pulls.add(task)
+        try:
+            if self._is_closed:
+                raise asyncio.CancelledError
+            return await self._pull(timeout, max_messages)
+        except asyncio.CancelledError:
+            if not self._is_closed:
+                raise
+            raise persipubsub.errors.ClosedError(
+                "Expected the queue {} to be open, but got: it was closed meanwhile".format(
+                    self._settings.path)) from None
+        finally:
+            self._pulls.discard(task)
+
+    async def _pull(self, timeout: Optional[float], max_messages: int) -> List[Pulled]:
+        """
+        Wait for messages.
+
+        :param timeout: how long, in seconds; None: for ever
+        :param max_messages: how many to take at most
+        :return: messages; none if there was none in time
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         inbox = None  # type: Optional[_Inbox]
@@ -157,14 +196,28 @@ class Puller:
                     self._missing_since = 0.0
                 if taken or (deadline is not None and time.monotonic() >= deadline):
                     return taken
-        except asyncio.CancelledError:
+        except BaseException:
             await self.give_back(taken)
             raise
         finally:
             self._listened = time.monotonic()
             if inbox is not None:
-                await self._give_up(inbox)
-                self._idle.append(inbox)
+                self._leave(inbox)
+
+    def _leave(self, inbox: _Inbox) -> None:
+        """
+        Stop using an inbox.
+
+        :param inbox: that was used
+        """
+        if inbox.pulls or inbox.messages:
+            # Nobody would look at what a pull still brings. It ends with the subscription, so
+            # that the next message goes to the next pull: in order, and not delivered for nothing.
+            task = asyncio.ensure_future(self._retire(inbox))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+        else:
+            self._idle.append(inbox)
 
     async def _rest(self, inbox: _Inbox, count: int) -> List[Pulled]:
         """
@@ -214,6 +267,7 @@ class Puller:
         inbox.statuses.clear()
         if inbox.messages:
             return
+        inbox.pulls += 1
         patience = 1.0
         if "no_wait" not in request:
             expires = _LONGEST_PULL_SECS if left is None else min(left, _LONGEST_PULL_SECS)
@@ -233,8 +287,7 @@ class Puller:
         while True:
             inbox.changed.clear()
             if len(inbox.messages) >= wanted or await self._is_over(inbox):
-                break
-            if inbox.messages and "no_wait" not in request:
+                inbox.pulls -= 1
                 break
             try:
                 await asyncio.wait_for(inbox.changed.wait(), timeout=patience)
@@ -329,95 +382,6 @@ class Puller:
         """
         while inbox.messages:
             await self._tell(inbox.client, inbox.messages.popleft(), b"-NAK")
-
-    async def acknowledge(self, pulled: Sequence[Pulled], deadline: float) -> None:
-        """
-        Acknowledge messages, and wait until the servers have it.
-
-        Servers that were killed may forget which messages they had delivered: deliveries are noted
-        after they were made. Such a server ignores the acknowledgement of a message that is still
-        to be delivered as far as it knows; if all consumers wait here, it would do so for ever. So
-        we ask for the messages again, and then acknowledge them. To raise an error was rejected:
-        all that was worked on would be worked on again.
-
-        :param pulled: messages
-        :param deadline: on the monotonic clock
-        :raise UnavailableError: if there was no answer in time; they are delivered again
-        """
-        patience = _FIRST_ANSWER_SECS
-        while pulled:
-            until = min(deadline, time.monotonic() + patience)
-            # In order: the first one is the next that is delivered again.
-            answers = await asyncio.gather(*(self._stream.link.request(one.reply, b"+ACK", until)
-                                             for one in pulled),
-                                           return_exceptions=True)
-            errors = [one for one in answers if isinstance(one, BaseException)]
-            if not errors:
-                return
-            for error in errors:
-                if (not isinstance(error, persipubsub.errors.UnavailableError)
-                        or time.monotonic() >= deadline):
-                    raise error
-            pulled = [
-                one for one, answer in zip(pulled, answers) if isinstance(answer, BaseException)
-            ]
-            pulled = await self._ask_again(pulled, deadline)
-            patience = min(2 * patience, _LONGEST_ANSWER_SECS)
-
-    async def _ask_again(self, pulled: Sequence[Pulled], deadline: float) -> Sequence[Pulled]:
-        """
-        Let the servers deliver messages again, if they do not know that they did so already.
-
-        :param pulled: messages whose acknowledgements were not answered
-        :param deadline: on the monotonic clock
-        :return: those that are still to be acknowledged
-        """
-        try:
-            until = min(deadline, time.monotonic() + _FIRST_ANSWER_SECS)
-            info = await self._stream.link.api(self._info, None, until, confirms=False)
-            # A leader that was elected just now may have noted our deliveries meanwhile, and act on
-            # what it knew at its election: what it tells of both has to be asked. If it is merely
-            # slow, nothing must be pulled.
-            floor = int(info["ack_floor"]["stream_seq"])
-            # It may also have noted the acknowledgements, and have died before it answered.
-            pulled = [one for one in pulled if one.number > floor]
-            if pulled and (int(info["delivered"]["stream_seq"]) < max(one.number for one in pulled)
-                           or int(info["num_ack_pending"]) < len(pulled)):
-                inbox = await self._listening(None, _FIRST_ANSWER_SECS)
-                if inbox is not None:
-                    await self._pull_again(inbox, pulled, floor, deadline)
-        except (persipubsub.errors.PersipubsubError, _errors.ApiError, nats.errors.Error, OSError):
-            pass  # the acknowledgement is repeated, and says it if nothing helps
-        return pulled
-
-    async def _pull_again(self, inbox: _Inbox, forgotten: Sequence[Pulled], number: int,
-                          deadline: float) -> None:
-        """
-        Pull until messages were delivered again, or nothing is left.
-
-        :param inbox: to be used
-        :param forgotten: messages that are with us already
-        :param number: up to which everything was acknowledged
-        :param deadline: on the monotonic clock
-        """
-        own = {one.number for one in forgotten}
-        last = max(own)
-        others = []  # type: List[Pulled]
-        try:
-            while number < last and time.monotonic() < deadline:
-                batch = min(len(own), last - number)
-                await self._ask(inbox, {"batch": batch, "no_wait": True}, 0.0)
-                if not inbox.messages:
-                    break
-                number = max(one.number for one in inbox.messages)
-                others += (one for one in inbox.messages if one.number not in own)
-                inbox.messages.clear()
-        finally:
-            self._idle.append(inbox)
-            # Others wait for an answer to their acknowledgements as well: those get it now, and
-            # only what nobody has is delivered again. Not sooner: it would come back at once,
-            # before what we ask for.
-            await self.give_back(others)
 
     async def give_back(self, pulled: List[Pulled]) -> None:
         """

@@ -13,7 +13,7 @@ import os
 import ssl
 import time
 import weakref
-from typing import Any, Callable, Coroutine, Dict, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Coroutine, Dict, Final, Optional, Sequence, Tuple, TypeVar
 
 import nats.errors
 
@@ -21,12 +21,20 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
 from persipubsub import _losses
-from persipubsub.jetstream import (_delivery, _durability, _errors, _link, _loop, _publishing,
-                                   _settings, _stream)
+from persipubsub.jetstream import (_calls, _delivery, _durability, _errors, _link, _loop,
+                                   _publishing, _settings, _stream)
 
 __all__ = ["Queue", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
 
 ResultT = TypeVar("ResultT")
+
+#: Errors that do not leave the room as they are.
+_FOREIGN: Final = (_errors.ApiError, nats.errors.Error, asyncio.TimeoutError, ssl.SSLError, OSError,
+                   concurrent.futures.TimeoutError)
+
+#: Calls of begin_put that are under way at the same time: a request that waits for a thousand
+#: others would be repeated before it is answered.
+_PUTS_AT_ONCE: Final = 256
 
 
 class Queue:
@@ -46,8 +54,9 @@ class Queue:
         self.settings = settings
         self._losses = _losses.LossLog(settings.path)
         # Only the loop's own thread changes them.
-        self._ports = None  # type: Optional[_delivery.Ports]
+        self._ports = None  # type: Optional[_calls.Ports]
         self._publishing = None  # type: Optional[_publishing.Publishing]
+        self._puts = None  # type: Optional[asyncio.Semaphore]
         self._consumers = weakref.WeakSet()  # type: weakref.WeakSet[_delivery.Consumer]
         self._is_closed = False
 
@@ -76,7 +85,7 @@ class Queue:
             except persipubsub.errors.ClosedError:
                 pass  # at the exit all connections are closed anyhow
 
-    async def _close(self, ports: _delivery.Ports) -> None:
+    async def _close(self, ports: _calls.Ports) -> None:
         """
         Give back what is held, and the connection.
 
@@ -99,13 +108,41 @@ class Queue:
         :return: what it returned
         :raise ClosedError: if the queue was closed
         """
+        self._check_open()
+        return _call(self.settings.path, function)
+
+    def begin(
+            self, function: Callable[[], Coroutine[Any, Any,
+                                                   ResultT]]) -> concurrent.futures.Future[ResultT]:
+        """
+        Begin to run a coroutine in the loop, as :py:meth:`run` does. Never blocks.
+
+        :param function: makes the coroutine
+        :return: of what the coroutine returns; cancelling it cancels the coroutine
+        :raise ClosedError: if the queue was closed
+        """
+        self._check_open()
+
+        async def work() -> ResultT:
+            try:
+                return await function()
+            except _FOREIGN as error:
+                raise _errors.translate(error, self.settings.path) from None
+
+        return _loop.current().begin(work)
+
+    def _check_open(self) -> None:
+        """
+        Check that the queue was not closed.
+
+        :raise ClosedError: if it was
+        """
         if self._is_closed:
             raise persipubsub.errors.ClosedError(
                 "Expected the queue {} to be open, but got: it was closed".format(
                     self.settings.path))
-        return _call(self.settings.path, function)
 
-    async def ports(self) -> _delivery.Ports:
+    async def ports(self) -> _calls.Ports:
         """
         Open the queue in this process, if it is not open there. Only for the loop's own thread.
 
@@ -115,8 +152,9 @@ class Queue:
         loop = _loop.current()
         if ports is None or ports.loop is not loop:
             link = _link.acquire(loop, self.settings.address.servers, self.settings.path)
-            ports = self._ports = _delivery.Ports(loop, link, _stream.Stream(link, self.settings))
+            ports = self._ports = _calls.Ports(loop, link, _stream.Stream(link, self.settings))
             self._publishing = _publishing.Publishing(ports.stream, self.settings, self._losses)
+            self._puts = asyncio.Semaphore(_PUTS_AT_ONCE)
         return ports
 
     async def connect(self) -> None:
@@ -175,6 +213,34 @@ class Queue:
 
         return self.run(work)
 
+    def begin_put(
+            self,
+            messages: Sequence[bytes],
+            audience: Optional[Tuple[str, ...]] = None,
+            timeout: Optional[float] = None,
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> concurrent.futures.Future[int]:
+        """
+        Begin what :py:meth:`put` does. Never blocks.
+
+        :param messages: in the order in which they are to be received
+        :param audience: ids of the subscribers that get them; everybody if not given
+        :param timeout: how long to wait for room, see :py:meth:`put`
+        :param msg_ids: of the messages, None for those without
+        :return: number of the first message; errors are those of :py:meth:`put`
+        :raise MessageTooLargeError: if the queue could never hold them
+        """
+        self.settings.check_size(messages)
+        until = None if timeout is None else time.monotonic() + timeout
+
+        async def work() -> int:
+            await self.ports()
+            assert self._publishing is not None and self._puts is not None
+            async with self._puts:
+                left = None if until is None else max(0.0, until - time.monotonic())
+                return await self._publishing.put(messages, audience, left, msg_ids)
+
+        return self.begin(work)
+
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """
         Check that the queue could hold messages if it were empty.
@@ -208,7 +274,7 @@ class Queue:
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self.require_subscribers([subscriber])
-        consumer = _delivery.Consumer(self.settings, subscriber, self.run, self.ports)
+        consumer = _delivery.Consumer(self.settings, subscriber, self)
         self._consumers.add(consumer)
         return consumer
 
@@ -353,8 +419,7 @@ def _call(path: str, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> Re
     """
     try:
         return _loop.current().call(function)
-    except (_errors.ApiError, nats.errors.Error, asyncio.TimeoutError, ssl.SSLError, OSError,
-            concurrent.futures.TimeoutError) as error:
+    except _FOREIGN as error:
         raise _errors.translate(error, path) from None
 
 

@@ -1,0 +1,459 @@
+"""Test tasks on an engine that has a loop of its own: waiting without threads, and cancelling."""
+
+# pylint: disable=missing-function-docstring
+# Receipts are entered and left by hand where a test needs that.
+# pylint: disable=unnecessary-dunder-call
+# pylint: disable=protected-access
+
+import asyncio
+import concurrent.futures
+import contextlib
+import gc
+import itertools
+import pathlib
+import random
+import threading
+from typing import Any, AsyncIterator, Callable, Coroutine, Iterator, List, Optional
+
+import pytest
+
+import persipubsub.aio
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+from persipubsub import _begun
+from persipubsub.jetstream import _pulling, _settings
+from tests import jetstream_server
+from tests.support import HANG_SECS, Child, Connection, outcome, write_config
+from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
+from tests.test_jetstream import ask
+
+_COUNTER = itertools.count()
+
+#: A message that somebody forgets is never seen again by a test.
+_ACK_WAIT_SECS = 3600
+
+#: Threads of an object and of the engine, however many tasks wait.
+_FEW_THREADS = 4
+
+
+@pytest.fixture(name="servers", scope="module")
+def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
+    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
+        yield servers
+
+
+@pytest.fixture(autouse=True)
+def _long_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pulling, "_LONGEST_PULL_SECS", 3600.0)
+
+
+@pytest.fixture(name="config_pth")
+def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
+    return deploy(tmp_path, servers)
+
+
+def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+           **changes: Any) -> pathlib.Path:
+    path = servers.path("tasks{}".format(next(_COUNTER)), ack_wait=_ACK_WAIT_SECS)
+    config_pth = write_config(tmp_path, path=path, busy_timeout_secs=10, **changes)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 2 * HANG_SECS))
+
+
+def on_server(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Make a test of a coroutine function that needs a server; it does not hang."""
+
+    @jetstream_server.needs_server
+    def test(config_pth: pathlib.Path, servers: jetstream_server.Servers) -> None:
+        run(function(config_pth, servers))
+
+    test.__name__ = function.__name__
+    return test
+
+
+@contextlib.asynccontextmanager
+async def opened(config_pth: pathlib.Path) -> AsyncIterator["tuple[Any, Any]"]:
+    async with persipubsub.aio.Pub() as pub, persipubsub.aio.Sub() as sub:
+        await pub.init(pub_id="pub", config_pth=config_pth)
+        await sub.init(sub_id="sub", config_pth=config_pth)
+        yield pub, sub
+
+
+async def receive(sub: Any, timeout: Optional[float] = HANG_SECS) -> Optional[bytes]:
+    async with sub.receive(timeout=timeout) as msg:
+        message: Optional[bytes] = msg
+    return message
+
+
+async def until_waiting(config_pth: pathlib.Path, servers: jetstream_server.Servers,
+                        count: int) -> None:
+    """Wait until so many pulls are at the server."""
+    name = _settings.Settings.of(persipubsub.config.read(config_pth), "queue").address.stream
+    async with asyncio.timeout(HANG_SECS):
+        while (await
+               asyncio.to_thread(ask, servers,
+                                 "CONSUMER.INFO.{}.sub".format(name)))["num_waiting"] != count:
+            await asyncio.sleep(0.01)
+
+
+# Futures
+
+
+def test_result_and_error_of_what_was_begun() -> None:
+
+    async def main() -> None:
+        begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
+        waiting = asyncio.ensure_future(_begun.result_of(begun))
+        await asyncio.to_thread(begun.set_result, 7)
+        assert await waiting == 7
+        failing: "concurrent.futures.Future[int]" = concurrent.futures.Future()
+        waiting = asyncio.ensure_future(_begun.result_of(failing, lambda _: None))
+        await asyncio.to_thread(failing.set_exception, KeyError("why"))
+        with pytest.raises(KeyError):
+            await waiting
+
+    run(main())
+
+
+def test_what_was_begun_is_cancelled_with_its_task() -> None:
+
+    async def main() -> None:
+        undone: List[int] = []
+        begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
+        waiting = asyncio.ensure_future(_begun.result_of(begun, undone.append))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert begun.cancelled() and not undone
+
+    run(main())
+
+
+def test_what_was_begun_is_done_to_its_end() -> None:
+
+    async def main() -> None:
+        begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
+        waiting = asyncio.ensure_future(_begun.result_of(begun))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not begun.cancelled()
+        begun.set_result(7)
+
+    run(main())
+
+
+def test_result_that_comes_while_the_task_is_cancelled_is_undone_once() -> None:
+
+    async def main() -> None:
+        for rounds_before_cancel in range(3):
+            undone: List[int] = []
+            begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
+            waiting = asyncio.ensure_future(_begun.result_of(begun, undone.append))
+            await asyncio.sleep(0)
+            begun.set_result(7)
+            # None: the loop was not told yet; one: it was, but the task did not go on yet.
+            for _ in range(rounds_before_cancel):
+                await asyncio.sleep(0)
+            is_in_time = waiting.cancel()
+            await asyncio.wait([waiting])
+            # At once: the next thing may be that the queue is closed.
+            assert undone == ([7] if is_in_time else [])
+            await asyncio.sleep(0)
+            assert undone == ([7] if is_in_time else [])
+            assert is_in_time == (rounds_before_cancel < 2)
+
+    run(main())
+
+
+def test_result_that_comes_after_the_loop_was_closed_is_undone() -> None:
+    undone: List[int] = []
+    begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
+    loop = asyncio.new_event_loop()
+    waiting = loop.create_task(_begun.result_of(begun, undone.append))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    begun.set_result(7)
+    assert undone == [7]
+    waiting._log_destroy_pending = False  # type: ignore[attr-defined]
+    del waiting
+    gc.collect()
+    assert undone == [7]
+
+
+def test_what_is_stopped_at_the_exit_is_an_error() -> None:
+
+    async def main() -> None:
+        begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
+        waiting = asyncio.ensure_future(_begun.result_of(begun))
+        await asyncio.sleep(0)
+        begun.cancel()
+        with pytest.raises(persipubsub.errors.ClosedError):
+            await waiting
+
+    run(main())
+
+
+# Both objects on a server
+
+
+@on_server
+async def test_what_the_objects_do(config_pth: pathlib.Path, _: jetstream_server.Servers) -> None:
+    async with opened(config_pth) as (pub, sub):
+        assert await receive(sub, timeout=0) is None
+        await pub.send(b"0")
+        await pub.send_many([b"1", b"2", b"3", b"4", b"5", b"6"])
+        with pytest.raises(KeyError):
+            async with sub.receive(timeout=HANG_SECS) as msg:
+                assert msg == b"0"
+                raise KeyError
+        async with sub.receive(timeout=HANG_SECS, details=True) as message:
+            assert (message.data, message.number, message.attempts) == (b"0", 1, 2)
+        async with sub.receive_many(2, timeout=HANG_SECS) as msgs:
+            assert msgs == [b"1", b"2"]
+        assert [msg async for msg in sub.messages(timeout=0)] == numbered(7)[3:]
+        await pub.send_many([b"7", b"8"])
+        async with sub.receive_to_top(timeout=HANG_SECS) as msg:
+            assert msg == b"8"
+        await pub.send_many([b"9", b"10"])
+        await sub.pop_to_top()
+        assert await sub.front() == b"10"
+        assert await receive(sub) == b"10"
+        with pytest.raises(persipubsub.errors.MessageTooLargeError):
+            await pub.send(bytes(1 << 21))
+    assert lags(config_pth) == {"sub": 0}
+
+
+@on_server
+async def test_each_message_by_itself(config_pth: pathlib.Path,
+                                      _: jetstream_server.Servers) -> None:
+    async with persipubsub.aio.Pub() as pub:
+        await pub.init(pub_id="pub", config_pth=config_pth, autosync=True)
+        await pub.send_many([b"a", b"b"], msg_ids=["one", None])
+        await pub.send(b"a", msg_id="one")
+    with open_sub(config_pth) as sub:
+        assert drain(sub) == [b"a", b"b"]
+
+
+@on_server
+async def test_waiting_needs_no_threads(config_pth: pathlib.Path,
+                                        servers: jetstream_server.Servers) -> None:
+    count = 50
+    async with opened(config_pth) as (pub, sub):
+        before = threading.active_count()
+        tasks = [asyncio.ensure_future(receive(sub)) for _ in range(count)]
+        await until_waiting(config_pth, servers, count)
+        # Of the test's own calls there are some in threads.
+        asked = sum(thread.name.startswith("asyncio_") for thread in threading.enumerate())
+        assert threading.active_count() <= before + asked + _FEW_THREADS
+        await pub.send_many(numbered(count))
+        assert set(await asyncio.gather(*tasks)) == set(numbered(count))
+        asked = sum(thread.name.startswith("asyncio_") for thread in threading.enumerate())
+        assert threading.active_count() <= before + asked + _FEW_THREADS
+    assert lags(config_pth) == {"sub": 0}
+
+
+@on_server
+async def test_sending_needs_no_threads(config_pth: pathlib.Path,
+                                        _: jetstream_server.Servers) -> None:
+    count = 1000
+    async with opened(config_pth) as (pub, sub):
+        before = threading.active_count()
+        tasks = [asyncio.ensure_future(pub.send(message)) for message in numbered(count)]
+        while not tasks[-1].done():
+            assert threading.active_count() <= before + _FEW_THREADS
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        async with sub.receive_many(2 * count, timeout=HANG_SECS) as msgs:
+            assert msgs == numbered(count)
+
+
+@on_server
+async def test_closing_while_tasks_wait(config_pth: pathlib.Path,
+                                        servers: jetstream_server.Servers) -> None:
+    # The other one keeps the connection open.
+    async with opened(config_pth) as (_, sub), persipubsub.aio.Sub() as other:
+        await other.init(sub_id="sub", config_pth=config_pth)
+        tasks = [asyncio.ensure_future(receive(sub, timeout=None)) for _ in range(3)]
+        await until_waiting(config_pth, servers, 3)
+        await sub.close()
+        for task in tasks:
+            with pytest.raises(persipubsub.errors.ClosedError):
+                await task
+        await until_waiting(config_pth, servers, 0)
+
+
+@on_server
+async def test_closing_while_threads_wait(config_pth: pathlib.Path,
+                                          servers: jetstream_server.Servers) -> None:
+    with open_sub(config_pth) as sub, open_sub(config_pth):
+
+        def work() -> None:
+            with sub.receive(timeout=None):
+                pass
+
+        waiting = asyncio.ensure_future(asyncio.to_thread(outcome, work))
+        await until_waiting(config_pth, servers, 1)
+        await asyncio.to_thread(sub.close)
+        assert await waiting == "ClosedError"
+
+
+# Cancelling
+
+
+@on_server
+async def test_message_does_not_go_to_who_was_cancelled(config_pth: pathlib.Path,
+                                                        servers: jetstream_server.Servers) -> None:
+    # The pulls do not end by themselves.
+    assert _pulling._LONGEST_PULL_SECS >= 3600
+    async with opened(config_pth) as (pub, sub):
+        tasks = [asyncio.ensure_future(receive(sub)) for _ in range(20)]
+        await until_waiting(config_pth, servers, 20)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await until_waiting(config_pth, servers, 0)
+        await pub.send_many(numbered(20))
+        for message in numbered(20):
+            async with sub.receive(timeout=HANG_SECS, details=True) as found:
+                assert (found.data, found.attempts) == (message, 1)
+
+
+async def _storm(config_pth: pathlib.Path, take: Callable[[Any], Any]) -> "dict[int, bool]":
+    """
+    Receive in tasks that are cancelled at any moment, then without.
+
+    Return by message whether its last block was left without an exception; nobody has any then.
+    """
+    source = random.Random(7)
+    outcomes: "dict[int, bool]" = {}
+    begun, completed = [], []
+
+    async def consume(sub: Any) -> None:
+        async with take(sub) as msgs:
+            numbers = [int(msg) for msg in (msgs if isinstance(msgs, list) else [msgs])]
+            outcomes.update(dict.fromkeys(numbers, False))
+            begun.append(numbers)
+            await asyncio.sleep(source.choice((0, 0, 0.001)))
+            outcomes.update(dict.fromkeys(numbers, True))
+            completed.append(numbers)
+
+    async with opened(config_pth) as (pub, sub):
+        for begin in range(0, 300, 5):
+            tasks = [asyncio.ensure_future(consume(sub)) for _ in range(5)]
+            sending = asyncio.ensure_future(
+                pub.send_many([str(number).encode() for number in range(begin, begin + 5)]))
+            await asyncio.sleep(source.uniform(0, 0.008))
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await sending
+    with open_sub(config_pth) as sub:
+        rest = list(map(int, await asyncio.to_thread(drain, sub, 1)))
+    assert 0 < len(completed) < len(begun)
+    # What is with a task that does not know of it would be missing here.
+    assert lags(config_pth) == {"sub": 0}
+    outcomes.update(dict.fromkeys(rest, True))
+    return outcomes
+
+
+@on_server
+async def test_cancellation_loses_nothing(config_pth: pathlib.Path,
+                                          _: jetstream_server.Servers) -> None:
+    outcomes = await _storm(config_pth, lambda sub: sub.receive(timeout=HANG_SECS))
+    assert outcomes == dict.fromkeys(range(300), True)
+
+
+@on_server
+async def test_cancelled_batches_lose_nothing(config_pth: pathlib.Path,
+                                              _: jetstream_server.Servers) -> None:
+    outcomes = await _storm(config_pth, lambda sub: sub.receive_many(3, timeout=HANG_SECS))
+    assert outcomes == dict.fromkeys(range(300), True)
+
+
+@on_server
+async def test_cancelled_skipping_forgets_nothing(config_pth: pathlib.Path,
+                                                  _: jetstream_server.Servers) -> None:
+    outcomes = await _storm(config_pth, lambda sub: sub.receive_to_top(timeout=HANG_SECS))
+    # The others, if their blocks were left or not, were skipped.
+    assert outcomes[299]
+
+
+@on_server
+async def test_cancelled_acknowledgement_is_made_anyway(config_pth: pathlib.Path,
+                                                        _: jetstream_server.Servers) -> None:
+    async with opened(config_pth) as (pub, sub):
+        await pub.send(b"hello")
+        receipt = sub.receive(timeout=HANG_SECS)
+        assert await receipt.__aenter__() == b"hello"
+        leaving = asyncio.ensure_future(receipt.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        async with asyncio.timeout(HANG_SECS):
+            while (await asyncio.to_thread(lags, config_pth))["sub"]:
+                await asyncio.sleep(0.01)
+
+
+@jetstream_server.needs_server
+def test_loop_that_ends_leaves_nothing_claimed(config_pth: pathlib.Path) -> None:
+
+    async def main() -> None:
+        pub, sub = persipubsub.aio.Pub(), persipubsub.aio.Sub()
+        await pub.init(pub_id="pub", config_pth=config_pth)
+        await sub.init(sub_id="sub", config_pth=config_pth)
+        objects.extend([pub, sub])
+        tasks.extend(asyncio.ensure_future(receive(sub)) for _ in range(5))
+        await pub.send_many(numbered(2))
+
+    objects: List[Any] = []
+    tasks: List[Any] = []
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        asyncio.run(main())
+        pub.send_many(numbered(5)[2:])
+        received = drain(sub, timeout=1)
+    assert sorted(set(received) | {b"0", b"1"}) == numbered(5)
+    assert lags(config_pth) == {"sub": 0}
+
+
+# Fork
+
+
+def _use(pipe: Connection, pub: persipubsub.aio.Pub, sub: persipubsub.aio.Sub) -> None:
+
+    async def main() -> None:
+        await pub.send(b"child")
+        pipe.send(await receive(sub))
+
+    asyncio.run(main())
+
+
+@jetstream_server.needs_server
+def test_objects_work_in_a_forked_child(config_pth: pathlib.Path) -> None:
+
+    async def begin() -> "tuple[persipubsub.aio.Pub, persipubsub.aio.Sub]":
+        pub, sub = persipubsub.aio.Pub(), persipubsub.aio.Sub()
+        await pub.init(pub_id="pub", config_pth=config_pth)
+        await sub.init(sub_id="sub", config_pth=config_pth)
+        await pub.send(b"parent")
+        assert await receive(sub) == b"parent"
+        return pub, sub
+
+    async def end() -> None:
+        await pub.send(b"again")
+        assert await receive(sub) == b"again"
+        await pub.close()
+        await sub.close()
+
+    pub, sub = asyncio.run(begin())
+    with Child(_use, pub, sub) as child:
+        assert child.get() == b"child"
+        child.end()
+    asyncio.run(end())
