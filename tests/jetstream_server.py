@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -15,7 +16,9 @@ import pytest
 
 from tests.support import until
 
-_PROGRAM = shutil.which("nats-server", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin")
+#: Another version than the installed one: PERSIPUBSUB_NATS_SERVER is the path of its program.
+_PROGRAM = os.environ.get("PERSIPUBSUB_NATS_SERVER") or shutil.which(
+    "nats-server", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin")
 
 #: For whole modules: without a server, they can not be run.
 needs_server = pytest.mark.skipif(_PROGRAM is None,

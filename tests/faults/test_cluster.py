@@ -257,8 +257,10 @@ def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: pathlib.Path) 
         server.kill(signal.SIGTERM)
         until(lambda: any(peer.get("offline") for one in others for peer in one.peers()),
               "the others to miss it")
-        # It is no error of the configuration.
-        assert outcome(lambda: persipubsub.control.initialize_all_dbs(hasty)) == "UnavailableError"
+        # It is no error of the configuration: 2.10 does not choose a server that is away, and 2.12
+        # does.
+        assert outcome(lambda: persipubsub.control.initialize_all_dbs(hasty)) in (
+            "UnavailableError", "")
         with Child(initialize, patient) as child:
             server.start()
             assert child.get() == "done"
