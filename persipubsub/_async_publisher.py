@@ -154,7 +154,8 @@ class Pub:
         Send messages in one commit: all of them or none, even if the task is cancelled meanwhile.
 
         With ``autosync`` each message has a commit of its own instead, in order; an error, or that
-        the task is cancelled, then leaves those before it sent.
+        the task is cancelled, then leaves those before it sent. So does an error on servers
+        (``nats://...``), which have no such commit.
 
         :param msgs: to be sent
         :param timeout: how long to wait for room, see :py:meth:`send`; with ``autosync`` for each

@@ -150,6 +150,9 @@ class Pub:
         Messages of ids that the queue knows, or that come twice, are left out; the others are
         sent.
 
+        On servers (``nats://...``) there is no such commit: an error leaves those at the beginning
+        sent, or none. With the same ids the call may be repeated, which completes the batch.
+
         :param msgs: to be sent
         :param timeout:
             how long to wait for room where the queue's strategy is ``block``, in seconds; 0: not at

@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -275,22 +276,26 @@ def test_stopped_server_is_not_waited_for_longer_than_allowed(tmp_path: pathlib.
 
 
 @contextlib.contextmanager
-def resetting(port: int, is_over: Callable[[], bool]) -> Iterator[Tuple[int, List[str]]]:
+def proxy(port: int,
+          is_over: Callable[[], bool] = lambda: True,
+          most_bytes: float = math.inf) -> Iterator[Tuple[int, List[str]]]:
     """
-    Reset connections to a server, and pass the later ones on.
+    Stand between clients and a server.
 
     :param port: of the server
     :param is_over: False while connections are to be reset, in the middle of their beginning
+    :param most_bytes: of a connection that are passed on to the server; the rest is swallowed
     :return: port to connect to, and what became of each connection
     """
     fates = []  # type: List[str]
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
 
-        def copy(source: socket.socket, target: socket.socket) -> None:
+        def copy(source: socket.socket, target: socket.socket, left: float) -> None:
             with contextlib.suppress(OSError):
-                while data := source.recv(1 << 16):
-                    target.sendall(data)
+                while data := source.recv(1 << 12):
+                    target.sendall(data[:int(min(left, len(data)))])
+                    left -= min(left, len(data))
                 target.shutdown(socket.SHUT_WR)
 
         def serve() -> None:
@@ -308,7 +313,7 @@ def resetting(port: int, is_over: Callable[[], bool]) -> Iterator[Tuple[int, Lis
                         client.close()
                     else:
                         fates.append("passed on")
-                        for pair in ((client, server), (server, client)):
+                        for pair in ((client, server, most_bytes), (server, client, math.inf)):
                             threading.Thread(target=copy, args=pair, daemon=True).start()
 
         thread = threading.Thread(target=serve)
@@ -339,7 +344,7 @@ def test_connection_that_is_reset_while_it_is_made(tmp_path: pathlib.Path,
         return await connect(link, deadline)
 
     monkeypatch.setattr(_link.Link, "_connect", connect_counted)
-    with resetting(port, is_over=lambda: len(calls) > 1) as (other_port, fates):
+    with proxy(port, is_over=lambda: len(calls) > 1) as (other_port, fates):
         config_pth = write_config(tmp_path,
                                   path=path.replace(str(port), str(other_port)),
                                   busy_timeout_secs=HANG_SECS / 2)
@@ -678,6 +683,30 @@ def test_same_id_is_stored_once(config_pth: pathlib.Path) -> None:
         first = queue.put([b"a", b"b"], msg_ids=[b"one\r\n", b"two"])
         assert queue.put([b"a"], msg_ids=[b"one\r\n"]) == first
         assert queue.put([b"c"]) == first + 2
+
+
+@pytest.mark.parametrize("has_ids", [True, False])
+def test_batch_whose_beginning_was_stored(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+                                          has_ids: bool) -> None:
+    path = servers.path("half{}".format(next(_COUNTER)))
+    config_pth = deploy(tmp_path, servers, path=path)
+    messages = [b"%03d" % number + bytes(1000) for number in range(100)]
+    ids = [message[:3] for message in messages] if has_ids else None
+    port = servers.servers[0].port
+    with proxy(port, most_bytes=50000) as (other_port, _):
+        cut_pth = write_config(tmp_path,
+                               name="cut.json",
+                               path=path.replace(str(port), str(other_port)),
+                               busy_timeout_secs=2)
+        with open_queue(cut_pth) as queue:
+            assert outcome(lambda: queue.put(messages, msg_ids=ids)) == "UnavailableError"
+    with open_queue(config_pth) as queue, open_sub(config_pth) as sub:
+        stored = queue.statistics().messages
+        assert 0 < stored < 100
+        # With ids that are the program's own it is completed, and otherwise sent anew.
+        first = queue.put(messages, msg_ids=ids)
+        assert first == (1 if has_ids else stored + 1)
+        assert drain(sub, timeout=2) == ([] if has_ids else messages[:stored]) + messages
 
 
 def test_full_queue_that_drops_nothing(tmp_path: pathlib.Path,

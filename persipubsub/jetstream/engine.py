@@ -190,7 +190,10 @@ class Queue:
         Add messages at the end of the queue.
 
         When the call returns, the servers have all of them. When it raises, some of several
-        messages may be there, those at the beginning: before 2.12 the server has no transactions.
+        messages may be there, those at the beginning. With the same ids it may be repeated, which
+        completes them. Atomic batches, which servers have since 2.12, were rejected: such a server
+        refuses a batch with an id that it knows, and does not tell whether the message is stored,
+        so that nobody knows what became of a batch that was not answered.
 
         :param messages: in the order in which they are to be received
         :param audience: ids of the subscribers that get them; everybody if not given
