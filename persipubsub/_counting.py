@@ -8,6 +8,7 @@ Count what is in the queues of a configuration file.
 import types
 from typing import Mapping, Optional, Tuple
 
+import persipubsub.config
 import persipubsub.statistics
 from persipubsub import _engines, _selection
 
@@ -29,9 +30,22 @@ def statistics(
     :raise NotInitializedError: if a queue was not initialized
     """
     config, keys = _selection.select(config_pth, queue_key)
-    return types.MappingProxyType(
-        {key: _engines.counter_of(config, key).statistics_of(config, key)
-         for key in keys})
+    return types.MappingProxyType({key: statistics_of(config, key) for key in keys})
+
+
+def statistics_of(config: persipubsub.config.Config,
+                  queue_key: str) -> persipubsub.statistics.QueueStatistics:
+    """
+    Count what is in one queue, as :py:func:`statistics` does, without reading the file again.
+
+    :param config: that describes the queue
+    :param queue_key: key in ``queues``
+    :return: figures of the queue and of its subscribers
+    :raise ConfigError: if there is no such queue
+    :raise NotInitializedError: if the queue was not initialized
+    """
+    config.queue_path(queue_key)
+    return _engines.counter_of(config, queue_key).statistics_of(config, queue_key)
 
 
 def in_flight(

@@ -16,10 +16,10 @@ from typing import (TYPE_CHECKING, Dict, Final, List, Mapping, Optional, Protoco
 
 import persipubsub.config
 import persipubsub.errors
-import persipubsub.message
 import persipubsub.statistics
 
 if TYPE_CHECKING:
+    import persipubsub.message
     from persipubsub import _wakeup
 
 #: Modules by the scheme of a queue's path; a plain path has none.
@@ -55,7 +55,7 @@ class Lease(Protocol):
         :param error: why; None if they were not worked on
         """
 
-    def details(self) -> List[persipubsub.message.Message]:
+    def details(self) -> "List[persipubsub.message.Message]":
         """
         Tell what is known of the messages.
 

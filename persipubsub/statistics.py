@@ -1,10 +1,16 @@
-"""Count what is in a queue and what happened to it."""
+"""
+Count what is in a queue and what happened to it.
 
-import dataclasses
+The figures are structs, as those of :py:mod:`persipubsub.config` are: nothing of them can be
+changed, and ``msgspec.to_builtins`` makes dictionaries of them.
+"""
+
 import os
 from typing import List, Optional, Sequence, Tuple
 
 import lmdb
+import msgspec
+import msgspec.structs
 
 import persipubsub.config
 from persipubsub import _in_flight, _settings
@@ -15,8 +21,7 @@ from persipubsub.store._databases import Databases
 __all__ = ["InFlight", "QueueStatistics", "SubscriberStatistics", "collect", "statistics_of"]
 
 
-@dataclasses.dataclass(frozen=True)
-class InFlight:
+class InFlight(msgspec.Struct, frozen=True):
     """
     Hold messages that one consumer is working on: it claimed them together.
 
@@ -31,8 +36,7 @@ class InFlight:
     seconds: Optional[float]  #: since they were claimed; None if it is not known
 
 
-@dataclasses.dataclass(frozen=True)
-class SubscriberStatistics:
+class SubscriberStatistics(msgspec.Struct, frozen=True):
     """Hold the figures of one subscriber since it was added to the queue."""
 
     subscriber: str  #: its id
@@ -56,8 +60,7 @@ class SubscriberStatistics:
     claims: Tuple[InFlight, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class QueueStatistics:
+class QueueStatistics(msgspec.Struct, frozen=True):
     """Hold the figures of one queue."""
 
     path: str  #: directory of the queue
@@ -98,7 +101,7 @@ def collect(environment: _environment.Environment, settings: _settings.Settings,
         }, _in_flight.Board(os.path.join(settings.path, _files.BOARD), is_look=True))
     if claims is None:
         return statistics
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         statistics,
         subscribers=tuple(
             _with_claims(figures, claims[ordinal])
@@ -129,9 +132,9 @@ def _with_claims(figures: SubscriberStatistics,
     :return: figures
     """
     if not spans:
-        return dataclasses.replace(figures, in_flight=0)
+        return msgspec.structs.replace(figures, in_flight=0)
     now_ns = _clock.ticks_ns()
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         figures,
         in_flight=min(figures.lag, sum(span.length for span in spans)),
         claims=tuple(

@@ -724,15 +724,16 @@ STAT_LOADS = {
     "_progress", "_selection", "_settings", "cli", "cli._shared", "cli._stat", "cli.commands",
     "config", "environment", "environment._checkpoint", "environment._environment",
     "environment._files", "environment._gate", "environment._opening", "environment._registry",
-    "environment._transactions", "errors", "message", "statistics", "store", "store._attempts",
+    "environment._transactions", "errors", "statistics", "store", "store._attempts",
     "store._blocks", "store._check", "store._clock", "store._databases", "store._header",
     "store._layout", "store._log", "store._positions"
 }
 
 #: What would take long to load, and is for other commands, or for other people than scripts.
 SLOW = {
-    "aiohttp", "asyncio", "concurrent", "ctypes", "hashlib", "icontract", "multiprocessing", "nats",
-    "prometheus_client", "rich", "shutil", "socket", "ssl", "subprocess", "tempfile"
+    "aiohttp", "asyncio", "concurrent", "ctypes", "hashlib", "icontract", "logging",
+    "multiprocessing", "nats", "prometheus_client", "rich", "shutil", "socket", "ssl", "subprocess",
+    "tempfile"
 }
 
 

@@ -132,7 +132,20 @@ def select(config_pth: pathlib.Path, queue_key: Optional[str]) -> List[str]:
     :param queue_key: that was given; None for all
     :return: keys of the queues
     """
-    queues = persipubsub.config.read(config_pth).queues
+    return choose(persipubsub.config.read(config_pth), config_pth, queue_key)
+
+
+def choose(config: persipubsub.config.Config, config_pth: pathlib.Path,
+           queue_key: Optional[str]) -> List[str]:
+    """
+    List the queues of a file that was read.
+
+    :param config: that was read
+    :param config_pth: path to the file, as it was given
+    :param queue_key: that was given; None for all
+    :return: keys of the queues
+    """
+    queues = config.queues
     if queue_key is None:
         return list(queues)
     if queue_key not in queues:

@@ -5,7 +5,6 @@ Scripts and people call it again and again: it loads nothing of what sends, rece
 and so not :py:mod:`persipubsub.control` either, but what that has its function from.
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -13,7 +12,9 @@ import time
 from typing import Any, Dict, List, Optional
 
 import click
+import msgspec
 
+import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
 from persipubsub import _counting
@@ -55,33 +56,36 @@ def stat(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         persipubsub stat config.json --json | jq '.greetings.subscribers[].lag'
         persipubsub stat config.json --watch
     """
-    keys = _shared.select(config, queue_key)
+    found = persipubsub.config.read(config)
+    keys = _shared.choose(found, config, queue_key)
     is_drawn = not as_json and (svg is not None or sys.stdout.isatty())
     if is_drawn:
         from persipubsub.cli import _view  # pylint: disable=import-outside-toplevel
-        failed = _view.show(lambda: _collect(config, keys),
+        failed = _view.show(lambda: _collect(persipubsub.config.read(config), keys),
                             interval=interval,
                             looks=count if watch else 1,
                             svg=svg)
     else:
         looks = 0
         while True:
-            statistics, errors = _collect(config, keys)
+            statistics, errors = _collect(found, keys)
             _print(statistics, errors, as_json, watch)
             failed = bool(errors)
             looks += 1
             if not watch or looks == count:
                 break
             time.sleep(interval)
+            found = persipubsub.config.read(config)
     if failed:
         sys.exit(1)
 
 
-def _collect(config: pathlib.Path, keys: List[str]) -> "tuple[Statistics, Dict[str, str]]":
+def _collect(config: persipubsub.config.Config,
+             keys: List[str]) -> "tuple[Statistics, Dict[str, str]]":
     """
     Look at queues.
 
-    :param config: path to the configuration file
+    :param config: that describes them
     :param keys: of the queues
     :return: figures and errors, by queue
     """
@@ -89,7 +93,7 @@ def _collect(config: pathlib.Path, keys: List[str]) -> "tuple[Statistics, Dict[s
     errors = {}  # type: Dict[str, str]
     for key in keys:
         try:
-            statistics.update(_counting.statistics(config, key))
+            statistics[key] = _counting.statistics_of(config, key)
         except persipubsub.errors.ConfigError:
             raise
         except persipubsub.errors.PersipubsubError as error:
@@ -108,7 +112,7 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
     """
     if as_json:
         found = {
-            key: dataclasses.asdict(figures)
+            key: msgspec.to_builtins(figures)
             for key, figures in statistics.items()
         }  # type: Dict[str, Any]
         found.update({key: {"error": text} for key, text in errors.items()})

@@ -13,7 +13,6 @@ goes.
 """
 
 import fcntl
-import logging
 import os
 import threading
 import time
@@ -23,8 +22,6 @@ import lmdb
 
 import persipubsub.errors
 from persipubsub.environment import _files
-
-_LOGGER = logging.getLogger("persipubsub.checkpoint")
 
 #: The next checkpoint begins only after this many times the duration of the last one.
 _REST_FACTOR: Final = 10
@@ -130,7 +127,9 @@ def restore(directory: str) -> None:
     :param directory: of the store
     :raise StoreCorruptError: if there is no sound checkpoint
     """
-    import shutil  # pylint: disable=import-outside-toplevel  # slow, and hardly ever needed
+    # Slow, and hardly ever needed.
+    import logging  # pylint: disable=import-outside-toplevel
+    import shutil  # pylint: disable=import-outside-toplevel
 
     path = os.path.join(directory, _files.CHECKPOINT)
     store = os.path.join(directory, _files.DATA)
@@ -167,7 +166,7 @@ def restore(directory: str) -> None:
             os.close(descriptor)
         os.rename(temporary, store)
         _files.flush_directory(directory)
-    _LOGGER.warning(
+    logging.getLogger("persipubsub.checkpoint").warning(
         "The machine went down while the queue %s was in use. It goes on from its last checkpoint, "
         "which was written %.0f seconds ago; what was sent and acknowledged after it is lost.",
         directory, age)
@@ -197,6 +196,10 @@ class Checkpointer:
         :param seconds: time between two checkpoints
         :param attempt: writes a checkpoint; returns False if another process is writing one
         """
+        # Slow, and not for those who only look. Not where something is to be said: a process that is
+        # out of files could not load it there.
+        import logging  # pylint: disable=import-outside-toplevel
+        self._logger = logging.getLogger("persipubsub.checkpoint")
         self._seconds = seconds
         self._attempt = attempt
         self._thread = None  # type: Optional[threading.Thread]
@@ -226,7 +229,7 @@ class Checkpointer:
                     # No memory or no number left for it, or the interpreter ends. The message is
                     # sent all the same; the next change tries again.
                     self._is_changed.clear()
-                    _LOGGER.warning("No checkpoints can be written: %s", error)
+                    self._logger.warning("No checkpoints can be written: %s", error)
                     return
                 self._thread = thread
 
@@ -257,10 +260,10 @@ class Checkpointer:
             except persipubsub.errors.ClosedError:
                 return
             except persipubsub.errors.PersipubsubError as error:
-                _LOGGER.warning("No checkpoint could be written: %s", error)
+                self._logger.warning("No checkpoint could be written: %s", error)
                 is_done = False
             except lmdb.Error as error:
-                _LOGGER.warning("No checkpoint could be written: %s", error)
+                self._logger.warning("No checkpoint could be written: %s", error)
                 is_done = False
             now = time.monotonic()
             due = max(begin + self._seconds, now + _REST_FACTOR * (now - begin))

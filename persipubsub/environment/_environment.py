@@ -78,6 +78,11 @@ class Environment(_transactions.Transactions):
                 self._close_handles()
                 raise
         # Not before: a store that is refused shall not replace its checkpoint.
+        if not self.is_look:
+            self._begin_checkpoints()
+
+    def _begin_checkpoints(self) -> None:
+        """Let checkpoints be written in the background, from the next change on."""
         if self.options.keeps_os and self.options.checkpoint_secs and self._checkpointer is None:
             self._checkpointer = _checkpoint.Checkpointer(self.options.checkpoint_secs,
                                                           self._write_checkpoint)
@@ -123,6 +128,7 @@ class Environment(_transactions.Transactions):
         # A forked child has it closed, and prepares it when it opens it.
         if self.options.keeps_os and self._handles is not None:
             self._prepare_os()
+            self._begin_checkpoints()
         self.is_look = False
 
     def _check_content(self) -> None:

@@ -139,8 +139,7 @@ class Transactions:
                     self._is_reading = True
                     try:
                         with handles.environment.begin(buffers=True) as txn:
-                            if (self._checkpointer is not None and txn.id() != self._seen
-                                    and not self.is_look):
+                            if self._checkpointer is not None and txn.id() != self._seen:
                                 # A publisher that died may have left it to us.
                                 self._seen = txn.id()
                                 self._checkpointer.notice()
