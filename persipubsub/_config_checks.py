@@ -63,6 +63,7 @@ def _fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInf
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
+@functools.lru_cache(maxsize=None)
 def entry_fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
     """Return the fields that an entry of the file has by its keys; its own key is not in it."""
     return {key: field for key, field in _fields(kind).items() if key != "identifier"}

@@ -761,6 +761,24 @@ def test_stat_loads_only_what_it_needs(tmp_path: pathlib.Path, monkeypatch: pyte
     assert {name.partition(".")[0] for name in names} & SLOW == set()
 
 
+def test_no_garbage_is_collected_while_a_command_is_loaded(tmp_path: pathlib.Path) -> None:
+    process = support.run_python(
+        """if True:
+        import gc, runpy, sys
+        collections = []
+        def notice(phase, _):
+            if phase == "start" and "click" in sys.modules:
+                collections.append(len(sys.modules))
+        gc.callbacks.append(notice)
+        try:
+            runpy.run_module("persipubsub", run_name="__main__", alter_sys=True)
+        finally:
+            print(collections, gc.isenabled(), file=sys.stderr)
+        """, "stat", make(tmp_path))
+    # A command may run for long: only loading it is done without.
+    assert process.stderr == "[] True\n"
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_of_a_command_loads_no_other(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     names = {one for one in own(loaded(monkeypatch, name, "--help")) if one.startswith("cli._")}

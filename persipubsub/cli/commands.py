@@ -5,6 +5,7 @@ A thin face of :py:mod:`persipubsub.control`: each command of it is a function t
 extra ``cli``.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -54,6 +55,11 @@ class _Commands(Mapping[str, click.Command]):
 
     def __getitem__(self, name: str) -> click.Command:
         module = importlib.import_module("persipubsub.cli." + _MODULES[name])
+        if not gc.isenabled():
+            # By who started us. What is loaded stays: the first collection would look at all of it,
+            # since none was made yet.
+            gc.freeze()
+            gc.enable()
         return cast(click.Command, getattr(module, name.replace("-", "_")))
 
     def __iter__(self) -> Iterator[str]:

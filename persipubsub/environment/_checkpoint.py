@@ -196,8 +196,8 @@ class Checkpointer:
         :param seconds: time between two checkpoints
         :param attempt: writes a checkpoint; returns False if another process is writing one
         """
-        # Slow, and not for those who only look. Not where something is to be said: a process that is
-        # out of files could not load it there.
+        # Slow, and not for those who only look. Not where something is to be said either: a process
+        # that is out of files could not load it there.
         import logging  # pylint: disable=import-outside-toplevel
         self._logger = logging.getLogger("persipubsub.checkpoint")
         self._seconds = seconds

@@ -124,7 +124,7 @@ class Environment(_transactions.Transactions):
         _files.keep_reserve(self.directory, _transactions.RESERVE_BYTES)
 
     def begin_work(self) -> None:
-        """Let a store be written to that was only looked at; hold what :py:meth:`open` needs."""
+        """Let a store that was only looked at be written to; hold what :py:meth:`open` needs."""
         # A forked child has it closed, and prepares it when it opens it.
         if self.options.keeps_os and self._handles is not None:
             self._prepare_os()
