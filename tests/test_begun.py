@@ -45,7 +45,7 @@ def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_ser
 
 @pytest.fixture(autouse=True)
 def _long_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pulling, "_LONGEST_PULL_SECS", 3600.0)
+    monkeypatch.setattr(_pulling, "LONGEST_PULL_SECS", 3600.0)
 
 
 @pytest.fixture(name="config_pth")
@@ -309,21 +309,41 @@ async def test_closing_while_threads_wait(config_pth: pathlib.Path,
 
 
 @on_server
-async def test_message_does_not_go_to_who_was_cancelled(config_pth: pathlib.Path,
-                                                        servers: jetstream_server.Servers) -> None:
+async def test_pull_of_who_was_cancelled_is_taken_over(config_pth: pathlib.Path,
+                                                       servers: jetstream_server.Servers) -> None:
     # The pulls do not end by themselves.
-    assert _pulling._LONGEST_PULL_SECS >= 3600
+    assert _pulling.LONGEST_PULL_SECS >= 3600
     async with opened(config_pth) as (pub, sub):
+        for message in numbered(20):
+            for _ in range(2):
+                task = asyncio.ensure_future(receive(sub))
+                await until_waiting(config_pth, servers, 1)
+                task.cancel()
+                await asyncio.wait([task])
+            assert await receive(sub, timeout=0.01) is None
+            taking = sub.receive(timeout=HANG_SECS, details=True)
+            entering = asyncio.ensure_future(taking.__aenter__())
+            await asyncio.sleep(0.01)
+            await pub.send(message)
+            found = await entering
+            await taking.__aexit__(None, None, None)
+            assert (found.data, found.attempts) == (message, 1)
+
+
+@on_server
+async def test_message_does_not_stay_with_who_was_cancelled(
+        config_pth: pathlib.Path, servers: jetstream_server.Servers) -> None:
+    async with opened(config_pth) as (pub, sub), persipubsub.aio.Sub() as other:
+        await other.init(sub_id="sub", config_pth=config_pth)
         tasks = [asyncio.ensure_future(receive(sub)) for _ in range(20)]
         await until_waiting(config_pth, servers, 20)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        await until_waiting(config_pth, servers, 0)
-        await pub.send_many(numbered(20))
-        for message in numbered(20):
-            async with sub.receive(timeout=HANG_SECS, details=True) as found:
-                assert (found.data, found.attempts) == (message, 1)
+        await pub.send(b"hello")
+        async with other.receive(timeout=HANG_SECS, details=True) as found:
+            # Not one of the twenty after the other.
+            assert found is not None and (found.data, found.attempts) == (b"hello", 2)
 
 
 async def _storm(config_pth: pathlib.Path, take: Callable[[Any], Any]) -> "dict[int, bool]":

@@ -42,12 +42,16 @@ _ROWS: List[Set[str]] = [
     {"_engines"},
     {"jetstream.engine"},
     {"jetstream._delivery", "jetstream._publishing"},
-    {"jetstream._acknowledging"},
+    {"jetstream._ahead"},
+    {"jetstream._acknowledging", "jetstream._waiting"},
     {"jetstream._pulling"},
     {"jetstream._calls"},
     {"jetstream._stream"},
     {"jetstream._link"},
-    {"jetstream._durability", "jetstream._errors", "jetstream._loop", "jetstream._settings"},
+    {
+        "jetstream._durability", "jetstream._errors", "jetstream._inboxes", "jetstream._loop",
+        "jetstream._settings"
+    },
     {"maintenance._dead_letters"},
     {"maintenance._looking"},
     {"queue"},

@@ -18,7 +18,7 @@ import nats.errors
 
 import persipubsub.errors
 from persipubsub.jetstream import _errors, _pulling, _stream
-from persipubsub.jetstream._pulling import Pulled
+from persipubsub.jetstream._inboxes import Pulled
 
 #: An acknowledgement that is not answered is repeated after so many seconds, at first and at most.
 _FIRST_ANSWER_SECS: Final = 1.0

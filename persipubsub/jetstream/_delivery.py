@@ -20,8 +20,7 @@ import nats.errors
 
 import persipubsub.errors
 import persipubsub.message
-from persipubsub.jetstream import (_acknowledging, _address, _calls, _errors, _pulling, _settings,
-                                   _stream)
+from persipubsub.jetstream import _address, _ahead, _calls, _errors, _inboxes, _settings, _stream
 
 #: A message that can not be given back at once is delivered again after ack_wait.
 _GIVE_BACK_SECS: Final = 2.0
@@ -40,7 +39,7 @@ class Lease:
     """
 
     def __init__(self, consumer: "Consumer", ports: _calls.Ports,
-                 pulled: List[_pulling.Pulled]) -> None:
+                 pulled: List[_inboxes.Pulled]) -> None:
         """
         Initialize with what was pulled. Only for the loop's own thread.
 
@@ -109,8 +108,9 @@ class Lease:
     async def _acknowledge(self) -> None:
         """Tell the server that the messages were worked on, and wait for its answers."""
         self._end()
-        await self._consumer.acknowledge(self._ports, self.pulled,
-                                         time.monotonic() + self._consumer.settings.wait_secs)
+        await self._consumer.ahead(self._ports).acknowledge(
+            self.pulled,
+            time.monotonic() + self._consumer.settings.wait_secs)
 
     def _begin(
             self, function: Callable[[], Coroutine[Any, Any,
@@ -156,19 +156,18 @@ class Lease:
         return self._begin(self._give_back)
 
     async def _give_back(self) -> None:
-        """Give the messages back."""
+        """Give the messages back, and those behind them, so that they stay in order."""
         try:
             await self.refuse()
+            await self._consumer.ahead(self._ports).give_back(before=len(self.pulled))
         except (persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
             pass  # what the user raised matters more
 
     async def refuse(self) -> None:
         """Let the messages be delivered again. Only for the loop's own thread."""
         self._end()
-        deadline = time.monotonic() + _GIVE_BACK_SECS
-        # In order: the first one is the next that is delivered again.
-        await asyncio.gather(*(self._ports.link.request(one.reply, b"-NAK", deadline)
-                               for one in self.pulled))
+        await self._consumer.ahead(self._ports).puller.refuse(self.pulled,
+                                                              time.monotonic() + _GIVE_BACK_SECS)
 
     def _end(self) -> None:
         """Hold the messages no longer."""
@@ -178,7 +177,7 @@ class Lease:
     async def abandon(self) -> None:
         """Give the messages back without waiting for an answer."""
         self.stop()
-        await self._consumer.puller(self._ports).give_back(self.pulled)
+        await self._consumer.ahead(self._ports).puller.give_back(self.pulled)
 
     def touch(self) -> None:
         """Tell the server that the messages are being worked on, which it is told anyhow."""
@@ -221,42 +220,29 @@ class Consumer:
         self.leases = weakref.WeakSet()  # type: weakref.WeakSet[Lease]
         self._durable = _address.durable_of(subscriber)
         self._subscriber = subscriber
-        self._puller = None  # type: Optional[_pulling.Puller]
-        self._puller_of = None  # type: Optional[_calls.Ports]
+        self._ahead = None  # type: Optional[_ahead.Ahead]
+        self._ahead_of = None  # type: Optional[_calls.Ports]
 
-    def puller(self, ports: _calls.Ports) -> _pulling.Puller:
+    def ahead(self, ports: _calls.Ports) -> _ahead.Ahead:
         """
         Find what pulls. A forked child gets its own. Only for the loop's own thread.
 
         :param ports: of the queue
-        :return: puller
+        :return: what pulls, and what was pulled ahead
         """
-        if self._puller is None or self._puller_of is not ports:
-            self._puller = _pulling.Puller(ports.stream, self.settings, self._durable)
-            self._puller_of = ports
+        if self._ahead is None or self._ahead_of is not ports:
+            self._ahead = _ahead.Ahead(ports, self.settings, self._durable)
+            self._ahead_of = ports
             self.leases = weakref.WeakSet()
-        return self._puller
-
-    async def acknowledge(self, ports: _calls.Ports, pulled: Sequence[_pulling.Pulled],
-                          deadline: float) -> None:
-        """
-        Acknowledge messages, and wait until the servers have it. Only for the loop's own thread.
-
-        :param ports: of the queue
-        :param pulled: messages
-        :param deadline: on the monotonic clock
-        :raise UnavailableError: if there was no answer in time; they are delivered again
-        """
-        await _acknowledging.acknowledge(self.puller(ports), ports.stream, self._durable, pulled,
-                                         deadline)
+        return self._ahead
 
     async def close(self) -> None:
         """Give back what is held, and stop listening. Only for the loop's own thread."""
-        if self._puller_of is not None and self._puller_of.loop.process_id == os.getpid():
-            assert self._puller is not None
+        if self._ahead_of is not None and self._ahead_of.loop.process_id == os.getpid():
+            assert self._ahead is not None
             for lease in list(self.leases):
                 await lease.abandon()
-            await self._puller.close()
+            await self._ahead.close()
 
     # Taking
 
@@ -366,10 +352,13 @@ class Consumer:
         :return: messages; None if there was none in time
         """
         ports = await self.calls.ports()
-        pulled = await self.puller(ports).pull(timeout, max_messages)
+        ahead = self.ahead(ports)
+        # While another one of this process is at work, nobody knows who is quick.
+        is_alone = not self.leases and not ahead.puller.is_busy()
+        pulled = await ahead.take(timeout, max_messages, is_alone)
         return self._lease(ports, pulled) if pulled else None
 
-    def _lease(self, ports: _calls.Ports, pulled: List[_pulling.Pulled]) -> Lease:
+    def _lease(self, ports: _calls.Ports, pulled: List[_inboxes.Pulled]) -> Lease:
         """
         Lease what was pulled.
 
@@ -389,7 +378,9 @@ class Consumer:
         :return: newest message; None if there was none in time
         """
         ports = await self.calls.ports()
-        pulled = await self.puller(ports).pull(timeout, 1)
+        ahead = self.ahead(ports)
+        pulled = (await _ahead.take_all_of(ports.loop, ahead.place)
+                  or await ahead.puller.pull(timeout, 1))
         if not pulled:
             return None
         _, newest = await self._skip(ports, pulled)
@@ -402,7 +393,9 @@ class Consumer:
         :return: how many were acknowledged by that
         """
         ports = await self.calls.ports()
-        pulled = await self.puller(ports).pull(0.0, _SKIPPED_AT_ONCE)
+        ahead = self.ahead(ports)
+        pulled = (await _ahead.take_all_of(ports.loop, ahead.place)
+                  or await ahead.puller.pull(0.0, _SKIPPED_AT_ONCE))
         if not pulled:
             return 0
         count, newest = await self._skip(ports, pulled)
@@ -410,7 +403,7 @@ class Consumer:
         return count
 
     async def _skip(self, ports: _calls.Ports,
-                    pulled: List[_pulling.Pulled]) -> "tuple[int, Lease]":
+                    pulled: List[_inboxes.Pulled]) -> "tuple[int, Lease]":
         """
         Acknowledge all messages that are there now but the newest one.
 
@@ -424,18 +417,18 @@ class Consumer:
             last = int((await ports.stream.info(self._deadline()))["state"]["last_seq"])
             while True:
                 pulled.sort(key=lambda one: one.number)
-                await self.acknowledge(ports, pulled[:-1], self._deadline())
+                await self.ahead(ports).acknowledge(pulled[:-1], self._deadline())
                 count += len(pulled) - 1
                 pulled = pulled[-1:]
                 if pulled[0].number >= last:
                     break
-                more = await self.puller(ports).pull(0.0, _SKIPPED_AT_ONCE)
+                more = await self.ahead(ports).puller.pull(0.0, _SKIPPED_AT_ONCE)
                 if not more:
                     break
                 pulled += more
         except BaseException:
             # The server knows of those that were acknowledged already.
-            await self.puller(ports).give_back(pulled)
+            await self.ahead(ports).puller.give_back(pulled)
             raise
         return count, self._lease(ports, pulled)
 
@@ -467,6 +460,10 @@ class Consumer:
         :return: message; None if there is none
         """
         ports = await self.calls.ports()
+        ahead = self.ahead(ports)
+        found_ahead = await ahead.front()
+        if found_ahead is not None:
+            return found_ahead.data
         info = await ports.stream.consumer_info(self._subscriber, self._deadline())
         if info is None:
             raise _errors.translate(
@@ -485,7 +482,8 @@ class Consumer:
                 if age_ns <= self.settings.timeout_ns:
                     return base64.b64decode(found.get("data") or b"")
                 start = int(found["seq"]) + 1
-        pulled = await self.puller(ports).pull(0.0, 1)
+        # One that is given back alone would come behind others that were given back.
+        pulled = await ahead.puller.pull(0.0, max(1, ahead.returned))
         if not pulled:
             return None
         lease = self._lease(ports, pulled)

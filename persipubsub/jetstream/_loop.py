@@ -31,6 +31,8 @@ class Loop:
         """Start the thread."""
         self.process_id = os.getpid()
         self._loop = asyncio.new_event_loop()
+        #: To be awaited at the exit before the connections are closed, which raise nothing.
+        self.givers = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
         #: To be awaited at the exit, and sockets to be closed in forked children. Only the loop's
         #: own thread changes them.
         self.closers = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
@@ -124,6 +126,11 @@ class Loop:
         """Cancel what is going on, and close the connections."""
         own = asyncio.current_task()
         tasks = [task for task in asyncio.all_tasks() if task is not own]
+        try:
+            await asyncio.wait_for(asyncio.gather(*(giver() for giver in self.givers)),
+                                   timeout=_EXIT_SECS / 2)
+        except asyncio.TimeoutError:
+            pass  # the server gives it to others after ack_wait
         closers, self.closers = self.closers, []
         await asyncio.gather(*(closer() for closer in closers), return_exceptions=True)
         for task in tasks:

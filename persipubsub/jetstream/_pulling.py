@@ -10,86 +10,26 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
-import collections
 import json
 import time
-from typing import Any, Deque, Dict, Final, List, NamedTuple, Optional, Set
+from typing import Any, Dict, Final, List, Optional, Set
 
 import nats.aio.client
-import nats.aio.msg
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import _errors, _link, _settings, _stream
+from persipubsub.jetstream import _errors, _inboxes, _link, _settings, _stream
 
 #: A pull is repeated after so many seconds: it is lost with the server that has it.
-_LONGEST_PULL_SECS: Final = 5.0
+LONGEST_PULL_SECS: Final = 5.0
 
 #: The server shows this often that it still has the pull, in seconds.
 _HEARTBEAT_SECS: Final = 0.5
 
 _PAUSE_SECS: Final = 0.1
 
-
-class Pulled(NamedTuple):
-    """Hold a message that the servers gave to us."""
-
-    data: bytes
-    reply: str  #: subject to acknowledge it at
-    number: int  #: in the stream
-    attempts: int  #: deliveries, this one included
-    time_ns: int  #: when it was stored, on the clock of the servers
-    arrived: float  #: on our monotonic clock
-
-
-class _Inbox:
-    """Hold what pulls brought."""
-
-    def __init__(self, client: nats.aio.client.Client) -> None:
-        """
-        Initialize without listening.
-
-        :param client: of the connection
-        """
-        self.client = client
-        self.name = client.new_inbox()
-        self.messages = collections.deque()  # type: Deque[Pulled]
-        self.statuses = collections.deque()  # type: Deque[Dict[str, str]]
-        self.changed = asyncio.Event()
-        #: Pulls whose end was not seen yet: they may bring something.
-        self.pulls = 0
-        self._subscription = None  # type: Any
-
-    async def listen(self) -> "_Inbox":
-        """
-        Begin to listen.
-
-        :return: itself
-        """
-        self._subscription = await self.client.subscribe(self.name, cb=self._take)
-        return self
-
-    async def _take(self, message: nats.aio.msg.Msg) -> None:
-        """
-        Take what came.
-
-        :param message: from a stream, or the status of a pull
-        """
-        if message.reply:
-            self.messages.append(to_pulled(message.data, message.reply))
-        else:
-            self.statuses.append({
-                str(key): value
-                for key, value in (message.headers or {}).items()
-            })
-        self.changed.set()
-
-    async def close(self) -> None:
-        """Stop listening, and take what comes until the server knows."""
-        try:
-            await self._subscription.drain()
-        except (nats.errors.Error, OSError):
-            pass  # the connection is gone, and the inbox with it
+#: The server says so when the next message is too large for a pull.
+_MAX_BYTES: Final = "MaxBytes"
 
 
 class Puller:
@@ -107,7 +47,7 @@ class Puller:
         self._settings = settings
         self._subject = "$JS.API.CONSUMER.MSG.NEXT.{}.{}".format(stream.name, durable)
         self._info = "CONSUMER.INFO.{}.{}".format(stream.name, durable)
-        self._idle = []  # type: List[_Inbox]
+        self._idle = []  # type: List[_inboxes.Inbox]
         # What waits for messages, and what ends the use of inboxes.
         self._pulls = set()  # type: Set["asyncio.Task[Any]"]
         self._retiring = set()  # type: Set["asyncio.Task[None]"]
@@ -127,7 +67,11 @@ class Puller:
         inboxes, self._idle = self._idle, []
         await asyncio.gather(*map(self._retire, inboxes), *self._retiring)
 
-    async def _retire(self, inbox: _Inbox) -> None:
+    async def settle(self) -> None:
+        """Wait until the servers know of the pulls that were cancelled."""
+        await asyncio.gather(*self._retiring)
+
+    async def _retire(self, inbox: _inboxes.Inbox) -> None:
         """
         Stop listening, and let others have what comes until the server knows of it.
 
@@ -136,12 +80,24 @@ class Puller:
         await inbox.close()
         await self._give_up(inbox)
 
-    async def pull(self, timeout: Optional[float], max_messages: int) -> List[Pulled]:
+    def is_busy(self) -> bool:
+        """
+        Tell whether somebody waits for messages.
+
+        :return: True if so
+        """
+        return bool(self._pulls)
+
+    async def pull(self,
+                   timeout: Optional[float],
+                   max_messages: int,
+                   max_bytes: Optional[int] = None) -> List[_inboxes.Pulled]:
         """
         Wait for messages.
 
         :param timeout: how long, in seconds; None: for ever
         :param max_messages: how many to take at most; all that are there at once, at least one
+        :param max_bytes: how many bytes to take at most, of several that are there at once
         :return: messages; none if there was none in time
         :raise UnavailableError: if no server answers for too long
         :raise NotInitializedError: if there is no such consumer any more
@@ -153,7 +109,7 @@ class Puller:
         try:
             if self._is_closed:
                 raise asyncio.CancelledError
-            return await self._pull(timeout, max_messages)
+            return await self._pull(timeout, max_messages, max_bytes)
         except asyncio.CancelledError:
             if not self._is_closed:
                 raise
@@ -163,17 +119,19 @@ class Puller:
         finally:
             self._pulls.discard(task)
 
-    async def _pull(self, timeout: Optional[float], max_messages: int) -> List[Pulled]:
+    async def _pull(self, timeout: Optional[float], max_messages: int,
+                    max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
         """
         Wait for messages.
 
         :param timeout: how long, in seconds; None: for ever
         :param max_messages: how many to take at most
+        :param max_bytes: how many bytes to take at most, of several that are there at once
         :return: messages; none if there was none in time
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        inbox = None  # type: Optional[_Inbox]
-        taken = []  # type: List[Pulled]
+        inbox = None  # type: Optional[_inboxes.Inbox]
+        taken = []  # type: List[_inboxes.Pulled]
         if time.monotonic() - self._listened > _PAUSE_SECS:
             self._heard = time.monotonic()
         try:
@@ -183,7 +141,7 @@ class Puller:
                 if inbox is not None:
                     is_last = left is not None and left <= 0
                     if max_messages > 1 or is_last:
-                        await self._ask(inbox, {"batch": max_messages, "no_wait": True}, 0.0)
+                        await self._ask_now(inbox, max_messages, max_bytes)
                     else:
                         await self._ask(inbox, {"batch": 1}, left)
                     taken = await self._fresh(inbox, max_messages)
@@ -204,7 +162,7 @@ class Puller:
             if inbox is not None:
                 self._leave(inbox)
 
-    def _leave(self, inbox: _Inbox) -> None:
+    def _leave(self, inbox: _inboxes.Inbox) -> None:
         """
         Stop using an inbox.
 
@@ -219,7 +177,7 @@ class Puller:
         else:
             self._idle.append(inbox)
 
-    async def _rest(self, inbox: _Inbox, count: int) -> List[Pulled]:
+    async def _rest(self, inbox: _inboxes.Inbox, count: int) -> List[_inboxes.Pulled]:
         """
         Take what came beside the message that was waited for.
 
@@ -227,10 +185,24 @@ class Puller:
         :param count: of messages at most
         :return: messages; none if there is none right now
         """
-        await self._ask(inbox, {"batch": count, "no_wait": True}, 0.0)
+        await self._ask_now(inbox, count, None)
         return await self._fresh(inbox, count)
 
-    async def _listening(self, inbox: Optional[_Inbox], left: Optional[float]) -> Optional[_Inbox]:
+    async def _ask_now(self, inbox: _inboxes.Inbox, count: int, max_bytes: Optional[int]) -> None:
+        """
+        Pull what is there.
+
+        :param inbox: for what comes
+        :param count: of messages at most
+        :param max_bytes: of them at most; None for any
+        """
+        request = {"batch": count, "no_wait": True}  # type: Dict[str, Any]
+        if max_bytes is not None:
+            request["max_bytes"] = max_bytes
+        await self._ask(inbox, request, 0.0)
+
+    async def _listening(self, inbox: Optional[_inboxes.Inbox],
+                         left: Optional[float]) -> Optional[_inboxes.Inbox]:
         """
         Find an inbox of a connection that lives.
 
@@ -254,9 +226,10 @@ class Puller:
             inbox = self._idle.pop()
             if inbox.client is client:
                 return inbox
-        return await _Inbox(client).listen()
+        return await _inboxes.Inbox(client).listen()
 
-    async def _ask(self, inbox: _Inbox, request: Dict[str, Any], left: Optional[float]) -> None:
+    async def _ask(self, inbox: _inboxes.Inbox, request: Dict[str, Any],
+                   left: Optional[float]) -> None:
         """
         Pull, and wait for a message or for the end of the pull.
 
@@ -270,7 +243,7 @@ class Puller:
         inbox.pulls += 1
         patience = 1.0
         if "no_wait" not in request:
-            expires = _LONGEST_PULL_SECS if left is None else min(left, _LONGEST_PULL_SECS)
+            expires = LONGEST_PULL_SECS if left is None else min(left, LONGEST_PULL_SECS)
             request["expires"] = max(1_000_000, int(expires * 1e9))
             patience += expires
             if expires > 3 * _HEARTBEAT_SECS:
@@ -296,7 +269,7 @@ class Puller:
                 return
         self._heard = time.monotonic()
 
-    async def _is_over(self, inbox: _Inbox) -> bool:
+    async def _is_over(self, inbox: _inboxes.Inbox) -> bool:
         """
         Look at what the server says about the pull.
 
@@ -314,7 +287,7 @@ class Puller:
                 await self._check_consumer()
                 await asyncio.sleep(_PAUSE_SECS)
                 return True
-            elif code == "409":
+            elif code == "409" and _MAX_BYTES not in status.get("Description", ""):
                 await self._check_consumer()
                 await asyncio.sleep(_PAUSE_SECS)
                 return True
@@ -352,7 +325,7 @@ class Puller:
         else:
             self._missing_since = 0.0
 
-    async def _fresh(self, inbox: _Inbox, count: int) -> List[Pulled]:
+    async def _fresh(self, inbox: _inboxes.Inbox, count: int) -> List[_inboxes.Pulled]:
         """
         Take messages out of an inbox.
 
@@ -360,11 +333,11 @@ class Puller:
         :param count: how many at most
         :return: messages, without those that are too old
         """
-        taken = []  # type: List[Pulled]
-        now, now_ns = time.monotonic(), self._stream.now_ns()
+        taken = []  # type: List[_inboxes.Pulled]
+        now = time.monotonic()
         while inbox.messages and len(taken) < count:
             pulled = inbox.messages.popleft()
-            if now_ns - pulled.time_ns > self._settings.timeout_ns:
+            if self.is_expired(pulled):
                 # The server drops it a bit late.
                 await self._tell(inbox.client, pulled, b"+ACK")
             elif now - pulled.arrived > self._settings.address.ack_wait_secs / 2:
@@ -374,7 +347,41 @@ class Puller:
                 taken.append(pulled)
         return taken
 
-    async def _give_up(self, inbox: _Inbox) -> None:
+    def is_expired(self, pulled: _inboxes.Pulled) -> bool:
+        """
+        Tell whether a message is too old; the servers drop it a bit late.
+
+        :param pulled: message
+        :return: True if so
+        """
+        return self._stream.now_ns() - pulled.time_ns > self._settings.timeout_ns
+
+    async def drop(self, pulled: List[_inboxes.Pulled]) -> None:
+        """
+        Tell the servers that nobody will want messages. It raises nothing.
+
+        :param pulled: messages
+        """
+        try:
+            client = await self._stream.link.client(time.monotonic() + 0.5)
+        except persipubsub.errors.PersipubsubError:
+            return
+        for one in pulled:
+            await self._tell(client, one, b"+ACK")
+
+    async def refuse(self, pulled: List[_inboxes.Pulled], deadline: float) -> None:
+        """
+        Let others have messages, and wait until the servers know.
+
+        :param pulled: messages
+        :param deadline: on the monotonic clock
+        :raise UnavailableError: if there was no answer in time
+        """
+        # In order: the first one is the next that is delivered again.
+        await asyncio.gather(*(self._stream.link.request(one.reply, b"-NAK", deadline)
+                               for one in pulled))
+
+    async def _give_up(self, inbox: _inboxes.Inbox) -> None:
         """
         Let others have what a pull brought too late.
 
@@ -383,7 +390,7 @@ class Puller:
         while inbox.messages:
             await self._tell(inbox.client, inbox.messages.popleft(), b"-NAK")
 
-    async def give_back(self, pulled: List[Pulled]) -> None:
+    async def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
         """
         Let others have messages, without waiting for an answer.
 
@@ -395,7 +402,7 @@ class Puller:
                 await self._tell(client, one, b"-NAK")
 
     @staticmethod
-    async def _tell(client: nats.aio.client.Client, pulled: Pulled, what: bytes) -> None:
+    async def _tell(client: nats.aio.client.Client, pulled: _inboxes.Pulled, what: bytes) -> None:
         """
         Say something about a message, without waiting for an answer.
 
@@ -407,25 +414,3 @@ class Puller:
             await client.publish(pulled.reply, what)
         except (nats.errors.Error, OSError):
             pass  # the server delivers it again after ack_wait
-
-
-def to_pulled(data: bytes, reply: str) -> Pulled:
-    """
-    Read what the server writes into the reply subject of a message.
-
-    :param data: of the message
-    :param reply: ``$JS.ACK.stream.consumer.deliveries.number.order.time.pending``, where a domain
-        and an account may stand in front of the stream
-    :return: message
-
-    >>> to_pulled(b"", "$JS.ACK.Q.sub.2.7.9.1795545064100655688.3")[2:5]
-    (7, 2, 1795545064100655688)
-    """
-    parts = reply.split(".")
-    first = 4 if len(parts) == 9 else 6
-    return Pulled(data=data,
-                  reply=reply,
-                  number=int(parts[first + 1]),
-                  attempts=int(parts[first]),
-                  time_ns=int(parts[first + 3]),
-                  arrived=time.monotonic())

@@ -12,8 +12,7 @@ import concurrent.futures
 import os
 import ssl
 import time
-import weakref
-from typing import Any, Callable, Coroutine, Dict, Final, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Coroutine, Dict, Final, Optional, Sequence, Set, Tuple, TypeVar
 
 import nats.errors
 
@@ -21,7 +20,7 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
 from persipubsub import _losses
-from persipubsub.jetstream import (_calls, _delivery, _durability, _errors, _link, _loop,
+from persipubsub.jetstream import (_ahead, _calls, _delivery, _durability, _errors, _link, _loop,
                                    _publishing, _settings, _stream)
 
 __all__ = ["Queue", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
@@ -57,7 +56,9 @@ class Queue:
         self._ports = None  # type: Optional[_calls.Ports]
         self._publishing = None  # type: Optional[_publishing.Publishing]
         self._puts = None  # type: Optional[asyncio.Semaphore]
-        self._consumers = weakref.WeakSet()  # type: weakref.WeakSet[_delivery.Consumer]
+        # Not weakly: whoever closes a subscriber forgets its consumer first, and what that holds
+        # would not be given back.
+        self._consumers = set()  # type: Set[_delivery.Consumer]
         self._is_closed = False
 
     def __enter__(self) -> "Queue":
@@ -281,15 +282,6 @@ class Queue:
         self._consumers.add(consumer)
         return consumer
 
-    def front(self, subscriber: str) -> Optional[bytes]:
-        """
-        Look at the next message of a subscriber without taking it.
-
-        :param subscriber: its id
-        :return: message that nobody has acknowledged or taken; None if there is none
-        """
-        return self.consumer(subscriber).front()
-
     def skip_to_newest(self, subscriber: str) -> int:
         """
         Acknowledge all messages of a subscriber but the newest one, in batches.
@@ -303,6 +295,7 @@ class Queue:
             try:
                 return await consumer.skip_to_newest()
             finally:
+                self._consumers.discard(consumer)
                 await consumer.close()
 
         return self.run(work)
@@ -329,7 +322,10 @@ class Queue:
         """
 
         async def work() -> int:
-            stream = (await self.ports()).stream
+            ports = await self.ports()
+            stream = ports.stream
+            # It would be received although it is gone.
+            await _ahead.give_back_of(ports.loop, stream.name)
             lags = await stream.lags(self._deadline())
             await stream.purge(self._deadline())
             return sum(lags.values())

@@ -1,0 +1,102 @@
+"""
+Listen for the messages that pulls bring.
+
+All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
+"""
+
+import asyncio
+import collections
+import time
+from typing import Any, Deque, Dict, Final, NamedTuple
+
+import nats.aio.client
+import nats.aio.msg
+import nats.errors
+
+#: The end of a subscription is waited for so long, in seconds.
+_CLOSE_SECS: Final = 1.0
+
+
+class Pulled(NamedTuple):
+    """Hold a message that the servers gave to us."""
+
+    data: bytes
+    reply: str  #: subject to acknowledge it at
+    number: int  #: in the stream
+    attempts: int  #: deliveries, this one included
+    time_ns: int  #: when it was stored, on the clock of the servers
+    arrived: float  #: on our monotonic clock
+    pending: int  #: messages behind it that the server had not delivered then
+
+
+class Inbox:
+    """Hold what pulls brought."""
+
+    def __init__(self, client: nats.aio.client.Client) -> None:
+        """
+        Initialize without listening.
+
+        :param client: of the connection
+        """
+        self.client = client
+        self.name = client.new_inbox()
+        self.messages = collections.deque()  # type: Deque[Pulled]
+        self.statuses = collections.deque()  # type: Deque[Dict[str, str]]
+        self.changed = asyncio.Event()
+        #: Pulls whose end was not seen yet: they may bring something.
+        self.pulls = 0
+        self._subscription = None  # type: Any
+
+    async def listen(self) -> "Inbox":
+        """
+        Begin to listen.
+
+        :return: itself
+        """
+        self._subscription = await self.client.subscribe(self.name, cb=self._take)
+        return self
+
+    async def _take(self, message: nats.aio.msg.Msg) -> None:
+        """
+        Take what came.
+
+        :param message: from a stream, or the status of a pull
+        """
+        if message.reply:
+            self.messages.append(to_pulled(message.data, message.reply))
+        else:
+            self.statuses.append({
+                str(key): value
+                for key, value in (message.headers or {}).items()
+            })
+        self.changed.set()
+
+    async def close(self) -> None:
+        """Stop listening, and take what comes until the server knows."""
+        try:
+            await asyncio.wait_for(self._subscription.drain(), timeout=_CLOSE_SECS)
+        except (nats.errors.Error, asyncio.TimeoutError, OSError):
+            pass  # the connection is gone, and the inbox with it
+
+
+def to_pulled(data: bytes, reply: str) -> Pulled:
+    """
+    Read what the server writes into the reply subject of a message.
+
+    :param data: of the message
+    :param reply: ``$JS.ACK.stream.consumer.deliveries.number.order.time.pending``, where a domain
+        and an account may stand in front of the stream
+    :return: message
+
+    >>> to_pulled(b"", "$JS.ACK.Q.sub.2.7.9.1795545064100655688.3")[2:5]
+    (7, 2, 1795545064100655688)
+    """
+    parts = reply.split(".")
+    first = 4 if len(parts) == 9 else 6
+    return Pulled(data=data,
+                  reply=reply,
+                  number=int(parts[first + 1]),
+                  attempts=int(parts[first]),
+                  time_ns=int(parts[first + 3]),
+                  arrived=time.monotonic(),
+                  pending=int(parts[first + 4]))
