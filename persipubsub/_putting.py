@@ -14,7 +14,7 @@ import lmdb
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _losses, _tidying, _wakeup
+from persipubsub import _addition, _losses, _tidying, _wakeup
 from persipubsub._settings import Settings
 from persipubsub.environment import _environment
 from persipubsub.store import _blocks, _layout, _log, _once, _retention
@@ -26,71 +26,6 @@ _LARGE_BYTES = 1 << 16
 #: Who waits for room looks at the queue this often whatever happens, in seconds: a subscriber may
 #: die between its commit and its ring, and messages become too old without one.
 _LONGEST_PAUSE_SECS = 1.0
-
-
-class Put:
-    """Hold what one call of ``put`` adds, and what came of it."""
-
-    __slots__ = ("messages", "msg_ids", "batches", "count", "size", "audience", "first", "floor",
-                 "losses", "is_full")
-
-    def __init__(self,
-                 messages: Sequence[bytes],
-                 audience: Optional[Tuple[str, ...]],
-                 msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
-        """
-        Encode messages, before any lock is taken.
-
-        :param messages: of the call
-        :param audience: ids of the subscribers that get them; everybody if not given
-        :param msg_ids: of the messages, None for those without
-        """
-        self.messages = messages
-        self.msg_ids = msg_ids
-        self.audience = audience
-        self.first = 0
-        self.floor = None  # type: Optional[_retention.Floor]
-        self.losses = []  # type: List[_retention.Loss]
-        self.is_full = False
-        self.encode(messages)
-
-    def encode(self, messages: Sequence[bytes]) -> None:
-        """
-        Choose what to add.
-
-        :param messages: of the call, or some of them
-        """
-        self.batches = batches = _blocks.encode_batches(messages)
-        if len(batches) == 1:
-            self.count, self.size, _ = batches[0]
-        else:
-            self.count = sum(batch.messages for batch in batches)
-            self.size = sum(batch.size for batch in batches)
-
-    def leave_out_known(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                        oldest_ns: int) -> "Tuple[Dict[bytes, int], Dict[bytes, int]]":
-        """
-        Choose the messages whose ids are not known; of an id that comes twice, the first.
-
-        :param txn: any transaction
-        :param databases: handles
-        :param oldest_ns: ids that were given before are not known any more
-        :return: numbers of the messages of known ids; indices of the others among those to be added
-        """
-        msg_ids = self.msg_ids or ()
-        given = list(dict.fromkeys(msg_id for msg_id in msg_ids if msg_id is not None))
-        found = _once.find(txn, databases, given, oldest_ns)
-        known = {msg_id: number for msg_id, number in zip(given, found) if number is not None}
-        places = {}  # type: Dict[bytes, int]
-        chosen = []  # type: List[bytes]
-        for message, msg_id in zip(self.messages, msg_ids):
-            if msg_id is not None:
-                if msg_id in known or msg_id in places:
-                    continue
-                places[msg_id] = len(chosen)
-            chosen.append(message)
-        self.encode(chosen)
-        return known, places
 
 
 class Putter:
@@ -115,6 +50,7 @@ class Putter:
         self._losses = losses
         self._tidier = tidier
         self._now_ns = now_ns
+        self._drops_unread = settings.drops_unread
         self._drops_newest = settings.strategy is persipubsub.config.Strategy.PRUNE_LAST
 
         # A single message of no more bytes needs no closer look.
@@ -157,14 +93,14 @@ class Putter:
         """
         if len(messages) != 1 or len(messages[0]) > self._surely_fitting:
             self._settings.check_size(messages)
-        put = Put(messages, audience, msg_ids or None)
-        if self._settings.drops_unread:
+        put = _addition.Put(messages, audience, msg_ids or None)
+        if self._drops_unread:
             self._write(put)
         else:
             self._write_when_there_is_room(put, timeout)
         return put.first
 
-    def _write(self, put: Put) -> None:
+    def _write(self, put: _addition.Put) -> None:
         """
         Add messages, ring, and warn of what was dropped.
 
@@ -172,8 +108,10 @@ class Putter:
         """
         add = self._put if put.msg_ids is None else self._put_once
 
-        # Not a partial function: with a keyword it takes three times as long to be called.
-        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> Optional[_log.Tail]:
+        # Not a partial function: with a keyword it takes three times as long to be called. The type
+        # in quotes: it would be evaluated at each send.
+        def work(txn: "lmdb.Transaction[memoryview]",
+                 databases: Databases) -> "Optional[_log.Tail]":
             return add(txn, databases, put)
 
         try:
@@ -198,7 +136,7 @@ class Putter:
         except persipubsub.errors.PersipubsubError:
             pass  # it is sent; subscribers look once a second anyhow
 
-    def _write_when_there_is_room(self, put: Put, timeout: Optional[float]) -> None:
+    def _write_when_there_is_room(self, put: _addition.Put, timeout: Optional[float]) -> None:
         """
         Add messages to a queue that drops nothing; wait for room if that is the strategy.
 
@@ -226,7 +164,7 @@ class Putter:
                     ticket.wait(pause)
         raise self._full_error(put)
 
-    def _write_if_there_is_room(self, put: Put) -> bool:
+    def _write_if_there_is_room(self, put: _addition.Put) -> bool:
         """
         Add messages unless the queue is full.
 
@@ -239,7 +177,8 @@ class Putter:
         self._was_full = put.is_full
         return not put.is_full
 
-    def _is_full(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, put: Put) -> bool:
+    def _is_full(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                 put: _addition.Put) -> bool:
         """
         Look whether messages would pass a high-water mark, also if what is too old were dropped.
 
@@ -258,7 +197,7 @@ class Putter:
             txn, databases, floor, tail,
             self._now_ns() - self._settings.timeout_ns)
 
-    def _full_error(self, put: Put) -> persipubsub.errors.QueueFullError:
+    def _full_error(self, put: _addition.Put) -> persipubsub.errors.QueueFullError:
         """
         Describe a full queue, and who holds it up.
 
@@ -287,7 +226,7 @@ class Putter:
         return persipubsub.errors.QueueFullError(text)
 
     def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-             put: Put) -> Optional[_log.Tail]:
+             put: _addition.Put) -> Optional[_log.Tail]:
         """
         Add messages at the end of the log and tidy up a little at its beginning.
 
@@ -296,12 +235,11 @@ class Putter:
         :param put: what to add; gets the result
         :return: new end of the log; None if the queue is full
         """
-        cursor = txn.cursor(db=databases.data)
         # As the last put left it, if nobody wrote since then. Taken away: it is not what the next
         # one of this transaction finds.
         tail, self._environment.left = self._environment.left, None
         if not isinstance(tail, _log.Tail) or self._environment.left_by != txn.id() - 1:
-            tail = _log.read_tail(cursor)
+            tail = _log.read_tail(txn.cursor(databases.data))
         floor = self._floor
         put.losses = []
         put.is_full = False
@@ -315,7 +253,7 @@ class Putter:
         put.first = tail.next_number
         audience = self._find_audience(txn, databases, put.audience) if put.audience else 0
         size = tail.total_bytes
-        tail = _log.append(cursor, tail, self._now_ns(), audience, put.batches)
+        tail = _log.append(txn, databases, tail, self._now_ns(), audience, put.batches)
 
         interval = _retention.interval_of(floor)
         if (tail.next_number // interval != put.first // interval
@@ -330,7 +268,7 @@ class Putter:
         return tail if put.batches else None
 
     def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                  put: Put) -> Optional[_log.Tail]:
+                  put: _addition.Put) -> Optional[_log.Tail]:
         """
         Add the messages whose ids are not known, and remember their ids.
 
@@ -356,7 +294,7 @@ class Putter:
             put.first = known[put.msg_ids[0]]
         return tail
 
-    def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: Put) -> bool:
+    def _is_over(self, tail: _log.Tail, floor: _retention.Floor, put: _addition.Put) -> bool:
         """
         Tell whether messages would pass a high-water mark.
 
@@ -369,7 +307,7 @@ class Putter:
                 or tail.total_bytes - floor.size + put.size > self._settings.max_message_bytes)
 
     def _make_room(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
-                   put: Put) -> "Tuple[_log.Tail, _retention.Floor]":
+                   put: _addition.Put) -> "Tuple[_log.Tail, _retention.Floor]":
         """
         Look closely at the high-water marks; drop messages if they are passed, or refuse to.
 
@@ -420,7 +358,8 @@ class Putter:
             self._audiences[subscribers] = audience
         return audience
 
-    def _put_into_full_map(self, put: Put, work: Callable[..., Optional[_log.Tail]]) -> None:
+    def _put_into_full_map(self, put: _addition.Put, work: Callable[...,
+                                                                    Optional[_log.Tail]]) -> None:
         """
         Put messages into a full store: delete what is finished, then drop by the strategy.
 

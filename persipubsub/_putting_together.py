@@ -10,7 +10,7 @@ from typing import List, Optional, Sequence, Tuple
 import lmdb
 
 import persipubsub.errors
-from persipubsub import _putting
+from persipubsub import _addition, _putting
 from persipubsub.store._databases import Databases
 
 #: Messages, audience and ids of one send.
@@ -52,10 +52,10 @@ class GroupPutter(_putting.Putter):
         :param sendings: in order
         :return: error of each that found the queue full; None if it was put
         """
-        puts = []  # type: List[_putting.Put]
+        puts = []  # type: List[_addition.Put]
         for messages, audience, msg_ids in sendings:
             self._settings.check_size(messages)
-            puts.append(_putting.Put(messages, audience, msg_ids or None))
+            puts.append(_addition.Put(messages, audience, msg_ids or None))
         # Those who wait for room shall keep nobody from the write lock.
         if not self._settings.drops_unread and self._was_full and all(
                 self._environment.read(functools.partial(self._is_full, put=put)) for put in puts):

@@ -131,7 +131,8 @@ class Pub:
         queue = self._queue
         if queue is None:
             raise _not_open()
-        message = _to_bytes(msg)
+        # Not isinstance: an object of a derived class might change.
+        message = msg if type(msg) is bytes else _to_bytes(msg)  # pylint: disable=unidiomatic-typecheck
         if timeout is None and msg_id is None:
             queue.put((message, ), self._audience)
         else:

@@ -163,7 +163,8 @@ class Queue:
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room, and dropping messages made none
         """
-        self._check_open()
+        if self._is_closed:
+            self._check_open()
         return self._putter.put(messages, audience, timeout, msg_ids)
 
     @property

@@ -167,9 +167,9 @@ def block_inside_another(txn: Txn, databases: Databases) -> None:
 def block_overlaps(txn: Txn, databases: Databases) -> None:
     cursor = txn.cursor(db=databases.data)
     batches = _blocks.encode_batches([b"x", b"y"])
-    tail = _log.append(cursor, _log.read_tail(cursor), 1, _layout.EVERYONE, batches)
-    _log.append(cursor, tail._replace(next_number=tail.next_number - 1), 1, _layout.EVERYONE,
-                batches)
+    tail = _log.append(txn, databases, _log.read_tail(cursor), 1, _layout.EVERYONE, batches)
+    _log.append(txn, databases, tail._replace(next_number=tail.next_number - 1), 1,
+                _layout.EVERYONE, batches)
 
 
 def key_of_another_kind(txn: Txn, databases: Databases) -> None:

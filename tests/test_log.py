@@ -63,6 +63,7 @@ class Model:
     """Build a log, and a list beside it."""
 
     def __init__(self, txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch) -> None:
+        self.txn, self.databases = txn, scratch.databases
         self.cursor = txn.cursor(db=scratch.databases.data)
         self.messages: List[Message] = []
         self.tail = _log.EMPTY
@@ -90,7 +91,8 @@ class Model:
             batch for sizes in step.sizes
             for batch in _blocks.encode_batches([bytes(size) for size in sizes])
         ]
-        self.tail = _log.append(self.cursor, self.tail, self.now_ns, step.audience, batches)
+        self.tail = _log.append(self.txn, self.databases, self.tail, self.now_ns, step.audience,
+                                batches)
         assert self.tail.next_number == number
 
     def cut(self, number: int) -> None:

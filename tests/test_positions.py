@@ -148,7 +148,8 @@ def build_log(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch,
     tail = _log.EMPTY
     cursor = txn.cursor(db=scratch.databases.data)
     for audience in audiences:
-        tail = _log.append(cursor, tail, 1, max(0, audience), _blocks.encode_batches([b"x"]))
+        tail = _log.append(txn, scratch.databases, tail, 1, max(0, audience),
+                           _blocks.encode_batches([b"x"]))
         if audience < 0:
             tail = _log.truncate(cursor, tail, tail.next_number - 1)
     return tail

@@ -14,7 +14,7 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _putting
+from persipubsub import _addition
 from persipubsub.environment import _line
 from persipubsub.store import _blocks
 from persipubsub.store._databases import Databases
@@ -153,7 +153,7 @@ def test_later_subscriber_is_not_in_an_audience(tmp_path: pathlib.Path) -> None:
 def test_failed_send_leaves_no_audience_to_be_mixed_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, subscribers=["a", "b"]) as queue, \
             persipubsub.queue.Queue(queue.settings) as other:
-        put = _putting.Put([b"lost"], ("a", ))
+        put = _addition.Put([b"lost"], ("a", ))
 
         def fail(txn, databases):  # type: ignore[no-untyped-def]
             queue._putter._put(txn, databases, put)
@@ -369,7 +369,7 @@ def test_end_of_the_log_where_two_puts_share_a_transaction(tmp_path: pathlib.Pat
         environment = queue._environment
 
         def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> object:
-            put = _putting.Put([b"second"], None)
+            put = _addition.Put([b"second"], None)
             result = queue._putter._put(txn, databases, put)
             if fails:
                 raise persipubsub.errors.StoreError("on purpose")
@@ -393,7 +393,7 @@ def test_end_of_the_log_after_a_group_that_failed(tmp_path: pathlib.Path) -> Non
 
         def put(message: bytes) -> _line.Request:
             return _line.Request(lambda txn, databases: queue._putter._put(
-                txn, databases, _putting.Put([message], None)))
+                txn, databases, _addition.Put([message], None)))
 
         def fail(*_: object) -> None:
             raise persipubsub.errors.StoreError("on purpose")

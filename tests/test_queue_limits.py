@@ -13,7 +13,7 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _putting
+from persipubsub import _addition
 from persipubsub.store import _blocks, _log, _positions
 from tests import stores, support
 
@@ -256,7 +256,7 @@ def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) 
 
 def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = _putting.Put([bytes(900)], None)
+        put = _addition.Put([bytes(900)], None)
         count = 0
         with pytest.raises(persipubsub.errors.DiskFullError, match="max_db_size_bytes"):
             while True:
@@ -276,7 +276,7 @@ def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None
 
 def test_full_map_is_cleared(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = _putting.Put([bytes(900)], None)
+        put = _addition.Put([bytes(900)], None)
         with pytest.raises(persipubsub.errors.DiskFullError):
             while True:
                 queue._environment.write(

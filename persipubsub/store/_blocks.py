@@ -37,6 +37,9 @@ _BLOCK_CRC = struct.Struct("<I")
 _ENTRY = struct.Struct("<II")
 _END = struct.Struct("<I")
 
+#: Makes a named tuple of a tuple.
+_new = tuple.__new__
+
 
 class Block(NamedTuple):
     """
@@ -142,6 +145,18 @@ class Batch(NamedTuple):
     body: bytes  #: table and messages
 
 
+def encode_single(message: bytes) -> Batch:
+    """
+    Encode a message as the body of a block of its own.
+
+    :param message: to be encoded
+    :return: body of the block
+    """
+    size = len(message)
+    # Past the constructor, which is a function in Python and takes as long as all the rest.
+    return _new(Batch, (1, size, _ENTRY.pack(size, zlib.crc32(message)) + message))
+
+
 def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
     """
     Encode messages as the bodies of one or more blocks.
@@ -150,9 +165,7 @@ def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
     :return: bodies of at most :py:data:`BLOCK_BYTES`, or of a single message
     """
     if len(messages) == 1:
-        message = messages[0]
-        size = len(message)
-        return [Batch(1, size, _ENTRY.pack(size, zlib.crc32(message)) + message)]
+        return [encode_single(messages[0])]
 
     if messages and sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES:
         return [_encode_batch(messages)]

@@ -4,7 +4,7 @@ import time
 from typing import Final
 
 #: Where the clock that includes sleep is missing, the one without it has to do.
-_BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def boot_id() -> bytes:
@@ -29,4 +29,4 @@ def ticks_ns() -> int:
 
     :return: nanoseconds since boot, sleep included
     """
-    return time.clock_gettime_ns(_BOOT_CLOCK)
+    return time.clock_gettime_ns(BOOT_CLOCK)

@@ -17,6 +17,9 @@ from persipubsub.store._databases import Databases
 #: Nothing was committed later than at this time: no finished message stays.
 RETAINS_NOTHING_NS: Final = 1 << 63
 
+#: Makes a named tuple of a tuple.
+_new = tuple.__new__
+
 
 class Tail(NamedTuple):
     """Hold what the end of the log says."""
@@ -69,12 +72,16 @@ def read_tail(cursor: "lmdb.Cursor[memoryview]") -> Tail:
                 block.generation, _blocks.unpack_totals(value, block))
 
 
-def append(cursor: "lmdb.Cursor[memoryview]", tail: Tail, time_ns: int, audience: int,
-           batches: Sequence[_blocks.Batch]) -> Tail:
+def append(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: Tail, time_ns: int,
+           audience: int, batches: Sequence[_blocks.Batch]) -> Tail:
     """
     Add blocks at the end of the log.
 
-    :param cursor: of ``data_db``
+    Without a cursor: who knows the end of the log needs none, and making one takes longer than the
+    search for the end.
+
+    :param txn: write transaction
+    :param databases: handles
     :param tail: end of the log
     :param time_ns: of the commit, on the queue's clock
     :param audience: whom the messages are for
@@ -89,12 +96,16 @@ def append(cursor: "lmdb.Cursor[memoryview]", tail: Tail, time_ns: int, audience
         if audience:
             totals = _add_to_audience(totals, audience, messages)
         record = _blocks.pack_block(time_ns, count, size, messages, audience, generation, totals)
-        if not cursor.put(_layout.pack_number(number), record + body, append=True):
+        # By position: a key, a value, duplicates (there are none), to overwrite, to append. Named
+        # arguments would be put into a dictionary first.
+        if not txn.put(_layout.pack_number(number), record + body, True, True, True,
+                       databases.data):
             raise persipubsub.errors.StoreCorruptError(
                 "Expected the log to end in front of message {}, but got: one behind it".format(
                     number))
         number += messages
-    return Tail(number, time_ns, count, size, generation, totals)
+    # Past the constructor, which is a function in Python.
+    return _new(Tail, (number, time_ns, count, size, generation, totals))
 
 
 def _add_to_audience(totals: Tuple[int, ...], audience: int, count: int) -> Tuple[int, ...]:
