@@ -51,6 +51,8 @@ class Putter:
         self._tidier = tidier
         self._now_ns = now_ns
         self._drops_unread = settings.drops_unread
+        self._max_messages = settings.max_messages
+        self._max_message_bytes = settings.max_message_bytes
         self._drops_newest = settings.strategy is persipubsub.config.Strategy.PRUNE_LAST
 
         # A single message of no more bytes needs no closer look.
@@ -192,7 +194,7 @@ class Putter:
             if not put.count:
                 return False
         tail = _log.read_tail(txn.cursor(db=databases.data))
-        floor = _retention.find_floor(txn, databases, tail, is_look=True)
+        floor = _retention.find_floor(txn, databases, tail, is_look=True, known=self._floor)
         return self._is_over(tail, floor, put) and floor.number == _retention.expired_before(
             txn, databases, floor, tail,
             self._now_ns() - self._settings.timeout_ns)
@@ -243,26 +245,30 @@ class Putter:
         floor = self._floor
         put.losses = []
         put.is_full = False
-        if floor is None or floor.generation != tail.generation:
+        # Each field of a named tuple that is read takes as long as two of these steps.
+        number, _, count, size, generation, _ = tail
+        if floor is None or floor.generation != generation:
             floor = _retention.find_floor(txn, databases, tail)
-        if self._is_over(tail, floor, put):
-            tail, floor = self._make_room(txn, databases, tail, put)
+        if (count - floor.messages + put.count > self._max_messages
+                or size - floor.size + put.size > self._max_message_bytes):
+            tail, floor = self._make_room(txn, databases, tail, floor, put)
             if put.is_full:
                 put.floor = floor
                 return None
-        put.first = tail.next_number
+            number, _, _, size, _, _ = tail
+        put.first = number
         audience = self._find_audience(txn, databases, put.audience) if put.audience else 0
-        size = tail.total_bytes
         tail = _log.append(txn, databases, tail, self._now_ns(), audience, put.batches)
 
-        interval = _retention.interval_of(floor)
-        if (tail.next_number // interval != put.first // interval
-                or tail.total_bytes // _LARGE_BYTES != size // _LARGE_BYTES):
+        interval = floor.interval
+        if ((number + put.count) // interval != number // interval
+                or (size + put.size) // _LARGE_BYTES != size // _LARGE_BYTES):
             floor = self._tidier.tidy(txn,
                                       databases,
                                       tail,
                                       put.losses,
-                                      budget=2 * (interval + len(put.batches)))
+                                      budget=2 * (interval + len(put.batches)),
+                                      known=floor)
         put.floor = floor
         # LMDB uses up no id for a transaction that changes nothing: another process may get it.
         return tail if put.batches else None
@@ -303,10 +309,11 @@ class Putter:
         :param put: what is to be added
         :return: True if there is too much
         """
-        return (tail.total_count - floor.messages + put.count > self._settings.max_messages
-                or tail.total_bytes - floor.size + put.size > self._settings.max_message_bytes)
+        return (tail.total_count - floor.messages + put.count > self._max_messages
+                or tail.total_bytes - floor.size + put.size > self._max_message_bytes)
 
     def _make_room(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
+                   floor: _retention.Floor,
                    put: _addition.Put) -> "Tuple[_log.Tail, _retention.Floor]":
         """
         Look closely at the high-water marks; drop messages if they are passed, or refuse to.
@@ -314,16 +321,18 @@ class Putter:
         :param txn: write transaction
         :param databases: handles
         :param tail: end of the log
+        :param floor: how far all subscribers have come, at least
         :param put: what is to be added
         :return: new end of the log, how far all subscribers have come
         """
-        floor = _retention.find_floor(txn, databases, tail)
+        floor = _retention.find_floor(txn, databases, tail, known=floor)
         if self._is_over(tail, floor, put):
             floor = self._tidier.tidy(txn,
                                       databases,
                                       tail,
                                       put.losses,
-                                      budget=_tidying.CHUNK_BLOCKS)
+                                      budget=_tidying.CHUNK_BLOCKS,
+                                      known=floor)
         while self._is_over(tail, floor, put):
             if not self._settings.drops_unread:
                 # Not by an exception: it would take back what was dropped since it is too old, and

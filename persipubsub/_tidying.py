@@ -5,7 +5,7 @@ Deleting is spread out over many transactions, each of which deletes a bounded n
 """
 
 import functools
-from typing import Callable, Final, List
+from typing import Callable, Final, List, Optional
 
 import lmdb
 
@@ -37,8 +37,14 @@ class Tidier:
         self._losses = losses
         self._now_ns = now_ns
 
-    def tidy(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
-             losses: List[_retention.Loss], budget: int) -> _retention.Floor:
+    def tidy(  # pylint: disable=too-many-arguments,too-many-positional-arguments
+            self,
+            txn: "lmdb.Transaction[memoryview]",
+            databases: Databases,
+            tail: _log.Tail,
+            losses: List[_retention.Loss],
+            budget: int,
+            known: Optional[_retention.Floor] = None) -> _retention.Floor:
         """
         Drop what is too old, and delete some finished blocks.
 
@@ -47,11 +53,13 @@ class Tidier:
         :param tail: end of the log
         :param losses: to be extended by what was dropped
         :param budget: how many blocks to delete at most
+        :param known: how far they had come before, see :py:func:`_retention.find_floor`
         :return: how far all subscribers have come
         """
-        floor = _retention.find_floor(txn, databases, tail)
+        floor = _retention.find_floor(txn, databases, tail, known=known)
+        now_ns = self._now_ns()
         cut = _retention.expired_before(txn, databases, floor, tail,
-                                        self._now_ns() - self._settings.timeout_ns)
+                                        now_ns - self._settings.timeout_ns)
         if cut > floor.number:
             losses.extend(_retention.drop_before(txn, databases, cut, _retention.count_timeout))
             floor = _retention.find_floor(txn, databases, tail)
@@ -59,7 +67,7 @@ class Tidier:
                          floor.audiences,
                          floor.everyone,
                          budget=budget,
-                         retained_ns=self._settings.retained_ns(self._now_ns()))
+                         retained_ns=self._settings.retained_ns(now_ns))
         return floor
 
     def drop_expired(self) -> int:

@@ -284,6 +284,15 @@ def test_last_block_stays_though_nobody_needs_it(scratch: stores.Scratch) -> Non
         assert _log.read_tail(model.cursor) == model.tail
 
 
+def test_head_is_deleted_though_others_are_behind_it(scratch: stores.Scratch) -> None:
+    with scratch.begin() as txn:
+        model = Model(txn, scratch).run(sends(1, 2, audience=1))
+        assert _log.delete_head(model.cursor, {1: 100},
+                                everyone=1,
+                                budget=100,
+                                retained_ns=NO_TIME_NS) == 1
+
+
 def test_block_of_an_unknown_audience_is_kept_as_one_for_everybody(scratch: stores.Scratch) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(sends(1, 2, audience=2))
@@ -353,5 +362,5 @@ def test_empty_log_has_nothing(scratch: stores.Scratch) -> None:
         assert _log.read_tail(cursor) == _log.EMPTY
         assert _log.EMPTY.next_number == _layout.FIRST_NUMBER
         assert (_log.seek(cursor, 1), _log.head(cursor), _log.last(cursor)) == (None, None, None)
-        assert _log.place_of(cursor, 5) == _log.Place(0, 0, ())
+        assert _log.place_of(cursor, 5) == _log.Place(0, 0, (), 0)
         assert _log.delete_head(cursor, {}, everyone=5, budget=5, retained_ns=NO_TIME_NS) == 0

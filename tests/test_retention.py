@@ -5,21 +5,23 @@
 
 import functools
 import pathlib
-from typing import List, Tuple
+from typing import Iterable, List, Optional, Tuple
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 import persipubsub.queue
-from persipubsub.store import _log, _retention
+from persipubsub.maintenance import _upkeep
+from persipubsub.store import _layout, _log, _retention
 from tests import stores
 
 
-def floor_of(queue: persipubsub.queue.Queue) -> _retention.Floor:
-    """Look at the positions."""
+def floor_of(queue: persipubsub.queue.Queue,
+             known: Optional[_retention.Floor] = None) -> _retention.Floor:
+    """Look at the positions, or only at what may have changed."""
     return queue._environment.write(lambda txn, databases: _retention.find_floor(
-        txn, databases, _log.read_tail(txn.cursor(db=databases.data))))
+        txn, databases, _log.read_tail(txn.cursor(db=databases.data)), known=known))
 
 
 def position_of(queue: persipubsub.queue.Queue, name: str) -> int:
@@ -100,11 +102,78 @@ def test_messages_for_others_are_no_reason_to_drop_one(tmp_path: pathlib.Path) -
 
 @given(subscribers=st.integers(min_value=0, max_value=5000))
 def test_looks_are_spread_over_sends(subscribers: int) -> None:
-    floor = _retention.Floor(0, 1, 1, {}, 0, 0, subscribers)
-    interval = _retention.interval_of(floor)
+    interval = _retention.interval_of(subscribers)
     assert 16 <= interval <= max(16, subscribers)
     # Each send pays for a constant number of subscribers.
     assert subscribers / interval <= 8
+
+
+@given(steps=st.lists(st.tuples(
+    st.sampled_from([
+        "put", "take", "take", "seek", "remove", "add", "clear", "halve", "newest", "for one"
+    ]), st.sampled_from(["a", "b", "c"]), st.integers(min_value=0, max_value=4)),
+                      max_size=25))
+@settings(max_examples=60, deadline=None)
+def test_floor_that_is_known_is_what_a_look_at_all_positions_finds(
+        tmp_path_factory: pytest.TempPathFactory, steps: List[Tuple[str, str, int]]) -> None:
+    directory = tmp_path_factory.mktemp("floor")
+    with stores.opened(directory, subscribers=["a", "b", "c"], keeps_os=True) as queue:
+        known = [floor_of(queue)]
+        for what, name, count in steps:
+            is_there = name in [found.subscriber for found in queue.statistics().subscribers]
+            if what == "put":
+                queue.put([b"x"] * (count + 1))
+            elif what == "for one":
+                queue.put([b"x"], (name, ))
+            elif what == "add":
+                persipubsub.queue.Queue.ensure(queue.settings, subscribers=[name])
+            elif what == "clear":
+                queue.clear()
+            elif what in ("halve", "newest"):
+                # Never of nothing: there is room in an empty queue.
+                if queue.statistics().messages:
+                    halve(queue, drops_newest=what == "newest")
+            elif is_there and what == "take":
+                stores.take(queue, name)
+            elif is_there and what == "seek":
+                queue.seek(name, count)
+            elif is_there and what == "remove":
+                _upkeep.remove_subscriber(queue.settings, name)
+            fresh = floor_of(queue)
+            for earlier in known:
+                found = floor_of(queue, earlier)
+                assert found.generation == fresh.generation
+                # Older times are less sharp, and as right.
+                assert found.oldest_ns <= fresh.oldest_ns
+                assert (found.number, found.everyone, found.audiences, found.messages,
+                        found.size) == (fresh.number, fresh.everyone, fresh.audiences,
+                                        fresh.messages, fresh.size)
+            known.append(fresh)
+
+
+def test_hindmost_that_stays_is_all_that_is_looked_at(tmp_path: pathlib.Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["sub{}".format(index) for index in range(100)]
+    with stores.opened(tmp_path, subscribers=names, keeps_os=True) as queue:
+        read = []  # type: List[int]
+        unpack = _layout.unpack_positions
+
+        def counted(values: Iterable[memoryview]) -> List[int]:
+            positions = unpack(values)
+            read.extend(positions)
+            return positions
+
+        monkeypatch.setattr(_layout, "unpack_positions", counted)
+        for _ in range(1000):
+            queue.put([b"x"])
+        # The first send reads them all, and one in some reads one.
+        assert 100 < len(read) < 100 + 1000 // 16
+        # Who moves is not looked at, and who was the last one to move is not forgotten.
+        for name in names[1:]:
+            stores.take(queue, name)
+        assert floor_of(queue).number == 1
+        stores.take(queue, names[0])
+        assert floor_of(queue).number == 2
 
 
 def put_numbers(queue: persipubsub.queue.Queue, count: int) -> Tuple[int, List[bytes]]:

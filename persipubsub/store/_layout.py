@@ -28,7 +28,7 @@ messages: 9.3 us against 13.4 us for a send with the removal of an old message).
 """
 
 import struct
-from typing import Final, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Final, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import persipubsub.errors
 
@@ -72,6 +72,7 @@ _NUMBER = struct.Struct(">Q")
 _HEADER = struct.Struct("<8sIIq16sI")
 _SUBSCRIBER = struct.Struct("<II10Q")
 _SUBSCRIBER_BEGIN = struct.Struct("<IIQQ")
+_SUBSCRIBER_POSITION = struct.Struct("<8xQ72x")
 _AHEAD_KEY = struct.Struct(">IQ")
 _AHEAD_VALUE = struct.Struct("<Q")
 _ATTEMPTS = struct.Struct("<IIQQ")
@@ -186,6 +187,22 @@ def unpack_position(value: Buffer) -> Tuple[int, int, int]:
     :return: ordinal, flags, position
     """
     return _SUBSCRIBER_BEGIN.unpack_from(value)[:3]
+
+
+def unpack_positions(values: Iterable[memoryview]) -> List[int]:
+    """
+    Decode only the positions in the records of subscribers.
+
+    :param values: of ``pending_db``
+    :return: position of each
+    :raise StoreCorruptError: if one of them has another length
+    """
+    try:
+        return [position for position, in map(_SUBSCRIBER_POSITION.unpack, values)]
+    except struct.error as error:
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected each record of a subscriber to have {} bytes, but got: {!r}".format(
+                _SUBSCRIBER.size, str(error))) from None
 
 
 def acknowledge_in_order(value: memoryview, ordinal: int, numbers: Sequence[int],

@@ -46,6 +46,7 @@ class Place(NamedTuple):
     messages: int  #: how many
     size: int  #: their bytes
     totals: Tuple[int, ...]  #: of each audience but everybody
+    time_ns: int  #: everything from the number on was committed then or later, or will be
 
 
 class Found(NamedTuple):
@@ -253,7 +254,7 @@ def place_of(cursor: "lmdb.Cursor[memoryview]", number: int) -> Place:
     found = seek(cursor, number)
     if found is None:
         tail = read_tail(cursor)
-        return Place(tail.total_count, tail.total_bytes, tail.totals)
+        return Place(tail.total_count, tail.total_bytes, tail.totals, tail.time_ns)
     first, block, value = found
     kept = max(0, min(number - first, block.messages))
     count = block.total_count - block.messages + kept
@@ -262,7 +263,7 @@ def place_of(cursor: "lmdb.Cursor[memoryview]", number: int) -> Place:
     totals = _blocks.unpack_totals(value, block)
     if block.audience:
         totals = _add_to_audience(totals, block.audience, kept - block.messages)
-    return Place(count, size, totals)
+    return Place(count, size, totals, block.time_ns)
 
 
 def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
@@ -355,8 +356,11 @@ def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], every
     :param retained_ns: what was committed later stays, although it is finished
     :return: how many were deleted
     """
-    if budget <= 0 or not cursor.last():
+    if budget <= 0 or not cursor.first():
         return 0
+    if not floors and _layout.unpack_number(cursor.key()) >= everyone:
+        return 0
+    cursor.last()
     last_number = _layout.unpack_number(cursor.key())
     cursor.first()
     deleted = 0
