@@ -397,6 +397,8 @@ class Putter:
                 put.losses = []
                 put.is_full = waiting > 0
                 if put.is_full:
+                    # What the transaction that failed found is not what is stored.
+                    put.floor = None
                     return
             else:
                 waiting, losses = self._environment.write(self._shrink, may_grow=True)

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any, Callable, List
 
+import lmdb
 import pytest
 
 import persipubsub.config
@@ -17,7 +18,10 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub import _addition
 from persipubsub.environment import _environment
+from persipubsub.maintenance import _upkeep
+from persipubsub.store._databases import Databases
 from tests import stores, support
 
 REJECT = persipubsub.config.Strategy.REJECT
@@ -202,6 +206,20 @@ def test_whoever_makes_room_wakes_the_publisher(tmp_path: pathlib.Path,
         assert stores.take_all(queue)[-1] == b"2"
 
 
+def test_removal_of_a_subscriber_wakes_the_publisher(tmp_path: pathlib.Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persipubsub._putting._LONGEST_PAUSE_SECS", 10 * support.HANG_SECS)
+    with stores.opened(tmp_path, subscribers=["sub", "slow"], strategy=BLOCK,
+                       max_messages=2) as queue:
+        queue.put([b"0", b"1"])
+        stores.take_all(queue)
+        blocked = Blocked(queue, [b"2"])
+        assert blocked.is_waiting()
+        assert _upkeep.remove_subscriber(queue.settings, "slow") == 2
+        assert blocked.end() == 3
+        assert stores.take_all(queue) == [b"2"]
+
+
 def test_timeout_of_messages_wakes_the_publisher(tmp_path: pathlib.Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persipubsub._putting._LONGEST_PAUSE_SECS", 10 * support.HANG_SECS)
@@ -287,6 +305,22 @@ def test_full_map_drops_nothing(tmp_path: pathlib.Path,
         for _ in range(100):
             queue.put([bytes(400000)], timeout=0)
             take(queue)
+
+
+def test_floor_of_a_transaction_that_failed_is_not_remembered(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, strategy=REJECT, keeps_os=True) as queue:
+        queue.put([b"x"])
+        put = _addition.Put([b"y"], None)
+
+        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
+            queue._putter._put(txn, databases, put)
+            assert put.floor is not None
+            raise _environment.MapFullError("on purpose")
+
+        queue._putter._put_into_full_map(put, work)
+        assert put.is_full
+        assert put.floor is None
+        assert stores.take_all(queue) == [b"x"]
 
 
 def test_full_map_is_waited_for(tmp_path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ from typing import ContextManager, List, Sequence
 import lmdb
 
 import persipubsub.errors
+from persipubsub import _wakeup
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
 from persipubsub.environment import _environment, _files, _registry
@@ -119,7 +120,8 @@ def remove_subscriber(settings: Settings, subscriber: str) -> int:
     Remove a subscriber from a queue, in one transaction and durably; its messages leave with it.
 
     Consumers that are at work finish what they have, and then fail. Publishers that address it go
-    on. Messages that nobody else needs are deleted in many short transactions afterwards.
+    on, and those that wait for room wake up. Messages that nobody else needs are deleted in many
+    short transactions afterwards.
 
     :param settings: of the queue
     :param subscriber: its id
@@ -144,6 +146,11 @@ def remove_subscriber(settings: Settings, subscriber: str) -> int:
     with opened(settings) as environment:
         lag = environment.write(work, may_grow=True)
         environment.flush_now()
+        # There may be room now for who waits for it, and its own consumers see that it is gone.
+        bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            bell.ring()  # those who are not woken look once a second
+        bell.close()
         delete = functools.partial(_retention.delete_finished,
                                    budget=_CHUNK_BLOCKS,
                                    retained_ns=settings.retained_ns(environment.now_ns()))
