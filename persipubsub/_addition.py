@@ -34,8 +34,9 @@ class Put:
         self.is_full = False
         if len(messages) == 1:
             # Most calls are of one, and this is done for each of them.
-            self.batches = [_blocks.encode_single(messages[0])]
-            self.count, self.size = 1, len(messages[0])
+            single = _blocks.encode_single(messages[0])
+            self.count, self.size, _ = single
+            self.batches = (single, )  # type: Sequence[Tuple[int, int, bytes]]
         else:
             self.encode(messages)
 
@@ -46,11 +47,8 @@ class Put:
         :param messages: of the call, or some of them
         """
         self.batches = batches = _blocks.encode_batches(messages)
-        if len(batches) == 1:
-            self.count, self.size, _ = batches[0]
-        else:
-            self.count = sum(batch.messages for batch in batches)
-            self.size = sum(batch.size for batch in batches)
+        self.count = sum(batch.messages for batch in batches)
+        self.size = sum(batch.size for batch in batches)
 
     def leave_out_known(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
                         oldest_ns: int) -> "Tuple[Dict[bytes, int], Dict[bytes, int]]":

@@ -37,9 +37,6 @@ _BLOCK_CRC = struct.Struct("<I")
 _ENTRY = struct.Struct("<II")
 _END = struct.Struct("<I")
 
-#: Makes a named tuple of a tuple.
-_new = tuple.__new__
-
 
 class Block(NamedTuple):
     """
@@ -145,16 +142,15 @@ class Batch(NamedTuple):
     body: bytes  #: table and messages
 
 
-def encode_single(message: bytes) -> Batch:
+def encode_single(message: bytes) -> Tuple[int, int, bytes]:
     """
     Encode a message as the body of a block of its own.
 
     :param message: to be encoded
-    :return: body of the block
+    :return: what a :py:class:`Batch` holds; to make and to read that would take as long as all this
     """
     size = len(message)
-    # Past the constructor, which is a function in Python and takes as long as all the rest.
-    return _new(Batch, (1, size, _ENTRY.pack(size, zlib.crc32(message)) + message))
+    return 1, size, _ENTRY.pack(size, zlib.crc32(message)) + message
 
 
 def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
@@ -165,7 +161,7 @@ def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
     :return: bodies of at most :py:data:`BLOCK_BYTES`, or of a single message
     """
     if len(messages) == 1:
-        return [encode_single(messages[0])]
+        return [Batch(*encode_single(messages[0]))]
 
     if messages and sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES:
         return [_encode_batch(messages)]
