@@ -77,6 +77,20 @@ def test_with_a_limit_crashes_count(tmp_path: pathlib.Path) -> None:
         assert stores.attempts(queue) == {}
 
 
+def test_spent_message_that_is_too_old_is_neither_delivered_nor_moved(
+        tmp_path: pathlib.Path) -> None:
+    clock = stores.Clock()
+    with stores.opened(tmp_path,
+                       clock=clock,
+                       timeout_ns=10 * stores.SECOND_NS,
+                       retries=retries(max_deliveries=1)) as queue:
+        number = queue.put([b"1"])
+        kill(take(queue))
+        clock.advance(11)
+        assert queue.consumer("sub").take_at(number) is None
+        assert stores.figures(queue).dead_lettered == 0
+
+
 def test_count_is_committed_before_the_message_is_seen(tmp_path: pathlib.Path) -> None:
     made = stores.settings(tmp_path, retries=retries(max_deliveries=4))
     persipubsub.queue.Queue.ensure(made, subscribers=["sub"])

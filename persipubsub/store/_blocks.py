@@ -18,7 +18,7 @@ Everything here is pure: no file is touched, no lock is taken.
 import itertools
 import struct
 import zlib
-from typing import Final, List, NamedTuple, Sequence, Tuple
+from typing import Final, List, NamedTuple, Optional, Sequence, Tuple
 
 import persipubsub.errors
 
@@ -35,6 +35,8 @@ _BLOCK = struct.Struct("<QQQIHHII")
 _BLOCK_WITHOUT_CRC = struct.Struct("<QQQIHHI")
 _BLOCK_CRC = struct.Struct("<I")
 _ENTRY = struct.Struct("<II")
+# Of a record without totals and its first entry: time, messages, audience, audiences, both CRC-32
+_SINGLE = struct.Struct("<Q16xIHH4xIII")
 _END = struct.Struct("<I")
 
 
@@ -246,6 +248,27 @@ def copy_message(value: memoryview, block: Block, index: int, number: int) -> by
     if crc != expected:
         raise _corrupt_error(number, message, expected)
     return message
+
+
+def copy_single(value: memoryview) -> Optional[Tuple[int, bytes]]:
+    """
+    Copy the message of a block that has no other and is for everybody, and check it all.
+
+    So are the messages of single sends, unless some of the queue ever were for certain subscribers.
+    It takes a third of the time, since nothing is decoded that is not needed for it.
+
+    :param value: of the block in ``data_db``
+    :return: when it was committed, bytes that were sent; None if it is another kind of block, or
+        damaged: :py:func:`unpack_block` and :py:func:`copy_message` say how
+    """
+    if len(value) < _SINGLE.size:
+        return None
+    time_ns, messages, audience, audiences, expected, size, crc = _SINGLE.unpack_from(value)
+    if messages != 1 or audience or audiences or zlib.crc32(value[:36]) != expected:
+        return None
+    # Not bytes(), which looks its argument over for longer than it copies a small message.
+    message = value[_SINGLE.size:_SINGLE.size + size].tobytes()
+    return None if zlib.crc32(message) != crc else (time_ns, message)
 
 
 def _corrupt_error(number: int, message: bytes,

@@ -54,20 +54,20 @@ def require(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def require_position(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                     key: bytes) -> Tuple[int, int, int]:
+                     key: bytes) -> Tuple[int, int, int, int]:
     """
     Read where a subscriber that has to be there is.
 
     :param txn: any transaction
     :param databases: handles
     :param key: its id, in UTF-8
-    :return: ordinal, flags, position
+    :return: ordinal, flags, position, how many it acknowledged
     :raise NotInitializedError: if there is no such subscriber
     """
-    value = txn.get(key, db=databases.pending)
+    value = txn.get(key, None, databases.pending)
     if value is not None and len(value) == _layout.SUBSCRIBER_BYTES:
         return _layout.unpack_position(value)
-    return require(txn, databases, key)[:3]
+    return require(txn, databases, key)[:4]
 
 
 def write(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes,
