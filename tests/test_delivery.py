@@ -8,14 +8,14 @@ import gc
 import pathlib
 import threading
 import time
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import pytest
 
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery
-from persipubsub.store import _deliveries, _layout, _log
+from persipubsub.store import _deliveries, _layout, _log, _pending
 from tests import stores, support
 
 
@@ -204,6 +204,43 @@ def test_message_of_just_the_timeout_is_delivered(tmp_path: pathlib.Path, second
         assert queue.front("sub") == (b"old" if arrives else None)
         assert stores.take_all(queue) == ([b"old"] if arrives else [])
         assert stores.figures(queue).dropped_by_timeout == (not arrives)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [3], [2, 1]])
+def test_next_message_is_guessed_as_long_as_there_is_one(tmp_path: pathlib.Path,
+                                                         monkeypatch: pytest.MonkeyPatch,
+                                                         sizes: List[int]) -> None:
+    searches = []  # type: List[None]
+    find = _pending.Pending.find
+
+    def counted(self: _pending.Pending, *arguments: Any, **named: Any) -> Any:
+        searches.append(None)
+        return find(self, *arguments, **named)
+
+    monkeypatch.setattr(_pending.Pending, "find", counted)
+    with stores.opened(tmp_path) as queue:
+        consumer = queue.consumer("sub")
+        for size in sizes:
+            queue.put([b"x"] * size)
+        for _ in range(sum(sizes)):
+            take(consumer).acknowledge()
+        # The first one has to be searched for, and that there is no other one.
+        assert len(searches) == 1
+        assert consumer._guess == 0
+        assert consumer.take(timeout=0) is None
+        assert len(searches) == 2
+
+
+def test_guess_outlives_that_all_is_gone(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        consumer = queue.consumer("sub")
+        queue.put([b"1", b"2", b"3"])
+        take(consumer).acknowledge()
+        queue.clear()
+        assert consumer.take(timeout=0) is None
+        queue.put([b"4"])
+        take(consumer).acknowledge()
+        assert stores.figures(queue).acknowledged == 2
 
 
 def test_guess_does_not_deliver_what_is_too_old(tmp_path: pathlib.Path) -> None:

@@ -93,6 +93,11 @@ def test_acknowledgement_in_order_changes_what_it_should(subscriber: _layout.Sub
         acknowledged_ns=time_ns)
 
 
+@pytest.mark.parametrize("size", [0, 24, _layout.SUBSCRIBER_BYTES + 8])
+def test_record_of_another_size_is_not_acknowledged_in(size: int) -> None:
+    assert _layout.acknowledge_in_order(memoryview(bytes(size)), 0, [0], 5) is None
+
+
 @given(ids=st.lists(IDS, max_size=5))
 def test_audience_is_decoded_in_sorted_order(ids: List[str]) -> None:
     encoded = _layout.pack_audience(ids)

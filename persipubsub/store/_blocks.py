@@ -112,6 +112,16 @@ def unpack_block(value: memoryview, number: int) -> Block:
     return block
 
 
+def guess_messages(value: memoryview) -> int:
+    """
+    Read how many messages a block seems to hold; the record is not checked.
+
+    :param value: of the block in ``data_db``
+    :return: how many
+    """
+    return int.from_bytes(value[24:28], "little")
+
+
 def unpack_totals(value: memoryview, block: Block) -> Tuple[int, ...]:
     """
     Decode the totals of the audiences that follow a block's record.

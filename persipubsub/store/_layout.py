@@ -214,13 +214,17 @@ def acknowledge_in_order(value: memoryview, ordinal: int, numbers: Sequence[int]
     :param time_ns: on the queue's clock
     :return: new value; None if it is another case
     """
-    found, flags, position, acknowledged = _SUBSCRIBER_BEGIN.unpack_from(value)
+    if len(value) != _SUBSCRIBER.size:
+        return None
+    # Each by its name: to slice the fields, or the bytes, and to join them takes twice as long.
+    (found, flags, position, acknowledged, failed, dropped_by_timeout, dropped_by_mark, cleared,
+     skipped, corrupt, dead_lettered, _) = _SUBSCRIBER.unpack(value)
     count = len(numbers)
     if found != ordinal or flags or position != numbers[0] or numbers[-1] - position + 1 != count:
         return None
-    return b"".join((_SUBSCRIBER_BEGIN.pack(found, flags, position + count,
-                                            acknowledged + count), value[_SUBSCRIBER_BEGIN.size:-8],
-                     _AHEAD_VALUE.pack(time_ns)))
+    return _SUBSCRIBER.pack(found, flags, position + count, acknowledged + count, failed,
+                            dropped_by_timeout, dropped_by_mark, cleared, skipped, corrupt,
+                            dead_lettered, time_ns)
 
 
 def pack_ahead_key(ordinal: int, number: int) -> bytes:

@@ -56,8 +56,8 @@ class Pending:
     """
     Look at the messages of one subscriber. It may be used by many threads at the same time.
 
-    It keeps nothing of a transaction but which audiences the subscriber belongs to; these never
-    change.
+    It keeps nothing of a transaction that counts but which audiences the subscriber belongs to;
+    these never change.
     """
 
     def __init__(self,
@@ -79,6 +79,9 @@ class Pending:
         self.now_ns = now_ns
         self.policy = policy
         self._audiences = {}  # type: Dict[int, bool]
+        # Number behind the last message that an acknowledgement saw, so that the next ones need not
+        # look. What is guessed by it is checked before it counts: messages may be gone since then.
+        self._end = 0
 
     def find(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
              start: int) -> Union[Candidate, Expired, Resting, None]:
@@ -321,7 +324,7 @@ class Pending:
         :param numbers: of the messages
         :return: number of the next message if there seems to be one; 0 otherwise
         """
-        value = txn.get(self.key, db=databases.pending)
+        value = txn.get(self.key, None, databases.pending)
         if value is None:
             # The subscriber was removed meanwhile.
             return 0
@@ -331,10 +334,13 @@ class Pending:
             txn.put(self.key, in_order, db=databases.pending)
         else:
             position = self._acknowledge_out_of_order(txn, databases, begin, numbers)
-        cursor = txn.cursor(db=databases.data)
-        if cursor.last() and _layout.unpack_number(cursor.key()) >= position:
-            return position
-        return 0
+        if position >= self._end:
+            cursor = txn.cursor(db=databases.data)
+            if not cursor.last():
+                return 0
+            key, last = cursor.item()
+            self._end = _layout.unpack_number(key) + _blocks.guess_messages(last)
+        return position if position < self._end else 0
 
     def _acknowledge_out_of_order(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
                                   begin: int, numbers: List[int]) -> int:
