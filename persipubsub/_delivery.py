@@ -214,7 +214,6 @@ class Consumer:
         next_check = time.monotonic() + READER_CHECK_SECS
         with self._bell.prepare() as ticket:
             while True:
-                ticket.arm()
                 lease, is_claimed, due_ns = take()
                 now = time.monotonic()
                 if lease is not None or (deadline is not None and now >= deadline):
@@ -225,7 +224,12 @@ class Consumer:
                 pause = CLAIMED_PAUSE_SECS if is_claimed else min(longest_pause, LONGEST_PAUSE_SECS)
                 if due_ns:
                     pause = min(pause, max(0, due_ns - self._pending.now_ns()) / 1e9)
-                ticket.wait(pause if deadline is None else min(pause, deadline - now))
+                if ticket.wait(pause if deadline is None else min(pause, deadline - now)):
+                    # Before it is armed again, which makes the next publisher ring.
+                    lease = take()[0]
+                    if lease is not None:
+                        return lease
+                ticket.arm()
 
     def _take_now(self, max_messages: int) -> _Taken:
         """
@@ -234,9 +238,9 @@ class Consumer:
         :param max_messages: how many to take at most
         :return: what was taken, and what was passed over
         """
-        guess = self._guess
-        if guess:
-            self._guess = 0
+        guess, self._guess = self._guess, 0
+        # Not several: if the position has moved on, others would pass over those behind meanwhile.
+        if guess and max_messages == 1:
             lease = self._claim(guess, guess, max_messages, is_guess=True)
             if lease is not None:
                 return lease, False, 0
@@ -292,10 +296,9 @@ class Consumer:
         """
         lease = None  # type: Optional[Lease]
         try:
-            copied = self._environment.write(functools.partial(_newest.skip_to,
-                                                               pending=self._pending,
-                                                               number=number),
-                                             may_grow=True)
+            copied = self._environment.write(
+                lambda txn, databases: _newest.skip_to(txn, databases, self._pending, number),
+                may_grow=True)
             if copied is not None and self._rings:
                 self.ring()
             if copied is not None and copied.is_spent:
@@ -324,10 +327,8 @@ class Consumer:
         :return: messages; None if somebody else has or had the first one, or it was moved away
         """
         ordinal = self._pending.ordinal
-        if max_messages == 1:
-            claim = self._claims.claim(ordinal, number)
-        else:
-            claim = self._claims.claim_prefix(ordinal, number, max_messages)
+        claim = (self._claims.claim(ordinal, number)
+                 if max_messages == 1 else self._claims.claim_prefix(ordinal, number, max_messages))
         if claim is None:
             return None
         lease = None  # type: Optional[Lease]
@@ -359,11 +360,8 @@ class Consumer:
             # Not a partial function: with keywords it takes three times as long to be called.
             return self._environment.read(
                 lambda txn, databases: self._pending.copy(txn, databases, number, end, is_guess))
-        return self._environment.write(functools.partial(_deliveries.begin,
-                                                         pending=self._pending,
-                                                         number=number,
-                                                         end=end,
-                                                         is_guess=is_guess),
+        return self._environment.write(lambda txn, databases: _deliveries.begin(
+            txn, databases, self._pending, number, end, is_guess),
                                        may_grow=True)
 
     def _lease(self, claim: _claims.Claim, begin: int, copied: _pending.Copied) -> Lease:
@@ -389,10 +387,8 @@ class Consumer:
         :param error: names it
         :return: error to be raised
         """
-        self._environment.write(functools.partial(_deliveries.set_aside,
-                                                  pending=self._pending,
-                                                  begin_number=begin,
-                                                  number=error.number),
+        self._environment.write(lambda txn, databases: _deliveries.set_aside(
+            txn, databases, self._pending, begin, error.number),
                                 may_grow=True)
         if self._rings:
             self.ring()
@@ -450,10 +446,9 @@ class Consumer:
         """
         try:
             if error is not None:
-                spent = self._environment.write(functools.partial(_deliveries.fail,
-                                                                  pending=self._pending,
-                                                                  numbers=copied.numbers,
-                                                                  error=_moving.text_of(error)),
+                text = _moving.text_of(error)
+                spent = self._environment.write(lambda txn, databases: _deliveries.fail(
+                    txn, databases, self._pending, copied.numbers, text),
                                                 may_grow=True)
                 for number in spent:
                     self._move(

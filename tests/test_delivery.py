@@ -5,6 +5,7 @@
 # pylint: disable=unbalanced-tuple-unpacking
 
 import gc
+import mmap
 import pathlib
 import threading
 import time
@@ -14,8 +15,8 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _delivery
-from persipubsub.store import _deliveries, _layout, _log, _pending
+from persipubsub import _claims, _delivery, _wakeup
+from persipubsub.store import _deliveries, _layout, _log
 from tests import stores, support
 
 
@@ -206,43 +207,6 @@ def test_message_of_just_the_timeout_is_delivered(tmp_path: pathlib.Path, second
         assert stores.figures(queue).dropped_by_timeout == (not arrives)
 
 
-@pytest.mark.parametrize("sizes", [[1, 1, 1], [3], [2, 1]])
-def test_next_message_is_guessed_as_long_as_there_is_one(tmp_path: pathlib.Path,
-                                                         monkeypatch: pytest.MonkeyPatch,
-                                                         sizes: List[int]) -> None:
-    searches = []  # type: List[None]
-    find = _pending.Pending.find
-
-    def counted(self: _pending.Pending, *arguments: Any, **named: Any) -> Any:
-        searches.append(None)
-        return find(self, *arguments, **named)
-
-    monkeypatch.setattr(_pending.Pending, "find", counted)
-    with stores.opened(tmp_path) as queue:
-        consumer = queue.consumer("sub")
-        for size in sizes:
-            queue.put([b"x"] * size)
-        for _ in range(sum(sizes)):
-            take(consumer).acknowledge()
-        # The first one has to be searched for, and that there is no other one.
-        assert len(searches) == 1
-        assert consumer._guess == 0
-        assert consumer.take(timeout=0) is None
-        assert len(searches) == 2
-
-
-def test_guess_outlives_that_all_is_gone(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path) as queue:
-        consumer = queue.consumer("sub")
-        queue.put([b"1", b"2", b"3"])
-        take(consumer).acknowledge()
-        queue.clear()
-        assert consumer.take(timeout=0) is None
-        queue.put([b"4"])
-        take(consumer).acknowledge()
-        assert stores.figures(queue).acknowledged == 2
-
-
 def test_guess_does_not_deliver_what_is_too_old(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path, clock=clock, timeout_ns=10 * stores.SECOND_NS) as queue:
@@ -306,6 +270,75 @@ def test_waiting_consumer_is_woken(tmp_path: pathlib.Path, is_given_back: bool) 
         lease, = found
         assert lease is not None and lease.messages == [b"1"]
         lease.acknowledge()
+
+
+def wait_in_thread(
+        queue: persipubsub.queue.Queue,
+        most: int) -> Tuple[threading.Thread, List[Optional[_delivery.Lease]], mmap.mmap]:
+    """Take in a thread that is only woken by the bell; return what it will have, and the bell."""
+    consumer = queue.consumer("sub")
+    found: List[Optional[_delivery.Lease]] = []
+    thread = threading.Thread(target=lambda: found.append(
+        consumer.take(support.HANG_SECS, support.HANG_SECS, max_messages=most)))
+    queue._bell.ring()
+    bell = queue._bell._file
+    assert bell is not None
+    thread.start()
+    support.until(lambda: bell.page[_wakeup._FLAG], "asleep")
+    return thread, found, bell.page
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_woken_consumer_lets_the_next_publisher_not_ring(tmp_path: pathlib.Path,
+                                                         monkeypatch: pytest.MonkeyPatch,
+                                                         most: int) -> None:
+    monkeypatch.setattr(_delivery, "LONGEST_PAUSE_SECS", support.HANG_SECS)
+    with stores.opened(tmp_path) as queue:
+        thread, found, page = wait_in_thread(queue, most)
+        queue.put([b"1", b"2"])
+        thread.join(support.HANG_SECS)
+        lease, = found
+        assert lease is not None and lease.messages == [b"1", b"2"][:most]
+        lease.acknowledge()
+        assert page[_wakeup._FLAG] == 0
+
+
+def test_consumer_that_was_woken_in_vain_waits_again(tmp_path: pathlib.Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_delivery, "LONGEST_PAUSE_SECS", support.HANG_SECS)
+    with stores.opened(tmp_path) as queue:
+        thread, found, page = wait_in_thread(queue, most=1)
+        for _ in range(3):
+            queue._bell.ring()
+            support.until(lambda: page[_wakeup._FLAG], "asleep")
+        queue.put([b"1"])
+        thread.join(support.HANG_SECS)
+        lease, = found
+        assert lease is not None and lease.messages == [b"1"]
+        lease.acknowledge()
+
+
+def test_batch_is_not_guessed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed = []  # type: List[int]
+    claim_prefix = _claims.Claims.claim_prefix
+
+    def noted(self: _claims.Claims, subscriber: int, first: int, count: int) -> Any:
+        claimed.append(first)
+        return claim_prefix(self, subscriber, first, count)
+
+    monkeypatch.setattr(_claims.Claims, "claim_prefix", noted)
+    with stores.opened(tmp_path) as queue:
+        for message in (b"1", b"2", b"3", b"4"):
+            queue.put([message])
+        late, other = queue.consumer("sub"), queue.consumer("sub")
+        take(late).acknowledge()
+        take(other).acknowledge()
+        # The guess is out of date: whoever claims a range from there on keeps others from it.
+        assert late._guess == 2
+        lease = take(late, most=10)
+        assert lease.messages == [b"3", b"4"]
+        lease.acknowledge()
+        assert claimed == [3]
 
 
 # Damage

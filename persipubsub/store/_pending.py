@@ -95,8 +95,15 @@ class Pending:
         :param start: where to begin; in front of the position: at the position
         :return: message; that it is too old; when one is due if none is; None if there is none
         """
-        subscriber = _positions.require(txn, databases, self.key)
-        begin = number = max(start, subscriber.position)
+        ordinal, flags, position, _ = _positions.require_position(txn, databases, self.key)
+        begin = number = max(start, position)
+        value = None if flags else txn.get(_layout.pack_number(number), None, databases.data)
+        if value is not None:
+            # What is below would do, and takes twice as long where nothing is in the way.
+            block = _blocks.unpack_block(value, number)
+            if (block.messages and block.audience == _layout.EVERYONE
+                    and block.time_ns >= self.now_ns() - self.timeout_ns):
+                return Candidate(begin, number, 0)
         due_ns = 0
         cursor = txn.cursor(db=databases.data)
         found = _log.seek(cursor, number)
@@ -105,12 +112,12 @@ class Pending:
             number = max(number, first)
             if block.messages and self.is_addressed(txn, databases, block.audience):
                 stop = first + block.messages
-                if subscriber.flags:
-                    number = _positions.skip_ahead(txn, databases, subscriber.ordinal, number)
+                if flags:
+                    number = _positions.skip_ahead(txn, databases, ordinal, number)
                 if number < stop and block.time_ns < self.now_ns() - self.timeout_ns:
                     return Expired()
-                if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
-                    due, resting_ns = self._skip_resting(txn, databases, subscriber, number, stop)
+                if flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+                    due, resting_ns = self._skip_resting(txn, databases, ordinal, number, stop)
                     if resting_ns:
                         begin = number = due
                         due_ns = min(due_ns or resting_ns, resting_ns)
@@ -123,14 +130,14 @@ class Pending:
                 found = _log.following(cursor)
         return Resting(due_ns) if due_ns else None
 
-    def _skip_resting(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                      subscriber: _layout.Subscriber, number: int, stop: int) -> Tuple[int, int]:
+    def _skip_resting(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int,
+                      number: int, stop: int) -> Tuple[int, int]:
         """
         Skip messages that are not due yet.
 
         :param txn: any transaction
         :param databases: handles
-        :param subscriber: its record
+        :param ordinal: of the subscriber
         :param number: of a message that is pending
         :param stop: number behind the last one to look at
         :return: number of the first one that is pending and due, at least ``stop`` if none is; when
@@ -139,11 +146,11 @@ class Pending:
         now_ns = self.now_ns()
         due_ns = 0
         while number < stop:
-            attempts = _attempts.read(txn, databases, subscriber.ordinal, number)
+            attempts = _attempts.read(txn, databases, ordinal, number)
             if attempts is None or attempts.due_ns <= now_ns:
                 break
             due_ns = min(due_ns or attempts.due_ns, attempts.due_ns)
-            number = _positions.skip_ahead(txn, databases, subscriber.ordinal, number + 1)
+            number = _positions.skip_ahead(txn, databases, ordinal, number + 1)
         return number, due_ns
 
     def copy_next(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
@@ -224,7 +231,9 @@ class Pending:
             value = txn.get(_layout.pack_number(number), None, databases.data)
             single = None if value is None else _blocks.copy_single(value)
             if single is not None and single[0] >= self.now_ns() - self.timeout_ns:
-                return Copied([number], [single[1]], [(1, single[0])], attempts, is_spent)
+                # Not Copied(...), which is a function of Python around just this.
+                return tuple.__new__(Copied,
+                                     ([number], [single[1]], [(1, single[0])], attempts, is_spent))
         copied = self._copy_found(txn, databases, number, end)
         return copied._replace(attempts=attempts, is_spent=is_spent) if copied.numbers else copied
 
