@@ -14,7 +14,7 @@ import datetime
 import os
 import time
 import weakref
-from typing import Any, Callable, Coroutine, Final, List, Optional, Sequence
+from typing import Any, Callable, Coroutine, Final, List, Optional
 
 import nats.errors
 

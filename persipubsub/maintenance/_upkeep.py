@@ -1,5 +1,6 @@
 """Look after a queue while others use it: verify, back up, change its subscribers."""
 
+import contextlib
 import functools
 import os
 import tempfile
