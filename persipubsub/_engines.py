@@ -8,7 +8,6 @@ functions of :py:class:`Engine`; a further one is a new module and one line in `
 Everything may be called by any number of threads at the same time, unless it says otherwise.
 """
 
-import concurrent.futures
 import importlib
 import types
 from typing import (TYPE_CHECKING, Dict, Final, List, Mapping, Optional, Protocol, Sequence, Tuple,
@@ -19,6 +18,9 @@ import persipubsub.errors
 import persipubsub.statistics
 
 if TYPE_CHECKING:
+    # Not for who only counts: it loads logging, too.
+    import concurrent.futures
+
     import persipubsub.message
     from persipubsub import _wakeup
 
@@ -129,7 +131,7 @@ class WakingConsumer(Consumer, Protocol):
 class LoopLease(Lease, Protocol):
     """End a lease in the event loop that an engine has of its own, see :py:class:`LoopConsumer`."""
 
-    def begin_acknowledge(self) -> concurrent.futures.Future[None]:
+    def begin_acknowledge(self) -> "concurrent.futures.Future[None]":
         """
         Begin to let the messages leave the queue for this subscriber. Never blocks.
 
@@ -137,7 +139,7 @@ class LoopLease(Lease, Protocol):
         """
 
     def begin_give_back(self,
-                        error: Optional[BaseException] = None) -> concurrent.futures.Future[None]:
+                        error: Optional[BaseException] = None) -> "concurrent.futures.Future[None]":
         """
         Begin to leave the messages where they were. Never blocks.
 
@@ -158,7 +160,7 @@ class LoopConsumer(Consumer, Protocol):
     def begin_take(self,
                    timeout: Optional[float],
                    max_messages: int = 1,
-                   is_newest: bool = False) -> concurrent.futures.Future[Optional[Lease]]:
+                   is_newest: bool = False) -> "concurrent.futures.Future[Optional[Lease]]":
         """
         Begin to take the next message, or several. Never blocks.
 
@@ -286,7 +288,8 @@ class LoopQueue(Queue, Protocol):
             messages: Sequence[bytes],
             audience: Optional[Tuple[str, ...]] = None,
             timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> concurrent.futures.Future[int]:
+            msg_ids: Optional[Sequence[Optional[bytes]]] = None
+    ) -> "concurrent.futures.Future[int]":
         """
         Begin what :py:meth:`Queue.put` does. Never blocks.
 
