@@ -125,9 +125,9 @@ def test_interrupted(tmp_path: pathlib.Path, number: signal.Signals, code: int) 
             break
     # The processes are about to be started; to send all files takes seconds.
     process.send_signal(number)
-    process.communicate(timeout=_TIMEOUT_SECS)
+    out, err = process.communicate(timeout=_TIMEOUT_SECS)
 
-    assert process.returncode == code
+    assert process.returncode == code, (out, err)
     assert not _left(tmp_path)
 
 
