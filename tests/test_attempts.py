@@ -354,6 +354,24 @@ def test_many_records_leave_little_by_little(tmp_path: pathlib.Path,
             assert queue.check() == []
 
 
+def test_message_that_is_sought_begins_anew(tmp_path: pathlib.Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not its record had left yet."""
+    with stores.opened(tmp_path, subscribers=["other", "sub"],
+                       retries=retries(max_deliveries=2)) as queue:
+        first = queue.put([b"x"] * 10)
+        fail_all(queue)
+        monkeypatch.setattr(_attempts, "_MOST_DELETED", 2)
+        queue.seek("sub", first + 7)
+        assert sorted(stores.attempts(queue)) == list(range(first + 2, first + 10))
+        queue.seek("sub", first + 5)
+        # What was pending all the time keeps what was counted.
+        assert sorted(stores.attempts(queue)) == list(range(first + 7, first + 10))
+        lease = take(queue, most=10)
+        assert attempts_of(lease) == [1, 1, 2, 2, 2]
+        lease.acknowledge()
+
+
 @pytest.fixture(name="scratch")
 def fixture_scratch(tmp_path: pathlib.Path) -> Iterator[stores.Scratch]:
     scratch = stores.Scratch(tmp_path)

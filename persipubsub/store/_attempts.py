@@ -123,16 +123,20 @@ def forget_before(txn: "lmdb.Transaction[memoryview]", databases: Databases, ord
     return True
 
 
-def forget_all(txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int) -> None:
+def forget_all(txn: "lmdb.Transaction[memoryview]",
+               databases: Databases,
+               ordinal: int,
+               position: int = _layout.MAX_NUMBER + 1) -> None:
     """
-    Delete all records of a subscriber that is removed.
+    Delete all records of messages in front of a position, however many there are.
 
     :param txn: write transaction
     :param databases: handles
     :param ordinal: of the subscriber
+    :param position: of the subscriber; behind everything if not given, for one that is removed
     """
-    while forget_before(txn, databases, ordinal, _layout.MAX_NUMBER + 1):
-        pass
+    while next(between(txn, databases, ordinal, 0, position), None) is not None:
+        forget_before(txn, databases, ordinal, position)
 
 
 def between(txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int, begin: int,

@@ -401,6 +401,9 @@ def seek(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes, 
     audiences = audiences_of(_log.read_audiences(txn, databases), key)
     skipped = count_pending(txn, databases, subscriber, audiences, 0, number)
     drop_ranges(txn, databases, subscriber.ordinal, 0)
+    if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+        # Those that were left to go little by little would count for messages that begin anew.
+        _attempts.forget_all(txn, databases, subscriber.ordinal, subscriber.position)
     write(
         txn, databases, key,
         subscriber._replace(position=number,
