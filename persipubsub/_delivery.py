@@ -451,9 +451,12 @@ class Consumer:
                     txn, databases, self._pending, copied.numbers, text),
                                                 may_grow=True)
                 for number in spent:
-                    self._move(
-                        self._environment.read(
-                            functools.partial(self._pending.copy, number=number, end=number + 1)))
+                    last = self._environment.read(
+                        functools.partial(_deliveries.copy_spent,
+                                          pending=self._pending,
+                                          number=number))
+                    if last is not None:
+                        self._move(last)
             elif self._pending.policy.max_deliveries:
                 self._environment.write(functools.partial(_deliveries.take_back,
                                                           pending=self._pending,
@@ -469,8 +472,6 @@ class Consumer:
 
         :param copied: the message, with its record
         """
-        if not copied.is_spent:
-            return  # it was dropped meanwhile
         message = self.describe(copied)[0]
         attempts = copied.attempts[message.number]
         if self._mover.move(self._pending.ordinal, message, attempts):

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import logging
 import pathlib
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -18,6 +18,7 @@ import persipubsub.queue
 from persipubsub import _delivery, _moving
 from persipubsub._settings import Retries, Settings
 from persipubsub.dead_letter import DeadLetter
+from persipubsub.maintenance import _upkeep
 from persipubsub.store import _attempts, _deliveries, _positions
 from tests import stores, support
 
@@ -27,12 +28,14 @@ ERROR = ValueError("no greeting")
 @contextlib.contextmanager
 def opened(directory: pathlib.Path,
            max_deliveries: int = 2,
+           clock: Optional[stores.Clock] = None,
            **changes: Any) -> "Iterator[Tuple[persipubsub.queue.Queue, persipubsub.queue.Queue]]":
     """Open a queue and that of its dead letters; check both at the end."""
     letters = stores.settings(directory, path=str(directory / "letters"), **changes)
     persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
     with persipubsub.queue.Queue(letters) as target, stores.opened(directory,
                                                                    subscribers=["sub", "other"],
+                                                                   clock=clock,
                                                                    retries=retries(
                                                                        letters,
                                                                        max_deliveries)) as queue:
@@ -89,6 +92,74 @@ def test_those_of_a_batch_that_were_delivered_too_often_are_moved(tmp_path: path
         lease = take(queue, most=3)
         assert [message.attempts for message in lease.details()] == [2]
         lease.acknowledge()
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_message_that_got_too_old_in_its_last_delivery_is_moved(tmp_path: pathlib.Path,
+                                                                most: int) -> None:
+    clock = stores.Clock()
+    with opened(tmp_path, max_deliveries=1, clock=clock) as (queue, target):
+        number = queue.put([b"1", b"2"][:most])
+        lease = take(queue, most=most)
+        clock.now_ns += queue.settings.timeout_ns + 1
+        lease.give_back(ERROR)
+        assert [
+            (found.number, found.attempts, found.data, found.error) for found in letters_in(target)
+        ] == [(number + index, 1, msg, "ValueError: no greeting")
+              for index, msg in enumerate(lease.messages)]
+        figures = stores.figures(queue)
+        assert (figures.dead_lettered, figures.failed, figures.dropped_by_timeout,
+                figures.lag) == (most, most, 0, 0)
+        assert stores.attempts(queue) == {}
+
+
+def clear(queue: persipubsub.queue.Queue) -> None:
+    queue.clear()
+
+
+def skip_and_seek(queue: persipubsub.queue.Queue) -> None:
+    queue.seek("sub", "end")
+    queue.seek("sub", "beginning")
+
+
+def fill(queue: persipubsub.queue.Queue) -> None:
+    queue.put([b"3"])
+
+
+def remove(queue: persipubsub.queue.Queue) -> None:
+    _upkeep.remove_subscriber(queue.settings, "sub")
+
+
+def remove_and_add(queue: persipubsub.queue.Queue) -> None:
+    remove(queue)
+    persipubsub.queue.Queue.ensure(queue.settings, subscribers=["sub"])
+
+
+@pytest.mark.parametrize("change", [clear, skip_and_seek, fill, remove, remove_and_add])
+def test_message_that_is_not_spent_any_more_is_not_moved(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+        change: Callable[[persipubsub.queue.Queue], None]) -> None:
+    """All of a batch are counted at once, and then moved one by one."""
+    letters = stores.settings(tmp_path, path=str(tmp_path / "letters"))
+    persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
+    with persipubsub.queue.Queue(letters) as target, stores.opened(
+            tmp_path,
+            max_messages=2,
+            strategy=persipubsub.config.Strategy.PRUNE_LAST,
+            retries=retries(letters, 1)) as queue:
+        queue.put([b"1", b"2"])
+        lease = take(queue, most=2)
+        move = _moving.Mover.move
+
+        def change_and_move(*args: Any) -> bool:
+            change(queue)
+            return move(*args)
+
+        monkeypatch.setattr(_moving.Mover, "move", change_and_move)
+        # The record of the second one may be left for a while.
+        monkeypatch.setattr(_attempts, "_MOST_DELETED", 1)
+        lease.give_back(ERROR)
+        assert [letter.data for letter in letters_in(target)] == [b"1"]
 
 
 def test_consumer_that_dies_in_the_last_delivery(tmp_path: pathlib.Path) -> None:

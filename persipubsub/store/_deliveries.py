@@ -6,12 +6,12 @@ are counted before they begin, those that failed, and messages that are not deli
 """
 
 import datetime
-from typing import Dict, Final, List, Sequence
+from typing import Dict, Final, List, Optional, Sequence
 
 import lmdb
 
 import persipubsub.message
-from persipubsub.store import _attempts, _layout, _pending, _positions
+from persipubsub.store import _attempts, _blocks, _layout, _log, _pending, _positions
 from persipubsub.store._databases import Databases
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
@@ -130,6 +130,35 @@ def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pe
     _positions.write(txn, databases, pending.key,
                      subscriber._replace(failed=subscriber.failed + len(numbers), flags=flags))
     return spent
+
+
+def copy_spent(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+               number: int) -> Optional[_pending.Copied]:
+    """
+    Copy a message whose last delivery failed, however old it is.
+
+    It was in time when that delivery began. To look at its age again was rejected: it would stay
+    until the timeout drops it, although it was delivered as often as it may be.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param pending: messages of the subscriber
+    :param number: of the message, which is claimed
+    :return: message with its record; None if it left the queue meanwhile, or begins anew
+    :raise CorruptMessageError: if it is damaged
+    """
+    attempts = _attempts.read(txn, databases, pending.ordinal, number)
+    if attempts is None:
+        # The record left with the message, or with the subscriber.
+        return None
+    subscriber = _positions.require(txn, databases, pending.key)
+    if not _pending.is_pending(txn, databases, subscriber, number):
+        return None
+    found = _log.seek(txn.cursor(db=databases.data), number)
+    assert found is not None, "The message was found in the same snapshot."
+    message = _blocks.copy_message(found.value, found.block, number - found.first, number)
+    return _pending.Copied([number], [message], [(1, found.block.time_ns)], {number: attempts},
+                           is_spent=True)
 
 
 def take_back(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
