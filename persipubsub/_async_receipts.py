@@ -4,10 +4,12 @@ Hold what a task received until it is known what became of it; as ``_receipts`` 
 There are no finalizers here either: a claim that was dropped is given back by the claim itself.
 """
 
+import contextlib
 import functools
 from types import TracebackType
 from typing import Awaitable, Callable, Generic, List, Optional, Protocol, Type, cast
 
+import persipubsub.errors
 from persipubsub import _begun, _engines, _workers
 from persipubsub._receipts import ContentT
 
@@ -62,7 +64,9 @@ class InLoop:
 
     async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
         """Give back in the loop of the engine."""
-        await _begun.result_of(cast(_engines.LoopLease, lease).begin_give_back(error))
+        # A queue that was closed has given it back, and what the block raised matters more.
+        with contextlib.suppress(persipubsub.errors.ClosedError):
+            await _begun.result_of(cast(_engines.LoopLease, lease).begin_give_back(error))
 
 
 class _Taking(Generic[ContentT]):

@@ -145,6 +145,7 @@ class LoopLease(Lease, Protocol):
 
         :param error: why; None if they were not worked on
         :return: done when the engine has it, or it is to be had no more
+        :raise ClosedError: if the queue was closed, which gave it back
         """
 
 

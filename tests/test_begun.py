@@ -13,6 +13,7 @@ import itertools
 import pathlib
 import random
 import threading
+import time
 from typing import Any, AsyncIterator, Callable, Coroutine, Iterator, List, Optional
 
 import pytest
@@ -22,7 +23,7 @@ import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 from persipubsub import _begun
-from persipubsub.jetstream import _pulling, _settings
+from persipubsub.jetstream import _loop, _pulling, _settings
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome, write_config
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
@@ -346,6 +347,41 @@ async def test_message_does_not_stay_with_who_was_cancelled(
             assert found is not None and (found.data, found.attempts) == (b"hello", 2)
 
 
+async def _steps(condition: Callable[[], object]) -> None:
+    """Let the running loop go on, step by step, until a condition holds."""
+    async with asyncio.timeout(HANG_SECS):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+@on_server
+async def test_pull_that_is_cancelled_is_not_taken_over(config_pth: pathlib.Path,
+                                                        servers: jetstream_server.Servers) -> None:
+    """A message that comes for nobody ends the other pulls, while somebody begins to wait."""
+    async with opened(config_pth) as (pub, sub):
+        for steps in range(8):
+            tasks = [asyncio.ensure_future(receive(sub)) for _ in range(3)]
+            await until_waiting(config_pth, servers, 3)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            waiting = sub._sub._consumer._ahead._waiting
+
+            async def take(steps: int = steps, waiting: Any = waiting) -> "list[Any]":
+                await _steps(lambda: waiting._givers)
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                pulled: "list[Any]" = await waiting.take(HANG_SECS)
+                await waiting._puller.refuse(pulled, time.monotonic() + HANG_SECS)
+                return pulled
+
+            taking = _loop.current().begin(take)
+            await pub.send(b"hello")
+            pulled = await asyncio.wrap_future(taking)
+            assert [one.data for one in pulled] == [b"hello"]
+            assert await receive(sub) == b"hello"
+
+
 async def _storm(config_pth: pathlib.Path, take: Callable[[Any], Any]) -> "dict[int, bool]":
     """
     Receive in tasks that are cancelled at any moment, then without.
@@ -404,6 +440,24 @@ async def test_cancelled_skipping_forgets_nothing(config_pth: pathlib.Path,
     outcomes = await _storm(config_pth, lambda sub: sub.receive_to_top(timeout=HANG_SECS))
     # The others, if their blocks were left or not, were skipped.
     assert outcomes[299]
+
+
+@on_server
+async def test_error_of_the_block_is_raised_although_the_queue_was_closed(
+        config_pth: pathlib.Path, _: jetstream_server.Servers) -> None:
+    """Closing gave the message back: nothing is wrong with that."""
+    async with opened(config_pth) as (pub, sub):
+        await pub.send_many(numbered(2))
+        with pytest.raises(KeyError):
+            async with sub.receive(timeout=HANG_SECS):
+                await sub.close()
+                raise KeyError("why")
+        await sub.init(sub_id="sub", config_pth=config_pth)
+        async with sub.messages(timeout=HANG_SECS) as messages:
+            assert await anext(messages) is not None
+            await sub.close()
+            await messages.aclose()
+    assert await asyncio.to_thread(lags, config_pth) == {"sub": 2}
 
 
 @on_server

@@ -89,11 +89,15 @@ class Waiting:
 
         :param pulled: the message
         """
-        # It would come to the next one of these at once.
-        others = list(self._left)
+        # It would come to the next one of these at once. Taken out first: who begins to wait
+        # meanwhile must not take over one that is cancelled.
+        others = [task for task in self._left if not task.done()]
         for task in others:
+            del self._left[task]
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        for found in await asyncio.gather(*others, return_exceptions=True):
+            if not isinstance(found, BaseException):
+                pulled = pulled + found  # it was done before it could be cancelled
         await self._puller.settle()
         await self._puller.give_back(pulled)
 
