@@ -347,6 +347,33 @@ async def test_message_does_not_stay_with_who_was_cancelled(
             assert found is not None and (found.data, found.attempts) == (b"hello", 2)
 
 
+@on_server
+async def test_pull_that_is_done_before_it_is_cancelled(config_pth: pathlib.Path,
+                                                        servers: jetstream_server.Servers) -> None:
+    """What it brings is given back with the message for which it was to be cancelled."""
+    async with opened(config_pth) as (pub, sub):
+        task = asyncio.ensure_future(receive(sub))
+        await until_waiting(config_pth, servers, 1)
+        task.cancel()
+        await asyncio.wait([task])
+        waiting = sub._sub._consumer._ahead._waiting
+
+        async def pull() -> "list[Any]":
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                pass  # the message came first
+            pulled: "list[Any]" = await waiting._puller.pull(HANG_SECS, 1)
+            return pulled
+
+        async def leave() -> None:
+            waiting._leave(asyncio.ensure_future(pull()))
+
+        await asyncio.wrap_future(_loop.current().begin(leave))
+        await pub.send_many(numbered(2))
+        assert sorted([await receive(sub) or b"" for _ in range(2)]) == numbered(2)
+
+
 async def _steps(condition: Callable[[], object]) -> None:
     """Let the running loop go on, step by step, until a condition holds."""
     async with asyncio.timeout(HANG_SECS):
