@@ -5,7 +5,9 @@
 
 import os
 import pathlib
+import sys
 import threading
+import types
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
@@ -185,6 +187,46 @@ def test_who_makes_the_map_larger_wakes_the_next(environment: _environment.Envir
         crowd.until_waiting(1)
     growing.join(support.HANG_SECS)
     crowd.join()
+
+
+@pytest.mark.parametrize("name", ["_grow", "_follow_map_size"])
+def test_interrupt_leaves_the_line_free(environment: _environment.Environment, name: str) -> None:
+    """Wherever it comes in what is not done by the lock itself."""
+    point, is_interrupted = 0, True
+    while is_interrupted:
+        point += 1
+        is_interrupted = interrupt(getattr(environment, name), point)
+        found = []  # type: List[bool]
+        looking = threading.Thread(target=lambda: found.append(is_free(environment._line)))
+        looking.start()
+        looking.join()
+        assert found == [True], point
+    assert point > 1
+
+
+def interrupt(function: Callable[[], object], point: int) -> bool:
+    """Call a function; raise a KeyboardInterrupt at so many steps of the module of the line."""
+    steps = 0
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        nonlocal steps
+        if frame.f_code.co_filename != _line.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        steps += event == "opcode"
+        if steps == point:
+            raise KeyboardInterrupt
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(former)
+    return False
 
 
 def is_free(line: _line.Line) -> bool:

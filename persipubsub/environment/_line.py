@@ -57,8 +57,10 @@ class Line:
     Be the write lock of an environment, and the requests of those who wait for it.
 
     ``lock`` guards the writing half: requests being run, the gate's descriptor. It comes after the
-    copy lock and before the flush lock. It is taken either directly, by who puts a request in line
-    and calls :py:meth:`wake_next` after giving it back, or by ``with``, which does that.
+    copy lock and before the flush lock. Whoever takes it calls :py:meth:`wake_next` after giving it
+    back. What this class has of a lock is for who takes all of them, to open, close or fork, and
+    not for those who write: a KeyboardInterrupt within its functions, which a lock itself does not
+    have, would leave it taken.
     """
 
     def __init__(self) -> None:

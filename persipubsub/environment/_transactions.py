@@ -81,10 +81,8 @@ class Transactions:
         # with _has_left, because it was left as closed at the end of the interpreter.
         self._failure = None  # type: Optional[str]
         self._has_left = False
-
         # True while a transaction is open in the thread that holds the lock.
         self._is_writing = self._is_reading = False
-
         # Ids of LMDB's transactions: the last one of this process, the last flushed one, and the
         # last one that was seen by a reader and is to be in a checkpoint.
         self._committed = self._flushed = self._seen = 0
@@ -251,8 +249,9 @@ class Transactions:
 
         if is_taken:
             # Another thread is about to commit it: only that tells whether nothing was written.
-            with line:
+            with lock:
                 line.withdraw(request)
+            line.wake_next()
 
     def _commit_group(self, own: _line.Request) -> List[_line.Request]:
         """
@@ -406,8 +405,9 @@ class Transactions:
 
     def _follow_map_size(self) -> None:
         """Map as much as the process that raised ``max_db_size_bytes`` did."""
-        with self._line, self._flush_lock, self._read_lock:
+        with self._line.lock, self._flush_lock, self._read_lock:
             self._open_handles().environment.set_mapsize(0)
+        self._line.wake_next()
 
     def _find_room(self, error: BaseException) -> bool:
         """
@@ -457,13 +457,14 @@ class Transactions:
 
         :return: True if it was made larger
         """
-        with self._line, self._flush_lock, self._read_lock:
+        with self._line.lock, self._flush_lock, self._read_lock:
             environment = self._open_handles().environment
             size = environment.info()["map_size"]
-            if size + _GROWTH_BYTES > self.options.map_size + _LARGEST_GROWTH_BYTES:
-                return False
-            environment.set_mapsize(size + _GROWTH_BYTES)
-            return True
+            is_grown = size + _GROWTH_BYTES <= self.options.map_size + _LARGEST_GROWTH_BYTES
+            if is_grown:
+                environment.set_mapsize(size + _GROWTH_BYTES)
+        self._line.wake_next()
+        return is_grown
 
     def _translate(self, error: lmdb.Error) -> persipubsub.errors.PersipubsubError:
         """
