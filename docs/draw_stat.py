@@ -5,7 +5,6 @@ The queue is a real one, of examples/tutorial, with a publisher and three subscr
 are not equally fast. Run it after a change of the view: ``python docs/draw_stat.py``.
 """
 
-import dataclasses
 import pathlib
 import re
 import shutil
@@ -13,6 +12,8 @@ import tempfile
 import threading
 import time
 from typing import Dict, Tuple
+
+import msgspec.structs
 
 import persipubsub.cli._view
 import persipubsub.control
@@ -82,7 +83,7 @@ def main() -> None:
         def collect() -> Tuple[Dict[str, persipubsub.statistics.QueueStatistics], Dict[str, str]]:
             found = persipubsub.control.statistics(config_pth)
             return {
-                key: dataclasses.replace(figures, path="/srv/app/queues/lines")
+                key: msgspec.structs.replace(figures, path="/srv/app/queues/lines")
                 for key, figures in found.items()
             }, {}
 

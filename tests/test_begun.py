@@ -306,6 +306,31 @@ async def test_closing_while_threads_wait(config_pth: pathlib.Path,
         assert await waiting == "ClosedError"
 
 
+@jetstream_server.needs_server
+def test_closing_while_threads_wait_for_servers_that_are_away(tmp_path: pathlib.Path) -> None:
+    """That the messages at work can not be given back is no reason to let them wait."""
+
+    async def main(servers: jetstream_server.Servers) -> None:
+        config_pth = await asyncio.to_thread(deploy, tmp_path, servers)
+        with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+            pub.send_many(numbered(6))
+            taken = [sub.receive(timeout=HANG_SECS) for _ in range(6)]
+            assert [one.__enter__() for one in taken] == numbered(6)
+
+            def work() -> None:
+                with sub.receive(timeout=None):
+                    pass
+
+            waiting = asyncio.ensure_future(asyncio.to_thread(outcome, work))
+            await until_waiting(config_pth, servers, 1)
+            servers.servers[0].kill()
+            await asyncio.to_thread(sub.close)
+            assert await waiting == "ClosedError"
+
+    with jetstream_server.running(tmp_path) as servers:
+        run(main(servers))
+
+
 # Cancelling
 
 

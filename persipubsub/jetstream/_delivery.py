@@ -240,8 +240,7 @@ class Consumer:
         """Give back what is held, and stop listening. Only for the loop's own thread."""
         if self._ahead_of is not None and self._ahead_of.loop.process_id == os.getpid():
             assert self._ahead is not None
-            for lease in list(self.leases):
-                await lease.abandon()
+            await asyncio.gather(*(lease.abandon() for lease in list(self.leases)))
             await self._ahead.close()
 
     # Taking

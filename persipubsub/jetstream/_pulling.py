@@ -362,12 +362,7 @@ class Puller:
 
         :param pulled: messages
         """
-        try:
-            client = await self._stream.link.client(time.monotonic() + 0.5)
-        except persipubsub.errors.PersipubsubError:
-            return
-        for one in pulled:
-            await self._tell(client, one, b"+ACK")
+        await self._tell_all(pulled, b"+ACK")
 
     async def refuse(self, pulled: List[_inboxes.Pulled], deadline: float) -> None:
         """
@@ -392,14 +387,30 @@ class Puller:
 
     async def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
         """
-        Let others have messages, without waiting for an answer.
+        Let others have messages, without waiting for an answer. It raises nothing.
 
         :param pulled: messages
         """
-        if pulled:
+        await self._tell_all(pulled, b"-NAK")
+
+    async def _tell_all(self, pulled: List[_inboxes.Pulled], what: bytes) -> None:
+        """
+        Say something about messages, if there is a connection.
+
+        To raise an error without one was rejected: it would take the place of what is the reason to
+        say it, and the servers deliver the messages again after ack_wait.
+
+        :param pulled: messages
+        :param what: as of :py:meth:`_tell`
+        """
+        if not pulled:
+            return
+        try:
             client = await self._stream.link.client(time.monotonic() + 0.5)
-            for one in pulled:
-                await self._tell(client, one, b"-NAK")
+        except persipubsub.errors.PersipubsubError:
+            return
+        for one in pulled:
+            await self._tell(client, one, what)
 
     @staticmethod
     async def _tell(client: nats.aio.client.Client, pulled: _inboxes.Pulled, what: bytes) -> None:
