@@ -57,7 +57,7 @@ def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pa
 def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
            **changes: Any) -> pathlib.Path:
     path = servers.path("tasks{}".format(next(_COUNTER)), ack_wait=_ACK_WAIT_SECS)
-    config_pth = write_config(tmp_path, path=path, busy_timeout_secs=10, **changes)
+    config_pth = write_config(tmp_path, path=path, **{"busy_timeout_secs": 10, **changes})
     persipubsub.control.initialize_all_dbs(config_pth)
     return config_pth
 
@@ -326,6 +326,26 @@ def test_closing_while_threads_wait_for_servers_that_are_away(tmp_path: pathlib.
             servers.servers[0].kill()
             await asyncio.to_thread(sub.close)
             assert await waiting == "ClosedError"
+
+    with jetstream_server.running(tmp_path) as servers:
+        run(main(servers))
+
+
+@jetstream_server.needs_server
+def test_who_sends_does_not_wait_for_each_other_where_servers_are_away(
+        tmp_path: pathlib.Path) -> None:
+    """One after the other, they would take more than a minute and a half."""
+
+    async def main(servers: jetstream_server.Servers) -> None:
+        config_pth = await asyncio.to_thread(deploy, tmp_path, servers, busy_timeout_secs=1)
+        async with persipubsub.aio.Pub() as pub:
+            await pub.init(pub_id="pub", config_pth=config_pth)
+            await pub.send(b"hello")
+            servers.servers[0].kill()
+            async with asyncio.timeout(HANG_SECS):
+                found = await asyncio.gather(*(pub.send(b"lost") for _ in range(100)),
+                                             return_exceptions=True)
+            assert {type(one) for one in found} == {persipubsub.errors.UnavailableError}
 
     with jetstream_server.running(tmp_path) as servers:
         run(main(servers))

@@ -69,9 +69,11 @@ class Publishing:
         :return: number of the first message
         """
         settings = self._settings
+        # Before the lock: who waits for it waits for servers that are away no longer than the first.
+        deadline = self._deadline()
         async with self._order:
-            await self._check_payload(messages)
-            await self._stream.require_interest(audience, self._deadline())
+            await self._check_payload(messages, deadline)
+            await self._stream.require_interest(audience, deadline)
         # Up to the moment in which the message is written, nothing is awaited that suspends us.
         subject = settings.subject(audience)
         unique = uuid.uuid4().hex
@@ -107,14 +109,15 @@ class Publishing:
         window = float(self._settings.stream_config()["duplicate_window"]) / 1e9
         return time.monotonic() + min(self._settings.wait_secs, max(1.0, window / 2))
 
-    async def _check_payload(self, messages: Sequence[bytes]) -> None:
+    async def _check_payload(self, messages: Sequence[bytes], deadline: float) -> None:
         """
         Check that the server takes messages of this size; it would close the connection.
 
         :param messages: to be published
+        :param deadline: on the monotonic clock
         :raise MessageTooLargeError: if it does not
         """
-        client = await self._stream.link.client(self._deadline())
+        client = await self._stream.link.client(deadline)
         limit = client.max_payload - _HEADER_BYTES
         largest = max(map(len, messages))
         if largest > limit:
