@@ -282,6 +282,22 @@ class QueueMachine(RuleBasedStateMachine):
         if len(self.leases) > before:
             self.acknowledge(index=before)
 
+    @rule(side=SIDES,
+          index=st.integers(min_value=0, max_value=3),
+          most=BATCHES,
+          how=st.sampled_from(["acknowledge", "fail", "fail", "die", "give back"]))
+    def finish_too_late(self, side: int, index: int, most: int, how: str) -> None:
+        """Let messages get too old while they are being worked on."""
+        before = len(self.leases)
+        self.take(side=side, index=index, most=most)
+        self.clock.now_ns += TIMEOUT_NS + 1
+        if len(self.leases) == before:
+            return
+        if how == "acknowledge":
+            self.acknowledge(index=before)
+        else:
+            self.fail(index=before, how=how)
+
     @precondition(lambda self: self.leases)
     @rule(index=st.integers(min_value=0, max_value=20),
           how=st.sampled_from(["fail", "fail", "fail", "die", "give back"]))
