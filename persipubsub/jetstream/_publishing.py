@@ -69,7 +69,7 @@ class Publishing:
         :return: number of the first message
         """
         settings = self._settings
-        # Before the lock: who waits for it waits for servers that are away no longer than the first.
+        # Before the lock: nobody waits longer for servers that are away than the first one.
         deadline = self._deadline()
         async with self._order:
             await self._check_payload(messages, deadline)
