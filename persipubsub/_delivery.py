@@ -249,7 +249,8 @@ class Consumer:
         is_claimed = False
         due_ns = 0
         while True:
-            candidate = self._environment.read(functools.partial(self._pending.find, start=start))
+            candidate, count = self._environment.read(
+                functools.partial(self._pending.search, start=start, max_messages=max_messages))
             if isinstance(candidate, _pending.Expired):
                 self._expire()
                 continue
@@ -257,7 +258,7 @@ class Consumer:
                 due_ns = min(due_ns or candidate.due_ns, candidate.due_ns)
             if not isinstance(candidate, _pending.Candidate):
                 return None, is_claimed, due_ns
-            lease = self._claim(candidate.begin, candidate.number, max_messages)
+            lease = self._claim(candidate.begin, candidate.number, count)
             if lease is not None:
                 return lease, is_claimed, due_ns
             # Claimed, acknowledged a moment ago, or just moved away.

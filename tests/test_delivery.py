@@ -142,6 +142,29 @@ def test_batch_does_not_claim_what_comes_later(tmp_path: pathlib.Path) -> None:
         assert lease.messages == [b"1", b"2"]
 
 
+def test_batch_claims_no_numbers_that_are_not_there_yet(tmp_path: pathlib.Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that gets one of them meanwhile would be passed over, and come after later ones."""
+    with stores.opened(tmp_path) as queue:
+        first, second = queue.consumer("sub"), queue.consumer("sub")
+        queue.put([b"1", b"2"])
+        queue.put([b"3"])
+        copy = first._copy
+        leases = []  # type: List[Optional[_delivery.Lease]]
+
+        def copy_later(number: int, end: int, is_guess: bool) -> Any:
+            queue.put([b"4"])
+            leases.append(second.take(timeout=0))
+            return copy(number, end, is_guess)
+
+        monkeypatch.setattr(first, "_copy", copy_later)
+        lease = take(first, most=100)
+        assert lease.messages == [b"1", b"2", b"3"]
+        assert leases[0] is not None and leases[0].messages == [b"4"]
+        leases[0].acknowledge()
+        lease.acknowledge()
+
+
 def test_batch_ends_where_somebody_else_is_at_work(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"1", b"2", b"3", b"4"])

@@ -130,6 +130,30 @@ class Pending:
                 found = _log.following(cursor)
         return Resting(due_ns) if due_ns else None
 
+    def search(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, start: int,
+               max_messages: int) -> Tuple[Union[Candidate, Expired, Resting, None], int]:
+        """
+        Find the next message, and how many may be claimed with it.
+
+        Numbers that are not there yet must not be claimed: a message that gets one of them before
+        the claim is narrowed would be passed over by others, and be received after later ones.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param start: where to begin, as of :py:meth:`find`
+        :param max_messages: how many are wanted at most
+        :return: what :py:meth:`find` returns; how many to claim at most if it is a message
+        """
+        found = self.find(txn, databases, start)
+        if max_messages == 1 or not isinstance(found, Candidate):
+            return found, 1
+        last = txn.cursor(db=databases.data)
+        last.last()
+        key, value = last.item()
+        # Not checked: a damaged record is for who comes to it, and must not stop who is in front.
+        end = _layout.unpack_number(key) + _blocks.guess_messages(value)
+        return found, max(1, min(max_messages, end - found.number))
+
     def _skip_resting(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int,
                       number: int, stop: int) -> Tuple[int, int]:
         """
