@@ -13,7 +13,6 @@ import itertools
 import pathlib
 import random
 import threading
-import time
 from typing import Any, AsyncIterator, Callable, Coroutine, Iterator, List, Optional
 
 import pytest
@@ -444,7 +443,7 @@ async def test_pull_that_is_cancelled_is_not_taken_over(config_pth: pathlib.Path
                 for _ in range(steps):
                     await asyncio.sleep(0)
                 pulled: "list[Any]" = await waiting.take(HANG_SECS)
-                await waiting._puller.refuse(pulled, time.monotonic() + HANG_SECS)
+                await waiting._puller.refuse(pulled, HANG_SECS)
                 return pulled
 
             taking = _loop.current().begin(take)

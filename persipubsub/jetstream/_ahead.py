@@ -39,9 +39,6 @@ _QUICK_SECS: Final = 0.1
 _HOLD_SECS: Final = 0.25
 _HOLD_SHARE: Final = 0.25
 
-#: A message that can not be given back at once is delivered again after ack_wait.
-_GIVE_BACK_SECS: Final = 2.0
-
 
 class Ahead:
     """Hold what was pulled ahead for one consumer in this process."""
@@ -247,7 +244,7 @@ class Ahead:
         if is_with_others:
             return  # by then, the server may have given it to another
         try:
-            await self.puller.refuse(held, time.monotonic() + _GIVE_BACK_SECS)
+            await self.puller.refuse(held)
         except (persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
             pass  # delivered again after ack_wait
 

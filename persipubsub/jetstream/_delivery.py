@@ -22,9 +22,6 @@ import persipubsub.errors
 import persipubsub.message
 from persipubsub.jetstream import _address, _ahead, _calls, _errors, _inboxes, _settings, _stream
 
-#: A message that can not be given back at once is delivered again after ack_wait.
-_GIVE_BACK_SECS: Final = 2.0
-
 #: Messages that are acknowledged at the same time when all but the newest are skipped.
 _SKIPPED_AT_ONCE: Final = 256
 
@@ -166,8 +163,7 @@ class Lease:
     async def refuse(self) -> None:
         """Let the messages be delivered again. Only for the loop's own thread."""
         self._end()
-        await self._consumer.ahead(self._ports).puller.refuse(self.pulled,
-                                                              time.monotonic() + _GIVE_BACK_SECS)
+        await self._consumer.ahead(self._ports).puller.refuse(self.pulled)
 
     def _end(self) -> None:
         """Hold the messages no longer."""

@@ -28,6 +28,9 @@ _HEARTBEAT_SECS: Final = 0.5
 
 _PAUSE_SECS: Final = 0.1
 
+#: A message that can not be given back within so many seconds is delivered again after ack_wait.
+_GIVE_BACK_SECS: Final = 2.0
+
 #: The server says so when the next message is too large for a pull.
 _MAX_BYTES: Final = "MaxBytes"
 
@@ -364,14 +367,15 @@ class Puller:
         """
         await self._tell_all(pulled, b"+ACK")
 
-    async def refuse(self, pulled: List[_inboxes.Pulled], deadline: float) -> None:
+    async def refuse(self, pulled: List[_inboxes.Pulled], seconds: float = _GIVE_BACK_SECS) -> None:
         """
         Let others have messages, and wait until the servers know.
 
         :param pulled: messages
-        :param deadline: on the monotonic clock
+        :param seconds: how long to wait at most
         :raise UnavailableError: if there was no answer in time
         """
+        deadline = time.monotonic() + seconds
         # In order: the first one is the next that is delivered again.
         await asyncio.gather(*(self._stream.link.request(one.reply, b"-NAK", deadline)
                                for one in pulled))

@@ -33,6 +33,20 @@ def read(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     return None if value is None else _layout.unpack_subscriber(value)
 
 
+def read_position(txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                  key: bytes) -> Optional[int]:
+    """
+    Read the position of a subscriber.
+
+    :param txn: any transaction
+    :param databases: handles
+    :param key: its id, in UTF-8
+    :return: its position; None if there is no such subscriber
+    """
+    value = txn.get(key, db=databases.pending)
+    return None if value is None else _layout.unpack_positions((value, ))[0]
+
+
 def require(txn: "lmdb.Transaction[memoryview]", databases: Databases,
             key: bytes) -> _layout.Subscriber:
     """

@@ -89,7 +89,7 @@ def find_floor(txn: "lmdb.Transaction[memoryview]",
     """
     if not tail.totals:
         if (known is not None and known.generation == tail.generation and known.hindmost is not None
-                and known.everyone == _read_position(txn, databases, known.hindmost)):
+                and known.everyone == _positions.read_position(txn, databases, known.hindmost)):
             return known
         found = _find_hindmost(txn, databases)
         if found is None:
@@ -152,20 +152,6 @@ def _floor_at(  # pylint: disable=too-many-arguments,too-many-positional-argumen
                  interval=interval_of(subscribers),
                  hindmost=hindmost if number == everyone else None,
                  oldest_ns=place.time_ns)
-
-
-def _read_position(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                   key: bytes) -> Optional[int]:
-    """
-    Read the position of a subscriber.
-
-    :param txn: any transaction
-    :param databases: handles
-    :param key: its id, in UTF-8
-    :return: its position; None if there is no such subscriber
-    """
-    value = txn.get(key, db=databases.pending)
-    return None if value is None else _layout.unpack_positions((value, ))[0]
 
 
 def _find_hindmost(txn: "lmdb.Transaction[memoryview]",
