@@ -203,6 +203,13 @@ def test_error_of_a_work_is_raised_alone(environment: _environment.Environment) 
         assert environment.read(nothing) > 0
 
 
+def committed(commit: int) -> _line.Request:
+    """Make the request of a thread whose work was committed, and that waits for the flush."""
+    request = _line.Request(nothing, is_flushed=True)
+    request.commit = commit
+    return request
+
+
 def test_commit_during_a_flush_gets_a_flush_of_its_own(environment: _environment.Environment,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     commits = []  # type: List[int]
@@ -220,16 +227,28 @@ def test_commit_during_a_flush_gets_a_flush_of_its_own(environment: _environment
 
     monkeypatch.setattr(environment, "_sync", sync_slowly)
 
-    def flush(commit: int) -> None:
-        request = _line.Request(nothing, is_flushed=True)
-        request.commit = commit
-        environment._flush(request)
+    environment._flush(committed(environment.write(stores.rewrite)))
+    environment._flush(committed(commits[0]))
+    assert len(flushes) == 2
+    environment._flush(committed(commits[0]))
+    assert len(flushes) == 2
 
-    flush(environment.write(stores.rewrite))
-    flush(commits[0])
-    assert len(flushes) == 2
-    flush(commits[0])
-    assert len(flushes) == 2
+
+def test_who_is_flushed_waits_for_no_later_flush(environment: _environment.Environment,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    early = committed(environment.write(stores.rewrite))
+    environment._flush(early)
+    sync = environment._sync
+
+    def sync_and_look() -> None:
+        # As a follower that was woken when the next flush had begun.
+        threads = Threads()
+        threads.start("early", lambda: environment._flush(early))
+        assert threads.join() == {"early": None}
+        sync()
+
+    monkeypatch.setattr(environment, "_sync", sync_and_look)
+    environment._flush(committed(environment.write(stores.rewrite)))
 
 
 def test_write_makes_way_for_a_process_that_waits(environment: _environment.Environment) -> None:

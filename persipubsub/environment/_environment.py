@@ -122,7 +122,7 @@ class Environment(_transactions.Transactions):
         if self.options.keeps_os and handles.was_interrupted:
             self._prepare_os()
         self.clock_offset_ns = header.clock_offset_ns
-        _files.keep_reserve(self.directory, _transactions.RESERVE_BYTES)
+        _files.keep_reserve(self.directory)
 
     def begin_work(self) -> None:
         """Let a store that was only looked at be written to; hold what :py:meth:`open` needs."""

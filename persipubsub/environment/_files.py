@@ -42,6 +42,9 @@ FILE_MODE: Final = 0o600
 #: A disk is full if it has less room than this, in bytes.
 _LITTLE_ROOM: Final = 1 << 16
 
+#: What is given back when the disk is full, so that messages can be acknowledged, in bytes.
+_RESERVE_BYTES: Final = 1 << 18
+
 _MDB_MAGIC: Final = 0xBEEFC0DE
 _MDB_DATA_VERSION: Final = 1
 _PAGE_HEADER_BYTES: Final = 16
@@ -406,12 +409,11 @@ def _parse_meta(path: str, head: bytes) -> "tuple[int, int]":
     return fields[7], fields[6]
 
 
-def keep_reserve(directory: str, size: int) -> bool:
+def keep_reserve(directory: str) -> bool:
     """
     Keep some room on the disk aside, if there is that much.
 
     :param directory: of the store
-    :param size: in bytes
     :return: True if it is kept now
     """
     path = os.path.join(directory, RESERVE)
@@ -421,7 +423,7 @@ def keep_reserve(directory: str, size: int) -> bool:
         # It is there already, or the directory may not be written to.
         return os.path.lexists(path)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
         return True
     except OSError:
         os.unlink(path)

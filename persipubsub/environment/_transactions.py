@@ -47,9 +47,6 @@ _READER_CHECK_COMMITS: Final = 256
 #: A read that finds no slot in the table of readers tries again after this time, in seconds.
 _SLOT_PAUSE_SECS: Final = 0.001
 
-#: Room on the disk that is given back when it is full, so that messages can be acknowledged.
-RESERVE_BYTES: Final = 1 << 18
-
 #: The reserve is taken again when there is room for it; time between two looks, in seconds.
 _RESERVE_SECS: Final = 1.0
 
@@ -382,6 +379,9 @@ class Transactions:
             and one more would succeed and mean nothing
         """
         try:
+            # Without the lock first: whoever holds it may be flushing what came later.
+            if self._flushed >= request.commit:
+                return
             with self._flush_lock:
                 if self._flushed >= request.commit:
                     return
@@ -431,7 +431,7 @@ class Transactions:
             with contextlib.suppress(lmdb.Error, persipubsub.errors.ClosedError):
                 self.check_readers()
         if self._reserve_due is not None and time.monotonic() >= self._reserve_due:
-            is_kept = _files.keep_reserve(self.directory, RESERVE_BYTES)
+            is_kept = _files.keep_reserve(self.directory)
             self._reserve_due = None if is_kept else time.monotonic() + _RESERVE_SECS
 
     def _recover(self, error: Optional[BaseException]) -> bool:
