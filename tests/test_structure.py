@@ -30,6 +30,7 @@ _ROWS: List[Set[str]] = [
     },
     {"cli._view"},
     {"cli._shared", "metrics"},
+    {"cli._text"},
     {"aio"},
     {"_async_publisher", "_async_receipts"},
     {"_inbox", "_outbox"},

@@ -11,7 +11,7 @@ import msgspec
 
 import persipubsub.config
 import persipubsub.control
-from persipubsub.cli import _shared
+from persipubsub.cli import _shared, _text
 from persipubsub.maintenance import _dead_letters
 
 _ACTIONS = ("list", "send-back", "drop")
@@ -58,7 +58,7 @@ def dead_letters(  # pylint: disable=too-many-arguments,too-many-positional-argu
         waiting = sum(
             len(found) for key in keys
             for found in persipubsub.control.dead_letters(config, key).values())
-        click.confirm("Drop {} of {}?".format(_shared.count(len(numbers) or waiting, "dead letter"),
+        click.confirm("Drop {} of {}?".format(_text.count(len(numbers) or waiting, "dead letter"),
                                               ", ".join(keys)),
                       abort=True,
                       err=True)
@@ -91,13 +91,13 @@ def _list(config: pathlib.Path, keys: Sequence[str], as_json: bool) -> None:
                 str(letter.number),
                 str(letter.attempts),
                 letter.moved_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-                _shared.show_bytes(len(letter.data)), letter.error
+                _text.show_bytes(len(letter.data)), letter.error
             ])
     if as_json:
         print(json.dumps(found, indent=2))
     elif rows:
         print(
-            _shared.table([
+            _text.table([
                 "DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBER", "ATTEMPTS",
                 "MOVED", "SIZE", "ERROR"
             ], rows))
@@ -125,12 +125,12 @@ def _change(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         nonlocal missing
         missing = missing or not set(numbers) <= set(changed)
         report.done(key, {"numbers": list(changed)},
-                    "{}: {} {}".format(key, _shared.count(len(changed), "dead letter"), done))
+                    "{}: {} {}".format(key, _text.count(len(changed), "dead letter"), done))
 
     try:
         report.each(keys, lambda key: work(config, key, numbers or None), tell)
     finally:
         if missing:
-            _shared.complain("not there, or in use: some of the numbers {}".format(", ".join(
+            _text.complain("not there, or in use: some of the numbers {}".format(", ".join(
                 map(str, numbers))))
             sys.exit(1)

@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 import click
 
 import persipubsub.control
-from persipubsub.cli import _shared
+from persipubsub.cli import _shared, _text
 
 
 def _ask(text: str, yes: bool) -> None:
@@ -18,7 +18,7 @@ def _ask(text: str, yes: bool) -> None:
     :param yes: True if it was answered
     """
     if not yes:
-        click.confirm(_shared.printable(text), abort=True, err=True)
+        click.confirm(_text.printable(text), abort=True, err=True)
 
 
 def _tell(as_json: bool, line: str, **described: object) -> None:
@@ -29,7 +29,7 @@ def _tell(as_json: bool, line: str, **described: object) -> None:
     :param line: for people
     :param described: for machines
     """
-    print(json.dumps(described) if as_json else _shared.printable(line), flush=True)
+    print(json.dumps(described) if as_json else _text.printable(line), flush=True)
 
 
 @_shared.command()
@@ -56,10 +56,10 @@ def verify(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> Non
         report.done(
             key, {"findings": findings},
             "{}: {}".format(key,
-                            _shared.count(len(findings), "finding") if findings else "sound"))
+                            _text.count(len(findings), "finding") if findings else "sound"))
         for finding in findings:
             report.exit_code = 1
-            _shared.complain("{}: {}".format(key, finding))
+            _text.complain("{}: {}".format(key, finding))
 
     report.each(_shared.select(config, queue_key), work, tell)
 
@@ -88,8 +88,8 @@ def compact(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> No
             key, {
                 "before_bytes": sizes.before,
                 "after_bytes": sizes.after
-            }, "{}: {}, was {}".format(key, _shared.show_bytes(sizes.after),
-                                       _shared.show_bytes(sizes.before))))
+            }, "{}: {}, was {}".format(key, _text.show_bytes(sizes.after),
+                                       _text.show_bytes(sizes.before))))
 
 
 @_shared.command()
@@ -112,7 +112,7 @@ def backup(config: pathlib.Path, target: pathlib.Path, queue_key: Optional[str],
     size = _shared.with_progress(
         key, lambda progress: persipubsub.control.backup(config, key, target, progress))
     _tell(as_json,
-          "{}: {} in {}, verified".format(key, _shared.show_bytes(size), target),
+          "{}: {} in {}, verified".format(key, _text.show_bytes(size), target),
           queue=key,
           target=str(target),
           bytes=size)
@@ -141,7 +141,7 @@ def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str]
         key, lambda progress: persipubsub.control.restore(config, key, source, progress))
     figures = persipubsub.control.statistics(config, key)[key]
     _tell(as_json,
-          "{}: restored, with {}".format(key, _shared.count(figures.messages, "message")),
+          "{}: restored, with {}".format(key, _text.count(figures.messages, "message")),
           queue=key,
           messages=figures.messages)
 
@@ -196,13 +196,13 @@ def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional
     if subscriber in lags:
         _ask(
             "Remove {} from {}, with {} that it did not acknowledge?".format(
-                subscriber, key, _shared.count(lags[subscriber], "message")), yes)
+                subscriber, key, _text.count(lags[subscriber], "message")), yes)
     lag = persipubsub.control.remove_subscriber(config, key, subscriber)
     _tell(
         as_json,
         "{key}: {} was removed, with {} that it did not acknowledge. Remove it from {}, too: from "
         "queues.{key}.subscribers, from those of publishers, and its own entry; init adds it "
-        "again otherwise.".format(subscriber, _shared.count(lag, "message"), config, key=key),
+        "again otherwise.".format(subscriber, _text.count(lag, "message"), config, key=key),
         queue=key,
         subscriber=subscriber,
         unread=lag)

@@ -16,7 +16,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 from persipubsub import _delivery
-from persipubsub.cli import _shared
+from persipubsub.cli import _shared, _text
 
 #: So much of a stream of lines is read, and so sent in one commit, at most.
 _CHUNK_BYTES: Final = 1 << 16
@@ -36,7 +36,7 @@ def _show(content: bytes, style: str) -> str:
         return content.hex()
     if style == "base64":
         return base64.b64encode(content).decode("ascii")
-    return _shared.printable(content.decode("utf-8", "backslashreplace"))
+    return _text.printable(content.decode("utf-8", "backslashreplace"))
 
 
 def _print_look(message: persipubsub.control.Message, style: str, as_json: bool) -> None:
@@ -57,7 +57,7 @@ def _print_look(message: persipubsub.control.Message, style: str, as_json: bool)
         print(json.dumps(found), flush=True)
         return
     content = "(damaged)" if message.content is None else _show(message.content, style)
-    print("{:>10}  {:>9}  {}".format(message.number, _shared.show_seconds(message.age_seconds),
+    print("{:>10}  {:>9}  {}".format(message.number, _text.show_seconds(message.age_seconds),
                                      content),
           flush=True)
 
@@ -135,8 +135,8 @@ def tail(config: pathlib.Path, queue_key: Optional[str], number: int, style: str
         for messages in found:
             for message in messages:
                 if expected is not None and message.number > expected:
-                    _shared.complain("{} passed unseen".format(
-                        _shared.count(message.number - expected, "number")))
+                    _text.complain("{} passed unseen".format(
+                        _text.count(message.number - expected, "number")))
                 expected = message.number + 1
                 _print_look(message, style, as_json)
             _fail_if_nobody_reads()
@@ -197,7 +197,7 @@ def send(  # pylint: disable=too-many-arguments,too-many-positional-arguments
             if as_json:
                 print(json.dumps({"sent": sent}), flush=True)
             else:
-                print("{} sent".format(_shared.count(sent, "message")), file=sys.stderr)
+                print("{} sent".format(_text.count(sent, "message")), file=sys.stderr)
 
 
 def _send(pub: persipubsub.publisher.Pub, messages: Sequence[bytes]) -> int:
@@ -365,8 +365,8 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     with persipubsub.queue.Queue(settings) as queue:
         received, is_whole = _receive(queue.consumer(subscriber), output, number, timeout)
     if received < number:
-        _shared.complain("{} for {} within {:g} seconds".format(
-            "no message" if not received else "only {}".format(_shared.count(received, "message")),
+        _text.complain("{} for {} within {:g} seconds".format(
+            "no message" if not received else "only {}".format(_text.count(received, "message")),
             subscriber, timeout))
     if received < number or not is_whole:
         sys.exit(1)
@@ -389,7 +389,7 @@ def _receive(consumer: _delivery.Consumer, output: _Output, number: int,
         try:
             lease = consumer.take(None if timeout == float("inf") else timeout)
         except persipubsub.errors.CorruptMessageError as error:
-            _shared.complain(str(error))
+            _text.complain(str(error))
             is_whole = False
             continue
         if lease is None:

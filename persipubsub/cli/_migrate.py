@@ -8,7 +8,7 @@ from typing import Optional
 import click
 
 import persipubsub.control
-from persipubsub.cli import _shared
+from persipubsub.cli import _shared, _text
 
 
 @_shared.command()
@@ -38,9 +38,9 @@ def migrate(config: pathlib.Path, queue_key: Optional[str], target: str, as_json
         print(json.dumps({name: one._asdict() for name, one in counts.items()}, indent=2))
     else:
         print(
-            _shared.table(["SUBSCRIBER", "MOVED", "LEFT"],
-                          [[name, "{:,}".format(one.moved), "{:,}".format(one.left)]
-                           for name, one in counts.items()]))
+            _text.table(["SUBSCRIBER", "MOVED", "LEFT"],
+                        [[name, "{:,}".format(one.moved), "{:,}".format(one.left)]
+                         for name, one in counts.items()]))
     if left:
-        _shared.complain("{} left in {}; run it again".format(_shared.count(left, "delivery"), key))
+        _text.complain("{} left in {}; run it again".format(_text.count(left, "delivery"), key))
         sys.exit(1)

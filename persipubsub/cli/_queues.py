@@ -12,7 +12,7 @@ import click
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-from persipubsub.cli import _shared
+from persipubsub.cli import _shared, _text
 
 
 @_shared.command()
@@ -69,18 +69,18 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
         problems = error.problems
     if not as_json:
         for warning in warnings:
-            _shared.complain("warning: " + warning)
+            _text.complain("warning: " + warning)
     if as_json:
         print(json.dumps({"problems": list(problems), "warnings": warnings}, indent=2))
     elif problems:
         for problem in problems:
-            print(_shared.printable(problem), file=sys.stderr)
-        _shared.complain("{} in {}".format(_shared.count(len(problems), "problem"), config))
+            print(_text.printable(problem), file=sys.stderr)
+        _text.complain("{} in {}".format(_text.count(len(problems), "problem"), config))
     else:
-        print("{}: fine: {}, {}, {}".format(_shared.printable(str(config)),
-                                            _shared.count(len(found.queues), "queue"),
-                                            _shared.count(len(found.publishers), "publisher"),
-                                            _shared.count(len(found.subscribers), "subscriber")))
+        print("{}: fine: {}, {}, {}".format(_text.printable(str(config)),
+                                            _text.count(len(found.queues), "queue"),
+                                            _text.count(len(found.publishers), "publisher"),
+                                            _text.count(len(found.subscribers), "subscriber")))
     if problems:
         sys.exit(1)
 
@@ -104,7 +104,7 @@ def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None
         lambda key: persipubsub.control.prune_dangling_messages(config, key)[key],
         lambda key, dropped: report.done(
             key, {"dropped": dropped}, "{}: {} dropped for being too old".format(
-                key, _shared.count(dropped, "delivery"))))
+                key, _text.count(dropped, "delivery"))))
 
 
 @_shared.command()
@@ -123,7 +123,7 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
     if not yes:
         waiting = sum(figures.messages for key in keys
                       for figures in persipubsub.control.statistics(config, key).values())
-        click.confirm("Drop {} of {}?".format(_shared.count(waiting, "message"), ", ".join(keys)),
+        click.confirm("Drop {} of {}?".format(_text.count(waiting, "message"), ", ".join(keys)),
                       abort=True,
                       err=True)
     report = _shared.Report(as_json)
@@ -131,7 +131,7 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
         keys, lambda key: persipubsub.control.clear_all_subs(config, key)[key],
         lambda key, dropped: report.done(
             key, {"dropped": dropped}, "{}: cleared, {} unread".format(
-                key, _shared.count(dropped, "delivery"))))
+                key, _text.count(dropped, "delivery"))))
 
 
 @_shared.command()

@@ -9,7 +9,7 @@ import click
 
 import persipubsub.config
 import persipubsub.control
-from persipubsub.cli import _shared
+from persipubsub.cli import _shared, _text
 
 
 def _place(ctx: click.Context, param: click.Parameter, value: str) -> Any:
@@ -77,5 +77,5 @@ def seek(config: pathlib.Path, subscriber: str, place: Any, queue_key: Optional[
         }))
     else:
         print(
-            _shared.printable("{}: {} goes on from number {}, with {} before it".format(
-                key, subscriber, position, _shared.count(lag, "message"))))
+            _text.printable("{}: {} goes on from number {}, with {} before it".format(
+                key, subscriber, position, _text.count(lag, "message"))))

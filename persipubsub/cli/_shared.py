@@ -1,4 +1,4 @@
-"""Share between the commands: options, output for people and for machines, and how they fail."""
+"""Share between the commands: options, which queues they are about, what they report of each."""
 
 import dataclasses
 import inspect
@@ -9,23 +9,18 @@ import re
 import sys
 import threading
 import types
-from typing import Any, Callable, Dict, Final, Iterable, List, Optional, Sequence, TypeVar
+from typing import Any, Callable, Dict, Iterable, List, Optional, TypeVar
 
 import click
 
 import persipubsub.config
 import persipubsub.errors
 from persipubsub._progress import Progress
+from persipubsub.cli import _text
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 ResultT = TypeVar("ResultT")
-
-#: What would change a terminal, or look like a line of ours, if a message or a name had it.
-_UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-#: Seconds after which a time is told in a larger unit, and that unit in seconds.
-_TIME_UNITS: Final = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"))
 
 
 class _Command(click.Command):
@@ -200,7 +195,7 @@ class Report:
         """
         self._results[key] = result
         if not self._as_json:
-            print(printable(line), flush=True)
+            print(_text.printable(line), flush=True)
 
     def failed(self, key: str, error: persipubsub.errors.PersipubsubError) -> None:
         """
@@ -211,7 +206,7 @@ class Report:
         """
         self._results[key] = {"error": str(error)}
         self.exit_code = 1
-        complain(str(error))
+        _text.complain(str(error))
 
     def finish(self) -> None:
         """Write what machines wait for, and end with the exit code."""
@@ -241,31 +236,6 @@ class Report:
         self.finish()
 
 
-def complain(text: str) -> None:
-    """
-    Write a line about what went wrong.
-
-    :param text: what went wrong
-    """
-    # Errors tell programmers what to call; who reads this types it.
-    text = text.replace("persipubsub.control.initialize_all_dbs", "persipubsub init")
-    print("persipubsub: {}".format(printable(text)), file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    r"""
-    Show what would change a terminal instead of doing it.
-
-    :param text: to be shown
-    :return: text in which control characters are escaped
-
-    >>> print(printable("a\nb"))
-    a\nb
-    """
-    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"),
-                            text)
-
-
 def to_json(value: object) -> Any:
     """
     Turn an object of the library into what JSON has.
@@ -278,92 +248,6 @@ def to_json(value: object) -> Any:
     if isinstance(value, types.MappingProxyType):
         return dict(value)
     raise TypeError("Expected something for JSON, but got: {!r}".format(value))
-
-
-def show_bytes(size: float) -> str:
-    """
-    Show a size.
-
-    :param size: in bytes
-    :return: in a unit for people
-
-    >>> show_bytes(1234567)
-    '1.2 MB'
-    """
-    if size < 1000:
-        return "{:.0f} B".format(size)
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.95:
-            return "{:.1f} {}".format(size, unit)
-    return "{:,.1f} TB".format(size / 1000)
-
-
-def show_seconds(seconds: Optional[float]) -> str:
-    """
-    Show a time.
-
-    :param seconds: how long; None if there is none
-    :return: in a unit for people
-
-    >>> show_seconds(7300.0)
-    '2.0 h'
-    """
-    if seconds is None:
-        return "-"
-    for limit, unit, name in _TIME_UNITS:
-        if seconds >= limit:
-            return "{:,.1f} {}".format(seconds / unit, name)
-    return "{:.1f} s".format(seconds)
-
-
-def show_share(share: float) -> str:
-    """
-    Show a share.
-
-    :param share: 1.0 is all
-    :return: percentage
-
-    >>> show_share(0.123)
-    '12 %'
-    """
-    if 0 < share < 0.01:
-        return "<1 %"
-    return "{:.0f} %".format(100 * share)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """
-    Lay out a table for what is not a terminal: nothing is cut, columns are two spaces apart.
-
-    :param head: of the columns; the first one is text, the others are numbers
-    :param rows: of the table
-    :return: lines
-    """
-    cells = [list(head)] + [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for row in cells:
-        padded = [row[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
-
-
-def count(number: int, noun: str) -> str:
-    """
-    Show a number of things.
-
-    :param number: how many
-    :param noun: what, in the singular
-    :return: number and noun
-
-    >>> count(2, "delivery")
-    '2 deliveries'
-    """
-    if number != 1:
-        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return "{:,} {}".format(number, noun)
 
 
 def with_progress(title: str, work: Callable[[Progress], ResultT]) -> ResultT:
@@ -386,14 +270,15 @@ def with_progress(title: str, work: Callable[[Progress], ResultT]) -> ResultT:
                                      rich.progress.TaskProgressColumn(),
                                      console=rich.console.Console(stderr=True),
                                      transient=True)
-    task = drawing.add_task(printable(title), total=1.0)
+    task = drawing.add_task(_text.printable(title), total=1.0)
     is_done = threading.Event()
 
     def draw() -> None:
         while not is_done.wait(timeout=0.1):
             drawing.update(task,
                            completed=progress.share(),
-                           description=printable("{} ({})".format(title, progress.what or "copy")))
+                           description=_text.printable("{} ({})".format(
+                               title, progress.what or "copy")))
 
     with drawing:
         drawer = threading.Thread(target=draw, name="persipubsub-progress", daemon=True)

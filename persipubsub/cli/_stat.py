@@ -18,7 +18,7 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
 from persipubsub import _counting
-from persipubsub.cli import _shared
+from persipubsub.cli import _shared, _text
 
 Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
 
@@ -120,21 +120,21 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
         return
     if statistics:
         print(
-            _shared.table([
+            _text.table([
                 "QUEUE", "MESSAGES", "OF MARK", "BYTES", "OF MARK", "OLDEST", "OF TIMEOUT", "FILE",
                 "OF LIMIT", "COMMITS"
             ], [[
                 key, "{:,}".format(figures.messages),
-                _shared.show_share(figures.message_share),
-                _shared.show_bytes(figures.message_bytes),
-                _shared.show_share(figures.byte_share),
-                _shared.show_seconds(figures.oldest_age_seconds),
-                _shared.show_share(figures.age_share),
-                _shared.show_bytes(figures.file_bytes),
-                _shared.show_share(figures.file_share), "{:,}".format(figures.commits)
+                _text.show_share(figures.message_share),
+                _text.show_bytes(figures.message_bytes),
+                _text.show_share(figures.byte_share),
+                _text.show_seconds(figures.oldest_age_seconds),
+                _text.show_share(figures.age_share),
+                _text.show_bytes(figures.file_bytes),
+                _text.show_share(figures.file_share), "{:,}".format(figures.commits)
             ] for key, figures in statistics.items()]))
         print()
-        print(_shared.table([
+        print(_text.table([
             "SUBSCRIBER", "QUEUE", "LAG", "IN FLIGHT", "RECEIVED", "FAILED", "BY TIMEOUT",
             "BY MARK", "CLEARED", "SKIPPED", "CORRUPT", "DEAD LETTERS", "LAST"
         ], [[
@@ -143,12 +143,12 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
                 one.acknowledged), "{:,}".format(one.failed), "{:,}".format(one.dropped_by_timeout),
             "{:,}".format(one.dropped_by_mark), "{:,}".format(one.cleared), "{:,}".format(
                 one.skipped), "{:,}".format(one.corrupt), "{:,}".format(one.dead_lettered),
-            _shared.show_seconds(one.seconds_since_acknowledged)
+            _text.show_seconds(one.seconds_since_acknowledged)
         ] for key, figures in statistics.items() for one in figures.subscribers]),
               flush=True)
         _print_claims(statistics)
     for text in errors.values():
-        _shared.complain(text)
+        _text.complain(text)
 
 
 def _print_claims(statistics: Statistics) -> None:
@@ -161,9 +161,9 @@ def _print_claims(statistics: Statistics) -> None:
         claim.subscriber, key,
         str(claim.number), "{:,}".format(claim.count),
         "?" if claim.process_id is None else str(claim.process_id),
-        _shared.show_seconds(claim.seconds)
+        _text.show_seconds(claim.seconds)
     ] for key, figures in statistics.items() for one in figures.subscribers for claim in one.claims]
     if rows:
         print()
-        print(_shared.table(["IN FLIGHT", "QUEUE", "NUMBER", "MESSAGES", "PROCESS", "SINCE"], rows),
+        print(_text.table(["IN FLIGHT", "QUEUE", "NUMBER", "MESSAGES", "PROCESS", "SINCE"], rows),
               flush=True)

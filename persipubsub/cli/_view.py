@@ -15,7 +15,7 @@ import rich.table
 import rich.text
 
 import persipubsub.statistics
-from persipubsub.cli import _shared
+from persipubsub.cli import _text
 
 Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
 
@@ -129,7 +129,7 @@ def _bar(share: float) -> rich.text.Text:
     text = rich.text.Text()
     text.append("━" * filled, style=color)
     text.append("┄" * (_BAR_WIDTH - filled), style="bright_black")
-    text.append(" {:>4}".format(_shared.show_share(share)),
+    text.append(" {:>4}".format(_text.show_share(share)),
                 style=color if share >= 0.5 else "default")
     return text
 
@@ -148,12 +148,11 @@ def _draw_marks(figures: persipubsub.statistics.QueueStatistics,
         grid.add_column(justify=justify, no_wrap=True)
     rows = [
         ("messages", "{:,}".format(figures.messages), figures.message_share, "of MAX_MSGS_NUM"),
-        ("bytes", _shared.show_bytes(figures.message_bytes), figures.byte_share,
+        ("bytes", _text.show_bytes(figures.message_bytes), figures.byte_share,
          "of HWM_LMDB_SIZE_BYTES"),
-        ("oldest", _shared.show_seconds(figures.oldest_age_seconds), figures.age_share,
+        ("oldest", _text.show_seconds(figures.oldest_age_seconds), figures.age_share,
          "of MSG_TIMEOUT_SECS"),
-        ("file", _shared.show_bytes(figures.file_bytes), figures.file_share,
-         "of max_db_size_bytes"),
+        ("file", _text.show_bytes(figures.file_bytes), figures.file_share, "of max_db_size_bytes"),
     ]
     for name, value, share, limit in rows:
         grid.add_row(rich.text.Text(name, style="bold"), value, _bar(share),
@@ -195,7 +194,7 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
     drawn = sorted(figures.subscribers, key=lambda one: -one.lag)[:limit]
     for one in sorted(drawn, key=lambda one: one.subscriber):
         cells = [
-            rich.text.Text(_shared.printable(one.subscriber), style="bold"),
+            rich.text.Text(_text.printable(one.subscriber), style="bold"),
             _number(one.lag, ""),
             _number(one.in_flight, ""),
             _number(one.acknowledged, "")
@@ -204,7 +203,7 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
             rates = history.received(one.subscriber)
             cells.append(rich.text.Text("{:,.0f}/s".format(rates[-1])))
         cells += [
-            rich.text.Text(_shared.show_seconds(one.seconds_since_acknowledged)),
+            rich.text.Text(_text.show_seconds(one.seconds_since_acknowledged)),
             _number(one.failed, "yellow")
         ]
         dropped = [one.dropped_by_timeout, one.dropped_by_mark, one.dead_lettered]
@@ -251,16 +250,16 @@ def draw(statistics: Statistics, errors: Mapping[str, str], histories: Mapping[s
             rich.panel.Panel(rich.console.Group(
                 _draw_marks(figures, histories[key]),
                 _draw_subscribers(figures, histories[key], limit, width)),
-                             title=rich.text.Text(_shared.printable(key), style="bold"),
-                             subtitle=rich.text.Text(_shared.printable(figures.path),
+                             title=rich.text.Text(_text.printable(key), style="bold"),
+                             subtitle=rich.text.Text(_text.printable(figures.path),
                                                      style="bright_black"),
                              title_align="left",
                              subtitle_align="right",
                              expand=False))
     for key, text in errors.items():
         panels.append(
-            rich.panel.Panel(rich.text.Text(_shared.printable(text)),
-                             title=rich.text.Text(_shared.printable(key), style="bold"),
+            rich.panel.Panel(rich.text.Text(_text.printable(text)),
+                             title=rich.text.Text(_text.printable(key), style="bold"),
                              title_align="left",
                              border_style="red",
                              expand=False))

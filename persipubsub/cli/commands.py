@@ -15,7 +15,7 @@ import click
 
 import persipubsub
 import persipubsub.errors
-from persipubsub.cli import _shared
+from persipubsub.cli import _text
 
 __all__ = ["commands", "main"]
 
@@ -108,12 +108,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         _close_output()
         return 0
     except KeyboardInterrupt:
-        _shared.complain("interrupted")
+        _text.complain("interrupted")
         return 130
     except OSError as error:
         # Of the output, or of a file that was named; those of queues are translated.
         _close_output()
-        _shared.complain("Expected to write the output, but got: {}".format(error))
+        _text.complain("Expected to write the output, but got: {}".format(error))
         return 1
 
 
@@ -142,12 +142,12 @@ def _run(arguments: Sequence[str]) -> int:
         code = stop.code if isinstance(stop.code, int) else 0
     except click.Abort:
         print(file=sys.stderr)
-        _shared.complain("nothing was done")
+        _text.complain("nothing was done")
     except click.UsageError as error:
         error.show()
         code = error.exit_code
     except click.ClickException as error:
-        _shared.complain(error.format_message())
+        _text.complain(error.format_message())
     except persipubsub.errors.PersipubsubError as error:
-        _shared.complain(str(error))
+        _text.complain(str(error))
     return code
