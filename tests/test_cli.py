@@ -721,12 +721,12 @@ def test_too_large_message(tmp_path: pathlib.Path) -> None:
 #: show in them; whoever needs one more adds it here.
 STAT_LOADS = {
     "", "__main__", "_config_checks", "_counting", "_engines", "_in_flight", "_json_file",
-    "_progress", "_selection", "_settings", "cli", "cli._shared", "cli._stat", "cli._text",
-    "cli.commands", "config", "environment", "environment._checkpoint", "environment._environment",
-    "environment._files", "environment._gate", "environment._line", "environment._opening",
-    "environment._registry", "environment._transactions", "errors", "statistics", "store",
-    "store._attempts", "store._blocks", "store._check", "store._clock", "store._databases",
-    "store._header", "store._layout", "store._log", "store._positions"
+    "_progress", "_selection", "_settings", "cli", "cli._ending", "cli._figures", "cli._shared",
+    "cli._stat", "cli._text", "cli.commands", "config", "environment", "environment._checkpoint",
+    "environment._environment", "environment._files", "environment._gate", "environment._line",
+    "environment._opening", "environment._registry", "environment._transactions", "errors",
+    "statistics", "store", "store._attempts", "store._blocks", "store._check", "store._clock",
+    "store._databases", "store._header", "store._layout", "store._log", "store._positions"
 }
 
 #: What would take long to load, and is for other commands, or for other people than scripts.
@@ -784,7 +784,10 @@ def test_help_of_a_command_loads_no_other(monkeypatch: pytest.MonkeyPatch, name:
     names = {one for one in own(loaded(monkeypatch, name, "--help")) if one.startswith("cli._")}
     function = COMMANDS[name].callback
     assert function is not None
-    assert names == {"cli._shared", "cli._text"} | own({function.__module__})
+    below = {"cli._ending", "cli._shared", "cli._text"}
+    if name == "stat":
+        below.add("cli._figures")
+    assert names == below | own({function.__module__})
 
 
 def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:

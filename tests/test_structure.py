@@ -28,8 +28,8 @@ _ROWS: List[Set[str]] = [
         "cli._dead_letters", "cli._maintenance", "cli._messages", "cli._migrate", "cli._queues",
         "cli._replay", "cli._stat"
     },
-    {"cli._view"},
-    {"cli._shared", "metrics"},
+    {"cli._figures", "cli._view"},
+    {"cli._ending", "cli._shared", "metrics"},
     {"cli._text"},
     {"aio"},
     {"_async_publisher", "_async_receipts"},

@@ -14,8 +14,7 @@ from typing import Dict, Final, Iterator, Mapping, Optional, Sequence, cast
 import click
 
 import persipubsub
-import persipubsub.errors
-from persipubsub.cli import _text
+from persipubsub.cli import _ending, _text
 
 __all__ = ["commands", "main"]
 
@@ -95,36 +94,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if "_PERSIPUBSUB_COMPLETE" in os.environ:
         # A shell asks for completions; click answers and exits.
         commands.main(prog_name="persipubsub")
-    for stream in (sys.stdout, sys.stderr):
-        # What a terminal can not show is no reason to fail.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Who reads our output has seen enough.
-        _close_output()
-        return 0
-    except KeyboardInterrupt:
-        _text.complain("interrupted")
-        return 130
-    except OSError as error:
-        # Of the output, or of a file that was named; those of queues are translated.
-        _close_output()
-        _text.complain("Expected to write the output, but got: {}".format(error))
-        return 1
-
-
-def _close_output() -> None:
-    """Write nothing to the standard output any more, not even what is left at the exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _ending.exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
 def _run(arguments: Sequence[str]) -> int:
     """
-    Run a command.
+    Run a command, and turn what click says of it into a line and an exit code.
 
     ``click.Command.main`` was rejected: it exits with 1 for a closed pipe and for Ctrl-C.
 
@@ -148,6 +123,4 @@ def _run(arguments: Sequence[str]) -> int:
         code = error.exit_code
     except click.ClickException as error:
         _text.complain(error.format_message())
-    except persipubsub.errors.PersipubsubError as error:
-        _text.complain(str(error))
     return code
