@@ -21,11 +21,16 @@ def main() -> int:
         return 1
     try:
         # A short command is done before garbage is worth collecting: the collections while modules
-        # are loaded, and the one at the exit, took a fifth of the time of "stat". Whoever loads the
-        # command itself enables them again.
+        # are loaded, and the one at the exit, took a fifth of the time of "stat". Whoever loads a
+        # command of click enables them again; "stat" in its plain forms ends by itself.
         gc.disable()
-        import persipubsub.cli.commands  # pylint: disable=import-outside-toplevel
-        return persipubsub.cli.commands.main()
+        # pylint: disable=import-outside-toplevel
+        from persipubsub.cli import _plain
+        code = _plain.run(sys.argv[1:])
+        if code is None:
+            import persipubsub.cli.commands
+            code = persipubsub.cli.commands.main()
+        return code
     except KeyboardInterrupt:
         # While it was still being loaded.
         print("persipubsub: interrupted", file=sys.stderr)

@@ -23,7 +23,7 @@ _MAX_LINES = 500
 # room by the rows of the room. The package itself (__init__) is above them all.
 _ROWS: List[Set[str]] = [
     {"__main__"},
-    {"cli.commands"},
+    {"cli._plain", "cli.commands"},
     {
         "cli._dead_letters", "cli._maintenance", "cli._messages", "cli._migrate", "cli._queues",
         "cli._replay", "cli._stat"
