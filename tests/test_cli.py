@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set
@@ -28,6 +29,7 @@ import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub.cli import _text
 from tests import support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -159,6 +161,16 @@ def test_metrics_without_the_extra(tmp_path: pathlib.Path) -> None:
     assert process.returncode == 1
     assert "pip install 'persipubsub[metrics]'" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_what_would_change_a_terminal_is_escaped() -> None:
+    directions = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    for one in map(chr, range(sys.maxunicode + 1)):
+        expected = one
+        if (unicodedata.category(one) in ("Cc", "Zl", "Zp")
+                or unicodedata.bidirectional(one) in directions):
+            expected = one.encode("unicode_escape").decode("ascii")
+        assert _text.printable("a" + one) == "a" + expected, hex(ord(one))
 
 
 # Queues
