@@ -812,3 +812,38 @@ def test_options_name_what_is_too_long_ago(tmp_path: pathlib.Path) -> None:
             lambda: send(config_pth, b"message"),
             lambda: receive_all(config_pth)) == ["BusyTimeoutError"] * 2
     assert not receive_all(config_pth)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [1], [2], [0]])
+@pytest.mark.parametrize("is_created", [True, False])
+def test_what_is_printed_never_gets_into_a_store(tmp_path: pathlib.Path, numbers: List[int],
+                                                 is_created: bool) -> None:
+    """Daemons close their standard streams, and the next file that is opened gets their numbers."""
+    config_pth = support.write_config(tmp_path)
+    if not is_created:
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    code = """if True:
+        import os, pathlib, sys
+        import persipubsub.control
+        from tests import test_opening
+        config_pth, result, *numbers = map(pathlib.Path, sys.argv[1:])
+        numbers = [int(str(number)) for number in numbers]
+        for number in numbers:
+            os.close(number)
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        with persipubsub.publisher.Pub() as pub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            pub.send(b"first")
+            for number in numbers:
+                # As a library in C does, or the interpreter when it crashes.
+                os.write(number, b"Fatal error: " * 1000)
+            pub.send(b"second")
+            found = [os.readlink("/proc/self/fd/{}".format(number)) for number in numbers]
+        result.write_text(repr(set(found)))
+        """
+    result = tmp_path / "result"
+    done = support.run_python(code, config_pth, result, *numbers)
+    assert done.returncode == 0, done.stderr
+    assert result.read_text() == repr({os.devnull})
+    assert persipubsub.control.verify(config_pth)["queue"] == ()
+    assert receive_all(config_pth) == [b"first", b"second"]

@@ -121,6 +121,24 @@ def make_directories(path: str) -> None:
         flush_directory(os.path.dirname(directory))
 
 
+def occupy_standard_descriptors() -> None:
+    """
+    Open the null device for each of standard input, output and error that is closed.
+
+    A file of a store would get its number otherwise, and whatever is printed, by a library in C or
+    at the end of a process that crashes, would be written into the store. Daemons close them.
+    """
+    while True:
+        try:
+            for number in range(3):
+                os.fstat(number)
+            return
+        except OSError:
+            with translated(path=os.devnull, doing="open"):
+                # The lowest number that is free.
+                os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+
 def open_own_file(path: str) -> int:
     """
     Open one of the library's small files for reading and writing; create it when it is missing.
