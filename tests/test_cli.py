@@ -173,6 +173,44 @@ def test_what_would_change_a_terminal_is_escaped() -> None:
         assert _text.printable("a" + one) == "a" + expected, hex(ord(one))
 
 
+# Closed streams
+
+
+def closed(redirection: str) -> List[str]:
+    """Return what starts the command behind it with a stream closed, as ``>&-`` does in a shell."""
+    return ["sh", "-c", 'exec "$0" "$@" {}'.format(redirection)]
+
+
+@pytest.mark.parametrize("command",
+                         ["stat", "init", "send pub --message x", "receive sub", "stat --json"])
+def test_closed_output(tmp_path: pathlib.Path, command: str) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"first")
+    name, *rest = command.split()
+    process = run(name, config_pth, *rest, prefix=closed(">&-"), exit_code=1)
+    assert process.stderr == ("persipubsub: Expected an open standard output, but got: it is "
+                              "closed. To do without, send it to /dev/null.\n")
+    # Nothing was sent, and nothing was received to be lost.
+    assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag == 1
+
+
+def test_closed_error_output(tmp_path: pathlib.Path) -> None:
+    process = run("stat", tmp_path / "missing.json", prefix=closed("2>&-"), exit_code=1)
+    assert (process.stdout, process.stderr) == ("", "")
+
+
+def test_closed_input(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    process = run("send", config_pth, "pub", prefix=closed("<&-"), exit_code=1)
+    assert process.stderr == ("0 messages sent\npersipubsub: Expected to read the standard input, "
+                              "but got: it is closed\n")
+    send(config_pth, b"first")
+    for name in "clear", "drop-queue":
+        process = run(name, config_pth, prefix=closed("<&-"), exit_code=1)
+        assert process.stderr == "\npersipubsub: nothing was done\n"
+    assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
+
+
 # Queues
 
 

@@ -252,7 +252,7 @@ def test_closed_standard_output(tmp_path: pathlib.Path, options: List[str]) -> N
          test_cli.make(tmp_path),
          *options,
          is_plain=False,
-         prefix=["sh", "-c", 'exec "$0" "$@" >&-'])
+         prefix=test_cli.closed(">&-"))
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

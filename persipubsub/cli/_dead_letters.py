@@ -58,10 +58,8 @@ def dead_letters(  # pylint: disable=too-many-arguments,too-many-positional-argu
         waiting = sum(
             len(found) for key in keys
             for found in persipubsub.control.dead_letters(config, key).values())
-        click.confirm("Drop {} of {}?".format(_text.count(len(numbers) or waiting, "dead letter"),
-                                              ", ".join(keys)),
-                      abort=True,
-                      err=True)
+        _shared.ask("Drop {} of {}?".format(_text.count(len(numbers) or waiting, "dead letter"),
+                                            ", ".join(keys)))
     work = (persipubsub.control.send_back
             if action == "send-back" else persipubsub.control.drop_dead_letters)
     _change(config, keys, numbers, work, "sent back" if action == "send-back" else "dropped",

@@ -21,6 +21,14 @@ def exit_code_of(work: Callable[[], CodeT]) -> Union[CodeT, int]:
     :param work: returns an exit code; None if it did nothing, and somebody else is to do it
     :return: what the work returned; 1 if it failed, 130 if it was interrupted
     """
+    if sys.stderr is None:
+        # Closed: print would take the standard output instead.
+        sys.stderr = open(os.devnull, "wt", encoding="utf-8")
+    if sys.stdout is None:
+        # Before anything is done: a message that was received would be lost.
+        _text.complain("Expected an open standard output, but got: it is closed. To do without, "
+                       "send it to {}.".format(os.devnull))
+        return 1
     for stream in (sys.stdout, sys.stderr):
         # What a terminal can not show is no reason to fail.
         if hasattr(stream, "reconfigure"):

@@ -10,17 +10,6 @@ import persipubsub.control
 from persipubsub.cli import _shared, _text
 
 
-def _ask(text: str, yes: bool) -> None:
-    """
-    Ask, unless that was answered on the command line.
-
-    :param text: of the question
-    :param yes: True if it was answered
-    """
-    if not yes:
-        click.confirm(_text.printable(text), abort=True, err=True)
-
-
 def _tell(as_json: bool, line: str, **described: object) -> None:
     """
     Tell what came of a command.
@@ -136,7 +125,7 @@ def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str]
         persipubsub restore config.json /backup/greetings.mdb --queue greetings
     """
     key = _shared.select_one(config, queue_key)
-    _ask("Replace all that is in the queue {} by {}?".format(key, source), yes)
+    _shared.ask("Replace all that is in the queue {} by {}?".format(key, source), yes)
     _shared.with_progress(
         key, lambda progress: persipubsub.control.restore(config, key, source, progress))
     figures = persipubsub.control.statistics(config, key)[key]
@@ -194,7 +183,7 @@ def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional
     figures = persipubsub.control.statistics(config, key)[key]
     lags = {one.subscriber: one.lag for one in figures.subscribers}
     if subscriber in lags:
-        _ask(
+        _shared.ask(
             "Remove {} from {}, with {} that it did not acknowledge?".format(
                 subscriber, key, _text.count(lags[subscriber], "message")), yes)
     lag = persipubsub.control.remove_subscriber(config, key, subscriber)
@@ -224,7 +213,7 @@ def drop_queue(config: pathlib.Path, queue_key: Optional[str], as_json: bool, ye
         persipubsub drop-queue config.json --queue greetings
     """
     key = _shared.select_one(config, queue_key)
-    _ask("Remove the queue {} with all its messages from the disk?".format(key), yes)
+    _shared.ask("Remove the queue {} with all its messages from the disk?".format(key), yes)
     others = persipubsub.control.drop_queue(config, key)
     line = "{}: dropped".format(key)
     if others:

@@ -231,6 +231,8 @@ def _read_messages(files: Sequence[str], texts: Sequence[str],
     if texts:
         yield [text.encode("utf-8", "surrogateescape") for text in texts]
     for name in files or ([] if texts else ["-"]):
+        if name == "-" and sys.stdin is None:
+            raise click.ClickException("Expected to read the standard input, but got: it is closed")
         with contextlib.ExitStack() as stack:
             try:
                 file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))

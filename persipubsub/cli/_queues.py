@@ -123,9 +123,7 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
     if not yes:
         waiting = sum(figures.messages for key in keys
                       for figures in persipubsub.control.statistics(config, key).values())
-        click.confirm("Drop {} of {}?".format(_text.count(waiting, "message"), ", ".join(keys)),
-                      abort=True,
-                      err=True)
+        _shared.ask("Drop {} of {}?".format(_text.count(waiting, "message"), ", ".join(keys)))
     report = _shared.Report(as_json)
     report.each(
         keys, lambda key: persipubsub.control.clear_all_subs(config, key)[key],

@@ -100,6 +100,20 @@ def yes_option(function: CommandT) -> CommandT:
     return click.option("--yes", is_flag=True, help="Do not ask.")(function)
 
 
+def ask(text: str, yes: bool = False) -> None:
+    """
+    Ask whether to go on; end the command unless the answer is yes. A closed input answers no.
+
+    :param text: of the question
+    :param yes: True if it was answered on the command line
+    """
+    if yes:
+        return
+    if sys.stdin is None:
+        raise click.Abort()
+    click.confirm(_text.printable(text), abort=True, err=True)
+
+
 class Seconds(click.FloatRange):
     """Take a time, which "nan" is not, although it is a number for Python."""
 
