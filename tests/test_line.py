@@ -9,7 +9,7 @@ import pathlib
 import sys
 import threading
 import types
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, cast
 
 import pytest
 
@@ -151,6 +151,149 @@ def test_error_of_one_wakes_all(environment: _environment.Environment) -> None:
     assert found == [int, int, persipubsub.errors.StoreError, int, int]
 
 
+# Those who come back from a flush
+
+
+class Alarm:
+    """Be the alarm of a thread that sleeps; note whether it was woken."""
+
+    def __init__(self) -> None:
+        self.is_woken = False
+
+    def release(self) -> None:
+        self.is_woken = True
+
+
+class Sleep:
+    """Call a function whenever a thread falls asleep, in that thread, and wake it after that."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.timeouts = []  # type: List[float]
+        self._function = function
+
+    def acquire(self, timeout: Optional[float] = None) -> bool:
+        if timeout is not None:
+            self.timeouts.append(timeout)
+            self._function()
+        return True
+
+    def release(self) -> None:
+        """Do nothing: it is woken anyhow."""
+
+
+def flushed(line: _line.Line, count: int) -> List[_line.Request]:
+    """Flush a group of one leader and so many followers, which sleep; return these."""
+    leader, *followers = [_line.Request(stores.rewrite, is_flushed=True) for _ in range(count + 1)]
+    for request in (leader, *followers):
+        request.alarm = Alarm()  # type: ignore[assignment]
+        request.done = True
+    _line.share_flush([leader, *followers], leader)
+    assert not any(is_woken(follower) for follower in followers)
+    line.pass_on(leader)
+    return followers
+
+
+def is_woken(request: _line.Request) -> bool:
+    return cast(Alarm, request.alarm).is_woken
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 15])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_next_commit_waits_for_those_who_were_flushed(monkeypatch: pytest.MonkeyPatch, count: int,
+                                                      is_first: bool) -> None:
+    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", support.HANG_SECS)
+    line = _line.Line()
+    followers = flushed(line, count)
+    awake = _line._MOST_AWAKE
+    comers = iter(followers)
+
+    def come_back() -> None:
+        nonlocal awake
+        assert is_free(line)
+        assert sum(map(is_woken, followers)) == min(count, awake)
+        awake += 1
+        line.pass_on(next(comers))
+
+    sleep = Sleep(come_back)
+    monkeypatch.setattr(_line, "threading", types.SimpleNamespace(Lock=lambda: sleep))
+    newcomer = _line.Request(stores.rewrite)
+    line.requests.extend([newcomer] if is_first else [_line.Request(stores.rewrite), newcomer])
+    assert line.wait(newcomer, 2 * support.HANG_SECS)
+    assert not is_free_for_others(line)
+    assert len(sleep.timeouts) == count
+    # Who is first looks by himself when the time is over; others are woken by him.
+    assert all((timeout > support.HANG_SECS * 1.01) != is_first for timeout in sleep.timeouts)
+    assert all(map(is_woken, followers))
+
+
+def test_who_comes_meanwhile_stands_in_line(environment: _environment.Environment,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", 2 * support.HANG_SECS)
+    [follower] = flushed(environment._line, 1)
+    crowd = Crowd(environment)
+    crowd.start(THREADS, write(environment))
+    crowd.until_waiting(THREADS)
+    environment._line.pass_on(follower)
+    assert len(set(crowd.join())) == 1
+
+
+def test_last_one_who_comes_back_wakes_the_first_in_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", support.HANG_SECS)
+    line = _line.Line()
+    followers = flushed(line, 5)
+    first = _line.Request(stores.rewrite)
+    first.alarm = Alarm()  # type: ignore[assignment]
+    line.requests.append(first)
+    for follower in followers:
+        assert not is_woken(first)
+        line.pass_on(follower)
+    assert is_woken(first)
+
+
+def test_who_never_comes_back_is_waited_for_a_moment() -> None:
+    """He was interrupted, for example."""
+    line = _line.Line()
+    flushed(line, 15)
+    newcomer = _line.Request(stores.rewrite)
+    line.requests.append(newcomer)
+    taken = []  # type: List[bool]
+    thread = threading.Thread(target=lambda: taken.append(line.wait(newcomer, support.HANG_SECS)),
+                              daemon=True)
+    thread.start()
+    thread.join(support.HANG_SECS / 2)
+    assert taken == [True]
+    # And nobody waits for him a second time.
+    assert line.held_until == 0.0
+
+
+def test_who_has_no_time_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", support.HANG_SECS)
+    line = _line.Line()
+    flushed(line, 2)
+    assert line.wait(_line.Request(stores.rewrite), 0)
+
+
+def test_who_woke_by_himself_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_line, "_MOST_AWAKE", 1)
+    line = _line.Line()
+    first, second, third = flushed(line, 3)
+    line.pass_on(second)
+    assert is_woken(first) and is_woken(third)
+
+
+def test_who_was_left_asleep_is_woken_with_the_next_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before was interrupted before it could wake anybody."""
+    monkeypatch.setattr(_line, "_MOST_AWAKE", 1)
+    line = _line.Line()
+    _, lost = flushed(line, 2)
+    assert not is_woken(lost)
+    followers = flushed(line, 2)
+    assert is_woken(lost)
+    for request in (lost, *followers):
+        line.pass_on(request)
+    assert all(map(is_woken, followers))
+
+
 # Other holders of the lock
 
 
@@ -236,6 +379,10 @@ def interrupt(function: Callable[[], object], point: int) -> bool:
     finally:
         sys.settrace(former)
     return False
+
+
+def is_free_for_others(line: _line.Line) -> bool:
+    return in_thread(lambda: is_free(line))
 
 
 def is_free(line: _line.Line) -> bool:

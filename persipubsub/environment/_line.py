@@ -5,6 +5,12 @@ A thread that finds the write lock taken sleeps until its work was done for it, 
 turn. Threads that wait for the lock itself would be woken one after the other, each only to see
 that its work was done long ago, and each switch of threads costs as much as several works.
 
+Threads whose commit was flushed are woken a few at a time, and the next commit is kept back until
+the last one was: those that come back first would commit alone otherwise, and keep the others from
+sharing a flush with them. Sixteen threads that send again at once make groups of sixteen instead of
+seven, and a fifth more messages in a second. It is kept for a bounded time, since threads may have
+something else to do.
+
 Nobody relies on being woken alone: whoever would wake others can be interrupted just before. So
 everybody looks again after a moment, and what is lost with an alarm is that moment.
 """
@@ -12,16 +18,26 @@ everybody looks again after a moment, and what is lost with an alarm is that mom
 import collections
 import threading
 import time
-from typing import Any, Callable, Deque, Final, Optional, Sequence
+from typing import Any, Callable, Deque, Final, List, Optional, Sequence
 
 #: Longest sleep of a waiting thread, in seconds, before it looks whether an alarm was lost.
 _LONGEST_SLEEP_SECS: Final = 0.05
+
+#: So many threads of a flushed group are awake at a time: one that runs, and those that are on the
+#: way from their sleep to the interpreter's lock. All at once, they would queue for it.
+_MOST_AWAKE: Final = 3
+
+#: How long the next commit is kept back for those that come back from a flush, in seconds: at most
+#: so long, and so much longer for each of them.
+_LONGEST_HOLD_SECS: Final = 0.001
+_HOLD_SECS_EACH: Final = 0.0001
 
 
 class Request:
     """Hold the work of one thread until some thread has committed it."""
 
-    __slots__ = ("work", "is_flushed", "done", "result", "error", "commit", "alarm", "followers")
+    __slots__ = ("work", "is_flushed", "done", "result", "error", "commit", "alarm", "followers",
+                 "is_asleep")
 
     def __init__(self, work: Callable[..., Any], is_flushed: bool = False) -> None:
         """
@@ -41,6 +57,8 @@ class Request:
         self.alarm = None  # type: Optional[threading.Lock]
         # Those whom its thread wakes after its flush, which serves them as well.
         self.followers = ()  # type: Sequence["Request"]
+        # Whether another one flushes for its thread, which did not wake from that yet.
+        self.is_asleep = False
 
     def wake(self) -> None:
         """Wake its thread, if it sleeps or is about to; any thread may call it, more than once."""
@@ -68,6 +86,15 @@ class Line:
         self.lock = threading.RLock()
         self.requests = collections.deque()  # type: Deque[Request]
 
+        # Until when nobody takes the lock to write, unless the last one comes back before; on the
+        # monotonic clock, 0: nobody is waited for. All three are hints, and under no lock: one that
+        # is wrong costs a moment.
+        self.held_until = 0.0
+        # Followers that were flushed for and sleep, and one entry for each that is not back. What
+        # is taken from either is taken once, whatever threads do it at the same time.
+        self._sleepers = collections.deque()  # type: Deque[Request]
+        self._missing = []  # type: List[None]
+
     def wait(self, request: Request, seconds: float) -> bool:
         """
         Sleep until the request is done or it is its thread's turn.
@@ -78,15 +105,23 @@ class Line:
         """
         alarm = request.alarm = threading.Lock()
         alarm.acquire()  # pylint: disable=consider-using-with
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        deadline = now + seconds
         while not request.done:
+            sleep = _LONGEST_SLEEP_SECS
+            hold = min(self.held_until, deadline) - now
+            if hold > 0:
+                # The others are woken by who takes the lock.
+                if self.requests and self.requests[0] is request:
+                    sleep = hold
             # Only after the alarm was set: whoever gives the lock back later sees it.
-            if self.lock.acquire(blocking=False):
+            elif self.lock.acquire(blocking=False):
+                self.held_until = 0.0
                 return True
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            if now >= deadline:
                 return False
-            alarm.acquire(timeout=min(remaining, _LONGEST_SLEEP_SECS))
+            alarm.acquire(timeout=min(deadline - now, sleep))
+            now = time.monotonic()
         return False
 
     def withdraw(self, request: Request) -> bool:
@@ -111,6 +146,56 @@ class Line:
         except IndexError:
             return
         request.wake()
+
+    def pass_on(self, request: Request) -> None:
+        """
+        Wake those who come after this thread, when its commit was flushed or can not be.
+
+        :param request: of this thread, which flushed for its followers, or is one of them
+        """
+        if request.followers:
+            self._bring_back(request.followers)
+        elif request.is_asleep:
+            self._come_back(request)
+
+    def _bring_back(self, followers: Sequence[Request]) -> None:
+        """
+        Wake threads that were flushed for, and keep the next commit back until all are awake.
+
+        :param followers: their requests
+        """
+        # Not those of former groups: what is missing of them was interrupted.
+        self._missing = [None] * len(followers)
+        self._sleepers.extend(followers)
+        self.held_until = time.monotonic() + _LONGEST_HOLD_SECS + _HOLD_SECS_EACH * len(followers)
+        for _ in range(_MOST_AWAKE):
+            self._wake_sleeper()
+
+    def _come_back(self, request: Request) -> None:
+        """
+        Wake the next one that sleeps after a flush; the last one lets others write.
+
+        :param request: of this thread, which was woken
+        """
+        request.is_asleep = False
+        try:
+            self._missing.pop()
+        except IndexError:
+            pass  # a later group is waited for, or nobody any more
+        self._wake_sleeper()
+        if not self._missing and self.held_until:
+            self.held_until = 0.0
+            self.wake_next()
+
+    def _wake_sleeper(self) -> None:
+        """Wake one thread that was flushed for."""
+        try:
+            # One that woke by itself wakes nobody any more.
+            while not (sleeper := self._sleepers.popleft()).is_asleep:
+                pass
+        except IndexError:
+            return
+        sleeper.wake()
 
     def acquire(self, timeout: float = -1) -> bool:
         """
@@ -154,6 +239,7 @@ def share_flush(group: Sequence[Request], own: Request) -> None:
         elif flusher is None:
             flusher = request
         else:
+            request.is_asleep = True
             followers.append(request)
     if flusher is not None:
         # Before it is woken: it may be through with its flush at once.

@@ -226,8 +226,8 @@ class Transactions:
         line.requests.append(request)
         group = []  # type: List[_line.Request]
         try:
-            is_locked = lock.acquire(blocking=False) or line.wait(request,
-                                                                  self.options.busy_timeout_secs)
+            is_locked = (not line.held_until and lock.acquire(blocking=False)
+                         or line.wait(request, self.options.busy_timeout_secs))
             # More than once if so many others were before us that our work was not in the group.
             while is_locked and not request.done and request.error is None:
                 _line.share_flush(group, request)
@@ -392,8 +392,7 @@ class Transactions:
                 self._sync()
                 self._flushed = committed
         finally:
-            for follower in request.followers:
-                follower.wake()
+            self._line.pass_on(request)
 
     def _open_handles(self) -> _opening.Handles:
         """Return what is open of the store; raise ClosedError if it was closed meanwhile."""
