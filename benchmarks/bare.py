@@ -1,11 +1,14 @@
 """Put and delete in LMDB without any library: the limit of what can be reached."""
 
+import os
 import pathlib
-from typing import Any, List
+import select
+from typing import Any, Callable, List, Optional, Tuple
 
 import lmdb
 
 from benchmarks import contender
+from persipubsub import _inotify
 
 _MAP_BYTES = 1 << 36
 
@@ -22,6 +25,7 @@ class Bare(contender.Contender):
     distribution = "lmdb"
     note = "a loop of puts and deletes, no library"
     max_subscribers = 10**9
+    can_sleep = True
 
     def __init__(self, directory: pathlib.Path, durability: str, subscribers: int = 1) -> None:
         """
@@ -38,6 +42,8 @@ class Bare(contender.Contender):
                                       lib_version=0,
                                       sync=durability == contender.FSYNC)
         self.send = self._put
+        self._bell_path = str(directory / "bell")
+        self._bell = -1
 
     def _put(self, message: bytes) -> None:
         """
@@ -49,6 +55,49 @@ class Bare(contender.Contender):
             cursor = txn.cursor()
             number = int.from_bytes(cursor.key(), "big") + 1 if cursor.last() else 1
             cursor.put(number.to_bytes(8, "big"), message, append=True)
+
+    def wake_with_sends(self) -> None:
+        """Have each send read a byte of a file, of which inotify tells those who watch it."""
+        pathlib.Path(self._bell_path).write_bytes(b"x")
+        self._bell = os.open(self._bell_path, os.O_RDONLY)
+        self.send = self._put_and_wake
+
+    def _put_and_wake(self, message: bytes) -> None:
+        """
+        Put a message behind the last one, and wake who sleeps.
+
+        :param message: to be put
+        """
+        self._put(message)
+        os.pread(self._bell, 1, 0)
+
+    def sleep_and_receive(self, callback: Callable[[Any], bool]) -> None:
+        """Receive messages one by one, asleep while there are none."""
+        watcher = _inotify.start()
+        _inotify.watch(watcher, self._bell_path)
+        poller = select.poll()
+        poller.register(watcher, select.POLLIN)
+        goes_on = True
+        while goes_on:
+            number, message = self._look()
+            if number is None:
+                poller.poll()
+                os.read(watcher, 4096)
+            else:
+                goes_on = callback(message)
+                with self._environment.begin(write=True) as txn:
+                    txn.delete(number)
+        os.close(watcher)
+
+    def _look(self) -> Tuple[Optional[bytes], bytes]:
+        """
+        Look at the first message.
+
+        :return: its key, None if there is none, and the message
+        """
+        with self._environment.begin(buffers=True) as txn:
+            cursor = txn.cursor()
+            return (bytes(cursor.key()), bytes(cursor.value())) if cursor.first() else (None, b"")
 
     def send_many(self, messages: List[Any]) -> None:
         """Send messages in one commit."""
@@ -95,4 +144,6 @@ class Bare(contender.Contender):
 
     def close(self) -> None:
         """Close the queue."""
+        if self._bell >= 0:
+            os.close(self._bell)
         self._environment.close()

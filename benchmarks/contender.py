@@ -120,6 +120,9 @@ class Contender(abc.ABC):
             raise Unsupported("one subscriber only")
         return self.receive_many(count, 1000)
 
+    def wake_with_sends(self) -> None:
+        """Have each send from now on wake who sleeps, if sends do not do so anyhow."""
+
     def sleep_and_receive(self, callback: Callable[[Any], bool]) -> None:
         """
         Receive messages, asleep while there are none.

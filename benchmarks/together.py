@@ -215,6 +215,7 @@ def latency(name: str, durability: str, directory: str, seconds: float) -> tasks
         and that number
     """
     queue = tasks.open_contender(name, directory, durability)
+    queue.wake_with_sends()
     ours, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_receiver_main, args=(theirs, name, durability, directory, 3))
     process.start()
