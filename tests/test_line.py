@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 import types
 from typing import Any, Callable, Dict, Iterator, List, Optional, cast
 
@@ -181,13 +182,19 @@ class Sleep:
         """Do nothing: it is woken anyhow."""
 
 
-def flushed(line: _line.Line, count: int) -> List[_line.Request]:
-    """Flush a group of one leader and so many followers, which sleep; return these."""
-    leader, *followers = [_line.Request(stores.rewrite, is_flushed=True) for _ in range(count + 1)]
-    for request in (leader, *followers):
+def committed(count: int) -> List[_line.Request]:
+    """Make requests of threads that sleep, and whose works were committed together."""
+    requests = [_line.Request(stores.rewrite, is_flushed=True) for _ in range(count)]
+    for request in requests:
         request.alarm = Alarm()  # type: ignore[assignment]
         request.done = True
-    _line.share_flush([leader, *followers], leader)
+    return requests
+
+
+def flushed(line: _line.Line, count: int) -> List[_line.Request]:
+    """Flush a group of one leader and so many followers, which sleep; return these."""
+    leader, *followers = committed(count + 1)
+    line.share_flush([leader, *followers], leader)
     assert not any(is_woken(follower) for follower in followers)
     line.pass_on(leader)
     return followers
@@ -201,7 +208,7 @@ def is_woken(request: _line.Request) -> bool:
 @pytest.mark.parametrize("is_first", [True, False])
 def test_next_commit_waits_for_those_who_were_flushed(monkeypatch: pytest.MonkeyPatch, count: int,
                                                       is_first: bool) -> None:
-    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", support.HANG_SECS)
+    monkeypatch.setattr(_line, "_HOLD_SECS", support.HANG_SECS)
     line = _line.Line()
     followers = flushed(line, count)
     awake = _line._MOST_AWAKE
@@ -209,7 +216,7 @@ def test_next_commit_waits_for_those_who_were_flushed(monkeypatch: pytest.Monkey
 
     def come_back() -> None:
         nonlocal awake
-        assert is_free(line)
+        assert is_free_for_others(line)
         assert sum(map(is_woken, followers)) == min(count, awake)
         awake += 1
         line.pass_on(next(comers))
@@ -228,7 +235,7 @@ def test_next_commit_waits_for_those_who_were_flushed(monkeypatch: pytest.Monkey
 
 def test_who_comes_meanwhile_stands_in_line(environment: _environment.Environment,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", 2 * support.HANG_SECS)
+    monkeypatch.setattr(_line, "_HOLD_SECS", 2 * support.HANG_SECS)
     [follower] = flushed(environment._line, 1)
     crowd = Crowd(environment)
     crowd.start(THREADS, write(environment))
@@ -238,7 +245,7 @@ def test_who_comes_meanwhile_stands_in_line(environment: _environment.Environmen
 
 
 def test_last_one_who_comes_back_wakes_the_first_in_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", support.HANG_SECS)
+    monkeypatch.setattr(_line, "_HOLD_SECS", support.HANG_SECS)
     line = _line.Line()
     followers = flushed(line, 5)
     first = _line.Request(stores.rewrite)
@@ -267,7 +274,7 @@ def test_who_never_comes_back_is_waited_for_a_moment() -> None:
 
 
 def test_who_has_no_time_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_line, "_LONGEST_HOLD_SECS", support.HANG_SECS)
+    monkeypatch.setattr(_line, "_HOLD_SECS", support.HANG_SECS)
     line = _line.Line()
     flushed(line, 2)
     assert line.wait(_line.Request(stores.rewrite), 0)
@@ -281,17 +288,111 @@ def test_who_woke_by_himself_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> 
     assert is_woken(first) and is_woken(third)
 
 
-def test_who_was_left_asleep_is_woken_with_the_next_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one before was interrupted before it could wake anybody."""
-    monkeypatch.setattr(_line, "_MOST_AWAKE", 1)
+def test_who_is_interrupted_does_not_keep_the_others_asleep() -> None:
     line = _line.Line()
-    _, lost = flushed(line, 2)
-    assert not is_woken(lost)
-    followers = flushed(line, 2)
-    assert is_woken(lost)
-    for request in (lost, *followers):
-        line.pass_on(request)
+    _, *others = followers = flushed(line, 6)
+    for follower in others:
+        assert is_woken(follower)
+        line.pass_on(follower)
     assert all(map(is_woken, followers))
+    assert line.held_until > 0
+
+
+def test_nobody_waits_for_whom_a_former_group_lacks() -> None:
+    line = _line.Line()
+    flushed(line, 6)
+    for follower in flushed(line, 2):
+        assert line.held_until > 0
+        line.pass_on(follower)
+    assert line.held_until == 0.0
+
+
+def test_others_do_not_end_the_wait() -> None:
+    line = _line.Line()
+    stragglers = flushed(line, 2)
+    followers = flushed(line, 2)
+    for request in (*stragglers, *committed(2)):
+        # Of the group before, or who flushed for himself alone.
+        line.pass_on(request)
+        assert line.held_until > 0
+    for follower in followers:
+        line.pass_on(follower)
+    assert line.held_until == 0.0
+
+
+@pytest.mark.parametrize("is_leader_flushed", [True, False])
+@pytest.mark.parametrize("gone", [0, 1, 2, 4, 5])
+def test_who_woke_before_he_got_a_part_keeps_nobody_asleep(is_leader_flushed: bool,
+                                                           gone: int) -> None:
+    """He saw that his work was done as soon as it was, and not that others rely on him."""
+    line = _line.Line()
+    leader, *others = requests = committed(6)
+    leader.is_flushed = is_leader_flushed
+    for request in others[:gone]:
+        line.pass_on(request)
+    line.share_flush(requests, leader)
+    if is_leader_flushed:
+        line.pass_on(leader)
+    for request in others[gone:]:
+        assert is_woken(request)
+        line.pass_on(request)
+    assert line.held_until == 0.0
+
+
+class LateRequest(_line.Request):
+    """Be of a thread that wakes by itself just when it is given a part, and did not see it."""
+
+    __slots__ = ("line", "seen")
+
+    def __init__(self, line: _line.Line, seen: str) -> None:
+        super().__init__(stores.rewrite, is_flushed=True)
+        self.alarm = Alarm()  # type: ignore[assignment]
+        self.done = True
+        self.line = line
+        self.seen = seen
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == getattr(self, "seen", None) and value is not None:
+            self.line.pass_on(self)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("seen", ["leads", "follows"])
+def test_who_wakes_while_he_gets_a_part_keeps_nobody_asleep(seen: str) -> None:
+    line = _line.Line()
+    leader, *others = committed(6)
+    leader.is_flushed = seen == "follows"
+    late = LateRequest(line, seen)
+    line.share_flush([leader, late, *others], leader)
+    if leader.is_flushed:
+        line.pass_on(leader)
+    for request in others:
+        assert is_woken(request)
+        line.pass_on(request)
+    assert line.held_until == 0.0
+
+
+@pytest.mark.parametrize("count", [1, 16, 10000])
+def test_larger_groups_are_waited_for_longer(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(_line, "_LONGEST_SLEEP_SECS", 0.05)
+    line = _line.Line()
+    begin = time.monotonic()
+    flushed(line, count)
+    end = time.monotonic()
+    seconds = min(0.05, 0.001 + 0.0001 * count)
+    assert begin + seconds <= line.held_until <= end + seconds
+
+
+def test_who_only_comes_back_wakes_nobody_in_line(environment: _environment.Environment) -> None:
+    line = environment._line
+    flushed(line, 2)
+    first = _line.Request(stores.rewrite)
+    first.alarm = Alarm()  # type: ignore[assignment]
+    line.requests.append(first)
+    [request] = committed(1)
+    environment._take_turn(request)
+    assert not is_woken(first)
+    line.requests.clear()
 
 
 # Other holders of the lock

@@ -5,11 +5,12 @@ A thread that finds the write lock taken sleeps until its work was done for it, 
 turn. Threads that wait for the lock itself would be woken one after the other, each only to see
 that its work was done long ago, and each switch of threads costs as much as several works.
 
-Threads whose commit was flushed are woken a few at a time, and the next commit is kept back until
-the last one was: those that come back first would commit alone otherwise, and keep the others from
-sharing a flush with them. Sixteen threads that send again at once make groups of sixteen instead of
-seven, and a fifth more messages in a second. It is kept for a bounded time, since threads may have
-something else to do.
+Of those whose works were committed together and that need a flush, one flushes, and the others, its
+followers, sleep until it is through. They are woken a few at a time, and the next commit is kept
+back until the last one was: those that come back first would commit alone otherwise, and keep the
+others from sharing a flush with them. Sixteen threads that send again at once make groups of
+sixteen instead of seven, and a fifth more messages in a second. It is kept back for a bounded time,
+since threads may have something else to do.
 
 Nobody relies on being woken alone: whoever would wake others can be interrupted just before. So
 everybody looks again after a moment, and what is lost with an alarm is that moment.
@@ -27,17 +28,17 @@ _LONGEST_SLEEP_SECS: Final = 0.05
 #: way from their sleep to the interpreter's lock. All at once, they would queue for it.
 _MOST_AWAKE: Final = 3
 
-#: How long the next commit is kept back for those that come back from a flush, in seconds: at most
-#: so long, and so much longer for each of them.
-_LONGEST_HOLD_SECS: Final = 0.001
+#: How long the next commit is kept back for those that come back from a flush, in seconds: so long,
+#: and so much longer for each of them, but never longer than anybody sleeps.
+_HOLD_SECS: Final = 0.001
 _HOLD_SECS_EACH: Final = 0.0001
 
 
 class Request:
     """Hold the work of one thread until some thread has committed it."""
 
-    __slots__ = ("work", "is_flushed", "done", "result", "error", "commit", "alarm", "followers",
-                 "is_asleep")
+    __slots__ = ("work", "is_flushed", "done", "result", "error", "commit", "alarm", "leads",
+                 "follows", "is_through")
 
     def __init__(self, work: Callable[..., Any], is_flushed: bool = False) -> None:
         """
@@ -55,10 +56,12 @@ class Request:
         # Taken by its thread, which falls asleep by taking it a second time. None before that: most
         # threads never wait.
         self.alarm = None  # type: Optional[threading.Lock]
-        # Those whom its thread wakes after its flush, which serves them as well.
-        self.followers = ()  # type: Sequence["Request"]
-        # Whether another one flushes for its thread, which did not wake from that yet.
-        self.is_asleep = False
+        # Those for whom its thread flushes, and whom it wakes then; or those with whom it sleeps
+        # until another one has flushed. Given to it by who committed it.
+        self.leads = None  # type: Optional["Group"]
+        self.follows = None  # type: Optional["Group"]
+        # Whether its thread went past both: it woke by itself, before or after they were given.
+        self.is_through = False
 
     def wake(self) -> None:
         """Wake its thread, if it sleeps or is about to; any thread may call it, more than once."""
@@ -68,6 +71,51 @@ class Request:
                 alarm.release()
             except RuntimeError:
                 pass  # woken already, or between two sleeps: it looks again anyway
+
+
+class Group:
+    """
+    Be the threads that sleep while another one flushes for them.
+
+    What is taken from either list is taken once, whatever threads do it at the same time.
+    """
+
+    __slots__ = ("sleepers", "missing")
+
+    def __init__(self) -> None:
+        """Initialize without anybody."""
+        # Those that nobody woke yet, and one entry for each that is not back.
+        self.sleepers = collections.deque()  # type: Deque[Request]
+        self.missing = []  # type: List[None]
+
+    def add(self, request: Request) -> None:
+        """
+        Let a thread sleep until the flush, unless it is through already.
+
+        :param request: of the thread
+        """
+        self.sleepers.append(request)
+        self.missing.append(None)
+        request.follows = self
+        # After it was given: either its thread sees that, or it is seen here.
+        if request.is_through:
+            self.count_back()
+
+    def count_back(self) -> None:
+        """Note that one more is back."""
+        try:
+            self.missing.pop()
+        except IndexError:
+            pass  # it was counted by its own thread as well
+
+    def wake_one(self) -> None:
+        """Wake one that still sleeps; one that woke by itself would wake nobody any more."""
+        try:
+            while (sleeper := self.sleepers.popleft()).is_through:
+                pass
+        except IndexError:
+            return
+        sleeper.wake()
 
 
 class Line:
@@ -86,14 +134,11 @@ class Line:
         self.lock = threading.RLock()
         self.requests = collections.deque()  # type: Deque[Request]
 
-        # Until when nobody takes the lock to write, unless the last one comes back before; on the
-        # monotonic clock, 0: nobody is waited for. All three are hints, and under no lock: one that
-        # is wrong costs a moment.
+        # Until when nobody takes the lock to write, on the monotonic clock, unless all of a group
+        # are back before; 0: nobody is waited for. Both are hints, and under no lock: one that is
+        # wrong costs a moment.
         self.held_until = 0.0
-        # Followers that were flushed for and sleep, and one entry for each that is not back. What
-        # is taken from either is taken once, whatever threads do it at the same time.
-        self._sleepers = collections.deque()  # type: Deque[Request]
-        self._missing = []  # type: List[None]
+        self._awaited = None  # type: Optional[Group]
 
     def wait(self, request: Request, seconds: float) -> bool:
         """
@@ -112,7 +157,7 @@ class Line:
             hold = min(self.held_until, deadline) - now
             if hold > 0:
                 # The others are woken by who takes the lock.
-                if self.requests and self.requests[0] is request:
+                if self._is_first(request):
                     sleep = hold
             # Only after the alarm was set: whoever gives the lock back later sees it.
             elif self.lock.acquire(blocking=False):
@@ -147,55 +192,86 @@ class Line:
             return
         request.wake()
 
+    def _is_first(self, request: Request) -> bool:
+        """
+        Tell whether a request is the first in line.
+
+        :param request: of this thread
+        :return: True if so
+        """
+        try:
+            return self.requests[0] is request
+        except IndexError:
+            return False
+
+    def share_flush(self, requests: Sequence[Request], own: Request) -> None:
+        """
+        Wake the threads of works that were committed; of those that need a flush, only one for now.
+
+        The others are woken by that one after its flush, when there is nothing left to wait for.
+
+        :param requests: that this thread committed
+        :param own: request of this thread, among them or not; it flushes if its own needs it
+        """
+        flusher = own if own.is_flushed and own.done and own.error is None else None
+        group = Group()
+        for request in requests:
+            if request is own:
+                continue
+            if not request.is_flushed or request.error is not None:
+                request.wake()
+            elif flusher is None:
+                flusher = request
+            else:
+                group.add(request)
+        if flusher is not None:
+            # Before it is woken: it may be through with its flush at once.
+            flusher.leads = group
+            if flusher is not own:
+                flusher.wake()
+                if flusher.is_through:
+                    # It woke by itself before it led anybody, perhaps.
+                    self._bring_back(group)
+
     def pass_on(self, request: Request) -> None:
         """
         Wake those who come after this thread, when its commit was flushed or can not be.
 
-        :param request: of this thread, which flushed for its followers, or is one of them
+        :param request: of this thread
         """
-        if request.followers:
-            self._bring_back(request.followers)
-        elif request.is_asleep:
-            self._come_back(request)
+        request.is_through = True
+        if request.leads is not None:
+            self._bring_back(request.leads)
+        elif request.follows is not None:
+            request.follows.count_back()
+            request.follows.wake_one()
+            self._end_hold(request.follows)
 
-    def _bring_back(self, followers: Sequence[Request]) -> None:
+    def _bring_back(self, group: Group) -> None:
         """
         Wake threads that were flushed for, and keep the next commit back until all are awake.
 
-        :param followers: their requests
+        :param group: these threads
         """
-        # Not those of former groups: what is missing of them was interrupted.
-        self._missing = [None] * len(followers)
-        self._sleepers.extend(followers)
-        self.held_until = time.monotonic() + _LONGEST_HOLD_SECS + _HOLD_SECS_EACH * len(followers)
+        if not group.missing:
+            return
+        self._awaited = group
+        self.held_until = time.monotonic() + min(_LONGEST_SLEEP_SECS,
+                                                 _HOLD_SECS + _HOLD_SECS_EACH * len(group.missing))
         for _ in range(_MOST_AWAKE):
-            self._wake_sleeper()
+            group.wake_one()
+        self._end_hold(group)
 
-    def _come_back(self, request: Request) -> None:
+    def _end_hold(self, group: Group) -> None:
         """
-        Wake the next one that sleeps after a flush; the last one lets others write.
+        Let others write if all of a group are back.
 
-        :param request: of this thread, which was woken
+        :param group: that somebody came back of
         """
-        request.is_asleep = False
-        try:
-            self._missing.pop()
-        except IndexError:
-            pass  # a later group is waited for, or nobody any more
-        self._wake_sleeper()
-        if not self._missing and self.held_until:
+        if not group.missing and self._awaited is group:
+            self._awaited = None
             self.held_until = 0.0
             self.wake_next()
-
-    def _wake_sleeper(self) -> None:
-        """Wake one thread that was flushed for."""
-        try:
-            # One that woke by itself wakes nobody any more.
-            while not (sleeper := self._sleepers.popleft()).is_asleep:
-                pass
-        except IndexError:
-            return
-        sleeper.wake()
 
     def acquire(self, timeout: float = -1) -> bool:
         """
@@ -218,31 +294,3 @@ class Line:
     def __exit__(self, *_: object) -> None:
         """Give the lock back and wake the first in line."""
         self.release()
-
-
-def share_flush(group: Sequence[Request], own: Request) -> None:
-    """
-    Wake the threads of a group that was committed; of those that need a flush, only one for now.
-
-    The others are woken by that one after its flush, when there is nothing left to wait for.
-
-    :param group: that this thread committed
-    :param own: request of this thread, in the group or not; it flushes if its own needs it
-    """
-    flusher = own if own.is_flushed and own.done and own.error is None else None
-    followers = []
-    for request in group:
-        if request is own:
-            continue
-        if not request.is_flushed or request.error is not None:
-            request.wake()
-        elif flusher is None:
-            flusher = request
-        else:
-            request.is_asleep = True
-            followers.append(request)
-    if flusher is not None:
-        # Before it is woken: it may be through with its flush at once.
-        flusher.followers = followers
-        if flusher is not own:
-            flusher.wake()

@@ -87,7 +87,6 @@ class Transactions:
         # What the last work of this process returned, and the id of its transaction. The first work
         # of the very next transaction finds the store as that left it. Under the write lock.
         self.left, self.left_by = None, 0  # type: object, int
-
         # When to look next whether there is room for the reserve; None if it was not spent.
         self._reserve_due = None  # type: Optional[float]
         self.is_look = False  # True while nobody in this process does more than have a short look
@@ -230,7 +229,8 @@ class Transactions:
                          or line.wait(request, self.options.busy_timeout_secs))
             # More than once if so many others were before us that our work was not in the group.
             while is_locked and not request.done and request.error is None:
-                _line.share_flush(group, request)
+                if group:
+                    line.share_flush(group, request)
                 group = self._commit_group(request)
         finally:
             # Not with contextlib.suppress: a KeyboardInterrupt in there would leave it taken.
@@ -238,10 +238,11 @@ class Transactions:
                 lock.release()
             except RuntimeError:
                 pass  # not ours: another thread did the work, or the wait timed out
-            if line.requests:
-                line.wake_next()
+            else:
+                if line.requests:
+                    line.wake_next()
             if len(group) > 1:
-                _line.share_flush(group, request)
+                line.share_flush(group, request)
             is_taken = not request.done and not line.withdraw(request)
 
         if is_taken:
