@@ -211,6 +211,38 @@ def test_closed_input(tmp_path: pathlib.Path) -> None:
     assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
 
 
+@contextlib.contextmanager
+def unread(kind: str) -> Iterator[int]:
+    """Return a descriptor to which nothing can be written."""
+    if kind == "full":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("kind", ["full", "closed pipe"])
+@pytest.mark.parametrize("command, exit_code", [("stat CONFIG --nonsense", 2), ("seek CONFIG", 2),
+                                                ("stat nowhere.json", 1), ("clear CONFIG", 1),
+                                                ("check-config nowhere.json", 1),
+                                                ("send CONFIG pub --message x", 0)])
+def test_complaints_that_nobody_reads(tmp_path: pathlib.Path, command: str, exit_code: int,
+                                      kind: str) -> None:
+    """The exit code is as if they were read, and who was not asked did not agree."""
+    config_pth = make(tmp_path)
+    send(config_pth, b"first")
+    with unread(kind) as descriptor:
+        process = start(*command.replace("CONFIG", str(config_pth)).split(),
+                        stdin=subprocess.PIPE,
+                        stderr=descriptor)
+        process.communicate(b"y\n", timeout=support.HANG_SECS)
+    assert process.returncode == exit_code
+    expected = 2 if exit_code == 0 else 1
+    assert persipubsub.control.statistics(config_pth)["queue"].messages == expected
+
+
 # Queues
 
 
@@ -843,7 +875,7 @@ def test_no_garbage_is_collected_while_a_command_is_loaded(tmp_path: pathlib.Pat
         try:
             runpy.run_module("persipubsub", run_name="__main__", alter_sys=True)
         finally:
-            print(collections, gc.isenabled(), gc.get_freeze_count() > 10000, file=sys.stderr)
+            print(collections, gc.isenabled(), gc.get_freeze_count() > 0, file=sys.stderr)
         """, "stat", make(tmp_path), *options)
     # A command may run for long: only loading it is done without. In its plain forms, "stat" ends
     # by itself. At the exit, there is nothing to collect.

@@ -231,9 +231,10 @@ def test_complaint_that_nobody_reads(tmp_path: pathlib.Path) -> None:
     os.close(reader)
     try:
         for options in ([], ["--json"], ["--queue", "queue"]):
-            same(tmp_path, "stat", config_pth, *options, is_plain=True, stderr=writer)
+            assert same(tmp_path, "stat", config_pth, *options, is_plain=True,
+                        stderr=writer)[0] == 1
         config_pth.write_bytes(b"[]")
-        same(tmp_path, "stat", config_pth, is_plain=True, stderr=writer)
+        assert same(tmp_path, "stat", config_pth, is_plain=True, stderr=writer)[0] == 1
     finally:
         os.close(writer)
 

@@ -19,7 +19,9 @@ def exit_code_of(work: Callable[[], CodeT]) -> Union[CodeT, int]:
     Do the work of a command, and turn whatever goes wrong into a line and an exit code.
 
     :param work: returns an exit code; None if it did nothing, and somebody else is to do it
-    :return: what the work returned; 1 if it failed, 130 if it was interrupted
+    :return:
+        what the work returned; 1 if it failed, 130 if it was interrupted, 0 if nobody reads the
+        output any more
     """
     if sys.stderr is None:
         # Closed: print would take the standard output instead.
@@ -39,14 +41,14 @@ def exit_code_of(work: Callable[[], CodeT]) -> Union[CodeT, int]:
         return code
     except BrokenPipeError:
         # Who reads our output has seen enough.
-        _close_output()
+        _text.silence(sys.stdout)
         return 0
     except KeyboardInterrupt:
         _text.complain("interrupted")
         return 130
     except OSError as error:
         # Of the output, or of a file that was named; those of queues are translated.
-        _close_output()
+        _text.silence(sys.stdout)
         _text.complain("Expected to write the output, but got: {}".format(error))
         return 1
 
@@ -61,11 +63,5 @@ def _try(work: Callable[[], CodeT]) -> Union[CodeT, int]:
     try:
         return work()
     except persipubsub.errors.PersipubsubError as error:
-        # Here, and not beside the other errors: the complaint itself may find its pipe closed.
         _text.complain(str(error))
         return 1
-
-
-def _close_output() -> None:
-    """Write nothing to the standard output any more, not even what is left at the exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -197,7 +197,7 @@ def send(  # pylint: disable=too-many-arguments,too-many-positional-arguments
             if as_json:
                 print(json.dumps({"sent": sent}), flush=True)
             else:
-                print("{} sent".format(_text.count(sent, "message")), file=sys.stderr)
+                _text.tell("{} sent".format(_text.count(sent, "message")))
 
 
 def _send(pub: persipubsub.publisher.Pub, messages: Sequence[bytes]) -> int:

@@ -74,7 +74,7 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
         print(json.dumps({"problems": list(problems), "warnings": warnings}, indent=2))
     elif problems:
         for problem in problems:
-            print(_text.printable(problem), file=sys.stderr)
+            _text.tell(_text.printable(problem))
         _text.complain("{} in {}".format(_text.count(len(problems), "problem"), config))
     else:
         print("{}: fine: {}, {}, {}".format(_text.printable(str(config)),

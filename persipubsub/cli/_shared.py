@@ -102,7 +102,9 @@ def yes_option(function: CommandT) -> CommandT:
 
 def ask(text: str, yes: bool = False) -> None:
     """
-    Ask whether to go on; end the command unless the answer is yes. A closed input answers no.
+    Ask whether to go on; end the command unless the answer is yes.
+
+    A closed input answers no, and so does who can not be asked.
 
     :param text: of the question
     :param yes: True if it was answered on the command line
@@ -111,7 +113,13 @@ def ask(text: str, yes: bool = False) -> None:
         return
     if sys.stdin is None:
         raise click.Abort()
-    click.confirm(_text.printable(text), abort=True, err=True)
+    try:
+        click.confirm(_text.printable(text), abort=True, err=True)
+        # It ignores that the question could not be written.
+        sys.stderr.flush()
+    except OSError:
+        _text.silence(sys.stderr)
+        raise click.Abort() from None
 
 
 class Seconds(click.FloatRange):

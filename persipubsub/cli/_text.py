@@ -1,12 +1,13 @@
 """
-Write text for people where nothing is drawn: lines, tables and complaints.
+Write text for people: lines, tables and complaints.
 
 It knows nothing of options: ``stat`` in its plain forms runs without click.
 """
 
+import os
 import re
 import sys
-from typing import Final, Optional, Sequence
+from typing import Final, Optional, Sequence, TextIO
 
 #: What would change a terminal, or look like a line of ours, if a message or a name had it. It is
 #: compiled at its first use: most runs of "stat" need it for nothing, and it takes half a
@@ -25,7 +26,28 @@ def complain(text: str) -> None:
     """
     # Errors tell programmers what to call; who reads this types it.
     text = text.replace("persipubsub.control.initialize_all_dbs", "persipubsub init")
-    print("persipubsub: {}".format(printable(text)), file=sys.stderr, flush=True)
+    tell("persipubsub: {}".format(printable(text)))
+
+
+def tell(line: str) -> None:
+    """
+    Write a line to the standard error. If nobody reads it, the exit code has to do.
+
+    :param line: without its end
+    """
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """
+    Write nothing to a standard stream any more, not even what is left of it at the exit.
+
+    :param stream: that could not be written to
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:

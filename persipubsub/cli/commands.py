@@ -116,11 +116,14 @@ def _run(arguments: Sequence[str]) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
     except click.Abort:
-        print(file=sys.stderr)
+        _text.tell("")
         _text.complain("nothing was done")
     except click.UsageError as error:
-        error.show()
         code = error.exit_code
+        try:
+            error.show()
+        except OSError:
+            _text.silence(sys.stderr)
     except click.ClickException as error:
         _text.complain(error.format_message())
     return code
