@@ -1,4 +1,8 @@
-"""Put and delete in LMDB without any library: the limit of what can be reached."""
+"""
+Put and delete in LMDB without any library: the limit of what can be reached.
+
+Only for waiting, which Python has no binding for, the binding of this library is taken.
+"""
 
 import os
 import pathlib

@@ -815,35 +815,85 @@ def test_options_name_what_is_too_long_ago(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [1], [2], [0]])
-@pytest.mark.parametrize("is_created", [True, False])
-def test_what_is_printed_never_gets_into_a_store(tmp_path: pathlib.Path, numbers: List[int],
-                                                 is_created: bool) -> None:
+@pytest.mark.parametrize("closed", ["at first", "initialized", "open", "before a backup"])
+def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path, numbers: List[int],
+                                                 closed: str) -> None:
     """Daemons close their standard streams, and the next file that is opened gets their numbers."""
-    config_pth = support.write_config(tmp_path)
-    if not is_created:
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0.01)
     code = """if True:
         import os, pathlib, sys
         import persipubsub.control
-        from tests import test_opening
-        config_pth, result, *numbers = map(pathlib.Path, sys.argv[1:])
-        numbers = [int(str(number)) for number in numbers]
-        for number in numbers:
-            os.close(number)
+        from tests import support, test_opening
+        directory, closed, *numbers = sys.argv[1:]
+        directory, numbers = pathlib.Path(directory), [int(number) for number in numbers]
+        config_pth, checkpoint = directory / "config.json", directory / "queue" / "checkpoint.mdb"
+        closed_now = []
+
+        def close(when):
+            if when == closed:
+                for number in numbers:
+                    os.close(number)
+                    closed_now.append(number)
+
+        def print_something():
+            # As a library in C does, or the interpreter when it crashes.
+            for number in closed_now:
+                try:
+                    os.write(number, b"Fatal error: " * 1000)
+                except OSError:
+                    pass
+
+        def flush(descriptor, flush=os.fsync):
+            # In the midst of writing whatever file.
+            print_something()
+            flush(descriptor)
+
+        os.fsync = flush
+        close("at first")
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-        with persipubsub.publisher.Pub() as pub:
+        close("initialized")
+        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
             pub.init(pub_id="pub", config_pth=config_pth)
             pub.send(b"first")
-            for number in numbers:
-                # As a library in C does, or the interpreter when it crashes.
-                os.write(number, b"Fatal error: " * 1000)
+            close("open")
+            sub.init(sub_id="sub", config_pth=config_pth)
+            before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
             pub.send(b"second")
-            found = [os.readlink("/proc/self/fd/{}".format(number)) for number in numbers]
-        result.write_text(repr(set(found)))
+            support.until(lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns > before,
+                          "a checkpoint")
+            with sub.receive(timeout=0) as message:
+                assert message == b"first"
+                print_something()
+            close("before a backup")
+            persipubsub.control.backup(config_pth, "queue", directory / "backup")
+            print_something()
+            found = {os.readlink("/proc/self/fd/{}".format(number)) for number in numbers}
+        (directory / "found").write_text(repr(found))
         """
-    result = tmp_path / "result"
-    done = support.run_python(code, config_pth, result, *numbers)
+    done = support.run_python(code, tmp_path, closed, *numbers)
     assert done.returncode == 0, done.stderr
-    assert result.read_text() == repr({os.devnull})
+    assert (tmp_path / "found").read_text() == repr({"/"})
     assert persipubsub.control.verify(config_pth)["queue"] == ()
-    assert receive_all(config_pth) == [b"first", b"second"]
+    assert receive_all(config_pth) == [b"second"]
+    for copy in tmp_path / "backup", tmp_path / "queue" / _files.CHECKPOINT:
+        persipubsub.control.restore(config_pth, "queue", copy)
+        assert persipubsub.control.verify(config_pth)["queue"] == ()
+
+
+def test_queue_opens_without_anything_in_the_place_of_closed_streams(
+        tmp_path: pathlib.Path) -> None:
+    """Nor are descriptors used up."""
+    config_pth = support.write_config(tmp_path)
+    done = support.run_python(
+        """if True:
+        import os, sys
+        from tests import test_opening
+        import persipubsub.control
+        os.open, real = lambda path, *rest: real(path if path != "/" else "/missing", *rest), os.open
+        os.close(0)
+        before = len(os.listdir("/proc/self/fd"))
+        persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])
+        test_opening.send(sys.argv[1], b"first")
+        print(test_opening.receive_all(sys.argv[1]), len(os.listdir("/proc/self/fd")) - before)
+        """, config_pth)
+    assert (done.returncode, done.stdout) == (0, "[b'first'] 0\n"), done.stderr

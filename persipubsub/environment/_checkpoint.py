@@ -101,9 +101,7 @@ def _copy(environment: lmdb.Environment, path: str) -> None:
     :param path: of the checkpoint
     """
     temporary = path + ".new"
-    target = os.open(temporary,
-                     os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
-                     _files.FILE_MODE)
+    target = _files.open_to_write(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
     try:
         environment.copyfd(target, compact=True)
         os.fsync(target)

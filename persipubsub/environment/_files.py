@@ -7,6 +7,7 @@ new. What it is given is therefore checked here first.
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 import stat
@@ -121,22 +122,37 @@ def make_directories(path: str) -> None:
         flush_directory(os.path.dirname(directory))
 
 
-def occupy_standard_descriptors() -> None:
+def occupy_standard_streams() -> None:
     """
-    Open the null device for each of standard input, output and error that is closed.
+    Open something in the place of standard input, output and error, as far as they are closed.
 
-    A file of a store would get its number otherwise, and whatever is printed, by a library in C or
-    at the end of a process that crashes, would be written into the store. Daemons close them.
+    A file of a queue would get their numbers otherwise, and whatever is printed, by a library in C
+    or by a process that crashes, would be written into it. Daemons close them, at any time: so
+    this is called before any file is opened that somebody writes to. LMDB opens its files right
+    after the gate's.
     """
-    while True:
+    for number in range(3):
         try:
-            for number in range(3):
-                os.fstat(number)
-            return
+            fcntl.fcntl(number, fcntl.F_GETFD)
         except OSError:
-            with translated(path=os.devnull, doing="open"):
-                # The lowest number that is free.
-                os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            # What is written to a directory fails as before. Rejected: the null device, which may
+            # be missing. If it can not be opened, a queue that works is worth more.
+            with contextlib.suppress(OSError):
+                descriptor = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                if descriptor > 2:
+                    os.close(descriptor)  # another thread was faster
+
+
+def open_to_write(path: str, flags: int) -> int:
+    """
+    Open a file of a queue, or one that is to take its place.
+
+    :param path: of the file
+    :param flags: of ``os.open``
+    :return: descriptor, closed on exec, and none of a standard stream
+    """
+    occupy_standard_streams()
+    return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
 
 
 def open_own_file(path: str) -> int:
@@ -149,7 +165,7 @@ def open_own_file(path: str) -> int:
     """
     with translated(path=path, doing="open"):
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+            return open_to_write(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise persipubsub.errors.AccessError(
@@ -211,7 +227,7 @@ def write_durably(path: str, content: bytes) -> None:
     :param content: to be written
     """
     temporary = path + ".new"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
+    descriptor = open_to_write(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         os.write(descriptor, content)
         os.fsync(descriptor)
@@ -436,7 +452,7 @@ def keep_reserve(directory: str) -> bool:
     """
     path = os.path.join(directory, RESERVE)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        descriptor = open_to_write(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except OSError:
         # It is there already, or the directory may not be written to.
         return os.path.lexists(path)

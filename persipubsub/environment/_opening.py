@@ -61,7 +61,6 @@ def open_gate(directory: str, options: Options) -> Iterator[None]:
     :param directory: of the store
     :param options: with the time to wait
     """
-    _files.occupy_standard_descriptors()
     gate = _gate.Gate(os.path.join(directory, _files.OPEN_GATE))
     try:
         if not gate.enter(deadline=time.monotonic() + options.busy_timeout_secs):

@@ -129,7 +129,7 @@ def _copy_compact(environment: lmdb.Environment, path: str) -> None:
     :param environment: of the store
     :param path: of the copy, an empty file
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    descriptor = _files.open_to_write(path, os.O_WRONLY)
     try:
         environment.copyfd(descriptor, compact=True)
         os.fsync(descriptor)
@@ -148,7 +148,7 @@ def _beside(store: str) -> Iterator[str]:
     path = store + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _files.FILE_MODE))
+    os.close(_files.open_to_write(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
         model = os.stat(store if os.path.exists(store) else os.path.dirname(store))
         if os.path.exists(store):

@@ -67,6 +67,7 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
     with opened(settings) as environment:
         with _files.translated(path=target, doing="write"):
             directory, name = os.path.split(target)
+            _files.occupy_standard_streams()
             try:
                 descriptor, path = tempfile.mkstemp(prefix=name + ".", suffix=".new", dir=directory)
             except FileNotFoundError:
