@@ -880,8 +880,7 @@ def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path, numbers
         assert persipubsub.control.verify(config_pth)["queue"] == ()
 
 
-def test_queue_opens_without_anything_in_the_place_of_closed_streams(
-        tmp_path: pathlib.Path) -> None:
+def test_queue_opens_with_nothing_in_place_of_closed_streams(tmp_path: pathlib.Path) -> None:
     """Nor are descriptors used up."""
     config_pth = support.write_config(tmp_path)
     done = support.run_python(

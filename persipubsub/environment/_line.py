@@ -24,8 +24,8 @@ from typing import Any, Callable, Deque, Final, List, Optional, Sequence
 #: Longest sleep of a waiting thread, in seconds, before it looks whether an alarm was lost.
 _LONGEST_SLEEP_SECS: Final = 0.05
 
-#: So many threads of a flushed group are awake at a time: one that runs, and one on the way from its
-#: sleep to the interpreter's lock. More of them queue for it: as many messages, but more switches.
+#: So many threads of a flushed group are awake at a time: one that runs, and one on the way from
+#: its sleep to the interpreter's lock. More would queue for it: more switches, no more messages.
 _MOST_AWAKE: Final = 2
 
 #: How long the next commit is kept back for those that come back from a flush, in seconds: so long,
