@@ -888,7 +888,8 @@ def test_queue_opens_with_nothing_in_place_of_closed_streams(tmp_path: pathlib.P
         import os, sys
         from tests import test_opening
         import persipubsub.control
-        os.open, real = lambda path, *rest: real(path if path != "/" else "/missing", *rest), os.open
+        real = os.open
+        os.open = lambda path, *rest: real(path if path != "/" else "/missing", *rest)
         os.close(0)
         before = len(os.listdir("/proc/self/fd"))
         persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])
