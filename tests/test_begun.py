@@ -415,6 +415,8 @@ async def test_pull_that_is_done_before_it_is_cancelled(config_pth: pathlib.Path
 
         await asyncio.wrap_future(_loop.current().begin(leave))
         await pub.send_many(numbered(2))
+        # Nobody may take this one over, which would wait for ever.
+        await _steps(lambda: not waiting._left)
         assert sorted([await receive(sub) or b"" for _ in range(2)]) == numbered(2)
 
 
