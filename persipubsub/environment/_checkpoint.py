@@ -157,7 +157,7 @@ def restore(directory: str) -> None:
         temporary = store + ".new"
         shutil.copyfile(path, temporary)
         os.chmod(temporary, os.stat(store).st_mode & 0o777)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = _files.open_to_write(temporary, os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
