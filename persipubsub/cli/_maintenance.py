@@ -125,7 +125,8 @@ def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str]
         persipubsub restore config.json /backup/greetings.mdb --queue greetings
     """
     key = _shared.select_one(config, queue_key)
-    _shared.ask("Replace all that is in the queue {} by {}?".format(key, source), yes)
+    if not yes:
+        _shared.ask("Replace all that is in the queue {} by {}?".format(key, source))
     _shared.with_progress(
         key, lambda progress: persipubsub.control.restore(config, key, source, progress))
     figures = persipubsub.control.statistics(config, key)[key]
@@ -182,10 +183,9 @@ def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional
     key = _shared.select_one(config, queue_key)
     figures = persipubsub.control.statistics(config, key)[key]
     lags = {one.subscriber: one.lag for one in figures.subscribers}
-    if subscriber in lags:
-        _shared.ask(
-            "Remove {} from {}, with {} that it did not acknowledge?".format(
-                subscriber, key, _text.count(lags[subscriber], "message")), yes)
+    if subscriber in lags and not yes:
+        _shared.ask("Remove {} from {}, with {} that it did not acknowledge?".format(
+            subscriber, key, _text.count(lags[subscriber], "message")))
     lag = persipubsub.control.remove_subscriber(config, key, subscriber)
     _tell(
         as_json,
@@ -213,7 +213,8 @@ def drop_queue(config: pathlib.Path, queue_key: Optional[str], as_json: bool, ye
         persipubsub drop-queue config.json --queue greetings
     """
     key = _shared.select_one(config, queue_key)
-    _shared.ask("Remove the queue {} with all its messages from the disk?".format(key), yes)
+    if not yes:
+        _shared.ask("Remove the queue {} with all its messages from the disk?".format(key))
     others = persipubsub.control.drop_queue(config, key)
     line = "{}: dropped".format(key)
     if others:

@@ -100,17 +100,14 @@ def yes_option(function: CommandT) -> CommandT:
     return click.option("--yes", is_flag=True, help="Do not ask.")(function)
 
 
-def ask(text: str, yes: bool = False) -> None:
+def ask(text: str) -> None:
     """
     Ask whether to go on; end the command unless the answer is yes.
 
     A closed input answers no, and so does who can not be asked.
 
     :param text: of the question
-    :param yes: True if it was answered on the command line
     """
-    if yes:
-        return
     if sys.stdin is None:
         raise click.Abort()
     try:
