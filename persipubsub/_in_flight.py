@@ -145,7 +145,7 @@ class Board:
                 # Never a part that is there: another process may have noted something in it.
                 if is_short:
                     _files.extend(descriptor, status.st_size, _BOARD_BYTES)
-                self._page = mmap.mmap(
+                self._page = _files.map_file(
                     descriptor,
                     _BOARD_BYTES,
                     access=mmap.ACCESS_READ if self._is_look else mmap.ACCESS_WRITE)

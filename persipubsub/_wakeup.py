@@ -32,7 +32,6 @@ every 0.1 to 5 milliseconds. A stamp is the time: of two counters, one could bri
 """
 
 import errno
-import mmap
 import os
 import select
 import stat
@@ -83,7 +82,7 @@ class _File:
             if (status.st_size < _PAGE_BYTES
                     and os.pwrite(self.descriptor, filling, _UNUSED) < len(filling)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.page = mmap.mmap(self.descriptor, _PAGE_BYTES)
+            self.page = _files.map_file(self.descriptor, _PAGE_BYTES)
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         """Close the descriptor, if there is one yet."""

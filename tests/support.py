@@ -1,5 +1,6 @@
 """Help the tests with queues in temporary directories and with processes of their own."""
 
+import fcntl
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -108,6 +109,15 @@ def until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, "Waited in vain: {}".format(what)
         time.sleep(0.001)
+
+
+def is_writable(descriptor: int) -> bool:
+    """Tell whether a descriptor is open, and of a file that may be written to."""
+    try:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    except OSError:
+        return False
+    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def run_python(

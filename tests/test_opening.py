@@ -867,12 +867,12 @@ def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path, numbers
             close("before a backup")
             persipubsub.control.backup(config_pth, "queue", directory / "backup")
             print_something()
-            found = {os.readlink("/proc/self/fd/{}".format(number)) for number in numbers}
+            found = [number for number in numbers if support.is_writable(number)]
         (directory / "found").write_text(repr(found))
         """
     done = support.run_python(code, tmp_path, closed, *numbers)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "found").read_text() == repr({"/"})
+    assert (tmp_path / "found").read_text() == "[]"
     assert persipubsub.control.verify(config_pth)["queue"] == ()
     assert receive_all(config_pth) == [b"second"]
     for copy in tmp_path / "backup", tmp_path / "queue" / _files.CHECKPOINT:

@@ -72,6 +72,7 @@ _ROWS: List[Set[str]] = [
         "_in_flight"
     },
     {"environment._files", "_inotify"},
+    {"environment._standard_streams"},
     {"store._newest"},
     {"store._deliveries"},
     {"store._retention", "store._check", "store._pending"},

@@ -127,7 +127,6 @@ def restore(directory: str) -> None:
     """
     # Slow, and hardly ever needed.
     import logging  # pylint: disable=import-outside-toplevel
-    import shutil  # pylint: disable=import-outside-toplevel
 
     path = os.path.join(directory, _files.CHECKPOINT)
     store = os.path.join(directory, _files.DATA)
@@ -155,13 +154,7 @@ def restore(directory: str) -> None:
         finally:
             os.close(descriptor)
         temporary = store + ".new"
-        shutil.copyfile(path, temporary)
-        os.chmod(temporary, os.stat(store).st_mode & 0o777)
-        descriptor = _files.open_to_write(temporary, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _files.copy_durably(path, temporary, os.stat(store).st_mode & 0o777)
         os.rename(temporary, store)
         _files.flush_directory(directory)
     logging.getLogger("persipubsub.checkpoint").warning(

@@ -7,7 +7,7 @@ new. What it is given is therefore checked here first.
 
 import contextlib
 import errno
-import fcntl
+import mmap
 import os
 import resource
 import stat
@@ -15,6 +15,7 @@ import struct
 from typing import Final, Iterator, List, NamedTuple
 
 import persipubsub.errors
+from persipubsub.environment import _standard_streams
 
 DATA: Final = "data.mdb"
 LOCK: Final = "lock.mdb"
@@ -122,27 +123,6 @@ def make_directories(path: str) -> None:
         flush_directory(os.path.dirname(directory))
 
 
-def occupy_standard_streams() -> None:
-    """
-    Open something in the place of standard input, output and error, as far as they are closed.
-
-    A file of a queue would get their numbers otherwise, and whatever is printed, by a library in C
-    or by a process that crashes, would be written into it. Daemons close them, at any time: so
-    this is called before any file is opened that somebody writes to. LMDB opens its files right
-    after the gate's.
-    """
-    for number in range(3):
-        try:
-            fcntl.fcntl(number, fcntl.F_GETFD)
-        except OSError:
-            # What is written to a directory fails as before. Rejected: the null device, which may
-            # be missing. If it can not be opened, a queue that works is worth more.
-            with contextlib.suppress(OSError):
-                descriptor = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                if descriptor > 2:
-                    os.close(descriptor)  # another thread was faster
-
-
 def open_to_write(path: str, flags: int) -> int:
     """
     Open a file of a queue, or one that is to take its place.
@@ -151,8 +131,8 @@ def open_to_write(path: str, flags: int) -> int:
     :param flags: of ``os.open``
     :return: descriptor, closed on exec, and none of a standard stream
     """
-    occupy_standard_streams()
-    return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
+    _standard_streams.occupy()
+    return _standard_streams.step_aside(os.open(path, flags | os.O_CLOEXEC, FILE_MODE))
 
 
 def open_own_file(path: str) -> int:
@@ -172,6 +152,19 @@ def open_own_file(path: str) -> int:
                     "Expected {} to be a regular file, but got: a symbolic link".format(
                         path)) from error
             raise
+
+
+def map_file(descriptor: int, size: int, access: int = mmap.ACCESS_WRITE) -> mmap.mmap:
+    """
+    Map a file; the mapping keeps a descriptor of its own.
+
+    :param descriptor: of the file
+    :param size: in bytes; the file is at least as large
+    :param access: that of ``mmap``
+    :return: mapped bytes
+    """
+    return _standard_streams.open_elsewhere(lambda: mmap.mmap(descriptor, size, access=access),
+                                            [descriptor])
 
 
 def reserve(descriptor: int, size: int) -> None:
@@ -235,6 +228,24 @@ def write_durably(path: str, content: bytes) -> None:
         os.close(descriptor)
     os.rename(temporary, path)
     flush_directory(os.path.dirname(path))
+
+
+def copy_durably(source: str, path: str, mode: int) -> None:
+    """
+    Copy a large file, and wait until the content of the copy is on the disk. Its name need not be.
+
+    :param source: path of the file
+    :param path: of the copy; replaced if it is there
+    :param mode: rights of the copy
+    """
+    import shutil  # pylint: disable=import-outside-toplevel  # slow, and hardly ever needed
+
+    descriptor = open_to_write(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with open(descriptor, "wb") as target, open(source, "rb") as content:
+        os.fchmod(descriptor, mode)
+        shutil.copyfileobj(content, target)
+        target.flush()
+        os.fsync(descriptor)
 
 
 def remove_durably(path: str) -> None:

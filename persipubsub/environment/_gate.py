@@ -47,7 +47,8 @@ class Gate:
             with persipubsub.environment._files.translated(path=path, doing="extend"):
                 if os.fstat(self.descriptor).st_size < mmap.PAGESIZE:
                     persipubsub.environment._files.reserve(self.descriptor, mmap.PAGESIZE)
-                self._page = mmap.mmap(self.descriptor, mmap.PAGESIZE)  # type: Optional[mmap.mmap]
+                self._page = persipubsub.environment._files.map_file(
+                    self.descriptor, mmap.PAGESIZE)  # type: Optional[mmap.mmap]
         except BaseException:
             os.close(self.descriptor)
             raise

@@ -15,7 +15,7 @@ from typing import Final, Iterator, NamedTuple, Optional, Tuple, Type
 import lmdb
 
 import persipubsub.errors
-from persipubsub.environment import _checkpoint, _files, _gate
+from persipubsub.environment import _checkpoint, _files, _gate, _standard_streams
 from persipubsub.store import _clock, _databases, _layout
 from persipubsub.store._databases import Databases
 
@@ -270,22 +270,27 @@ def _open_environment(directory: str, options: Options) -> lmdb.Environment:
     :return: open environment
     """
     deadline = time.monotonic() + options.busy_timeout_secs
+    paths = [os.path.join(directory, name) for name in (_files.DATA, _files.LOCK)]
+
+    def open_files() -> lmdb.Environment:
+        return lmdb.open(
+            directory,
+            map_size=options.map_size,
+            max_readers=options.max_readers,
+            max_dbs=_MAX_DBS,
+            # A cached read transaction owns a slot of the reader table, which a forked child
+            # would give back for its parent. It would save 0.07 microseconds.
+            max_spare_txns=0,
+            sync=not options.keeps_os,
+            metasync=False,
+            mode=_files.FILE_MODE,
+            create=False,
+            readahead=False,
+            lib_version=0)
+
     while True:
         try:
-            return lmdb.open(
-                directory,
-                map_size=options.map_size,
-                max_readers=options.max_readers,
-                max_dbs=_MAX_DBS,
-                # A cached read transaction owns a slot of the reader table, which a forked child
-                # would give back for its parent. It would save 0.07 microseconds.
-                max_spare_txns=0,
-                sync=not options.keeps_os,
-                metasync=False,
-                mode=_files.FILE_MODE,
-                create=False,
-                readahead=False,
-                lib_version=0)
+            return _standard_streams.open_elsewhere(open_files, paths)
         except lmdb.ReadersFullError as error:
             if time.monotonic() >= deadline:
                 raise translate(error=error, directory=directory) from error
@@ -416,13 +421,18 @@ def build(directory: str, options: Options) -> None:
                             clock_offset_ns=time.time_ns() - _clock.ticks_ns(),
                             boot_id=_clock.boot_id(),
                             next_ordinal=0)
+
+    def open_files() -> lmdb.Environment:
+        return lmdb.open(aside,
+                         map_size=options.map_size,
+                         max_dbs=_MAX_DBS,
+                         mode=_files.FILE_MODE,
+                         create=False,
+                         lib_version=0)
+
+    paths = [os.path.join(aside, name) for name in (_files.DATA, _files.LOCK)]
     try:
-        with lmdb.open(aside,
-                       map_size=options.map_size,
-                       max_dbs=_MAX_DBS,
-                       mode=_files.FILE_MODE,
-                       create=False,
-                       lib_version=0) as environment:
+        with _standard_streams.open_elsewhere(open_files, paths) as environment:
             for database in _databases.NAMES:
                 environment.open_db(database)
             meta = environment.open_db(_layout.META_DB)

@@ -259,7 +259,7 @@ def restore(settings: Settings, source: str, progress: Progress) -> None:
     with alone(directory, options), _files.translated(path=directory, doing="restore"):
         with _beside(store) as path:
             with _files.translated(path=source, doing="copy"):
-                shutil.copyfile(source, path)
+                _files.copy_durably(source, path, os.stat(path).st_mode & 0o777)
             _verification.verify_copy(path, progress, origin=source)
             known = _read_known(directory)
             try:

@@ -12,7 +12,7 @@ import persipubsub.errors
 from persipubsub import _wakeup
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
-from persipubsub.environment import _environment, _files, _registry
+from persipubsub.environment import _environment, _files, _registry, _standard_streams
 from persipubsub.maintenance import _verification
 from persipubsub.store import _attempts, _log, _positions, _retention
 from persipubsub.store._databases import Databases
@@ -67,13 +67,14 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
     with opened(settings) as environment:
         with _files.translated(path=target, doing="write"):
             directory, name = os.path.split(target)
-            _files.occupy_standard_streams()
+            _standard_streams.occupy()
             try:
                 descriptor, path = tempfile.mkstemp(prefix=name + ".", suffix=".new", dir=directory)
             except FileNotFoundError:
                 raise persipubsub.errors.AccessError(
                     "Expected to write {}, but got: there is no such directory".format(
                         target)) from None
+            descriptor = _standard_streams.step_aside(descriptor)
             try:
                 try:
                     environment.copy(descriptor)

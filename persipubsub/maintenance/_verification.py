@@ -16,7 +16,7 @@ import lmdb.verify
 
 import persipubsub.errors
 from persipubsub._progress import Progress
-from persipubsub.environment import _environment, _files, _opening
+from persipubsub.environment import _environment, _files, _opening, _standard_streams
 from persipubsub.store import _check, _databases
 from persipubsub.store._databases import Databases
 
@@ -225,15 +225,19 @@ def open_file(path: str, is_readonly: bool, map_size: int = 0) -> lmdb.Environme
     :param map_size: largest size of the file in bytes; at least as large as it is
     :return: environment without locks, to be closed by the caller before the process may fork
     """
-    return lmdb.open(path,
-                     subdir=False,
-                     map_size=map_size or 1 << 20,
-                     max_dbs=MAX_DBS,
-                     readonly=is_readonly,
-                     lock=False,
-                     create=False,
-                     readahead=False,
-                     lib_version=0)
+
+    def open_files() -> lmdb.Environment:
+        return lmdb.open(path,
+                         subdir=False,
+                         map_size=map_size or 1 << 20,
+                         max_dbs=MAX_DBS,
+                         readonly=is_readonly,
+                         lock=False,
+                         create=False,
+                         readahead=False,
+                         lib_version=0)
+
+    return _standard_streams.open_elsewhere(open_files, [path])
 
 
 def databases_of(environment: lmdb.Environment) -> Databases:

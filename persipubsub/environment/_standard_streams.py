@@ -1,0 +1,106 @@
+"""
+Keep the files of a queue away from the numbers of standard input, output and error.
+
+Whatever is printed, by a library in C or by a process that crashes, is written to these numbers,
+whoever has them by then: a file that is opened after they were closed, as daemons do it at any
+time. A store that has one of them is damaged by the first line that somebody prints.
+"""
+
+import contextlib
+import fcntl
+import os
+from typing import Callable, Final, List, Protocol, Sequence, Tuple, TypeVar, Union
+
+_NUMBERS: Final = (0, 1, 2)
+
+#: If nothing can be opened in the place of a stream, a queue that works is worth more.
+_MOST_ATTEMPTS: Final = 5
+
+
+class _Closable(Protocol):
+    """Be what can be closed."""
+
+    def close(self) -> object:
+        """Close it."""
+
+
+OpenT = TypeVar("OpenT", bound=_Closable)
+
+
+def occupy() -> None:
+    """
+    Open something in the place of standard input, output and error, as far as they are closed.
+
+    It is to be called before any file is opened that somebody writes to. It is not enough alone:
+    what it finds there may be a file that another thread is about to close.
+    """
+    for number in _NUMBERS:
+        try:
+            fcntl.fcntl(number, fcntl.F_GETFD)
+        except OSError:
+            # What is written to a directory fails as before. Rejected: the null device, which may
+            # be missing.
+            with contextlib.suppress(OSError):
+                descriptor = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                if descriptor > 2:
+                    os.close(descriptor)  # another thread was faster
+
+
+def step_aside(descriptor: int) -> int:
+    """
+    Give a file that was just opened another number if it got that of a standard stream.
+
+    :param descriptor: of the file; closed if it is not the one returned
+    :return: descriptor, closed on exec, and none of a standard stream
+    """
+    if descriptor not in _NUMBERS:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, len(_NUMBERS))
+    finally:
+        os.close(descriptor)
+
+
+def open_elsewhere(open_files: Callable[[], OpenT], files: Sequence[Union[int, str]]) -> OpenT:
+    """
+    Open files whose numbers are not ours to choose, as LMDB does it and a mapping in Python.
+
+    :param open_files: opens them; what it returns can be closed, and is if it is not returned
+    :param files: path of each, which need not be there before, or a descriptor
+    :return:
+        what ``open_files`` returned; no standard stream became one of the files by that, unless
+        nothing can be opened in its place
+    """
+    for _ in range(_MOST_ATTEMPTS - 1):
+        occupy()
+        before = _files_of_streams()
+        opened = open_files()
+        replaced = {found for found, old in zip(_files_of_streams(), before) if found != old}
+        if not replaced.intersection(map(_identify, files)):
+            return opened
+        # Somebody closed a stream since we looked. It is occupied the next time.
+        opened.close()
+    return open_files()
+
+
+def _files_of_streams() -> List[Tuple[int, int]]:
+    """
+    Tell which files are standard input, output and error.
+
+    :return: identity of each
+    """
+    return [_identify(number) for number in _NUMBERS]
+
+
+def _identify(file: Union[int, str]) -> Tuple[int, int]:
+    """
+    Tell two files apart.
+
+    :param file: descriptor or path
+    :return: device and inode; zeros if it is closed, or not there any more
+    """
+    try:
+        status = os.stat(file)
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
