@@ -407,7 +407,7 @@ async def test_pull_that_is_done_before_it_is_cancelled(config_pth: pathlib.Path
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
                 pass  # the message came first
-            pulled: "list[Any]" = await waiting._puller.pull(HANG_SECS, 1)
+            pulled: "list[Any]" = await waiting._puller.pull_one(HANG_SECS)
             return pulled
 
         async def leave() -> None:

@@ -103,7 +103,7 @@ async def _pull_again(puller: _pulling.Puller, forgotten: Sequence[Pulled], numb
     others = []  # type: List[Pulled]
     try:
         while number < last and time.monotonic() < deadline:
-            found = await puller.pull(0.0, min(len(own), last - number))
+            found = await puller.pull_now(min(len(own), last - number))
             if not found:
                 break
             number = max(one.number for one in found)

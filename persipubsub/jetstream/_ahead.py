@@ -100,17 +100,46 @@ class Ahead:
             return held
         if not held:
             if max_messages > 1:
-                return await self.puller.pull(timeout, max_messages)
-            pulled = await self._waiting.take(timeout)
+                return await self._take_many(timeout, max_messages)
+            pulled = await self.wait(timeout)
             if pulled:
                 self._note(pulled)
                 self._handed_out = 1
             return pulled
         try:
-            return held + await self.puller.pull(0.0, max_messages - len(held))
+            return held + await self.puller.pull_now(max_messages - len(held))
         except BaseException:
             await self.puller.give_back(held)
             raise
+
+    async def _take_many(self, timeout: Optional[float],
+                         max_messages: int) -> List[_inboxes.Pulled]:
+        """
+        Take messages, with nothing held; those that are there at once.
+
+        :param timeout: how long to wait for the first one, in seconds; None: for ever
+        :param max_messages: how many to take at most
+        :return: messages; none if there was none in time
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pulled = await self.puller.pull_now(max_messages)
+        if pulled or timeout == 0:
+            return pulled
+        pulled = await self.wait(None if deadline is None else deadline - time.monotonic())
+        try:
+            return pulled + (await self.puller.pull_now(max_messages - 1) if pulled else [])
+        except BaseException:
+            await self.puller.give_back(pulled)
+            raise
+
+    async def wait(self, timeout: Optional[float]) -> List[_inboxes.Pulled]:
+        """
+        Wait for a message, with nothing held.
+
+        :param timeout: how long, in seconds; None: for ever
+        :return: the message; none if there was none in time
+        """
+        return await self._waiting.take(timeout)
 
     async def front(self) -> Optional[_inboxes.Pulled]:
         """
@@ -171,7 +200,7 @@ class Ahead:
         :param count: how many messages
         """
         self._asked = time.monotonic()
-        pulled = await self.puller.pull(0.0, count, _MOST_BYTES)
+        pulled = await self.puller.pull_now(count, _MOST_BYTES)
         self._note(pulled)
         self._held.extend(pulled)
         if pulled:

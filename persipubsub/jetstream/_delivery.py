@@ -374,8 +374,7 @@ class Consumer:
         """
         ports = await self.calls.ports()
         ahead = self.ahead(ports)
-        pulled = (await _ahead.take_all_of(ports.loop, ahead.place)
-                  or await ahead.puller.pull(timeout, 1))
+        pulled = (await _ahead.take_all_of(ports.loop, ahead.place) or await ahead.wait(timeout))
         if not pulled:
             return None
         _, newest = await self._skip(ports, pulled)
@@ -390,7 +389,7 @@ class Consumer:
         ports = await self.calls.ports()
         ahead = self.ahead(ports)
         pulled = (await _ahead.take_all_of(ports.loop, ahead.place)
-                  or await ahead.puller.pull(0.0, _SKIPPED_AT_ONCE))
+                  or await ahead.puller.pull_now(_SKIPPED_AT_ONCE))
         if not pulled:
             return 0
         count, newest = await self._skip(ports, pulled)
@@ -417,7 +416,7 @@ class Consumer:
                 pulled = pulled[-1:]
                 if pulled[0].number >= last:
                     break
-                more = await self.ahead(ports).puller.pull(0.0, _SKIPPED_AT_ONCE)
+                more = await self.ahead(ports).puller.pull_now(_SKIPPED_AT_ONCE)
                 if not more:
                     break
                 pulled += more
@@ -478,7 +477,7 @@ class Consumer:
                     return base64.b64decode(found.get("data") or b"")
                 start = int(found["seq"]) + 1
         # One that is given back alone would come behind others that were given back.
-        pulled = await ahead.puller.pull(0.0, max(1, ahead.returned))
+        pulled = await ahead.puller.pull_now(max(1, ahead.returned))
         if not pulled:
             return None
         lease = self._lease(ports, pulled)

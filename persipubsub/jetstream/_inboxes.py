@@ -6,6 +6,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 
 import asyncio
 import collections
+import contextlib
 import time
 from typing import Any, Deque, Dict, Final, NamedTuple
 
@@ -15,6 +16,10 @@ import nats.errors
 
 #: The end of a subscription is waited for so long, in seconds.
 _CLOSE_SECS: Final = 1.0
+
+#: A pull that is refused. Rejected: one of so few bytes that no message fits. It moves the next
+#: message behind the others that were given back.
+_NOTHING: Final = b"{"
 
 
 class Pulled(NamedTuple):
@@ -45,6 +50,8 @@ class Inbox:
         self.changed = asyncio.Event()
         #: Pulls whose end was not seen yet: they may bring something.
         self.pulls = 0
+        #: Messages that the last pull ends with; 0 if it goes on until there is one.
+        self.wanted_now = 0
         self._subscription = None  # type: Any
 
     async def listen(self) -> "Inbox":
@@ -71,12 +78,24 @@ class Inbox:
             })
         self.changed.set()
 
-    async def close(self) -> None:
-        """Stop listening, and take what comes until the server knows."""
-        try:
-            await asyncio.wait_for(self._subscription.drain(), timeout=_CLOSE_SECS)
-        except (nats.errors.Error, asyncio.TimeoutError, OSError):
-            pass  # the connection is gone, and the inbox with it
+    async def close(self, subject: str) -> None:
+        """
+        Stop listening, and take what comes until nothing can come any more.
+
+        That the server knows is not enough: what it had begun to send comes behind that, and
+        nobody would take it. What it answers to a pull comes last.
+
+        ``drain`` and ``flush`` of nats-py were rejected: the first forgets the subscription too
+        early, and if either is cancelled, or its answer comes too late, the client stops reading.
+
+        :param subject: of pulls for the same messages
+        """
+        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
+            # pylint: disable-next=protected-access
+            await self.client._send_unsubscribe(self._subscription._id)
+            await self.client.request(subject, _NOTHING, timeout=_CLOSE_SECS)
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._subscription.unsubscribe()
 
 
 def to_pulled(data: bytes, reply: str) -> Pulled:

@@ -28,6 +28,9 @@ _HEARTBEAT_SECS: Final = 0.5
 
 _PAUSE_SECS: Final = 0.1
 
+#: The server answers within so many seconds, if it has a pull.
+_ANSWER_SECS: Final = 1.0
+
 #: A message that can not be given back within so many seconds is delivered again after ack_wait.
 _GIVE_BACK_SECS: Final = 2.0
 
@@ -67,8 +70,9 @@ class Puller:
         for task in pulls:
             task.cancel()
         await asyncio.gather(*pulls, return_exceptions=True)
+        await asyncio.gather(*self._retiring)
         inboxes, self._idle = self._idle, []
-        await asyncio.gather(*map(self._retire, inboxes), *self._retiring)
+        await asyncio.gather(*map(self._retire, inboxes))
 
     async def settle(self) -> None:
         """Wait until the servers know of the pulls that were cancelled."""
@@ -80,8 +84,27 @@ class Puller:
 
         :param inbox: that nobody uses any more
         """
-        await inbox.close()
+        await inbox.close(self._subject)
         await self._give_up(inbox)
+
+    async def _finish(self, inbox: _inboxes.Inbox) -> None:
+        """
+        Let a pull of what is there come to its end, and let others have what it brings.
+
+        To end the subscription was rejected: of a cluster, another server may send at that moment,
+        and this one would drop what comes for nobody.
+
+        :param inbox: of the pull, which nobody waits for any more
+        """
+        try:
+            is_over = not inbox.pulls or await self._is_done(inbox, inbox.wanted_now, _ANSWER_SECS)
+        except (persipubsub.errors.PersipubsubError, _errors.ApiError):
+            is_over = False
+        if is_over and not self._is_closed:
+            self._idle.append(inbox)
+            await self._give_up(inbox)
+        else:
+            await self._retire(inbox)
 
     def is_busy(self) -> bool:
         """
@@ -91,20 +114,42 @@ class Puller:
         """
         return bool(self._pulls)
 
-    async def pull(self,
-                   timeout: Optional[float],
-                   max_messages: int,
-                   max_bytes: Optional[int] = None) -> List[_inboxes.Pulled]:
+    async def pull_now(self,
+                       max_messages: int,
+                       max_bytes: Optional[int] = None) -> List[_inboxes.Pulled]:
         """
-        Wait for messages.
+        Take messages that are there.
 
-        :param timeout: how long, in seconds; None: for ever
-        :param max_messages: how many to take at most; all that are there at once, at least one
-        :param max_bytes: how many bytes to take at most, of several that are there at once
-        :return: messages; none if there was none in time
+        :param max_messages: how many at most
+        :param max_bytes: how many bytes at most
+        :return: messages; none if there is none
         :raise UnavailableError: if no server answers for too long
         :raise NotInitializedError: if there is no such consumer any more
         :raise ClosedError: if the queue is closed meanwhile
+        """
+        return await self._pull(0.0, max_messages, max_bytes)
+
+    async def pull_one(self, timeout: Optional[float]) -> List[_inboxes.Pulled]:
+        """
+        Wait for a message.
+
+        :param timeout: how long, in seconds; None: for ever
+        :return: the message; none if there was none in time
+        :raise UnavailableError: if no server answers for too long
+        :raise NotInitializedError: if there is no such consumer any more
+        :raise ClosedError: if the queue is closed meanwhile
+        """
+        return await self._pull(timeout, 1, None)
+
+    async def _pull(self, timeout: Optional[float], max_messages: int,
+                    max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
+        """
+        Wait for messages, so that closing ends it.
+
+        :param timeout: how long, in seconds; None: for ever
+        :param max_messages: how many to take at most
+        :param max_bytes: how many bytes to take at most
+        :return: messages; none if there was none in time
         """
         task = asyncio.current_task()
         assert task is not None
@@ -112,7 +157,7 @@ class Puller:
         try:
             if self._is_closed:
                 raise asyncio.CancelledError
-            return await self._pull(timeout, max_messages, max_bytes)
+            return await self._repeat(timeout, max_messages, max_bytes)
         except asyncio.CancelledError:
             if not self._is_closed:
                 raise
@@ -122,14 +167,14 @@ class Puller:
         finally:
             self._pulls.discard(task)
 
-    async def _pull(self, timeout: Optional[float], max_messages: int,
-                    max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
+    async def _repeat(self, timeout: Optional[float], max_messages: int,
+                      max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
         """
-        Wait for messages.
+        Pull until there are messages, or no time is left.
 
         :param timeout: how long, in seconds; None: for ever
-        :param max_messages: how many to take at most
-        :param max_bytes: how many bytes to take at most, of several that are there at once
+        :param max_messages: how many to take at most; one if the pull has to wait
+        :param max_bytes: how many bytes to take at most
         :return: messages; none if there was none in time
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -142,17 +187,11 @@ class Puller:
                 left = None if deadline is None else deadline - time.monotonic()
                 inbox = await self._listening(inbox, left)
                 if inbox is not None:
-                    is_last = left is not None and left <= 0
-                    if max_messages > 1 or is_last:
+                    if left is not None and left <= 0:
                         await self._ask_now(inbox, max_messages, max_bytes)
                     else:
                         await self._ask(inbox, {"batch": 1}, left)
-                    taken = await self._fresh(inbox, max_messages)
-                    if not taken and max_messages > 1 and not is_last:
-                        await self._ask(inbox, {"batch": 1}, left)
-                        taken = await self._fresh(inbox, max_messages)
-                    if taken and 1 < max_messages and len(taken) < max_messages and not is_last:
-                        taken += await self._rest(inbox, max_messages - len(taken))
+                    await self._take_fresh(inbox, max_messages, taken)
                 if taken:
                     self._missing_since = 0.0
                 if taken or (deadline is not None and time.monotonic() >= deadline):
@@ -171,25 +210,15 @@ class Puller:
 
         :param inbox: that was used
         """
-        if inbox.pulls or inbox.messages:
-            # Nobody would look at what a pull still brings. It ends with the subscription, so
-            # that the next message goes to the next pull: in order, and not delivered for nothing.
-            task = asyncio.ensure_future(self._retire(inbox))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-        else:
+        if not inbox.pulls and not inbox.messages:
             self._idle.append(inbox)
-
-    async def _rest(self, inbox: _inboxes.Inbox, count: int) -> List[_inboxes.Pulled]:
-        """
-        Take what came beside the message that was waited for.
-
-        :param inbox: to be used
-        :param count: of messages at most
-        :return: messages; none if there is none right now
-        """
-        await self._ask_now(inbox, count, None)
-        return await self._fresh(inbox, count)
+            return
+        # Nobody would look at what a pull still brings. One that waits ends with the subscription,
+        # so that the next message goes to the next pull: in order, and not delivered for nothing.
+        ends_soon = inbox.pulls == 0 or inbox.wanted_now > 0
+        task = asyncio.ensure_future(self._finish(inbox) if ends_soon else self._retire(inbox))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def _ask_now(self, inbox: _inboxes.Inbox, count: int, max_bytes: Optional[int]) -> None:
         """
@@ -244,8 +273,10 @@ class Puller:
         if inbox.messages:
             return
         inbox.pulls += 1
-        patience = 1.0
-        if "no_wait" not in request:
+        patience = _ANSWER_SECS
+        wanted = int(request["batch"])
+        inbox.wanted_now = wanted if "no_wait" in request else 0
+        if not inbox.wanted_now:
             expires = LONGEST_PULL_SECS if left is None else min(left, LONGEST_PULL_SECS)
             request["expires"] = max(1_000_000, int(expires * 1e9))
             patience += expires
@@ -259,18 +290,29 @@ class Puller:
         except (nats.errors.Error, OSError):
             await asyncio.sleep(_PAUSE_SECS)
             return
-        wanted = int(request["batch"])
+        if await self._is_done(inbox, wanted, patience):
+            self._heard = time.monotonic()
+        else:
+            self._check_heard()
+
+    async def _is_done(self, inbox: _inboxes.Inbox, wanted: int, patience: float) -> bool:
+        """
+        Wait for the end of a pull.
+
+        :param inbox: for what comes
+        :param wanted: how many messages it ends with
+        :param patience: how long to wait if nothing comes, in seconds
+        :return: False if nothing came for so long
+        """
         while True:
             inbox.changed.clear()
             if len(inbox.messages) >= wanted or await self._is_over(inbox):
                 inbox.pulls -= 1
-                break
+                return True
             try:
                 await asyncio.wait_for(inbox.changed.wait(), timeout=patience)
             except asyncio.TimeoutError:
-                self._check_heard()
-                return
-        self._heard = time.monotonic()
+                return False
 
     async def _is_over(self, inbox: _inboxes.Inbox) -> bool:
         """
@@ -328,15 +370,17 @@ class Puller:
         else:
             self._missing_since = 0.0
 
-    async def _fresh(self, inbox: _inboxes.Inbox, count: int) -> List[_inboxes.Pulled]:
+    async def _take_fresh(self, inbox: _inboxes.Inbox, count: int,
+                          taken: List[_inboxes.Pulled]) -> None:
         """
-        Take messages out of an inbox.
+        Take messages out of an inbox, but those that are too old.
 
         :param inbox: in which they are
         :param count: how many at most
-        :return: messages, without those that are too old
+        :param taken:
+            to which they are added; not returned, as whoever is cancelled in the middle of this has
+            to know of them
         """
-        taken = []  # type: List[_inboxes.Pulled]
         now = time.monotonic()
         while inbox.messages and len(taken) < count:
             pulled = inbox.messages.popleft()
@@ -348,7 +392,6 @@ class Puller:
                 await self._tell(inbox.client, pulled, b"-NAK")
             else:
                 taken.append(pulled)
-        return taken
 
     def is_expired(self, pulled: _inboxes.Pulled) -> bool:
         """

@@ -1,8 +1,8 @@
 """
 Wait for one message, and leave the pull to the next one who waits if that is cancelled.
 
-A pull can not be taken back. To end its subscription, as for batches, was rejected: a message that
-the server sends at that moment is lost until ``ack_wait``, and tasks are cancelled often, by a
+A pull can not be taken back. To end its subscription was rejected: a message that another server of
+the cluster sends at that moment is lost until ``ack_wait``, and tasks are cancelled often, by a
 timeout of ``asyncio`` for one. So a pull goes on without its task until it ends, after a few
 seconds at most. Whoever waits next takes it over; a message that comes for nobody is given back.
 
@@ -44,7 +44,7 @@ class Waiting:
             is_own = task is None or left == 0.0
             if task is None or is_own:
                 task = asyncio.ensure_future(
-                    self._puller.pull(min(left, _pulling.LONGEST_PULL_SECS), 1))
+                    self._puller.pull_one(min(left, _pulling.LONGEST_PULL_SECS)))
             else:
                 del self._left[task]
             try:
