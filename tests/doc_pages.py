@@ -178,6 +178,8 @@ def matches(expected: str, found: str) -> bool:
 def _environment() -> Dict[str, str]:
     """Return the environment in which the reader has installed the library."""
     environment = dict(os.environ, LC_ALL="C.UTF-8", COLUMNS="120", TERM="dumb")
+    # Of two programs that print a line at the same time, one line each would not be certain.
+    environment.pop("PYTHONUNBUFFERED", None)
     environment["PATH"] = os.pathsep.join(
         [str(pathlib.Path(sys.executable).parent), environment["PATH"]])
     environment["PYTHONPATH"] = os.pathsep.join(
