@@ -2,14 +2,12 @@
 
 # pylint: disable=missing-docstring
 
-import io
 import pathlib
 from typing import List
 
 import pytest
 
 import persipubsub.control
-from persipubsub.environment import _standard_streams
 from tests import support
 
 
@@ -98,6 +96,48 @@ def test_file_steps_aside(tmp_path: pathlib.Path) -> None:
     assert (done.stdout, path.read_bytes()) == ("True False False 0\n", b"content"), done.stderr
 
 
+def test_stream_that_is_replaced_meanwhile() -> None:
+    """Another thread closes it, and then puts its own file over what was opened there."""
+    done = support.run_python("""if True:
+        import os, sys
+        from persipubsub.environment import _standard_streams
+
+        def open_file():
+            opened.append(1)
+            if len(opened) == 1:
+                os.close(0)
+            file = open(sys.executable, "rb")
+            if len(opened) == 1:
+                os.dup2(os.open("/", os.O_RDONLY), file.fileno())
+            return file
+
+        opened = []
+        file = _standard_streams.open_elsewhere(open_file)
+        print(len(opened), file.fileno() > 2, os.path.samestat(os.fstat(file.fileno()),
+                                                               os.stat(sys.executable)))
+        """)
+    assert done.stdout == "2 True True\n", done.stderr
+
+
+def test_stream_that_is_closed_many_times() -> None:
+    """In the end it is left alone."""
+    done = support.run_python("""if True:
+        import os, sys
+        from persipubsub.environment import _standard_streams
+
+        def open_file():
+            opened.append(1)
+            if len(opened) < _standard_streams._MOST_ATTEMPTS:
+                os.close(0)
+            return open(sys.executable, "rb")
+
+        opened = []
+        file = _standard_streams.open_elsewhere(open_file)
+        print(len(opened) == _standard_streams._MOST_ATTEMPTS, file.fileno() > 2)
+        """)
+    assert done.stdout == "True True\n", done.stderr
+
+
 def test_stream_that_is_one_of_the_files_stays(tmp_path: pathlib.Path) -> None:
     """Somebody may look at a store with it as standard input."""
     config_pth = support.write_config(tmp_path)
@@ -105,18 +145,9 @@ def test_stream_that_is_one_of_the_files_stays(tmp_path: pathlib.Path) -> None:
     done = support.run_python(
         """if True:
         import os, sys
-        from persipubsub.environment import _standard_streams
         from tests import test_opening
         os.dup2(os.open(sys.argv[2], os.O_RDONLY), 0)
-        opened = []
-        _standard_streams.open_elsewhere(lambda: opened.append(open(sys.argv[2])), [sys.argv[2]])
-        assert len(opened) == 1
         test_opening.send(sys.argv[1], b"message")
         print(test_opening.receive_all(sys.argv[1]), os.readlink("/proc/self/fd/0") == sys.argv[2])
         """, config_pth, tmp_path / "queue" / "data.mdb")
     assert (done.returncode, done.stdout) == (0, "[b'message'] True\n"), done.stderr
-
-
-def test_files_that_are_gone_are_nobodys_streams(tmp_path: pathlib.Path) -> None:
-    file = _standard_streams.open_elsewhere(io.BytesIO, [str(tmp_path / "file")])
-    assert not file.closed

@@ -163,8 +163,7 @@ def map_file(descriptor: int, size: int, access: int = mmap.ACCESS_WRITE) -> mma
     :param access: that of ``mmap``
     :return: mapped bytes
     """
-    return _standard_streams.open_elsewhere(lambda: mmap.mmap(descriptor, size, access=access),
-                                            [descriptor])
+    return _standard_streams.open_elsewhere(lambda: mmap.mmap(descriptor, size, access=access))
 
 
 def reserve(descriptor: int, size: int) -> None:

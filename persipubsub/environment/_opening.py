@@ -270,7 +270,6 @@ def _open_environment(directory: str, options: Options) -> lmdb.Environment:
     :return: open environment
     """
     deadline = time.monotonic() + options.busy_timeout_secs
-    paths = [os.path.join(directory, name) for name in (_files.DATA, _files.LOCK)]
 
     def open_files() -> lmdb.Environment:
         return lmdb.open(
@@ -290,7 +289,7 @@ def _open_environment(directory: str, options: Options) -> lmdb.Environment:
 
     while True:
         try:
-            return _standard_streams.open_elsewhere(open_files, paths)
+            return _standard_streams.open_elsewhere(open_files)
         except lmdb.ReadersFullError as error:
             if time.monotonic() >= deadline:
                 raise translate(error=error, directory=directory) from error
@@ -430,9 +429,8 @@ def build(directory: str, options: Options) -> None:
                          create=False,
                          lib_version=0)
 
-    paths = [os.path.join(aside, name) for name in (_files.DATA, _files.LOCK)]
     try:
-        with _standard_streams.open_elsewhere(open_files, paths) as environment:
+        with _standard_streams.open_elsewhere(open_files) as environment:
             for database in _databases.NAMES:
                 environment.open_db(database)
             meta = environment.open_db(_layout.META_DB)

@@ -9,7 +9,7 @@ time. A store that has one of them is damaged by the first line that somebody pr
 import contextlib
 import fcntl
 import os
-from typing import Callable, Final, List, Protocol, Sequence, Tuple, TypeVar, Union
+from typing import Callable, Final, List, Protocol, Tuple, TypeVar
 
 _NUMBERS: Final = (0, 1, 2)
 
@@ -61,25 +61,25 @@ def step_aside(descriptor: int) -> int:
         os.close(descriptor)
 
 
-def open_elsewhere(open_files: Callable[[], OpenT], files: Sequence[Union[int, str]]) -> OpenT:
+def open_elsewhere(open_files: Callable[[], OpenT]) -> OpenT:
     """
     Open files whose numbers are not ours to choose, as LMDB does it and a mapping in Python.
 
     :param open_files: opens them; what it returns can be closed, and is if it is not returned
-    :param files: path of each, which need not be there before, or a descriptor
     :return:
-        what ``open_files`` returned; no standard stream became one of the files by that, unless
-        nothing can be opened in its place
+        what ``open_files`` returned; none of its files is a standard stream, unless nothing can be
+        opened in the place of one
     """
     for _ in range(_MOST_ATTEMPTS - 1):
         occupy()
         before = _files_of_streams()
         opened = open_files()
-        replaced = {found for found, old in zip(_files_of_streams(), before) if found != old}
-        if not replaced.intersection(map(_identify, files)):
+        # Whatever is there now: what was opened may have been replaced already.
+        if _files_of_streams() == before:
             return opened
         # Somebody closed a stream since we looked. It is occupied the next time.
         opened.close()
+    occupy()
     return open_files()
 
 
@@ -87,20 +87,14 @@ def _files_of_streams() -> List[Tuple[int, int]]:
     """
     Tell which files are standard input, output and error.
 
-    :return: identity of each
+    :return: device and inode of each; zeros for one that is closed
     """
-    return [_identify(number) for number in _NUMBERS]
-
-
-def _identify(file: Union[int, str]) -> Tuple[int, int]:
-    """
-    Tell two files apart.
-
-    :param file: descriptor or path
-    :return: device and inode; zeros if it is closed, or not there any more
-    """
-    try:
-        status = os.stat(file)
-    except OSError:
-        return 0, 0
-    return status.st_dev, status.st_ino
+    found = []  # type: List[Tuple[int, int]]
+    for number in _NUMBERS:
+        try:
+            status = os.fstat(number)
+        except OSError:
+            found.append((0, 0))
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found

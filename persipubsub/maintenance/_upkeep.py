@@ -74,8 +74,8 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
                 raise persipubsub.errors.AccessError(
                     "Expected to write {}, but got: there is no such directory".format(
                         target)) from None
-            descriptor = _standard_streams.step_aside(descriptor)
             try:
+                descriptor = _standard_streams.step_aside(descriptor)
                 try:
                     environment.copy(descriptor)
                     os.fsync(descriptor)

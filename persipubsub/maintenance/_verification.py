@@ -237,7 +237,7 @@ def open_file(path: str, is_readonly: bool, map_size: int = 0) -> lmdb.Environme
                          readahead=False,
                          lib_version=0)
 
-    return _standard_streams.open_elsewhere(open_files, [path])
+    return _standard_streams.open_elsewhere(open_files)
 
 
 def databases_of(environment: lmdb.Environment) -> Databases:
