@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -32,11 +33,15 @@ def free_ports(count: int) -> List[int]:
     :param count: how many
     :return: ports, each once
     """
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+    ports = []  # type: List[int]
+    # Below those that the system gives to connections, which could take one before it is used.
+    for port in random.SystemRandom().sample(range(10000, 32768), 1000):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError("Expected {} free ports, but got: {}".format(count, len(ports)))
 
 
 class Server:

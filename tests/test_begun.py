@@ -445,7 +445,7 @@ async def test_pull_that_is_cancelled_is_not_taken_over(config_pth: pathlib.Path
                 for _ in range(steps):
                     await asyncio.sleep(0)
                 pulled: "list[Any]" = await waiting.take(HANG_SECS)
-                await waiting._puller.refuse(pulled, HANG_SECS)
+                await waiting._puller.returns.refuse(pulled, HANG_SECS)
                 return pulled
 
             taking = _loop.current().begin(take)

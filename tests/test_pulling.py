@@ -3,20 +3,24 @@
 # pylint: disable=missing-function-docstring,redefined-outer-name
 # Receipts are entered and left by hand where a test needs that.
 # pylint: disable=unnecessary-dunder-call
+# pylint: disable=protected-access
 
 import asyncio
 import contextlib
 import itertools
 import pathlib
+import random
 import signal
 import socket
 import threading
-from typing import Iterator, List, Set
+from typing import Any, Callable, Coroutine, Iterator, List, Optional, Set
 
 import pytest
 
 import persipubsub.aio
 import persipubsub.control
+import persipubsub.errors
+from persipubsub.jetstream import _inboxes, _loop
 from tests import jetstream_server
 from tests.support import HANG_SECS, outcome, until, write_config
 from tests.test_begun import until_waiting
@@ -49,46 +53,55 @@ class Slow:
         self._port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-        self._client = socket.socket()
+        self._client = None  # type: Optional[socket.socket]
         self._subscriptions = set()  # type: Set[bytes]
         # Guards what is sent to the client, and what is held back.
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._serve)]
-        self._threads[0].start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Send what was held back."""
+        assert self._client is not None
         with self._lock:
-            self._release()
+            self._release(self._client)
 
     def close(self) -> None:
         """End the connection and the threads."""
-        with contextlib.suppress(OSError):
-            self._client.shutdown(socket.SHUT_RDWR)
+        # Wakes the one that accepts; closing alone does not.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError, AttributeError):
+            self._client.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+        self._thread.join(HANG_SECS)
         self._listener.close()
-        for thread in self._threads:
-            thread.join(HANG_SECS)
 
-    def _release(self) -> None:
+    def _release(self, client: socket.socket) -> None:
         self.is_holding = False
         self._subscriptions.clear()
         frames, self.held = self.held, []
-        self._client.sendall(b"".join(frames))
+        client.sendall(b"".join(frames))
 
     def _serve(self) -> None:
-        with self._listener.accept()[0] as self._client, \
-                socket.create_connection(("127.0.0.1", self._port)) as server:
-            self._threads.append(threading.Thread(target=self._pass_on, args=(server, )))
-            self._threads[1].start()
-            with contextlib.suppress(OSError), self._client.makefile("rb") as lines:
-                for line in lines:
-                    self.ended += line.startswith(b"UNSUB ")
-                    server.sendall(line)
-            with contextlib.suppress(OSError):
-                server.shutdown(socket.SHUT_RDWR)
-            self._threads[1].join(HANG_SECS)
+        # Connecting may take more than one attempt.
+        with contextlib.suppress(OSError):
+            while True:
+                with self._listener.accept()[0] as client, \
+                        socket.create_connection(("127.0.0.1", self._port)) as server:
+                    self._client = client
+                    self._serve_one(client, server)
 
-    def _pass_on(self, server: socket.socket) -> None:
+    def _serve_one(self, client: socket.socket, server: socket.socket) -> None:
+        thread = threading.Thread(target=self._pass_on, args=(client, server), daemon=True)
+        thread.start()
+        with contextlib.suppress(OSError), client.makefile("rb") as lines:
+            for line in lines:
+                self.ended += line.startswith(b"UNSUB ")
+                server.sendall(line)
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+        thread.join(HANG_SECS)
+
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError), server.makefile("rb") as lines:
             for line in lines:
                 fields = line.split()
@@ -104,8 +117,8 @@ class Slow:
                     if b" 400 Bad Request" in line:
                         # A server may send what it had begun to send after any number of answers
                         # (PONG), but before those to later pulls, which come the same way.
-                        self._release()
-                    self._client.sendall(line)
+                        self._release(client)
+                    client.sendall(line)
 
 
 def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
@@ -186,6 +199,12 @@ def test_pull_of_what_is_there_comes_to_its_end(config_pth: pathlib.Path, slow_p
     assert lags(config_pth) == {"sub": 0}
 
 
+async def until_left(sub: Any, is_left: bool) -> None:
+    """Wait until a pull is left to whoever waits next, or is not any more."""
+    waiting = sub._sub._consumer._ahead._waiting
+    await asyncio.to_thread(until, lambda: bool(waiting._left) == is_left, "the pull")
+
+
 def test_batch_that_waits_is_taken_over(config_pth: pathlib.Path, slow_pth: pathlib.Path,
                                         slow: Slow, servers: jetstream_server.Servers) -> None:
     """What comes for the pull of a task that was cancelled is for the next one that waits."""
@@ -193,27 +212,143 @@ def test_batch_that_waits_is_taken_over(config_pth: pathlib.Path, slow_pth: path
     async def main() -> None:
         async with persipubsub.aio.Sub() as sub:
             await sub.init(sub_id="sub", config_pth=slow_pth)
-            for take in (lambda: sub.receive_many(5, timeout=HANG_SECS),
-                         lambda: sub.receive_to_top(timeout=HANG_SECS)):
+            for take in (lambda: sub.receive_many(5, timeout=HANG_SECS, details=True),
+                         lambda: sub.receive_to_top(timeout=HANG_SECS, details=True)):
                 task = asyncio.ensure_future(take().__aenter__())
                 await until_waiting(config_pth, servers, 1)
                 slow.is_holding = True
-                await asyncio.to_thread(pub.send_many, numbered(1))
-                async with asyncio.timeout(HANG_SECS):
-                    while not slow.held:
-                        await asyncio.sleep(0.001)
+                await asyncio.to_thread(pub.send, b"hello")
+                await asyncio.to_thread(until, lambda: slow.held, "the message")
                 task.cancel()
                 await asyncio.wait([task])
+                await until_left(sub, True)
                 receipt = take()
                 entering = asyncio.ensure_future(receipt.__aenter__())
-                await asyncio.sleep(0)
+                # Somebody takes it over.
+                await until_left(sub, False)
                 slow.release()
-                assert await entering in ([b"0"], b"0")
+                found = await entering
+                one: Any = found[0] if isinstance(found, list) else found
+                assert (one.data, one.attempts) == (b"hello", 1)
                 await receipt.__aexit__(None, None, None)
             assert slow.ended == 0
 
     with open_pub(config_pth) as pub:
         asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS))
+
+
+_TAKES = {
+    "one": lambda sub, timeout: sub.receive(timeout=timeout),
+    "many": lambda sub, timeout: sub.receive_many(3, timeout=timeout),
+    "now": lambda sub, timeout: sub.receive_many(3, timeout=0 if timeout < 1 else timeout),
+}  # type: dict[str, Callable[[Any, float], Any]]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
+@pytest.mark.parametrize(("first", "second"), [("one", "one"), ("one", "many"), ("many", "one"),
+                                               ("many", "many"), ("many", "now")])
+def test_cancelling_leaves_the_order(config_pth: pathlib.Path, first: str, second: str,
+                                     seconds: float) -> None:
+    """In the middle of a pull of what is there, or when it waits."""
+    source = random.Random(seconds)
+
+    async def main() -> None:
+        async with persipubsub.aio.Sub() as sub:
+            await sub.init(sub_id="sub", config_pth=config_pth)
+            for _ in range(15 if seconds else 40):
+                if not seconds:
+                    await asyncio.to_thread(pub.send_many, numbered(6))
+                receipts = [_TAKES[first](sub, HANG_SECS) for _ in range(3 if seconds else 1)]
+                tasks = [asyncio.ensure_future(receipt.__aenter__()) for receipt in receipts]
+                await asyncio.sleep(seconds or source.uniform(0, 0.0006))
+                for task, receipt in zip(tasks, receipts):
+                    task.cancel()
+                    await asyncio.wait([task])
+                    if not task.cancelled():
+                        # It was faster. An error gives the messages back.
+                        await receipt.__aexit__(KeyError, KeyError(), None)
+                if seconds:
+                    await asyncio.to_thread(pub.send_many, numbered(6))
+                received = []  # type: List[bytes]
+                while len(received) < 6:
+                    async with _TAKES[second](sub, HANG_SECS) as found:
+                        received.extend(found if isinstance(found, list) else [found])
+                assert received == numbered(6)
+
+    with open_pub(config_pth) as pub:
+        asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS))
+
+
+def until_pulling(sub: Any) -> None:
+    until(lambda: sub._consumer._ahead and sub._consumer._ahead.puller._pulls, "a pull")
+
+
+def _receive_for_ever(sub: Any, received: List[Optional[bytes]]) -> None:
+    """Note the message when it is received, and once more when it is acknowledged."""
+    with contextlib.suppress(persipubsub.errors.ClosedError):
+        with sub.receive(timeout=None) as msg:
+            received.append(msg)
+        received.append(msg)
+
+
+def test_message_that_comes_while_its_receiver_is_closed(config_pth: pathlib.Path) -> None:
+    """It is with another one at once, whether it was received or not."""
+    source = random.Random(7)
+    with open_pub(config_pth) as pub:
+        for _ in range(60):
+            with open_sub(config_pth) as sub:
+                received = []  # type: List[Optional[bytes]]
+                thread = threading.Thread(target=_receive_for_ever, args=(sub, received))
+                thread.start()
+                until_pulling(sub)
+                closing = threading.Timer(source.uniform(0, 0.0012), sub.close)
+                closing.start()
+                pub.send(b"hello")
+                closing.join(HANG_SECS)
+                thread.join(HANG_SECS)
+            if len(received) < 2:
+                with open_sub(config_pth) as other, other.receive(timeout=HANG_SECS) as msg:
+                    assert msg == b"hello"
+    assert lags(config_pth) == {"sub": 0}
+
+
+def test_message_that_comes_at_each_step_of_closing(config_pth: pathlib.Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    really_take = _inboxes.Inbox._take
+    closings = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
+
+    async def take(inbox: _inboxes.Inbox, message: Any) -> None:
+        await really_take(inbox, message)
+        if message.reply and closings:
+            _loop.current().start(closings.pop()())
+
+    monkeypatch.setattr(_inboxes.Inbox, "_take", take)
+    with open_pub(config_pth) as pub:
+        for steps in range(10):
+            sub = open_sub(config_pth)
+            engine = sub._consumer.calls  # type: ignore[union-attr]
+
+            async def close(steps: int = steps, engine: Any = engine) -> None:
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                engine._is_closed = True
+                await engine._close(engine._ports)
+
+            def receive(sub: Any = sub) -> None:
+                with contextlib.suppress(persipubsub.errors.ClosedError):
+                    with sub.receive(timeout=None):
+                        pass
+
+            closings.append(close)
+            thread = threading.Thread(target=receive)
+            thread.start()
+            until_pulling(sub)
+            pub.send(b"hello")
+            thread.join(HANG_SECS)
+            until(lambda: not closings, "the end of the queue")
+            if lags(config_pth)["sub"]:
+                with open_sub(config_pth) as other, other.receive(timeout=HANG_SECS) as msg:
+                    assert msg == b"hello"
 
 
 def test_end_of_a_subscription_that_no_server_answers(tmp_path: pathlib.Path) -> None:
@@ -225,7 +360,6 @@ def test_end_of_a_subscription_that_no_server_answers(tmp_path: pathlib.Path) ->
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             with sub.receive(timeout=0.1) as nothing:
                 assert nothing is None
-            # pylint: disable-next=protected-access
             client = sub._consumer._ahead.puller._stream.link._client  # type: ignore[union-attr]
             before = len(client._subs)
             process.send_signal(signal.SIGSTOP)
@@ -235,6 +369,30 @@ def test_end_of_a_subscription_that_no_server_answers(tmp_path: pathlib.Path) ->
                         assert nothing is None
             finally:
                 process.send_signal(signal.SIGCONT)
+            pub.send(b"hello")
+            with sub.receive(timeout=HANG_SECS) as msg:
+                assert msg == b"hello"
+            until(lambda: len(client._subs) <= before, "the end of the subscriptions")
+
+
+def test_subscription_of_a_connection_that_is_lost(tmp_path: pathlib.Path) -> None:
+    """It is used again, or forgotten."""
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = deploy(tmp_path, servers)
+        with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+            with sub.receive(timeout=0.1) as nothing:
+                assert nothing is None
+            puller = sub._consumer._ahead.puller  # type: ignore[union-attr]
+            client = puller._stream.link._client
+            before = len(client._subs)
+            for _ in range(2):
+                thread = threading.Thread(target=lambda: sub.receive(timeout=2).__enter__())
+                thread.start()
+                until(lambda: puller._pulls, "a pull")
+                servers.servers[0].kill()
+                thread.join(HANG_SECS)
+                servers.servers[0].start()
+                servers.wait()
             pub.send(b"hello")
             with sub.receive(timeout=HANG_SECS) as msg:
                 assert msg == b"hello"

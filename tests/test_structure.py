@@ -46,6 +46,7 @@ _ROWS: List[Set[str]] = [
     {"jetstream._ahead"},
     {"jetstream._acknowledging", "jetstream._waiting"},
     {"jetstream._pulling"},
+    {"jetstream._returns"},
     {"jetstream._calls"},
     {"jetstream._stream"},
     {"jetstream._link"},

@@ -112,4 +112,4 @@ async def _pull_again(puller: _pulling.Puller, forgotten: Sequence[Pulled], numb
         # Others wait for an answer to their acknowledgements as well: those get it now, and
         # only what nobody has is delivered again. Not sooner: it would come back at once,
         # before what we ask for.
-        await puller.give_back(others)
+        puller.returns.give_back(others)

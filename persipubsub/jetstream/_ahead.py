@@ -107,9 +107,9 @@ class Ahead:
                 self._handed_out = 1
             return pulled
         try:
-            return held + await self.puller.pull_now(max_messages - len(held))
+            return held + await self.take_now(max_messages - len(held))
         except BaseException:
-            await self.puller.give_back(held)
+            self.puller.returns.give_back(held)
             raise
 
     async def _take_many(self, timeout: Optional[float],
@@ -122,15 +122,24 @@ class Ahead:
         :return: messages; none if there was none in time
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        pulled = await self.puller.pull_now(max_messages)
+        pulled = await self.take_now(max_messages)
         if pulled or timeout == 0:
             return pulled
         pulled = await self.wait(None if deadline is None else deadline - time.monotonic())
         try:
-            return pulled + (await self.puller.pull_now(max_messages - 1) if pulled else [])
+            return pulled + (await self.take_now(max_messages - 1) if pulled else [])
         except BaseException:
-            await self.puller.give_back(pulled)
+            self.puller.returns.give_back(pulled)
             raise
+
+    async def take_now(self, max_messages: int) -> List[_inboxes.Pulled]:
+        """
+        Take messages that are there, with nothing held.
+
+        :param max_messages: how many at most
+        :return: messages, in order; none if there is none
+        """
+        return await self._waiting.take_now(max_messages)
 
     async def wait(self, timeout: Optional[float]) -> List[_inboxes.Pulled]:
         """
@@ -273,7 +282,7 @@ class Ahead:
         if is_with_others:
             return  # by then, the server may have given it to another
         try:
-            await self.puller.refuse(held)
+            await self.puller.returns.refuse(held)
         except (persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
             pass  # delivered again after ack_wait
 
@@ -293,6 +302,7 @@ class Ahead:
         await self.give_back()
         await self.puller.close()
         await self._waiting.close()
+        await self.puller.returns.settle()
 
 
 #: What is open in this process. Only the loop's own thread changes it.
@@ -346,6 +356,6 @@ async def take_all_of(loop: _loop.Loop, place: Tuple[str, str]) -> List[_inboxes
         try:
             taken += await ahead.take_all()
         except BaseException:
-            await ahead.puller.give_back(taken)
+            ahead.puller.returns.give_back(taken)
             raise
     return taken

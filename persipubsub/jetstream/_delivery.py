@@ -10,11 +10,10 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
-import datetime
 import os
 import time
 import weakref
-from typing import Any, Callable, Coroutine, Final, List, Optional
+from typing import Any, Callable, Coroutine, Final, Iterator, List, Optional, Set
 
 import nats.errors
 
@@ -25,7 +24,8 @@ from persipubsub.jetstream import _address, _ahead, _calls, _errors, _inboxes, _
 #: Messages that are acknowledged at the same time when all but the newest are skipped.
 _SKIPPED_AT_ONCE: Final = 256
 
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+#: Done when the servers know that a lease ended, or are waited for no more.
+Ending = concurrent.futures.Future[None]
 
 
 class Lease:
@@ -92,9 +92,19 @@ class Lease:
         :raise UnavailableError: if no server answers in time; the messages are delivered again
         """
         if self._process_id == os.getpid():
-            self._consumer.calls.run(self._acknowledge)
+            with self._kept_for_closing():
+                self._consumer.calls.run(self._acknowledge)
 
-    def begin_acknowledge(self) -> concurrent.futures.Future[None]:
+    @contextlib.contextmanager
+    def _kept_for_closing(self) -> Iterator[None]:
+        """Keep the lease until the queue is closed, if it is being closed: that gives it back."""
+        try:
+            yield
+        except persipubsub.errors.ClosedError:
+            self._consumer.unended.append(self)
+            raise
+
+    def begin_acknowledge(self) -> Ending:
         """
         Begin what :py:meth:`acknowledge` does. Never blocks.
 
@@ -109,9 +119,7 @@ class Lease:
             self.pulled,
             time.monotonic() + self._consumer.settings.wait_secs)
 
-    def _begin(
-            self, function: Callable[[], Coroutine[Any, Any,
-                                                   None]]) -> concurrent.futures.Future[None]:
+    def _begin(self, function: Callable[[], Coroutine[Any, Any, None]]) -> Ending:
         """
         Begin to end the lease, if it is one of this process.
 
@@ -119,8 +127,9 @@ class Lease:
         :return: done when it is ended
         """
         if self._process_id == os.getpid():
-            return self._consumer.calls.begin(function)
-        nothing = concurrent.futures.Future()  # type: concurrent.futures.Future[None]
+            with self._kept_for_closing():
+                return self._consumer.calls.begin(function)
+        nothing = concurrent.futures.Future()  # type: Ending
         nothing.set_result(None)
         return nothing
 
@@ -133,15 +142,11 @@ class Lease:
         :param error: why; None if they were not worked on
         """
         del error
-        if self._process_id != os.getpid():
-            return
-        try:
-            self._consumer.calls.run(self._give_back)
-        except persipubsub.errors.ClosedError:
-            pass  # closing gave it back
+        if self._process_id == os.getpid():
+            with contextlib.suppress(persipubsub.errors.ClosedError), self._kept_for_closing():
+                self._consumer.calls.run(self._give_back)
 
-    def begin_give_back(self,
-                        error: Optional[BaseException] = None) -> concurrent.futures.Future[None]:
+    def begin_give_back(self, error: Optional[BaseException] = None) -> Ending:
         """
         Begin what :py:meth:`give_back` does. Never blocks.
 
@@ -154,26 +159,25 @@ class Lease:
 
     async def _give_back(self) -> None:
         """Give the messages back, and those behind them, so that they stay in order."""
-        try:
+        # What the user raised matters more.
+        with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
             await self.refuse()
             await self._consumer.ahead(self._ports).give_back(before=len(self.pulled))
-        except (persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
-            pass  # what the user raised matters more
 
     async def refuse(self) -> None:
         """Let the messages be delivered again. Only for the loop's own thread."""
         self._end()
-        await self._consumer.ahead(self._ports).puller.refuse(self.pulled)
+        await self._consumer.ahead(self._ports).puller.returns.refuse(self.pulled)
 
     def _end(self) -> None:
         """Hold the messages no longer."""
         self.stop()
         self._consumer.leases.discard(self)
 
-    async def abandon(self) -> None:
-        """Give the messages back without waiting for an answer."""
+    def abandon(self) -> None:
+        """Give the messages back without waiting for an answer. Only for the loop's own thread."""
         self.stop()
-        await self._consumer.ahead(self._ports).puller.give_back(self.pulled)
+        self._consumer.ahead(self._ports).puller.returns.give_back(self.pulled)
 
     def touch(self) -> None:
         """Tell the server that the messages are being worked on, which it is told anyhow."""
@@ -186,13 +190,7 @@ class Lease:
 
         :return: messages, in the same order; the number is the one in the stream
         """
-        return [
-            persipubsub.message.Message(data=one.data,
-                                        number=one.number,
-                                        sent_at=_EPOCH +
-                                        datetime.timedelta(microseconds=one.time_ns // 1000),
-                                        attempts=one.attempts) for one in self.pulled
-        ]
+        return list(map(_inboxes.to_message, self.pulled))
 
 
 class Consumer:
@@ -214,6 +212,11 @@ class Consumer:
         self.calls = calls
         #: That are held. Only the loop's own thread changes it.
         self.leases = weakref.WeakSet()  # type: weakref.WeakSet[Lease]
+        #: That their threads could not end, since the queue was being closed: closing ends them.
+        self.unended = []  # type: List[Lease]
+        # What takes messages right now. Once closing began, it gives them back.
+        self._takes = set()  # type: Set[asyncio.Task[Any]]
+        self._is_closing = False
         self._durable = _address.durable_of(subscriber)
         self._subscriber = subscriber
         self._ahead = None  # type: Optional[_ahead.Ahead]
@@ -234,10 +237,15 @@ class Consumer:
 
     async def close(self) -> None:
         """Give back what is held, and stop listening. Only for the loop's own thread."""
-        if self._ahead_of is not None and self._ahead_of.loop.process_id == os.getpid():
-            assert self._ahead is not None
-            await asyncio.gather(*(lease.abandon() for lease in list(self.leases)))
-            await self._ahead.close()
+        self._is_closing = True
+        ahead, ports = self._ahead, self._ahead_of
+        if ahead is not None and ports is not None and ports.loop.process_id == os.getpid():
+            for lease in list(self.leases):
+                lease.abandon()
+            await ahead.close()
+            if self._takes:
+                await asyncio.wait(list(self._takes))
+            await ahead.puller.returns.settle()
 
     # Taking
 
@@ -317,9 +325,8 @@ class Consumer:
         begun.add_done_callback(end)
         return begun
 
-    @staticmethod
     def _into(
-        handover: "_calls.Handover[Lease]",
+        self, handover: "_calls.Handover[Lease]",
         function: "Callable[[], Coroutine[Any, Any, Optional[Lease]]]"
     ) -> "Callable[[], Coroutine[Any, Any, Optional[Lease]]]":
         """
@@ -331,10 +338,22 @@ class Consumer:
         """
 
         async def work() -> Optional[Lease]:
-            lease = await function()
-            if lease is not None and not handover.give(lease):
-                await lease.abandon()
-            return lease
+            task = asyncio.current_task()
+            assert task is not None
+            # First those that are about to leave their pulls, or to give back what they have.
+            ending = [take for take in self._takes if take.cancelling()]
+            self._takes.add(task)
+            try:
+                if ending:
+                    await asyncio.wait(ending)
+                lease = await function()
+                if lease is not None and (self._is_closing or not handover.give(lease)):
+                    lease.abandon()
+                if self._is_closing:
+                    raise _errors.closed(self.settings.path)
+                return lease
+            finally:
+                self._takes.discard(task)
 
         return work
 
@@ -389,7 +408,7 @@ class Consumer:
         ports = await self.calls.ports()
         ahead = self.ahead(ports)
         pulled = (await _ahead.take_all_of(ports.loop, ahead.place)
-                  or await ahead.puller.pull_now(_SKIPPED_AT_ONCE))
+                  or await ahead.take_now(_SKIPPED_AT_ONCE))
         if not pulled:
             return 0
         count, newest = await self._skip(ports, pulled)
@@ -416,13 +435,13 @@ class Consumer:
                 pulled = pulled[-1:]
                 if pulled[0].number >= last:
                     break
-                more = await self.ahead(ports).puller.pull_now(_SKIPPED_AT_ONCE)
+                more = await self.ahead(ports).take_now(_SKIPPED_AT_ONCE)
                 if not more:
                     break
                 pulled += more
         except BaseException:
             # The server knows of those that were acknowledged already.
-            await self.ahead(ports).puller.give_back(pulled)
+            self.ahead(ports).puller.returns.give_back(pulled)
             raise
         return count, self._lease(ports, pulled)
 
@@ -460,11 +479,7 @@ class Consumer:
             return found_ahead.data
         info = await ports.stream.consumer_info(self._subscriber, self._deadline())
         if info is None:
-            raise _errors.translate(
-                _errors.ApiError({
-                    "err_code": _errors.CONSUMER_NOT_FOUND,
-                    "description": "consumer not found"
-                }), self.settings.path)
+            raise _errors.missing_consumer(self.settings.path)
         if not info["num_ack_pending"]:
             start = int(info["delivered"]["stream_seq"]) + 1
             while True:

@@ -105,6 +105,31 @@ def translate(error: BaseException, path: str) -> persipubsub.errors.Persipubsub
         "Expected an answer of the servers of {}, but got: {}".format(path, describe(error)))
 
 
+def closed(path: str) -> persipubsub.errors.ClosedError:
+    """
+    Describe a queue that was closed while it was in use.
+
+    :param path: of the queue
+    :return: error to be raised
+    """
+    return persipubsub.errors.ClosedError(
+        "Expected the queue {} to be open, but got: it was closed meanwhile".format(path))
+
+
+def missing_consumer(path: str) -> persipubsub.errors.PersipubsubError:
+    """
+    Describe a subscriber that the servers do not know.
+
+    :param path: of the queue
+    :return: error to be raised
+    """
+    return translate(
+        ApiError({
+            "err_code": CONSUMER_NOT_FOUND,
+            "description": "consumer not found"
+        }), path)
+
+
 def _translate_answer(error: ApiError, path: str) -> persipubsub.errors.PersipubsubError:
     """
     Translate what a server answered.

@@ -7,6 +7,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 import asyncio
 import collections
 import contextlib
+import datetime
 import time
 from typing import Any, Deque, Dict, Final, NamedTuple
 
@@ -14,12 +15,16 @@ import nats.aio.client
 import nats.aio.msg
 import nats.errors
 
+import persipubsub.message
+
 #: The end of a subscription is waited for so long, in seconds.
 _CLOSE_SECS: Final = 1.0
 
 #: A pull that is refused. Rejected: one of so few bytes that no message fits. It moves the next
 #: message behind the others that were given back.
 _NOTHING: Final = b"{"
+
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
 class Pulled(NamedTuple):
@@ -80,22 +85,26 @@ class Inbox:
 
     async def close(self, subject: str) -> None:
         """
-        Stop listening, and take what comes until nothing can come any more.
+        Stop listening; if a pull may still bring something, take what comes until it is over.
 
         That the server knows is not enough: what it had begun to send comes behind that, and
-        nobody would take it. What it answers to a pull comes last.
+        nobody would take it. What it answers to a pull comes last. An answer is waited for for a
+        second; of a cluster, another server may send still later.
 
         ``drain`` and ``flush`` of nats-py were rejected: the first forgets the subscription too
         early, and if either is cancelled, or its answer comes too late, the client stops reading.
 
         :param subject: of pulls for the same messages
         """
-        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
-            # pylint: disable-next=protected-access
-            await self.client._send_unsubscribe(self._subscription._id)
-            await self.client.request(subject, _NOTHING, timeout=_CLOSE_SECS)
-        with contextlib.suppress(nats.errors.Error, OSError):
-            await self._subscription.unsubscribe()
+        try:
+            if self.pulls:
+                with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
+                    # pylint: disable-next=protected-access
+                    await self.client._send_unsubscribe(self._subscription._id)
+                    await self.client.request(subject, _NOTHING, timeout=_CLOSE_SECS)
+        finally:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await self._subscription.unsubscribe()
 
 
 def to_pulled(data: bytes, reply: str) -> Pulled:
@@ -119,3 +128,17 @@ def to_pulled(data: bytes, reply: str) -> Pulled:
                   time_ns=int(parts[first + 3]),
                   arrived=time.monotonic(),
                   pending=int(parts[first + 4]))
+
+
+def to_message(pulled: Pulled) -> persipubsub.message.Message:
+    """
+    Tell what is known of a message.
+
+    :param pulled: message
+    :return: it, with its number in the stream
+    """
+    return persipubsub.message.Message(data=pulled.data,
+                                       number=pulled.number,
+                                       sent_at=_EPOCH +
+                                       datetime.timedelta(microseconds=pulled.time_ns // 1000),
+                                       attempts=pulled.attempts)

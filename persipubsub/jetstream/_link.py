@@ -111,9 +111,7 @@ class Link:
             if client is not None and client.is_connected:
                 return client
             if self._is_closed:
-                raise persipubsub.errors.ClosedError(
-                    "Expected the queue {} to be open, but got: it was closed meanwhile".format(
-                        self._path))
+                raise _errors.closed(self._path)
             if client is None or client.is_closed:
                 async with self._connecting:
                     if self._client is client:

@@ -2,23 +2,27 @@
 Pull messages of one subscriber from the servers.
 
 A pull is a request with an inbox for what it brings. Each consumer keeps a few inboxes, one for
-each thread that waits at the same time, since a pull that nobody waits for any more may still bring
-messages: whoever uses its inbox next gets them. ``fetch`` of nats-py was rejected: it mixes the
-pulls of several threads in one inbox, and takes a lost connection for an empty queue.
+each thread that waits at the same time. A pull that nobody waits for any more may still bring
+messages: they are given back before anybody pulls again, so that later ones do not overtake them.
+``fetch`` of nats-py was rejected: it mixes the pulls of several threads in one inbox, and takes a
+lost connection for an empty queue.
 
 All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
+import contextlib
+import itertools
 import json
+import math
 import time
-from typing import Any, Dict, Final, List, Optional, Set
+from typing import Any, Dict, Final, List, Optional
 
 import nats.aio.client
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import _errors, _inboxes, _link, _settings, _stream
+from persipubsub.jetstream import _errors, _inboxes, _link, _returns, _settings, _stream
 
 #: A pull is repeated after so many seconds: it is lost with the server that has it.
 LONGEST_PULL_SECS: Final = 5.0
@@ -31,8 +35,8 @@ _PAUSE_SECS: Final = 0.1
 #: The server answers within so many seconds, if it has a pull.
 _ANSWER_SECS: Final = 1.0
 
-#: A message that can not be given back within so many seconds is delivered again after ack_wait.
-_GIVE_BACK_SECS: Final = 2.0
+#: Who pulls waits so long for what is given back, or as long as for a message, in seconds.
+_SETTLE_SECS: Final = 0.5
 
 #: The server says so when the next message is too large for a pull.
 _MAX_BYTES: Final = "MaxBytes"
@@ -49,14 +53,15 @@ class Puller:
         :param settings: of the queue
         :param durable: name of the consumer
         """
+        self.returns = _returns.Returns(stream.link)
         self._stream = stream
         self._settings = settings
         self._subject = "$JS.API.CONSUMER.MSG.NEXT.{}.{}".format(stream.name, durable)
         self._info = "CONSUMER.INFO.{}.{}".format(stream.name, durable)
         self._idle = []  # type: List[_inboxes.Inbox]
-        # What waits for messages, and what ends the use of inboxes.
-        self._pulls = set()  # type: Set["asyncio.Task[Any]"]
-        self._retiring = set()  # type: Set["asyncio.Task[None]"]
+        # What waits for messages, with its place in the line at the servers.
+        self._pulls = {}  # type: Dict["asyncio.Task[Any]", float]
+        self._places = itertools.count()
         self._is_closed = False
         # Since when the consumer is not there; 0.0 if it is.
         self._missing_since = 0.0
@@ -70,13 +75,10 @@ class Puller:
         for task in pulls:
             task.cancel()
         await asyncio.gather(*pulls, return_exceptions=True)
-        await asyncio.gather(*self._retiring)
         inboxes, self._idle = self._idle, []
-        await asyncio.gather(*map(self._retire, inboxes))
-
-    async def settle(self) -> None:
-        """Wait until the servers know of the pulls that were cancelled."""
-        await asyncio.gather(*self._retiring)
+        for inbox in inboxes:
+            self.returns.begin(self._retire(inbox))
+        await self.returns.settle()
 
     async def _retire(self, inbox: _inboxes.Inbox) -> None:
         """
@@ -85,7 +87,7 @@ class Puller:
         :param inbox: that nobody uses any more
         """
         await inbox.close(self._subject)
-        await self._give_up(inbox)
+        self._give_up(inbox)
 
     async def _finish(self, inbox: _inboxes.Inbox) -> None:
         """
@@ -96,15 +98,33 @@ class Puller:
 
         :param inbox: of the pull, which nobody waits for any more
         """
-        try:
-            is_over = not inbox.pulls or await self._is_done(inbox, inbox.wanted_now, _ANSWER_SECS)
-        except (persipubsub.errors.PersipubsubError, _errors.ApiError):
-            is_over = False
-        if is_over and not self._is_closed:
-            self._idle.append(inbox)
-            await self._give_up(inbox)
-        else:
+        with contextlib.suppress(persipubsub.errors.PersipubsubError, _errors.ApiError):
+            if inbox.pulls:
+                await self._is_done(inbox, inbox.wanted_now, _ANSWER_SECS)
+        if not inbox.pulls:
+            self._give_up(inbox)
+        if inbox.pulls or self._is_closed:
             await self._retire(inbox)
+        else:
+            self._leave(inbox)
+
+    def place(self, task: "asyncio.Task[Any]") -> float:
+        """
+        Tell which pull the servers send to first.
+
+        :param task: that pulls
+        :return: its place in the line; infinite if it asks for nothing yet
+        """
+        return self._pulls.get(task, math.inf)
+
+    def _give_up(self, inbox: _inboxes.Inbox) -> None:
+        """
+        Let others have what a pull brought too late.
+
+        :param inbox: to be emptied
+        """
+        self.returns.give_back(list(inbox.messages))
+        inbox.messages.clear()
 
     def is_busy(self) -> bool:
         """
@@ -153,7 +173,7 @@ class Puller:
         """
         task = asyncio.current_task()
         assert task is not None
-        self._pulls.add(task)
+        self._pulls[task] = math.inf
         try:
             if self._is_closed:
                 raise asyncio.CancelledError
@@ -161,11 +181,9 @@ class Puller:
         except asyncio.CancelledError:
             if not self._is_closed:
                 raise
-            raise persipubsub.errors.ClosedError(
-                "Expected the queue {} to be open, but got: it was closed meanwhile".format(
-                    self._settings.path)) from None
+            raise _errors.closed(self._settings.path) from None
         finally:
-            self._pulls.discard(task)
+            del self._pulls[task]
 
     async def _repeat(self, timeout: Optional[float], max_messages: int,
                       max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
@@ -183,12 +201,21 @@ class Puller:
         if time.monotonic() - self._listened > _PAUSE_SECS:
             self._heard = time.monotonic()
         try:
+            # What is given back comes first.
+            await self.returns.settle(None if timeout is None else max(_SETTLE_SECS, timeout))
             while True:
                 left = None if deadline is None else deadline - time.monotonic()
-                inbox = await self._listening(inbox, left)
+                found = await self._listening(inbox, left)
+                if inbox is not None and found is not inbox:
+                    # Of a connection that is gone.
+                    self._leave(inbox)
+                inbox = found
                 if inbox is not None:
                     if left is not None and left <= 0:
-                        await self._ask_now(inbox, max_messages, max_bytes)
+                        request = {"batch": max_messages, "no_wait": True}  # type: Dict[str, Any]
+                        if max_bytes is not None:
+                            request["max_bytes"] = max_bytes
+                        await self._ask(inbox, request, 0.0)
                     else:
                         await self._ask(inbox, {"batch": 1}, left)
                     await self._take_fresh(inbox, max_messages, taken)
@@ -197,7 +224,7 @@ class Puller:
                 if taken or (deadline is not None and time.monotonic() >= deadline):
                     return taken
         except BaseException:
-            await self.give_back(taken)
+            self.returns.give_back(taken)
             raise
         finally:
             self._listened = time.monotonic()
@@ -216,22 +243,7 @@ class Puller:
         # Nobody would look at what a pull still brings. One that waits ends with the subscription,
         # so that the next message goes to the next pull: in order, and not delivered for nothing.
         ends_soon = inbox.pulls == 0 or inbox.wanted_now > 0
-        task = asyncio.ensure_future(self._finish(inbox) if ends_soon else self._retire(inbox))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
-
-    async def _ask_now(self, inbox: _inboxes.Inbox, count: int, max_bytes: Optional[int]) -> None:
-        """
-        Pull what is there.
-
-        :param inbox: for what comes
-        :param count: of messages at most
-        :param max_bytes: of them at most; None for any
-        """
-        request = {"batch": count, "no_wait": True}  # type: Dict[str, Any]
-        if max_bytes is not None:
-            request["max_bytes"] = max_bytes
-        await self._ask(inbox, request, 0.0)
+        self.returns.begin(self._finish(inbox) if ends_soon else self._retire(inbox))
 
     async def _listening(self, inbox: Optional[_inboxes.Inbox],
                          left: Optional[float]) -> Optional[_inboxes.Inbox]:
@@ -283,6 +295,9 @@ class Puller:
             if expires > 3 * _HEARTBEAT_SECS:
                 request["idle_heartbeat"] = int(_HEARTBEAT_SECS * 1e9)
                 patience = 3 * _HEARTBEAT_SECS
+        task = asyncio.current_task()
+        if task in self._pulls:
+            self._pulls[task] = next(self._places)
         try:
             await inbox.client.publish(self._subject,
                                        json.dumps(request).encode("utf-8"),
@@ -310,7 +325,9 @@ class Puller:
                 inbox.pulls -= 1
                 return True
             try:
-                await asyncio.wait_for(inbox.changed.wait(), timeout=patience)
+                # Not wait_for, which may come back without an error although it was cancelled.
+                async with asyncio.timeout(patience):
+                    await inbox.changed.wait()
             except asyncio.TimeoutError:
                 return False
 
@@ -404,60 +421,14 @@ class Puller:
 
     async def drop(self, pulled: List[_inboxes.Pulled]) -> None:
         """
-        Tell the servers that nobody will want messages. It raises nothing.
+        Tell the servers, if they are there, that nobody will want messages. It raises nothing.
 
         :param pulled: messages
         """
-        await self._tell_all(pulled, b"+ACK")
-
-    async def refuse(self, pulled: List[_inboxes.Pulled], seconds: float = _GIVE_BACK_SECS) -> None:
-        """
-        Let others have messages, and wait until the servers know.
-
-        :param pulled: messages
-        :param seconds: how long to wait at most
-        :raise UnavailableError: if there was no answer in time
-        """
-        deadline = time.monotonic() + seconds
-        # In order: the first one is the next that is delivered again.
-        await asyncio.gather(*(self._stream.link.request(one.reply, b"-NAK", deadline)
-                               for one in pulled))
-
-    async def _give_up(self, inbox: _inboxes.Inbox) -> None:
-        """
-        Let others have what a pull brought too late.
-
-        :param inbox: to be emptied
-        """
-        while inbox.messages:
-            await self._tell(inbox.client, inbox.messages.popleft(), b"-NAK")
-
-    async def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
-        """
-        Let others have messages, without waiting for an answer. It raises nothing.
-
-        :param pulled: messages
-        """
-        await self._tell_all(pulled, b"-NAK")
-
-    async def _tell_all(self, pulled: List[_inboxes.Pulled], what: bytes) -> None:
-        """
-        Say something about messages, if there is a connection.
-
-        To raise an error without one was rejected: it would take the place of what is the reason to
-        say it, and the servers deliver the messages again after ack_wait.
-
-        :param pulled: messages
-        :param what: as of :py:meth:`_tell`
-        """
-        if not pulled:
-            return
-        try:
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
             client = await self._stream.link.client(time.monotonic() + 0.5)
-        except persipubsub.errors.PersipubsubError:
-            return
-        for one in pulled:
-            await self._tell(client, one, what)
+            for one in pulled:
+                await self._tell(client, one, b"+ACK")
 
     @staticmethod
     async def _tell(client: nats.aio.client.Client, pulled: _inboxes.Pulled, what: bytes) -> None:
@@ -466,7 +437,7 @@ class Puller:
 
         :param client: of the connection
         :param pulled: message
-        :param what: ``+ACK``, ``-NAK`` or ``+WPI``
+        :param what: ``+ACK`` or ``-NAK``
         """
         try:
             await client.publish(pulled.reply, what)

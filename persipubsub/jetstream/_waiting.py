@@ -4,14 +4,15 @@ Wait for one message, and leave the pull to the next one who waits if that is ca
 A pull can not be taken back. To end its subscription was rejected: a message that another server of
 the cluster sends at that moment is lost until ``ack_wait``, and tasks are cancelled often, by a
 timeout of ``asyncio`` for one. So a pull goes on without its task until it ends, after a few
-seconds at most. Whoever waits next takes it over; a message that comes for nobody is given back.
+seconds at most. Whoever waits next takes the oldest over, to which the servers send first; a
+message that comes for nobody is given back, and nobody pulls meanwhile what would overtake it.
 
 All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
 import time
-from typing import Dict, List, Optional
+from typing import List, Optional, Set
 
 from persipubsub.jetstream import _inboxes, _pulling
 
@@ -26,9 +27,9 @@ class Waiting:
         :param puller: of the consumer
         """
         self._puller = puller
-        # Pulls that nobody waits for, in order, and what gives back what one of them brings.
-        self._left = {}  # type: Dict[asyncio.Task[List[_inboxes.Pulled]], None]
-        self._givers = set()  # type: set[asyncio.Task[None]]
+        # Pulls that nobody waits for, and what gives back what one of them brings.
+        self._left = set()  # type: Set[asyncio.Task[List[_inboxes.Pulled]]]
+        self._givers = set()  # type: Set[asyncio.Task[None]]
 
     async def take(self, timeout: Optional[float]) -> List[_inboxes.Pulled]:
         """
@@ -38,15 +39,16 @@ class Waiting:
         :return: the message; none if there was none in time
         """
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        await self._settle()
         while True:
             left = max(0.0, deadline - time.monotonic())
-            task = next(iter(self._left), None)
+            task = min(self._left, key=self._puller.place, default=None)
             is_own = task is None or left == 0.0
             if task is None or is_own:
                 task = asyncio.ensure_future(
                     self._puller.pull_one(min(left, _pulling.LONGEST_PULL_SECS)))
             else:
-                del self._left[task]
+                self._left.remove(task)
             try:
                 # Our own one ends in time.
                 await asyncio.wait([task], timeout=None if is_own or timeout is None else left)
@@ -60,13 +62,43 @@ class Waiting:
             else:
                 self._leave(task)
 
+    async def take_now(self, max_messages: int) -> List[_inboxes.Pulled]:
+        """
+        Take messages that are there.
+
+        :param max_messages: how many at most
+        :return: messages, in order; none if there is none
+        """
+        await self._settle()
+        # What comes for them before the answer to our own pull is in front of what that brings.
+        left, self._left = self._left, set()
+        pulled = []  # type: List[_inboxes.Pulled]
+        try:
+            pulled = await self._puller.pull_now(max_messages)
+        finally:
+            for task in left:
+                self._leave(task)
+        for task in left:
+            if task.done():
+                self._left.remove(task)
+                if not task.cancelled() and task.exception() is None:
+                    pulled += task.result()
+        pulled.sort(key=lambda one: one.number)
+        self._puller.returns.give_back(pulled[max_messages:])
+        return pulled[:max_messages]
+
+    async def _settle(self) -> None:
+        """Wait until what came for nobody is given back: what is pulled later would overtake it."""
+        while self._givers:
+            await asyncio.wait(list(self._givers))
+
     def _leave(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> None:
         """
         Leave a pull to whoever waits next.
 
         :param task: of the pull
         """
-        self._left[task] = None
+        self._left.add(task)
         task.add_done_callback(self._end)
 
     def _end(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> None:
@@ -77,7 +109,7 @@ class Waiting:
         """
         if task not in self._left:
             return  # somebody took it over
-        del self._left[task]
+        self._left.remove(task)
         if not task.cancelled() and task.exception() is None and task.result():
             giver = asyncio.ensure_future(self._give_back(task.result()))
             self._givers.add(giver)
@@ -93,13 +125,13 @@ class Waiting:
         # meanwhile must not take over one that is cancelled.
         others = [task for task in self._left if not task.done()]
         for task in others:
-            del self._left[task]
+            self._left.remove(task)
             task.cancel()
         for found in await asyncio.gather(*others, return_exceptions=True):
             if not isinstance(found, BaseException):
                 pulled = pulled + found  # it was done before it could be cancelled
-        await self._puller.settle()
-        await self._puller.give_back(pulled)
+        self._puller.returns.give_back(pulled)
+        await self._puller.returns.settle()
 
     async def close(self) -> None:
         """Wait until what came for nobody is given back."""

@@ -1,0 +1,112 @@
+"""
+Give messages of one consumer back to the servers: in order, and before anybody pulls again.
+
+The servers deliver what is given back in the order in which it comes to them, before all that was
+not delivered yet. Whoever pulls waits for what is on its way, or later messages would overtake it.
+
+All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
+"""
+
+import asyncio
+import contextlib
+import time
+from typing import Any, Coroutine, Final, List, Optional, Set
+
+import nats.errors
+
+import persipubsub.errors
+from persipubsub.jetstream import _inboxes, _link
+
+#: A message that can not be given back within so many seconds is delivered again after ack_wait.
+_GIVE_BACK_SECS: Final = 2.0
+
+
+class Returns:
+    """Give messages back, for any number of coroutines."""
+
+    def __init__(self, link: _link.Link) -> None:
+        """
+        Initialize with nothing to be given back.
+
+        :param link: to the servers
+        """
+        self._link = link
+        # What ends the use of inboxes, and may find messages in them.
+        self._endings = set()  # type: Set[asyncio.Task[None]]
+        # What waits for that, since what is found may be in front of it; and what gives it back.
+        self._waiting = []  # type: List[_inboxes.Pulled]
+        self._giver = None  # type: Optional[asyncio.Task[None]]
+
+    def begin(self, ending: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """
+        Begin what is not cancelled with whoever begins it, and what nobody pulls beside.
+
+        :param ending: of the use of an inbox, or of having messages
+        :return: its task; nobody has to wait for it
+        """
+        task = asyncio.ensure_future(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        # Nobody may ask how it went.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return task
+
+    async def settle(self, timeout: Optional[float] = None) -> None:
+        """
+        Wait until what is given back is with the servers, or was given up.
+
+        :param timeout: how long, in seconds; None: as long as it takes
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._endings or self._giver is not None:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            giver = [] if self._giver is None else [self._giver]
+            await asyncio.wait([*self._endings, *giver], timeout=left)
+
+    def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
+        """
+        Let others have messages. It waits for nothing, and raises nothing.
+
+        To raise an error if the servers can not be told was rejected: it would take the place of
+        what is the reason to give messages back, and they are delivered again after ack_wait.
+
+        :param pulled: messages
+        """
+        self._waiting += pulled
+        if self._waiting and self._giver is None:
+            self._giver = asyncio.ensure_future(self._give())
+
+    async def _give(self) -> None:
+        """Give back what waits, in order, as soon as no inbox may bring more of it."""
+        try:
+            while self._waiting:
+                while self._endings:
+                    await asyncio.wait(list(self._endings))
+                pulled, self._waiting = sorted(self._waiting, key=lambda one: one.number), []
+                with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error,
+                                         OSError):
+                    await self._refuse(pulled, time.monotonic() + _GIVE_BACK_SECS)
+        finally:
+            self._giver = None
+
+    async def refuse(self, pulled: List[_inboxes.Pulled], seconds: float = _GIVE_BACK_SECS) -> None:
+        """
+        Let others have messages, and wait until the servers know.
+
+        :param pulled: messages
+        :param seconds: how long to wait at most
+        :raise UnavailableError: if there was no answer in time
+        """
+        await asyncio.shield(self.begin(self._refuse(pulled, time.monotonic() + seconds)))
+
+    async def _refuse(self, pulled: List[_inboxes.Pulled], deadline: float) -> None:
+        """
+        Let others have messages, and wait until the servers know.
+
+        :param pulled: messages
+        :param deadline: on the monotonic clock
+        """
+        # In order: the first one is the next that is delivered again.
+        await asyncio.gather(*(self._link.request(one.reply, b"-NAK", deadline) for one in pulled))
