@@ -13,6 +13,7 @@ import random
 import signal
 import socket
 import threading
+import types
 from typing import Any, Callable, Coroutine, Iterator, List, Optional, Set
 
 import pytest
@@ -20,11 +21,11 @@ import pytest
 import persipubsub.aio
 import persipubsub.control
 import persipubsub.errors
-from persipubsub.jetstream import _inboxes, _loop
+from persipubsub.jetstream import _inboxes, _loop, _pulling, _waiting
 from tests import jetstream_server
-from tests.support import HANG_SECS, outcome, until, write_config
+from tests.support import HANG_SECS, Child, Connection, outcome, until, write_config
 from tests.test_begun import until_waiting
-from tests.test_behaviour import lags, numbered, open_pub, open_sub
+from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
 
@@ -240,13 +241,15 @@ def test_batch_that_waits_is_taken_over(config_pth: pathlib.Path, slow_pth: path
 _TAKES = {
     "one": lambda sub, timeout: sub.receive(timeout=timeout),
     "many": lambda sub, timeout: sub.receive_many(3, timeout=timeout),
-    "now": lambda sub, timeout: sub.receive_many(3, timeout=0 if timeout < 1 else timeout),
+    "now": lambda sub, _: sub.receive(timeout=0),
+    "many now": lambda sub, _: sub.receive_many(3, timeout=0),
 }  # type: dict[str, Callable[[Any, float], Any]]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02])
 @pytest.mark.parametrize(("first", "second"), [("one", "one"), ("one", "many"), ("many", "one"),
-                                               ("many", "many"), ("many", "now")])
+                                               ("many", "many"), ("one", "now"),
+                                               ("many", "many now")])
 def test_cancelling_leaves_the_order(config_pth: pathlib.Path, first: str, second: str,
                                      seconds: float) -> None:
     """In the middle of a pull of what is there, or when it waits."""
@@ -267,12 +270,15 @@ def test_cancelling_leaves_the_order(config_pth: pathlib.Path, first: str, secon
                     if not task.cancelled():
                         # It was faster. An error gives the messages back.
                         await receipt.__aexit__(KeyError, KeyError(), None)
-                if seconds:
-                    await asyncio.to_thread(pub.send_many, numbered(6))
+                sending = asyncio.ensure_future(
+                    asyncio.to_thread(pub.send_many,
+                                      numbered(6) if seconds else []))
                 received = []  # type: List[bytes]
                 while len(received) < 6:
                     async with _TAKES[second](sub, HANG_SECS) as found:
-                        received.extend(found if isinstance(found, list) else [found])
+                        received.extend(
+                            found if isinstance(found, list) else [found] if found else [])
+                await sending
                 assert received == numbered(6)
 
     with open_pub(config_pth) as pub:
@@ -349,6 +355,74 @@ def test_message_that_comes_at_each_step_of_closing(config_pth: pathlib.Path,
             if lags(config_pth)["sub"]:
                 with open_sub(config_pth) as other, other.receive(timeout=HANG_SECS) as msg:
                     assert msg == b"hello"
+
+
+def test_pull_that_is_done_comes_first() -> None:
+    """Its place in the line is over, but what it brought is in front of what others bring."""
+
+    async def bring(number: int) -> List[_inboxes.Pulled]:
+        return [_inboxes.to_pulled(b"", "$JS.ACK.Q.sub.1.{}.1.1.0".format(number))]
+
+    async def fail() -> List[_inboxes.Pulled]:
+        raise KeyError
+
+    async def main() -> None:
+        stream: Any = types.SimpleNamespace(name="Q", link=None)
+        puller: Any = _pulling.Puller(stream, None, "sub")  # type: ignore[arg-type]
+        waiting = _waiting.Waiting(puller)
+        tasks = [asyncio.ensure_future(one) for one in (bring(8), fail(), bring(7))]
+        await asyncio.wait(tasks)
+        tasks += [asyncio.ensure_future(asyncio.sleep(HANG_SECS, [])) for _ in range(3)]
+        puller._pulls.update({tasks[4]: 1, tasks[3]: 2})
+        found = sorted(tasks, key=waiting._place)
+        assert found[:4] == [tasks[2], tasks[0], tasks[4], tasks[3]]
+        assert tasks[1].exception() is not None
+
+    asyncio.run(main())
+
+
+def test_what_is_given_back_when_the_last_was(config_pth: pathlib.Path) -> None:
+    """In the step in which that ends."""
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send_many(numbered(2))
+        with sub.receive(timeout=HANG_SECS), sub.receive(timeout=HANG_SECS):
+            puller = sub._consumer._ahead.puller  # type: ignore[union-attr]
+            pulled = [lease.pulled for lease in sub._consumer.leases]  # type: ignore[union-attr]
+
+            async def give_back() -> None:
+                puller.returns.give_back(pulled[0])
+                puller.returns._giver.add_done_callback(
+                    lambda _: puller.returns.give_back(pulled[1]))
+                await puller.returns._giver
+                await puller.returns.settle()
+
+            _loop.current().call(give_back)
+            with open_sub(config_pth) as other:
+                assert {*drain(other, timeout=1)} == {*numbered(2)}
+
+
+def test_child_does_not_wait_for_what_its_parent_takes(config_pth: pathlib.Path) -> None:
+    with open_sub(config_pth) as sub:
+        takes = sub._consumer._takes  # type: ignore[union-attr]
+
+        def count(pipe: Connection) -> None:
+            with sub.receive(timeout=0.1) as nothing:
+                pipe.send(nothing)
+
+            async def count_own() -> int:
+                return len(takes._own())
+
+            pipe.send((len(takes._tasks), _loop.current().call(count_own)))
+
+        thread = threading.Thread(target=_receive_for_ever, args=(sub, []))
+        thread.start()
+        until_pulling(sub)
+        with Child(count) as child:
+            assert child.get() is None
+            assert child.get() == (1, 0)
+            child.end()
+        sub.close()
+        thread.join(HANG_SECS)
 
 
 def test_end_of_a_subscription_that_no_server_answers(tmp_path: pathlib.Path) -> None:

@@ -45,9 +45,8 @@ _ROWS: List[Set[str]] = [
     {"jetstream._delivery", "jetstream._publishing"},
     {"jetstream._ahead"},
     {"jetstream._acknowledging", "jetstream._waiting"},
-    {"jetstream._pulling"},
+    {"jetstream._calls", "jetstream._pulling"},
     {"jetstream._returns"},
-    {"jetstream._calls"},
     {"jetstream._stream"},
     {"jetstream._link"},
     {

@@ -806,7 +806,8 @@ def test_interrupted_at_any_moment(tmp_path: pathlib.Path) -> None:
             except KeyboardInterrupt:
                 interrupts += 1
         threads[0].join()
-        print(lost, interrupts > 100)
+        # Of those that come while one is on its way, only that one is seen.
+        print(lost, interrupts > 10)
         """).format(hang=HANG_SECS)
     paths = [str(tmp_path / "bell{}".format(i)) for i in range(2)]
     process = subprocess.run([sys.executable, "-c", script] + paths,

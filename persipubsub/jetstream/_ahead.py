@@ -23,7 +23,7 @@ import nats.errors
 
 import persipubsub.errors
 from persipubsub.jetstream import (_acknowledging, _calls, _errors, _inboxes, _loop, _pulling,
-                                   _settings, _waiting)
+                                   _returns, _settings, _waiting)
 
 #: Messages that are pulled at once, at most.
 _MOST_MESSAGES: Final = 64
@@ -330,7 +330,9 @@ async def give_back_all(aheads: Iterable[Ahead]) -> None:
 
     :param aheads: of one process
     """
-    await asyncio.gather(*(ahead.give_back() for ahead in list(aheads)))
+    found = list(aheads)
+    await asyncio.gather(*(ahead.give_back() for ahead in found))
+    await asyncio.gather(*(ahead.puller.returns.settle(_returns.SETTLE_SECS) for ahead in found))
 
 
 async def give_back_of(loop: _loop.Loop, stream: str) -> None:

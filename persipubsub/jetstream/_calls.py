@@ -4,11 +4,14 @@ Hand over what is done in the loop's thread to those who wait for it elsewhere.
 What is not said otherwise runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
+import asyncio
 import concurrent.futures
+import contextlib
 import threading
-from typing import Any, Callable, Coroutine, Generic, Optional, Protocol, TypeVar
+from typing import (Any, AsyncIterator, Callable, Coroutine, Generic, List, Optional, Protocol, Set,
+                    TypeVar)
 
-from persipubsub.jetstream import _link, _loop, _stream
+from persipubsub.jetstream import _link, _loop, _returns, _stream
 
 ResultT = TypeVar("ResultT")
 
@@ -58,6 +61,39 @@ class Calls(Protocol):
 
         :return: what is open
         """
+
+
+class Takes:
+    """Know what takes messages right now. All of it runs in the loop's own thread."""
+
+    def __init__(self) -> None:
+        """Initialize with nothing."""
+        self._tasks = set()  # type: Set[asyncio.Task[Any]]
+
+    @contextlib.asynccontextmanager
+    async def behind_others(self) -> AsyncIterator[None]:
+        """Take, behind those that were cancelled and leave their pulls, or give messages back."""
+        task = asyncio.current_task()
+        assert task is not None
+        ending = [other for other in self._own() if other.cancelling()]
+        self._tasks.add(task)
+        try:
+            if ending:
+                await asyncio.wait(ending, timeout=_returns.SETTLE_SECS)
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    async def wait(self) -> None:
+        """Wait until nothing takes any more."""
+        own = self._own()
+        if own:
+            await asyncio.wait(own)
+
+    def _own(self) -> "List[asyncio.Task[Any]]":
+        """Find what takes; a forked child knows of what its parent was in the middle of as well."""
+        loop = asyncio.get_running_loop()
+        return [task for task in self._tasks if task.get_loop() is loop]
 
 
 class Handover(Generic[ResultT]):

@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 import weakref
-from typing import Any, Callable, Coroutine, Final, Iterator, List, Optional, Set
+from typing import Any, Callable, Coroutine, Final, Iterator, List, Optional
 
 import nats.errors
 
@@ -215,7 +215,7 @@ class Consumer:
         #: That their threads could not end, since the queue was being closed: closing ends them.
         self.unended = []  # type: List[Lease]
         # What takes messages right now. Once closing began, it gives them back.
-        self._takes = set()  # type: Set[asyncio.Task[Any]]
+        self._takes = _calls.Takes()
         self._is_closing = False
         self._durable = _address.durable_of(subscriber)
         self._subscriber = subscriber
@@ -243,8 +243,7 @@ class Consumer:
             for lease in list(self.leases):
                 lease.abandon()
             await ahead.close()
-            if self._takes:
-                await asyncio.wait(list(self._takes))
+            await self._takes.wait()
             await ahead.puller.returns.settle()
 
     # Taking
@@ -338,22 +337,13 @@ class Consumer:
         """
 
         async def work() -> Optional[Lease]:
-            task = asyncio.current_task()
-            assert task is not None
-            # First those that are about to leave their pulls, or to give back what they have.
-            ending = [take for take in self._takes if take.cancelling()]
-            self._takes.add(task)
-            try:
-                if ending:
-                    await asyncio.wait(ending)
+            async with self._takes.behind_others():
                 lease = await function()
                 if lease is not None and (self._is_closing or not handover.give(lease)):
                     lease.abandon()
                 if self._is_closing:
                     raise _errors.closed(self.settings.path)
                 return lease
-            finally:
-                self._takes.discard(task)
 
         return work
 

@@ -99,9 +99,10 @@ class Inbox:
         try:
             if self.pulls:
                 with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
-                    # pylint: disable-next=protected-access
-                    await self.client._send_unsubscribe(self._subscription._id)
-                    await self.client.request(subject, _NOTHING, timeout=_CLOSE_SECS)
+                    async with asyncio.timeout(_CLOSE_SECS):
+                        # pylint: disable-next=protected-access
+                        await self.client._send_unsubscribe(self._subscription._id)
+                        await self.client.request(subject, _NOTHING, timeout=_CLOSE_SECS)
         finally:
             with contextlib.suppress(nats.errors.Error, OSError):
                 await self._subscription.unsubscribe()

@@ -23,6 +23,9 @@ ResultT = TypeVar("ResultT")
 #: How long the exit of the interpreter waits for the connections to be closed, in seconds.
 _EXIT_SECS: Final = 2.0
 
+#: A task that is cancelled may begin another one, to give back what it had: so many in a row.
+_MOST_ROUNDS: Final = 5
+
 
 class Loop:
     """Hold the event loop and its thread. What is not said otherwise, any thread may call."""
@@ -124,8 +127,6 @@ class Loop:
 
     async def _close(self) -> None:
         """Cancel what is going on, and close the connections."""
-        own = asyncio.current_task()
-        tasks = [task for task in asyncio.all_tasks() if task is not own]
         try:
             await asyncio.wait_for(asyncio.gather(*(giver() for giver in self.givers)),
                                    timeout=_EXIT_SECS / 2)
@@ -133,9 +134,12 @@ class Loop:
             pass  # the server gives it to others after ack_wait
         closers, self.closers = self.closers, []
         await asyncio.gather(*(closer() for closer in closers), return_exceptions=True)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        own = asyncio.current_task()
+        for _ in range(_MOST_ROUNDS):
+            tasks = [task for task in asyncio.all_tasks() if task is not own]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _exiting() -> persipubsub.errors.ClosedError:

@@ -35,9 +35,6 @@ _PAUSE_SECS: Final = 0.1
 #: The server answers within so many seconds, if it has a pull.
 _ANSWER_SECS: Final = 1.0
 
-#: Who pulls waits so long for what is given back, or as long as for a message, in seconds.
-_SETTLE_SECS: Final = 0.5
-
 #: The server says so when the next message is too large for a pull.
 _MAX_BYTES: Final = "MaxBytes"
 
@@ -86,8 +83,10 @@ class Puller:
 
         :param inbox: that nobody uses any more
         """
-        await inbox.close(self._subject)
-        self._give_up(inbox)
+        try:
+            await inbox.close(self._subject)
+        finally:
+            self._give_up(inbox)
 
     async def _finish(self, inbox: _inboxes.Inbox) -> None:
         """
@@ -99,7 +98,7 @@ class Puller:
         :param inbox: of the pull, which nobody waits for any more
         """
         with contextlib.suppress(persipubsub.errors.PersipubsubError, _errors.ApiError):
-            if inbox.pulls:
+            if inbox.pulls and not self._is_closed:
                 await self._is_done(inbox, inbox.wanted_now, _ANSWER_SECS)
         if not inbox.pulls:
             self._give_up(inbox)
@@ -202,7 +201,8 @@ class Puller:
             self._heard = time.monotonic()
         try:
             # What is given back comes first.
-            await self.returns.settle(None if timeout is None else max(_SETTLE_SECS, timeout))
+            await self.returns.settle(None if timeout is
+                                      None else max(_returns.SETTLE_SECS, timeout))
             while True:
                 left = None if deadline is None else deadline - time.monotonic()
                 found = await self._listening(inbox, left)

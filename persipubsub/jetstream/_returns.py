@@ -20,6 +20,9 @@ from persipubsub.jetstream import _inboxes, _link
 #: A message that can not be given back within so many seconds is delivered again after ack_wait.
 _GIVE_BACK_SECS: Final = 2.0
 
+#: Who pulls waits so long for what is given back, or as long as for a message, in seconds.
+SETTLE_SECS: Final = 0.5
+
 
 class Returns:
     """Give messages back, for any number of coroutines."""
@@ -58,12 +61,11 @@ class Returns:
         :param timeout: how long, in seconds; None: as long as it takes
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while self._endings or self._giver is not None:
+        while pending := self._endings | self._giving():
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 break
-            giver = [] if self._giver is None else [self._giver]
-            await asyncio.wait([*self._endings, *giver], timeout=left)
+            await asyncio.wait(pending, timeout=left)
 
     def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
         """
@@ -75,21 +77,22 @@ class Returns:
         :param pulled: messages
         """
         self._waiting += pulled
-        if self._waiting and self._giver is None:
+        if self._waiting and not self._giving():
             self._giver = asyncio.ensure_future(self._give())
+
+    def _giving(self) -> "Set[asyncio.Task[None]]":
+        """Find what gives back, or is about to, however the last one ended."""
+        return {self._giver} if self._giver is not None and not self._giver.done() else set()
 
     async def _give(self) -> None:
         """Give back what waits, in order, as soon as no inbox may bring more of it."""
-        try:
-            while self._waiting:
-                while self._endings:
-                    await asyncio.wait(list(self._endings))
-                pulled, self._waiting = sorted(self._waiting, key=lambda one: one.number), []
-                with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error,
-                                         OSError):
-                    await self._refuse(pulled, time.monotonic() + _GIVE_BACK_SECS)
-        finally:
-            self._giver = None
+        while self._waiting:
+            while self._endings:
+                await asyncio.wait(list(self._endings))
+            pulled, self._waiting = sorted(self._waiting, key=lambda one: one.number), []
+            with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error,
+                                     OSError):
+                await self._refuse(pulled, time.monotonic() + _GIVE_BACK_SECS)
 
     async def refuse(self, pulled: List[_inboxes.Pulled], seconds: float = _GIVE_BACK_SECS) -> None:
         """
@@ -109,4 +112,8 @@ class Returns:
         :param deadline: on the monotonic clock
         """
         # In order: the first one is the next that is delivered again.
-        await asyncio.gather(*(self._link.request(one.reply, b"-NAK", deadline) for one in pulled))
+        for found in await asyncio.gather(*(self._link.request(one.reply, b"-NAK", deadline)
+                                            for one in pulled),
+                                          return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found

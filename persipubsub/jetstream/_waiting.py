@@ -12,9 +12,9 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 
 import asyncio
 import time
-from typing import List, Optional, Set
+from typing import List, Optional, Set, Tuple
 
-from persipubsub.jetstream import _inboxes, _pulling
+from persipubsub.jetstream import _inboxes, _pulling, _returns
 
 
 class Waiting:
@@ -39,12 +39,14 @@ class Waiting:
         :return: the message; none if there was none in time
         """
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        await self._settle()
         while True:
             left = max(0.0, deadline - time.monotonic())
-            task = min(self._left, key=self._puller.place, default=None)
-            is_own = task is None or left == 0.0
-            if task is None or is_own:
+            if left == 0.0:
+                return await self.take_now(1)
+            await self._settle(left)
+            task = min(self._left, key=self._place, default=None)
+            is_own = task is None
+            if task is None:
                 task = asyncio.ensure_future(
                     self._puller.pull_one(min(left, _pulling.LONGEST_PULL_SECS)))
             else:
@@ -69,28 +71,46 @@ class Waiting:
         :param max_messages: how many at most
         :return: messages, in order; none if there is none
         """
-        await self._settle()
+        await self._settle(0.0)
         # What comes for them before the answer to our own pull is in front of what that brings.
         left, self._left = self._left, set()
-        pulled = []  # type: List[_inboxes.Pulled]
         try:
             pulled = await self._puller.pull_now(max_messages)
-        finally:
+        except BaseException:
+            self._left |= left
             for task in left:
-                self._leave(task)
+                if task.done():
+                    self._end(task)
+            raise
         for task in left:
-            if task.done():
-                self._left.remove(task)
-                if not task.cancelled() and task.exception() is None:
-                    pulled += task.result()
+            if not task.done():
+                self._left.add(task)
+            elif not task.cancelled() and task.exception() is None:
+                pulled += task.result()
         pulled.sort(key=lambda one: one.number)
         self._puller.returns.give_back(pulled[max_messages:])
         return pulled[:max_messages]
 
-    async def _settle(self) -> None:
-        """Wait until what came for nobody is given back: what is pulled later would overtake it."""
-        while self._givers:
-            await asyncio.wait(list(self._givers))
+    async def _settle(self, timeout: float) -> None:
+        """
+        Wait until what came for nobody is given back: what is pulled later would overtake it.
+
+        :param timeout: how long to wait for a message, in seconds
+        """
+        deadline = time.monotonic() + max(_returns.SETTLE_SECS, timeout)
+        while self._givers and time.monotonic() < deadline:
+            await asyncio.wait(list(self._givers), timeout=deadline - time.monotonic())
+
+    def _place(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> Tuple[int, float]:
+        """
+        Tell which pull brings what is next in order: one that is done, or the first in line.
+
+        :param task: of the pull
+        :return: to be compared
+        """
+        if task.done() and not task.cancelled() and task.exception() is None and task.result():
+            return 0, task.result()[0].number
+        return 1, self._puller.place(task)
 
     def _leave(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> None:
         """
