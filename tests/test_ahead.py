@@ -448,6 +448,8 @@ def test_closed_subscribers_leave_nothing_at_the_server(tmp_path: pathlib.Path) 
             pub.send_many(numbered(2))
             receive(sub)
             sub.pop_to_top()
+            # Whatever was said to the server before this answer is done.
+            assert lags(config_pth) == {"sub": 1}
             before = server.look("connz")["connections"][0]["subscriptions"]
             for _ in range(5):
                 with open_sub(config_pth) as other:
