@@ -836,7 +836,9 @@ def test_objects_work_in_a_forked_child(face: faces.Face, config_pth: pathlib.Pa
             child.end()
         assert inherited == 0
         received = await asyncio.gather(*waiting)
-        assert set(received) == {b"0", b"1"}
+        # Two that wait at the same time compete: which two they get is open, but not what is left.
+        received.append(await receive(other))
+        assert (len(received), set(received)) == (3, {b"0", b"1", b"2"})
         return await use()
 
     def in_child() -> int:
