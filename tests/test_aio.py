@@ -836,7 +836,10 @@ def test_objects_work_in_a_forked_child(face: faces.Face, config_pth: pathlib.Pa
             child.end()
         assert inherited == 0
         received = await asyncio.gather(*waiting)
-        # Two that wait at the same time compete: which two they get is open, but not what is left.
+        # Without an outbox, each is sent by a thread of its own, and those of a child that open the
+        # queue at the same time do not come out in the order in which they went in.
+        if face is not faces.PLAIN:
+            assert set(received) == {b"0", b"1"}
         received.append(await receive(other))
         assert (len(received), set(received)) == (3, {b"0", b"1", b"2"})
         return await use()
