@@ -400,7 +400,7 @@ async def test_pull_that_is_done_before_it_is_cancelled(config_pth: pathlib.Path
         await until_waiting(config_pth, servers, 1)
         task.cancel()
         await asyncio.wait([task])
-        waiting = sub._sub._consumer._ahead._waiting
+        waiting = sub._sub._consumer._ahead.waiting
 
         async def pull() -> "list[Any]":
             try:
@@ -438,7 +438,7 @@ async def test_pull_that_is_cancelled_is_not_taken_over(config_pth: pathlib.Path
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            waiting = sub._sub._consumer._ahead._waiting
+            waiting = sub._sub._consumer._ahead.waiting
 
             async def take(steps: int = steps, waiting: Any = waiting) -> "list[Any]":
                 await _steps(lambda: waiting._givers)

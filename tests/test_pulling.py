@@ -202,7 +202,7 @@ def test_pull_of_what_is_there_comes_to_its_end(config_pth: pathlib.Path, slow_p
 
 async def until_left(sub: Any, is_left: bool) -> None:
     """Wait until a pull is left to whoever waits next, or is not any more."""
-    waiting = sub._sub._consumer._ahead._waiting
+    waiting = sub._sub._consumer._ahead.waiting
     await asyncio.to_thread(until, lambda: bool(waiting._left) == is_left, "the pull")
 
 

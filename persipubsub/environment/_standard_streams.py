@@ -42,7 +42,7 @@ def occupy() -> None:
             # be missing.
             with contextlib.suppress(OSError):
                 descriptor = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                if descriptor > 2:
+                if descriptor not in _NUMBERS:
                     os.close(descriptor)  # another thread was faster
 
 

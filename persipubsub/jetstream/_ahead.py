@@ -55,6 +55,8 @@ class Ahead:
         self.returned = 0
         self.place = (settings.address.stream, durable)
         self.puller = _pulling.Puller(ports.stream, settings, durable)
+        #: Takes messages of which none are held.
+        self.waiting = _waiting.Waiting(self.puller)
         self._durable = durable
         self._stream = ports.stream
         self._loop = ports.loop
@@ -66,7 +68,6 @@ class Ahead:
         self._held = collections.deque()  # type: Deque[_inboxes.Pulled]
         self._timer = None  # type: Optional[asyncio.TimerHandle]
         self._refill = None  # type: Optional[asyncio.Task[None]]
-        self._waiting = _waiting.Waiting(self.puller)
         # Before which moment nothing of what is held can have been delivered.
         self._asked = 0.0
         # Of the last pull: when it was done, what it brought, and how many were handed out.
@@ -101,13 +102,13 @@ class Ahead:
         if not held:
             if max_messages > 1:
                 return await self._take_many(timeout, max_messages)
-            pulled = await self.wait(timeout)
+            pulled = await self.waiting.take(timeout)
             if pulled:
                 self._note(pulled)
                 self._handed_out = 1
             return pulled
         try:
-            return held + await self.take_now(max_messages - len(held))
+            return held + await self.waiting.take_now(max_messages - len(held))
         except BaseException:
             self.puller.returns.give_back(held)
             raise
@@ -122,33 +123,15 @@ class Ahead:
         :return: messages; none if there was none in time
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        pulled = await self.take_now(max_messages)
+        pulled = await self.waiting.take_now(max_messages)
         if pulled or timeout == 0:
             return pulled
-        pulled = await self.wait(None if deadline is None else deadline - time.monotonic())
+        pulled = await self.waiting.take(None if deadline is None else deadline - time.monotonic())
         try:
-            return pulled + (await self.take_now(max_messages - 1) if pulled else [])
+            return pulled + (await self.waiting.take_now(max_messages - 1) if pulled else [])
         except BaseException:
             self.puller.returns.give_back(pulled)
             raise
-
-    async def take_now(self, max_messages: int) -> List[_inboxes.Pulled]:
-        """
-        Take messages that are there, with nothing held.
-
-        :param max_messages: how many at most
-        :return: messages, in order; none if there is none
-        """
-        return await self._waiting.take_now(max_messages)
-
-    async def wait(self, timeout: Optional[float]) -> List[_inboxes.Pulled]:
-        """
-        Wait for a message, with nothing held.
-
-        :param timeout: how long, in seconds; None: for ever
-        :return: the message; none if there was none in time
-        """
-        return await self._waiting.take(timeout)
 
     async def front(self) -> Optional[_inboxes.Pulled]:
         """
@@ -301,7 +284,7 @@ class Ahead:
         _of(self._loop).discard(self)
         await self.give_back()
         await self.puller.close()
-        await self._waiting.close()
+        await self.waiting.close()
         await self.puller.returns.settle()
 
 

@@ -383,7 +383,8 @@ class Consumer:
         """
         ports = await self.calls.ports()
         ahead = self.ahead(ports)
-        pulled = (await _ahead.take_all_of(ports.loop, ahead.place) or await ahead.wait(timeout))
+        pulled = (await _ahead.take_all_of(ports.loop, ahead.place)
+                  or await ahead.waiting.take(timeout))
         if not pulled:
             return None
         _, newest = await self._skip(ports, pulled)
@@ -398,7 +399,7 @@ class Consumer:
         ports = await self.calls.ports()
         ahead = self.ahead(ports)
         pulled = (await _ahead.take_all_of(ports.loop, ahead.place)
-                  or await ahead.take_now(_SKIPPED_AT_ONCE))
+                  or await ahead.waiting.take_now(_SKIPPED_AT_ONCE))
         if not pulled:
             return 0
         count, newest = await self._skip(ports, pulled)
@@ -425,7 +426,7 @@ class Consumer:
                 pulled = pulled[-1:]
                 if pulled[0].number >= last:
                     break
-                more = await self.ahead(ports).take_now(_SKIPPED_AT_ONCE)
+                more = await self.ahead(ports).waiting.take_now(_SKIPPED_AT_ONCE)
                 if not more:
                     break
                 pulled += more

@@ -148,11 +148,11 @@ class Puller:
         """
         return await self._pull(0.0, max_messages, max_bytes)
 
-    async def pull_one(self, timeout: Optional[float]) -> List[_inboxes.Pulled]:
+    async def pull_one(self, timeout: float) -> List[_inboxes.Pulled]:
         """
         Wait for a message.
 
-        :param timeout: how long, in seconds; None: for ever
+        :param timeout: how long, in seconds
         :return: the message; none if there was none in time
         :raise UnavailableError: if no server answers for too long
         :raise NotInitializedError: if there is no such consumer any more
@@ -160,12 +160,12 @@ class Puller:
         """
         return await self._pull(timeout, 1, None)
 
-    async def _pull(self, timeout: Optional[float], max_messages: int,
+    async def _pull(self, timeout: float, max_messages: int,
                     max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
         """
         Wait for messages, so that closing ends it.
 
-        :param timeout: how long, in seconds; None: for ever
+        :param timeout: how long, in seconds
         :param max_messages: how many to take at most
         :param max_bytes: how many bytes to take at most
         :return: messages; none if there was none in time
@@ -184,34 +184,33 @@ class Puller:
         finally:
             del self._pulls[task]
 
-    async def _repeat(self, timeout: Optional[float], max_messages: int,
+    async def _repeat(self, timeout: float, max_messages: int,
                       max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
         """
         Pull until there are messages, or no time is left.
 
-        :param timeout: how long, in seconds; None: for ever
+        :param timeout: how long, in seconds
         :param max_messages: how many to take at most; one if the pull has to wait
         :param max_bytes: how many bytes to take at most
         :return: messages; none if there was none in time
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         inbox = None  # type: Optional[_inboxes.Inbox]
         taken = []  # type: List[_inboxes.Pulled]
         if time.monotonic() - self._listened > _PAUSE_SECS:
             self._heard = time.monotonic()
         try:
             # What is given back comes first.
-            await self.returns.settle(None if timeout is
-                                      None else max(_returns.SETTLE_SECS, timeout))
+            await self.returns.settle(max(_returns.SETTLE_SECS, timeout))
             while True:
-                left = None if deadline is None else deadline - time.monotonic()
+                left = deadline - time.monotonic()
                 found = await self._listening(inbox, left)
                 if inbox is not None and found is not inbox:
                     # Of a connection that is gone.
                     self._leave(inbox)
                 inbox = found
                 if inbox is not None:
-                    if left is not None and left <= 0:
+                    if left <= 0:
                         request = {"batch": max_messages, "no_wait": True}  # type: Dict[str, Any]
                         if max_bytes is not None:
                             request["max_bytes"] = max_bytes
@@ -221,7 +220,7 @@ class Puller:
                     await self._take_fresh(inbox, max_messages, taken)
                 if taken:
                     self._missing_since = 0.0
-                if taken or (deadline is not None and time.monotonic() >= deadline):
+                if taken or time.monotonic() >= deadline:
                     return taken
         except BaseException:
             self.returns.give_back(taken)
@@ -246,22 +245,21 @@ class Puller:
         self.returns.begin(self._finish(inbox) if ends_soon else self._retire(inbox))
 
     async def _listening(self, inbox: Optional[_inboxes.Inbox],
-                         left: Optional[float]) -> Optional[_inboxes.Inbox]:
+                         left: float) -> Optional[_inboxes.Inbox]:
         """
         Find an inbox of a connection that lives.
 
         :param inbox: that was used so far
-        :param left: how long to wait, in seconds; None: for ever
+        :param left: how long to wait, in seconds
         :return: inbox; None if there is no connection yet
         """
         wait = self._settings.wait_secs
         since = time.monotonic() - self._heard
         try:
-            client = await self._stream.link.client(
-                time.monotonic() + max(0.05, min(wait, wait if left is None else left)))
+            client = await self._stream.link.client(time.monotonic() + max(0.05, min(wait, left)))
         except persipubsub.errors.UnavailableError:
             # Servers come back; who receives in a loop shall not fail for a moment without them.
-            if since >= wait or left is None:
+            if since >= wait:
                 raise
             return None
         if inbox is not None and inbox.client is client:
@@ -272,14 +270,13 @@ class Puller:
                 return inbox
         return await _inboxes.Inbox(client).listen()
 
-    async def _ask(self, inbox: _inboxes.Inbox, request: Dict[str, Any],
-                   left: Optional[float]) -> None:
+    async def _ask(self, inbox: _inboxes.Inbox, request: Dict[str, Any], left: float) -> None:
         """
         Pull, and wait for a message or for the end of the pull.
 
         :param inbox: for what comes
         :param request: what to ask for
-        :param left: how long to wait, in seconds; None: for ever
+        :param left: how long to wait, in seconds
         """
         inbox.statuses.clear()
         if inbox.messages:
@@ -289,15 +286,15 @@ class Puller:
         wanted = int(request["batch"])
         inbox.wanted_now = wanted if "no_wait" in request else 0
         if not inbox.wanted_now:
-            expires = LONGEST_PULL_SECS if left is None else min(left, LONGEST_PULL_SECS)
+            expires = min(left, LONGEST_PULL_SECS)
             request["expires"] = max(1_000_000, int(expires * 1e9))
             patience += expires
             if expires > 3 * _HEARTBEAT_SECS:
                 request["idle_heartbeat"] = int(_HEARTBEAT_SECS * 1e9)
                 patience = 3 * _HEARTBEAT_SECS
         task = asyncio.current_task()
-        if task in self._pulls:
-            self._pulls[task] = next(self._places)
+        assert task in self._pulls, "Only what pulls asks."
+        self._pulls[task] = next(self._places)
         try:
             await inbox.client.publish(self._subject,
                                        json.dumps(request).encode("utf-8"),

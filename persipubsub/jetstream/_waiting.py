@@ -53,7 +53,7 @@ class Waiting:
                 self._left.remove(task)
             try:
                 # Our own one ends in time.
-                await asyncio.wait([task], timeout=None if is_own or timeout is None else left)
+                await asyncio.wait([task], timeout=None if is_own else left)
             except asyncio.CancelledError:
                 self._leave(task)
                 raise
@@ -83,10 +83,10 @@ class Waiting:
                     self._end(task)
             raise
         for task in left:
-            if not task.done():
+            if task.done():
+                pulled += _brought(task)
+            else:
                 self._left.add(task)
-            elif not task.cancelled() and task.exception() is None:
-                pulled += task.result()
         pulled.sort(key=lambda one: one.number)
         self._puller.returns.give_back(pulled[max_messages:])
         return pulled[:max_messages]
@@ -108,9 +108,8 @@ class Waiting:
         :param task: of the pull
         :return: to be compared
         """
-        if task.done() and not task.cancelled() and task.exception() is None and task.result():
-            return 0, task.result()[0].number
-        return 1, self._puller.place(task)
+        pulled = _brought(task) if task.done() else []
+        return (0, pulled[0].number) if pulled else (1, self._puller.place(task))
 
     def _leave(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> None:
         """
@@ -130,8 +129,10 @@ class Waiting:
         if task not in self._left:
             return  # somebody took it over
         self._left.remove(task)
-        if not task.cancelled() and task.exception() is None and task.result():
-            giver = asyncio.ensure_future(self._give_back(task.result()))
+        pulled = _brought(task)
+        if pulled:
+            # Not one of the endings that a pull waits for: it waits for pulls to end.
+            giver = asyncio.ensure_future(self._give_back(pulled))
             self._givers.add(giver)
             giver.add_done_callback(self._givers.discard)
 
@@ -156,3 +157,13 @@ class Waiting:
     async def close(self) -> None:
         """Wait until what came for nobody is given back."""
         await asyncio.gather(*self._givers, return_exceptions=True)
+
+
+def _brought(task: "asyncio.Task[List[_inboxes.Pulled]]") -> List[_inboxes.Pulled]:
+    """
+    Tell what a pull brought that is done.
+
+    :param task: of the pull
+    :return: messages; none if it failed
+    """
+    return [] if task.cancelled() or task.exception() is not None else task.result()
