@@ -1,6 +1,7 @@
 """Start and end real servers of NATS with JetStream, on free ports of the loopback address."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -11,15 +12,22 @@ import socket
 import subprocess
 import time
 import urllib.request
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Final, Iterator, List, Optional, Sequence
 
 import pytest
 
-from tests.support import until
+import persipubsub.control
+from tests.support import until, write_config
 
 #: Another version than the installed one: PERSIPUBSUB_NATS_SERVER is the path of its program.
 _PROGRAM = os.environ.get("PERSIPUBSUB_NATS_SERVER") or shutil.which(
     "nats-server", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin")
+
+#: What somebody forgets is never seen again by a test.
+FOR_EVER_SECS: Final = 3600
+
+# Of queues, which the tests of a process call by different names.
+_COUNTER = itertools.count()
 
 #: For whole modules: without a server, they can not be run.
 needs_server = pytest.mark.skipif(_PROGRAM is None,
@@ -217,6 +225,25 @@ def running(
     finally:
         for server in servers:
             server.kill()
+
+
+def deploy(directory: pathlib.Path,
+           servers: Servers,
+           ack_wait: float = FOR_EVER_SECS,
+           **changes: Any) -> pathlib.Path:
+    """
+    Create a queue that no other test has.
+
+    :param directory: for its configuration
+    :param servers: that keep it
+    :param ack_wait: after how many seconds a message that nobody acknowledged comes again
+    :param changes: of the configuration
+    :return: path of the configuration
+    """
+    path = servers.path("queue{}".format(next(_COUNTER)), ack_wait=ack_wait)
+    config_pth = write_config(directory, path=path, **{"busy_timeout_secs": 10, **changes})
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
 
 
 def wait_for_port(server: Server) -> None:

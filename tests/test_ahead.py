@@ -7,7 +7,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import pathlib
 import random
@@ -25,37 +24,16 @@ import persipubsub.control
 import persipubsub.subscriber
 from persipubsub.jetstream import _ahead, _delivery, _settings
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, run_python, until, write_config
+from tests.support import HANG_SECS, Child, Connection, run_python, until
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 from tests.test_jetstream import ask
 
 pytestmark = jetstream_server.needs_server
 
-_COUNTER = itertools.count()
-
-#: What somebody forgets is never seen again by a test.
-_FOR_EVER_SECS = 3600
-
-
-@pytest.fixture(name="servers", scope="module")
-def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
-    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
-        yield servers
-
-
-def deploy(tmp_path: pathlib.Path,
-           servers: jetstream_server.Servers,
-           ack_wait: float = _FOR_EVER_SECS,
-           **changes: Any) -> pathlib.Path:
-    path = servers.path("ahead{}".format(next(_COUNTER)), ack_wait=ack_wait)
-    config_pth = write_config(tmp_path, path=path, busy_timeout_secs=10, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
-
 
 @pytest.fixture(name="config_pth")
 def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
-    return deploy(tmp_path, servers)
+    return jetstream_server.deploy(tmp_path, servers)
 
 
 @pytest.fixture(name="quick")
@@ -149,7 +127,7 @@ def test_loop_pulls_ahead(config_pth: pathlib.Path, servers: jetstream_server.Se
 
 @pytest.mark.usefixtures("holding")
 def test_large_messages(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, HWM_LMDB_SIZE_BYTES=1 << 26)
+    config_pth = jetstream_server.deploy(tmp_path, servers, HWM_LMDB_SIZE_BYTES=1 << 26)
     # Some are so large that two, or one, are more than may be held.
     sent = [bytes(10)] * 20 + [bytes(400_000)] * 8 + [bytes((1 << 20) - 192)] * 4 + [b""] * 8
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
@@ -265,7 +243,7 @@ def test_cleared_messages_are_not_received(config_pth: pathlib.Path) -> None:
 @pytest.mark.usefixtures("holding")
 def test_message_that_grows_old_is_not_received(tmp_path: pathlib.Path,
                                                 servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, MSG_TIMEOUT_SECS=2)
+    config_pth = jetstream_server.deploy(tmp_path, servers, MSG_TIMEOUT_SECS=2)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(50))
         receive_until_held(sub)
@@ -332,7 +310,7 @@ def test_what_others_have_by_now_is_not_handed_out(tmp_path: pathlib.Path,
                                                    servers: jetstream_server.Servers,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ahead.Ahead, "_let_go", lambda _: None)
-    config_pth = deploy(tmp_path, servers, ack_wait=1)
+    config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=1)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
         pub.send_many(numbered(30))
         received = receive_until_held(sub)
@@ -403,7 +381,7 @@ def _hold(pipe: Connection, config_pth: pathlib.Path) -> None:
 @pytest.mark.usefixtures("holding")
 def test_what_a_killed_process_held_comes_after_ack_wait(tmp_path: pathlib.Path,
                                                          servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, ack_wait=2)
+    config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=2)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(50))
         with Child(_hold, config_pth) as child:
@@ -442,7 +420,7 @@ def test_tasks_that_are_cancelled_while_more_is_pulled(config_pth: pathlib.Path)
 
 def test_closed_subscribers_leave_nothing_at_the_server(tmp_path: pathlib.Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = jetstream_server.deploy(tmp_path, servers)
         server = servers.servers[0]
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             pub.send_many(numbered(2))

@@ -9,11 +9,10 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import itertools
 import pathlib
 import random
 import threading
-from typing import Any, AsyncIterator, Callable, Coroutine, Iterator, List, Optional
+from typing import Any, AsyncIterator, Callable, Coroutine, List, Optional
 
 import pytest
 
@@ -24,23 +23,12 @@ import persipubsub.errors
 from persipubsub import _begun
 from persipubsub.jetstream import _loop, _pulling, _settings
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, outcome, write_config
+from tests.support import HANG_SECS, Child, Connection, outcome
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 from tests.test_jetstream import ask
 
-_COUNTER = itertools.count()
-
-#: A message that somebody forgets is never seen again by a test.
-_ACK_WAIT_SECS = 3600
-
 #: Threads of an object and of the engine, however many tasks wait.
 _FEW_THREADS = 4
-
-
-@pytest.fixture(name="servers", scope="module")
-def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
-    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
-        yield servers
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +38,7 @@ def _long_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(name="config_pth")
 def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
-    return deploy(tmp_path, servers)
-
-
-def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-           **changes: Any) -> pathlib.Path:
-    path = servers.path("tasks{}".format(next(_COUNTER)), ack_wait=_ACK_WAIT_SECS)
-    config_pth = write_config(tmp_path, path=path, **{"busy_timeout_secs": 10, **changes})
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
+    return jetstream_server.deploy(tmp_path, servers)
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -310,7 +290,7 @@ def test_closing_while_threads_wait_for_servers_that_are_away(tmp_path: pathlib.
     """That the messages at work can not be given back is no reason to let them wait."""
 
     async def main(servers: jetstream_server.Servers) -> None:
-        config_pth = await asyncio.to_thread(deploy, tmp_path, servers)
+        config_pth = await asyncio.to_thread(jetstream_server.deploy, tmp_path, servers)
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             pub.send_many(numbered(6))
             taken = [sub.receive(timeout=HANG_SECS) for _ in range(6)]
@@ -336,7 +316,10 @@ def test_who_sends_does_not_wait_for_each_other_where_servers_are_away(
     """One after the other, they would take more than a minute and a half."""
 
     async def main(servers: jetstream_server.Servers) -> None:
-        config_pth = await asyncio.to_thread(deploy, tmp_path, servers, busy_timeout_secs=1)
+        config_pth = await asyncio.to_thread(jetstream_server.deploy,
+                                             tmp_path,
+                                             servers,
+                                             busy_timeout_secs=1)
         async with persipubsub.aio.Pub() as pub:
             await pub.init(pub_id="pub", config_pth=config_pth)
             await pub.send(b"hello")

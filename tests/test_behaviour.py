@@ -13,7 +13,7 @@ import pathlib
 import signal
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Set, TypeAlias
+from typing import Any, Callable, Dict, List, Set, TypeAlias
 
 import pytest
 
@@ -29,12 +29,6 @@ from tests.support import HANG_SECS, Child, Connection, outcome, until, write_co
 Deploy: TypeAlias = Callable[..., pathlib.Path]
 
 _COUNTER = itertools.count()
-
-
-@pytest.fixture(name="servers", scope="module")
-def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
-    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
-        yield servers
 
 
 @pytest.fixture(name="deploy",

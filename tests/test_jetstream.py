@@ -36,12 +36,6 @@ pytestmark = jetstream_server.needs_server
 _COUNTER = itertools.count()
 
 
-@pytest.fixture(name="servers", scope="module")
-def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
-    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
-        yield servers
-
-
 @pytest.fixture(name="config_pth")
 def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
     return deploy(tmp_path, servers)

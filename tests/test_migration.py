@@ -5,7 +5,7 @@ import json
 import pathlib
 import signal
 import threading
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List
 
 import pytest
 
@@ -23,12 +23,6 @@ pytestmark = jetstream_server.needs_server
 PUBLISHERS = {"pub": ("a", "b", "c"), "two": ("a", "b")}
 
 _COUNTER = itertools.count()
-
-
-@pytest.fixture(name="servers", scope="module")
-def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
-    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
-        yield servers
 
 
 class Scene:

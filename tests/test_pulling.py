@@ -7,7 +7,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import pathlib
 import random
 import signal
@@ -23,19 +22,11 @@ import persipubsub.control
 import persipubsub.errors
 from persipubsub.jetstream import _inboxes, _loop, _pulling, _waiting
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, outcome, until, write_config
+from tests.support import HANG_SECS, Child, Connection, outcome, until
 from tests.test_begun import until_waiting
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
-
-_COUNTER = itertools.count()
-
-
-@pytest.fixture(name="servers", scope="module")
-def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
-    with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
-        yield servers
 
 
 class Slow:
@@ -122,17 +113,9 @@ class Slow:
                     client.sendall(line)
 
 
-def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
-    # A message that somebody forgets is never seen again by a test.
-    path = servers.path("pulling{}".format(next(_COUNTER)), ack_wait=3600)
-    config_pth = write_config(tmp_path, path=path, busy_timeout_secs=10)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
-
-
 @pytest.fixture()
 def config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
-    return deploy(tmp_path, servers)
+    return jetstream_server.deploy(tmp_path, servers)
 
 
 @pytest.fixture()
@@ -428,7 +411,7 @@ def test_child_does_not_wait_for_what_its_parent_takes(config_pth: pathlib.Path)
 def test_end_of_a_subscription_that_no_server_answers(tmp_path: pathlib.Path) -> None:
     """It is forgotten, and not made anew with each connection."""
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = jetstream_server.deploy(tmp_path, servers)
         process = servers.servers[0].process
         assert process is not None
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
@@ -452,7 +435,7 @@ def test_end_of_a_subscription_that_no_server_answers(tmp_path: pathlib.Path) ->
 def test_subscription_of_a_connection_that_is_lost(tmp_path: pathlib.Path) -> None:
     """It is used again, or forgotten."""
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = jetstream_server.deploy(tmp_path, servers)
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             with sub.receive(timeout=0.1) as nothing:
                 assert nothing is None
