@@ -212,19 +212,38 @@ def running(
         servers.append(Server(directory, name, ports[2 * index:2 * index + 2], own))
     cluster = Servers(servers)
     try:
-        for server in servers:
-            # One after the other: servers that find each other at the same moment were seen to lose
-            # one of them for good.
-            server.start()
-            wait_for_port(server)
-        cluster.wait()
-        # The leader takes new streams only when it knows of its peers; only it tells them.
-        until(lambda: nodes == 1 or any(len(server.peers()) == nodes - 1 for server in servers),
-              "a leader of the cluster")
+        until(lambda: _start_together(directory, servers), "servers that know of each other")
         yield cluster
     finally:
         for server in servers:
             server.kill()
+
+
+def _start_together(directory: pathlib.Path, servers: List[Server]) -> bool:
+    """
+    Start servers, and wait until they are ready.
+
+    :param directory: of their stores
+    :param servers: all of them
+    :return: False if they did not become a cluster in time; then nothing is left of them
+    """
+    for server in servers:
+        # One after the other: servers that find each other at the same moment were seen to lose one
+        # of them for good.
+        server.start()
+        wait_for_port(server)
+    # It takes half a second, or, once in hundreds of times, for ever.
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        # The leader takes new streams only when it knows of its peers; only it tells them.
+        if all(server.is_ready() for server in servers) and (len(servers) == 1 or any(
+                len(server.peers()) == len(servers) - 1 for server in servers)):
+            return True
+        time.sleep(0.001)
+    for server in servers:
+        server.kill()
+        shutil.rmtree(directory / server.name, ignore_errors=True)
+    return False
 
 
 def deploy(directory: pathlib.Path,
