@@ -145,8 +145,8 @@ class Consumer:
         self._mover = mover
         self._rings = rings
 
-        # What the last acknowledgement saw behind itself; a guess that is checked before it counts.
-        self._guess = 0
+        # Where the last acknowledgement left the position; checked again before it counts.
+        self._next = 0
         pending.ordinal = environment.read(
             lambda txn, databases: _positions.require(txn, databases, pending.key)).ordinal
 
@@ -225,7 +225,9 @@ class Consumer:
                 if due_ns:
                     pause = min(pause, max(0, due_ns - self._pending.now_ns()) / 1e9)
                 if ticket.wait(pause if deadline is None else min(pause, deadline - now)):
-                    # Before it is armed again, which makes the next publisher ring.
+                    # The publisher says what is there: one look less. And before it is armed again,
+                    # which makes the next publisher ring.
+                    self._pending.end = max(self._pending.end, ticket.end)
                     lease = take()[0]
                     if lease is not None:
                         return lease
@@ -238,10 +240,12 @@ class Consumer:
         :param max_messages: how many to take at most
         :return: what was taken, and what was passed over
         """
-        guess, self._guess = self._guess, 0
-        # Not several: if the position has moved on, others would pass over those behind meanwhile.
-        if guess and max_messages == 1:
-            lease = self._claim(guess, guess, max_messages, is_guess=True)
+        number = self._next
+        # Only if it is there, see Pending.search. Not several: if the position has moved on, others
+        # would pass over those behind meanwhile.
+        if 0 < number < self._pending.end and max_messages == 1:
+            self._next = 0
+            lease = self._claim(number, number, max_messages, is_guess=True)
             if lease is not None:
                 return lease, False, 0
 
@@ -425,7 +429,7 @@ class Consumer:
         :param begin: everything from here to the first message was done when they were taken
         :param numbers: of the messages
         """
-        self._guess = self._environment.write(
+        self._next = self._environment.write(
             lambda txn, databases: self._pending.acknowledge(txn, databases, begin, numbers),
             may_grow=True)
         if self._rings:

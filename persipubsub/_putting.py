@@ -127,14 +127,18 @@ class Putter:
             raise
         self._floor = put.floor
         if not put.is_full or put.losses:
-            self._ring()
+            self._ring(0 if put.is_full else put.first + put.count)
         if put.losses:
             self._losses.add(put.losses)
 
-    def _ring(self) -> None:
-        """Wake subscribers."""
+    def _ring(self, end: int) -> None:
+        """
+        Wake subscribers.
+
+        :param end: a number that the log has come up to; 0 if nothing was added
+        """
         try:
-            self._bell.ring()
+            self._bell.ring(end)
         except persipubsub.errors.PersipubsubError:
             pass  # it is sent; subscribers look once a second anyhow
 

@@ -73,7 +73,7 @@ class GroupPutter(_putting.Putter):
         self._floor = puts[-1].floor
         self._was_full = puts[-1].is_full
         if not all(put.is_full for put in puts) or any(put.losses for put in puts):
-            self._ring()
+            self._ring(max(0 if put.is_full else put.first + put.count for put in puts))
         losses = [loss for put in puts for loss in put.losses]
         if losses:
             self._losses.add(losses)

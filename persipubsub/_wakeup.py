@@ -4,6 +4,7 @@ Wait for other processes and wake them, without polling while nothing happens.
 A bell is a file of one page beside the queue, mapped by all. Its first byte, the flag, says that
 somebody may be asleep. Whoever published rings: if the flag is set, clear it, put a stamp never
 used before into the page, and read a byte of the file, which inotify reports to all who watch it.
+The number behind the new message is put there as well, which spares those who wake up a look.
 Rejected: to write a byte. It needs the journal for the time of modification, and took 14 instead
 of 7 microseconds from the call to the other's ``poll``. A read works on a full disk, too.
 
@@ -35,6 +36,7 @@ import errno
 import os
 import select
 import stat
+import struct
 import sys
 import threading
 import time
@@ -47,9 +49,8 @@ from persipubsub.environment import _files
 __all__ = ["Bell", "Ticket", "dispatch"]
 
 _PAGE_BYTES = 4096
-_FLAG = 0
-_STAMP = slice(64, 72)  # in another cache line than the flag
-_UNUSED = 128  # bytes from here on have no meaning
+_FLAG, _UNUSED = 0, 128  # bytes from the latter on have no meaning
+_STAMP, _END, _STAMP_AND_END = slice(64, 72), slice(72, 80), slice(64, 80)  # not beside the flag
 
 _SHORTEST_POLL_SECS = 0.0001
 _LONGEST_POLL_SECS = 0.005
@@ -89,12 +90,12 @@ class _File:
         if hasattr(self, "descriptor"):
             _close(self.descriptor)
 
-    def ring(self) -> None:
+    def ring(self, end: int) -> None:
         """Clear the flag, and wake all who watch or poll the file."""
-        stamp = time.monotonic_ns().to_bytes(length=8, byteorder=sys.byteorder)
+        rung = struct.pack("=QQ", time.monotonic_ns(), end)
         # Python raises KeyboardInterrupt after calls: there is none from clearing to reading.
         self.page[_FLAG] = 0
-        self.page[_STAMP] = stamp
+        self.page[_STAMP_AND_END] = rung
         try:
             os.pread(self.descriptor, 1, _PAGE_BYTES - 1)
         except OSError:
@@ -116,8 +117,7 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
         self.leader_polls = False
         self.followers: Dict["Ticket", None] = {}  # asleep and not rung; empty without a leader
         self.callbacks: List[Callable[[], object]] = []  # of rung tickets, still to be called
-        self.closing: List["Bell"] = [
-        ]  # still to be forgotten; without the lock, appending is atomic
+        self.closing: List["Bell"] = []  # to be forgotten; without the lock, appending is atomic
         self.inotify = -1
         self.nudge = -1  # eventfd that gets the leader out of poll()
         self.poller: Optional[Any] = None  # select.poll on both; for the leader only
@@ -138,8 +138,7 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
     def _watch(self, file: _File) -> bool:
         """Try to watch the file, at most once a second if that fails."""
         now = time.monotonic()
-        if (sys.platform != "linux" or now < self.retry_at
-                or os.environ.get("PERSIPUBSUB_POLLING")):
+        if sys.platform != "linux" or now < self.retry_at or os.environ.get("PERSIPUBSUB_POLLING"):
             return False
         try:
             if self.nudge < 0:
@@ -388,6 +387,11 @@ class Ticket:
         finally:
             hub.leave(self)
 
+    @property
+    def end(self) -> int:
+        """Return what the last who woke anybody by :py:meth:`Bell.ring` gave as ``end``."""
+        return int.from_bytes(self.file.page[_END], sys.byteorder)
+
     def set_callback(self, callback: Optional[Callable[[], object]]) -> None:
         """
         Have the callback called when the ticket is rung, once after each :py:meth:`arm`.
@@ -453,17 +457,19 @@ class Bell:
             self._opened_by = _hub
         return file
 
-    def ring(self) -> None:
+    def ring(self, end: int = 0) -> None:
         """
         Wake all who prepared to wait, in all processes. Call it after the commit, never before.
 
         Never blocks, takes no lock: one load from memory if nobody sleeps, else one system call.
+
+        :param end: all below are committed, or never will be, see :py:attr:`Ticket.end`; 0: look
         """
         file = self._file
         if file is None or self._opened_by is not _hub:
             file = self._open()
         if file.page[_FLAG]:
-            file.ring()
+            file.ring(end)
 
     def prepare(self) -> Ticket:
         """

@@ -16,7 +16,7 @@ import pytest
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _claims, _delivery, _wakeup
-from persipubsub.store import _deliveries, _layout, _log
+from persipubsub.store import _deliveries, _layout, _log, _pending
 from tests import stores, support
 
 
@@ -296,10 +296,12 @@ def test_waiting_consumer_is_woken(tmp_path: pathlib.Path, is_given_back: bool) 
 
 
 def wait_in_thread(
-        queue: persipubsub.queue.Queue,
-        most: int) -> Tuple[threading.Thread, List[Optional[_delivery.Lease]], mmap.mmap]:
+    queue: persipubsub.queue.Queue,
+    most: int,
+    consumer: Optional[_delivery.Consumer] = None
+) -> Tuple[threading.Thread, List[Optional[_delivery.Lease]], mmap.mmap]:
     """Take in a thread that is only woken by the bell; return what it will have, and the bell."""
-    consumer = queue.consumer("sub")
+    consumer = consumer or queue.consumer("sub")
     found: List[Optional[_delivery.Lease]] = []
     thread = threading.Thread(target=lambda: found.append(
         consumer.take(support.HANG_SECS, support.HANG_SECS, max_messages=most)))
@@ -341,6 +343,46 @@ def test_consumer_that_was_woken_in_vain_waits_again(tmp_path: pathlib.Path,
         lease.acknowledge()
 
 
+def test_woken_consumer_knows_what_there_is(tmp_path: pathlib.Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_delivery, "LONGEST_PAUSE_SECS", support.HANG_SECS)
+    done = []  # type: List[str]
+
+    def note(cls: Any, name: str) -> None:
+        function = getattr(cls, name)
+
+        def noted(self: Any, *arguments: Any, **named: Any) -> Any:
+            done.append(name)
+            return function(self, *arguments, **named)
+
+        monkeypatch.setattr(cls, name, noted)
+
+    note(_pending.Pending, "search")
+    note(_claims.Claims, "claim")
+    with stores.opened(tmp_path) as queue:
+        consumer = queue.consumer("sub")
+        queue.put([b"1"])
+        take(consumer).acknowledge()
+        thread, found, page = wait_in_thread(queue, most=1, consumer=consumer)
+
+        def is_asleep() -> bool:
+            return bool(page[_wakeup._FLAG]) and _wakeup._hub.leader is not None
+
+        support.until(is_asleep, "asleep")
+        done.clear()
+        # One that says nothing of what there is: a number that is not there must not be claimed.
+        queue._bell.ring()
+        support.until(is_asleep, "asleep")
+        assert done and set(done) == {"search"}
+        done.clear()
+        queue.put([b"2"])
+        thread.join(support.HANG_SECS)
+        assert done == ["claim"]
+        lease, = found
+        assert lease is not None and lease.messages == [b"2"]
+        lease.acknowledge()
+
+
 def test_batch_is_not_guessed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claimed = []  # type: List[int]
     claim_prefix = _claims.Claims.claim_prefix
@@ -357,7 +399,7 @@ def test_batch_is_not_guessed(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
         take(late).acknowledge()
         take(other).acknowledge()
         # The guess is out of date: whoever claims a range from there on keeps others from it.
-        assert late._guess == 2
+        assert late._next == 2
         lease = take(late, most=10)
         assert lease.messages == [b"3", b"4"]
         lease.acknowledge()

@@ -218,6 +218,21 @@ def test_a_ring_between_prepare_and_wait_is_kept(mode: str, tmp_path: pathlib.Pa
     bell.close()
 
 
+def test_who_rings_says_where_the_log_ends(mode: str, tmp_path: pathlib.Path) -> None:
+    assert mode
+    ours, theirs = (persipubsub._wakeup.Bell(str(tmp_path / "bell")) for _ in range(2))
+    with ours.prepare() as ticket:
+        for end in (7, 1 << 40, 0):
+            theirs.ring(end)
+            assert ticket.wait(timeout=HANG_SECS)
+            assert ticket.end == end
+            theirs.ring(5)  # nobody is to be woken
+            assert ticket.end == end
+            ticket.arm()
+    ours.close()
+    theirs.close()
+
+
 def ping_pong(pipe: Connection, directory: pathlib.Path, me: int, rounds: int,
               one_ticket: bool) -> None:
     board = Board(directory / "board")

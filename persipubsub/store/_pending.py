@@ -79,9 +79,9 @@ class Pending:
         self.now_ns = now_ns
         self.policy = policy
         self._audiences = {}  # type: Dict[int, bool]
-        # Number behind the last message that an acknowledgement saw, so that the next ones need not
-        # look. What is guessed by it is checked before it counts: messages may be gone since then.
-        self._end = 0
+        # Number behind the last message that anybody saw, so that the next ones need not look. What
+        # is guessed by it is checked before it counts: messages may be gone since then.
+        self.end = 0
 
     def find(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
              start: int) -> Union[Candidate, Expired, Resting, None]:
@@ -355,11 +355,10 @@ class Pending:
         :param databases: handles
         :param begin: everything from here to the first message is done or not for the subscriber
         :param numbers: of the messages
-        :return: number of the next message if there seems to be one; 0 otherwise
+        :return: position afterwards; 0 if the subscriber was removed
         """
         value = txn.get(self.key, None, databases.pending)
         if value is None:
-            # The subscriber was removed meanwhile.
             return 0
         in_order = _layout.acknowledge_in_order(value, self.ordinal, numbers, self.now_ns())
         if in_order is not None:
@@ -367,13 +366,12 @@ class Pending:
             txn.put(self.key, in_order, db=databases.pending)
         else:
             position = self._acknowledge_out_of_order(txn, databases, begin, numbers)
-        if position >= self._end:
+        if position >= self.end:
             cursor = txn.cursor(db=databases.data)
-            if not cursor.last():
-                return 0
-            key, last = cursor.item()
-            self._end = _layout.unpack_number(key) + _blocks.guess_messages(last)
-        return position if position < self._end else 0
+            if cursor.last():
+                key, last = cursor.item()
+                self.end = _layout.unpack_number(key) + _blocks.guess_messages(last)
+        return position
 
     def _acknowledge_out_of_order(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
                                   begin: int, numbers: List[int]) -> int:

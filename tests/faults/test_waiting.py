@@ -150,7 +150,7 @@ def die_before_the_ring(pipe: support.Connection, config_pth: pathlib.Path) -> N
     pub = persipubsub.publisher.Pub()
     pub.init(pub_id="pub", config_pth=config_pth)
     bell = support.queue_of(pub)._bell  # pylint: disable=protected-access
-    setattr(bell, "ring", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    setattr(bell, "ring", lambda end: os.kill(os.getpid(), signal.SIGKILL))
     pub.send(msg=b"%d" % time.monotonic_ns())
     pipe.send("never")
 
