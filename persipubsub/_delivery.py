@@ -397,8 +397,7 @@ class Consumer:
                                 may_grow=True)
         if self._rings:
             self.ring()
-        return persipubsub.errors.CorruptMessageError("{}. It was set aside; queue {}".format(
-            error, self._environment.directory),
+        return persipubsub.errors.CorruptMessageError("{}. It was set aside.".format(error),
                                                       number=error.number)
 
     def front(self) -> Optional[bytes]:

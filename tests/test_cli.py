@@ -30,7 +30,7 @@ import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
 from persipubsub.cli import _text
-from tests import support
+from tests import jetstream_server, support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -355,6 +355,18 @@ def test_send_and_receive(tmp_path: pathlib.Path) -> None:
     assert sorted(inbox.iterdir()) == paths
     process2 = run("receive", config_pth, "sub", exit_code=1)
     assert process2.stderr == "persipubsub: no message for sub within 0 seconds\n"
+
+
+@jetstream_server.needs_server
+def test_send_and_receive_on_servers(tmp_path: pathlib.Path,
+                                     servers: jetstream_server.Servers) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, servers)
+    run("send", config_pth, "pub", "--lines", stdin=b"a\nb")
+    assert run("receive", config_pth, "sub").stdout == "a\n"
+    found = json.loads(run("receive", config_pth, "sub", "--json", "--timeout", "10").stdout)
+    assert base64.b64decode(found["base64"]) == b"b" and found["number"] == 2
+    assert run("receive", config_pth, "sub", exit_code=1).stderr == \
+        "persipubsub: no message for sub within 0 seconds\n"
 
 
 def test_receive_waits(tmp_path: pathlib.Path) -> None:

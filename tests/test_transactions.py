@@ -7,10 +7,12 @@ from typing import List
 import pytest
 
 import persipubsub.control
+import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
+import persipubsub.subscriber
 from persipubsub.environment import _line, _transactions
-from tests import support
+from tests import stores, support
 
 THREADS = 8
 
@@ -45,6 +47,35 @@ def test_group_smaller_than_the_crowd(tmp_path: pathlib.Path, monkeypatch: pytes
         assert not failed
     figures = persipubsub.control.statistics(config_pth)["queue"]
     assert figures.messages == 40 * THREADS
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_errors_of_works_name_the_queue(tmp_path: pathlib.Path, kind: str) -> None:
+
+    def work(*_: object) -> None:
+        raise persipubsub.errors.CorruptMessageError("Expected a, but got: b.", number=3)
+
+    with stores.opened(tmp_path) as queue:
+        environment = queue._environment  # pylint: disable=protected-access
+        with pytest.raises(persipubsub.errors.CorruptMessageError) as caught:
+            getattr(environment, kind)(work)
+        assert str(caught.value) == "Expected a, but got: b; queue {}".format(queue.settings.path)
+        assert caught.value.number == 3
+
+
+def test_who_is_no_subscriber_is_told_of_which_queue(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    path = persipubsub.control.statistics(config_pth)["queue"].path
+    assert persipubsub.control.remove_subscriber(config_pth, "queue", "sub") == 0
+    for function in (
+            lambda: persipubsub.control.remove_subscriber(config_pth, "queue", "sub"),
+            lambda: persipubsub.control.seek(config_pth, "sub", "end"),
+            lambda: persipubsub.subscriber.Sub().init("sub", config_pth),
+    ):
+        with pytest.raises(persipubsub.errors.NotInitializedError, match="'sub'") as caught:
+            function()
+        assert path in str(caught.value)
 
 
 def test_work_without_a_change_takes_no_flush_from_the_next_one(

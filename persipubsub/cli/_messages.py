@@ -14,8 +14,7 @@ import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
-import persipubsub.queue
-from persipubsub import _delivery
+from persipubsub import _engines
 from persipubsub.cli import _shared, _text
 
 #: So much of a stream of lines is read, and so sent in one commit, at most.
@@ -363,8 +362,7 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         key = found.subscriber(subscriber).in_queue
     _shared.select_one(config, key)
     output = _Output(directory, style, as_json)
-    settings = persipubsub.queue.Settings.of(found, key)
-    with persipubsub.queue.Queue(settings) as queue:
+    with contextlib.closing(_engines.engine_of(found, key).open_queue(found, key)) as queue:
         received, is_whole = _receive(queue.consumer(subscriber), output, number, timeout)
     if received < number:
         _text.complain("{} for {} within {:g} seconds".format(
@@ -374,7 +372,7 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         sys.exit(1)
 
 
-def _receive(consumer: _delivery.Consumer, output: _Output, number: int,
+def _receive(consumer: _engines.Consumer, output: _Output, number: int,
              timeout: float) -> Tuple[int, bool]:
     """
     Receive messages until there are enough, or none came in time.
@@ -397,7 +395,7 @@ def _receive(consumer: _delivery.Consumer, output: _Output, number: int,
         if lease is None:
             break
         try:
-            output.write(lease.numbers[0], lease.messages[0])
+            output.write(lease.details()[0].number, lease.messages[0])
         except BaseException as error:
             lease.give_back(error)
             raise

@@ -401,6 +401,18 @@ def translate(error: lmdb.Error, directory: str) -> persipubsub.errors.Persipubs
     return persipubsub.errors.StoreError(text)
 
 
+def name_queue(error: persipubsub.errors.PersipubsubError, directory: str) -> None:
+    """
+    Complete the text of an error that a work on a store raised: it does not know which queue it is.
+
+    :param error: that was raised
+    :param directory: of the store
+    """
+    text = str(error)
+    if directory not in text:
+        error.args = ("{}; queue {}".format(text.removesuffix("."), directory), *error.args[1:])
+
+
 def build(directory: str, options: Options) -> None:
     """
     Build an empty store; to be called with the open gate held.

@@ -74,11 +74,11 @@ class Transactions:
         # Opens it in a forked child, or when LMDB needs it; takes the registry's lock.
         self.reopener = None  # type: Optional[Callable[[], None]]
 
-        # The text of an error after which nothing more is written until the store is reopened;
-        # with _has_left, because it was left as closed at the end of the interpreter.
+        # The text of an error after which nothing is written until the store is reopened; with
+        # _has_left, because it was left as closed at the end of the interpreter.
         self._failure = None  # type: Optional[str]
         self._has_left = False
-        # True while a transaction is open in the thread that holds the lock.
+        # While a transaction is open in the thread that holds the lock.
         self._is_writing = self._is_reading = False
         # Ids of LMDB's transactions: the last one of this process, the last flushed one, and the
         # last one that was seen by a reader and is to be in a checkpoint.
@@ -87,12 +87,11 @@ class Transactions:
         # What the last work of this process returned, and the id of its transaction. The first work
         # of the very next transaction finds the store as that left it. Under the write lock.
         self.left, self.left_by = None, 0  # type: object, int
-        # When to look next whether there is room for the reserve; None if it was not spent.
+        # When to look whether there is room for the reserve; None if it was not spent.
         self._reserve_due = None  # type: Optional[float]
         self.is_look = False  # True while nobody in this process does more than have a short look
         # Only for an "os" store, and then told of every commit.
         self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
-
         self._make_locks()
 
     def _make_locks(self) -> None:
@@ -101,7 +100,7 @@ class Transactions:
         self._copy_lock = threading.RLock()
         # The write lock: guards the writing half, requests being run, the gate's descriptor.
         self._line = _line.Line()
-        # Guards flushes, so that one flush serves all threads that wait for one.
+        # Guards flushes: one serves all threads that wait for one.
         self._flush_lock = threading.RLock()
         # Guards read transactions, so that none is open when the process forks or remaps.
         self._read_lock = threading.RLock()
@@ -149,13 +148,12 @@ class Transactions:
             except lmdb.Error as error:
                 if not self._recover(error):
                     raise self._translate(error) from error
+            except persipubsub.errors.PersipubsubError as error:
+                _opening.name_queue(error, self.directory)
+                raise
 
     def _find_slot(self) -> bool:
-        """
-        Free the slots of readers that were killed; if there are none, let the living ones finish.
-
-        :return: True if a slot was freed
-        """
+        """Free slots of readers that were killed, or let the living finish. True if any is free."""
         if self.check_readers() > 0:
             return True
         time.sleep(_SLOT_PAUSE_SECS)
@@ -336,6 +334,8 @@ class Transactions:
                 if isinstance(error, lmdb.Error):
                     group[0].error = self._translate(error)
                     group[0].error.__cause__ = error
+                elif isinstance(error, persipubsub.errors.PersipubsubError):
+                    _opening.name_queue(error, self.directory)
                 group[0].done = True
                 return
             for request in group:

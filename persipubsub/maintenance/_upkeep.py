@@ -134,7 +134,11 @@ def remove_subscriber(settings: Settings, subscriber: str) -> int:
     key = subscriber.encode("utf-8")
 
     def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:
-        record = _positions.require(txn, databases, key)
+        record = _positions.read(txn, databases, key)
+        if record is None:
+            raise persipubsub.errors.NotInitializedError(
+                "Expected the queue to have the subscriber {!r}, but got: none of that id".format(
+                    subscriber))
         cursor = txn.cursor(db=databases.data)
         audiences = _positions.audiences_of(_log.read_audiences(txn, databases), key)
         lag = _positions.count_pending(txn, databases, record, audiences, 0,

@@ -472,8 +472,8 @@ def add(txn: "lmdb.Transaction[memoryview]",
             continue
         if ordinal > _layout.MAX_SUBSCRIBER_ORDINAL:
             raise persipubsub.errors.StoreError(
-                "Expected at most {} subscribers in the life of a queue, but got: {!r}".format(
-                    _layout.MAX_SUBSCRIBER_ORDINAL, key))
+                "Expected at most {} subscribers in the life of a queue, but got: {!r} as one more".
+                format(_layout.MAX_SUBSCRIBER_ORDINAL, key.decode("utf-8")))
         position = tail.next_number
         if key in from_beginning:
             position = beginning(txn, databases, oldest_ns)
