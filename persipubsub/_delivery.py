@@ -76,11 +76,13 @@ class Lease:
         """
         Let the messages leave the queue for this subscriber, all at once.
 
-        :raise BusyTimeoutError: if another process is in the middle of a write for too long; the
-            messages are given back
+        :raise BusyTimeoutError: if another process writes for too long; the messages are given back
+        :raise ClosedError: if the queue was closed meanwhile, which gave them back
         """
         try:
             if self._process_id == os.getpid():
+                if not self._claim.ticket:
+                    raise self._consumer.closed()
                 self._consumer.acknowledge(self._begin, self.numbers)
         finally:
             self._claim.release()
@@ -434,6 +436,12 @@ class Consumer:
         if self._rings:
             self.ring()
 
+    def closed(self) -> persipubsub.errors.ClosedError:
+        """Describe that messages were given back while they were being worked on."""
+        return persipubsub.errors.ClosedError(
+            "Expected the queue {} to be open until the messages are acknowledged, but got: it was "
+            "closed, which gave them back".format(self._environment.directory))
+
     def ring(self) -> None:
         """Wake those who wait, for messages or for room."""
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
@@ -462,9 +470,8 @@ class Consumer:
                     if last is not None:
                         self._move(last)
             elif self._pending.policy.max_deliveries:
-                self._environment.write(functools.partial(_deliveries.take_back,
-                                                          pending=self._pending,
-                                                          numbers=copied.numbers),
+                self._environment.write(lambda txn, databases: _deliveries.take_back(
+                    txn, databases, self._pending, copied.numbers),
                                         may_grow=True)
         except persipubsub.errors.PersipubsubError:
             # The message is where it was; the user's own exception matters more than the count.
@@ -479,21 +486,12 @@ class Consumer:
         message = self.describe(copied)[0]
         attempts = copied.attempts[message.number]
         if self._mover.move(self._pending.ordinal, message, attempts):
-            self._environment.write(functools.partial(_deliveries.give_up,
-                                                      pending=self._pending,
-                                                      number=message.number),
+            self._environment.write(lambda txn, databases: _deliveries.give_up(
+                txn, databases, self._pending, message.number),
                                     may_grow=True)
             if self._rings:
                 self.ring()
 
     def describe(self, copied: _pending.Copied) -> List[persipubsub.message.Message]:
-        """
-        Tell what is known of messages.
-
-        :param copied: messages
-        :return: the same with all that is known
-        """
-        # By their age: the queue's clock is not that of the wall, which somebody may have set.
-        return _deliveries.describe(copied,
-                                    offset_ns=time.time_ns() - self._pending.now_ns(),
-                                    is_counted=bool(self._pending.policy.max_deliveries))
+        """Tell what is known of messages, see :py:func:`_deliveries.describe`."""
+        return _deliveries.describe(copied, self._pending)

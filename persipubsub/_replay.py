@@ -67,6 +67,6 @@ def _wall_ns(moment: object) -> int:
     if not isinstance(moment, float):
         raise TypeError("Expected a place of type str, int, float or datetime, but got: {}".format(
             type(moment).__name__))
-    if not math.isfinite(moment):
+    if not math.isfinite(moment * 1e9):
         raise ValueError("Expected a time in seconds since 1970, but got: {!r}".format(moment))
     return int(moment * 1e9)

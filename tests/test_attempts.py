@@ -77,6 +77,19 @@ def test_with_a_limit_crashes_count(tmp_path: pathlib.Path) -> None:
         assert stores.attempts(queue) == {}
 
 
+def test_crash_under_a_limit_that_is_gone_is_not_taken_for_the_next_failure(
+        tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, retries=retries(max_deliveries=4)) as queue:
+        number = queue.put([b"1"])
+        kill(take(queue))
+    with stores.opened(tmp_path) as queue:
+        for count in (2, 3):
+            lease = take(queue)
+            assert attempts_of(lease) == [count]
+            lease.give_back(ERROR)
+            assert stores.attempts(queue)[number].deliveries == count
+
+
 def test_spent_message_that_is_too_old_is_neither_delivered_nor_moved(
         tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()

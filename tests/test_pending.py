@@ -8,6 +8,7 @@ from typing import Any, List
 
 import pytest
 
+import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery
 from persipubsub.store import _log, _pending
@@ -43,6 +44,28 @@ def test_search_finds_nothing_in_a_number_that_is_taken(tmp_path: pathlib.Path) 
         assert queue.put([b"1"]) == 1
         queue._environment.write(work)
         assert search(queue) is None
+
+
+def test_list_that_was_taken_back_is_not_remembered(tmp_path: pathlib.Path) -> None:
+    """Its number goes to the next new list."""
+    with stores.opened(tmp_path, subscribers=("a", "b", "c")) as queue:
+        consumer = queue.consumer("a")
+
+        def work(txn: Any, databases: Any) -> None:
+            audience = _log.ensure_audience(txn, databases, ("b", "c"))
+            assert not consumer._pending.is_addressed(txn, databases, audience)
+            raise persipubsub.errors.DiskFullError("taken back")
+
+        with pytest.raises(persipubsub.errors.DiskFullError):
+            queue._environment.write(work)
+        queue.put([b"1"], ("a", "c"))
+        queue.put([b"2"], ("b", "c"))
+        queue.put([b"3"])
+        for message in (b"1", b"3"):
+            lease = take(consumer)
+            assert lease.messages == [message]
+            lease.acknowledge()
+        assert consumer.take(timeout=0) is None
 
 
 @pytest.fixture(name="searches")

@@ -164,7 +164,8 @@ def test_seek_to_a_time(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("to, error", [("start", ValueError), ("", ValueError), (None, TypeError),
                                        (True, TypeError), (float("nan"), ValueError),
-                                       (float("inf"), ValueError), (b"end", TypeError),
+                                       (float("inf"), ValueError), (1e300, ValueError),
+                                       (b"end", TypeError),
                                        (datetime.datetime(2026, 1, 1), ValueError)])
 def test_wrong_place(tmp_path: pathlib.Path, to: Any, error: "type[Exception]") -> None:
     with stores.opened(tmp_path) as queue:

@@ -185,6 +185,80 @@ def test_close_inside_of_a_receive(config_pth: pathlib.Path,
     sub.close()
 
 
+def test_close_inside_of_a_receive_beside_another_user(config_pth: pathlib.Path,
+                                                       pub: persipubsub.publisher.Pub) -> None:
+    """The store stays open for the publisher: what was given back must not be acknowledged."""
+    pub.send(b"message")
+    sub = persipubsub.subscriber.Sub()
+    sub.init(sub_id="sub", config_pth=config_pth)
+    with persipubsub.subscriber.Sub() as other:
+        other.init(sub_id="sub", config_pth=config_pth)
+        with pytest.raises(persipubsub.errors.ClosedError, match="queue"):
+            with sub.receive(timeout=0):
+                sub.close()
+                assert receive(other) == b"message"
+                pub.send(b"next")
+        assert receive(other) == b"next"
+
+
+@pytest.mark.parametrize("how", ["receive", "receive_many", "receive_to_top", "front", "wait"])
+def test_subscriber_that_was_removed_and_added_again(config_pth: pathlib.Path,
+                                                     pub: persipubsub.publisher.Pub,
+                                                     sub: persipubsub.subscriber.Sub,
+                                                     how: str) -> None:
+    """Who was there before is another subscriber: they would have the same message at once."""
+
+    def again() -> None:
+        persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
+        persipubsub.control.initialize_all_dbs(config_pth)
+
+    errors = []  # type: List[BaseException]
+
+    def use() -> None:
+        try:
+            if how == "front":
+                sub.front()
+            elif how == "receive_many":
+                with sub.receive_many(10, timeout=support.HANG_SECS):
+                    pass
+            else:
+                with getattr(sub, "receive_to_top" if how == "receive_to_top" else "receive")(
+                        timeout=support.HANG_SECS):
+                    pass
+        except persipubsub.errors.NotInitializedError as error:
+            errors.append(error)
+
+    with sub.receive(timeout=0) as message:
+        assert message is None
+    thread = threading.Thread(target=use)
+    if how == "wait":
+        thread.start()
+        again()
+    else:
+        again()
+        pub.send_many([b"1", b"2"])
+        thread.start()
+    thread.join(2 * support.HANG_SECS)
+    assert not thread.is_alive()
+    error, = errors
+    assert "'sub'" in str(error)
+    if how == "wait":
+        pub.send_many([b"1", b"2"])
+    sub.init(sub_id="sub", config_pth=config_pth)
+    assert [receive(sub), receive(sub)] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("name", ["receive", "receive_to_top"])
+def test_subscriber_that_was_added_again_to_an_empty_queue(config_pth: pathlib.Path,
+                                                           sub: persipubsub.subscriber.Sub,
+                                                           name: str) -> None:
+    persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
+    persipubsub.control.initialize_all_dbs(config_pth)
+    with pytest.raises(persipubsub.errors.NotInitializedError, match="added again"):
+        with getattr(sub, name)(timeout=0):
+            pass
+
+
 def test_exception_beside_a_close_is_the_one_that_is_seen(config_pth: pathlib.Path,
                                                           pub: persipubsub.publisher.Pub) -> None:
     pub.send(b"message")

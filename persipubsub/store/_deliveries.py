@@ -6,6 +6,7 @@ are counted before they begin, those that failed, and messages that are not deli
 """
 
 import datetime
+import time
 from typing import Dict, Final, List, Optional, Sequence
 
 import lmdb
@@ -17,16 +18,18 @@ from persipubsub.store._databases import Databases
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
-def describe(copied: _pending.Copied, offset_ns: int,
-             is_counted: bool) -> List[persipubsub.message.Message]:
+def describe(copied: _pending.Copied,
+             pending: _pending.Pending) -> List[persipubsub.message.Message]:
     """
     Tell what is known of messages. No store is touched.
 
     :param copied: messages
-    :param offset_ns: what the wall clock is ahead of the queue's clock, in nanoseconds
-    :param is_counted: True if this delivery is counted in the records
+    :param pending: messages of the subscriber
     :return: the same with all that is known
     """
+    # By their age: the queue's clock is not that of the wall, which somebody may have set.
+    offset_ns = time.time_ns() - pending.now_ns()
+    is_counted = pending.policy.max_deliveries > 0
     times = []  # type: List[datetime.datetime]
     for count, time_ns in copied.runs:
         times += [_EPOCH + datetime.timedelta(microseconds=(time_ns + offset_ns) // 1000)] * count
@@ -114,8 +117,10 @@ def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pe
         before = _attempts.read(txn, databases, pending.ordinal, number)
         if before is None:
             before = _layout.Attempts(0, 0, now_ns, 0, "")
-        # Counted when it began, unless nothing limits the deliveries.
-        count = before.deliveries + (not before.flags & _layout.FLAG_IS_BEGUN)
+        # Counted when it began, unless nothing limits the deliveries. What began when something did
+        # was another delivery, of a consumer that was killed.
+        is_counted = pending.policy.max_deliveries and before.flags & _layout.FLAG_IS_BEGUN
+        count = before.deliveries + (0 if is_counted else 1)
         is_spent = pending.policy.is_spent(count)
         due_ns = 0
         if pending.policy.delay_ns and not is_spent:
@@ -197,7 +202,9 @@ def set_aside(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending
     :param begin_number: everything from here to the message is done or not for the subscriber
     :param number: of the message
     """
-    subscriber = _positions.require(txn, databases, pending.key)
+    subscriber = _positions.read(txn, databases, pending.key)
+    if subscriber is None or subscriber.ordinal != pending.ordinal:
+        return
     _attempts.forget(txn, databases, subscriber.ordinal, number)
     start = pending.begin_of(txn, databases, subscriber, begin_number, number)
     moved, fresh = _positions.acknowledge(txn, databases, subscriber, start, number + 1)

@@ -18,8 +18,11 @@ def find(
     :param databases: handles
     :param pending: messages of the subscriber
     :return: message; that it is too old; when it is due; None if there is none
+    :raise NotInitializedError: if the subscriber was removed, even if it was added again
     """
     subscriber = _positions.require(txn, databases, pending.key)
+    if subscriber.ordinal != pending.ordinal:
+        raise pending.replaced()
     found = _log.last(cursor := txn.cursor(db=databases.data))
     while found is not None and found.first + found.block.messages > subscriber.position:
         if found.block.messages and pending.is_addressed(txn, databases, found.block.audience):

@@ -56,8 +56,7 @@ class Pending:
     """
     Look at the messages of one subscriber. It may be used by many threads at the same time.
 
-    It keeps nothing of a transaction that counts but which audiences the subscriber belongs to;
-    these never change.
+    It keeps nothing of a transaction that counts.
     """
 
     def __init__(self,
@@ -78,7 +77,9 @@ class Pending:
         self.timeout_ns = timeout_ns
         self.now_ns = now_ns
         self.policy = policy
-        self._audiences = {}  # type: Dict[int, bool]
+        # Whether the subscriber is in a list, by the list as it is stored. Not by its number: a
+        # transaction that is taken back gives that to another list.
+        self._is_in = {}  # type: Dict[bytes, bool]
         # Number behind the last message that anybody saw, so that the next ones need not look. What
         # is guessed by it is checked before it counts: messages may be gone since then.
         self.end = 0
@@ -94,8 +95,11 @@ class Pending:
         :param databases: handles
         :param start: where to begin; in front of the position: at the position
         :return: message; that it is too old; when one is due if none is; None if there is none
+        :raise NotInitializedError: if the subscriber was removed, even if it was added again
         """
         ordinal, flags, position, _ = _positions.require_position(txn, databases, self.key)
+        if ordinal != self.ordinal:
+            raise self.replaced()
         begin = number = max(start, position)
         value = None if flags else txn.get(_layout.pack_number(number), None, databases.data)
         if value is not None:
@@ -210,15 +214,22 @@ class Pending:
         """
         if audience == _layout.EVERYONE:
             return True
-        known = self._audiences.get(audience)
+        members = bytes(txn.get(_layout.audience_key(audience), b"", db=databases.meta))
+        known = self._is_in.get(members)
         if known is None:
-            identifier = self.key.decode("utf-8")
-            self._audiences = {
-                key: identifier in members
-                for key, members in _log.read_audiences(txn, databases).items()
-            }
-            known = self._audiences.get(audience, False)
+            known = self.key.decode("utf-8") in _layout.unpack_audience(members)
+            self._is_in[members] = known
         return known
+
+    def replaced(self) -> persipubsub.errors.NotInitializedError:
+        """
+        Describe that another subscriber has the id now: claims and records are by its ordinal.
+
+        :return: error to be raised
+        """
+        return persipubsub.errors.NotInitializedError(
+            "Expected the subscriber {!r} to be the one that it was, but got: it was removed, and "
+            "added again. Call init() again.".format(self.key.decode("utf-8")))
 
     def copy(self,
              txn: "lmdb.Transaction[memoryview]",
@@ -236,10 +247,13 @@ class Pending:
         :param is_guess: True if it is the next one only if the position is still there
         :return: messages; none if the first one is not pending, or not due
         :raise CorruptMessageError: if the first one is damaged
+        :raise NotInitializedError: if the subscriber was removed, even if it was added again
         """
         attempts = _NO_ATTEMPTS
         is_spent = False
         ordinal, flags, position, _ = _positions.require_position(txn, databases, self.key)
+        if ordinal != self.ordinal:
+            raise self.replaced()
         if (number < position or (is_guess and number != position)
                 or flags and _positions.skip_ahead(txn, databases, ordinal, number) != number):
             return _NOTHING
