@@ -22,7 +22,7 @@ import persipubsub.errors
 import persipubsub.message
 from persipubsub import _claims, _in_flight, _moving, _wakeup
 from persipubsub.environment import _environment
-from persipubsub.store import _deliveries, _newest, _pending, _positions
+from persipubsub.store import _batches, _deliveries, _newest, _pending, _positions
 
 #: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may
 #: die between its commit and its ring.
@@ -243,7 +243,7 @@ class Consumer:
         :return: what was taken, and what was passed over
         """
         number = self._next
-        # Only if it is there, see Pending.search. Not several: if the position has moved on, others
+        # Only if it is there, see _batches. Not several: if the position has moved on, others
         # would pass over those behind meanwhile.
         if 0 < number < self._pending.end and max_messages == 1:
             self._next = 0
@@ -256,7 +256,10 @@ class Consumer:
         due_ns = 0
         while True:
             candidate, count = self._environment.read(
-                functools.partial(self._pending.search, start=start, max_messages=max_messages))
+                functools.partial(_batches.search,
+                                  pending=self._pending,
+                                  start=start,
+                                  max_messages=max_messages))
             if isinstance(candidate, _pending.Expired):
                 self._expire()
                 continue

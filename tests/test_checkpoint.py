@@ -266,6 +266,37 @@ def test_killed_copier_hinders_nobody(config_pth: pathlib.Path) -> None:
         assert covered(queue) == last_transaction(queue)
 
 
+def read_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+
+    def work(*_: object) -> None:
+        pipe.send("inside")
+        pipe.recv()
+
+    persipubsub.queue.Queue(support.settings(config_pth))._environment.read(work)
+
+
+def test_killed_readers_in_all_slots_hinder_no_checkpoint(tmp_path: pathlib.Path) -> None:
+    slots = 4
+    config_pth = support.write_config(tmp_path,
+                                      durability="os",
+                                      checkpoint_secs=SOON,
+                                      max_reader_num=slots)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    # One that never reads: it would keep a slot.
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        assert queue._environment._checkpointer is not None
+        queue._environment._checkpointer.stop()
+        children = [support.Child(read_for_ever, config_pth) for _ in range(slots)]
+        for child in children:
+            assert child.get() == "inside"
+        for child in children:
+            child.kill(9)
+            child.end(-9)
+        queue.put([b"message"])
+        assert queue._environment._write_checkpoint()
+        assert covered(queue) == last_transaction(queue)
+
+
 def test_leftover_of_a_killed_copier_is_overwritten(config_pth: pathlib.Path) -> None:
     with opened(config_pth) as queue:
         temporary = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")

@@ -16,7 +16,7 @@ import pytest
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _claims, _delivery, _wakeup
-from persipubsub.store import _deliveries, _layout, _log, _pending
+from persipubsub.store import _batches, _blocks, _deliveries, _layout, _log, _pending
 from tests import stores, support
 
 
@@ -195,7 +195,7 @@ def test_batch_of_large_messages_ends_early(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         for _ in range(4):
             queue.put([bytes(7 << 20)])
-        assert len(take(queue.consumer("sub"), most=4).messages) == 3
+        assert len(take(queue.consumer("sub"), most=4).messages) == 2
 
 
 def test_consumer_of_nobody_is_refused(tmp_path: pathlib.Path) -> None:
@@ -348,16 +348,16 @@ def test_woken_consumer_knows_what_there_is(tmp_path: pathlib.Path,
     monkeypatch.setattr(_delivery, "LONGEST_PAUSE_SECS", support.HANG_SECS)
     done = []  # type: List[str]
 
-    def note(cls: Any, name: str) -> None:
-        function = getattr(cls, name)
+    def note(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
 
-        def noted(self: Any, *arguments: Any, **named: Any) -> Any:
+        def noted(*arguments: Any, **named: Any) -> Any:
             done.append(name)
-            return function(self, *arguments, **named)
+            return function(*arguments, **named)
 
-        monkeypatch.setattr(cls, name, noted)
+        monkeypatch.setattr(owner, name, noted)
 
-    note(_pending.Pending, "search")
+    note(_batches, "search")
     note(_claims.Claims, "claim")
     with stores.opened(tmp_path) as queue:
         consumer = queue.consumer("sub")
@@ -381,6 +381,38 @@ def test_woken_consumer_knows_what_there_is(tmp_path: pathlib.Path,
         lease, = found
         assert lease is not None and lease.messages == [b"2"]
         lease.acknowledge()
+
+
+@pytest.mark.parametrize("sizes", [[1000] * 30, [10] * 5, [3000] + [1] * 9, [200] * 7 + [3000, 5]])
+def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+                                          sizes: List[int]) -> None:
+    monkeypatch.setattr(_pending, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(_pending, "_COPIED_BYTES", 5000 + _blocks.BLOCK_BYTES)
+    counts = []  # type: List[int]
+    claim_prefix = _claims.Claims.claim_prefix
+
+    def noted(self: _claims.Claims, subscriber: int, first: int, count: int) -> Any:
+        counts.append(count)
+        return claim_prefix(self, subscriber, first, count)
+
+    monkeypatch.setattr(_claims.Claims, "claim_prefix", noted)
+    messages = [bytes(size) for size in sizes]
+    with stores.opened(tmp_path) as queue:
+        queue.put(messages[:3])
+        for message in messages[3:]:
+            queue.put([message])
+        consumer = queue.consumer("sub")
+        taken = []  # type: List[bytes]
+        while len(taken) < len(messages):
+            lease = take(consumer, most=100)
+            assert counts.pop() == len(lease.messages)
+            assert len(lease.messages) == 1 or sum(map(len, lease.messages)) <= 5000
+            # As many as fit.
+            rest = messages[len(taken) + len(lease.messages):]
+            assert not rest or sum(map(len, lease.messages)) + len(rest[0]) > 5000
+            taken += lease.messages
+            lease.acknowledge()
+        assert taken == messages
 
 
 def test_batch_is_not_guessed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

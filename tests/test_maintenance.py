@@ -288,6 +288,24 @@ def test_old_checkpoint_never_takes_the_place_of_what_was_restored(tmp_path: pat
     assert receive(config_pth) == [b"1"]
 
 
+def test_no_number_is_used_twice_when_the_old_checkpoint_comes_back(tmp_path: pathlib.Path) -> None:
+    """As after a process that was killed in the middle of restoring, and a power failure."""
+    config_pth = make(tmp_path, durability="os")
+    send(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    directory = tmp_path / "queue"
+    checkpoint = (directory / _files.CHECKPOINT).read_bytes()
+    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+    send(config_pth, b"2", b"2", b"2")
+    numbers = [message.number for message in persipubsub.control.peek(config_pth, "sub", count=9)]
+    (directory / _files.CHECKPOINT).write_bytes(checkpoint)
+    (directory / _files.RUNNING).write_bytes(bytes(range(16)))
+    send(config_pth, b"3", b"3", b"3")
+    found = persipubsub.control.peek(config_pth, "sub", count=9)
+    assert [message.content for message in found] == [b"1", b"3", b"3", b"3"]
+    assert not {message.number for message in found[1:]} & set(numbers)
+
+
 def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     with persipubsub.publisher.Pub() as pub:
         pub.init(pub_id="pub", config_pth=config_pth)

@@ -73,7 +73,7 @@ _ROWS: List[Set[str]] = [
     },
     {"environment._files", "_inotify"},
     {"environment._standard_streams"},
-    {"store._newest"},
+    {"store._newest", "store._batches"},
     {"store._deliveries"},
     {"store._retention", "store._check", "store._pending"},
     {"store._once", "store._positions"},

@@ -75,14 +75,15 @@ def write(directory: str, environment: lmdb.Environment) -> bool:
         except BlockingIOError:
             return False
         path = os.path.join(directory, _files.CHECKPOINT)
+        # Copiers and readers that were killed keep their slots, and with them old pages. Before all
+        # else: with no slot left, nothing could be read.
+        environment.reader_check()
         # Read first: the snapshot can only be newer than what is said of it. Not from info(): that
         # tells of a commit a moment before it can be seen.
         with environment.begin() as txn:
             covered = txn.id()
         if os.path.lexists(path) and _read_covered(descriptor) == covered:
             return True
-        # Copiers that were killed keep their slots and with them old pages.
-        environment.reader_check()
         with _files.translated(path=path, doing="write"):
             # A power failure between the two leaves a larger number out, never a wrong one.
             os.pwrite(descriptor, bytes(8), 0)

@@ -24,8 +24,9 @@ from persipubsub.store._databases import Databases
 #: Room that a restored store needs beyond its own size for what is changed in it, in bytes.
 _ROOM_BYTES: Final = 1 << 24
 
-#: Numbers are taken up again this far behind the last one that is known to have been used.
-_SKIPPED_NUMBERS: Final = 1 << 32
+#: Numbers are taken up again this far behind the last one that is known to have been used. Not as
+#: far as behind a checkpoint: one from before may still take the store's place.
+_SKIPPED_NUMBERS: Final = 3 << 31
 
 
 class Sizes(NamedTuple):

@@ -122,6 +122,16 @@ def guess_messages(value: memoryview) -> int:
     return int.from_bytes(value[24:28], "little")
 
 
+def guess_total_bytes(value: memoryview) -> int:
+    """
+    Read how many bytes of messages the log seems to have up to a block; the record is not checked.
+
+    :param value: of the block in ``data_db``
+    :return: how many
+    """
+    return int.from_bytes(value[16:24], "little")
+
+
 def unpack_totals(value: memoryview, block: Block) -> Tuple[int, ...]:
     """
     Decode the totals of the audiences that follow a block's record.

@@ -17,8 +17,12 @@ from persipubsub.store._databases import Databases
 #: Of messages without a record.
 _NO_ATTEMPTS: Final[Mapping[int, _layout.Attempts]] = types.MappingProxyType({})
 
-#: A batch ends with the block that reaches this many bytes, however many messages were asked for.
-_BATCH_BYTES: Final = 1 << 24
+#: A batch has about as many bytes, however many messages were asked for.
+BATCH_BYTES: Final = 1 << 24
+
+#: No more blocks are copied once there are so many bytes. More than a batch is claimed for, whose
+#: first and last block may be in it only in part.
+_COPIED_BYTES: Final = BATCH_BYTES + _blocks.BLOCK_BYTES
 
 
 class Candidate(NamedTuple):
@@ -133,30 +137,6 @@ class Pending:
             else:
                 found = _log.following(cursor)
         return Resting(due_ns) if due_ns else None
-
-    def search(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, start: int,
-               max_messages: int) -> Tuple[Union[Candidate, Expired, Resting, None], int]:
-        """
-        Find the next message, and how many may be claimed with it.
-
-        Numbers that are not there yet must not be claimed: a message that gets one of them before
-        the claim is narrowed would be passed over by others, and be received after later ones.
-
-        :param txn: any transaction
-        :param databases: handles
-        :param start: where to begin, as of :py:meth:`find`
-        :param max_messages: how many are wanted at most
-        :return: what :py:meth:`find` returns; how many to claim at most if it is a message
-        """
-        found = self.find(txn, databases, start)
-        if max_messages == 1 or not isinstance(found, Candidate):
-            return found, 1
-        last = txn.cursor(db=databases.data)
-        last.last()
-        key, value = last.item()
-        # Not checked: a damaged record is for who comes to it, and must not stop who is in front.
-        end = _layout.unpack_number(key) + _blocks.guess_messages(value)
-        return found, max(1, min(max_messages, end - found.number))
 
     def _skip_resting(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int,
                       number: int, stop: int) -> Tuple[int, int]:
@@ -318,7 +298,7 @@ class Pending:
         result = Copied([], [], [], _NO_ATTEMPTS, False)
         oldest_ns = self.now_ns() - self.timeout_ns
         size = 0
-        while found is not None and found.first < end and size < _BATCH_BYTES:
+        while found is not None and found.first < end and size < _COPIED_BYTES:
             first, block, value = found
             begin, stop = max(number - first, 0), min(end - first, block.messages)
             if block.time_ns < oldest_ns:
