@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import types
 import zlib
 from typing import Tuple
@@ -208,6 +209,28 @@ def test_program_shows_all_bytes_of_a_message(program: pathlib.Path,
 
 def test_program_says_how_it_is_used(program: pathlib.Path) -> None:
     assert _run(program) == (2, "", "usage: list_queue QUEUE_DIRECTORY\n")
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
+def test_program_refuses_a_truncated_store(program: pathlib.Path, queue_pth: pathlib.Path,
+                                           size: int) -> None:
+    data = queue_pth / "data.mdb"
+    os.truncate(data, size if size >= 0 else data.stat().st_size + size)
+    assert _run(program, queue_pth) == (1, "", "list_queue: {}: truncated\n".format(data))
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
+def test_dump_refuses_a_truncated_store(queue_pth: pathlib.Path, size: int) -> None:
+    data = queue_pth / "data.mdb"
+    os.truncate(data, size if size >= 0 else data.stat().st_size + size)
+    # In a process of its own: without the look at the size, LMDB kills it.
+    process = subprocess.run([sys.executable, _FOREIGN / "dump_queue.py", queue_pth],
+                             capture_output=True,
+                             text=True,
+                             timeout=support.HANG_SECS,
+                             check=False)
+    assert (process.returncode, process.stdout,
+            process.stderr) == (1, "", "dump_queue: {}: truncated\n".format(data))
 
 
 def _dump_queue() -> types.ModuleType:

@@ -4,10 +4,14 @@ Show every record of a queue, byte by byte, and what the bytes mean.
 Written from docs/format.rst, not from the library; it needs only ``lmdb``. It only reads:
 
     python examples/foreign/dump_queue.py QUEUE_DIRECTORY
+
+Exit codes: 0 done, 1 not a queue, or a truncated one.
 """
 
 import fcntl
+import os
 import pathlib
+import struct
 import sys
 from typing import Iterator, List, NamedTuple, Sequence, Tuple
 
@@ -166,16 +170,44 @@ def _describe(name: str, key: bytes, value: bytes) -> Iterator[Tuple[bytes, str]
         yield value, "value"
 
 
+def _check_size(path: pathlib.Path) -> None:
+    """
+    Compare the size of a data file with its newer meta page: LMDB dies of SIGBUS if it is shorter.
+
+    :param path: of the data file
+    :raise ValueError: if it is no data file of LMDB 0.9, or truncated
+    """
+    with open(path, "rb") as file:
+        page_size = 0
+        metas = []  # type: List[Tuple[int, int]]
+        for _ in range(2):
+            file.seek(page_size)
+            meta = file.read(152)
+            if len(meta) < 152:
+                raise ValueError("{}: truncated".format(path))
+            if struct.unpack_from("=II", meta, 16) != (0xBEEFC0DE, 1):
+                raise ValueError("{}: not a store of LMDB 0.9, or damaged".format(path))
+            page_size = page_size or struct.unpack_from("=I", meta, 40)[0]
+            last_page, transaction = struct.unpack_from("=QQ", meta, 136)
+            metas.append((transaction, last_page))
+        # The size last: the file may grow meanwhile.
+        if os.fstat(file.fileno()).st_size < (max(metas)[1] + 1) * page_size:
+            raise ValueError("{}: truncated".format(path))
+
+
 def dump(directory: pathlib.Path) -> Iterator[str]:
     """
     Show all records of a queue.
 
     :param directory: of the queue
     :return: lines
+    :raise ValueError: if the store is truncated, or not one of LMDB 0.9
+    :raise OSError: if it is not there
     """
     with open(directory / "users.lock", "rb+") as users:
         # As long as this lock is held, nobody compacts or restores the queue.
         fcntl.flock(users, fcntl.LOCK_SH)
+        _check_size(directory / "data.mdb")
         with lmdb.open(str(directory), readonly=True, max_dbs=16, lib_version=0) as environment:
             with environment.begin() as txn:
                 names = [key.decode("utf-8") for key in txn.cursor().iternext(values=False)]
@@ -204,4 +236,7 @@ def _lines(part: bytes, meaning: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(dump(pathlib.Path(sys.argv[1]))))
+    try:
+        print("\n".join(dump(pathlib.Path(sys.argv[1]))))
+    except (OSError, ValueError, lmdb.Error) as error:
+        sys.exit("dump_queue: {}".format(error))

@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 static void fail(const char *what, const char *why) {
     fprintf(stderr, "list_queue: %s: %s\n", what, why);
@@ -45,6 +47,38 @@ static uint32_t crc32(uint32_t crc, const unsigned char *bytes, size_t count) {
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
     }
     return ~crc;
+}
+
+/* LMDB writes its own pages in the byte order of the machine. */
+static uint64_t own(const unsigned char *bytes, int count) {
+    uint16_t one = 1;
+    return *(unsigned char *)&one == 1 ? little(bytes, count) : big(bytes, count);
+}
+
+/* LMDB maps a truncated file and dies of SIGBUS: compare its size with the newer meta page. */
+static void check_size(const char *directory) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/data.mdb", directory);
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) fail(path, "not a queue, or no rights");
+    uint64_t page_size = 0, last_page = 0, newest = 0;
+    for (int i = 0; i < 2; i++) {
+        unsigned char meta[152];
+        if (pread(descriptor, meta, sizeof meta, (off_t)(i * page_size)) != sizeof meta)
+            fail(path, "truncated");
+        if (own(meta + 16, 4) != 0xBEEFC0DEu || own(meta + 20, 4) != 1)
+            fail(path, "not a store of LMDB 0.9, or damaged");
+        if (i == 0) page_size = own(meta + 40, 4);
+        if (own(meta + 144, 8) < newest) continue;
+        newest = own(meta + 144, 8);
+        last_page = own(meta + 136, 8);
+    }
+    /* The size last: the file may grow meanwhile. */
+    struct stat found;
+    if (fstat(descriptor, &found) != 0 || page_size == 0 ||
+        (uint64_t)found.st_size / page_size <= last_page)
+        fail(path, "truncated");
+    close(descriptor);
 }
 
 static MDB_cursor *open_cursor(MDB_txn *txn, const char *name) {
@@ -124,6 +158,8 @@ int main(int argc, char **argv) {
     snprintf(users, sizeof users, "%s/users.lock", argv[1]);
     int descriptor = open(users, O_RDWR | O_CLOEXEC);
     if (descriptor < 0 || flock(descriptor, LOCK_SH) != 0) fail(users, "not a queue, or no rights");
+
+    check_size(argv[1]);
 
     MDB_env *environment;
     MDB_txn *txn;

@@ -12,11 +12,13 @@
 #include <fcntl.h>
 #include <lmdb.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <fstream>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -77,6 +79,40 @@ public:
 private:
     int descriptor_;
 };
+
+/* LMDB writes its own pages in the byte order of the machine. */
+std::uint64_t own(std::string_view bytes, std::size_t offset, std::size_t count) {
+    const std::uint16_t one = 1;
+    const bool is_little = *reinterpret_cast<const unsigned char *>(&one) == 1;
+    return is_little ? little(bytes, offset, count) : big(bytes.substr(offset, count));
+}
+
+struct Meta {
+    std::uint64_t page_size, last_page, transaction;
+};
+
+Meta read_meta(std::ifstream &file, const std::string &path, std::uint64_t offset) {
+    std::string page(152, '\0');
+    if (!file.seekg(static_cast<std::streamoff>(offset)) ||
+        !file.read(page.data(), static_cast<std::streamsize>(page.size())))
+        throw Failure(path, "truncated");
+    if (own(page, 16, 4) != 0xBEEFC0DEu || own(page, 20, 4) != 1)
+        throw Failure(path, "not a store of LMDB 0.9, or damaged");
+    return {own(page, 40, 4), own(page, 136, 8), own(page, 144, 8)};
+}
+
+/* LMDB maps a truncated file and dies of SIGBUS: compare its size with the newer meta page. */
+void check_size(const std::string &path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw Failure(path, "not a queue, or no rights");
+    Meta first = read_meta(file, path, 0), second = read_meta(file, path, first.page_size);
+    Meta newer = second.transaction >= first.transaction ? second : first;
+    /* The size last: the file may grow meanwhile. */
+    struct stat found;
+    if (stat(path.c_str(), &found) != 0 || first.page_size == 0 ||
+        static_cast<std::uint64_t>(found.st_size) / first.page_size <= newer.last_page)
+        throw Failure(path, "truncated");
+}
 
 struct Closing {
     void operator()(MDB_env *environment) const { mdb_env_close(environment); }
@@ -201,6 +237,7 @@ void list_messages(const Transaction &txn) {
 /* Each of the three outlives the one behind it, also if that one fails. */
 void list_queue(const std::string &directory) {
     UsersLock users(directory + "/users.lock");
+    check_size(directory + "/data.mdb");
     Environment environment = open_environment(directory);
     Transaction txn = begin_reading(environment);
     list_header(txn);
