@@ -58,7 +58,7 @@ _SUBSCRIBER_METRICS: Final = (
     _Metric("acknowledged", "acknowledged", True, "Messages that were received and acknowledged."),
     _Metric("failed", "failed", True, "Deliveries that ended with an exception."),
     _Metric("skipped", "skipped", True,
-            "Messages that pop_to_top and receive_to_top acknowledged."),
+            "Messages that pop_to_top and receive_to_top acknowledged, or seek passed unread."),
     _Metric("corrupt", "corrupt", True, "Damaged messages that were set aside."),
     _Metric("dead_lettered", "dead_lettered", True,
             "Messages that were given up after max_deliveries."),

@@ -52,7 +52,8 @@ class SubscriberStatistics(msgspec.Struct, frozen=True):
     dropped_by_timeout: int  #: messages that were dropped unread since they were too old
     dropped_by_mark: int  #: messages that were dropped unread at a high-water mark
     cleared: int  #: messages that an operator cleared
-    skipped: int  #: messages that ``pop_to_top`` and ``receive_to_top`` acknowledged
+    #: messages that ``pop_to_top`` and ``receive_to_top`` acknowledged, or ``seek`` passed unread
+    skipped: int
     corrupt: int  #: damaged messages that were set aside
     dead_lettered: int  #: messages that were given up after ``max_deliveries``
     seconds_since_acknowledged: Optional[float]  #: None: it never acknowledged

@@ -77,5 +77,5 @@ def seek(config: pathlib.Path, subscriber: str, place: Any, queue_key: Optional[
         }))
     else:
         print(
-            _text.printable("{}: {} goes on from number {}, with {} before it".format(
+            _text.printable("{}: {} goes on from number {}, with {} to receive".format(
                 key, subscriber, position, _text.count(lag, "message"))))
