@@ -48,6 +48,8 @@ def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given
     :raise ConfigError: if the file is wrong
+    :raise QueueInUseError:
+        if the file gives a queue another durability, and another process has the queue open
     :raise FormatError: if the directory of a queue holds something else
     :raise AccessError: if a directory may not be created or written to
     """

@@ -334,8 +334,8 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
               help="How long to wait for each; inf: for ever.")
 @click.option("--directory",
               type=click.Path(path_type=pathlib.Path, file_okay=False, exists=True),
-              help="Write each message to a file in this directory, which has to exist, named "
-              "by its number.")
+              help="Write each message to a file, named by its number, in this directory, "
+              "which has to exist.")
 @click.option("--format",
               "style",
               type=click.Choice(_FORMATS + ("raw", )),

@@ -21,7 +21,7 @@ class ListedDeadLetter:
     """Hold a dead letter that was looked at."""
 
     number: int  #: in the queue of dead letters
-    letter: DeadLetter
+    letter: DeadLetter  #: what is in its envelope
 
 
 def queues_of(config: persipubsub.config.Config) -> List[str]:
