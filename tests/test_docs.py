@@ -338,6 +338,16 @@ def test_named_variable_is_used(name: str) -> None:
     assert any('"{}"'.format(name) in source for source in sources)
 
 
+def test_every_variable_is_named() -> None:
+    named = _CONTRIBUTING + "".join(page.read_text(encoding="utf-8") for page in _PAGES)
+    for directory in ("persipubsub", "tests"):
+        for source in sorted((_ROOT / directory).rglob("*.py")):
+            # One that begins with an underscore is click's: the shell's completion.
+            for name in re.findall(r"(?<!_)PERSIPUBSUB_[A-Z_]*[A-Z]",
+                                   source.read_text(encoding="utf-8")):
+                assert name in named, "{} of {}".format(name, source)
+
+
 def test_named_errors_are_there() -> None:
     named = set(re.findall(r"``(\w+Error)``", _GUARANTEES))
     assert named <= set(persipubsub.errors.__all__)
