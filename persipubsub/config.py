@@ -109,7 +109,7 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         description="all subscribers of the queue, each once; identifiers of 1 to 255 bytes")]
     high_water_mark: Annotated[
         HighWaterMark,
-        msgspec.Meta(description="when messages are dropped unread"),
+        msgspec.Meta(description="when messages are dropped or held back"),
     ] = msgspec.field(name="high-water-mark")
     durability: Annotated[Durability, msgspec.Meta(
         description="how safe a message is when send returns")] = Durability.FSYNC
