@@ -146,6 +146,19 @@ def test_nothing_new_is_not_written_again(config_pth: pathlib.Path) -> None:
         assert os.stat(path).st_ino != before
 
 
+def test_single_slot_for_readers_is_enough(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path,
+                                      durability="os",
+                                      checkpoint_secs=SOON,
+                                      max_reader_num=1)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with opened(config_pth) as queue:
+        queue.put([b"message"])
+        assert queue._environment._write_checkpoint()
+        assert covered(queue) == last_transaction(queue)
+        assert take_all(queue) == [b"message"]
+
+
 def test_thread_sleeps_while_nothing_is_new() -> None:
     attempts = []  # type: List[int]
 

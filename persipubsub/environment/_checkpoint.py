@@ -78,10 +78,8 @@ def write(directory: str, environment: lmdb.Environment) -> bool:
         # Copiers and readers that were killed keep their slots, and with them old pages. Before all
         # else: with no slot left, nothing could be read.
         environment.reader_check()
-        # Read first: the snapshot can only be newer than what is said of it. Not from info(): that
-        # tells of a commit a moment before it can be seen.
-        with environment.begin() as txn:
-            covered = txn.id()
+        # Read first: the snapshot can only be newer than what is said of it.
+        covered = _last_transaction(environment)
         if os.path.lexists(path) and _read_covered(descriptor) == covered:
             return True
         with _files.translated(path=path, doing="write"):
@@ -92,6 +90,20 @@ def write(directory: str, environment: lmdb.Environment) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def _last_transaction(environment: lmdb.Environment) -> int:
+    """
+    Read which transaction was the last one. Not from info(): that tells of it before it can be seen.
+
+    A function of its own, since the object keeps its slot in the table of readers as long as it is
+    there: with a single slot, the copy would find none.
+
+    :param environment: of the store
+    :return: id of the transaction
+    """
+    with environment.begin() as txn:
+        return txn.id()
 
 
 def _copy(environment: lmdb.Environment, path: str) -> None:
