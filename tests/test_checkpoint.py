@@ -18,7 +18,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.environment import _checkpoint, _files
+from persipubsub.environment import _checkpoint, _environment, _files
 from persipubsub.store import _clock
 from tests import support
 from tests.faults import disk, tracing
@@ -421,7 +421,6 @@ def cut(path: pathlib.Path, size: int) -> None:
 
 
 DAMAGES = {
-    "missing": lambda path: path.unlink(),
     "empty": lambda path: cut(path, 0),
     "one page": lambda path: cut(path, 4096),
     "half": lambda path: cut(path,
@@ -453,6 +452,36 @@ def test_without_a_sound_checkpoint_the_queue_is_refused(config_pth: pathlib.Pat
     (directory / _files.RUNNING).unlink()
     with opened(config_pth) as queue:
         assert take_all(queue) == [b"message"]
+
+
+@pytest.mark.parametrize("is_sound", [True, False])
+def test_without_any_checkpoint_the_store_itself_is_looked_at(config_pth: pathlib.Path,
+                                                              is_sound: bool) -> None:
+    killed(lambda: put_and_stay(config_pth, b"message"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    (directory / _files.CHECKPOINT).unlink()
+    (directory / _files.RUNNING).write_bytes(b"another boot----")
+    if not is_sound:
+        DAMAGES["zeros behind the meta pages"](directory / _files.DATA)
+        before = (directory / _files.DATA).read_bytes()
+        with pytest.raises(persipubsub.errors.StoreCorruptError):
+            opened(config_pth)
+        assert (directory / _files.DATA).read_bytes() == before
+        return
+    with opened(config_pth) as queue:
+        assert (directory / _files.CHECKPOINT).exists()
+        assert take_all(queue) == [b"message"]
+
+
+def test_without_any_checkpoint_the_messages_are_looked_at(config_pth: pathlib.Path) -> None:
+    killed(lambda: put_and_stay(config_pth, b"a message that never reached the disk"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    (directory / _files.CHECKPOINT).unlink()
+    (directory / _files.RUNNING).write_bytes(b"another boot----")
+    data = directory / _files.DATA
+    data.write_bytes(data.read_bytes().replace(b"a message that never", bytes(20)))
+    with pytest.raises(persipubsub.errors.StoreCorruptError):
+        opened(config_pth)
 
 
 def test_store_that_is_cut_is_replaced(config_pth: pathlib.Path) -> None:
@@ -488,6 +517,144 @@ def test_full_disk_while_copying_keeps_the_one_before(config_pth: pathlib.Path) 
     temporary = pathlib.Path(support.settings(config_pth).path) / (_files.CHECKPOINT + ".new")
     assert temporary.stat().st_size == 0, "Expected the room to be given back."
     assert after_power_failure(config_pth) == [b"covered"]
+
+
+# When the configuration was changed
+
+
+def configure(config_pth: pathlib.Path, **changes: Any) -> persipubsub.queue.Settings:
+    """Write the file anew, with other keys of the queue."""
+    support.write_config(config_pth.parent, **{"durability": "os", **changes})
+    return support.settings(config_pth)
+
+
+def put_by(config_pth: pathlib.Path, seconds: float, message: bytes) -> None:
+    """Put a message as a process that read this in the file, and never close the queue."""
+    queue = persipubsub.queue.Queue(configure(config_pth, checkpoint_secs=seconds))
+    queue.put([message])
+    KEPT.append(queue)
+
+
+def power_off(config_pth: pathlib.Path) -> None:
+    """Let the mark be that of another boot, with nobody there; all pages reached the disk."""
+    directory = pathlib.Path(support.settings(config_pth).path)
+    (directory / _files.RUNNING).write_bytes(b"another boot----")
+
+
+@pytest.mark.parametrize("had_some", [True, False])
+def test_file_asks_for_checkpoints_only_after_the_power_failed(tmp_path: pathlib.Path,
+                                                               had_some: bool) -> None:
+    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=SOON * had_some)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    assert os.path.exists(os.path.join(support.settings(config_pth).path,
+                                       _files.CHECKPOINT)) == had_some
+    killed(lambda: put_by(config_pth, 0, b"message"))
+    power_off(config_pth)
+    configure(config_pth, checkpoint_secs=SOON)
+    with opened(config_pth) as queue:
+        assert covered(queue) == last_transaction(queue)
+        assert take_all(queue) == [b"message"]
+
+
+def test_file_asks_for_no_checkpoints_only_after_the_power_failed(config_pth: pathlib.Path) -> None:
+    killed(lambda: put_and_stay(config_pth, b"lost"))
+    power_off(config_pth)
+    settings = configure(config_pth, checkpoint_secs=0)
+    cut(pathlib.Path(settings.path) / _files.DATA, 0)
+    for _ in range(2):
+        with persipubsub.queue.Queue(settings) as queue:
+            assert not take_all(queue)
+            assert not _checkpoint.is_there(settings.path)
+
+
+def test_killed_one_with_checkpoints_leaves_none_to_one_without(
+        config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed(lambda: put_and_stay(config_pth, b"first"))
+    settings = configure(config_pth, checkpoint_secs=0)
+    steps = []  # type: List[str]
+    flush, remove = _environment.Environment.flush_now, _checkpoint.remove
+
+    def flush_now(self: _environment.Environment) -> None:
+        steps.append("flush")
+        flush(self)
+
+    def remove_it(directory: str) -> None:
+        steps.append("remove")
+        remove(directory)
+
+    monkeypatch.setattr(_environment.Environment, "flush_now", flush_now)
+    monkeypatch.setattr(_checkpoint, "remove", remove_it)
+    with persipubsub.queue.Queue(settings) as queue:
+        # What it wrote is no safer than the checkpoint made it, until it is flushed.
+        assert steps == ["flush", "remove"]
+        assert not _checkpoint.is_there(settings.path)
+        queue.put([b"second"])
+        assert not _checkpoint.is_there(settings.path)
+
+
+def test_killed_one_without_checkpoints_leaves_them_to_one_with(config_pth: pathlib.Path) -> None:
+    killed(lambda: put_by(config_pth, 0, b"first"))
+    # The background writes none before there is something new.
+    with persipubsub.queue.Queue(configure(config_pth, checkpoint_secs=SOON)) as queue:
+        assert covered(queue) == last_transaction(queue)
+    assert after_power_failure(config_pth) == [b"first"]
+
+
+@pytest.mark.parametrize("first, second", [(0, 3600), (3600, 0), (0, 0), (3600, 3600)])
+def test_who_comes_second_does_as_the_first(config_pth: pathlib.Path, first: float, second: float,
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise one that is gone leaves a checkpoint that grows old beside one that writes none."""
+
+    def stay(pipe: support.Connection) -> None:
+        put_by(config_pth, first, b"first")
+        pipe.send("open")
+        pipe.recv()
+
+    with support.Child(stay) as child:
+        assert child.get() == "open"
+        settings = configure(config_pth, checkpoint_secs=second)
+        queue = persipubsub.queue.Queue(settings)
+        assert _checkpoint.is_there(settings.path) == bool(first)
+        assert (queue._environment._checkpointer is not None) == bool(first)
+        assert ("does the same" in caplog.text) == (bool(first) != bool(second))
+        child.kill(9)
+        child.end(-9)
+    queue.put([b"second"])
+    if first and not second:
+        support.until(lambda: covered(queue) >= last_transaction(queue), "a checkpoint")
+    assert _checkpoint.is_there(settings.path) == bool(first)
+    queue.close()
+    with persipubsub.queue.Queue(settings) as queue:
+        assert _checkpoint.is_there(settings.path) == bool(second)
+        assert take_all(queue) == [b"first", b"second"]
+
+
+def test_change_of_the_durability_leaves_no_copy(config_pth: pathlib.Path) -> None:
+    killed(lambda: put_and_stay(config_pth, b"message"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    unfinished = directory / (_files.CHECKPOINT + ".new")
+    unfinished.write_bytes(b"half of a copy")
+    settings = configure(config_pth, durability="fsync")
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    assert not unfinished.exists() and not _checkpoint.is_there(str(directory))
+    with persipubsub.queue.Queue(settings) as queue:
+        assert take_all(queue) == [b"message"]
+
+
+def test_killed_while_it_changed_the_durability(config_pth: pathlib.Path) -> None:
+    """The mark that is left shall not let an old checkpoint replace what was flushed since."""
+    killed(lambda: put_and_stay(config_pth, b"old"))
+    directory = pathlib.Path(support.settings(config_pth).path)
+    checkpoint = (directory / _files.CHECKPOINT).read_bytes()
+    settings = configure(config_pth, durability="fsync")
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    (directory / _files.CHECKPOINT).write_bytes(checkpoint)
+    (directory / _files.RUNNING).write_bytes(_clock.boot_id())
+    with persipubsub.queue.Queue(settings) as queue:
+        queue.put([b"flushed"])
+        assert not (directory / _files.RUNNING).exists()
+        assert not _checkpoint.is_there(settings.path)
+        assert take_all(queue) == [b"old", b"flushed"]
 
 
 # What is said of a checkpoint

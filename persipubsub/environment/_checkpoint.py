@@ -5,7 +5,8 @@ Commits of such a store are not flushed, so that a power failure may leave any m
 new pages behind. Flushing from time to time does not help: the pages of the flushed state are used
 again before the next flush. A checkpoint does: a compact copy of a snapshot, written beside the
 store, flushed, renamed over the one before, the directory flushed. At the first open after such a
-failure the last checkpoint takes the store's place.
+failure the last checkpoint takes the store's place, if there is one: whoever is to write none
+removes that of earlier times before anything else.
 
 One process at a time writes checkpoints, for all of them: whoever holds the lock on the
 checkpoint's lock file. That file also says up to which of LMDB's transactions the checkpoint
@@ -41,6 +42,29 @@ def _read_covered(descriptor: int) -> int:
     return int.from_bytes(content, "little") if len(content) == 8 else 0
 
 
+def is_there(directory: str) -> bool:
+    """
+    Tell whether a store has a checkpoint.
+
+    :param directory: of the store
+    :return: True if so
+    """
+    return os.path.lexists(os.path.join(directory, _files.CHECKPOINT))
+
+
+def remove(directory: str) -> None:
+    """
+    Remove the checkpoint of a store, if there is one, so that it never takes the store's place.
+
+    :param directory: of the store; nobody is writing one
+    """
+    path = os.path.join(directory, _files.CHECKPOINT)
+    with _files.translated(path=directory, doing="write to"):
+        # One that was not finished: it has messages in it, too, and takes room.
+        for name in (path, path + ".new"):
+            _files.remove_durably(name)
+
+
 def covered_transaction(directory: str) -> int:
     """
     Read up to which transaction the checkpoint of a store goes.
@@ -48,7 +72,7 @@ def covered_transaction(directory: str) -> int:
     :param directory: of the store
     :return: id of the transaction; 0 if there is no checkpoint
     """
-    if not os.path.lexists(os.path.join(directory, _files.CHECKPOINT)):
+    if not is_there(directory):
         return 0
     descriptor = _files.open_own_file(os.path.join(directory, _files.CHECKPOINT_LOCK))
     try:
@@ -94,10 +118,11 @@ def write(directory: str, environment: lmdb.Environment) -> bool:
 
 def _last_transaction(environment: lmdb.Environment) -> int:
     """
-    Read which transaction was the last one. Not from info(): that tells of it before it can be seen.
+    Read which transaction was the last one.
 
-    A function of its own, since the object keeps its slot in the table of readers as long as it is
-    there: with a single slot, the copy would find none.
+    Not from info(): that tells of a commit a moment before it can be seen. A function of its own,
+    since the object keeps its slot in the table of readers as long as it is there: with a single
+    slot, the copy would find none.
 
     :param environment: of the store
     :return: id of the transaction
@@ -136,7 +161,7 @@ def restore(directory: str) -> None:
     is done again from the beginning.
 
     :param directory: of the store
-    :raise StoreCorruptError: if there is no sound checkpoint
+    :raise StoreCorruptError: if the checkpoint is damaged
     """
     # Slow, and hardly ever needed.
     import logging  # pylint: disable=import-outside-toplevel
@@ -146,9 +171,6 @@ def restore(directory: str) -> None:
     hint = ("The machine went down while the queue was in use, so that the store itself can not be "
             "trusted. Restore a backup of {}; or, to accept what is there, remove {} and look at "
             "it closely.".format(store, os.path.join(directory, _files.RUNNING)))
-    if not os.path.lexists(path):
-        raise persipubsub.errors.StoreCorruptError(
-            "Expected the checkpoint {}, but got: no such file. {}".format(path, hint))
     try:
         if _files.missing_bytes(path):
             raise persipubsub.errors.StoreCorruptError(

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from typing import Any, List
+from typing import Any, Final, List
 
 import lmdb
 
@@ -14,6 +14,12 @@ from persipubsub.store import _check, _clock, _header
 from persipubsub.store._databases import Databases
 
 __all__ = ["Databases", "Environment", "MapFullError", "Options"]
+
+#: A checkpoint that could not be written is tried again after this time, in seconds.
+_PAUSE_SECS: Final = 0.001
+
+#: Time between checkpoints of a process that is to write none, but beside others that do.
+_JOINED_SECS: Final = 1.0
 
 
 class Environment(_transactions.Transactions):
@@ -33,6 +39,8 @@ class Environment(_transactions.Transactions):
         """
         super().__init__(directory=directory, options=options)
         self.clock_offset_ns = 0
+        # Time between two checkpoints; 0: none. That of the options, but see _prepare_os.
+        self._checkpoint_secs = 0.0
 
     # State
 
@@ -84,8 +92,8 @@ class Environment(_transactions.Transactions):
 
     def _begin_checkpoints(self) -> None:
         """Let checkpoints be written in the background, from the next change on."""
-        if self.options.keeps_os and self.options.checkpoint_secs and self._checkpointer is None:
-            self._checkpointer = _checkpoint.Checkpointer(self.options.checkpoint_secs,
+        if self._checkpoint_secs and self._checkpointer is None:
+            self._checkpointer = _checkpoint.Checkpointer(self._checkpoint_secs,
                                                           self._write_checkpoint)
 
     def _start(self, adopts_durability: bool) -> None:
@@ -102,7 +110,7 @@ class Environment(_transactions.Transactions):
                 raise _header.durability_error(self.directory, header.flags, flags)
             _opening.check_alone(self.directory, handles)
 
-        if handles.was_interrupted and not self.options.checkpoint_secs:
+        if handles.was_interrupted and not handles.was_restored:
             self._check_content()
 
         # Whatever is written from here on may reach the disk in part: before it, there has to be a
@@ -117,8 +125,10 @@ class Environment(_transactions.Transactions):
             header = self.write(
                 lambda txn, databases: _header.update(txn, databases, flags, was_interrupted))
             self.flush_now()
-            if not self.options.keeps_os:
-                _opening.mark_clean(self.directory)
+        if not self.options.keeps_os and (is_outdated or _opening.is_marked(self.directory)):
+            # Not only when it was just changed: the process that did may have been killed before.
+            _opening.mark_clean(self.directory)
+            _checkpoint.remove(self.directory)
         if self.options.keeps_os and handles.was_interrupted:
             self._prepare_os()
         self.clock_offset_ns = header.clock_offset_ns
@@ -149,12 +159,45 @@ class Environment(_transactions.Transactions):
                     "; ".join(findings[:3])))
 
     def _prepare_os(self) -> None:
-        """Write a first checkpoint and the mark of a running store; hold the open gate."""
-        if _opening.is_marked(self.directory):
+        """
+        Write a first checkpoint and the mark of a running store; hold the open gate.
+
+        After a power failure, a checkpoint that is there takes the place of the store, whatever the
+        configuration says by then. So there is one as long as those who write make new ones, and
+        none otherwise: whoever comes while others have the store open does as they do.
+        """
+        has_one = _checkpoint.is_there(self.directory)
+        is_running = _opening.is_marked(self.directory)
+        if is_running and (self._checkpointer is not None
+                           or not _opening.is_alone(self._open_handles())):
+            self._join(has_one)
             return
-        if self.options.checkpoint_secs:
-            self._write_checkpoint()
+        self._checkpoint_secs = self.options.checkpoint_secs
+        if self._checkpoint_secs:
+            if not (is_running and has_one) and not self._cover():
+                raise self._slow_checkpoint_error()
+        elif has_one:
+            # Before: what killed processes wrote may not have reached the disk.
+            self.flush_now()
+            _checkpoint.remove(self.directory)
         _opening.mark_running(self.directory)
+
+    def _join(self, has_checkpoints: bool) -> None:
+        """
+        Write checkpoints if those who have the store open do so, whatever the options say.
+
+        :param has_checkpoints: True if they do
+        """
+        wanted = self.options.checkpoint_secs
+        self._checkpoint_secs = (wanted or _JOINED_SECS) if has_checkpoints else 0.0
+        if has_checkpoints != bool(wanted):
+            # Slow, and hardly ever needed.
+            import logging  # pylint: disable=import-outside-toplevel
+
+            logging.getLogger("persipubsub.checkpoint").warning(
+                "The queue %s is in use %s checkpoints, so that this process does the same, though "
+                "its checkpoint_secs is %s. That holds until nobody has the queue open.",
+                self.directory, "with" if has_checkpoints else "without", wanted)
 
     def _write_checkpoint(self) -> bool:
         """
@@ -169,6 +212,35 @@ class Environment(_transactions.Transactions):
             except lmdb.Error as error:
                 # Not by _translate: a copy that failed says nothing of the store itself.
                 raise _opening.translate(error, self.directory) from error
+
+    def _cover(self) -> bool:
+        """
+        Write a checkpoint of all that was committed before.
+
+        One that another process is writing may have begun too early: it is waited for, within
+        reason, and so is a slot in the table of readers.
+
+        :return: False if the wait was too long
+        """
+        deadline = time.monotonic() + self.options.busy_timeout_secs
+        while True:
+            is_late = time.monotonic() >= deadline
+            try:
+                if self._write_checkpoint():
+                    return True
+            except persipubsub.errors.ReadersFullError:
+                if is_late:
+                    raise
+            if is_late:
+                return False
+            time.sleep(_PAUSE_SECS)
+
+    def _slow_checkpoint_error(self) -> persipubsub.errors.BusyTimeoutError:
+        """Describe a wait for another process's checkpoint that was too long."""
+        return persipubsub.errors.BusyTimeoutError(
+            "Expected to write a checkpoint of the queue {} within {} seconds (busy_timeout_secs), "
+            "but got: another process is in the middle of writing one".format(
+                self.directory, self.options.busy_timeout_secs))
 
     def copy(self, descriptor: int) -> None:
         """
@@ -267,12 +339,9 @@ class Environment(_transactions.Transactions):
         if _opening.is_alone(handles):
             self.flush_now()
             _opening.mark_clean(self.directory)
-        elif self.options.checkpoint_secs and self._committed:
-            # Nobody else may notice what was written since the last checkpoint. Another process
-            # that is writing one may have begun too early: wait for it, within reason.
-            deadline = time.monotonic() + self.options.busy_timeout_secs
-            while not self._write_checkpoint() and time.monotonic() < deadline:
-                time.sleep(0.001)
+        elif self._checkpoint_secs and self._committed:
+            # Nobody else may notice what was written since the last checkpoint.
+            self._cover()
 
     def _close_handles(self) -> None:
         """Close everything that is open."""

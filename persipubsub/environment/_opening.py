@@ -51,6 +51,7 @@ class Handles(NamedTuple):
     gate: _gate.Gate  #: that writers pass
     users_descriptor: int  #: holds a shared lock as long as the store is open
     was_interrupted: bool  #: the machine went down while the store, of ``os``, was in use
+    was_restored: bool  #: ... and a checkpoint took its place
 
 
 @contextlib.contextmanager
@@ -89,7 +90,8 @@ def open_store(directory: str, options: Options) -> Handles:
         users_descriptor = _files.open_own_file(os.path.join(directory, _files.USERS))
         undo.callback(os.close, users_descriptor)
         fcntl.flock(users_descriptor, fcntl.LOCK_SH)
-        was_interrupted = _check_files(directory, options, gate)
+        was_interrupted = _was_interrupted(directory)
+        was_restored = _check_files(directory, options, gate, was_interrupted)
         environment = _open_environment(directory, options)
         undo.callback(environment.close)
         # py-lmdb opens them in a write transaction, and waits for it with the interpreter's lock
@@ -107,7 +109,8 @@ def open_store(directory: str, options: Options) -> Handles:
         finally:
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
         undo.pop_all()
-        return Handles(environment, databases, gate, users_descriptor, was_interrupted)
+        return Handles(environment, databases, gate, users_descriptor, was_interrupted,
+                       was_restored)
 
 
 def close_store(handles: Handles) -> None:
@@ -151,18 +154,22 @@ def is_alone(handles: Handles) -> bool:
     return True
 
 
-def _check_files(directory: str, options: Options, gate: _gate.Gate) -> bool:
+def _check_files(directory: str, options: Options, gate: _gate.Gate, was_interrupted: bool) -> bool:
     """
     Look at the data file before LMDB does; after a power failure, restore the checkpoint.
+
+    That there is one tells that checkpoints were made while the store was in use. The options were
+    rejected: they may have been changed since.
 
     :param directory: of the store
     :param options: with the time to wait
     :param gate: that writers pass
-    :return: True if the machine went down while the store was in use
+    :param was_interrupted: True if the machine went down while the store was in use
+    :return: True if the checkpoint took the place of the store
     """
     path = os.path.join(directory, _files.DATA)
-    was_interrupted = _was_interrupted(directory)
-    if was_interrupted and options.checkpoint_secs > 0:
+    is_restored = was_interrupted and _checkpoint.is_there(directory)
+    if is_restored:
         _checkpoint.restore(directory)
     elif _files.missing_bytes(path) > 0 or was_interrupted:
         # Nobody may write while the file is walked through.
@@ -176,7 +183,7 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate) -> bool:
     if not os.path.lexists(lock_path):
         _check_is_ours(directory)
         _reserve_lock_file(lock_path, options)
-    return was_interrupted
+    return is_restored
 
 
 def _reserve_lock_file(path: str, options: Options) -> None:

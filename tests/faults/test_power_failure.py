@@ -174,7 +174,9 @@ def take_out(owner: object, name: str, replacement: object = lambda *_: None) ->
 
 
 def mark_without_checkpoint(environment: _environment.Environment) -> None:
-    """Leave the mark of a running store, with no first checkpoint."""
+    """Leave the mark of a running store, with no first checkpoint but later ones."""
+    # pylint: disable-next=protected-access
+    environment._checkpoint_secs = environment.options.checkpoint_secs
     if not _opening.is_marked(environment.directory):
         _opening.mark_running(environment.directory)
 
