@@ -98,7 +98,7 @@ class Queue:
                         keys=keys,
                         from_beginning=[name.encode("utf-8") for name in from_beginning],
                         oldest_ns=environment.now_ns() - settings.timeout_ns))
-                environment.flush_now()
+                environment.secure_now()
         finally:
             _registry.release(environment)
 
@@ -298,7 +298,7 @@ class Queue:
                                    number=choose(txn, databases))
 
         position = self._environment.write(work, may_grow=True)
-        self._environment.flush_now()
+        self._environment.secure_now()
         self._ring()
         return position
 

@@ -3,13 +3,14 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 
+import contextlib
 import logging
 import os
 import pathlib
 import resource
 import shutil
 import threading
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Union
 
 import pytest
 
@@ -655,6 +656,129 @@ def test_killed_while_it_changed_the_durability(config_pth: pathlib.Path) -> Non
         assert not (directory / _files.RUNNING).exists()
         assert not _checkpoint.is_there(settings.path)
         assert take_all(queue) == [b"old", b"flushed"]
+
+
+# What is durable when the call returns
+
+
+def subscribers_after_power_failure(config_pth: pathlib.Path,
+                                    target: pathlib.Path) -> Dict[str, int]:
+    """Look at a copy of the queue as if the power failed now; return the positions."""
+    settings = support.settings(config_pth)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(settings.path, target)
+    data = target / _files.DATA
+    if (target / _files.RUNNING).exists():
+        (target / _files.RUNNING).write_bytes(b"another boot----")
+        data.write_bytes(data.read_bytes()[:8192] + bytes(data.stat().st_size - 8192))
+    with persipubsub.queue.Queue(settings._replace(path=str(target))) as queue:
+        return {one.subscriber: one.position for one in queue.statistics().subscribers}
+
+
+@pytest.mark.parametrize("is_another", [False, True])
+def test_what_control_does_is_in_a_checkpoint(tmp_path: pathlib.Path, is_another: bool) -> None:
+    config_pth = support.write_config(tmp_path,
+                                      durability="os",
+                                      checkpoint_secs=3600,
+                                      retain_secs=3600)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    def work() -> None:
+        queue = opened(config_pth)
+        queue.put([b"1", b"2", b"3"])
+        take_all(queue)
+        KEPT.append(queue)
+
+    def stay(pipe: support.Connection) -> None:
+        work()
+        pipe.send("open")
+        pipe.recv()
+
+    def positions() -> Dict[str, int]:
+        return subscribers_after_power_failure(config_pth, tmp_path / "image")
+
+    with contextlib.ExitStack() as stack:
+        if is_another:
+            child = stack.enter_context(support.Child(stay))
+            assert child.get() == "open"
+        else:
+            work()
+            stack.callback(lambda: KEPT.pop().close())
+        assert positions() == {"sub": 1}
+        persipubsub.control.seek(config_pth, "sub", "end")
+        assert positions() == {"sub": 4}
+        persipubsub.control.add_subscriber(config_pth, "queue", "new")
+        assert positions() == {"sub": 4, "new": 4}
+        support.write_config(tmp_path,
+                             durability="os",
+                             checkpoint_secs=3600,
+                             subscribers=["sub", "other"])
+        persipubsub.control.initialize_all_dbs(config_pth)
+        assert positions() == {"sub": 4, "new": 4, "other": 4}
+        persipubsub.control.remove_subscriber(config_pth, "queue", "new")
+        assert positions() == {"sub": 4, "other": 4}
+        if is_another:
+            child.kill(9)
+            child.end(-9)
+
+
+def test_checkpoint_that_fails_is_an_error_of_the_call(config_pth: pathlib.Path) -> None:
+
+    def run(pipe: support.Connection) -> None:
+        with opened(config_pth) as queue:
+            queue.put([bytes(100000)])
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40000, hard))
+            pipe.send(support.outcome(queue._environment.secure_now))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            pipe.send(support.outcome(queue._environment.secure_now))
+
+    with support.Child(run) as child:
+        assert child.get() == "DiskFullError"
+        assert child.get() == ""
+        child.end()
+
+
+def test_checkpoint_is_tried_until_it_is_written(config_pth: pathlib.Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: List[Union[bool, Exception]]
+    outcomes = [False, persipubsub.errors.ReadersFullError("full on purpose"), False]
+    with opened(config_pth) as queue:
+        environment = queue._environment
+        write = environment._write_checkpoint
+
+        def attempt() -> bool:
+            outcome = outcomes.pop(0) if outcomes else write()
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(environment, "_write_checkpoint", attempt)
+        queue.put([b"message"])
+        environment.secure_now()
+        assert not outcomes
+        assert covered(queue) == last_transaction(queue)
+
+
+def test_checkpoint_of_another_process_is_waited_for(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path,
+                                      durability="os",
+                                      checkpoint_secs=3600,
+                                      busy_timeout_secs=0.2)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with opened(config_pth) as queue:
+        temporary = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+        with support.Child(copy_for_ever, config_pth) as child:
+            assert child.get() == "copying"
+            support.until(lambda: has_filled(temporary), "the copy to begin")
+            with pytest.raises(persipubsub.errors.BusyTimeoutError, match="checkpoint"):
+                queue.seek("sub", "end")
+            assert covered(queue) < last_transaction(queue)
+            child.kill(9)
+            child.end(-9)
+        temporary.unlink()
+        queue.seek("sub", "end")
+        assert covered(queue) == last_transaction(queue)
 
 
 # What is said of a checkpoint

@@ -114,7 +114,7 @@ def add_subscribers(settings: Settings, subscribers: Sequence[str]) -> List[str]
 
     with opened(settings) as environment:
         added = environment.write(work)
-        environment.flush_now()
+        environment.secure_now()
         return added
 
 
@@ -152,7 +152,7 @@ def remove_subscriber(settings: Settings, subscriber: str) -> int:
 
     with opened(settings) as environment:
         lag = environment.write(work, may_grow=True)
-        environment.flush_now()
+        environment.secure_now()
         # There may be room now for who waits for it, and its own consumers see that it is gone.
         bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
