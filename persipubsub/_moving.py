@@ -95,7 +95,9 @@ class Mover:
     def move(self, ordinal: int, message: persipubsub.message.Message,
              attempts: _layout.Attempts) -> bool:
         """
-        Put a message into the queue of dead letters, durably. The caller has claimed it.
+        Put a message into the queue of dead letters, as durably as that queue is.
+
+        The caller has claimed it.
 
         :param ordinal: of the subscriber
         :param message: to be moved

@@ -304,6 +304,12 @@ class Queue:
 
     # Looking after the queue
 
+    def secure(self) -> None:
+        """Let what was put so far survive a power failure, where putting does not do that."""
+        self._check_open()
+        if self.settings.keeps_os:
+            self._environment.secure_now()
+
     def drop_expired(self) -> int:
         """
         Drop the messages that are older than the queue's timeout, for all subscribers.

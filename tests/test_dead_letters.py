@@ -16,6 +16,7 @@ import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
 from persipubsub import _delivery
+from persipubsub.environment import _checkpoint
 from tests import stores, support, test_cli
 
 
@@ -134,6 +135,73 @@ def test_letter_is_in_one_of_the_queues_whenever_the_process_is_killed(
     assert list(listed(config_pth).values()) == [b"1"]
     assert len(persipubsub.control.send_back(config_pth, "letters")) == 1
     assert listed(config_pth) == {}
+    assert received(config_pth, "sub") == [b"1"]
+
+
+def keep_with_system(config_pth: pathlib.Path) -> None:
+    """Let the queue, but not that of the dead letters, be of the durability ``os``."""
+    found = json.loads(config_pth.read_text())
+    found["queues"]["queue"].update(durability="os", checkpoint_secs=3600)
+    config_pth.write_text(json.dumps(found))
+    persipubsub.control.initialize_all_dbs(config_pth)
+
+
+def test_letters_are_in_a_checkpoint_before_they_leave(config_pth: pathlib.Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power failure would leave them in neither of the queues."""
+    keep_with_system(config_pth)
+    fail(config_pth, b"1", b"2", b"3")
+    config = persipubsub.config.read(config_pth)
+    uncovered = []  # type: List[int]
+    acknowledge = _delivery.Lease.acknowledge
+    with persipubsub.queue.open_queue(config, "queue") as queue:
+        path = queue.settings.path
+
+        def look_and_acknowledge(self: _delivery.Lease) -> None:
+            handles = queue._environment._open_handles()  # pylint: disable=protected-access
+            last = int(handles.environment.info()["last_txnid"])
+            uncovered.append(last - _checkpoint.covered_transaction(path))
+            acknowledge(self)
+
+        monkeypatch.setattr(_delivery.Lease, "acknowledge", look_and_acknowledge)
+        assert len(persipubsub.control.send_back(config_pth, "letters")) == 3
+        monkeypatch.undo()
+    assert uncovered == [0, 0, 0]
+    assert received(config_pth, "sub") == [b"1", b"2", b"3"]
+
+
+def test_letters_stay_when_there_is_no_room_for_a_checkpoint(
+        config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_with_system(config_pth)
+    fail(config_pth, b"1", b"2")
+
+    def fill(_: object) -> None:
+        raise persipubsub.errors.DiskFullError("full on purpose")
+
+    with monkeypatch.context() as patch, pytest.raises(persipubsub.errors.DiskFullError):
+        patch.setattr(persipubsub.queue.Queue, "secure", fill)
+        persipubsub.control.send_back(config_pth, "letters")
+    assert list(listed(config_pth).values()) == [b"1", b"2"]
+    assert len(persipubsub.control.send_back(config_pth, "letters")) == 2
+    assert listed(config_pth) == {}
+    assert received(config_pth, "sub") == [b"1", b"2"]
+
+
+def test_letters_before_one_that_fails_are_sent_back(config_pth: pathlib.Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(config_pth, b"1", b"2", b"3")
+    put = persipubsub.queue.Queue.put
+
+    def refuse(self: persipubsub.queue.Queue, messages: Sequence[bytes], *arguments: Any,
+               **keywords: Any) -> int:
+        if messages == [b"2"]:
+            raise persipubsub.errors.QueueFullError("full on purpose")
+        return put(self, messages, *arguments, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(persipubsub.errors.QueueFullError):
+        patch.setattr(persipubsub.queue.Queue, "put", refuse)
+        persipubsub.control.send_back(config_pth, "letters")
+    assert list(listed(config_pth).values()) == [b"2", b"3"]
     assert received(config_pth, "sub") == [b"1"]
 
 

@@ -65,7 +65,7 @@ def drop(config: persipubsub.config.Config, queue_key: str,
     :param numbers: in that queue; None: all that are there now
     :return: numbers of those that left
     """
-    return _each(config, queue_key, numbers, lambda number, letter: None)
+    return _each(config, queue_key, numbers, lambda number, letter: None, lambda: None)
 
 
 def send_back(config: persipubsub.config.Config, queue_key: str,
@@ -73,8 +73,9 @@ def send_back(config: persipubsub.config.Config, queue_key: str,
     """
     Send dead letters to the subscriber that failed to work on them, and to nobody else.
 
-    Each is put there before it leaves the queue of dead letters, under an id that is the same when
-    it is repeated: whenever the process is killed, it is in one of the two.
+    Each is put there, durably whatever the durability, before it leaves the queue of dead letters,
+    under an id that is the same when it is repeated: whenever the process is killed or the power
+    fails, it is in one of the two.
 
     :param config: that describes the queues
     :param queue_key: of the queue of dead letters
@@ -97,18 +98,25 @@ def send_back(config: persipubsub.config.Config, queue_key: str,
             msg_id = _moving.make_id("send back", path, number, letter.moved_at.isoformat())
             target.put([letter.data], (letter.subscriber, ), timeout=0, msg_ids=[msg_id])
 
-        return _each(config, queue_key, numbers, put)
+        def secure() -> None:
+            for target in targets.values():
+                target.secure()
+
+        return _each(config, queue_key, numbers, put, secure)
 
 
 def _each(config: persipubsub.config.Config, queue_key: str, numbers: Optional[Sequence[int]],
-          work: Callable[[int, DeadLetter], None]) -> Tuple[int, ...]:
+          work: Callable[[int, DeadLetter], None], secure: Callable[[], None]) -> Tuple[int, ...]:
     """
     Do something with dead letters, and let each leave its queue afterwards.
+
+    Many leave together, since to secure the work may be to copy a queue.
 
     :param config: that describes the queue
     :param queue_key: of the queue of dead letters
     :param numbers: in that queue; None: all that are there now
     :param work: to be done, given the number and the letter
+    :param secure: makes the work durable
     :return: numbers of those that left; another process may be at work on the others
     """
     done = []  # type: List[int]
@@ -118,19 +126,26 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Optional[S
         end = queue.statistics().next_number
         if numbers is None:
             numbers = [listed.number for listed in look(config, queue_key) if listed.number < end]
-        for number in numbers:
-            lease = consumer.take_at(number)
-            if lease is not None:
-                _finish(lease, work)
-                done.append(number)
+        leases = []  # type: List[_delivery.Lease]
+        try:
+            for number in numbers:
+                lease = consumer.take_at(number)
+                if lease is not None:
+                    _begin(lease, work)
+                    leases.append(lease)
+                if len(leases) == _PAGE:
+                    done += _finish(leases, secure)
+        finally:
+            # What came before an error leaves all the same.
+            done += _finish(leases, secure)
     return tuple(done)
 
 
-def _finish(lease: _delivery.Lease, work: Callable[[int, DeadLetter], None]) -> None:
+def _begin(lease: _delivery.Lease, work: Callable[[int, DeadLetter], None]) -> None:
     """
     Do something with a dead letter.
 
-    :param lease: on it; acknowledged if the work succeeds
+    :param lease: on it; given back if the work fails
     :param work: to be done
     """
     try:
@@ -138,4 +153,26 @@ def _finish(lease: _delivery.Lease, work: Callable[[int, DeadLetter], None]) -> 
     except BaseException:
         lease.give_back()
         raise
-    lease.acknowledge()
+
+
+def _finish(leases: List[_delivery.Lease], secure: Callable[[], None]) -> List[int]:
+    """
+    Let dead letters leave their queue.
+
+    :param leases: on them; none of them is left in the list
+    :param secure: makes what was done with them durable
+    :return: their numbers
+    """
+    numbers = []  # type: List[int]
+    try:
+        if leases:
+            secure()
+        while leases:
+            lease = leases.pop(0)
+            lease.acknowledge()
+            numbers.append(lease.numbers[0])
+    except BaseException:
+        while leases:
+            leases.pop().give_back()
+        raise
+    return numbers
