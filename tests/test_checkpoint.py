@@ -422,6 +422,7 @@ def cut(path: pathlib.Path, size: int) -> None:
 
 
 DAMAGES = {
+    "missing": lambda path: path.unlink(),
     "empty": lambda path: cut(path, 0),
     "one page": lambda path: cut(path, 4096),
     "half": lambda path: cut(path,
@@ -453,36 +454,6 @@ def test_without_a_sound_checkpoint_the_queue_is_refused(config_pth: pathlib.Pat
     (directory / _files.RUNNING).unlink()
     with opened(config_pth) as queue:
         assert take_all(queue) == [b"message"]
-
-
-@pytest.mark.parametrize("is_sound", [True, False])
-def test_without_any_checkpoint_the_store_itself_is_looked_at(config_pth: pathlib.Path,
-                                                              is_sound: bool) -> None:
-    killed(lambda: put_and_stay(config_pth, b"message"))
-    directory = pathlib.Path(support.settings(config_pth).path)
-    (directory / _files.CHECKPOINT).unlink()
-    (directory / _files.RUNNING).write_bytes(b"another boot----")
-    if not is_sound:
-        DAMAGES["zeros behind the meta pages"](directory / _files.DATA)
-        before = (directory / _files.DATA).read_bytes()
-        with pytest.raises(persipubsub.errors.StoreCorruptError):
-            opened(config_pth)
-        assert (directory / _files.DATA).read_bytes() == before
-        return
-    with opened(config_pth) as queue:
-        assert (directory / _files.CHECKPOINT).exists()
-        assert take_all(queue) == [b"message"]
-
-
-def test_without_any_checkpoint_the_messages_are_looked_at(config_pth: pathlib.Path) -> None:
-    killed(lambda: put_and_stay(config_pth, b"a message that never reached the disk"))
-    directory = pathlib.Path(support.settings(config_pth).path)
-    (directory / _files.CHECKPOINT).unlink()
-    (directory / _files.RUNNING).write_bytes(b"another boot----")
-    data = directory / _files.DATA
-    data.write_bytes(data.read_bytes().replace(b"a message that never", bytes(20)))
-    with pytest.raises(persipubsub.errors.StoreCorruptError):
-        opened(config_pth)
 
 
 def test_store_that_is_cut_is_replaced(config_pth: pathlib.Path) -> None:
@@ -538,8 +509,8 @@ def put_by(config_pth: pathlib.Path, seconds: float, message: bytes) -> None:
 
 def power_off(config_pth: pathlib.Path) -> None:
     """Let the mark be that of another boot, with nobody there; all pages reached the disk."""
-    directory = pathlib.Path(support.settings(config_pth).path)
-    (directory / _files.RUNNING).write_bytes(b"another boot----")
+    mark = pathlib.Path(support.settings(config_pth).path) / _files.RUNNING
+    mark.write_bytes(b"another boot----" + mark.read_bytes()[16:])
 
 
 @pytest.mark.parametrize("had_some", [True, False])
@@ -599,6 +570,41 @@ def test_killed_one_without_checkpoints_leaves_them_to_one_with(config_pth: path
     with persipubsub.queue.Queue(configure(config_pth, checkpoint_secs=SOON)) as queue:
         assert covered(queue) == last_transaction(queue)
     assert after_power_failure(config_pth) == [b"first"]
+
+
+@pytest.mark.parametrize("damage", ["none", "zeros behind the meta pages", "message"])
+def test_store_that_had_no_checkpoints_is_looked_at(tmp_path: pathlib.Path, damage: str) -> None:
+    """Whatever the file says by then."""
+    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    killed(lambda: put_by(config_pth, 0, b"a message that never reached the disk"))
+    power_off(config_pth)
+    settings = configure(config_pth, checkpoint_secs=SOON)
+    data = pathlib.Path(settings.path) / _files.DATA
+    if damage == "none":
+        with opened(config_pth) as queue:
+            assert take_all(queue) == [b"a message that never reached the disk"]
+        return
+    if damage == "message":
+        data.write_bytes(data.read_bytes().replace(b"a message that never", bytes(20)))
+    else:
+        DAMAGES[damage](data)
+    before = data.read_bytes()
+    with pytest.raises(persipubsub.errors.StoreCorruptError):
+        opened(config_pth)
+    assert data.read_bytes() == before
+
+
+def test_old_checkpoint_beside_a_store_without_is_not_taken(config_pth: pathlib.Path) -> None:
+    """As after a process that was killed between leaving the mark and removing the checkpoint."""
+    path = pathlib.Path(support.settings(config_pth).path) / _files.CHECKPOINT
+    old = path.read_bytes()
+    killed(lambda: put_by(config_pth, 0, b"message"))
+    path.write_bytes(old)
+    power_off(config_pth)
+    configure(config_pth, checkpoint_secs=SOON)
+    with opened(config_pth) as queue:
+        assert take_all(queue) == [b"message"]
 
 
 @pytest.mark.parametrize("first, second", [(0, 3600), (3600, 0), (0, 0), (3600, 3600)])

@@ -571,7 +571,7 @@ def test_unclean_store_of_another_boot(tmp_path: pathlib.Path, is_damaged: bool)
     config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     send(config_pth, *(bytes([number]) * 3000 for number in range(20)))
-    mark_of(tmp_path).write_bytes(ANOTHER_BOOT)
+    mark_of(tmp_path).write_bytes(ANOTHER_BOOT + b"without")
     data = tmp_path / "queue" / _files.DATA
     if is_damaged:
         # As many bytes as before, but the pages never reached the disk.
@@ -588,7 +588,7 @@ def test_unclean_store_of_another_boot(tmp_path: pathlib.Path, is_damaged: bool)
         assert results == ["StoreCorruptError"] * 5
         after = support.snapshot(tmp_path / "queue")
         assert after[_files.DATA] == before[_files.DATA]
-        assert after[_files.RUNNING] == ANOTHER_BOOT
+        assert after[_files.RUNNING] == ANOTHER_BOOT + b"without"
     else:
         assert results == [""] * 5
         assert not mark_of(tmp_path).exists()

@@ -5,8 +5,8 @@ Commits of such a store are not flushed, so that a power failure may leave any m
 new pages behind. Flushing from time to time does not help: the pages of the flushed state are used
 again before the next flush. A checkpoint does: a compact copy of a snapshot, written beside the
 store, flushed, renamed over the one before, the directory flushed. At the first open after such a
-failure the last checkpoint takes the store's place, if there is one: whoever is to write none
-removes that of earlier times before anything else.
+failure the last checkpoint takes the store's place, if the mark of the store says that there were
+any: whoever is to write none says so there, and removes that of earlier times.
 
 One process at a time writes checkpoints, for all of them: whoever holds the lock on the
 checkpoint's lock file. That file also says up to which of LMDB's transactions the checkpoint
@@ -161,7 +161,7 @@ def restore(directory: str) -> None:
     is done again from the beginning.
 
     :param directory: of the store
-    :raise StoreCorruptError: if the checkpoint is damaged
+    :raise StoreCorruptError: if there is no sound checkpoint
     """
     # Slow, and hardly ever needed.
     import logging  # pylint: disable=import-outside-toplevel
@@ -171,6 +171,9 @@ def restore(directory: str) -> None:
     hint = ("The machine went down while the queue was in use, so that the store itself can not be "
             "trusted. Restore a backup of {}; or, to accept what is there, remove {} and look at "
             "it closely.".format(store, os.path.join(directory, _files.RUNNING)))
+    if not is_there(directory):
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected the checkpoint {}, but got: no such file. {}".format(path, hint))
     try:
         if _files.missing_bytes(path):
             raise persipubsub.errors.StoreCorruptError(

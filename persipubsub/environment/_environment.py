@@ -162,25 +162,27 @@ class Environment(_transactions.Transactions):
         """
         Write a first checkpoint and the mark of a running store; hold the open gate.
 
-        After a power failure, a checkpoint that is there takes the place of the store, whatever the
-        configuration says by then. So there is one as long as those who write make new ones, and
-        none otherwise: whoever comes while others have the store open does as they do.
+        After a power failure, the mark says whether the checkpoint takes the place of the store,
+        whatever the configuration says by then. So whoever comes while others have the store open
+        does as they do.
         """
         has_one = _checkpoint.is_there(self.directory)
         is_running = _opening.is_marked(self.directory)
+        is_covered = is_running and _opening.is_checkpointed(self.directory)
         if is_running and (self._checkpointer is not None
                            or not _opening.is_alone(self._open_handles())):
-            self._join(has_one)
+            self._join(is_covered)
             return
         self._checkpoint_secs = self.options.checkpoint_secs
         if self._checkpoint_secs:
-            if not (is_running and has_one) and not self._cover():
+            if not (is_covered and has_one) and not self._cover():
                 raise self._slow_checkpoint_error()
-        elif has_one:
-            # Before: what killed processes wrote may not have reached the disk.
+        elif has_one or is_covered:
+            # What killed processes wrote may not have reached the disk.
             self.flush_now()
+        _opening.mark_running(self.directory, bool(self._checkpoint_secs))
+        if has_one and not self._checkpoint_secs:
             _checkpoint.remove(self.directory)
-        _opening.mark_running(self.directory)
 
     def _join(self, has_checkpoints: bool) -> None:
         """

@@ -43,6 +43,10 @@ class MapFullError(persipubsub.errors.DiskFullError):
     """Report that the map is full, as opposed to the disk: dropping messages makes room."""
 
 
+#: Behind the id of the boot in the mark of a store in use, if no checkpoints are written.
+_NO_CHECKPOINTS: Final = b"without"
+
+
 class Handles(NamedTuple):
     """Hold what is open of a store."""
 
@@ -158,8 +162,8 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate, was_interru
     """
     Look at the data file before LMDB does; after a power failure, restore the checkpoint.
 
-    That there is one tells that checkpoints were made while the store was in use. The options were
-    rejected: they may have been changed since.
+    Whether there has to be one is told by the mark. The options were rejected: they may have been
+    changed since. That there is one, too: it may be older than the mark, or be lost.
 
     :param directory: of the store
     :param options: with the time to wait
@@ -168,7 +172,7 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate, was_interru
     :return: True if the checkpoint took the place of the store
     """
     path = os.path.join(directory, _files.DATA)
-    is_restored = was_interrupted and _checkpoint.is_there(directory)
+    is_restored = was_interrupted and is_checkpointed(directory)
     if is_restored:
         _checkpoint.restore(directory)
     elif _files.missing_bytes(path) > 0 or was_interrupted:
@@ -216,7 +220,7 @@ def _was_interrupted(directory: str) -> bool:
     :return: True if its last pages may never have reached the disk
     """
     mark = _read_mark(directory)
-    return mark is not None and mark != _clock.boot_id()
+    return mark is not None and not mark.startswith(_clock.boot_id())
 
 
 def _read_mark(directory: str) -> Optional[bytes]:
@@ -224,7 +228,9 @@ def _read_mark(directory: str) -> Optional[bytes]:
     Read the mark of an ``os`` store that is in use.
 
     :param directory: of the store
-    :return: id of the boot in which it is, or was, in use; None if it was closed cleanly
+    :return:
+        id of the boot in which it is, or was, in use, and a word behind it if no checkpoints are
+        written; None if it was closed cleanly
     """
     path = os.path.join(directory, _files.RUNNING)
     with _files.translated(path=path, doing="read"):
@@ -242,20 +248,32 @@ def is_marked(directory: str) -> bool:
     :param directory: of the store
     :return: True if it is
     """
-    return _read_mark(directory) == _clock.boot_id()
+    return (_read_mark(directory) or b"").startswith(_clock.boot_id())
 
 
-def mark_running(directory: str) -> None:
+def is_checkpointed(directory: str) -> bool:
+    """
+    Tell whether an ``os`` store is marked as one of which checkpoints are written.
+
+    :param directory: of the store
+    :return: True if it is, in this boot or an earlier one
+    """
+    mark = _read_mark(directory)
+    return mark is not None and mark[16:] != _NO_CHECKPOINTS
+
+
+def mark_running(directory: str, has_checkpoints: bool) -> None:
     """
     Leave a durable mark, before anything is written, that the last pages may not reach the disk.
 
     :param directory: of an ``os`` store
+    :param has_checkpoints: True if a checkpoint is to take its place then
     """
-    boot = _clock.boot_id()
-    if _read_mark(directory) != boot:
+    mark = _clock.boot_id() + (b"" if has_checkpoints else _NO_CHECKPOINTS)
+    if _read_mark(directory) != mark:
         path = os.path.join(directory, _files.RUNNING)
         with _files.translated(path=path, doing="write"):
-            _files.write_durably(path, boot)
+            _files.write_durably(path, mark)
 
 
 def mark_clean(directory: str) -> None:

@@ -178,7 +178,7 @@ def mark_without_checkpoint(environment: _environment.Environment) -> None:
     # pylint: disable-next=protected-access
     environment._checkpoint_secs = environment.options.checkpoint_secs
     if not _opening.is_marked(environment.directory):
-        _opening.mark_running(environment.directory)
+        _opening.mark_running(environment.directory, has_checkpoints=True)
 
 
 TAKEN_OUT = {
