@@ -564,8 +564,15 @@ def test_killed_one_with_checkpoints_leaves_none_to_one_without(
         assert not _checkpoint.is_there(settings.path)
 
 
-def test_killed_one_without_checkpoints_leaves_them_to_one_with(config_pth: pathlib.Path) -> None:
+@pytest.mark.parametrize("is_left", [False, True])
+def test_killed_one_without_checkpoints_leaves_them_to_one_with(config_pth: pathlib.Path,
+                                                                is_left: bool) -> None:
+    path = pathlib.Path(support.settings(config_pth).path) / _files.CHECKPOINT
+    old = path.read_bytes()
     killed(lambda: put_by(config_pth, 0, b"first"))
+    if is_left:
+        # It was killed before it removed the checkpoint of earlier times.
+        path.write_bytes(old)
     # The background writes none before there is something new.
     with persipubsub.queue.Queue(configure(config_pth, checkpoint_secs=SOON)) as queue:
         assert covered(queue) == last_transaction(queue)
