@@ -60,16 +60,21 @@ class Queue:
         """
         self.settings = settings
         self._environment = _registry.acquire(settings.path, settings.options())
-        self._now_ns = clock if clock is not None else self._environment.now_ns
-        self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
-        self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
-        self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
-        self._movers = {}  # type: Dict[str, _moving.Mover]
-        self._losses = _losses.LossLog(settings.path)
-        self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
-        self._putter = _putting_together.GroupPutter(settings, self._environment, self._bell,
-                                                     self._losses, self._tidier, self._now_ns)
-        self._is_closed = False
+        try:
+            self._now_ns = clock if clock is not None else self._environment.now_ns
+            self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
+            self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
+            self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
+            self._movers = {}  # type: Dict[str, _moving.Mover]
+            self._losses = _losses.LossLog(settings.path)
+            self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
+            self._putter = _putting_together.GroupPutter(settings, self._environment, self._bell,
+                                                         self._losses, self._tidier, self._now_ns)
+            self._is_closed = False
+        except BaseException:
+            # Whatever it is, Ctrl-C say: nobody could close what nobody got.
+            _registry.release(self._environment)
+            raise
 
     @staticmethod
     def ensure(settings: Settings, subscribers: Sequence[str],
@@ -119,12 +124,14 @@ class Queue:
         if self._is_closed:
             return
         self._is_closed = True
-        self._losses.report(force=True)
-        self._claims.close()
-        for mover in self._movers.values():
-            mover.close()
-        self._bell.close()
-        _registry.release(self._environment)
+        try:
+            self._losses.report(force=True)
+            self._claims.close()
+            for mover in self._movers.values():
+                mover.close()
+            self._bell.close()
+        finally:
+            _registry.release(self._environment)
 
     def _check_open(self) -> None:
         """

@@ -4,6 +4,7 @@
 # pylint: disable=protected-access
 
 import collections
+import gc
 import itertools
 import json
 import multiprocessing
@@ -14,16 +15,18 @@ import socket
 import subprocess
 import sys
 import threading
-from typing import Any, Counter, Dict, List, Tuple
+import types
+from typing import Any, Callable, Counter, Dict, List, Optional, Tuple
 
 import pytest
 
 import persipubsub.control
 import persipubsub.errors
+import persipubsub.maintenance._alone
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.environment import _registry
+from persipubsub.environment import _opening, _registry
 from tests import support
 
 FORKS = int(os.environ.get("PERSIPUBSUB_FORKS", "100"))
@@ -159,6 +162,65 @@ def test_nothing_stays_open(config_pth: pathlib.Path) -> None:
         sub.close()
         counts.append(len(os.listdir("/proc/self/fd")))
     assert counts[1:] == [counts[0]] * 3
+
+
+def interrupt(function: Callable[[], object], module: str,
+              point: int) -> Optional[KeyboardInterrupt]:
+    """Call a function; raise a KeyboardInterrupt at so many calls, or ends of calls, in a module."""
+    points = 0
+
+    def profile(frame: types.FrameType, event: str, _: object) -> None:
+        nonlocal points
+        if event not in ("call", "c_return") or os.path.basename(
+                frame.f_code.co_filename) != module:
+            return
+        # Who is interrupted before he could give a use back, or in a destructor, does not do it.
+        if frame.f_code.co_name in ("release", "__del__"):
+            return
+        points += 1
+        if points == point:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        function()
+    except KeyboardInterrupt as error:
+        return error
+    finally:
+        sys.setprofile(None)
+    return None
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["_gate.py", "_opening.py", "_environment.py", "_registry.py", "queue.py", "_wakeup.py"])
+def test_interrupt_at_any_call_of_opening_and_closing(config_pth: pathlib.Path,
+                                                      module: str) -> None:
+    settings = support.settings(config_pth)
+    fds = len(os.listdir("/proc/self/fd"))
+
+    def use() -> None:
+        queue = persipubsub.queue.Queue(settings)
+        try:
+            queue.close()
+        finally:
+            queue.close()
+
+    point = 1
+    while (error := interrupt(use, module, point)) is not None:
+        point += 1
+        assert not _registry._USERS
+        # While the frames are kept; and LMDB opens no store twice in a process.
+        with _opening.open_gate(settings.path, settings.options()._replace(busy_timeout_secs=0)):
+            pass
+        use()
+        del error
+        gc.collect()
+        with persipubsub.maintenance._alone.alone(settings.path, settings.options()):
+            pass
+        assert len(os.listdir("/proc/self/fd")) == fds
+    assert point > 3
 
 
 def test_queue_that_was_made_anew_is_another_one(tmp_path: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ import fcntl
 import mmap
 import os
 import time
-from typing import Final, Optional
+from typing import Callable, Final, Optional
 
 import persipubsub.environment._files
 import persipubsub.errors
@@ -25,7 +25,40 @@ _LONGEST_PAUSE_SECS: Final = 0.001
 _COURTESY_SECS: Final = 0.0001
 
 
-class Gate:
+class LockFile:
+    """
+    Hold the descriptor of a file that is locked with ``flock``.
+
+    It is closed, and with it the lock given back, when the object is dropped at the latest: a
+    KeyboardInterrupt may come in between the entry into ``close`` and its first instruction, and
+    nobody would know the number any more. With ``io.FileIO`` it would be a ResourceWarning then.
+    """
+
+    descriptor = -1  # for the destructor of what was never opened
+
+    def __init__(self, path: str) -> None:
+        """
+        Open the file, and create it if it is missing.
+
+        :param path: of the file
+        """
+        self.path = path
+        self.descriptor = persipubsub.environment._files.open_own_file(path)
+
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        """Close what nobody closed; at the end of the interpreter ``os`` may be gone."""
+        if self.descriptor >= 0:
+            _close(self.descriptor)
+
+    def close(self) -> None:
+        """Close the file, if it is open. A lock that is held is given back by that."""
+        # In this order, with no call between: the number is soon another file's.
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Gate(LockFile):
     """
     Guard the write transactions of one queue between processes.
 
@@ -41,8 +74,7 @@ class Gate:
 
         :param path: of the gate's file
         """
-        self.path = path
-        self.descriptor = persipubsub.environment._files.open_own_file(path)
+        super().__init__(path)
         try:
             with persipubsub.environment._files.translated(path=path, doing="extend"):
                 if os.fstat(self.descriptor).st_size < mmap.PAGESIZE:
@@ -50,7 +82,7 @@ class Gate:
                 self._page = persipubsub.environment._files.map_file(
                     self.descriptor, mmap.PAGESIZE)  # type: Optional[mmap.mmap]
         except BaseException:
-            os.close(self.descriptor)
+            super().close()
             raise
 
     def enter(self, deadline: float) -> bool:
@@ -82,12 +114,12 @@ class Gate:
             time.sleep(_COURTESY_SECS)
 
     def close(self) -> None:
-        """Close the gate's file. A lock that is held is given back by that."""
+        """Close the gate's file, if it is open. A lock that is held is given back by that."""
+        # The page has a descriptor of its own, which holds the lock as well.
         if self._page is not None:
             self._page.close()
             self._page = None
-            os.close(self.descriptor)
-            self.descriptor = -1
+        super().close()
 
 
 def busy_error(path: str, seconds: float) -> persipubsub.errors.BusyTimeoutError:

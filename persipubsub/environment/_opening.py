@@ -53,7 +53,7 @@ class Handles(NamedTuple):
     environment: lmdb.Environment
     databases: Databases
     gate: _gate.Gate  #: that writers pass
-    users_descriptor: int  #: holds a shared lock as long as the store is open
+    users: _gate.LockFile  #: holds a shared lock as long as the store is open
     was_interrupted: bool  #: the machine went down while the store, of ``os``, was in use
     was_restored: bool  #: ... and a checkpoint took its place
 
@@ -75,6 +75,9 @@ def open_gate(directory: str, options: Options) -> Iterator[None]:
                     directory, options.busy_timeout_secs))
         yield
     finally:
+        # With no call before it: whatever interrupts the rest must not leave the gate shut for as
+        # long as somebody keeps the exception, and with it this frame.
+        fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
         gate.close()
 
 
@@ -84,20 +87,18 @@ def open_store(directory: str, options: Options) -> Handles:
 
     :param directory: of the store
     :param options: how to open it
-    :return: what is to be given to :py:func:`close_store`
+    :return: what is to be closed, LMDB's environment first
     :raise StoreCorruptError: if the store is damaged
     :raise FormatError: if it is another program's, or of another version
     """
-    with contextlib.ExitStack() as undo:
-        gate = _gate.Gate(os.path.join(directory, _files.WRITE_GATE))
-        undo.callback(gate.close)
-        users_descriptor = _files.open_own_file(os.path.join(directory, _files.USERS))
-        undo.callback(os.close, users_descriptor)
-        fcntl.flock(users_descriptor, fcntl.LOCK_SH)
+    gate = _gate.Gate(os.path.join(directory, _files.WRITE_GATE))
+    users = _gate.LockFile(os.path.join(directory, _files.USERS))
+    environment = None
+    try:
+        fcntl.flock(users.descriptor, fcntl.LOCK_SH)
         was_interrupted = _was_interrupted(directory)
         was_restored = _check_files(directory, options, gate, was_interrupted)
         environment = _open_environment(directory, options)
-        undo.callback(environment.close)
         # py-lmdb opens them in a write transaction, and waits for it with the interpreter's lock
         # held: without the gate, a process stopped in the middle of a commit would freeze us.
         if not gate.enter(deadline=time.monotonic() + options.busy_timeout_secs):
@@ -112,20 +113,15 @@ def open_store(directory: str, options: Options) -> Handles:
             raise translate(error=error, directory=directory) from error
         finally:
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
-        undo.pop_all()
-        return Handles(environment, databases, gate, users_descriptor, was_interrupted,
-                       was_restored)
-
-
-def close_store(handles: Handles) -> None:
-    """
-    Close the files of a store.
-
-    :param handles: that were opened
-    """
-    handles.environment.close()
-    handles.gate.close()
-    os.close(handles.users_descriptor)
+        return Handles(environment, databases, gate, users, was_interrupted, was_restored)
+    except BaseException:
+        # Not with contextlib.ExitStack: a KeyboardInterrupt behind its pop_all would leave LMDB's
+        # environment open for as long as somebody keeps the exception.
+        if environment is not None:
+            environment.close()
+        gate.close()
+        users.close()
+        raise
 
 
 def check_alone(directory: str, handles: Handles) -> None:
@@ -150,11 +146,11 @@ def is_alone(handles: Handles) -> bool:
     :return: True if so
     """
     try:
-        fcntl.flock(handles.users_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handles.users.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     finally:
-        fcntl.flock(handles.users_descriptor, fcntl.LOCK_SH)
+        fcntl.flock(handles.users.descriptor, fcntl.LOCK_SH)
     return True
 
 

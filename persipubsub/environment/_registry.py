@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import threading
-from typing import ContextManager, Dict, Final, Iterator
+from typing import ContextManager, Dict, Final, Iterator, Tuple
 
 import persipubsub.errors
 from persipubsub.environment import _environment, _files, _opening
@@ -40,28 +40,56 @@ def acquire(directory: str,
         left to others, and nothing is to be written
     :return: environment, to be given to :py:func:`release` once
     """
-    with _REGISTRY_LOCK:
-        identity = _files.identify_store(directory)
-        environment = _REGISTRY.get(identity)
-        if environment is None:
-            environment = _environment.Environment(directory=directory, options=options)
-            environment.reopener = functools.partial(_reopen, environment)
-            environment.is_look = is_look
-            with _opening.open_gate(directory, options):
-                environment.open(adopts_durability=adopts_durability)
-                # A checkpoint may have taken the place of the file.
-                identity = _files.identify_store(directory)
-            _REGISTRY[identity] = environment
-            _USERS[identity] = 0
-        elif environment.options.keeps_os != options.keeps_os:
-            raise persipubsub.errors.ConfigError(
-                "Expected one durability for the queue {} in this process, but got two".format(
-                    directory))
-        if environment.is_look and not is_look:
-            with _opening.open_gate(directory, options):
-                environment.begin_work()
-        _USERS[identity] += 1
-        return environment
+    used = None
+    try:
+        with _REGISTRY_LOCK:
+            identity = _files.identify_store(directory)
+            environment = _REGISTRY.get(identity)
+            if environment is None:
+                identity, environment = _open(directory, options, adopts_durability, is_look)
+            elif environment.options.keeps_os != options.keeps_os:
+                raise persipubsub.errors.ConfigError(
+                    "Expected one durability for the queue {} in this process, but got two".format(
+                        directory))
+            if environment.is_look and not is_look:
+                with _opening.open_gate(directory, options):
+                    environment.begin_work()
+            # With no call between: a KeyboardInterrupt comes in behind calls, such as that at the
+            # end of the block.
+            if identity not in _USERS:
+                _USERS[identity] = 0
+            _USERS[identity] += 1
+            used = _REGISTRY[identity] = environment
+            return environment
+    except BaseException:
+        if used is not None:
+            release(used)
+        raise
+
+
+def _open(directory: str, options: _opening.Options, adopts_durability: bool,
+          is_look: bool) -> Tuple[_files.Identity, _environment.Environment]:
+    """
+    Open a store that this process has not open; hold the registry's lock.
+
+    :param directory: of the store
+    :param options: how to open it
+    :param adopts_durability: see :py:func:`acquire`
+    :param is_look: see :py:func:`acquire`
+    :return: what to register it by, and the environment
+    """
+    environment = _environment.Environment(directory=directory, options=options)
+    environment.reopener = functools.partial(_reopen, environment)
+    environment.is_look = is_look
+    try:
+        with _opening.open_gate(directory, options):
+            environment.open(adopts_durability=adopts_durability)
+            # A checkpoint may have taken the place of the file.
+            return _files.identify_store(directory), environment
+    except BaseException:
+        # Interrupted behind its opening: nobody else would ever close it.
+        environment.close()
+        raise
 
 
 def release(environment: _environment.Environment) -> None:
@@ -76,7 +104,12 @@ def release(environment: _environment.Environment) -> None:
                 _USERS[identity] -= 1
                 if _USERS[identity] == 0:
                     del _REGISTRY[identity], _USERS[identity]
-                    environment.close()
+                    try:
+                        environment.close()
+                    except BaseException:
+                        # Interrupted before it had closed the files, perhaps.
+                        environment.close()
+                        raise
 
 
 @contextlib.contextmanager
