@@ -26,7 +26,7 @@ import persipubsub.maintenance._alone
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.environment import _opening, _registry
+from persipubsub.environment import _files, _opening, _registry
 from tests import support
 
 FORKS = int(os.environ.get("PERSIPUBSUB_FORKS", "100"))
@@ -611,6 +611,44 @@ def test_multiprocessing(tmp_path: pathlib.Path, method: str) -> None:
     pub.close()
     sub.close()
     check(config_pth)
+
+
+def end_without_close(config_pth: pathlib.Path, has_thread: bool) -> None:
+    """Send in a process that multiprocessing started, and just end."""
+    pub, _ = open_pair(config_pth)
+    pub.send(b"message")
+    if has_thread:
+
+        def send_at_the_end() -> None:
+            threading.main_thread().join()
+            pub.send(b"of a thread")
+
+        threading.Thread(target=send_at_the_end).start()
+
+
+@pytest.mark.parametrize("has_thread", [False, True])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_child_of_multiprocessing_that_ends_without_close(tmp_path: pathlib.Path, method: str,
+                                                          has_thread: bool) -> None:
+    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=3600)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    context = multiprocessing.get_context(method)
+    process = context.Process(  # type: ignore
+        target=end_without_close, args=(config_pth, has_thread))
+    process.start()
+    process.join(support.HANG_SECS)
+    assert process.exitcode == 0
+    mark = tmp_path / "queue" / _files.RUNNING
+    assert mark.exists() == (has_thread and method != "spawn")
+    expected = [b"message", b"of a thread"] if has_thread else [b"message"]
+    if mark.exists():
+        # As after a power failure: the checkpoint takes the store's place.
+        mark.write_text("another boot", encoding="ascii")
+        expected = [b"message"]
+    pub, sub = open_pair(config_pth)
+    assert receive_all(sub) == expected
+    pub.close()
+    sub.close()
 
 
 def inherit_lease(pipe: support.Connection, config_pth: pathlib.Path) -> None:

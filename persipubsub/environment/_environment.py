@@ -363,6 +363,13 @@ class Environment(_transactions.Transactions):
             # Nobody else may notice what was written since the last checkpoint.
             self._cover()
 
+    def save(self) -> None:
+        """Make safe what this process sent to an ``os`` store so far, and go on using it."""
+        if (self.options.keeps_os and self._failure is None and self._handles is not None
+                and self._committed):
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+                self.secure_now()
+
     def _close_handles(self) -> None:
         """Close everything that is open."""
         handles, self._handles = self._handles, None

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import os
+import sys
 import threading
 from typing import ContextManager, Dict, Final, Iterator, Tuple
 
@@ -18,6 +19,9 @@ from persipubsub.environment import _environment, _files, _opening
 
 #: How long the end of the interpreter waits for a thread that is still at work, in seconds.
 _LEAVE_SECS: Final = 5.0
+
+#: After all finalizers of multiprocessing itself (its lowest is -100), and those of most others.
+_FINALIZER_PRIORITY: Final = -1000
 
 # Guards the registry, and with it opening and closing; the first lock to be taken.
 _REGISTRY_LOCK = threading.RLock()
@@ -81,6 +85,7 @@ def _open(directory: str, options: _opening.Options, adopts_durability: bool,
     environment = _environment.Environment(directory=directory, options=options)
     environment.reopener = functools.partial(_reopen, environment)
     environment.is_look = is_look
+    _watch_end_of_child()
     try:
         with _opening.open_gate(directory, options):
             environment.open(adopts_durability=adopts_durability)
@@ -138,6 +143,7 @@ def _reopen(environment: _environment.Environment) -> None:
     """
     with _REGISTRY_LOCK:
         if not environment.is_usable():
+            _watch_end_of_child()
             with _opening.open_gate(environment.directory, environment.options):
                 environment.open()
 
@@ -197,6 +203,51 @@ def _leave() -> None:
         for environment in _REGISTRY.values():
             environment.leave(_LEAVE_SECS)
         _REGISTRY_LOCK.release()
+
+
+# Process that watches already for its end as a child of multiprocessing.
+_WATCHED = 0
+
+
+def _watch_end_of_child() -> None:
+    """
+    Leave the stores at the end of a child of multiprocessing as well; hold the registry's lock.
+
+    Where it forks, it ends by ``os._exit``, so that ``atexit`` does nothing. Not at the import:
+    the child forgets the finalizers that it inherits.
+    """
+    global _WATCHED  # pylint: disable=global-statement
+    multiprocessing = sys.modules.get("multiprocessing")
+    # Not imported for it: that is slow. A child of it has it.
+    if (multiprocessing is None or _WATCHED == os.getpid()
+            or multiprocessing.process.parent_process() is None):
+        return
+    import multiprocessing.util  # pylint: disable=import-outside-toplevel
+    multiprocessing.util.Finalize(None, _leave_child, exitpriority=_FINALIZER_PRIORITY)
+    _WATCHED = os.getpid()
+
+
+def _leave_child() -> None:
+    """
+    Leave the stores at the end of a child of multiprocessing, as far as it is the end.
+
+    A spawned child has functions of ``atexit`` and threads to come, and a forked one may have
+    threads, which shall not get ClosedError: what was sent so far is made safe, no more. To wait
+    for the threads was rejected: those of ``concurrent.futures`` end only after this.
+    """
+    import multiprocessing  # pylint: disable=import-outside-toplevel
+    others = [
+        thread for thread in threading.enumerate()
+        if thread is not threading.current_thread() and not thread.daemon
+    ]
+    if not others and multiprocessing.get_start_method(allow_none=True) != "spawn":
+        _leave()
+    elif _REGISTRY_LOCK.acquire(timeout=_LEAVE_SECS):
+        try:
+            for environment in _REGISTRY.values():
+                environment.save()
+        finally:
+            _REGISTRY_LOCK.release()
 
 
 def _before_fork() -> None:
