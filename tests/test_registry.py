@@ -20,6 +20,7 @@ from typing import Any, Callable, Counter, Dict, List, Optional, Tuple
 
 import pytest
 
+import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.maintenance._alone
@@ -221,6 +222,27 @@ def test_interrupt_at_any_call_of_opening_and_closing(config_pth: pathlib.Path,
             pass
         assert len(os.listdir("/proc/self/fd")) == fds
     assert point > 3
+
+
+def test_larger_map_holds_at_once(tmp_path: pathlib.Path) -> None:
+    settings = support.settings(support.write_config(tmp_path))._replace(
+        max_bytes=1 << 20, strategy=persipubsub.config.Strategy.REJECT)
+    persipubsub.queue.Queue.ensure(settings, subscribers=["sub"])
+
+    def fill(queue: persipubsub.queue.Queue, count: int) -> None:
+        for _ in range(count):
+            queue.put([bytes(50000)])
+
+    with persipubsub.queue.Queue(settings) as old:
+        with pytest.raises(persipubsub.errors.QueueFullError):
+            fill(old, 1000)
+        with persipubsub.queue.Queue(settings._replace(max_bytes=1 << 25)) as new:
+            fill(new, 100)
+            fill(old, 100)
+            # A smaller one changes nothing.
+            with persipubsub.queue.Queue(settings) as smaller:
+                fill(smaller, 100)
+            assert not old.check()
 
 
 def test_queue_that_was_made_anew_is_another_one(tmp_path: pathlib.Path) -> None:

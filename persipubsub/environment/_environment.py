@@ -142,6 +142,31 @@ class Environment(_transactions.Transactions):
             self._begin_checkpoints()
         self.is_look = False
 
+    def enlarge(self, map_size: int) -> None:
+        """
+        Let the store become larger than it was allowed to be; hold the registry's lock.
+
+        :param map_size: largest size of the store in bytes
+        """
+        with contextlib.ExitStack() as stack:
+            for lock in self._locks():
+                stack.enter_context(lock)
+            if self._is_writing or self._is_reading:
+                # A signal handler in the middle of a transaction, whose map may not go away. The
+                # next one who opens the queue does it.
+                return
+            # In a forked child that did not use it yet, it is done by the reopening.
+            if self._handles is not None:
+                environment = self._handles.environment
+                try:
+                    if map_size > environment.info()["map_size"]:
+                        environment.set_mapsize(map_size)
+                except lmdb.Error as error:
+                    # The map may be gone; the next use opens the store as it was.
+                    self._close_handles()
+                    raise _opening.translate(error, self.directory) from error
+            self.options = self.options._replace(map_size=map_size)
+
     def _check_content(self) -> None:
         """
         Check the messages and positions of a store without checkpoints after a power failure.

@@ -37,7 +37,8 @@ def acquire(directory: str,
     Open a store, or share it if this process has it open already.
 
     :param directory: of the store
-    :param options: how to open it; those of the first user in the process hold
+    :param options:
+        how to open it; those of the first user in the process hold, but for a larger map
     :param adopts_durability: True to change the store's durability to that of the options
     :param is_look:
         True for who reads a little and is gone: checkpoints and the mark of a running store are
@@ -55,6 +56,8 @@ def acquire(directory: str,
                 raise persipubsub.errors.ConfigError(
                     "Expected one durability for the queue {} in this process, but got two".format(
                         directory))
+            if options.map_size > environment.options.map_size:
+                environment.enlarge(options.map_size)
             if environment.is_look and not is_look:
                 with _opening.open_gate(directory, options):
                     environment.begin_work()
