@@ -26,6 +26,10 @@ RESERVED_SUBSCRIBER_IDS: Final = frozenset(
 
 QUEUES_KEY: Final = "queues"
 
+#: Ids of publishers that the library makes up for itself begin with it: no file can have them. They
+#: name their subscribers even if these are all of the file, since a queue may have more.
+MADE_UP: Final = "\0"
+
 # A large file that is something else altogether would fill the memory with its problems.
 _MAX_PROBLEMS = 1000
 

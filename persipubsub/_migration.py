@@ -19,7 +19,7 @@ import msgspec.structs
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _delivery, _engines
+from persipubsub import _config_checks, _delivery, _engines
 from persipubsub._progress import Progress
 
 #: Messages that are moved at once, at most.
@@ -57,11 +57,10 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
     _engines.require_directory(config, queue_key)
     # Read anew, so that the path is checked as one in the file would be.
     queue = msgspec.structs.replace(config.queues[queue_key], path=target)
-    # No entry of a file has an empty name.
     alone = {
-        "\0" + subscriber: persipubsub.config.Publisher("\0" + subscriber, queue_key,
-                                                        (subscriber, ))
+        name: persipubsub.config.Publisher(name, queue_key, (subscriber, ))
         for subscriber in queue.subscribers
+        for name in (_config_checks.MADE_UP + subscriber, )
     }
     moved = msgspec.structs.replace(config,
                                     queues=types.MappingProxyType({

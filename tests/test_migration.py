@@ -88,6 +88,24 @@ def test_publishers_first(scene: Scene) -> None:
     assert received(scene.new) == {name: [b"new", b"old", b"newer"] for name in "abc"}
 
 
+def test_only_subscriber(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
+    scene = Scene(tmp_path, servers, publishers={"pub": ("a", )}, subscribers=("a", ))
+    # By now there is one more at the servers, which is not to get what was not sent to it.
+    more = write_config(tmp_path,
+                        path=scene.target,
+                        name="more.json",
+                        publishers={"pub": ("a", "b")},
+                        subscribers=("a", "b"))
+    persipubsub.control.initialize_all_dbs(more)
+    with open_pub(scene.old) as pub, open_pub(more) as new:
+        pub.send_many(numbered(3))
+        new.send(b"new")
+    assert persipubsub.control.migrate(scene.old, "queue", scene.target) == {"a": (3, 0)}
+    for name, expected in (("a", [b"new"] + numbered(3)), ("b", [b"new"])):
+        with open_sub(more, name) as sub:
+            assert drain(sub, timeout=0.3) == expected
+
+
 def test_consumers_keep_what_they_have(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_migration, "_PATIENCE_SECS", 0.5)
     with open_pub(scene.old) as pub, open_sub(scene.old, "a") as sub:

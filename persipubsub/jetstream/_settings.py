@@ -4,6 +4,7 @@ from typing import Any, Dict, Final, FrozenSet, NamedTuple, Optional, Sequence, 
 
 import persipubsub.config
 import persipubsub.errors
+from persipubsub import _config_checks
 from persipubsub.jetstream import _address
 
 #: The server remembers the ids of messages that long, so that a repeated publish is stored once.
@@ -26,7 +27,7 @@ class Settings(NamedTuple):
     strategy: str  #: what is done at a high-water mark
     wait_secs: float  #: how long one call waits for the servers
     subscribers: Tuple[str, ...]  #: ids of all subscribers
-    audiences: FrozenSet[Tuple[str, ...]]  #: of the publishers that do not address everybody
+    audiences: FrozenSet[Tuple[str, ...]]  #: of the publishers that name those they address
 
     @classmethod
     def of(cls, config: persipubsub.config.Config, queue_key: str) -> "Settings":
@@ -48,7 +49,9 @@ class Settings(NamedTuple):
         everybody = set(queue.subscribers)
         audiences = frozenset(
             tuple(sorted(publisher.subscribers)) for publisher in config.publishers.values()
-            if publisher.out_queue == queue_key and set(publisher.subscribers) != everybody)
+            if publisher.out_queue == queue_key and (
+                set(publisher.subscribers) != everybody
+                or publisher.identifier.startswith(_config_checks.MADE_UP)))
         return cls(path=queue.path,
                    address=address,
                    timeout_ns=int(mark.msg_timeout_secs * 1e9),
