@@ -644,6 +644,48 @@ def test_limits_are_brought_up_to_date(tmp_path: pathlib.Path,
     assert ask(servers, "CONSUMER.INFO.{}.sub".format(name))["config"]["ack_wait"] == 2 * 10**9
 
 
+@pytest.mark.parametrize("strategy, expected", [("reject", "QueueFullError"),
+                                                ("block", "QueueFullError"), ("prune_first", ""),
+                                                ("prune_last", "")])
+def test_limits_that_are_lowered_under_a_publisher(tmp_path: pathlib.Path,
+                                                   servers: jetstream_server.Servers, strategy: str,
+                                                   expected: str) -> None:
+    config_pth = deploy(tmp_path, servers, strategy=strategy)
+    path = persipubsub.config.read(config_pth).queues["queue"].path
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send_many(numbered(4))
+        # Beside a new file, an edit of the stream by hand does the same.
+        deploy(tmp_path,
+               servers,
+               path=path,
+               name="lower.json",
+               strategy=strategy,
+               MAX_MSGS_NUM=4,
+               HWM_LMDB_SIZE_BYTES=3000)
+        assert outcome(lambda: pub.send(b"4", timeout=0.2)) == expected
+        assert outcome(lambda: pub.send_many(numbered(4), timeout=0.2)) == expected
+        assert outcome(lambda: pub.send_many(numbered(5))) == "MessageTooLargeError"
+        assert outcome(lambda: pub.send(bytes(5000))) == "MessageTooLargeError"
+        assert drain(sub) == numbered(4)
+
+
+def test_limit_that_we_do_not_know(tmp_path: pathlib.Path,
+                                   servers: jetstream_server.Servers) -> None:
+    config_pth = deploy(tmp_path, servers, busy_timeout_secs=1)
+    name = settings_of(config_pth).address.stream
+    config = ask(servers, "STREAM.INFO." + name)["config"]
+    ask(servers, "STREAM.UPDATE." + name, **{
+        **config, "max_msgs_per_subject": 1,
+        "discard_new_per_subject": True
+    })
+    with open_pub(config_pth) as pub:
+        pub.send(b"hello")
+        begin = time.process_time()
+        # The latter if the server is slow in the end.
+        assert outcome(lambda: pub.send(b"more")) in ("QueueFullError", "UnavailableError")
+        assert time.process_time() - begin < 0.5
+
+
 # What the boundary has beside
 
 

@@ -6,9 +6,10 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 
 import asyncio
 import hashlib
+import math
 import time
 import uuid
-from typing import Dict, Final, List, NoReturn, Optional, Sequence, Tuple
+from typing import Dict, Final, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import persipubsub.errors
 from persipubsub import _losses
@@ -20,8 +21,9 @@ from persipubsub.store import _retention
 _GROUP_MESSAGES: Final = 512
 _GROUP_BYTES: Final = 1 << 20
 
-#: What a message takes beside its bytes, in bytes: its frame, its subject and its headers.
-_OVERHEAD_BYTES: Final = 256
+#: What a message takes beside its bytes, its subject and the values of its headers, at most, in
+#: bytes: its record in the server's files (34 with 2.10.27) and the names of the headers (51).
+_FRAME_BYTES: Final = 96
 
 #: Headers that the server counts as a part of the message, at most, in bytes.
 _HEADER_BYTES: Final = 192
@@ -29,6 +31,13 @@ _HEADER_BYTES: Final = 192
 #: How often a full queue is looked at by somebody who waits for room, in seconds.
 _FIRST_LOOK_SECS: Final = 0.01
 _LONGEST_LOOK_SECS: Final = 0.25
+
+
+class _Room(NamedTuple):
+    """Say what was found and done where a queue was looked at."""
+
+    is_scarce: bool  #: it is so full that others could take the room away
+    was_made: bool  #: messages were dropped for it, or it was waited for
 
 
 class Publishing:
@@ -84,7 +93,8 @@ class Publishing:
         until = None if timeout is None else time.monotonic() + timeout
         if len(messages) == 1:
             return await self._publish(subject, messages[0], ids[0], until)
-        if await self._make_room(len(messages), sum(map(len, messages)), until):
+        size = sum(self._size_of(subject, *both) for both in zip(messages, ids))
+        if (await self._make_room(len(messages), size, until)).is_scarce:
             # Somebody else may fill the queue in between: one after the other, so that a message
             # that is refused does not come behind those that follow it.
             numbers = [
@@ -154,8 +164,16 @@ class Publishing:
             except _errors.ApiError as error:
                 if error.err_code != _errors.LIMIT_REACHED:
                     raise
-                await self._make_room(1, len(message), until)
-                deadline = self._deadline()
+                size = self._size_of(subject, message, msg_id)
+                room = await self._make_room(1, size, until)
+                if room.was_made or self._waits(until):
+                    deadline = self._deadline()
+                elif time.monotonic() >= deadline:
+                    # For ever, it would be refused where we find room.
+                    raise
+                if not room.was_made:
+                    # Others made it in that moment, and may take it in the next.
+                    await asyncio.sleep(_FIRST_LOOK_SECS)
                 continue
             if answer.get("seq"):
                 return int(answer["seq"])
@@ -190,40 +208,78 @@ class Publishing:
 
     # Making room
 
-    async def _make_room(self, count: int, size: int, until: Optional[float]) -> bool:
+    def _size_of(self, subject: str, message: bytes, msg_id: str) -> int:
+        """
+        Tell what a message takes in the stream.
+
+        :param subject: of the message
+        :param message: its bytes
+        :param msg_id: of the message
+        :return: in bytes, a few more than the server counts
+        """
+        return len(message) + len(subject) + len(self._stream.name) + len(msg_id) + _FRAME_BYTES
+
+    def _waits(self, until: Optional[float]) -> bool:
+        """
+        Tell whether room is still to be waited for.
+
+        :param until: how long to wait, on the monotonic clock; None: for ever
+        :return: False if the time is over, or nobody waits by the strategy
+        """
+        return self._settings.strategy == "block" and (until is None or time.monotonic() < until)
+
+    async def _make_room(self, count: int, size: int, until: Optional[float]) -> _Room:
         """
         Make or wait for room, as the strategy says. If there is room it does nothing.
 
         :param count: of messages to come
-        :param size: of them, in bytes
+        :param size: of them in the stream, in bytes
         :param until: how long to wait for room, on the monotonic clock; None: for ever
-        :return: True if it is so full that others could take the room away
+        :return: what there is then
+        :raise MessageTooLargeError: if there is not enough even in the empty queue
         """
-        limits = self._settings.stream_config()
-        size += count * _OVERHEAD_BYTES
-        if count > 1 and size > limits["max_bytes"]:
-            raise persipubsub.errors.MessageTooLargeError(
-                "Expected a batch of at most {} bytes for the queue {} (HWM_LMDB_SIZE_BYTES, {} "
-                "bytes for each message beside its own included), but got: {} bytes".format(
-                    limits["max_bytes"], self._settings.path, _OVERHEAD_BYTES, size))
         pause = _FIRST_LOOK_SECS
+        was_made = False
         while True:
             async with self._room:
-                state = (await self._stream.info(self._deadline()))["state"]
-                messages, stored = state["messages"], state["bytes"]
-                if not messages or (messages + count <= limits["max_msgs"]
-                                    and stored + size <= limits["max_bytes"]):
-                    return bool(messages + 2 * count + 1000 > limits["max_msgs"]
-                                or stored + 2 * size > limits["max_bytes"])
+                info = await self._stream.info(self._deadline())
+                # Not those of our configuration: init may have lowered them meanwhile, or somebody
+                # by hand, and room that the server does not see would be found for ever.
+                limits = info["config"]
+                most_messages, most_bytes = _limit(limits["max_msgs"]), _limit(limits["max_bytes"])
+                self._check_fits(count, size, most_messages, most_bytes)
+                messages, stored = info["state"]["messages"], info["state"]["bytes"]
+                if not messages or (messages + count <= most_messages
+                                    and stored + size <= most_bytes):
+                    return _Room(is_scarce=(messages + 2 * count + 1000 > most_messages
+                                            or stored + 2 * size > most_bytes),
+                                 was_made=was_made)
+                was_made = True
                 if self._settings.strategy.startswith("prune"):
                     await self._prune(messages)
                     continue
-                if self._settings.strategy != "block" or (until is not None
-                                                          and time.monotonic() >= until):
+                if not self._waits(until):
                     await self._raise_full(messages)
             await asyncio.sleep(pause if until is
                                 None else max(0.001, min(pause, until - time.monotonic())))
             pause = min(2 * pause, _LONGEST_LOOK_SECS)
+
+    def _check_fits(self, count: int, size: int, most_messages: float, most_bytes: float) -> None:
+        """
+        Check that the stream could hold messages if it were empty.
+
+        :param count: of messages
+        :param size: of them in the stream, in bytes
+        :param most_messages: that the server lets it hold
+        :param most_bytes: that the server lets it hold
+        :raise MessageTooLargeError: if it could not
+        """
+        if count > most_messages or size > most_bytes:
+            raise persipubsub.errors.MessageTooLargeError(
+                "Expected at most {} messages (MAX_MSGS_NUM) and {} bytes (HWM_LMDB_SIZE_BYTES) at "
+                "once for the queue {}, which are the limits of its stream, but got: {} messages, "
+                "{} bytes with their frames and headers".format(most_messages, most_bytes,
+                                                                self._settings.path, count, size))
 
     async def _prune(self, messages: int) -> None:
         """
@@ -277,6 +333,16 @@ def _groups(messages: Sequence[bytes]) -> List[Tuple[int, int]]:
         size += len(message)
     groups.append((begin, len(messages)))
     return groups
+
+
+def _limit(found: int) -> float:
+    """
+    Read a limit of a stream.
+
+    :param found: as the server tells it
+    :return: limit; infinity if there is none
+    """
+    return found if found > 0 else math.inf
 
 
 def _to_id(msg_id: bytes) -> str:
