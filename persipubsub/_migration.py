@@ -25,6 +25,9 @@ from persipubsub._progress import Progress
 #: Messages that are moved at once, at most.
 _BATCH_MESSAGES: Final = 200
 
+#: What another engine takes for a message beside its bytes, at most: subject, headers and frame.
+_FRAME_BYTES: Final = 512
+
 #: After so many seconds without a message that could be moved, we give up.
 _PATIENCE_SECS: Final = 30.0
 
@@ -51,12 +54,16 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
     :param config: that describes it where it is
     :param queue_key: of the queue in ``queues``
     :param target: path of the queue where it is to be
-    :return: configuration; it has a publisher for each subscriber alone, beside those of the file
+    :return: configuration; it has a publisher for each subscriber alone, beside those of the file,
+        and drops nothing at the mark: moving is no reason to lose messages
     :raise ConfigError: if the target is none
     """
     _engines.require_directory(config, queue_key)
-    # Read anew, so that the path is checked as one in the file would be.
-    queue = msgspec.structs.replace(config.queues[queue_key], path=target)
+    # To look for room before each part was rejected: others may take it in between, and the
+    # strategy of the file would then drop messages for those that are moved.
+    mark = msgspec.structs.replace(config.queues[queue_key].high_water_mark,
+                                   strategy=persipubsub.config.Strategy.BLOCK)
+    queue = msgspec.structs.replace(config.queues[queue_key], path=target, high_water_mark=mark)
     alone = {
         name: persipubsub.config.Publisher(name, queue_key, (subscriber, ))
         for subscriber in queue.subscribers
@@ -95,7 +102,6 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
         engine.ensure_queue(moved, queue_key)
         progress.begin("messages", total=sum(lags.values()))
         with contextlib.closing(engine.open_queue(moved, queue_key)) as destination:
-            # A message that is as large as the mark of bytes takes it alone.
             mover = _Mover(source, destination, moved.queues[queue_key], progress)
             counts = {subscriber: mover.move(subscriber) for subscriber in lags}
         lags = _lags(source)
@@ -169,41 +175,32 @@ class _Mover:
         try:
             begin = 0
             for end in _cut(lease.messages, self._mark.size_bytes // 4):
-                messages = lease.messages[begin:end]
-                self._wait_for_room(messages)
-                self._destination.put(messages,
-                                      audience=(subscriber, ),
-                                      msg_ids=[
-                                          "{}\0{}\0{}".format(self._origin, subscriber,
-                                                              number).encode("utf-8")
-                                          for number in lease.numbers[begin:end]
-                                      ])
+                ids = [
+                    "{}\0{}\0{}".format(self._origin, subscriber, number).encode("utf-8")
+                    for number in lease.numbers[begin:end]
+                ]
+                self._put(lease.messages[begin:end], subscriber, ids)
                 begin = end
         except BaseException as error:
             lease.give_back(error)
             raise
         lease.acknowledge()
 
-    def _wait_for_room(self, messages: Sequence[bytes]) -> None:
+    def _put(self, messages: Sequence[bytes], subscriber: str, ids: Sequence[bytes]) -> None:
         """
-        Wait until nothing has to be dropped for messages; moving is no reason to lose any.
+        Put messages where they are to be, as soon as there is room.
 
         :param messages: to be put
+        :param subscriber: whose they are
+        :param ids: of the messages
         :raise QueueFullError: if there is no room for too long
         """
-        deadline = time.monotonic() + _PATIENCE_SECS
-        while True:
-            figures = self._destination.statistics()
-            if not figures.messages or (figures.messages + len(messages) <= self._mark.max_msgs_num
-                                        and figures.message_bytes + sum(map(len, messages))
-                                        <= self._mark.size_bytes):
-                return
-            if time.monotonic() >= deadline:
-                raise persipubsub.errors.QueueFullError(
-                    "Expected room in the queue {}, but got: {} messages wait in it; start its "
-                    "subscribers there, or raise its high-water mark, and repeat".format(
-                        figures.path, figures.messages))
-            time.sleep(_PAUSE_SECS)
+        try:
+            self._destination.put(messages, (subscriber, ), timeout=_PATIENCE_SECS, msg_ids=ids)
+        except persipubsub.errors.QueueFullError as error:
+            raise persipubsub.errors.QueueFullError(
+                "{}; start its subscribers there, or raise its high-water mark, and repeat".format(
+                    error)) from error
 
 
 def _cut(messages: Sequence[bytes], size: int) -> List[int]:
@@ -211,15 +208,16 @@ def _cut(messages: Sequence[bytes], size: int) -> List[int]:
     Cut messages into parts that are not too large.
 
     :param messages: to be cut
-    :param size: of a part, in bytes; a larger message is a part of its own
+    :param size: of a part with its frames, in bytes; a larger message is a part of its own
     :return: index behind the last message of each part
     """
     ends = []
     total = 0
     for index, message in enumerate(messages):
-        if total and total + len(message) > size:
+        taken = len(message) + _FRAME_BYTES
+        if total and total + taken > size:
             ends.append(index)
             total = 0
-        total += len(message)
+        total += taken
     ends.append(len(messages))
     return ends

@@ -1,11 +1,12 @@
 """Test that a queue moves to servers exactly, while it is in use and when the move is killed."""
 
+import contextlib
 import itertools
 import json
 import pathlib
 import signal
 import threading
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 import pytest
 
@@ -52,6 +53,26 @@ def received(config_pth: pathlib.Path) -> Dict[str, List[bytes]]:
         with open_sub(config_pth, name) as sub:
             found[name] = drain(sub, timeout=0.3)
     return found
+
+
+@contextlib.contextmanager
+def receiving(config_pth: pathlib.Path) -> Iterator[Dict[str, List[bytes]]]:
+    """Receive for all subscribers in the ``with`` block."""
+    is_over = threading.Event()
+    found = {name: [] for name in "abc"}  # type: Dict[str, List[bytes]]
+
+    def receive() -> None:
+        while not is_over.is_set():
+            for name, messages in received(config_pth).items():
+                found[name] += messages
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    try:
+        yield found
+    finally:
+        is_over.set()
+        thread.join(HANG_SECS)
 
 
 def test_everyone_gets_what_it_did_not_have_yet(scene: Scene) -> None:
@@ -127,22 +148,9 @@ def test_full_target_drops_nothing(tmp_path: pathlib.Path, servers: jetstream_se
         persipubsub.control.migrate(scene.old, "queue", scene.target)
     found = received(scene.new)
     monkeypatch.undo()
-    is_over = threading.Event()
-    rest = {name: [] for name in "abc"}  # type: Dict[str, List[bytes]]
-
-    def receive() -> None:
-        while not is_over.is_set():
-            for name, messages in received(scene.new).items():
-                rest[name] += messages
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    try:
+    with receiving(scene.new) as rest:
         persipubsub.control.migrate(scene.old, "queue", scene.target)
         until(lambda: set(lags(scene.new).values()) == {0}, "the subscribers")
-    finally:
-        is_over.set()
-        thread.join(HANG_SECS)
     assert {
         name: found[name] + rest[name]
         for name in "abc"
@@ -150,6 +158,21 @@ def test_full_target_drops_nothing(tmp_path: pathlib.Path, servers: jetstream_se
         name: numbered(10)
         for name in "abc"
     }
+
+
+@pytest.mark.parametrize("count, size", [(200, 20000), (600, 100000)])
+def test_frames_count_at_the_mark_of_bytes(tmp_path: pathlib.Path,
+                                           servers: jetstream_server.Servers, count: int,
+                                           size: int) -> None:
+    scene = Scene(tmp_path, servers, HWM_LMDB_SIZE_BYTES=size)
+    with open_pub(scene.old) as pub:
+        pub.send_many(numbered(count))
+    persipubsub.control.initialize_all_dbs(scene.new)
+    with receiving(scene.new) as found:
+        moved = persipubsub.control.migrate(scene.old, "queue", scene.target)
+        until(lambda: set(lags(scene.new).values()) == {0}, "the subscribers")
+    assert moved == {name: (count, 0) for name in "abc"}
+    assert found == {name: numbered(count) for name in "abc"}
 
 
 def test_wrong_targets(scene: Scene, tmp_path: pathlib.Path,
