@@ -12,6 +12,7 @@ import gc
 import pathlib
 import random
 import threading
+import time
 from typing import Any, AsyncIterator, Callable, Coroutine, List, Optional
 
 import pytest
@@ -21,11 +22,11 @@ import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 from persipubsub import _begun
-from persipubsub.jetstream import _loop, _pulling, _settings
+from persipubsub.jetstream import _loop, _publishing, _pulling, _settings, _stream
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
-from tests.test_jetstream import ask
+from tests.test_jetstream import ask, open_queue
 
 #: Threads of an object and of the engine, however many tasks wait.
 _FEW_THREADS = 4
@@ -255,6 +256,97 @@ async def test_sending_needs_no_threads(config_pth: pathlib.Path,
             assert msgs == numbered(count)
 
 
+@jetstream_server.needs_server
+@pytest.mark.parametrize("mark", [1000000, 2000])
+def test_batches_and_messages_are_in_the_order_of_the_calls(tmp_path: pathlib.Path,
+                                                            servers: jetstream_server.Servers,
+                                                            mark: int) -> None:
+    """With the lower mark, the server is asked for each message of the larger batch by itself."""
+    config_pth = jetstream_server.deploy(tmp_path, servers, MAX_MSGS_NUM=mark)
+    messages = numbered(1000)
+
+    async def main() -> None:
+        async with opened(config_pth) as (pub, sub):
+            await asyncio.gather(pub.send_many(messages[:3]), pub.send(messages[3]),
+                                 pub.send(messages[4]), pub.send_many(messages[5:900]),
+                                 pub.send(messages[900]), pub.send_many(messages[901:903]),
+                                 *map(pub.send, messages[903:]))
+            async with sub.receive_many(2000, timeout=HANG_SECS) as msgs:
+                assert msgs == messages
+
+    run(main())
+
+
+@jetstream_server.needs_server
+def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: pathlib.Path,
+                                                   servers: jetstream_server.Servers) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, servers, MAX_MSGS_NUM=4, strategy="block")
+
+    async def main() -> None:
+        async with opened(config_pth) as (pub, sub):
+            await pub.send_many(numbered(3))
+            waiting = asyncio.ensure_future(pub.send_many([b"a", b"b"]))
+            # Its call comes first, and there is room for this one only.
+            await asyncio.sleep(0)
+            await asyncio.wait_for(pub.send(b"3"), HANG_SECS)
+            assert not waiting.done()
+            async with sub.receive_many(4, timeout=HANG_SECS) as msgs:
+                assert msgs == numbered(4)
+            await asyncio.wait_for(waiting, HANG_SECS)
+            assert [await receive(sub), await receive(sub)] == [b"a", b"b"]
+
+    run(main())
+
+
+@jetstream_server.needs_server
+def test_call_that_comes_when_a_batch_is_begun_is_behind_it(
+        config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_room = _publishing.Publishing._make_room
+
+    async def make_room_late(publishing: _publishing.Publishing, *arguments: Any) -> Any:
+        room = await make_room(publishing, *arguments)
+        # In front of the tasks of the batch, the loop runs this one.
+        others.append(asyncio.ensure_future(publishing.put([b"3"], None, None, None)))
+        return room
+
+    others = []  # type: List[asyncio.Future[int]]
+    monkeypatch.setattr(_publishing.Publishing, "_make_room", make_room_late)
+    with open_queue(config_pth) as queue, open_sub(config_pth) as sub:
+        assert queue.put(numbered(3)) == 1
+
+        async def other() -> int:
+            return await others[0]
+
+        assert queue.run(other) == 4
+        assert drain(sub) == numbered(4)
+
+
+@jetstream_server.needs_server
+def test_who_is_behind_others_that_are_served_waits_for_servers_as_long_as_they(
+        config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []  # type: List[float]
+
+    async def require_interest(_: object, __: object, deadline: float) -> None:
+        left.append(deadline - time.monotonic())
+
+    with open_queue(config_pth, wait_secs=0.5) as queue:
+        monkeypatch.setattr(_stream.Stream, "require_interest", require_interest)
+
+        async def work() -> None:
+            publishing = queue._publishing
+            assert publishing is not None
+            for is_served in (False, True):
+                async with publishing._order:
+                    put = asyncio.ensure_future(publishing.put([b"hello"], None, None, None))
+                    await asyncio.sleep(0.6)
+                    if is_served:
+                        await publishing._publish(queue.settings.subject(None), b"", "id", None)
+                await put
+
+        queue.run(work)
+    assert left[0] < 0 < left[1]
+
+
 @on_server
 async def test_closing_while_tasks_wait(config_pth: pathlib.Path,
                                         servers: jetstream_server.Servers) -> None:
@@ -325,7 +417,8 @@ def test_who_sends_does_not_wait_for_each_other_where_servers_are_away(
             await pub.send(b"hello")
             servers.servers[0].kill()
             async with asyncio.timeout(HANG_SECS):
-                found = await asyncio.gather(*(pub.send(b"lost") for _ in range(100)),
+                found = await asyncio.gather(*(pub.send(b"lost") for _ in range(50)),
+                                             *(pub.send_many([b"lost"] * 2) for _ in range(50)),
                                              return_exceptions=True)
             assert {type(one) for one in found} == {persipubsub.errors.UnavailableError}
 

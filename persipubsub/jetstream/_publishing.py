@@ -40,6 +40,39 @@ class _Room(NamedTuple):
     was_made: bool  #: messages were dropped for it, or it was waited for
 
 
+class _Turn:
+    """Hold the lock that keeps calls in their order, as long as the block or until it is ended."""
+
+    def __init__(self, order: asyncio.Lock) -> None:
+        """
+        Initialize without the lock.
+
+        :param order: to be held
+        """
+        self._order = order
+        self._is_held = False
+
+    async def __aenter__(self) -> "_Turn":
+        """
+        Wait until it is our turn.
+
+        :return: itself
+        """
+        await self._order.acquire()
+        self._is_held = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let the next one be served."""
+        self.end()
+
+    def end(self) -> None:
+        """Let the next one be served already now; it may be ended twice."""
+        if self._is_held:
+            self._is_held = False
+            self._order.release()
+
+
 class Publishing:
     """Put messages into one stream."""
 
@@ -59,9 +92,12 @@ class Publishing:
         # else is locked while it is held.
         self._catching_up = asyncio.Lock()
         self._caught_up = 0.0
-        # Guards what is asked before a message is published: who has to wait for an answer is not
-        # overtaken, so that messages are in the order of the calls. It is taken before _room.
+        # Guards what is asked before messages are published, and the writing of batches: who has to
+        # wait for an answer is not overtaken, so that messages are in the order of the calls. It is
+        # taken before _room.
         self._order = asyncio.Lock()
+        # When the servers answered to a message last, on the monotonic clock.
+        self._answered = 0.0
         # Guards the making of room: coroutines that find the queue full at once prune it once.
         self._room = asyncio.Lock()
 
@@ -77,47 +113,66 @@ class Publishing:
             the server's window
         :return: number of the first message
         """
-        settings = self._settings
         # Before the lock: nobody waits longer for servers that are away than the first one.
-        deadline = self._deadline()
-        async with self._order:
+        begin = time.monotonic()
+        async with _Turn(self._order) as turn:
+            # Behind others that are served, the servers are not away.
+            deadline = self._deadline(max(begin, self._answered))
             await self._check_payload(messages, deadline)
             await self._stream.require_interest(audience, deadline)
+            subject = self._settings.subject(audience)
+            unique = uuid.uuid4().hex
+            ids = [
+                "{}.{}".format(unique, index) if msg_id is None else _to_id(msg_id)
+                for index, msg_id in enumerate(msg_ids or [None] * len(messages))
+            ]
+            until = None if timeout is None else begin + timeout
+            if len(messages) > 1:
+                return await self._put_batch(subject, messages, ids, until, turn)
         # Up to the moment in which the message is written, nothing is awaited that suspends us.
-        subject = settings.subject(audience)
-        unique = uuid.uuid4().hex
-        ids = [
-            "{}.{}".format(unique, index) if msg_id is None else _to_id(msg_id)
-            for index, msg_id in enumerate(msg_ids or [None] * len(messages))
-        ]
-        until = None if timeout is None else time.monotonic() + timeout
-        if len(messages) == 1:
-            return await self._publish(subject, messages[0], ids[0], until)
+        return await self._publish(subject, messages[0], ids[0], until)
+
+    async def _put_batch(self, subject: str, messages: Sequence[bytes], ids: Sequence[str],
+                         until: Optional[float], turn: _Turn) -> int:
+        """
+        Publish several messages, in order.
+
+        :param subject: of the messages
+        :param messages: to be published
+        :param ids: of the messages
+        :param until: how long to wait for room, on the monotonic clock; None: for ever
+        :param turn: of this call; ended as soon as all of them are written
+        :return: number of the first message
+        """
         size = sum(self._size_of(subject, *both) for both in zip(messages, ids))
-        if (await self._make_room(len(messages), size, until)).is_scarce:
+        numbers = []  # type: List[int]
+        if (await self._make_room(len(messages), size, until, turn)).is_scarce:
             # Somebody else may fill the queue in between: one after the other, so that a message
             # that is refused does not come behind those that follow it.
-            numbers = [
-                await self._publish(subject, message, one, until)
-                for message, one in zip(messages, ids)
-            ]
+            for message, one in zip(messages, ids):
+                numbers.append(await self._publish(subject, message, one, until, turn))
             return numbers[0]
-        numbers = []
         for begin, end in _groups(messages):
-            numbers += await asyncio.gather(
-                *(self._publish(subject, message, one, until)
-                  for message, one in zip(messages[begin:end], ids[begin:end])))
+            group = asyncio.gather(*(self._publish(subject, message, one, until, turn)
+                                     for message, one in zip(messages[begin:end], ids[begin:end])))
+            if end == len(messages):
+                # All of them are begun by then, and write before they suspend for the first time.
+                await asyncio.sleep(0)
+                turn.end()
+            numbers += await group
         return numbers[0]
 
-    def _deadline(self) -> float:
+    def _deadline(self, begin: Optional[float] = None) -> float:
         """
         Bound the wait for the servers.
 
+        :param begin: of the wait, on the monotonic clock; now if not given
         :return: on the monotonic clock
         """
         # A publish that is repeated later than the server remembers ids would be stored twice.
         window = float(self._settings.stream_config()["duplicate_window"]) / 1e9
-        return time.monotonic() + min(self._settings.wait_secs, max(1.0, window / 2))
+        begin = time.monotonic() if begin is None else begin
+        return begin + min(self._settings.wait_secs, max(1.0, window / 2))
 
     async def _check_payload(self, messages: Sequence[bytes], deadline: float) -> None:
         """
@@ -136,8 +191,12 @@ class Publishing:
                 "server is {}), but got: {} bytes".format(limit, self._settings.path,
                                                           client.max_payload, largest))
 
-    async def _publish(self, subject: str, message: bytes, msg_id: str,
-                       until: Optional[float]) -> int:
+    async def _publish(self,
+                       subject: str,
+                       message: bytes,
+                       msg_id: str,
+                       until: Optional[float],
+                       turn: Optional[_Turn] = None) -> int:
         """
         Publish one message, until it is stored or the time is over.
 
@@ -145,6 +204,7 @@ class Publishing:
         :param message: to be published
         :param msg_id: the same one each time, so that it is stored once
         :param until: how long to wait for room, on the monotonic clock; None: for ever
+        :param turn: of this call, ended before room is waited for; None if it is over
         :return: its number
         """
         headers = {"Nats-Msg-Id": msg_id, "Nats-Expected-Stream": self._stream.name}
@@ -165,7 +225,7 @@ class Publishing:
                 if error.err_code != _errors.LIMIT_REACHED:
                     raise
                 size = self._size_of(subject, message, msg_id)
-                room = await self._make_room(1, size, until)
+                room = await self._make_room(1, size, until, turn)
                 if room.was_made or self._waits(until):
                     deadline = self._deadline()
                 elif time.monotonic() >= deadline:
@@ -175,6 +235,7 @@ class Publishing:
                     # Others made it in that moment, and may take it in the next.
                     await asyncio.sleep(_FIRST_LOOK_SECS)
                 continue
+            self._answered = time.monotonic()
             if answer.get("seq"):
                 return int(answer["seq"])
             # Known by its id, and not stored: its leader died in between, and it may be lost.
@@ -228,13 +289,15 @@ class Publishing:
         """
         return self._settings.strategy == "block" and (until is None or time.monotonic() < until)
 
-    async def _make_room(self, count: int, size: int, until: Optional[float]) -> _Room:
+    async def _make_room(self, count: int, size: int, until: Optional[float],
+                         turn: Optional[_Turn]) -> _Room:
         """
         Make or wait for room, as the strategy says. If there is room it does nothing.
 
         :param count: of messages to come
         :param size: of them in the stream, in bytes
         :param until: how long to wait for room, on the monotonic clock; None: for ever
+        :param turn: of this call, ended before room is waited for; None if it is over
         :return: what there is then
         :raise MessageTooLargeError: if there is not enough even in the empty queue
         """
@@ -260,6 +323,9 @@ class Publishing:
                     continue
                 if not self._waits(until):
                     await self._raise_full(messages)
+            if turn is not None:
+                # It may take for ever, and there may be room for others that send less.
+                turn.end()
             await asyncio.sleep(pause if until is
                                 None else max(0.001, min(pause, until - time.monotonic())))
             pause = min(2 * pause, _LONGEST_LOOK_SECS)
