@@ -686,6 +686,34 @@ def test_limit_that_we_do_not_know(tmp_path: pathlib.Path,
         assert time.process_time() - begin < 0.5
 
 
+def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
+                                                  servers: jetstream_server.Servers) -> None:
+    gone = tuple("gone.{}".format(number) for number in range(300))
+    path = servers.path("gone")
+    deploy(tmp_path, servers, path=path, subscribers=("sub", ) + gone)
+    config_pth = deploy(tmp_path, servers, path=path, MAX_MSGS_NUM=2, strategy="reject")
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send_many(numbered(2))
+        assert drain(sub) == numbered(2)
+        with pytest.raises(persipubsub.errors.QueueFullError, match="2 of them for 'gone"):
+            pub.send(b"2")
+    # Of somebody else: it is no subscriber.
+    ask(servers,
+        "CONSUMER.CREATE.gone.other",
+        stream_name="gone",
+        config={
+            "name": "other",
+            "durable_name": "other",
+            "ack_policy": "explicit"
+        })
+    figures = persipubsub.control.statistics(config_pth)["queue"].subscribers
+    assert {one.subscriber: one.lag for one in figures} == {"sub": 0, **dict.fromkeys(gone, 2)}
+    for name in ["other", *map(_address.durable_of, gone)]:
+        ask(servers, "CONSUMER.DELETE.gone." + name)
+    with open_pub(config_pth) as pub:
+        pub.send(b"2")
+
+
 # What the boundary has beside
 
 

@@ -159,3 +159,13 @@ def is_ours(stream_config: Dict[str, Any]) -> bool:
     :return: True if this library made it
     """
     return bool((stream_config.get("metadata") or {}).get(_MARK) == "1")
+
+
+def subscriber_of(consumer_config: Dict[str, Any]) -> Optional[str]:
+    """
+    Find out whose consumer it is.
+
+    :param consumer_config: of a consumer, as the server tells it
+    :return: id of the subscriber; None if this library did not make it
+    """
+    return (consumer_config.get("metadata") or {}).get(_MARK)

@@ -7,7 +7,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 import asyncio
 import datetime
 import time
-from typing import Any, Dict, Final, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Final, Iterable, List, Optional, Sequence, Tuple
 
 import persipubsub.errors
 from persipubsub.jetstream import _address, _errors, _link, _settings
@@ -37,6 +37,8 @@ class Stream:
         self.name = settings.address.stream
         #: Time of the servers minus ours, in nanoseconds, as far as we know.
         self.offset_ns = 0
+        # Consumers of the stream when it was looked at last.
+        self._consumer_count = 0
         # By audience: when it was seen that each of its subscribers wants its subject.
         self._interest = {}  # type: Dict[Optional[Tuple[str, ...]], float]
 
@@ -127,6 +129,7 @@ class Stream:
                                                       answer["config"].get("subjects")))
         if answer.get("ts"):
             self.offset_ns = to_ns(answer["ts"]) - (before_ns + time.time_ns()) // 2
+        self._consumer_count = int(answer["state"].get("consumer_count", 0))
         return answer
 
     def now_ns(self) -> int:
@@ -199,7 +202,7 @@ class Stream:
 
             await self._each(subscribers, check)
         else:
-            names = await self._names(deadline)
+            names = set(await self._consumers("NAMES", deadline))
             for subscriber in subscribers:
                 if (_address.durable_of(subscriber) not in names
                         and await self.consumer_info(subscriber, deadline) is None):
@@ -207,21 +210,22 @@ class Stream:
                     raise self._missing(subscriber)
         self._interest[audience] = now
 
-    async def _names(self, deadline: float) -> Set[str]:
+    async def _consumers(self, verb: str, deadline: float) -> List[Any]:
         """
-        List the consumers.
+        List the consumers, page by page.
 
+        :param verb: ``NAMES`` for their names, ``LIST`` for what the servers know of them
         :param deadline: on the monotonic clock
-        :return: their names
+        :return: names, or what is known of each
         """
-        names = set()  # type: Set[str]
+        consumers = []  # type: List[Any]
         while True:
-            answer = await self.link.api("CONSUMER.NAMES." + self.name, {"offset": len(names)},
-                                         deadline)
-            found = answer.get("consumers") or []
-            names.update(found)
-            if not found or len(names) >= answer["total"]:
-                return names
+            answer = await self.link.api("CONSUMER.{}.{}".format(verb, self.name),
+                                         {"offset": len(consumers)}, deadline)
+            page = answer.get("consumers") or []
+            consumers += page
+            if not page or len(consumers) >= answer["total"]:
+                return consumers
 
     def _missing(self, subscriber: str) -> persipubsub.errors.NotInitializedError:
         """
@@ -236,7 +240,10 @@ class Stream:
 
     async def infos(self, deadline: float) -> Dict[str, Dict[str, Any]]:
         """
-        Ask for what the servers know of all subscribers of the configuration.
+        Ask for what the servers know of all subscribers.
+
+        Those that were taken out of the configuration are among them: they hold messages as long as
+        they have a consumer.
 
         :param deadline: on the monotonic clock
         :return: by id; those without a consumer are left out
@@ -249,6 +256,12 @@ class Stream:
                 found[subscriber] = info
 
         await self._each(self.settings.subscribers, ask)
+        if self._consumer_count > len(found):
+            # Not in the first place: a page of all takes the server longer than one of them.
+            for info in await self._consumers("LIST", deadline):
+                subscriber = _settings.subscriber_of(info["config"])
+                if subscriber is not None:
+                    found.setdefault(subscriber, info)
         return found
 
     async def lags(self, deadline: float) -> Dict[str, int]:
