@@ -557,6 +557,64 @@ def test_full_output_leaves_the_message(tmp_path: pathlib.Path) -> None:
     assert lag(config_pth) == 1
 
 
+#: As in most containers: nothing is between a write of Python and the system.
+UNBUFFERED = ["env", "PYTHONUNBUFFERED=1"]
+
+
+@pytest.mark.parametrize("prefix", [[], UNBUFFERED])
+@pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
+def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options: List[str],
+                                                prefix: List[str]) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"x" * 1000000)
+    with start("receive", config_pth, "sub", *options, prefix=prefix) as process:
+        assert process.stdout is not None
+        # A pipe that takes a part of a write, and no more.
+        os.read(process.stdout.fileno(), 10)
+        process.stdout.close()
+        assert process.wait(timeout=support.HANG_SECS) == 0
+    assert lag(config_pth) == 1
+
+
+@pytest.mark.parametrize("prefix", [[], UNBUFFERED])
+@pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
+def test_output_that_does_not_block_gets_all(tmp_path: pathlib.Path, options: List[str],
+                                             prefix: List[str]) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"x" * 5000] * 100)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(reader, "rb") as output:
+        process = start("receive",
+                        config_pth,
+                        "sub",
+                        "--number",
+                        "100",
+                        *options,
+                        prefix=prefix,
+                        stdout=writer)
+        os.close(writer)
+        assert select.select([output], [], [], support.HANG_SECS)[0]
+        time.sleep(0.2)  # until the pipe is full
+        written = output.read()
+        assert process.communicate(timeout=support.HANG_SECS)[1] == b""
+    assert process.returncode == 0
+    if "--json" in options:
+        written = b"".join(
+            base64.b64decode(json.loads(line)["base64"]) for line in written.splitlines())
+    assert written.count(b"x") == 500000
+    assert lag(config_pth) == 0
+
+
+def test_each_line_is_written_at_once_without_buffers(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    with start("stat", config_pth, "--watch", "--interval", "3600", "--json",
+               prefix=UNBUFFERED) as process:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], support.HANG_SECS)[0]
+        process.kill()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["tail", "--number", "1"], ["receive", "sub", "--number", "2", "--timeout", "inf"],
