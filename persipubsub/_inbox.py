@@ -13,6 +13,7 @@ waits for any more is given back at once, wherever that is noticed.
 import asyncio
 import functools
 import os
+import threading
 import time
 import weakref
 from typing import Callable, Dict, Final, List, Optional, cast
@@ -40,12 +41,22 @@ class _Waiter:
         self.pause = pause
         self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
 
+    def is_like(self, other: "_Waiter") -> bool:
+        """
+        Tell whether a task can have what was taken for another one.
+
+        :param other: task
+        :return: True if both want the same
+        """
+        return (self.max_messages, self.is_newest) == (other.max_messages, other.is_newest)
+
 
 class Inbox:  # pylint: disable=too-many-instance-attributes
     """
     Wait for the tasks of one loop.
 
-    Everything happens in the thread of the loop, but for :py:meth:`_look` and :py:meth:`close`.
+    Everything happens in the thread of the loop, but for :py:meth:`_look`, :py:meth:`_return_all`
+    and :py:meth:`close`.
     """
 
     def __init__(self, consumer: _engines.WakingConsumer, workers: _workers.Workers,
@@ -67,6 +78,9 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         # While a worker looks, the ticket is its own; what comes meanwhile asks for another look.
         self._is_looking = False
         self._looks_again = False
+        # What nobody waits for any more, and a lock for whoever gives it back.
+        self._returns: List[_engines.Lease] = []
+        self._returning = threading.Lock()
         self._ticket: Optional[_wakeup.Ticket] = None
         # A duplicate of inotify's descriptor: the loop may watch it even after the bell was closed.
         self._watched = -1
@@ -106,17 +120,35 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         future = waiter.future
         # Cancelled after the lease was there, but before the task went on.
         if future.done() and not future.cancelled() and future.exception() is None:
-            self._give_back(future.result())
+            lease = future.result()
+            if lease is not None:
+                self._pass_on(waiter, lease)
         self._rest_if_idle()
 
-    def _give_back(self, lease: Optional[_engines.Lease]) -> None:
+    def _pass_on(self, waiter: _Waiter, lease: _engines.Lease) -> None:
         """
-        Let others have messages that nobody waits for any more.
+        Let the first task that waits have messages; without any, let others have them.
 
+        :param waiter: for whom they were taken; may be gone, or may have those of one that is gone
         :param lease: of the messages
         """
-        if lease is not None:
-            self._workers.submit(functools.partial(_give_back, lease))
+        for other in self._waiters:
+            if other.is_like(waiter) and not other.future.done():
+                del self._waiters[other]
+                other.future.set_result(lease)
+                return
+        self._returns.append(lease)
+        self._workers.submit(self._return_all)
+
+    def _return_all(self) -> None:
+        """
+        Give back what nobody waits for any more, in a worker thread.
+
+        A look does so first: while another thread was at it, it would find what comes later.
+        """
+        with self._returning:
+            while self._returns:
+                _give_back(self._returns.pop(0))
 
     # Looking
 
@@ -144,6 +176,7 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         error: Optional[BaseException] = None
         pause = 0.0
         try:
+            self._return_all()
             if self._ticket is not None:
                 if self._ticket.closed:
                     raise persipubsub.errors.ClosedError(
@@ -193,11 +226,7 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         """
         self._is_looking = False
         for waiter, lease in zip(waiters, leases):
-            if waiter in self._waiters and not waiter.future.done():
-                del self._waiters[waiter]
-                waiter.future.set_result(lease)
-            else:
-                self._give_back(lease)
+            self._pass_on(waiter, lease)
 
         missed = waiters[len(leases):]
         if isinstance(error, persipubsub.errors.CorruptMessageError):

@@ -988,6 +988,77 @@ async def test_cancelled_receive_gives_back_what_came_meanwhile(face: faces.Face
             assert await sub.front() is None
 
 
+@pytest.mark.usefixtures("leases")
+@on_loops
+@scenario
+async def test_cancelled_receives_keep_the_order(face: faces.Face, config_pth: pathlib.Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    give_back = CountedLease.give_back
+
+    def give_back_slowly(self: CountedLease, error: Optional[BaseException] = None) -> None:
+        time.sleep(0.05)
+        give_back(self, error)
+
+    monkeypatch.setattr(CountedLease, "give_back", give_back_slowly)
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many([b"first", b"second"])
+        waiting = asyncio.ensure_future(receive(sub, None))
+        inbox = sub._inbox_of(sub._sub.prepare(0, 1)[0])
+        await asyncio.sleep(0)
+        while inbox._waiters:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        # Another worker is still giving the first one back when this one begins to look.
+        assert await drain(sub) == [b"first", b"second"]
+
+
+@pytest.mark.usefixtures("leases")
+@pytest.mark.parametrize("is_taken", [False, True])
+@on_loops
+@scenario
+async def test_next_task_gets_what_a_cancelled_one_waited_for(face: faces.Face,
+                                                              config_pth: pathlib.Path,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              is_taken: bool) -> None:
+    returned: List[CountedLease] = []
+    give_back = CountedLease.give_back
+
+    def note(self: CountedLease, error: Optional[BaseException] = None) -> None:
+        returned.append(self)
+        give_back(self, error)
+
+    monkeypatch.setattr(CountedLease, "give_back", note)
+    may_look = threading.Semaphore(0)
+    async with opened(face, config_pth) as (pub, sub):
+        inbox = sub._inbox_of(sub._sub.prepare(0, 1)[0])
+        look = inbox._look
+
+        def look_late(*arguments: Any) -> None:
+            assert may_look.acquire(timeout=support.HANG_SECS)
+            look(*arguments)
+
+        monkeypatch.setattr(inbox, "_look", look_late)
+        await pub.send_many([b"first", b"second"])
+        # Only the first one is looked for: the second comes while a worker is at it.
+        cancelled, waiting = [asyncio.ensure_future(receive(sub, None)) for _ in range(2)]
+        await asyncio.sleep(0)
+        if is_taken:
+            may_look.release()
+            while len(inbox._waiters) == 2:
+                await asyncio.sleep(0)
+            cancelled.cancel()
+        else:
+            cancelled.cancel()
+            await asyncio.sleep(0)
+            may_look.release()
+        assert await waiting == b"first"
+        assert not returned
+        may_look.release(2)
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert await receive(sub, 0) == b"second"
+
+
 @on_loops
 @scenario
 async def test_cancelled_acknowledgement_is_made_anyway(face: faces.Face,
