@@ -5,6 +5,7 @@
 import os
 import pathlib
 import signal
+import struct
 import threading
 from typing import Any, Callable, List, Tuple
 
@@ -229,6 +230,37 @@ def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: pathlib.Pa
     path.write_bytes(path.read_bytes().replace(b"some content", b"what content"))
     with pytest.raises(persipubsub.errors.StoreCorruptError, match="checksum"):
         persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "queue"]
+
+
+@pytest.mark.parametrize("action", ["backup", "compact"])
+def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: pathlib.Path, action: str) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, *[b"%d." % number * 300 for number in range(100)])
+    path = tmp_path / "queue" / "data.mdb"
+    content = bytearray(path.read_bytes())
+    # The root of the newer of the two trees, behind the number of whose transaction it is.
+    newer = max((0, 4096), key=lambda meta: struct.unpack_from("=Q", content, meta + 144))
+    root = struct.unpack_from("=Q", content, newer + 128)[0] * 4096
+    # In the middle of the messages comes the root again: who walks over all pages never ends.
+    leaves = [
+        page for page in range(8192, len(content), 4096) if b"50.50." in content[page:page + 4096]
+    ]
+    for page in leaves:
+        content[page:page + 4096] = content[root:root + 4096]
+    path.write_bytes(content)
+    before = support.snapshot(tmp_path / "queue")
+
+    def copy() -> None:
+        if action == "backup":
+            persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+        else:
+            persipubsub.control.compact(config_pth, "queue")
+
+    assert support.outcomes_in_child(copy) == ["StoreCorruptError"]
+    with pytest.raises(persipubsub.errors.StoreCorruptError, match="data.mdb to be sound"):
+        copy()
+    assert support.snapshot(tmp_path / "queue")["data.mdb"] == before["data.mdb"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "queue"]
 
 

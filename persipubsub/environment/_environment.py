@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from typing import Any, Final, List
+from typing import Any, Callable, Final, List
 
 import lmdb
 
@@ -287,19 +287,22 @@ class Environment(_transactions.Transactions):
             "but got: another process is in the middle of writing one".format(
                 self.directory, self.options.busy_timeout_secs))
 
-    def copy(self, descriptor: int) -> None:
+    def copy(self, descriptor: int, verify: Callable[[lmdb.Environment], None]) -> None:
         """
         Write a compact copy of a snapshot. It holds up nobody.
 
         Pages that are freed meanwhile are not used again before it ends.
 
         :param descriptor: of an empty file
+        :param verify: fails if the pages are damaged, for the copy would end the process
         """
         # Opens the store again in a forked child, and maps as much as other processes do.
         self.read(lambda txn, databases: None)
         with self._copy_lock:
             try:
-                self._open_handles().environment.copyfd(descriptor, compact=True)
+                environment = self._open_handles().environment
+                verify(environment)
+                environment.copyfd(descriptor, compact=True)
             except lmdb.Error as error:
                 # Not by _translate: a copy that failed says nothing of the store itself.
                 raise _opening.translate(error, self.directory) from error

@@ -115,6 +115,7 @@ def compact(settings: Settings, progress: Progress) -> Sizes:
         with _beside(store) as path:
             try:
                 with _verification.open_file(store, is_readonly=True) as environment:
+                    _verification.verify_pages(environment, store, progress)
                     _copy_compact(environment, path)
             except lmdb.Error as error:
                 raise _opening.translate(error, directory) from error

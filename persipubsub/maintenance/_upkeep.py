@@ -59,6 +59,7 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
     :raise StoreError: if the target is there
     """
     target = os.path.abspath(target)
+    data = os.path.join(settings.path, _files.DATA)
     occupied = persipubsub.errors.StoreError(
         "Expected to write a new file {}, but got: it is there already".format(target))
     if os.path.lexists(target):
@@ -77,13 +78,13 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
             try:
                 descriptor = _standard_streams.step_aside(descriptor)
                 try:
-                    environment.copy(descriptor)
+                    environment.copy(
+                        descriptor,
+                        lambda source: _verification.verify_pages(source, data, progress))
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-                _verification.verify_copy(path,
-                                          progress,
-                                          origin=os.path.join(settings.path, _files.DATA))
+                _verification.verify_copy(path, progress, origin=data)
                 size = os.stat(path).st_size
                 try:
                     # Not a renaming: that would replace what came there meanwhile.

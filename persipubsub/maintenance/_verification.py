@@ -9,7 +9,7 @@ import io
 import os
 import stat
 import struct
-from typing import Final, List, Optional
+from typing import Final, List, Optional, Sequence
 
 import lmdb
 import lmdb.verify
@@ -149,6 +149,45 @@ def verify_open(environment: _environment.Environment, progress: Progress) -> Li
             return findings
 
 
+def verify_pages(environment: lmdb.Environment, path: str, progress: Progress) -> None:
+    """
+    Verify the pages of a store before the engine walks over all of them, as a compact copy does.
+
+    On pages that are not sound, that walk could end the process. To copy all pages as they are, and
+    to verify and compact the copy, was rejected: it needs as much room again, free pages included.
+
+    :param environment: of the store; others may go on writing to it
+    :param path: of its data file
+    :param progress: to be counted up
+    :raise StoreCorruptError: if they are damaged
+    """
+    is_there = False
+    while not is_there:
+        # Its own: nobody who reads waits for it.
+        with environment.begin() as txn, _files.translated(path=path,
+                                                           doing="read"), open(path,
+                                                                               "rb",
+                                                                               buffering=0) as file:
+            pages = _Pages(file.fileno(), progress)
+            is_there = pages.pin(txn.id())
+            findings = pages.verify() if is_there else []
+    _fail_if_any(findings, path)
+
+
+def _fail_if_any(findings: Sequence[str], path: str) -> None:
+    """
+    Tell what is wrong with a data file.
+
+    :param findings: what is wrong
+    :param path: of the file
+    :raise StoreCorruptError: if anything is
+    """
+    if findings:
+        raise persipubsub.errors.StoreCorruptError(
+            "Expected {} to be sound, but got {} finding(s): {}".format(
+                path, len(findings), "; ".join(findings[:3])))
+
+
 def verify_copy(path: str, progress: Progress, origin: str) -> None:
     """
     Verify a copy of a store that nobody writes to.
@@ -190,10 +229,7 @@ def _verify_copy(path: str, progress: Progress) -> None:
                 "program".format(path)) from None
         except lmdb.Error as error:
             raise _opening.translate(error, path) from error
-    if findings:
-        raise persipubsub.errors.StoreCorruptError(
-            "Expected {} to be sound, but got {} finding(s): {}".format(
-                path, len(findings), "; ".join(findings[:3])))
+    _fail_if_any(findings, path)
 
 
 def check_regular(path: str) -> None:
