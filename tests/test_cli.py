@@ -211,6 +211,24 @@ def test_closed_input(tmp_path: pathlib.Path) -> None:
     assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--lines"]])
+def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
+                                                      options: List[str]) -> None:
+    config_pth = make(tmp_path)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with start("send", config_pth, "pub", *options, stdin=reader) as process:
+        os.close(reader)
+        for part in (b"one\ntw", b"o\nthree"):
+            time.sleep(0.7)  # until it waits for more
+            os.write(writer, part)
+        os.close(writer)
+        assert process.stderr is not None
+        assert process.wait(timeout=support.HANG_SECS) == 0, process.stderr.read()
+    contents = [one.content for one in persipubsub.control.peek(config_pth, "sub", 3)]
+    assert contents == ([b"one", b"two", b"three"] if options else [b"one\ntwo\nthree"])
+
+
 @contextlib.contextmanager
 def unread(kind: str) -> Iterator[int]:
     """Return a descriptor to which nothing can be written."""
@@ -406,6 +424,7 @@ def test_peek(tmp_path: pathlib.Path) -> None:
     assert len(lines) == 1 and lines[0].endswith("77c3b6726c640a1b5b324a")
     found = json.loads(run("peek", config_pth, "sub", "--number", 1, "--json").stdout)
     assert (found["number"], found["base64"]) == (numbers[0], "aGVsbG8=")
+    assert run("peek", config_pth, "sub", "--from", 10**23).stdout == ""
     assert lag(config_pth) == 3
 
 

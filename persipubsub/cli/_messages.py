@@ -235,10 +235,40 @@ def _read_messages(files: Sequence[str], texts: Sequence[str],
         with contextlib.ExitStack() as stack:
             try:
                 file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
-                yield from _read_lines(file) if lines else [[file.read()]]
+                yield from _read_lines(file) if lines else [[_read_all(file)]]
             except OSError as error:
                 raise click.ClickException("Expected to read {}, but got: {}".format(
                     name, error.strerror)) from None
+
+
+def _read_all(file: BinaryIO) -> bytes:
+    """
+    Read a file or a stream to its end.
+
+    :param file: to be read
+    :return: content
+    """
+    # Not read(): of a stream that does not block, that returns what is there, or None.
+    return b"".join(iter(lambda: _read_some(file), b""))
+
+
+def _read_some(file: BinaryIO) -> bytes:
+    """
+    Read what is there, and wait until there is something.
+
+    :param file: to be read; whether it blocks is as the process got it, and stays so: it may be
+        shared with others
+    :return: content; empty at the end
+    """
+    while True:
+        try:
+            return os.read(file.fileno(), _CHUNK_BYTES)
+        except BlockingIOError:
+            import select  # pylint: disable=import-outside-toplevel
+
+            poll = select.poll()
+            poll.register(file.fileno(), select.POLLIN)
+            poll.poll()
 
 
 def _read_lines(file: BinaryIO) -> Iterator[List[bytes]]:
@@ -249,7 +279,7 @@ def _read_lines(file: BinaryIO) -> Iterator[List[bytes]]:
     :return: lines without their ends: all that were there at once
     """
     rest = b""
-    while chunk := os.read(file.fileno(), _CHUNK_BYTES):
+    while chunk := _read_some(file):
         *complete, rest = (rest + chunk).split(b"\n")
         if complete:
             yield complete

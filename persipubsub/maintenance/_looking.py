@@ -21,6 +21,9 @@ _LOOK_BYTES: Final = 1 << 20
 #: ... or after this many messages.
 _LOOK_MESSAGES: Final = 1000
 
+#: No message has a larger number; a key has no room for it.
+_LARGEST_NUMBER: Final = (1 << 64) - 1
+
 #: Whoever follows a queue looks at it this often whatever happens, in seconds.
 _LONGEST_PAUSE_SECS: Final = 1.0
 
@@ -97,6 +100,7 @@ def peek(settings: Settings, subscriber: str, count: int, start: int) -> List[Me
     :raise NotInitializedError: if there is no such subscriber
     """
     messages = []  # type: List[Message]
+    start = min(start, _LARGEST_NUMBER)
     with _upkeep.opened(settings, is_look=True) as environment:
         while True:
             found = environment.read(
