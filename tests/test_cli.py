@@ -219,8 +219,12 @@ def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
     os.set_blocking(reader, False)
     with start("send", config_pth, "pub", *options, stdin=reader) as process:
         os.close(reader)
+        descriptors = pathlib.Path("/proc", str(process.pid), "fd")
+        support.until(
+            lambda: any("data.mdb" in os.path.realpath(path) for path in descriptors.iterdir()),
+            "the queue is open")
         for part in (b"one\ntw", b"o\nthree"):
-            time.sleep(0.7)  # until it waits for more
+            time.sleep(0.3)  # until it waits for more
             os.write(writer, part)
         os.close(writer)
         assert process.stderr is not None
