@@ -5,6 +5,7 @@
 import base64
 import codecs
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -18,18 +19,20 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set, cast
 
 import click.testing
 import pytest
+import rich.console
 
 import persipubsub
 import persipubsub.cli.commands
 import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
+import persipubsub.statistics
 import persipubsub.subscriber
-from persipubsub.cli import _text
+from persipubsub.cli import _text, _view
 from tests import jetstream_server, support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -435,7 +438,7 @@ def test_peek(tmp_path: pathlib.Path) -> None:
 class Terminal:
     """Run a command in a pseudo-terminal and read what it shows."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **options: Any) -> None:
         """Start the command."""
         self._master, slave = pty.openpty()
         # Its own session, so that Ctrl-C reaches it and nobody else.
@@ -444,7 +447,8 @@ class Terminal:
                              stdout=slave,
                              stderr=slave,
                              start_new_session=True,
-                             preexec_fn=lambda: self._control(slave))
+                             preexec_fn=lambda: self._control(slave),
+                             **options)
         os.close(slave)
         # A read may end in the middle of a character. Ctrl-C throws away what the terminal still
         # holds, so half a character may be lost for good: it is replaced, no command is at fault.
@@ -517,6 +521,81 @@ def test_stat_watch_in_a_terminal(tmp_path: pathlib.Path) -> None:
         terminal.end(exit_code=130)
     # The cursor is shown again.
     assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l")
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: pathlib.Path,
+                                                             term: str) -> None:
+    config_pth = make(tmp_path)
+    with Terminal("stat",
+                  config_pth,
+                  "--watch",
+                  "--interval",
+                  "0.1",
+                  prefix=["env", "TERM={}".format(term)]) as terminal:
+        terminal.wait_for("(?s)SUBSCRIBER.*SUBSCRIBER")
+        terminal.type(b"\x03")
+        terminal.end(exit_code=130)
+    assert "\x1b[" not in terminal.text
+
+
+def drawn(width: int, figures: Mapping[str, Any], rounds: int) -> str:
+    """Draw a queue with two subscribers, after some looks."""
+    history = _view.History()
+    for index in range(rounds):
+        numbers = {"lag": 0, "in_flight": 0, "failed": 0, "acknowledged": 5, **figures}
+        numbers["acknowledged"] += 123456 * index
+        statistics = persipubsub.statistics.QueueStatistics(
+            path="/srv/app/queues/greetings",
+            messages=1234567,
+            message_share=.9,
+            message_bytes=123456789,
+            byte_share=.3,
+            file_bytes=1 << 33,
+            file_share=.4,
+            oldest_age_seconds=1234.,
+            age_share=.1,
+            next_number=10**9 + 123456 * index,
+            commits=987654321,
+            subscribers=tuple(
+                persipubsub.statistics.SubscriberStatistics(subscriber=name,
+                                                            position=1,
+                                                            cleared=0,
+                                                            skipped=0,
+                                                            corrupt=0,
+                                                            dropped_by_timeout=numbers["failed"],
+                                                            dropped_by_mark=numbers["failed"],
+                                                            dead_lettered=7,
+                                                            seconds_since_acknowledged=119.9,
+                                                            **numbers)
+                for name in ("archive-service-eu", "index")))
+        history.add(float(index), statistics)
+    console = rich.console.Console(width=width, file=io.StringIO())
+    console.print(_view.draw({"greetings": statistics}, {}, {"greetings": history}, 5, width))
+    return cast(io.StringIO, console.file).getvalue()
+
+
+@pytest.mark.parametrize("rounds", [1, 25])
+@pytest.mark.parametrize("figures", [{}, {
+    "lag": 1234567,
+    "in_flight": 64,
+    "failed": 12345,
+    "acknowledged": 87654321
+}])
+def test_nothing_is_cut_whatever_the_width(figures: Mapping[str, Any], rounds: int) -> None:
+    columns = []
+    for width in range(66, 161):
+        text = drawn(width, figures, rounds)
+        assert "\u2026" not in text
+        assert "archive-service-eu  " in text and " {:,} ".format(figures.get("lag", 0)) in text
+        assert max(map(len, text.splitlines())) <= width
+        lines = text.splitlines()
+        columns.append(len(next(line for line in lines if " lag " in line).split()))
+        assert all(line[0] + line[-1] in ("\u256d\u256e", "\u2502\u2502", "\u2570\u256f")
+                   for line in lines)
+    # The wider, the more.
+    assert columns == sorted(columns) and columns[0] < columns[-1]
+    assert "timeout" in text and ("\u2581" in text or "\u2588" in text) == (rounds > 1)
 
 
 def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:

@@ -5,15 +5,20 @@ Show what is in queues: the command ``stat``.
 ``_figures.py``, for both.
 """
 
+import os
 import pathlib
 import sys
 import time
-from typing import Optional
+from typing import Final, Optional
 
 import click
 
 import persipubsub.config
 from persipubsub.cli import _figures, _shared
+
+#: Values of TERM for terminals that can not be drawn over, as rich has them: it shows nothing there
+#: until the last look.
+_DUMB: Final = ("dumb", "unknown")
 
 
 @_shared.command()
@@ -51,7 +56,8 @@ def stat(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     """
     found = persipubsub.config.read(config)
     keys = _shared.choose(found, config, queue_key)
-    is_drawn = not as_json and (svg is not None or sys.stdout.isatty())
+    is_dumb = os.environ.get("TERM", "").lower() in _DUMB
+    is_drawn = not as_json and (svg is not None or (sys.stdout.isatty() and not is_dumb))
     if is_drawn:
         from persipubsub.cli import _view  # pylint: disable=import-outside-toplevel
         failed = _view.show(lambda: _figures.collect(persipubsub.config.read(config), keys),

@@ -10,6 +10,7 @@ from typing import (Callable, Deque, Dict, Final, List, Mapping, NamedTuple, Opt
 import rich.box
 import rich.console
 import rich.live
+import rich.measure
 import rich.panel
 import rich.table
 import rich.text
@@ -22,10 +23,25 @@ Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
 _BAR_WIDTH: Final = 20
 _TREND_WIDTH: Final = 20
 
-#: Terminals that are narrower, in characters, show no trend of each subscriber.
-_WIDE: Final = 100
+#: What a narrow terminal does not show of subscribers, until the rest fits: columns of figures that
+#: are mostly zero are put together, and then those are left out that others tell something of.
+_LEFT_OUT: Final = (
+    {"dropped"},
+    {"dropped", "trend"},
+    {"trend", "timeout", "mark", "dead", "other"},
+    {"trend", "timeout", "mark", "dead", "other", "received"},
+    {"trend", "timeout", "mark", "dead", "other", "received", "last"},
+    {"trend", "timeout", "mark", "dead", "other", "received", "last", "in flight"},
+)
 
-_PICTURE_WIDTH: Final = 110
+#: So much of the names of subscribers is shown in one line, in characters, before columns are left
+#: out; longer ones are folded.
+_NAME_WIDTH: Final = 24
+
+#: Around what is in a panel, in characters.
+_FRAME_WIDTH: Final = 4
+
+_PICTURE_WIDTH: Final = 120
 _LEVELS: Final = " ▁▂▃▄▅▆▇█"
 
 #: Rows with a share from these on are drawn in that color.
@@ -134,36 +150,55 @@ def _bar(share: float) -> rich.text.Text:
     return text
 
 
-def _draw_marks(figures: persipubsub.statistics.QueueStatistics,
-                history: History) -> rich.table.Table:
+def _width_of(table: rich.table.Table) -> int:
+    """
+    Measure a table.
+
+    :param table: to be measured
+    :return: width at which nothing is folded or cut, in characters
+    """
+    console = rich.console.Console(width=1 << 16)
+    return rich.measure.Measurement.get(console, console.options, table).maximum
+
+
+def _draw_marks(figures: persipubsub.statistics.QueueStatistics, history: History,
+                width: int) -> rich.table.Table:
     """
     Draw what is in a queue.
 
     :param figures: of the queue
     :param history: of the queue
-    :return: four rows
+    :param width: that there is, in characters
+    :return: five rows
     """
-    grid = rich.table.Table.grid(padding=(0, 2))
-    for justify in ("left", "right", "left", "left"):
-        grid.add_column(justify=justify, no_wrap=True)
     rows = [
-        ("messages", "{:,}".format(figures.messages), figures.message_share, "of MAX_MSGS_NUM"),
-        ("bytes", _text.show_bytes(figures.message_bytes), figures.byte_share,
+        ("messages", "{:,}".format(figures.messages), _bar(figures.message_share),
+         "of MAX_MSGS_NUM"),
+        ("bytes", _text.show_bytes(figures.message_bytes), _bar(figures.byte_share),
          "of HWM_LMDB_SIZE_BYTES"),
-        ("oldest", _text.show_seconds(figures.oldest_age_seconds), figures.age_share,
+        ("oldest", _text.show_seconds(figures.oldest_age_seconds), _bar(figures.age_share),
          "of MSG_TIMEOUT_SECS"),
-        ("file", _text.show_bytes(figures.file_bytes), figures.file_share, "of max_db_size_bytes"),
+        ("file", _text.show_bytes(figures.file_bytes), _bar(figures.file_share),
+         "of max_db_size_bytes"),
     ]
-    for name, value, share, limit in rows:
-        grid.add_row(rich.text.Text(name, style="bold"), value, _bar(share),
-                     rich.text.Text(limit, style="bright_black"))
     if history.is_moving():
         rates = history.sent()
-        trend = rich.text.Text(sparkline(rates), style="cyan")
-        grid.add_row(rich.text.Text("sent", style="bold"), "{:,.0f}/s".format(rates[-1]), trend,
-                     rich.text.Text("{:,} commits".format(figures.commits), style="bright_black"))
+        rows.append(("sent", "{:,.0f}/s".format(rates[-1]),
+                     rich.text.Text(sparkline(rates),
+                                    style="cyan"), "{:,} commits".format(figures.commits)))
     else:
-        grid.add_row(rich.text.Text("commits", style="bold"), "{:,}".format(figures.commits))
+        rows.append(("commits", "{:,}".format(figures.commits), rich.text.Text(), ""))
+    # In a narrow terminal, without what the shares are of.
+    for columns in (4, 3):
+        grid = rich.table.Table.grid(padding=(0, 2))
+        for justify in ("left", "right", "left", "left")[:columns]:
+            grid.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for name, value, share, limit in rows:
+            cells = (rich.text.Text(name, style="bold"), value, share,
+                     rich.text.Text(limit, style="bright_black"))
+            grid.add_row(*cells[:columns])
+        if _width_of(grid) <= width:
+            break
     return grid
 
 
@@ -175,48 +210,57 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
     :param figures: of the queue
     :param history: of the queue
     :param limit: how many to draw at most: those with the largest lag
-    :param width: of the terminal, in characters
+    :param width: that there is, in characters
     :return: a row for each
     """
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("subscriber", overflow="fold", min_width=10)
-    names = ["lag", "in flight", "received"]
-    names += ["rate"] if history.is_moving() else []
-    # In a narrow terminal names and lags would be cut for figures that are mostly zero.
-    is_wide = width >= _WIDE
-    names += ["last", "failed"]
-    names += ["timeout", "mark", "dead", "other"] if is_wide else ["dropped"]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    has_trend = history.is_moving() and is_wide
-    if has_trend:
-        table.add_column("", no_wrap=True)
     drawn = sorted(figures.subscribers, key=lambda one: -one.lag)[:limit]
-    for one in sorted(drawn, key=lambda one: one.subscriber):
-        cells = [
-            rich.text.Text(_text.printable(one.subscriber), style="bold"),
-            _number(one.lag, ""),
-            _number(one.in_flight, ""),
-            _number(one.acknowledged, "")
-        ]
-        if history.is_moving():
-            rates = history.received(one.subscriber)
-            cells.append(rich.text.Text("{:,.0f}/s".format(rates[-1])))
-        cells += [
-            rich.text.Text(_text.show_seconds(one.seconds_since_acknowledged)),
-            _number(one.failed, "yellow")
-        ]
-        dropped = [one.dropped_by_timeout, one.dropped_by_mark, one.dead_lettered]
-        cells += [_number(count, "red") for count in (dropped if is_wide else [sum(dropped)])]
-        if is_wide:
-            cells.append(_number(one.cleared + one.skipped + one.corrupt, "yellow"))
-        if has_trend:
-            cells.append(rich.text.Text(sparkline(history.received(one.subscriber)), style="cyan"))
-        table.add_row(*cells)
+    drawn.sort(key=lambda one: one.subscriber)
+    names = [rich.text.Text(_text.printable(one.subscriber), style="bold") for one in drawn]
+    rows = [_cells_of(one, history) for one in drawn]
+    longest = max((name.cell_len for name in names), default=0)
+    for left_out in _LEFT_OUT:
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("subscriber", overflow="fold", min_width=10)
+        for head in rows[0] if rows else ():
+            if head not in left_out:
+                table.add_column("" if head == "trend" else head, justify="right", no_wrap=True)
+        for name, cells in zip(names, rows):
+            table.add_row(name, *(cell for head, cell in cells.items() if head not in left_out))
+        if _width_of(table) - max(0, longest - _NAME_WIDTH) <= width:
+            break
     hidden = len(figures.subscribers) - len(drawn)
     if hidden:
         table.add_row(rich.text.Text("and {} more, with less lag".format(hidden), style="italic"))
     return table
+
+
+def _cells_of(one: persipubsub.statistics.SubscriberStatistics,
+              history: History) -> Dict[str, rich.text.Text]:
+    """
+    Show the figures of a subscriber.
+
+    :param one: its figures
+    :param history: of its queue
+    :return: all that can be shown in a row, by the head of the column
+    """
+    cells = {
+        "lag": _number(one.lag, ""),
+        "in flight": _number(one.in_flight, ""),
+        "received": _number(one.acknowledged, "")
+    }
+    rates = history.received(one.subscriber)
+    if history.is_moving():
+        cells["rate"] = rich.text.Text("{:,.0f}/s".format(rates[-1]))
+    dropped = [one.dropped_by_timeout, one.dropped_by_mark, one.dead_lettered]
+    cells["last"] = rich.text.Text(_text.show_seconds(one.seconds_since_acknowledged))
+    cells["failed"] = _number(one.failed, "yellow")
+    cells["dropped"] = _number(sum(dropped), "red")
+    for head, count in zip(("timeout", "mark", "dead"), dropped):
+        cells[head] = _number(count, "red")
+    cells["other"] = _number(one.cleared + one.skipped + one.corrupt, "yellow")
+    if history.is_moving():
+        cells["trend"] = rich.text.Text(sparkline(rates), style="cyan")
+    return cells
 
 
 def _number(number: Optional[int], style: str) -> rich.text.Text:
@@ -248,8 +292,8 @@ def draw(statistics: Statistics, errors: Mapping[str, str], histories: Mapping[s
     for key, figures in statistics.items():
         panels.append(
             rich.panel.Panel(rich.console.Group(
-                _draw_marks(figures, histories[key]),
-                _draw_subscribers(figures, histories[key], limit, width)),
+                _draw_marks(figures, histories[key], width - _FRAME_WIDTH),
+                _draw_subscribers(figures, histories[key], limit, width - _FRAME_WIDTH)),
                              title=rich.text.Text(_text.printable(key), style="bold"),
                              subtitle=rich.text.Text(_text.printable(figures.path),
                                                      style="bright_black"),
