@@ -146,22 +146,23 @@ class Checker:
             path = queue.get("path") if isinstance(queue, dict) else None
             if isinstance(path, str):
                 # By name: what is right must not depend on the links that are on the disk now.
-                resolved = resolve(self.path.parent, path)
-                if not _SCHEME.match(path):
-                    resolved = "/" + os.path.normpath(resolved).lstrip("/")
-                else:
-                    self.check_address(path, place)
+                names: Sequence[str] = [
+                    "/" + os.path.normpath(resolve(self.path.parent, path)).lstrip("/")
+                ]
+                if _SCHEME.match(path):
+                    names = self.check_address(path, place)
                     self.check_only_in_directories({"retain_secs": 0}, queue, path, place)
-                other = places.setdefault(resolved, place)
-                if other != place:
+                others = [places.setdefault(name, place) for name in names]
+                if other := next((other for other in others if other != place), None):
                     self.add(f"{place}.path", f"another path than that of {other}", path)
 
-    def check_address(self, path: str, place: str) -> None:
-        """Add the problem of a path to servers."""
+    def check_address(self, path: str, place: str) -> Sequence[str]:
+        """Add the problem of a path to servers, return the names of the stream."""
         # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
         from persipubsub.jetstream import _address  # pylint: disable=import-outside-toplevel
         if problem := _address.problem_of(path):
             self.problems.append(f"{place}.path: {problem}")
+        return _address.names_of(path)
 
     def check_struct(self, kind: type[msgspec.Struct], found: Any, place: str) -> None:
         """Add the problems of what is to become a struct."""

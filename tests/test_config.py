@@ -489,6 +489,23 @@ def test_two_queues_at_one_path(other: str) -> None:
         f"queues.other.path: Expected another path than that of queues./q, but got: {other!r}", )
 
 
+@pytest.mark.parametrize("other, is_same", [
+    ("nats://a,b:1/S?replicas=1", True),
+    ("nats://A:4222/S", True),
+    ("nats://c,b:1/S", True),
+    ("nats://a/T", False),
+    ("nats://b/S", False),
+])
+def test_two_queues_of_one_stream(other: str, is_same: bool) -> None:
+    content = change([*QUEUE, "path"], "nats://a,b:1/S")
+    content["queues"]["other"] = {**content["queues"]["/q"], "path": other}
+    expected = f"queues.other.path: Expected another path than that of queues./q, but got: {other!r}"
+    if is_same:
+        assert problems(content) == (expected, )
+    else:
+        parse(content)
+
+
 @pytest.mark.parametrize("place, value, nothing", [
     (["sub", "max_deliveries"], 3, ABSENT),
     (["sub", "retry_delay_secs"], 0.5, 0),

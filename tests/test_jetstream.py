@@ -82,6 +82,10 @@ def ask(servers: jetstream_server.Servers, verb: str, **body: Any) -> Dict[str, 
     ("nats://h/S", _address.Address(("nats://h:4222", ), "S", 1, 30, None)),
     ("nats://h1:1,[::1]:2/a_B-9?replicas=3&ack_wait=0.5&monitor=http://m:8222/",
      _address.Address(("nats://h1:1", "nats://[::1]:2"), "a_B-9", 3, 0.5, "http://m:8222")),
+    ("nats://a-1.b_c.D.,10.0.0.1,[::ffff:1.2.3.4]/S",
+     _address.Address(
+         ("nats://a-1.b_c.D.:4222", "nats://10.0.0.1:4222", "nats://[::ffff:1.2.3.4]:4222"), "S", 1,
+         30, None)),
 ])
 def test_paths(path: str, expected: _address.Address) -> None:
     assert _address.parse(path) == expected
@@ -99,6 +103,11 @@ def test_paths(path: str, expected: _address.Address) -> None:
     ("nats://a:0/S", "servers"),
     ("nats://a:65536/S", "servers"),
     ("nats://a b/S", "servers"),
+    ("nats://a..b/S", "servers"),
+    ("nats://.a/S", "servers"),
+    ("nats://" + "a" * 64 + "/S", "servers"),
+    ("nats://[:]/S", "servers"),
+    ("nats://[1.2.3.4]/S", "servers"),
     ("nats://user:secret@host/S", "without credentials"),
     ("nats://host/S?replicas", "name=value"),
     ("nats://host/S?replicas=0", "replicas"),

@@ -14,7 +14,8 @@ _PREFIX: Final = "nats://"
 _DEFAULT_PORT: Final = 4222
 
 _STREAM: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?")
+_HOST: Final = re.compile(r"(?P<host>(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|"
+                          r"\[(?P<ip>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?")
 _MONITOR: Final = re.compile(r"https?://[^\s/?#@]+/?")
 
 #: Longest name that is made of an id as it is; the server takes it for the name of a directory.
@@ -66,6 +67,23 @@ def parse(path: str) -> Address:
                    monitor=_parse_monitor(options.get("monitor")))
 
 
+def names_of(path: str) -> Sequence[str]:
+    """
+    Name a stream, so that two paths of the same one have a name in common.
+
+    :param path: of any queue
+    :return: a name for each server; the path if something is wrong, or it is no ``nats://...``
+
+    >>> names_of("nats://one,two:4223/orders?replicas=3")
+    ['nats://one:4222/orders', 'nats://two:4223/orders']
+    """
+    try:
+        address = parse(path)
+    except ValueError:
+        return [path]
+    return ["{}/{}".format(server.lower(), address.stream) for server in address.servers]
+
+
 def problem_of(path: str) -> Optional[str]:
     """
     Say what is wrong with a path.
@@ -91,11 +109,26 @@ def _parse_server(text: str) -> str:
     """
     match = _HOST.fullmatch(text)
     port = int(match["port"] or _DEFAULT_PORT) if match is not None else 0
-    if match is None or not 0 < port < 65536:
+    if match is None or not 0 < port < 65536 or not (match["ip"] is None or _is_ip(match["ip"])):
         raise ValueError(
             "Expected servers as host or host:port, with commas between them, but got: {!r}".format(
                 text))
     return "nats://{}:{}".format(match["host"], port)
+
+
+def _is_ip(text: str) -> bool:
+    """
+    Tell whether an address in brackets is one.
+
+    :param text: what is in them
+    :return: False if no system takes it
+    """
+    import ipaddress  # pylint: disable=import-outside-toplevel
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_query(query: str) -> Dict[str, str]:
