@@ -130,7 +130,7 @@ class Pub:
         :param msg_id: of the message; if the queue knows it, nothing is sent, and the message that
             is stored is safe when the call returns
         :raise TypeError: if it is not bytes-like, or the id is neither a string nor bytes
-        :raise ValueError: if the id is not of 1 to 255 bytes
+        :raise ValueError: if the id is not of 1 to 255 bytes, or the timeout is no number from 0 on
         :raise MessageTooLargeError: if the queue could never hold it
         :raise QueueFullError: if there is no room, and the queue's strategy is ``reject``, or
             ``block`` and the time is over; nothing is sent
@@ -143,6 +143,8 @@ class Pub:
         if outbox is None:
             await self._workers.run(functools.partial(self._pub.send, msg, timeout, msg_id))
             return
+        if timeout is not None:
+            timeout = _engines.seconds_of(timeout)
         message = _to_bytes(msg)
         await outbox.put((message, ), audience, timeout, _to_ids((msg_id, ), count=1))
 
@@ -169,6 +171,8 @@ class Pub:
         if outbox is None:
             await self._workers.run(functools.partial(self._pub.send_many, msgs, timeout, msg_ids))
             return
+        if timeout is not None:
+            timeout = _engines.seconds_of(timeout)
         messages = _all_to_bytes(msgs)
         ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
         if self._pub.commits_each:

@@ -37,6 +37,24 @@ _COUNTERS: Final[Dict[str, str]] = {"": "persipubsub.statistics"}
 #: Largest id of a message, in bytes; LMDB takes keys of up to 511 bytes.
 MAX_ID_BYTES: Final = 255
 
+#: A timeout of more than 30 years is none; an integer may be too large for a float.
+_FOREVER_SECS: Final = 1e9
+
+
+def seconds_of(timeout: object) -> Optional[float]:
+    """
+    Check how long somebody wants to wait.
+
+    :param timeout: given by the user, in seconds
+    :return: how long to wait; None: for ever
+    :raise ValueError: if it is no such number
+    """
+    if not (isinstance(timeout, (int, float)) and timeout >= 0):
+        raise ValueError(
+            "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".format(
+                timeout))
+    return None if timeout > _FOREVER_SECS else timeout
+
 
 class Lease(Protocol):
     """

@@ -120,7 +120,7 @@ class Pub:
             of the message, 1 to 255 bytes (of a string, in UTF-8); if the queue knows it, nothing
             is sent, and the message that is stored is safe when the call returns
         :raise TypeError: if it is not bytes-like, or the id is neither a string nor bytes
-        :raise ValueError: if the id has another length
+        :raise ValueError: if the id has another length, or the timeout is no number from 0 on
         :raise MessageTooLargeError: if the queue could never hold it
         :raise QueueFullError:
             if there is no room, and the queue's strategy is ``reject``, or it is ``block`` and the
@@ -136,6 +136,8 @@ class Pub:
         if timeout is None and msg_id is None:
             queue.put((message, ), self._audience)
         else:
+            if timeout is not None:
+                timeout = _engines.seconds_of(timeout)
             queue.put((message, ), self._audience, timeout, _to_ids((msg_id, ), count=1))
 
     def send_many(self,
@@ -163,7 +165,9 @@ class Pub:
         :raise TypeError:
             if one of them is not bytes-like, or an id is neither a string nor bytes; nothing is
             sent
-        :raise ValueError: if an id has another length, or there are not as many as messages
+        :raise ValueError:
+            if an id has another length, there are not as many as messages, or the timeout is no
+            number from 0 on
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
         :raise QueueFullError:
             if there is no room, and the queue's strategy is ``reject``, or it is ``block`` and the
@@ -174,6 +178,8 @@ class Pub:
         queue = self._queue
         if queue is None:
             raise _not_open()
+        if timeout is not None:
+            timeout = _engines.seconds_of(timeout)
         messages = _all_to_bytes(msgs)
         ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
         if self._autosync:

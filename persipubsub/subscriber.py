@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any, Callable, Final, Literal, Optional, Tuple, Union, overload
+from typing import Any, Callable, Literal, Optional, Tuple, Union, overload
 
 import persipubsub.config
 import persipubsub.errors
@@ -11,9 +11,6 @@ from persipubsub._receipts import BatchReceipt, Messages, Receipt, describe, unw
 from persipubsub.message import Message
 
 __all__ = ["BatchReceipt", "Messages", "Receipt", "Sub"]
-
-#: A timeout of more than 30 years is none; an integer may be too large for a float.
-_FOREVER_SECS: Final = 1e9
 
 
 class Sub:
@@ -293,14 +290,12 @@ def _to_waiting(timeout: Optional[float], retries: int) -> Tuple[Optional[float]
     :return: how long to wait, time between two looks in seconds
     :raise ValueError: if they are no such numbers
     """
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
-        raise ValueError(
-            "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".format(
-                timeout))
+    if timeout is not None:
+        timeout = _engines.seconds_of(timeout)
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
         raise ValueError(
             "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
-    if timeout is None or timeout > _FOREVER_SECS:
+    if timeout is None:
         return None, 1.0
     return timeout, timeout / retries
 

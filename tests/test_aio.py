@@ -214,9 +214,15 @@ async def test_wrong_arguments(face: faces.Face, config_pth: pathlib.Path) -> No
                 await pub.send_many([b"good", wrong])
         with pytest.raises(TypeError):
             await pub.send_many(b"bytes")
-        for timeout in (-1, "1"):
+        for timeout in (-1, "1", float("nan")):
             with pytest.raises(ValueError, match="timeout"):
                 sub.receive(timeout=timeout)
+            with pytest.raises(ValueError, match="timeout"):
+                await pub.send(b"", timeout=timeout)
+            with pytest.raises(ValueError, match="timeout"):
+                await pub.send(b"", timeout=timeout, msg_id="1")
+            with pytest.raises(ValueError, match="timeout"):
+                await pub.send_many([b""], timeout=timeout)
         for retries in (0, True):
             with pytest.raises(ValueError, match="retries"):
                 sub.receive(retries=retries)
@@ -471,7 +477,8 @@ async def test_queue_that_is_full(face: faces.Face, tmp_path: pathlib.Path, stra
         with pytest.raises(persipubsub.errors.QueueFullError, match="'sub'"):
             await pub.send_many([b"two"], timeout=0)
         if strategy == "block":
-            waiting = asyncio.ensure_future(pub.send(b"waited"))
+            # More seconds than a float has room for: for ever.
+            waiting = asyncio.ensure_future(pub.send(b"waited", timeout=10**400))
             await asyncio.sleep(0.1)
             assert not waiting.done()
             assert await receive(sub) == b"one"
