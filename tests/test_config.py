@@ -499,9 +499,10 @@ def test_two_queues_at_one_path(other: str) -> None:
 def test_two_queues_of_one_stream(other: str, is_same: bool) -> None:
     content = change([*QUEUE, "path"], "nats://a,b:1/S")
     content["queues"]["other"] = {**content["queues"]["/q"], "path": other}
-    expected = f"queues.other.path: Expected another path than that of queues./q, but got: {other!r}"
     if is_same:
-        assert problems(content) == (expected, )
+        assert problems(content) == (
+            f"queues.other.path: Expected another path than that of queues./q, but got: {other!r}",
+        )
     else:
         parse(content)
 
