@@ -3,6 +3,7 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -432,6 +433,24 @@ def test_who_makes_the_map_larger_wakes_the_next(environment: _environment.Envir
         crowd.until_waiting(1)
     growing.join(support.HANG_SECS)
     crowd.join()
+
+
+def test_map_is_not_made_larger_under_a_copy(environment: _environment.Environment,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied without the interpreter's lock, and would be gone for a moment."""
+    taken = []  # type: List[str]
+    with monkeypatch.context() as patch:
+        for name in ("_copy_lock", "_flush_lock"):
+
+            @contextlib.contextmanager
+            def hold(name: str = name, lock: Any = getattr(environment, name)) -> Iterator[None]:
+                taken.append(name)
+                with lock:
+                    yield
+
+            patch.setattr(environment, name, hold())
+        assert environment._grow()
+    assert taken == ["_copy_lock", "_flush_lock"]
 
 
 @pytest.mark.parametrize("name", ["_grow", "_follow_map_size"])

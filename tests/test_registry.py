@@ -689,6 +689,33 @@ def inherit_lease(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     pipe.send("done")
 
 
+def test_child_opens_once_more_what_was_compacted_meanwhile(config_pth: pathlib.Path) -> None:
+    pub = persipubsub.publisher.Pub()
+    pub.init(pub_id="pub", config_pth=config_pth)
+
+    def run(pipe: support.Connection) -> None:
+        pipe.recv()
+        pub.send(b"one")
+        with persipubsub.publisher.Pub() as another:
+            another.init(pub_id="pub", config_pth=config_pth)
+            another.send(b"two")
+            pub.close()
+            another.send(b"three")
+        assert not _registry._REGISTRY and not _registry._USERS
+        pipe.send("done")
+
+    with support.Child(run) as child:
+        pub.close()
+        persipubsub.control.compact(config_pth)
+        child.pipe.send("go")
+        assert child.get() == "done"
+        child.end()
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with sub.receive_many(9, timeout=0) as messages:
+            assert messages == [b"one", b"two", b"three"]
+
+
 def test_fork_inside_of_a_receive(config_pth: pathlib.Path) -> None:
     with support.Child(inherit_lease, config_pth) as child:
         assert child.get() == "done"

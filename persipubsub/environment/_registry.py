@@ -149,6 +149,24 @@ def _reopen(environment: _environment.Environment) -> None:
             _watch_end_of_child()
             with _opening.open_gate(environment.directory, environment.options):
                 environment.open()
+                _register_again(environment)
+
+
+def _register_again(environment: _environment.Environment) -> None:
+    """
+    Register an environment by the files that it has now; hold the registry's lock.
+
+    Its store may have been compacted or restored before it was opened again, and another user in
+    this process would open the same files once more, which LMDB refuses.
+
+    :param environment: that was opened again
+    """
+    identity = _files.identify_store(environment.directory)
+    for before, other in list(_REGISTRY.items()):
+        if other is environment and before != identity:
+            _USERS[identity] = _USERS[before]
+            _REGISTRY[identity] = environment
+            del _REGISTRY[before], _USERS[before]
 
 
 def create(directory: str, options: _opening.Options) -> bool:

@@ -452,12 +452,12 @@ class Transactions:
         """
         Make the map a little larger than ``max_db_size_bytes``.
 
-        LMDB writes to fresh pages even where it deletes, so that in a full map nothing could be
-        acknowledged or dropped any more.
+        LMDB writes to fresh pages even where it deletes: nothing could be acknowledged or dropped.
 
         :return: True if it was made larger
         """
-        with self._line.lock, self._flush_lock, self._read_lock:
+        # A copy that is being made reads the map without the interpreter's lock.
+        with self._copy_lock, self._line.lock, self._flush_lock, self._read_lock:
             environment = self._open_handles().environment
             size = environment.info()["map_size"]
             is_grown = size + _GROWTH_BYTES <= self.options.map_size + _LARGEST_GROWTH_BYTES
