@@ -48,12 +48,10 @@ from persipubsub.environment import _files
 
 __all__ = ["Bell", "Ticket", "dispatch"]
 
-_PAGE_BYTES = 4096
-_FLAG, _UNUSED = 0, 128  # bytes from the latter on have no meaning
+_PAGE_BYTES, _FLAG, _UNUSED = 4096, 0, 128  # bytes from the last one on have no meaning
 _STAMP, _END, _STAMP_AND_END = slice(64, 72), slice(72, 80), slice(64, 80)  # not beside the flag
 
-_SHORTEST_POLL_SECS = 0.0001
-_LONGEST_POLL_SECS = 0.005
+_SHORTEST_POLL_SECS, _LONGEST_POLL_SECS = 0.0001, 0.005
 _RETRY_SECS = 1.0  # between attempts to get inotify
 _LONGEST_SLEEP_SECS = 3600.0  # poll(2) overflows after 24 days
 _LONGEST_HOLD_SECS = 0.02  # a lock held for longer is held by the code that a handler interrupted
@@ -179,12 +177,16 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
         dispatch(). Rejected: a re-entrant lock, as it shows half-done changes.
         """
         self.closing.append(bell)
-        if self.lock.acquire(timeout=_LONGEST_HOLD_SECS):
-            try:
-                while self.closing:
-                    self._forget(self.closing.pop())
-            finally:
+        taken: List[bool] = []
+        try:
+            # Noted before the call returns: an interrupt behind it would leave the lock taken.
+            taken.extend(map(self.lock.acquire, (True, ), (_LONGEST_HOLD_SECS, )))
+            while taken == [True] and self.closing:
+                self._forget(self.closing.pop())
+        finally:
+            if taken == [True]:
                 self.lock.release()
+        if taken == [True]:
             self._call_back()
 
     def _forget(self, bell: "Bell") -> None:
@@ -201,11 +203,8 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
                 ticket.closed = True
             self._ring(file)
             file.tickets.clear()  # else it stays open until the garbage is collected
-            self._close_unused()
-
-    def _close_unused(self) -> None:
-        if not (self.files or self.leader):
-            self.close_descriptors()
+            if not (self.files or self.leader):
+                self.close_descriptors()
 
     def dispatch(self, by_leader: bool = False) -> bool:
         """Ring the tickets of all bells that rang, without blocking. Return True if any did."""
@@ -310,7 +309,8 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
                 self.leader = self.followers.popitem()[0] if self.followers else None
                 if self.leader is not None:
                     self._signal(self.leader)
-                self._close_unused()
+                elif not self.files:
+                    self.close_descriptors()
         if self.closing:
             self.forget(self.closing.pop())
 

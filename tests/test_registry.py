@@ -27,6 +27,7 @@ import persipubsub.maintenance._alone
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub import _wakeup
 from persipubsub.environment import _files, _opening, _registry
 from tests import support
 
@@ -211,6 +212,7 @@ def test_interrupt_at_any_call_of_opening_and_closing(config_pth: pathlib.Path,
     point = 1
     while (error := interrupt(use, module, point)) is not None:
         point += 1
+        assert not _wakeup._hub.lock.locked()
         assert not _registry._USERS
         # While the frames are kept; and LMDB opens no store twice in a process.
         with _opening.open_gate(settings.path, settings.options()._replace(busy_timeout_secs=0)):
