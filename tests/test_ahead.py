@@ -121,7 +121,7 @@ def test_loop_pulls_ahead(config_pth: pathlib.Path, servers: jetstream_server.Se
         for pull in pulls:
             assert pull["batch"] <= max(1, (500 - taken + 1) // 2)
             taken += pull["batch"]
-        assert all(pull["max_bytes"] == 1 << 20 for pull in pulls if pull["batch"] > 1)
+        assert all(pull["max_bytes"] == _ahead._MOST_BYTES for pull in pulls if pull["batch"] > 1)
     assert lags(config_pth) == {"sub": 0}
 
 

@@ -454,3 +454,50 @@ def test_subscription_of_a_connection_that_is_lost(tmp_path: pathlib.Path) -> No
             with sub.receive(timeout=HANG_SECS) as msg:
                 assert msg == b"hello"
             until(lambda: len(client._subs) <= before, "the end of the subscriptions")
+
+
+@pytest.mark.parametrize("kind", ["many", "pop", "top"])
+def test_more_than_a_connection_bears(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+                                      kind: str) -> None:
+    """A server drops a connection with what was delivered over it."""
+    monkeypatch.setattr(_pulling, "_MOST_BYTES", (1 << 20) - 3)
+    with jetstream_server.running(tmp_path, lines=["max_pending: 3000000"]) as servers:
+        config_pth = jetstream_server.deploy(tmp_path, servers, HWM_LMDB_SIZE_BYTES=1 << 26)
+        sent = [b"%03d" % number + bytes(250_000) for number in range(80)]
+        with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+            for message in sent:
+                pub.send(message)
+            received = []  # type: List[bytes]
+            if kind == "many":
+                while len(received) < len(sent):
+                    with sub.receive_many(1000, timeout=HANG_SECS) as msgs:
+                        assert 0 < sum(map(len, msgs)) < (16 << 20) + 300_000
+                        received.extend(msgs)
+                assert received == sent
+            elif kind == "pop":
+                sub.pop_to_top()
+                assert lags(config_pth) == {"sub": 1}
+                assert drain(sub) == sent[-1:]
+            else:
+                with sub.receive_to_top(timeout=HANG_SECS) as msg:
+                    assert msg == sent[-1]
+            assert lags(config_pth) == {"sub": 0}
+
+
+def test_large_batches_come_again_in_order(config_pth: pathlib.Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that does not fit is not put behind others, and one that never fits comes."""
+    monkeypatch.setattr(_pulling, "_MOST_BYTES", 300_007)
+    sizes = [10, 290_000, 20, 30, 200_000, 150_000, 400_000, 40, 500_000, 50]
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        sent = [b"%03d" % number + bytes(sizes[number % 10]) for number in range(40)]
+        for message in sent:
+            pub.send(message)
+        for _ in range(3):
+            with contextlib.suppress(KeyError), sub.receive_many(25, timeout=HANG_SECS) as msgs:
+                assert msgs == sent[:25]
+                raise KeyError
+        for first in range(0, 40, 10):
+            with sub.receive_many(10, timeout=HANG_SECS) as msgs:
+                assert msgs == sent[first:first + 10]
+    assert lags(config_pth) == {"sub": 0}

@@ -28,8 +28,9 @@ from persipubsub.jetstream import (_acknowledging, _calls, _errors, _inboxes, _l
 #: Messages that are pulled at once, at most.
 _MOST_MESSAGES: Final = 64
 
-#: ... and their bytes, with what the server counts beside them. A larger one is pulled by itself.
-_MOST_BYTES: Final = 1 << 20
+#: ... and their bytes, with what the server counts beside them. A larger one is pulled by itself. A
+#: prime number, as that of larger pulls.
+_MOST_BYTES: Final = (1 << 20) - 3
 
 #: No more is pulled than the consumer has handled within this time so far, in seconds.
 _QUICK_SECS: Final = 0.1
@@ -192,7 +193,7 @@ class Ahead:
         :param count: how many messages
         """
         self._asked = time.monotonic()
-        pulled = await self.puller.pull_now(count, _MOST_BYTES)
+        pulled = await self.puller.pull_once(count, _MOST_BYTES)
         self._note(pulled)
         self._held.extend(pulled)
         if pulled:

@@ -57,6 +57,8 @@ class Inbox:
         self.pulls = 0
         #: Messages that the last pull ends with; 0 if it goes on until there is one.
         self.wanted_now = 0
+        #: Whether the last pull ended before it could bring all that was there.
+        self.has_more = False
         self._subscription = None  # type: Any
 
     async def listen(self) -> "Inbox":
@@ -77,8 +79,9 @@ class Inbox:
         if message.reply:
             self.messages.append(to_pulled(message.data, message.reply))
         else:
+            # Some of the names are of an enumeration, of which ``str`` makes another one.
             self.statuses.append({
-                str(key): value
+                str(getattr(key, "value", key)): value
                 for key, value in (message.headers or {}).items()
             })
         self.changed.set()

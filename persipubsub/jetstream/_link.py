@@ -311,6 +311,14 @@ class Link:
         # pylint: disable-next=protected-access
         return self._client is not None and bool(self._client._server_info.get("cluster"))
 
+    def max_payload(self) -> int:
+        """
+        Tell how large a message may be.
+
+        :return: in bytes; the default of the servers if they are not known yet
+        """
+        return 1 << 20 if self._client is None else self._client.max_payload
+
     def _check_rights(self) -> None:
         """
         Look whether a server told us that we may not do what we asked for.

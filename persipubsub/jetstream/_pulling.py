@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import time
-from typing import Any, Dict, Final, List, Optional
+from typing import Any, Dict, Final, List, Optional, Tuple
 
 import nats.aio.client
 import nats.errors
@@ -37,6 +37,17 @@ _ANSWER_SECS: Final = 1.0
 
 #: The server says so when the next message is too large for a pull.
 _MAX_BYTES: Final = "MaxBytes"
+
+#: ... and so after the last message of a pull with a limit of bytes, whose end is seen by then.
+_COMPLETED: Final = "Batch Completed"
+
+#: Bytes that one consumer lets the servers send at once: they drop a connection that is 64 MiB
+#: behind, and what was delivered over it is lost until ack_wait. A prime number, as a pull that is
+#: used up to its last byte ends without a word, which messages of one size would come to.
+_MOST_BYTES: Final = (1 << 23) - 15
+
+#: Bytes that are taken at once, or one larger message; as from a directory.
+_MOST_TAKEN_BYTES: Final = 1 << 24
 
 
 class Puller:
@@ -60,6 +71,8 @@ class Puller:
         self._pulls = {}  # type: Dict["asyncio.Task[Any]", float]
         self._places = itertools.count()
         self._is_closed = False
+        # How many take several messages at this moment; they share the bytes on the way.
+        self._batches = 0
         # Since when the consumer is not there; 0.0 if it is.
         self._missing_since = 0.0
         # When the servers were heard last, as far as anybody listened.
@@ -135,18 +148,51 @@ class Puller:
 
     async def pull_now(self,
                        max_messages: int,
-                       max_bytes: Optional[int] = None) -> List[_inboxes.Pulled]:
+                       max_bytes: int = _MOST_TAKEN_BYTES) -> List[_inboxes.Pulled]:
         """
-        Take messages that are there.
+        Take messages that are there, with as many pulls as their size needs.
 
         :param max_messages: how many at most
-        :param max_bytes: how many bytes at most
+        :param max_bytes: no more are pulled once there are so many bytes
         :return: messages; none if there is none
         :raise UnavailableError: if no server answers for too long
         :raise NotInitializedError: if there is no such consumer any more
         :raise ClosedError: if the queue is closed meanwhile
         """
-        return await self._pull(0.0, max_messages, max_bytes)
+        taken, found = [], []  # type: List[_inboxes.Pulled], List[_inboxes.Pulled]
+        has_more = True
+        self._batches += 1
+        try:
+            while has_more and len(taken) < max_messages and max_bytes > 0:
+                count, limit = max_messages - len(taken), _MOST_BYTES // self._batches
+                fitting = max(1, limit // self._stream.link.max_payload())
+                if count <= fitting or not found or found[-1].attempts > 1:
+                    # The servers have a limit by bytes put a message that does not fit behind all
+                    # others that were given back; what was never delivered comes after those.
+                    found, has_more = await self._pull(0.0, min(count, fitting), None)
+                else:
+                    found, has_more = await self._pull(0.0, count, min(limit, max_bytes))
+                taken += found
+                max_bytes -= sum(len(one.data) for one in found)
+        except BaseException:
+            self.returns.give_back(taken)
+            raise
+        finally:
+            self._batches -= 1
+        return taken
+
+    async def pull_once(self, max_messages: int, max_bytes: int) -> List[_inboxes.Pulled]:
+        """
+        Take messages that are there, and that were never given back, with one pull.
+
+        :param max_messages: how many at most
+        :param max_bytes: how many bytes at most, with what the server counts beside them
+        :return: messages; none if there is none, or if the next one is larger
+        :raise UnavailableError: if no server answers for too long
+        :raise NotInitializedError: if there is no such consumer any more
+        :raise ClosedError: if the queue is closed meanwhile
+        """
+        return (await self._pull(0.0, max_messages, max_bytes))[0]
 
     async def pull_one(self, timeout: float) -> List[_inboxes.Pulled]:
         """
@@ -158,17 +204,17 @@ class Puller:
         :raise NotInitializedError: if there is no such consumer any more
         :raise ClosedError: if the queue is closed meanwhile
         """
-        return await self._pull(timeout, 1, None)
+        return (await self._pull(timeout, 1, None))[0]
 
     async def _pull(self, timeout: float, max_messages: int,
-                    max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
+                    max_bytes: Optional[int]) -> Tuple[List[_inboxes.Pulled], bool]:
         """
         Wait for messages, so that closing ends it.
 
         :param timeout: how long, in seconds
         :param max_messages: how many to take at most
-        :param max_bytes: how many bytes to take at most
-        :return: messages; none if there was none in time
+        :param max_bytes: how many bytes to take at most; None: however large they are
+        :return: messages; none if there was none in time; and whether there may be more
         """
         task = asyncio.current_task()
         assert task is not None
@@ -185,14 +231,14 @@ class Puller:
             del self._pulls[task]
 
     async def _repeat(self, timeout: float, max_messages: int,
-                      max_bytes: Optional[int]) -> List[_inboxes.Pulled]:
+                      max_bytes: Optional[int]) -> Tuple[List[_inboxes.Pulled], bool]:
         """
         Pull until there are messages, or no time is left.
 
         :param timeout: how long, in seconds
         :param max_messages: how many to take at most; one if the pull has to wait
-        :param max_bytes: how many bytes to take at most
-        :return: messages; none if there was none in time
+        :param max_bytes: how many bytes to take at most; None: however large they are
+        :return: messages; none if there was none in time; and whether there may be more
         """
         deadline = time.monotonic() + timeout
         inbox = None  # type: Optional[_inboxes.Inbox]
@@ -221,7 +267,7 @@ class Puller:
                 if taken:
                     self._missing_since = 0.0
                 if taken or time.monotonic() >= deadline:
-                    return taken
+                    return taken, inbox is not None and inbox.has_more
         except BaseException:
             self.returns.give_back(taken)
             raise
@@ -279,6 +325,7 @@ class Puller:
         :param left: how long to wait, in seconds
         """
         inbox.statuses.clear()
+        inbox.has_more = bool(inbox.messages)
         if inbox.messages:
             return
         inbox.pulls += 1
@@ -318,7 +365,9 @@ class Puller:
         """
         while True:
             inbox.changed.clear()
-            if len(inbox.messages) >= wanted or await self._is_over(inbox):
+            is_full = len(inbox.messages) >= wanted
+            if is_full or await self._is_over(inbox):
+                inbox.has_more |= is_full
                 inbox.pulls -= 1
                 return True
             try:
@@ -337,20 +386,23 @@ class Puller:
         """
         while inbox.statuses:
             status = inbox.statuses.popleft()
-            code = status.get("Status", "")
+            code, text = status.get("Status", ""), status.get("Description", "")
             if code == "100":
                 self._heard = time.monotonic()
+            elif _COMPLETED in text:
+                pass  # of an earlier pull
             elif code == "503":
                 # Nobody leads the consumer, or there is none.
                 self._check_heard()
                 await self._check_consumer()
                 await asyncio.sleep(_PAUSE_SECS)
                 return True
-            elif code == "409" and _MAX_BYTES not in status.get("Description", ""):
+            elif code == "409" and _MAX_BYTES not in text:
                 await self._check_consumer()
                 await asyncio.sleep(_PAUSE_SECS)
                 return True
             else:
+                inbox.has_more = code == "409"
                 return True
         return False
 
