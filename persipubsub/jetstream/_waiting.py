@@ -11,10 +11,15 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
+import contextlib
+import sys
 import time
 from typing import List, Optional, Set, Tuple
 
-from persipubsub.jetstream import _inboxes, _pulling, _returns
+import nats.errors
+
+import persipubsub.errors
+from persipubsub.jetstream import _errors, _inboxes, _pulling, _returns
 
 
 class Waiting:
@@ -64,18 +69,24 @@ class Waiting:
             else:
                 self._leave(task)
 
-    async def take_now(self, max_messages: int) -> List[_inboxes.Pulled]:
+    async def take_now(self,
+                       max_messages: int,
+                       max_bytes: Optional[int] = None) -> List[_inboxes.Pulled]:
         """
         Take messages that are there.
 
         :param max_messages: how many at most
+        :param max_bytes:
+            how many bytes at most, of messages that were never given back; None: as many as it
+            takes
         :return: messages, in order; none if there is none
         """
         await self._settle(0.0)
         # What comes for them before the answer to our own pull is in front of what that brings.
         left, self._left = self._left, set()
         try:
-            pulled = await self._puller.pull_now(max_messages)
+            pulled = await (self._puller.pull_now(max_messages) if max_bytes is None else
+                            self._puller.pull_once(max_messages, max_bytes))
         except BaseException:
             self._left |= left
             for task in left:
@@ -151,8 +162,23 @@ class Waiting:
         for found in await asyncio.gather(*others, return_exceptions=True):
             if not isinstance(found, BaseException):
                 pulled = pulled + found  # it was done before it could be cancelled
-        self._puller.returns.give_back(pulled)
-        await self._puller.returns.settle()
+        await self.give_back(pulled)
+
+    async def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
+        """
+        Let others have messages, and wait until the servers know. It raises nothing.
+
+        :param pulled: messages, at least one
+        """
+        given = self._puller.returns.given
+        with contextlib.suppress(persipubsub.errors.PersipubsubError, _errors.ApiError,
+                                 nats.errors.Error, OSError):
+            if max(given, default=0) > min(one.number for one in pulled):
+                # What was given back before would come before it.
+                pulled = pulled + await self._puller.pull_now(len(given), sys.maxsize)
+        with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
+            await self._puller.returns.refuse(sorted(pulled, key=lambda one: one.number))
+        # If they do not answer, they deliver it again after ack_wait.
 
     async def close(self) -> None:
         """Wait until what came for nobody is given back."""
