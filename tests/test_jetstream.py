@@ -392,6 +392,31 @@ def test_credentials(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
             pub.send(b"hello")
 
 
+@pytest.mark.parametrize("timeout", [0.0, 2.0])
+def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+                                   timeout: float) -> None:
+    """It does not look like an empty queue."""
+    users = ('authorization { users: [{user: all, password: x}, {user: some, password: x, '
+             'permissions: {publish: {deny: ["$JS.API.CONSUMER.MSG.NEXT.>"]}}}] }')
+    monkeypatch.setenv("NATS_USER", "all")
+    monkeypatch.setenv("NATS_PASSWORD", "x")
+    with jetstream_server.running(tmp_path, lines=[users]) as servers:
+        config_pth = deploy(tmp_path, servers)
+        with open_pub(config_pth) as pub:
+            pub.send(b"hello")
+        monkeypatch.setenv("NATS_USER", "some")
+        with open_sub(config_pth) as sub:
+            for take in (sub.receive, sub.receive_to_top):
+                with pytest.raises(persipubsub.errors.AccessError, match="rights"), \
+                        take(timeout=timeout):
+                    pass
+            with pytest.raises(persipubsub.errors.AccessError, match="rights"):
+                sub.pop_to_top()
+        monkeypatch.setenv("NATS_USER", "all")
+        with open_sub(config_pth) as sub, sub.receive(timeout=HANG_SECS) as msg:
+            assert msg == b"hello"
+
+
 @pytest.mark.parametrize("name", ["NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT"])
 def test_credentials_that_are_no_file(config_pth: pathlib.Path, name: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:

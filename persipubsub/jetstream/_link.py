@@ -224,7 +224,7 @@ class Link:
             except (nats.errors.TimeoutError, asyncio.TimeoutError) as found:
                 error = found
                 attempt = min(2 * attempt, _LONGEST_ATTEMPT_SECS)
-                self._check_rights()
+                self.check_rights()
             except nats.errors.NoRespondersError as found:
                 # Nobody leads the stream for a moment, or there is no JetStream at all.
                 error = found
@@ -319,16 +319,21 @@ class Link:
         """
         return 1 << 20 if self._client is None else self._client.max_payload
 
-    def _check_rights(self) -> None:
+    def check_rights(self, subject: str = "") -> None:
         """
         Look whether a server told us that we may not do what we asked for.
 
         It does not answer such a request, but complains on the side.
 
+        :param subject: of the request; if not given, of any that was made lately
         :raise AccessError: if it did
         """
-        complaint, self._complaint = self._complaint, None
-        if complaint is not None and "permissions violation" in str(complaint).lower():
+        complaint = self._complaint
+        text = str(complaint).lower()
+        if subject.lower() not in text:
+            return  # whoever asked for that will look
+        self._complaint = None
+        if "permissions violation" in text:
             raise persipubsub.errors.AccessError(
                 "Expected the rights to use {}, but got: {}".format(self._path, complaint))
 

@@ -318,7 +318,7 @@ class Puller:
 
     async def _ask(self, inbox: _inboxes.Inbox, request: Dict[str, Any], left: float) -> None:
         """
-        Pull, and wait for a message or for the end of the pull.
+        Pull, and wait for a message or for the end of the pull. Without the right to, it fails.
 
         :param inbox: for what comes
         :param request: what to ask for
@@ -352,6 +352,7 @@ class Puller:
         if await self._is_done(inbox, wanted, patience):
             self._heard = time.monotonic()
         else:
+            self._stream.link.check_rights(self._subject)
             self._check_heard()
 
     async def _is_done(self, inbox: _inboxes.Inbox, wanted: int, patience: float) -> bool:
