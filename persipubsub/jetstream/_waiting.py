@@ -14,12 +14,15 @@ import asyncio
 import contextlib
 import sys
 import time
-from typing import List, Optional, Set, Tuple
+from typing import Final, List, Optional, Set, Tuple
 
 import nats.errors
 
 import persipubsub.errors
 from persipubsub.jetstream import _errors, _inboxes, _pulling, _returns
+
+#: Pulls of a consumer that wait at the servers, which refuse what is more than 4096 in all.
+_MOST_PULLS: Final = 256
 
 
 class Waiting:
@@ -32,6 +35,8 @@ class Waiting:
         :param puller: of the consumer
         """
         self._puller = puller
+        # Whoever waits beside so many others waits here, in line.
+        self._room = asyncio.Semaphore(_MOST_PULLS)
         # Pulls that nobody waits for, and what gives back what one of them brings.
         self._left = set()  # type: Set[asyncio.Task[List[_inboxes.Pulled]]]
         self._givers = set()  # type: Set[asyncio.Task[None]]
@@ -48,26 +53,43 @@ class Waiting:
             left = max(0.0, deadline - time.monotonic())
             if left == 0.0:
                 return await self.take_now(1)
-            await self._settle(left)
-            task = min(self._left, key=self._place, default=None)
-            is_own = task is None
-            if task is None:
-                task = asyncio.ensure_future(
-                    self._puller.pull_one(min(left, _pulling.LONGEST_PULL_SECS)))
-            else:
-                self._left.remove(task)
             try:
-                # Our own one ends in time.
-                await asyncio.wait([task], timeout=None if is_own else left)
-            except asyncio.CancelledError:
-                self._leave(task)
-                raise
-            if task.done():
-                pulled = task.result()
-                if pulled or time.monotonic() >= deadline:
-                    return pulled
-            else:
-                self._leave(task)
+                async with asyncio.timeout(None if timeout is None else left):
+                    await self._room.acquire()
+            except asyncio.TimeoutError:
+                return []  # the others would have got what was there
+            try:
+                pulled = await self._take(max(0.0, deadline - time.monotonic()))
+            finally:
+                self._room.release()
+            if pulled or time.monotonic() >= deadline:
+                return pulled
+
+    async def _take(self, left: float) -> List[_inboxes.Pulled]:
+        """
+        Wait for a message with one pull: the oldest that was left, or a new one.
+
+        :param left: how long at most, in seconds
+        :return: the message; none if there was none in time, or before the pull ended
+        """
+        await self._settle(left)
+        task = min(self._left, key=self._place, default=None)
+        is_own = task is None
+        if task is None:
+            task = asyncio.ensure_future(
+                self._puller.pull_one(min(left, _pulling.LONGEST_PULL_SECS)))
+        else:
+            self._left.remove(task)
+        try:
+            # Our own one ends in time.
+            await asyncio.wait([task], timeout=None if is_own else left)
+        except asyncio.CancelledError:
+            self._leave(task)
+            raise
+        if task.done():
+            return task.result()
+        self._leave(task)
+        return []
 
     async def take_now(self,
                        max_messages: int,
