@@ -383,19 +383,25 @@ def test_woken_consumer_knows_what_there_is(tmp_path: pathlib.Path,
         lease.acknowledge()
 
 
-@pytest.mark.parametrize("sizes", [[1000] * 30, [10] * 5, [3000] + [1] * 9, [200] * 7 + [3000, 5]])
-def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-                                          sizes: List[int]) -> None:
-    monkeypatch.setattr(_pending, "BATCH_BYTES", 5000)
-    monkeypatch.setattr(_pending, "_COPIED_BYTES", 5000 + _blocks.BLOCK_BYTES)
-    counts = []  # type: List[int]
+@pytest.fixture(name="claimed")
+def fixture_claimed(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[int, int]]:
+    """Note where each claim of a batch begins, and how many numbers it asks for."""
+    claimed = []  # type: List[Tuple[int, int]]
     claim_prefix = _claims.Claims.claim_prefix
 
     def noted(self: _claims.Claims, subscriber: int, first: int, count: int) -> Any:
-        counts.append(count)
+        claimed.append((first, count))
         return claim_prefix(self, subscriber, first, count)
 
     monkeypatch.setattr(_claims.Claims, "claim_prefix", noted)
+    return claimed
+
+
+@pytest.mark.parametrize("sizes", [[1000] * 30, [10] * 5, [3000] + [1] * 9, [200] * 7 + [3000, 5]])
+def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+                                          claimed: List[Tuple[int, int]], sizes: List[int]) -> None:
+    monkeypatch.setattr(_pending, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(_pending, "_COPIED_BYTES", 5000 + _blocks.BLOCK_BYTES)
     messages = [bytes(size) for size in sizes]
     with stores.opened(tmp_path) as queue:
         queue.put(messages[:3])
@@ -405,7 +411,7 @@ def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: p
         taken = []  # type: List[bytes]
         while len(taken) < len(messages):
             lease = take(consumer, most=100)
-            assert counts.pop() == len(lease.messages)
+            assert claimed.pop()[1] == len(lease.messages)
             assert len(lease.messages) == 1 or sum(map(len, lease.messages)) <= 5000
             # As many as fit.
             rest = messages[len(taken) + len(lease.messages):]
@@ -415,15 +421,7 @@ def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: p
         assert taken == messages
 
 
-def test_batch_is_not_guessed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    claimed = []  # type: List[int]
-    claim_prefix = _claims.Claims.claim_prefix
-
-    def noted(self: _claims.Claims, subscriber: int, first: int, count: int) -> Any:
-        claimed.append(first)
-        return claim_prefix(self, subscriber, first, count)
-
-    monkeypatch.setattr(_claims.Claims, "claim_prefix", noted)
+def test_batch_is_not_guessed(tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
     with stores.opened(tmp_path) as queue:
         for message in (b"1", b"2", b"3", b"4"):
             queue.put([message])
@@ -435,7 +433,7 @@ def test_batch_is_not_guessed(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
         lease = take(late, most=10)
         assert lease.messages == [b"3", b"4"]
         lease.acknowledge()
-        assert claimed == [3]
+        assert [first for first, _ in claimed] == [3]
 
 
 # Damage

@@ -104,7 +104,7 @@ def write(directory: str, environment: lmdb.Environment) -> bool:
         environment.reader_check()
         # Read first: the snapshot can only be newer than what is said of it.
         covered = _last_transaction(environment)
-        if os.path.lexists(path) and _read_covered(descriptor) == covered:
+        if is_there(directory) and _read_covered(descriptor) == covered:
             return True
         with _files.translated(path=path, doing="write"):
             # A power failure between the two leaves a larger number out, never a wrong one.

@@ -24,6 +24,9 @@ from persipubsub.store._databases import Databases
 #: 0.6 microseconds one of 1.1).
 _MAX_DBS: Final = 16
 
+#: Behind the id of the boot in the mark of a store in use, if no checkpoints are written.
+_NO_CHECKPOINTS: Final = b"without"
+
 #: LMDB's lock file: the part in front of the second slot of the table of readers, and a slot.
 _LOCK_HEADER_BYTES: Final = 192
 _READER_BYTES: Final = 64
@@ -41,10 +44,6 @@ class Options(NamedTuple):
 
 class MapFullError(persipubsub.errors.DiskFullError):
     """Report that the map is full, as opposed to the disk: dropping messages makes room."""
-
-
-#: Behind the id of the boot in the mark of a store in use, if no checkpoints are written.
-_NO_CHECKPOINTS: Final = b"without"
 
 
 class Handles(NamedTuple):

@@ -12,7 +12,7 @@ from persipubsub import _wakeup
 from persipubsub._settings import Settings
 from persipubsub.environment import _environment, _files
 from persipubsub.maintenance import _upkeep
-from persipubsub.store import _blocks, _log, _positions
+from persipubsub.store import _blocks, _layout, _log, _positions
 from persipubsub.store._databases import Databases
 
 #: A look ends with the message that reaches this many bytes; the next one goes on behind it.
@@ -20,9 +20,6 @@ _LOOK_BYTES: Final = 1 << 20
 
 #: ... or after this many messages.
 _LOOK_MESSAGES: Final = 1000
-
-#: No message has a larger number; a key has no room for it.
-_LARGEST_NUMBER: Final = (1 << 64) - 1
 
 #: Whoever follows a queue looks at it this often whatever happens, in seconds.
 _LONGEST_PAUSE_SECS: Final = 1.0
@@ -100,7 +97,8 @@ def peek(settings: Settings, subscriber: str, count: int, start: int) -> List[Me
     :raise NotInitializedError: if there is no such subscriber
     """
     messages = []  # type: List[Message]
-    start = min(start, _LARGEST_NUMBER)
+    # No message is behind it, and a key has no room for any number.
+    start = min(start, _layout.MAX_NUMBER + 1)
     with _upkeep.opened(settings, is_look=True) as environment:
         while True:
             found = environment.read(
