@@ -116,18 +116,24 @@ class Putter:
                  databases: Databases) -> "Optional[_log.Tail]":
             return add(txn, databases, put)
 
+        def ring() -> None:
+            if not put.is_full or put.losses:
+                self._ring(0 if put.is_full else put.first + put.count)
+
         try:
-            self._environment.write(work, True)
+            # Before the flush, if there is one: subscribers wake up meanwhile. Those who are awake
+            # see a message as early.
+            self._environment.write(work, True, False, ring)
         except _environment.MapFullError:
             self._put_into_full_map(put, work)
+            ring()
         except persipubsub.errors.DiskFullError:
             self._put_onto_full_disk(work)
+            ring()
         except BaseException:
             self._floor = None
             raise
         self._floor = put.floor
-        if not put.is_full or put.losses:
-            self._ring(0 if put.is_full else put.first + put.count)
         if put.losses:
             self._losses.add(put.losses)
 

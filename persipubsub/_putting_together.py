@@ -65,15 +65,17 @@ class GroupPutter(_putting.Putter):
             for put in puts:
                 (self._put if put.msg_ids is None else self._put_once)(txn, databases, put)
 
+        def ring() -> None:
+            if not all(put.is_full for put in puts) or any(put.losses for put in puts):
+                self._ring(max(0 if put.is_full else put.first + put.count for put in puts))
+
         try:
-            self._environment.write(work, is_flushed=True)
+            self._environment.write(work, is_flushed=True, announce=ring)
         except BaseException:
             self._floor = None
             raise
         self._floor = puts[-1].floor
         self._was_full = puts[-1].is_full
-        if not all(put.is_full for put in puts) or any(put.losses for put in puts):
-            self._ring(max(0 if put.is_full else put.first + put.count for put in puts))
         losses = [loss for put in puts for loss in put.losses]
         if losses:
             self._losses.add(losses)

@@ -285,6 +285,27 @@ def test_many_publishers_wait(tmp_path: pathlib.Path) -> None:
         assert stores.take(queue) is None
 
 
+@pytest.mark.parametrize("is_together", [False, True])
+def test_subscribers_wake_up_before_the_flush(tmp_path: pathlib.Path, is_together: bool) -> None:
+    with stores.opened(tmp_path) as queue, queue._bell.prepare() as ticket:
+
+        def put() -> None:
+            if is_together:
+                queue.put_each([([b"0"], None, None), ([b"1"], None, None)])
+            else:
+                queue.put([b"0"])
+
+        thread = threading.Thread(target=put, daemon=True)
+        # Nobody gets past a flush.
+        with queue._environment._flush_lock:
+            thread.start()
+            assert ticket.wait(support.HANG_SECS), "Expected a ring, but the flush came first."
+            assert stores.take(queue) == b"0"
+            assert thread.is_alive(), "Expected it to wait for the flush."
+        thread.join(support.HANG_SECS)
+        assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("strategy", [REJECT, BLOCK])
 def test_full_map_drops_nothing(tmp_path: pathlib.Path,
                                 strategy: persipubsub.config.Strategy) -> None:

@@ -52,12 +52,7 @@ _RESERVE_SECS: Final = 1.0
 
 
 class Transactions:
-    """
-    Run transactions on one store, from any number of threads.
-
-    How the store is opened and closed is left to
-    :py:class:`persipubsub.environment._environment.Environment`.
-    """
+    """Run transactions on one store, from any number of threads; ``Environment`` opens it."""
 
     def __init__(self, directory: str, options: Options) -> None:
         """
@@ -176,7 +171,8 @@ class Transactions:
     def write(self,
               work: Work[ResultT],
               is_flushed: bool = False,
-              may_grow: bool = False) -> ResultT:
+              may_grow: bool = False,
+              announce: Optional[Callable[[], object]] = None) -> ResultT:
         """
         Run a work in a write transaction, possibly together with works of other threads.
 
@@ -188,6 +184,7 @@ class Transactions:
         :param is_flushed: True to return only when the commit survives a power failure, if that is
             the store's durability
         :param may_grow: True for what makes room: a full map is made a little larger for it
+        :param announce: called behind the commit, while it may still have to be flushed
         :return: what the work returned
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         """
@@ -201,10 +198,12 @@ class Transactions:
         if request.error is not None:
             cause = request.error.__cause__
             if (may_grow and self._find_room(request.error)) or self._recover(cause):
-                return self.write(work, is_flushed=is_flushed, may_grow=may_grow)
+                return self.write(work, is_flushed, may_grow, announce)
             raise request.error
         if not request.done:
             raise _gate.busy_error(self.directory, self.options.busy_timeout_secs)
+        if announce is not None:
+            announce()
         if self._reserve_due is not None or not request.commit % _READER_CHECK_COMMITS:
             self._look_after_store(request.commit)
         if self._checkpointer is not None:
