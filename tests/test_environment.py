@@ -9,8 +9,10 @@ import os
 import pathlib
 import random
 import signal
+import sys
 import threading
 import time
+import traceback
 from typing import Any, Callable, Counter, Deque, Dict, Iterator, List, Optional
 
 import lmdb
@@ -662,6 +664,17 @@ def test_timeout_says_the_truth(tmp_path: pathlib.Path) -> None:
 # The size of the map
 
 
+def count_following() -> int:
+    """Count the threads that are about to map as much as another process does."""
+    return [name for names in stacks() for name in names].count("_follow_map_size")
+
+
+def stacks() -> Iterator[List[str]]:
+    """Give the names of the functions that each thread is in."""
+    for innermost in sys._current_frames().values():
+        yield [frame.f_code.co_name for frame, _ in traceback.walk_stack(innermost)]
+
+
 def send_large(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Open the queue with a larger map and fill it with more than the smaller one holds."""
     with persipubsub.publisher.Pub() as pub:
@@ -670,7 +683,10 @@ def send_large(pipe: support.Connection, config_pth: pathlib.Path) -> None:
         pipe.recv()
         for _ in range(8):
             pub.send(bytes(1 << 18))
-    pipe.send("sent")
+        pipe.send("sent")
+        pipe.recv()
+        pub.send(b"beside")
+    pipe.send("sent again")
 
 
 def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
@@ -687,12 +703,18 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
             assert sub.front() == b"first"
             child.pipe.send("go")
             assert child.get() == "sent"
+            threads = Threads()
+            # A copy that is being made, which reads the map and may take long.
+            with pub._queue._environment._copy_lock:  # type: ignore[union-attr]
+                for number in range(4):
+                    threads.start("read {}".format(number), sub.front)
+                    threads.start("write {}".format(number), lambda: pub.send(b"last"))
+                support.until(lambda: count_following() == 8 or threads.results, "who waits for it")
+                # Nobody who waits for it keeps other processes from writing.
+                child.pipe.send("go")
+                assert child.get() == "sent again"
+                assert not threads.results
             child.end()
-
-        threads = Threads()
-        for number in range(4):
-            threads.start("read {}".format(number), sub.front)
-            threads.start("write {}".format(number), lambda: pub.send(b"last"))
         results = threads.join()
         assert set(results.values()) == {b"first", None}, results
         sizes = []  # type: List[int]
@@ -701,7 +723,7 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
                 if message is None:
                     break
                 sizes.append(len(message))
-        assert sizes == [5] + [1 << 18] * 8 + [4] * 4
+        assert sizes == [5] + [1 << 18] * 8 + [6] + [4] * 4
 
 
 # Closing

@@ -138,21 +138,17 @@ class Transactions:
                 self._follow_map_size()
             except lmdb.ReadersFullError as error:
                 deadline = deadline or time.monotonic() + self.options.busy_timeout_secs
-                if not self._find_slot() and time.monotonic() >= deadline:
-                    raise self._translate(error) from error
+                # Those of processes that were killed are freed; the living finish.
+                if self.check_readers() == 0:
+                    time.sleep(_SLOT_PAUSE_SECS)
+                    if time.monotonic() >= deadline:
+                        raise self._translate(error) from error
             except lmdb.Error as error:
                 if not self._recover(error):
                     raise self._translate(error) from error
             except persipubsub.errors.PersipubsubError as error:
                 _opening.name_queue(error, self.directory)
                 raise
-
-    def _find_slot(self) -> bool:
-        """Free slots of readers that were killed, or let the living finish. True if any is free."""
-        if self.check_readers() > 0:
-            return True
-        time.sleep(_SLOT_PAUSE_SECS)
-        return False
 
     def check_readers(self) -> int:
         """
@@ -191,7 +187,11 @@ class Transactions:
         if self._handles is None:
             self._reopen()
         request = _line.Request(work, is_flushed and not self.options.keeps_os)
-        self._take_turn(request)
+        try:
+            self._take_turn(request)
+        except lmdb.MapResizedError:
+            self._follow_map_size()
+            return self.write(work, is_flushed, may_grow, announce)
         handles = self._handles
         if handles is not None:
             handles.gate.make_way()
@@ -321,8 +321,7 @@ class Transactions:
         try:
             self._run(handles, group)
         except lmdb.MapResizedError:
-            self._follow_map_size()
-            self._run_group(handles, group)
+            raise  # followed without the gate
         except Exception as error:  # pylint: disable=broad-exception-caught
             # Whatever it is, nothing of the transaction was committed, and it is the fault of one
             # work alone: each gets a transaction, and its error, of its own.
@@ -404,7 +403,8 @@ class Transactions:
 
     def _follow_map_size(self) -> None:
         """Map as much as the process that raised ``max_db_size_bytes`` did."""
-        with self._line.lock, self._flush_lock, self._read_lock:
+        # A copy is waited for, perhaps for seconds: not with the gate, which others need.
+        with self._copy_lock, self._line.lock, self._flush_lock, self._read_lock:
             self._open_handles().environment.set_mapsize(0)
         self._line.wake_next()
 
