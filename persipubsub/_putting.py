@@ -23,6 +23,9 @@ from persipubsub.store._databases import Databases
 #: After so many bytes a send looks for finished blocks at once, however few messages they are.
 _LARGE_BYTES = 1 << 16
 
+#: An empty queue has less than that beside messages.
+_EMPTY_BYTES = 1 << 17
+
 #: Who waits for room looks at the queue this often whatever happens, in seconds: a subscriber may
 #: die between its commit and its ring, and messages become too old without one.
 _LONGEST_PAUSE_SECS = 1.0
@@ -387,6 +390,7 @@ class Putter:
         :raise DiskFullError: if it does not fit although nothing is left to be dropped
         """
         waiting = 1
+        limit = self._settings.max_bytes + _EMPTY_BYTES - put.size
         # A process that was killed in a read may keep everything that was freed since then.
         self._environment.check_readers()
         while True:
@@ -396,8 +400,10 @@ class Putter:
             self._tidier.delete_finished(keeps_retained=False)
             self._environment.write(_retention.make_reusable, may_grow=True)
             try:
-                # With nothing left to be dropped, the free pages are only too scattered for it.
-                self._environment.write(work, is_flushed=True, may_grow=not waiting)
+                # With nothing left to be dropped, free pages are too scattered for it, or the last
+                # block, which stays to keep its numbers taken, is in the way; or there are ids.
+                may_grow = not waiting and self._environment.read(self._count_others) <= limit
+                self._environment.write(work, is_flushed=True, may_grow=may_grow)
                 return
             except _environment.MapFullError:
                 if not waiting:
@@ -445,6 +451,20 @@ class Putter:
                                          floor,
                                          tail,
                                          drops_newest=self._drops_newest)[1]
+
+    @staticmethod
+    def _count_others(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:
+        """
+        Count what is stored beside messages, as ids are, which are not dropped to make room.
+
+        :param txn: any transaction
+        :param databases: handles
+        :return: in bytes of whole pages
+        """
+        used = [txn.stat(other) for other in databases if other is not databases.data]
+        return sum(
+            (each["branch_pages"] + each["leaf_pages"] + each["overflow_pages"]) * each["psize"]
+            for each in used)
 
     @staticmethod
     def _count_waiting(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:

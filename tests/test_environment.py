@@ -726,6 +726,89 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
         assert sizes == [5] + [1 << 18] * 8 + [6] + [4] * 4
 
 
+def send_until_told(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Write more than those map who open the queue meanwhile, again and again."""
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pipe.send("open")
+        while not pipe.poll():
+            pub.send(bytes(1 << 17))
+    pipe.send("sent")
+
+
+def test_opening_while_another_process_makes_the_map_larger(tmp_path: pathlib.Path) -> None:
+    changes = {"durability": "os", "checkpoint_secs": 0}  # type: Dict[str, Any]
+    small = support.write_config(tmp_path, name="small.json", max_db_size_bytes=1 << 20, **changes)
+    large = support.write_config(tmp_path, name="large.json", max_db_size_bytes=1 << 32, **changes)
+    persipubsub.control.initialize_all_dbs(config_pth=small)
+    with support.Child(send_until_told, large) as child:
+        assert child.get() == "open"
+        for _ in range(300):
+            with persipubsub.subscriber.Sub() as sub:
+                sub.init(sub_id="sub", config_pth=small)
+        child.pipe.send("end")
+        assert child.get() == "sent"
+        child.end()
+
+
+def test_copy_while_another_process_makes_the_map_larger(tmp_path: pathlib.Path) -> None:
+    small = support.write_config(tmp_path, name="small.json", max_db_size_bytes=1 << 20)
+    large = support.write_config(tmp_path, name="large.json", max_db_size_bytes=1 << 24)
+    persipubsub.control.initialize_all_dbs(config_pth=small)
+    with support.Child(send_large, large) as child:
+        assert child.get() == "open"
+
+        def send(_: lmdb.Environment) -> None:
+            child.pipe.send("go")
+            assert child.get() == "sent"
+
+        with persipubsub.queue.Queue(support.settings(small)) as queue, open(
+                tmp_path / "copy", "wb") as fid:
+            queue._environment.copy(fid.fileno(), verify=send)
+        assert os.stat(tmp_path / "copy").st_size > 8 << 18
+        child.pipe.send("go")
+        assert child.get() == "sent again"
+        child.end()
+
+
+def show_map(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Look at the queue when told; tell how much of it is mapped, and how much is written."""
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        pipe.send("open")
+        pipe.recv()
+        queue.front("sub")
+        handles = queue._environment._open_handles()
+        info = handles.environment.info()
+        pipe.send((info["map_size"], (info["last_pgno"] + 1) * handles.environment.stat()["psize"]))
+
+
+def test_room_that_was_made_is_nobody_elses(tmp_path: pathlib.Path) -> None:
+    """Others map what was written into a full map to make room, and no more."""
+    config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 20)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with support.Child(show_map, config_pth) as child:
+        assert child.get() == "open"
+        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+            environment = queue._environment
+
+            def fill(txn: Any, databases: Any) -> None:
+                for number in range(1 << 20):
+                    txn.put(b"%08d" % number, bytes(1000), db=databases.once)
+
+            with pytest.raises(persipubsub.errors.DiskFullError):
+                environment.write(fill)
+            environment.write(lambda txn, databases: txn.put(
+                b"filling", bytes((1 << 20) + 4096), db=databases.once),
+                              may_grow=True)
+            child.pipe.send("go")
+            mapped, written = child.get()
+            assert mapped == written > 1 << 20
+            assert environment._open_handles().environment.info()["map_size"] == written
+            environment.write(lambda txn, databases: txn.delete(b"filling", db=databases.once),
+                              may_grow=True)
+        child.end()
+
+
 # Closing
 
 

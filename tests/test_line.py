@@ -422,11 +422,17 @@ def test_nobody_stands_in_line_in_a_forked_child(environment: _environment.Envir
     crowd.join()
 
 
+def write_in_larger_map(environment: _environment.Environment) -> None:
+    request = _line.Request(stores.rewrite)
+    environment._run_in_larger_map(request)
+    assert request.done and request.error is None
+
+
 def test_who_makes_the_map_larger_wakes_the_next(environment: _environment.Environment) -> None:
     crowd = Crowd(environment)
     with environment._read_lock:
         # It holds the line, and waits for the read lock.
-        growing = threading.Thread(target=environment._grow, daemon=True)
+        growing = threading.Thread(target=write_in_larger_map, args=(environment, ), daemon=True)
         growing.start()
         support.until(lambda: not is_free(environment._line), "the map's growth")
         crowd.start(1, write(environment))
@@ -435,34 +441,45 @@ def test_who_makes_the_map_larger_wakes_the_next(environment: _environment.Envir
     crowd.join()
 
 
+class Noted:
+    """Be a lock that notes when it is taken."""
+
+    def __init__(self, name: str, lock: Any, taken: List[str]) -> None:
+        """Initialize with what it stands for."""
+        self._name, self._lock, self._taken = name, lock, taken
+
+    def __enter__(self) -> None:
+        self._taken.append(self._name)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def test_map_is_not_made_larger_under_a_copy(environment: _environment.Environment,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """It is copied without the interpreter's lock, and would be gone for a moment."""
     taken = []  # type: List[str]
     with monkeypatch.context() as patch:
         for name in ("_copy_lock", "_flush_lock"):
-
-            @contextlib.contextmanager
-            def hold(name: str = name, lock: Any = getattr(environment, name)) -> Iterator[None]:
-                taken.append(name)
-                with lock:
-                    yield
-
-            patch.setattr(environment, name, hold())
-        assert environment._grow()
-    assert taken == ["_copy_lock", "_flush_lock"]
+            patch.setattr(environment, name, Noted(name, getattr(environment, name), taken))
+        write_in_larger_map(environment)
+    # Made larger, and smaller again.
+    assert taken == ["_copy_lock", "_flush_lock", "_flush_lock"]
 
 
-@pytest.mark.parametrize("name", ["_grow", "_follow_map_size"])
-def test_interrupt_leaves_the_line_free(environment: _environment.Environment, name: str) -> None:
+@pytest.mark.parametrize("function",
+                         [write_in_larger_map, _environment.Environment._follow_map_size])
+def test_interrupt_leaves_the_line_free(environment: _environment.Environment,
+                                        function: Callable[[Any], None]) -> None:
     """Wherever it comes in what is not done by the lock itself."""
-    function = getattr(environment, name)
     point, is_interrupted = 0, True
     while is_interrupted:
         point += 1
         # In a thread of its own: an exception that is raised at any step may leave the interpreter
         # with one that it takes for handled, which would be shown with each later failure.
-        is_interrupted = in_thread(functools.partial(interrupt, function, point))
+        is_interrupted = in_thread(
+            functools.partial(interrupt, functools.partial(function, environment), point))
         assert in_thread(lambda: is_free(environment._line)), point
     assert point > 1
 

@@ -3,6 +3,8 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 
+import contextlib
+import itertools
 import logging
 import pathlib
 import random
@@ -11,6 +13,7 @@ from typing import List
 
 import pytest
 
+import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _addition
@@ -250,8 +253,8 @@ def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) 
             queue.put([b"%06d" % index + bytes(size - 6)])
             assert queue.statistics().messages >= 1
         assert stores.take_all(queue)[-1].startswith(b"000059")
-        # The map may grow a little so that it can be tidied up; see _transactions.
-        assert queue.statistics().file_bytes < limit + (1 << 26)
+        # The map may grow a little so that it can be tidied up; see _map.
+        assert queue.statistics().file_bytes < limit + (1 << 21)
 
 
 def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None:
@@ -272,6 +275,47 @@ def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None
         assert len(stores.blocks(queue)) == 1
         queue.put([b"x"])
         assert stores.figures(queue).dropped_by_mark == 0
+
+
+def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: pathlib.Path) -> None:
+    """Else there is none left some time later: a map grows for them by a bounded size."""
+    limit = 1 << 20
+    generator = random.Random(1)
+    with stores.opened(tmp_path,
+                       max_bytes=limit,
+                       keeps_os=True,
+                       strategy=persipubsub.config.Strategy.REJECT) as queue:
+        msg_ids = (b"%0250d" % number for number in itertools.count())
+        with pytest.raises(persipubsub.errors.DiskFullError):
+            while True:
+                try:
+                    queue.put([b"m"] * 50, timeout=0, msg_ids=list(itertools.islice(msg_ids, 50)))
+                except persipubsub.errors.QueueFullError:
+                    stores.take_all(queue)
+        for _ in range(300):
+            for given in ([next(msg_ids)], None):
+                with contextlib.suppress(persipubsub.errors.QueueFullError,
+                                         persipubsub.errors.DiskFullError):
+                    queue.put([bytes(generator.choice([0, 500, 5000, 60000]))], None, 0, given)
+            stores.take(queue)
+        stores.take_all(queue)
+        queue.clear()
+        queue.prune()
+        assert queue.statistics().file_bytes < limit + (1 << 20)
+
+
+def test_limit_far_below_what_is_written(tmp_path: pathlib.Path) -> None:
+    """All that makes room works although the file is larger than it may become by that."""
+    with stores.opened(tmp_path, max_bytes=1 << 28, keeps_os=True) as queue:
+        for _ in range(80):
+            queue.put([bytes(1 << 20)])
+        assert len(stores.take_all(queue)) == 80
+        queue.put([b"left"])
+    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
+        queue.prune()
+        assert queue.clear() == 1
+        queue.put([b"x"])
+        assert stores.take_all(queue) == [b"x"]
 
 
 def test_full_map_is_cleared(tmp_path: pathlib.Path) -> None:

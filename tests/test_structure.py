@@ -66,6 +66,7 @@ _ROWS: List[Set[str]] = [
     {"environment._registry"},
     {"environment._environment"},
     {"environment._transactions"},
+    {"environment._map"},
     {"environment._opening"},
     {
         "environment._checkpoint", "environment._gate", "environment._line", "_wakeup", "_claims",

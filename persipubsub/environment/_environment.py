@@ -10,6 +10,7 @@ import lmdb
 import persipubsub.errors
 from persipubsub.environment import _checkpoint, _files, _opening, _transactions
 from persipubsub.environment._opening import MapFullError, Options
+from persipubsub.environment._transactions import ResultT
 from persipubsub.store import _check, _clock, _header
 from persipubsub.store._databases import Databases
 
@@ -235,7 +236,7 @@ class Environment(_transactions.Transactions):
         with self._copy_lock:
             handles = self._open_handles()
             try:
-                return _checkpoint.write(self.directory, handles.environment)
+                return self._follow(lambda: _checkpoint.write(self.directory, handles.environment))
             except lmdb.Error as error:
                 # Not by _translate: a copy that failed says nothing of the store itself.
                 raise _opening.translate(error, self.directory) from error
@@ -296,16 +297,29 @@ class Environment(_transactions.Transactions):
         :param descriptor: of an empty file
         :param verify: fails if the pages are damaged, for the copy would end the process
         """
-        # Opens the store again in a forked child, and maps as much as other processes do.
+        # Opens the store again in a forked child.
         self.read(lambda txn, databases: None)
         with self._copy_lock:
             try:
                 environment = self._open_handles().environment
-                verify(environment)
-                environment.copyfd(descriptor, compact=True)
+                self._follow(lambda: verify(environment))
+                self._follow(lambda: environment.copyfd(descriptor, compact=True))
             except lmdb.Error as error:
                 # Not by _translate: a copy that failed says nothing of the store itself.
                 raise _opening.translate(error, self.directory) from error
+
+    def _follow(self, use: Callable[[], ResultT]) -> ResultT:
+        """
+        Use the store; again with more of it mapped if other processes wrote more just before.
+
+        :param use: begins a transaction before all that could not be done again
+        :return: what it returns
+        """
+        while True:
+            try:
+                return use()
+            except lmdb.MapResizedError:
+                self._follow_map_size()
 
     def is_usable(self) -> bool:
         """

@@ -55,6 +55,7 @@ class Handles(NamedTuple):
     users: _gate.LockFile  #: holds a shared lock as long as the store is open
     was_interrupted: bool  #: the machine went down while the store, of ``os``, was in use
     was_restored: bool  #: ... and a checkpoint took its place
+    map_size: int  #: that is mapped, in bytes
 
 
 @contextlib.contextmanager
@@ -97,12 +98,13 @@ def open_store(directory: str, options: Options) -> Handles:
         fcntl.flock(users.descriptor, fcntl.LOCK_SH)
         was_interrupted = _was_interrupted(directory)
         was_restored = _check_files(directory, options, gate, was_interrupted)
-        environment = _open_environment(directory, options)
-        # py-lmdb opens them in a write transaction, and waits for it with the interpreter's lock
-        # held: without the gate, a process stopped in the middle of a commit would freeze us.
+        # py-lmdb opens sub-databases in a write transaction, and waits for it with the interpreter's
+        # lock held: without the gate, a process stopped in the middle of a commit would freeze us.
+        # All of it with the gate: nobody writes more than is mapped meanwhile.
         if not gate.enter(deadline=time.monotonic() + options.busy_timeout_secs):
             raise _gate.busy_error(directory, options.busy_timeout_secs)
         try:
+            environment = _open_environment(directory, options)
             databases = Databases(*(environment.open_db(name, create=False)
                                     for name in _databases.NAMES))
             environment.reader_check()
@@ -112,7 +114,8 @@ def open_store(directory: str, options: Options) -> Handles:
             raise translate(error=error, directory=directory) from error
         finally:
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
-        return Handles(environment, databases, gate, users, was_interrupted, was_restored)
+        return Handles(environment, databases, gate, users, was_interrupted, was_restored,
+                       environment.info()["map_size"])
     except BaseException:
         # Not with contextlib.ExitStack: a KeyboardInterrupt behind its pop_all would leave LMDB's
         # environment open for as long as somebody keeps the exception.

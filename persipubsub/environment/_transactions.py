@@ -24,7 +24,7 @@ from typing import Callable, Final, List, Optional, Sequence, TypeVar, Union
 import lmdb
 
 import persipubsub.errors
-from persipubsub.environment import _checkpoint, _files, _gate, _line, _opening
+from persipubsub.environment import _checkpoint, _files, _gate, _line, _map, _opening
 from persipubsub.environment._opening import MapFullError, Options
 from persipubsub.store._databases import Databases
 
@@ -37,10 +37,6 @@ Work = Callable[["lmdb.Transaction[memoryview]", Databases], ResultT]
 #: No more works than this share a transaction, so that no thread writes for the others forever.
 _LARGEST_GROUP: Final = 512
 
-#: A full map grows by so much, and in all by so much, so that messages can be acknowledged.
-_GROWTH_BYTES: Final = 1 << 20
-_LARGEST_GROWTH_BYTES: Final = 1 << 26
-
 #: The table of readers is searched for dead processes once in so many commits of all processes.
 _READER_CHECK_COMMITS: Final = 256
 
@@ -51,7 +47,7 @@ _SLOT_PAUSE_SECS: Final = 0.001
 _RESERVE_SECS: Final = 1.0
 
 
-class Transactions:
+class Transactions(_map.Mapped):
     """Run transactions on one store, from any number of threads; ``Environment`` opens it."""
 
     def __init__(self, directory: str, options: Options) -> None:
@@ -61,11 +57,7 @@ class Transactions:
         :param directory: of the store
         :param options: how it is opened
         """
-        self.directory = directory
-        self.options = options
-
-        # None before it was opened, in a forked child, and after it was closed.
-        self._handles = None  # type: Optional[_opening.Handles]
+        super().__init__(directory, options)
         # Opens it in a forked child, or when LMDB needs it; takes the registry's lock.
         self.reopener = None  # type: Optional[Callable[[], None]]
 
@@ -73,8 +65,6 @@ class Transactions:
         # _has_left, because it was left as closed at the end of the interpreter.
         self._failure = None  # type: Optional[str]
         self._has_left = False
-        # While a transaction is open in the thread that holds the lock.
-        self._is_writing = self._is_reading = False
         # Ids of LMDB's transactions: the last one of this process, the last flushed one, and the
         # last one that was seen by a reader and is to be in a checkpoint.
         self._committed = self._flushed = self._seen = 0
@@ -87,22 +77,6 @@ class Transactions:
         self.is_look = False  # True while nobody in this process does more than have a short look
         # Only for an "os" store, and then told of every commit.
         self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
-        self._make_locks()
-
-    def _make_locks(self) -> None:
-        """Create the locks; see the module for what they guard and their order."""
-        # Guards copies of the store, so that none is being made when the process forks or closes.
-        self._copy_lock = threading.RLock()
-        # The write lock: guards the writing half, requests being run, the gate's descriptor.
-        self._line = _line.Line()
-        # Guards flushes: one serves all threads that wait for one.
-        self._flush_lock = threading.RLock()
-        # Guards read transactions, so that none is open when the process forks or remaps.
-        self._read_lock = threading.RLock()
-
-    def _locks(self) -> "Sequence[Union[threading.RLock, _line.Line]]":
-        """Return the locks in the order in which they are taken."""
-        return self._copy_lock, self._line, self._flush_lock, self._read_lock
 
     # Transactions
 
@@ -199,7 +173,10 @@ class Transactions:
             cause = request.error.__cause__
             if (may_grow and self._find_room(request.error)) or self._recover(cause):
                 return self.write(work, is_flushed, may_grow, announce)
-            raise request.error
+            if may_grow and isinstance(request.error, MapFullError):
+                self._run_in_larger_map(request)
+            if request.error is not None:
+                raise request.error
         if not request.done:
             raise _gate.busy_error(self.directory, self.options.busy_timeout_secs)
         if announce is not None:
@@ -339,6 +316,32 @@ class Transactions:
             for request in group:
                 self._run_group(handles, [request])
 
+    def _run_in_larger_map(self, request: _line.Request) -> None:
+        """
+        Run a work that makes room in a full map; nobody else's, which would use the room up.
+
+        :param request: with the error that there was no room; gets the result, or another error
+        """
+        try:
+            with self._copy_lock, self._line.lock:
+                gate = self._open_handles().gate
+                if not gate.enter(deadline=time.monotonic() + self.options.busy_timeout_secs):
+                    request.error = _gate.busy_error(self.directory, self.options.busy_timeout_secs)
+                    return
+                try:
+                    self._is_writing = True
+                    with self._grown() as steps:
+                        for _ in steps:
+                            request.error = None
+                            self._run_group(self._open_handles(), [request])
+                            if not isinstance(request.error, MapFullError):
+                                break
+                finally:
+                    self._is_writing = False
+                    fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+        finally:
+            self._line.wake_next()
+
     def _run(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
         """
         Run works in one transaction.
@@ -393,21 +396,6 @@ class Transactions:
         finally:
             self._line.pass_on(request)
 
-    def _open_handles(self) -> _opening.Handles:
-        """Return what is open of the store; raise ClosedError if it was closed meanwhile."""
-        handles = self._handles
-        if handles is None:
-            raise persipubsub.errors.ClosedError(
-                "Expected the queue {} to be open, but got: it was closed".format(self.directory))
-        return handles
-
-    def _follow_map_size(self) -> None:
-        """Map as much as the process that raised ``max_db_size_bytes`` did."""
-        # A copy is waited for, perhaps for seconds: not with the gate, which others need.
-        with self._copy_lock, self._line.lock, self._flush_lock, self._read_lock:
-            self._open_handles().environment.set_mapsize(0)
-        self._line.wake_next()
-
     def _find_room(self, error: BaseException) -> bool:
         """
         Find room for what makes room.
@@ -416,7 +404,7 @@ class Transactions:
         :return: True if it is worth another try
         """
         if isinstance(error, MapFullError):
-            return self.check_readers() > 0 or self._grow()
+            return self.check_readers() > 0
         if isinstance(error, persipubsub.errors.DiskFullError):
             # As a time, so that it is not looked for at every send.
             self._reserve_due = time.monotonic() + _RESERVE_SECS
@@ -446,24 +434,6 @@ class Transactions:
             return False
         self._reopen()
         return True
-
-    def _grow(self) -> bool:
-        """
-        Make the map a little larger than ``max_db_size_bytes``.
-
-        LMDB writes to fresh pages even where it deletes: nothing could be acknowledged or dropped.
-
-        :return: True if it was made larger
-        """
-        # A copy that is being made reads the map without the interpreter's lock.
-        with self._copy_lock, self._line.lock, self._flush_lock, self._read_lock:
-            environment = self._open_handles().environment
-            size = environment.info()["map_size"]
-            is_grown = size + _GROWTH_BYTES <= self.options.map_size + _LARGEST_GROWTH_BYTES
-            if is_grown:
-                environment.set_mapsize(size + _GROWTH_BYTES)
-        self._line.wake_next()
-        return is_grown
 
     def _translate(self, error: lmdb.Error) -> persipubsub.errors.PersipubsubError:
         """
