@@ -267,6 +267,73 @@ def test_message_comes_again_before_those_behind_it(config_pth: pathlib.Path) ->
         assert list(map(int, drain(sub, timeout=1))) == list(range(expected, 100))
 
 
+@pytest.mark.usefixtures("holding")
+def test_message_that_fails_more_than_once(config_pth: pathlib.Path) -> None:
+    """What was given back with it at first is not delivered before it."""
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send_many(numbered(100))
+        expected = len(receive_until_held(sub))
+        for _ in range(3):
+            with pytest.raises(KeyError), sub.receive(timeout=HANG_SECS, details=True) as message:
+                assert message is not None and int(message.data) == expected
+                raise KeyError
+        assert list(map(int, drain(sub, timeout=1))) == list(range(expected, 100))
+    assert lags(config_pth) == {"sub": 0}
+
+
+@pytest.mark.usefixtures("holding")
+def test_large_messages_that_come_again(tmp_path: pathlib.Path,
+                                        servers: jetstream_server.Servers) -> None:
+    """One that does not fit beside others is not put behind them."""
+    config_pth = jetstream_server.deploy(tmp_path, servers, HWM_LMDB_SIZE_BYTES=1 << 26)
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        for number in range(60):
+            pub.send(b"%03d" % number + bytes(10 if number < 10 else 400_000))
+        with pytest.raises(KeyError), sub.receive_many(30, timeout=HANG_SECS):
+            raise KeyError
+        assert [int(receive(sub).data[:3]) for _ in range(60)] == list(range(60))
+
+
+@pytest.mark.usefixtures("holding")
+def test_closing_beside_a_message_at_work(config_pth: pathlib.Path) -> None:
+    """It comes again before those that were held behind it."""
+    with open_pub(config_pth) as pub, open_sub(config_pth) as other:
+        pub.send_many(numbered(100))
+        with open_sub(config_pth) as sub:
+            expected = len(receive_until_held(sub))
+            receipt = sub.receive(timeout=HANG_SECS)
+            assert receipt.__enter__() == str(expected).encode()
+            assert len(held(sub)) > 1
+        assert list(map(int, drain(other, timeout=1))) == list(range(expected, 100))
+
+
+@pytest.mark.usefixtures("quick")
+def test_task_that_cancels_gets_what_waits_in_order(config_pth: pathlib.Path) -> None:
+    source = random.Random(5)
+    received: List[int] = []
+
+    async def main() -> int:
+        cancelled = 0
+        async with persipubsub.aio.Sub() as sub:
+            await sub.init(sub_id="sub", config_pth=config_pth)
+            while len(received) < 500:
+                receipt = sub.receive(timeout=HANG_SECS)
+                try:
+                    async with asyncio.timeout(source.uniform(0, 0.002)):
+                        received.append(int(await receipt.__aenter__() or b""))
+                except TimeoutError:
+                    cancelled += 1
+                else:
+                    await receipt.__aexit__(None, None, None)
+        return cancelled
+
+    with open_pub(config_pth) as pub:
+        pub.send_many(numbered(500))
+    assert asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS)) > 20
+    assert received == list(range(500))
+    assert lags(config_pth) == {"sub": 0}
+
+
 # Giving back
 
 

@@ -531,7 +531,9 @@ async def test_pull_that_is_cancelled_is_not_taken_over(config_pth: pathlib.Path
             assert await receive(sub) == b"hello"
 
 
-async def _storm(config_pth: pathlib.Path, take: Callable[[Any], Any]) -> "dict[int, bool]":
+async def _storm(config_pth: pathlib.Path,
+                 take: Callable[[Any], Any],
+                 longest: float = 0.008) -> "dict[int, bool]":
     """
     Receive in tasks that are cancelled at any moment, then without.
 
@@ -555,7 +557,7 @@ async def _storm(config_pth: pathlib.Path, take: Callable[[Any], Any]) -> "dict[
             tasks = [asyncio.ensure_future(consume(sub)) for _ in range(5)]
             sending = asyncio.ensure_future(
                 pub.send_many([str(number).encode() for number in range(begin, begin + 5)]))
-            await asyncio.sleep(source.uniform(0, 0.008))
+            await asyncio.sleep(source.uniform(0, longest))
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -586,7 +588,9 @@ async def test_cancelled_batches_lose_nothing(config_pth: pathlib.Path,
 @on_server
 async def test_cancelled_skipping_forgets_nothing(config_pth: pathlib.Path,
                                                   _: jetstream_server.Servers) -> None:
-    outcomes = await _storm(config_pth, lambda sub: sub.receive_to_top(timeout=HANG_SECS))
+    outcomes = await _storm(config_pth,
+                            lambda sub: sub.receive_to_top(timeout=HANG_SECS),
+                            longest=0.03)
     # The others, if their blocks were left or not, were skipped.
     assert outcomes[299]
 

@@ -501,3 +501,31 @@ def test_large_batches_come_again_in_order(config_pth: pathlib.Path,
             with sub.receive_many(10, timeout=HANG_SECS) as msgs:
                 assert msgs == sent[first:first + 10]
     assert lags(config_pth) == {"sub": 0}
+
+
+def test_more_tasks_than_pulls(config_pth: pathlib.Path, servers: jetstream_server.Servers,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait in line, and are not forgotten when the queue is closed."""
+    monkeypatch.setattr(_waiting, "_MOST_PULLS", 4)
+
+    async def receive(sub: persipubsub.aio.Sub, timeout: Optional[float]) -> Optional[bytes]:
+        async with sub.receive(timeout=timeout) as msg:
+            return msg
+
+    async def main() -> None:
+        async with persipubsub.aio.Sub() as sub:
+            await sub.init(sub_id="sub", config_pth=config_pth)
+            tasks = [asyncio.ensure_future(receive(sub, HANG_SECS)) for _ in range(20)]
+            await until_waiting(config_pth, servers, 4)
+            assert await receive(sub, 0.1) is None
+            await asyncio.to_thread(pub.send_many, numbered(20))
+            assert sorted([await task for task in tasks], key=lambda msg: int(msg or -1)) == \
+                numbered(20)
+            tasks = [asyncio.ensure_future(receive(sub, None)) for _ in range(20)]
+            await until_waiting(config_pth, servers, 4)
+        for found in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(found, persipubsub.errors.ClosedError)
+
+    with open_pub(config_pth) as pub:
+        asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS))
+    assert lags(config_pth) == {"sub": 0}

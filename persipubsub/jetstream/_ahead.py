@@ -52,8 +52,6 @@ class Ahead:
         :param settings: of the queue
         :param durable: name of the consumer at the servers
         """
-        #: Messages that we gave back and that, as far as we know, are delivered next, in order.
-        self.returned = 0
         self.place = (settings.address.stream, durable)
         self.puller = _pulling.Puller(ports.stream, settings, durable)
         #: Takes messages of which none are held.
@@ -69,13 +67,17 @@ class Ahead:
         self._held = collections.deque()  # type: Deque[_inboxes.Pulled]
         self._timer = None  # type: Optional[asyncio.TimerHandle]
         self._refill = None  # type: Optional[asyncio.Task[None]]
+        # Handed out, and to be given back before anything else is handed out; and what gives back.
+        self._returning = []  # type: List[_inboxes.Pulled]
+        self._giving = None  # type: Optional[asyncio.Task[None]]
         # Before which moment nothing of what is held can have been delivered.
         self._asked = 0.0
         # Of the last pull: when it was done, what it brought, and how many were handed out.
         self._came = 0.0
         self._count = self._handed_out = 0
-        # Messages that the server had behind those.
+        # Messages that the server had behind those, and whether it had more to deliver again.
         self._pending = 0
+        self._is_again = False
         _of(ports.loop).add(self)
 
     # Taking
@@ -179,7 +181,8 @@ class Ahead:
 
         :return: how many messages; 1 if nothing is to be pulled ahead
         """
-        if not self._handed_out:
+        if not self._handed_out or self._is_again:
+            # Of what is delivered again, one that does not fit would be put behind all others.
             return 1
         pace = max(1e-6, (time.monotonic() - self._came) / self._handed_out)
         # Of what is there, half stays for others: they may have nothing to do.
@@ -193,7 +196,8 @@ class Ahead:
         :param count: how many messages
         """
         self._asked = time.monotonic()
-        pulled = await self.puller.pull_once(count, _MOST_BYTES)
+        # What comes for a task that was cancelled is in front of it.
+        pulled = await self.waiting.take_now(count, _MOST_BYTES)
         self._note(pulled)
         self._held.extend(pulled)
         if pulled:
@@ -211,9 +215,8 @@ class Ahead:
             await asyncio.wait([self._refill])
             refill, self._refill = self._refill, None
             refill.result()
-        if self._held and self._age() > self._hold_secs:
-            # Not left half done by a task that is cancelled.
-            await asyncio.shield(asyncio.ensure_future(self._give_back()))
+        if self._giving or self._returning or (self._held and self._age() > self._hold_secs):
+            await self._give_all_back()
 
     def _note(self, pulled: List[_inboxes.Pulled]) -> None:
         """
@@ -224,7 +227,7 @@ class Ahead:
         self._came = time.monotonic()
         self._count, self._handed_out = len(pulled), 0
         self._pending = pulled[-1].pending if pulled else 0
-        self.returned = max(0, self.returned - len(pulled))
+        self._is_again = bool(pulled) and pulled[-1].attempts > 1
 
     # Giving back
 
@@ -241,34 +244,48 @@ class Ahead:
         self._timer = None
         self._loop.start(self.give_back())
 
-    async def give_back(self, before: int = 0) -> None:
+    def begin_give_back(self, pulled: Sequence[_inboxes.Pulled]) -> "asyncio.Task[None]":
         """
-        Give back what is held, and wait until the server has it. It raises nothing.
+        Give back messages, with those that are held behind them, so that they stay in order.
 
-        :param before: messages that were given back just before
+        Whoever takes next waits for that. To hold them instead was rejected: others wait for them
+        at the servers.
+
+        :param pulled: messages that were handed out
+        :return: done when the server has them; it raises nothing
         """
+        self._returning += pulled
+        return self._loop.start(self.give_back())
+
+    async def give_back(self) -> None:
+        """Give back what is held, and wait until the server has it. It raises nothing."""
         async with self._lock:
             try:
                 await self._settle()
             except (persipubsub.errors.PersipubsubError, _errors.ApiError, nats.errors.Error,
                     OSError):
                 pass  # the pull failed, and whoever takes next will see why
-            await self._give_back()
-            self.returned += before
+            await self._give_all_back()
+
+    async def _give_all_back(self) -> None:
+        """Give back what is to be given back, while the lock is held."""
+        # Not left half done by a task that is cancelled, and not done beside another.
+        while self._giving or self._held or self._returning:
+            if self._giving is None:
+                self._giving = asyncio.ensure_future(self._give_back())
+            await asyncio.wait([self._giving])
+            self._giving = None
 
     async def _give_back(self) -> None:
-        """Give back what is held, while the lock is held."""
+        """Give back what was handed out in vain, what is held, and what would be between them."""
         is_with_others = self._age() > self._ack_wait_secs / 2
         held = self._take(len(self._held))
         # One message at first, the next time.
         self._handed_out = 0
-        self.returned = len(held)
-        if is_with_others:
-            return  # by then, the server may have given it to another
-        try:
-            await self.puller.returns.refuse(held)
-        except (persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
-            pass  # delivered again after ack_wait
+        # If it was held for so long, the server may have given it to another.
+        pulled, self._returning = self._returning + ([] if is_with_others else held), []
+        if pulled:
+            await self.waiting.give_back(pulled)
 
     async def acknowledge(self, pulled: Sequence[_inboxes.Pulled], deadline: float) -> None:
         """
@@ -280,11 +297,18 @@ class Ahead:
         """
         await _acknowledging.acknowledge(self.puller, self._stream, self._durable, pulled, deadline)
 
-    async def close(self) -> None:
-        """Give back what is held, and pull nothing any more."""
+    async def close(self, pulled: Sequence[_inboxes.Pulled]) -> None:
+        """
+        Give back what is held, and pull nothing any more.
+
+        :param pulled: messages that were handed out, to be given back as well
+        """
         _of(self._loop).discard(self)
-        await self.give_back()
+        giving = self.begin_give_back(pulled)
+        # That servers are away is no reason to let those wait who wait for messages.
+        await asyncio.wait([giving], timeout=_returns.SETTLE_SECS)
         await self.puller.close()
+        await asyncio.wait([giving])
         await self.waiting.close()
         await self.puller.returns.settle()
 

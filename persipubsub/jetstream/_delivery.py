@@ -11,6 +11,7 @@ import base64
 import concurrent.futures
 import contextlib
 import os
+import sys
 import time
 import weakref
 from typing import Any, Callable, Coroutine, Final, Iterator, List, Optional
@@ -159,10 +160,9 @@ class Lease:
 
     async def _give_back(self) -> None:
         """Give the messages back, and those behind them, so that they stay in order."""
-        # What the user raised matters more.
-        with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
-            await self.refuse()
-            await self._consumer.ahead(self._ports).give_back(before=len(self.pulled))
+        # It raises nothing: what the user raised matters more.
+        self._end()
+        await asyncio.shield(self._consumer.ahead(self._ports).begin_give_back(self.pulled))
 
     async def refuse(self) -> None:
         """Let the messages be delivered again. Only for the loop's own thread."""
@@ -176,8 +176,8 @@ class Lease:
 
     def abandon(self) -> None:
         """Give the messages back without waiting for an answer. Only for the loop's own thread."""
-        self.stop()
-        self._consumer.ahead(self._ports).puller.returns.give_back(self.pulled)
+        self._end()
+        self._consumer.ahead(self._ports).begin_give_back(self.pulled)
 
     def touch(self) -> None:
         """Tell the server that the messages are being worked on, which it is told anyhow."""
@@ -240,10 +240,13 @@ class Consumer:
         self._is_closing = True
         ahead, ports = self._ahead, self._ahead_of
         if ahead is not None and ports is not None and ports.loop.process_id == os.getpid():
-            for lease in list(self.leases):
-                lease.abandon()
-            await ahead.close()
+            leases = list(self.leases)
+            for lease in leases:
+                lease.stop()
+            await ahead.close([one for lease in leases for one in lease.pulled])
             await self._takes.wait()
+            # What they took.
+            await ahead.give_back()
             await ahead.puller.returns.settle()
 
     # Taking
@@ -483,9 +486,10 @@ class Consumer:
                     return base64.b64decode(found.get("data") or b"")
                 start = int(found["seq"]) + 1
         # One that is given back alone would come behind others that were given back.
-        pulled = await ahead.puller.pull_now(max(1, ahead.returned))
+        pulled = await ahead.puller.pull_now(max(1, len(ahead.puller.returns.given)), sys.maxsize)
         if not pulled:
             return None
+        pulled.sort(key=lambda one: one.number)
         lease = self._lease(ports, pulled)
         await lease.refuse()
         return lease.messages[0]

@@ -91,16 +91,18 @@ class Loop:
             raise _exiting()
         return asyncio.run_coroutine_threadsafe(function(), self._loop)
 
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """
         Run a coroutine and do not wait for it. Only for the loop's own thread.
 
         :param coroutine: that raises nothing
+        :return: its task; nobody has to keep it
         """
         # The loop itself holds tasks only weakly.
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def start_later(self, seconds: float, function: Callable[[], None]) -> asyncio.TimerHandle:
         """

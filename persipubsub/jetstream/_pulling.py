@@ -451,6 +451,7 @@ class Puller:
         now = time.monotonic()
         while inbox.messages and len(taken) < count:
             pulled = inbox.messages.popleft()
+            self.returns.note(pulled)
             if self.is_expired(pulled):
                 # The server drops it a bit late.
                 await self._tell(inbox.client, pulled, b"+ACK")

@@ -34,11 +34,26 @@ class Returns:
         :param link: to the servers
         """
         self._link = link
+        #: Numbers of messages that were given back and did not come again since, as far as we know:
+        #: others may have them. They are delivered next, in the order of their giving back.
+        self.given = set()  # type: Set[int]
         # What ends the use of inboxes, and may find messages in them.
         self._endings = set()  # type: Set[asyncio.Task[None]]
         # What waits for that, since what is found may be in front of it; and what gives it back.
         self._waiting = []  # type: List[_inboxes.Pulled]
         self._giver = None  # type: Optional[asyncio.Task[None]]
+
+    def note(self, pulled: _inboxes.Pulled) -> None:
+        """
+        Note that a message came.
+
+        :param pulled: the message
+        """
+        if pulled.attempts == 1:
+            # It comes behind all that was given back.
+            self.given.clear()
+        else:
+            self.given.discard(pulled.number)
 
     def begin(self, ending: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """
@@ -111,6 +126,7 @@ class Returns:
         :param pulled: messages
         :param deadline: on the monotonic clock
         """
+        self.given.update(one.number for one in pulled)
         # In order: the first one is the next that is delivered again.
         for found in await asyncio.gather(*(self._link.request(one.reply, b"-NAK", deadline)
                                             for one in pulled),

@@ -11,10 +11,18 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
+import contextlib
+import sys
 import time
-from typing import List, Optional, Set, Tuple
+from typing import Final, List, Optional, Set, Tuple
 
-from persipubsub.jetstream import _inboxes, _pulling, _returns
+import nats.errors
+
+import persipubsub.errors
+from persipubsub.jetstream import _errors, _inboxes, _pulling, _returns
+
+#: Pulls of a consumer that wait at the servers, which refuse what is more than 4096 in all.
+_MOST_PULLS: Final = 256
 
 
 class Waiting:
@@ -27,6 +35,8 @@ class Waiting:
         :param puller: of the consumer
         """
         self._puller = puller
+        # Whoever waits beside so many others waits here, in line.
+        self._room = asyncio.Semaphore(_MOST_PULLS)
         # Pulls that nobody waits for, and what gives back what one of them brings.
         self._left = set()  # type: Set[asyncio.Task[List[_inboxes.Pulled]]]
         self._givers = set()  # type: Set[asyncio.Task[None]]
@@ -43,39 +53,62 @@ class Waiting:
             left = max(0.0, deadline - time.monotonic())
             if left == 0.0:
                 return await self.take_now(1)
-            await self._settle(left)
-            task = min(self._left, key=self._place, default=None)
-            is_own = task is None
-            if task is None:
-                task = asyncio.ensure_future(
-                    self._puller.pull_one(min(left, _pulling.LONGEST_PULL_SECS)))
-            else:
-                self._left.remove(task)
             try:
-                # Our own one ends in time.
-                await asyncio.wait([task], timeout=None if is_own else left)
-            except asyncio.CancelledError:
-                self._leave(task)
-                raise
-            if task.done():
-                pulled = task.result()
-                if pulled or time.monotonic() >= deadline:
-                    return pulled
-            else:
-                self._leave(task)
+                async with asyncio.timeout(None if timeout is None else left):
+                    await self._room.acquire()
+            except asyncio.TimeoutError:
+                return []  # the others would have got what was there
+            try:
+                pulled = await self._take(max(0.0, deadline - time.monotonic()))
+            finally:
+                self._room.release()
+            if pulled or time.monotonic() >= deadline:
+                return pulled
 
-    async def take_now(self, max_messages: int) -> List[_inboxes.Pulled]:
+    async def _take(self, left: float) -> List[_inboxes.Pulled]:
+        """
+        Wait for a message with one pull: the oldest that was left, or a new one.
+
+        :param left: how long at most, in seconds
+        :return: the message; none if there was none in time, or before the pull ended
+        """
+        await self._settle(left)
+        task = min(self._left, key=self._place, default=None)
+        is_own = task is None
+        if task is None:
+            task = asyncio.ensure_future(
+                self._puller.pull_one(min(left, _pulling.LONGEST_PULL_SECS)))
+        else:
+            self._left.remove(task)
+        try:
+            # Our own one ends in time.
+            await asyncio.wait([task], timeout=None if is_own else left)
+        except asyncio.CancelledError:
+            self._leave(task)
+            raise
+        if task.done():
+            return task.result()
+        self._leave(task)
+        return []
+
+    async def take_now(self,
+                       max_messages: int,
+                       max_bytes: Optional[int] = None) -> List[_inboxes.Pulled]:
         """
         Take messages that are there.
 
         :param max_messages: how many at most
+        :param max_bytes:
+            how many bytes at most, of messages that were never given back; None: as many as it
+            takes
         :return: messages, in order; none if there is none
         """
         await self._settle(0.0)
         # What comes for them before the answer to our own pull is in front of what that brings.
         left, self._left = self._left, set()
         try:
-            pulled = await self._puller.pull_now(max_messages)
+            pulled = await (self._puller.pull_now(max_messages) if max_bytes is None else
+                            self._puller.pull_once(max_messages, max_bytes))
         except BaseException:
             self._left |= left
             for task in left:
@@ -151,8 +184,23 @@ class Waiting:
         for found in await asyncio.gather(*others, return_exceptions=True):
             if not isinstance(found, BaseException):
                 pulled = pulled + found  # it was done before it could be cancelled
-        self._puller.returns.give_back(pulled)
-        await self._puller.returns.settle()
+        await self.give_back(pulled)
+
+    async def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
+        """
+        Let others have messages, and wait until the servers know. It raises nothing.
+
+        :param pulled: messages, at least one
+        """
+        given = self._puller.returns.given
+        with contextlib.suppress(persipubsub.errors.PersipubsubError, _errors.ApiError,
+                                 nats.errors.Error, OSError):
+            if max(given, default=0) > min(one.number for one in pulled):
+                # What was given back before would come before it.
+                pulled = pulled + await self._puller.pull_now(len(given), sys.maxsize)
+        with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
+            await self._puller.returns.refuse(sorted(pulled, key=lambda one: one.number))
+        # If they do not answer, they deliver it again after ack_wait.
 
     async def close(self) -> None:
         """Wait until what came for nobody is given back."""
