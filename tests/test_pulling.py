@@ -20,7 +20,7 @@ import pytest
 import persipubsub.aio
 import persipubsub.control
 import persipubsub.errors
-from persipubsub.jetstream import _inboxes, _loop, _pulling, _waiting
+from persipubsub.jetstream import _inboxes, _loop, _pulling, _returns, _waiting
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome, until
 from tests.test_begun import until_waiting
@@ -52,11 +52,16 @@ class Slow:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def release(self) -> None:
-        """Send what was held back."""
+    def release(self, count: Optional[int] = None) -> None:
+        """Send what was held back: all of it, or the first ones, and hold back what comes then."""
         assert self._client is not None
         with self._lock:
-            self._release(self._client)
+            if count is None:
+                self._release(self._client)
+                return
+            frames, self.held = self.held[:count], self.held[count:]
+            self._subscriptions -= {frame.split()[2] for frame in frames}
+            self._client.sendall(b"".join(frames))
 
     def close(self) -> None:
         """End the connection and the threads."""
@@ -268,6 +273,40 @@ def test_cancelling_leaves_the_order(config_pth: pathlib.Path, first: str, secon
         asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS))
 
 
+def test_what_comes_for_several_that_were_left(config_pth: pathlib.Path, slow_pth: pathlib.Path,
+                                               slow: Slow,
+                                               servers: jetstream_server.Servers) -> None:
+    """Two of three messages come together, and the third one after they were given back."""
+
+    async def main() -> None:
+        async with persipubsub.aio.Sub() as sub:
+            await sub.init(sub_id="sub", config_pth=slow_pth)
+            tasks = [
+                asyncio.ensure_future(sub.receive(timeout=None).__aenter__()) for _ in range(3)
+            ]
+            await until_waiting(config_pth, servers, 3)
+            slow.is_holding = True
+            await asyncio.to_thread(pub.send_many, numbered(3))
+            await asyncio.to_thread(until, lambda: len(slow.held) == 3, "the messages")
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await until_left(sub, True)
+            slow.release(2)
+            returns = sub._sub._consumer._ahead.puller.returns  # type: ignore[union-attr]
+            await asyncio.to_thread(until, lambda: len(returns.given) > 1, "their giving back")
+            slow.release()
+            received = []  # type: List[bytes]
+            while len(received) < 3:
+                async with sub.receive(timeout=0) as found:
+                    received.extend([found] if found else [])
+            assert (received, slow.ended) == (numbered(3), 0)
+
+    with open_pub(config_pth) as pub:
+        asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS))
+    assert lags(config_pth) == {"sub": 0}
+
+
 def until_pulling(sub: Any) -> None:
     until(lambda: sub._consumer._ahead and sub._consumer._ahead.puller._pulls, "a pull")
 
@@ -362,6 +401,16 @@ def test_pull_that_is_done_comes_first() -> None:
         assert tasks[1].exception() is not None
 
     asyncio.run(main())
+
+
+def test_first_delivery_comes_behind_what_was_given_back_before_it_was_asked_for() -> None:
+    returns = _returns.Returns(None, None)  # type: ignore[arg-type]
+    returns.given = {1: 5.0, 2: 7.0, 3: 8.0}
+    pulled = _inboxes.Pulled(b"", "", 9, 1, 0, 0.0, 0)
+    returns.note(pulled, asked=6.0)
+    assert [*returns.given] == [2, 3]
+    returns.note(pulled._replace(number=2, attempts=2), asked=6.0)
+    assert [*returns.given] == [3]
 
 
 def test_what_is_given_back_when_the_last_was(config_pth: pathlib.Path) -> None:

@@ -285,7 +285,8 @@ class Ahead:
         # If it was held for so long, the server may have given it to another.
         pulled, self._returning = self._returning + ([] if is_with_others else held), []
         if pulled:
-            await self.waiting.give_back(pulled)
+            self.puller.returns.give_back(pulled)
+            await self.puller.returns.settle()
 
     async def acknowledge(self, pulled: Sequence[_inboxes.Pulled], deadline: float) -> None:
         """

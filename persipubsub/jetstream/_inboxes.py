@@ -55,6 +55,8 @@ class Inbox:
         self.changed = asyncio.Event()
         #: Pulls whose end was not seen yet: they may bring something.
         self.pulls = 0
+        #: When the last pull began, on our monotonic clock.
+        self.asked = 0.0
         #: Messages that the last pull ends with; 0 if it goes on until there is one.
         self.wanted_now = 0
         #: Whether the last pull ended before it could bring all that was there.

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import math
+import sys
 import time
 from typing import Any, Dict, Final, List, Optional, Tuple
 
@@ -61,7 +62,8 @@ class Puller:
         :param settings: of the queue
         :param durable: name of the consumer
         """
-        self.returns = _returns.Returns(stream.link)
+        self.returns = _returns.Returns(stream.link,
+                                        lambda count: self.pull_now(count, sys.maxsize))
         self._stream = stream
         self._settings = settings
         self._subject = "$JS.API.CONSUMER.MSG.NEXT.{}.{}".format(stream.name, durable)
@@ -342,6 +344,7 @@ class Puller:
         task = asyncio.current_task()
         assert task in self._pulls, "Only what pulls asks."
         self._pulls[task] = next(self._places)
+        inbox.asked = time.monotonic()
         try:
             await inbox.client.publish(self._subject,
                                        json.dumps(request).encode("utf-8"),
@@ -451,7 +454,7 @@ class Puller:
         now = time.monotonic()
         while inbox.messages and len(taken) < count:
             pulled = inbox.messages.popleft()
-            self.returns.note(pulled)
+            self.returns.note(pulled, inbox.asked)
             if self.is_expired(pulled):
                 # The server drops it a bit late.
                 await self._tell(inbox.client, pulled, b"+ACK")

@@ -4,18 +4,21 @@ Give messages of one consumer back to the servers: in order, and before anybody 
 The servers deliver what is given back in the order in which it comes to them, before all that was
 not delivered yet. Whoever pulls waits for what is on its way, or later messages would overtake it.
 
+One task gives back what several have, and looks at nothing before no inbox may bring more: if each
+gave back its own, what one of them has would come behind what another one gave back meanwhile.
+
 All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
 import contextlib
 import time
-from typing import Any, Coroutine, Final, List, Optional, Set
+from typing import Any, Callable, Coroutine, Dict, Final, List, Optional, Set
 
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import _inboxes, _link
+from persipubsub.jetstream import _errors, _inboxes, _link
 
 #: A message that can not be given back within so many seconds is delivered again after ack_wait.
 _GIVE_BACK_SECS: Final = 2.0
@@ -27,33 +30,37 @@ SETTLE_SECS: Final = 0.5
 class Returns:
     """Give messages back, for any number of coroutines."""
 
-    def __init__(self, link: _link.Link) -> None:
+    def __init__(self, link: _link.Link,
+                 pull: Callable[[int], Coroutine[Any, Any, List[_inboxes.Pulled]]]) -> None:
         """
         Initialize with nothing to be given back.
 
         :param link: to the servers
+        :param pull: takes so many messages that are there
         """
         self._link = link
-        #: Numbers of messages that were given back and did not come again since, as far as we know:
-        #: others may have them. They are delivered next, in the order of their giving back.
-        self.given = set()  # type: Set[int]
+        self._pull = pull
+        #: Numbers of messages that were given back and did not come again since, as far as we know
+        #: (others may have them), and when. They are delivered next, in the order of their giving
+        #: back.
+        self.given = {}  # type: Dict[int, float]
         # What ends the use of inboxes, and may find messages in them.
         self._endings = set()  # type: Set[asyncio.Task[None]]
         # What waits for that, since what is found may be in front of it; and what gives it back.
         self._waiting = []  # type: List[_inboxes.Pulled]
         self._giver = None  # type: Optional[asyncio.Task[None]]
 
-    def note(self, pulled: _inboxes.Pulled) -> None:
+    def note(self, pulled: _inboxes.Pulled, asked: float) -> None:
         """
         Note that a message came.
 
         :param pulled: the message
+        :param asked: when it was asked for, on our monotonic clock
         """
-        if pulled.attempts == 1:
-            # It comes behind all that was given back.
-            self.given.clear()
-        else:
-            self.given.discard(pulled.number)
+        if pulled.attempts == 1 and self.given:
+            # It comes behind all that was given back by then.
+            self.given = {number: since for number, since in self.given.items() if since > asked}
+        self.given.pop(pulled.number, None)
 
     def begin(self, ending: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """
@@ -73,10 +80,12 @@ class Returns:
         """
         Wait until what is given back is with the servers, or was given up.
 
+        Who gives it back does not wait for itself when it pulls.
+
         :param timeout: how long, in seconds; None: as long as it takes
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while pending := self._endings | self._giving():
+        while pending := (self._endings | self._giving()) - {asyncio.current_task()}:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 break
@@ -101,13 +110,36 @@ class Returns:
 
     async def _give(self) -> None:
         """Give back what waits, in order, as soon as no inbox may bring more of it."""
-        while self._waiting:
+        pulled = []  # type: List[_inboxes.Pulled]
+        while self._waiting or pulled:
             while self._endings:
                 await asyncio.wait(list(self._endings))
-            pulled, self._waiting = sorted(self._waiting, key=lambda one: one.number), []
+            pulled, self._waiting = pulled + self._waiting, []
+            pulled.sort(key=lambda one: one.number)
+            if max(self.given, default=0) > pulled[0].number:
+                # What was given back before would come before it. More may wait by then.
+                pulled += await self._pull_given()
+                continue
             with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error,
                                      OSError):
                 await self._refuse(pulled, time.monotonic() + _GIVE_BACK_SECS)
+            pulled = []
+
+    async def _pull_given(self) -> List[_inboxes.Pulled]:
+        """
+        Pull what was given back. It raises nothing.
+
+        :return: messages, perhaps others among them
+        """
+        given, found = list(self.given), []  # type: List[int], List[_inboxes.Pulled]
+        with contextlib.suppress(persipubsub.errors.PersipubsubError, _errors.ApiError,
+                                 nats.errors.Error, OSError):
+            found = await self._pull(len(given))
+        if len(found) < len(given):
+            # The rest is with others, or no server is there.
+            for number in given:
+                self.given.pop(number, None)
+        return found
 
     async def refuse(self, pulled: List[_inboxes.Pulled], seconds: float = _GIVE_BACK_SECS) -> None:
         """
@@ -126,7 +158,7 @@ class Returns:
         :param pulled: messages
         :param deadline: on the monotonic clock
         """
-        self.given.update(one.number for one in pulled)
+        self.given.update((one.number, time.monotonic()) for one in pulled)
         # In order: the first one is the next that is delivered again.
         for found in await asyncio.gather(*(self._link.request(one.reply, b"-NAK", deadline)
                                             for one in pulled),

@@ -11,15 +11,11 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
-import contextlib
-import sys
+import math
 import time
 from typing import Final, List, Optional, Set, Tuple
 
-import nats.errors
-
-import persipubsub.errors
-from persipubsub.jetstream import _errors, _inboxes, _pulling, _returns
+from persipubsub.jetstream import _inboxes, _pulling, _returns
 
 #: Pulls of a consumer that wait at the servers, which refuse what is more than 4096 in all.
 _MOST_PULLS: Final = 256
@@ -121,7 +117,7 @@ class Waiting:
             else:
                 self._left.add(task)
         pulled.sort(key=lambda one: one.number)
-        self._puller.returns.give_back(pulled[max_messages:])
+        self._begin_give_back(pulled[max_messages:])
         return pulled[:max_messages]
 
     async def _settle(self, timeout: float) -> None:
@@ -162,7 +158,14 @@ class Waiting:
         if task not in self._left:
             return  # somebody took it over
         self._left.remove(task)
-        pulled = _brought(task)
+        self._begin_give_back(_brought(task))
+
+    def _begin_give_back(self, pulled: List[_inboxes.Pulled]) -> None:
+        """
+        Begin to let others have messages, before anybody takes a pull over or pulls again.
+
+        :param pulled: messages that came for nobody; perhaps none
+        """
         if pulled:
             # Not one of the endings that a pull waits for: it waits for pulls to end.
             giver = asyncio.ensure_future(self._give_back(pulled))
@@ -171,36 +174,26 @@ class Waiting:
 
     async def _give_back(self, pulled: List[_inboxes.Pulled]) -> None:
         """
-        Let others have a message that came for nobody.
+        Let others have messages that came for nobody.
 
-        :param pulled: the message
+        :param pulled: messages
         """
-        # It would come to the next one of these at once. Taken out first: who begins to wait
-        # meanwhile must not take over one that is cancelled.
+        # They would come to these at once, one after the other. The last in line stays: a server
+        # may have the next message in its hands, and would give that to whoever pulls next, before
+        # what is given back to it meanwhile. Taken out first: who begins to wait meanwhile must not
+        # take over one that is cancelled.
         others = [task for task in self._left if not task.done()]
+        asked = [task for task in others if self._puller.place(task) < math.inf]
+        if asked:
+            others.remove(max(asked, key=self._puller.place))
         for task in others:
             self._left.remove(task)
             task.cancel()
         for found in await asyncio.gather(*others, return_exceptions=True):
             if not isinstance(found, BaseException):
                 pulled = pulled + found  # it was done before it could be cancelled
-        await self.give_back(pulled)
-
-    async def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
-        """
-        Let others have messages, and wait until the servers know. It raises nothing.
-
-        :param pulled: messages, at least one
-        """
-        given = self._puller.returns.given
-        with contextlib.suppress(persipubsub.errors.PersipubsubError, _errors.ApiError,
-                                 nats.errors.Error, OSError):
-            if max(given, default=0) > min(one.number for one in pulled):
-                # What was given back before would come before it.
-                pulled = pulled + await self._puller.pull_now(len(given), sys.maxsize)
-        with contextlib.suppress(persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
-            await self._puller.returns.refuse(sorted(pulled, key=lambda one: one.number))
-        # If they do not answer, they deliver it again after ack_wait.
+        self._puller.returns.give_back(pulled)
+        await self._puller.returns.settle()
 
     async def close(self) -> None:
         """Wait until what came for nobody is given back."""
