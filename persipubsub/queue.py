@@ -354,7 +354,8 @@ class Queue:
         """
         Drop all messages; subscribers and numbers stay.
 
-        All messages leave in one transaction; what they took on the disk is freed after it.
+        All messages leave in one transaction; what they took on the disk is freed after it. Until
+        then they are like others that are finished: who seeks back gets those that are left.
 
         :return: how many deliveries were dropped
         """
@@ -362,6 +363,8 @@ class Queue:
         losses = self._environment.write(_retention.clear, may_grow=True)
         self._ring()
         self._tidier.delete_finished(keeps_retained=False)
+        # The last block stays otherwise, since it keeps its numbers taken.
+        self._environment.write(_retention.empty_last, may_grow=True)
         return sum(loss.messages for loss in losses)
 
     def statistics(self) -> persipubsub.statistics.QueueStatistics:

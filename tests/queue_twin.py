@@ -305,12 +305,13 @@ class Twin:
         subscriber.skipped += len(skipped)
         return len(skipped)
 
-    def clear(self) -> int:
-        """Drop everything; return how many deliveries will not be."""
+    def clear(self, deletes: bool = True) -> int:
+        """Drop everything; return how many deliveries will not be. Who seeks back gets the rest."""
         cleared: Dict[str, int] = {}
         for name, subscriber in self.subscribers.items():
             cleared[name] = len(subscriber.pending)
             subscriber.cleared += cleared[name]
             subscriber.pending.clear()
-        self.log = []
+        if deletes:
+            self.log = []
         return sum(cleared.values())

@@ -7,7 +7,7 @@ import datetime
 import pathlib
 import threading
 import time
-from typing import Any, List
+from typing import Any, Callable, List, Optional, Tuple
 
 import pytest
 
@@ -17,6 +17,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub.store import _retention
 from tests import stores, support
 
 HOUR_NS = 3600 * stores.SECOND_NS
@@ -318,6 +319,63 @@ def test_what_was_passed_over_before_is_not_acknowledged_with_it(tmp_path: pathl
         late.acknowledge()
         again.give_back()
         assert stores.take_all(queue) == numbered(4)
+
+
+# Going back behind a clear
+
+
+def clear_and_meanwhile(queue: persipubsub.queue.Queue, monkeypatch: pytest.MonkeyPatch,
+                        work: Callable[[], object]) -> int:
+    """Clear a queue, and do something else between its transaction and the deletion behind it."""
+    delete = queue._tidier.delete_finished
+
+    def delayed(**arguments: bool) -> int:
+        work()
+        return delete(**arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue._tidier, "delete_finished", delayed)
+        return queue.clear()
+
+
+@pytest.mark.parametrize("names", [None, ("sub", ), ("other", "sub")])
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_what_was_cleared_comes_back_as_far_as_it_is_there(tmp_path: pathlib.Path,
+                                                           monkeypatch: pytest.MonkeyPatch,
+                                                           names: Optional[Tuple[str, ...]],
+                                                           is_interrupted: bool) -> None:
+    with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
+        put_each(queue, numbered(10))
+        queue.put(numbered(5, start=10), names)
+        dropped = 15 + (10 if names == ("sub", ) else 15)
+        if is_interrupted:
+            # As if it was killed behind its transaction.
+            losses = queue._environment.write(_retention.clear)
+            assert sum(loss.messages for loss in losses) == dropped
+            assert queue.seek("sub", "beginning") == 1
+        else:
+            assert dropped == clear_and_meanwhile(queue, monkeypatch,
+                                                  lambda: queue.seek("sub", "beginning"))
+        assert queue.check() == []
+        statistics = queue.statistics()
+        assert (statistics.messages, statistics.message_bytes) == (15, 20)
+        assert [stores.figures(queue, name).lag for name in ("sub", "other")] == [15, 0]
+        assert stores.take_all(queue) == numbered(15)
+        assert (queue.statistics().messages, stores.figures(queue).lag) == (0, 0)
+        queue.clear()
+        assert stores.blocks(queue) == [range(15, 15)]
+        assert stores.figures(queue).cleared == 15
+
+
+def test_what_is_sent_meanwhile_is_not_cleared(tmp_path: pathlib.Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    with stores.opened(tmp_path) as queue:
+        put_each(queue, numbered(10))
+        assert clear_and_meanwhile(queue, monkeypatch, lambda: queue.put(numbered(3))) == 10
+        assert stores.blocks(queue) == [range(11, 14)]
+        assert (queue.statistics().messages, stores.figures(queue).lag) == (3, 3)
+        assert stores.take_all(queue) == numbered(3)
+        assert stores.figures(queue).cleared == 10
 
 
 def test_control(tmp_path: pathlib.Path) -> None:

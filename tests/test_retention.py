@@ -273,11 +273,11 @@ def test_clear_leaves_a_placeholder(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
         first, _ = put_numbers(queue, 3)
         stores.take(queue, "a")
-        losses = queue._environment.write(_retention.clear)
-        assert sorted(losses) == [_retention.Loss("a", 2), _retention.Loss("b", 3)]
-        assert stores.blocks(queue)[-1] == range(first + 2, first + 2)
-        assert not any(stores.blocks(queue))
-        assert queue._environment.write(_retention.clear) == []
+        assert queue.clear() == 5
+        assert [stores.figures(queue, name).cleared for name in ("a", "b")] == [2, 3]
+        assert stores.blocks(queue) == [range(first + 2, first + 2)]
+        assert queue.clear() == 0
+        assert stores.blocks(queue) == [range(first + 2, first + 2)]
         assert queue.put([b"x"]) == first + 3
 
 
@@ -334,9 +334,35 @@ def test_store_is_sound_while_cleared_blocks_are_still_there(tmp_path: pathlib.P
         for _ in range(5):
             queue.put([b"x", b"y"])
         queue._environment.write(_retention.clear)
-        assert sum(map(len, stores.blocks(queue))) == 8
+        assert sum(map(len, stores.blocks(queue))) == 10
         assert queue.check() == []
         queue.put([b"z"])
         assert queue.check() == []
         assert stores.take_all(queue, "a") == [b"z"]
         assert (queue.statistics().messages, queue.statistics().message_bytes) == (1, 1)
+
+
+@pytest.mark.parametrize("names", [None, ("b", "c"), ("c", )])
+@pytest.mark.parametrize("does_seek", [False, True])
+def test_last_block_stays_while_somebody_needs_it_or_one_before_it(tmp_path: pathlib.Path,
+                                                                   names: Optional[Tuple[str, ...]],
+                                                                   does_seek: bool) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b", "c"], keeps_os=True) as queue:
+        queue.put([b"1"])
+        last = queue.put([b"2", b"3"], names)
+        before = stores.blocks(queue)
+        queue._environment.write(_retention.empty_last)
+        assert stores.blocks(queue) == before
+        queue._environment.write(_retention.clear)
+        queue._environment.write(_retention.empty_last)
+        # Who seeks back to the first one counts what is behind it, too.
+        assert stores.blocks(queue) == before
+        if does_seek:
+            queue.seek("c", last)
+        queue.delete_finished()
+        queue._environment.write(_retention.empty_last)
+        rest = [b"2", b"3"] if does_seek else []
+        placeholder = range(last + 1, last + 1)
+        assert stores.blocks(queue) == [range(last, last + 2) if rest else placeholder]
+        assert (queue.statistics().messages, stores.figures(queue, "c").lag) == (len(rest), ) * 2
+        assert stores.take_all(queue, "c") == rest

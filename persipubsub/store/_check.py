@@ -53,8 +53,6 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     cursor = txn.cursor(db=databases.data)
     found = _log.head(cursor)
     begin = found.first if found is not None else _layout.FIRST_NUMBER
-    needed = min((subscriber.position for _, subscriber in _positions.read_all(txn, databases)),
-                 default=_layout.MAX_NUMBER)
     progress.begin("messages",
                    total=_log.read_tail(txn.cursor(db=databases.data)).next_number - begin)
     previous_end = _layout.FIRST_NUMBER
@@ -76,8 +74,7 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
         size = _check_messages(first, block, value, findings)
         totals = _blocks.unpack_totals(value, block)
         if previous is not None:
-            is_needed = bool(block.messages) or first >= needed
-            _check_totals(where, block, size, totals, previous, is_needed, findings)
+            _check_totals(where, block, size, totals, previous, findings)
         previous = (block.total_count, block.total_bytes, totals)
         previous_end = _blocks.end_of(first, block)
         previous_time = block.time_ns
@@ -107,8 +104,7 @@ def _check_messages(first: int, block: _blocks.Block, value: memoryview,
 
 
 def _check_totals(where: str, block: _blocks.Block, size: int, totals: Tuple[int, ...],
-                  previous: Tuple[int, int,
-                                  Tuple[int, ...]], is_needed: bool, findings: List[str]) -> None:
+                  previous: Tuple[int, int, Tuple[int, ...]], findings: List[str]) -> None:
     """
     Check that the totals of a block are those of the block before it and its own messages.
 
@@ -117,12 +113,8 @@ def _check_totals(where: str, block: _blocks.Block, size: int, totals: Tuple[int
     :param size: bytes of its messages
     :param totals: of its audiences
     :param previous: totals of the block before it
-    :param is_needed: False for a placeholder that all subscribers have passed
     :param findings: to be extended
     """
-    if not is_needed and block.total_count > previous[0]:
-        # It took the place of cleared messages; those in front of them may not be deleted yet.
-        return
     expected = list(previous[2]) + [0] * (len(totals) - len(previous[2]))
     if block.audience:
         expected[block.audience - 1] += block.messages

@@ -11,7 +11,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import lmdb
 
-from persipubsub.store import _layout, _log, _positions
+from persipubsub.store import _blocks, _layout, _log, _positions
 from persipubsub.store._databases import Databases
 
 
@@ -387,14 +387,27 @@ def clear(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[Los
     :return: what was dropped
     """
     tail = _log.read_tail(txn.cursor(db=databases.data))
-    losses = drop_before(txn, databases, tail.next_number, count_cleared)
+    return drop_before(txn, databases, tail.next_number, count_cleared)
+
+
+def empty_last(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
+    """
+    Let a placeholder take the place of the last block if it is the only one and nobody needs it.
+
+    Not while others are in front of it: who seeks back to them counts what was behind them, too.
+
+    :param txn: write transaction
+    :param databases: handles
+    """
     cursor = txn.cursor(db=databases.data)
-    found = _log.last(cursor)
-    if found is not None and found.block.messages:
-        # The last block would stay otherwise, since it keeps its numbers taken.
-        cursor.delete()
-        _log.put_placeholder(cursor, tail)
-    return losses
+    tail = _log.read_tail(cursor)
+    is_needed = find_floor(txn, databases, tail).number < tail.next_number
+    found = _log.head(cursor)
+    if (found is None or not found.block.messages or is_needed
+            or _blocks.end_of(found.first, found.block) != tail.next_number):
+        return
+    cursor.delete()
+    _log.put_placeholder(cursor, tail)
 
 
 def make_reusable(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
