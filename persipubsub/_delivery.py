@@ -7,16 +7,15 @@ still pending is delivered. It is acknowledged in a write transaction before the
 so that nobody can claim it in between.
 
 Where deliveries are limited, the second look is a write transaction that counts the delivery before
-the user's code sees the message: a consumer that takes its process down with it counts, too. What
-was delivered often enough is moved away, by the one whose delivery failed, or by the next one that
-comes across it.
+the user's code sees the message: a consumer that is killed counts, too. What was delivered often
+enough is moved away, by the one whose delivery failed, or by the next one that comes across it.
 """
 
 import contextlib
 import functools
 import os
 import time
-from typing import Callable, Final, List, Optional, Tuple
+from typing import Callable, Final, List, Optional, Set, Tuple
 
 import persipubsub.errors
 import persipubsub.message
@@ -179,8 +178,8 @@ class Consumer:
         Take the newest message and acknowledge all older ones as skipped; wait if there is none.
 
         The older ones are skipped in the transaction that sees that the message still is the newest
-        one. While another consumer has the newest message there is none to take, and nothing is
-        skipped.
+        one; while another consumer has that one there is none to take, and nothing is skipped. What
+        was delivered often enough is moved away, or passed over as long as it can not be.
 
         :param timeout: how long to wait, in seconds; None: for ever
         :param longest_pause: time between two looks at the queue without a wake-up, in seconds
@@ -280,8 +279,10 @@ class Consumer:
 
         :return: what was taken, and what was passed over
         """
+        stuck = set()  # type: Set[int]
         while True:
-            newest = self._environment.read(functools.partial(_newest.find, pending=self._pending))
+            newest = self._environment.read(
+                functools.partial(_newest.find, pending=self._pending, stuck=stuck))
             if isinstance(newest, _pending.Expired):
                 self._expire()
                 continue
@@ -290,30 +291,30 @@ class Consumer:
             claim = self._claims.claim(self._pending.ordinal, newest.number)
             if claim is None:
                 return None, True, 0
-            lease = self._skip_to(claim, newest.number)
+            lease = self._skip_to(claim, newest.number, stuck)
             if lease is not None:
                 return lease, False, 0
-            if not self._mover.is_ready():
-                return None, False, 0
 
-    def _skip_to(self, claim: _claims.Claim, number: int) -> Optional[Lease]:
+    def _skip_to(self, claim: _claims.Claim, number: int, stuck: Set[int]) -> Optional[Lease]:
         """
         Take a claimed message if it is the newest one, and skip all in front of it.
 
         :param claim: on it
         :param number: of the message
-        :return: message; None if it is not the newest one any more, or was moved away
+        :param stuck: numbers of newer ones that are not to be delivered; this one is added if so
+        :return: message; None if it is not the newest one any more, or is not to be delivered
         """
         lease = None  # type: Optional[Lease]
         try:
-            copied = self._environment.write(
-                lambda txn, databases: _newest.skip_to(txn, databases, self._pending, number),
-                may_grow=True)
-            if copied is not None and self._rings:
-                self.ring()
+            copied = self._environment.write(lambda txn, databases: _newest.skip_to(
+                txn, databases, self._pending, number, stuck),
+                                             may_grow=True)
             if copied is not None and copied.is_spent:
+                stuck.add(number)
                 self._move(copied)
             elif copied is not None and copied.numbers:
+                if self._rings:
+                    self.ring()
                 lease = self._lease(claim, 0, copied)
         except persipubsub.errors.CorruptMessageError as error:
             raise self._set_aside(0, error) from None
@@ -487,8 +488,7 @@ class Consumer:
         :param copied: the message, with its record
         """
         message = self.describe(copied)[0]
-        attempts = copied.attempts[message.number]
-        if self._mover.move(self._pending.ordinal, message, attempts):
+        if self._mover.move(self._pending.ordinal, message, copied.attempts[message.number]):
             self._environment.write(lambda txn, databases: _deliveries.give_up(
                 txn, databases, self._pending, message.number),
                                     may_grow=True)

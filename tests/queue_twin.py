@@ -150,11 +150,12 @@ class Twin:
                 continue
             if message.number in claimed or subscriber.is_resting(message.number, now_ns):
                 return None
+            if subscriber.is_spent(message.number):
+                self.move(name, message.number)
+                continue
             subscriber.skipped += len(subscriber.pending) - 1
             subscriber.pending = {message.number}
-            if not subscriber.is_spent(message.number):
-                return message
-            self.move(name, message.number)
+            return message
         return None
 
     # Changing

@@ -175,16 +175,68 @@ def test_consumer_that_dies_in_the_last_delivery(tmp_path: pathlib.Path) -> None
         assert "its process ended" in found.error
 
 
-def test_spent_newest_message_is_moved_and_those_before_it_are_skipped(
-        tmp_path: pathlib.Path) -> None:
+def die_in_the_last_delivery(queue: persipubsub.queue.Queue, count: int) -> None:
+    """Let consumers die that have the last messages; those need not be blocks of their own."""
+    consumer = queue.consumer("sub")
+    end = queue.statistics().next_number
+    for number in range(end - count, end):
+        lease = consumer.take_at(number)
+        assert lease is not None
+        lease._claim.release()
+
+
+@pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
+def test_spent_newest_messages_are_moved_and_the_newest_of_the_rest_is_taken(
+        tmp_path: pathlib.Path, sends: List[List[bytes]]) -> None:
     with opened(tmp_path, max_deliveries=1) as (queue, target):
-        queue.put([b"1", b"2"])
+        for messages in sends:
+            queue.put(messages)
+        die_in_the_last_delivery(queue, count=2)
         lease = queue.consumer("sub").take_newest(timeout=0)
         assert lease is not None and lease.messages == [b"2"]
-        lease._claim.release()
+        assert [letter.data for letter in letters_in(target)] == [b"4", b"3"]
+        figures = stores.figures(queue)
+        assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 2, 1)
+        lease.acknowledge()
         assert queue.consumer("sub").take_newest(timeout=0) is None
-        assert [letter.data for letter in letters_in(target)] == [b"2"]
-        assert stores.figures(queue).skipped == 1
+
+
+@pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
+def test_spent_newest_messages_that_can_not_be_moved_are_passed_over(
+        tmp_path: pathlib.Path, sends: List[List[bytes]]) -> None:
+    # It is not initialized.
+    letters = stores.settings(tmp_path, path=str(tmp_path / "letters"))
+    with stores.opened(tmp_path, retries=retries(letters, 1)) as queue:
+        for messages in sends:
+            queue.put(messages)
+        die_in_the_last_delivery(queue, count=2)
+        lease = queue.consumer("sub").take_newest(timeout=0)
+        assert lease is not None and lease.messages == [b"2"]
+        lease.acknowledge()
+        assert queue.consumer("sub").take_newest(timeout=0) is None
+        figures = stores.figures(queue)
+        # They stay, and are moved when that is possible.
+        assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 0, 2)
+        persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
+        support.until(lambda: queue.consumer("sub").take_newest(timeout=0) is None and stores.
+                      figures(queue).lag == 0,
+                      what="the messages are moved at last")
+        with persipubsub.queue.Queue(letters) as target:
+            # The pause after a refusal may end between the two.
+            assert {letter.data for letter in letters_in(target)} == {b"3", b"4"}
+
+
+def test_newest_message_that_is_in_its_last_delivery_is_not_passed_over(
+        tmp_path: pathlib.Path) -> None:
+    with opened(tmp_path, max_deliveries=1) as (queue, target):
+        queue.put([b"1", b"2", b"3"])
+        die_in_the_last_delivery(queue, count=1)
+        held = queue.consumer("sub").take_at(queue.statistics().next_number - 2)
+        assert held is not None and held.messages == [b"2"]
+        assert queue.consumer("sub").take_newest(timeout=0) is None
+        assert [letter.data for letter in letters_in(target)] == [b"3"]
+        assert stores.figures(queue).skipped == 0
+        held.acknowledge()
 
 
 @pytest.mark.parametrize("is_put", [False, True])

@@ -1,6 +1,6 @@
 """Find the newest message of a subscriber and skip to it, inside of a transaction."""
 
-from typing import Optional, Union
+from typing import AbstractSet, Iterator, Optional, Union
 
 import lmdb
 
@@ -9,7 +9,8 @@ from persipubsub.store._databases import Databases
 
 
 def find(
-    txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending
+        txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
+        stuck: AbstractSet[int]
 ) -> Union[_pending.Candidate, _pending.Expired, _pending.Resting, None]:
     """
     Find the newest message that is pending. Messages for others behind it are walked over.
@@ -17,6 +18,7 @@ def find(
     :param txn: any transaction
     :param databases: handles
     :param pending: messages of the subscriber
+    :param stuck: numbers to walk over, too, if they still are not to be delivered any more
     :return: message; that it is too old; when it is due; None if there is none
     :raise NotInitializedError: if the subscriber was removed, even if it was added again
     """
@@ -26,58 +28,66 @@ def find(
     found = _log.last(cursor := txn.cursor(db=databases.data))
     while found is not None and found.first + found.block.messages > subscriber.position:
         if found.block.messages and pending.is_addressed(txn, databases, found.block.audience):
-            number = _newest_of(txn, databases, subscriber, found)
-            if number is not None:
-                if found.block.time_ns < pending.now_ns() - pending.timeout_ns:
-                    return _pending.Expired()
+            for number in _newest_first(txn, databases, subscriber, found):
+                attempts = None
                 if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
                     attempts = _attempts.read(txn, databases, subscriber.ordinal, number)
-                    if attempts is not None and attempts.due_ns > pending.now_ns():
-                        return _pending.Resting(attempts.due_ns)
+                if attempts is not None and number in stuck and pending.policy.is_spent(
+                        attempts.deliveries):
+                    continue
+                if found.block.time_ns < pending.now_ns() - pending.timeout_ns:
+                    return _pending.Expired()
+                if attempts is not None and attempts.due_ns > pending.now_ns():
+                    return _pending.Resting(attempts.due_ns)
                 return _pending.Candidate(begin=number, number=number, due_ns=0)
         found = _log.preceding(cursor)
     return None
 
 
-def _newest_of(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-               subscriber: _layout.Subscriber, found: _log.Found) -> Optional[int]:
+def _newest_first(txn: "lmdb.Transaction[memoryview]", databases: Databases,
+                  subscriber: _layout.Subscriber, found: _log.Found) -> Iterator[int]:
     """
-    Find the newest message of a block that was not acknowledged.
+    Iterate over the messages of a block that were not acknowledged, from the newest one on.
 
-    :param txn: any transaction
+    :param txn: any transaction; nothing may be written to ``ahead_db`` meanwhile
     :param databases: handles
     :param subscriber: its record
     :param found: block
-    :return: number; None if all of them were acknowledged
+    :return: number of each
     """
+    first = max(found.first, subscriber.position)
     number = found.first + found.block.messages - 1
-    if not subscriber.flags & _layout.FLAG_MAY_HAVE_RANGES:
-        return number
-    for begin, end in reversed(list(_positions.ranges(txn, databases, subscriber.ordinal))):
-        if begin <= number < end:
-            number = begin - 1
-    return number if number >= max(found.first, subscriber.position) else None
+    if subscriber.flags & _layout.FLAG_MAY_HAVE_RANGES:
+        for begin, end in reversed(list(_positions.ranges(txn, databases, subscriber.ordinal))):
+            yield from range(number, max(first, end) - 1, -1)
+            number = min(number, begin - 1)
+    yield from range(number, first - 1, -1)
 
 
 def skip_to(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-            number: int) -> Optional[_pending.Copied]:
+            number: int, stuck: AbstractSet[int]) -> Optional[_pending.Copied]:
     """
     Copy a claimed message if it is the newest one, and acknowledge all in front of it.
+
+    Nothing is skipped for a message that is not delivered.
 
     :param txn: write transaction
     :param databases: handles
     :param pending: messages of the subscriber
     :param number: of the message
+    :param stuck: numbers of newer ones that are not to be delivered any more
     :return: message; None if it is not the newest one any more
     :raise CorruptMessageError: if it is damaged
     """
-    newest = find(txn, databases, pending)
+    newest = find(txn, databases, pending, stuck)
     if not isinstance(newest, _pending.Candidate) or newest.number != number:
         return None
     if pending.policy.max_deliveries:
         copied = _deliveries.begin(txn, databases, pending, number, number + 1)
     else:
         copied = pending.copy(txn, databases, number, number + 1)
+    if copied.is_spent or not copied.numbers:
+        return copied
     subscriber = _positions.require(txn, databases, pending.key)
     audiences = _positions.audiences_of(_log.read_audiences(txn, databases), pending.key)
     skipped = _positions.count_pending(txn, databases, subscriber, audiences, 0, number)
