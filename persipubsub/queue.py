@@ -21,7 +21,7 @@ from persipubsub import (_claims, _in_flight, _losses, _moving, _putting_togethe
                          _tidying, _wakeup, _waking)
 from persipubsub._settings import Retries, Settings
 from persipubsub.environment import _files, _registry
-from persipubsub.store import _attempts, _check, _pending, _positions, _retention
+from persipubsub.store import _attempts, _check, _newest, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
 __all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "check_durability"]
@@ -276,7 +276,7 @@ class Queue:
         """
         self._check_open()
         key = subscriber.encode("utf-8")
-        skipped = self._environment.write(functools.partial(_retention.skip_to_newest, key=key),
+        skipped = self._environment.write(functools.partial(_newest.skip_to_newest, key=key),
                                           may_grow=True)
         self._ring()
         return skipped

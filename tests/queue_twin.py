@@ -297,10 +297,7 @@ class Twin:
     def skip_to_newest(self, name: str) -> int:
         """Acknowledge all messages in front of the newest one; return how many."""
         subscriber = self.subscribers[name]
-        newest = max(
-            (message.number
-             for message in self.log if message.audience is None or name in message.audience),
-            default=0)
+        newest = max(subscriber.pending, default=0)
         skipped = {number for number in subscriber.pending if number < newest}
         subscriber.pending -= skipped
         subscriber.skipped += len(skipped)

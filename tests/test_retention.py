@@ -321,6 +321,33 @@ def test_newest_message_stays(tmp_path: pathlib.Path) -> None:
         assert skip(queue) == 0
 
 
+@pytest.mark.parametrize("sends", [[4], [1, 1, 1, 1]])
+@pytest.mark.parametrize("done, skipped, left", [
+    ([2, 3], 1, [b"1"]),
+    ([1, 3], 1, [b"2"]),
+    ([1, 2, 3], 0, [b"0"]),
+    ([0, 2, 3], 0, [b"1"]),
+    ([0, 1, 2, 3], 0, []),
+])
+def test_newest_message_that_was_not_acknowledged_stays(  # pylint: disable=too-many-arguments
+        tmp_path: pathlib.Path, sends: List[int], done: List[int], skipped: int,
+        left: List[bytes]) -> None:
+    with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
+        first = queue.statistics().next_number
+        messages = iter(range(4))
+        for count in sends:
+            queue.put([b"%d" % next(messages) for _ in range(count)])
+        queue.put([b"not mine"], ("other", ))
+        consumer = queue.consumer("sub")
+        for index in done:
+            lease = consumer.take_at(first + index)
+            assert lease is not None
+            lease.acknowledge()
+        assert skip(queue) == skipped
+        assert stores.figures(queue).lag == len(left)
+        assert stores.take_all(queue) == left
+
+
 def test_skipping_passes_dropped_messages(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         put_numbers(queue, 4)

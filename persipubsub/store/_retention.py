@@ -419,31 +419,3 @@ def make_reusable(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> 
     """
     value = txn.get(_layout.HEADER_KEY, db=databases.meta)
     txn.put(_layout.HEADER_KEY, bytes(value or b""), db=databases.meta)
-
-
-def skip_to_newest(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes) -> int:
-    """
-    Move the position of a subscriber to its newest message.
-
-    :param txn: write transaction
-    :param databases: handles
-    :param key: id of the subscriber, in UTF-8
-    :return: how many messages were acknowledged
-    """
-    subscriber = _positions.require(txn, databases, key)
-    audiences = _positions.audiences_of(_log.read_audiences(txn, databases), key)
-    found = _log.last(cursor := txn.cursor(db=databases.data))
-    while found is not None and found.first + found.block.messages > subscriber.position:
-        if found.block.messages and (not found.block.audience or found.block.audience in audiences):
-            break
-        found = _log.preceding(cursor)
-    if found is None or not found.block.messages:
-        return 0
-    newest = found.first + found.block.messages - 1
-    if newest <= subscriber.position:
-        return 0
-    skipped = _positions.count_pending(txn, databases, subscriber, audiences, 0, newest)
-    position = _positions.trim_ranges(txn, databases, subscriber.ordinal, newest)
-    _positions.write(txn, databases, key,
-                     subscriber._replace(position=position, skipped=subscriber.skipped + skipped))
-    return skipped
