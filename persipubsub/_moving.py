@@ -123,7 +123,8 @@ class Mover:
                                                         datetime.timezone.utc),
                                                     data=message.data)
         # The time of the first delivery tells it from the same number of a queue that was dropped
-        # and created again, and from a message that an operator let be delivered again.
+        # and created again, and from a message that an operator let be delivered again, be it by a
+        # seek or by restoring a backup, which sets that time.
         msg_id = make_id("dead letter", os.path.realpath(self._origin.path), ordinal,
                          message.number, attempts.since_ns)
         try:

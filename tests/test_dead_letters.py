@@ -5,7 +5,7 @@
 import base64
 import json
 import pathlib
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import pytest
 
@@ -17,6 +17,7 @@ import persipubsub.queue
 import persipubsub.subscriber
 from persipubsub import _delivery
 from persipubsub.environment import _checkpoint
+from persipubsub.maintenance import _alone
 from tests import stores, support, test_cli
 
 
@@ -315,6 +316,59 @@ def test_nobody_else_is_called_like_that(tmp_path: pathlib.Path) -> None:
     config_pth = write_config(tmp_path)
     config_pth.write_text(config_pth.read_text().replace('"other"', '"dead_letters"'))
     assert any("not reserved" in problem for problem in problems(config_pth))
+
+
+def drop_letters(config_pth: pathlib.Path) -> None:
+    assert len(persipubsub.control.drop_dead_letters(config_pth, "letters")) == 1
+
+
+def send_letters_back(config_pth: pathlib.Path) -> None:
+    assert len(persipubsub.control.send_back(config_pth, "letters")) == 1
+
+
+def fail_once_more(config_pth: pathlib.Path) -> None:
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with pytest.raises(ValueError):
+            with sub.receive(timeout=0) as msg:
+                assert msg == b"1"
+                raise ValueError("not again")
+
+
+@pytest.mark.parametrize("leave", [drop_letters, send_letters_back])
+def test_what_fails_again_in_a_restored_queue_is_a_letter_again(
+        tmp_path: pathlib.Path, leave: Callable[[pathlib.Path], None]) -> None:
+    config_pth = write_config(tmp_path, max_deliveries=2)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    fail(config_pth, b"1")
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    for _ in range(3):
+        fail_once_more(config_pth)
+        assert list(listed(config_pth).values()) == [b"1"]
+        leave(config_pth)
+        persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+        assert listed(config_pth) == {}
+        assert persipubsub.control.verify(config_pth, "queue") == {"queue": ()}
+
+
+def test_there_is_room_for_all_attempts_of_a_restored_queue(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_pth = write_config(tmp_path, max_deliveries=2)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        sub.init(sub_id="sub", config_pth=config_pth)
+        pub.send_many([b"1"] * 1000)
+        with pytest.raises(ValueError), sub.receive_many(1000, timeout=0):
+            raise ValueError("\U0001f44b" * 500)
+    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    monkeypatch.setattr(_alone, "_ROOM_BYTES", 1 << 17)
+    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+    assert persipubsub.control.verify(config_pth, "queue") == {"queue": ()}
+    with persipubsub.queue.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
+        records = list(stores.attempts(queue).values())
+    assert [record.deliveries for record in records] == [1] * 1000
+    assert all(len(record.error) > 400 for record in records)
 
 
 # The command

@@ -18,10 +18,11 @@ from persipubsub._progress import Progress
 from persipubsub._settings import Settings
 from persipubsub.environment import _files, _opening, _registry
 from persipubsub.maintenance import _verification
-from persipubsub.store import _header, _layout, _log
+from persipubsub.store import _attempts, _clock, _header, _layout, _log
 from persipubsub.store._databases import Databases
 
-#: Room that a restored store needs beyond its own size for what is changed in it, in bytes.
+#: Room that a restored store needs beyond its own size for what is changed in it, in bytes; what is
+#: changed of the records of attempts not included.
 _ROOM_BYTES: Final = 1 << 24
 
 #: Numbers are taken up again this far behind the last one that is known to have been used. Not as
@@ -270,12 +271,28 @@ def restore(settings: Settings, source: str, progress: Progress) -> None:
                                              map_size=os.stat(path).st_size +
                                              _ROOM_BYTES) as environment:
                     databases = _verification.databases_of(environment)
+                    environment.set_mapsize(
+                        os.stat(path).st_size + _ROOM_BYTES +
+                        _size_of_attempts(environment, databases))
                     with environment.begin(write=True, buffers=True) as txn:
                         _go_on_behind(txn, databases, _opening.flags_of(options), known)
                     environment.sync(True)
             except lmdb.Error as error:
                 raise _opening.translate(error, directory) from error
             _take_place(directory, path)
+
+
+def _size_of_attempts(environment: lmdb.Environment, databases: Databases) -> int:
+    """
+    Compute how many bytes the records of attempts take.
+
+    :param environment: of the restored store
+    :param databases: handles
+    :return: size of their pages
+    """
+    with environment.begin() as txn:
+        stat = txn.stat(databases.attempts)
+    return stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"])
 
 
 def _go_on_behind(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int,
@@ -297,6 +314,9 @@ def _go_on_behind(txn: "lmdb.Transaction[memoryview]", databases: Databases, fla
     _log.put_placeholder(cursor, tail._replace(next_number=number, generation=generation))
     header = header._replace(next_ordinal=max(header.next_ordinal, known.next_ordinal))
     txn.put(_layout.HEADER_KEY, _layout.pack_header(header), db=databases.meta)
+    # A letter that left the queue of dead letters since the backup may be needed again: it is to be
+    # another one, as the ids of those that were there are remembered.
+    _attempts.begin_anew(txn, databases, _clock.ticks_ns() + header.clock_offset_ns)
 
 
 def drop(settings: Settings) -> List[str]:

@@ -139,6 +139,25 @@ def forget_all(txn: "lmdb.Transaction[memoryview]",
         forget_before(txn, databases, ordinal, position)
 
 
+def begin_anew(txn: "lmdb.Transaction[memoryview]", databases: Databases, time_ns: int) -> None:
+    """
+    Let all records look as if the first deliveries were recorded just now; they stay counted.
+
+    By that time a message that was given up is told from itself, see ``_moving``.
+
+    :param txn: write transaction
+    :param databases: handles
+    :param time_ns: on the queue's clock
+    """
+    cursor = txn.cursor(db=databases.attempts)
+    found = cursor.first()
+    while found:
+        attempts = _layout.unpack_attempts(cursor.value())
+        # As many bytes as before: no page is split.
+        cursor.put(bytes(cursor.key()), _layout.pack_attempts(attempts._replace(since_ns=time_ns)))
+        found = cursor.next()
+
+
 def between(txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int, begin: int,
             end: int) -> Iterator[Tuple[int, _layout.Attempts]]:
     """

@@ -258,7 +258,8 @@ class Attempts(NamedTuple):
 
     deliveries: int  #: so far, the one that goes on included
     flags: int  #: 1: the last delivery began, and nobody said how it ended
-    since_ns: int  #: when the first one was recorded, on the queue's clock
+    #: when the first one was recorded, or the store was restored since then, on the queue's clock
+    since_ns: int
     due_ns: int  #: when the message may be delivered again, on the queue's clock; 0: at once
     error: str  #: what the last one that failed ended with; empty if that was not recorded
 
