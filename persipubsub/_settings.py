@@ -1,10 +1,12 @@
 """Take from a configuration what a queue on this machine has to know."""
 
+import os
 import types
 from typing import Final, Mapping, NamedTuple, Optional, Sequence
 
 import persipubsub.config
 import persipubsub.errors
+from persipubsub import _json_file
 from persipubsub.environment import _opening
 from persipubsub.store import _attempts, _blocks, _log
 
@@ -143,3 +145,45 @@ def _retries_of(config: persipubsub.config.Config, queue_key: str) -> Mapping[st
             letters = Settings.of(config, target, has_retries=False) if target else None
             found[subscriber.identifier] = Retries(policy, queue_key, letters)
     return types.MappingProxyType(found)
+
+
+def check_dead_letters(config: persipubsub.config.Config, queue_key: str) -> None:
+    """
+    Check that no subscriber's messages are given up into the queue that they come from.
+
+    When the file is read, only names are compared: what is right must not depend on the links that
+    are on the disk then. Here they count, since somebody is about to use the directories.
+
+    :param config: that describes the queues
+    :param queue_key: of the queue that is about to be used, or that of its dead letters
+    :raise ConfigError: if two keys lead to the same directory
+    """
+    for subscriber in config.subscribers.values():
+        target = subscriber.dead_letter_queue
+        if not target or queue_key not in (subscriber.in_queue, target):
+            continue
+        path = config.queue_path(target)
+        if _is_same(config.queue_path(subscriber.in_queue), path):
+            places = [
+                _json_file.at(_json_file.at("queues", key), "path")
+                for key in (subscriber.in_queue, target)
+            ]
+            _json_file.raise_error(config.path, [
+                "{}: Expected another directory than that of {}, but got: {!r}, the same one ({}, "
+                "dead_letter_queue of {!r})".format(places[1], places[0], path, target,
+                                                    subscriber.identifier)
+            ])
+
+
+def _is_same(path: str, other: str) -> bool:
+    """
+    Tell whether paths lead to the same directory now.
+
+    :param path: one of them, which need not be there
+    :param other: the other one, which need not be there
+    :return: True if so
+    """
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return os.path.realpath(path) == os.path.realpath(other)

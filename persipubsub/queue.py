@@ -19,7 +19,7 @@ import persipubsub.errors
 import persipubsub.statistics
 from persipubsub import (_claims, _in_flight, _losses, _moving, _putting_together, _replay,
                          _tidying, _wakeup, _waking)
-from persipubsub._settings import Retries, Settings
+from persipubsub._settings import Retries, Settings, check_dead_letters
 from persipubsub.environment import _files, _registry
 from persipubsub.store import _attempts, _check, _newest, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
@@ -394,7 +394,9 @@ def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
 
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
+    :raise ConfigError: if its dead letters would be put into itself
     """
+    check_dead_letters(config, queue_key)
     subscribers = list(config.queues[queue_key].subscribers)
     if any(found.dead_letter_queue == queue_key for found in config.subscribers.values()):
         # On its behalf the operator looks at what is there; without it nobody might keep it.
@@ -415,8 +417,10 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
     :return: to be closed by the caller
+    :raise ConfigError: if its dead letters would be put into itself
     :raise NotInitializedError: if there is no queue yet
     """
+    check_dead_letters(config, queue_key)
     return Queue(Settings.of(config, queue_key))
 
 

@@ -4,8 +4,9 @@
 
 import base64
 import json
+import os
 import pathlib
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pytest
 
@@ -369,6 +370,44 @@ def test_there_is_room_for_all_attempts_of_a_restored_queue(
         records = list(stores.attempts(queue).values())
     assert [record.deliveries for record in records] == [1] * 1000
     assert all(len(record.error) > 400 for record in records)
+
+
+def link_letters(config_pth: pathlib.Path) -> None:
+    """Let the queue of dead letters be the queue itself, by a link."""
+    found = json.loads(config_pth.read_text())
+    (config_pth.parent / "link").symlink_to(found["queues"]["queue"]["path"])
+    found["queues"]["letters"]["path"] = str(config_pth.parent / "link")
+    config_pth.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("queue_key", [None, "queue", "letters"])
+def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_made_ready(
+        tmp_path: pathlib.Path, queue_key: Optional[str]) -> None:
+    config_pth = write_config(tmp_path)
+    link_letters(config_pth)
+    with pytest.raises(persipubsub.errors.ConfigError,
+                       match="queues.letters.path: .*queues.queue.path.*'sub'"):
+        persipubsub.control.initialize_all_dbs(config_pth, queue_key)
+    assert not os.path.exists(persipubsub.config.read(config_pth).queue_path("queue"))
+
+
+def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_opened(
+        config_pth: pathlib.Path) -> None:
+    link_letters(config_pth)
+    for work in (lambda: fail(config_pth, b"1"),
+                 lambda: persipubsub.subscriber.Sub().init("sub", config_pth),
+                 lambda: persipubsub.control.send_back(config_pth, "letters")):
+        with pytest.raises(persipubsub.errors.ConfigError, match="the same one"):
+            work()
+
+
+def test_queue_of_dead_letters_may_be_behind_a_link(tmp_path: pathlib.Path) -> None:
+    config_pth = write_config(tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "letters").symlink_to(tmp_path / "disk")
+    persipubsub.control.initialize_all_dbs(config_pth)
+    fail(config_pth, b"1")
+    assert list(listed(config_pth).values()) == [b"1"]
 
 
 # The command
