@@ -204,7 +204,8 @@ class Checker:
         else:
             try:
                 msgspec.convert(found, annotation, strict=True)
-            except msgspec.ValidationError:
+            except (msgspec.ValidationError, UnicodeEncodeError):
+                # The latter for a string with a lone surrogate in the place of anything else.
                 self.add(place, _expected(annotation), found)
 
     def check_subscribers(self, found: Any, place: str, known: Any = None) -> None:
@@ -300,7 +301,8 @@ class Checker:
         if found == entry.get("in_queue"):
             self.add(there, "another queue than 'in_queue'", found)
         for key in (found, entry.get("in_queue")):
-            path = queues.get(key, {}).get("path") if isinstance(key, str) else None
+            queue = queues.get(key) if isinstance(key, str) else None
+            path = queue.get("path") if isinstance(queue, dict) else None
             if isinstance(path, str) and _SCHEME.match(path):
                 self.add(there, "queues that are directories, this one and 'in_queue'", path)
         for key, other in entries.items():

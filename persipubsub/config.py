@@ -80,7 +80,7 @@ class HighWaterMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ren
     """
 
     msg_timeout_secs: Annotated[float, msgspec.Meta(
-        gt=0, le=3_200_000_000, description="age at which a message is dropped, in seconds")]
+        ge=1e-9, le=3_200_000_000, description="age at which a message is dropped, in seconds")]
     max_msgs_num: Annotated[int, msgspec.Meta(
         ge=1, le=2**48, description="size of the queue, in messages")]
     size_bytes: Annotated[int, msgspec.Meta(
@@ -119,7 +119,7 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         gt=0, le=86400,
         description="wait of a write for another process that holds the queue, in seconds")] = 30.0
     once_window_secs: Annotated[float, msgspec.Meta(
-        gt=0, le=3_200_000_000,
+        ge=1e-9, le=3_200_000_000,
         description="time for which the ids of messages are remembered, in seconds")] = 3600.0
     retain_secs: Annotated[float, msgspec.Meta(
         ge=0, le=3_200_000_000,

@@ -254,10 +254,10 @@ def test_asking_for_what_is_not_there() -> None:
 # --- types and bounds of values
 
 NOT_INTEGERS: list[Any] = [
-    True, None, "8", 8.0, 8.5, -1, 0, 10**19, 10**60, 10**400, math.nan, math.inf, [], {}
+    True, None, "8", "\ud800", 8.0, 8.5, -1, 0, 10**19, 10**60, 10**400, math.nan, math.inf, [], {}
 ]
 NOT_SECONDS: list[Any] = [
-    True, None, "8", -1, -0.5, 10**19, 10**400, math.nan, math.inf, -math.inf, [], {}
+    True, None, "8", "\ud800", -1, -0.5, 10**19, 10**400, math.nan, math.inf, -math.inf, [], {}
 ]
 NOT_TEXTS: list[Any] = [True, None, 1, "", "a\0", "\ud800", "\udc80a", [], {}]
 QUEUE = ["queues", "/q"]
@@ -274,11 +274,11 @@ VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
       "max_db_size_bytes"], [*NOT_INTEGERS, 2**18 - 1,
                              2**46 + 1], [2**18,
                                           2**46], "an integer between 262144 and 70368744177664"),
-    ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", []], ["fsync", "os"], "'fsync' or 'os'"),
+    ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", "\ud800", []], ["fsync", "os"], "'fsync' or 'os'"),
     ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 86400.5], [0, 0.1,
                                                             86400], "a number between 0 and 86400"),
-    ([*QUEUE, "once_window_secs"], [*NOT_SECONDS, 0, 3_200_000_001], [0.1, 3_200_000_000],
-     "a number greater than 0 and at most 3200000000"),
+    ([*QUEUE, "once_window_secs"], [*NOT_SECONDS, 0, 9e-10, 3_200_000_001],
+     [1e-9, 0.1, 3_200_000_000], "a number between 1e-09 and 3200000000"),
     ([*QUEUE,
       "retain_secs"], [*NOT_SECONDS,
                        3_200_000_001], [0, 1.5,
@@ -289,15 +289,15 @@ VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
     ([*QUEUE, "subscribers"], [None, "sub", {}, 1], [["sub"]], "a list of subscribers"),
     (MARK, [None, [], 1, "x"], [], "an object"),
     ([*MARK,
-      "MSG_TIMEOUT_SECS"], [*NOT_SECONDS, 0, 0.0,
+      "MSG_TIMEOUT_SECS"], [*NOT_SECONDS, 0, 0.0, 1e-10,
                             3.2e9 + 1], [1e-9, 1,
-                                         3.2e9], "a number greater than 0 and at most 3200000000"),
+                                         3.2e9], "a number between 1e-09 and 3200000000"),
     ([*MARK, "MAX_MSGS_NUM"], [*NOT_INTEGERS,
                                2**48 + 1], [1, 2**48], "an integer between 1 and 281474976710656"),
     ([*MARK,
       "HWM_LMDB_SIZE_BYTES"], [*NOT_INTEGERS,
                                2**46 + 1], [1, 2**46], "an integer between 1 and 70368744177664"),
-    ([*MARK, "strategy"], [None, 1, "PRUNE_FIRST", "wait",
+    ([*MARK, "strategy"], [None, 1, "PRUNE_FIRST", "wait", "\ud800",
                            []], ["prune_first", "prune_last", "reject",
                                  "block"], "'prune_first' or 'prune_last' or 'reject' or 'block'"),
     (QUEUE, [None, [], 1], [], "an object"),
@@ -342,8 +342,8 @@ def test_numbers_of_the_file(literal: str, shown: str) -> None:
     text = json.dumps(make()).replace("600", literal).encode()
     problem, = problems(text)
     assert problem.startswith(
-        "queues./q.high-water-mark.MSG_TIMEOUT_SECS: Expected a number greater "
-        "than 0 and at most 3200000000, but got: " + shown)
+        "queues./q.high-water-mark.MSG_TIMEOUT_SECS: Expected a number between "
+        "1e-09 and 3200000000, but got: " + shown)
     assert len(problem) < 300
 
 

@@ -313,6 +313,17 @@ def test_queue_of_another_engine_takes_no_letters(tmp_path: pathlib.Path) -> Non
     assert any("queues that are directories" in problem for problem in problems(config_pth))
 
 
+@pytest.mark.parametrize("key", ["queue", "letters"])
+@pytest.mark.parametrize("value", [None, [], "x", {}])
+def test_queue_that_is_wrong_is_the_only_problem(tmp_path: pathlib.Path, key: str,
+                                                 value: object) -> None:
+    config_pth = write_config(tmp_path)
+    found = json.loads(config_pth.read_text())
+    found["queues"][key] = value
+    config_pth.write_text(json.dumps(found))
+    assert {problem.split(":")[0] for problem in problems(config_pth)} == {"queues." + key}
+
+
 def test_nobody_else_is_called_like_that(tmp_path: pathlib.Path) -> None:
     config_pth = write_config(tmp_path)
     config_pth.write_text(config_pth.read_text().replace('"other"', '"dead_letters"'))
