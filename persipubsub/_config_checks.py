@@ -26,6 +26,9 @@ RESERVED_SUBSCRIBER_IDS: Final = frozenset(
 
 QUEUES_KEY: Final = "queues"
 
+#: What a path of a queue may begin with that is no directory; the engines have one for each.
+SCHEMES: Final = ("nats", )
+
 #: Ids of publishers that the library makes up for itself begin with it: no file can have them. They
 #: name their subscribers even if these are all of the file, since a queue may have more.
 MADE_UP: Final = "\0"
@@ -42,7 +45,7 @@ _SUBSCRIBER_OF_DIRECTORY: Final = {
 }
 
 _MAX_IDENTIFIER_SIZE = 255  # bytes in UTF-8
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # Neither the operating system nor UTF-8 (and hence no C++ or Go program) takes any other.
 Text = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\x00\ud800-\udfff]*$")]
 Texts = tuple[Text, ...]
@@ -56,9 +59,15 @@ class Kinds(NamedTuple):
     subscriber: type[msgspec.Struct]
 
 
+def scheme_of(path: str) -> str:
+    """Return the scheme of a queue's path, empty if it is a directory."""
+    match = _SCHEME.match(path)
+    return match[1] if match else ""
+
+
 def resolve(directory: pathlib.Path, path: str) -> str:
     """Return the path of a queue independent of the working directory."""
-    return path if _SCHEME.match(path) else str(directory / path)
+    return path if scheme_of(path) else str(directory / path)
 
 
 @functools.lru_cache(maxsize=None)
@@ -149,7 +158,7 @@ class Checker:
                 names: Sequence[str] = [
                     "/" + os.path.normpath(resolve(self.path.parent, path)).lstrip("/")
                 ]
-                if _SCHEME.match(path):
+                if scheme_of(path):
                     names = self.check_address(path, place)
                     self.check_only_in_directories({"retain_secs": 0}, queue, path, place)
                 others = [places.setdefault(name, place) for name in names]
@@ -158,6 +167,12 @@ class Checker:
 
     def check_address(self, path: str, place: str) -> Sequence[str]:
         """Add the problem of a path to servers, return the names of the stream."""
+        scheme = scheme_of(path)
+        if scheme not in SCHEMES:
+            # Nothing behind it is shown: it may be a password, and errors are logged.
+            known = " or ".join(f"{name}://..." for name in SCHEMES)
+            self.add(f"{place}.path", f"a directory or {known}", f"{scheme}://")
+            return []
         # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
         from persipubsub.jetstream import _address  # pylint: disable=import-outside-toplevel
         if problem := _address.problem_of(path):
@@ -266,7 +281,7 @@ class Checker:
         known = self.check_reference("in_queue", entry, queues, place) if keys else None
         if known is not None:
             path = queues[entry["in_queue"]].get("path")
-            if isinstance(path, str) and _SCHEME.match(path):
+            if isinstance(path, str) and scheme_of(path):
                 self.check_only_in_directories(_SUBSCRIBER_OF_DIRECTORY, entry, path, place)
         if known is not None and identifier not in known:
             expected = f"a queue with the subscriber {json_file.shown(identifier, limit=100)}"
@@ -303,7 +318,7 @@ class Checker:
         for key in (found, entry.get("in_queue")):
             queue = queues.get(key) if isinstance(key, str) else None
             path = queue.get("path") if isinstance(queue, dict) else None
-            if isinstance(path, str) and _SCHEME.match(path):
+            if isinstance(path, str) and scheme_of(path):
                 self.add(there, "queues that are directories, this one and 'in_queue'", path)
         for key, other in entries.items():
             if isinstance(other, dict) and other.get("out_queue") == found:

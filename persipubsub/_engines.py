@@ -3,7 +3,8 @@ Say what a queue has to offer, and find the engine that keeps it by the scheme o
 
 :py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subscriber.Sub` and
 :py:mod:`persipubsub.control` know queues only by what stands here. An engine is a module with the
-functions of :py:class:`Engine`; a further one is a new module and one line in ``_MODULES``.
+functions of :py:class:`Engine`; a further one is a new module, one line in ``_MODULES``, and its
+scheme in ``_config_checks.SCHEMES``.
 
 Everything may be called by any number of threads at the same time, unless it says otherwise.
 """
@@ -16,6 +17,7 @@ from typing import (TYPE_CHECKING, Dict, Final, List, Mapping, Optional, Protoco
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
+from persipubsub import _config_checks
 
 if TYPE_CHECKING:
     # Not for who only counts: it loads logging, too.
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     import persipubsub.message
     from persipubsub import _wakeup
 
-#: Modules by the scheme of a queue's path; a plain path has none.
+#: Modules by the scheme of a queue's path; a plain path has none. A file may have no other: see
+#: ``_config_checks.SCHEMES``.
 _MODULES: Final[Dict[str, str]] = {
     "": "persipubsub.queue",
     "nats": "persipubsub.jetstream.engine",
@@ -404,9 +407,10 @@ def _import(config: persipubsub.config.Config, queue_key: str,
     :raise ConfigError: as that of :py:func:`engine_of`
     """
     path = config.queues[queue_key].path
-    scheme, separator, _ = path.partition("://")
-    module = modules.get(scheme if separator else "")
+    scheme = _config_checks.scheme_of(path)
+    module = modules.get(scheme)
     if module is None:
+        # Of a file that was read there is none; of the target of a migration, there may be.
         raise persipubsub.errors.ConfigError(
             "{}: queues.{}.path: Expected a path to a directory{}, but got: the unknown scheme "
             "{!r} in {!r}".format(config.path, queue_key, "".join(" or {}://...".format(name)
@@ -424,19 +428,3 @@ def _import(config: persipubsub.config.Config, queue_key: str,
                                                                        queue_key,
                                                                        error.name,
                                                                        scheme=scheme)) from None
-
-
-def require_directory(config: persipubsub.config.Config, queue_key: str) -> None:
-    """
-    Check that a queue is a directory of this machine.
-
-    :param config: that describes the queue
-    :param queue_key: of the queue in ``queues``
-    :raise ConfigError: if it is kept elsewhere
-    """
-    if "://" in config.queues[queue_key].path:
-        engine_of(config, queue_key)
-        raise persipubsub.errors.ConfigError(
-            "{}: queues.{}.path: Expected a queue that is a directory of this machine, but got: "
-            "{!r}; this is to be done with the tools of its servers".format(
-                config.path, queue_key, config.queues[queue_key].path))

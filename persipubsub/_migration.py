@@ -19,7 +19,7 @@ import msgspec.structs
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _config_checks, _delivery, _engines
+from persipubsub import _config_checks, _delivery, _engines, _settings
 from persipubsub._progress import Progress
 
 #: Messages that are moved at once, at most.
@@ -58,7 +58,7 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
         and drops nothing at the mark: moving is no reason to lose messages
     :raise ConfigError: if the target is none
     """
-    _engines.require_directory(config, queue_key)
+    _settings.require_directory(config, queue_key)
     # To look for room before each part was rejected: others may take it in between, and the
     # strategy of the file would then drop messages for those that are moved.
     mark = msgspec.structs.replace(config.queues[queue_key].high_water_mark,
@@ -77,7 +77,7 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
                                         **config.publishers,
                                         **alone
                                     }))
-    if "://" not in target:
+    if not _config_checks.scheme_of(target):
         raise persipubsub.errors.ConfigError(
             "Expected the other queue as nats://..., but got: {!r}".format(target))
     _engines.engine_of(moved, queue_key)

@@ -40,8 +40,6 @@ def settings_of(config_pth: ConfigPath, queue_key: Optional[str]) -> Mapping[str
     :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
     """
     config, keys = select(config_pth, queue_key)
-    for key in keys:
-        _engines.require_directory(config, key)
     return {key: Settings.of(config, key) for key in keys}
 
 

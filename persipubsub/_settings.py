@@ -6,7 +6,7 @@ from typing import Final, Mapping, NamedTuple, Optional, Sequence
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _json_file
+from persipubsub import _config_checks, _json_file
 from persipubsub.environment import _opening
 from persipubsub.store import _attempts, _blocks, _log
 
@@ -51,7 +51,9 @@ class Settings(NamedTuple):
         :param queue_key: of the queue in ``queues``
         :param has_retries: False to leave out what subscribers do with messages that fail
         :return: its settings
+        :raise ConfigError: if the queue is no directory
         """
+        require_directory(config, queue_key)
         queue = config.queues[queue_key]
         mark = queue.high_water_mark
         return cls(path=config.queue_path(queue_key),
@@ -123,6 +125,22 @@ class Settings(NamedTuple):
             raise persipubsub.errors.MessageTooLargeError(
                 "Expected messages of at most {} bytes for the queue {} (max_db_size_bytes), but "
                 "got: {} bytes".format(max(0, room), self.path, size))
+
+
+def require_directory(config: persipubsub.config.Config, queue_key: str) -> None:
+    """
+    Check that a queue is a directory of this machine.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :raise ConfigError: if it is kept elsewhere
+    """
+    path = config.queues[queue_key].path
+    if _config_checks.scheme_of(path):
+        raise persipubsub.errors.ConfigError(
+            "{}: queues.{}.path: Expected a queue that is a directory of this machine, but got: "
+            "{!r}; this is to be done with the tools of its servers".format(
+                config.path, queue_key, path))
 
 
 def _retries_of(config: persipubsub.config.Config, queue_key: str) -> Mapping[str, Retries]:

@@ -186,7 +186,7 @@ def dead_letters(config_pth: ConfigPath,
     :param config_pth: path to the configuration file
     :param queue_key: key of a queue of dead letters; all of them if not given
     :return: those that were neither sent back nor dropped, in order, by queue
-    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
     :raise NotInitializedError: if a queue was not initialized, or as one for something else
     """
     config, keys = _selection.select(config_pth, queue_key)
@@ -208,7 +208,8 @@ def send_back(config_pth: ConfigPath,
     :param queue_key: key of the queue of dead letters
     :param numbers: in that queue; all that are there now if not given
     :return: numbers of those that were sent back; one that is not there or in use is left out
-    :raise ConfigError: if the file is wrong, or lacks that queue, or the one of a letter
+    :raise ConfigError:
+        if the file is wrong, or lacks that queue, or the one of a letter, or one is no directory
     :raise NotInitializedError: if the queue of a letter does not have its subscriber any more
     """
     config, _ = _selection.select(config_pth, queue_key)
@@ -225,7 +226,7 @@ def drop_dead_letters(config_pth: ConfigPath,
     :param queue_key: key of the queue of dead letters
     :param numbers: in that queue; all that are there now if not given
     :return: numbers of those that were dropped; one that is not there or in use is left out
-    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
     """
     config, _ = _selection.select(config_pth, queue_key)
     return _dead_letters.drop(config, queue_key, numbers)

@@ -21,6 +21,7 @@ import pytest
 
 import persipubsub.config
 import persipubsub.errors
+from persipubsub import _config_checks, _engines
 
 CONFIG_PTH = "/somewhere/config.json"
 
@@ -220,6 +221,7 @@ def test_documentation_can_be_generated() -> None:
     ("../q", "/somewhere/../q"),
     ("nats://host:4222/q", "nats://host:4222/q"),
     ("a:/b", "/somewhere/a:/b"),
+    ("a/b://c", "/somewhere/a/b:/c"),
     ("~/q", "/somewhere/~/q"),
 ])
 def test_queue_path(path: str, expected: str) -> None:
@@ -525,12 +527,16 @@ def test_keys_that_servers_would_ignore(place: Sequence[str], value: Any, nothin
     assert parse(content).queues["/q"].path == "nats://host/S"
 
 
-def test_two_queues_of_one_scheme() -> None:
-    content = change([*QUEUE, "path"], "other://a//b")
-    content["queues"]["other"] = {**content["queues"]["/q"], "path": "other://a/b"}
-    assert len(parse(content).queues) == 2
-    content["queues"]["other"]["path"] = "other://a//b"
-    assert "another path" in problems(content)[0]
+@pytest.mark.parametrize("scheme", ["nat", "NATS", "http", "file", "nats+tls"])
+def test_unknown_scheme(scheme: str) -> None:
+    # What is behind it may have a password.
+    assert problems(change([*QUEUE, "path"], f"{scheme}://user:word@host/S")) == (
+        f"queues./q.path: Expected a directory or nats://..., but got: '{scheme}://'", )
+
+
+def test_each_engine_has_its_scheme() -> None:
+    # pylint: disable-next=protected-access
+    assert set(_engines._MODULES) == {"", *_config_checks.SCHEMES}
 
 
 WRONG_IDENTIFIERS = [

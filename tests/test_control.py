@@ -196,6 +196,14 @@ def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
     assert not receive_all(config_pth) and not receive_all(config_pth, "sink")
 
 
+def test_directory_whose_name_is_like_an_address(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, path="queues/a://b")
+    persipubsub.control.initialize_all_dbs(config_pth)
+    send(config_pth, b"1")
+    assert receive_all(config_pth) == [b"1"]
+    assert (tmp_path / "queues" / "a:" / "b" / "data.mdb").is_file()
+
+
 def test_empty_file(tmp_path: pathlib.Path) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_text('{"queues": {}}', "utf-8")

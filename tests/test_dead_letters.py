@@ -233,6 +233,25 @@ def test_queue_of_something_else_has_no_letters(config_pth: pathlib.Path) -> Non
         persipubsub.control.drop_dead_letters(config_pth, "nothing")
 
 
+def test_queue_on_servers_has_no_letters(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path, path="nats://localhost/S")
+    for function in (persipubsub.control.dead_letters, persipubsub.control.send_back,
+                     persipubsub.control.drop_dead_letters):
+        with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
+            function(config_pth, "queue")
+
+
+def test_letter_of_a_queue_that_was_moved_to_servers_stays(config_pth: pathlib.Path) -> None:
+    fail(config_pth, b"1")
+    found = json.loads(config_pth.read_text())
+    found["queues"]["queue"]["path"] = "nats://localhost/S"
+    del found["sub"]["max_deliveries"], found["sub"]["dead_letter_queue"]
+    config_pth.write_text(json.dumps(found))
+    with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
+        persipubsub.control.send_back(config_pth, "letters")
+    assert len(persipubsub.control.dead_letters(config_pth, "letters")["letters"]) == 1
+
+
 def test_queues_may_give_up_into_each_other(tmp_path: pathlib.Path) -> None:
     config_pth = write_config(tmp_path)
     found = json.loads(config_pth.read_text())

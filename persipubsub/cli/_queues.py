@@ -12,6 +12,7 @@ import click
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
+from persipubsub import _config_checks
 from persipubsub.cli import _shared, _text
 
 
@@ -60,7 +61,7 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
         found = persipubsub.config.read(config)
         _shared.select(config, queue_key)
         # Only servers are asked; a directory is what this library makes it.
-        for key in [key for key, queue in found.queues.items() if "://" in queue.path]:
+        for key in [key for key, queue in found.queues.items() if _config_checks.scheme_of(queue.path)]:
             warnings += [
                 "{}: {}".format(key, text)
                 for text in persipubsub.control.check_durability(config, key)[key]
