@@ -322,6 +322,41 @@ def test_one_queue_that_fails_does_not_hide_the_others(tmp_path: pathlib.Path) -
     assert "--queue" in process.stderr
 
 
+def keep_first_otherwise(config_pth: pathlib.Path) -> None:
+    """Add a queue in front of the other one, kept with another durability than the file says."""
+    config = json.loads(config_pth.read_text())
+    first = dict(config["queues"]["queue"], path=str(config_pth.parent / "first"))
+    config["queues"] = {"first": first, **config["queues"]}
+    config_pth.write_text(json.dumps(config))
+    persipubsub.control.initialize_all_dbs(config_pth)
+    first["durability"] = "os"
+    config_pth.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["stat", "verify", "prune"])
+def test_one_queue_that_is_kept_otherwise_does_not_hide_the_others(tmp_path: pathlib.Path,
+                                                                   name: str) -> None:
+    config_pth = make(tmp_path)
+    keep_first_otherwise(config_pth)
+    process = run(name, config_pth, exit_code=1)
+    assert re.search(r"^queue\b", process.stdout, re.MULTILINE)
+    assert "durability" in process.stderr and len(process.stderr.splitlines()) == 1
+    found = json.loads(run(name, config_pth, "--json", exit_code=1).stdout)
+    assert "durability" in found["first"]["error"] and "error" not in found["queue"]
+
+
+@pytest.mark.parametrize("name", ["verify", "compact"])
+def test_queue_on_servers_does_not_hide_directories(tmp_path: pathlib.Path, name: str) -> None:
+    config_pth = make(tmp_path)
+    config = json.loads(config_pth.read_text())
+    first = dict(config["queues"]["queue"], path="nats://127.0.0.1:1/S")
+    config["queues"] = {"first": first, **config["queues"]}
+    config_pth.write_text(json.dumps(config))
+    process = run(name, config_pth, exit_code=1)
+    assert process.stdout.startswith("queue: ")
+    assert "directory of this machine" in process.stderr and len(process.stderr.splitlines()) == 1
+
+
 def test_check_config_lists_all_problems(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path, max_db_num=-1, MAX_MSGS_NUM=True)
     process = run("check-config", config_pth, exit_code=1)

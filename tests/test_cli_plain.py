@@ -153,6 +153,15 @@ def test_queue_that_is_not_initialized(tmp_path: pathlib.Path, options: List[str
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
+def test_queue_that_is_kept_otherwise(tmp_path: pathlib.Path, options: List[str]) -> None:
+    config_pth = test_cli.make(tmp_path)
+    test_cli.keep_first_otherwise(config_pth)
+    code, out, err = same(tmp_path, "stat", config_pth, *options, is_plain=True)
+    assert code == 1
+    assert b"durability" in (out if options else err) and b"sub" in out
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
 def test_no_queues(tmp_path: pathlib.Path, options: List[str]) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_text('{"queues": {}}', encoding="utf-8")

@@ -1,7 +1,6 @@
 """List messages that were given up, send them back, drop them: the command dead-letters."""
 
 import base64
-import json
 import pathlib
 import sys
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -11,10 +10,13 @@ import msgspec
 
 import persipubsub.config
 import persipubsub.control
+import persipubsub.errors
 from persipubsub.cli import _shared, _text
 from persipubsub.maintenance import _dead_letters
 
 _ACTIONS = ("list", "send-back", "drop")
+
+_Found = Dict[str, Tuple[persipubsub.control.ListedDeadLetter, ...]]
 
 
 @_shared.command("dead-letters")
@@ -46,43 +48,63 @@ def dead_letters(  # pylint: disable=too-many-arguments,too-many-positional-argu
     keys = _shared.select(config, queue_key)
     if queue_key is None:
         keys = _dead_letters.queues_of(persipubsub.config.read(config))
+    report = _shared.Report(as_json)
     if action == "list":
         if numbers:
             raise click.UsageError("Expected --number only with send-back and drop.")
-        _list(config, keys, as_json)
+        _list(config, keys, report)
         return
     if numbers and queue_key is None and len(keys) != 1:
         raise click.UsageError(
             "Expected --queue with --number, since numbers are those of a queue.")
     if action == "drop" and not yes:
-        waiting = sum(
-            len(found) for key in keys
-            for found in persipubsub.control.dead_letters(config, key).values())
-        _shared.ask("Drop {} of {}?".format(_text.count(len(numbers) or waiting, "dead letter"),
-                                            ", ".join(keys)))
+        # Nobody can agree to what could not be counted.
+        found = _look(config, keys, report)
+        keys = list(found)
+        if keys:
+            waiting = sum(map(len, found.values()))
+            _shared.ask("Drop {} of {}?".format(_text.count(len(numbers) or waiting, "dead letter"),
+                                                ", ".join(keys)))
     work = (persipubsub.control.send_back
             if action == "send-back" else persipubsub.control.drop_dead_letters)
     _change(config, keys, numbers, work, "sent back" if action == "send-back" else "dropped",
-            as_json)
+            report)
 
 
-def _list(config: pathlib.Path, keys: Sequence[str], as_json: bool) -> None:
+def _look(config: pathlib.Path, keys: Sequence[str], report: _shared.Report) -> _Found:
+    """
+    Look at dead letters, and tell which queues can not be looked at.
+
+    :param config: path to the configuration file
+    :param keys: of the queues
+    :param report: to be told
+    :return: letters, by queue; without those that failed
+    """
+    found = {}  # type: _Found
+    for key in keys:
+        try:
+            found[key] = persipubsub.control.dead_letters(config, key)[key]
+        except persipubsub.errors.PersipubsubError as error:
+            report.failed(key, error)
+    return found
+
+
+def _list(config: pathlib.Path, keys: Sequence[str], report: _shared.Report) -> None:
     """
     List dead letters.
 
     :param config: path to the configuration file
     :param keys: of the queues
-    :param as_json: True for JSON
+    :param report: of all queues
     """
     rows = []  # type: List[List[str]]
-    found = {}  # type: Dict[str, List[Dict[str, Any]]]
-    for key in keys:
-        found[key] = []
-        for listed in persipubsub.control.dead_letters(config, key)[key]:
+    for key, letters in _look(config, keys, report).items():
+        described = []  # type: List[Dict[str, Any]]
+        for listed in letters:
             letter = listed.letter
             fields = msgspec.to_builtins(letter)
             fields["data"] = base64.b64encode(letter.data).decode("ascii")
-            found[key].append({"number": listed.number, "letter": fields})
+            described.append({"number": listed.number, "letter": fields})
             rows.append([
                 key,
                 str(listed.number), letter.queue, letter.subscriber,
@@ -91,21 +113,22 @@ def _list(config: pathlib.Path, keys: Sequence[str], as_json: bool) -> None:
                 letter.moved_at.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
                 _text.show_bytes(len(letter.data)), letter.error
             ])
-    if as_json:
-        print(json.dumps(found, indent=2))
-    elif rows:
-        print(
-            _text.table([
-                "DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBER", "ATTEMPTS",
-                "MOVED", "SIZE", "ERROR"
-            ], rows))
-    else:
-        print("There are no dead letters.")
+        report.done(key, described)
+    if not report.as_json:
+        if rows:
+            print(
+                _text.table([
+                    "DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBER", "ATTEMPTS",
+                    "MOVED", "SIZE", "ERROR"
+                ], rows))
+        elif report.exit_code == 0:
+            print("There are no dead letters.")
+    report.finish()
 
 
 def _change(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         config: pathlib.Path, keys: Sequence[str], numbers: Tuple[int, ...],
-        work: Callable[..., Tuple[int, ...]], done: str, as_json: bool) -> None:
+        work: Callable[..., Tuple[int, ...]], done: str, report: _shared.Report) -> None:
     """
     Send dead letters back, or drop them.
 
@@ -114,9 +137,8 @@ def _change(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     :param numbers: of those in the only queue; all of them if empty
     :param work: to be done with each queue
     :param done: what it does, in the past
-    :param as_json: True for JSON
+    :param report: of all queues, also of those that failed before
     """
-    report = _shared.Report(as_json)
     missing = False
 
     def tell(key: str, changed: Tuple[int, ...]) -> None:

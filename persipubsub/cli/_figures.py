@@ -34,8 +34,6 @@ def collect(config: persipubsub.config.Config,
     for key in keys:
         try:
             statistics[key] = _counting.statistics_of(config, key)
-        except persipubsub.errors.ConfigError:
-            raise
         except persipubsub.errors.PersipubsubError as error:
             errors[key] = str(error)
     return statistics, errors

@@ -200,20 +200,20 @@ class Report:
 
         :param as_json: True to write one JSON object at the end, False for a line each
         """
-        self._as_json = as_json
+        self.as_json = as_json
         self._results = {}  # type: Dict[str, Any]
         self.exit_code = 0
 
-    def done(self, key: str, result: Any, line: str) -> None:
+    def done(self, key: str, result: Any, line: Optional[str] = None) -> None:
         """
         Tell what came of a queue.
 
         :param key: of the queue
         :param result: for machines
-        :param line: for people
+        :param line: for people; None if they are told otherwise
         """
         self._results[key] = result
-        if not self._as_json:
+        if line is not None and not self.as_json:
             print(_text.printable(line), flush=True)
 
     def failed(self, key: str, error: persipubsub.errors.PersipubsubError) -> None:
@@ -229,7 +229,7 @@ class Report:
 
     def finish(self) -> None:
         """Write what machines wait for, and end with the exit code."""
-        if self._as_json:
+        if self.as_json:
             print(json.dumps(self._results, indent=2, default=to_json), flush=True)
         sys.exit(self.exit_code)
 
@@ -238,6 +238,8 @@ class Report:
         """
         Do something with each queue, and finish.
 
+        A ``ConfigError`` ends nothing, either: of a file that was read, it is about one queue.
+
         :param keys: of the queues
         :param work: to be done, given the key
         :param tell: calls :py:meth:`done`, given the key and what came of the work
@@ -245,9 +247,6 @@ class Report:
         for key in keys:
             try:
                 result = work(key)
-            except persipubsub.errors.ConfigError:
-                # Of the file, not of the queue: the same for all of them.
-                raise
             except persipubsub.errors.PersipubsubError as error:
                 self.failed(key, error)
             else:
