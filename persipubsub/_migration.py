@@ -176,7 +176,7 @@ class _Mover:
             begin = 0
             for end in _cut(lease.messages, self._mark.size_bytes // 4):
                 ids = [
-                    "{}\0{}\0{}".format(self._origin, subscriber, number).encode("utf-8")
+                    os.fsencode("{}\0{}\0{}".format(self._origin, subscriber, number))
                     for number in lease.numbers[begin:end]
                 ]
                 self._put(lease.messages[begin:end], subscriber, ids)

@@ -204,6 +204,33 @@ def test_directory_whose_name_is_like_an_address(tmp_path: pathlib.Path) -> None
     assert (tmp_path / "queues" / "a:" / "b" / "data.mdb").is_file()
 
 
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) -> None:
+    directory = tmp_path / "d\udcffir"
+    directory.mkdir()
+    config_pth = support.write_config(directory, path="queue", durability=durability)
+    found = json.loads(config_pth.read_text("utf-8"))
+    found["queues"]["letters"] = dict(found["queues"]["queue"], path="letters", subscribers=[])
+    found["sub"].update({"max_deliveries": 1, "dead_letter_queue": "letters"})
+    config_pth.write_text(json.dumps(found), "utf-8")
+    persipubsub.control.initialize_all_dbs(config_pth)
+    send(config_pth, b"1", b"2")
+    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
+        sub.init(sub_id="sub", config_pth=config_pth)
+        with sub.receive(timeout=0):
+            raise ValueError("no")
+    assert receive_all(config_pth) == [b"2"]
+    assert persipubsub.control.send_back(config_pth, "letters") == (1, )
+    target = directory / "\udcfe"
+    persipubsub.control.backup(config_pth, "queue", target)
+    assert receive_all(config_pth) == [b"1"]
+    persipubsub.control.compact(config_pth)
+    persipubsub.control.restore(config_pth, "queue", target)
+    assert receive_all(config_pth) == [b"1"]
+    assert set(persipubsub.control.verify(config_pth).values()) == {()}
+    assert persipubsub.control.drop_queue(config_pth, "queue") == ()
+
+
 def test_empty_file(tmp_path: pathlib.Path) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_text('{"queues": {}}', "utf-8")

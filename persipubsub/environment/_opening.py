@@ -296,7 +296,7 @@ def _open_environment(directory: str, options: Options) -> lmdb.Environment:
 
     def open_files() -> lmdb.Environment:
         return lmdb.open(
-            directory,
+            os.fsencode(directory),
             map_size=options.map_size,
             max_readers=options.max_readers,
             max_dbs=_MAX_DBS,
@@ -329,7 +329,7 @@ def _check_is_ours(directory: str) -> None:
     :raise FormatError: if it is another program's
     """
     try:
-        with lmdb.open(directory,
+        with lmdb.open(os.fsencode(directory),
                        max_dbs=_MAX_DBS,
                        readonly=True,
                        lock=False,
@@ -457,7 +457,7 @@ def build(directory: str, options: Options) -> None:
                             next_ordinal=0)
 
     def open_files() -> lmdb.Environment:
-        return lmdb.open(aside,
+        return lmdb.open(os.fsencode(aside),
                          map_size=options.map_size,
                          max_dbs=_MAX_DBS,
                          mode=_files.FILE_MODE,

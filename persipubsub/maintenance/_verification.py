@@ -263,7 +263,7 @@ def open_file(path: str, is_readonly: bool, map_size: int = 0) -> lmdb.Environme
     """
 
     def open_files() -> lmdb.Environment:
-        return lmdb.open(path,
+        return lmdb.open(os.fsencode(path),
                          subdir=False,
                          map_size=map_size or 1 << 20,
                          max_dbs=MAX_DBS,
