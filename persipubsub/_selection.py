@@ -52,7 +52,25 @@ def one(config_pth: ConfigPath, queue_key: str) -> Settings:
     :return: its settings
     :raise ConfigError: if the file is wrong, or has no such queue
     """
-    return settings_of(config_pth, queue_key)[queue_key]
+    config = persipubsub.config.read(config_pth)
+    # None is for others all of them.
+    config.queue_path(queue_key)
+    return Settings.of(config, queue_key)
+
+
+def check_subscriber(config_pth: ConfigPath, sub_id: str) -> None:
+    """
+    Check the id of a subscriber that the file need not have, before a queue is asked for it.
+
+    :param config_pth: path to the configuration file
+    :param sub_id: id of the subscriber; that of dead letters is one
+    :raise ConfigError: if nobody may have that id
+    :raise TypeError: if it is no text
+    """
+    if not isinstance(sub_id, str):
+        raise TypeError("Expected the id of a subscriber as str, but got: {!r}".format(sub_id))
+    if sub_id != persipubsub.config.DEAD_LETTERS:
+        persipubsub.config.check_identifier(sub_id, config_pth)
 
 
 def for_each(config_pth: ConfigPath, queue_key: Optional[str],

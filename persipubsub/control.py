@@ -9,6 +9,7 @@ The command ``persipubsub`` is a thin face of this module.
 """
 
 import datetime
+import operator
 import os
 import types
 from typing import Iterator, List, Mapping, Optional, Sequence, Tuple, Union
@@ -110,14 +111,28 @@ def peek(config_pth: ConfigPath,
     :param start: number from which on to look; those in front of its position are done
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
     :return: messages that it did not acknowledge yet, also those that are just being received
-    :raise ConfigError: if the file is wrong, or has no such subscriber or queue
+    :raise ConfigError: if the file is wrong, has no such subscriber or queue, or nobody has such an id
     :raise NotInitializedError: if the queue or the subscriber was not initialized
     """
-    config = persipubsub.config.read(config_pth)
-    if queue_key is None:
-        queue_key = config.subscriber(sub_id).in_queue
+    queue_key = _queue_of(config_pth, sub_id, queue_key)
+    count, start = operator.index(count), operator.index(start)
     settings = _selection.one(config_pth, queue_key)
     return tuple(_looking.peek(settings, sub_id, count=count, start=start))
+
+
+def _queue_of(config_pth: ConfigPath, sub_id: str, queue_key: Optional[str]) -> str:
+    """
+    Find the queue of a subscriber.
+
+    :param config_pth: path to the configuration file
+    :param sub_id: id of the subscriber
+    :param queue_key: that was given; None for that of the subscriber's entry
+    :return: key in ``queues``
+    """
+    _selection.check_subscriber(config_pth, sub_id)
+    if queue_key is not None:
+        return queue_key
+    return persipubsub.config.read(config_pth).subscriber(sub_id).in_queue
 
 
 @icontract.require(lambda last: last >= 0)
@@ -134,7 +149,7 @@ def follow(config_pth: ConfigPath, queue_key: str, last: int = 0) -> Iterator[Li
     :return: iterator over messages, several at a time; an empty list at least once a second
     :raise ConfigError: if the file is wrong, or has no such queue
     """
-    return _looking.follow(_selection.one(config_pth, queue_key), last=last)
+    return _looking.follow(_selection.one(config_pth, queue_key), last=operator.index(last))
 
 
 def seek(config_pth: ConfigPath,
@@ -161,14 +176,12 @@ def seek(config_pth: ConfigPath,
         later
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
     :return: new position: the number of the message from which it goes on
-    :raise ConfigError: if the file is wrong, or has no such subscriber or queue
+    :raise ConfigError: if the file is wrong, has no such subscriber or queue, or nobody has such an id
     :raise NotInitializedError: if the queue or the subscriber was not initialized
     :raise TypeError: if the place is of another type
     :raise ValueError: if it is another text, or a time without a time zone
     """
-    config = persipubsub.config.read(config_pth)
-    if queue_key is None:
-        queue_key = config.subscriber(sub_id).in_queue
+    queue_key = _queue_of(config_pth, sub_id, queue_key)
     with persipubsub.queue.Queue(_selection.one(config_pth, queue_key)) as queue:
         return queue.seek(sub_id, to)
 
@@ -347,6 +360,7 @@ def add_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -> b
     :raise NotInitializedError: if the queue was not initialized
     """
     settings = _selection.one(config_pth, queue_key)
+    _selection.check_subscriber(config_pth, subscriber)
     persipubsub.config.check_identifier(subscriber, config_pth)
     return bool(_upkeep.add_subscribers(settings, [subscriber]))
 
@@ -362,9 +376,10 @@ def remove_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -
     :param queue_key: key in ``queues``
     :param subscriber: its id
     :return: how many messages it did not acknowledge
-    :raise ConfigError: if the file is wrong, or has no such queue
+    :raise ConfigError: if the file is wrong, has no such queue, or nobody may have that id
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
+    _selection.check_subscriber(config_pth, subscriber)
     return _upkeep.remove_subscriber(_selection.one(config_pth, queue_key), subscriber)
 
 

@@ -767,6 +767,25 @@ def test_interrupted(tmp_path: pathlib.Path, arguments: List[str]) -> None:
         assert process.stderr.read() == b"persipubsub: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["clear"], ["drop-queue"], ["remove-subscriber", "sub"], ["restore", "backup"]])
+def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: List[str]) -> None:
+    config_pth = make(tmp_path)
+    send(config_pth, b"x")
+    with start(arguments[0], config_pth, *arguments[1:], stdin=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        question = b""
+        while not question.endswith(b"[y/N]: "):
+            question += process.stderr.read(1)
+        # A signal just before it waits would be seen when it has read something, and not before.
+        status = pathlib.Path("/proc", str(process.pid), "stat")
+        support.until(lambda: ") S " in status.read_text(), "it waits for the answer")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=support.HANG_SECS) == 130
+        assert process.stderr.read() == b"\npersipubsub: interrupted\n"
+    assert lag(config_pth) == 1
+
+
 # Maintenance
 
 
@@ -970,7 +989,10 @@ def test_init_where_nobody_may_write(tmp_path: pathlib.Path,
      ["receive", "CONFIG", "sub", "--timeout", "-1"], ["receive", "CONFIG", "sub", "--format", "x"],
      ["receive", "CONFIG", "sub", "--directory", "/missing"], ["backup", "CONFIG"],
      ["metrics", "CONFIG", "--port", "65536"], ["stat", "CONFIG", "--interval", "0"],
-     ["stat", "CONFIG", "--interval", "nan"], ["send", "CONFIG", "pub", "--queue", "missing"]])
+     ["stat", "CONFIG", "--interval", "nan"], ["stat", "CONFIG", "--json", "--svg", "/missing/svg"],
+     ["seek", "CONFIG", "sub", "--to", "end", "--queue", "missing"],
+     ["seek", "CONFIG", "sub", "--to", "end", "--queue", ""],
+     ["send", "CONFIG", "pub", "--queue", "missing"]])
 def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
                      arguments: List[str]) -> None:
     config_pth = make(tmp_path)
@@ -984,7 +1006,9 @@ def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
      ["send", "nobody"], ["send", "pub", "/missing"], ["send", "pub", "/"],
      ["remove-subscriber", "nobody"], ["restore", "/missing", "--yes"], ["restore", "/", "--yes"],
      ["restore", "/dev/zero", "--yes"], ["backup", "/"], ["backup", "/missing/backup"],
-     ["add-subscriber", ""], ["add-subscriber", "queues"]])
+     ["add-subscriber", ""], ["add-subscriber", "queues"], ["add-subscriber", "\udcff"],
+     ["receive", "\udcff", "--queue", "queue"], ["peek", "\udcff", "--queue", "queue"],
+     ["seek", "\udcff", "--to", "end", "--queue", "queue"], ["remove-subscriber", "\udcff"]])
 def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
                            arguments: List[str]) -> None:
     config_pth = make(tmp_path)

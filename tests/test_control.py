@@ -6,10 +6,11 @@ import json
 import os
 import pathlib
 import threading
-from typing import Callable, List
+from typing import Any, Callable, List, Type
 
 import pytest
 
+import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
@@ -229,6 +230,53 @@ def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) ->
     assert receive_all(config_pth) == [b"1"]
     assert set(persipubsub.control.verify(config_pth).values()) == {()}
     assert persipubsub.control.drop_queue(config_pth, "queue") == ()
+
+
+@pytest.mark.parametrize(
+    "sub_id, expected", [(None, TypeError), (1, TypeError), (b"sub", TypeError),
+                         ("\ud800", persipubsub.errors.ConfigError),
+                         ("", persipubsub.errors.ConfigError),
+                         ("a" * 600, persipubsub.errors.ConfigError),
+                         ("new", persipubsub.errors.NotInitializedError),
+                         (persipubsub.config.DEAD_LETTERS, persipubsub.errors.NotInitializedError)])
+def test_ids_that_no_subscriber_has(tmp_path: pathlib.Path, sub_id: Any,
+                                    expected: Type[Exception]) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    for function in (lambda: persipubsub.control.peek(config_pth, sub_id, queue_key="queue"),
+                     lambda: persipubsub.control.seek(config_pth, sub_id, "end", "queue"),
+                     lambda: persipubsub.control.remove_subscriber(config_pth, "queue", sub_id)
+                     ):  # type: Callable[[], object]
+        with pytest.raises(expected, match="Expected"):
+            function()
+    if expected is TypeError:
+        for function in (lambda: persipubsub.control.peek(config_pth, sub_id),
+                         lambda: persipubsub.control.add_subscriber(config_pth, "queue", sub_id)):
+            with pytest.raises(TypeError, match="Expected"):
+                function()
+
+
+def test_numbers_that_are_none(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    number = 1.5  # type: Any
+    for function in (lambda: persipubsub.control.peek(config_pth, "sub", number),
+                     lambda: persipubsub.control.peek(config_pth, "sub", 1, number),
+                     lambda: persipubsub.control.follow(config_pth, "queue", number)
+                     ):  # type: Callable[[], object]
+        with pytest.raises(TypeError, match="integer"):
+            function()
+
+
+def test_no_queue_is_not_all_of_them(tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    queue_key = None  # type: Any
+    for function in (lambda: persipubsub.control.drop_queue(config_pth, queue_key),
+                     lambda: persipubsub.control.backup(config_pth, queue_key, tmp_path / "copy")
+                     ):  # type: Callable[[], object]
+        with pytest.raises(persipubsub.errors.ConfigError, match="Expected a queue of this file"):
+            function()
 
 
 def test_empty_file(tmp_path: pathlib.Path) -> None:

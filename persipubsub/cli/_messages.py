@@ -14,7 +14,7 @@ import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
-from persipubsub import _engines
+from persipubsub import _engines, _selection
 from persipubsub.cli import _shared, _text
 
 #: So much of a stream of lines is read, and so sent in one commit, at most.
@@ -392,6 +392,7 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     if key is None:
         key = found.subscriber(subscriber).in_queue
     _shared.select_one(config, key)
+    _selection.check_subscriber(config, subscriber)
     output = _Output(directory, style, as_json)
     with contextlib.closing(_engines.engine_of(found, key).open_queue(found, key)) as queue:
         received, is_whole = _receive(queue.consumer(subscriber), output, number, timeout)

@@ -61,7 +61,9 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
         found = persipubsub.config.read(config)
         _shared.select(config, queue_key)
         # Only servers are asked; a directory is what this library makes it.
-        for key in [key for key, queue in found.queues.items() if _config_checks.scheme_of(queue.path)]:
+        for key in [
+                key for key, queue in found.queues.items() if _config_checks.scheme_of(queue.path)
+        ]:
             warnings += [
                 "{}: {}".format(key, text)
                 for text in persipubsub.control.check_durability(config, key)[key]

@@ -62,7 +62,10 @@ def seek(config: pathlib.Path, subscriber: str, place: Any, queue_key: Optional[
         persipubsub seek config.json archive --to beginning
         persipubsub seek config.json archive --to 2026-11-24T18:30:00
     """
-    key = queue_key or persipubsub.config.read(config).subscriber(subscriber).in_queue
+    key = queue_key
+    if key is None:
+        key = persipubsub.config.read(config).subscriber(subscriber).in_queue
+    _shared.select_one(config, key)
     position = persipubsub.control.seek(config, subscriber, to=place, queue_key=key)
     lag = {
         one.subscriber: one.lag

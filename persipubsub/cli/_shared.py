@@ -104,7 +104,7 @@ def ask(text: str) -> None:
     """
     Ask whether to go on; end the command unless the answer is yes.
 
-    A closed input answers no, and so does who can not be asked.
+    A closed input answers no, and so does who can not be asked. Ctrl-C interrupts the command.
 
     :param text: of the question
     """
@@ -114,6 +114,12 @@ def ask(text: str) -> None:
         click.confirm(_text.printable(text), abort=True, err=True)
         # It ignores that the question could not be written.
         sys.stderr.flush()
+    except click.Abort as error:
+        # What click makes of Ctrl-C is no answer.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            _text.tell("")
+            raise KeyboardInterrupt from None
+        raise
     except OSError:
         _text.silence(sys.stderr)
         raise click.Abort() from None

@@ -39,7 +39,7 @@ _DUMB: Final = ("dumb", "unknown")
               help="End after so many looks; 0: never.")
 @click.option("--svg",
               type=click.Path(path_type=pathlib.Path, dir_okay=False),
-              help="Also write the last view as a picture.")
+              help="Also write the last view as a picture; not with --json.")
 def stat(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         config: pathlib.Path, queue_key: Optional[str], as_json: bool, watch: bool, interval: float,
         count: int, svg: Optional[pathlib.Path]) -> None:
@@ -54,6 +54,8 @@ def stat(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         persipubsub stat config.json --json | jq '.greetings.subscribers[].lag'
         persipubsub stat config.json --watch
     """
+    if as_json and svg is not None:
+        raise click.UsageError("Expected --svg without --json, which draws nothing.")
     found = persipubsub.config.read(config)
     keys = _shared.choose(found, config, queue_key)
     is_dumb = os.environ.get("TERM", "").lower() in _DUMB

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 import os
 from typing import Callable, Dict, Final, Iterator, List, Optional, Sequence, Tuple
 
@@ -125,7 +126,9 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Optional[S
         # Those that come back meanwhile are not sent back again.
         end = queue.statistics().next_number
         if numbers is None:
-            numbers = [listed.number for listed in look(config, queue_key) if listed.number < end]
+            numbers = [listed.number for listed in look(config, queue_key)]
+        # No other can be there, and a claim has no room for any number.
+        numbers = [number for number in map(operator.index, numbers) if 0 < number < end]
         leases = []  # type: List[_delivery.Lease]
         try:
             for number in numbers:
