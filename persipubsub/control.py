@@ -111,7 +111,8 @@ def peek(config_pth: ConfigPath,
     :param start: number from which on to look; those in front of its position are done
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
     :return: messages that it did not acknowledge yet, also those that are just being received
-    :raise ConfigError: if the file is wrong, has no such subscriber or queue, or nobody has such an id
+    :raise ConfigError:
+        if the file is wrong, has no such subscriber or queue, or nobody may have that id
     :raise NotInitializedError: if the queue or the subscriber was not initialized
     """
     queue_key = _queue_of(config_pth, sub_id, queue_key)
@@ -176,7 +177,8 @@ def seek(config_pth: ConfigPath,
         later
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
     :return: new position: the number of the message from which it goes on
-    :raise ConfigError: if the file is wrong, has no such subscriber or queue, or nobody has such an id
+    :raise ConfigError:
+        if the file is wrong, has no such subscriber or queue, or nobody may have that id
     :raise NotInitializedError: if the queue or the subscriber was not initialized
     :raise TypeError: if the place is of another type
     :raise ValueError: if it is another text, or a time without a time zone

@@ -779,7 +779,7 @@ def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: List[str])
             question += process.stderr.read(1)
         # A signal just before it waits would be seen when it has read something, and not before.
         status = pathlib.Path("/proc", str(process.pid), "stat")
-        support.until(lambda: ") S " in status.read_text(), "it waits for the answer")
+        support.until(lambda: ") S " in status.read_text("ascii"), "it waits for the answer")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=support.HANG_SECS) == 130
         assert process.stderr.read() == b"\npersipubsub: interrupted\n"

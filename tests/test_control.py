@@ -229,7 +229,7 @@ def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) ->
     persipubsub.control.restore(config_pth, "queue", target)
     assert receive_all(config_pth) == [b"1"]
     assert set(persipubsub.control.verify(config_pth).values()) == {()}
-    assert persipubsub.control.drop_queue(config_pth, "queue") == ()
+    assert not persipubsub.control.drop_queue(config_pth, "queue")
 
 
 @pytest.mark.parametrize(
