@@ -1,7 +1,7 @@
 """
 Hold what a task received until it is known what became of it; as ``_receipts`` does for a thread.
 
-There are no finalizers here either: a claim that was dropped is given back by the claim itself.
+There are no finalizers here either: what was dropped is given back by the claim or lease itself.
 """
 
 import contextlib

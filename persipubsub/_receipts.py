@@ -1,8 +1,8 @@
 """
 Hold what a subscriber received until it is known what became of it.
 
-There are no finalizers here: a claim that was dropped is given back by the claim itself, and
-nothing else may be done wherever the garbage collector happens to run.
+There are no finalizers here: a claim that was dropped is given back by the claim itself, one
+of servers by its hold, and nothing else may be done wherever the garbage collector happens to run.
 """
 
 from types import TracebackType

@@ -282,6 +282,23 @@ def test_message_that_fails_more_than_once(config_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.usefixtures("holding")
+def test_forgotten_message_comes_again_before_those_behind_it(config_pth: pathlib.Path) -> None:
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send_many(numbered(100))
+        expected = 0
+        for _ in range(5):
+            expected += len(receive_until_held(sub))
+            for msg in sub.messages(timeout=HANG_SECS):
+                assert msg == str(expected).encode()
+                break
+            again = receive(sub)
+            assert (int(again.data), again.attempts) == (expected, 2)
+            expected += 1
+        assert list(map(int, drain(sub, timeout=1))) == list(range(expected, 100))
+    assert lags(config_pth) == {"sub": 0}
+
+
+@pytest.mark.usefixtures("holding")
 def test_large_messages_that_come_again(tmp_path: pathlib.Path,
                                         servers: jetstream_server.Servers) -> None:
     """One that does not fit beside others is not put behind them."""

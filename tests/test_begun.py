@@ -614,6 +614,31 @@ async def test_error_of_the_block_is_raised_although_the_queue_was_closed(
 
 
 @on_server
+async def test_iteration_left_early_leaves_no_message_claimed(config_pth: pathlib.Path,
+                                                              _: jetstream_server.Servers) -> None:
+
+    async def iterate() -> None:
+        async for _ in sub.messages(timeout=HANG_SECS):
+            is_inside.set()
+            await asyncio.Event().wait()
+
+    async with opened(config_pth) as (pub, sub):
+        await pub.send_many(numbered(1))
+        async for _ in sub.messages(timeout=HANG_SECS):
+            break
+        is_inside = asyncio.Event()
+        task = asyncio.ensure_future(iterate())
+        async with asyncio.timeout(HANG_SECS):
+            await is_inside.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        del task
+        gc.collect()  # the error of the task refers to its frames
+        assert await receive(sub) == b"0"
+    assert await asyncio.to_thread(lags, config_pth) == {"sub": 0}
+
+
+@on_server
 async def test_cancelled_acknowledgement_is_made_anyway(config_pth: pathlib.Path,
                                                         _: jetstream_server.Servers) -> None:
     async with opened(config_pth) as (pub, sub):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import itertools
 import json
@@ -14,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+import unittest.mock
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import nats
@@ -26,7 +28,8 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.subscriber
-from persipubsub.jetstream import _address, _calls, _delivery, _errors, _link, _settings, engine
+from persipubsub.jetstream import (_address, _calls, _delivery, _errors, _holding, _link, _loop,
+                                   _settings, engine)
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
 from tests.test_behaviour import drain, numbered, open_pub, open_sub
@@ -898,6 +901,104 @@ def test_interrupted_wait_gives_back_what_came_meanwhile(config_pth: pathlib.Pat
         lease.give_back()
         again = consumer.take(timeout=HANG_SECS)
         assert again is not None and again.messages == [b"hello"]
+
+
+# What is forgotten
+
+
+def forget_batch(sub: persipubsub.subscriber.Sub, count: int) -> None:
+    """Leave messages to the garbage collector."""
+    batch = sub.receive_many(count, timeout=HANG_SECS)
+    # pylint: disable-next=unnecessary-dunder-call
+    assert len(batch.__enter__()) == count
+    cycle = [batch]  # type: List[Any]
+    cycle.append(cycle)
+
+
+@pytest.mark.parametrize("is_in_loop", [False, True])
+def test_forgotten_batch(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+                         is_in_loop: bool) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, servers)
+
+    async def collect() -> None:
+        gc.collect()
+
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send_many(numbered(5))
+        forget_batch(sub, 3)
+        if is_in_loop:
+            _loop.current().call(collect)
+        else:
+            gc.collect()
+        assert drain(sub) == numbered(5)
+
+
+@pytest.mark.parametrize("how", ["acknowledge", "give_back", "close"])
+def test_lease_that_ended_is_not_forgotten(tmp_path: pathlib.Path,
+                                           servers: jetstream_server.Servers,
+                                           monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    given_back = []  # type: List[Any]
+    monkeypatch.setattr(_holding, "_give_back", lambda _, __, pulled: given_back.extend(pulled))
+    config_pth = jetstream_server.deploy(tmp_path, servers)
+    with open_queue(config_pth) as queue, open_queue(config_pth) as other:
+        queue.put(numbered(2))
+        consumer = queue.consumer("sub")
+        lease = consumer.take(timeout=HANG_SECS)
+        assert lease is not None
+        getattr(queue if how == "close" else lease, how)()
+        del lease
+        gc.collect()
+        other.statistics()  # the loop has come to what it was told before
+        assert not given_back
+        taken = other.consumer("sub").take(timeout=HANG_SECS)
+        assert taken is not None
+        assert taken.messages == [b"1" if how == "acknowledge" else b"0"]
+        del taken
+        gc.collect()
+        other.statistics()
+        assert len(given_back) == 1
+
+
+def _forget_in_child(pipe: Connection, leases: List[Any]) -> None:
+    posted = []  # type: List[Any]
+    with unittest.mock.patch.object(_loop.Loop, "post", lambda _, call: posted.append(call)):
+        leases.clear()
+        gc.collect()
+    pipe.send(len(posted))
+
+
+def test_child_does_not_give_back_what_its_parent_has(tmp_path: pathlib.Path,
+                                                      servers: jetstream_server.Servers) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, servers)
+    with open_queue(config_pth) as queue:
+        queue.put(numbered(2))
+        consumer = queue.consumer("sub")
+        leases = [consumer.take(timeout=HANG_SECS)]
+        with Child(_forget_in_child, leases) as child:
+            assert child.get() == 0
+            child.end()
+        second = consumer.take(timeout=HANG_SECS)
+        assert second is not None and second.messages == [b"1"]
+        assert consumer.take(timeout=0.2) is None
+        queue.close()
+        # Too late: closing gave it back.
+        leases.clear()
+    with open_sub(config_pth) as sub:
+        assert drain(sub) == numbered(2)
+
+
+def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
+                                                         servers: jetstream_server.Servers) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, servers)
+    with open_pub(config_pth) as pub:
+        pub.send(b"0")
+    run = run_python(
+        "import sys, persipubsub.subscriber\n"
+        "sub = persipubsub.subscriber.Sub(); sub.init('sub', sys.argv[1])\n"
+        "for msg in sub.messages(timeout=60): break\n", config_pth)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    with open_sub(config_pth) as sub:
+        assert drain(sub, timeout=1) == [b"0"]
 
 
 def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:

@@ -43,6 +43,7 @@ _ROWS: List[Set[str]] = [
     {"_engines"},
     {"jetstream.engine"},
     {"jetstream._delivery", "jetstream._publishing"},
+    {"jetstream._holding"},
     {"jetstream._ahead"},
     {"jetstream._acknowledging", "jetstream._waiting"},
     {"jetstream._calls", "jetstream._pulling"},

@@ -20,7 +20,8 @@ import nats.errors
 
 import persipubsub.errors
 import persipubsub.message
-from persipubsub.jetstream import _address, _ahead, _calls, _errors, _inboxes, _settings, _stream
+from persipubsub.jetstream import (_address, _ahead, _calls, _errors, _holding, _inboxes, _settings,
+                                   _stream)
 
 #: Messages that are acknowledged at the same time when all but the newest are skipped.
 _SKIPPED_AT_ONCE: Final = 256
@@ -33,7 +34,8 @@ class Lease:
     """
     Hold messages that one consumer has and nobody else gets, as long as its process lives.
 
-    Exactly one of :py:meth:`acknowledge` and :py:meth:`give_back` is to be called, once.
+    One of :py:meth:`acknowledge` and :py:meth:`give_back` is to be called, once. A lease that is
+    forgotten is given back.
     """
 
     def __init__(self, consumer: "Consumer", ports: _calls.Ports,
@@ -49,6 +51,7 @@ class Lease:
         self.pulled = pulled
         self._consumer = consumer
         self._ports = ports
+        self._hold = _holding.Hold(consumer.ahead(ports), ports.loop, pulled)
         self._process_id = os.getpid()
         self._pause = consumer.settings.address.ack_wait_secs / 3
         self._timer = None  # type: Optional[asyncio.TimerHandle]
@@ -79,7 +82,8 @@ class Lease:
             pass
 
     def stop(self) -> None:
-        """Tell the server no more. Only for the loop's own thread."""
+        """Tell the server no more, as the lease ends. Only for the loop's own thread."""
+        self._hold.end()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -12,6 +12,7 @@ own at its first call, and the parent's connections are closed in it.
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import os
 import threading
 from typing import Any, Callable, Coroutine, Final, List, Optional, Set, TypeVar
@@ -41,6 +42,8 @@ class Loop:
         self.closers = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
         self.sockets = []  # type: List[Callable[[], int]]
         self._is_stopped = threading.Event()
+        # Nothing is begun any more. Only the loop's own thread changes it.
+        self._is_over = False
         self._tasks = set()  # type: Set["asyncio.Task[Any]"]
         # A daemon: a program that ends without closing its queues must not hang.
         self._thread = threading.Thread(target=self._run, name="persipubsub-nats", daemon=True)
@@ -90,6 +93,22 @@ class Loop:
         if self._is_stopped.is_set():
             raise _exiting()
         return asyncio.run_coroutine_threadsafe(function(), self._loop)
+
+    def post(self, function: Callable[[], None]) -> None:
+        """
+        Call a function in the loop's thread soon, unless the loop ends before. Fit for finalizers.
+
+        It takes no lock, and raises nothing.
+
+        :param function: to be called
+        """
+
+        def call() -> None:
+            if not self._is_over:
+                function()
+
+        with contextlib.suppress(RuntimeError):  # the loop was closed
+            self._loop.call_soon_threadsafe(call)
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """
@@ -142,6 +161,7 @@ class Loop:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        self._is_over = True
 
 
 def _exiting() -> persipubsub.errors.ClosedError:
