@@ -7,18 +7,24 @@ anyhow, or let :py:func:`serve` (the command ``persipubsub metrics``) do it.
 
 import contextlib
 import os
-from typing import Dict, Final, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
+import threading
+import time
+from typing import Dict, Final, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Union
 
+import msgspec.structs
 import prometheus_client
 import prometheus_client.metrics_core
 import prometheus_client.registry
 
 import persipubsub.config
-import persipubsub.control
 import persipubsub.errors
 import persipubsub.statistics
+from persipubsub import _counting
 
 __all__ = ["Collector", "serve"]
+
+#: Servers are waited for so long. By default, Prometheus waits for 10 seconds for all figures.
+_SERVER_SECS: Final = 5.0
 
 _Family = Union[prometheus_client.metrics_core.GaugeMetricFamily,
                 prometheus_client.metrics_core.CounterMetricFamily]
@@ -73,7 +79,8 @@ class Collector(prometheus_client.registry.Collector):
     """
     Collect the statistics of queues at each scrape. Any thread may call it.
 
-    Queues are open only as long as a scrape takes, so that maintenance finds them unused.
+    Queues are open only as long as a scrape takes, so that maintenance finds them unused. Those on
+    servers are looked at at the same time, for 5 seconds at most.
 
     >>> import prometheus_client
     >>> registry = prometheus_client.CollectorRegistry()
@@ -108,27 +115,81 @@ class Collector(prometheus_client.registry.Collector):
 
         :return: metrics
         """
-        statistics = {}  # type: Dict[str, persipubsub.statistics.QueueStatistics]
-        ups = {}  # type: Dict[str, int]
-        is_read = 1
         try:
-            keys = list(persipubsub.config.read(self._config_pth).queues)
+            config = persipubsub.config.read(self._config_pth)
         except persipubsub.errors.ConfigError:
-            keys, is_read = [], 0
-        for key in keys if self._queue_key is None else [self._queue_key]:
-            try:
-                statistics.update(persipubsub.control.statistics(self._config_pth, key))
-                ups[key] = 1
-            except persipubsub.errors.PersipubsubError:
-                ups[key] = 0
+            config = None
+        if self._queue_key is not None:
+            keys = [self._queue_key]
+        else:
+            keys = [] if config is None else list(config.queues)
+        found = {} if config is None else _look_at(config, keys)
+        statistics = {key: figures for key, figures in found.items() if figures is not None}
         family = prometheus_client.metrics_core.GaugeMetricFamily
-        yield family("persipubsub_config_up", "1 if the configuration file is fine.", is_read)
+        yield family("persipubsub_config_up", "1 if the configuration file is fine.",
+                     int(config is not None))
         up = family("persipubsub_up", "1 if the queue can be looked at.", labels=["queue"])
-        for key, value in ups.items():
-            up.add_metric([key], value)
+        for key in keys:
+            up.add_metric([key], int(key in statistics))
         yield up
         yield from _queue_families(statistics)
         yield from _subscriber_families(statistics)
+
+
+def _look_at(
+    config: persipubsub.config.Config,
+    keys: Sequence[str],
+) -> Dict[str, Optional[persipubsub.statistics.QueueStatistics]]:
+    """
+    Count what is in queues, in directories right here, on servers in a thread for each.
+
+    One after the other, a few servers that are away would take longer than anybody waits, and the
+    figures of all others would be missing, too.
+
+    :param config: that describes the queues
+    :param keys: of the queues
+    :return: figures by queue; None for those that could not be looked at in time
+    """
+    deadline = time.monotonic() + _SERVER_SECS
+    found = {}  # type: Dict[str, Optional[persipubsub.statistics.QueueStatistics]]
+    threads = []  # type: List[threading.Thread]
+
+    def look(key: str, config: persipubsub.config.Config) -> None:
+        try:
+            found[key] = _counting.statistics_of(config, key)
+        except persipubsub.errors.PersipubsubError:
+            found[key] = None
+
+    on_servers = [key for key in keys if key in config.queues and "://" in config.queues[key].path]
+    for key in on_servers:
+        # A daemon: the exit waits for it no longer than a scrape does.
+        threads.append(
+            threading.Thread(target=look,
+                             args=(key, _impatient(config, key)),
+                             name="persipubsub-metrics",
+                             daemon=True))
+        threads[-1].start()
+    for key in keys:
+        if key not in on_servers:
+            look(key, config)
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    # One that is late may come to its end while this is read.
+    return {key: found.get(key) for key in keys}
+
+
+def _impatient(config: persipubsub.config.Config, key: str) -> persipubsub.config.Config:
+    """
+    Let nobody wait for servers after the scrape: threads would add up.
+
+    :param config: that describes the queue
+    :param key: of the queue
+    :return: configuration in which each call for this queue is given up in time
+    """
+    queue = config.queues[key]
+    secs = min(queue.busy_timeout_secs, _SERVER_SECS)
+    return msgspec.structs.replace(
+        config, queues={key: msgspec.structs.replace(queue, busy_timeout_secs=secs)})
 
 
 def _make(metric: _Metric, labels: Sequence[str]) -> _Family:

@@ -13,6 +13,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,12 +23,14 @@ import urllib.request
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set, cast
 
 import click.testing
+import prometheus_client
 import pytest
 import rich.console
 
 import persipubsub
 import persipubsub.cli.commands
 import persipubsub.control
+import persipubsub.metrics
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.statistics
@@ -916,6 +919,46 @@ def test_metrics_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
     with serving(config_pth) as url:
         with urllib.request.urlopen(url, timeout=support.HANG_SECS) as response:
             assert 'persipubsub_up{queue="queue"} 0.0' in response.read().decode()
+
+
+def test_servers_that_are_away_do_not_hold_up_other_figures(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persipubsub.metrics, "_SERVER_SECS", 1.0, raising=False)
+    config_pth = make(tmp_path)
+    send(config_pth, b"x")
+    config = json.loads(config_pth.read_text())
+    with socket.socket() as silent, socket.socket() as away:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        away.bind(("127.0.0.1", 0))
+        for name, one in (("silent", silent), ("away", away), ("away2", away)):
+            path = "nats://127.0.0.1:{}/{}".format(one.getsockname()[1], name)
+            config["queues"][name] = {
+                **config["queues"]["queue"], "path": path,
+                "subscribers": ["other"]
+            }
+        config_pth.write_text(json.dumps(config))
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(persipubsub.metrics.Collector(config_pth))
+        start_secs = time.monotonic()
+        text = prometheus_client.generate_latest(registry).decode()
+    assert time.monotonic() - start_secs < 8
+    assert 'persipubsub_messages{queue="queue"} 1.0' in text
+    assert re.findall("persipubsub_up{.*", text) == [
+        'persipubsub_up{queue="queue"} 1.0', 'persipubsub_up{queue="silent"} 0.0',
+        'persipubsub_up{queue="away"} 0.0', 'persipubsub_up{queue="away2"} 0.0'
+    ]
+
+
+def test_metrics_of_one_queue(tmp_path: pathlib.Path) -> None:
+    for queue_key, expected in (("queue", 1), ("missing", 0)):
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(persipubsub.metrics.Collector(make(tmp_path), queue_key))
+        assert registry.get_sample_value("persipubsub_up", {"queue": queue_key}) == expected
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(persipubsub.metrics.Collector(tmp_path / "missing.json", "queue"))
+    assert registry.get_sample_value("persipubsub_up", {"queue": "queue"}) == 0
+    assert registry.get_sample_value("persipubsub_config_up") == 0
 
 
 # What users do wrong
