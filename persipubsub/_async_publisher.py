@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Final, Optional, Sequence, Tuple, Union
+from typing import Final, Optional, Sequence, Union
 
 import persipubsub.publisher
 from persipubsub import _engines, _outbox, _workers
@@ -15,22 +15,17 @@ _SENDING_THREADS: Final = 8
 class _Publisher(persipubsub.publisher.Pub):
     """Be what blocks, with its queue."""
 
-    def opened(self) -> "Tuple[_engines.Queue, Optional[Tuple[str, ...]]]":
+    def opened(self) -> persipubsub.publisher.Opened:
         """
         Look up where to send to.
 
-        :return: queue, ids of the subscribers; None for all of them
+        :return: queue, ids of the subscribers, whether ``send_many`` commits each message by itself
         :raise ClosedError: if there is no open queue
         """
-        queue = self._queue
-        if queue is None:
+        opened = self._slot.content
+        if opened is None:
             raise _not_open()
-        return queue, self._audience
-
-    @property
-    def commits_each(self) -> bool:
-        """Tell whether ``send_many`` commits each message by itself."""
-        return self._autosync
+        return opened
 
 
 class Pub:
@@ -138,7 +133,7 @@ class Pub:
             most about twice ``busy_timeout_secs``
         :raise DiskFullError: if there is no room
         """
-        queue, audience = self._pub.opened()
+        queue, audience, _ = self._pub.opened()
         outbox = self._outbox_of(queue)
         if outbox is None:
             await self._workers.run(functools.partial(self._pub.send, msg, timeout, msg_id))
@@ -166,7 +161,7 @@ class Pub:
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
         :raise PersipubsubError: otherwise as :py:meth:`send` does
         """
-        queue, audience = self._pub.opened()
+        queue, audience, commits_each = self._pub.opened()
         outbox = self._outbox_of(queue)
         if outbox is None:
             await self._workers.run(functools.partial(self._pub.send_many, msgs, timeout, msg_ids))
@@ -175,7 +170,7 @@ class Pub:
             timeout = _engines.seconds_of(timeout)
         messages = _all_to_bytes(msgs)
         ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
-        if self._pub.commits_each:
+        if commits_each:
             for message in messages:
                 queue.check_sizes((message, ))
             for index, message in enumerate(messages):

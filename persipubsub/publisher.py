@@ -5,13 +5,17 @@ from typing import Iterable, List, Optional, Sequence, Tuple, Union
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _engines
+from persipubsub import _engines, _slot
 
 __all__ = ["Pub"]
 
 BytesLike = Union[bytes, bytearray, memoryview]
 
 MessageId = Union[str, bytes]
+
+#: Queue, ids of the subscribers that get what is sent (None: all of them), and whether each message
+#: of several has a commit of its own.
+Opened = Tuple[_engines.Queue, Optional[Tuple[str, ...]], bool]
 
 
 class Pub:
@@ -45,9 +49,7 @@ class Pub:
 
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
-        self._queue = None  # type: Optional[_engines.Queue]
-        self._audience = None  # type: Optional[Tuple[str, ...]]
-        self._autosync = False
+        self._slot = _slot.Slot()  # type: _slot.Slot[Opened]
 
     def init(self,
              pub_id: str,
@@ -74,11 +76,10 @@ class Pub:
         except BaseException:
             queue.close()
             raise
-        self.close()
-        self._queue = queue
-        self._audience = (None if set(publisher.subscribers) == everybody else tuple(
+        audience = (None if set(publisher.subscribers) == everybody else tuple(
             sorted(publisher.subscribers)))
-        self._autosync = autosync
+        for old, _, _ in self._slot.put((queue, audience, autosync)):
+            old.close()
 
     def __enter__(self) -> "Pub":
         """
@@ -94,9 +95,9 @@ class Pub:
 
     def close(self) -> None:
         """Close the queue; it may be closed twice. What was sent stays sent."""
-        queue, self._queue = self._queue, None
-        if queue is not None:
-            queue.close()
+        opened = self._slot.take()
+        if opened is not None:
+            opened[0].close()
 
     def send(self,
              msg: BytesLike,
@@ -128,17 +129,18 @@ class Pub:
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """
-        queue = self._queue
-        if queue is None:
+        opened = self._slot.content
+        if opened is None:
             raise _not_open()
+        queue, audience, _ = opened
         # Not isinstance: an object of a derived class might change.
         message = msg if type(msg) is bytes else _to_bytes(msg)  # pylint: disable=unidiomatic-typecheck
         if timeout is None and msg_id is None:
-            queue.put((message, ), self._audience)
+            queue.put((message, ), audience)
         else:
             if timeout is not None:
                 timeout = _engines.seconds_of(timeout)
-            queue.put((message, ), self._audience, timeout, _to_ids((msg_id, ), count=1))
+            queue.put((message, ), audience, timeout, _to_ids((msg_id, ), count=1))
 
     def send_many(self,
                   msgs: Sequence[BytesLike],
@@ -175,21 +177,22 @@ class Pub:
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """
-        queue = self._queue
-        if queue is None:
+        opened = self._slot.content
+        if opened is None:
             raise _not_open()
+        queue, audience, commits_each = opened
         if timeout is not None:
             timeout = _engines.seconds_of(timeout)
         messages = _all_to_bytes(msgs)
         ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
-        if self._autosync:
+        if commits_each:
             for message in messages:
                 queue.check_sizes((message, ))
             for index, message in enumerate(messages):
-                queue.put((message, ), self._audience, timeout,
+                queue.put((message, ), audience, timeout,
                           None if ids is None else ids[index:index + 1])
         elif messages:
-            queue.put(messages, self._audience, timeout, ids)
+            queue.put(messages, audience, timeout, ids)
 
 
 def _to_bytes(msg: object) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any, Callable, Literal, Optional, Tuple, Union, overload
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _engines
+from persipubsub import _engines, _slot
 from persipubsub._receipts import BatchReceipt, Messages, Receipt, describe, unwrap
 from persipubsub.message import Message
 
@@ -50,9 +50,8 @@ class Sub:
 
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
-        self._queue = None  # type: Optional[_engines.Queue]
-        self._consumer = None  # type: Optional[_engines.Consumer]
-        self._sub_id = ""
+        # Queue, consumer, and id of the subscriber.
+        self._slot = _slot.Slot()  # type: _slot.Slot[Tuple[_engines.Queue, _engines.Consumer, str]]
 
     def init(self, sub_id: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
         """
@@ -74,8 +73,8 @@ class Sub:
         except BaseException:
             queue.close()
             raise
-        self.close()
-        self._queue, self._consumer, self._sub_id = queue, consumer, sub_id
+        for old, _, _ in self._slot.put((queue, consumer, sub_id)):
+            old.close()
 
     def __enter__(self) -> "Sub":
         """
@@ -95,9 +94,19 @@ class Sub:
 
         A message that is being received is given back.
         """
-        queue, self._queue, self._consumer = self._queue, None, None
-        if queue is not None:
-            queue.close()
+        opened = self._slot.take()
+        if opened is not None:
+            opened[0].close()
+
+    @property
+    def _consumer(self) -> Optional[_engines.Consumer]:
+        """
+        Look up what takes messages.
+
+        :return: consumer; None if there is no open queue
+        """
+        opened = self._slot.content
+        return None if opened is None else opened[1]
 
     @overload
     def receive(self,
@@ -275,10 +284,11 @@ class Sub:
 
     def pop_to_top(self) -> None:
         """Acknowledge all messages of the subscriber but the newest one, in one transaction."""
-        queue = self._queue
-        if queue is None:
+        opened = self._slot.content
+        if opened is None:
             raise _not_open()
-        queue.skip_to_newest(self._sub_id)
+        queue, _, sub_id = opened
+        queue.skip_to_newest(sub_id)
 
 
 def _to_waiting(timeout: Optional[float], retries: int) -> Tuple[Optional[float], float]:

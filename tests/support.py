@@ -9,9 +9,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeAlias, Union
+
+import pytest
 
 import persipubsub.config
 import persipubsub.publisher
@@ -83,9 +86,9 @@ def queue_of(
     user: Union[persipubsub.publisher.Pub,
                 persipubsub.subscriber.Sub], ) -> persipubsub.queue.Queue:
     """Return the queue on this machine that a publisher or a subscriber has open."""
-    queue = user._queue  # pylint: disable=protected-access
-    assert isinstance(queue, persipubsub.queue.Queue)
-    return queue
+    opened = user._slot.content  # pylint: disable=protected-access
+    assert opened is not None and isinstance(opened[0], persipubsub.queue.Queue)
+    return opened[0]
 
 
 def snapshot(directory: pathlib.Path) -> Dict[str, bytes]:
@@ -109,6 +112,29 @@ def until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, "Waited in vain: {}".format(what)
         time.sleep(0.001)
+
+
+def init_in_between(monkeypatch: pytest.MonkeyPatch, init: Callable[[], None]) -> None:
+    """
+    Open a queue again, and let another thread do so while that closes what was open before.
+
+    :param monkeypatch: to be used
+    :param init: opens it
+    """
+    closing = persipubsub.queue.Queue.close
+    others = [init]
+
+    def close(queue: persipubsub.queue.Queue) -> None:
+        closing(queue)
+        while others:
+            thread = threading.Thread(target=others.pop())
+            thread.start()
+            thread.join(HANG_SECS)
+
+    with monkeypatch.context() as context:
+        context.setattr(persipubsub.queue.Queue, "close", close)
+        init()
+    assert not others
 
 
 def is_writable(descriptor: int) -> bool:

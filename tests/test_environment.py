@@ -705,7 +705,7 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
             assert child.get() == "sent"
             threads = Threads()
             # A copy that is being made, which reads the map and may take long.
-            with pub._queue._environment._copy_lock:  # type: ignore[union-attr]
+            with support.queue_of(pub)._environment._copy_lock:
                 for number in range(4):
                     threads.start("read {}".format(number), sub.front)
                     threads.start("write {}".format(number), lambda: pub.send(b"last"))

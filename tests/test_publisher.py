@@ -335,6 +335,14 @@ def test_unknown_publisher(config_pth: pathlib.Path, name: str) -> None:
         persipubsub.publisher.Pub().init(pub_id=name, config_pth=config_pth)
 
 
+def test_init_while_another_thread_does_so(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    support.init_in_between(monkeypatch, lambda: pub.init(pub_id="pub", config_pth=config_pth))
+    pub.send(b"message")
+    pub.close()
+    persipubsub.control.compact(config_pth)  # nobody has it open
+
+
 def test_not_initialized(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     for _ in range(2):

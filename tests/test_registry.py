@@ -344,7 +344,7 @@ ACTOR = """if True:
             pub.close()
             sub.close()
         elif command == "readers":
-            handles = pub._queue._environment._handles
+            handles = pub._slot.content[0]._environment._handles
             handles.environment.reader_check()
             return handles.environment.info()["num_readers"]
 

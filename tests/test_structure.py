@@ -84,7 +84,7 @@ _ROWS: List[Set[str]] = [
     {"store._layout", "store._blocks", "store._clock"},
     {"config"},
     {"_config_checks"},
-    {"_json_file", "_progress", "dead_letter", "message", "jetstream._address"},
+    {"_json_file", "_progress", "_slot", "dead_letter", "message", "jetstream._address"},
     {"errors"},
 ]
 

@@ -4,6 +4,7 @@
 
 import math
 import pathlib
+import sys
 import threading
 import time
 from typing import Any, Generator, Iterator, List, Optional, Type
@@ -463,10 +464,42 @@ def test_init_again(tmp_path: pathlib.Path, config_pth: pathlib.Path,
     assert sub.front() is None
 
 
+def test_init_while_another_thread_does_so(config_pth: pathlib.Path,
+                                           sub: persipubsub.subscriber.Sub,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    support.init_in_between(monkeypatch, lambda: sub.init(sub_id="sub", config_pth=config_pth))
+    assert sub.front() is None
+    sub.close()
+    persipubsub.control.compact(config_pth)  # nobody has it open
+
+
 @pytest.mark.parametrize("name", ["nobody", "pub", "queue", "queues", ""])
 def test_unknown_subscriber(config_pth: pathlib.Path, name: str) -> None:
     with pytest.raises(persipubsub.errors.ConfigError, match="config.json"):
         persipubsub.subscriber.Sub().init(sub_id=name, config_pth=config_pth)
+
+
+def test_many_threads_open_and_close(config_pth: pathlib.Path,
+                                     sub: persipubsub.subscriber.Sub) -> None:
+
+    def use(number: int) -> None:
+        for _ in range(20):
+            sub.init(sub_id="sub", config_pth=config_pth)
+            if number == 0:
+                sub.close()
+
+    threads = [threading.Thread(target=use, args=(number, )) for number in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(support.HANG_SECS)
+    finally:
+        sys.setswitchinterval(interval)
+    sub.close()
+    persipubsub.control.compact(config_pth)
 
 
 def test_not_initialized(tmp_path: pathlib.Path) -> None:

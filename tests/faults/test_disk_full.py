@@ -11,7 +11,7 @@ import pathlib
 import resource
 import shutil
 import subprocess
-from typing import Any, Callable, Final, List, Optional, Tuple
+from typing import Callable, Final, List, Optional, Tuple
 
 import pytest
 
@@ -398,8 +398,7 @@ def test_full_map(tmp_path: pathlib.Path, durability: str, strategy: str) -> Non
     assert received == sorted(set(received)) and 20 < len(received) < count
     assert (0 if strategy == "prune_last" else count - 1) in received
     assert (0 in received) == (strategy == "prune_last")
-    assert users.pub._queue is not None
-    statistics = users.pub._queue.statistics().subscribers[0]  # type: Any
+    statistics = support.queue_of(users.pub).statistics().subscribers[0]
     assert statistics.dropped_by_mark == count - len(received)
     assert users.send(count) == "" and users.receive() == count
     assert users.check() == []
