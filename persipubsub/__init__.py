@@ -16,8 +16,8 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from persipubsub import (aio, config, control, dead_letter, errors, message, publisher, queue,
-                             statistics, subscriber)
+    from persipubsub import (aio, config, control, dead_letter, errors, message, metrics, publisher,
+                             queue, statistics, subscriber)
 
 __version__ = "1.0.0"
 
@@ -25,6 +25,9 @@ __all__ = [
     "aio", "config", "control", "dead_letter", "errors", "message", "publisher", "queue",
     "statistics", "subscriber"
 ]
+
+# It needs an extra: not for an import of everything, nor for who looks at all attributes.
+_WITH_EXTRA = "metrics"
 
 
 def __getattr__(name: str) -> types.ModuleType:
@@ -37,8 +40,9 @@ def __getattr__(name: str) -> types.ModuleType:
     :param name: of the attribute that was not found in the package
     :return: the module, which Python then keeps as the package's attribute
     :raise AttributeError: if there is no public module of that name
+    :raise ImportError: if it needs an extra that is not installed
     """
-    if name not in __all__:
+    if name not in __all__ and name != _WITH_EXTRA:
         raise AttributeError("module {!r} has no attribute {!r}".format(__name__, name))
 
     return importlib.import_module("{}.{}".format(__name__, name))

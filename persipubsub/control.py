@@ -12,7 +12,7 @@ import datetime
 import operator
 import os
 import types
-from typing import Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Generator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import icontract
 
@@ -137,7 +137,9 @@ def _queue_of(config_pth: ConfigPath, sub_id: str, queue_key: Optional[str]) -> 
 
 
 @icontract.require(lambda last: last >= 0)
-def follow(config_pth: ConfigPath, queue_key: str, last: int = 0) -> Iterator[List[Message]]:
+def follow(config_pth: ConfigPath,
+           queue_key: str,
+           last: int = 0) -> Generator[List[Message], None, None]:
     """
     Look at the messages of a queue as they are sent, for ever; a look, and not a subscriber.
 

@@ -12,9 +12,15 @@ import time
 from typing import Dict, Final, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 import msgspec.structs
-import prometheus_client
-import prometheus_client.metrics_core
-import prometheus_client.registry
+
+try:
+    import prometheus_client
+    import prometheus_client.metrics_core
+    import prometheus_client.registry
+except ModuleNotFoundError as _error:
+    raise ModuleNotFoundError("persipubsub.metrics needs {}. Install it with: "
+                              "pip install 'persipubsub[metrics]'".format(_error.name),
+                              name=_error.name) from None
 
 import persipubsub.config
 import persipubsub.errors

@@ -123,6 +123,13 @@ class Sub:
                 details: Literal[True]) -> "Receipt[Message]":
         ...
 
+    @overload
+    def receive(self,
+                timeout: Optional[float] = 60,
+                retries: int = 10,
+                details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
+        ...
+
     def receive(self,
                 timeout: Optional[float] = 60,
                 retries: int = 10,
@@ -157,6 +164,13 @@ class Sub:
                        retries: int = 10,
                        *,
                        details: Literal[True]) -> "Receipt[Message]":
+        ...
+
+    @overload
+    def receive_to_top(self,
+                       timeout: Optional[float] = 60,
+                       retries: int = 10,
+                       details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
         ...
 
     def receive_to_top(self,
@@ -197,6 +211,14 @@ class Sub:
                      details: Literal[True]) -> "BatchReceipt[Message]":
         ...
 
+    @overload
+    def receive_many(self,
+                     max_msgs: int,
+                     timeout: Optional[float] = 60,
+                     retries: int = 10,
+                     details: bool = False) -> "Union[BatchReceipt[bytes], BatchReceipt[Message]]":
+        ...
+
     def receive_many(self,
                      max_msgs: int,
                      timeout: Optional[float] = 60,
@@ -234,6 +256,12 @@ class Sub:
                  timeout: Optional[float] = None,
                  *,
                  details: Literal[True]) -> "Messages[Message]":
+        ...
+
+    @overload
+    def messages(self,
+                 timeout: Optional[float] = None,
+                 details: bool = False) -> "Union[Messages[bytes], Messages[Message]]":
         ...
 
     def messages(self, timeout: Optional[float] = None, details: bool = False) -> "Messages[Any]":

@@ -623,7 +623,7 @@ def test_follow_sees_what_comes(tmp_path: pathlib.Path) -> None:
     while len(messages) < 1:
         messages += [one.content or b"" for one in next(found)]
     assert messages == [b"4"]
-    found.close()  # type: ignore[attr-defined]
+    found.close()
     assert receive(config_pth) == [b"1", b"2", b"3", b"4"]
 
 

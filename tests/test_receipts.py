@@ -2,15 +2,17 @@
 
 # pylint: disable=missing-function-docstring
 
+import asyncio
 import datetime
 import gc
 import itertools
 import pathlib
 import threading
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Optional, Tuple, Union
 
 import pytest
 
+import persipubsub.aio
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.message
@@ -170,6 +172,57 @@ def test_details_are_those_of_the_message(queue_and_sub: Pair) -> None:
         assert nothing is None
     with sub.receive_many(2, timeout=0, details=True) as none:
         assert none == []
+
+
+@pytest.mark.parametrize("details", [False, True])
+def test_details_may_be_a_variable(queue_and_sub: Pair, details: bool) -> None:
+    # What matters here is that mypy knows the types of it.
+    queue, sub = queue_and_sub
+    queue.put([b"1", b"2", b"3", b"4", b"5"])
+
+    def data(content: Union[bytes, persipubsub.message.Message, None]) -> Optional[bytes]:
+        return content.data if isinstance(content, persipubsub.message.Message) else content
+
+    with sub.receive(timeout=0, details=details) as one:
+        assert isinstance(one, bytes) != details and data(one) == b"1"
+    with sub.receive_many(2, timeout=0, details=details) as many:
+        assert [data(content) for content in many] == [b"2", b"3"]
+    with sub.messages(timeout=0, details=details) as messages:
+        for content in messages:
+            assert data(content) == b"4"
+            break
+    with sub.receive_to_top(timeout=0, details=details) as newest:
+        assert data(newest) == b"5"
+
+
+async def _data_of(sub: persipubsub.aio.Sub, details: bool) -> List[bytes]:
+    found = []  # type: List[Union[bytes, persipubsub.message.Message, None]]
+    async with sub.receive(timeout=0, details=details) as one:
+        found.append(one)
+    async with sub.receive_many(2, timeout=0, details=details) as many:
+        found.extend(many)
+    async with sub.messages(timeout=0, details=details) as messages:
+        found.append(await anext(messages))
+    async with sub.receive_to_top(timeout=0, details=details) as newest:
+        found.append(newest)
+    return [
+        one.data if isinstance(one, persipubsub.message.Message) else one or b"" for one in found
+    ]
+
+
+@pytest.mark.parametrize("details", [False, True])
+def test_details_may_be_a_variable_in_a_task(tmp_path: pathlib.Path, details: bool) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth)
+
+    async def main() -> List[bytes]:
+        async with persipubsub.aio.Pub() as pub, persipubsub.aio.Sub() as sub:
+            await pub.init(pub_id="pub", config_pth=config_pth)
+            await sub.init(sub_id="sub", config_pth=config_pth)
+            await pub.send_many([b"1", b"2", b"3", b"4", b"5"])
+            return await _data_of(sub, details)
+
+    assert asyncio.run(main()) == [b"1", b"2", b"3", b"4", b"5"]
 
 
 def test_time_of_sending_follows_the_wall_clock(tmp_path: pathlib.Path) -> None:

@@ -238,6 +238,21 @@ def test_public_modules_are_attributes(name: str) -> None:
     assert out.strip() == "persipubsub." + name
 
 
+def test_module_that_needs_an_extra() -> None:
+    assert persipubsub.metrics.Collector.__module__ == "persipubsub.metrics"
+    code = ("import sys; sys.modules['prometheus_client'] = None; from persipubsub import *; "
+            "import inspect, persipubsub; inspect.getmembers(persipubsub); persipubsub.metrics")
+    run = subprocess.run([sys.executable, "-c", code],
+                         cwd=_ROOT,
+                         timeout=60,
+                         text=True,
+                         check=False,
+                         capture_output=True)
+    assert run.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: persipubsub.metrics needs prometheus_client. Install it with: "
+        "pip install 'persipubsub[metrics]'")
+
+
 def test_public_modules_are_listed() -> None:
     public = {name for name in _MODULES if not _is_private(name)}
     assert set(persipubsub.__all__) == public - {"cli.commands", "metrics", "jetstream.engine"}

@@ -130,7 +130,7 @@ def tail(config: pathlib.Path, queue_key: Optional[str], number: int, style: str
     key = _shared.select_one(config, queue_key)
     expected = None  # type: Optional[int]
     found = persipubsub.control.follow(config, key, last=number)
-    with contextlib.closing(found):  # type: ignore[type-var]
+    with contextlib.closing(found):
         for messages in found:
             for message in messages:
                 if expected is not None and message.number > expected:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from typing import Final, Iterator, List, Optional, Tuple
+from typing import Final, Generator, List, Optional, Tuple
 
 import lmdb
 
@@ -149,7 +149,7 @@ def _peek(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes,
     return look.messages
 
 
-def follow(settings: Settings, last: int) -> Iterator[List[Message]]:
+def follow(settings: Settings, last: int) -> Generator[List[Message], None, None]:
     """
     Look at messages as they are sent, for ever; a look, not a subscriber.
 
