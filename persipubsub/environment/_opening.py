@@ -98,7 +98,7 @@ def open_store(directory: str, options: Options) -> Handles:
         fcntl.flock(users.descriptor, fcntl.LOCK_SH)
         was_interrupted = _was_interrupted(directory)
         was_restored = _check_files(directory, options, gate, was_interrupted)
-        # py-lmdb opens sub-databases in a write transaction, and waits for it with the interpreter's
+        # py-lmdb opens databases in a write transaction, and waits for it with the interpreter's
         # lock held: without the gate, a process stopped in the middle of a commit would freeze us.
         # All of it with the gate: nobody writes more than is mapped meanwhile.
         if not gate.enter(deadline=time.monotonic() + options.busy_timeout_secs):
