@@ -3,7 +3,6 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 
-import contextlib
 import functools
 import os
 import pathlib

@@ -17,9 +17,8 @@ whether a KeyboardInterrupt came before or after it was taken.
 
 import contextlib
 import fcntl
-import threading
 import time
-from typing import Callable, Final, List, Optional, Sequence, TypeVar, Union
+from typing import Callable, Final, List, Optional, TypeVar
 
 import lmdb
 
