@@ -636,6 +636,21 @@ def test_nothing_is_cut_whatever_the_width(figures: Mapping[str, Any], rounds: i
     assert "timeout" in text and ("\u2581" in text or "\u2588" in text) == (rounds > 1)
 
 
+@pytest.mark.parametrize("rounds", [1, 25])
+@pytest.mark.parametrize("count", [0, 1234567])
+def test_figures_are_whole_in_a_very_narrow_terminal(count: int, rounds: int) -> None:
+    for width in range(32, 66):
+        text = drawn(width, {"lag": count, "failed": 12345}, rounds)
+        assert "\u2026" not in text and _text.show_seconds(1234.) in text, text
+        lines = text.replace("in flight", "in_flight").splitlines()
+        assert max(map(len, lines)) <= width
+        # Each column that is named has its figures.
+        heads = next(line for line in lines if " lag " in line).split()
+        row = next(line for line in lines if " index " in line).split()
+        assert row[2] == "{:,}".format(count)
+        assert len([cell for cell in row if cell not in ("s", "min")]) == len(heads), text
+
+
 def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path)
     out = run("stat", config_pth, "--watch", "--count", "3", "--interval", "0.1", "--json").stdout

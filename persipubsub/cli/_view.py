@@ -32,6 +32,15 @@ _LEFT_OUT: Final = (
     {"trend", "timeout", "mark", "dead", "other", "received"},
     {"trend", "timeout", "mark", "dead", "other", "received", "last"},
     {"trend", "timeout", "mark", "dead", "other", "received", "last", "in flight"},
+    {"trend", "timeout", "mark", "dead", "other", "received", "last", "in flight", "rate"},
+    {
+        "trend", "timeout", "mark", "dead", "other", "received", "last", "in flight", "rate",
+        "failed"
+    },
+    {
+        "trend", "timeout", "mark", "dead", "other", "received", "last", "in flight", "rate",
+        "failed", "dropped"
+    },
 )
 
 #: So much of the names of subscribers is shown in one line, in characters, before columns are left
@@ -188,8 +197,8 @@ def _draw_marks(figures: persipubsub.statistics.QueueStatistics, history: Histor
                                     style="cyan"), "{:,} commits".format(figures.commits)))
     else:
         rows.append(("commits", "{:,}".format(figures.commits), rich.text.Text(), ""))
-    # In a narrow terminal, without what the shares are of.
-    for columns in (4, 3):
+    # In a narrow terminal, without what the shares are of; then without the shares.
+    for columns in (4, 3, 2):
         grid = rich.table.Table.grid(padding=(0, 2))
         for justify in ("left", "right", "left", "left")[:columns]:
             grid.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
