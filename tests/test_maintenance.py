@@ -449,6 +449,24 @@ def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
     assert receive(config_pth) == [b"1"]
 
 
+def look_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Look at the queue again and again, as scrapes of metrics do."""
+    persipubsub.control.statistics(config_pth)
+    pipe.send("looked")
+    while not pipe.poll():
+        persipubsub.control.statistics(config_pth)
+
+
+def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
+    config_pth = make(tmp_path)
+    with support.Child(look_for_ever, config_pth) as child:
+        assert child.get() == "looked"
+        for _ in range(60):
+            persipubsub.control.compact(config_pth)
+        child.pipe.send("end")
+        child.end()
+
+
 def steps() -> List[Tuple[Any, str]]:
     return [(os, "rename"), (_files, "flush_directory"), (_opening, "mark_clean"),
             (_files, "remove_durably"), (os, "unlink")]

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from typing import Final, Iterator, List, NamedTuple, Optional
 
 import lmdb
@@ -28,6 +29,11 @@ _ROOM_BYTES: Final = 1 << 24
 #: Numbers are taken up again this far behind the last one that is known to have been used. Not as
 #: far as behind a checkpoint: one from before may still take the store's place.
 _SKIPPED_NUMBERS: Final = 3 << 31
+
+#: Who only looks, as ``stat`` and scrapes of metrics do, has a queue open for some milliseconds. It
+#: is waited for so long, in seconds, with so much time between two attempts.
+_LOOK_SECS: Final = 0.5
+_PAUSE_SECS: Final = 0.005
 
 
 class Sizes(NamedTuple):
@@ -49,7 +55,8 @@ def alone(directory: str, options: _opening.Options) -> Iterator[None]:
 
     :param directory: of the queue
     :param options: with the time to wait for somebody who is just opening or closing it
-    :raise QueueInUseError: if anybody has it open, this process included
+    :raise QueueInUseError:
+        if anybody has it open, this process included, for longer than a look takes
     """
     is_store = os.path.lexists(os.path.join(directory, _files.DATA))
     users = os.path.join(directory, _files.USERS)
@@ -57,19 +64,38 @@ def alone(directory: str, options: _opening.Options) -> Iterator[None]:
         raise persipubsub.errors.FormatError(
             "Expected the queue {} to have the file {}, but got: none. It may be an LMDB "
             "environment of another program.".format(directory, _files.USERS))
-    # No fork either, while an environment is open that is not in the registry.
-    with _registry.still(), _opening.open_gate(directory, options):
-        descriptor = _files.open_own_file(users)
-        try:
+    deadline = time.monotonic() + _LOOK_SECS
+    while True:
+        # No fork either, while an environment is open that is not in the registry.
+        with _registry.still(), _opening.open_gate(directory, options):
+            descriptor = _files.open_own_file(users)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise persipubsub.errors.QueueInUseError(
-                    "Expected no process to use the queue {}, but got: it is open in {}".format(
-                        directory, _describe_users(descriptor))) from None
-            yield
-        finally:
-            os.close(descriptor)
+                if _lock(descriptor):
+                    yield
+                    return
+                found = _describe_users(descriptor)
+            finally:
+                os.close(descriptor)
+        if time.monotonic() >= deadline:
+            raise persipubsub.errors.QueueInUseError(
+                "Expected no process to use the queue {}, but got: it is open in {}".format(
+                    directory, found))
+        # Without the gate: who only looks needs it to close the queue.
+        time.sleep(_PAUSE_SECS)
+
+
+def _lock(descriptor: int) -> bool:
+    """
+    Keep all others from having a queue open.
+
+    :param descriptor: of the file on which they hold locks
+    :return: False if somebody has it open
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _describe_users(descriptor: int) -> str:
