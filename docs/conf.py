@@ -30,6 +30,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!persipubsub\.)[a-z_]\w*\..*"),
     ("py:.*", r"persipubsub\.(\w+\.)?_.*"),
     ("py:class", r"(persipubsub\.\w+\.)?Annotated"),
+    # A small number in an annotation.
+    ("py:class", r"\de-\d+"),
 ]
 
 # What is not said to be Python is none: drawings, commands.

@@ -1094,10 +1094,11 @@ STAT_LOADS = {
     "", "__main__", "_config_checks", "_counting", "_engines", "_in_flight", "_json_file",
     "_progress", "_selection", "_settings", "cli", "cli._ending", "cli._figures", "cli._plain",
     "cli._text", "config", "environment", "environment._checkpoint", "environment._environment",
-    "environment._files", "environment._gate", "environment._line", "environment._opening",
-    "environment._registry", "environment._standard_streams", "environment._transactions", "errors",
-    "statistics", "store", "store._attempts", "store._blocks", "store._check", "store._clock",
-    "store._databases", "store._header", "store._layout", "store._log", "store._positions"
+    "environment._files", "environment._gate", "environment._line", "environment._map",
+    "environment._opening", "environment._registry", "environment._standard_streams",
+    "environment._transactions", "errors", "statistics", "store", "store._attempts",
+    "store._blocks", "store._check", "store._clock", "store._databases", "store._header",
+    "store._layout", "store._log", "store._positions"
 }
 
 #: What it loads besides in the other forms.

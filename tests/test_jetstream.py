@@ -938,7 +938,7 @@ def test_lease_that_ended_is_not_forgotten(tmp_path: pathlib.Path,
                                            servers: jetstream_server.Servers,
                                            monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     given_back = []  # type: List[Any]
-    monkeypatch.setattr(_holding, "_give_back", lambda _, __, pulled: given_back.extend(pulled))
+    monkeypatch.setattr(_holding, "_give_back", lambda _, pulled: given_back.extend(pulled))
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_queue(config_pth) as queue, open_queue(config_pth) as other:
         queue.put(numbered(2))
