@@ -53,8 +53,8 @@ def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark:
     count, mark = (600, 200) if is_over_mark else (400, 1000)
     if durability == "os":
         count, mark = 5 * count, 5 * mark
-    # Who is stopped while it writes a checkpoint keeps all pages that are freed meanwhile: it is not
-    # what is tested here. Nobody writes any, or it would do the same as those who do.
+    # Who is stopped while it writes a checkpoint keeps all pages that are freed meanwhile. That is
+    # not tested here: nobody writes any, or who is to be stopped would do so as well.
     config_pth = support.write_config(tmp_path,
                                       durability=durability,
                                       MAX_MSGS_NUM=mark,
