@@ -17,7 +17,7 @@ import persipubsub.errors
 from persipubsub import _addition, _losses, _tidying, _wakeup
 from persipubsub._settings import Settings
 from persipubsub.environment import _environment
-from persipubsub.store import _blocks, _layout, _log, _once, _retention
+from persipubsub.store import _blocks, _databases, _layout, _log, _once, _retention
 from persipubsub.store._databases import Databases
 
 #: After so many bytes a send looks for finished blocks at once, however few messages they are.
@@ -461,10 +461,9 @@ class Putter:
         :param databases: handles
         :return: in bytes of whole pages
         """
-        used = [txn.stat(other) for other in databases if other is not databases.data]
         return sum(
-            (each["branch_pages"] + each["leaf_pages"] + each["overflow_pages"]) * each["psize"]
-            for each in used)
+            _databases.count_bytes(txn, other) for other in databases
+            if other is not databases.data)
 
     @staticmethod
     def _count_waiting(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:

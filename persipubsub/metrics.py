@@ -25,7 +25,7 @@ except ModuleNotFoundError as _error:
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _counting
+from persipubsub import _config_checks, _counting
 
 __all__ = ["Collector", "serve"]
 
@@ -166,7 +166,10 @@ def _look_at(
         except persipubsub.errors.PersipubsubError:
             found[key] = None
 
-    on_servers = [key for key in keys if key in config.queues and "://" in config.queues[key].path]
+    on_servers = [
+        key for key in keys
+        if key in config.queues and _config_checks.scheme_of(config.queues[key].path)
+    ]
     for key in on_servers:
         # A daemon: the exit waits for it no longer than a scrape does.
         threads.append(

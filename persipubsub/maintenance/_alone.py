@@ -19,7 +19,7 @@ from persipubsub._progress import Progress
 from persipubsub._settings import Settings
 from persipubsub.environment import _files, _opening, _registry
 from persipubsub.maintenance import _verification
-from persipubsub.store import _attempts, _clock, _header, _layout, _log
+from persipubsub.store import _attempts, _clock, _databases, _header, _layout, _log
 from persipubsub.store._databases import Databases
 
 #: Room that a restored store needs beyond its own size for what is changed in it, in bytes; what is
@@ -297,28 +297,15 @@ def restore(settings: Settings, source: str, progress: Progress) -> None:
                                              map_size=os.stat(path).st_size +
                                              _ROOM_BYTES) as environment:
                     databases = _verification.databases_of(environment)
-                    environment.set_mapsize(
-                        os.stat(path).st_size + _ROOM_BYTES +
-                        _size_of_attempts(environment, databases))
+                    with environment.begin() as txn:
+                        changed = _databases.count_bytes(txn, databases.attempts)
+                    environment.set_mapsize(os.stat(path).st_size + _ROOM_BYTES + changed)
                     with environment.begin(write=True, buffers=True) as txn:
                         _go_on_behind(txn, databases, _opening.flags_of(options), known)
                     environment.sync(True)
             except lmdb.Error as error:
                 raise _opening.translate(error, directory) from error
             _take_place(directory, path)
-
-
-def _size_of_attempts(environment: lmdb.Environment, databases: Databases) -> int:
-    """
-    Compute how many bytes the records of attempts take.
-
-    :param environment: of the restored store
-    :param databases: handles
-    :return: size of their pages
-    """
-    with environment.begin() as txn:
-        stat = txn.stat(databases.attempts)
-    return stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"])
 
 
 def _go_on_behind(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int,
