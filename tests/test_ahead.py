@@ -151,6 +151,7 @@ def test_slow_consumer_pulls_one_at_a_time(config_pth: pathlib.Path,
                     assert msg == str(number).encode()
                     # More than half of the time in which a consumer has to handle what it pulls.
                     time.sleep(0.06)
+            until(lambda: len(pulls) >= 10, "the last pull")
     assert [pull["batch"] for pull in pulls] == [1] * 10
 
 
@@ -162,6 +163,7 @@ def test_nothing_is_pulled_ahead_beside_another_at_work(config_pth: pathlib.Path
         with tap(config_pth, servers) as pulls, sub.receive(timeout=HANG_SECS) as msg:
             assert msg == b"0"
             assert [int(receive(sub).data) for _ in range(20)] == list(range(1, 21))
+            until(lambda: len(pulls) >= 21, "the last pull")
         assert [pull["batch"] for pull in pulls] == [1] * 21
 
 

@@ -19,6 +19,7 @@ import unittest.mock
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import nats
+import nats.aio.transport
 import nats.errors
 import nats.js.errors
 import pytest
@@ -311,8 +312,10 @@ def proxy(port: int,
                     server = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                     if not is_over():
                         fates.append("reset")
-                        client.sendall(server.recv(1 << 16))
-                        client.recv(1)
+                        # A client that gives up in the middle resets on its own.
+                        with contextlib.suppress(ConnectionError):
+                            client.sendall(server.recv(1 << 16))
+                            client.recv(1)
                         # Without lingering, closing resets.
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                           struct.pack("ii", 1, 0))
@@ -358,6 +361,28 @@ def test_connection_that_is_reset_while_it_is_made(tmp_path: pathlib.Path,
             pub.send(b"hello")
             assert drain(sub, timeout=2) == [b"hello"]
         assert "reset" in fates and fates[-1] == "passed on"
+
+
+def test_given_up_connection_that_is_made_at_that_moment(tmp_path: pathlib.Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = nats.aio.transport.TcpTransport.connect
+    is_late = []  # type: List[bool]
+
+    async def connect_late(*args: Any, **kwargs: Any) -> None:
+        """Connect at the moment in which it is given up, as a wait of Python 3.11 may."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(HANG_SECS)
+        is_late.append(True)
+        await connect(*args, **kwargs)
+
+    with jetstream_server.running(tmp_path) as servers:
+        config_pth = write_config(tmp_path, path=servers.path("S"), busy_timeout_secs=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(nats.aio.transport.TcpTransport, "connect", connect_late)
+            with pytest.raises(persipubsub.errors.UnavailableError):
+                open_pub(config_pth)
+        assert is_late
+        until(lambda: not servers.servers[0].look("connz")["connections"], "its end")
 
 
 def test_server_without_jetstream(tmp_path: pathlib.Path) -> None:

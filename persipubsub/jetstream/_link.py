@@ -157,24 +157,23 @@ class Link:
             await asyncio.wait((connecting, waiting),
                                timeout=pause,
                                return_when=asyncio.FIRST_COMPLETED)
-            if connecting.done() and connecting.exception() is None:
+            is_over = connecting.done()
+            error = connecting.exception() if is_over else self._complaint
+            if is_over and error is None:
                 return client
-            error = connecting.exception() if connecting.done() else self._complaint
         except asyncio.CancelledError:
-            await _close(client)
+            await _give_up(connecting, client)
             raise
         finally:
             waiting.cancel()
-            if not connecting.done():
-                connecting.cancel()
-        await _close(client)
+        await _give_up(connecting, client)
         if isinstance(error, ConnectionResetError) and time.monotonic() < deadline:
             # A server that refuses us closes at once: its reason may be lost with the connection.
             await asyncio.sleep(_AGAIN_SECS)
             return await self._connect(deadline)
         if error is None:
             raise self._unreachable()
-        if connecting.done() and not isinstance(error, (nats.errors.Error, OSError)):
+        if is_over and not isinstance(error, (nats.errors.Error, OSError)):
             # What it reads credentials with has errors of its own, and raises KeyError as well.
             raise persipubsub.errors.AccessError(
                 "Expected credentials for {} in NATS_CREDS or NATS_NKEY, but got: {}".format(
@@ -336,6 +335,24 @@ class Link:
         if "permissions violation" in text:
             raise persipubsub.errors.AccessError(
                 "Expected the rights to use {}, but got: {}".format(self._path, complaint))
+
+
+async def _give_up(connecting: "asyncio.Task[None]", client: nats.aio.client.Client) -> None:
+    """
+    End an attempt to connect, and close what it has made so far.
+
+    :param connecting: the attempt; may be over
+    :param client: that is to be connected
+    """
+    # Cancelled once is not enough: what has just been waited for is taken instead (before Python
+    # 3.12), and the client would go on for ever, unknown to anybody.
+    while not connecting.done():
+        connecting.cancel()
+        await asyncio.wait((connecting, ), timeout=_PAUSE_SECS)
+    if not connecting.cancelled():
+        # Otherwise asyncio complains that nobody has looked at it.
+        connecting.exception()
+    await _close(client)
 
 
 async def _close(client: nats.aio.client.Client) -> None:
