@@ -349,7 +349,7 @@ class Consumer:
                 self._move(copied)
             elif copied.numbers:
                 if claim.count > 1:
-                    claim.narrow(number, copied.numbers[-1] + 1 - number)
+                    claim.narrow(copied.numbers[0], copied.numbers[-1] + 1 - copied.numbers[0])
                 lease = self._lease(claim, begin, copied)
         except persipubsub.errors.CorruptMessageError as error:
             raise self._set_aside(begin, error) from None

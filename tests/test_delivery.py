@@ -15,8 +15,8 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _claims, _delivery, _wakeup
-from persipubsub.store import _batches, _blocks, _deliveries, _layout, _log, _pending
+from persipubsub import _claims, _delivery, _settings, _wakeup
+from persipubsub.store import _attempts, _batches, _blocks, _deliveries, _layout, _log, _pending
 from tests import stores, support
 
 
@@ -419,6 +419,79 @@ def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: p
             taken += lease.messages
             lease.acknowledge()
         assert taken == messages
+
+
+def test_no_more_is_claimed_than_what_is_in_front_of_finished_messages(
+        tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
+    with stores.opened(tmp_path) as queue:
+        for index in range(6):
+            queue.put([str(index).encode()])
+        consumer = queue.consumer("sub")
+        leases = [take(consumer) for _ in range(4)]
+        leases[3].acknowledge()
+        for lease in leases[:3]:
+            lease.give_back()
+        first = take(consumer, most=10)
+        assert first.messages == [b"0", b"1", b"2"]
+        last = take(consumer, most=10)
+        assert last.messages == [b"4", b"5"]
+        assert claimed[0] == (first.numbers[0], 3) and claimed[-1] == (last.numbers[0], 2)
+        for lease in (first, last):
+            lease.acknowledge()
+
+
+def test_no_more_is_claimed_than_what_is_in_front_of_resting_messages(
+        tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
+    policy = _attempts.Policy(delay_ns=int(support.HANG_SECS * 1e9))
+    with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
+                                                                   None)}) as queue:
+        for index in range(6):
+            queue.put([str(index).encode()])
+        consumer = queue.consumer("sub")
+        leases = [take(consumer) for _ in range(4)]
+        leases[3].give_back(ValueError("not now"))
+        for lease in leases[:3]:
+            lease.give_back()
+        lease = take(consumer, most=10)
+        assert lease.messages == [b"0", b"1", b"2"]
+        assert claimed == [(lease.numbers[0], 3)]
+        lease.acknowledge()
+
+
+@pytest.mark.parametrize("max_deliveries", [0, 3])
+def test_batch_whose_beginning_is_gone_stays_claimed(tmp_path: pathlib.Path,
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     max_deliveries: int) -> None:
+    claim_prefix = _claims.Claims.claim_prefix
+    others = []  # type: List[bytes]
+
+    def receive(count: int) -> None:
+        for _ in range(count):
+            lease = take(other)
+            others.extend(lease.messages)
+            lease.acknowledge()
+
+    def claim_beside_another(*arguments: Any) -> Optional[_claims.Claim]:
+        # Between the search and the claim, and between the claim and the second look.
+        receive(2)
+        claim = claim_prefix(*arguments)
+        receive(1)
+        return claim
+
+    monkeypatch.setattr(_claims.Claims, "claim_prefix", claim_beside_another)
+    policy = _attempts.Policy(max_deliveries=max_deliveries)
+    with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
+                                                                   None)}) as queue:
+        for index in range(8):
+            queue.put([str(index).encode()])
+        consumer, other = queue.consumer("sub"), queue.consumer("sub")
+        lease = take(consumer, most=4)
+        assert lease.messages == [b"2", b"3"]
+        # Given back for a moment, they would have come to the other one behind later ones.
+        assert others == [b"0", b"1", b"4"]
+        lease.acknowledge()
+        receive(3)
+        assert others[3:] == [b"5", b"6", b"7"]
 
 
 def test_batch_is_not_guessed(tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:

@@ -10,7 +10,7 @@ from typing import Tuple, Union
 import lmdb
 
 import persipubsub.errors
-from persipubsub.store import _blocks, _layout, _log, _pending
+from persipubsub.store import _blocks, _layout, _log, _pending, _positions
 from persipubsub.store._databases import Databases
 
 
@@ -39,7 +39,11 @@ def search(
     key, value = cursor.item()
     # Not checked: a damaged record is for who comes to it, and must not stop who is in front.
     end = _layout.unpack_number(key) + _blocks.guess_messages(value)
-    count = max(1, min(max_messages, end - found.number))
+    end = min(end, found.number + max_messages)
+    _, flags, _, _ = _positions.require_position(txn, databases, pending.key)
+    if flags:
+        end, _, _ = pending.limit(txn, databases, flags, found.number, end)
+    count = max(1, end - found.number)
     first = txn.get(_layout.pack_number(found.number), None, databases.data)
     if first is not None and (_blocks.guess_total_bytes(value) - _blocks.guess_total_bytes(first) +
                               len(first) <= _pending.BATCH_BYTES):

@@ -218,15 +218,18 @@ class Pending:
              end: int,
              is_guess: bool = False) -> Copied:
         """
-        Copy messages from a claimed one on, as far as they are pending, due and to be delivered.
+        Copy messages of a claimed range, as far as they are pending, due and to be delivered.
+
+        Those at its beginning that others acknowledged before the claim are walked over: if the
+        rest were given back, who passed over it meanwhile would receive it after later ones.
 
         :param txn: any transaction
         :param databases: handles
-        :param number: of the first message
-        :param end: number behind the last one to look at
+        :param number: first one of the range
+        :param end: number behind the last one of the range
         :param is_guess: True if it is the next one only if the position is still there
-        :return: messages; none if the first one is not pending, or not due
-        :raise CorruptMessageError: if the first one is damaged
+        :return: messages; none if none is pending, or the first one that is pending is not due
+        :raise CorruptMessageError: if that one is damaged
         :raise NotInitializedError: if the subscriber was removed, even if it was added again
         """
         attempts = _NO_ATTEMPTS
@@ -234,15 +237,18 @@ class Pending:
         ordinal, flags, position, _ = _positions.require_position(txn, databases, self.key)
         if ordinal != self.ordinal:
             raise self.replaced()
-        if (number < position or (is_guess and number != position)
-                or flags and _positions.skip_ahead(txn, databases, ordinal, number) != number):
+        if number < position:
+            number = position
+        elif is_guess and number != position:
             return _NOTHING
         if flags:
-            end = min(end, _positions.next_range(txn, databases, ordinal, number))
-            if flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
-                end, attempts, is_spent = self._limit(txn, databases, number, end)
-                if number == end:
-                    return _NOTHING
+            number = _positions.skip_ahead(txn, databases, ordinal, number)
+        if number >= end:
+            return _NOTHING
+        if flags:
+            end, attempts, is_spent = self.limit(txn, databases, flags, number, end)
+            if number == end:
+                return _NOTHING
 
         if number + 1 == end:
             # What is below would do, and takes three times as long for the message of a send.
@@ -311,23 +317,25 @@ class Pending:
                 if len(copied) < stop - begin:
                     break
                 size += _blocks.size_before(value, block, stop)
-            elif not result.messages:
-                break
             found = _log.following(cursor) if first + block.messages < end else None
         return result
 
-    def _limit(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, number: int,
-               end: int) -> Tuple[int, Dict[int, _layout.Attempts], bool]:
+    def limit(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int,
+              number: int, end: int) -> Tuple[int, Mapping[int, _layout.Attempts], bool]:
         """
-        Cut a range in front of what is not due or not to be delivered any more.
+        Cut a range in front of what is acknowledged, not due, or not to be delivered any more.
 
         :param txn: any transaction
         :param databases: handles
-        :param number: of the first message
+        :param flags: of the subscriber
+        :param number: of the first message, which is pending
         :param end: number behind the last one
         :return: new end, records in front of it, whether the first one is not to be delivered and
             therefore alone
         """
+        end = min(end, _positions.next_range(txn, databases, self.ordinal, number))
+        if not flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
+            return end, _NO_ATTEMPTS, False
         now_ns = self.now_ns()
         found = {}  # type: Dict[int, _layout.Attempts]
         for other, attempts in _attempts.between(txn, databases, self.ordinal, number, end):
