@@ -694,9 +694,13 @@ class Interrupt(BaseException):
     pass
 
 def interrupt(signal_number, frame):
-    global interrupts, is_armed
+    global interrupts, is_armed, openings
     interrupts += 1
     is_armed = False
+    while frame is not None:
+        if frame.f_code.co_name == "_open":
+            openings += 1
+        frame = frame.f_back
     raise Interrupt()
 
 def claim_until_interrupted():
@@ -711,7 +715,7 @@ def claim_until_interrupted():
             claim.release()
 
 signal.signal(signal.SIGALRM, interrupt)
-interrupts = 0
+interrupts = openings = 0
 generator = random.Random(1)
 while interrupts < 1000:
     try:
@@ -723,7 +727,8 @@ while interrupts < 1000:
     # Whatever was interrupted even while it was being given back is given back at a conflict.
     assert puppet.ask("[take(100), take(100)]") == [True, False]
     assert _claimed(claims, range(0, 60)) == []
-    assert puppet.ask("descriptors()") <= persipubsub._claims._MAX_IDLE
+    # A number that the system call has just returned is with nobody yet: that one is lost.
+    assert puppet.ask("descriptors() - openings") <= 3
     assert puppet.ask("[take(5), take(5)]") == [True, False]
 
 
