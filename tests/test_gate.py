@@ -3,6 +3,7 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 
+import errno
 import fcntl
 import mmap
 import os
@@ -12,12 +13,16 @@ import stat
 import subprocess
 import sys
 import time
+from typing import Callable
 
 import pytest
 
+import persipubsub.control
 import persipubsub.errors
-from persipubsub.environment import _gate
+import persipubsub.queue
+from persipubsub.environment import _files, _gate
 from tests import support
+from tests.faults import tracing
 
 
 def leave(gate: _gate.Gate) -> None:
@@ -152,7 +157,7 @@ def test_full_disk_kills_nobody(tmp_path: pathlib.Path) -> None:
     code = """if True:
         import errno, fcntl, os, subprocess, sys, time
         from persipubsub import errors
-        from persipubsub.environment import _gate
+        from persipubsub.environment import _files, _gate
         directory = sys.argv[1]
         for name in ("there.lock", "new.lock"):
             subprocess.check_call(["mount", "-t", "tmpfs", "-o", "size=64k", "none", directory])
@@ -198,3 +203,49 @@ def test_error_names_the_queue_and_the_key() -> None:
     error = _gate.busy_error("/some/queue", 1.5)
     assert isinstance(error, persipubsub.errors.BusyTimeoutError)
     assert "/some/queue within 1.5 seconds (busy_timeout_secs), but got:" in str(error)
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "EOPNOTSUPP"])
+def test_file_system_without_locks(tmp_path: pathlib.Path, error: str) -> None:
+    tracing.require()
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    output = tmp_path / "output"
+
+    def start() -> Callable[[], None]:
+
+        def work() -> None:
+            with pytest.raises(persipubsub.errors.StoreError) as caught:
+                persipubsub.queue.Queue(support.settings(config_pth))
+            output.write_text(str(caught.value))
+
+        return work
+
+    code = tracing.run(start,
+                       ["-o", os.devnull, "-e", "trace=flock", "-e", "inject=flock:error=" + error])
+    assert code == 0
+    assert output.read_text() == "Expected to lock {}, but got: {}".format(
+        tmp_path / "queue" / _files.OPEN_GATE, os.strerror(getattr(errno, error)))
+
+
+def test_lock_that_is_refused_once(tmp_path: pathlib.Path) -> None:
+    tracing.require()
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    output = tmp_path / "output"
+
+    def start() -> Callable[[], None]:
+        queue = persipubsub.queue.Queue(support.settings(config_pth))
+
+        def work() -> None:
+            outcomes = [support.outcome(lambda: queue.put([b"1"])) for _ in range(2)]
+            output.write_text(" ".join([*outcomes, str(queue.statistics().messages)]))
+            queue.close()
+
+        return work
+
+    # The attempt, and the one behind it that waits.
+    code = tracing.run(
+        start, ["-o", os.devnull, "-e", "trace=flock", "-e", "inject=flock:error=ENOLCK:when=1..2"])
+    assert code == 0
+    assert output.read_text() == "StoreError  1"

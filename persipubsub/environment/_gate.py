@@ -91,6 +91,7 @@ class Gate(LockFile):
 
         :param deadline: on the clock of ``time.monotonic``, in seconds
         :return: True if entered
+        :raise StoreError: if the file system, or the kernel, refuses the lock
         """
         pause = _FIRST_PAUSE_SECS
         while True:
@@ -99,6 +100,10 @@ class Gate(LockFile):
                 return True
             except BlockingIOError:
                 pass
+            except OSError as error:
+                raise persipubsub.environment._files.translate_os_error(error,
+                                                                        path=self.path,
+                                                                        doing="lock") from error
             if time.monotonic() >= deadline:
                 return False
             if self._page is not None:

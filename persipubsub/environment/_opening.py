@@ -77,7 +77,10 @@ def open_gate(directory: str, options: Options) -> Iterator[None]:
     finally:
         # With no call before it: whatever interrupts the rest must not leave the gate shut for as
         # long as somebody keeps the exception, and with it this frame.
-        fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+        try:
+            fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+        except OSError:
+            pass  # where there are no locks; what that comes to was raised by entering
         gate.close()
 
 

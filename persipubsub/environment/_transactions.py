@@ -244,7 +244,8 @@ class Transactions(_map.Mapped):
             # One attempt without a deadline spares the plain path the clock.
             try:
                 fcntl.flock(gate.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError:
+                # Of another process's lock mostly. What else it may be is told by the gate.
                 timeout = self.options.busy_timeout_secs
                 if not gate.enter(deadline=time.monotonic() + timeout):
                     # Not done, so that it is withdrawn: nobody shall write it later.
