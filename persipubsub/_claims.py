@@ -343,8 +343,8 @@ class Claims:
         :raise AccessError: if the file may not be made or written, or is a symbolic link
         :raise StoreError: if the operating system fails, say without a free file descriptor
         """
-        start = self._start(subscriber, first, count)
-        holder = self._take_idle()
+        start = self.start_of(subscriber, first, count)
+        holder = self.take_idle()
         # Made before the lock: nothing is called between the lock and the return, so that a
         # KeyboardInterrupt comes either inside of the try block or to the caller.
         claim = Claim(self, holder, start - first, first, count)
@@ -378,7 +378,7 @@ class Claims:
         :param count: number of messages at most, at least 1
         :return: the claim of at least one message; None if the first one is claimed already
         """
-        start = self._start(subscriber, first, count)
+        start = self.start_of(subscriber, first, count)
         for _ in range(8):  # Whoever loses that many races is content with a single number.
             claim = self.claim(subscriber, first, count)
             if claim is not None:
@@ -397,7 +397,7 @@ class Claims:
         :param count: number of messages, at least 1
         :return: True if claimed
         """
-        return self._free_prefix(self._start(subscriber, first, count), count) < count
+        return self._free_prefix(self.start_of(subscriber, first, count), count) < count
 
     def close(self) -> None:
         """Give back whatever is still claimed, and close the file; idempotent."""
@@ -411,7 +411,7 @@ class Claims:
                     holder.ticket.pop()
                     holder.discard()
 
-    def _start(self, subscriber: int, first: int, count: int) -> int:
+    def start_of(self, subscriber: int, first: int, count: int) -> int:
         """Return the offset of the first message; raise if it is no range of one subscriber."""
         # Zero bytes would be all up to the end for the kernel.
         if not (0 <= subscriber < _SUBSCRIBERS and 0 <= first and 1 <= count <= _NUMBERS - first):
@@ -422,13 +422,13 @@ class Claims:
 
     def _free_prefix(self, start: int, count: int) -> int:
         """Count the messages before the first one that is claimed."""
-        holder = self._take_idle()  # It has no locks itself, so it sees those of everybody.
+        holder = self.take_idle()  # It has no locks itself, so it sees those of everybody.
         while count > 0 and (found := holder.conflict(start, count)) is not None:
             count = found - start
         self.put_idle(holder)
         return count
 
-    def _take_idle(self) -> _Holder:
+    def take_idle(self) -> _Holder:
         """Take a holder that has no locks."""
         try:
             return self.idle.pop()

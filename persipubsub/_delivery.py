@@ -19,7 +19,7 @@ from typing import Callable, Final, List, Optional, Set, Tuple
 
 import persipubsub.errors
 import persipubsub.message
-from persipubsub import _claims, _in_flight, _moving, _wakeup
+from persipubsub import _claims, _in_flight, _late_claim, _moving, _wakeup
 from persipubsub.environment import _environment
 from persipubsub.store import _batches, _deliveries, _newest, _pending, _positions
 
@@ -288,39 +288,39 @@ class Consumer:
                 continue
             if not isinstance(newest, _pending.Candidate):
                 return None, False, 0 if newest is None else newest.due_ns
-            claim = self._claims.claim(self._pending.ordinal, newest.number)
-            if claim is None:
+            if self._claims.is_claimed(self._pending.ordinal, newest.number):
                 return None, True, 0
-            lease = self._skip_to(claim, newest.number, stuck)
+            lease = self._skip_to_newest(stuck)
             if lease is not None:
                 return lease, False, 0
 
-    def _skip_to(self, claim: _claims.Claim, number: int, stuck: Set[int]) -> Optional[Lease]:
+    def _skip_to_newest(self, stuck: Set[int]) -> Optional[Lease]:
         """
-        Take a claimed message if it is the newest one, and skip all in front of it.
+        Claim the newest message, and skip all in front of it.
 
-        :param claim: on it
-        :param number: of the message
+        It is claimed in the transaction, see :py:mod:`persipubsub._late_claim`.
+
         :param stuck: numbers of newer ones that are not to be delivered; this one is added if so
-        :return: message; None if it is not the newest one any more, or is not to be delivered
+        :return: message; None if it is not free any more, or is not to be delivered
         """
+        late = _late_claim.LateClaim(self._claims, self._pending.ordinal)
         lease = None  # type: Optional[Lease]
         try:
             copied = self._environment.write(lambda txn, databases: _newest.skip_to(
-                txn, databases, self._pending, number, stuck),
+                txn, databases, self._pending, stuck, late.take),
                                              may_grow=True)
             if copied is not None and copied.is_spent:
-                stuck.add(number)
+                stuck.add(copied.numbers[0])
                 self._move(copied)
             elif copied is not None and copied.numbers:
                 if self._rings:
                     self.ring()
-                lease = self._lease(claim, 0, copied)
+                lease = self._lease(late.keep(), 0, copied)
         except persipubsub.errors.CorruptMessageError as error:
             raise self._set_aside(0, error) from None
         finally:
             if lease is None:
-                claim.release()
+                late.drop()
         return lease
 
     def _claim(self,

@@ -736,7 +736,7 @@ def test_interrupt_in_the_finalizer(claims: Claims, spawn: Spawn) -> None:
     puppet = spawn()
     # The interpreter swallows what is raised there: such a claim must not be held for good.
     puppet.run("""
-class_of_holder = type(claims._take_idle())
+class_of_holder = type(claims.take_idle())
 discard = class_of_holder.discard
 
 def interrupt(holder):

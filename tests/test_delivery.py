@@ -15,7 +15,8 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _claims, _delivery, _settings, _wakeup
+from persipubsub import _claims, _delivery, _late_claim, _settings, _wakeup
+from persipubsub.environment import _environment
 from persipubsub.store import _attempts, _batches, _blocks, _deliveries, _layout, _log, _pending
 from tests import stores, support
 
@@ -623,3 +624,54 @@ def test_lease_of_an_inherited_process_is_its_parents(tmp_path: pathlib.Path) ->
         assert queue.consumer("sub").take(timeout=0) is None
         lease.acknowledge()
         assert stores.figures(queue).acknowledged == 1
+
+
+def test_message_that_is_not_the_newest_any_more_is_not_passed_over(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = _environment.Environment.write
+    others = []  # type: List[bytes]
+
+    def write_beside_another(environment: _environment.Environment, *arguments: Any,
+                             **named: Any) -> Any:
+        # Between the look for the newest message and the transaction that skips to it.
+        monkeypatch.setattr(_environment.Environment, "write", write)
+        queue.put([b"2"])
+        lease = take(other)
+        others.extend(lease.messages)
+        lease.acknowledge()
+        return write(environment, *arguments, **named)
+
+    with stores.opened(tmp_path) as queue:
+        queue.put([b"1"])
+        consumer, other = queue.consumer("sub"), queue.consumer("sub")
+        monkeypatch.setattr(_environment.Environment, "write", write_beside_another)
+        lease = consumer.take_newest(timeout=0)
+        assert lease is not None and lease.messages == [b"2"] and others == [b"1"]
+        assert stores.figures(queue).skipped == 0
+        lease.acknowledge()
+
+
+def test_newest_message_is_claimed_again_where_the_transaction_is_repeated(
+        tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        consumer = queue.consumer("sub")
+        late = _late_claim.LateClaim(consumer._claims, 0)
+        other = _late_claim.LateClaim(consumer._claims, 0)
+        # The first of them is what a transaction wanted that was taken back.
+        assert late.take(1) and late.take(2) and late.take(2)
+        assert not other.take(2) and other.take(1)
+        other.drop()
+        late.keep().release()
+        late.drop()
+        assert not consumer._claims.is_claimed(0, 1, count=2)
+
+
+def test_newest_message_of_a_queue_that_was_closed_meanwhile(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path) as queue, persipubsub.queue.Queue(queue.settings) as other:
+        late = _late_claim.LateClaim(other.consumer("sub")._claims, 0)
+        assert late.take(1)
+        other.close()
+        with pytest.raises(persipubsub.errors.ClosedError):
+            late.keep()
+        late.drop()
+        assert not queue.consumer("sub")._claims.is_claimed(0, 1)

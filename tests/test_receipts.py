@@ -291,18 +291,18 @@ def test_newest_is_looked_for_again_in_the_transaction(queue_and_sub: Pair,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     queue, sub = queue_and_sub
     queue.put([b"1", b"2"])
-    original = _claims.Claims.claim
+    original = _claims.Claims.is_claimed
     newer = [b"3"]
 
-    def claim(*arguments: Any, **options: Any) -> Any:
-        # Somebody sends between the look and the claim.
+    def is_claimed(*arguments: Any, **options: Any) -> Any:
+        # Somebody sends between the look and the transaction.
         if newer:
             queue.put([newer.pop()])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(_claims.Claims, "claim", claim)
+    monkeypatch.setattr(_claims.Claims, "is_claimed", is_claimed)
     with sub.receive_to_top(timeout=0) as msg:
-        assert msg == b"3"
+        assert msg == b"3" and not newer
     assert (stores.figures(queue).skipped, stores.figures(queue).lag) == (2, 0)
 
 

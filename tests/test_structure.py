@@ -62,7 +62,7 @@ _ROWS: List[Set[str]] = [
     {"_putting_together", "_waking"},
     {"_delivery", "_putting", "statistics"},
     {"_replay", "_tidying"},
-    {"_addition", "_losses", "_moving"},
+    {"_addition", "_late_claim", "_losses", "_moving"},
     {"_settings"},
     {"environment._registry"},
     {"environment._environment"},

@@ -72,23 +72,24 @@ def _newest_first(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def skip_to(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-            number: int, stuck: AbstractSet[int]) -> Optional[_pending.Copied]:
+            stuck: AbstractSet[int], take: Callable[[int], bool]) -> Optional[_pending.Copied]:
     """
-    Copy a claimed message if it is the newest one, and acknowledge all in front of it.
+    Claim and copy the newest message, and acknowledge all in front of it.
 
     Nothing is skipped for a message that is not delivered.
 
     :param txn: write transaction
     :param databases: handles
     :param pending: messages of the subscriber
-    :param number: of the message
     :param stuck: numbers of newer ones that are not to be delivered any more
-    :return: message; None if it is not the newest one any more
+    :param take: claims a message, without waiting; tells whether it did
+    :return: message; None if there is none, or somebody else has it
     :raise CorruptMessageError: if it is damaged
     """
     newest = find(txn, databases, pending, stuck)
-    if not isinstance(newest, _pending.Candidate) or newest.number != number:
+    if not isinstance(newest, _pending.Candidate) or not take(newest.number):
         return None
+    number = newest.number
     if pending.policy.max_deliveries:
         copied = _deliveries.begin(txn, databases, pending, number, number + 1)
     else:
