@@ -171,10 +171,9 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         :param waiters: tasks that want something
         :param now: time on the monotonic clock at which the look began, in seconds
         """
-        wanted = waiters[:_MOST_TAKEN]
-        leases: List[_engines.Lease] = []
+        leases: Dict[_Waiter, _engines.Lease] = {}
+        missed: Dict[bool, float] = {}
         error: Optional[BaseException] = None
-        pause = 0.0
         try:
             self._return_all()
             if self._ticket is not None:
@@ -182,59 +181,72 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
                     raise persipubsub.errors.ClosedError(
                         "Expected an open queue to receive from, but got: it was closed")
                 self._ticket.arm()
-            pause = self._take(wanted, leases)
-            if (self._ticket is None and len(leases) < len(wanted)
+            self._take(waiters, leases, missed)
+            if (self._ticket is None and missed
                     and any(waiter.deadline > now for waiter in waiters)):
                 self._ticket = self.consumer.prepare_wait()
                 self._ticket.set_callback(
                     functools.partial(_workers.post, self.loop, self._start_look))
-                pause = self._take(wanted, leases)
+                self._take(waiters, leases, missed)
         except BaseException as caught:  # pylint: disable=broad-exception-caught
             error = caught
-        if not _workers.post(self.loop, self._hand_out, waiters, leases, pause, error):
+        if not _workers.post(self.loop, self._hand_out, waiters, leases, missed, error):
             # The loop was closed under its tasks.
-            for lease in leases:
+            for lease in leases.values():
                 _give_back(lease)
             if self._ticket is not None:
                 self._ticket.close()
 
-    def _take(self, wanted: List[_Waiter], leases: List[_engines.Lease]) -> float:
+    def _take(self, waiters: List[_Waiter], leases: Dict[_Waiter, _engines.Lease],
+              missed: Dict[bool, float]) -> None:
         """
         Take what is there, in a worker thread.
 
-        :param wanted: tasks that want something; the first ones were served already
-        :param leases: of the first tasks; extended
-        :return: after how many seconds to look again
+        Where there is no newest message to be had, there may be a next one: somebody else has the
+        newest one, or it rests.
+
+        :param waiters: tasks that want something; some of them were served already
+        :param leases: of tasks; extended
+        :param missed: after how many seconds to look again for those who want the newest message
+            (True), or the next one (False), where there was none; replaced
         """
-        while len(leases) < len(wanted):
-            waiter = wanted[len(leases)]
+        missed.clear()
+        for waiter in waiters:
+            if len(leases) == _MOST_TAKEN or len(missed) == 2:
+                return
+            if waiter in leases or waiter.is_newest in missed:
+                continue
             lease, pause = self.consumer.take_now(waiter.max_messages, waiter.is_newest)
             if lease is None:
-                return pause
-            leases.append(lease)
-        return 0.0
+                missed[waiter.is_newest] = pause
+            else:
+                leases[waiter] = lease
 
-    def _hand_out(self, waiters: List[_Waiter], leases: List[_engines.Lease], pause: float,
-                  error: Optional[BaseException]) -> None:
+    def _hand_out(self, waiters: List[_Waiter], leases: Dict[_Waiter, _engines.Lease],
+                  missed: Dict[bool, float], error: Optional[BaseException]) -> None:
         """
         Give the tasks what a look found, and go on waiting for the others.
 
         :param waiters: tasks for which it was looked
-        :param leases: of the first ones of them
-        :param pause: after how many seconds to look again
+        :param leases: of some of them, in their order
+        :param missed: see :py:meth:`_take`
         :param error: that ended the look
         """
         self._is_looking = False
-        for waiter, lease in zip(waiters, leases):
+        for waiter, lease in leases.items():
             self._pass_on(waiter, lease)
 
-        missed = waiters[len(leases):]
-        if isinstance(error, persipubsub.errors.CorruptMessageError):
-            missed = missed[:1]  # it was set aside, and concerns nobody else
-        is_all = error is None and len(leases) == min(len(waiters), _MOST_TAKEN)
         now = time.monotonic()
-        for waiter in missed if not is_all else ():
-            if waiter in self._waiters and (error is not None or waiter.deadline <= now):
+        ended = [waiter for waiter in waiters if waiter not in leases]
+        if isinstance(error, persipubsub.errors.CorruptMessageError):
+            # It was set aside, and concerns nobody else than for whom it was taken.
+            ended = [waiter for waiter in ended if waiter.is_newest not in missed][:1]
+        elif error is None:
+            ended = [
+                waiter for waiter in ended if waiter.is_newest in missed and waiter.deadline <= now
+            ]
+        for waiter in ended:
+            if waiter in self._waiters:
                 del self._waiters[waiter]
                 if error is not None:
                     _workers.fail(waiter.future, error)
@@ -243,10 +255,10 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
 
         if not self._waiters:
             self._rest_if_idle()
-        elif self._looks_again or is_all or error is not None:
+        elif (self._looks_again or error is not None or not missed or len(leases) == _MOST_TAKEN):
             self._start_look()
         else:
-            self._wait(pause)
+            self._wait(min(missed.values()))
 
     # Waiting
 

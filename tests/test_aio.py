@@ -734,6 +734,34 @@ async def test_message_that_comes_right_after_a_look(face: faces.Face, config_pt
 
 @on_loops
 @scenario
+async def test_who_waits_for_the_newest_message_keeps_nobody_else_waiting(
+        face: faces.Face, config_pth: pathlib.Path) -> None:
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many([b"one", b"two", b"three"])
+        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+            consumer = queue.consumer("sub")
+            leases = [consumer.take(timeout=0) for _ in range(3)]
+            for lease in leases[:2]:
+                assert lease is not None
+                lease.give_back()
+            # More than a look takes at once, and all of them first in line.
+            waiting = [asyncio.ensure_future(receive_newest(sub)) for _ in range(20)]
+            await asyncio.sleep(0)
+            found = [asyncio.ensure_future(receive(sub, support.HANG_SECS)) for _ in range(2)]
+            assert set(await asyncio.gather(*found)) == {b"one", b"two"}
+            assert leases[2] is not None
+            leases[2].give_back()
+        done, others = await asyncio.wait(waiting,
+                                          timeout=support.HANG_SECS,
+                                          return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result() for task in done] == [b"three"]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+
+@on_loops
+@scenario
 async def test_waiting_needs_no_threads(face: faces.Face, config_pth: pathlib.Path) -> None:
     async with opened(face, config_pth) as (pub, sub):
         await pub.send(b"first")
