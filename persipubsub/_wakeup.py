@@ -196,7 +196,7 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
             if same == [file]:
                 del self.watched[file.watch]
                 _inotify.forget(self.inotify, file.watch)
-            elif same:
+            elif file in same:  # not if it was closed between being opened and registered
                 same.remove(file)
             self.polled.pop(file, None)
             for ticket in file.tickets:

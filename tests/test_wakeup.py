@@ -624,6 +624,27 @@ def test_close_wakes_all_who_wait(mode: str, tmp_path: pathlib.Path) -> None:
         assert str(tmp_path / "bell") in str(information.value)
 
 
+def test_close_between_opening_and_waiting(mode: str, tmp_path: pathlib.Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    del mode
+    bell, other = (persipubsub._wakeup.Bell(str(tmp_path / "bell")) for _ in range(2))
+    open_file = bell._open
+
+    def open_and_be_closed() -> Any:
+        file = open_file()
+        # By another thread. The file has been watched, and no longer is.
+        bell.close()
+        return file
+
+    with bell.prepare(), other.prepare() as ticket:
+        monkeypatch.setattr(bell, "_open", open_and_be_closed)
+        with pytest.raises(persipubsub.errors.ClosedError):
+            bell.prepare()
+        other.ring()
+        assert ticket.wait(HANG_SECS)
+    other.close()
+
+
 def test_close_while_threads_come_and_go(mode: str, tmp_path: pathlib.Path) -> None:
     assert mode
     errors: List[BaseException] = []
