@@ -15,13 +15,13 @@ import contextlib
 import functools
 import os
 import time
-from typing import Callable, Final, List, Optional, Set, Tuple
+from typing import Callable, Final, List, Optional, Tuple
 
 import persipubsub.errors
 import persipubsub.message
-from persipubsub import _claims, _in_flight, _late_claim, _moving, _wakeup
+from persipubsub import _claims, _in_flight, _moving, _wakeup
 from persipubsub.environment import _environment
-from persipubsub.store import _batches, _deliveries, _newest, _pending, _positions
+from persipubsub.store import _batches, _deliveries, _pending, _positions
 
 #: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may
 #: die between its commit and its ring.
@@ -78,13 +78,15 @@ class Lease:
         :raise BusyTimeoutError: if another process writes for too long; the messages are given back
         :raise ClosedError: if the queue was closed meanwhile, which gave them back
         """
+        is_held = False
         try:
             if self._process_id == os.getpid():
-                if not self._claim.ticket:
+                is_held = self._hold()
+                if not is_held:
                     raise self._consumer.closed()
                 self._consumer.acknowledge(self._begin, self.numbers)
         finally:
-            self._claim.release()
+            self._release(is_held)
 
     def give_back(self, error: Optional[BaseException] = None) -> None:
         """
@@ -94,15 +96,40 @@ class Lease:
 
         :param error: why; None if they were not worked on
         """
-        is_own = self._process_id == os.getpid()
+        is_held = False
         try:
             # Before the claim is released: the next one shall know what happened.
-            if is_own:
-                self._consumer.give_back(self._copied, error)
+            if self._process_id == os.getpid():
+                is_held = self._hold()
+                # Otherwise others may have them already, whose delivery must not be judged.
+                if is_held:
+                    self._consumer.give_back(self._copied, error)
         finally:
-            self._claim.release()
-        if is_own:
+            self._release(is_held)
+        if is_held:
             self._consumer.ring()
+
+    def _hold(self) -> bool:
+        """
+        Keep whoever closes the queue from giving the messages back while their end is recorded.
+
+        :return: False if they were given back
+        """
+        try:
+            self._claim.ticket.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _release(self, is_held: bool) -> None:
+        """
+        Give the claim back.
+
+        :param is_held: what :py:meth:`_hold` returned
+        """
+        if is_held:
+            self._claim.ticket.append(None)
+        self._claim.release()
 
     def touch(self) -> None:
         """Do nothing: the kernel knows that this process is alive, however long it works."""
@@ -111,7 +138,7 @@ class Lease:
 #: What a look at the queue came to: what was taken; whether messages were passed over that others
 #: have claimed; when the first of those that rest is due, on the queue's clock, 0 if none rests. A
 #: plain tuple, as it is made for each message.
-_Taken = Tuple[Optional[Lease], bool, int]
+Taken = Tuple[Optional[Lease], bool, int]
 
 
 class Consumer:
@@ -171,26 +198,6 @@ class Consumer:
             return lease
         return self._wait(functools.partial(self._take_now, max_messages), timeout, longest_pause)
 
-    def take_newest(self,
-                    timeout: Optional[float],
-                    longest_pause: float = LONGEST_PAUSE_SECS) -> Optional[Lease]:
-        """
-        Take the newest message and acknowledge all older ones as skipped; wait if there is none.
-
-        The older ones are skipped in the transaction that sees that the message still is the newest
-        one; while another consumer has that one there is none to take, and nothing is skipped. What
-        was delivered often enough is moved away, or passed over as long as it can not be.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param longest_pause: time between two looks at the queue without a wake-up, in seconds
-        :return: message; None if there was none in time
-        :raise CorruptMessageError: if the newest message is damaged; it is set aside
-        """
-        lease = self._take_newest_now()[0]
-        if lease is not None or (timeout is not None and timeout <= 0):
-            return lease
-        return self._wait(self._take_newest_now, timeout, longest_pause)
-
     def take_at(self, number: int) -> Optional[Lease]:
         """
         Take one certain message, whatever else is there. It does not wait.
@@ -201,7 +208,7 @@ class Consumer:
         """
         return self._claim(0, number, 1)
 
-    def _wait(self, take: Callable[[], _Taken], timeout: Optional[float],
+    def _wait(self, take: Callable[[], Taken], timeout: Optional[float],
               longest_pause: float) -> Optional[Lease]:
         """
         Take as soon as there is something.
@@ -234,7 +241,7 @@ class Consumer:
                         return lease
                 ticket.arm()
 
-    def _take_now(self, max_messages: int) -> _Taken:
+    def _take_now(self, max_messages: int) -> Taken:
         """
         Take what is there.
 
@@ -272,56 +279,6 @@ class Consumer:
             # Claimed, acknowledged a moment ago, or just moved away.
             is_claimed = True
             start = candidate.number + 1
-
-    def _take_newest_now(self) -> _Taken:
-        """
-        Take the newest message if it is free.
-
-        :return: what was taken, and what was passed over
-        """
-        stuck = set()  # type: Set[int]
-        while True:
-            newest = self._environment.read(
-                functools.partial(_newest.find, pending=self._pending, stuck=stuck))
-            if isinstance(newest, _pending.Expired):
-                self._expire()
-                continue
-            if not isinstance(newest, _pending.Candidate):
-                return None, False, 0 if newest is None else newest.due_ns
-            if self._claims.is_claimed(self._pending.ordinal, newest.number):
-                return None, True, 0
-            lease = self._skip_to_newest(stuck)
-            if lease is not None:
-                return lease, False, 0
-
-    def _skip_to_newest(self, stuck: Set[int]) -> Optional[Lease]:
-        """
-        Claim the newest message, and skip all in front of it.
-
-        It is claimed in the transaction, see :py:mod:`persipubsub._late_claim`.
-
-        :param stuck: numbers of newer ones that are not to be delivered; this one is added if so
-        :return: message; None if it is not free any more, or is not to be delivered
-        """
-        late = _late_claim.LateClaim(self._claims, self._pending.ordinal)
-        lease = None  # type: Optional[Lease]
-        try:
-            copied = self._environment.write(lambda txn, databases: _newest.skip_to(
-                txn, databases, self._pending, stuck, late.take),
-                                             may_grow=True)
-            if copied is not None and copied.is_spent:
-                stuck.add(copied.numbers[0])
-                self._move(copied)
-            elif copied is not None and copied.numbers:
-                if self._rings:
-                    self.ring()
-                lease = self._lease(late.keep(), 0, copied)
-        except persipubsub.errors.CorruptMessageError as error:
-            raise self._set_aside(0, error) from None
-        finally:
-            if lease is None:
-                late.drop()
-        return lease
 
     def _claim(self,
                begin: int,

@@ -8,10 +8,10 @@ needs that is not done by a thread: a look that does not wait, and a ticket of t
 import time
 from typing import Any, Optional, Tuple
 
-from persipubsub import _delivery, _wakeup
+from persipubsub import _delivery, _skipping, _wakeup
 
 
-class Consumer(_delivery.Consumer):
+class Consumer(_skipping.Consumer):
     """Take messages of one subscriber, for any number of threads and loops."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

@@ -25,7 +25,7 @@ import persipubsub.config
 import persipubsub.dead_letter
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _delivery
+from persipubsub import _delivery, _waking
 from persipubsub._settings import Retries
 from persipubsub.store import _attempts, _blocks, _retention
 from tests import stores
@@ -58,7 +58,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.clock = stores.Clock()
         self.queues: List[persipubsub.queue.Queue] = []
-        self.consumers: Dict[Tuple[int, str], _delivery.Consumer] = {}
+        self.consumers: Dict[Tuple[int, str], _waking.Consumer] = {}
         # Side of the consumer, its subscriber, what it took
         self.leases: List[Tuple[int, str, _delivery.Lease]] = []
 
@@ -227,7 +227,7 @@ class QueueMachine(RuleBasedStateMachine):
         if count < len(expected):
             assert expected[count].number > expected[0].number + count
 
-    def consumer(self, side: int, name: str) -> _delivery.Consumer:
+    def consumer(self, side: int, name: str) -> _waking.Consumer:
         consumer = self.consumers.get((side, name))
         if consumer is None:
             consumer = self.consumers[(side, name)] = self.queues[side].consumer(name)

@@ -675,3 +675,38 @@ def test_newest_message_of_a_queue_that_was_closed_meanwhile(tmp_path: pathlib.P
             late.keep()
         late.drop()
         assert not queue.consumer("sub")._claims.is_claimed(0, 1)
+
+
+def test_message_stays_claimed_while_it_is_acknowledged(tmp_path: pathlib.Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    with stores.opened(tmp_path) as queue, persipubsub.queue.Queue(queue.settings) as other:
+        queue.put([b"1"])
+        consumer = other.consumer("sub")
+        acknowledge = consumer.acknowledge
+
+        def close_and_acknowledge(begin: int, numbers: List[int]) -> None:
+            # As another thread does.
+            other.close()
+            assert queue.consumer("sub").take(timeout=0) is None
+            acknowledge(begin, numbers)
+
+        monkeypatch.setattr(consumer, "acknowledge", close_and_acknowledge)
+        lease = take(consumer)
+        lease.acknowledge()
+        assert stores.figures(queue).acknowledged == 1
+        assert not queue.consumer("sub")._claims.is_claimed(0, lease.numbers[0])
+
+
+def test_delivery_that_ends_behind_a_close_judges_no_other_one(tmp_path: pathlib.Path) -> None:
+    policy = _attempts.Policy(max_deliveries=2)
+    with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
+                                                                   None)}) as queue:
+        queue.put([b"1"])
+        with persipubsub.queue.Queue(queue.settings) as other:
+            lease = take(other.consumer("sub"))
+        # The close gave it back.
+        last = take(queue.consumer("sub"))
+        lease.give_back(ValueError("too late"))
+        assert stores.figures(queue).dead_lettered == 0 and stores.figures(queue).lag == 1
+        last.acknowledge()
+        assert stores.figures(queue).acknowledged == 1

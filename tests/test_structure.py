@@ -60,6 +60,7 @@ _ROWS: List[Set[str]] = [
     {"maintenance._alone", "maintenance._upkeep"},
     {"maintenance._verification"},
     {"_putting_together", "_waking"},
+    {"_skipping"},
     {"_delivery", "_putting", "statistics"},
     {"_replay", "_tidying"},
     {"_addition", "_late_claim", "_losses", "_moving"},
