@@ -710,3 +710,36 @@ def test_delivery_that_ends_behind_a_close_judges_no_other_one(tmp_path: pathlib
         assert stores.figures(queue).dead_lettered == 0 and stores.figures(queue).lag == 1
         last.acknowledge()
         assert stores.figures(queue).acknowledged == 1
+
+
+@pytest.mark.parametrize("max_deliveries", [0, 3])
+def test_batch_whose_beginning_becomes_too_old_stays_claimed(tmp_path: pathlib.Path,
+                                                             monkeypatch: pytest.MonkeyPatch,
+                                                             max_deliveries: int) -> None:
+    claim_prefix = _claims.Claims.claim_prefix
+    claims = []  # type: List[int]
+
+    def claim_and_wait(*arguments: Any) -> Optional[_claims.Claim]:
+        claim = claim_prefix(*arguments)
+        if not claims:
+            clock.advance(6)
+        claims.append(0 if claim is None else claim.count)
+        return claim
+
+    monkeypatch.setattr(_claims.Claims, "claim_prefix", claim_and_wait)
+    clock = stores.Clock()
+    policy = _attempts.Policy(max_deliveries=max_deliveries)
+    with stores.opened(tmp_path,
+                       clock=clock,
+                       timeout_ns=10 * 10**9,
+                       retries={"sub": _settings.Retries(policy, "queue", None)}) as queue:
+        queue.put([b"0", b"1"])
+        clock.advance(5)
+        queue.put([b"2", b"3"])
+        lease = take(queue.consumer("sub"), most=10)
+        assert lease.messages == [b"2", b"3"]
+        # Given back for a moment, others would have passed over it.
+        assert claims == [4]
+        assert queue.drop_expired() == 2
+        lease.acknowledge()
+        assert (stores.figures(queue).acknowledged, stores.figures(queue).lag) == (2, 0)

@@ -220,8 +220,9 @@ class Pending:
         """
         Copy messages of a claimed range, as far as they are pending, due and to be delivered.
 
-        Those at its beginning that others acknowledged before the claim are walked over: if the
-        rest were given back, who passed over it meanwhile would receive it after later ones.
+        Those at its beginning that others acknowledged before the claim, or that have become too
+        old since then, are walked over: if the rest were given back, who passed over it meanwhile
+        would receive it after later ones.
 
         :param txn: any transaction
         :param databases: handles
@@ -290,7 +291,7 @@ class Pending:
                    cursor: "lmdb.Cursor[memoryview]", found: Optional[_log.Found], number: int,
                    end: int) -> Copied:
         """
-        Copy messages of one block after the other, as far as they are not too old and addressed.
+        Copy messages of one block after the other that are not too old and addressed.
 
         :param txn: any transaction
         :param databases: handles
@@ -307,9 +308,8 @@ class Pending:
         while found is not None and found.first < end and size < _COPIED_BYTES:
             first, block, value = found
             begin, stop = max(number - first, 0), min(end - first, block.messages)
-            if block.time_ns < oldest_ns:
-                break
-            if begin < stop and self.is_addressed(txn, databases, block.audience):
+            if (begin < stop and block.time_ns >= oldest_ns
+                    and self.is_addressed(txn, databases, block.audience)):
                 copied = _copy_run(value, block, first, begin, stop, bool(result.messages))
                 result.numbers.extend(range(first + begin, first + begin + len(copied)))
                 result.messages.extend(copied)
