@@ -50,6 +50,7 @@ _ROWS: List[Set[str]] = [
     {"jetstream._returns"},
     {"jetstream._stream"},
     {"jetstream._link"},
+    {"jetstream._clients"},
     {
         "jetstream._durability", "jetstream._errors", "jetstream._inboxes", "jetstream._loop",
         "jetstream._settings"

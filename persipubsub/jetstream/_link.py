@@ -8,7 +8,6 @@ uses.
 
 import asyncio
 import json
-import logging
 import os
 import ssl
 import time
@@ -20,12 +19,10 @@ import nats.aio.msg
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import _errors, _loop
+from persipubsub.jetstream import _clients, _errors, _loop
 
 #: Is awaited before a request is repeated.
 Before: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
-
-_LOGGER = logging.getLogger("persipubsub.jetstream")
 
 #: Variables of the environment that say who we are.
 _VARIABLES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_USER", "NATS_PASSWORD", "NATS_TOKEN",
@@ -42,6 +39,9 @@ _FIRST_ATTEMPT_SECS: Final = 1.0
 _LONGEST_ATTEMPT_SECS: Final = 5.0
 
 _PAUSE_SECS: Final = 0.1
+
+#: A connection that is being made again, or that is behind, is looked at this often, in seconds.
+_LOOK_SECS: Final = 0.02
 
 #: A cluster that was started again does not know all of its consumers for a moment, and says that
 #: they are not there; that is believed after so many seconds.
@@ -68,8 +68,10 @@ class Link:
         self._servers = servers
         self._path = path
         self._client = None  # type: Optional[nats.aio.client.Client]
-        # Guards the making of a connection.
-        self._connecting = asyncio.Lock()
+        # Guards the making of a connection, and lets those who wait for one go on in the order in
+        # which they came, as they would publish out of order otherwise; and how many they are.
+        self._line = asyncio.Lock()
+        self._line_length = 0
         self._complaint = None  # type: Optional[BaseException]
         loop.closers.append(self.close)
         loop.sockets.append(self._descriptor)
@@ -82,7 +84,7 @@ class Link:
         self._is_closed = True
         client, self._client = self._client, None
         if client is not None:
-            await _close(client)
+            await _clients.close(client)
 
     def _descriptor(self) -> int:
         """
@@ -90,38 +92,60 @@ class Link:
 
         :return: its descriptor; -1 if there is none
         """
-        transport = getattr(self._client, "_transport", None)
-        writer = getattr(transport, "_io_writer", None)
-        socket = None if writer is None else writer.get_extra_info("socket")
+        transport = _clients.transport_of(self._client)
+        socket = None if transport is None else transport.get_extra_info("socket")
         return -1 if socket is None else int(socket.fileno())
 
     # Connecting
 
     async def client(self, deadline: float) -> nats.aio.client.Client:
         """
-        Wait until there is a connection.
+        Wait until there is a connection, and the server reads what is sent over it.
 
         :param deadline: on the monotonic clock
         :return: client that is connected
         :raise UnavailableError: if no server answers in time
         :raise AccessError: if a server does not let us in
         """
+        client = self._client
+        if client is not None and _clients.is_ready(client) and not self._line_length:
+            return client
+        self._line_length += 1
+        try:
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await self._line.acquire()
+            except asyncio.TimeoutError:
+                raise self._unreachable() from None
+            try:
+                return await self._until_ready(deadline)
+            finally:
+                self._line.release()
+        finally:
+            self._line_length -= 1
+
+    async def _until_ready(self, deadline: float) -> nats.aio.client.Client:
+        """
+        Wait until there is a connection, as the first one in line.
+
+        :param deadline: on the monotonic clock
+        :return: client that is connected
+        """
         while True:
             client = self._client
-            if client is not None and client.is_connected:
-                return client
             if self._is_closed:
+                # Perhaps while we were connecting, when there was nothing to be closed yet.
+                await self.close()
                 raise _errors.closed(self._path)
             if client is None or client.is_closed:
-                async with self._connecting:
-                    if self._client is client:
-                        self._client = await self._connect(deadline)
+                self._client = await self._connect(deadline)
+            elif _clients.is_ready(client):
+                return client
             elif time.monotonic() >= deadline:
                 raise self._unreachable()
             else:
-                # It is reconnecting. What we published now would be kept, and sent behind what is
-                # lost in the socket: out of order.
-                await asyncio.sleep(0.02)
+                # It is reconnecting, or far behind. What we published now would be out of order.
+                await asyncio.sleep(_LOOK_SECS)
 
     async def _connect(self, deadline: float) -> nats.aio.client.Client:
         """
@@ -139,17 +163,26 @@ class Link:
                 refused.set()
 
         client = nats.aio.client.Client()
+
+        async def forget() -> None:
+            # It would be sent over the next connection, behind what was lost with this one: out of
+            # order. Whoever waits for an answer asks again.
+            _clients.forget(client)
+
         # With endless reconnects, which are needed later on, this alone would never return.
         connecting = asyncio.ensure_future(
             client.connect(
                 servers=list(self._servers),
                 error_cb=complain,
+                disconnected_cb=forget,
                 name="persipubsub",
                 connect_timeout=2,
                 reconnect_time_wait=0.1,  # type: ignore[arg-type]
                 max_reconnect_attempts=-1,
                 ping_interval=5,
-                pending_size=1 << 24,
+                # No more than that would be waited for without end, whatever the timeout. So we
+                # look for ourselves, and nothing is taken while there is no connection.
+                pending_size=-1,
                 **_credentials(self._path)))
         waiting = asyncio.ensure_future(refused.wait())
         pause = max(0.05, min(_CONNECT_SECS, deadline - time.monotonic()))
@@ -162,11 +195,11 @@ class Link:
             if is_over and error is None:
                 return client
         except asyncio.CancelledError:
-            await _give_up(connecting, client)
+            await _clients.give_up(connecting, client)
             raise
         finally:
             waiting.cancel()
-        await _give_up(connecting, client)
+        await _clients.give_up(connecting, client)
         if isinstance(error, ConnectionResetError) and time.monotonic() < deadline:
             # A server that refuses us closes at once: its reason may be lost with the connection.
             await asyncio.sleep(_AGAIN_SECS)
@@ -186,7 +219,10 @@ class Link:
 
         :return: error to be raised
         """
-        found = "none" if self._complaint is None else _errors.describe(self._complaint)
+        if self._client is not None and self._client.is_connected:
+            found = "one over which they do not read what was sent"
+        else:
+            found = "none" if self._complaint is None else _errors.describe(self._complaint)
         return persipubsub.errors.UnavailableError(
             "Expected a connection to the servers of {}, but got: {}".format(self._path, found))
 
@@ -335,39 +371,6 @@ class Link:
         if "permissions violation" in text:
             raise persipubsub.errors.AccessError(
                 "Expected the rights to use {}, but got: {}".format(self._path, complaint))
-
-
-async def _give_up(connecting: "asyncio.Task[None]", client: nats.aio.client.Client) -> None:
-    """
-    End an attempt to connect, and close what it has made so far.
-
-    :param connecting: the attempt; may be over
-    :param client: that is to be connected
-    """
-    # Cancelled once is not enough: what has just been waited for is taken instead (before Python
-    # 3.12), and the client would go on for ever, unknown to anybody.
-    while not connecting.done():
-        connecting.cancel()
-        await asyncio.wait((connecting, ), timeout=_PAUSE_SECS)
-    if not connecting.cancelled():
-        # Otherwise asyncio complains that nobody has looked at it.
-        connecting.exception()
-    await _close(client)
-
-
-async def _close(client: nats.aio.client.Client) -> None:
-    """
-    Close a client, whatever state it is in.
-
-    :param client: to be closed
-    """
-    try:
-        await asyncio.wait_for(client.close(), timeout=1.0)
-    except (asyncio.TimeoutError, nats.errors.Error, OSError):
-        pass
-    except Exception as error:  # pylint: disable=broad-exception-caught
-        # The client raises whatever its half-made connection raises (AttributeError, for one).
-        _LOGGER.debug("Closing a connection failed: %s", error)
 
 
 def _credentials(path: str) -> Dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Test that connections end for good, and that no call waits longer for a server than it may."""
+
+# pylint: disable=missing-function-docstring,redefined-outer-name
+# pylint: disable=protected-access
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import signal
+import threading
+from typing import Any, Iterator, List
+
+import nats.aio.transport
+import pytest
+
+import persipubsub.aio
+import persipubsub.errors
+from persipubsub.jetstream import _link, _loop
+from tests import jetstream_server
+from tests.support import HANG_SECS, Child, Connection, outcome, until
+from tests.test_behaviour import open_pub
+
+pytestmark = jetstream_server.needs_server
+
+#: More of them than a socket takes, and than are kept for a server that reads nothing.
+LARGE = bytes(500000)
+
+
+@pytest.fixture()
+def server(tmp_path: pathlib.Path) -> Iterator[jetstream_server.Servers]:
+    with jetstream_server.running(tmp_path) as servers:
+        yield servers
+
+
+@contextlib.contextmanager
+def stopped(servers: jetstream_server.Servers) -> Iterator[None]:
+    """Stop the server as long as the ``with`` block: it reads nothing, and closes nothing."""
+    process = servers.servers[0].process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+
+
+def until_nobody_is_connected(servers: jetstream_server.Servers) -> None:
+    until(lambda: servers.servers[0].look("connz").get("connections") == [], "the last connection")
+
+
+def count_sockets() -> int:
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink("/proc/self/fd/" + name).startswith("socket:")
+    return count
+
+
+def links() -> List[_link.Link]:
+    return list(_link._LINKS.get(_loop.current(), {}).values())
+
+
+async def outcome_of(coroutine: Any) -> str:
+    try:
+        await coroutine
+    except persipubsub.errors.PersipubsubError as error:
+        return type(error).__name__
+    return ""
+
+
+def test_calls_end_while_a_server_reads_nothing(server: jetstream_server.Servers,
+                                                tmp_path: pathlib.Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
+
+    async def main() -> None:
+        async with persipubsub.aio.Pub() as pub, persipubsub.aio.Sub() as sub:
+            await pub.init("pub", config_pth)
+            await sub.init("sub", config_pth)
+            await pub.send(b"")
+            async with sub.receive(timeout=HANG_SECS) as msg:
+                assert msg == b""
+            link, = links()
+            with stopped(server):
+                sending = [asyncio.ensure_future(outcome_of(pub.send(LARGE))) for _ in range(50)]
+                await asyncio.sleep(0.5)
+                async with sub.receive(timeout=0.5) as msg:
+                    assert msg is None
+                assert await asyncio.gather(*sending) == ["UnavailableError"] * 50
+                # It is given up as dead after 15 seconds, and nobody waited for that.
+                assert link._client is not None and link._client.is_connected
+
+    asyncio.run(asyncio.wait_for(main(), HANG_SECS))
+    until_nobody_is_connected(server)
+
+
+def test_connection_over_which_nothing_is_read_is_closed(server: jetstream_server.Servers,
+                                                         tmp_path: pathlib.Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=1)
+
+    async def main() -> None:
+        async with persipubsub.aio.Pub() as pub:
+            before = count_sockets()
+            await pub.init("pub", config_pth)
+            assert count_sockets() > before
+            with stopped(server):
+                calls = [outcome_of(pub.send(LARGE)) for _ in range(20)]
+                assert await asyncio.gather(*calls) == ["UnavailableError"] * 20
+                await pub.close()
+                assert count_sockets() == before
+
+    asyncio.run(asyncio.wait_for(main(), HANG_SECS))
+    until_nobody_is_connected(server)
+
+
+def test_connection_that_is_made_again_while_it_is_closed(server: jetstream_server.Servers,
+                                                          tmp_path: pathlib.Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = nats.aio.transport.TcpTransport.connect
+    begun, is_late = threading.Event(), threading.Event()
+
+    async def connect_late(*args: Any, **kwargs: Any) -> None:
+        """Connect at the moment in which it is given up, as a wait of Python 3.11 may."""
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(HANG_SECS)
+        is_late.set()
+        await connect(*args, **kwargs)
+
+    config_pth = jetstream_server.deploy(tmp_path, server)
+    with open_pub(config_pth):
+        monkeypatch.setattr(nats.aio.transport.TcpTransport, "connect", connect_late)
+        server.servers[0].kill()
+        assert begun.wait(HANG_SECS)
+        server.servers[0].start()
+        server.wait()
+    assert is_late.is_set()
+    # By now the client would have connected, if it were not over.
+    monkeypatch.undo()
+    with open_pub(config_pth) as pub:
+        pub.send(b"hello")
+    until_nobody_is_connected(server)
+
+
+def test_connection_that_is_made_after_it_was_closed(server: jetstream_server.Servers,
+                                                     tmp_path: pathlib.Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server)
+    pub = open_pub(config_pth)
+
+    def close_early(pipe: Connection) -> None:
+        """Close what another thread opens in this process, which was forked."""
+        ends = []  # type: List[str]
+        thread = threading.Thread(target=lambda: ends.append(outcome(lambda: pub.send(b"late"))))
+        thread.start()
+        until(lambda: any(link._line.locked() for link in links()), "an attempt to connect")
+        pub.close()
+        pipe.send("closed")
+        thread.join(HANG_SECS)
+        pipe.send(ends)
+        pipe.recv()
+
+    with stopped(server):
+        with Child(close_early) as child:
+            assert child.get() == "closed"
+            process = server.servers[0].process
+            assert process is not None
+            os.kill(process.pid, signal.SIGCONT)
+            assert child.get() == ["ClosedError"]
+            pub.close()
+            until_nobody_is_connected(server)
+            child.pipe.send("end")
+            child.end()
