@@ -249,6 +249,31 @@ def test_acknowledgement_that_was_noted_and_not_answered(config_pth: pathlib.Pat
             assert sorted(drain(sub, timeout=2)) == numbered(3)[1:]
 
 
+def test_acknowledgements_do_not_wait_for_thousands_of_others(
+        config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = _link.Link.request
+    waiting = most = count = 0
+
+    async def count_requests(link: _link.Link, subject: str, *args: Any, **kwargs: Any) -> Any:
+        nonlocal waiting, most, count
+        count += subject.startswith("$JS.ACK.")
+        waiting += 1
+        most = max(most, waiting)
+        try:
+            return await request(link, subject, *args, **kwargs)
+        finally:
+            waiting -= 1
+
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
+        pub.send_many(numbered(3000))
+        with sub.receive_many(3000, timeout=HANG_SECS) as msgs:
+            assert msgs == numbered(3000)
+            monkeypatch.setattr(_link.Link, "request", count_requests)
+        monkeypatch.undo()
+        assert count >= 3000 and most < 1000
+        assert not drain(sub)
+
+
 def test_acknowledging_what_a_server_lost(tmp_path: pathlib.Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
         config_pth = deploy(tmp_path, servers, busy_timeout_secs=2)

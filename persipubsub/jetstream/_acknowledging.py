@@ -24,6 +24,10 @@ from persipubsub.jetstream._inboxes import Pulled
 _FIRST_ANSWER_SECS: Final = 1.0
 _LONGEST_ANSWER_SECS: Final = 5.0
 
+#: So many are acknowledged at the same time: one that waits for thousands of others would be
+#: repeated before it is answered, and they would all be repeated until the time is over.
+_AT_ONCE: Final = 512
+
 
 async def acknowledge(puller: _pulling.Puller, stream: _stream.Stream, durable: str,
                       pulled: Sequence[Pulled], deadline: float) -> None:
@@ -34,25 +38,30 @@ async def acknowledge(puller: _pulling.Puller, stream: _stream.Stream, durable: 
     :param stream: of the queue
     :param durable: name of the consumer
     :param pulled: messages
-    :param deadline: on the monotonic clock
+    :param deadline: on the monotonic clock; later as long as the servers answer
     :raise UnavailableError: if there was no answer in time; they are delivered again
     """
+    wait_secs = deadline - time.monotonic()
     patience = _FIRST_ANSWER_SECS
     while pulled:
+        some, rest = pulled[:_AT_ONCE], pulled[_AT_ONCE:]
         until = min(deadline, time.monotonic() + patience)
         # In order: the first one is the next that is delivered again.
         answers = await asyncio.gather(*(stream.link.request(one.reply, b"+ACK", until)
-                                         for one in pulled),
+                                         for one in some),
                                        return_exceptions=True)
         errors = [one for one in answers if isinstance(one, BaseException)]
         if not errors:
-            return
+            pulled = rest
+            deadline = max(deadline, time.monotonic() + wait_secs)
+            patience = _FIRST_ANSWER_SECS
+            continue
         for error in errors:
             if (not isinstance(error, persipubsub.errors.UnavailableError)
                     or time.monotonic() >= deadline):
                 raise error
-        pulled = [one for one, answer in zip(pulled, answers) if isinstance(answer, BaseException)]
-        pulled = await _ask_again(puller, stream, durable, pulled, deadline)
+        pulled = [one for one, answer in zip(some, answers) if isinstance(answer, BaseException)]
+        pulled = await _ask_again(puller, stream, durable, [*pulled, *rest], deadline)
         patience = min(2 * patience, _LONGEST_ANSWER_SECS)
 
 
