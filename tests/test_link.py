@@ -8,7 +8,9 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 import threading
+import time
 from typing import Any, Iterator, List
 
 import nats.aio.transport
@@ -19,7 +21,7 @@ import persipubsub.errors
 from persipubsub.jetstream import _link, _loop
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome, until
-from tests.test_behaviour import open_pub
+from tests.test_behaviour import open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
 
@@ -170,3 +172,117 @@ def test_connection_that_is_made_after_it_was_closed(server: jetstream_server.Se
             until_nobody_is_connected(server)
             child.pipe.send("end")
             child.end()
+
+
+class Valve:
+    """Stand between clients and a server, and pass nothing on while it is shut."""
+
+    def __init__(self, port: int) -> None:
+        """
+        Initialize with the valve open.
+
+        :param port: of the server
+        """
+        self.is_open = threading.Event()
+        self.is_open.set()
+        #: After each 64 KiB, in seconds.
+        self.pause = 0.0
+        #: Connections that were made.
+        self.count = 0
+        self._server_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def config(self, config_pth: pathlib.Path) -> pathlib.Path:
+        """Write a configuration of the same queue that leads through the valve."""
+        path = config_pth.with_name("valve.json")
+        old, new = ":{}/".format(self._server_port), ":{}/".format(self.port)
+        path.write_text(config_pth.read_text().replace(old, new))
+        return path
+
+    def close(self) -> None:
+        """End the thread that accepts."""
+        self.is_open.set()
+        # Wakes it; closing alone does not.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self.count += 1
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.is_open.wait()
+                target.sendall(data)
+                time.sleep(self.pause)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+def test_what_a_server_did_not_read_yet_is_not_asked_again(server: jetstream_server.Servers,
+                                                           tmp_path: pathlib.Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server)
+    with contextlib.closing(Valve(server.servers[0].port)) as valve:
+        with open_pub(valve.config(config_pth)) as pub:
+            pub.send(b"before")
+            before = server.servers[0].look("varz")["in_bytes"]
+            ends = []  # type: List[str]
+            thread = threading.Thread(target=lambda: ends.append(outcome(lambda: pub.send(LARGE))))
+            valve.is_open.clear()
+            thread.start()
+            # Longer than an answer is waited for.
+            thread.join(3)
+            assert not ends
+            valve.is_open.set()
+            thread.join(HANG_SECS)
+            assert ends == [""]
+            assert server.servers[0].look("varz")["in_bytes"] - before < 2 * len(LARGE)
+
+
+def test_slow_connection_is_not_taken_for_dead(server: jetstream_server.Servers,
+                                               tmp_path: pathlib.Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
+    # The answers to pings come behind all messages.
+    monkeypatch.setattr(_link, "_PING_SECS", 1)
+    with contextlib.closing(Valve(server.servers[0].port)) as valve:
+        with open_pub(config_pth) as pub, open_sub(valve.config(config_pth)) as sub:
+            pub.send_many([bytes(5000)] * 1000)
+            valve.pause = 0.1
+            with sub.receive_many(1000, timeout=HANG_SECS) as msgs:
+                assert len(msgs) == 1000
+                valve.pause = 0.0
+            assert valve.count == 1
+
+
+def test_server_that_delivered_a_moment_ago_is_there(server: jetstream_server.Servers,
+                                                     tmp_path: pathlib.Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
+    ends = []  # type: List[str]
+    with contextlib.closing(Valve(server.servers[0].port)) as valve:
+        with open_pub(config_pth) as pub, open_sub(valve.config(config_pth)) as sub:
+            pub.send_many([bytes(5000)] * 1000)
+            valve.pause = 0.1
+
+            def receive() -> None:
+                with sub.receive_many(1000, timeout=HANG_SECS) as msgs:
+                    valve.is_open.set()
+                    valve.pause = 0.0
+                    assert msgs
+
+            thread = threading.Thread(target=lambda: ends.append(outcome(receive)))
+            thread.start()
+            # Longer than servers are waited for that say nothing, and not until all is there.
+            thread.join(3)
+            assert not ends
+            valve.is_open.clear()
+            thread.join(HANG_SECS)
+            assert ends == [""]

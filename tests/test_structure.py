@@ -50,11 +50,11 @@ _ROWS: List[Set[str]] = [
     {"jetstream._returns"},
     {"jetstream._stream"},
     {"jetstream._link"},
-    {"jetstream._clients"},
     {
         "jetstream._durability", "jetstream._errors", "jetstream._inboxes", "jetstream._loop",
         "jetstream._settings"
     },
+    {"jetstream._clients"},
     {"maintenance._dead_letters"},
     {"maintenance._looking"},
     {"queue"},

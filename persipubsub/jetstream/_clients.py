@@ -8,11 +8,13 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
+import itertools
 import logging
 import time
-from typing import Final, Optional
+from typing import Any, Dict, Final, Mapping, Optional
 
 import nats.aio.client
+import nats.aio.msg
 import nats.errors
 
 _LOGGER = logging.getLogger("persipubsub.jetstream")
@@ -28,6 +30,124 @@ _LOOK_SECS: Final = 0.02
 
 #: A task that goes on although it was cancelled is cancelled again after so many seconds.
 _PAUSE_SECS: Final = 0.1
+
+
+class Question:
+    """Ask one thing over one connection, once or several times: any answer is one."""
+
+    def __init__(self, answers: "Answers") -> None:
+        """
+        Initialize without asking.
+
+        :param answers: of the connection
+        """
+        self.answers = answers
+        self.answer = asyncio.get_running_loop().create_future()  # type: asyncio.Future[Any]
+        self._reply = answers.expect(self.answer)
+
+    async def ask(self, subject: str, payload: bytes, headers: Optional[Mapping[str, str]],
+                  timeout: float) -> None:
+        """
+        Ask, and wait for the answer, which may be there already.
+
+        :param subject: of the request
+        :param payload: of the request
+        :param headers: of the request
+        :param timeout: how long to wait, in seconds
+        """
+        if not self.answer.done():
+            await self.answers.client.publish(subject,
+                                              payload,
+                                              self._reply,
+                                              headers=dict(headers) if headers else None)
+            await asyncio.wait((self.answer, ), timeout=timeout)
+
+    async def until_read(self, deadline: float) -> None:
+        """
+        Wait until the server has read what was asked, or the connection is another one.
+
+        Before that there is no use in asking again: over a slow connection, what is asked again
+        would be in the way of all that follows.
+
+        :param deadline: on the monotonic clock
+        """
+        client = self.answers.client
+        reconnects = client.stats["reconnects"]
+        # Not flush(): if its answer comes too late, the client stops reading. And not the client's
+        # own ping, which goes in front of what is still to be written.
+        read = asyncio.get_running_loop().create_future()  # type: asyncio.Future[Any]
+        # pylint: disable=protected-access
+        client._pongs.append(read)
+        await client._send_command(b"PING\r\n")
+        await client._flush_pending()
+        while (not self.answer.done() and not read.done() and client.is_connected
+               and client.stats["reconnects"] == reconnects and time.monotonic() < deadline):
+            await asyncio.wait((self.answer, read),
+                               timeout=_PAUSE_SECS,
+                               return_when=asyncio.FIRST_COMPLETED)
+
+    def end(self) -> None:
+        """Wait for no answer any more."""
+        self.answers.forget(self._reply)
+
+
+class Answers:
+    """
+    Take the answers that come over one connection.
+
+    The client's own way of asking was rejected: it does not take an answer that comes late, so that
+    over a slow connection what is asked again and again is never answered.
+    """
+
+    def __init__(self, client: nats.aio.client.Client) -> None:
+        """
+        Initialize without listening.
+
+        :param client: of the connection
+        """
+        self.client = client
+        self._prefix = client.new_inbox() + "."
+        self._tokens = itertools.count()
+        self._futures = {}  # type: Dict[str, asyncio.Future[Any]]
+
+    async def listen(self) -> "Answers":
+        """
+        Begin to listen.
+
+        :return: itself
+        """
+        await self.client.subscribe(self._prefix + "*", cb=self._take)
+        return self
+
+    async def _take(self, message: nats.aio.msg.Msg) -> None:
+        """
+        Take what came.
+
+        :param message: an answer, perhaps to what nobody waits for any more
+        """
+        future = self._futures.get(message.subject)
+        if future is not None and not future.done():
+            future.set_result(message)
+        heard(self.client)
+
+    def expect(self, future: "asyncio.Future[Any]") -> str:
+        """
+        Wait for an answer.
+
+        :param future: of the answer
+        :return: subject to answer at
+        """
+        reply = self._prefix + str(next(self._tokens))
+        self._futures[reply] = future
+        return reply
+
+    def forget(self, reply: str) -> None:
+        """
+        Wait for an answer no more.
+
+        :param reply: subject of the answer
+        """
+        self._futures.pop(reply, None)
 
 
 async def give_up(connecting: "asyncio.Task[None]", client: nats.aio.client.Client) -> None:
@@ -106,6 +226,19 @@ def is_ready(client: nats.aio.client.Client) -> bool:
     :return: False while it is not connected, or too much waits for the server to read it
     """
     return client.is_connected and client.pending_data_size < _MOST_PENDING_BYTES
+
+
+def heard(client: nats.aio.client.Client) -> None:
+    """
+    Note that something came over a connection, so that it is not taken for dead.
+
+    The client itself waits for the answers to its pings, which come behind all that the server had
+    begun to send: over a slow connection, that takes longer than it waits.
+
+    :param client: of the connection
+    """
+    # pylint: disable-next=protected-access
+    client._pings_outstanding = 0
 
 
 def _is_behind(client: nats.aio.client.Client, transport: asyncio.WriteTransport) -> bool:

@@ -16,6 +16,7 @@ import nats.aio.msg
 import nats.errors
 
 import persipubsub.message
+from persipubsub.jetstream import _clients
 
 #: The end of a subscription is waited for so long, in seconds.
 _CLOSE_SECS: Final = 1.0
@@ -87,6 +88,7 @@ class Inbox:
                 for key, value in (message.headers or {}).items()
             })
         self.changed.set()
+        _clients.heard(self.client)
 
     async def close(self, subject: str) -> None:
         """

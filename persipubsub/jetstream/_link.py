@@ -34,6 +34,10 @@ _AGAIN_SECS: Final = 0.05
 #: The first connection is not waited for longer than that, in seconds.
 _CONNECT_SECS: Final = 10.0
 
+#: Servers are asked this often whether they are there, in seconds; a connection over which nothing
+#: comes is given up after the third time.
+_PING_SECS: Final = 5
+
 #: A request that is not answered is repeated after so many seconds, at first and at most.
 _FIRST_ATTEMPT_SECS: Final = 1.0
 _LONGEST_ATTEMPT_SECS: Final = 5.0
@@ -72,6 +76,7 @@ class Link:
         # which they came, as they would publish out of order otherwise; and how many they are.
         self._line = asyncio.Lock()
         self._line_length = 0
+        self._answers = None  # type: Optional[_clients.Answers]
         self._complaint = None  # type: Optional[BaseException]
         loop.closers.append(self.close)
         loop.sockets.append(self._descriptor)
@@ -179,7 +184,7 @@ class Link:
                 connect_timeout=2,
                 reconnect_time_wait=0.1,  # type: ignore[arg-type]
                 max_reconnect_attempts=-1,
-                ping_interval=5,
+                ping_interval=_PING_SECS,
                 # No more than that would be waited for without end, whatever the timeout. So we
                 # look for ourselves, and nothing is taken while there is no connection.
                 pending_size=-1,
@@ -233,7 +238,8 @@ class Link:
                       payload: bytes,
                       deadline: float,
                       headers: Optional[Mapping[str, str]] = None,
-                      before: Optional[Before] = None) -> nats.aio.msg.Msg:
+                      before: Optional[Before] = None,
+                      takes_late: bool = True) -> nats.aio.msg.Msg:
         """
         Ask until there is an answer. The request has to be one that may be repeated.
 
@@ -242,42 +248,79 @@ class Link:
         :param deadline: on the monotonic clock
         :param headers: of the request
         :param before: is awaited before each repetition
+        :param takes_late: False to take no answer to what was asked before the last time
         :return: the answer
         :raise UnavailableError: if there was none in time
         """
         attempt = _FIRST_ATTEMPT_SECS
         begin = time.monotonic()
-        while True:
-            client = await self.client(deadline)
-            error = None  # type: Optional[BaseException]
-            try:
-                return await client.request(subject,
-                                            payload,
-                                            timeout=max(0.05,
-                                                        min(attempt, deadline - time.monotonic())),
-                                            headers=dict(headers) if headers else None)
-            except (nats.errors.TimeoutError, asyncio.TimeoutError) as found:
-                error = found
-                attempt = min(2 * attempt, _LONGEST_ATTEMPT_SECS)
-                self.check_rights()
-            except nats.errors.NoRespondersError as found:
-                # Nobody leads the stream for a moment, or there is no JetStream at all.
-                error = found
-                # pylint: disable-next=protected-access
-                is_enabled = bool(client._server_info.get("jetstream"))
-                if not is_enabled and time.monotonic() - begin > _NO_JETSTREAM_SECS:
-                    raise persipubsub.errors.UnavailableError(
-                        "Expected servers of {} with JetStream (nats-server -js), but got: a "
-                        "server without it".format(self._path)) from None
-            except (nats.errors.ConnectionClosedError, nats.errors.ConnectionReconnectingError,
-                    nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError,
-                    OSError) as found:
-                error = found
-            if time.monotonic() >= deadline:
-                raise _errors.translate(error, self._path) from None
-            await asyncio.sleep(_PAUSE_SECS)
-            if before is not None:
-                await before()
+        question = None  # type: Optional[_clients.Question]
+        try:
+            while True:
+                client = await self.client(deadline)
+                try:
+                    question = await self._question(client, question)
+                    await question.ask(subject, payload, headers,
+                                       max(0.05, min(attempt, deadline - time.monotonic())))
+                    if not question.answer.done():
+                        attempt = min(2 * attempt, _LONGEST_ATTEMPT_SECS)
+                        self.check_rights()
+                        await question.until_read(deadline)
+                    if not question.answer.done():
+                        raise nats.errors.TimeoutError
+                    message = question.answer.result()  # type: nats.aio.msg.Msg
+                    if not _is_nobody(message):
+                        return message
+                    # Nobody leads the stream for a moment, or there is no JetStream at all.
+                    self._check_jetstream(client, begin)
+                    raise nats.errors.NoRespondersError
+                except (nats.errors.TimeoutError, nats.errors.NoRespondersError,
+                        nats.errors.ConnectionClosedError, nats.errors.ConnectionReconnectingError,
+                        nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError,
+                        OSError) as found:
+                    error = found  # type: BaseException
+                if time.monotonic() >= deadline:
+                    raise _errors.translate(error, self._path) from None
+                await asyncio.sleep(_PAUSE_SECS)
+                if before is not None:
+                    await before()
+                if question is not None and (not takes_late
+                                             or isinstance(error, nats.errors.NoRespondersError)):
+                    question.end()
+                    question = None
+        finally:
+            if question is not None:
+                question.end()
+
+    async def _question(self, client: nats.aio.client.Client,
+                        question: Optional[_clients.Question]) -> _clients.Question:
+        """
+        Find what asks over a connection.
+
+        :param client: of the connection
+        :param question: that was used so far
+        :return: the same, or another one if that is of a connection that is gone
+        """
+        if question is not None and question.answers.client is client:
+            return question
+        if self._answers is None or self._answers.client is not client:
+            self._answers = await _clients.Answers(client).listen()
+        return _clients.Question(self._answers)
+
+    def _check_jetstream(self, client: nats.aio.client.Client, begin: float) -> None:
+        """
+        Check that a server that knows nobody who answers has JetStream.
+
+        :param client: of the connection
+        :param begin: since when it is asked, on the monotonic clock
+        :raise UnavailableError: if it has not, for a while
+        """
+        # pylint: disable-next=protected-access
+        is_enabled = bool(client._server_info.get("jetstream"))
+        if not is_enabled and time.monotonic() - begin > _NO_JETSTREAM_SECS:
+            raise persipubsub.errors.UnavailableError(
+                "Expected servers of {} with JetStream (nats-server -js), but got: a "
+                "server without it".format(self._path)) from None
 
     async def ask(self,
                   subject: str,
@@ -371,6 +414,16 @@ class Link:
         if "permissions violation" in text:
             raise persipubsub.errors.AccessError(
                 "Expected the rights to use {}, but got: {}".format(self._path, complaint))
+
+
+def _is_nobody(message: nats.aio.msg.Msg) -> bool:
+    """
+    Tell whether a server says that nobody is there to answer.
+
+    :param message: answer
+    :return: True if so
+    """
+    return not message.data and (message.headers or {}).get("Status") == "503"
 
 
 def _credentials(path: str) -> Dict[str, Any]:

@@ -263,8 +263,10 @@ class Publishing:
         async with self._catching_up:
             if self._caught_up < since:
                 begin = time.monotonic()
-                await self._stream.link.request(_address.nobodys_subject(self._stream.name), b"",
-                                                deadline)
+                await self._stream.link.request(_address.nobodys_subject(self._stream.name),
+                                                b"",
+                                                deadline,
+                                                takes_late=False)
                 self._caught_up = begin
 
     # Making room

@@ -378,6 +378,7 @@ class Puller:
                 # Not wait_for, which may come back without an error although it was cancelled.
                 async with asyncio.timeout(patience):
                     await inbox.changed.wait()
+                self._heard = time.monotonic()
             except asyncio.TimeoutError:
                 return False
 
