@@ -1,6 +1,7 @@
 """Help the tests with queues in temporary directories and with processes of their own."""
 
 import fcntl
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -144,6 +145,19 @@ def is_writable(descriptor: int) -> bool:
     except OSError:
         return False
     return flags & os.O_ACCMODE != os.O_RDONLY
+
+
+def count_descriptors() -> int:
+    """
+    Count what this process has open, before a test that is to leave nothing.
+
+    What tests before this one left to the garbage collector is closed first: otherwise it would be
+    missing later on, whenever something was collected.
+
+    :return: number of descriptors
+    """
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
 
 
 def run_python(

@@ -22,6 +22,7 @@ import pytest
 import persipubsub.config
 import persipubsub.errors
 from persipubsub import _config_checks, _engines
+from tests import support
 
 CONFIG_PTH = "/somewhere/config.json"
 
@@ -826,11 +827,11 @@ def test_text_is_no_bytes(text: Any) -> None:
 def test_no_descriptor_is_left_open(tmp_path: pathlib.Path) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_bytes(EXAMPLE)
-    before = os.listdir("/proc/self/fd")
+    before = support.count_descriptors()
     for _ in range(10):
         persipubsub.config.read(config_pth)
         read_error(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_many_threads(tmp_path: pathlib.Path) -> None:
