@@ -3,6 +3,7 @@
 import signal
 from typing import Iterator
 
+import hypothesis
 import pytest
 
 from tests import jetstream_server
@@ -10,6 +11,13 @@ from tests import jetstream_server
 # A shell starts what runs in the background with SIGINT ignored, and processes inherit that: those
 # that the tests interrupt would go on for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# An example that takes long, or is drawn slowly, says that the machine is busy: one of thousands
+# takes more than the 200 ms that it may by default. What hangs is ended as any other test is.
+hypothesis.settings.register_profile("busy",
+                                     deadline=None,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(name="servers", scope="module")
