@@ -13,7 +13,7 @@ import pathlib
 import random
 import threading
 import time
-from typing import Any, AsyncIterator, Callable, Coroutine, List, Optional
+from typing import Any, AsyncIterator, Callable, Coroutine, List, NamedTuple, Optional
 
 import pytest
 
@@ -531,15 +531,17 @@ async def test_pull_that_is_cancelled_is_not_taken_over(config_pth: pathlib.Path
             assert await receive(sub) == b"hello"
 
 
+class _Storm(NamedTuple):
+    """Say what came of the messages of a storm."""
+
+    messages: int
+    unfinished: List[int]  #: whose last block was not left without an exception
+
+
 async def _storm(config_pth: pathlib.Path,
                  take: Callable[[Any], Any],
-                 longest: float = 0.008) -> "tuple[int, list[int]]":
-    """
-    Receive in tasks that are cancelled at any moment, then without.
-
-    Return how many messages there were, and those whose last block was not left without an
-    exception; nobody has any then.
-    """
+                 longest: float = 0.008) -> _Storm:
+    """Receive in tasks that are cancelled at any moment, then without; nobody has any then."""
     source = random.Random(7)
     outcomes: "dict[int, bool]" = {}
     begun, completed = [], []
@@ -575,31 +577,31 @@ async def _storm(config_pth: pathlib.Path,
     assert lags(config_pth) == {"sub": 0}
     outcomes.update(dict.fromkeys(rest, True))
     assert outcomes.keys() <= set(range(count))
-    return count, [number for number in range(count) if not outcomes.get(number)]
+    return _Storm(count, [number for number in range(count) if not outcomes.get(number)])
 
 
 @on_server
 async def test_cancellation_loses_nothing(config_pth: pathlib.Path,
                                           _: jetstream_server.Servers) -> None:
-    _, unfinished = await _storm(config_pth, lambda sub: sub.receive(timeout=HANG_SECS))
-    assert not unfinished
+    storm = await _storm(config_pth, lambda sub: sub.receive(timeout=HANG_SECS))
+    assert not storm.unfinished
 
 
 @on_server
 async def test_cancelled_batches_lose_nothing(config_pth: pathlib.Path,
                                               _: jetstream_server.Servers) -> None:
-    _, unfinished = await _storm(config_pth, lambda sub: sub.receive_many(3, timeout=HANG_SECS))
-    assert not unfinished
+    storm = await _storm(config_pth, lambda sub: sub.receive_many(3, timeout=HANG_SECS))
+    assert not storm.unfinished
 
 
 @on_server
 async def test_cancelled_skipping_forgets_nothing(config_pth: pathlib.Path,
                                                   _: jetstream_server.Servers) -> None:
-    count, unfinished = await _storm(config_pth,
-                                     lambda sub: sub.receive_to_top(timeout=HANG_SECS),
-                                     longest=0.03)
+    storm = await _storm(config_pth,
+                         lambda sub: sub.receive_to_top(timeout=HANG_SECS),
+                         longest=0.03)
     # The others, if their blocks were left or not, were skipped.
-    assert count - 1 not in unfinished
+    assert storm.messages - 1 not in storm.unfinished
 
 
 @on_server
