@@ -35,11 +35,11 @@ _COUNTER = itertools.count()
                 params=["lmdb", pytest.param("nats", marks=jetstream_server.needs_server)])
 def _deploy(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Deploy:
 
-    def deploy(**arguments: Any) -> pathlib.Path:
+    def deploy(ack_wait: float = jetstream_server.FOR_EVER_SECS, **arguments: Any) -> pathlib.Path:
         if request.param == "nats":
             servers = request.getfixturevalue("servers")
             arguments.setdefault("busy_timeout_secs", 10)
-            arguments["path"] = servers.path("queue{}".format(next(_COUNTER)), ack_wait=1)
+            arguments["path"] = servers.path("queue{}".format(next(_COUNTER)), ack_wait=ack_wait)
         config_pth = write_config(tmp_path, **arguments)
         persipubsub.control.initialize_all_dbs(config_pth)
         return config_pth
@@ -196,7 +196,7 @@ def _hold(pipe: Connection, config_pth: pathlib.Path) -> None:
 
 
 def test_message_of_a_killed_consumer_goes_to_another(deploy: Deploy) -> None:
-    config_pth = deploy()
+    config_pth = deploy(ack_wait=1)
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(2))
     with Child(_hold, config_pth) as child:
@@ -212,13 +212,13 @@ def test_message_of_a_killed_consumer_goes_to_another(deploy: Deploy) -> None:
 
 
 def test_message_stays_with_a_consumer_that_takes_its_time(deploy: Deploy) -> None:
-    config_pth = deploy()
+    config_pth = deploy(ack_wait=2)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
         pub.send(b"hello")
         with sub.receive(timeout=HANG_SECS) as msg:
             assert msg == b"hello"
             # Longer than ack_wait of the stream.
-            assert not drain(other, timeout=2.5)
+            assert not drain(other, timeout=3.5)
         assert not drain(other)
 
 

@@ -31,7 +31,8 @@ class Scene:
 
     def __init__(self, tmp_path: pathlib.Path, servers: jetstream_server.Servers,
                  **changes: Any) -> None:
-        self.target = servers.path("moved{}".format(next(_COUNTER)), ack_wait=1)
+        self.target = servers.path("moved{}".format(next(_COUNTER)),
+                                   ack_wait=jetstream_server.FOR_EVER_SECS)
         described = {
             "publishers": PUBLISHERS,
             "subscribers": ("a", "b", "c"),
