@@ -109,7 +109,8 @@ class Server:
         """
         try:
             url = "http://127.0.0.1:{}/{}".format(self.monitor_port, page)
-            with urllib.request.urlopen(url, timeout=2) as answer:
+            # One that is not there refuses at once, and one that is busy takes its time.
+            with urllib.request.urlopen(url, timeout=10) as answer:
                 found = json.load(answer)  # type: Dict[str, Any]
                 return found
         except (OSError, ValueError):
@@ -260,9 +261,20 @@ def deploy(directory: pathlib.Path,
     :return: path of the configuration
     """
     path = servers.path("queue{}".format(next(_COUNTER)), ack_wait=ack_wait)
-    config_pth = write_config(directory, path=path, **{"busy_timeout_secs": 10, **changes})
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
+    return create(directory, path=path, **{"busy_timeout_secs": 10, **changes})
+
+
+def create(directory: pathlib.Path, **described: Any) -> pathlib.Path:
+    """
+    Create a queue, however soon those who use it give up.
+
+    :param directory: for its configuration
+    :param described: of the configuration
+    :return: path of the configuration
+    """
+    patient = {**described, "busy_timeout_secs": 30}
+    persipubsub.control.initialize_all_dbs(write_config(directory, **patient))
+    return write_config(directory, **described)
 
 
 def wait_for_port(server: Server) -> None:
