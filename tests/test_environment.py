@@ -612,6 +612,8 @@ def test_stopped_writer(tmp_path: pathlib.Path, end: int) -> None:
         child.kill(end)
         if end == signal.SIGCONT:
             assert child.get() == "done"
+        else:
+            child.end(-signal.SIGKILL)
         pub.send(b"after")
         for expected in (b"before", b"after"):
             with sub.receive(timeout=support.HANG_SECS) as message:
