@@ -124,7 +124,10 @@ def config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pat
 
 
 @pytest.fixture()
-def slow(servers: jetstream_server.Servers) -> Iterator[Slow]:
+def slow(servers: jetstream_server.Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    # What is held back is no sign of servers that are away, however long it takes to release it.
+    monkeypatch.setattr(_pulling, "_ANSWER_SECS", HANG_SECS)
+    monkeypatch.setattr(_pulling, "_HEARTBEAT_SECS", HANG_SECS)
     with contextlib.closing(Slow(servers.servers[0].port)) as slow:
         yield slow
 
