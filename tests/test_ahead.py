@@ -250,11 +250,11 @@ def test_cleared_messages_are_not_received(config_pth: pathlib.Path) -> None:
 @pytest.mark.usefixtures("holding")
 def test_message_that_grows_old_is_not_received(tmp_path: pathlib.Path,
                                                 servers: jetstream_server.Servers) -> None:
-    config_pth = jetstream_server.deploy(tmp_path, servers, MSG_TIMEOUT_SECS=2)
+    config_pth = jetstream_server.deploy(tmp_path, servers, MSG_TIMEOUT_SECS=4)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(50))
         receive_until_held(sub)
-        time.sleep(2.1)  # as old as that takes time
+        time.sleep(4.1)  # as old as that takes time
         assert sub.front() is None
         assert receive(sub, timeout=0.1) is None
         until(lambda: lags(config_pth) == {"sub": 0}, "the old ones to be gone")

@@ -299,8 +299,14 @@ def test_old_messages_are_dropped(deploy: Deploy) -> None:
         pub.send(b"old")
         time.sleep(1.6)  # as old as that takes time
         assert sub.front() is None
-        pub.send(b"new")
-        assert drain(sub, timeout=0.1) == [b"new"]
+        is_slow = True
+        while is_slow:
+            begin = time.monotonic()
+            pub.send(b"new")
+            received = drain(sub, timeout=0.1)
+            # On a machine that is very busy, it may be old before it is received.
+            is_slow = time.monotonic() - begin > 1.4
+        assert received == [b"new"]
         pub.send(b"old")
         time.sleep(1.6)  # as old as that takes time
         persipubsub.control.prune_dangling_messages(config_pth)

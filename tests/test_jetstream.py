@@ -155,7 +155,7 @@ def test_server_that_is_down(tmp_path: pathlib.Path) -> None:
 
 def test_server_that_dies_and_comes_back(tmp_path: pathlib.Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers, busy_timeout_secs=1)
+        config_pth = deploy(tmp_path, servers, busy_timeout_secs=3)
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             pub.send(b"before")
             servers.servers[0].kill()
