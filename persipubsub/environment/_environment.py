@@ -196,7 +196,7 @@ class Environment(_transactions.Transactions):
         is_running = _opening.is_marked(self.directory)
         is_covered = is_running and _opening.is_checkpointed(self.directory)
         if is_running and (self._checkpointer is not None
-                           or not _opening.is_alone(self._open_handles())):
+                           or not _opening.is_alone(self._open_handles().users)):
             self._join(is_covered)
             return
         self._checkpoint_secs = self.options.checkpoint_secs
@@ -398,7 +398,7 @@ class Environment(_transactions.Transactions):
         if self.is_look and not _opening.is_marked(self.directory):
             # Nobody wrote since it was left clean, this process neither.
             return
-        if _opening.is_alone(handles):
+        if _opening.is_alone(handles.users):
             self.flush_now()
             _opening.mark_clean(self.directory)
         elif self._checkpoint_secs and self._committed:

@@ -100,7 +100,7 @@ def open_store(directory: str, options: Options) -> Handles:
     try:
         fcntl.flock(users.descriptor, fcntl.LOCK_SH)
         was_interrupted = _was_interrupted(directory)
-        was_restored = _check_files(directory, options, gate, was_interrupted)
+        was_restored = _check_files(directory, options, gate, users, was_interrupted)
         # py-lmdb opens databases in a write transaction, and waits for it with the interpreter's
         # lock held: without the gate, a process stopped in the middle of a commit would freeze us.
         # All of it with the gate: nobody writes more than is mapped meanwhile.
@@ -137,29 +137,30 @@ def check_alone(directory: str, handles: Handles) -> None:
     :param handles: of the store
     :raise QueueInUseError: if another process has it open
     """
-    if not is_alone(handles):
+    if not is_alone(handles.users):
         raise persipubsub.errors.QueueInUseError(
             "Expected no other process to use the queue {}, but got: at least one has it open".
             format(directory))
 
 
-def is_alone(handles: Handles) -> bool:
+def is_alone(users: _gate.LockFile) -> bool:
     """
     Tell whether no other process has a store open. Hold the open gate, so that none comes.
 
-    :param handles: of the store
+    :param users: of the store, with a shared lock, as it is afterwards
     :return: True if so
     """
     try:
-        fcntl.flock(handles.users.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(users.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     finally:
-        fcntl.flock(handles.users.descriptor, fcntl.LOCK_SH)
+        fcntl.flock(users.descriptor, fcntl.LOCK_SH)
     return True
 
 
-def _check_files(directory: str, options: Options, gate: _gate.Gate, was_interrupted: bool) -> bool:
+def _check_files(directory: str, options: Options, gate: _gate.Gate, users: _gate.LockFile,
+                 was_interrupted: bool) -> bool:
     """
     Look at the data file before LMDB does; after a power failure, restore the checkpoint.
 
@@ -169,6 +170,7 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate, was_interru
     :param directory: of the store
     :param options: with the time to wait
     :param gate: that writers pass
+    :param users: holds a shared lock
     :param was_interrupted: True if the machine went down while the store was in use
     :return: True if the checkpoint took the place of the store
     """
@@ -184,28 +186,37 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate, was_interru
             _files.verify_data_file(path)
         finally:
             fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
-    lock_path = os.path.join(directory, _files.LOCK)
-    if not os.path.lexists(lock_path):
-        _check_is_ours(directory)
-        _reserve_lock_file(lock_path, options)
+    _reserve_lock_file(directory, options, users)
     return is_restored
 
 
-def _reserve_lock_file(path: str, options: Options) -> None:
+def _reserve_lock_file(directory: str, options: Options, users: _gate.LockFile) -> None:
     """
-    Create LMDB's lock file as large as LMDB would make it, but without holes.
+    Make LMDB's lock file as large as LMDB would make it, but without holes.
 
     LMDB maps a sparse file: when the disk is full, the kernel kills with SIGBUS whoever opens the
     store first, or takes a slot in a page of the table of readers that nobody has used so far.
 
-    :param path: of the lock file, which nobody has open
+    One that is there may be too short: whoever made it was killed, or the power failed, in the
+    middle, or the table had fewer slots then.
+
+    :param directory: of the store
     :param options: with the number of slots
+    :param users: tells whether others have the store open, who know the table as it is
     """
+    path = os.path.join(directory, _files.LOCK)
     size = _LOCK_HEADER_BYTES + _READER_BYTES * (options.max_readers - 1)
+    try:
+        begin = os.lstat(path).st_size
+    except OSError:
+        begin = 0
+    if begin >= size or not is_alone(users):
+        return
+    _check_is_ours(directory)
     descriptor = _files.open_own_file(path)
     try:
         with _files.translated(path=path, doing="reserve"):
-            _files.reserve(descriptor, size)
+            _files.extend(descriptor, begin, size)
     except BaseException:
         os.unlink(path)
         raise

@@ -224,9 +224,44 @@ def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
     assert set(seen) == {"", "DiskFullError"}, seen
 
 
+def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None:
+    """Use a queue whose small files a kill, or a power failure, left without their content."""
+    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    queue = directory / "queue"
+    users = Users(config_pth)
+    assert users.send(0) == "" and users.receive() == 0
+    users.close()
+    filler = Filler(directory)
+    names = sorted(path.name for path in queue.iterdir() if path.name != _files.DATA)
+    assert {_files.LOCK, _files.RESERVE} <= set(names)
+    for name in names:
+        os.truncate(queue / name, 0)
+        filler.fill()
+        # Whether there is room enough for it or not: nobody is killed by SIGBUS.
+        assert set(support.outcomes_in_child(lambda: use(config_pth))) <= {"", "DiskFullError"}
+        filler.free()
+        use(config_pth)
+        slots = 192 + 64 * 1023
+        assert (queue / _files.LOCK).stat().st_blocks * 512 >= slots, name
+
+
+def use(config_pth: pathlib.Path) -> None:
+    users = Users(config_pth)
+    try:
+        users.pub.send(b"1")
+        assert users.receive() == 1
+        assert users.check() == []
+    finally:
+        users.close()
+
+
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize(
-    "function", [fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages],
+    "function", [
+        fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages,
+        open_with_unfinished_files
+    ],
     ids=lambda function: str(function.__name__))
 def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durability: str) -> None:
     on_small_disk(tmp_path, function, "2m", durability)
