@@ -462,6 +462,9 @@ def keep_reserve(directory: str) -> bool:
     """
     path = os.path.join(directory, RESERVE)
     try:
+        # One that is too short: whoever made it was killed, or the power failed, in the middle.
+        if os.path.lexists(path) and os.lstat(path).st_size < _RESERVE_BYTES:
+            os.unlink(path)
         descriptor = open_to_write(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except OSError:
         # It is there already, or the directory may not be written to.

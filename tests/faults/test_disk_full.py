@@ -242,6 +242,7 @@ def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None
         assert set(support.outcomes_in_child(lambda: use(config_pth))) <= {"", "DiskFullError"}
         filler.free()
         use(config_pth)
+        assert (queue / _files.RESERVE).stat().st_size > 1 << 17
         slots = 192 + 64 * 1023
         assert (queue / _files.LOCK).stat().st_blocks * 512 >= slots, name
 
