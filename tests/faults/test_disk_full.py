@@ -258,12 +258,11 @@ def use(config_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-@pytest.mark.parametrize(
-    "function", [
-        fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages,
-        open_with_unfinished_files
-    ],
-    ids=lambda function: str(function.__name__))
+@pytest.mark.parametrize("function", [
+    fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages,
+    open_with_unfinished_files
+],
+                         ids=lambda function: str(function.__name__))
 def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durability: str) -> None:
     on_small_disk(tmp_path, function, "2m", durability)
 
