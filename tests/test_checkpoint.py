@@ -856,3 +856,33 @@ def test_send_where_no_thread_can_be_started(tmp_path: pathlib.Path) -> None:
             queue.consumer("sub").take(timeout=0,
                                        max_messages=5).messages  # type: ignore[union-attr]
         ] == [[b"one", b"two", b"three"]]
+
+
+@pytest.mark.parametrize("call", ["openat", "read"])
+def test_unreadable_id_of_the_boot_is_no_power_failure(config_pth: pathlib.Path, call: str) -> None:
+    """Who is out of files, say, would put the checkpoint in the place of a store in use."""
+    tracing.require()
+    directory = pathlib.Path(support.settings(config_pth).path)
+    outcomes = set()
+    with opened(config_pth) as queue:
+        number = queue.put([b"before"])
+        identity = os.stat(directory / _files.DATA).st_ino
+        for place in (1, 2, 3):
+            output = directory.parent / "output"
+
+            def work(path: pathlib.Path = output) -> None:
+                path.write_text(support.outcome(lambda: opened(config_pth).close()))
+
+            assert tracing.run(lambda: work, [
+                "-o", os.devnull, "-P", "/proc/sys/kernel/random/boot_id", "-e",
+                "trace=" + call, "-e", "inject={}:error={}:when={}".format(
+                    call, "EMFILE" if call == "openat" else "EIO", place)
+            ]) == 0
+            outcomes.add(output.read_text())
+            assert os.stat(directory / _files.DATA).st_ino == identity
+        assert queue.put([b"beside"]) == number + 1
+        # What another process sees is what this one put.
+        with support.Child(lambda pipe: pipe.send(take_all(opened(config_pth)))) as child:
+            assert child.get() == [b"before", b"beside"]
+            child.end()
+    assert "StoreError" in outcomes <= {"", "StoreError"}

@@ -3,6 +3,10 @@
 import time
 from typing import Final
 
+import persipubsub.errors
+
+_BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
+
 #: Where the clock that includes sleep is missing, the one without it has to do.
 BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -12,12 +16,18 @@ def boot_id() -> bytes:
     Identify the running boot of the operating system.
 
     :return: 16 bytes that change with every boot; zeros where the system does not tell
+    :raise StoreError: if it can not be read now, as where no more files can be opened
     """
     try:
-        with open("/proc/sys/kernel/random/boot_id", "rt", encoding="ascii") as fid:
+        with open(_BOOT_ID, "rt", encoding="ascii") as fid:
             return bytes.fromhex(fid.read().strip().replace("-", ""))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError):
         return bytes(16)
+    except OSError as error:
+        # Not zeros: they would look like another boot, and a checkpoint would take the place of a
+        # store that others have open.
+        raise persipubsub.errors.StoreError("Expected to read {}, but got: {}".format(
+            _BOOT_ID, error.strerror or error)) from error
 
 
 def ticks_ns() -> int:
