@@ -157,15 +157,9 @@ class Environment(_transactions.Transactions):
                 # next one who opens the queue does it.
                 return
             # In a forked child that did not use it yet, it is done by the reopening.
-            if self._handles is not None:
-                environment = self._handles.environment
-                try:
-                    if map_size > environment.info()["map_size"]:
-                        environment.set_mapsize(map_size)
-                except lmdb.Error as error:
-                    # The map may be gone; the next use opens the store as it was.
-                    self._close_handles()
-                    raise _opening.translate(error, self.directory) from error
+            if (self._handles is not None
+                    and map_size > self._handles.environment.info()["map_size"]):
+                self._remap(map_size)
             self.options = self.options._replace(map_size=map_size)
 
     def _check_content(self) -> None:
@@ -234,6 +228,8 @@ class Environment(_transactions.Transactions):
         :return: False if another process is writing one
         """
         with self._copy_lock:
+            if self._handles is None and self.reopener is not None:
+                return False  # not by this thread, which is waited for when the queue is closed
             handles = self._open_handles()
             try:
                 return self._follow(lambda: _checkpoint.write(self.directory, handles.environment))
@@ -411,16 +407,6 @@ class Environment(_transactions.Transactions):
                 and self._committed):
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 self.secure_now()
-
-    def _close_handles(self) -> None:
-        """Close everything that is open."""
-        handles, self._handles = self._handles, None
-        if handles is not None:
-            # With no call before it that could be interrupted: LMDB opens no store twice in a
-            # process. The other two close themselves when they are dropped.
-            handles.environment.close()
-            handles.gate.close()
-            handles.users.close()
 
     # Forking
 

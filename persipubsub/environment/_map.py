@@ -83,11 +83,11 @@ class Mapped:
         # A copy is waited for, perhaps for seconds: not with the gate, which others need.
         with self._copy_lock, self._line.lock, self._flush_lock, self._read_lock:
             handles = self._open_handles()
-            handles.environment.set_mapsize(0)
+            self._remap(0)
             size = handles.environment.info()["map_size"]
             if size % handles.environment.stat()["psize"] == _REMAINDER_BYTES:
                 # LMDB maps what is written in any case.
-                handles.environment.set_mapsize(self._map_size())
+                self._remap(self._map_size())
             else:
                 self._followed_size = max(self._followed_size, size)
         self._line.wake_next()
@@ -102,7 +102,9 @@ class Mapped:
         try:
             yield self._grow()
         finally:
-            self._resize(self._map_size())
+            # None after it could not be mapped.
+            if self._handles is not None:
+                self._resize(self._map_size())
 
     def _grow(self) -> Iterator[None]:
         """Make the map larger, step by step."""
@@ -128,8 +130,29 @@ class Mapped:
         with self._flush_lock, self._read_lock:
             if self._is_reading:
                 return False  # a signal handler in the thread that reads
-            try:
-                self._open_handles().environment.set_mapsize(size)
-            except lmdb.Error as error:
-                raise _opening.translate(error=error, directory=self.directory) from error
+            self._remap(size)
             return True
+
+    def _remap(self, size: int) -> None:
+        """
+        Map another size; hold all the locks, with no transaction open.
+
+        :param size: in bytes; 0: that of LMDB's meta page
+        :raise StoreError: if there is no memory for it; the next use opens the store again
+        """
+        try:
+            self._open_handles().environment.set_mapsize(size)
+        except lmdb.Error as error:
+            # The map is gone, and LMDB refuses all further work with the environment.
+            self._close_handles()
+            raise _opening.translate(error=error, directory=self.directory) from error
+
+    def _close_handles(self) -> None:
+        """Close everything that is open."""
+        handles, self._handles = self._handles, None
+        if handles is not None:
+            # With no call before it that could be interrupted: LMDB opens no store twice in a
+            # process. The other two close themselves when they are dropped.
+            handles.environment.close()
+            handles.gate.close()
+            handles.users.close()

@@ -338,7 +338,9 @@ class Transactions(_map.Mapped):
                                 break
                 finally:
                     self._is_writing = False
-                    fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+                    # Closed, with the lock, where nothing can be mapped any more.
+                    if gate.descriptor >= 0:
+                        fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
         finally:
             self._line.wake_next()
 

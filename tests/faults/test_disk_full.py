@@ -3,6 +3,7 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 
+import contextlib
 import errno
 import functools
 import json
@@ -20,6 +21,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub import _addition
 from persipubsub.environment import _files
 from tests import support
 from tests.faults import tracing
@@ -448,3 +450,69 @@ def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
     assert users.send(1, size=1 << 20) == "MessageTooLargeError"
     assert users.receive_all() == [0]
     users.close()
+
+
+# No memory
+
+
+def fill_to_the_last_page(queue: persipubsub.queue.Queue) -> int:
+    """Leave no room to acknowledge anything in; return how many messages were sent."""
+    environment = queue._environment
+    sent = 0
+    for size in (20000, 3000):
+        with contextlib.suppress(persipubsub.errors.DiskFullError):
+            while True:
+                put = _addition.Put([b"%d " % sent + bytes(size)], None)
+                environment.write(functools.partial(queue._putter._put, put=put))
+                sent += 1
+    # Ids of messages are not dropped to make room.
+    for size in (20000, 4000, 16):
+        with contextlib.suppress(persipubsub.errors.DiskFullError):
+            for index in range(1 << 20):
+                key = b"i%0199d %d" % (index, size)
+                environment.write(lambda txn, databases, key=key, size=size: txn.put(
+                    key, bytes(size), db=databases.once))
+    return sent
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+@pytest.mark.parametrize("place", [1, 2])
+def test_no_memory_for_a_larger_map_for_a_moment(tmp_path: pathlib.Path, durability: str,
+                                                 place: int) -> None:
+    """LMDB has lost its map then, and refuses all further work: the store is opened again."""
+    tracing.require()
+    config_pth = support.write_config(tmp_path,
+                                      durability=durability,
+                                      checkpoint_secs=3600,
+                                      max_db_size_bytes=1 << 18)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    output = tmp_path / "output"
+    sent = support.FORK.Value("i", 0)
+
+    def start() -> Callable[[], None]:
+        users = Users(config_pth)
+        queue = support.queue_of(users.pub)
+        sent.value = fill_to_the_last_page(queue)
+
+        def work() -> None:
+            # The map gets larger (1), and small again (2).
+            first = support.outcome(users.receive)
+            # The thread that writes checkpoints goes on.
+            is_written = durability == "os" and queue._environment._write_checkpoint()
+            output.write_text(json.dumps([first, is_written,
+                                          users.receive_all(),
+                                          users.send(1000)]))
+            users.close()
+
+        return work
+
+    code = tracing.run(start, [
+        "-o", os.devnull, "-P",
+        str(tmp_path / "queue" / _files.DATA), "-e", "trace=mmap", "-e",
+        "inject=mmap:error=ENOMEM:when={}".format(place)
+    ])
+    assert code == 0
+    # The second time it was acknowledged, and the error says that it is not known.
+    assert json.loads(
+        output.read_text()) == ["StoreError", False,
+                                list(range(place - 1, sent.value)), ""]
