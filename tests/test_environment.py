@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Callable, Counter, Deque, Dict, Iterator, List, Optional
+from typing import Any, Callable, Counter, Deque, Dict, Iterator, List, Optional, Tuple
 
 import lmdb
 import pytest
@@ -726,6 +726,41 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
                     break
                 sizes.append(len(message))
         assert sizes == [5] + [1 << 18] * 8 + [6] + [4] * 4
+
+
+def test_signal_handler_that_reads_beside_a_larger_map(tmp_path: pathlib.Path) -> None:
+    """What the interrupted read looks at must not be unmapped: that ends in SIGBUS."""
+    small = support.write_config(tmp_path, name="small.json", max_db_size_bytes=1 << 20)
+    large = support.write_config(tmp_path, name="large.json", max_db_size_bytes=1 << 24)
+    persipubsub.control.initialize_all_dbs(config_pth=small)
+    with support.Child(send_large, large) as sender:
+        assert sender.get() == "open"
+
+        def run(pipe: support.Connection) -> None:
+            with persipubsub.queue.Queue(support.settings(small)) as queue:
+                queue.put([b"first"])
+                environment = queue._environment
+
+                def work(txn: Any, databases: Any) -> Tuple[str, bytes]:
+                    cursor = txn.cursor(db=databases.data)
+                    assert cursor.first()
+                    value = cursor.value()
+                    sender.pipe.send("go")
+                    assert sender.get() == "sent"
+                    # As by a handler of a signal that arrives now.
+                    nested = support.outcome(lambda: environment.read(lambda *_: None))
+                    return nested, bytes(value[-5:])
+
+                pipe.send(environment.read(work))
+                pipe.send(queue.front("sub"))
+
+        with support.Child(run) as child:
+            assert child.get() == ("StoreError", b"first")
+            assert child.get() == b"first"
+            child.end()
+        sender.pipe.send("go")
+        assert sender.get() == "sent again"
+        sender.end()
 
 
 def send_until_told(pipe: support.Connection, config_pth: pathlib.Path) -> None:

@@ -82,6 +82,12 @@ class Mapped:
         """Map as much as the process that raised ``max_db_size_bytes`` did, or as is written."""
         # A copy is waited for, perhaps for seconds: not with the gate, which others need.
         with self._copy_lock, self._line.lock, self._flush_lock, self._read_lock:
+            if self._is_reading:
+                # Its map may not go away, and the handler can not wait for the end of the read.
+                raise persipubsub.errors.StoreError(
+                    "Expected to map more of the queue {} when this thread is not in the middle "
+                    "of a read, but got: a signal handler that interrupted one".format(
+                        self.directory))
             handles = self._open_handles()
             self._remap(0)
             size = handles.environment.info()["map_size"]

@@ -97,7 +97,8 @@ class Transactions(_map.Mapped):
             try:
                 with self._read_lock:
                     handles = self._open_handles()
-                    self._is_reading = True
+                    # True in a signal handler that interrupted a read.
+                    was_reading, self._is_reading = self._is_reading, True
                     try:
                         with handles.environment.begin(buffers=True) as txn:
                             if self._checkpointer is not None and txn.id() != self._seen:
@@ -106,7 +107,7 @@ class Transactions(_map.Mapped):
                                 self._checkpointer.notice()
                             return work(txn, handles.databases)
                     finally:
-                        self._is_reading = False
+                        self._is_reading = was_reading
             except lmdb.MapResizedError:
                 self._follow_map_size()
             except lmdb.ReadersFullError as error:
