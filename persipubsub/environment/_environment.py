@@ -123,8 +123,10 @@ class Environment(_transactions.Transactions):
             self._prepare_os()
         if is_outdated:
             was_interrupted = handles.was_interrupted
+            # A full map must not lock those out who would make room.
             header = self.write(
-                lambda txn, databases: _header.update(txn, databases, flags, was_interrupted))
+                lambda txn, databases: _header.update(txn, databases, flags, was_interrupted),
+                may_grow=True)
             self.flush_now()
         if not self.options.keeps_os and (is_outdated or _opening.is_marked(self.directory)):
             # Not only when it was just changed: the process that did may have been killed before.

@@ -11,6 +11,7 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 from typing import Callable, Final, List, Optional, Tuple
 
@@ -24,7 +25,7 @@ import persipubsub.subscriber
 from persipubsub import _addition
 from persipubsub.environment import _files
 from tests import support
-from tests.faults import tracing
+from tests.faults import replay, tracing
 
 _NAMESPACE: Final = ("unshare", "--map-root-user", "--mount")
 
@@ -419,6 +420,26 @@ def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.P
 # A full map
 
 
+def fill_to_the_last_page(queue: persipubsub.queue.Queue) -> int:
+    """Leave no room to acknowledge anything in; return how many messages were sent."""
+    environment = queue._environment
+    sent = 0
+    for size in (20000, 3000):
+        with contextlib.suppress(persipubsub.errors.DiskFullError):
+            while True:
+                put = _addition.Put([b"%d " % sent + bytes(size)], None)
+                environment.write(functools.partial(queue._putter._put, put=put))
+                sent += 1
+    # Ids of messages are not dropped to make room.
+    for size in (20000, 4000, 16):
+        with contextlib.suppress(persipubsub.errors.DiskFullError):
+            for index in range(1 << 20):
+                key = b"i%0199d %d" % (index, size)
+                environment.write(lambda txn, databases, key=key, size=size: txn.put(
+                    key, bytes(size), db=databases.once))
+    return sent
+
+
 @pytest.mark.parametrize("strategy", ["prune_first", "prune_last"])
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_full_map(tmp_path: pathlib.Path, durability: str, strategy: str) -> None:
@@ -442,6 +463,40 @@ def test_full_map(tmp_path: pathlib.Path, durability: str, strategy: str) -> Non
     users.close()
 
 
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_full_map_in_another_boot(tmp_path: pathlib.Path, durability: str, is_closed: bool) -> None:
+    """What is written at the first opening then finds no room either."""
+    config_pth = support.write_config(tmp_path, durability=durability, max_db_size_bytes=1 << 18)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    def fill(pipe: support.Connection) -> None:
+        users = Users(config_pth)
+        sent = fill_to_the_last_page(support.queue_of(users.pub))
+        if durability == "os":
+            support.queue_of(users.pub).secure()
+        if is_closed:
+            users.close()
+        pipe.send(sent)
+        pipe.recv()
+
+    def receive(pipe: support.Connection) -> None:
+        replay.new_boot(1)
+        users = Users(config_pth)
+        pipe.send(users.receive_all())
+        pipe.send([users.send(1000), users.receive()])
+        users.close()
+
+    with support.Child(fill) as child:
+        sent = child.get()
+        child.kill(signal.SIGKILL)
+        child.end(-signal.SIGKILL)
+    with support.Child(receive) as child:
+        assert child.get() == list(range(sent))
+        assert child.get() == ["", 1000]
+        child.end()
+
+
 def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 19)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
@@ -453,26 +508,6 @@ def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
 
 
 # No memory
-
-
-def fill_to_the_last_page(queue: persipubsub.queue.Queue) -> int:
-    """Leave no room to acknowledge anything in; return how many messages were sent."""
-    environment = queue._environment
-    sent = 0
-    for size in (20000, 3000):
-        with contextlib.suppress(persipubsub.errors.DiskFullError):
-            while True:
-                put = _addition.Put([b"%d " % sent + bytes(size)], None)
-                environment.write(functools.partial(queue._putter._put, put=put))
-                sent += 1
-    # Ids of messages are not dropped to make room.
-    for size in (20000, 4000, 16):
-        with contextlib.suppress(persipubsub.errors.DiskFullError):
-            for index in range(1 << 20):
-                key = b"i%0199d %d" % (index, size)
-                environment.write(lambda txn, databases, key=key, size=size: txn.put(
-                    key, bytes(size), db=databases.once))
-    return sent
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
