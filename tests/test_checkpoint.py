@@ -193,6 +193,29 @@ def test_failed_attempt_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
     assert "full on purpose" in caplog.text
 
 
+def test_thread_goes_on_behind_an_error_of_the_lock_file(config_pth: pathlib.Path) -> None:
+    """Else there would be no checkpoint any more, and nobody would be told."""
+    tracing.require()
+    done = support.FORK.Event()
+
+    def start() -> Callable[[], None]:
+        queue = opened(config_pth, is_automatic=True)
+        wait_until_covered(queue)
+
+        def work() -> None:
+            queue.put([b"message"])
+            wait_until_covered(queue)
+            queue.close()
+            done.set()
+
+        return work
+
+    lock = os.path.join(support.settings(config_pth).path, _files.CHECKPOINT_LOCK)
+    options = ["-o", os.devnull, "-P", lock, "-e", "trace=flock"]
+    assert tracing.run(start, [*options, "-e", "inject=flock:error=ENOLCK:when=1"]) == 0
+    assert done.is_set()
+
+
 def test_stop_that_comes_while_the_thread_wakes_up() -> None:
     """The event that wakes the thread must not be cleared without a look at why it was set."""
     checkpointer = _checkpoint.Checkpointer(0.0, lambda: True)

@@ -92,19 +92,22 @@ def write(directory: str, environment: lmdb.Environment) -> bool:
     :return: False if another process is writing one
     :raise DiskFullError: if there is no room; the checkpoint before stays
     """
-    descriptor = _files.open_own_file(os.path.join(directory, _files.CHECKPOINT_LOCK))
+    lock = os.path.join(directory, _files.CHECKPOINT_LOCK)
+    descriptor = _files.open_own_file(lock)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+        with _files.translated(path=lock, doing="lock and read"):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            before = _read_covered(descriptor)
         path = os.path.join(directory, _files.CHECKPOINT)
         # Copiers and readers that were killed keep their slots, and with them old pages. Before all
         # else: with no slot left, nothing could be read.
         environment.reader_check()
         # Read first: the snapshot can only be newer than what is said of it.
         covered = _last_transaction(environment)
-        if is_there(directory) and _read_covered(descriptor) == covered:
+        if is_there(directory) and before == covered:
             return True
         with _files.translated(path=path, doing="write"):
             # A power failure between the two leaves a larger number out, never a wrong one.

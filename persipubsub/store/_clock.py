@@ -19,8 +19,9 @@ def boot_id() -> bytes:
     :raise StoreError: if it can not be read now, as where no more files can be opened
     """
     try:
-        with open(_BOOT_ID, "rt", encoding="ascii") as fid:
-            return bytes.fromhex(fid.read().strip().replace("-", ""))
+        # Not as text: the first use of an encoding loads a module, which who is out of files can not.
+        with open(_BOOT_ID, "rb") as fid:
+            return bytes.fromhex(fid.read().strip().replace(b"-", b"").decode())
     except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError):
         return bytes(16)
     except OSError as error:
