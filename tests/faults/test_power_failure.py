@@ -22,7 +22,7 @@ import persipubsub.queue
 from persipubsub.environment import _environment, _files, _opening
 from persipubsub.store import _header
 from tests import support
-from tests.faults import replay, tracing
+from tests.faults import disk, replay, tracing
 
 
 @pytest.fixture(name="seed", autouse=True)
@@ -55,6 +55,39 @@ def test_power_fails_again_while_a_queue_recovers(tmp_path: pathlib.Path, seed: 
         second = replay.record_recovery(directory, recording, image, operations=10)
         # No state but that of the checkpoint, even before the recovery ended.
         replay.survey(second, 60, chance, boot=100).assert_sound()
+
+
+@pytest.mark.parametrize("operation", ["drop", "restore"])
+def test_new_queue_without_what_was_not_flushed(tmp_path: pathlib.Path, operation: str) -> None:
+    """It is dropped or restored before anybody opens it again."""
+
+    def work(config_pth: pathlib.Path, _: pathlib.Path) -> None:
+        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        with persipubsub.publisher.Pub() as pub:
+            pub.init(pub_id="pub", config_pth=config_pth)
+            pub.send(b"message")
+
+    recording = replay.record(tmp_path, 0, "fsync", work=work)
+    backup = tmp_path / "backup"
+    persipubsub.control.backup(recording.config_pth, "queue", backup)
+    follower = disk.Disk(recording.root, recording.initial)
+    for event in recording.events:
+        follower.feed(event)
+    image = tmp_path / "image"
+    follower.materialize(
+        image, random.Random(0),
+        disk.Survival(chance=0.0,
+                      piece=4096,
+                      is_odd_one_out=False,
+                      keeps_size=False,
+                      name_chance=0.0,
+                      keeps_name_order=True))
+    config_pth = replay.write_config(image, "fsync")
+    if operation == "drop":
+        assert persipubsub.control.drop_queue(config_pth, "queue") == ()
+    else:
+        persipubsub.control.restore(config_pth, "queue", backup)
+        assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
 
 
 # Several threads
