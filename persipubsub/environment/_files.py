@@ -232,6 +232,7 @@ def write_durably(path: str, content: bytes) -> None:
 def copy_durably(source: str, path: str, mode: int) -> None:
     """
     Copy a large file, and wait until the content of the copy is on the disk. Its name need not be.
+    If it fails, there is no copy.
 
     :param source: path of the file
     :param path: of the copy; replaced if it is there
@@ -240,11 +241,16 @@ def copy_durably(source: str, path: str, mode: int) -> None:
     import shutil  # pylint: disable=import-outside-toplevel  # slow, and hardly ever needed
 
     descriptor = open_to_write(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    with open(descriptor, "wb") as target, open(source, "rb") as content:
-        os.fchmod(descriptor, mode)
-        shutil.copyfileobj(content, target)
-        target.flush()
-        os.fsync(descriptor)
+    try:
+        with open(descriptor, "wb") as target, open(source, "rb") as content:
+            os.fchmod(descriptor, mode)
+            shutil.copyfileobj(content, target)
+            target.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        # Give the room back: the disk may be full.
+        os.unlink(path)
+        raise
 
 
 def remove_durably(path: str) -> None:

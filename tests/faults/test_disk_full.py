@@ -250,6 +250,36 @@ def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None
         assert (queue / _files.LOCK).stat().st_blocks * 512 >= slots, name
 
 
+def recover_without_room(directory: pathlib.Path, durability: str) -> None:
+    """What can not be recovered for lack of room takes none from others."""
+    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+
+    def fill(pipe: support.Connection) -> None:
+        users = Users(config_pth)
+        assert [users.send(index, 8000) for index in range(40)] == [""] * 40
+        support.queue_of(users.pub).secure()
+        pipe.send("filled")
+        pipe.recv()
+
+    def recover() -> None:
+        replay.new_boot(1)
+        users = Users(config_pth)
+        assert users.receive_all() == list(range(40))
+        users.close()
+
+    with support.Child(fill) as child:
+        assert child.get() == "filled"
+    filler = Filler(directory)
+    filler.fill(leaving=20)
+    expected = "DiskFullError" if durability == "os" else ""
+    assert support.outcomes_in_child(recover) == [expected]
+    if durability == "os":
+        assert os.statvfs(directory).f_bavail == 20
+    filler.free()
+    assert support.outcomes_in_child(recover) == [""] or durability == "fsync"
+
+
 def use(config_pth: pathlib.Path) -> None:
     users = Users(config_pth)
     try:
@@ -263,7 +293,7 @@ def use(config_pth: pathlib.Path) -> None:
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("function", [
     fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages,
-    open_with_unfinished_files
+    open_with_unfinished_files, recover_without_room
 ],
                          ids=lambda function: str(function.__name__))
 def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durability: str) -> None:
