@@ -17,7 +17,7 @@ import lmdb
 import pytest
 
 from persipubsub.environment import _files
-from persipubsub.store import _databases, _layout
+from persipubsub.store import _clock, _databases, _layout
 from tests import stores, support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -128,6 +128,23 @@ def test_program_refuses_another_format(program: pathlib.Path, queue_pth: pathli
     assert _run(program,
                 queue_pth) == (1, "",
                                "list_queue: header: a format that this program does not know\n")
+
+
+def test_program_refuses_what_was_in_use_when_the_machine_went_down(program: pathlib.Path,
+                                                                    tmp_path: pathlib.Path) -> None:
+    """Pages may be missing, and LMDB may crash on what is in their place."""
+    mark = tmp_path / "queue" / _files.RUNNING
+    with stores.opened(tmp_path, keeps_os=True) as queue:
+        queue.put([b"one"])
+        assert mark.read_bytes()[:16] == _clock.boot_id()
+        assert _run(program, tmp_path / "queue")[0] == 0
+    for content in (b"", b"another boot id.", b"another boot id.without", _clock.boot_id()[:15]):
+        mark.write_bytes(content)
+        assert _run(program, tmp_path / "queue") == (
+            1, "",
+            "list_queue: {}: of another boot: let the library open the queue first\n".format(mark))
+    mark.write_bytes(_clock.boot_id() + b"without")
+    assert _run(program, tmp_path / "queue")[0] == 0
 
 
 def test_program_refuses_what_is_not_a_queue(program: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -81,6 +81,29 @@ static void check_size(const char *directory) {
     close(descriptor);
 }
 
+/* After the machine went down, pages of an os store may never have reached the disk. */
+static void check_mark(const char *directory) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/running", directory);
+    FILE *file = fopen(path, "rb");
+    if (file == NULL) return;
+    unsigned char mark[16];
+    size_t count = fread(mark, 1, sizeof mark, file);
+    fclose(file);
+    char text[37] = "";
+    file = fopen("/proc/sys/kernel/random/boot_id", "r");
+    if (file == NULL || fread(text, 1, 36, file) != 36) fail("boot_id", "no such file");
+    fclose(file);
+    const char *digits = text;
+    for (size_t i = 0; i < sizeof mark; i++) {
+        unsigned int byte = 256;
+        if (*digits == '-') digits++;
+        if (count != sizeof mark || sscanf(digits, "%2x", &byte) != 1 || byte != mark[i])
+            fail(path, "of another boot: let the library open the queue first");
+        digits += 2;
+    }
+}
+
 static MDB_cursor *open_cursor(MDB_txn *txn, const char *name) {
     MDB_dbi database;
     MDB_cursor *cursor;
@@ -159,6 +182,7 @@ int main(int argc, char **argv) {
     int descriptor = open(users, O_RDWR | O_CLOEXEC);
     if (descriptor < 0 || flock(descriptor, LOCK_SH) != 0) fail(users, "not a queue, or no rights");
 
+    check_mark(argv[1]);
     check_size(argv[1]);
 
     MDB_env *environment;

@@ -114,6 +114,21 @@ void check_size(const std::string &path) {
         throw Failure(path, "truncated");
 }
 
+/* After the machine went down, pages of an os store may never have reached the disk. */
+void check_mark(const std::string &path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) return;
+    std::string mark(16, '\0'), boot, text;
+    file.read(mark.data(), static_cast<std::streamsize>(mark.size()));
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> text;
+    for (std::size_t i = 0; i + 1 < text.size(); i += 2) {
+        if (text[i] == '-') i++;
+        boot += static_cast<char>(std::stoi(text.substr(i, 2), nullptr, 16));
+    }
+    if (!file || boot != mark)
+        throw Failure(path, "of another boot: let the library open the queue first");
+}
+
 struct Closing {
     void operator()(MDB_env *environment) const { mdb_env_close(environment); }
     void operator()(MDB_txn *txn) const { mdb_txn_abort(txn); }
@@ -237,6 +252,7 @@ void list_messages(const Transaction &txn) {
 /* Each of the three outlives the one behind it, also if that one fails. */
 void list_queue(const std::string &directory) {
     UsersLock users(directory + "/users.lock");
+    check_mark(directory + "/running");
     check_size(directory + "/data.mdb");
     Environment environment = open_environment(directory);
     Transaction txn = begin_reading(environment);
