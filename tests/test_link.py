@@ -5,8 +5,10 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import pathlib
+import random
 import signal
 import socket
 import threading
@@ -20,8 +22,9 @@ import persipubsub.aio
 import persipubsub.errors
 from persipubsub.jetstream import _link, _loop
 from tests import jetstream_server
+from tests.faults.test_storm import choose_seed
 from tests.support import HANG_SECS, Child, Connection, outcome, until
-from tests.test_behaviour import open_pub, open_sub
+from tests.test_behaviour import drain, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
 
@@ -154,7 +157,7 @@ def test_connection_that_is_made_after_it_was_closed(server: jetstream_server.Se
         ends = []  # type: List[str]
         thread = threading.Thread(target=lambda: ends.append(outcome(lambda: pub.send(b"late"))))
         thread.start()
-        until(lambda: any(link._line.locked() for link in links()), "an attempt to connect")
+        until(lambda: any(not link._line.is_empty() for link in links()), "an attempt to connect")
         pub.close()
         pipe.send("closed")
         thread.join(HANG_SECS)
@@ -190,6 +193,9 @@ class Valve:
         #: Connections that were made.
         self.count = 0
         self._server_port = port
+        self._sockets = []  # type: List[socket.socket]
+        #: Bytes after which the next connections are cut.
+        self.limits = []  # type: List[int]
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
@@ -200,6 +206,13 @@ class Valve:
         old, new = ":{}/".format(self._server_port), ":{}/".format(self.port)
         path.write_text(config_pth.read_text().replace(old, new))
         return path
+
+    def cut(self) -> None:
+        """End all connections, with what is under way."""
+        sockets, self._sockets = self._sockets, []
+        for one in sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the thread that accepts."""
@@ -213,18 +226,22 @@ class Valve:
             while True:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._server_port))
+                self._sockets += [client, server]
                 self.count += 1
-                for pair in ((client, server), (server, client)):
+                limit = self.limits.pop() if self.limits else math.inf
+                for pair in ((client, server, limit), (server, client, math.inf)):
                     threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+    def _pass_on(self, source: socket.socket, target: socket.socket, left: float) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
+            while left > 0 and (data := source.recv(1 << 16)):
                 self.is_open.wait()
-                target.sendall(data)
+                target.sendall(data[:int(min(left, len(data)))])
+                left -= len(data)
                 time.sleep(self.pause)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
 
 
 def test_what_a_server_did_not_read_yet_is_not_asked_again(server: jetstream_server.Servers,
@@ -286,3 +303,32 @@ def test_server_that_delivered_a_moment_ago_is_there(server: jetstream_server.Se
             valve.is_open.clear()
             thread.join(HANG_SECS)
             assert ends == [""]
+
+
+def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.Servers,
+                                                       tmp_path: pathlib.Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server)
+    rng = random.Random(choose_seed())
+    is_over = threading.Event()
+    ends = []  # type: List[str]
+    count = 0
+    with contextlib.closing(Valve(server.servers[0].port)) as valve:
+        with open_pub(valve.config(config_pth)) as pub:
+
+            def publish() -> None:
+                nonlocal count
+                while not is_over.is_set():
+                    pub.send_many(numbered(count + 200)[count:])
+                    count += 200
+
+            thread = threading.Thread(target=lambda: ends.append(outcome(publish)))
+            thread.start()
+            valve.limits = [rng.randrange(40000) for _ in range(60)]
+            # Those of before have no limit.
+            valve.cut()
+            until(lambda: not valve.limits, "the last connection that is cut")
+            is_over.set()
+            thread.join(HANG_SECS)
+    assert ends == [""]
+    with open_sub(config_pth) as sub:
+        assert drain(sub) == numbered(count)

@@ -8,10 +8,11 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
 
 import asyncio
+import heapq
 import itertools
 import logging
 import time
-from typing import Any, Dict, Final, Mapping, Optional
+from typing import Any, Dict, Final, List, Mapping, Optional, Tuple
 
 import nats.aio.client
 import nats.aio.msg
@@ -32,8 +33,80 @@ _LOOK_SECS: Final = 0.02
 _PAUSE_SECS: Final = 0.1
 
 
+class Line:
+    """Let one after the other go on, whoever drew its ticket first; they may come at any time."""
+
+    def __init__(self) -> None:
+        """Initialize with nobody in line."""
+        self._tickets = itertools.count()
+        self._is_taken = False
+        self._turns = []  # type: List[Tuple[int, asyncio.Future[None]]]
+
+    def draw(self) -> int:
+        """
+        Draw a ticket, with which one may get in line any number of times, one after the other.
+
+        :return: the ticket
+        """
+        return next(self._tickets)
+
+    def is_empty(self) -> bool:
+        """
+        Tell whether nobody is in line.
+
+        :return: True if so
+        """
+        return not self._is_taken
+
+    def is_first(self, ticket: int) -> bool:
+        """
+        Tell whether nobody who waits is to go on before somebody whose turn it is.
+
+        :param ticket: whose turn it is
+        :return: True if so
+        """
+        while self._turns and self._turns[0][1].done():
+            heapq.heappop(self._turns)
+        return not self._turns or self._turns[0][0] > ticket
+
+    async def enter(self, ticket: int, timeout: float) -> None:
+        """
+        Wait for one's turn.
+
+        :param ticket: that was drawn
+        :param timeout: how long to wait, in seconds
+        :raise TimeoutError: if the turn did not come in time
+        """
+        if not self._is_taken:
+            self._is_taken = True
+            return
+        turn = asyncio.get_running_loop().create_future()  # type: asyncio.Future[None]
+        heapq.heappush(self._turns, (ticket, turn))
+        try:
+            async with asyncio.timeout(timeout):
+                await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():
+                self.leave()  # it came at that moment
+            turn.cancel()
+            raise
+
+    def leave(self) -> None:
+        """Let the next one go on."""
+        while self._turns:
+            _, turn = heapq.heappop(self._turns)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._is_taken = False
+
+
 class Question:
-    """Ask one thing over one connection, once or several times: any answer is one."""
+    """
+    Ask one thing over one connection, once or several times: any answer is one.
+
+    The answer is None if the connection was lost.
+    """
 
     def __init__(self, answers: "Answers") -> None:
         """
@@ -72,7 +145,6 @@ class Question:
         :param deadline: on the monotonic clock
         """
         client = self.answers.client
-        reconnects = client.stats["reconnects"]
         # Not flush(): if its answer comes too late, the client stops reading. And not the client's
         # own ping, which goes in front of what is still to be written.
         read = asyncio.get_running_loop().create_future()  # type: asyncio.Future[Any]
@@ -80,11 +152,36 @@ class Question:
         client._pongs.append(read)
         await client._send_command(b"PING\r\n")
         await client._flush_pending()
-        while (not self.answer.done() and not read.done() and client.is_connected
-               and client.stats["reconnects"] == reconnects and time.monotonic() < deadline):
-            await asyncio.wait((self.answer, read),
-                               timeout=_PAUSE_SECS,
-                               return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((self.answer, read),
+                           timeout=max(0.0, deadline - time.monotonic()),
+                           return_when=asyncio.FIRST_COMPLETED)
+
+    def result(self) -> nats.aio.msg.Msg:
+        """
+        Tell the answer.
+
+        :return: the answer
+        :raise TimeoutError: if there is none
+        :raise StaleConnectionError: if the connection was lost
+        """
+        if not self.answer.done():
+            raise nats.errors.TimeoutError
+        message = self.answer.result()  # type: Optional[nats.aio.msg.Msg]
+        if message is None:
+            raise nats.errors.StaleConnectionError
+        return message
+
+    def again(self, takes_late: bool) -> "Optional[Question]":
+        """
+        Get ready to be asked again.
+
+        :param takes_late: False to take no answer to what was asked so far
+        :return: itself; None if another one is to be asked, as this one has an answer that was none
+        """
+        if takes_late and not self.answer.done():
+            return self
+        self.end()
+        return None
 
     def end(self) -> None:
         """Wait for no answer any more."""
@@ -141,6 +238,12 @@ class Answers:
         self._futures[reply] = future
         return reply
 
+    def lose(self) -> None:
+        """Tell all who wait that the connection was lost."""
+        for future in self._futures.values():
+            if not future.done():
+                future.set_result(None)
+
     def forget(self, reply: str) -> None:
         """
         Wait for an answer no more.
@@ -148,6 +251,16 @@ class Answers:
         :param reply: subject of the answer
         """
         self._futures.pop(reply, None)
+
+
+def is_nobody(message: nats.aio.msg.Msg) -> bool:
+    """
+    Tell whether a server says that nobody is there to answer.
+
+    :param message: answer
+    :return: True if so
+    """
+    return not message.data and (message.headers or {}).get("Status") == "503"
 
 
 async def give_up(connecting: "asyncio.Task[None]", client: nats.aio.client.Client) -> None:

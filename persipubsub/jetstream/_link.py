@@ -73,9 +73,8 @@ class Link:
         self._path = path
         self._client = None  # type: Optional[nats.aio.client.Client]
         # Guards the making of a connection, and lets those who wait for one go on in the order in
-        # which they came, as they would publish out of order otherwise; and how many they are.
-        self._line = asyncio.Lock()
-        self._line_length = 0
+        # which they began: what was lost with the last one would come behind later messages.
+        self._line = _clients.Line()
         self._answers = None  # type: Optional[_clients.Answers]
         self._complaint = None  # type: Optional[BaseException]
         loop.closers.append(self.close)
@@ -87,6 +86,8 @@ class Link:
             if own in listed:
                 listed.remove(own)  # type: ignore[arg-type]
         self._is_closed = True
+        if self._answers is not None:
+            self._answers.lose()
         client, self._client = self._client, None
         if client is not None:
             await _clients.close(client)
@@ -103,31 +104,31 @@ class Link:
 
     # Connecting
 
-    async def client(self, deadline: float) -> nats.aio.client.Client:
+    async def client(self, deadline: float, ticket: Optional[int] = None) -> nats.aio.client.Client:
         """
         Wait until there is a connection, and the server reads what is sent over it.
 
         :param deadline: on the monotonic clock
+        :param ticket: of the line; a new one if not given
         :return: client that is connected
         :raise UnavailableError: if no server answers in time
         :raise AccessError: if a server does not let us in
         """
         client = self._client
-        if client is not None and _clients.is_ready(client) and not self._line_length:
+        if client is not None and _clients.is_ready(client) and self._line.is_empty():
             return client
-        self._line_length += 1
-        try:
+        ticket = self._line.draw() if ticket is None else ticket
+        while True:
             try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    await self._line.acquire()
+                await self._line.enter(ticket, max(0.0, deadline - time.monotonic()))
             except asyncio.TimeoutError:
                 raise self._unreachable() from None
             try:
-                return await self._until_ready(deadline)
+                client = await self._until_ready(deadline)
+                if self._line.is_first(ticket):
+                    return client
             finally:
-                self._line.release()
-        finally:
-            self._line_length -= 1
+                self._line.leave()
 
     async def _until_ready(self, deadline: float) -> nats.aio.client.Client:
         """
@@ -173,6 +174,8 @@ class Link:
             # It would be sent over the next connection, behind what was lost with this one: out of
             # order. Whoever waits for an answer asks again.
             _clients.forget(client)
+            if self._answers is not None and self._answers.client is client:
+                self._answers.lose()
 
         # With endless reconnects, which are needed later on, this alone would never return.
         connecting = asyncio.ensure_future(
@@ -255,9 +258,17 @@ class Link:
         attempt = _FIRST_ATTEMPT_SECS
         begin = time.monotonic()
         question = None  # type: Optional[_clients.Question]
+        error = nats.errors.TimeoutError()  # type: BaseException
+        ticket, is_again = self._line.draw(), False
         try:
             while True:
-                client = await self.client(deadline)
+                client = await self.client(deadline, ticket)
+                reconnects = client.stats["reconnects"]
+                if is_again and before is not None:
+                    await before()
+                    if not client.is_connected or client.stats["reconnects"] != reconnects:
+                        continue
+                is_again = True
                 try:
                     question = await self._question(client, question)
                     await question.ask(subject, payload, headers,
@@ -266,10 +277,8 @@ class Link:
                         attempt = min(2 * attempt, _LONGEST_ATTEMPT_SECS)
                         self.check_rights()
                         await question.until_read(deadline)
-                    if not question.answer.done():
-                        raise nats.errors.TimeoutError
-                    message = question.answer.result()  # type: nats.aio.msg.Msg
-                    if not _is_nobody(message):
+                    message = question.result()
+                    if not _clients.is_nobody(message):
                         return message
                     # Nobody leads the stream for a moment, or there is no JetStream at all.
                     self._check_jetstream(client, begin)
@@ -278,16 +287,13 @@ class Link:
                         nats.errors.ConnectionClosedError, nats.errors.ConnectionReconnectingError,
                         nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError,
                         OSError) as found:
-                    error = found  # type: BaseException
+                    error = found
                 if time.monotonic() >= deadline:
                     raise _errors.translate(error, self._path) from None
-                await asyncio.sleep(_PAUSE_SECS)
-                if before is not None:
-                    await before()
-                if question is not None and (not takes_late
-                                             or isinstance(error, nats.errors.NoRespondersError)):
-                    question.end()
-                    question = None
+                if question is not None:
+                    question = question.again(takes_late)
+                if client.is_connected:
+                    await asyncio.sleep(_PAUSE_SECS)
         finally:
             if question is not None:
                 question.end()
@@ -414,16 +420,6 @@ class Link:
         if "permissions violation" in text:
             raise persipubsub.errors.AccessError(
                 "Expected the rights to use {}, but got: {}".format(self._path, complaint))
-
-
-def _is_nobody(message: nats.aio.msg.Msg) -> bool:
-    """
-    Tell whether a server says that nobody is there to answer.
-
-    :param message: answer
-    :return: True if so
-    """
-    return not message.data and (message.headers or {}).get("Status") == "503"
 
 
 def _credentials(path: str) -> Dict[str, Any]:
