@@ -170,12 +170,15 @@ class Transactions(_map.Mapped):
         if handles is not None:
             handles.gate.make_way()
         if request.error is not None:
-            cause = request.error.__cause__
-            if (may_grow and self._find_room(request.error)) or self._recover(cause):
-                return self.write(work, is_flushed, may_grow, announce)
             if may_grow and isinstance(request.error, MapFullError):
+                if self.check_readers() > 0:
+                    return self.write(work, is_flushed, may_grow, announce)
                 self._run_in_larger_map(request)
             if request.error is not None:
+                # In the larger map, too: the disk may be as full as the map.
+                cause = request.error.__cause__
+                if (may_grow and self._find_room(request.error)) or self._recover(cause):
+                    return self.write(work, is_flushed, may_grow, announce)
                 raise request.error
         if not request.done:
             raise _gate.busy_error(self.directory, self.options.busy_timeout_secs)
@@ -401,18 +404,17 @@ class Transactions(_map.Mapped):
 
     def _find_room(self, error: BaseException) -> bool:
         """
-        Find room for what makes room.
+        Find room on a full disk for what makes room.
 
         :param error: of a transaction that acknowledged or dropped something
         :return: True if it is worth another try
         """
-        if isinstance(error, MapFullError):
-            return self.check_readers() > 0
-        if isinstance(error, persipubsub.errors.DiskFullError):
-            # As a time, so that it is not looked for at every send.
-            self._reserve_due = time.monotonic() + _RESERVE_SECS
-            return _files.spend_reserve(self.directory)
-        return False
+        if (isinstance(error, MapFullError)
+                or not isinstance(error, persipubsub.errors.DiskFullError)):
+            return False
+        # As a time, so that it is not looked for at every send.
+        self._reserve_due = time.monotonic() + _RESERVE_SECS
+        return _files.spend_reserve(self.directory)
 
     def _look_after_store(self, commit: int) -> None:
         """Do what has to be done from time to time; the transaction's id tells when."""

@@ -280,6 +280,42 @@ def recover_without_room(directory: pathlib.Path, durability: str) -> None:
     assert support.outcomes_in_child(recover) == [""] or durability == "fsync"
 
 
+def fill_map_and_disk(directory: pathlib.Path, durability: str) -> None:
+    """What makes room in a full map needs room on the disk: the reserve is for that."""
+    config_pth = support.write_config(directory,
+                                      durability=durability,
+                                      checkpoint_secs=0,
+                                      max_db_size_bytes=1 << 18)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    users = Users(config_pth)
+    sent = fill_to_the_last_page(support.queue_of(users.pub))
+    filler = Filler(directory)
+    filler.fill()
+    environment = support.queue_of(users.pub)._environment
+    with support.Child(hold_snapshot, config_pth) as child:
+        # A backup, say: as long as it reads, no page is free.
+        assert child.get() == "reading"
+        assert [users.receive() for _ in range(3)] == [0, 1, 2]
+    assert not (directory / "queue" / _files.RESERVE).exists()
+    filler.free()
+    environment._reserve_due = 0.0
+    assert users.receive_all() == list(range(3, sent))
+    assert users.send(sent) == "" and users.receive() == sent
+    assert (directory / "queue" / _files.RESERVE).exists()
+    users.close()
+
+
+def hold_snapshot(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Be in the middle of a read until killed."""
+    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+
+        def work(*_: object) -> None:
+            pipe.send("reading")
+            pipe.recv()
+
+        queue._environment.read(work)
+
+
 def use(config_pth: pathlib.Path) -> None:
     users = Users(config_pth)
     try:
@@ -293,7 +329,7 @@ def use(config_pth: pathlib.Path) -> None:
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("function", [
     fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages,
-    open_with_unfinished_files, recover_without_room
+    open_with_unfinished_files, recover_without_room, fill_map_and_disk
 ],
                          ids=lambda function: str(function.__name__))
 def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durability: str) -> None:
