@@ -135,7 +135,9 @@ class Environment(_transactions.Transactions):
         if self.options.keeps_os and handles.was_interrupted:
             self._prepare_os()
         self.clock_offset_ns = header.clock_offset_ns
-        _files.keep_reserve(self.directory)
+        # Not at once after it was spent, by a write that opens the store again: it would go on.
+        if self._reserve_due is None:
+            _files.keep_reserve(self.directory)
 
     def begin_work(self) -> None:
         """Let a store that was only looked at be written to; hold what :py:meth:`open` needs."""

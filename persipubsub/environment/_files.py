@@ -232,6 +232,7 @@ def write_durably(path: str, content: bytes) -> None:
 def copy_durably(source: str, path: str, mode: int) -> None:
     """
     Copy a large file, and wait until the content of the copy is on the disk. Its name need not be.
+
     If it fails, there is no copy.
 
     :param source: path of the file

@@ -13,7 +13,7 @@ import resource
 import shutil
 import signal
 import subprocess
-from typing import Callable, Final, List, Optional, Tuple
+from typing import Any, Callable, Final, List, Optional, Tuple
 
 import pytest
 
@@ -501,8 +501,11 @@ def fill_to_the_last_page(queue: persipubsub.queue.Queue) -> int:
         with contextlib.suppress(persipubsub.errors.DiskFullError):
             for index in range(1 << 20):
                 key = b"i%0199d %d" % (index, size)
-                environment.write(lambda txn, databases, key=key, size=size: txn.put(
-                    key, bytes(size), db=databases.once))
+
+                def put_id(txn: Any, databases: Any, key: bytes = key, size: int = size) -> None:
+                    txn.put(key, bytes(size), db=databases.once)
+
+                environment.write(put_id)
     return sent
 
 
@@ -571,6 +574,36 @@ def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
     assert users.send(1, size=1 << 20) == "MessageTooLargeError"
     assert users.receive_all() == [0]
     users.close()
+
+
+def test_meta_page_that_never_finds_room_is_given_up(tmp_path: pathlib.Path) -> None:
+    """To spend the reserve, open the store again and keep the reserve would go on for ever."""
+    tracing.require()
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id="pub", config_pth=config_pth)
+        pub.send_many([b"0 " + bytes(1000)] * 10)
+    # No page is free: those of a transaction are at the end, and written with one other call.
+    persipubsub.control.compact(config_pth, "queue")
+    output = tmp_path / "output"
+
+    def start() -> Callable[[], None]:
+        users = Users(config_pth)
+
+        def work() -> None:
+            output.write_text(json.dumps([users.send(1), support.outcome(users.receive)]))
+            users.close()
+
+        return work
+
+    for place in range(1, 8):
+        assert tracing.run(start, [
+            "-o", os.devnull, "-P",
+            str(tmp_path / "queue" / _files.DATA), "-e", "trace=pwrite64", "-e",
+            "inject=pwrite64:error=ENOSPC:when={}+".format(place)
+        ]) == 0
+        assert set(json.loads(output.read_text())) <= {"", "DiskFullError"}
 
 
 # No memory
