@@ -17,8 +17,8 @@ import os
 import time
 from typing import Callable, Final, Optional
 
-import persipubsub.environment._files
 import persipubsub.errors
+from persipubsub.environment import _files
 
 _FIRST_PAUSE_SECS: Final = 0.00002
 _LONGEST_PAUSE_SECS: Final = 0.001
@@ -43,7 +43,7 @@ class LockFile:
         :param path: of the file
         """
         self.path = path
-        self.descriptor = persipubsub.environment._files.open_own_file(path)
+        self.descriptor = _files.open_own_file(path)
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
         """Close what nobody closed; at the end of the interpreter ``os`` may be gone."""
@@ -76,11 +76,11 @@ class Gate(LockFile):
         """
         super().__init__(path)
         try:
-            with persipubsub.environment._files.translated(path=path, doing="extend"):
+            with _files.translated(path=path, doing="extend"):
                 if os.fstat(self.descriptor).st_size < mmap.PAGESIZE:
-                    persipubsub.environment._files.reserve(self.descriptor, mmap.PAGESIZE)
-                self._page = persipubsub.environment._files.map_file(
-                    self.descriptor, mmap.PAGESIZE)  # type: Optional[mmap.mmap]
+                    _files.reserve(self.descriptor, mmap.PAGESIZE)
+                self._page = _files.map_file(self.descriptor,
+                                             mmap.PAGESIZE)  # type: Optional[mmap.mmap]
         except BaseException:
             super().close()
             raise
@@ -95,15 +95,12 @@ class Gate(LockFile):
         """
         pause = _FIRST_PAUSE_SECS
         while True:
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise persipubsub.environment._files.translate_os_error(error,
-                                                                        path=self.path,
-                                                                        doing="lock") from error
+            with _files.translated(path=self.path, doing="lock"):
+                try:
+                    fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+                except BlockingIOError:
+                    pass
             if time.monotonic() >= deadline:
                 return False
             if self._page is not None:

@@ -490,8 +490,8 @@ def build(directory: str, options: Options) -> None:
     # Of a queue whose data file was removed: it shall not come back in the place of this one.
     for name in (_files.RUNNING, _files.CHECKPOINT, _files.CHECKPOINT_LOCK):
         _files.remove_durably(os.path.join(directory, name))
-    # Durable with the store: by its lack, what only ever has a queue for itself, such as restore, tells
-    # the environment of another program.
+    # Durable with the store: by its lack, whoever needs the queue for itself, such as restore,
+    # tells the environment of another program.
     os.close(_files.open_own_file(os.path.join(directory, _files.USERS)))
     os.rename(os.path.join(aside, _files.DATA), os.path.join(directory, _files.DATA))
     os.unlink(os.path.join(aside, _files.LOCK))

@@ -170,15 +170,9 @@ class Transactions(_map.Mapped):
         if handles is not None:
             handles.gate.make_way()
         if request.error is not None:
-            if may_grow and isinstance(request.error, MapFullError):
-                if self.check_readers() > 0:
-                    return self.write(work, is_flushed, may_grow, announce)
-                self._run_in_larger_map(request)
+            if self._find_way(request, may_grow):
+                return self.write(work, is_flushed, may_grow, announce)
             if request.error is not None:
-                # In the larger map, too: the disk may be as full as the map.
-                cause = request.error.__cause__
-                if (may_grow and self._find_room(request.error)) or self._recover(cause):
-                    return self.write(work, is_flushed, may_grow, announce)
                 raise request.error
         if not request.done:
             raise _gate.busy_error(self.directory, self.options.busy_timeout_secs)
@@ -401,6 +395,23 @@ class Transactions(_map.Mapped):
                 self._flushed = committed
         finally:
             self._line.pass_on(request)
+
+    def _find_way(self, request: _line.Request, may_grow: bool) -> bool:
+        """
+        Find room for a work that failed, or open the store again for it.
+
+        :param request: with the error; run in a larger map if that is what it takes
+        :param may_grow: True if it makes room
+        :return: True if it is worth another try
+        """
+        if may_grow and isinstance(request.error, MapFullError):
+            if self.check_readers() > 0:
+                return True
+            self._run_in_larger_map(request)
+        # In the larger map, too: the disk may be as full as the map.
+        error = request.error
+        return error is not None and ((may_grow and self._find_room(error))
+                                      or self._recover(error.__cause__))
 
     def _find_room(self, error: BaseException) -> bool:
         """

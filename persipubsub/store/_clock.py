@@ -19,7 +19,7 @@ def boot_id() -> bytes:
     :raise StoreError: if it can not be read now, as where no more files can be opened
     """
     try:
-        # Not as text: the first use of an encoding loads a module, which who is out of files can not.
+        # Not as text: the first use of an encoding loads a module, for which there may be no file.
         with open(_BOOT_ID, "rb") as fid:
             return bytes.fromhex(fid.read().strip().replace(b"-", b"").decode())
     except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError):
