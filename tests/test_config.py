@@ -831,7 +831,7 @@ def test_no_descriptor_is_left_open(tmp_path: pathlib.Path) -> None:
     for _ in range(10):
         persipubsub.config.read(config_pth)
         read_error(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_many_threads(tmp_path: pathlib.Path) -> None:

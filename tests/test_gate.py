@@ -95,7 +95,7 @@ def test_nothing_stays_open(gate_path: str) -> None:
     before = support.count_descriptors()
     for _ in range(20):
         _gate.Gate(gate_path).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_file_is_private_and_has_a_page(gate_path: str) -> None:

@@ -151,7 +151,7 @@ def test_failed_opening_leaves_nothing(tmp_path: pathlib.Path) -> None:
         with pytest.raises(persipubsub.errors.NotInitializedError, match="new"):
             open_pair(unknown)
     assert not _registry._REGISTRY
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_nothing_stays_open(config_pth: pathlib.Path) -> None:
@@ -164,7 +164,7 @@ def test_nothing_stays_open(config_pth: pathlib.Path) -> None:
         pub.close()
         sub.close()
         counts.append(len(os.listdir("/proc/self/fd")))
-    assert counts[1:] == [counts[0]] * 3
+    assert max(counts[1:]) <= counts[0]
 
 
 def interrupt(function: Callable[[], object], module: str,
@@ -223,7 +223,7 @@ def test_interrupt_at_any_call_of_opening_and_closing(config_pth: pathlib.Path,
         gc.collect()
         with persipubsub.maintenance._alone.alone(settings.path, settings.options()):
             pass
-        assert len(os.listdir("/proc/self/fd")) == fds
+        assert len(os.listdir("/proc/self/fd")) <= fds
     assert point > 3
 
 

@@ -695,7 +695,7 @@ def test_all_descriptors_are_given_back(mode: str, tmp_path: pathlib.Path) -> No
     before = support.count_descriptors()
     for number in (0, 1, 2, 3):
         use(closed_tickets=number)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
     assert min(used) >= before + 3
 
 
