@@ -18,8 +18,9 @@ class LateClaim:
 
     def __init__(self, claims: _claims.Claims, subscriber: int) -> None:
         """
-        Open what is needed: not in the transaction, for which a thread that forks waits with a lock
-        that opening takes.
+        Open what is needed.
+
+        Not in the transaction, for which a thread that forks waits with a lock that opening takes.
 
         :param claims: of the queue
         :param subscriber: its index

@@ -151,8 +151,8 @@ def count_descriptors() -> int:
     """
     Count what this process has open, before a test that is to leave nothing.
 
-    What tests before this one left to the garbage collector is closed first: otherwise a leak of the
-    test might be made up for. What their threads still close later on is no fault of the test:
+    What tests before this one left to the garbage collector is closed first: otherwise a leak of
+    the test might be made up for. What their threads still close later on is no fault of the test:
     there may be fewer in the end, but not more.
 
     :return: number of descriptors

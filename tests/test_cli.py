@@ -217,22 +217,30 @@ def test_closed_input(tmp_path: pathlib.Path) -> None:
     assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
 
 
+def names_of_open_files(process_id: int) -> Set[str]:
+    """Name the files that a process has open; it may open and close others meanwhile."""
+    names = set()
+    for path in pathlib.Path("/proc", str(process_id), "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.add(pathlib.Path(os.readlink(path)).name)
+    return names
+
+
 @pytest.mark.parametrize("options", [[], ["--lines"]])
 def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
                                                       options: List[str]) -> None:
     config_pth = make(tmp_path)
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    with start("send", config_pth, "pub", *options, stdin=reader) as process:
+    # The pipe ends first, whatever happens: the command would wait for more, and we for its end.
+    with start("send", config_pth, "pub", *options,
+               stdin=reader) as process, open(writer, "wb", buffering=0) as pipe:
         os.close(reader)
-        descriptors = pathlib.Path("/proc", str(process.pid), "fd")
-        support.until(
-            lambda: any("data.mdb" in os.path.realpath(path) for path in descriptors.iterdir()),
-            "the queue is open")
+        support.until(lambda: "data.mdb" in names_of_open_files(process.pid), "the queue is open")
         for part in (b"one\ntw", b"o\nthree"):
             time.sleep(0.3)  # until it waits for more
-            os.write(writer, part)
-        os.close(writer)
+            pipe.write(part)
+        pipe.close()
         assert process.stderr is not None
         assert process.wait(timeout=support.HANG_SECS) == 0, process.stderr.read()
     contents = [one.content for one in persipubsub.control.peek(config_pth, "sub", 3)]

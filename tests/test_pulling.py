@@ -12,6 +12,7 @@ import random
 import signal
 import socket
 import threading
+import time
 import types
 from typing import Any, Callable, Coroutine, Iterator, List, Optional, Set
 
@@ -20,6 +21,7 @@ import pytest
 import persipubsub.aio
 import persipubsub.control
 import persipubsub.errors
+import persipubsub.message
 from persipubsub.jetstream import _inboxes, _loop, _pulling, _returns, _waiting
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome, until
@@ -188,6 +190,35 @@ def test_pull_of_what_is_there_comes_to_its_end(config_pth: pathlib.Path, slow_p
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(5))
     asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS))
+    assert lags(config_pth) == {"sub": 0}
+
+
+def test_batch_that_comes_slowly_is_in_order(tmp_path: pathlib.Path,
+                                             servers: jetstream_server.Servers, slow: Slow) -> None:
+    """What comes first waits for the rest for longer than half of the time that it has."""
+    config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=8)
+    port, text = str(servers.servers[0].port), config_pth.read_text()
+    slow_pth = tmp_path / "slow.json"
+    slow_pth.write_text(text.replace(":{}/".format(port), ":{}/".format(slow.port)))
+    found = []  # type: List[persipubsub.message.Message]
+
+    def receive() -> None:
+        with sub.receive_many(7, timeout=HANG_SECS, details=True) as msgs:
+            found.extend(msgs)
+
+    with open_pub(config_pth) as pub, open_sub(slow_pth) as sub:
+        pub.send_many(numbered(7))
+        slow.is_holding = True
+        thread = threading.Thread(target=receive)
+        thread.start()
+        until(lambda: len(slow.held) == 7, "the batch")
+        for _ in range(6):
+            slow.release(1)
+            time.sleep(0.8)
+        slow.release()
+        thread.join(HANG_SECS)
+        assert [one.data for one in found] == numbered(7)
+        assert {one.attempts for one in found} == {1}
     assert lags(config_pth) == {"sub": 0}
 
 

@@ -90,6 +90,25 @@ class Inbox:
         self.changed.set()
         _clients.heard(self.client)
 
+    async def keep(self, ack_wait_secs: float) -> None:
+        """
+        Tell the servers that what came is at work, if the first of it waits for the rest for long.
+
+        What is not told in time may be with another consumer by now.
+
+        :param ack_wait_secs: how long the servers wait until they deliver again, in seconds
+        """
+        now = time.monotonic()
+        age = now - self.messages[0].arrived if self.messages else 0.0
+        if not ack_wait_secs / 4 <= age <= ack_wait_secs / 2:
+            return
+        kept = list(self.messages)
+        for pulled in kept:
+            await tell(self.client, pulled, b"+WPI")
+        # What came meanwhile is behind them.
+        for place, pulled in enumerate(kept):
+            self.messages[place] = pulled._replace(arrived=now)
+
     async def close(self, subject: str) -> None:
         """
         Stop listening; if a pull may still bring something, take what comes until it is over.
@@ -113,6 +132,20 @@ class Inbox:
         finally:
             with contextlib.suppress(nats.errors.Error, OSError):
                 await self._subscription.unsubscribe()
+
+
+async def tell(client: nats.aio.client.Client, pulled: Pulled, what: bytes) -> None:
+    """
+    Say something about a message, without waiting for an answer.
+
+    :param client: of the connection
+    :param pulled: message
+    :param what: ``+ACK``, ``-NAK`` or ``+WPI``
+    """
+    try:
+        await client.publish(pulled.reply, what)
+    except (nats.errors.Error, OSError):
+        pass  # the server delivers it again after ack_wait
 
 
 def to_pulled(data: bytes, reply: str) -> Pulled:

@@ -73,6 +73,8 @@ class Puller:
         self._pulls = {}  # type: Dict["asyncio.Task[Any]", float]
         self._places = itertools.count()
         self._is_closed = False
+        # What came does not wait longer for the rest of a batch.
+        self._patience_secs = settings.address.ack_wait_secs / 4
         # How many take several messages at this moment; they share the bytes on the way.
         self._batches = 0
         # Since when the consumer is not there; 0.0 if it is.
@@ -166,6 +168,8 @@ class Puller:
         self._batches += 1
         try:
             while has_more and len(taken) < max_messages and max_bytes > 0:
+                if taken and time.monotonic() - taken[0].arrived > self._patience_secs:
+                    break  # what is taken is not said to be at work before all of it is there
                 count, limit = max_messages - len(taken), _MOST_BYTES // self._batches
                 fitting = max(1, limit // self._stream.link.max_payload())
                 if count <= fitting or not found or found[-1].attempts > 1:
@@ -381,6 +385,7 @@ class Puller:
                 self._heard = time.monotonic()
             except asyncio.TimeoutError:
                 return False
+            await inbox.keep(self._settings.address.ack_wait_secs)
 
     async def _is_over(self, inbox: _inboxes.Inbox) -> bool:
         """
@@ -453,15 +458,18 @@ class Puller:
             to know of them
         """
         now = time.monotonic()
+        is_late = False
         while inbox.messages and len(taken) < count:
             pulled = inbox.messages.popleft()
             self.returns.note(pulled, inbox.asked)
             if self.is_expired(pulled):
                 # The server drops it a bit late.
-                await self._tell(inbox.client, pulled, b"+ACK")
-            elif now - pulled.arrived > self._settings.address.ack_wait_secs / 2:
-                # It may be with another by the time it is worked on.
-                await self._tell(inbox.client, pulled, b"-NAK")
+                await _inboxes.tell(inbox.client, pulled, b"+ACK")
+            elif is_late or now - pulled.arrived > self._settings.address.ack_wait_secs / 2:
+                # It may be with another by the time it is worked on, and comes again. What is
+                # behind it as well, or it would be out of order.
+                is_late = True
+                await _inboxes.tell(inbox.client, pulled, b"-NAK")
             else:
                 taken.append(pulled)
 
@@ -483,18 +491,4 @@ class Puller:
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             client = await self._stream.link.client(time.monotonic() + 0.5)
             for one in pulled:
-                await self._tell(client, one, b"+ACK")
-
-    @staticmethod
-    async def _tell(client: nats.aio.client.Client, pulled: _inboxes.Pulled, what: bytes) -> None:
-        """
-        Say something about a message, without waiting for an answer.
-
-        :param client: of the connection
-        :param pulled: message
-        :param what: ``+ACK`` or ``-NAK``
-        """
-        try:
-            await client.publish(pulled.reply, what)
-        except (nats.errors.Error, OSError):
-            pass  # the server delivers it again after ack_wait
+                await _inboxes.tell(client, one, b"+ACK")

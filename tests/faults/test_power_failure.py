@@ -84,7 +84,7 @@ def test_new_queue_without_what_was_not_flushed(tmp_path: pathlib.Path, operatio
                       keeps_name_order=True))
     config_pth = replay.write_config(image, "fsync")
     if operation == "drop":
-        assert persipubsub.control.drop_queue(config_pth, "queue") == ()
+        assert not persipubsub.control.drop_queue(config_pth, "queue")
     else:
         persipubsub.control.restore(config_pth, "queue", backup)
         assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
