@@ -73,8 +73,6 @@ class Puller:
         self._pulls = {}  # type: Dict["asyncio.Task[Any]", float]
         self._places = itertools.count()
         self._is_closed = False
-        # What came does not wait longer for the rest of a batch.
-        self._patience_secs = settings.address.ack_wait_secs / 4
         # How many take several messages at this moment; they share the bytes on the way.
         self._batches = 0
         # Since when the consumer is not there; 0.0 if it is.
@@ -165,10 +163,11 @@ class Puller:
         """
         taken, found = [], []  # type: List[_inboxes.Pulled], List[_inboxes.Pulled]
         has_more = True
+        patience_secs = self._settings.address.ack_wait_secs / 4
         self._batches += 1
         try:
             while has_more and len(taken) < max_messages and max_bytes > 0:
-                if taken and time.monotonic() - taken[0].arrived > self._patience_secs:
+                if taken and time.monotonic() - taken[0].arrived > patience_secs:
                     break  # what is taken is not said to be at work before all of it is there
                 count, limit = max_messages - len(taken), _MOST_BYTES // self._batches
                 fitting = max(1, limit // self._stream.link.max_payload())
