@@ -1,5 +1,6 @@
 """Help the tests with queues in temporary directories and with processes of their own."""
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -159,6 +160,20 @@ def count_descriptors() -> int:
     """
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
+
+
+def open_files(process: Union[int, str] = "self") -> List[str]:
+    """
+    List what a process has open, which may open and close more meanwhile.
+
+    :param process: its id; "self" for this one
+    :return: path, or what the kernel calls it, of each descriptor
+    """
+    found = []
+    for path in pathlib.Path("/proc", str(process), "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(path))
+    return found
 
 
 def run_python(

@@ -129,11 +129,7 @@ def in_flight(config_pth: pathlib.Path) -> Optional[int]:
 
 def inotify_descriptors() -> int:
     """Count those of this process."""
-    found = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found += os.readlink("/proc/self/fd/" + name) == "anon_inode:inotify"
-    return found
+    return support.open_files().count("anon_inode:inotify")
 
 
 # Both faces

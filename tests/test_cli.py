@@ -217,15 +217,6 @@ def test_closed_input(tmp_path: pathlib.Path) -> None:
     assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
 
 
-def names_of_open_files(process_id: int) -> Set[str]:
-    """Name the files that a process has open; it may open and close others meanwhile."""
-    names = set()
-    for path in pathlib.Path("/proc", str(process_id), "fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            names.add(pathlib.Path(os.readlink(path)).name)
-    return names
-
-
 @pytest.mark.parametrize("options", [[], ["--lines"]])
 def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
                                                       options: List[str]) -> None:
@@ -236,7 +227,9 @@ def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
     with start("send", config_pth, "pub", *options,
                stdin=reader) as process, open(writer, "wb", buffering=0) as pipe:
         os.close(reader)
-        support.until(lambda: "data.mdb" in names_of_open_files(process.pid), "the queue is open")
+        support.until(
+            lambda: any(path.endswith("/data.mdb") for path in support.open_files(process.pid)),
+            "the queue is open")
         for part in (b"one\ntw", b"o\nthree"):
             time.sleep(0.3)  # until it waits for more
             pipe.write(part)

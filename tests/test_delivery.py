@@ -9,7 +9,7 @@ import mmap
 import pathlib
 import threading
 import time
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 
@@ -25,6 +25,10 @@ def take(consumer: _delivery.Consumer, most: int = 1) -> _delivery.Lease:
     lease = consumer.take(timeout=0, max_messages=most)
     assert lease is not None
     return lease
+
+
+def retrying(policy: _attempts.Policy) -> Dict[str, _settings.Retries]:
+    return {"sub": _settings.Retries(policy, "queue", None)}
 
 
 def test_one_message_is_never_with_two_consumers(tmp_path: pathlib.Path) -> None:
@@ -444,8 +448,7 @@ def test_no_more_is_claimed_than_what_is_in_front_of_finished_messages(
 def test_no_more_is_claimed_than_what_is_in_front_of_resting_messages(
         tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
     policy = _attempts.Policy(delay_ns=int(support.HANG_SECS * 1e9))
-    with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
-                                                                   None)}) as queue:
+    with stores.opened(tmp_path, retries=retrying(policy)) as queue:
         for index in range(6):
             queue.put([str(index).encode()])
         consumer = queue.consumer("sub")
@@ -481,8 +484,7 @@ def test_batch_whose_beginning_is_gone_stays_claimed(tmp_path: pathlib.Path,
 
     monkeypatch.setattr(_claims.Claims, "claim_prefix", claim_beside_another)
     policy = _attempts.Policy(max_deliveries=max_deliveries)
-    with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
-                                                                   None)}) as queue:
+    with stores.opened(tmp_path, retries=retrying(policy)) as queue:
         for index in range(8):
             queue.put([str(index).encode()])
         consumer, other = queue.consumer("sub"), queue.consumer("sub")
@@ -699,8 +701,7 @@ def test_message_stays_claimed_while_it_is_acknowledged(tmp_path: pathlib.Path,
 
 def test_delivery_that_ends_behind_a_close_judges_no_other_one(tmp_path: pathlib.Path) -> None:
     policy = _attempts.Policy(max_deliveries=2)
-    with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
-                                                                   None)}) as queue:
+    with stores.opened(tmp_path, retries=retrying(policy)) as queue:
         queue.put([b"1"])
         with persipubsub.queue.Queue(queue.settings) as other:
             lease = take(other.consumer("sub"))
@@ -729,10 +730,8 @@ def test_batch_whose_beginning_becomes_too_old_stays_claimed(tmp_path: pathlib.P
     monkeypatch.setattr(_claims.Claims, "claim_prefix", claim_and_wait)
     clock = stores.Clock()
     policy = _attempts.Policy(max_deliveries=max_deliveries)
-    with stores.opened(tmp_path,
-                       clock=clock,
-                       timeout_ns=10 * 10**9,
-                       retries={"sub": _settings.Retries(policy, "queue", None)}) as queue:
+    with stores.opened(tmp_path, clock=clock, timeout_ns=10 * 10**9,
+                       retries=retrying(policy)) as queue:
         queue.put([b"0", b"1"])
         clock.advance(5)
         queue.put([b"2", b"3"])

@@ -23,7 +23,7 @@ import persipubsub.errors
 from persipubsub.jetstream import _link, _loop
 from tests import jetstream_server
 from tests.faults.test_storm import choose_seed
-from tests.support import HANG_SECS, Child, Connection, outcome, until
+from tests.support import HANG_SECS, Child, Connection, open_files, outcome, until
 from tests.test_behaviour import drain, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
@@ -55,11 +55,7 @@ def until_nobody_is_connected(servers: jetstream_server.Servers) -> None:
 
 
 def count_sockets() -> int:
-    count = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            count += os.readlink("/proc/self/fd/" + name).startswith("socket:")
-    return count
+    return sum(path.startswith("socket:") for path in open_files())
 
 
 def links() -> List[_link.Link]:

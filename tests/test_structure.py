@@ -54,6 +54,7 @@ _ROWS: List[Set[str]] = [
         "jetstream._durability", "jetstream._errors", "jetstream._inboxes", "jetstream._loop",
         "jetstream._settings"
     },
+    {"jetstream._asking"},
     {"jetstream._clients"},
     {"maintenance._dead_letters"},
     {"maintenance._looking"},

@@ -19,7 +19,7 @@ import nats.aio.msg
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import _clients, _errors, _loop
+from persipubsub.jetstream import _asking, _clients, _errors, _loop
 
 #: Is awaited before a request is repeated.
 Before: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
@@ -74,8 +74,8 @@ class Link:
         self._client = None  # type: Optional[nats.aio.client.Client]
         # Guards the making of a connection, and lets those who wait for one go on in the order in
         # which they began: what was lost with the last one would come behind later messages.
-        self._line = _clients.Line()
-        self._answers = None  # type: Optional[_clients.Answers]
+        self._line = _asking.Line()
+        self._answers = None  # type: Optional[_asking.Answers]
         self._complaint = None  # type: Optional[BaseException]
         loop.closers.append(self.close)
         loop.sockets.append(self._descriptor)
@@ -257,7 +257,7 @@ class Link:
         """
         attempt = _FIRST_ATTEMPT_SECS
         begin = time.monotonic()
-        question = None  # type: Optional[_clients.Question]
+        question = None  # type: Optional[_asking.Question]
         error = nats.errors.TimeoutError()  # type: BaseException
         ticket, is_again = self._line.draw(), False
         try:
@@ -278,7 +278,7 @@ class Link:
                         self.check_rights()
                         await question.until_read(deadline)
                     message = question.result()
-                    if not _clients.is_nobody(message):
+                    if not _asking.is_nobody(message):
                         return message
                     # Nobody leads the stream for a moment, or there is no JetStream at all.
                     self._check_jetstream(client, begin)
@@ -299,7 +299,7 @@ class Link:
                 question.end()
 
     async def _question(self, client: nats.aio.client.Client,
-                        question: Optional[_clients.Question]) -> _clients.Question:
+                        question: Optional[_asking.Question]) -> _asking.Question:
         """
         Find what asks over a connection.
 
@@ -310,8 +310,8 @@ class Link:
         if question is not None and question.answers.client is client:
             return question
         if self._answers is None or self._answers.client is not client:
-            self._answers = await _clients.Answers(client).listen()
-        return _clients.Question(self._answers)
+            self._answers = await _asking.Answers(client).listen()
+        return _asking.Question(self._answers)
 
     def _check_jetstream(self, client: nats.aio.client.Client, begin: float) -> None:
         """
