@@ -21,7 +21,7 @@ import persipubsub.errors
 import persipubsub.message
 from persipubsub import _claims, _in_flight, _moving, _wakeup
 from persipubsub.environment import _environment
-from persipubsub.store import _batches, _deliveries, _pending, _positions
+from persipubsub.store import _acknowledging, _batches, _deliveries, _pending, _positions
 
 #: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may
 #: die between its commit and its ring.
@@ -391,9 +391,9 @@ class Consumer:
         :param begin: everything from here to the first message was done when they were taken
         :param numbers: of the messages
         """
-        self._next = self._environment.write(
-            lambda txn, databases: self._pending.acknowledge(txn, databases, begin, numbers),
-            may_grow=True)
+        self._next = self._environment.write(lambda txn, databases: _acknowledging.acknowledge(
+            txn, databases, self._pending, begin, numbers),
+                                             may_grow=True)
         if self._rings:
             self.ring()
 

@@ -1,15 +1,17 @@
 """Test taking messages: claims, leases, batches, failures, damage."""
 
+# pylint: disable=contextmanager-generator-missing-cleanup
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 # pylint: disable=unbalanced-tuple-unpacking
 
+import contextlib
 import gc
 import mmap
 import pathlib
 import threading
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -495,6 +497,82 @@ def test_batch_whose_beginning_is_gone_stays_claimed(tmp_path: pathlib.Path,
         lease.acknowledge()
         receive(3)
         assert others[3:] == [b"5", b"6", b"7"]
+
+
+@contextlib.contextmanager
+def taken_around(tmp_path: pathlib.Path,
+                 monkeypatch: pytest.MonkeyPatch,
+                 max_deliveries: int,
+                 damaged: int = -1) -> Iterator[Tuple[persipubsub.queue.Queue, _delivery.Lease]]:
+    """
+    Take a batch while another consumer acknowledges message 3, before it is claimed.
+
+    :param tmp_path: for the queue
+    :param monkeypatch: to come in between
+    :param max_deliveries: of the subscriber
+    :param damaged: index of a message that is damaged
+    :return: queue of the messages 0 to 7, and a batch of what is there up to message 5
+    """
+    claim_prefix = _claims.Claims.claim_prefix
+    in_the_middle = []  # type: List[_delivery.Lease]
+
+    def claim_behind_another(*arguments: Any) -> Optional[_claims.Claim]:
+        if in_the_middle:
+            in_the_middle.pop().acknowledge()
+        return claim_prefix(*arguments)
+
+    monkeypatch.setattr(_claims.Claims, "claim_prefix", claim_behind_another)
+    policy = _attempts.Policy(max_deliveries=max_deliveries)
+    with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
+                                                                   None)}) as queue:
+        numbers = [queue.put([str(index).encode()]) for index in range(8)]
+        if damaged >= 0:
+            flip(queue, numbers[damaged])
+        other = queue.consumer("sub")
+        leases = [take(other) for _ in range(4)]
+        for lease in leases[:3]:
+            lease.give_back()
+        in_the_middle.append(leases[3])
+        yield queue, take(queue.consumer("sub"), most=6)
+
+
+@pytest.mark.parametrize("max_deliveries", [0, 3])
+def test_batch_around_what_another_acknowledged_stays_claimed(tmp_path: pathlib.Path,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              max_deliveries: int) -> None:
+    with taken_around(tmp_path, monkeypatch, max_deliveries) as (queue, lease):
+        assert lease.messages == [b"0", b"1", b"2", b"4", b"5"]
+        assert [message.data for message in lease.details()] == lease.messages
+        # Given back for a moment, the last of them would come to this one behind later ones.
+        last = take(queue.consumer("sub"), most=10)
+        assert last.messages == [b"6", b"7"]
+        lease.acknowledge()
+        last.acknowledge()
+        assert queue.check() == []
+        figures = stores.figures(queue)
+        assert (figures.acknowledged, figures.lag, figures.failed) == (8, 0, 0)
+
+
+@pytest.mark.parametrize("max_deliveries", [0, 3])
+def test_batch_leaves_what_a_seek_brought_back_in_its_middle(tmp_path: pathlib.Path,
+                                                             monkeypatch: pytest.MonkeyPatch,
+                                                             max_deliveries: int) -> None:
+    with taken_around(tmp_path, monkeypatch, max_deliveries) as (queue, lease):
+        assert queue.seek("sub", to="beginning") == 1
+        lease.acknowledge()
+        assert queue.check() == []
+        assert collect(queue, most=10) == ([b"3", b"6", b"7"], [])
+        assert queue.check() == [] and stores.figures(queue).lag == 0
+
+
+@pytest.mark.parametrize("max_deliveries", [0, 3])
+def test_batch_ends_in_front_of_a_damaged_message_behind_a_finished_one(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, max_deliveries: int) -> None:
+    with taken_around(tmp_path, monkeypatch, max_deliveries, damaged=4) as (queue, lease):
+        assert lease.messages == [b"0", b"1", b"2"]
+        lease.acknowledge()
+        assert collect(queue, most=10) == ([b"5", b"6", b"7"], [lease.numbers[0] + 4])
+        queue.delete_finished()
 
 
 def test_batch_is_not_guessed(tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:

@@ -80,6 +80,7 @@ _ROWS: List[Set[str]] = [
     {"environment._standard_streams"},
     {"store._newest", "store._batches"},
     {"store._deliveries"},
+    {"store._acknowledging"},
     {"store._retention", "store._check", "store._pending"},
     {"store._once", "store._positions"},
     {"store._attempts", "store._header", "store._log"},

@@ -1,8 +1,9 @@
 """
 Record what became of a delivery that did not end well, inside of a transaction.
 
-An acknowledgement is in :py:mod:`persipubsub.store._pending`; here is all the rest: deliveries that
-are counted before they begin, those that failed, and messages that are not delivered any more.
+An acknowledgement is in :py:mod:`persipubsub.store._acknowledging`; here is all the rest:
+deliveries that are counted before they begin, those that failed, and messages that are not
+delivered any more.
 """
 
 import datetime
@@ -12,7 +13,8 @@ from typing import Dict, Final, List, Optional, Sequence
 import lmdb
 
 import persipubsub.message
-from persipubsub.store import _attempts, _blocks, _layout, _log, _pending, _positions
+from persipubsub.store import (_acknowledging, _attempts, _blocks, _layout, _log, _pending,
+                               _positions)
 from persipubsub.store._databases import Databases
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
@@ -112,7 +114,7 @@ def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pe
     now_ns = pending.now_ns()
     flags = subscriber.flags
     for number in numbers:
-        if not _pending.is_pending(txn, databases, subscriber, number):
+        if not _acknowledging.is_pending(txn, databases, subscriber, number):
             continue
         before = _attempts.read(txn, databases, pending.ordinal, number)
         if before is None:
@@ -157,7 +159,7 @@ def copy_spent(txn: "lmdb.Transaction[memoryview]", databases: Databases, pendin
         # The record left with the message, or with the subscriber.
         return None
     subscriber = _positions.require(txn, databases, pending.key)
-    if not _pending.is_pending(txn, databases, subscriber, number):
+    if not _acknowledging.is_pending(txn, databases, subscriber, number):
         return None
     found = _log.seek(txn.cursor(db=databases.data), number)
     assert found is not None, "The message was found in the same snapshot."
@@ -206,7 +208,7 @@ def set_aside(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending
     if subscriber is None or subscriber.ordinal != pending.ordinal:
         return
     _attempts.forget(txn, databases, subscriber.ordinal, number)
-    start = pending.begin_of(txn, databases, subscriber, begin_number, number)
+    start = _acknowledging.begin_of(txn, databases, pending.key, subscriber, begin_number, number)
     moved, fresh = _positions.acknowledge(txn, databases, subscriber, start, number + 1)
     if fresh:
         _positions.write(txn, databases, pending.key, moved._replace(corrupt=moved.corrupt + 1))
@@ -225,11 +227,12 @@ def give_up(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: 
     subscriber = _positions.read(txn, databases, pending.key)
     if subscriber is None or subscriber.ordinal != pending.ordinal:
         return
-    if not _pending.is_pending(txn, databases, subscriber, number):
+    if not _acknowledging.is_pending(txn, databases, subscriber, number):
         return
     _attempts.forget(txn, databases, subscriber.ordinal, number)
     # Gaps in front of it are passed: what lies behind a position counts as waiting.
-    start = pending.begin_of(txn, databases, subscriber, subscriber.position, number)
+    start = _acknowledging.begin_of(txn, databases, pending.key, subscriber, subscriber.position,
+                                    number)
     moved, _ = _positions.acknowledge(txn, databases, subscriber, start, number + 1)
     _positions.write(txn, databases, pending.key,
                      moved._replace(dead_lettered=moved.dead_lettered + 1))

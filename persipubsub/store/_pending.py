@@ -1,5 +1,5 @@
 """
-Find, copy and acknowledge the messages of one subscriber, inside of a transaction.
+Find and copy the messages of one subscriber, inside of a transaction.
 
 What is pending for a subscriber is what lies at or behind its position, is addressed to it, and was
 not acknowledged ahead. Of that, a message that failed may rest until it is due again.
@@ -247,9 +247,12 @@ class Pending:
         if number >= end:
             return _NOTHING
         if flags:
-            end, attempts, is_spent = self.limit(txn, databases, flags, number, end)
-            if number == end:
+            stop, attempts, is_spent = self.limit(txn, databases, flags, number, end)
+            if number == stop:
                 return _NOTHING
+            if stop < end and not is_spent:
+                return self._copy_around(txn, databases, flags, number, end)
+            end = stop
 
         if number + 1 == end:
             # What is below would do, and takes three times as long for the message of a send.
@@ -261,6 +264,44 @@ class Pending:
                                      ([number], [single[1]], [(1, single[0])], attempts, is_spent))
         copied = self._copy_found(txn, databases, number, end)
         return copied._replace(attempts=attempts, is_spent=is_spent) if copied.numbers else copied
+
+    def _copy_around(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int,
+                     number: int, end: int) -> Copied:
+        """
+        Copy messages of a claimed range on both sides of those that were acknowledged ahead.
+
+        Another consumer did that between the choice of the range and the claim. What lies behind
+        them is claimed already: if it were given back, who passed over it meanwhile would receive
+        it after later ones.
+
+        :param txn: any transaction
+        :param databases: handles
+        :param flags: of the subscriber
+        :param number: of the first message, which is pending
+        :param end: number behind the last one to look at
+        :return: messages with what is known of their deliveries
+        :raise CorruptMessageError: if the first one is damaged
+        """
+        found = {}  # type: Dict[int, _layout.Attempts]
+        result = Copied([], [], [], found, False)
+        is_behind_others = True
+        while is_behind_others and number < end:
+            stop, attempts, is_spent = self.limit(txn, databases, flags, number, end)
+            if is_spent:
+                break
+            try:
+                part = self._copy_found(txn, databases, number, stop)
+            except persipubsub.errors.CorruptMessageError:
+                if not result.numbers:
+                    raise
+                break
+            result.numbers.extend(part.numbers)
+            result.messages.extend(part.messages)
+            result.runs.extend(part.runs)
+            found.update(attempts)
+            number = _positions.skip_ahead(txn, databases, self.ordinal, stop)
+            is_behind_others = number > stop
+        return result
 
     def _copy_found(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, number: int,
                     end: int) -> Copied:
@@ -347,114 +388,6 @@ class Pending:
                 return number + 1, {number: attempts}, True
             found[other] = attempts
         return end, found, False
-
-    def acknowledge(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, begin: int,
-                    numbers: List[int]) -> int:
-        """
-        Move the position over messages, or add a range ahead of it.
-
-        :param txn: write transaction
-        :param databases: handles
-        :param begin: everything from here to the first message is done or not for the subscriber
-        :param numbers: of the messages
-        :return: position afterwards; 0 if the subscriber was removed
-        """
-        value = txn.get(self.key, None, databases.pending)
-        if value is None:
-            return 0
-        in_order = _layout.acknowledge_in_order(value, self.ordinal, numbers, self.now_ns())
-        if in_order is not None:
-            position = numbers[-1] + 1
-            txn.put(self.key, in_order, db=databases.pending)
-        else:
-            position = self._acknowledge_out_of_order(txn, databases, begin, numbers)
-        if position >= self.end:
-            cursor = txn.cursor(db=databases.data)
-            if cursor.last():
-                key, last = cursor.item()
-                self.end = _layout.unpack_number(key) + _blocks.guess_messages(last)
-        return position
-
-    def _acknowledge_out_of_order(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                                  begin: int, numbers: List[int]) -> int:
-        """
-        Acknowledge messages in any state of the subscriber.
-
-        :param txn: write transaction
-        :param databases: handles
-        :param begin: everything from here to the first message is done or not for the subscriber
-        :param numbers: of the messages
-        :return: position afterwards
-        """
-        subscriber = _positions.require(txn, databases, self.key)
-        if subscriber.ordinal != self.ordinal:
-            # It was removed and added again: another subscriber of the same name.
-            return subscriber.position
-        count = self._count_pending(txn, databases, subscriber, numbers)
-        begin = self.begin_of(txn, databases, subscriber, begin, numbers[0])
-        if subscriber.flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
-            for number in numbers:
-                _attempts.forget(txn, databases, subscriber.ordinal, number)
-        moved, _ = _positions.acknowledge(txn, databases, subscriber, begin, numbers[-1] + 1)
-        if count:
-            moved = moved._replace(acknowledged=moved.acknowledged + count,
-                                   acknowledged_ns=self.now_ns())
-        if moved != subscriber:
-            _positions.write(txn, databases, self.key, moved)
-        return moved.position
-
-    def begin_of(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                 subscriber: _layout.Subscriber, begin: int, number: int) -> int:
-        """
-        Look whether what lies in front of a message is still done or not for the subscriber.
-
-        It is not after a seek to what lies in between, which is to be received again.
-
-        :param txn: any transaction
-        :param databases: handles
-        :param subscriber: its record
-        :param begin: everything from here to the message was, when it was taken
-        :param number: of the message
-        :return: from where on to acknowledge
-        """
-        if begin >= number:
-            return number
-        own = _positions.audiences_of(_log.read_audiences(txn, databases), self.key)
-        if _positions.count_pending(txn, databases, subscriber, own, begin, number):
-            return number
-        return begin
-
-    @staticmethod
-    def _count_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                       subscriber: _layout.Subscriber, numbers: List[int]) -> int:
-        """
-        Count the messages that were neither dropped nor skipped while they were being worked on.
-
-        :param txn: any transaction
-        :param databases: handles
-        :param subscriber: its record
-        :param numbers: of the messages
-        :return: how many are still pending
-        """
-        return sum(is_pending(txn, databases, subscriber, number) for number in numbers)
-
-
-def is_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-               subscriber: _layout.Subscriber, number: int) -> bool:
-    """
-    Tell whether a message was neither acknowledged, dropped nor skipped.
-
-    :param txn: any transaction
-    :param databases: handles
-    :param subscriber: to whom it is addressed
-    :param number: of the message
-    :return: True if it is pending
-    """
-    if number < subscriber.position:
-        return False
-    found = _log.seek(txn.cursor(db=databases.data), number)
-    return (found is not None and found.first <= number < found.first + found.block.messages
-            and _positions.skip_ahead(txn, databases, subscriber.ordinal, number) == number)
 
 
 def _copy_run(value: memoryview, block: _blocks.Block, first: int, begin: int, stop: int,
