@@ -95,6 +95,22 @@ def test_calls_end_while_a_server_reads_nothing(server: jetstream_server.Servers
     until_nobody_is_connected(server)
 
 
+def test_thousands_of_calls_end_while_a_server_reads_nothing(server: jetstream_server.Servers,
+                                                             tmp_path: pathlib.Path) -> None:
+    with open_pub(jetstream_server.deploy(tmp_path, server)):
+        link, = links()
+
+        async def ask() -> List[str]:
+            deadline = time.monotonic() + 2
+            # More than a socket takes, and not more than is kept for the server.
+            return await asyncio.gather(*(outcome_of(link.request("one", bytes(5000), deadline))
+                                          for _ in range(3000)))
+
+        with stopped(server):
+            begun = _loop.current().begin(ask)
+            assert begun.result(HANG_SECS) == ["UnavailableError"] * 3000
+
+
 def test_connection_over_which_nothing_is_read_is_closed(server: jetstream_server.Servers,
                                                          tmp_path: pathlib.Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=1)

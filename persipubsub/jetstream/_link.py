@@ -191,6 +191,9 @@ class Link:
                 # No more than that would be waited for without end, whatever the timeout. So we
                 # look for ourselves, and nothing is taken while there is no connection.
                 pending_size=-1,
+                # Without end, too, would wait who has something written behind a thousand others:
+                # the pings among them, by which a dead connection is known.
+                flusher_queue_size=0,
                 **_credentials(self._path)))
         waiting = asyncio.ensure_future(refused.wait())
         pause = max(0.05, min(_CONNECT_SECS, deadline - time.monotonic()))
