@@ -111,6 +111,33 @@ def test_thousands_of_calls_end_while_a_server_reads_nothing(server: jetstream_s
             assert begun.result(HANG_SECS) == ["UnavailableError"] * 3000
 
 
+def test_server_that_reads_nothing_is_left_for_another_one(server: jetstream_server.Servers,
+                                                           tmp_path: pathlib.Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=HANG_SECS / 2)
+    monkeypatch.setattr(_link, "_PING_SECS", 1)
+    ends = []  # type: List[str]
+    with contextlib.ExitStack() as stack:
+        used, other = (stack.enter_context(contextlib.closing(Valve(server.servers[0].port)))
+                       for _ in range(2))
+        with open_pub(used.config(config_pth, other)) as pub:
+            pub.send(b"")
+            # The client chooses at random.
+            used, other = (used, other) if used.count else (other, used)
+            assert (used.count, other.count) == (1, 0)
+            used.is_open.clear()
+            threads = [
+                threading.Thread(target=lambda: ends.append(outcome(lambda: pub.send(LARGE))))
+                for _ in range(50)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(HANG_SECS)
+            assert ends == [""] * 50
+            assert other.count == 1
+
+
 def test_connection_over_which_nothing_is_read_is_closed(server: jetstream_server.Servers,
                                                          tmp_path: pathlib.Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=1)
@@ -212,11 +239,12 @@ class Valve:
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def config(self, config_pth: pathlib.Path) -> pathlib.Path:
-        """Write a configuration of the same queue that leads through the valve."""
+    def config(self, config_pth: pathlib.Path, *others: "Valve") -> pathlib.Path:
+        """Write a configuration of the same queue that leads through this valve, or others."""
         path = config_pth.with_name("valve.json")
-        old, new = ":{}/".format(self._server_port), ":{}/".format(self.port)
-        path.write_text(config_pth.read_text().replace(old, new))
+        new = ",127.0.0.1".join(":{}".format(valve.port) for valve in (self, *others))
+        old = ":{}/".format(self._server_port)
+        path.write_text(config_pth.read_text().replace(old, new + "/"))
         return path
 
     def cut(self) -> None:

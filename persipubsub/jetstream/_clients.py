@@ -30,6 +30,19 @@ _LOOK_SECS: Final = 0.02
 _PAUSE_SECS: Final = 0.1
 
 
+class Client(nats.aio.client.Client):
+    """Be a client that lets go of a server which reads nothing, and goes on to the next one."""
+
+    async def _attempt_reconnect(self) -> None:
+        """Connect again; what was not written yet is lost with the connection."""
+        transport = transport_of(self)
+        if transport is not None:
+            # Closing alone waits until the server has read what is still to be written: for ever,
+            # although there are other servers.
+            transport.abort()
+        await super()._attempt_reconnect()
+
+
 async def give_up(connecting: "asyncio.Task[None]", client: nats.aio.client.Client) -> None:
     """
     End an attempt to connect, and close what it has made so far.

@@ -168,7 +168,7 @@ class Link:
             if isinstance(error, ssl.SSLError) or _errors.is_refusal(error):
                 refused.set()
 
-        client = nats.aio.client.Client()
+        client = _clients.Client()
 
         async def forget() -> None:
             # It would be sent over the next connection, behind what was lost with this one: out of
