@@ -20,11 +20,11 @@ import pytest
 
 import persipubsub.aio
 import persipubsub.errors
-from persipubsub.jetstream import _link, _loop
+from persipubsub.jetstream import _acknowledging, _link, _loop
 from tests import jetstream_server
 from tests.faults.test_storm import choose_seed
 from tests.support import HANG_SECS, Child, Connection, open_files, outcome, until
-from tests.test_behaviour import drain, numbered, open_pub, open_sub
+from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
 
@@ -372,3 +372,33 @@ def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.
     assert ends == [""]
     with open_sub(config_pth) as sub:
         assert drain(sub) == numbered(count)
+
+
+def test_what_is_acknowledged_for_long_stays_with_its_consumer(
+        server: jetstream_server.Servers, tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_acknowledging, "_AT_ONCE", 20)
+    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=4)
+    others = []  # type: List[bytes]
+    is_over = threading.Event()
+
+    def receive() -> None:
+        while not is_over.is_set():
+            with other.receive(timeout=0.1) as msg:
+                others.extend([msg] if msg is not None else [])
+
+    with contextlib.closing(Valve(server.servers[0].port)) as valve:
+        with open_pub(config_pth) as pub, open_sub(valve.config(config_pth)) as sub, \
+                open_sub(config_pth) as other:
+            pub.send_many(numbered(500))
+            thread = threading.Thread(target=receive)
+            with sub.receive_many(500, timeout=HANG_SECS) as msgs:
+                assert msgs == numbered(500)
+                thread.start()
+                # Each of 25 parts is under way for about as long.
+                valve.pause = 0.3
+            valve.pause = 0.0
+            is_over.set()
+            thread.join(HANG_SECS)
+    assert not others
+    assert lags(config_pth) == {"sub": 0}

@@ -17,7 +17,7 @@ from typing import Final, List, Sequence
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import _errors, _pulling, _stream
+from persipubsub.jetstream import _errors, _inboxes, _pulling, _stream
 from persipubsub.jetstream._inboxes import Pulled
 
 #: An acknowledgement that is not answered is repeated after so many seconds, at first and at most.
@@ -41,10 +41,15 @@ async def acknowledge(puller: _pulling.Puller, stream: _stream.Stream, durable: 
     :param deadline: on the monotonic clock; later as long as the servers answer
     :raise UnavailableError: if there was no answer in time; they are delivered again
     """
-    wait_secs = deadline - time.monotonic()
+    told = time.monotonic()
+    wait_secs = deadline - told
     patience = _FIRST_ANSWER_SECS
     while pulled:
         some, rest = pulled[:_AT_ONCE], pulled[_AT_ONCE:]
+        if rest and time.monotonic() - told > stream.settings.address.ack_wait_secs / 3:
+            # Those whose turn is to come would be with others by then.
+            told = time.monotonic()
+            await _inboxes.keep(await stream.link.client(deadline), rest)
         until = min(deadline, time.monotonic() + patience)
         # In order: the first one is the next that is delivered again.
         answers = await asyncio.gather(*(stream.link.request(one.reply, b"+ACK", until)

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import datetime
 import time
-from typing import Any, Deque, Dict, Final, NamedTuple
+from typing import Any, Deque, Dict, Final, NamedTuple, Sequence
 
 import nats.aio.client
 import nats.aio.msg
@@ -20,6 +20,9 @@ from persipubsub.jetstream import _clients
 
 #: The end of a subscription is waited for so long, in seconds.
 _CLOSE_SECS: Final = 1.0
+
+#: Others go on after so many words to the servers, which may be thousands.
+_TOLD_AT_ONCE: Final = 512
 
 #: A pull that is refused. Rejected: one of so few bytes that no message fits. It moves the next
 #: message behind the others that were given back.
@@ -103,8 +106,7 @@ class Inbox:
         if not ack_wait_secs / 4 <= age <= ack_wait_secs / 2:
             return
         kept = list(self.messages)
-        for pulled in kept:
-            await tell(self.client, pulled, b"+WPI")
+        await keep(self.client, kept)
         # What came meanwhile is behind them.
         for place, pulled in enumerate(kept):
             self.messages[place] = pulled._replace(arrived=now)
@@ -146,6 +148,20 @@ async def tell(client: nats.aio.client.Client, pulled: Pulled, what: bytes) -> N
         await client.publish(pulled.reply, what)
     except (nats.errors.Error, OSError):
         pass  # the server delivers it again after ack_wait
+
+
+async def keep(client: nats.aio.client.Client, pulled: Sequence[Pulled]) -> None:
+    """
+    Say that messages are at work.
+
+    :param client: of the connection
+    :param pulled: messages
+    """
+    for begin in range(0, len(pulled), _TOLD_AT_ONCE):
+        for one in pulled[begin:begin + _TOLD_AT_ONCE]:
+            await tell(client, one, b"+WPI")
+        # Nothing of that suspends us.
+        await asyncio.sleep(0)
 
 
 def to_pulled(data: bytes, reply: str) -> Pulled:
