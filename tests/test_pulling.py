@@ -222,6 +222,39 @@ def test_batch_that_comes_slowly_is_in_order(tmp_path: pathlib.Path,
     assert lags(config_pth) == {"sub": 0}
 
 
+@pytest.mark.parametrize("ack_wait, kept", [(4, 7), (8, 20)])
+def test_batch_stays_with_its_consumer_while_more_of_it_comes_slowly(
+        tmp_path: pathlib.Path, servers: jetstream_server.Servers, slow: Slow, ack_wait: int,
+        kept: int) -> None:
+    """What a first pull brought waits for a second one, and that is under way for 6 seconds."""
+    config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=ack_wait)
+    port, text = str(servers.servers[0].port), config_pth.read_text()
+    slow_pth = tmp_path / "slow.json"
+    slow_pth.write_text(text.replace(":{}/".format(port), ":{}/".format(slow.port)))
+    ends = []  # type: List[str]
+
+    def receive() -> None:
+        with sub.receive_many(20, timeout=HANG_SECS) as msgs:
+            # Now the rest would come again that was under way for longer than ack_wait.
+            time.sleep(3)
+            with open_sub(config_pth) as other:
+                found = drain(other)
+            assert msgs == numbered(20) and not set(msgs[:kept]) & set(found)
+
+    with open_pub(config_pth) as pub, open_sub(slow_pth) as sub:
+        pub.send_many(numbered(20))
+        slow.is_holding = True
+        thread = threading.Thread(target=lambda: ends.append(outcome(receive)))
+        thread.start()
+        until(lambda: len(slow.held) == 7, "the first pull")
+        slow.release(7)
+        until(lambda: len(slow.held) >= 13, "the second pull")
+        time.sleep(6)
+        slow.release()
+        thread.join(HANG_SECS)
+        assert ends == [""]
+
+
 async def until_left(sub: Any, is_left: bool) -> None:
     """Wait until a pull is left to whoever waits next, or is not any more."""
     waiting = sub._sub._consumer._ahead.waiting

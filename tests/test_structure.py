@@ -47,7 +47,7 @@ _ROWS: List[Set[str]] = [
     {"jetstream._ahead"},
     {"jetstream._acknowledging", "jetstream._waiting"},
     {"jetstream._calls", "jetstream._pulling"},
-    {"jetstream._returns"},
+    {"jetstream._keeping", "jetstream._returns"},
     {"jetstream._stream"},
     {"jetstream._link"},
     {

@@ -22,8 +22,8 @@ from typing import Deque, Final, Iterable, List, Optional, Sequence, Tuple
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import (_acknowledging, _calls, _errors, _inboxes, _loop, _pulling,
-                                   _returns, _settings, _waiting)
+from persipubsub.jetstream import (_acknowledging, _calls, _errors, _inboxes, _keeping, _loop,
+                                   _pulling, _returns, _settings, _waiting)
 
 #: Messages that are pulled at once, at most.
 _MOST_MESSAGES: Final = 64
@@ -111,7 +111,8 @@ class Ahead:
                 self._handed_out = 1
             return pulled
         try:
-            return held + await self.waiting.take_now(max_messages - len(held))
+            async with _keeping.kept(self._stream, held):
+                return held + await self.waiting.take_now(max_messages - len(held))
         except BaseException:
             self.puller.returns.give_back(held)
             raise
@@ -131,7 +132,8 @@ class Ahead:
             return pulled
         pulled = await self.waiting.take(None if deadline is None else deadline - time.monotonic())
         try:
-            return pulled + (await self.waiting.take_now(max_messages - 1) if pulled else [])
+            async with _keeping.kept(self._stream, pulled):
+                return pulled + (await self.waiting.take_now(max_messages - 1) if pulled else [])
         except BaseException:
             self.puller.returns.give_back(pulled)
             raise

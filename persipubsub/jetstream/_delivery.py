@@ -16,12 +16,10 @@ import time
 import weakref
 from typing import Any, Callable, Coroutine, Final, Iterator, List, Optional
 
-import nats.errors
-
 import persipubsub.errors
 import persipubsub.message
-from persipubsub.jetstream import (_address, _ahead, _calls, _errors, _holding, _inboxes, _settings,
-                                   _stream)
+from persipubsub.jetstream import (_address, _ahead, _calls, _errors, _holding, _inboxes, _keeping,
+                                   _settings, _stream)
 
 #: Messages that are acknowledged at the same time when all but the newest are skipped.
 _SKIPPED_AT_ONCE: Final = 256
@@ -76,9 +74,8 @@ class Lease:
         """Tell the server that we are at work. It is not awaited, and repeated anyhow."""
         try:
             client = await self._ports.link.client(time.monotonic() + self._pause)
-            for one in self.pulled:
-                await client.publish(one.reply, b"+WPI")
-        except (persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
+            await _inboxes.keep(client, self.pulled)
+        except persipubsub.errors.PersipubsubError:
             pass
 
     def stop(self) -> None:
@@ -433,7 +430,8 @@ class Consumer:
                 pulled = pulled[-1:]
                 if pulled[0].number >= last:
                     break
-                more = await self.ahead(ports).waiting.take_now(_SKIPPED_AT_ONCE)
+                async with _keeping.kept(ports.stream, pulled):
+                    more = await self.ahead(ports).waiting.take_now(_SKIPPED_AT_ONCE)
                 if not more:
                     break
                 pulled += more

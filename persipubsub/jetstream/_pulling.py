@@ -23,7 +23,7 @@ import nats.aio.client
 import nats.errors
 
 import persipubsub.errors
-from persipubsub.jetstream import _errors, _inboxes, _link, _returns, _settings, _stream
+from persipubsub.jetstream import _errors, _inboxes, _keeping, _link, _returns, _settings, _stream
 
 #: A pull is repeated after so many seconds: it is lost with the server that has it.
 LONGEST_PULL_SECS: Final = 5.0
@@ -168,16 +168,17 @@ class Puller:
         try:
             while has_more and len(taken) < max_messages and max_bytes > 0:
                 if taken and time.monotonic() - taken[0].arrived > patience_secs:
-                    break  # what is taken is not said to be at work before all of it is there
+                    break  # who asked has waited long enough for those
                 count, limit = max_messages - len(taken), _MOST_BYTES // self._batches
                 fitting = max(1, limit // self._stream.link.max_payload())
-                if count <= fitting or not found or found[-1].attempts > 1:
-                    # The servers have a limit by bytes put a message that does not fit behind all
-                    # others that were given back; what was never delivered comes after those.
-                    found, has_more = await self._pull(0.0, min(count, fitting), None)
-                else:
-                    found, has_more = await self._pull(0.0, count, min(limit, max_bytes))
-                taken += found
+                async with _keeping.kept(self._stream, taken):
+                    if count <= fitting or not found or found[-1].attempts > 1:
+                        # The servers have a limit by bytes put a message that does not fit behind
+                        # all others that were given back; what was never delivered comes later.
+                        found, has_more = await self._pull(0.0, min(count, fitting), None)
+                    else:
+                        found, has_more = await self._pull(0.0, count, min(limit, max_bytes))
+                    taken += found
                 max_bytes -= sum(len(one.data) for one in found)
         except BaseException:
             self.returns.give_back(taken)
