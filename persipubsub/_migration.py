@@ -151,7 +151,9 @@ class _Mover:
         if subscriber not in self._subscribers:
             # It was added by hand, and is in no configuration: nobody could receive them there.
             return 0
-        consumer = self._source.consumer(subscriber)
+        # Killed or refused, it would use up what max_deliveries allows, and the next move would give
+        # up what nobody has seen.
+        consumer = self._source.consumer(subscriber, is_delivery=False)
         most = max(1, min(_BATCH_MESSAGES, self._mark.max_msgs_num // 4))
         moved = 0
         deadline = time.monotonic() + _PATIENCE_SECS
@@ -181,8 +183,9 @@ class _Mover:
                 ]
                 self._put(lease.messages[begin:end], subscriber, ids)
                 begin = end
-        except BaseException as error:
-            lease.give_back(error)
+        except BaseException:
+            # Without the error: it is none of a consumer.
+            lease.give_back()
             raise
         lease.acknowledge()
 

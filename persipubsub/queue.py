@@ -219,11 +219,13 @@ class Queue:
 
     # Receiving
 
-    def consumer(self, subscriber: str) -> _waking.Consumer:
+    def consumer(self, subscriber: str, is_delivery: bool = True) -> _waking.Consumer:
         """
         Take part in the work of a subscriber.
 
         :param subscriber: its id
+        :param is_delivery:
+            False for who takes messages elsewhere: that is not counted where deliveries are limited
         :return: from which messages can be taken
         :raise NotInitializedError: if the queue has no such subscriber
         """
@@ -238,7 +240,8 @@ class Queue:
                                                          self._now_ns, policy),
                                 expire=self.drop_expired,
                                 mover=self._mover(subscriber, retries),
-                                rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK)
+                                rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK,
+                                counts=is_delivery and policy.max_deliveries > 0)
 
     def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
         """

@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import signal
 import threading
+import unittest.mock
 from typing import Any, Dict, Iterator, List
 
 import pytest
@@ -252,6 +254,71 @@ def test_message_that_was_put_before_the_kill_is_not_put_again(
             persipubsub.control.migrate(scene.old, "queue", scene.target)
     persipubsub.control.migrate(scene.old, "queue", scene.target)
     assert received(scene.new) == {name: numbered(5) for name in "abc"}
+
+
+def limit_deliveries(config_pth: pathlib.Path, **entries: Any) -> None:
+    """Let messages of a subscriber be delivered once, and dropped if that failed."""
+    described = json.loads(config_pth.read_text())
+    for name in ("a", "b", "c"):
+        described[name].update({"max_deliveries": 1, **entries})
+    config_pth.write_text(json.dumps(described))
+
+
+def test_move_that_is_killed_is_no_delivery(scene: Scene) -> None:
+    limit_deliveries(scene.old)
+    with open_pub(scene.old) as pub:
+        pub.send_many(numbered(50))
+
+    def move(_: Connection) -> None:
+        # Taken, and not put yet.
+        with unittest.mock.patch.object(_migration, "_cut",
+                                        lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+            persipubsub.control.migrate(scene.old, "queue", scene.target)
+
+    with Child(move) as child:
+        child.end(-signal.SIGKILL)
+    assert lags(scene.old) == {name: 50 for name in "abc"}
+    assert persipubsub.control.migrate(scene.old, "queue", scene.target) == {
+        name: (50, 0)
+        for name in "abc"
+    }
+    assert received(scene.new) == {name: numbered(50) for name in "abc"}
+
+
+def test_move_that_fails_is_no_delivery(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path, servers, MAX_MSGS_NUM=10)
+    limit_deliveries(scene.old, retry_delay_secs=3600)
+    with open_pub(scene.old) as pub:
+        pub.send_many(numbered(10))
+    monkeypatch.setattr(_migration, "_PATIENCE_SECS", 0.5)
+    for _ in range(2):
+        with pytest.raises(persipubsub.errors.QueueFullError, match="start its subscribers there"):
+            persipubsub.control.migrate(scene.old, "queue", scene.target)
+    monkeypatch.undo()
+    assert not any(found.failed
+                   for found in persipubsub.control.statistics(scene.old)["queue"].subscribers)
+    with receiving(scene.new) as found:
+        persipubsub.control.migrate(scene.old, "queue", scene.target)
+        until(lambda: set(lags(scene.new).values()) == {0}, "the subscribers")
+    assert found == {name: numbered(10) for name in "abc"}
+
+
+def test_what_was_delivered_often_enough_is_given_up_by_a_move(scene: Scene) -> None:
+    limit_deliveries(scene.old)
+    with open_pub(scene.old) as pub:
+        pub.send_many(numbered(3))
+
+    def die(_: Connection) -> None:
+        with open_sub(scene.old, "a") as sub, sub.receive(timeout=HANG_SECS) as msg:
+            assert msg == b"0"
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with Child(die) as child:
+        child.end(-signal.SIGKILL)
+    assert persipubsub.control.migrate(scene.old, "queue", scene.target)["a"] == (2, 0)
+    assert persipubsub.control.statistics(scene.old)["queue"].subscribers[0].dead_lettered == 1
+    assert received(scene.new) == {"a": numbered(3)[1:], "b": numbered(3), "c": numbered(3)}
 
 
 def test_command(scene: Scene) -> None:
