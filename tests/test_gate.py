@@ -69,6 +69,13 @@ def test_one_process_at_a_time(gate_path: str) -> None:
     gate.close()
 
 
+def test_close_that_fails_leaves_nothing_open(gate_path: str) -> None:
+    gate = _gate.Gate(gate_path)
+    os.close(gate.descriptor)
+    gate.close()
+    assert gate.descriptor == -1
+
+
 def test_a_stopped_process_keeps_it_and_a_killed_one_gives_it_back(gate_path: str) -> None:
     gate = _gate.Gate(gate_path)
     with support.Child(hold, gate_path) as child:

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import struct
 import threading
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
@@ -20,6 +20,7 @@ import persipubsub.subscriber
 from persipubsub.environment import _files, _opening, _registry
 from persipubsub.maintenance import _alone
 from tests import support
+from tests.faults import tracing
 
 BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
 
@@ -503,6 +504,32 @@ def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, step: int) ->
     assert receive(config_pth) == [b"later"]
     persipubsub.control.compact(config_pth)
     assert_sound(config_pth)
+
+
+@pytest.mark.parametrize("action", ["compact", "restore", "drop"])
+def test_lock_that_is_refused_is_an_error_of_the_library(tmp_path: pathlib.Path,
+                                                         action: str) -> None:
+    """As the kernel does it that has no memory for one more lock, and many file systems."""
+    tracing.require()
+    config_pth = support.write_config(tmp_path, durability="os")
+    persipubsub.control.initialize_all_dbs(config_pth)
+    backup = tmp_path / "backup.mdb"
+    persipubsub.control.backup(config_pth, "queue", backup)
+    functions = {
+        "compact": lambda: persipubsub.control.compact(config_pth),
+        "restore": lambda: persipubsub.control.restore(config_pth, "queue", backup),
+        "drop": lambda: persipubsub.control.drop_queue(config_pth, "queue")
+    }  # type: Dict[str, Callable[[], object]]
+
+    def work() -> None:
+        outcome = support.outcome(functions[action])
+        assert outcome in ("", "StoreError", "BusyTimeoutError"), outcome
+
+    for place in range(1, 8):
+        options = ["-o", os.devnull, "-e", "inject=flock:error=ENOLCK:when={}".format(place)]
+        assert tracing.run(lambda: work, options) == 0, "Failed at lock {}.".format(place)
+        persipubsub.control.initialize_all_dbs(config_pth)
+    assert persipubsub.control.verify(config_pth) == {"queue": ()}
 
 
 def test_store_of_another_program_is_left_alone(tmp_path: pathlib.Path) -> None:

@@ -81,7 +81,8 @@ class Environment(_transactions.Transactions):
             self._committed = self._flushed = 0
             self.left = None
             self._seen = 0
-            self._handles = _opening.open_store(self.directory, self.options)
+            with _files.translated(path=self.directory, doing="open the queue"):
+                self._handles = _opening.open_store(self.directory, self.options)
             try:
                 self._start(adopts_durability=adopts_durability)
             except BaseException:
@@ -194,7 +195,7 @@ class Environment(_transactions.Transactions):
         is_running = _opening.is_marked(self.directory)
         is_covered = is_running and _opening.is_checkpointed(self.directory)
         if is_running and (self._checkpointer is not None
-                           or not _opening.is_alone(self._open_handles().users)):
+                           or not self._open_handles().users.is_alone()):
             self._join(is_covered)
             return
         self._checkpoint_secs = self.options.checkpoint_secs
@@ -398,7 +399,7 @@ class Environment(_transactions.Transactions):
         if self.is_look and not _opening.is_marked(self.directory):
             # Nobody wrote since it was left clean, this process neither.
             return
-        if _opening.is_alone(handles.users):
+        if handles.users.is_alone():
             self.flush_now()
             _opening.mark_clean(self.directory)
         elif self._checkpoint_secs and self._committed:

@@ -50,12 +50,40 @@ class LockFile:
         if self.descriptor >= 0:
             _close(self.descriptor)
 
+    def share(self) -> None:
+        """
+        Take a shared lock; wait for whoever has the other one.
+
+        :raise StoreError: if the file system, or the kernel, refuses the lock
+        """
+        with _files.translated(path=self.path, doing="lock"):
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+
+    def is_alone(self) -> bool:
+        """
+        Tell whether nobody else has a lock on the file. Let nobody come meanwhile.
+
+        :return: True if so; the lock is a shared one afterwards
+        :raise StoreError: if the file system, or the kernel, refuses the lock
+        """
+        with _files.translated(path=self.path, doing="lock"):
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            finally:
+                fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        return True
+
     def close(self) -> None:
         """Close the file, if it is open. A lock that is held is given back by that."""
         # In this order, with no call between: the number is soon another file's.
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            try:
+                os.close(descriptor)
+            except OSError:
+                pass  # closed all the same, and nothing was written that anybody needs
 
 
 class Gate(LockFile):

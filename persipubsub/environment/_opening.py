@@ -98,7 +98,7 @@ def open_store(directory: str, options: Options) -> Handles:
     users = _gate.LockFile(os.path.join(directory, _files.USERS))
     environment = None
     try:
-        fcntl.flock(users.descriptor, fcntl.LOCK_SH)
+        users.share()
         was_interrupted = _was_interrupted(directory)
         was_restored = _check_files(directory, options, gate, users, was_interrupted)
         # py-lmdb opens databases in a write transaction, and waits for it with the interpreter's
@@ -137,26 +137,10 @@ def check_alone(directory: str, handles: Handles) -> None:
     :param handles: of the store
     :raise QueueInUseError: if another process has it open
     """
-    if not is_alone(handles.users):
+    if not handles.users.is_alone():
         raise persipubsub.errors.QueueInUseError(
             "Expected no other process to use the queue {}, but got: at least one has it open".
             format(directory))
-
-
-def is_alone(users: _gate.LockFile) -> bool:
-    """
-    Tell whether no other process has a store open. Hold the open gate, so that none comes.
-
-    :param users: of the store, with a shared lock, as it is afterwards
-    :return: True if so
-    """
-    try:
-        fcntl.flock(users.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        fcntl.flock(users.descriptor, fcntl.LOCK_SH)
-    return True
 
 
 def _check_files(directory: str, options: Options, gate: _gate.Gate, users: _gate.LockFile,
@@ -210,7 +194,7 @@ def _reserve_lock_file(directory: str, options: Options, users: _gate.LockFile) 
         begin = os.lstat(path).st_size
     except OSError:
         begin = 0
-    if begin >= size or not is_alone(users):
+    if begin >= size or not users.is_alone():
         return
     _check_is_ours(directory)
     descriptor = _files.open_own_file(path)

@@ -17,7 +17,7 @@ import lmdb
 import persipubsub.errors
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
-from persipubsub.environment import _files, _opening, _registry
+from persipubsub.environment import _files, _gate, _opening, _registry
 from persipubsub.maintenance import _verification
 from persipubsub.store import _attempts, _clock, _databases, _header, _layout, _log
 from persipubsub.store._databases import Databases
@@ -59,8 +59,8 @@ def alone(directory: str, options: _opening.Options) -> Iterator[None]:
         if anybody has it open, this process included, for longer than a look takes
     """
     is_store = os.path.lexists(os.path.join(directory, _files.DATA))
-    users = os.path.join(directory, _files.USERS)
-    if is_store and not os.path.lexists(users):
+    path = os.path.join(directory, _files.USERS)
+    if is_store and not os.path.lexists(path):
         raise persipubsub.errors.FormatError(
             "Expected the queue {} to have the file {}, but got: none. It may be an LMDB "
             "environment of another program.".format(directory, _files.USERS))
@@ -68,14 +68,14 @@ def alone(directory: str, options: _opening.Options) -> Iterator[None]:
     while True:
         # No fork either, while an environment is open that is not in the registry.
         with _registry.still(), _opening.open_gate(directory, options):
-            descriptor = _files.open_own_file(users)
+            users = _gate.LockFile(path)
             try:
-                if _lock(descriptor):
+                if _lock(users):
                     yield
                     return
-                found = _describe_users(descriptor)
+                found = _describe_users(users)
             finally:
-                os.close(descriptor)
+                users.close()
         if time.monotonic() >= deadline:
             raise persipubsub.errors.QueueInUseError(
                 "Expected no process to use the queue {}, but got: it is open in {}".format(
@@ -84,28 +84,30 @@ def alone(directory: str, options: _opening.Options) -> Iterator[None]:
         time.sleep(_PAUSE_SECS)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(users: _gate.LockFile) -> bool:
     """
     Keep all others from having a queue open.
 
-    :param descriptor: of the file on which they hold locks
+    :param users: on which they hold locks
     :return: False if somebody has it open
     """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+    with _files.translated(path=users.path, doing="lock"):
+        try:
+            fcntl.flock(users.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
     return True
 
 
-def _describe_users(descriptor: int) -> str:
+def _describe_users(users: _gate.LockFile) -> str:
     """
     Name the processes that have a queue open, as far as the system tells.
 
-    :param descriptor: of the file on which they hold locks
+    :param users: on which they hold locks
     :return: for a message
     """
-    inode = ":{}".format(os.fstat(descriptor).st_ino)
+    with _files.translated(path=users.path, doing="look at"):
+        inode = ":{}".format(os.fstat(users.descriptor).st_ino)
     processes = set()
     with contextlib.suppress(OSError, ValueError), open("/proc/locks", encoding="ascii") as file:
         for line in file:
@@ -147,8 +149,9 @@ def compact(settings: Settings, progress: Progress) -> Sizes:
             except lmdb.Error as error:
                 raise _opening.translate(error, directory) from error
             _verification.verify_copy(path, progress, origin=store)
+            after = os.stat(path).st_size
             _take_place(directory, path)
-    return Sizes(before=before, after=os.stat(store).st_size)
+    return Sizes(before=before, after=after)
 
 
 def _copy_compact(environment: lmdb.Environment, path: str) -> None:
