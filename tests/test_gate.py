@@ -5,6 +5,7 @@
 
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import pathlib
@@ -13,7 +14,7 @@ import stat
 import subprocess
 import sys
 import time
-from typing import Callable
+from typing import Callable, Iterator, List
 
 import pytest
 
@@ -235,7 +236,8 @@ def test_file_system_without_locks(tmp_path: pathlib.Path, error: str) -> None:
         tmp_path / "queue" / _files.OPEN_GATE, os.strerror(getattr(errno, error)))
 
 
-def test_lock_that_is_refused_once(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("refused", ["1..2", "1..3"])
+def test_lock_that_is_refused_for_a_moment(tmp_path: pathlib.Path, refused: str) -> None:
     tracing.require()
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
@@ -251,8 +253,40 @@ def test_lock_that_is_refused_once(tmp_path: pathlib.Path) -> None:
 
         return work
 
-    # The attempt, and the one behind it that waits.
+    # The attempt, and the one behind it that waits; and giving back what was not taken.
     code = tracing.run(
-        start, ["-o", os.devnull, "-e", "trace=flock", "-e", "inject=flock:error=ENOLCK:when=1..2"])
+        start,
+        ["-o", os.devnull, "-e", "trace=flock", "-e", "inject=flock:error=ENOLCK:when=" + refused])
     assert code == 0
     assert output.read_text() == "StoreError  1"
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_each_lock_is_refused_once(tmp_path: pathlib.Path, durability: str,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, which, count = fcntl.flock, 0, 0
+
+    def refuse(descriptor: int, operation: int) -> None:
+        nonlocal count
+        if operation != fcntl.LOCK_UN:
+            count += 1
+            if count == which:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(descriptor, operation)
+
+    config_pth = support.write_config(tmp_path, durability=durability)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config = support.settings(config_pth)
+
+    def outcomes() -> Iterator[str]:
+        queues = []  # type: List[persipubsub.queue.Queue]
+        yield support.outcome(lambda: queues.append(persipubsub.queue.Queue(config)))
+        for queue in queues:
+            yield support.outcome(functools.partial(queue.put, [b"1"]))
+            yield support.outcome(queue.close)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    while count >= which:
+        which, count = which + 1, 0
+        assert set(outcomes()) <= {"", "StoreError"}
+    assert which > 4

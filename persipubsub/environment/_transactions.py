@@ -268,7 +268,10 @@ class Transactions(_map.Mapped):
         finally:
             # First, with no call before it: whatever interrupts the rest must not leave it set.
             self._is_writing = False
-            fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+            try:
+                fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+            except OSError:
+                pass  # where there are no locks; what that comes to was raised by entering
 
     def _recognize_committed(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
         """
