@@ -728,8 +728,22 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
         assert sizes == [5] + [1 << 18] * 8 + [6] + [4] * 4
 
 
-def test_signal_handler_that_reads_beside_a_larger_map(tmp_path: pathlib.Path) -> None:
-    """What the interrupted read looks at must not be unmapped: that ends in SIGBUS."""
+def fork() -> None:
+    """Fork a process that ends at once."""
+    process_id = os.fork()
+    if process_id == 0:
+        os._exit(0)
+    os.waitpid(process_id, 0)
+
+
+@pytest.mark.parametrize("is_forking", [False, True])
+def test_signal_handler_that_reads_beside_a_larger_map(tmp_path: pathlib.Path,
+                                                       is_forking: bool) -> None:
+    """
+    What the interrupted read looks at must not be unmapped: that ends in SIGBUS.
+
+    And a thread that forks waits for the end of the read with all other locks held.
+    """
     small = support.write_config(tmp_path, name="small.json", max_db_size_bytes=1 << 20)
     large = support.write_config(tmp_path, name="large.json", max_db_size_bytes=1 << 24)
     persipubsub.control.initialize_all_dbs(config_pth=small)
@@ -740,6 +754,13 @@ def test_signal_handler_that_reads_beside_a_larger_map(tmp_path: pathlib.Path) -
             with persipubsub.queue.Queue(support.settings(small)) as queue:
                 queue.put([b"first"])
                 environment = queue._environment
+                forking = threading.Thread(target=fork)
+
+                def is_locked() -> bool:
+                    if environment._flush_lock.acquire(blocking=False):
+                        environment._flush_lock.release()
+                        return False
+                    return True
 
                 def work(txn: Any, databases: Any) -> Tuple[str, bytes]:
                     cursor = txn.cursor(db=databases.data)
@@ -747,12 +768,17 @@ def test_signal_handler_that_reads_beside_a_larger_map(tmp_path: pathlib.Path) -
                     value = cursor.value()
                     sender.pipe.send("go")
                     assert sender.get() == "sent"
+                    if is_forking:
+                        forking.start()
+                        support.until(is_locked, "the locks of a fork")
                     # As by a handler of a signal that arrives now.
                     nested = support.outcome(lambda: environment.read(lambda *_: None))
                     return nested, bytes(value[-5:])
 
                 pipe.send(environment.read(work))
                 pipe.send(queue.front("sub"))
+                if is_forking:
+                    forking.join(support.HANG_SECS)
 
         with support.Child(run) as child:
             assert child.get() == ("StoreError", b"first")

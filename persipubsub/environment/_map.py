@@ -78,16 +78,24 @@ class Mapped:
         """Return how much is mapped if nobody needs more, in bytes."""
         return max(self.options.map_size, self._followed_size)
 
+    def _is_in_read(self) -> bool:
+        """
+        Tell whether this thread runs a signal handler that interrupted a read of its own.
+
+        It holds the last of the locks then, and must not wait for others: who forks may hold them.
+        """
+        with self._read_lock:
+            return self._is_reading
+
     def _follow_map_size(self) -> None:
         """Map as much as the process that raised ``max_db_size_bytes`` did, or as is written."""
+        if self._is_in_read():
+            # Its map may not go away, and the handler can not wait for the end of the read.
+            raise persipubsub.errors.StoreError(
+                "Expected to map more of the queue {} when this thread is not in the middle of a "
+                "read, but got: a signal handler that interrupted one".format(self.directory))
         # A copy is waited for, perhaps for seconds: not with the gate, which others need.
         with self._copy_lock, self._line.lock, self._flush_lock, self._read_lock:
-            if self._is_reading:
-                # Its map may not go away, and the handler can not wait for the end of the read.
-                raise persipubsub.errors.StoreError(
-                    "Expected to map more of the queue {} when this thread is not in the middle "
-                    "of a read, but got: a signal handler that interrupted one".format(
-                        self.directory))
             handles = self._open_handles()
             self._remap(0)
             size = handles.environment.info()["map_size"]
@@ -121,23 +129,20 @@ class Mapped:
             page = handles.environment.stat()["psize"]
             used = (handles.environment.info()["last_pgno"] + 1) * page
             size = (max(self._map_size(), used) + growth) // page * page + _REMAINDER_BYTES
-            if size > largest or not self._resize(size):
+            if size > largest:
                 return
+            self._resize(size)
             yield
             growth *= 4
 
-    def _resize(self, size: int) -> bool:
+    def _resize(self, size: int) -> None:
         """
-        Map another size; hold the copy lock and the write lock.
+        Map another size; hold the copy lock and the write lock, and be in no read.
 
         :param size: in bytes; LMDB maps what is written in any case
-        :return: False in the middle of a read transaction, whose map may not go away
         """
         with self._flush_lock, self._read_lock:
-            if self._is_reading:
-                return False  # a signal handler in the thread that reads
             self._remap(size)
-            return True
 
     def _remap(self, size: int) -> None:
         """

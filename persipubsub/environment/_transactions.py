@@ -410,7 +410,8 @@ class Transactions(_map.Mapped):
         if may_grow and isinstance(request.error, MapFullError):
             if self.check_readers() > 0:
                 return True
-            self._run_in_larger_map(request)
+            if not self._is_in_read():
+                self._run_in_larger_map(request)
         # In the larger map, too: the disk may be as full as the map.
         error = request.error
         return error is not None and ((may_grow and self._find_room(error))
