@@ -498,6 +498,7 @@ def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, step: int) ->
     with support.Child(run) as child:
         child.end(exit_code=7)
     assert_sound(config_pth)
+    assert not (tmp_path / "queue" / "data.mdb.new").exists()
     messages = receive(config_pth)
     assert messages == [b"old", b"new"] or (action, messages) == ("restore", [b"old"])
     send(config_pth, b"later")

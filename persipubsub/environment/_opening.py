@@ -159,6 +159,10 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate, users: _gat
     :return: True if the checkpoint took the place of the store
     """
     path = os.path.join(directory, _files.DATA)
+    # Of who was killed while it compacted or restored the queue: none is made without the gate. It
+    # may be as large as the queue.
+    with contextlib.suppress(OSError):
+        os.unlink(path + ".new")
     is_restored = was_interrupted and is_checkpointed(directory)
     if is_restored:
         _checkpoint.restore(directory)
