@@ -3,6 +3,7 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -411,6 +412,34 @@ def test_creator_killed_at_any_call(tmp_path: pathlib.Path) -> None:
         if code == 0:
             break
     assert killed >= 10 // stride
+
+
+def test_gate_that_is_removed_while_somebody_waits_for_it(tmp_path: pathlib.Path) -> None:
+    """As drop-queue does it: the next ones would pass another gate at the same time."""
+    options = support.settings(support.write_config(tmp_path)).options()
+    path = str(tmp_path)
+
+    def wait(pipe: support.Connection) -> None:
+        pipe.send("waiting")
+        with _opening.open_gate(path, options):
+            pipe.send("in")
+            pipe.recv()
+
+    file = tmp_path / _files.OPEN_GATE
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(_opening.open_gate(path, options))
+        child = second.enter_context(support.Child(wait))
+        assert child.get() == "waiting"
+        # Whoever tried in vain leaves a mark in the file.
+        support.until(lambda: file.read_bytes()[0], "the other process waits")
+        file.unlink()
+        with _opening.open_gate(path, options):
+            first.close()
+            support.until(lambda: child.pipe.poll() or file.read_bytes()[0], "it goes on")
+            assert not child.pipe.poll(), "Expected one of us in the gate, but got: both."
+        assert child.get() == "in"
+        child.pipe.send("leave")
+        child.end()
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])

@@ -136,6 +136,18 @@ class Gate(LockFile):
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
 
+    def is_there(self) -> bool:
+        """
+        Tell whether the file is still the one that others find.
+
+        :return: False if it was removed, or another one took its place
+        """
+        with _files.translated(path=self.path, doing="look at"):
+            try:
+                return os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor))
+            except FileNotFoundError:
+                return False
+
     def make_way(self) -> None:
         """Pause for 0.1 milliseconds if another process waits; call it after leaving the gate."""
         page = self._page

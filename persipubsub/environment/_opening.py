@@ -66,22 +66,27 @@ def open_gate(directory: str, options: Options) -> Iterator[None]:
     :param directory: of the store
     :param options: with the time to wait
     """
-    gate = _gate.Gate(os.path.join(directory, _files.OPEN_GATE))
-    try:
-        if not gate.enter(deadline=time.monotonic() + options.busy_timeout_secs):
-            raise persipubsub.errors.BusyTimeoutError(
-                "Expected to open the queue {} within {} seconds (busy_timeout_secs), but got: "
-                "another process is in the middle of opening it".format(
-                    directory, options.busy_timeout_secs))
-        yield
-    finally:
-        # With no call before it: whatever interrupts the rest must not leave the gate shut for as
-        # long as somebody keeps the exception, and with it this frame.
+    deadline = time.monotonic() + options.busy_timeout_secs
+    while True:
+        gate = _gate.Gate(os.path.join(directory, _files.OPEN_GATE))
         try:
-            fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
-        except OSError:
-            pass  # where there are no locks; what that comes to was raised by entering
-        gate.close()
+            # The queue may be dropped while we wait: others pass another gate then.
+            if gate.enter(deadline) and gate.is_there():
+                yield
+                return
+            if time.monotonic() >= deadline:
+                raise persipubsub.errors.BusyTimeoutError(
+                    "Expected to open the queue {} within {} seconds (busy_timeout_secs), but got: "
+                    "another process is in the middle of opening it".format(
+                        directory, options.busy_timeout_secs))
+        finally:
+            # With no call before it: whatever interrupts the rest must not leave the gate shut for
+            # as long as somebody keeps the exception, and with it this frame.
+            try:
+                fcntl.flock(gate.descriptor, fcntl.LOCK_UN)
+            except OSError:
+                pass  # where there are no locks; what that comes to was raised by entering
+            gate.close()
 
 
 def open_store(directory: str, options: Options) -> Handles:
