@@ -176,12 +176,14 @@ class _Mover:
         """
         try:
             begin = 0
+            # With the time: the same number in a queue that was dropped and created again, which
+            # the other engine may still know, is that of another message.
+            ids = [
+                os.fsencode("{}\0{}\0{}\0{}".format(self._origin, subscriber, number, time_ns))
+                for number, time_ns in zip(lease.numbers, lease.times_ns())
+            ]
             for end in _cut(lease.messages, self._mark.size_bytes // 4):
-                ids = [
-                    os.fsencode("{}\0{}\0{}".format(self._origin, subscriber, number))
-                    for number in lease.numbers[begin:end]
-                ]
-                self._put(lease.messages[begin:end], subscriber, ids)
+                self._put(lease.messages[begin:end], subscriber, ids[begin:end])
                 begin = end
         except BaseException:
             # Without the error: it is none of a consumer.

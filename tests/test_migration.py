@@ -256,6 +256,17 @@ def test_message_that_was_put_before_the_kill_is_not_put_again(
     assert received(scene.new) == {name: numbered(5) for name in "abc"}
 
 
+def test_messages_of_a_queue_that_was_created_again_are_others(scene: Scene) -> None:
+    """Its numbers begin anew, and the servers remember ids for two minutes."""
+    for begin in (0, 5):
+        with open_pub(scene.old) as pub:
+            pub.send_many(numbered(10)[begin:begin + 5])
+        persipubsub.control.migrate(scene.old, "queue", scene.target)
+        persipubsub.control.drop_queue(scene.old, "queue")
+        persipubsub.control.initialize_all_dbs(scene.old)
+    assert received(scene.new) == {name: numbered(10) for name in "abc"}
+
+
 def limit_deliveries(config_pth: pathlib.Path, **entries: Any) -> None:
     """Let messages of a subscriber be delivered once, and dropped if that failed."""
     described = json.loads(config_pth.read_text())
