@@ -17,7 +17,7 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.environment import _files, _opening, _registry
+from persipubsub.environment import _files, _mark, _registry
 from persipubsub.maintenance import _alone
 from tests import support
 from tests.faults import tracing
@@ -469,7 +469,7 @@ def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
 
 
 def steps() -> List[Tuple[Any, str]]:
-    return [(os, "rename"), (_files, "flush_directory"), (_opening, "mark_clean"),
+    return [(os, "rename"), (_files, "flush_directory"), (_mark, "mark_clean"),
             (_files, "remove_durably"), (os, "unlink")]
 
 

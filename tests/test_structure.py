@@ -73,8 +73,8 @@ _ROWS: List[Set[str]] = [
     {"environment._map"},
     {"environment._opening"},
     {
-        "environment._checkpoint", "environment._gate", "environment._line", "_wakeup", "_claims",
-        "_in_flight"
+        "environment._checkpoint", "environment._gate", "environment._line", "environment._mark",
+        "_wakeup", "_claims", "_in_flight"
     },
     {"environment._files", "_inotify"},
     {"environment._standard_streams"},

@@ -60,8 +60,9 @@ def remove(directory: str) -> None:
     """
     path = os.path.join(directory, _files.CHECKPOINT)
     with _files.translated(path=directory, doing="write to"):
-        # One that was not finished: it has messages in it, too, and takes room.
-        for name in (path, path + ".new"):
+        # One that was not finished: it has messages in it, too, and takes room. Before the other
+        # one, by which it is seen that something is to be removed.
+        for name in (path + ".new", path):
             _files.remove_durably(name)
 
 

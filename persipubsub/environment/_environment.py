@@ -8,7 +8,7 @@ from typing import Any, Callable, Final, List
 import lmdb
 
 import persipubsub.errors
-from persipubsub.environment import _checkpoint, _files, _opening, _transactions
+from persipubsub.environment import _checkpoint, _files, _mark, _opening, _transactions
 from persipubsub.environment._opening import MapFullError, Options
 from persipubsub.environment._transactions import ResultT
 from persipubsub.store import _check, _clock, _header
@@ -129,9 +129,10 @@ class Environment(_transactions.Transactions):
                 lambda txn, databases: _header.update(txn, databases, flags, was_interrupted),
                 may_grow=True)
             self.flush_now()
-        if not self.options.keeps_os and (is_outdated or _opening.is_marked(self.directory)):
+        if not self.options.keeps_os and (is_outdated or _mark.is_marked(self.directory)
+                                          or _checkpoint.is_there(self.directory)):
             # Not only when it was just changed: the process that did may have been killed before.
-            _opening.mark_clean(self.directory)
+            _mark.mark_clean(self.directory)
             _checkpoint.remove(self.directory)
         if self.options.keeps_os and handles.was_interrupted:
             self._prepare_os()
@@ -192,8 +193,8 @@ class Environment(_transactions.Transactions):
         does as they do.
         """
         has_one = _checkpoint.is_there(self.directory)
-        is_running = _opening.is_marked(self.directory)
-        is_covered = is_running and _opening.is_checkpointed(self.directory)
+        is_running = _mark.is_marked(self.directory)
+        is_covered = is_running and _mark.is_checkpointed(self.directory)
         if is_running and (self._checkpointer is not None
                            or not self._open_handles().users.is_alone()):
             self._join(is_covered)
@@ -205,7 +206,7 @@ class Environment(_transactions.Transactions):
         elif has_one or is_covered:
             # What killed processes wrote may not have reached the disk.
             self.flush_now()
-        _opening.mark_running(self.directory, bool(self._checkpoint_secs))
+        _mark.mark_running(self.directory, bool(self._checkpoint_secs))
         if has_one and not self._checkpoint_secs:
             _checkpoint.remove(self.directory)
 
@@ -396,12 +397,12 @@ class Environment(_transactions.Transactions):
 
         :param handles: of the store
         """
-        if self.is_look and not _opening.is_marked(self.directory):
+        if self.is_look and not _mark.is_marked(self.directory):
             # Nobody wrote since it was left clean, this process neither.
             return
         if handles.users.is_alone():
             self.flush_now()
-            _opening.mark_clean(self.directory)
+            _mark.mark_clean(self.directory)
         elif self._checkpoint_secs and self._committed:
             # Nobody else may notice what was written since the last checkpoint.
             self._cover()

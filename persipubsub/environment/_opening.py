@@ -15,7 +15,7 @@ from typing import Final, Iterator, NamedTuple, Optional, Tuple, Type
 import lmdb
 
 import persipubsub.errors
-from persipubsub.environment import _checkpoint, _files, _gate, _standard_streams
+from persipubsub.environment import _checkpoint, _files, _gate, _mark, _standard_streams
 from persipubsub.store import _clock, _databases, _layout
 from persipubsub.store._databases import Databases
 
@@ -23,9 +23,6 @@ from persipubsub.store._databases import Databases
 #: for it: LMDB copies the handles at every transaction (1,024 of them make a read transaction of
 #: 0.6 microseconds one of 1.1).
 _MAX_DBS: Final = 16
-
-#: Behind the id of the boot in the mark of a store in use, if no checkpoints are written.
-_NO_CHECKPOINTS: Final = b"without"
 
 #: LMDB's lock file: the part in front of the second slot of the table of readers, and a slot.
 _LOCK_HEADER_BYTES: Final = 192
@@ -104,7 +101,7 @@ def open_store(directory: str, options: Options) -> Handles:
     environment = None
     try:
         users.share()
-        was_interrupted = _was_interrupted(directory)
+        was_interrupted = _mark.was_interrupted(directory)
         was_restored = _check_files(directory, options, gate, users, was_interrupted)
         # py-lmdb opens databases in a write transaction, and waits for it with the interpreter's
         # lock held: without the gate, a process stopped in the middle of a commit would freeze us.
@@ -166,9 +163,11 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate, users: _gat
     path = os.path.join(directory, _files.DATA)
     # Of who was killed while it compacted or restored the queue: none is made without the gate. It
     # may be as large as the queue.
-    with contextlib.suppress(OSError):
-        os.unlink(path + ".new")
-    is_restored = was_interrupted and is_checkpointed(directory)
+    if os.path.lexists(path + ".new"):
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".new")
+    settle(directory)
+    is_restored = was_interrupted and _mark.is_checkpointed(directory)
     if is_restored:
         _checkpoint.restore(directory)
     elif _files.missing_bytes(path) > 0 or was_interrupted:
@@ -215,80 +214,6 @@ def _reserve_lock_file(directory: str, options: Options, users: _gate.LockFile) 
         raise
     finally:
         os.close(descriptor)
-
-
-def _was_interrupted(directory: str) -> bool:
-    """
-    Tell whether an ``os`` store was in use when the machine went down.
-
-    :param directory: of the store
-    :return: True if its last pages may never have reached the disk
-    """
-    mark = _read_mark(directory)
-    return mark is not None and not mark.startswith(_clock.boot_id())
-
-
-def _read_mark(directory: str) -> Optional[bytes]:
-    """
-    Read the mark of an ``os`` store that is in use.
-
-    :param directory: of the store
-    :return:
-        id of the boot in which it is, or was, in use, and a word behind it if no checkpoints are
-        written; None if it was closed cleanly
-    """
-    path = os.path.join(directory, _files.RUNNING)
-    with _files.translated(path=path, doing="read"):
-        try:
-            with open(path, "rb") as fid:
-                return fid.read()
-        except FileNotFoundError:
-            return None
-
-
-def is_marked(directory: str) -> bool:
-    """
-    Tell whether an ``os`` store is marked as in use in this boot.
-
-    :param directory: of the store
-    :return: True if it is
-    """
-    return (_read_mark(directory) or b"").startswith(_clock.boot_id())
-
-
-def is_checkpointed(directory: str) -> bool:
-    """
-    Tell whether an ``os`` store is marked as one of which checkpoints are written.
-
-    :param directory: of the store
-    :return: True if it is, in this boot or an earlier one
-    """
-    mark = _read_mark(directory)
-    return mark is not None and mark[16:] != _NO_CHECKPOINTS
-
-
-def mark_running(directory: str, has_checkpoints: bool) -> None:
-    """
-    Leave a durable mark, before anything is written, that the last pages may not reach the disk.
-
-    :param directory: of an ``os`` store
-    :param has_checkpoints: True if a checkpoint is to take its place then
-    """
-    mark = _clock.boot_id() + (b"" if has_checkpoints else _NO_CHECKPOINTS)
-    if _read_mark(directory) != mark:
-        path = os.path.join(directory, _files.RUNNING)
-        with _files.translated(path=path, doing="write"):
-            _files.write_durably(path, mark)
-
-
-def mark_clean(directory: str) -> None:
-    """
-    Take the mark of a running store away, after everything was flushed.
-
-    :param directory: of an ``os`` store
-    """
-    with _files.translated(path=directory, doing="write to"):
-        _files.remove_durably(os.path.join(directory, _files.RUNNING))
 
 
 def _open_environment(directory: str, options: Options) -> lmdb.Environment:
@@ -451,12 +376,8 @@ def build(directory: str, options: Options) -> None:
     :param options: how to create it
     """
     aside = os.path.join(directory, _files.CREATING)
-    # What a link leads to is not ours to empty: mkdir fails.
-    if os.path.isdir(aside) and not os.path.islink(aside):
-        for name in os.listdir(aside):
-            os.unlink(os.path.join(aside, name))
-    else:
-        os.mkdir(aside, mode=_files.DIRECTORY_MODE)
+    _remove_aside(aside)
+    os.mkdir(aside, mode=_files.DIRECTORY_MODE)
     header = _layout.Header(format=_layout.FORMAT,
                             flags=flags_of(options),
                             clock_offset_ns=time.time_ns() - _clock.ticks_ns(),
@@ -487,6 +408,36 @@ def build(directory: str, options: Options) -> None:
     # tells the environment of another program.
     os.close(_files.open_own_file(os.path.join(directory, _files.USERS)))
     os.rename(os.path.join(aside, _files.DATA), os.path.join(directory, _files.DATA))
-    os.unlink(os.path.join(aside, _files.LOCK))
-    os.rmdir(aside)
-    _files.flush_directory(directory)
+    settle(directory)
+
+
+def _remove_aside(aside: str) -> None:
+    """
+    Remove the directory in which a store is built; what a link leads to is not ours to empty.
+
+    :param aside: the directory
+    """
+    try:
+        # First, as an administrator may have left it, whose directories others can not list.
+        os.rmdir(aside)
+    except OSError:
+        if os.path.isdir(aside) and not os.path.islink(aside):
+            for name in os.listdir(aside):
+                os.unlink(os.path.join(aside, name))
+            os.rmdir(aside)
+
+
+def settle(directory: str) -> None:
+    """
+    Make the name of a data file durable that took its place; to be called with the open gate held.
+
+    The directory ``creating`` is there from before that until after this. Whoever was killed in
+    between leaves it: what is written next shall not get into a file that a power failure takes.
+
+    :param directory: of the store
+    """
+    aside = os.path.join(directory, _files.CREATING)
+    if os.path.lexists(aside):
+        _files.flush_directory(directory)
+        with contextlib.suppress(OSError):
+            _remove_aside(aside)

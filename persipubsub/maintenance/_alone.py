@@ -17,7 +17,7 @@ import lmdb
 import persipubsub.errors
 from persipubsub._progress import Progress
 from persipubsub._settings import Settings
-from persipubsub.environment import _files, _gate, _opening, _registry
+from persipubsub.environment import _files, _gate, _mark, _opening, _registry
 from persipubsub.maintenance import _verification
 from persipubsub.store import _attempts, _clock, _databases, _header, _layout, _log
 from persipubsub.store._databases import Databases
@@ -214,9 +214,11 @@ def _take_place(directory: str, path: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(os.path.join(directory, _files.CREATING), mode=_files.DIRECTORY_MODE)
     os.rename(path, os.path.join(directory, _files.DATA))
-    _files.flush_directory(directory)
-    _opening.mark_clean(directory)
+    _opening.settle(directory)
+    _mark.mark_clean(directory)
     _files.remove_durably(checkpoint)
 
 

@@ -19,7 +19,7 @@ import pytest
 import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
-from persipubsub.environment import _environment, _files, _opening
+from persipubsub.environment import _environment, _files, _mark, _opening
 from persipubsub.store import _header
 from tests import support
 from tests.faults import disk, replay, tracing
@@ -210,8 +210,8 @@ def mark_without_checkpoint(environment: _environment.Environment) -> None:
     """Leave the mark of a running store, with no first checkpoint but later ones."""
     # pylint: disable-next=protected-access
     environment._checkpoint_secs = environment.options.checkpoint_secs
-    if not _opening.is_marked(environment.directory):
-        _opening.mark_running(environment.directory, has_checkpoints=True)
+    if not _mark.is_marked(environment.directory):
+        _mark.mark_running(environment.directory, has_checkpoints=True)
 
 
 TAKEN_OUT = {
@@ -219,7 +219,7 @@ TAKEN_OUT = {
     "flush of the pages": ("fsync", lambda: take_out(_opening, "lmdb", _LmdbWithout("sync"))),
     "flush of a checkpoint and of names": ("os", lambda: take_out(os, "fsync")),
     "flush of the directory": ("os", lambda: take_out(_files, "flush_directory")),
-    "mark of a running store": ("os", lambda: take_out(_opening, "mark_running")),
+    "mark of a running store": ("os", lambda: take_out(_mark, "mark_running")),
     "checkpoint before the mark": (
         "os", lambda: take_out(_environment.Environment, "_prepare_os", mark_without_checkpoint)),
     "flush before a clean end": ("os", lambda: take_out(_environment.Environment, "flush_now")),
