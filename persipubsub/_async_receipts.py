@@ -48,11 +48,19 @@ class InWorkers:
 
     async def acknowledge(self, lease: _engines.Lease) -> None:
         """Acknowledge in a worker thread."""
-        await self._workers.run(lease.acknowledge)
+        try:
+            await self._workers.run(lease.acknowledge)
+        except _workers.NoThreadError:
+            # In the loop's thread, for once: who has the error may keep the lease with it.
+            lease.give_back()
+            raise
 
     async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
         """Give back in a worker thread."""
-        await self._workers.run(functools.partial(lease.give_back, error))
+        try:
+            await self._workers.run(functools.partial(lease.give_back, error))
+        except _workers.NoThreadError:
+            lease.give_back(error)  # what the block raised matters more
 
 
 class InLoop:

@@ -11,6 +11,7 @@ waits for any more is given back at once, wherever that is noticed.
 """
 
 import asyncio
+import contextlib
 import functools
 import os
 import threading
@@ -138,7 +139,10 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
                 other.future.set_result(lease)
                 return
         self._returns.append(lease)
-        self._workers.submit(self._return_all)
+        try:
+            self._workers.submit(self._return_all)
+        except _workers.NoThreadError:
+            self._returns.clear()  # without a thread, they are given back with their memory
 
     def _return_all(self) -> None:
         """
@@ -146,8 +150,8 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
 
         A look does so first: while another thread was at it, it would find what comes later.
         """
-        with self._returning:
-            while self._returns:
+        with self._returning, contextlib.suppress(IndexError):
+            while True:
                 _give_back(self._returns.pop(0))
 
     # Looking
@@ -162,7 +166,10 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._workers.submit(functools.partial(self._look, waiters, time.monotonic()))
+        try:
+            self._workers.submit(functools.partial(self._look, waiters, time.monotonic()))
+        except _workers.NoThreadError as error:
+            self._hand_out(waiters, {}, {}, error)
 
     def _look(self, waiters: List[_Waiter], now: float) -> None:
         """

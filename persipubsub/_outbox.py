@@ -118,7 +118,14 @@ class Outbox:
             self._sendings.extend(sent)
             is_idle, self._is_sending = not self._is_sending, True
         if is_idle:
-            self._workers.submit(self._send)
+            try:
+                self._workers.submit(self._send)
+            except _workers.NoThreadError as error:
+                with self._lock:
+                    refused = list(self._sendings)
+                    self._sendings.clear()
+                    self._is_sending = False
+                self._report(refused, [error] * len(refused))
 
     def _send(self) -> None:
         """Send in a worker thread until there is nothing left."""
@@ -128,12 +135,22 @@ class Outbox:
                                               for sending in group])
             except BaseException as error:  # pylint: disable=broad-exception-caught
                 errors = [error] * len(group)
-            by_loop: Dict[asyncio.AbstractEventLoop, List[Tuple["asyncio.Future[None]",
-                                                                Optional[BaseException]]]] = {}
-            for sending, error_of_it in zip(group, errors):
-                by_loop.setdefault(sending.loop, []).append((sending.future, error_of_it))
-            for loop, outcomes in by_loop.items():
-                _workers.post(loop, _tell, outcomes)
+            self._report(group, errors)
+
+    @staticmethod
+    def _report(sendings: Sequence[_Sending], errors: Sequence[Optional[BaseException]]) -> None:
+        """
+        Tell tasks of any loops what came of their messages.
+
+        :param sendings: of the tasks
+        :param errors: of each; None if it was sent
+        """
+        by_loop: Dict[asyncio.AbstractEventLoop, List[Tuple["asyncio.Future[None]",
+                                                            Optional[BaseException]]]] = {}
+        for sending, error in zip(sendings, errors):
+            by_loop.setdefault(sending.loop, []).append((sending.future, error))
+        for loop, outcomes in by_loop.items():
+            _workers.post(loop, _tell, outcomes)
 
     def _next_group(self) -> List[_Sending]:
         """

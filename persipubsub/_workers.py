@@ -4,15 +4,29 @@ Run blocking calls in a few threads, for tasks of any number of event loops.
 The default executor of a loop was rejected: the application's own slow calls would hold up
 acknowledgements, and a queue that hangs would hold up the application. So was one pool for the
 whole process: a queue that hangs would hold up the others.
+
+The threads of executors end with the main thread, even if loops in other threads go on. What comes
+then is done by threads that end with their jobs.
 """
 
 import asyncio
+import collections
 import concurrent.futures
+import contextlib
 import functools
 import os
-from typing import Callable, Dict, Optional, TypeVar
+import threading
+from typing import Callable, Deque, Dict, List, Optional, TypeVar
+
+import persipubsub.errors
 
 ResultT = TypeVar("ResultT")
+
+Job = Callable[[], object]
+
+
+class NoThreadError(persipubsub.errors.StoreError):
+    """Report that no thread can be started; nothing was done."""
 
 
 def post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments:
@@ -32,6 +46,51 @@ def post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *argu
     return True
 
 
+class _Late:
+    """Do jobs in threads that end as soon as there is nothing to do."""
+
+    def __init__(self, most: int) -> None:
+        """
+        Initialize without any thread.
+
+        :param most: number of threads
+        """
+        self._most = most
+        # Guards the two below, and the start of a thread. No job is done while it is held.
+        self._lock = threading.Lock()
+        self._jobs: Deque[Job] = collections.deque()
+        self._threads = 0
+
+    def submit(self, job: Job) -> None:
+        """
+        Have a job done soon.
+
+        :param job: that raises nothing
+        :raise RuntimeError: if no thread can be started, and none is there
+        """
+        with self._lock:
+            self._jobs.append(job)
+            if self._threads < self._most:
+                try:
+                    threading.Thread(target=self._run, name="persipubsub").start()
+                    self._threads += 1
+                except RuntimeError:
+                    if self._threads == 0:
+                        self._jobs.pop()
+                        raise
+
+    def _run(self) -> None:
+        """Do jobs until there are none."""
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
+            with contextlib.suppress(Exception):  # as in executors
+                job()
+
+
 class Workers:
     """
     Run calls in up to a number of threads, which are started when they are needed.
@@ -48,24 +107,45 @@ class Workers:
         self._most = most
         # By process id, so that a forked child does not wait for threads that it does not have.
         self._executors: Dict[int, concurrent.futures.ThreadPoolExecutor] = {}
+        self._late: Dict[int, _Late] = {}
 
-    def submit(self, job: Callable[[], object]) -> None:
+    def submit(self, job: Job) -> None:
         """
         Have a job done soon. It is done even if nobody waits for it any more. Never blocks.
 
         :param job: that raises nothing
+        :raise NoThreadError: if none can be started; the job is not done
         """
         process_id = os.getpid()
-        executor = self._executors.get(process_id)
-        if executor is not None:
-            try:
-                executor.submit(job)
-                return
-            except RuntimeError:
-                pass  # another thread closed it a moment ago
-        executor = concurrent.futures.ThreadPoolExecutor(self._most, "persipubsub")
-        # Atomic: of two threads that make one at the same time, both use the first.
-        self._executors.setdefault(process_id, executor).submit(job)
+        # An executor that can start no thread may do the job all the same, later.
+        jobs = [job]
+        once = functools.partial(_do_once, jobs)
+        try:
+            executor = self._executors.get(process_id)
+            if executor is None:
+                # Atomic: of two threads that make one at the same time, both use the first.
+                executor = self._executors.setdefault(
+                    process_id, concurrent.futures.ThreadPoolExecutor(self._most, "persipubsub"))
+            executor.submit(once)
+            return
+        except RuntimeError:
+            pass  # closed a moment ago, or the main thread has ended, or there is no thread
+        try:
+            self._late.setdefault(process_id, _Late(self._most)).submit(once)
+        except RuntimeError as error:
+            if _withdraw(jobs) is not None:
+                raise NoThreadError(
+                    "Expected a thread for what would block the event loop, but got: {}".format(
+                        error)) from error
+
+    def submit_undo(self, job: Job) -> None:
+        """
+        Have something undone soon. Without a thread, the garbage collector has to do it.
+
+        :param job: that raises nothing
+        """
+        with contextlib.suppress(NoThreadError):
+            self.submit(job)
 
     async def run(self,
                   call: Callable[[], ResultT],
@@ -78,6 +158,7 @@ class Workers:
         :param call: to be made
         :param undo: called in one of the threads with the result, if the task was cancelled
         :return: what the call returned
+        :raise NoThreadError: if none can be started; the call is not made
         """
         loop = asyncio.get_running_loop()
         future: "asyncio.Future[ResultT]" = loop.create_future()
@@ -88,7 +169,7 @@ class Workers:
             # Cancelled after the result was there, but before the task went on.
             if undo is not None and future.done() and not future.cancelled():
                 if future.exception() is None:
-                    self.submit(functools.partial(undo, future.result()))
+                    self.submit_undo(functools.partial(undo, future.result()))
             raise
 
     def _call(self, loop: asyncio.AbstractEventLoop, future: "asyncio.Future[ResultT]",
@@ -108,13 +189,33 @@ class Workers:
         if not future.done():
             future.set_result(result)
         elif undo is not None:
-            self.submit(functools.partial(undo, result))
+            self.submit_undo(functools.partial(undo, result))
 
     def close(self) -> None:
         """Let the threads end when they have done their jobs. Never blocks; may be repeated."""
         executor = self._executors.pop(os.getpid(), None)
         if executor is not None:
             executor.shutdown(wait=False)
+
+
+def _do_once(jobs: List[Job]) -> None:
+    """Do the job that is there, unless it was withdrawn, or somebody else does it."""
+    job = _withdraw(jobs)
+    if job is not None:
+        job()
+
+
+def _withdraw(jobs: List[Job]) -> Optional[Job]:
+    """
+    Take the job that is there; only one thread gets it.
+
+    :param jobs: one, or none
+    :return: job; None if there is none any more
+    """
+    try:
+        return jobs.pop()
+    except IndexError:
+        return None
 
 
 def fail(future: "asyncio.Future[ResultT]", error: BaseException) -> None:
