@@ -82,6 +82,8 @@ class Pub:
         :param autosync: True to let ``send_many`` commit each message by itself
         :raise PersipubsubError: as :py:meth:`persipubsub.publisher.Pub.init` does
         """
+        for workers in (self._opener, self._workers):
+            workers.open()
         await self._opener.run(functools.partial(self._pub.init, pub_id, config_pth, autosync))
 
     async def __aenter__(self) -> "Pub":

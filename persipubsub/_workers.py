@@ -5,8 +5,9 @@ The default executor of a loop was rejected: the application's own slow calls wo
 acknowledgements, and a queue that hangs would hold up the application. So was one pool for the
 whole process: a queue that hangs would hold up the others.
 
-The threads of executors end with the main thread, even if loops in other threads go on. What comes
-then is done by threads that end with their jobs.
+The threads of executors end with the main thread, even if loops in other threads go on, and those
+that somebody starts after a close would be there for ever. What comes then is done by threads that
+end with their jobs.
 """
 
 import asyncio
@@ -108,6 +109,11 @@ class Workers:
         # By process id, so that a forked child does not wait for threads that it does not have.
         self._executors: Dict[int, concurrent.futures.ThreadPoolExecutor] = {}
         self._late: Dict[int, _Late] = {}
+        self._is_closed = False
+
+    def open(self) -> None:
+        """Keep threads from now on until :py:meth:`close`."""
+        self._is_closed = False
 
     def submit(self, job: Job) -> None:
         """
@@ -120,16 +126,18 @@ class Workers:
         # An executor that can start no thread may do the job all the same, later.
         jobs = [job]
         once = functools.partial(_do_once, jobs)
-        try:
-            executor = self._executors.get(process_id)
-            if executor is None:
-                # Atomic: of two threads that make one at the same time, both use the first.
-                executor = self._executors.setdefault(
-                    process_id, concurrent.futures.ThreadPoolExecutor(self._most, "persipubsub"))
-            executor.submit(once)
-            return
-        except RuntimeError:
-            pass  # closed a moment ago, or the main thread has ended, or there is no thread
+        if not self._is_closed:
+            try:
+                executor = self._executors.get(process_id)
+                if executor is None:
+                    # Atomic: of two threads that make one at the same time, both use the first.
+                    executor = self._executors.setdefault(
+                        process_id,
+                        concurrent.futures.ThreadPoolExecutor(self._most, "persipubsub"))
+                executor.submit(once)
+                return
+            except RuntimeError:
+                pass  # closed a moment ago, or the main thread has ended, or there is no thread
         try:
             self._late.setdefault(process_id, _Late(self._most)).submit(once)
         except RuntimeError as error:
@@ -193,6 +201,7 @@ class Workers:
 
     def close(self) -> None:
         """Let the threads end when they have done their jobs. Never blocks; may be repeated."""
+        self._is_closed = True
         executor = self._executors.pop(os.getpid(), None)
         if executor is not None:
             executor.shutdown(wait=False)

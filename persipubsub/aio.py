@@ -113,6 +113,8 @@ class Sub:
         :param config_pth: path to the configuration file
         :raise PersipubsubError: as :py:meth:`persipubsub.subscriber.Sub.init` does
         """
+        for workers in (self._opener, self._takers, self._workers):
+            workers.open()
         await self._opener.run(functools.partial(self._sub.init, sub_id, config_pth))
 
     async def __aenter__(self) -> "Sub":

@@ -156,3 +156,29 @@ def test_loop_goes_on_behind_the_main_thread(config_pth: pathlib.Path) -> None:
         """)
     process = support.run_python(code, config_pth)
     assert (process.stdout, process.stderr, process.returncode) == ("1\n2\n100\n", "", 0)
+
+
+def test_no_thread_is_left_behind_a_close(config_pth: pathlib.Path) -> None:
+    threads = threading.active_count()
+
+    async def main() -> None:
+        sub = persipubsub.aio.Sub()
+        # It may be opened again.
+        for _ in range(2):
+            await sub.init("sub", config_pth)
+            names = [thread.name for thread in threading.enumerate()]
+            assert any(name.startswith("persipubsub_") for name in names), "Threads are kept."
+            receipts = [sub.receive(timeout=0) for _ in range(20)]
+            for receipt in receipts:
+                assert await receipt.__aenter__() is not None
+            await sub.close()
+            for receipt in receipts:
+                with pytest.raises(persipubsub.errors.ClosedError):
+                    await receipt.__aexit__(None, None, None)
+            await asyncio.to_thread(support.until, lambda: threading.active_count() <= threads + 1,
+                                    "the threads end")
+
+    with persipubsub.publisher.Pub() as pub:
+        pub.init("pub", config_pth)
+        pub.send_many([b"%d" % number for number in range(20)])
+    asyncio.run(main())
