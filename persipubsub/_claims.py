@@ -443,7 +443,7 @@ class Claims:
 
     def _open(self) -> _Holder:
         """Make one more holder."""
-        with _opening:
+        with _opening, _files.translated(path=self.path, doing="open"):
             if self.closed:
                 raise errors.ClosedError("Expected {} in use, but got: closed".format(self.path))
             if self._ofd:

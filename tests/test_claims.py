@@ -5,6 +5,7 @@ import contextlib
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import stat
@@ -20,6 +21,7 @@ import pytest
 import persipubsub._claims
 import persipubsub.errors
 from persipubsub._claims import Claims
+from tests.faults import tracing
 
 # Catches hangs only.
 _HANG_SECS = 120
@@ -730,6 +732,17 @@ while interrupts < 1000:
     # A number that the system call has just returned is with nobody yet: that one is lost.
     assert puppet.ask("descriptors() - openings") <= 3
     assert puppet.ask("[take(5), take(5)]") == [True, False]
+
+
+def test_file_that_can_not_be_looked_at(path: str, is_ofd: bool) -> None:
+    tracing.require()
+
+    def work() -> None:
+        with pytest.raises(persipubsub.errors.StoreError, match=re.escape(path)):
+            Claims(path, _ofd=is_ofd).claim(0, 1)
+
+    assert tracing.run(lambda: work,
+                       ["-o", os.devnull, "-P", path, "-e", "inject=fstat:error=EIO"]) == 0
 
 
 def test_interrupt_in_the_finalizer(claims: Claims, spawn: Spawn) -> None:
