@@ -561,6 +561,25 @@ def test_drop_removes_the_directory(tmp_path: pathlib.Path, durability: str) -> 
     assert not receive(config_pth)
 
 
+@pytest.mark.parametrize("call", ["unlink", "rmdir"])
+def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call: str) -> None:
+    tracing.require()
+    config_pth = make(tmp_path)
+    gate = tmp_path / "queue" / _files.OPEN_GATE
+
+    def work() -> None:
+        persipubsub.control.drop_queue(config_pth, "queue")
+
+    options = ["-P", str(gate if call == "unlink" else gate.parent), "-o", os.devnull]
+    assert tracing.run(lambda: work,
+                       options + ["-e", "inject={}:signal=KILL".format(call)]) == -signal.SIGKILL
+    assert set(os.listdir(gate.parent)) <= {_files.OPEN_GATE}
+    assert persipubsub.control.drop_queue(config_pth, "queue") == ()
+    assert not gate.parent.exists()
+    with pytest.raises(persipubsub.errors.NotInitializedError):
+        persipubsub.control.drop_queue(config_pth, "queue")
+
+
 def test_drop_leaves_what_is_not_ours(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path)
     (tmp_path / "queue" / "notes.txt").write_text("precious")

@@ -341,7 +341,7 @@ def drop(settings: Settings) -> List[str]:
     """
     Remove a queue with all its messages; files that are not of this library stay.
 
-    When a power failure interrupts it, repeat it.
+    When it is killed, or a power failure interrupts it, repeat it.
 
     :param settings: of the queue
     :return: names of what else is in the directory; nothing: it was removed, too
@@ -349,7 +349,7 @@ def drop(settings: Settings) -> List[str]:
     :raise QueueInUseError: if anybody has the queue open
     """
     directory = settings.path
-    if not os.path.lexists(os.path.join(directory, _files.USERS)):
+    if not os.path.lexists(os.path.join(directory, _files.USERS)) and not _is_remnant(directory):
         _files.identify_store(directory)
     with alone(directory, settings.options()), _files.translated(path=directory, doing="remove"):
         foreign = _files.foreign_names(directory)
@@ -374,3 +374,16 @@ def drop(settings: Settings) -> List[str]:
     with contextlib.suppress(OSError):
         _files.flush_directory(os.path.dirname(directory))
     return []
+
+
+def _is_remnant(directory: str) -> bool:
+    """
+    Tell whether a directory is as who was killed at the end of removing a queue leaves it.
+
+    :param directory: to look at
+    :return: True if there is nothing in it but a gate
+    """
+    try:
+        return set(os.listdir(directory)) <= {_files.OPEN_GATE}
+    except OSError:
+        return False
