@@ -32,15 +32,18 @@ _POLL_SECS: Final = 0.005
 class _Waiter:
     """Be one task that waits."""
 
-    __slots__ = ("future", "max_messages", "is_newest", "pause", "deadline")
+    __slots__ = ("future", "max_messages", "is_newest", "pause", "deadline", "look", "lease")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout: Optional[float], pause: float,
-                 max_messages: int, is_newest: bool) -> None:
-        self.future: "asyncio.Future[Optional[_engines.Lease]]" = loop.create_future()
+                 max_messages: int, is_newest: bool, look: int) -> None:
+        self.future: "asyncio.Future[None]" = loop.create_future()
         self.max_messages = max_messages
         self.is_newest = is_newest
         self.pause = pause
         self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        # The last one that began before the task waited; with a lease: which took its messages.
+        self.look = look
+        self.lease: Optional[_engines.Lease] = None
 
     def is_like(self, other: "_Waiter") -> bool:
         """
@@ -76,9 +79,13 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         self._error: Optional[BaseException] = None  # after close
 
         self._waiters: Dict[_Waiter, None] = {}  # in the order in which they came
+        self._served: Dict[_Waiter, None] = {}  # tasks that have messages, and did not go on yet
         # While a worker looks, the ticket is its own; what comes meanwhile asks for another look.
         self._is_looking = False
         self._looks_again = False
+        self._look_count = 0
+        # True if something is given back since the look began, which may have passed over it.
+        self._is_outdated = False
         # What nobody waits for any more, and a lock for whoever gives it back.
         self._returns: List[_engines.Lease] = []
         self._returning = threading.Lock()
@@ -102,14 +109,16 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         """
         if self._error is not None:
             raise self._error
-        waiter = _Waiter(self.loop, timeout, pause, max_messages, is_newest)
+        waiter = _Waiter(self.loop, timeout, pause, max_messages, is_newest, self._look_count)
         self._waiters[waiter] = None
         self._start_look()
         try:
-            return await waiter.future
+            await waiter.future
         except BaseException:
             self._withdraw(waiter)
             raise
+        self._served.pop(waiter, None)
+        return waiter.lease
 
     def _withdraw(self, waiter: _Waiter) -> None:
         """
@@ -118,27 +127,39 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         :param waiter: the task
         """
         self._waiters.pop(waiter, None)
-        future = waiter.future
-        # Cancelled after the lease was there, but before the task went on.
-        if future.done() and not future.cancelled() and future.exception() is None:
-            lease = future.result()
-            if lease is not None:
-                self._pass_on(waiter, lease)
+        self._served.pop(waiter, None)
+        lease = waiter.lease
+        if lease is not None:
+            # Cancelled before it went on. Those behind it move up, so that they stay in order.
+            for other in self._served:
+                if other.look == waiter.look and other.is_like(waiter):
+                    other.lease, lease = lease, other.lease
+            self._pass_on(waiter, lease, waiter.look)
         self._rest_if_idle()
 
-    def _pass_on(self, waiter: _Waiter, lease: _engines.Lease) -> None:
+    def _pass_on(self, waiter: _Waiter, lease: _engines.Lease, look: int) -> None:
         """
         Let the first task that waits have messages; without any, let others have them.
 
+        Not one that came since they were taken: what it did before may have been to skip them.
+
         :param waiter: for whom they were taken; may be gone, or may have those of one that is gone
         :param lease: of the messages
+        :param look: that took them
         """
         for other in self._waiters:
-            if other.is_like(waiter) and not other.future.done():
+            if other.look < look and other.is_like(waiter) and not other.future.done():
                 del self._waiters[other]
-                other.future.set_result(lease)
+                other.look, other.lease = look, lease
+                self._served[other] = None
+                other.future.set_result(None)
                 return
-        self._returns.append(lease)
+        self._is_outdated = self._is_looking
+        self._return(lease)
+
+    def _return(self, *leases: _engines.Lease) -> None:
+        """Have messages given back soon, in order."""
+        self._returns.extend(leases)
         try:
             self._workers.submit(self._return_all)
         except _workers.NoThreadError:
@@ -162,7 +183,8 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
         if self._is_looking or not waiters:
             return
-        self._is_looking = True
+        self._is_looking, self._is_outdated = True, False
+        self._look_count += 1
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -240,8 +262,12 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         :param error: that ended the look
         """
         self._is_looking = False
+        if self._is_outdated:
+            # Messages that are in front of these were given back.
+            self._return(*leases.values())
+            leases, missed = {}, {} if error is None else missed
         for waiter, lease in leases.items():
-            self._pass_on(waiter, lease)
+            self._pass_on(waiter, lease, self._look_count)
 
         now = time.monotonic()
         ended = [waiter for waiter in waiters if waiter not in leases]

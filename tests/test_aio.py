@@ -1048,18 +1048,20 @@ async def test_cancelled_receives_keep_the_order(face: faces.Face, config_pth: p
 
 
 @pytest.mark.usefixtures("leases")
-@pytest.mark.parametrize("is_taken", [False, True])
+@pytest.mark.parametrize("comes_later", [False, True])
+@pytest.mark.parametrize("is_handed_over", [False, True])
 @on_loops
 @scenario
 async def test_next_task_gets_what_a_cancelled_one_waited_for(face: faces.Face,
                                                               config_pth: pathlib.Path,
                                                               monkeypatch: pytest.MonkeyPatch,
-                                                              is_taken: bool) -> None:
-    returned: List[CountedLease] = []
+                                                              is_handed_over: bool,
+                                                              comes_later: bool) -> None:
+    returned: List[bytes] = []
     give_back = CountedLease.give_back
 
     def note(self: CountedLease, error: Optional[BaseException] = None) -> None:
-        returned.append(self)
+        returned.extend(self.messages)
         give_back(self, error)
 
     monkeypatch.setattr(CountedLease, "give_back", note)
@@ -1073,25 +1075,98 @@ async def test_next_task_gets_what_a_cancelled_one_waited_for(face: faces.Face,
             look(*arguments)
 
         monkeypatch.setattr(inbox, "_look", look_late)
-        await pub.send_many([b"first", b"second"])
-        # Only the first one is looked for: the second comes while a worker is at it.
-        cancelled, waiting = [asyncio.ensure_future(receive(sub, None)) for _ in range(2)]
+        # The first look is for the first of them only: the others come while a worker is at it.
+        tasks = [asyncio.ensure_future(receive(sub, None)) for _ in range(2 if comes_later else 3)]
         await asyncio.sleep(0)
-        if is_taken:
+        if not comes_later:
+            tasks.pop(0).cancel()
             may_look.release()
-            while len(inbox._waiters) == 2:
+            while inbox._look_count == 1:
                 await asyncio.sleep(0)
-            cancelled.cancel()
-        else:
-            cancelled.cancel()
-            await asyncio.sleep(0)
+        await pub.send_many([b"first", b"second"])
+        cancelled, waiting = tasks
+        if is_handed_over:
             may_look.release()
+            while len(inbox._waiters) > (1 if comes_later else 0):
+                await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.sleep(0)
+        may_look.release(4)
         assert await waiting == b"first"
-        assert not returned
-        may_look.release(2)
         with pytest.raises(asyncio.CancelledError):
             await cancelled
         assert await receive(sub, 0) == b"second"
+        # Who waited before it was taken has it without the queue.
+        assert returned[:1] == [b"first"] if comes_later else returned == [b"second"]
+
+
+@pytest.mark.usefixtures("leases")
+@on_loops
+@scenario
+async def test_look_that_passed_over_what_is_given_back_is_repeated(
+        face: faces.Face, config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, may_go_on = threading.Semaphore(0), threading.Semaphore(0)
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many([b"first", b"second"])
+        consumer = sub._sub.prepare(0, 1)[0]
+        take_now = consumer.take_now
+
+        def take_and_wait(*arguments: Any) -> Any:
+            result = take_now(*arguments)
+            taken.release()
+            assert may_go_on.acquire(timeout=support.HANG_SECS)
+            return result
+
+        monkeypatch.setattr(consumer, "take_now", take_and_wait)
+        inbox = sub._inbox_of(consumer)
+        cancelled, waiting = [asyncio.ensure_future(receive(sub, None)) for _ in range(2)]
+        await asyncio.sleep(0)
+        may_go_on.release()
+        while len(inbox._waiters) == 2:
+            await asyncio.sleep(0)
+        # The first one was handed over, and the loop stands still until the second is taken.
+        for _ in range(2):
+            assert taken.acquire(timeout=support.HANG_SECS)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        may_go_on.release(100)
+        assert await waiting == b"first"
+        assert await receive(sub) == b"second"
+
+
+@pytest.mark.usefixtures("leases")
+@pytest.mark.parametrize("skips_elsewhere", [False, True])
+@on_loops
+@scenario
+async def test_message_of_a_cancelled_task_does_not_come_after_a_skip(
+        face: faces.Face, config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+        skips_elsewhere: bool) -> None:
+    taken, may_go_on = threading.Event(), threading.Event()
+    async with opened(face, config_pth) as (pub, sub), face.sub() as other:
+        await other.init(sub_id="sub", config_pth=config_pth)
+        await pub.send_many([b"first", b"second", b"third"])
+        consumer = sub._sub.prepare(0, 1)[0]
+        take_now = consumer.take_now
+
+        def take_and_wait(*arguments: Any) -> Any:
+            result = take_now(*arguments)
+            taken.set()
+            assert may_go_on.wait(support.HANG_SECS)
+            return result
+
+        monkeypatch.setattr(consumer, "take_now", take_and_wait)
+        cancelled = asyncio.ensure_future(receive(sub, None))
+        await asyncio.to_thread(taken.wait, support.HANG_SECS)
+        cancelled.cancel()
+        await (other if skips_elsewhere else sub).pop_to_top()
+        waiting = asyncio.ensure_future(receive(sub, support.HANG_SECS))
+        await asyncio.sleep(0)
+        may_go_on.set()
+        assert await waiting == b"third"
+        await asyncio.to_thread(support.until, lambda: not in_flight(config_pth),
+                                "the claims are given back")
+    assert (figures(config_pth).acknowledged, figures(config_pth).skipped) == (1, 2)
 
 
 @on_loops
