@@ -4,6 +4,8 @@ import os
 import struct
 from typing import Any, Final
 
+from persipubsub import _importing
+
 #: What is read from the descriptor: watch, mask, cookie, length of a name (0, as files have none).
 EVENT: Final = struct.Struct("iIII")
 
@@ -19,7 +21,8 @@ _library: Any = None  # ctypes.CDLL, when it was needed
 def _call(name: str, *arguments: Any) -> int:
     """Call a function of the C library; raise OSError if it fails, or AttributeError without it."""
     global _library  # pylint: disable=global-statement
-    import ctypes  # pylint: disable=import-outside-toplevel  # slow, and only waiters need it
+    with _importing.LOCK:
+        import ctypes  # pylint: disable=import-outside-toplevel  # slow, and only waiters need it
     _library = _library or ctypes.CDLL(None, use_errno=True)
     result: int = getattr(_library, name)(*arguments)
     if result < 0:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import types
 from typing import Any, Callable, Counter, Dict, List, Optional, Tuple
@@ -753,3 +754,51 @@ def test_fork_in_the_middle_of_a_transaction(config_pth: pathlib.Path) -> None:
 
     assert environment.read(look) == b"value"
     _registry.release(environment)
+
+
+@pytest.mark.parametrize("name", ["ctypes", "persipubsub.queue"])
+def test_fork_while_another_thread_imports(tmp_path: pathlib.Path, name: str) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    code = textwrap.dedent("""
+        import importlib.abc, os, signal, sys, threading, time
+        import persipubsub.subscriber
+
+        _, config_pth, name = sys.argv
+        imports = threading.Event()
+
+        class Slow(importlib.abc.MetaPathFinder):
+            def find_spec(self, fullname, path, target=None):
+                if fullname == name:
+                    imports.set()
+                    time.sleep(0.5)  # long enough for a fork
+
+        def receive(sub):
+            with sub.receive(timeout=0.01) as msg:
+                assert msg is None
+
+        def use():
+            with persipubsub.subscriber.Sub() as sub:
+                sub.init("sub", config_pth)
+                receive(sub)
+
+        sys.meta_path.insert(0, Slow())
+        assert name not in sys.modules
+        if name == "ctypes":
+            inherited = persipubsub.subscriber.Sub()
+            inherited.init("sub", config_pth)
+            thread = threading.Thread(target=receive, args=(inherited, ))
+        else:
+            thread = threading.Thread(target=use)
+        thread.start()
+        assert imports.wait(60)
+        process = os.fork()
+        if process == 0:
+            signal.alarm(30)
+            receive(inherited) if name == "ctypes" else use()
+            os._exit(0)
+        print(os.waitpid(process, 0)[1])
+        thread.join()
+        """)
+    process = support.run_python(code, config_pth, name)
+    assert (process.stdout, process.returncode) == ("0\n", 0), process.stderr

@@ -15,6 +15,7 @@ import threading
 from typing import ContextManager, Dict, Final, Iterator, Tuple
 
 import persipubsub.errors
+from persipubsub import _importing
 from persipubsub.environment import _environment, _files, _opening
 
 #: How long the end of the interpreter waits for a thread that is still at work, in seconds.
@@ -276,10 +277,12 @@ def _before_fork() -> None:
     _REGISTRY_LOCK.acquire()
     for environment in _REGISTRY.values():
         environment.before_fork()
+    _importing.LOCK.acquire()
 
 
 def _after_fork_in_parent() -> None:
     """Let the other threads go on."""
+    _importing.LOCK.release()
     for environment in _REGISTRY.values():
         environment.after_fork_in_parent()
     _REGISTRY_LOCK.release()
@@ -287,6 +290,7 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     """Close what belongs to the parent."""
+    _importing.LOCK.release()
     for environment in _REGISTRY.values():
         environment.after_fork_in_child()
     _REGISTRY_LOCK.release()
