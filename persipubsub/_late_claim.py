@@ -5,6 +5,8 @@ One that is claimed before, and given back since the transaction wants another o
 by others meanwhile: they receive it after what lies behind it.
 """
 
+from typing import Optional
+
 from persipubsub import _claims
 
 
@@ -12,8 +14,8 @@ class LateClaim:
     """
     Be able to claim a message, for one consumer.
 
-    After the transaction, one of :py:meth:`keep` and :py:meth:`drop` is to be called; ``drop`` does
-    nothing after ``keep``.
+    After the transaction, one of :py:meth:`keep` and :py:meth:`drop` is to be called, or both if
+    what was kept came to nothing.
     """
 
     def __init__(self, claims: _claims.Claims, subscriber: int) -> None:
@@ -29,7 +31,7 @@ class LateClaim:
         self._subscriber = subscriber
         self._holder = claims.take_idle()
         self._number = 0  # 0: nothing is claimed
-        self._is_kept = False
+        self._claim = None  # type: Optional[_claims.Claim]
 
     def take(self, number: int) -> bool:
         """
@@ -52,9 +54,8 @@ class LateClaim:
         :return: on the message
         :raise ClosedError: if the queue was closed meanwhile
         """
-        self._is_kept = True
-        start = self._claims.start_of(self._subscriber, self._number, 1)
-        claim = _claims.Claim(self._claims, self._holder, start - self._number, self._number, 1)
+        base = self._claims.start_of(self._subscriber, self._number, 1) - self._number
+        claim = self._claim = _claims.Claim(self._claims, self._holder, base, self._number, 1)
         self._holder.ticket = claim.ticket
         if self._claims.closed:
             # Another thread called close, maybe before it could see this ticket. This raises:
@@ -64,6 +65,8 @@ class LateClaim:
 
     def drop(self) -> None:
         """Give back."""
-        if not self._is_kept:
+        if self._claim is not None:
+            self._claim.release()
+        else:
             self._holder.unlock_all()
             self._claims.put_idle(self._holder)

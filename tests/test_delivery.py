@@ -17,7 +17,7 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _claims, _delivery, _late_claim, _settings, _wakeup
+from persipubsub import _claims, _delivery, _in_flight, _late_claim, _settings, _wakeup
 from persipubsub.environment import _environment
 from persipubsub.store import _attempts, _batches, _blocks, _deliveries, _layout, _log, _pending
 from tests import stores, support
@@ -573,6 +573,27 @@ def test_batch_ends_in_front_of_a_damaged_message_behind_a_finished_one(
         lease.acknowledge()
         assert collect(queue, most=10) == ([b"5", b"6", b"7"], [lease.numbers[0] + 4])
         queue.delete_finished()
+
+
+@pytest.mark.parametrize("method", ["take", "take_newest"])
+def test_interrupt_between_the_claim_and_the_lease(tmp_path: pathlib.Path,
+                                                   monkeypatch: pytest.MonkeyPatch,
+                                                   method: str) -> None:
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with stores.opened(tmp_path) as queue:
+        queue.put([b"message"])
+        consumer, other = queue.consumer("sub"), queue.consumer("sub")
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt) as caught:
+            context.setattr(_in_flight.Board, "note", interrupt)
+            getattr(consumer, method)(timeout=0)
+        # As an interpreter does that shows where it was: nothing of it is collected.
+        assert caught.value.__traceback__ is not None
+        lease = take(other)
+        assert lease.messages == [b"message"]
+        lease.acknowledge()
 
 
 def test_batch_is_not_guessed(tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
