@@ -1,5 +1,5 @@
 """
-Know more of a client of NATS than it tells, and end it for good.
+Know more of a client of NATS than it tells, let go of servers that read nothing, and end for good.
 
 The client does not bound what it does: it waits without end for a server that reads nothing, and
 takes it for granted that a task is over which it cancelled once.

@@ -261,7 +261,6 @@ class Link:
         attempt = _FIRST_ATTEMPT_SECS
         begin = time.monotonic()
         question = None  # type: Optional[_asking.Question]
-        error = nats.errors.TimeoutError()  # type: BaseException
         ticket, is_again = self._line.draw(), False
         try:
             while True:
@@ -289,10 +288,9 @@ class Link:
                 except (nats.errors.TimeoutError, nats.errors.NoRespondersError,
                         nats.errors.ConnectionClosedError, nats.errors.ConnectionReconnectingError,
                         nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError,
-                        OSError) as found:
-                    error = found
-                if time.monotonic() >= deadline:
-                    raise _errors.translate(error, self._path) from None
+                        OSError) as error:
+                    if time.monotonic() >= deadline:
+                        raise _errors.translate(error, self._path) from None
                 if question is not None:
                     question = question.again(takes_late)
                 if client.is_connected:
