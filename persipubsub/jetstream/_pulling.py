@@ -252,9 +252,9 @@ class Puller:
         if time.monotonic() - self._listened > _PAUSE_SECS:
             self._heard = time.monotonic()
         try:
-            # What is given back comes first.
-            await self.returns.settle(max(_returns.SETTLE_SECS, timeout))
             while True:
+                # What is given back comes first.
+                await self.returns.settle(max(_returns.SETTLE_SECS, deadline - time.monotonic()))
                 left = deadline - time.monotonic()
                 found = await self._listening(inbox, left)
                 if inbox is not None and found is not inbox:
@@ -469,7 +469,7 @@ class Puller:
                 # It may be with another by the time it is worked on, and comes again. What is
                 # behind it as well, or it would be out of order.
                 is_late = True
-                await _inboxes.tell(inbox.client, pulled, b"-NAK")
+                self.returns.give_back([pulled])
             else:
                 taken.append(pulled)
 
