@@ -142,7 +142,7 @@ async def tell(client: nats.aio.client.Client, pulled: Pulled, what: bytes) -> N
 
     :param client: of the connection
     :param pulled: message
-    :param what: ``+ACK``, ``-NAK`` or ``+WPI``
+    :param what: ``+ACK`` or ``+WPI``; for ``-NAK``, see :py:mod:`persipubsub.jetstream._returns`
     """
     try:
         await client.publish(pulled.reply, what)
