@@ -88,7 +88,10 @@ _ROWS: List[Set[str]] = [
     {"store._layout", "store._blocks", "store._clock"},
     {"config"},
     {"_config_checks"},
-    {"_importing", "_json_file", "_progress", "_slot", "dead_letter", "message", "jetstream._address"},
+    {
+        "_importing", "_json_file", "_progress", "_slot", "dead_letter", "message",
+        "jetstream._address"
+    },
     {"errors"},
 ]
 

@@ -161,20 +161,29 @@ def test_loop_goes_on_behind_the_main_thread(config_pth: pathlib.Path) -> None:
 def test_no_thread_is_left_behind_a_close(config_pth: pathlib.Path) -> None:
     threads = threading.active_count()
 
+    async def work(sub: persipubsub.aio.Sub, begun: List[bytes], may_end: asyncio.Event) -> None:
+        async with sub.receive(timeout=0) as msg:
+            assert msg is not None
+            begun.append(msg)
+            await may_end.wait()
+
     async def main() -> None:
         sub = persipubsub.aio.Sub()
+        begun: List[bytes] = []
         # It may be opened again.
         for _ in range(2):
             await sub.init("sub", config_pth)
             names = [thread.name for thread in threading.enumerate()]
             assert any(name.startswith("persipubsub_") for name in names), "Threads are kept."
-            receipts = [sub.receive(timeout=0) for _ in range(20)]
-            for receipt in receipts:
-                assert await receipt.__aenter__() is not None
+            begun.clear()
+            may_end = asyncio.Event()
+            working = asyncio.gather(*(work(sub, begun, may_end) for _ in range(20)),
+                                     return_exceptions=True)
+            await asyncio.to_thread(support.until, lambda: len(begun) == 20, "all have a message")
             await sub.close()
-            for receipt in receipts:
-                with pytest.raises(persipubsub.errors.ClosedError):
-                    await receipt.__aexit__(None, None, None)
+            may_end.set()
+            outcomes = await asyncio.wait_for(working, support.HANG_SECS)
+            assert {type(outcome) for outcome in outcomes} == {persipubsub.errors.ClosedError}
             await asyncio.to_thread(support.until, lambda: threading.active_count() <= threads + 1,
                                     "the threads end")
 
