@@ -81,12 +81,15 @@ class Environment(_transactions.Transactions):
             self._committed = self._flushed = 0
             self.left = None
             self._seen = 0
-            with _files.translated(path=self.directory, doing="open the queue"):
-                self._handles = _opening.open_store(self.directory, self.options)
             try:
+                with _files.translated(path=self.directory, doing="open the queue"):
+                    self._handles = _opening.open_store(self.directory, self.options)
                 self._start(adopts_durability=adopts_durability)
-            except BaseException:
+            except BaseException as error:
                 self._close_handles()
+                if isinstance(error, persipubsub.errors.PersipubsubError):
+                    # That of another file, such as the id of the boot, does not name the queue.
+                    _opening.name_queue(error, self.directory)
                 raise
         # Not before: a store that is refused shall not replace its checkpoint.
         if not self.is_look:
