@@ -158,8 +158,7 @@ class Consumer:
 
     def __init__(self, environment: _environment.Environment, claims: _claims.Claims,
                  board: _in_flight.Board, bell: _wakeup.Bell, pending: _pending.Pending,
-                 expire: Callable[[],
-                                  int], mover: _moving.Mover, rings: bool, counts: bool) -> None:
+                 expire: Callable[[], int], mover: _moving.Mover, rings: bool) -> None:
         """
         Look the subscriber up.
 
@@ -171,7 +170,6 @@ class Consumer:
         :param expire: drops messages that are too old
         :param mover: takes messages that are not delivered any more
         :param rings: True to wake publishers that wait for room at each acknowledgement
-        :param counts: True to count each delivery before it begins
         :raise NotInitializedError: if the queue has no such subscriber
         """
         self._environment = environment
@@ -182,7 +180,8 @@ class Consumer:
         self._expire = expire
         self._mover = mover
         self._rings = rings
-        self._counts = counts
+        #: True to count each delivery before it begins.
+        self.counts = pending.policy.max_deliveries > 0
 
         # Where the last acknowledgement left the position; checked again before it counts.
         self._next = 0
@@ -335,7 +334,7 @@ class Consumer:
         :param is_guess: True if it is the next one only if the position is still there
         :return: messages
         """
-        if not self._counts:
+        if not self.counts:
             # Not a partial function: with keywords it takes three times as long to be called.
             return self._environment.read(
                 lambda txn, databases: self._pending.copy(txn, databases, number, end, is_guess))
@@ -441,7 +440,7 @@ class Consumer:
                                           number=number))
                     if last is not None:
                         self._move(last)
-            elif self._counts:
+            elif self.counts:
                 self._environment.write(lambda txn, databases: _deliveries.take_back(
                     txn, databases, self._pending, copied.numbers),
                                         may_grow=True)

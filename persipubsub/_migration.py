@@ -151,8 +151,8 @@ class _Mover:
         if subscriber not in self._subscribers:
             # It was added by hand, and is in no configuration: nobody could receive them there.
             return 0
-        # Killed or refused, it would use up what max_deliveries allows, and the next move would give
-        # up what nobody has seen.
+        # Killed or refused, it would use up what max_deliveries allows, and the next move would
+        # give up what nobody has seen.
         consumer = self._source.consumer(subscriber, is_delivery=False)
         most = max(1, min(_BATCH_MESSAGES, self._mark.max_msgs_num // 4))
         moved = 0

@@ -232,16 +232,18 @@ class Queue:
         self._check_open()
         retries = self.settings.retries.get(subscriber)
         policy = _attempts.Policy() if retries is None else retries.policy
-        return _waking.Consumer(environment=self._environment,
-                                claims=self._claims,
-                                board=self._board,
-                                bell=self._bell,
-                                pending=_pending.Pending(subscriber, self.settings.timeout_ns,
-                                                         self._now_ns, policy),
-                                expire=self.drop_expired,
-                                mover=self._mover(subscriber, retries),
-                                rings=self.settings.strategy is persipubsub.config.Strategy.BLOCK,
-                                counts=is_delivery and policy.max_deliveries > 0)
+        consumer = _waking.Consumer(environment=self._environment,
+                                    claims=self._claims,
+                                    board=self._board,
+                                    bell=self._bell,
+                                    pending=_pending.Pending(subscriber, self.settings.timeout_ns,
+                                                             self._now_ns, policy),
+                                    expire=self.drop_expired,
+                                    mover=self._mover(subscriber, retries),
+                                    rings=self.settings.strategy
+                                    is persipubsub.config.Strategy.BLOCK)
+        consumer.counts = consumer.counts and is_delivery
+        return consumer
 
     def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
         """

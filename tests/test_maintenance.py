@@ -574,7 +574,7 @@ def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call
     assert tracing.run(lambda: work,
                        options + ["-e", "inject={}:signal=KILL".format(call)]) == -signal.SIGKILL
     assert set(os.listdir(gate.parent)) <= {_files.OPEN_GATE}
-    assert persipubsub.control.drop_queue(config_pth, "queue") == ()
+    assert not persipubsub.control.drop_queue(config_pth, "queue")
     assert not gate.parent.exists()
     with pytest.raises(persipubsub.errors.NotInitializedError):
         persipubsub.control.drop_queue(config_pth, "queue")

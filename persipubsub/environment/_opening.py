@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import time
-from typing import Final, Iterator, NamedTuple, Optional, Tuple, Type
+from typing import Final, Iterator, NamedTuple, Tuple, Type
 
 import lmdb
 
