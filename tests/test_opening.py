@@ -195,11 +195,21 @@ def test_environment_of_another_program(tmp_path: pathlib.Path, names: List[byte
     fill_foreign(directory, names)
     if not has_lock:
         (directory / _files.LOCK).unlink()
+    # Under names that we use as well.
+    (directory / (_files.DATA + ".new")).write_bytes(b"all my work")
+    (directory / _files.CREATING).mkdir()
     before = support.snapshot(directory)
     assert every_use(config_pth) == ["FormatError"] * 5
+    for end in (persipubsub.control.drop_queue, persipubsub.control.compact):
+        with pytest.raises(persipubsub.errors.FormatError):
+            end(config_pth=config_pth, queue_key="queue")
     after = support.snapshot(directory)
-    assert after[_files.DATA] == before[_files.DATA]
     assert (_files.LOCK in after) == has_lock, "Expected no lock file beside another's data."
+    for found in (before, after):
+        for name in (_files.LOCK, _files.OPEN_GATE):
+            found.pop(name, None)
+    assert after == before
+    assert (directory / _files.CREATING).is_dir()
     with lmdb.open(str(directory), max_dbs=16, lib_version=0) as environment:
         with environment.begin() as txn:
             assert txn.get(b"key") == b"value"

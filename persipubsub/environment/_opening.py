@@ -96,6 +96,10 @@ def open_store(directory: str, options: Options) -> Handles:
     :raise StoreCorruptError: if the store is damaged
     :raise FormatError: if it is another program's, or of another version
     """
+    if not os.path.lexists(os.path.join(directory, _files.USERS)):
+        # By that file it would be taken for a queue that may be dropped, or replaced by a backup.
+        _files.verify_data_file(os.path.join(directory, _files.DATA))
+        _check_is_ours(directory)
     gate = _gate.Gate(os.path.join(directory, _files.WRITE_GATE))
     users = _gate.LockFile(os.path.join(directory, _files.USERS))
     environment = None
