@@ -733,7 +733,9 @@ def test_fork_inside_of_a_receive(config_pth: pathlib.Path) -> None:
 def test_fork_in_the_middle_of_a_transaction(config_pth: pathlib.Path) -> None:
     """As a signal handler may do it: the child can not go on with this store, but says so."""
     settings = support.settings(config_pth)
-    environment = _registry.acquire(settings.path, settings.options())
+    # It waits for so long for its parent, which is in the middle of a write.
+    environment = _registry.acquire(settings.path,
+                                    settings.options()._replace(busy_timeout_secs=0.2))
     statuses = []  # type: List[int]
 
     def work(txn: Any, databases: Any) -> int:
