@@ -526,10 +526,10 @@ def taken_around(tmp_path: pathlib.Path,
     with stores.opened(tmp_path, retries={"sub": _settings.Retries(policy, "queue",
                                                                    None)}) as queue:
         numbers = [queue.put([str(index).encode()]) for index in range(8)]
-        if damaged >= 0:
-            flip(queue, numbers[damaged])
         other = queue.consumer("sub")
         leases = [take(other) for _ in range(4)]
+        if damaged >= 0:
+            flip(queue, numbers[damaged])
         for lease in leases[:3]:
             lease.give_back()
         in_the_middle.append(leases[3])
@@ -572,6 +572,16 @@ def test_batch_ends_in_front_of_a_damaged_message_behind_a_finished_one(
         assert lease.messages == [b"0", b"1", b"2"]
         lease.acknowledge()
         assert collect(queue, most=10) == ([b"5", b"6", b"7"], [lease.numbers[0] + 4])
+        queue.delete_finished()
+
+
+@pytest.mark.parametrize("max_deliveries", [0, 3])
+def test_batch_ends_in_front_of_a_damaged_message_and_a_finished_one(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, max_deliveries: int) -> None:
+    with taken_around(tmp_path, monkeypatch, max_deliveries, damaged=1) as (queue, lease):
+        assert lease.messages == [b"0"]
+        lease.acknowledge()
+        assert collect(queue, most=10) == ([b"2", b"4", b"5", b"6", b"7"], [lease.numbers[0] + 1])
         queue.delete_finished()
 
 

@@ -299,6 +299,10 @@ class Pending:
             result.messages.extend(part.messages)
             result.runs.extend(part.runs)
             found.update(attempts)
+            after = part.numbers[-1] + 1 if part.numbers else number
+            left = self.find(txn, databases, after) if after < stop else None
+            if isinstance(left, Candidate) and left.number < stop:
+                break  # damaged, or too much for one batch: what lies behind it comes later
             number = _positions.skip_ahead(txn, databases, self.ordinal, stop)
             is_behind_others = number > stop
         return result
