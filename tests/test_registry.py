@@ -804,3 +804,49 @@ def test_fork_while_another_thread_imports(tmp_path: pathlib.Path, name: str) ->
         """)
     process = support.run_python(code, config_pth, name)
     assert (process.stdout, process.returncode) == ("0\n", 0), process.stderr
+
+
+def test_signal_handler_sends_in_an_import_while_another_thread_forks(
+        tmp_path: pathlib.Path) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    code = textwrap.dedent("""
+        import importlib.abc, os, signal, sys, threading, time
+        import persipubsub.publisher, persipubsub.subscriber
+
+        config_pth = sys.argv[1]
+        imports, forks, is_forked = threading.Event(), threading.Event(), threading.Event()
+
+        class Slow(importlib.abc.MetaPathFinder):
+            def find_spec(self, fullname, path, target=None):
+                if fullname == "ctypes":
+                    imports.set()
+                    assert forks.wait(60)
+                    # Long enough for the fork to come to where it waits for the import.
+                    is_forked.wait(0.5)
+                    signal.raise_signal(signal.SIGUSR1)
+
+        def fork():
+            assert imports.wait(60)
+            forks.set()
+            process = os.fork()
+            if process == 0:
+                os._exit(0)
+            is_forked.set()
+            print(os.waitpid(process, 0)[1])
+
+        pub, sub = persipubsub.publisher.Pub(), persipubsub.subscriber.Sub()
+        pub.init("pub", config_pth)
+        sub.init("sub", config_pth)
+        signal.signal(signal.SIGUSR1, lambda *_: pub.send(b"from the handler"))
+        signal.alarm(30)
+        sys.meta_path.insert(0, Slow())
+        assert "ctypes" not in sys.modules
+        thread = threading.Thread(target=fork)
+        thread.start()
+        with sub.receive(timeout=10) as msg:
+            assert msg == b"from the handler"
+        thread.join()
+        """)
+    process = support.run_python(code, config_pth)
+    assert (process.stdout, process.returncode) == ("0\n", 0), process.stderr

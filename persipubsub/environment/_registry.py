@@ -274,18 +274,30 @@ def _leave_child() -> None:
 
 def _before_fork() -> None:
     """Hold everything still, so that the child inherits no transaction and no held lock."""
-    _REGISTRY_LOCK.acquire()
+    while True:
+        _REGISTRY_LOCK.acquire()
+        for environment in _REGISTRY.values():
+            environment.before_fork()
+        if _importing.LOCK.acquire(blocking=False):
+            return
+        # Not waited for with the others held: a signal handler in the middle of the import may
+        # want one of them.
+        _go_on()
+        with _importing.LOCK:
+            pass
+
+
+def _go_on() -> None:
+    """Give back all that is held for a fork but the lock of imports."""
     for environment in _REGISTRY.values():
-        environment.before_fork()
-    _importing.LOCK.acquire()
+        environment.after_fork_in_parent()
+    _REGISTRY_LOCK.release()
 
 
 def _after_fork_in_parent() -> None:
     """Let the other threads go on."""
     _importing.LOCK.release()
-    for environment in _REGISTRY.values():
-        environment.after_fork_in_parent()
-    _REGISTRY_LOCK.release()
+    _go_on()
 
 
 def _after_fork_in_child() -> None:
