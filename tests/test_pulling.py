@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import types
-from typing import Any, Callable, Coroutine, Iterator, List, Optional, Set
+from typing import Any, Callable, Coroutine, Iterator, List, Optional, Sequence, Set
 
 import pytest
 
@@ -282,6 +282,42 @@ def test_batch_stays_with_its_consumer_while_more_of_it_comes_slowly(
         slow.release()
         thread.join(HANG_SECS)
         assert ends == [""]
+
+
+def test_call_that_ends_while_slow_messages_are_kept_gives_all_of_them_back(
+        tmp_path: pathlib.Path, servers: jetstream_server.Servers,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cancelled when all has come, slowly, and the servers are told that it is at work."""
+    config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=8)
+    take_now, keep = _waiting.Waiting.take_now, _inboxes.keep
+    came = []  # type: List[int]
+
+    async def take_slowly(self: _waiting.Waiting, max_messages: int) -> List[_inboxes.Pulled]:
+        found = await take_now(self, max_messages)
+        if found:
+            await asyncio.sleep(2.5)
+            came.append(len(found))
+        return found
+
+    async def keep_unless_cancelled(client: Any, pulled: Sequence[_inboxes.Pulled]) -> None:
+        if came:
+            raise asyncio.CancelledError
+        await keep(client, pulled)
+
+    with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
+        ends = []  # type: List[str]
+        thread = threading.Thread(target=lambda: ends.append(
+            outcome(lambda: sub.receive_many(20, timeout=HANG_SECS).__enter__())))
+        with monkeypatch.context() as context:
+            context.setattr(_waiting.Waiting, "take_now", take_slowly)
+            context.setattr(_inboxes, "keep", keep_unless_cancelled)
+            thread.start()
+            asyncio.run(until_waiting(config_pth, servers, 1))
+            pub.send_many(numbered(20))
+            thread.join(HANG_SECS)
+        assert (ends, came) == (["ClosedError"], [19])
+        # Long before ack_wait.
+        assert drain(other, timeout=1) == numbered(20)
 
 
 async def until_left(sub: Any, is_left: bool) -> None:

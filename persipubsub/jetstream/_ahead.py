@@ -112,7 +112,8 @@ class Ahead:
             return pulled
         try:
             async with _keeping.kept(self._stream, held):
-                return held + await self.waiting.take_now(max_messages - len(held))
+                held += await self.waiting.take_now(max_messages - len(held))
+            return held
         except BaseException:
             self.puller.returns.give_back(held)
             raise
@@ -133,7 +134,8 @@ class Ahead:
         pulled = await self.waiting.take(None if deadline is None else deadline - time.monotonic())
         try:
             async with _keeping.kept(self._stream, pulled):
-                return pulled + (await self.waiting.take_now(max_messages - 1) if pulled else [])
+                pulled += await self.waiting.take_now(max_messages - 1) if pulled else []
+            return pulled
         except BaseException:
             self.puller.returns.give_back(pulled)
             raise

@@ -431,10 +431,9 @@ class Consumer:
                 if pulled[0].number >= last:
                     break
                 async with _keeping.kept(ports.stream, pulled):
-                    more = await self.ahead(ports).waiting.take_now(_SKIPPED_AT_ONCE)
-                if not more:
+                    pulled += await self.ahead(ports).waiting.take_now(_SKIPPED_AT_ONCE)
+                if len(pulled) == 1:
                     break
-                pulled += more
         except BaseException:
             # The server knows of those that were acknowledged already.
             self.ahead(ports).puller.returns.give_back(pulled)

@@ -19,7 +19,9 @@ async def kept(stream: _stream.Stream, pulled: Sequence[_inboxes.Pulled]) -> Asy
     Tell the servers that messages are at work as long as the block lasts, which may be long.
 
     :param stream: of the queue
-    :param pulled: messages, to which the block may add what it pulled
+    :param pulled:
+        messages, to which the block adds what it pulled: whoever is cancelled at its end has to
+        know of that
     """
     # What is kept is up to a quarter of it old, and whoever gets it tells nothing for a third.
     pause = stream.settings.address.ack_wait_secs / 4
