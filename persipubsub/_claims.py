@@ -37,7 +37,7 @@ import threading
 import weakref
 from typing import Deque, Dict, Final, List, Optional, Tuple
 
-from persipubsub import errors
+from persipubsub import _fork_guard, errors
 from persipubsub.environment import _files
 
 # 2**15 subscribers times 2**48 numbers fill exactly the non-negative offsets of a file.
@@ -212,9 +212,8 @@ class _TableHolder(_Holder):
 
 _instances: "weakref.WeakSet[Claims]" = weakref.WeakSet()
 
-# Guards opening a descriptor together with registering it (no fork falls between the two), and
-# _shared_files. No lock is taken inside. Re-entrant: a signal handler may fork.
-_opening: Final = threading.RLock()
+# Used with the guard of forks, which is held while a descriptor is opened and registered: no fork
+# falls between the two.
 _shared_files: Dict[Tuple[int, int], _SharedFile] = {}
 
 
@@ -405,7 +404,7 @@ class Claims:
         with contextlib.suppress(IndexError):
             while True:
                 self.idle.pop().discard()
-        with _opening:
+        with _fork_guard.LOCK:
             for holder in list(self.holders):
                 with contextlib.suppress(IndexError):
                     holder.ticket.pop()
@@ -443,7 +442,7 @@ class Claims:
 
     def _open(self) -> _Holder:
         """Make one more holder."""
-        with _opening, _files.translated(path=self.path, doing="open"):
+        with _fork_guard.LOCK, _files.translated(path=self.path, doing="open"):
             if self.closed:
                 raise errors.ClosedError("Expected {} in use, but got: closed".format(self.path))
             if self._ofd:
@@ -492,9 +491,6 @@ def _after_fork_in_child() -> None:
         shared.table.clear()
         shared.guard = threading.RLock()
     _shared_files.clear()
-    _opening.release()
 
 
-os.register_at_fork(before=_opening.acquire,
-                    after_in_parent=_opening.release,
-                    after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_child=_after_fork_in_child)

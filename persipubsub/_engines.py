@@ -17,7 +17,7 @@ from typing import (TYPE_CHECKING, Dict, Final, List, Mapping, Optional, Protoco
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _config_checks, _importing
+from persipubsub import _config_checks, _fork_guard
 
 if TYPE_CHECKING:
     # Not for who only counts: it loads logging, too.
@@ -417,7 +417,7 @@ def _import(config: persipubsub.config.Config, queue_key: str,
                                                                   for name in modules
                                                                   if name), scheme, path))
     try:
-        with _importing.LOCK:
+        with _fork_guard.LOCK:
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "persipubsub":

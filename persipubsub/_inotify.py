@@ -4,7 +4,7 @@ import os
 import struct
 from typing import Any, Final
 
-from persipubsub import _importing
+from persipubsub import _fork_guard
 
 #: What is read from the descriptor: watch, mask, cookie, length of a name (0, as files have none).
 EVENT: Final = struct.Struct("iIII")
@@ -21,7 +21,7 @@ _library: Any = None  # ctypes.CDLL, when it was needed
 def _call(name: str, *arguments: Any) -> int:
     """Call a function of the C library; raise OSError if it fails, or AttributeError without it."""
     global _library  # pylint: disable=global-statement
-    with _importing.LOCK:
+    with _fork_guard.LOCK:
         import ctypes  # pylint: disable=import-outside-toplevel  # slow, and only waiters need it
     _library = _library or ctypes.CDLL(None, use_errno=True)
     result: int = getattr(_library, name)(*arguments)

@@ -22,7 +22,7 @@ class LateClaim:
         """
         Open what is needed.
 
-        Not in the transaction, for which a thread that forks waits with a lock that opening takes.
+        Not in the transaction: opening may wait for another thread's import.
 
         :param claims: of the queue
         :param subscriber: its index

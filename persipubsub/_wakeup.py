@@ -105,8 +105,8 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
 
     def __init__(self) -> None:
         """Initialize without any descriptor."""
-        # Guards all attributes, and those of files and tickets. The innermost lock but that of
-        # imports: nothing is called back or waited for while it is held. Not re-entrant.
+        # Guards all attributes, and those of files and tickets. The innermost lock but the guard
+        # of forks: nothing is called back or waited for while it is held. Not re-entrant.
         self.lock = threading.Lock()
         self.files: Dict["Bell", _File] = {}
         self.watched: Dict[int, List[_File]] = {}  # several bells on one file have one watch

@@ -1092,7 +1092,7 @@ def test_too_large_message(tmp_path: pathlib.Path) -> None:
 #: What ``stat`` loads of the library in its plain forms. Times wobble, and a module that is loaded
 #: in vain does not show in them; whoever needs one more adds it here.
 STAT_LOADS = {
-    "", "__main__", "_config_checks", "_counting", "_engines", "_importing", "_in_flight",
+    "", "__main__", "_config_checks", "_counting", "_engines", "_fork_guard", "_in_flight",
     "_json_file", "_progress", "_selection", "_settings", "cli", "cli._ending", "cli._figures",
     "cli._plain", "cli._text", "config", "environment", "environment._checkpoint",
     "environment._environment", "environment._files", "environment._gate", "environment._line",

@@ -850,3 +850,59 @@ def test_signal_handler_sends_in_an_import_while_another_thread_forks(
         """)
     process = support.run_python(code, config_pth)
     assert (process.stdout, process.returncode) == ("0\n", 0), process.stderr
+
+
+@pytest.mark.parametrize("name", ["receive", "send"])
+def test_signal_handler_in_the_middle_of_a_read_beside_a_fork(tmp_path: pathlib.Path,
+                                                              name: str) -> None:
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    code = textwrap.dedent("""
+        import os, signal, sys, threading
+        import persipubsub.publisher, persipubsub.subscriber
+        from persipubsub.environment import _registry
+        from tests import support
+
+        _, config_pth, name = sys.argv
+        reads, forks, is_forked = threading.Event(), threading.Event(), threading.Event()
+
+        def fork():
+            assert reads.wait(60)
+            forks.set()
+            process = os.fork()
+            if process == 0:
+                os._exit(0)
+            is_forked.set()
+            print(os.waitpid(process, 0)[1])
+
+        def work(txn, databases):
+            reads.set()
+            assert forks.wait(60)
+            # Long enough for the fork to come to where it waits for the read.
+            is_forked.wait(0.2)
+            signal.raise_signal(signal.SIGUSR1)
+
+        def handle(*_):
+            if name == "send":
+                pub.send(b"from the handler")
+            else:
+                # The first one, for which a descriptor is opened.
+                with sub.receive(timeout=0) as msg:
+                    assert msg == b"before"
+
+        pub, sub = persipubsub.publisher.Pub(), persipubsub.subscriber.Sub()
+        pub.init("pub", config_pth)
+        sub.init("sub", config_pth)
+        pub.send(b"before")
+        signal.signal(signal.SIGUSR1, handle)
+        signal.alarm(30)
+        settings = support.settings(config_pth)
+        environment = _registry.acquire(settings.path, settings.options())
+        thread = threading.Thread(target=fork)
+        thread.start()
+        environment.read(work)
+        thread.join()
+        _registry.release(environment)
+        """)
+    process = support.run_python(code, config_pth, name)
+    assert (process.stdout, process.returncode) == ("0\n", 0), process.stderr

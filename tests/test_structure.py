@@ -89,7 +89,7 @@ _ROWS: List[Set[str]] = [
     {"config"},
     {"_config_checks"},
     {
-        "_importing", "_json_file", "_progress", "_slot", "dead_letter", "message",
+        "_fork_guard", "_json_file", "_progress", "_slot", "dead_letter", "message",
         "jetstream._address"
     },
     {"errors"},

@@ -419,10 +419,19 @@ class Environment(_transactions.Transactions):
 
     # Forking
 
-    def before_fork(self) -> None:
-        """Wait until no thread of this process is inside LMDB, or copies the store."""
-        for lock in self._locks():
-            lock.acquire()
+    def before_fork(self, seconds: float = -1) -> bool:
+        """
+        Wait until no thread of this process is inside LMDB, or copies the store.
+
+        :param seconds: how long at most for each of the locks; -1: without a bound
+        :return: True if all locks are held; otherwise none of them is
+        """
+        for count, lock in enumerate(self._locks()):
+            if not lock.acquire(timeout=seconds):
+                for other in reversed(self._locks()[:count]):
+                    other.release()
+                return False
+        return True
 
     def after_fork_in_parent(self) -> None:
         """Go on."""

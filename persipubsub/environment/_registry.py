@@ -12,14 +12,20 @@ import functools
 import os
 import sys
 import threading
-from typing import ContextManager, Dict, Final, Iterator, Tuple
+import time
+from typing import ContextManager, Dict, Final, Iterable, Iterator, Tuple
 
 import persipubsub.errors
-from persipubsub import _importing
+from persipubsub import _fork_guard
 from persipubsub.environment import _environment, _files, _opening
 
 #: How long the end of the interpreter waits for a thread that is still at work, in seconds.
 _LEAVE_SECS: Final = 5.0
+
+#: How long who forks waits for a lock while it holds others, at first, and how long it lets others
+#: go on then, in seconds.
+_FORK_SECS: Final = 0.5
+_FORK_PAUSE_SECS: Final = 0.01
 
 #: After all finalizers of multiprocessing itself (its lowest is -100), and those of most others.
 _FINALIZER_PRIORITY: Final = -1000
@@ -274,35 +280,53 @@ def _leave_child() -> None:
 
 def _before_fork() -> None:
     """Hold everything still, so that the child inherits no transaction and no held lock."""
-    while True:
-        _REGISTRY_LOCK.acquire()
-        for environment in _REGISTRY.values():
-            environment.before_fork()
-        if _importing.LOCK.acquire(blocking=False):
-            return
-        # Not waited for with the others held: a signal handler in the middle of the import may
-        # want one of them.
-        _go_on()
-        with _importing.LOCK:
-            pass
+    patience = _FORK_SECS
+    while not _hold_still(patience):
+        # Who has a lock that we wait for may be in a signal handler that waits for one of ours.
+        time.sleep(_FORK_PAUSE_SECS)
+        patience *= 2
 
 
-def _go_on() -> None:
-    """Give back all that is held for a fork but the lock of imports."""
+def _hold_still(seconds: float) -> bool:
+    """
+    Take all locks, or none.
+
+    :param seconds: how long to wait for one while others are held
+    :return: True if all were taken
+    """
+    _REGISTRY_LOCK.acquire()
+    held = []
     for environment in _REGISTRY.values():
+        if not environment.before_fork(seconds):
+            break
+        held.append(environment)
+    else:
+        if _fork_guard.LOCK.acquire(timeout=seconds):
+            return True
+    _go_on(held)
+    return False
+
+
+def _go_on(environments: Iterable[_environment.Environment]) -> None:
+    """
+    Give back what is held for a fork but the guard.
+
+    :param environments: whose locks are held
+    """
+    for environment in environments:
         environment.after_fork_in_parent()
     _REGISTRY_LOCK.release()
 
 
 def _after_fork_in_parent() -> None:
     """Let the other threads go on."""
-    _importing.LOCK.release()
-    _go_on()
+    _fork_guard.LOCK.release()
+    _go_on(_REGISTRY.values())
 
 
 def _after_fork_in_child() -> None:
     """Close what belongs to the parent."""
-    _importing.LOCK.release()
+    _fork_guard.LOCK.release()
     for environment in _REGISTRY.values():
         environment.after_fork_in_child()
     _REGISTRY_LOCK.release()
