@@ -126,7 +126,8 @@ class Workers:
         # An executor that can start no thread may do the job all the same, later.
         jobs = [job]
         once = functools.partial(_do_once, jobs)
-        if not self._is_closed:
+        was_closed = self._is_closed
+        if not was_closed:
             try:
                 executor = self._executors.get(process_id)
                 if executor is None:
@@ -135,6 +136,8 @@ class Workers:
                         process_id,
                         concurrent.futures.ThreadPoolExecutor(self._most, "persipubsub"))
                 executor.submit(once)
+                if self._is_closed:
+                    self.close()  # another thread did, before it could see this executor
                 return
             except RuntimeError:
                 pass  # closed a moment ago, or the main thread has ended, or there is no thread

@@ -3,12 +3,13 @@
 # pylint: disable=missing-function-docstring
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import pathlib
 import textwrap
 import threading
-from typing import Iterator, List, Optional
+from typing import Any, Iterator, List, Optional
 
 import pytest
 
@@ -191,3 +192,22 @@ def test_no_thread_is_left_behind_a_close(config_pth: pathlib.Path) -> None:
         pub.init("pub", config_pth)
         pub.send_many([b"%d" % number for number in range(20)])
     asyncio.run(main())
+
+
+def test_no_thread_is_left_behind_a_close_in_the_middle_of_a_job(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = threading.active_count()
+    workers = _workers.Workers(2)
+    make = concurrent.futures.ThreadPoolExecutor
+
+    def make_beside_a_close(*arguments: Any) -> concurrent.futures.ThreadPoolExecutor:
+        # As a task of another loop may do it.
+        workers.close()
+        return make(*arguments)
+
+    done = threading.Event()
+    with monkeypatch.context() as context:
+        context.setattr(concurrent.futures, "ThreadPoolExecutor", make_beside_a_close)
+        workers.submit(done.set)
+    assert done.wait(support.HANG_SECS)
+    support.until(lambda: threading.active_count() <= threads, "the thread ends")
