@@ -242,7 +242,8 @@ class Queue:
                                     mover=self._mover(subscriber, retries),
                                     rings=self.settings.strategy
                                     is persipubsub.config.Strategy.BLOCK)
-        consumer.counts = consumer.counts and is_delivery
+        if not is_delivery:
+            consumer.counts = False
         return consumer
 
     def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:

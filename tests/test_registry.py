@@ -806,34 +806,41 @@ def test_fork_while_another_thread_imports(tmp_path: pathlib.Path, name: str) ->
     assert (process.stdout, process.returncode) == ("0\n", 0), process.stderr
 
 
+#: For a program of which one thread forks when another one is in the middle of something.
+FORK = textwrap.dedent("""
+    import os, signal, sys, threading
+    import persipubsub.publisher, persipubsub.subscriber
+
+    is_there, forks, is_forked = threading.Event(), threading.Event(), threading.Event()
+
+    def fork():
+        assert is_there.wait(60)
+        forks.set()
+        process = os.fork()
+        if process == 0:
+            os._exit(0)
+        is_forked.set()
+        print(os.waitpid(process, 0)[1])
+    """)
+
+
 def test_signal_handler_sends_in_an_import_while_another_thread_forks(
         tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    code = textwrap.dedent("""
-        import importlib.abc, os, signal, sys, threading, time
-        import persipubsub.publisher, persipubsub.subscriber
+    code = FORK + textwrap.dedent("""
+        import importlib.abc
 
         config_pth = sys.argv[1]
-        imports, forks, is_forked = threading.Event(), threading.Event(), threading.Event()
 
         class Slow(importlib.abc.MetaPathFinder):
             def find_spec(self, fullname, path, target=None):
                 if fullname == "ctypes":
-                    imports.set()
+                    is_there.set()
                     assert forks.wait(60)
                     # Long enough for the fork to come to where it waits for the import.
                     is_forked.wait(0.5)
                     signal.raise_signal(signal.SIGUSR1)
-
-        def fork():
-            assert imports.wait(60)
-            forks.set()
-            process = os.fork()
-            if process == 0:
-                os._exit(0)
-            is_forked.set()
-            print(os.waitpid(process, 0)[1])
 
         pub, sub = persipubsub.publisher.Pub(), persipubsub.subscriber.Sub()
         pub.init("pub", config_pth)
@@ -857,26 +864,14 @@ def test_signal_handler_in_the_middle_of_a_read_beside_a_fork(tmp_path: pathlib.
                                                               name: str) -> None:
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    code = textwrap.dedent("""
-        import os, signal, sys, threading
-        import persipubsub.publisher, persipubsub.subscriber
+    code = FORK + textwrap.dedent("""
         from persipubsub.environment import _registry
         from tests import support
 
         _, config_pth, name = sys.argv
-        reads, forks, is_forked = threading.Event(), threading.Event(), threading.Event()
-
-        def fork():
-            assert reads.wait(60)
-            forks.set()
-            process = os.fork()
-            if process == 0:
-                os._exit(0)
-            is_forked.set()
-            print(os.waitpid(process, 0)[1])
 
         def work(txn, databases):
-            reads.set()
+            is_there.set()
             assert forks.wait(60)
             # Long enough for the fork to come to where it waits for the read.
             is_forked.wait(0.2)

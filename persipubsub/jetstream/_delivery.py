@@ -72,11 +72,7 @@ class Lease:
 
     async def beat(self) -> None:
         """Tell the server that we are at work. It is not awaited, and repeated anyhow."""
-        try:
-            client = await self._ports.link.client(time.monotonic() + self._pause)
-            await _inboxes.keep(client, self.pulled)
-        except persipubsub.errors.PersipubsubError:
-            pass
+        await _keeping.tell(self._ports.stream, self.pulled, self._pause)
 
     def stop(self) -> None:
         """Tell the server no more, as the lease ends. Only for the loop's own thread."""

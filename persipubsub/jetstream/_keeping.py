@@ -1,5 +1,5 @@
 """
-Keep messages while others are still pulled that are to be handed out with them.
+Keep messages: tell the servers that they are at work, also while others are still pulled for them.
 
 All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 """
@@ -34,7 +34,7 @@ async def kept(stream: _stream.Stream, pulled: Sequence[_inboxes.Pulled]) -> Asy
             keeping.cancel()
     if time.monotonic() - begin > pause:
         # The last of it came just now, but may have been under way for as long.
-        await _tell(stream, pulled, pause)
+        await tell(stream, pulled, pause)
 
 
 async def _keep(stream: _stream.Stream, pulled: Sequence[_inboxes.Pulled], pause: float) -> None:
@@ -47,10 +47,10 @@ async def _keep(stream: _stream.Stream, pulled: Sequence[_inboxes.Pulled], pause
     """
     while True:
         await asyncio.sleep(pause)
-        await _tell(stream, pulled, pause)
+        await tell(stream, pulled, pause)
 
 
-async def _tell(stream: _stream.Stream, pulled: Sequence[_inboxes.Pulled], seconds: float) -> None:
+async def tell(stream: _stream.Stream, pulled: Sequence[_inboxes.Pulled], seconds: float) -> None:
     """
     Tell the servers, if they are there, that messages are at work.
 

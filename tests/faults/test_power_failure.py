@@ -84,7 +84,8 @@ def test_new_queue_without_what_was_not_flushed(tmp_path: pathlib.Path, operatio
                       keeps_name_order=True))
     config_pth = replay.write_config(image, "fsync")
     if operation == "drop":
-        assert not persipubsub.control.drop_queue(config_pth, "queue")
+        # And not None. pylint: disable-next=use-implicit-booleaness-not-comparison
+        assert persipubsub.control.drop_queue(config_pth, "queue") == ()
     else:
         persipubsub.control.restore(config_pth, "queue", backup)
         assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
