@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from typing import Callable, List, Mapping, Optional, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 
 _ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -48,7 +48,7 @@ sys.exit(1 if failed else 0)
 
 def _run(command: Sequence[str],
          cwd: pathlib.Path = _ROOT,
-         env: Optional[Mapping[str, str]] = None) -> bool:
+         env: Mapping[str, str] | None = None) -> bool:
     """
     Run a command and wait for its end, its output going where ours goes.
 
@@ -71,7 +71,7 @@ def _run_module(*arguments: str) -> bool:
     return _run([sys.executable, "-m", *arguments])
 
 
-def _sources(excluding: Sequence[str] = ()) -> List[str]:
+def _sources(excluding: Sequence[str] = ()) -> list[str]:
     """
     Return what is to be checked.
 
@@ -113,7 +113,7 @@ def _check_pylint(overwrite: bool) -> bool:
     # private functions are tested by its tests; a long list of cases makes a long file.
     relaxed = ("missing-function-docstring,missing-class-docstring,redefined-outer-name,"
                "protected-access,too-many-lines,too-many-public-methods,duplicate-code")
-    return _run_module("pylint", "--rcfile=pylint.rc", "--disable=" + relaxed, "tests") and clean
+    return _run_module("pylint", "--rcfile=pylint.rc", f"--disable={relaxed}", "tests") and clean
 
 
 def _check_doctest(overwrite: bool) -> bool:
@@ -150,7 +150,7 @@ def _check_tests(overwrite: bool) -> bool:
     return _run_module("pytest", "-q", "-m", "not slow")
 
 
-def _ignore_made(directory: str, names: List[str]) -> Set[str]:
+def _ignore_made(directory: str, names: list[str]) -> set[str]:
     """
     Name what is made by tools and so no part of the project.
 
@@ -199,8 +199,7 @@ def _check_build(overwrite: bool) -> bool:
         }
         packed = {name for name in found if ".dist-info/" not in name}
         if packed != expected:
-            print("Expected {} in the wheel, but got: {!r}".format(sorted(expected),
-                                                                   sorted(packed)))
+            print(f"Expected {sorted(expected)} in the wheel, but got: {sorted(packed)!r}")
             clean = False
 
         return clean
@@ -220,7 +219,7 @@ _CHECKS: Mapping[str, Callable[[bool], bool]] = {
 }
 
 
-def _parse_names(text: str) -> List[str]:
+def _parse_names(text: str) -> list[str]:
     """
     Parse a list of checks.
 
@@ -231,8 +230,8 @@ def _parse_names(text: str) -> List[str]:
     names = text.split(",")
     for name in names:
         if name not in _CHECKS:
-            raise argparse.ArgumentTypeError("Expected names out of {}, but got: {!r}".format(
-                ",".join(_CHECKS), name))
+            raise argparse.ArgumentTypeError(
+                f"Expected names out of {','.join(_CHECKS)}, but got: {name!r}")
     return names
 
 
@@ -265,20 +264,19 @@ def main() -> int:
 
     failed = []
     for name in names:
-        print("== {}".format(name), flush=True)
+        print(f"== {name}", flush=True)
         start = time.monotonic()
         if not _CHECKS[name](args.overwrite):
             failed.append(name)
-        print("== {}: {} ({:.1f} s)".format(name, "FAILED" if name in failed else "OK",
-                                            time.monotonic() - start),
-              flush=True)
+        print(
+            f"== {name}: {'FAILED' if name in failed else 'OK'} ({time.monotonic() - start:.1f} s)",
+            flush=True)
 
     if failed:
-        print("precommit: {} of {} checks FAILED: {}".format(len(failed), len(names),
-                                                             ", ".join(failed)))
+        print(f"precommit: {len(failed)} of {len(names)} checks FAILED: {', '.join(failed)}")
         return 1
 
-    print("precommit: all {} checks passed: {}".format(len(names), ", ".join(names)))
+    print(f"precommit: all {len(names)} checks passed: {', '.join(names)}")
     return 0
 
 

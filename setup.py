@@ -24,8 +24,7 @@ def _read_version() -> str:
     pth = _HERE / "persipubsub" / "__init__.py"
     match = re.search(r'^__version__ = "([^"]+)"$', pth.read_text(encoding="utf-8"), re.MULTILINE)
     if match is None:
-        raise RuntimeError(
-            'Expected a line __version__ = "..." in {}, but there is none.'.format(pth))
+        raise RuntimeError(f'Expected a line __version__ = "..." in {pth}, but there is none.')
 
     return match.group(1)
 

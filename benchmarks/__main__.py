@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from typing import Any, Dict, List
+from typing import Any
 
 import rich.console
 
@@ -17,7 +17,7 @@ from benchmarks import figures, machine, report, roster, rounds
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def _parse_figures(text: str) -> List[str]:
+def _parse_figures(text: str) -> list[str]:
     """
     Parse a list of figures.
 
@@ -28,8 +28,8 @@ def _parse_figures(text: str) -> List[str]:
     names = text.split(",")
     for name in names:
         if name not in figures.FIGURES:
-            raise argparse.ArgumentTypeError("Expected names out of {}, but got: {!r}".format(
-                ",".join(figures.FIGURES), name))
+            raise argparse.ArgumentTypeError(
+                f"Expected names out of {','.join(figures.FIGURES)}, but got: {name!r}")
     return names
 
 
@@ -73,8 +73,8 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _load(path: pathlib.Path, profile: figures.Profile, described: Dict[str,
-                                                                        str]) -> Dict[str, Any]:
+def _load(path: pathlib.Path, profile: figures.Profile, described: dict[str,
+                                                                        str]) -> dict[str, Any]:
     """
     Load the results of an earlier run that can be continued.
 
@@ -83,22 +83,20 @@ def _load(path: pathlib.Path, profile: figures.Profile, described: Dict[str,
     :param described: machine and versions of this run
     :return: earlier results, or empty ones
     """
-    empty = {"profile": profile.name, "machine": described, "figures": {}}  # type: Dict[str, Any]
+    empty: dict[str, Any] = {"profile": profile.name, "machine": described, "figures": {}}
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))  # type: Dict[str, Any]
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return empty
     if results["profile"] != profile.name or any(results["machine"].get(key) != value
                                                  for key, value in described.items()
                                                  if key != "date"):
-        print(
-            "The results in {} are of another profile, machine or version: beginning anew.".format(
-                path))
+        print(f"The results in {path} are of another profile, machine or version: beginning anew.")
         return empty
     return results
 
 
-def _save(path: pathlib.Path, results: Dict[str, Any]) -> None:
+def _save(path: pathlib.Path, results: dict[str, Any]) -> None:
     """
     Save results, so that whoever is killed meanwhile can still continue from those before.
 
@@ -106,7 +104,7 @@ def _save(path: pathlib.Path, results: Dict[str, Any]) -> None:
     :param results: of this run so far
     """
     temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(f"{json.dumps(results, indent=1)}\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -120,7 +118,7 @@ def main() -> int:
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=160)
-    profile = arguments.profile  # type: figures.Profile
+    profile: figures.Profile = arguments.profile
     if arguments.rounds is not None:
         profile = profile._replace(rounds=arguments.rounds)
     parent = arguments.dir or _ROOT / "build"
@@ -128,7 +126,7 @@ def main() -> int:
     try:
         machine.require_disk(parent)
     except ValueError as error:
-        print("benchmarks: {}".format(error), file=sys.stderr)
+        print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "results.json"
@@ -139,7 +137,7 @@ def main() -> int:
     try:
         for name in arguments.only or figures.FIGURES:
             if name in results["figures"] and not arguments.only:
-                console.print("{}: measured before".format(name))
+                console.print(f"{name}: measured before")
                 continue
             begin = time.monotonic()
             with console.status(
@@ -147,14 +145,14 @@ def main() -> int:
 
                 def tell(text: str, name: str = name, status: Any = status) -> None:
                     if status is not None:
-                        status.update("{}: {}".format(name, text))
+                        status.update(f"{name}: {text}")
 
                 rows = figures.FIGURES[name].measure(
                     rounds.Runner(directory, tell, profile.timeout_secs), profile)
             results["figures"][name] = [row._asdict() for row in rows]
             _save(path, results)
             report.show(console, results, name)
-            console.print("{}: {:.0f} s\n".format(name, time.monotonic() - begin))
+            console.print(f"{name}: {time.monotonic() - begin:.0f} s\n")
     except KeyboardInterrupt:
         console.print("Interrupted; what was measured is kept, the next run goes on behind it.")
         return 130
@@ -162,7 +160,7 @@ def main() -> int:
         shutil.rmtree(directory, ignore_errors=True)
     report.write(arguments.out, results)
     report.show_summary(console, results)
-    console.print("Written to {}".format(arguments.out))
+    console.print(f"Written to {arguments.out}")
     return 0
 
 

@@ -7,7 +7,8 @@ Only for waiting, which Python has no binding for, the binding of this library i
 import os
 import pathlib
 import select
-from typing import Any, Callable, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import lmdb
 
@@ -93,7 +94,7 @@ class Bare(contender.Contender):
                     txn.delete(number)
         os.close(watcher)
 
-    def _look(self) -> Tuple[Optional[bytes], bytes]:
+    def _look(self) -> tuple[bytes | None, bytes]:
         """
         Look at the first message.
 
@@ -103,7 +104,7 @@ class Bare(contender.Contender):
             cursor = txn.cursor()
             return (bytes(cursor.key()), bytes(cursor.value())) if cursor.first() else (None, b"")
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         with self._environment.begin(write=True, buffers=True) as txn:
             cursor = txn.cursor()
@@ -112,9 +113,9 @@ class Bare(contender.Contender):
                 cursor.put(number.to_bytes(8, "big"), message, append=True)
                 number += 1
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         begin = self._environment.begin
         for _ in range(count):
             with begin(buffers=True) as txn:
@@ -126,9 +127,9 @@ class Bare(contender.Contender):
                 txn.delete(key)
         return received
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """Receive messages in batches that are acknowledged together."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         begin = self._environment.begin
         while len(received) < count:
             wanted = min(batch, count - len(received))
@@ -142,7 +143,7 @@ class Bare(contender.Contender):
                     cursor.delete()
         return received
 
-    def drain(self, subscriber: int, count: int) -> List[Any]:
+    def drain(self, subscriber: int, count: int) -> list[Any]:
         """Receive all messages of one of several subscribers."""
         return [] if subscriber else self.receive_many(count, 1000)
 

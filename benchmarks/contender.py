@@ -2,7 +2,8 @@
 
 import abc
 import pathlib
-from typing import Any, Callable, ClassVar, List, Tuple
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 #: Every commit is flushed before the call returns: it survives a power failure.
 FSYNC = "fsync"
@@ -31,7 +32,7 @@ class Contender(abc.ABC):
     distribution: ClassVar[str] = ""
 
     #: Classes of durability that the library offers.
-    durabilities: ClassVar[Tuple[str, ...]] = DURABILITIES
+    durabilities: ClassVar[tuple[str, ...]] = DURABILITIES
 
     #: What a reader has to know to compare.
     note: ClassVar[str] = ""
@@ -60,7 +61,7 @@ class Contender(abc.ABC):
         """
 
     @staticmethod
-    def encode(messages: List[bytes]) -> List[Any]:
+    def encode(messages: list[bytes]) -> list[Any]:
         """
         Convert messages to what is sent.
 
@@ -70,7 +71,7 @@ class Contender(abc.ABC):
         return list(messages)
 
     @staticmethod
-    def decode(received: List[Any]) -> List[bytes]:
+    def decode(received: list[Any]) -> list[bytes]:
         """
         Convert back.
 
@@ -79,7 +80,7 @@ class Contender(abc.ABC):
         """
         return list(received)
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """
         Send messages, in one commit if the library can.
 
@@ -89,7 +90,7 @@ class Contender(abc.ABC):
             self.send(message)
 
     @abc.abstractmethod
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """
         Receive messages one by one; acknowledge each before the next one.
 
@@ -97,7 +98,7 @@ class Contender(abc.ABC):
         :return: what was received
         """
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """
         Receive messages in batches that are acknowledged together, if the library can.
 
@@ -108,7 +109,7 @@ class Contender(abc.ABC):
         del batch
         return self.receive(count)
 
-    def drain(self, subscriber: int, count: int) -> List[Any]:
+    def drain(self, subscriber: int, count: int) -> list[Any]:
         """
         Receive all messages of one of several subscribers.
 
@@ -141,11 +142,11 @@ class Text(Contender):  # pylint: disable=abstract-method
     """Convert for a library that stores text."""
 
     @staticmethod
-    def encode(messages: List[bytes]) -> List[Any]:
+    def encode(messages: list[bytes]) -> list[Any]:
         """Convert messages to text."""
         return [message.decode("ascii") for message in messages]
 
     @staticmethod
-    def decode(received: List[Any]) -> List[bytes]:
+    def decode(received: list[Any]) -> list[bytes]:
         """Convert text back to messages."""
         return [message.encode("ascii") for message in received]

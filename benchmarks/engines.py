@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
-from typing import Callable, Dict, List
+from collections.abc import Callable
 
 import persipubsub.control
 import persipubsub.publisher
@@ -50,7 +50,7 @@ def write_config(directory: pathlib.Path, path: str, durability: str) -> pathlib
         "high-water-mark": mark,
         "durability": durability
     }
-    config_pth = directory / "{}.json".format(len(list(directory.iterdir())))
+    config_pth = directory / f"{len(list(directory.iterdir()))}.json"
     config_pth.write_text(
         json.dumps({
             "pub": {
@@ -85,7 +85,7 @@ class Bench:
         self._sub.init(sub_id="sub", config_pth=config_pth)
         self._count = count
 
-    def run(self) -> Dict[str, float]:
+    def run(self) -> dict[str, float]:
         """
         Measure one round; the queue is empty before and after it.
 
@@ -114,7 +114,7 @@ class Bench:
         for _ in range(count):
             self._pub.send(_MESSAGE)
 
-    def _send_many(self, batch: List[bytes], count: int) -> None:
+    def _send_many(self, batch: list[bytes], count: int) -> None:
         for _ in range(count):
             self._pub.send_many(batch)
 
@@ -130,7 +130,7 @@ class Bench:
                 count -= len(msgs)
 
 
-def _run(threads: List[threading.Thread]) -> None:
+def _run(threads: list[threading.Thread]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -153,11 +153,11 @@ def main() -> None:
             for path in (str(directory / "queue"), args.queue)
         ]
         rounds = [[bench.run() for bench in benches] for _ in range(_ROUNDS)]
-    print("{:20} {:>12} {:>12} {:>7}".format("messages/s", "directory", "server", "ratio"))
+    print(f"{'messages/s':20} {'directory':>12} {'server':>12} {'ratio':>7}")
     for what in rounds[0][0]:
         here, there = (statistics.median(one[index][what] for one in rounds) for index in (0, 1))
         if not what.startswith("("):
-            print("{:20} {:12,.0f} {:12,.0f} {:7.2f}".format(what, here, there, there / here))
+            print(f"{what:20} {here:12,.0f} {there:12,.0f} {there / here:7.2f}")
 
 
 if __name__ == "__main__":

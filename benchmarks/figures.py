@@ -6,7 +6,8 @@ import pathlib
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks import roster, rounds
 from benchmarks.contender import DURABILITIES, FSYNC, OS
@@ -25,10 +26,10 @@ class Profile(NamedTuple):
     seconds: float  #: of one measurement of sends
     sends: int  #: most messages of one measurement of sends
     batches: int
-    subscribers: Tuple[int, ...]
-    backlogs: Tuple[int, ...]
+    subscribers: tuple[int, ...]
+    backlogs: tuple[int, ...]
     size_bytes: int  #: most bytes of one measurement of one size
-    workers: Dict[str, Tuple[int, ...]]
+    workers: dict[str, tuple[int, ...]]
     latency_secs: float
     pruned: int
     total: int  #: messages through a queue whose file is looked at
@@ -89,7 +90,7 @@ LONG = FULL._replace(name="long",
 
 
 def _requests(names: Sequence[str], task: str, arguments: Mapping[str, Any],
-              cases: Mapping[str, str], **positions: float) -> List[Request]:
+              cases: Mapping[str, str], **positions: float) -> list[Request]:
     """
     Ask for the same of several contenders, at each durability that they offer.
 
@@ -107,7 +108,7 @@ def _requests(names: Sequence[str], task: str, arguments: Mapping[str, Any],
     ]
 
 
-def throughput(runner: Runner, profile: Profile) -> List[Row]:
+def throughput(runner: Runner, profile: Profile) -> list[Row]:
     """Send and receive, one by one and in batches, with everybody."""
     cases = ("send", "receive", "send_many(1000)", "receive_many(1000)")
     return runner.in_turn(
@@ -119,9 +120,9 @@ def throughput(runner: Runner, profile: Profile) -> List[Row]:
             for case in cases}), profile.rounds)
 
 
-def fan_out(runner: Runner, profile: Profile) -> List[Row]:
+def fan_out(runner: Runner, profile: Profile) -> list[Row]:
     """Send to more and more subscribers."""
-    requests = []  # type: List[Request]
+    requests: list[Request] = []
     for subscribers in profile.subscribers:
         names = [
             name for name in roster.ALL if roster.find(name).max_subscribers >= max(2, subscribers)
@@ -137,16 +138,16 @@ def fan_out(runner: Runner, profile: Profile) -> List[Row]:
     return runner.in_turn(requests, profile.few_rounds)
 
 
-def backlog(runner: Runner, profile: Profile) -> List[Row]:
+def backlog(runner: Runner, profile: Profile) -> list[Row]:
     """Send to and receive from queues that hold more and more messages."""
-    requests = []  # type: List[Request]
+    requests: list[Request] = []
     for waiting in profile.backlogs:
         for durability in DURABILITIES:
             for name in (OURS, BARE):
                 # No checkpoints: what a copy of gigabytes every now and then costs is another
                 # question, and depends on how long one measures.
                 options = {"checkpoint_secs": 0} if (name, durability) == (OURS, OS) else {}
-                cases = {case: "{} {}".format(case, waiting) for case in ("send", "receive")}
+                cases = {case: f"{case} {waiting}" for case in ("send", "receive")}
                 requests.append(
                     Request(
                         name, durability, "backlogged", {
@@ -156,10 +157,10 @@ def backlog(runner: Runner, profile: Profile) -> List[Row]:
                         }, cases, {case: waiting
                                    for case in cases.values()}))
     with contextlib.ExitStack() as stack:
-        directories = {}  # type: Dict[int, pathlib.Path]
-        firsts = {}  # type: Dict[int, int]
+        directories: dict[int, pathlib.Path] = {}
+        firsts: dict[int, int] = {}
 
-        def run(request: Request, turn: int) -> Dict[str, Any]:
+        def run(request: Request, turn: int) -> dict[str, Any]:
             del turn
             key = id(request)
             if key not in directories:
@@ -176,14 +177,14 @@ def backlog(runner: Runner, profile: Profile) -> List[Row]:
         return runner.in_turn(requests, profile.few_rounds, run=run)
 
 
-def size(runner: Runner, profile: Profile) -> List[Row]:
+def size(runner: Runner, profile: Profile) -> list[Row]:
     """Send and receive messages of 16 bytes to 16 MiB."""
     limits = [[length, max(2, min(2000, profile.size_bytes // length))]
               for length in (16, 256, 1 << 12, 1 << 16, 1 << 20, 1 << 24)]
     if profile.name == "quick":
         limits = [[length, max(1, count // 10)] for length, count in limits]
     cases = {
-        "{} {}".format(case, length): "{} {}".format(case, length)
+        f"{case} {length}": f"{case} {length}"
         for length, _ in limits
         for case in ("send", "receive")
     }
@@ -193,10 +194,10 @@ def size(runner: Runner, profile: Profile) -> List[Row]:
                      for case in cases}), profile.few_rounds)
 
 
-def _concurrency(runner: Runner, profile: Profile, kind: str) -> List[Row]:
+def _concurrency(runner: Runner, profile: Profile, kind: str) -> list[Row]:
     """Send from several workers at the same time."""
     names = FEW if profile.name == "long" else FEW[:3]
-    requests = []  # type: List[Request]
+    requests: list[Request] = []
     for workers in profile.workers[kind]:
         case = str(workers)
         requests.extend(
@@ -209,52 +210,51 @@ def _concurrency(runner: Runner, profile: Profile, kind: str) -> List[Row]:
     return runner.in_turn(requests, profile.few_rounds)
 
 
-def processes(runner: Runner, profile: Profile) -> List[Row]:
+def processes(runner: Runner, profile: Profile) -> list[Row]:
     """Send from several processes at the same time."""
     return _concurrency(runner, profile, "processes")
 
 
-def threads(runner: Runner, profile: Profile) -> List[Row]:
+def threads(runner: Runner, profile: Profile) -> list[Row]:
     """Send from several threads of one process at the same time."""
     return _concurrency(runner, profile, "threads")
 
 
-def latency(runner: Runner, profile: Profile) -> List[Row]:
+def latency(runner: Runner, profile: Profile) -> list[Row]:
     """Measure how long a message is on its way to another process, which sleeps."""
     cases = {
         name: name
         for load in ("low", "half")
-        for name in ["{} load, {}".format(load, part) for part in ("p50", "p99", "p99.9")]
+        for name in [f"{load} load, {part}" for part in ("p50", "p99", "p99.9")]
     }
     names = [name for name in roster.ALL if roster.find(name).can_sleep]
     return runner.in_turn(_requests(names, "latency", {"seconds": profile.latency_secs}, cases),
                           profile.few_rounds)
 
 
-def pause(runner: Runner, profile: Profile) -> List[Row]:
+def pause(runner: Runner, profile: Profile) -> list[Row]:
     """Measure how long sends take while another process prunes half of a large queue."""
-    requests = []  # type: List[Request]
+    requests: list[Request] = []
     for kind, text in (("timeout", "timeout"), ("mark", "mark")):
         names = [
-            "{}, {}".format(when, part) for when in ("before", "during")
-            for part in ("p50", "p99", "max")
+            f"{when}, {part}" for when in ("before", "during") for part in ("p50", "p99", "max")
         ]
         requests.extend(
             _requests([OURS], "pause", {
                 "backlog": profile.pruned,
                 "kind": kind,
                 "seconds": 6 * profile.seconds
-            }, {name: "{}: {}".format(text, name)
+            }, {name: f"{text}: {name}"
                 for name in names}))
     return runner.in_turn(requests, profile.few_rounds, has_warm_up=False)
 
 
-def file_size(runner: Runner, profile: Profile) -> List[Row]:
+def file_size(runner: Runner, profile: Profile) -> list[Row]:
     """Look at the size of the files while many messages pass through."""
-    rows = []  # type: List[Row]
+    rows: list[Row] = []
     for request in _requests((OURS, BARE), "file_size", {"backlog": 10**4}, {}):
         # One run each: a size does not wobble.
-        runner.tell("{} {}".format(request.contender, request.durability))
+        runner.tell(f"{request.contender} {request.durability}")
         try:
             with runner.directory() as directory:
                 result = runner.run(request, directory, total=profile.total, samples=50)
@@ -267,7 +267,7 @@ def file_size(runner: Runner, profile: Profile) -> List[Row]:
     return rows
 
 
-def memory(runner: Runner, profile: Profile) -> List[Row]:
+def memory(runner: Runner, profile: Profile) -> list[Row]:
     """Look at the memory of a process that sends and receives."""
     cases = {"all": "resident", "own": "resident, without pages of files"}
     requests = [Request("", "", "memory", {"count": 0}, cases, {})] + _requests(
@@ -290,11 +290,11 @@ _IMPORTS = {
 }
 
 
-def import_time(runner: Runner, profile: Profile) -> List[Row]:
+def import_time(runner: Runner, profile: Profile) -> list[Row]:
     """Start Python and import."""
     root = str(pathlib.Path(__file__).resolve().parent.parent)
 
-    def run(request: Request, turn: int) -> Dict[str, Any]:
+    def run(request: Request, turn: int) -> dict[str, Any]:
         del turn
         begin = time.perf_counter()
         ended = subprocess.run([sys.executable, "-c", _IMPORTS[request.contender]],
@@ -317,13 +317,13 @@ class Figure(NamedTuple):
     title: str
     unit: str
     explanation: str
-    measure: Callable[[Runner, Profile], List[Row]]
+    measure: Callable[[Runner, Profile], list[Row]]
     is_rate: bool = True  #: whether more is better
     axis: str = ""  #: of the cases, if they are numbers
     own_ratio: bool = False  #: whether it matters how the cases compare with the first one
 
 
-FIGURES = {
+FIGURES: Mapping[str, Figure] = {
     "throughput": Figure(
         "Sending and receiving", "messages/s",
         "One publisher, then one subscriber, each a single thread; 256 bytes a message. "
@@ -388,4 +388,4 @@ FIGURES = {
                           "Time to start Python, import, and end.",
                           import_time,
                           is_rate=False),
-}  # type: Mapping[str, Figure]
+}

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from typing import Any, Callable, Dict, List, Optional
+from collections.abc import Callable
+from typing import Any
 
 import persipubsub.control
 import persipubsub.publisher
@@ -30,14 +31,14 @@ def write_config(directory: pathlib.Path,
     :param changes: keys of the queue or of its high-water mark
     :return: path to the file
     """
-    identifiers = ["sub{}".format(index) for index in range(subscribers)]
-    mark = {
+    identifiers = [f"sub{index}" for index in range(subscribers)]
+    mark: dict[str, Any] = {
         "MSG_TIMEOUT_SECS": 10**6,
         "MAX_MSGS_NUM": _HUGE,
         "HWM_LMDB_SIZE_BYTES": 1 << 36,
         "strategy": "prune_first"
-    }  # type: Dict[str, Any]
-    queue = {
+    }
+    queue: dict[str, Any] = {
         "path": str(directory / "queue"),
         "max_reader_num": 1024,
         "max_db_num": 1024,
@@ -45,10 +46,10 @@ def write_config(directory: pathlib.Path,
         "subscribers": identifiers,
         "durability": durability,
         "high-water-mark": mark
-    }  # type: Dict[str, Any]
+    }
     for key, value in changes.items():
         (mark if key in mark else queue)[key] = value
-    entries = {
+    entries: dict[str, Any] = {
         "queues": {
             "queue": queue
         },
@@ -56,7 +57,7 @@ def write_config(directory: pathlib.Path,
             "out_queue": "queue",
             "subscribers": identifiers
         }
-    }  # type: Dict[str, Any]
+    }
     for identifier in identifiers:
         entries[identifier] = {"in_queue": "queue"}
     path = directory / name
@@ -75,7 +76,7 @@ class Library(contender.Contender):
                  directory: pathlib.Path,
                  durability: str,
                  subscribers: int = 1,
-                 config_pth: Optional[pathlib.Path] = None,
+                 config_pth: pathlib.Path | None = None,
                  **changes: Any) -> None:
         """
         Open the queue; create it if it is not there.
@@ -96,7 +97,7 @@ class Library(contender.Contender):
         self._publisher = persipubsub.publisher.Pub()
         self._publisher.init(pub_id="pub", config_pth=config_pth)
         self.send = self._publisher.send
-        self._subscribers = {}  # type: Dict[int, persipubsub.subscriber.Sub]
+        self._subscribers: dict[int, persipubsub.subscriber.Sub] = {}
 
     def _subscriber(self, index: int = 0) -> persipubsub.subscriber.Sub:
         """
@@ -108,29 +109,29 @@ class Library(contender.Contender):
         subscriber = self._subscribers.get(index)
         if subscriber is None:
             subscriber = self._subscribers[index] = persipubsub.subscriber.Sub()
-            subscriber.init(sub_id="sub{}".format(index), config_pth=self.config_pth)
+            subscriber.init(sub_id=f"sub{index}", config_pth=self.config_pth)
         return subscriber
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         self._publisher.send_many(messages)
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
         subscriber = self._subscriber()
-        received = []  # type: List[Any]
+        received: list[Any] = []
         for _ in range(count):
             with subscriber.receive(timeout=_HANG_SECS) as message:
                 received.append(message)
         return received
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """Receive messages in batches that are acknowledged together."""
         return self._receive_batches(self._subscriber(), count, batch)
 
     @staticmethod
     def _receive_batches(subscriber: persipubsub.subscriber.Sub, count: int,
-                         batch: int) -> List[Any]:
+                         batch: int) -> list[Any]:
         """
         Receive messages in batches.
 
@@ -139,7 +140,7 @@ class Library(contender.Contender):
         :param batch: how many at once, at most
         :return: messages
         """
-        received = []  # type: List[Any]
+        received: list[Any] = []
         while len(received) < count:
             with subscriber.receive_many(min(batch, count - len(received)),
                                          timeout=_HANG_SECS) as messages:
@@ -148,7 +149,7 @@ class Library(contender.Contender):
                 break
         return received
 
-    def drain(self, subscriber: int, count: int) -> List[Any]:
+    def drain(self, subscriber: int, count: int) -> list[Any]:
         """Receive all messages of one of several subscribers."""
         received = self._receive_batches(self._subscriber(subscriber), count, 1000)
         self._subscribers.pop(subscriber).close()

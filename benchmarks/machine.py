@@ -8,7 +8,7 @@ import platform
 import re
 import sqlite3
 import subprocess
-from typing import Dict, Iterable, Tuple
+from collections.abc import Iterable
 
 import lmdb
 
@@ -23,7 +23,7 @@ _TELLING = ("barrier", "nobarrier", "commit=", "data=", "dirsync", "journal_asyn
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def file_system(directory: pathlib.Path) -> Tuple[str, str]:
+def file_system(directory: pathlib.Path) -> tuple[str, str]:
     """
     Look a directory up in ``/proc/mounts``.
 
@@ -49,8 +49,7 @@ def require_disk(directory: pathlib.Path) -> None:
     """
     kind, _ = file_system(directory)
     if kind in _IN_MEMORY:
-        raise ValueError("Expected a directory on a disk, but got: {} is on {}".format(
-            directory, kind))
+        raise ValueError(f"Expected a directory on a disk, but got: {directory} is on {kind}")
 
 
 def _processor() -> str:
@@ -85,7 +84,7 @@ def _commit() -> str:
     return commit + ("+" if changed else "")
 
 
-def describe(directory: pathlib.Path, distributions: Iterable[str]) -> Dict[str, str]:
+def describe(directory: pathlib.Path, distributions: Iterable[str]) -> dict[str, str]:
     """
     Describe everything that results depend on.
 
@@ -100,11 +99,10 @@ def describe(directory: pathlib.Path, distributions: Iterable[str]) -> Dict[str,
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "memory": "{:.0f} GB".format(pages / 1e9),
-        "kernel": "{} {}".format(platform.system(),
-                                 platform.release().partition("-")[0]),
+        "memory": f"{pages / 1e9:.0f} GB",
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "file system": ", ".join([kind, *telling]),
-        "Python": "{} {}".format(platform.python_implementation(), platform.python_version()),
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "LMDB": ".".join(map(str, lmdb.version())),
         "SQLite": sqlite3.sqlite_version,
         "persipubsub": " ".join(filter(None, (persipubsub.__version__, _commit()))),

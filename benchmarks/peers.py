@@ -9,7 +9,8 @@ so that one that is missing costs only its own rows.
 import functools
 import importlib
 import pathlib
-from typing import Any, Callable, List
+from collections.abc import Callable
+from typing import Any
 
 from benchmarks.contender import FSYNC, Contender, Text
 
@@ -56,13 +57,13 @@ class LocalQueue(Contender):
             serializer=_Verbatim())
         self.send = self._queue.put
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         self._queue.put_many(messages)
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         for _ in range(count):
             job = self._queue.get()
             received.append(job.data)
@@ -97,15 +98,15 @@ class LiteQueue(Contender):
             self._queue.conn.execute("PRAGMA synchronous = FULL")
         self.send = self._queue.put
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         with self._queue.transaction(mode="IMMEDIATE"):
             for message in messages:
                 self._queue.put(message)
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         for _ in range(count):
             message = self._queue.pop()
             received.append(message.data)
@@ -131,9 +132,9 @@ class PersistQueue(Contender):
         self._queue = module.SQLiteAckQueue(str(directory), serializer=_Verbatim())
         self.send = self._queue.put
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         for _ in range(count):
             item = self._queue.get(raw=True)
             received.append(item["data"])
@@ -161,18 +162,18 @@ class DiskCache(Contender):
         self._deque = module.Deque.fromcache(cache)
         self.send = self._deque.append
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         with self._deque.transact():
             self._deque.extend(messages)
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
         return [self._deque.popleft() for _ in range(count)]
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """Receive messages in batches that are acknowledged together."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         while len(received) < count:
             with self._deque.transact():
                 for _ in range(min(batch, count - len(received))):
@@ -197,7 +198,7 @@ class Nque(Contender):
         del durability
         module = importlib.import_module("nque")
         limits = {"items_count_max": 10**6, "item_bytes_max": 1 << 12}
-        self._names = ["queue{}".format(index).encode() for index in range(subscribers)]
+        self._names = [f"queue{index}".encode() for index in range(subscribers)]
         self._open = functools.partial(module.FifoMultiQueueLmdb,
                                        str(directory),
                                        queues=tuple(self._names),
@@ -206,24 +207,24 @@ class Nque(Contender):
                        if subscribers == 1 else self._open())
         self.send = lambda message: self._queue.put([message])
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         self._queue.put(messages)
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
         return self.receive_many(count, 1)
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """Receive messages in batches that are acknowledged together."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         while len(received) < count:
             items = self._queue.get(min(batch, count - len(received)))
             received.extend(items)
             self._queue.remove(len(items))
         return received
 
-    def drain(self, subscriber: int, count: int) -> List[Any]:
+    def drain(self, subscriber: int, count: int) -> list[Any]:
         """Receive all messages of one of several subscribers."""
         if len(self._names) > 1:
             # LMDB can be opened only once in a process: let go of the one before first.
@@ -256,13 +257,13 @@ class SimpleBroker(Text):
                                    config=config)
         self.send = self._queue.write
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
         return [self._queue.read_one() for _ in range(count)]
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """Receive messages in batches that are acknowledged together."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         while len(received) < count:
             messages = self._queue.read_many(min(batch, count - len(received)))
             received.extend(messages)

@@ -7,7 +7,8 @@ They are in a module of their own as one of them needs asyncio, which costs memo
 import asyncio
 import importlib
 import pathlib
-from typing import Any, Callable, List
+from collections.abc import Callable
+from typing import Any
 
 from benchmarks.contender import OS, Text
 
@@ -27,24 +28,24 @@ class HonkerQueue(Text):
         self._queue = self._database.queue("queue")
         self.send = self._queue.enqueue
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         with self._database.transaction() as transaction:
             for message in messages:
                 self._queue.enqueue(message, tx=transaction)
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         for _ in range(count):
             job = self._queue.claim_one("worker")
             received.append(job.payload)
             job.ack()
         return received
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """Receive messages in batches that are acknowledged together."""
-        received = []  # type: List[Any]
+        received: list[Any] = []
         while len(received) < count:
             jobs = self._queue.claim_batch("worker", min(batch, count - len(received)))
             received.extend(job.payload for job in jobs)
@@ -75,7 +76,7 @@ class HonkerStream(Text):
         self._stream = self._database.stream("stream")
         self.send = self._stream.publish
 
-    def send_many(self, messages: List[Any]) -> None:
+    def send_many(self, messages: list[Any]) -> None:
         """Send messages in one commit."""
         with self._database.transaction() as transaction:
             for message in messages:
@@ -99,7 +100,7 @@ class HonkerStream(Text):
             if not goes_on:
                 return
 
-    def _collect(self, consumer: str, count: int, batch: int) -> List[Any]:
+    def _collect(self, consumer: str, count: int, batch: int) -> list[Any]:
         """
         Receive messages.
 
@@ -108,7 +109,7 @@ class HonkerStream(Text):
         :param batch: how many are acknowledged together
         :return: messages
         """
-        received = []  # type: List[Any]
+        received: list[Any] = []
 
         def collect(message: Any) -> bool:
             received.append(message)
@@ -117,17 +118,17 @@ class HonkerStream(Text):
         asyncio.run(self._consume(consumer, batch, collect))
         return received
 
-    def receive(self, count: int) -> List[Any]:
+    def receive(self, count: int) -> list[Any]:
         """Receive messages one by one, and acknowledge each of them."""
         return self._collect("consumer0", count, 1)
 
-    def receive_many(self, count: int, batch: int) -> List[Any]:
+    def receive_many(self, count: int, batch: int) -> list[Any]:
         """Receive messages in batches that are acknowledged together."""
         return self._collect("consumer0", count, batch)
 
-    def drain(self, subscriber: int, count: int) -> List[Any]:
+    def drain(self, subscriber: int, count: int) -> list[Any]:
         """Receive all messages of one of several subscribers."""
-        return self._collect("consumer{}".format(subscriber), count, 1000)
+        return self._collect(f"consumer{subscriber}", count, 1000)
 
     def sleep_and_receive(self, callback: Callable[[Any], bool]) -> None:
         """Receive messages, asleep while there are none."""

@@ -2,7 +2,8 @@
 
 import pathlib
 import statistics
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.lines
@@ -105,7 +106,7 @@ def _draw_bars(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
     return drawing
 
 
-def _groups(rows: Sequence[rounds.Row]) -> List[str]:
+def _groups(rows: Sequence[rounds.Row]) -> list[str]:
     """
     Find what the cases have in front of their number.
 
@@ -136,7 +137,7 @@ def _draw_lines(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
                 and report.split(row.case)[0] == group
             ]
             _draw_panel(axes, shown, figure, ", ".join(filter(None, (group, durability))))
-    handles = {}  # type: Dict[str, Any]
+    handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels())})
     drawing.legend(handles.values(),
@@ -265,14 +266,14 @@ def _short(value: float) -> str:
     count = int(value)
     for factor, letter in ((1 << 20, "Mi"), (1 << 10, "Ki")):
         if count >= 4096 and count % factor == 0:
-            return "{} {}".format(count // factor, letter)
+            return f"{count // factor} {letter}"
     for factor, letter in ((10**6, "M"), (10**3, "k")):
         if count >= factor:
-            return "{:g} {}".format(count / factor, letter)
+            return f"{count / factor:g} {letter}"
     return str(count)
 
 
-def draw(out: pathlib.Path, results: Dict[str, Any]) -> None:
+def draw(out: pathlib.Path, results: dict[str, Any]) -> None:
     """
     Draw all figures that there are results of.
 
@@ -289,10 +290,10 @@ def draw(out: pathlib.Path, results: Dict[str, Any]) -> None:
         if any(row.case.endswith(", p50") for row in rows):
             draw_figure = _draw_dots
         drawing = draw_figure(rows, figure)
-        title = "{} ({})".format(figure.title, figure.unit)
+        title = f"{figure.title} ({figure.unit})"
         if results["profile"] == "quick":
-            title += " - {} run".format(results["profile"])
+            title += f" - {results['profile']} run"
         drawing.suptitle(title, fontsize=12)
-        drawing.savefig(out / (name + ".svg"), metadata={"Date": None})
-        drawing.savefig(out / (name + ".png"), dpi=110, metadata={"Software": None})
+        drawing.savefig(out / (f"{name}.svg"), metadata={"Date": None})
+        drawing.savefig(out / (f"{name}.png"), dpi=110, metadata={"Software": None})
         plt.close(drawing)

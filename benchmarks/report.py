@@ -4,7 +4,8 @@ import importlib
 import math
 import pathlib
 import statistics
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import rich.console
 import rich.table
@@ -16,7 +17,7 @@ from benchmarks.contender import DURABILITIES
 _MAX_COLUMNS = 6
 
 
-def rows_of(results: Dict[str, Any], name: str) -> List[rounds.Row]:
+def rows_of(results: dict[str, Any], name: str) -> list[rounds.Row]:
     """
     Take the rows of a figure.
 
@@ -27,7 +28,7 @@ def rows_of(results: Dict[str, Any], name: str) -> List[rounds.Row]:
     return [rounds.Row(**row) for row in results["figures"].get(name, ())]
 
 
-def ratio(ours: rounds.Row, other: rounds.Row) -> Optional[float]:
+def ratio(ours: rounds.Row, other: rounds.Row) -> float | None:
     """
     Compare two rows round by round, so that what slowed a whole round down cancels out.
 
@@ -42,7 +43,7 @@ def ratio(ours: rounds.Row, other: rounds.Row) -> Optional[float]:
 
 
 def _find(rows: Sequence[rounds.Row], contender: str, durability: str,
-          case: str) -> Optional[rounds.Row]:
+          case: str) -> rounds.Row | None:
     """
     Find a row.
 
@@ -66,15 +67,15 @@ def number(value: float) -> str:
     :return: text, with commas between thousands
     """
     if value == 0 or not math.isfinite(value):
-        return "{:g}".format(value)
+        return f"{value:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     if not digits:
         unit = 10**(math.floor(math.log10(abs(value))) - 2)
-        return "{:,}".format(round(value / unit) * unit)
+        return f"{round(value / unit) * unit:,}"
     return "{:.{}f}".format(value, digits)
 
 
-def split(case: str) -> Tuple[str, str]:
+def split(case: str) -> tuple[str, str]:
     """
     Split a case that ends with a number.
 
@@ -85,7 +86,7 @@ def split(case: str) -> Tuple[str, str]:
     return (before, last) if last.isdigit() else (case, "")
 
 
-def _columns(rows: Sequence[rounds.Row]) -> List[str]:
+def _columns(rows: Sequence[rounds.Row]) -> list[str]:
     """
     Choose the columns of a table.
 
@@ -109,7 +110,7 @@ def _label(case: str) -> str:
     :param case: of rows
     :return: text
     """
-    return " ".join("{:,}".format(int(word)) if word.isdigit() and len(word) > 4 else word
+    return " ".join(f"{int(word):,}" if word.isdigit() and len(word) > 4 else word
                     for word in case.split())
 
 
@@ -130,10 +131,10 @@ def _cell(rows: Sequence[rounds.Row], contender: str, durability: str, case: str
     cell = number(statistics.median(row.values))
     ours = _find(rows, roster.OURS, durability, case)
     compared = None if ours is None or ours is row else ratio(ours, row)
-    return cell if compared is None else "{} ({} x)".format(cell, number(compared))
+    return cell if compared is None else f"{cell} ({number(compared)} x)"
 
 
-def table(results: Dict[str, Any], name: str) -> Tuple[List[str], List[List[str]]]:
+def table(results: dict[str, Any], name: str) -> tuple[list[str], list[list[str]]]:
     """
     Lay the table of a figure out: a line for each contender, a column for each case.
 
@@ -146,7 +147,7 @@ def table(results: Dict[str, Any], name: str) -> Tuple[List[str], List[List[str]
     groups = [""]
     if figures.FIGURES[name].axis:
         groups = list(dict.fromkeys(split(row.case)[0] for row in rows))
-    lines = []  # type: List[List[str]]
+    lines: list[list[str]] = []
     for group in groups:
         for durability, contender in dict.fromkeys((row.durability, row.contender) for row in rows):
             cells = [
@@ -160,7 +161,7 @@ def table(results: Dict[str, Any], name: str) -> Tuple[List[str], List[List[str]
     return head, lines
 
 
-def compare_with_peers(results: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
+def compare_with_peers(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """
     Compare this library with the best peer and with bare LMDB.
 
@@ -168,7 +169,7 @@ def compare_with_peers(results: Dict[str, Any]) -> List[Tuple[str, str, str, str
     :return: durability, case, ratio to the best peer and its name, ratio to bare LMDB
     """
     rows = rows_of(results, "throughput")
-    lines = []  # type: List[Tuple[str, str, str, str]]
+    lines: list[tuple[str, str, str, str]] = []
     for durability in DURABILITIES:
         for case in _columns(rows):
             ours = _find(rows, roster.OURS, durability, case)
@@ -180,36 +181,34 @@ def compare_with_peers(results: Dict[str, Any]) -> List[Tuple[str, str, str, str
             ]
             best = max(others, key=lambda row: statistics.median(row.values), default=None)
             bare = _find(rows, roster.BARE, durability, case)
-            peer = "-" if best is None else "{} x ({})".format(number(ratio(ours, best) or 0),
-                                                               best.contender)
-            limit = "-" if bare is None else "{} x".format(number(ratio(ours, bare) or 0))
+            peer = "-" if best is None else f"{number(ratio(ours, best) or 0)} x ({best.contender})"
+            limit = "-" if bare is None else f"{number(ratio(ours, bare) or 0)} x"
             lines.append((durability, case, peer, limit))
     return lines
 
 
-def compare_with_itself(results: Dict[str, Any]) -> List[Tuple[str, str, str, str]]:
+def compare_with_itself(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """
     Compare the last case of each figure that scales with its first one, for this library.
 
     :param results: of a run
     :return: figure, durability, what is compared, ratio
     """
-    lines = []  # type: List[Tuple[str, str, str, str]]
+    lines: list[tuple[str, str, str, str]] = []
     for name, figure in figures.FIGURES.items():
         if not figure.own_ratio:
             continue
         rows = [row for row in rows_of(results, name) if row.contender == roster.OURS]
         for durability in DURABILITIES:
-            groups = {}  # type: Dict[str, List[rounds.Row]]
+            groups: dict[str, list[rounds.Row]] = {}
             for row in rows:
                 if row.durability == durability and row.values:
                     groups.setdefault(split(row.case)[0], []).append(row)
             for prefix, group in groups.items():
                 for row in group[1:]:
                     compared = ratio(row, group[0])
-                    what = "{}{} against {}".format(prefix + ": " if prefix else "",
-                                                    _label(split(row.case)[1]),
-                                                    split(group[0].case)[1])
+                    what = (f"{prefix + ': ' if prefix else ''}{_label(split(row.case)[1])} "
+                            f"against {split(group[0].case)[1]}")
                     lines.append((figure.title, durability, what, number(compared or 0)))
     return lines
 
@@ -223,15 +222,15 @@ def _rst_table(head: Sequence[str], lines: Sequence[Sequence[str]], title: str =
     :param title: of the table
     :return: reStructuredText
     """
-    parts = [".. list-table:: {}".format(title).rstrip(), "    :header-rows: 1", ""]
+    parts = [f".. list-table:: {title}".rstrip(), "    :header-rows: 1", ""]
     for line in [head, *lines]:
         for index, cell in enumerate(line):
             text = cell.replace("*", r"\*").replace("`", r"\`").replace("_", r"\_")
-            parts.append("    {} {}".format("* -" if index == 0 else "  -", text).rstrip())
+            parts.append(f"    {'* -' if index == 0 else '  -'} {text}".rstrip())
     return "\n".join(parts) + "\n"
 
 
-def write(out: pathlib.Path, results: Dict[str, Any]) -> None:
+def write(out: pathlib.Path, results: dict[str, Any]) -> None:
     """
     Write tables, and plots if matplotlib is there.
 
@@ -242,9 +241,8 @@ def write(out: pathlib.Path, results: Dict[str, Any]) -> None:
             if results["profile"] == "quick" else "")
     for name in results["figures"]:
         figure = figures.FIGURES[name]
-        text = "{} In brackets: what persipubsub has, divided by that.\n\n".format(
-            figure.explanation)
-        text += _rst_table(*table(results, name), title="{} ({})".format(figure.title, figure.unit))
+        text = f"{figure.explanation} In brackets: what persipubsub has, divided by that.\n\n"
+        text += _rst_table(*table(results, name), title=f"{figure.title} ({figure.unit})")
         (out / (name + ".rst")).write_text(text, encoding="utf-8")
     text = mark + _rst_table(["", ""], [[key, value] for key, value in results["machine"].items()],
                              title="What was measured, and on what")
@@ -258,12 +256,12 @@ def write(out: pathlib.Path, results: Dict[str, Any]) -> None:
     try:
         plots = importlib.import_module("benchmarks.plots")
     except ModuleNotFoundError as error:
-        print("No plots: {}".format(error))
+        print(f"No plots: {error}")
         return
     plots.draw(out, results)
 
 
-def show(console: rich.console.Console, results: Dict[str, Any], name: str) -> None:
+def show(console: rich.console.Console, results: dict[str, Any], name: str) -> None:
     """
     Print the table of a figure.
 
@@ -273,7 +271,7 @@ def show(console: rich.console.Console, results: Dict[str, Any], name: str) -> N
     """
     figure = figures.FIGURES[name]
     head, lines = table(results, name)
-    shown = rich.table.Table(title="{} ({})".format(figure.title, figure.unit),
+    shown = rich.table.Table(title=f"{figure.title} ({figure.unit})",
                              caption="In brackets: what persipubsub has, divided by that.")
     for cell in head:
         shown.add_column(cell, justify="left" if not cell or cell == "durability" else "right")
@@ -282,7 +280,7 @@ def show(console: rich.console.Console, results: Dict[str, Any], name: str) -> N
     console.print(shown)
 
 
-def show_summary(console: rich.console.Console, results: Dict[str, Any]) -> None:
+def show_summary(console: rich.console.Console, results: dict[str, Any]) -> None:
     """
     Print how this library compares with others and with itself.
 

@@ -5,7 +5,8 @@ Whoever measures memory imports only the module of the contender that it needs.
 """
 
 import importlib
-from typing import Any, Final, List, Mapping, Type
+from collections.abc import Mapping
+from typing import Any, Final
 
 from benchmarks.contender import Contender
 
@@ -13,7 +14,7 @@ OURS: Final = "persipubsub"
 BARE: Final = "bare LMDB"
 
 #: Module and class by name. This library first, then the limit, then the peers.
-_PLACES = {
+_PLACES: Mapping[str, Any] = {
     OURS: ("library", "Library"),
     BARE: ("bare", "Bare"),
     "localqueue": ("peers", "LocalQueue"),
@@ -24,14 +25,14 @@ _PLACES = {
     "diskcache": ("peers", "DiskCache"),
     "nque": ("peers", "Nque"),
     "SimpleBroker": ("peers", "SimpleBroker"),
-}  # type: Mapping[str, Any]
+}
 
-ALL = list(_PLACES)  # type: List[str]
+ALL: list[str] = list(_PLACES)
 
-PEERS = [name for name in ALL if name not in (OURS, BARE)]  # type: List[str]
+PEERS: list[str] = [name for name in ALL if name not in (OURS, BARE)]
 
 
-def find(name: str) -> Type[Contender]:
+def find(name: str) -> type[Contender]:
     """
     Find a contender.
 
@@ -39,5 +40,5 @@ def find(name: str) -> Type[Contender]:
     :return: its class
     """
     module, kind = _PLACES[name]
-    found = getattr(importlib.import_module("benchmarks." + module), kind)  # type: Type[Contender]
+    found: type[Contender] = getattr(importlib.import_module(f"benchmarks.{module}"), kind)
     return found

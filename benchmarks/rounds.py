@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -22,9 +23,9 @@ class Request(NamedTuple):
     contender: str
     durability: str
     task: str  #: one of :py:data:`benchmarks.tasks.TASKS`
-    arguments: Dict[str, Any]
-    cases: Dict[str, str]  #: names of the rows, by what the task returns
-    positions: Dict[str, float]  #: on the horizontal axis, by name of the row
+    arguments: dict[str, Any]
+    cases: dict[str, str]  #: names of the rows, by what the task returns
+    positions: dict[str, float]  #: on the horizontal axis, by name of the row
 
 
 class Row(NamedTuple):
@@ -33,8 +34,8 @@ class Row(NamedTuple):
     contender: str
     durability: str
     case: str
-    values: List[float]  #: of the rounds, in turn; empty if it broke
-    position: Optional[float]  #: on a horizontal axis
+    values: list[float]  #: of the rounds, in turn; empty if it broke
+    position: float | None  #: on a horizontal axis
     error: str  #: why there are no values
 
 
@@ -67,7 +68,7 @@ class Runner:
         finally:
             shutil.rmtree(path)
 
-    def run(self, request: Request, directory: pathlib.Path, **arguments: Any) -> Dict[str, Any]:
+    def run(self, request: Request, directory: pathlib.Path, **arguments: Any) -> dict[str, Any]:
         """
         Run one measurement.
 
@@ -87,24 +88,24 @@ class Runner:
         })
         try:
             ended = subprocess.run([sys.executable, "-m", "benchmarks.tasks"],
-                                   input=line + "\n",
+                                   input=f"{line}\n",
                                    capture_output=True,
                                    text=True,
                                    cwd=_ROOT,
                                    timeout=self._timeout_secs,
                                    check=False)
         except subprocess.TimeoutExpired:
-            raise Broken("took more than {:.0f} s".format(self._timeout_secs)) from None
+            raise Broken(f"took more than {self._timeout_secs:.0f} s") from None
         if ended.returncode != 0:
             said = ended.stderr.strip().splitlines()
-            raise Broken(said[-1] if said else "exit code {}".format(ended.returncode))
+            raise Broken(said[-1] if said else f"exit code {ended.returncode}")
         return json.loads(ended.stdout)  # type: ignore[no-any-return]
 
     def in_turn(self,
                 requests: Sequence[Request],
                 rounds: int,
                 has_warm_up: bool = True,
-                run: Optional[Callable[[Request, int], Dict[str, Any]]] = None) -> List[Row]:
+                run: Callable[[Request, int], dict[str, Any]] | None = None) -> list[Row]:
         """
         Run measurements A B C A B C ...; the first round warms up and is not counted.
 
@@ -116,14 +117,14 @@ class Runner:
         :param run: runs one measurement of a request; in an empty directory if not given
         :return: rows
         """
-        values = {}  # type: Dict[int, Dict[str, List[float]]]
-        errors = {}  # type: Dict[int, str]
+        values: dict[int, dict[str, list[float]]] = {}
+        errors: dict[int, str] = {}
         for turn in range(0 if has_warm_up else 1, rounds + 1):
             for index, request in enumerate(requests):
                 if index in errors:
                     continue
-                what = "round {} of {}".format(turn, rounds) if turn else "warm-up"
-                self.tell("{}: {} {}".format(what, request.contender, request.durability))
+                what = f"round {turn} of {rounds}" if turn else "warm-up"
+                self.tell(f"{what}: {request.contender} {request.durability}")
                 try:
                     result = self._run_once(request, turn, run)
                 except Broken as error:
@@ -132,7 +133,7 @@ class Runner:
                 if turn:
                     for name, value in result.items():
                         values.setdefault(index, {}).setdefault(name, []).append(value)
-        rows = []  # type: List[Row]
+        rows: list[Row] = []
         for index, request in enumerate(requests):
             for name, case in request.cases.items():
                 found = [] if index in errors else values.get(index, {}).get(name, [])
@@ -146,7 +147,7 @@ class Runner:
         return rows
 
     def _run_once(self, request: Request, turn: int,
-                  run: Optional[Callable[[Request, int], Dict[str, Any]]]) -> Dict[str, Any]:
+                  run: Callable[[Request, int], dict[str, Any]] | None) -> dict[str, Any]:
         """
         Run one measurement.
 

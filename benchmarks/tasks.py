@@ -12,12 +12,13 @@ import resource
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from benchmarks import contender, roster
 
 #: Figures by name; numbers, or lists of numbers.
-Result = Dict[str, Any]
+Result = dict[str, Any]
 
 #: Sends between two looks at the clock.
 _STRIDE = 20
@@ -32,7 +33,7 @@ class WrongDelivery(Exception):
     """Say that a queue did not deliver what was sent."""
 
 
-def make_messages(count: int, size: int, first: int = 0) -> List[bytes]:
+def make_messages(count: int, size: int, first: int = 0) -> list[bytes]:
     """
     Make messages that are all different, of ASCII letters and digits.
 
@@ -55,7 +56,7 @@ def number_of(message: bytes) -> int:
     return int(message[:16])
 
 
-def check(received: List[bytes], sent: List[bytes]) -> None:
+def check(received: list[bytes], sent: list[bytes]) -> None:
     """
     Check that everything was delivered, and nothing twice.
 
@@ -63,8 +64,9 @@ def check(received: List[bytes], sent: List[bytes]) -> None:
     :param sent: messages
     """
     if received != sent and sorted(received) != sorted(sent):
-        raise WrongDelivery("{} of {} messages were delivered rightly, {} in all".format(
-            len(set(received) & set(sent)), len(sent), len(received)))
+        raise WrongDelivery(
+            f"{len(set(received) & set(sent))} of {len(sent)} messages were delivered rightly, "
+            f"{len(received)} in all")
 
 
 def open_contender(name: str, directory: str, durability: str, **options: Any) -> Any:
@@ -80,7 +82,7 @@ def open_contender(name: str, directory: str, durability: str, **options: Any) -
     return roster.find(name)(pathlib.Path(directory), durability, **options)
 
 
-def send_for(queue: contender.Contender, encoded: List[Any], seconds: float) -> Tuple[int, float]:
+def send_for(queue: contender.Contender, encoded: list[Any], seconds: float) -> tuple[int, float]:
     """
     Send one by one until the time is over.
 
@@ -115,7 +117,7 @@ def throughput(name: str, durability: str, directory: str, seconds: float, count
     :param batches: how many batches to send
     :return: messages in a second
     """
-    result = {}  # type: Result
+    result: Result = {}
     queue = open_contender(name, directory, durability)
     messages = make_messages(count, 256)
     encoded = queue.encode(messages)
@@ -226,7 +228,7 @@ def backlogged(name: str, durability: str, directory: str, backlog: int, count: 
     return {"send": count / took, "receive": count / took_receiving}
 
 
-def sizes(name: str, durability: str, directory: str, limits: List[List[int]]) -> Result:
+def sizes(name: str, durability: str, directory: str, limits: list[list[int]]) -> Result:
     """
     Send and receive messages of several sizes.
 
@@ -236,7 +238,7 @@ def sizes(name: str, durability: str, directory: str, limits: List[List[int]]) -
     :param limits: sizes in bytes, and how many messages of each to send
     :return: megabytes (10^6 bytes) in a second
     """
-    result = {}  # type: Result
+    result: Result = {}
     for size, count in limits:
         with tempfile.TemporaryDirectory(dir=directory) as subdirectory:
             queue = open_contender(name, subdirectory, durability)
@@ -245,10 +247,10 @@ def sizes(name: str, durability: str, directory: str, limits: List[List[int]]) -
             begin = time.perf_counter()
             for message in encoded:
                 queue.send(message)
-            result["send {}".format(size)] = size * count / 1e6 / (time.perf_counter() - begin)
+            result[f"send {size}"] = size * count / 1e6 / (time.perf_counter() - begin)
             begin = time.perf_counter()
             received = queue.receive(count)
-            result["receive {}".format(size)] = size * count / 1e6 / (time.perf_counter() - begin)
+            result[f"receive {size}"] = size * count / 1e6 / (time.perf_counter() - begin)
             check(queue.decode(received), messages)
             queue.close()
     return result
@@ -270,13 +272,13 @@ def file_size(name: str, durability: str, directory: str, backlog: int, total: i
     queue = open_contender(name, directory, durability)
     for first in range(0, backlog, 1000):
         queue.send_many(queue.encode(make_messages(1000, 256, first)))
-    counts, occupied = [], []  # type: List[int], List[float]
+    counts, occupied = [], []  # type: list[int], list[float]
     for first in range(backlog, backlog + total, 1000):
         queue.send_many(queue.encode(make_messages(1000, 256, first)))
         received = queue.decode(queue.receive_many(1000, 1000))
         if [number_of(message) for message in (received[0], received[-1])
             ] != [first - backlog, first - backlog + 999]:
-            raise WrongDelivery("the messages from {} on did not come in order".format(first))
+            raise WrongDelivery(f"the messages from {first} on did not come in order")
         if (first - backlog) // 1000 % max(1, total // 1000 // samples) == 0:
             counts.append(first - backlog)
             occupied.append(_occupied(pathlib.Path(directory)) / 1e6)
@@ -346,7 +348,7 @@ def main() -> None:
     """Do what the standard input asks for."""
     request = json.loads(sys.stdin.readline())
     name = request.pop("task")
-    task = getattr(importlib.import_module(TASKS[name]), name)  # type: Callable[..., Result]
+    task: Callable[..., Result] = getattr(importlib.import_module(TASKS[name]), name)
     print(json.dumps(task(**request)))
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import persipubsub.control
 from benchmarks import library, tasks
@@ -20,7 +20,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 _HANG_SECS = 120
 
 
-def quantiles(values: List[float], names: Tuple[str, ...] = ("p50", "p99", "p99.9", "max")) -> Any:
+def quantiles(values: list[float], names: tuple[str, ...] = ("p50", "p99", "p99.9", "max")) -> Any:
     """
     Look quantiles up.
 
@@ -37,7 +37,7 @@ def quantiles(values: List[float], names: Tuple[str, ...] = ("p50", "p99", "p99.
 
 
 def _send_in_turn(name: str, durability: str, directory: str, worker: int, seconds: float,
-                  count: int, barrier: Any) -> Tuple[int, float, float]:
+                  count: int, barrier: Any) -> tuple[int, float, float]:
     """
     Send as one of several processes or threads.
 
@@ -87,7 +87,7 @@ def concurrency(name: str, durability: str, directory: str, kind: str, workers: 
     # Created before anybody is in a hurry.
     tasks.open_contender(name, directory, durability).close()
     arguments = (name, durability, directory)
-    results = []  # type: List[Tuple[int, float, float]]
+    results: list[tuple[int, float, float]] = []
     if kind == "processes":
         barrier = _SPAWN.Barrier(workers)
         running = []
@@ -115,8 +115,8 @@ def concurrency(name: str, durability: str, directory: str, kind: str, workers: 
     return {"rate": len(sent) / took}
 
 
-def _send_from_threads(arguments: Tuple[str, str, str], workers: int, seconds: float,
-                       count: int) -> List[Tuple[int, float, float]]:
+def _send_from_threads(arguments: tuple[str, str, str], workers: int, seconds: float,
+                       count: int) -> list[tuple[int, float, float]]:
     """
     Send from threads that share one open queue, as an application would.
 
@@ -129,7 +129,7 @@ def _send_from_threads(arguments: Tuple[str, str, str], workers: int, seconds: f
     queue = tasks.open_contender(arguments[0], arguments[2], arguments[1])
     barrier = threading.Barrier(workers)
 
-    def work(worker: int) -> Tuple[int, float, float]:
+    def work(worker: int) -> tuple[int, float, float]:
         encoded = queue.encode(tasks.make_messages(count, 256, worker * count))
         barrier.wait(_HANG_SECS)
         begin = time.monotonic()
@@ -142,7 +142,7 @@ def _send_from_threads(arguments: Tuple[str, str, str], workers: int, seconds: f
     return results
 
 
-def _note_delay(delays: List[int], message: Any) -> bool:
+def _note_delay(delays: list[int], message: Any) -> bool:
     """
     Note how long a message was on its way.
 
@@ -169,7 +169,7 @@ def _receiver_main(pipe: Any, name: str, durability: str, directory: str, rounds
     """
     queue = tasks.open_contender(name, directory, durability)
     for _ in range(rounds):
-        delays = []  # type: List[int]
+        delays: list[int] = []
 
         pipe.send("ready")
         queue.sleep_and_receive(functools.partial(_note_delay, delays))
@@ -219,7 +219,7 @@ def latency(name: str, durability: str, directory: str, seconds: float) -> tasks
     ours, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_receiver_main, args=(theirs, name, durability, directory, 3))
     process.start()
-    result = {}  # type: Dict[str, Any]
+    result: dict[str, Any] = {}
     rate = 200.0
     try:
         for load in ("low", "all", "half"):
@@ -233,13 +233,13 @@ def latency(name: str, durability: str, directory: str, seconds: float) -> tasks
             delays = ours.recv()
             took = time.monotonic() - begin
             if len(delays) != count:
-                raise tasks.WrongDelivery("{} of {} messages arrived".format(len(delays), count))
+                raise tasks.WrongDelivery(f"{len(delays)} of {count} messages arrived")
             if load == "all":
                 result["rate"] = count / took
                 rate = count / took / 2
             else:
                 for quantile, value in quantiles([delay / 1e3 for delay in delays]).items():
-                    result["{} load, {}".format(load, quantile)] = value
+                    result[f"{load} load, {quantile}"] = value
                 rate = 0.0
     finally:
         process.join(5)
@@ -293,7 +293,7 @@ def pause(name: str, durability: str, directory: str, backlog: int, kind: str,
         queue.send(message)
     queue.close()
     # Without checkpoints of gigabytes: they are another question.
-    changes = {} if durability == "fsync" else {"checkpoint_secs": 0}  # type: Dict[str, Any]
+    changes: dict[str, Any] = {} if durability == "fsync" else {"checkpoint_secs": 0}
     config_pth = library.write_config(path, durability, **changes)
     if kind == "timeout":
         changes["MSG_TIMEOUT_SECS"] = time.monotonic() - middle + 0.5 + 2 * seconds
@@ -324,8 +324,8 @@ def _send_beside(queue: library.Library, other: "subprocess.Popen[str]",
     :return: quantiles in microseconds of the sends before and during; duration of the pruning
     """
     message = tasks.make_messages(1, 256)[0]
-    sends = []  # type: List[Tuple[float, float]]
-    done = []  # type: List[float]
+    sends: list[tuple[float, float]] = []
+    done: list[float] = []
 
     def wait_for_other() -> None:
         assert other.stdout is not None
@@ -351,10 +351,10 @@ def _send_beside(queue: library.Library, other: "subprocess.Popen[str]",
     waiter.join(_HANG_SECS)
     if not done:
         raise tasks.WrongDelivery("the other process did not prune")
-    result = {"duration": done[0] - begun}  # type: tasks.Result
+    result: tasks.Result = {"duration": done[0] - begun}
     # The first half warms up: the other process starts then.
     for when, low, high in (("before", start + seconds, begun), ("during", begun, math.inf)):
         values = [duration for before, duration in sends if low <= before < high]
         for quantile, value in quantiles(values).items():
-            result["{}, {}".format(when, quantile)] = value
+            result[f"{when}, {quantile}"] = value
     return result

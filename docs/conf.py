@@ -38,6 +38,6 @@ nitpick_ignore_regex = [
 highlight_language = "text"
 
 html_theme = "furo"
-html_title = "persipubsub {}".format(release)
+html_title = f"persipubsub {release}"
 
 exclude_patterns = ["_build"]

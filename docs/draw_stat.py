@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import threading
 import time
-from typing import Dict, Tuple
 
 import msgspec.structs
 
@@ -80,7 +79,7 @@ def main() -> None:
         for thread in threads:
             thread.start()
 
-        def collect() -> Tuple[Dict[str, persipubsub.statistics.QueueStatistics], Dict[str, str]]:
+        def collect() -> tuple[dict[str, persipubsub.statistics.QueueStatistics], dict[str, str]]:
             found = persipubsub.control.statistics(config_pth)
             return {
                 key: msgspec.structs.replace(figures, path="/srv/app/queues/lines")

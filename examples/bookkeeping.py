@@ -5,7 +5,8 @@ import os
 import pathlib
 import statistics
 import sys
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 #: site-packages is not of the standard library; Python writes into __pycache__ while we run.
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__"}
@@ -29,13 +30,13 @@ def note(ledger: int, time_ns: int, name: str, content: bytes) -> None:
     :param content: of the file in it
     """
     sha256 = hashlib.sha256(content).hexdigest()
-    os.write(ledger, "{} {} {}\n".format(time_ns, sha256, name).encode("ascii"))
+    os.write(ledger, f"{time_ns} {sha256} {name}\n".encode("ascii"))
 
 
 class Ledger:
     """Follow a ledger that other processes append to."""
 
-    def __init__(self, path: pathlib.Path, expected: Dict[str, File]) -> None:
+    def __init__(self, path: pathlib.Path, expected: dict[str, File]) -> None:
         """
         Initialize as empty.
 
@@ -43,10 +44,10 @@ class Ledger:
         :param expected: all files by the names of their messages; other messages are ignored
         """
         self.path = path
-        self.first_ns = {}  # type: Dict[str, int]
+        self.first_ns: dict[str, int] = {}
         self.again = 0
         self._expected = expected
-        self._wrong = set()  # type: set[str]
+        self._wrong: set[str] = set()
         self._offset = 0
 
     def read(self) -> bool:
@@ -74,7 +75,7 @@ class Ledger:
                     self._wrong.add(name)
         return bool(found)
 
-    def missing(self) -> List[pathlib.Path]:
+    def missing(self) -> list[pathlib.Path]:
         """
         Compare with the files.
 
@@ -86,7 +87,7 @@ class Ledger:
         ]
 
 
-def find_files(directory: pathlib.Path, limit: Optional[int]) -> Tuple[List[File], int]:
+def find_files(directory: pathlib.Path, limit: int | None) -> tuple[list[File], int]:
     """
     Read all regular files of a directory and of those below it.
 
@@ -95,7 +96,7 @@ def find_files(directory: pathlib.Path, limit: Optional[int]) -> Tuple[List[File
     :return: files ordered by their paths; how many others there were that are no regular files, or
         can not be read
     """
-    files = []  # type: List[File]
+    files: list[File] = []
     others = 0
     for path, directories, names in os.walk(directory):
         directories[:] = sorted(set(directories) - SKIPPED_DIRECTORIES)
@@ -128,22 +129,23 @@ def report(files: Mapping[str, File], sent: Sequence[Ledger], received: Mapping[
     sent_ns = {name: time_ns for ledger in sent for name, time_ns in ledger.first_ns.items()}
     lost = {name: ledger.missing() for name, ledger in received.items()}
     count = sum(map(len, lost.values()))
-    print("sent:        {} messages by {} processes".format(len(sent_ns), len(sent)))
-    print("killed:      {}".format(remark or "nobody"))
-    print("received:    {}".format(", ".join("{} by {}".format(len(ledger.first_ns), name)
-                                             for name, ledger in received.items())))
-    print("redelivered: {}".format(sum(ledger.again for ledger in received.values())))
-    print("lost:        {}".format(count))
+    print(f"sent:        {len(sent_ns)} messages by {len(sent)} processes")
+    print(f"killed:      {remark or 'nobody'}")
+    print(
+        f"received:    "
+        f"{', '.join((f'{len(ledger.first_ns)} by {name}' for name, ledger in received.items()))}")
+    print(f"redelivered: {sum(ledger.again for ledger in received.values())}")
+    print(f"lost:        {count}")
     _report_speed([(sent_ns[name], time_ns, files[name].size) for ledger in received.values()
                    for name, time_ns in ledger.first_ns.items() if name in sent_ns],
                   sum(files[name].size for name in sent_ns))
     for name, paths in lost.items():
         for path in paths[:5]:
-            print("Lost by {}: {!s}".format(name, path), file=sys.stderr)
+            print(f"Lost by {name}: {path!s}", file=sys.stderr)
     return count
 
 
-def _report_speed(deliveries: Sequence[Tuple[int, int, int]], sent_bytes: int) -> None:
+def _report_speed(deliveries: Sequence[tuple[int, int, int]], sent_bytes: int) -> None:
     """
     Print throughput and latency.
 
@@ -160,5 +162,4 @@ def _report_speed(deliveries: Sequence[Tuple[int, int, int]], sent_bytes: int) -
     latencies_ms = [(end - start) / 1e6 for start, end in zip(sent_ns, received_ns)]
     cuts = statistics.quantiles(latencies_ms, n=100, method="inclusive")
     # Publishers do not wait for subscribers: messages wait in the queue, and that is part of it.
-    print("latency:     p50 {:.1f} ms, p99 {:.1f} ms (from send to receive)".format(
-        cuts[49], cuts[98]))
+    print(f"latency:     p50 {cuts[49]:.1f} ms, p99 {cuts[98]:.1f} ms (from send to receive)")

@@ -29,7 +29,8 @@ import sysconfig
 import tempfile
 import time
 import urllib.parse
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import bookkeeping
 import google.protobuf.any_pb2
@@ -72,7 +73,7 @@ class Failure(Exception):
 
 
 def publish(leash: multiprocessing.connection.Connection, pub_id: str, config_pth: pathlib.Path,
-            ledger_pth: pathlib.Path, paths: Dict[str, pathlib.Path]) -> None:
+            ledger_pth: pathlib.Path, paths: dict[str, pathlib.Path]) -> None:
     """
     Send files, one message and one commit each.
 
@@ -133,7 +134,7 @@ def _run_child(target: Callable[..., None], *arguments: object) -> None:
     try:
         target(*arguments)
     except persipubsub.errors.PersipubsubError as error:
-        sys.exit("{}: {}".format(type(error).__name__, error))
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 # What the parent does
@@ -144,7 +145,7 @@ class Crew:
 
     def __init__(self) -> None:
         """Initialize without any process."""
-        self.children = []  # type: List[Child]
+        self.children: list[Child] = []
         # Not forked: a child starts with nothing of ours, as a program of its own would.
         self._context = multiprocessing.get_context("spawn")
 
@@ -175,11 +176,12 @@ class Crew:
         """
         for child in self.children:
             if child.process.exitcode not in (None, 0):
-                raise Failure("The process of {} (PID {}) ended with the exit code {}".format(
-                    child.name, child.process.pid, child.process.exitcode))
+                raise Failure(
+                    f"The process of {child.name} (PID {child.process.pid}) ended with the exit "
+                    f"code {child.process.exitcode}")
         return any(child.name in names and child.process.is_alive() for child in self.children)
 
-    def kill(self, name: str) -> Optional[int]:
+    def kill(self, name: str) -> int | None:
         """
         Kill a process with SIGKILL.
 
@@ -217,7 +219,7 @@ class Run:
         :param files: to be sent
         """
         # The name of a file need not be text. The prefix tells this run from earlier ones.
-        prefix = "persipubsub.quickstart/{}/".format(secrets.token_hex(8))
+        prefix = f"persipubsub.quickstart/{secrets.token_hex(8)}/"
         self.files = {prefix + urllib.parse.quote(os.fsencode(file.path)): file for file in files}
         ledger = functools.partial(bookkeeping.Ledger, expected=self.files)
         self.sent = [ledger(directory / name) for name in _PUBLISHERS]
@@ -284,7 +286,7 @@ class Run:
             if (done and self.remark and not is_sending) or now - moved > patience_secs:
                 return
             if now - start > _LIMIT_SECS - 30:
-                raise Failure("Not done after {:.0f} s".format(now - start))
+                raise Failure(f"Not done after {now - start:.0f} s")
             # Short until the victim is dead: it is to be killed in the middle of its work.
             time.sleep(0.05 if self.remark else 0.002)
 
@@ -292,8 +294,8 @@ class Run:
         """Kill the process of a subscriber and start it again."""
         pid = self._crew.kill(_VICTIM)
         self._read()
-        self.remark = "{} (PID {}) with SIGKILL after {} messages, and started again".format(
-            _VICTIM, pid, len(self.received[_VICTIM].first_ns))
+        self.remark = (f"{_VICTIM} (PID {pid}) with SIGKILL after "
+                       f"{len(self.received[_VICTIM].first_ns)} messages, and started again")
         self._start_subscriber(_VICTIM)
 
     def _read(self) -> bool:
@@ -319,13 +321,13 @@ def write_config(config_pth: pathlib.Path, queue: str, durability: str,
     """
     size = sum(file.size for file in files)
     subscribers = list(_SUBSCRIBERS)
-    config = {
+    config: dict[str, object] = {
         name: {
             "out_queue": "files",
             "subscribers": subscribers
         }
         for name in _PUBLISHERS
-    }  # type: Dict[str, object]
+    }
     config.update({name: {"in_queue": "files"} for name in subscribers})
     config["queues"] = {
         "files": {
@@ -372,7 +374,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="give up when nothing moves for so long (default: %(default)s)")
     args = parser.parse_args()
     if args.files is not None and args.files < 1:
-        parser.error("Expected --files to be at least 1, but got: {}".format(args.files))
+        parser.error(f"Expected --files to be at least 1, but got: {args.files}")
     return args
 
 
@@ -392,22 +394,22 @@ def main() -> int:
     files, others = bookkeeping.find_files(standard_library, args.files)
     if "://" in (args.queue or ""):
         small = [file for file in files if file.size <= _LARGEST_FOR_SERVERS]
-        print("Too large for servers: {} files".format(len(files) - len(small)))
+        print(f"Too large for servers: {len(files) - len(small)} files")
         files = small
     if not files:
-        print("No files in {}".format(standard_library), file=sys.stderr)
+        print(f"No files in {standard_library}", file=sys.stderr)
         return 1
 
     print("Files: {} of Python {}, {:.1f} MB, from {}".format(
         len(files), platform.python_version(),
         sum(file.size for file in files) / 1e6, standard_library))
-    print("Skipped: the directories {}; {} links and unreadable files".format(
-        ", ".join(sorted(bookkeeping.SKIPPED_DIRECTORIES)), others))
+    print(f"Skipped: the directories {', '.join(sorted(bookkeeping.SKIPPED_DIRECTORIES))}; "
+          f"{others} links and unreadable files")
     with tempfile.TemporaryDirectory(prefix="persipubsub-quickstart-") as directory:
         queue = args.queue or os.path.join(directory, "queue")
         # A relative path would start at the configuration file, and be removed with it.
         queue = queue if "://" in queue else os.path.abspath(queue)
-        print("Queue: {}, durability {}".format(queue, args.durability), flush=True)
+        print(f"Queue: {queue}, durability {args.durability}", flush=True)
         config_pth = pathlib.Path(directory) / "config.json"
         write_config(config_pth, queue, args.durability, files)
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
@@ -420,11 +422,11 @@ def main() -> int:
                                         disable=not console.is_terminal) as progress:
                 run.do(progress, args.patience)
         except Failure as error:
-            print("FAILED: {}".format(error), file=sys.stderr)
+            print(f"FAILED: {error}", file=sys.stderr)
             return 1
         lost = bookkeeping.report(run.files, run.sent, run.received, run.remark)
     if lost:
-        print("FAILED: {} deliveries did not arrive".format(lost), file=sys.stderr)
+        print(f"FAILED: {lost} deliveries did not arrive", file=sys.stderr)
         return 1
     return 0
 
@@ -433,6 +435,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except persipubsub.errors.PersipubsubError as exception:
-        sys.exit("{}: {}".format(type(exception).__name__, exception))
+        sys.exit(f"{type(exception).__name__}: {exception}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

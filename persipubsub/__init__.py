@@ -16,8 +16,8 @@ import types
 import typing
 
 if typing.TYPE_CHECKING:
-    from persipubsub import (aio, config, control, dead_letter, errors, message, metrics, publisher,
-                             queue, statistics, subscriber)
+    from persipubsub import (aio, config, control, dead_letter, errors, message, publisher, queue,
+                             statistics, subscriber)
 
 __version__ = "1.0.0"
 
@@ -43,11 +43,11 @@ def __getattr__(name: str) -> types.ModuleType:
     :raise ImportError: if it needs an extra that is not installed
     """
     if name not in __all__ and name != _WITH_EXTRA:
-        raise AttributeError("module {!r} has no attribute {!r}".format(__name__, name))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    return importlib.import_module("{}.{}".format(__name__, name))
+    return importlib.import_module(f"{__name__}.{name}")
 
 
-def __dir__() -> typing.List[str]:
+def __dir__() -> list[str]:
     """Return the names in the package with those of the modules that were not imported yet."""
     return sorted(set(globals()) | set(__all__))

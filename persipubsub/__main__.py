@@ -15,9 +15,10 @@ def main() -> int:
     """
     missing = [name for name in ("click", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        print("persipubsub: the command line needs {}. Install it with: "
-              "pip install 'persipubsub[cli]'".format(" and ".join(missing)),
-              file=sys.stderr)
+        print(
+            f"persipubsub: the command line needs {' and '.join(missing)}. Install it with: pip "
+            f"install 'persipubsub[cli]'",
+            file=sys.stderr)
         return 1
     try:
         # A short command is done before garbage is worth collecting: the collections while modules

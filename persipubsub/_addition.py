@@ -1,6 +1,6 @@
 """Hold what one call of ``put`` adds to a queue, encoded before any lock is taken."""
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import lmdb
 
@@ -16,8 +16,8 @@ class Put:
 
     def __init__(self,
                  messages: Sequence[bytes],
-                 audience: Optional[Tuple[str, ...]],
-                 msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
+                 audience: tuple[str, ...] | None,
+                 msg_ids: Sequence[bytes | None] | None = None) -> None:
         """
         Encode messages, before any lock is taken.
 
@@ -29,14 +29,14 @@ class Put:
         self.msg_ids = msg_ids
         self.audience = audience
         self.first = 0
-        self.floor = None  # type: Optional[_retention.Floor]
-        self.losses = []  # type: List[_retention.Loss]
+        self.floor: _retention.Floor | None = None
+        self.losses: list[_retention.Loss] = []
         self.is_full = False
         if len(messages) == 1:
             # Most calls are of one, and this is done for each of them.
             single = _blocks.encode_single(messages[0])
             self.count, self.size, _ = single
-            self.batches = (single, )  # type: Sequence[Tuple[int, int, bytes]]
+            self.batches: Sequence[tuple[int, int, bytes]] = (single, )
         else:
             self.encode(messages)
 
@@ -51,7 +51,7 @@ class Put:
         self.size = sum(batch.size for batch in batches)
 
     def leave_out_known(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                        oldest_ns: int) -> "Tuple[Dict[bytes, int], Dict[bytes, int]]":
+                        oldest_ns: int) -> "tuple[dict[bytes, int], dict[bytes, int]]":
         """
         Choose the messages whose ids are not known; of an id that comes twice, the first.
 
@@ -64,8 +64,8 @@ class Put:
         given = list(dict.fromkeys(msg_id for msg_id in msg_ids if msg_id is not None))
         found = _once.find(txn, databases, given, oldest_ns)
         known = {msg_id: number for msg_id, number in zip(given, found) if number is not None}
-        places = {}  # type: Dict[bytes, int]
-        chosen = []  # type: List[bytes]
+        places: dict[bytes, int] = {}
+        chosen: list[bytes] = []
         for message, msg_id in zip(self.messages, msg_ids):
             if msg_id is not None:
                 if msg_id in known or msg_id in places:

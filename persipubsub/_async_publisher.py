@@ -2,7 +2,8 @@
 
 import functools
 import os
-from typing import Final, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Final, Union
 
 import persipubsub.publisher
 from persipubsub import _engines, _outbox, _workers
@@ -63,7 +64,7 @@ class Pub:
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
         self._pub = _Publisher()
-        self._outbox: Union[_outbox.Outbox, _outbox.LoopOutbox, None] = None
+        self._outbox: _outbox.Outbox | _outbox.LoopOutbox | None = None
         self._workers = _workers.Workers(_SENDING_THREADS)
         # A single thread, so that one opens and closes in order, even if a task was cancelled.
         self._opener = _workers.Workers(1)
@@ -112,8 +113,8 @@ class Pub:
 
     async def send(self,
                    msg: BytesLike,
-                   timeout: Optional[float] = None,
-                   msg_id: Optional[MessageId] = None) -> None:
+                   timeout: float | None = None,
+                   msg_id: MessageId | None = None) -> None:
         """
         Send a message to all subscribers of the publisher.
 
@@ -147,8 +148,8 @@ class Pub:
 
     async def send_many(self,
                         msgs: Sequence[BytesLike],
-                        timeout: Optional[float] = None,
-                        msg_ids: Optional[Sequence[Optional[MessageId]]] = None) -> None:
+                        timeout: float | None = None,
+                        msg_ids: Sequence[MessageId | None] | None = None) -> None:
         """
         Send messages in one commit: all of them or none, even if the task is cancelled meanwhile.
 
@@ -181,7 +182,7 @@ class Pub:
         elif messages:
             await outbox.put(messages, audience, timeout, ids)
 
-    def _outbox_of(self, queue: _engines.Queue) -> Union[_outbox.Outbox, _outbox.LoopOutbox, None]:
+    def _outbox_of(self, queue: _engines.Queue) -> _outbox.Outbox | _outbox.LoopOutbox | None:
         """
         Find what puts messages into the queue in this process without a thread for each task.
 

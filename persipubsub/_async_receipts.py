@@ -6,8 +6,9 @@ There are no finalizers here either: what was dropped is given back by the claim
 
 import contextlib
 import functools
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Awaitable, Callable, Generic, List, Optional, Protocol, Type, cast
+from typing import Generic, Optional, Protocol, cast
 
 import persipubsub.errors
 from persipubsub import _begun, _engines, _workers
@@ -26,7 +27,7 @@ class Ending(Protocol):
         :param lease: on them
         """
 
-    async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
+    async def give_back(self, lease: _engines.Lease, error: BaseException | None = None) -> None:
         """
         Leave messages where they were, and wait for it.
 
@@ -55,7 +56,7 @@ class InWorkers:
             lease.give_back()
             raise
 
-    async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
+    async def give_back(self, lease: _engines.Lease, error: BaseException | None = None) -> None:
         """Give back in a worker thread."""
         try:
             await self._workers.run(functools.partial(lease.give_back, error))
@@ -70,7 +71,7 @@ class InLoop:
         """Acknowledge in the loop of the engine."""
         await _begun.result_of(cast(_engines.LoopLease, lease).begin_acknowledge())
 
-    async def give_back(self, lease: _engines.Lease, error: Optional[BaseException] = None) -> None:
+    async def give_back(self, lease: _engines.Lease, error: BaseException | None = None) -> None:
         """Give back in the loop of the engine."""
         # A queue that was closed has given it back, and what the block raised matters more.
         with contextlib.suppress(persipubsub.errors.ClosedError):
@@ -82,7 +83,7 @@ class _Taking(Generic[ContentT]):
 
     __slots__ = ("_take", "_contents", "_ending", "_lease")
 
-    def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]],
+    def __init__(self, take: Take, contents: Callable[[_engines.Lease], list[ContentT]],
                  ending: Ending) -> None:
         """
         Initialize without taking anything.
@@ -94,10 +95,10 @@ class _Taking(Generic[ContentT]):
         self._take = take
         self._contents = contents
         self._ending = ending
-        self._lease: Optional[_engines.Lease] = None
+        self._lease: _engines.Lease | None = None
 
-    async def __aexit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                        traceback: Optional[TracebackType]) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         lease, self._lease = self._lease, None
         if lease is None:
@@ -117,7 +118,7 @@ class Receipt(_Taking[ContentT]):
 
     __slots__ = ()
 
-    async def __aenter__(self) -> Optional[ContentT]:
+    async def __aenter__(self) -> ContentT | None:
         """
         Wait for a message.
 
@@ -136,7 +137,7 @@ class BatchReceipt(_Taking[ContentT]):
 
     __slots__ = ()
 
-    async def __aenter__(self) -> List[ContentT]:
+    async def __aenter__(self) -> list[ContentT]:
         """
         Wait for messages.
 
@@ -164,7 +165,7 @@ class Messages(_Taking[ContentT]):
 
     __slots__ = ("_is_done", )
 
-    def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]],
+    def __init__(self, take: Take, contents: Callable[[_engines.Lease], list[ContentT]],
                  ending: Ending) -> None:
         """
         Initialize without taking anything.
@@ -184,8 +185,8 @@ class Messages(_Taking[ContentT]):
         """
         return self
 
-    async def __aexit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                        traceback: Optional[TracebackType]) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         await super().__aexit__(kind, error, traceback)

@@ -8,7 +8,8 @@ done would forget a lease, and nobody could give it back.
 import asyncio
 import concurrent.futures
 import functools
-from typing import Callable, List, Optional, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import persipubsub.errors
 from persipubsub import _workers
@@ -19,7 +20,7 @@ Undo = Callable[[ResultT], object]
 
 
 async def result_of(begun: concurrent.futures.Future[ResultT],
-                    undo: Optional[Undo[ResultT]] = None) -> ResultT:
+                    undo: Undo[ResultT] | None = None) -> ResultT:
     """
     Wait for what was begun; it takes no thread.
 
@@ -45,7 +46,7 @@ async def result_of(begun: concurrent.futures.Future[ResultT],
 
 
 def _tell(loop: asyncio.AbstractEventLoop, own: "asyncio.Future[ResultT]",
-          undos: List[Undo[ResultT]], begun: concurrent.futures.Future[ResultT]) -> None:
+          undos: list[Undo[ResultT]], begun: concurrent.futures.Future[ResultT]) -> None:
     """Tell the task's loop that it is done, from the thread of the engine."""
     if not _workers.post(loop, _finish, own, begun):
         # The loop was closed under its task.
@@ -66,7 +67,7 @@ def _finish(own: "asyncio.Future[ResultT]", begun: concurrent.futures.Future[Res
         own.set_result(begun.result())
 
 
-def _undo(undos: List[Undo[ResultT]], begun: concurrent.futures.Future[ResultT]) -> None:
+def _undo(undos: list[Undo[ResultT]], begun: concurrent.futures.Future[ResultT]) -> None:
     """Undo what was done, if something was, and nobody did it yet."""
     if not begun.cancelled() and begun.exception() is None:
         try:

@@ -35,7 +35,7 @@ import struct
 import sys
 import threading
 import weakref
-from typing import Deque, Dict, Final, List, Optional, Tuple
+from typing import Final
 
 from persipubsub import _fork_guard, errors
 from persipubsub.environment import _files
@@ -72,7 +72,7 @@ def _has_description_locks() -> bool:
 
 _UNLOCK_ALL: Final = _flock(fcntl.F_UNLCK, 0, 0)
 
-_Registry = Dict[io.FileIO, "weakref.ref[_Holder]"]  # files and who holds locks with them
+_Registry = dict[io.FileIO, "weakref.ref[_Holder]"]  # files and who holds locks with them
 
 
 class _Holder:
@@ -91,7 +91,7 @@ class _Holder:
         self.descriptor = file.fileno()
         self.path = path
         self.process_id = os.getpid()
-        self.ticket: List[None] = []  # of the claim in progress, see Claim
+        self.ticket: list[None] = []  # of the claim in progress, see Claim
         self.registry = registry
         registry[file] = weakref.ref(self)
 
@@ -116,7 +116,7 @@ class _Holder:
             raise _files.translate_os_error(error, self.path, doing="lock") from error
         return True
 
-    def conflict(self, start: int, length: int) -> Optional[int]:
+    def conflict(self, start: int, length: int) -> int | None:
         """Return a byte of the range that another holder has, not always the first; or None."""
         flock = _flock(fcntl.F_WRLCK, start, length)
         with _files.translated(self.path, doing="query"):
@@ -151,7 +151,7 @@ class _SharedFile:
     def __init__(self, file: io.FileIO) -> None:
         self.file = file  # which does not close the descriptor
         # Range (first byte, end) of each holder
-        self.table: Dict["weakref.ref[_Holder]", Tuple[int, int]] = {}
+        self.table: dict["weakref.ref[_Holder]", tuple[int, int]] = {}
         # Guards the table and its agreement with the kernel. No lock is taken inside. Re-entrant,
         # as a finalizer may run anywhere.
         self.guard = threading.RLock()
@@ -189,7 +189,7 @@ class _TableHolder(_Holder):
     def unlock_all(self) -> None:
         self._forget(self.reference)
 
-    def conflict(self, start: int, length: int) -> Optional[int]:
+    def conflict(self, start: int, length: int) -> int | None:
         with self.shared.guard:
             for reference, (first, end) in list(self.shared.table.items()):
                 if reference() is None:
@@ -214,7 +214,7 @@ _instances: "weakref.WeakSet[Claims]" = weakref.WeakSet()
 
 # Used with the guard of forks, which is held while a descriptor is opened and registered: no fork
 # falls between the two.
-_shared_files: Dict[Tuple[int, int], _SharedFile] = {}
+_shared_files: dict[tuple[int, int], _SharedFile] = {}
 
 
 class Claim:
@@ -237,7 +237,7 @@ class Claim:
         self._holder = holder
         # Who pops the ticket (which is atomic) may use the holder. A lock was rejected: a signal
         # handler that closes the subscriber would wait for the very code that it interrupted.
-        self.ticket: List[None] = [None]
+        self.ticket: list[None] = [None]
 
     def narrow(self, first: int, count: int) -> None:
         """
@@ -322,15 +322,15 @@ class Claims:
         self.path = os.path.abspath(path)
         self._ofd = _ofd and _has_description_locks()
         self.closed = False
-        self._identity: Optional[Tuple[int, int]] = None  # device and inode as first opened
+        self._identity: tuple[int, int] | None = None  # device and inode as first opened
         # Appending to a deque and popping are documented as safe between threads. A full one drops
         # its oldest holder, which closes itself.
-        self.idle: Deque[_Holder] = collections.deque(maxlen=_MAX_IDLE)
+        self.idle: collections.deque[_Holder] = collections.deque(maxlen=_MAX_IDLE)
         self.registry: _Registry = {}
         self.holders: "weakref.WeakSet[_Holder]" = weakref.WeakSet()  # idle or not
         _instances.add(self)
 
-    def claim(self, subscriber: int, first: int, count: int = 1) -> Optional[Claim]:
+    def claim(self, subscriber: int, first: int, count: int = 1) -> Claim | None:
         """
         Claim all messages of a range, or none.
 
@@ -366,7 +366,7 @@ class Claims:
             return self.claim(subscriber, first, count)
         return claim
 
-    def claim_prefix(self, subscriber: int, first: int, count: int) -> Optional[Claim]:
+    def claim_prefix(self, subscriber: int, first: int, count: int) -> Claim | None:
         """
         Claim the longest part of a range that begins with ``first`` and is free.
 
@@ -444,7 +444,7 @@ class Claims:
         """Make one more holder."""
         with _fork_guard.LOCK, _files.translated(path=self.path, doing="open"):
             if self.closed:
-                raise errors.ClosedError("Expected {} in use, but got: closed".format(self.path))
+                raise errors.ClosedError(f"Expected {self.path} in use, but got: closed")
             if self._ofd:
                 file = io.FileIO(_files.open_own_file(self.path), "r+")
                 holder = _Holder(file, self.path, self.registry)

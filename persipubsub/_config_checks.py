@@ -10,7 +10,8 @@ import functools
 import os
 import pathlib
 import re
-from typing import Annotated, Any, Final, Mapping, NamedTuple, Sequence, get_args
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, NamedTuple, get_args
 
 import msgspec
 import msgspec.structs
@@ -70,13 +71,13 @@ def resolve(directory: pathlib.Path, path: str) -> str:
     return path if scheme_of(path) else str(directory / path)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
     """Return the fields by their keys; to compute them takes longer than to read a small file."""
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def entry_fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
     """Return the fields that an entry of the file has by its keys; its own key is not in it."""
     return {key: field for key, field in _fields(kind).items() if key != "identifier"}
@@ -156,7 +157,7 @@ class Checker:
             if isinstance(path, str):
                 # By name: what is right must not depend on the links that are on the disk now.
                 names: Sequence[str] = [
-                    "/" + os.path.normpath(resolve(self.path.parent, path)).lstrip("/")
+                    f"/{os.path.normpath(resolve(self.path.parent, path)).lstrip('/')}"
                 ]
                 if scheme_of(path):
                     names = self.check_address(path, place)
@@ -203,7 +204,7 @@ class Checker:
                 folded = key[:100].casefold().replace("-", "_")
                 closest = difflib.get_close_matches(folded, alike, n=1)
                 hint = f" (did you mean {alike[closest[0]]!r}?)" if closest else ""
-                self.add(place, "only the keys " + ", ".join(map(repr, known)), key, hint)
+                self.add(place, f"only the keys {', '.join(map(repr, known))}", key, hint)
 
         for key in required:
             if key not in found:

@@ -6,7 +6,7 @@ Count what is in the queues of a configuration file.
 """
 
 import types
-from typing import Mapping, Optional, Tuple
+from collections.abc import Mapping
 
 import persipubsub.config
 import persipubsub.statistics
@@ -15,7 +15,7 @@ from persipubsub import _engines, _selection
 
 def statistics(
     config_pth: _selection.ConfigPath,
-    queue_key: Optional[str] = None,
+    queue_key: str | None = None,
 ) -> Mapping[str, persipubsub.statistics.QueueStatistics]:
     """
     Count what is in queues and what happened to it, without a walk through the messages.
@@ -50,8 +50,8 @@ def statistics_of(config: persipubsub.config.Config,
 
 def in_flight(
     config_pth: _selection.ConfigPath,
-    queue_key: Optional[str] = None,
-) -> Mapping[str, Tuple[persipubsub.statistics.InFlight, ...]]:
+    queue_key: str | None = None,
+) -> Mapping[str, tuple[persipubsub.statistics.InFlight, ...]]:
     """
     Tell what is being worked on right now, in which process and since when.
 

@@ -15,7 +15,8 @@ import contextlib
 import functools
 import os
 import time
-from typing import Callable, Final, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Final, Optional
 
 import persipubsub.errors
 import persipubsub.message
@@ -63,7 +64,7 @@ class Lease:
         # A forked child inherits the object, but the claim stays with its parent.
         self._process_id = process_id
 
-    def times_ns(self) -> List[int]:
+    def times_ns(self) -> list[int]:
         """
         Tell when the messages were sent, by the queue's clock: always the same of a message.
 
@@ -71,7 +72,7 @@ class Lease:
         """
         return [time_ns for count, time_ns in self._copied.runs for _ in range(count)]
 
-    def details(self) -> List[persipubsub.message.Message]:
+    def details(self) -> list[persipubsub.message.Message]:
         """
         Tell what is known of the messages. No file is touched.
 
@@ -96,7 +97,7 @@ class Lease:
         finally:
             self._release(is_held)
 
-    def give_back(self, error: Optional[BaseException] = None) -> None:
+    def give_back(self, error: BaseException | None = None) -> None:
         """
         Leave the messages where they were; they are delivered again, perhaps to another.
 
@@ -146,7 +147,7 @@ class Lease:
 #: What a look at the queue came to: what was taken; whether messages were passed over that others
 #: have claimed; when the first of those that rest is due, on the queue's clock, 0 if none rests. A
 #: plain tuple, as it is made for each message.
-Taken = Tuple[Optional[Lease], bool, int]
+Taken = tuple[Optional[Lease], bool, int]
 
 
 class Consumer:
@@ -191,9 +192,9 @@ class Consumer:
     # Taking
 
     def take(self,
-             timeout: Optional[float],
+             timeout: float | None,
              longest_pause: float = LONGEST_PAUSE_SECS,
-             max_messages: int = 1) -> Optional[Lease]:
+             max_messages: int = 1) -> Lease | None:
         """
         Take the next message, or several; wait if there is none.
 
@@ -208,7 +209,7 @@ class Consumer:
             return lease
         return self._wait(functools.partial(self._take_now, max_messages), timeout, longest_pause)
 
-    def take_at(self, number: int) -> Optional[Lease]:
+    def take_at(self, number: int) -> Lease | None:
         """
         Take one certain message, whatever else is there. It does not wait.
 
@@ -218,8 +219,8 @@ class Consumer:
         """
         return self._claim(0, number, 1)
 
-    def _wait(self, take: Callable[[], Taken], timeout: Optional[float],
-              longest_pause: float) -> Optional[Lease]:
+    def _wait(self, take: Callable[[], Taken], timeout: float | None,
+              longest_pause: float) -> Lease | None:
         """
         Take as soon as there is something.
 
@@ -294,7 +295,7 @@ class Consumer:
                begin: int,
                number: int,
                max_messages: int,
-               is_guess: bool = False) -> Optional[Lease]:
+               is_guess: bool = False) -> Lease | None:
         """
         Claim messages and look at them again.
 
@@ -309,7 +310,7 @@ class Consumer:
                  if max_messages == 1 else self._claims.claim_prefix(ordinal, number, max_messages))
         if claim is None:
             return None
-        lease = None  # type: Optional[Lease]
+        lease: Lease | None = None
         try:
             copied = self._copy(number, number + claim.count, is_guess)
             if copied.is_spent:
@@ -370,10 +371,10 @@ class Consumer:
                                 may_grow=True)
         if self._rings:
             self.ring()
-        return persipubsub.errors.CorruptMessageError("{}. It was set aside.".format(error),
+        return persipubsub.errors.CorruptMessageError(f"{error}. It was set aside.",
                                                       number=error.number)
 
-    def front(self) -> Optional[bytes]:
+    def front(self) -> bytes | None:
         """
         Look at the next message without taking it.
 
@@ -394,7 +395,7 @@ class Consumer:
 
     # Acknowledging
 
-    def acknowledge(self, begin: int, numbers: List[int]) -> None:
+    def acknowledge(self, begin: int, numbers: list[int]) -> None:
         """
         Acknowledge messages that this consumer has claimed, in one transaction.
 
@@ -420,7 +421,7 @@ class Consumer:
 
     # Failing
 
-    def give_back(self, copied: _pending.Copied, error: Optional[BaseException]) -> None:
+    def give_back(self, copied: _pending.Copied, error: BaseException | None) -> None:
         """
         Record how a delivery ended that was not acknowledged; the messages are still claimed.
 
@@ -462,6 +463,6 @@ class Consumer:
             if self._rings:
                 self.ring()
 
-    def describe(self, copied: _pending.Copied) -> List[persipubsub.message.Message]:
+    def describe(self, copied: _pending.Copied) -> list[persipubsub.message.Message]:
         """Tell what is known of messages, see :py:func:`_deliveries.describe`."""
         return _deliveries.describe(copied, self._pending)

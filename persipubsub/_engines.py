@@ -11,8 +11,8 @@ Everything may be called by any number of threads at the same time, unless it sa
 
 import importlib
 import types
-from typing import (TYPE_CHECKING, Dict, Final, List, Mapping, Optional, Protocol, Sequence, Tuple,
-                    cast, runtime_checkable)
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Optional, Protocol, cast, runtime_checkable
 
 import persipubsub.config
 import persipubsub.errors
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 #: Modules by the scheme of a queue's path; a plain path has none. A file may have no other: see
 #: ``_config_checks.SCHEMES``.
-_MODULES: Final[Dict[str, str]] = {
+_MODULES: Final[dict[str, str]] = {
     "": "persipubsub.queue",
     "nats": "persipubsub.jetstream.engine",
 }
 
 #: Modules of a :py:class:`Counter`, where it is not the one of the engine: whoever only counts
 #: loads nothing of what sends and receives, which would take longer than to count.
-_COUNTERS: Final[Dict[str, str]] = {"": "persipubsub.statistics"}
+_COUNTERS: Final[dict[str, str]] = {"": "persipubsub.statistics"}
 
 #: Largest id of a message, in bytes; LMDB takes keys of up to 511 bytes.
 MAX_ID_BYTES: Final = 255
@@ -44,7 +44,7 @@ MAX_ID_BYTES: Final = 255
 _FOREVER_SECS: Final = 1e9
 
 
-def seconds_of(timeout: object) -> Optional[float]:
+def seconds_of(timeout: object) -> float | None:
     """
     Check how long somebody wants to wait.
 
@@ -54,8 +54,7 @@ def seconds_of(timeout: object) -> Optional[float]:
     """
     if not (isinstance(timeout, (int, float)) and timeout >= 0):
         raise ValueError(
-            "Expected timeout to be None or a number of seconds from 0 on, but got: {!r}".format(
-                timeout))
+            f"Expected timeout to be None or a number of seconds from 0 on, but got: {timeout!r}")
     return None if timeout > _FOREVER_SECS else timeout
 
 
@@ -66,19 +65,19 @@ class Lease(Protocol):
     Exactly one of :py:meth:`acknowledge` and :py:meth:`give_back` is to be called, once.
     """
 
-    messages: List[bytes]  #: that were sent, at least one
+    messages: list[bytes]  #: that were sent, at least one
 
     def acknowledge(self) -> None:
         """Let the messages leave the queue for this subscriber, all at once."""
 
-    def give_back(self, error: Optional[BaseException] = None) -> None:
+    def give_back(self, error: BaseException | None = None) -> None:
         """
         Leave the messages where they were; they are delivered again, perhaps to another.
 
         :param error: why; None if they were not worked on
         """
 
-    def details(self) -> "List[persipubsub.message.Message]":
+    def details(self) -> "list[persipubsub.message.Message]":
         """
         Tell what is known of the messages.
 
@@ -93,9 +92,9 @@ class Consumer(Protocol):
     """Take messages of one subscriber."""
 
     def take(self,
-             timeout: Optional[float],
+             timeout: float | None,
              longest_pause: float = 1.0,
-             max_messages: int = 1) -> Optional[Lease]:
+             max_messages: int = 1) -> Lease | None:
         """
         Take the next message, or several; wait if there is none.
 
@@ -105,7 +104,7 @@ class Consumer(Protocol):
         :return: messages; None if there was none in time
         """
 
-    def take_newest(self, timeout: Optional[float], longest_pause: float = 1.0) -> Optional[Lease]:
+    def take_newest(self, timeout: float | None, longest_pause: float = 1.0) -> Lease | None:
         """
         Take the newest message and acknowledge all older ones as skipped; wait if there is none.
 
@@ -114,7 +113,7 @@ class Consumer(Protocol):
         :return: message; None if there was none in time
         """
 
-    def front(self) -> Optional[bytes]:
+    def front(self) -> bytes | None:
         """
         Look at the next message without taking it.
 
@@ -132,7 +131,7 @@ class WakingConsumer(Consumer, Protocol):
 
     def take_now(self,
                  max_messages: int = 1,
-                 is_newest: bool = False) -> Tuple[Optional[Lease], float]:
+                 is_newest: bool = False) -> tuple[Lease | None, float]:
         """
         Take the next message, or several, if there is one.
 
@@ -160,7 +159,7 @@ class LoopLease(Lease, Protocol):
         """
 
     def begin_give_back(self,
-                        error: Optional[BaseException] = None) -> "concurrent.futures.Future[None]":
+                        error: BaseException | None = None) -> "concurrent.futures.Future[None]":
         """
         Begin to leave the messages where they were. Never blocks.
 
@@ -180,7 +179,7 @@ class LoopConsumer(Consumer, Protocol):
     """
 
     def begin_take(self,
-                   timeout: Optional[float],
+                   timeout: float | None,
                    max_messages: int = 1,
                    is_newest: bool = False) -> "concurrent.futures.Future[Optional[Lease]]":
         """
@@ -202,9 +201,9 @@ class Queue(Protocol):
 
     def put(self,
             messages: Sequence[bytes],
-            audience: Optional[Tuple[str, ...]] = None,
-            timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
+            audience: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -290,9 +289,9 @@ class TogetherQueue(Queue, Protocol):
         """Tell whether publishers wait for room in a full queue."""
 
     def put_each(
-        self, sendings: Sequence[Tuple[Sequence[bytes], Optional[Tuple[str, ...]],
-                                       Optional[Sequence[Optional[bytes]]]]]
-    ) -> List[Optional[BaseException]]:
+        self, sendings: Sequence[tuple[Sequence[bytes], tuple[str, ...] | None,
+                                       Sequence[bytes | None] | None]]
+    ) -> list[BaseException | None]:
         """
         Do what a :py:meth:`Queue.put` of each would do, one after the other, but wait for no room.
 
@@ -308,10 +307,9 @@ class LoopQueue(Queue, Protocol):
     def begin_put(
             self,
             messages: Sequence[bytes],
-            audience: Optional[Tuple[str, ...]] = None,
-            timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None
-    ) -> "concurrent.futures.Future[int]":
+            audience: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> "concurrent.futures.Future[int]":
         """
         Begin what :py:meth:`Queue.put` does. Never blocks.
 
@@ -360,7 +358,7 @@ class Engine(Protocol):
         """
 
     def check_durability(self, config: persipubsub.config.Config,
-                         queue_key: str) -> Tuple[str, ...]:
+                         queue_key: str) -> tuple[str, ...]:
         """
         Look whether a queue is less durable than its configuration says.
 
@@ -413,7 +411,7 @@ def _import(config: persipubsub.config.Config, queue_key: str,
         # Of a file that was read there is none; of the target of a migration, there may be.
         raise persipubsub.errors.ConfigError(
             "{}: queues.{}.path: Expected a path to a directory{}, but got: the unknown scheme "
-            "{!r} in {!r}".format(config.path, queue_key, "".join(" or {}://...".format(name)
+            "{!r} in {!r}".format(config.path, queue_key, "".join(f" or {name}://..."
                                                                   for name in modules
                                                                   if name), scheme, path))
     try:

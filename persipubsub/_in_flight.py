@@ -18,7 +18,8 @@ import os
 import stat
 import struct
 import sys
-from typing import Dict, Final, List, Mapping, NamedTuple, Optional, Tuple
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 import persipubsub.errors
 from persipubsub.environment import _files
@@ -61,7 +62,7 @@ class Span(NamedTuple):
 
     first: int  #: number of the first one
     length: int  #: how many
-    note: Optional[Note]  #: None if nothing is known
+    note: Note | None  #: None if nothing is known
 
 
 class Board:
@@ -85,7 +86,7 @@ class Board:
         """
         self._path = path
         self._is_look = is_look
-        self._page = None  # type: Optional[mmap.mmap]
+        self._page: mmap.mmap | None = None
         self._is_missing = False
 
     def note(self, ordinal: int, number: int, process_id: int) -> None:
@@ -107,7 +108,7 @@ class Board:
                         number, since_ns,
                         ordinal + process_id * 3 + number * 5 + since_ns * 7 & 0xffffffffffffffff)
 
-    def find(self, ordinal: int, number: int) -> Optional[Note]:
+    def find(self, ordinal: int, number: int) -> Note | None:
         """
         Find what was noted of a claim last. Whether there still is one, it does not tell.
 
@@ -126,7 +127,7 @@ class Board:
             return None
         return Note(process_id, since_ns)
 
-    def _map(self) -> Optional[mmap.mmap]:
+    def _map(self) -> mmap.mmap | None:
         """
         Map the file.
 
@@ -172,8 +173,8 @@ def _is_alive(process_id: int) -> bool:
     return True
 
 
-def find(path: str, spans: Mapping[int, Tuple[int, int]],
-         board: Optional[Board]) -> Optional[Mapping[int, List[Span]]]:
+def find(path: str, spans: Mapping[int, tuple[int, int]],
+         board: Board | None) -> Mapping[int, list[Span]] | None:
     """
     Find claimed numbers. It takes no lock and waits for nobody.
 
@@ -201,8 +202,8 @@ def find(path: str, spans: Mapping[int, Tuple[int, int]],
         os.close(descriptor)
 
 
-def _find(descriptor: int, spans: Mapping[int, Tuple[int, int]],
-          board: Optional[Board]) -> Optional[Mapping[int, List[Span]]]:
+def _find(descriptor: int, spans: Mapping[int, tuple[int, int]],
+          board: Board | None) -> Mapping[int, list[Span]] | None:
     """
     Find claimed numbers.
 
@@ -211,12 +212,12 @@ def _find(descriptor: int, spans: Mapping[int, Tuple[int, int]],
     :param board: on which they were noted
     :return: by ordinal; None if too many are at work
     """
-    claims = {}  # type: Dict[int, List[Span]]
+    claims: dict[int, list[Span]] = {}
     questions = 0
     for ordinal, (first, end) in spans.items():
         base = ordinal * _NUMBERS
-        claimed = []  # type: List[Span]
-        ranges = [(base + first, base + end)]  # type: List[Tuple[int, int]]
+        claimed: list[Span] = []
+        ranges: list[tuple[int, int]] = [(base + first, base + end)]
         while ranges:
             begin, behind = ranges.pop()
             if begin >= behind:

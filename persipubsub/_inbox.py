@@ -17,7 +17,8 @@ import os
 import threading
 import time
 import weakref
-from typing import Callable, Dict, Final, List, Optional, cast
+from collections.abc import Callable
+from typing import Final, cast
 
 import persipubsub.errors
 from persipubsub import _begun, _engines, _wakeup, _workers
@@ -34,7 +35,7 @@ class _Waiter:
 
     __slots__ = ("future", "max_messages", "is_newest", "pause", "deadline", "look", "lease")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: Optional[float], pause: float,
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float | None, pause: float,
                  max_messages: int, is_newest: bool, look: int) -> None:
         self.future: "asyncio.Future[None]" = loop.create_future()
         self.max_messages = max_messages
@@ -43,7 +44,7 @@ class _Waiter:
         self.deadline = float("inf") if timeout is None else time.monotonic() + timeout
         # The last one that began before the task waited; with a lease: which took its messages.
         self.look = look
-        self.lease: Optional[_engines.Lease] = None
+        self.lease: _engines.Lease | None = None
 
     def is_like(self, other: "_Waiter") -> bool:
         """
@@ -76,10 +77,10 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         self.process_id = os.getpid()
         self.consumer = consumer
         self._workers = workers
-        self._error: Optional[BaseException] = None  # after close
+        self._error: BaseException | None = None  # after close
 
-        self._waiters: Dict[_Waiter, None] = {}  # in the order in which they came
-        self._served: Dict[_Waiter, None] = {}  # tasks that have messages, and did not go on yet
+        self._waiters: dict[_Waiter, None] = {}  # in the order in which they came
+        self._served: dict[_Waiter, None] = {}  # tasks that have messages, and did not go on yet
         # While a worker looks, the ticket is its own; what comes meanwhile asks for another look.
         self._is_looking = False
         self._looks_again = False
@@ -87,17 +88,17 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         # True if something is given back since the look began, which may have passed over it.
         self._is_outdated = False
         # What nobody waits for any more, and a lock for whoever gives it back.
-        self._returns: List[_engines.Lease] = []
+        self._returns: list[_engines.Lease] = []
         self._returning = threading.Lock()
-        self._ticket: Optional[_wakeup.Ticket] = None
+        self._ticket: _wakeup.Ticket | None = None
         # A duplicate of inotify's descriptor: the loop may watch it even after the bell was closed.
         self._watched = -1
-        self._timer: Optional[asyncio.TimerHandle] = None
-        self._poller: Optional[asyncio.TimerHandle] = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._poller: asyncio.TimerHandle | None = None
         _inboxes.add(self)
 
-    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
-                   is_newest: bool) -> Optional[_engines.Lease]:
+    async def take(self, timeout: float | None, pause: float, max_messages: int,
+                   is_newest: bool) -> _engines.Lease | None:
         """
         Wait for messages.
 
@@ -193,16 +194,16 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
         except _workers.NoThreadError as error:
             self._hand_out(waiters, {}, {}, error)
 
-    def _look(self, waiters: List[_Waiter], now: float) -> None:
+    def _look(self, waiters: list[_Waiter], now: float) -> None:
         """
         Look at the queue in a worker thread, and take as much as is wanted.
 
         :param waiters: tasks that want something
         :param now: time on the monotonic clock at which the look began, in seconds
         """
-        leases: Dict[_Waiter, _engines.Lease] = {}
-        missed: Dict[bool, float] = {}
-        error: Optional[BaseException] = None
+        leases: dict[_Waiter, _engines.Lease] = {}
+        missed: dict[bool, float] = {}
+        error: BaseException | None = None
         try:
             self._return_all()
             if self._ticket is not None:
@@ -226,8 +227,8 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
             if self._ticket is not None:
                 self._ticket.close()
 
-    def _take(self, waiters: List[_Waiter], leases: Dict[_Waiter, _engines.Lease],
-              missed: Dict[bool, float]) -> None:
+    def _take(self, waiters: list[_Waiter], leases: dict[_Waiter, _engines.Lease],
+              missed: dict[bool, float]) -> None:
         """
         Take what is there, in a worker thread.
 
@@ -251,8 +252,8 @@ class Inbox:  # pylint: disable=too-many-instance-attributes
             else:
                 leases[waiter] = lease
 
-    def _hand_out(self, waiters: List[_Waiter], leases: Dict[_Waiter, _engines.Lease],
-                  missed: Dict[bool, float], error: Optional[BaseException]) -> None:
+    def _hand_out(self, waiters: list[_Waiter], leases: dict[_Waiter, _engines.Lease],
+                  missed: dict[bool, float], error: BaseException | None) -> None:
         """
         Give the tasks what a look found, and go on waiting for the others.
 
@@ -421,8 +422,8 @@ class SharedInbox:
         self._workers = workers
         self._slice_secs = slice_secs
 
-    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
-                   is_newest: bool) -> Optional[_engines.Lease]:
+    async def take(self, timeout: float | None, pause: float, max_messages: int,
+                   is_newest: bool) -> _engines.Lease | None:
         """
         Wait for messages.
 
@@ -433,12 +434,12 @@ class SharedInbox:
         :return: messages; None if none came in time
         """
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        undo: Callable[[Optional[_engines.Lease]],
+        undo: Callable[[_engines.Lease | None],
                        None] = lambda lease: None if lease is None else _give_back(lease)
         while True:
             remaining = deadline - time.monotonic()
             seconds = max(0.0, min(remaining, self._slice_secs))
-            wait: Callable[[], Optional[_engines.Lease]]
+            wait: Callable[[], _engines.Lease | None]
             if is_newest:
                 wait = functools.partial(self._consumer.take_newest, seconds, pause)
             else:
@@ -459,8 +460,8 @@ class LoopInbox:
         """
         self.consumer = consumer
 
-    async def take(self, timeout: Optional[float], pause: float, max_messages: int,
-                   is_newest: bool) -> Optional[_engines.Lease]:
+    async def take(self, timeout: float | None, pause: float, max_messages: int,
+                   is_newest: bool) -> _engines.Lease | None:
         """
         Wait for messages.
 
@@ -475,7 +476,7 @@ class LoopInbox:
                                       _begin_give_back)
 
 
-def _begin_give_back(lease: Optional[_engines.Lease]) -> None:
+def _begin_give_back(lease: _engines.Lease | None) -> None:
     """
     Give messages back that were not worked on, without waiting for it.
 

@@ -9,7 +9,8 @@ import pathlib
 import re
 import reprlib
 import stat
-from typing import Any, Iterable, NoReturn, Sequence, Union
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, Union
 
 import persipubsub.errors
 
@@ -57,7 +58,7 @@ class Object(dict[str, Any]):
 def shown(found: object, limit: int = 200) -> str:
     """Return the value for a message: without control characters, and within the limit."""
     text = _REPR.repr(found)
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+    return text if len(text) <= limit else f"{text[:limit - 3]}..."
 
 
 def listed(names: Iterable[str]) -> str:
@@ -156,7 +157,7 @@ def load(text: bytes, path: pathlib.Path) -> Any:
         raise_error(path, [f"{place}: Expected JSON, but got: {near} ({error.msg})"])
 
 
-def _number(literal: str) -> Union[int, float, Literal]:
+def _number(literal: str) -> int | float | Literal:
     """Return the number of the file."""
     if len(literal) > _MAX_NUMBER_LENGTH:
         return Literal(literal)

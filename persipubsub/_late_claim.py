@@ -5,8 +5,6 @@ One that is claimed before, and given back since the transaction wants another o
 by others meanwhile: they receive it after what lies behind it.
 """
 
-from typing import Optional
-
 from persipubsub import _claims
 
 
@@ -31,7 +29,7 @@ class LateClaim:
         self._subscriber = subscriber
         self._holder = claims.take_idle()
         self._number = 0  # 0: nothing is claimed
-        self._claim = None  # type: Optional[_claims.Claim]
+        self._claim: _claims.Claim | None = None
 
     def take(self, number: int) -> bool:
         """

@@ -7,7 +7,8 @@ Logged under ``persipubsub.queue``; no handler is installed.
 import logging
 import threading
 import time
-from typing import Dict, Final, Sequence
+from collections.abc import Sequence
+from typing import Final
 
 from persipubsub.store import _retention
 
@@ -26,7 +27,7 @@ class LossLog:
         :param path: of the queue
         """
         self._path = path
-        self._counts = {}  # type: Dict[str, int]
+        self._counts: dict[str, int] = {}
         self._last = -_PAUSE_SECS
         # Guards the counts; nothing else is done while it is held. Re-entrant for a signal handler
         # that closes the queue.
@@ -57,5 +58,4 @@ class LossLog:
             self._last = now
         _LOGGER.warning(
             "Messages of the queue %s were dropped unread: %s", self._path,
-            ", ".join("{} of {}".format(count, subscriber)
-                      for subscriber, count in sorted(counts.items())))
+            ", ".join(f"{count} of {subscriber}" for subscriber, count in sorted(counts.items())))

@@ -12,7 +12,8 @@ import contextlib
 import os
 import time
 import types
-from typing import Dict, Final, List, Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
 import msgspec.structs
 
@@ -79,7 +80,7 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
                                     }))
     if not _config_checks.scheme_of(target):
         raise persipubsub.errors.ConfigError(
-            "Expected the other queue as nats://..., but got: {!r}".format(target))
+            f"Expected the other queue as nats://..., but got: {target!r}")
     _engines.engine_of(moved, queue_key)
     return moved
 
@@ -111,7 +112,7 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     })
 
 
-def _lags(queue: persipubsub.queue.Queue) -> Dict[str, int]:
+def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
     """
     Count the messages that subscribers still have to acknowledge.
 
@@ -179,7 +180,7 @@ class _Mover:
             # With the time: the same number in a queue that was dropped and created again, which
             # the other engine may still know, is that of another message.
             ids = [
-                os.fsencode("{}\0{}\0{}\0{}".format(self._origin, subscriber, number, time_ns))
+                os.fsencode(f"{self._origin}\0{subscriber}\0{number}\0{time_ns}")
                 for number, time_ns in zip(lease.numbers, lease.times_ns())
             ]
             for end in _cut(lease.messages, self._mark.size_bytes // 4):
@@ -204,11 +205,11 @@ class _Mover:
             self._destination.put(messages, (subscriber, ), timeout=_PATIENCE_SECS, msg_ids=ids)
         except persipubsub.errors.QueueFullError as error:
             raise persipubsub.errors.QueueFullError(
-                "{}; start its subscribers there, or raise its high-water mark, and repeat".format(
-                    error)) from error
+                f"{error}; start its subscribers there, or raise its high-water mark, and repeat"
+            ) from error
 
 
-def _cut(messages: Sequence[bytes], size: int) -> List[int]:
+def _cut(messages: Sequence[bytes], size: int) -> list[int]:
     """
     Cut messages into parts that are not too large.
 

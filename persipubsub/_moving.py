@@ -13,7 +13,8 @@ import hashlib
 import logging
 import os
 import time
-from typing import Callable, Final, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import persipubsub.dead_letter
 import persipubsub.errors
@@ -37,9 +38,9 @@ class Target(Protocol):
 
     def put(self,
             messages: Sequence[bytes],
-            audience: Optional[Tuple[str, ...]] = None,
-            timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
+            audience: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
         Add messages, each once for its id.
 
@@ -69,7 +70,7 @@ class Mover:
     Without a queue of dead letters the messages are dropped, with a warning for each of them.
     """
 
-    def __init__(self, origin: Origin, open_target: Optional[Callable[[], Target]]) -> None:
+    def __init__(self, origin: Origin, open_target: Callable[[], Target] | None) -> None:
         """
         Initialize without opening anything.
 
@@ -80,7 +81,7 @@ class Mover:
         self._open_target = open_target
         # The first one is used; two threads may open it at the same time. A lock was rejected: a
         # child that is forked meanwhile would wait for it for ever.
-        self._targets = []  # type: List[Target]
+        self._targets: list[Target] = []
         self._ready_at = 0.0
         self._warned_at = -_WARNING_SECS
 
@@ -119,8 +120,7 @@ class Mover:
                                                     sent_at=message.sent_at,
                                                     attempts=attempts.deliveries,
                                                     error=error,
-                                                    moved_at=datetime.datetime.now(
-                                                        datetime.timezone.utc),
+                                                    moved_at=datetime.datetime.now(datetime.UTC),
                                                     data=message.data)
         # The time of the first delivery tells it from the same number of a queue that was dropped
         # and created again, and from a message that an operator let be delivered again, be it by a
@@ -188,4 +188,4 @@ def text_of(error: BaseException) -> str:
     with contextlib.suppress(Exception):
         text = str(error)
     name = type(error).__qualname__
-    return ("{}: {}".format(name, text) if text else name)[:_attempts.ERROR_CHARACTERS]
+    return (f"{name}: {text}" if text else name)[:_attempts.ERROR_CHARACTERS]

@@ -10,7 +10,8 @@ import collections
 import os
 import threading
 import time
-from typing import Deque, Dict, Final, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Final, Optional
 
 import persipubsub.errors
 from persipubsub import _begun, _engines, _workers
@@ -30,9 +31,8 @@ class _Sending:
 
     __slots__ = ("messages", "audience", "msg_ids", "size", "loop", "future")
 
-    def __init__(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]],
-                 msg_ids: Optional[Sequence[Optional[bytes]]],
-                 loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, messages: Sequence[bytes], audience: tuple[str, ...] | None,
+                 msg_ids: Sequence[bytes | None] | None, loop: asyncio.AbstractEventLoop) -> None:
         self.messages = messages
         self.audience = audience
         self.msg_ids = msg_ids
@@ -56,16 +56,16 @@ class Outbox:
         self._workers = workers
         # Guards the two below. Nothing is called and no lock is taken while it is held.
         self._lock = threading.Lock()
-        self._sendings: Deque[_Sending] = collections.deque()
+        self._sendings: collections.deque[_Sending] = collections.deque()
         self._is_sending = False
         # What each loop sends in one round; only touched in the thread of the loop.
-        self._rounds: Dict[asyncio.AbstractEventLoop, List[_Sending]] = {}
+        self._rounds: dict[asyncio.AbstractEventLoop, list[_Sending]] = {}
 
     async def put(self,
                   messages: Sequence[bytes],
-                  audience: Optional[Tuple[str, ...]],
-                  timeout: Optional[float] = None,
-                  msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
+                  audience: tuple[str, ...] | None,
+                  timeout: float | None = None,
+                  msg_ids: Sequence[bytes | None] | None = None) -> None:
         """
         Put messages, all of them or none, and wait until they are as safe as the durability says.
 
@@ -87,8 +87,8 @@ class Outbox:
             # Rejected: to wait in a thread, of which there would have to be one for each task.
             await asyncio.sleep(min(_ROOM_SECS, remaining))
 
-    async def _put_now(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]],
-                       msg_ids: Optional[Sequence[Optional[bytes]]]) -> None:
+    async def _put_now(self, messages: Sequence[bytes], audience: tuple[str, ...] | None,
+                       msg_ids: Sequence[bytes | None] | None) -> None:
         """
         Put messages, all of them or none, if there is room.
 
@@ -138,28 +138,28 @@ class Outbox:
             self._report(group, errors)
 
     @staticmethod
-    def _report(sendings: Sequence[_Sending], errors: Sequence[Optional[BaseException]]) -> None:
+    def _report(sendings: Sequence[_Sending], errors: Sequence[BaseException | None]) -> None:
         """
         Tell tasks of any loops what came of their messages.
 
         :param sendings: of the tasks
         :param errors: of each; None if it was sent
         """
-        by_loop: Dict[asyncio.AbstractEventLoop, List[Tuple["asyncio.Future[None]",
-                                                            Optional[BaseException]]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple["asyncio.Future[None]",
+                                                            BaseException | None]]] = {}
         for sending, error in zip(sendings, errors):
             by_loop.setdefault(sending.loop, []).append((sending.future, error))
         for loop, outcomes in by_loop.items():
             _workers.post(loop, _tell, outcomes)
 
-    def _next_group(self) -> List[_Sending]:
+    def _next_group(self) -> list[_Sending]:
         """
         Take what is to be put next.
 
         :return: in the order in which it was sent; empty if there is nothing, and the next task to
             send starts a worker again
         """
-        group: List[_Sending] = []
+        group: list[_Sending] = []
         count = size = 0
         with self._lock:
             while self._sendings:
@@ -189,9 +189,9 @@ class LoopOutbox:
 
     async def put(self,
                   messages: Sequence[bytes],
-                  audience: Optional[Tuple[str, ...]],
-                  timeout: Optional[float] = None,
-                  msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> None:
+                  audience: tuple[str, ...] | None,
+                  timeout: float | None = None,
+                  msg_ids: Sequence[bytes | None] | None = None) -> None:
         """
         Put messages, even if the task is cancelled meanwhile, and wait until the engine has them.
 
@@ -203,7 +203,7 @@ class LoopOutbox:
         await _begun.result_of(self.queue.begin_put(messages, audience, timeout, msg_ids))
 
 
-def _tell(outcomes: "Sequence[Tuple[asyncio.Future[None], Optional[BaseException]]]") -> None:
+def _tell(outcomes: "Sequence[tuple[asyncio.Future[None], Optional[BaseException]]]") -> None:
     """
     Tell tasks what came of their messages, in the thread of their loop.
 

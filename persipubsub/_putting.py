@@ -8,7 +8,8 @@ adds, so that no send ever pays for the whole queue.
 
 import functools
 import time
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Optional
 
 import lmdb
 
@@ -69,14 +70,14 @@ class Putter:
 
         # Remembered between sends. The first is written behind a commit, in any order: an older one
         # still is a lower bound. The second is under the environment's write lock.
-        self._floor = None  # type: Optional[_retention.Floor]
-        self._audiences = {}  # type: Dict[Tuple[str, ...], int]
+        self._floor: _retention.Floor | None = None
+        self._audiences: dict[tuple[str, ...], int] = {}
 
     def put(self,
             messages: Sequence[bytes],
-            audience: Optional[Tuple[str, ...]] = None,
-            timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
+            audience: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -151,7 +152,7 @@ class Putter:
         except persipubsub.errors.PersipubsubError:
             pass  # it is sent; subscribers look once a second anyhow
 
-    def _write_when_there_is_room(self, put: _addition.Put, timeout: Optional[float]) -> None:
+    def _write_when_there_is_room(self, put: _addition.Put, timeout: float | None) -> None:
         """
         Add messages to a queue that drops nothing; wait for room if that is the strategy.
 
@@ -221,7 +222,7 @@ class Putter:
         """
 
         def work(txn: "lmdb.Transaction[memoryview]",
-                 databases: Databases) -> "Tuple[int, int, Optional[_retention.Slowest]]":
+                 databases: Databases) -> "tuple[int, int, Optional[_retention.Slowest]]":
             tail = _log.read_tail(txn.cursor(db=databases.data))
             floor = _retention.find_floor(txn, databases, tail, is_look=True)
             return (tail.total_count - floor.messages, tail.total_bytes - floor.size,
@@ -241,7 +242,7 @@ class Putter:
         return persipubsub.errors.QueueFullError(text)
 
     def _put(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-             put: _addition.Put) -> Optional[_log.Tail]:
+             put: _addition.Put) -> _log.Tail | None:
         """
         Add messages at the end of the log and tidy up a little at its beginning.
 
@@ -287,7 +288,7 @@ class Putter:
         return tail if put.batches else None
 
     def _put_once(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                  put: _addition.Put) -> Optional[_log.Tail]:
+                  put: _addition.Put) -> _log.Tail | None:
         """
         Add the messages whose ids are not known, and remember their ids.
 
@@ -327,7 +328,7 @@ class Putter:
 
     def _make_room(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
                    floor: _retention.Floor,
-                   put: _addition.Put) -> "Tuple[_log.Tail, _retention.Floor]":
+                   put: _addition.Put) -> "tuple[_log.Tail, _retention.Floor]":
         """
         Look closely at the high-water marks; drop messages if they are passed, or refuse to.
 
@@ -362,7 +363,7 @@ class Putter:
         return tail, floor
 
     def _find_audience(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                       subscribers: Tuple[str, ...]) -> int:
+                       subscribers: tuple[str, ...]) -> int:
         """
         Find the audience of a list of subscribers.
 
@@ -380,8 +381,7 @@ class Putter:
             self._audiences[subscribers] = audience
         return audience
 
-    def _put_into_full_map(self, put: _addition.Put, work: Callable[...,
-                                                                    Optional[_log.Tail]]) -> None:
+    def _put_into_full_map(self, put: _addition.Put, work: Callable[..., _log.Tail | None]) -> None:
         """
         Put messages into a full store: delete what is finished, then drop by the strategy.
 
@@ -420,7 +420,7 @@ class Putter:
                 waiting, losses = self._environment.write(self._shrink, may_grow=True)
                 self._losses.add(losses)
 
-    def _put_onto_full_disk(self, work: Callable[..., Optional[_log.Tail]]) -> None:
+    def _put_onto_full_disk(self, work: Callable[..., _log.Tail | None]) -> None:
         """
         Put messages where finished ones were, which a send that fails can not delete by itself.
 
@@ -433,7 +433,7 @@ class Putter:
         self._environment.write(work, is_flushed=True)
 
     def _shrink(self, txn: "lmdb.Transaction[memoryview]",
-                databases: Databases) -> Tuple[int, List[_retention.Loss]]:
+                databases: Databases) -> tuple[int, list[_retention.Loss]]:
         """
         Drop half of the messages.
 

@@ -5,7 +5,8 @@ Threads that send at the same moment share a commit by themselves; tasks of a lo
 """
 
 import functools
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Optional
 
 import lmdb
 
@@ -14,13 +15,13 @@ from persipubsub import _addition, _putting
 from persipubsub.store._databases import Databases
 
 #: Messages, audience and ids of one send.
-Sending = Tuple[Sequence[bytes], Optional[Tuple[str, ...]], Optional[Sequence[Optional[bytes]]]]
+Sending = tuple[Sequence[bytes], Optional[tuple[str, ...]], Optional[Sequence[Optional[bytes]]]]
 
 
 class GroupPutter(_putting.Putter):
     """Add messages for many callers, from any number of threads."""
 
-    def put_each(self, sendings: Sequence[Sending]) -> List[Optional[BaseException]]:
+    def put_each(self, sendings: Sequence[Sending]) -> list[BaseException | None]:
         """
         Put for several callers, each of them all or nothing, in one commit if nothing is wrong.
 
@@ -45,14 +46,14 @@ class GroupPutter(_putting.Putter):
             half = len(sendings) // 2
             return self.put_each(sendings[:half]) + self.put_each(sendings[half:])
 
-    def _put_together(self, sendings: Sequence[Sending]) -> List[Optional[BaseException]]:
+    def _put_together(self, sendings: Sequence[Sending]) -> list[BaseException | None]:
         """
         Put for several callers in one commit, or nothing of it.
 
         :param sendings: in order
         :return: error of each that found the queue full; None if it was put
         """
-        puts = []  # type: List[_addition.Put]
+        puts: list[_addition.Put] = []
         for messages, audience, msg_ids in sendings:
             self._settings.check_size(messages)
             puts.append(_addition.Put(messages, audience, msg_ids or None))

@@ -5,8 +5,9 @@ There are no finalizers here: a claim that was dropped is given back by the clai
 of servers by its hold, and nothing else may be done wherever the garbage collector happens to run.
 """
 
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Callable, Generic, Iterator, List, Optional, Type, TypeVar
+from typing import Generic, Optional, TypeVar
 
 import persipubsub.message
 from persipubsub import _engines
@@ -16,7 +17,7 @@ ContentT = TypeVar("ContentT")
 Take = Callable[[], Optional[_engines.Lease]]
 
 
-def unwrap(lease: _engines.Lease) -> List[bytes]:
+def unwrap(lease: _engines.Lease) -> list[bytes]:
     """
     Give the bytes that were sent.
 
@@ -26,7 +27,7 @@ def unwrap(lease: _engines.Lease) -> List[bytes]:
     return lease.messages
 
 
-def describe(lease: _engines.Lease) -> List[persipubsub.message.Message]:
+def describe(lease: _engines.Lease) -> list[persipubsub.message.Message]:
     """
     Give messages with all that is known of them.
 
@@ -41,7 +42,7 @@ class _Taking(Generic[ContentT]):
 
     __slots__ = ("_take", "_contents", "_lease")
 
-    def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]]) -> None:
+    def __init__(self, take: Take, contents: Callable[[_engines.Lease], list[ContentT]]) -> None:
         """
         Initialize without taking anything.
 
@@ -50,9 +51,9 @@ class _Taking(Generic[ContentT]):
         """
         self._take = take
         self._contents = contents
-        self._lease = None  # type: Optional[_engines.Lease]
+        self._lease: _engines.Lease | None = None
 
-    def _start(self) -> Optional[_engines.Lease]:
+    def _start(self) -> _engines.Lease | None:
         """
         Take messages and hold them.
 
@@ -61,7 +62,7 @@ class _Taking(Generic[ContentT]):
         self._lease = self._take()
         return self._lease
 
-    def _end(self) -> Optional[_engines.Lease]:
+    def _end(self) -> _engines.Lease | None:
         """
         Let go of what is held.
 
@@ -70,8 +71,8 @@ class _Taking(Generic[ContentT]):
         lease, self._lease = self._lease, None
         return lease
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 traceback: Optional[TracebackType]) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         lease = self._end()
         if lease is None:
@@ -91,7 +92,7 @@ class Receipt(_Taking[ContentT]):
 
     __slots__ = ()
 
-    def __enter__(self) -> Optional[ContentT]:
+    def __enter__(self) -> ContentT | None:
         """
         Wait for a message.
 
@@ -110,7 +111,7 @@ class BatchReceipt(_Taking[ContentT]):
 
     __slots__ = ()
 
-    def __enter__(self) -> List[ContentT]:
+    def __enter__(self) -> list[ContentT]:
         """
         Wait for messages.
 
@@ -138,7 +139,7 @@ class Messages(_Taking[ContentT]):
 
     __slots__ = ("_is_done", )
 
-    def __init__(self, take: Take, contents: Callable[[_engines.Lease], List[ContentT]]) -> None:
+    def __init__(self, take: Take, contents: Callable[[_engines.Lease], list[ContentT]]) -> None:
         """
         Initialize without taking anything.
 
@@ -156,8 +157,8 @@ class Messages(_Taking[ContentT]):
         """
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 traceback: Optional[TracebackType]) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         super().__exit__(kind, error, traceback)

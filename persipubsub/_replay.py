@@ -8,7 +8,8 @@ They are compared by age: how long ago the time is, by the wall clock now.
 import datetime
 import math
 import time
-from typing import Callable, Union
+from collections.abc import Callable
+from typing import Union
 
 import lmdb
 
@@ -36,8 +37,7 @@ def chooser(to: Place, timeout_ns: int, now_ns: Callable[[], int]) -> Choose:
         if to == "end":
             return lambda txn, databases: _layout.MAX_NUMBER
         if to != "beginning":
-            raise ValueError(
-                "Expected 'beginning', 'end', a number or a time, but got: {!r}".format(to))
+            raise ValueError(f"Expected 'beginning', 'end', a number or a time, but got: {to!r}")
         return lambda txn, databases: _positions.beginning(txn, databases, now_ns() - timeout_ns)
     if isinstance(to, int) and not isinstance(to, bool):
         number = to
@@ -61,12 +61,12 @@ def _wall_ns(moment: object) -> int:
     """
     if isinstance(moment, datetime.datetime):
         if moment.utcoffset() is None:
-            raise ValueError("Expected a time with its time zone, but got: {!r}".format(moment))
-        since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+            raise ValueError(f"Expected a time with its time zone, but got: {moment!r}")
+        since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
         return (since // datetime.timedelta(microseconds=1)) * 1000
     if not isinstance(moment, float):
-        raise TypeError("Expected a place of type str, int, float or datetime, but got: {}".format(
-            type(moment).__name__))
+        raise TypeError(f"Expected a place of type str, int, float or datetime, but got: "
+                        f"{type(moment).__name__}")
     if not math.isfinite(moment * 1e9):
-        raise ValueError("Expected a time in seconds since 1970, but got: {!r}".format(moment))
+        raise ValueError(f"Expected a time in seconds since 1970, but got: {moment!r}")
     return int(moment * 1e9)

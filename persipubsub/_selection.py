@@ -3,7 +3,8 @@
 import contextlib
 import os
 import types
-from typing import Callable, List, Mapping, Optional, Tuple, TypeVar, Union
+from collections.abc import Callable, Mapping
+from typing import TypeVar, Union
 
 import persipubsub.config
 from persipubsub import _engines
@@ -15,7 +16,7 @@ ResultT = TypeVar("ResultT")
 
 
 def select(config_pth: ConfigPath,
-           queue_key: Optional[str]) -> Tuple[persipubsub.config.Config, List[str]]:
+           queue_key: str | None) -> tuple[persipubsub.config.Config, list[str]]:
     """
     Read a configuration file and choose queues.
 
@@ -30,7 +31,7 @@ def select(config_pth: ConfigPath,
     return config, list(config.queues) if queue_key is None else [queue_key]
 
 
-def settings_of(config_pth: ConfigPath, queue_key: Optional[str]) -> Mapping[str, Settings]:
+def settings_of(config_pth: ConfigPath, queue_key: str | None) -> Mapping[str, Settings]:
     """
     Read what is to be known of queues that are directories of this machine.
 
@@ -68,12 +69,12 @@ def check_subscriber(config_pth: ConfigPath, sub_id: str) -> None:
     :raise TypeError: if it is no text
     """
     if not isinstance(sub_id, str):
-        raise TypeError("Expected the id of a subscriber as str, but got: {!r}".format(sub_id))
+        raise TypeError(f"Expected the id of a subscriber as str, but got: {sub_id!r}")
     if sub_id != persipubsub.config.DEAD_LETTERS:
         persipubsub.config.check_identifier(sub_id, config_pth)
 
 
-def for_each(config_pth: ConfigPath, queue_key: Optional[str],
+def for_each(config_pth: ConfigPath, queue_key: str | None,
              work: Callable[[_engines.Queue], ResultT]) -> Mapping[str, ResultT]:
     """
     Open queues, one after the other, and do something with each.

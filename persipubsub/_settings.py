@@ -2,7 +2,8 @@
 
 import os
 import types
-from typing import Final, Mapping, NamedTuple, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple, Optional
 
 import persipubsub.config
 import persipubsub.errors
@@ -113,8 +114,8 @@ class Settings(NamedTuple):
         limit = min(self.max_message_bytes, _blocks.MAX_MESSAGE_BYTES)
         if largest > limit:
             raise persipubsub.errors.MessageTooLargeError(
-                "Expected a message of at most {} bytes for the queue {} (HWM_LMDB_SIZE_BYTES), "
-                "but got: {} bytes".format(limit, self.path, largest))
+                f"Expected a message of at most {limit} bytes for the queue {self.path} "
+                f"(HWM_LMDB_SIZE_BYTES), but got: {largest} bytes")
         if size > self.max_message_bytes or count > self.max_messages:
             raise persipubsub.errors.MessageTooLargeError(
                 "Expected a batch of at most {} messages (MAX_MSGS_NUM) and {} bytes "
@@ -123,8 +124,8 @@ class Settings(NamedTuple):
         room = self.max_bytes - _blocks.BLOCK_BYTES // 8 - _blocks.ENTRY_BYTES * count
         if size > room:
             raise persipubsub.errors.MessageTooLargeError(
-                "Expected messages of at most {} bytes for the queue {} (max_db_size_bytes), but "
-                "got: {} bytes".format(max(0, room), self.path, size))
+                f"Expected messages of at most {max(0, room)} bytes for the queue {self.path} "
+                f"(max_db_size_bytes), but got: {size} bytes")
 
 
 def require_directory(config: persipubsub.config.Config, queue_key: str) -> None:

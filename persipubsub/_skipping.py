@@ -1,7 +1,6 @@
 """Skip to the newest message of a subscriber."""
 
 import functools
-from typing import Optional, Set
 
 import persipubsub.errors
 from persipubsub import _delivery, _late_claim
@@ -11,10 +10,9 @@ from persipubsub.store import _newest, _pending
 class Consumer(_delivery.Consumer):
     """Take the next message of one subscriber, or the newest one, from any number of threads."""
 
-    def take_newest(
-            self,
-            timeout: Optional[float],
-            longest_pause: float = _delivery.LONGEST_PAUSE_SECS) -> Optional[_delivery.Lease]:
+    def take_newest(self,
+                    timeout: float | None,
+                    longest_pause: float = _delivery.LONGEST_PAUSE_SECS) -> _delivery.Lease | None:
         """
         Take the newest message and acknowledge all older ones as skipped; wait if there is none.
 
@@ -38,7 +36,7 @@ class Consumer(_delivery.Consumer):
 
         :return: what was taken, and what was passed over
         """
-        stuck = set()  # type: Set[int]
+        stuck: set[int] = set()
         while True:
             newest = self._environment.read(
                 functools.partial(_newest.find, pending=self._pending, stuck=stuck))
@@ -53,7 +51,7 @@ class Consumer(_delivery.Consumer):
             if lease is not None:
                 return lease, False, 0
 
-    def _skip_to_newest(self, stuck: Set[int]) -> Optional[_delivery.Lease]:
+    def _skip_to_newest(self, stuck: set[int]) -> _delivery.Lease | None:
         """
         Claim the newest message, and skip all in front of it.
 
@@ -63,7 +61,7 @@ class Consumer(_delivery.Consumer):
         :return: message; None if it is not free any more, or is not to be delivered
         """
         late = _late_claim.LateClaim(self._claims, self._pending.ordinal)
-        lease = None  # type: Optional[_delivery.Lease]
+        lease: _delivery.Lease | None = None
         try:
             copied = self._environment.write(lambda txn, databases: _newest.skip_to(
                 txn, databases, self._pending, stuck, late.take),

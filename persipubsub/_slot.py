@@ -1,6 +1,6 @@
 """Hold what an object has open, while any number of threads open and close it."""
 
-from typing import Dict, Generic, List, Optional, TypeVar
+from typing import Generic, TypeVar
 
 ContentT = TypeVar("ContentT")
 
@@ -24,10 +24,10 @@ class Slot(Generic[ContentT]):
     def __init__(self) -> None:
         """Initialize with nothing."""
         # Under the key None, if there is something.
-        self._contents = {}  # type: Dict[None, ContentT]
+        self._contents: dict[None, ContentT] = {}
 
     @property
-    def content(self) -> Optional[ContentT]:
+    def content(self) -> ContentT | None:
         """
         Look at what is there, and leave it there.
 
@@ -35,7 +35,7 @@ class Slot(Generic[ContentT]):
         """
         return self._contents.get(None)
 
-    def take(self) -> Optional[ContentT]:
+    def take(self) -> ContentT | None:
         """
         Take out what is there.
 
@@ -43,14 +43,14 @@ class Slot(Generic[ContentT]):
         """
         return self._contents.pop(None, None)
 
-    def put(self, content: ContentT) -> List[ContentT]:
+    def put(self, content: ContentT) -> list[ContentT]:
         """
         Put something in the place of what is there.
 
         :param content: to be there
         :return: what was there, and is with the caller alone
         """
-        taken = []  # type: List[ContentT]
+        taken: list[ContentT] = []
         while True:
             old = self.take()
             if old is not None:

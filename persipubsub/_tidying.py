@@ -5,7 +5,8 @@ Deleting is spread out over many transactions, each of which deletes a bounded n
 """
 
 import functools
-from typing import Callable, Final, List, Optional
+from collections.abc import Callable
+from typing import Final
 
 import lmdb
 
@@ -42,9 +43,9 @@ class Tidier:
             txn: "lmdb.Transaction[memoryview]",
             databases: Databases,
             tail: _log.Tail,
-            losses: List[_retention.Loss],
+            losses: list[_retention.Loss],
             budget: int,
-            known: Optional[_retention.Floor] = None) -> _retention.Floor:
+            known: _retention.Floor | None = None) -> _retention.Floor:
         """
         Drop what is too old, and delete some finished blocks.
 
@@ -76,7 +77,7 @@ class Tidier:
 
         :return: how many deliveries were dropped
         """
-        losses = []  # type: List[_retention.Loss]
+        losses: list[_retention.Loss] = []
 
         def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> None:
             losses.clear()

@@ -40,7 +40,8 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import persipubsub.errors
 from persipubsub import _inotify
@@ -68,7 +69,7 @@ class _File:
     def __init__(self, path: str) -> None:
         """Open the file, and create it if missing. Any number of processes may do so at once."""
         self.path = path
-        self.tickets: Dict["Ticket", None] = {}
+        self.tickets: dict["Ticket", None] = {}
         self.watch = -1  # inotify's number for the file
         self.stamp = b""  # when polled last; the first poll rings once without a need
         self.descriptor = _files.open_own_file(path)
@@ -108,17 +109,17 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
         # Guards all attributes, and those of files and tickets. The innermost lock but the guard
         # of forks: nothing is called back or waited for while it is held. Not re-entrant.
         self.lock = threading.Lock()
-        self.files: Dict["Bell", _File] = {}
-        self.watched: Dict[int, List[_File]] = {}  # several bells on one file have one watch
-        self.polled: Dict[_File, None] = {}
+        self.files: dict["Bell", _File] = {}
+        self.watched: dict[int, list[_File]] = {}  # several bells on one file have one watch
+        self.polled: dict[_File, None] = {}
         self.leader: Optional["Ticket"] = None
         self.leader_polls = False
-        self.followers: Dict["Ticket", None] = {}  # asleep and not rung; empty without a leader
-        self.callbacks: List[Callable[[], object]] = []  # of rung tickets, still to be called
-        self.closing: List["Bell"] = []  # to be forgotten; without the lock, appending is atomic
+        self.followers: dict["Ticket", None] = {}  # asleep and not rung; empty without a leader
+        self.callbacks: list[Callable[[], object]] = []  # of rung tickets, still to be called
+        self.closing: list["Bell"] = []  # to be forgotten; without the lock, appending is atomic
         self.inotify = -1
         self.nudge = -1  # eventfd that gets the leader out of poll()
-        self.poller: Optional[Any] = None  # select.poll on both; for the leader only
+        self.poller: Any | None = None  # select.poll on both; for the leader only
         self.retry_at = 0.0
 
     def register(self, bell: "Bell", file: _File) -> "Ticket":
@@ -177,7 +178,7 @@ class _Hub:  # pylint: disable=too-many-instance-attributes
         dispatch(). Rejected: a re-entrant lock, as it shows half-done changes.
         """
         self.closing.append(bell)
-        taken: List[bool] = []
+        taken: list[bool] = []
         try:
             # Noted before the call returns: an interrupt behind it would leave the lock taken.
             taken.extend(map(self.lock.acquire, (True, ), (_LONGEST_HOLD_SECS, )))
@@ -340,7 +341,7 @@ class Ticket:
         # hub's lock. Rejected: threading.Condition, with a new lock for every sleep.
         self.gate = threading.Lock()
         self.gate.acquire()  # pylint: disable=consider-using-with
-        self.callback: Optional[Callable[[], object]] = None
+        self.callback: Callable[[], object] | None = None
         self._hub = hub
         self._fence = threading.Lock()  # guards nothing, see arm()
 
@@ -379,7 +380,7 @@ class Ticket:
         hub = self._hub
         if self.closed or hub is not _hub:
             raise persipubsub.errors.ClosedError(
-                "Expected an open bell of this process, but got: {!r}".format(self.file.path))
+                f"Expected an open bell of this process, but got: {self.file.path!r}")
         if timeout <= 0:
             hub.dispatch()
         try:
@@ -392,7 +393,7 @@ class Ticket:
         """Return what the last who woke anybody by :py:meth:`Bell.ring` gave as ``end``."""
         return int.from_bytes(self.file.page[_END], sys.byteorder)
 
-    def set_callback(self, callback: Optional[Callable[[], object]]) -> None:
+    def set_callback(self, callback: Callable[[], object] | None) -> None:
         """
         Have the callback called when the ticket is rung, once after each :py:meth:`arm`.
 
@@ -442,8 +443,8 @@ class Bell:
     def __init__(self, path: str) -> None:
         """Initialize with the path of the bell file. It is not touched before the first use."""
         self._path = os.path.abspath(path)  # the program may change its directory before
-        self._file: Optional[_File] = None
-        self._opened_by: Optional[_Hub] = None
+        self._file: _File | None = None
+        self._opened_by: _Hub | None = None
         self._closed = False
 
     def _open(self) -> _File:
@@ -452,7 +453,7 @@ class Bell:
         if file is None or self._opened_by is not _hub:
             if self._closed:
                 raise persipubsub.errors.ClosedError(
-                    "Expected an open bell, but it is closed: {!r}".format(self._path))
+                    f"Expected an open bell, but it is closed: {self._path!r}")
             file = self._file = _File(self._path)
             self._opened_by = _hub
         return file

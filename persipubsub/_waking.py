@@ -6,7 +6,7 @@ needs that is not done by a thread: a look that does not wait, and a ticket of t
 """
 
 import time
-from typing import Any, Optional, Tuple
+from typing import Any
 
 from persipubsub import _delivery, _skipping, _wakeup
 
@@ -27,7 +27,7 @@ class Consumer(_skipping.Consumer):
 
     def take_now(self,
                  max_messages: int = 1,
-                 is_newest: bool = False) -> Tuple[Optional[_delivery.Lease], float]:
+                 is_newest: bool = False) -> tuple[_delivery.Lease | None, float]:
         """
         Take the next message, or several, if there is one.
 

@@ -17,7 +17,8 @@ import contextlib
 import functools
 import os
 import threading
-from typing import Callable, Deque, Dict, List, Optional, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import persipubsub.errors
 
@@ -59,7 +60,7 @@ class _Late:
         self._most = most
         # Guards the two below, and the start of a thread. No job is done while it is held.
         self._lock = threading.Lock()
-        self._jobs: Deque[Job] = collections.deque()
+        self._jobs: collections.deque[Job] = collections.deque()
         self._threads = 0
 
     def submit(self, job: Job) -> None:
@@ -107,8 +108,8 @@ class Workers:
         """
         self._most = most
         # By process id, so that a forked child does not wait for threads that it does not have.
-        self._executors: Dict[int, concurrent.futures.ThreadPoolExecutor] = {}
-        self._late: Dict[int, _Late] = {}
+        self._executors: dict[int, concurrent.futures.ThreadPoolExecutor] = {}
+        self._late: dict[int, _Late] = {}
         self._is_closed = False
 
     def open(self) -> None:
@@ -146,8 +147,8 @@ class Workers:
         except RuntimeError as error:
             if _withdraw(jobs) is not None:
                 raise NoThreadError(
-                    "Expected a thread for what would block the event loop, but got: {}".format(
-                        error)) from error
+                    f"Expected a thread for what would block the event loop, but got: {error}"
+                ) from error
 
     def submit_undo(self, job: Job) -> None:
         """
@@ -160,7 +161,7 @@ class Workers:
 
     async def run(self,
                   call: Callable[[], ResultT],
-                  undo: Optional[Callable[[ResultT], object]] = None) -> ResultT:
+                  undo: Callable[[ResultT], object] | None = None) -> ResultT:
         """
         Wait for a call in one of the threads.
 
@@ -184,7 +185,7 @@ class Workers:
             raise
 
     def _call(self, loop: asyncio.AbstractEventLoop, future: "asyncio.Future[ResultT]",
-              call: Callable[[], ResultT], undo: Optional[Callable[[ResultT], object]]) -> None:
+              call: Callable[[], ResultT], undo: Callable[[ResultT], object] | None) -> None:
         """Make the call in a worker thread, and tell the loop."""
         try:
             result = call()
@@ -195,7 +196,7 @@ class Workers:
             undo(result)
 
     def _finish(self, future: "asyncio.Future[ResultT]", result: ResultT,
-                undo: Optional[Callable[[ResultT], object]]) -> None:
+                undo: Callable[[ResultT], object] | None) -> None:
         """Hand the result over in the thread of the loop."""
         if not future.done():
             future.set_result(result)
@@ -210,14 +211,14 @@ class Workers:
             executor.shutdown(wait=False)
 
 
-def _do_once(jobs: List[Job]) -> None:
+def _do_once(jobs: list[Job]) -> None:
     """Do the job that is there, unless it was withdrawn, or somebody else does it."""
     job = _withdraw(jobs)
     if job is not None:
         job()
 
 
-def _withdraw(jobs: List[Job]) -> Optional[Job]:
+def _withdraw(jobs: list[Job]) -> Job | None:
     """
     Take the job that is there; only one thread gets it.
 

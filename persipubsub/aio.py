@@ -14,7 +14,7 @@ child. Any loop will do whose ``add_reader`` and ``call_soon_threadsafe`` do wha
 import asyncio
 import functools
 import os
-from typing import Any, Dict, Final, Literal, Optional, Tuple, Union, overload
+from typing import Any, Final, Literal, Optional, Union, overload
 
 import persipubsub.errors
 import persipubsub.subscriber
@@ -40,8 +40,8 @@ _IN_LOOP: Final = InLoop()
 class _Subscriber(persipubsub.subscriber.Sub):
     """Be what blocks, with its consumer."""
 
-    def prepare(self, timeout: Optional[float],
-                retries: int) -> "Tuple[_engines.Consumer, Optional[float], float]":
+    def prepare(self, timeout: float | None,
+                retries: int) -> "tuple[_engines.Consumer, Optional[float], float]":
         """
         Check the arguments of a receipt.
 
@@ -94,8 +94,8 @@ class Sub:
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
         self._sub = _Subscriber()
-        self._inboxes: Dict[asyncio.AbstractEventLoop, _inbox.Inbox] = {}
-        self._loop_inbox: Optional[_inbox.LoopInbox] = None
+        self._inboxes: dict[asyncio.AbstractEventLoop, _inbox.Inbox] = {}
+        self._loop_inbox: _inbox.LoopInbox | None = None
         self._workers = _workers.Workers(_ACKNOWLEDGING_THREADS)
         self._in_workers = InWorkers(self._workers)
         # Apart, so that acknowledgements do not wait behind tasks that wait for messages.
@@ -148,14 +148,14 @@ class Sub:
 
     @overload
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 details: Literal[False] = False) -> "Receipt[bytes]":
         ...
 
     @overload
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 *,
                 details: Literal[True]) -> "Receipt[Message]":
@@ -163,13 +163,13 @@ class Sub:
 
     @overload
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
         ...
 
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 details: bool = False) -> "Receipt[Any]":
         """
@@ -193,14 +193,14 @@ class Sub:
 
     @overload
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        details: Literal[False] = False) -> "Receipt[bytes]":
         ...
 
     @overload
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        *,
                        details: Literal[True]) -> "Receipt[Message]":
@@ -208,13 +208,13 @@ class Sub:
 
     @overload
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
         ...
 
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        details: bool = False) -> "Receipt[Any]":
         """
@@ -234,7 +234,7 @@ class Sub:
     @overload
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      details: Literal[False] = False) -> "BatchReceipt[bytes]":
         ...
@@ -242,7 +242,7 @@ class Sub:
     @overload
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      *,
                      details: Literal[True]) -> "BatchReceipt[Message]":
@@ -251,14 +251,14 @@ class Sub:
     @overload
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      details: bool = False) -> "Union[BatchReceipt[bytes], BatchReceipt[Message]]":
         ...
 
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      details: bool = False) -> "BatchReceipt[Any]":
         """
@@ -281,24 +281,24 @@ class Sub:
 
     @overload
     def messages(self,
-                 timeout: Optional[float] = None,
+                 timeout: float | None = None,
                  details: Literal[False] = False) -> "Messages[bytes]":
         ...
 
     @overload
     def messages(self,
-                 timeout: Optional[float] = None,
+                 timeout: float | None = None,
                  *,
                  details: Literal[True]) -> "Messages[Message]":
         ...
 
     @overload
     def messages(self,
-                 timeout: Optional[float] = None,
+                 timeout: float | None = None,
                  details: bool = False) -> "Union[Messages[bytes], Messages[Message]]":
         ...
 
-    def messages(self, timeout: Optional[float] = None, details: bool = False) -> "Messages[Any]":
+    def messages(self, timeout: float | None = None, details: bool = False) -> "Messages[Any]":
         """
         Receive one message after the other, for an ``async for`` statement.
 
@@ -321,7 +321,7 @@ class Sub:
         """
         return self.messages()
 
-    async def front(self) -> Optional[bytes]:
+    async def front(self) -> bytes | None:
         """
         Look at the next message without taking it.
 
@@ -338,10 +338,10 @@ class Sub:
         await self._workers.run(self._sub.pop_to_top)
 
     def _taker(self,
-               timeout: Optional[float],
+               timeout: float | None,
                retries: int,
                max_messages: int = 1,
-               is_newest: bool = False) -> Tuple[Take, Ending]:
+               is_newest: bool = False) -> tuple[Take, Ending]:
         """
         Check the arguments of a receipt.
 
@@ -357,8 +357,8 @@ class Sub:
                 _IN_LOOP if isinstance(inbox, _inbox.LoopInbox) else self._in_workers)
 
     def _inbox_of(
-            self, consumer: _engines.Consumer
-    ) -> Union[_inbox.Inbox, _inbox.LoopInbox, _inbox.SharedInbox]:
+            self,
+            consumer: _engines.Consumer) -> _inbox.Inbox | _inbox.LoopInbox | _inbox.SharedInbox:
         """
         Find where the running loop waits for messages.
 

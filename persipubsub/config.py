@@ -12,7 +12,8 @@ import functools
 import os
 import pathlib
 import types
-from typing import Annotated, Any, Final, Iterable, Mapping, NoReturn, TypeVar, Union
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, NoReturn, TypeVar, Union
 
 import msgspec
 import msgspec.structs

@@ -12,7 +12,8 @@ import datetime
 import operator
 import os
 import types
-from typing import Generator, List, Mapping, Optional, Sequence, Tuple, Union
+from collections.abc import Generator, Mapping, Sequence
+from typing import Union
 
 import icontract
 
@@ -37,7 +38,7 @@ __all__ = [
 ConfigPath = _selection.ConfigPath
 
 
-def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> None:
+def initialize_all_dbs(config_pth: ConfigPath, queue_key: str | None = None) -> None:
     """
     Create the queues of a configuration file and add their subscribers.
 
@@ -60,7 +61,7 @@ def initialize_all_dbs(config_pth: ConfigPath, queue_key: Optional[str] = None) 
 
 
 def prune_dangling_messages(config_pth: ConfigPath,
-                            queue_key: Optional[str] = None) -> Mapping[str, int]:
+                            queue_key: str | None = None) -> Mapping[str, int]:
     """
     Drop the messages of queues that are too old, and delete those that everybody acknowledged.
 
@@ -75,7 +76,7 @@ def prune_dangling_messages(config_pth: ConfigPath,
     return _selection.for_each(config_pth, queue_key, lambda queue: queue.prune())
 
 
-def clear_all_subs(config_pth: ConfigPath, queue_key: Optional[str] = None) -> Mapping[str, int]:
+def clear_all_subs(config_pth: ConfigPath, queue_key: str | None = None) -> Mapping[str, int]:
     """
     Drop all messages of queues; their subscribers stay.
 
@@ -101,7 +102,7 @@ def peek(config_pth: ConfigPath,
          sub_id: str,
          count: int = 1,
          start: int = 0,
-         queue_key: Optional[str] = None) -> Tuple[Message, ...]:
+         queue_key: str | None = None) -> tuple[Message, ...]:
     """
     Look at the next messages of a subscriber without taking them.
 
@@ -121,7 +122,7 @@ def peek(config_pth: ConfigPath,
     return tuple(_looking.peek(settings, sub_id, count=count, start=start))
 
 
-def _queue_of(config_pth: ConfigPath, sub_id: str, queue_key: Optional[str]) -> str:
+def _queue_of(config_pth: ConfigPath, sub_id: str, queue_key: str | None) -> str:
     """
     Find the queue of a subscriber.
 
@@ -139,7 +140,7 @@ def _queue_of(config_pth: ConfigPath, sub_id: str, queue_key: Optional[str]) -> 
 @icontract.require(lambda last: last >= 0)
 def follow(config_pth: ConfigPath,
            queue_key: str,
-           last: int = 0) -> Generator[List[Message], None, None]:
+           last: int = 0) -> Generator[list[Message], None, None]:
     """
     Look at the messages of a queue as they are sent, for ever; a look, and not a subscriber.
 
@@ -157,8 +158,8 @@ def follow(config_pth: ConfigPath,
 
 def seek(config_pth: ConfigPath,
          sub_id: str,
-         to: Union[str, int, float, datetime.datetime],
-         queue_key: Optional[str] = None) -> int:
+         to: str | int | float | datetime.datetime,
+         queue_key: str | None = None) -> int:
     """
     Let a subscriber go on from another place of the queue: back, to receive again, or forward.
 
@@ -194,7 +195,7 @@ def seek(config_pth: ConfigPath,
 
 
 def dead_letters(config_pth: ConfigPath,
-                 queue_key: Optional[str] = None) -> Mapping[str, Tuple[ListedDeadLetter, ...]]:
+                 queue_key: str | None = None) -> Mapping[str, tuple[ListedDeadLetter, ...]]:
     """
     Look at messages that were given up, without taking them.
 
@@ -214,7 +215,7 @@ def dead_letters(config_pth: ConfigPath,
 
 def send_back(config_pth: ConfigPath,
               queue_key: str,
-              numbers: Optional[Sequence[int]] = None) -> Tuple[int, ...]:
+              numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
     Send messages that were given up to the subscriber that failed to work on them, as new ones.
 
@@ -235,7 +236,7 @@ def send_back(config_pth: ConfigPath,
 
 def drop_dead_letters(config_pth: ConfigPath,
                       queue_key: str,
-                      numbers: Optional[Sequence[int]] = None) -> Tuple[int, ...]:
+                      numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
     Drop messages that were given up.
 
@@ -253,8 +254,8 @@ def drop_dead_letters(config_pth: ConfigPath,
 
 
 def verify(config_pth: ConfigPath,
-           queue_key: Optional[str] = None,
-           progress: Optional[Progress] = None) -> Mapping[str, Tuple[str, ...]]:
+           queue_key: str | None = None,
+           progress: Progress | None = None) -> Mapping[str, tuple[str, ...]]:
     """
     Verify all pages, records and messages of queues, each in one snapshot.
 
@@ -278,7 +279,7 @@ def verify(config_pth: ConfigPath,
 def backup(config_pth: ConfigPath,
            queue_key: str,
            target: Union[str, "os.PathLike[str]"],
-           progress: Optional[Progress] = None) -> int:
+           progress: Progress | None = None) -> int:
     """
     Copy a queue, as it is at one moment, into a file. It holds up nobody, and may be in full use.
 
@@ -301,7 +302,7 @@ def backup(config_pth: ConfigPath,
 def restore(config_pth: ConfigPath,
             queue_key: str,
             source: Union[str, "os.PathLike[str]"],
-            progress: Optional[Progress] = None) -> None:
+            progress: Progress | None = None) -> None:
     """
     Let a backup take the place of a queue, or create the queue from it.
 
@@ -327,8 +328,8 @@ def restore(config_pth: ConfigPath,
 
 @icontract.ensure(lambda result: all(sizes.after > 0 for sizes in result.values()))
 def compact(config_pth: ConfigPath,
-            queue_key: Optional[str] = None,
-            progress: Optional[Progress] = None) -> Mapping[str, Sizes]:
+            queue_key: str | None = None,
+            progress: Progress | None = None) -> Mapping[str, Sizes]:
     """
     Give the room on the disk back that queues do not need any more.
 
@@ -387,7 +388,7 @@ def remove_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -
     return _upkeep.remove_subscriber(_selection.one(config_pth, queue_key), subscriber)
 
 
-def drop_queue(config_pth: ConfigPath, queue_key: str) -> Tuple[str, ...]:
+def drop_queue(config_pth: ConfigPath, queue_key: str) -> tuple[str, ...]:
     """
     Remove a queue with all its messages from the disk. It needs the queue for itself.
 
@@ -407,7 +408,7 @@ def drop_queue(config_pth: ConfigPath, queue_key: str) -> Tuple[str, ...]:
 def migrate(config_pth: ConfigPath,
             queue_key: str,
             target: str,
-            progress: Optional[Progress] = None) -> Mapping[str, Moved]:
+            progress: Progress | None = None) -> Mapping[str, Moved]:
     """
     Move what waits in a queue of this machine to a queue on servers, while both are in use.
 
@@ -431,7 +432,7 @@ def migrate(config_pth: ConfigPath,
 
 
 def check_durability(config_pth: ConfigPath,
-                     queue_key: Optional[str] = None) -> Mapping[str, Tuple[str, ...]]:
+                     queue_key: str | None = None) -> Mapping[str, tuple[str, ...]]:
     """
     Look for queues that are less durable than their configuration says, as far as that can be told.
 

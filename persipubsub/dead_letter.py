@@ -59,10 +59,9 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             letter = msgspec.msgpack.decode(msg, type=cls)
         except msgspec.DecodeError as error:
             raise persipubsub.errors.CorruptMessageError(
-                "Expected a dead letter, but got {} bytes: {}".format(len(msg),
-                                                                      error), number=0) from error
+                f"Expected a dead letter, but got {len(msg)} bytes: {error}", number=0) from error
         if letter.version != 1:
             raise persipubsub.errors.CorruptMessageError(
-                "Expected a dead letter of the version 1, but got: {!r}".format(letter.version),
+                f"Expected a dead letter of the version 1, but got: {letter.version!r}",
                 number=letter.number)
         return letter

@@ -26,7 +26,7 @@ No error of ``lmdb``, ``msgspec`` or ``nats`` leaves the library. ``TypeError`` 
 everywhere in Python for an argument of a wrong type.
 """
 
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 __all__ = [
     "PersipubsubError",
@@ -62,7 +62,7 @@ class ConfigError(PersipubsubError):
     was expected. All problems that were found are listed in ``problems``.
     """
 
-    def __init__(self, message: str, problems: Optional[Sequence[str]] = None) -> None:
+    def __init__(self, message: str, problems: Sequence[str] | None = None) -> None:
         """
         Initialize with the message and the list of problems.
 
@@ -136,7 +136,7 @@ class CorruptMessageError(MessageError):
         super().__init__(message)
         self.number = number
 
-    def __reduce__(self) -> "Tuple[type, Tuple[str, int]]":
+    def __reduce__(self) -> "tuple[type, tuple[str, int]]":
         """
         Tell how to copy it to another process, as ``multiprocessing`` does.
 

@@ -9,7 +9,8 @@ import contextlib
 import os
 import threading
 import time
-from typing import Dict, Final, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Union
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple, Union
 
 import msgspec.structs
 
@@ -18,9 +19,10 @@ try:
     import prometheus_client.metrics_core
     import prometheus_client.registry
 except ModuleNotFoundError as _error:
-    raise ModuleNotFoundError("persipubsub.metrics needs {}. Install it with: "
-                              "pip install 'persipubsub[metrics]'".format(_error.name),
-                              name=_error.name) from None
+    raise ModuleNotFoundError(
+        f"persipubsub.metrics needs {_error.name}. Install it with: pip install "
+        f"'persipubsub[metrics]'",
+        name=_error.name) from None
 
 import persipubsub.config
 import persipubsub.errors
@@ -97,7 +99,7 @@ class Collector(prometheus_client.registry.Collector):
 
     def __init__(self,
                  config_pth: Union[str, "os.PathLike[str]"],
-                 queue_key: Optional[str] = None) -> None:
+                 queue_key: str | None = None) -> None:
         """
         Initialize without touching a file: the configuration is read at each scrape.
 
@@ -145,7 +147,7 @@ class Collector(prometheus_client.registry.Collector):
 def _look_at(
     config: persipubsub.config.Config,
     keys: Sequence[str],
-) -> Dict[str, Optional[persipubsub.statistics.QueueStatistics]]:
+) -> dict[str, persipubsub.statistics.QueueStatistics | None]:
     """
     Count what is in queues, in directories right here, on servers in a thread for each.
 
@@ -157,8 +159,8 @@ def _look_at(
     :return: figures by queue; None for those that could not be looked at in time
     """
     deadline = time.monotonic() + _SERVER_SECS
-    found = {}  # type: Dict[str, Optional[persipubsub.statistics.QueueStatistics]]
-    threads = []  # type: List[threading.Thread]
+    found: dict[str, persipubsub.statistics.QueueStatistics | None] = {}
+    threads: list[threading.Thread] = []
 
     def look(key: str, config: persipubsub.config.Config) -> None:
         try:
@@ -211,7 +213,7 @@ def _make(metric: _Metric, labels: Sequence[str]) -> _Family:
     """
     kind = (prometheus_client.metrics_core.CounterMetricFamily
             if metric.is_counter else prometheus_client.metrics_core.GaugeMetricFamily)
-    return kind("persipubsub_" + metric.name, metric.help, labels=labels)
+    return kind(f"persipubsub_{metric.name}", metric.help, labels=labels)
 
 
 def _queue_families(
@@ -263,7 +265,7 @@ def _subscriber_families(
 
 @contextlib.contextmanager
 def serve(config_pth: Union[str, "os.PathLike[str]"],
-          queue_key: Optional[str] = None,
+          queue_key: str | None = None,
           port: int = 9464) -> Iterator[str]:
     """
     Serve the metrics over HTTP, on the loopback address only, while the block runs.
@@ -277,7 +279,7 @@ def serve(config_pth: Union[str, "os.PathLike[str]"],
     registry.register(Collector(config_pth, queue_key))
     server, thread = prometheus_client.start_http_server(port, addr="127.0.0.1", registry=registry)
     try:
-        yield "http://127.0.0.1:{}/metrics".format(server.server_port)
+        yield f"http://127.0.0.1:{server.server_port}/metrics"
     finally:
         server.shutdown()
         server.server_close()

@@ -1,7 +1,8 @@
 """Publish messages to a queue."""
 
 import os
-from typing import Iterable, List, Optional, Sequence, Tuple, Union
+from collections.abc import Iterable, Sequence
+from typing import Optional, Union
 
 import persipubsub.config
 import persipubsub.errors
@@ -15,7 +16,7 @@ MessageId = Union[str, bytes]
 
 #: Queue, ids of the subscribers that get what is sent (None: all of them), and whether each message
 #: of several has a commit of its own.
-Opened = Tuple[_engines.Queue, Optional[Tuple[str, ...]], bool]
+Opened = tuple[_engines.Queue, Optional[tuple[str, ...]], bool]
 
 
 class Pub:
@@ -49,7 +50,7 @@ class Pub:
 
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
-        self._slot = _slot.Slot()  # type: _slot.Slot[Opened]
+        self._slot: _slot.Slot[Opened] = _slot.Slot()
 
     def init(self,
              pub_id: str,
@@ -101,8 +102,8 @@ class Pub:
 
     def send(self,
              msg: BytesLike,
-             timeout: Optional[float] = None,
-             msg_id: Optional[MessageId] = None) -> None:
+             timeout: float | None = None,
+             msg_id: MessageId | None = None) -> None:
         """
         Send a message to all subscribers of the publisher.
 
@@ -144,8 +145,8 @@ class Pub:
 
     def send_many(self,
                   msgs: Sequence[BytesLike],
-                  timeout: Optional[float] = None,
-                  msg_ids: Optional[Sequence[Optional[MessageId]]] = None) -> None:
+                  timeout: float | None = None,
+                  msg_ids: Sequence[MessageId | None] | None = None) -> None:
         """
         Send messages in one commit: all of them or none.
 
@@ -207,11 +208,11 @@ def _to_bytes(msg: object) -> bytes:
         return bytes(msg)
     if isinstance(msg, (bytearray, memoryview)):
         return bytes(msg)
-    raise TypeError("Expected a message of type bytes, bytearray or memoryview, but got: {}".format(
-        type(msg).__name__))
+    raise TypeError(
+        f"Expected a message of type bytes, bytearray or memoryview, but got: {type(msg).__name__}")
 
 
-def _all_to_bytes(msgs: Iterable[object]) -> List[bytes]:
+def _all_to_bytes(msgs: Iterable[object]) -> list[bytes]:
     """
     Copy messages, so that they can not change while they are sent.
 
@@ -220,7 +221,7 @@ def _all_to_bytes(msgs: Iterable[object]) -> List[bytes]:
     :raise TypeError: if it is no list, or one of them is not bytes-like
     """
     if isinstance(msgs, (bytes, bytearray, memoryview, str)):
-        raise TypeError("Expected a list of messages, but got: {}".format(type(msgs).__name__))
+        raise TypeError(f"Expected a list of messages, but got: {type(msgs).__name__}")
     messages = list(msgs)
     # One by one would take a fifth of the time of the whole call.
     if set(map(type, messages)) == {bytes}:
@@ -228,7 +229,7 @@ def _all_to_bytes(msgs: Iterable[object]) -> List[bytes]:
     return [_to_bytes(msg) for msg in messages]
 
 
-def _to_ids(msg_ids: Sequence[Optional[MessageId]], count: int) -> Optional[List[Optional[bytes]]]:
+def _to_ids(msg_ids: Sequence[MessageId | None], count: int) -> list[bytes | None] | None:
     """
     Encode the ids of messages.
 
@@ -239,11 +240,11 @@ def _to_ids(msg_ids: Sequence[Optional[MessageId]], count: int) -> Optional[List
     :raise ValueError: if one of them has another length, or there is another number of them
     """
     if isinstance(msg_ids, (bytes, str)):
-        raise TypeError("Expected a list of ids of messages, but got: {!r}".format(msg_ids))
+        raise TypeError(f"Expected a list of ids of messages, but got: {msg_ids!r}")
     ids = [None if msg_id is None else _to_id(msg_id) for msg_id in msg_ids]
     if len(ids) != count:
-        raise ValueError("Expected an id, or None, for each of {} messages, but got: {}".format(
-            count, len(ids)))
+        raise ValueError(
+            f"Expected an id, or None, for each of {count} messages, but got: {len(ids)}")
     return None if ids.count(None) == count else ids
 
 
@@ -257,12 +258,13 @@ def _to_id(msg_id: object) -> bytes:
     :raise ValueError: if it has another length
     """
     if not isinstance(msg_id, (str, bytes)):
-        raise TypeError("Expected an id of a message of type str or bytes, but got: {}".format(
-            type(msg_id).__name__))
+        raise TypeError(
+            f"Expected an id of a message of type str or bytes, but got: {type(msg_id).__name__}")
     encoded = bytes(msg_id) if isinstance(msg_id, bytes) else msg_id.encode("utf-8")
     if not 0 < len(encoded) <= _engines.MAX_ID_BYTES:
-        raise ValueError("Expected an id of a message of 1 to {} bytes, but got: {} bytes".format(
-            _engines.MAX_ID_BYTES, len(encoded)))
+        raise ValueError(
+            f"Expected an id of a message of 1 to {_engines.MAX_ID_BYTES} bytes, but got: "
+            f"{len(encoded)} bytes")
     return encoded
 
 

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import functools
 import os
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
 
 import lmdb
 
@@ -47,7 +47,7 @@ class Queue:
     >>> directory.cleanup()
     """
 
-    def __init__(self, settings: Settings, clock: Optional[Callable[[], int]] = None) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], int] | None = None) -> None:
         """
         Open a queue that was initialized.
 
@@ -65,7 +65,7 @@ class Queue:
             self._bell = _wakeup.Bell(os.path.join(settings.path, _files.BELL))
             self._claims = _claims.Claims(os.path.join(settings.path, _files.CLAIMS))
             self._board = _in_flight.Board(os.path.join(settings.path, _files.BOARD))
-            self._movers = {}  # type: Dict[str, _moving.Mover]
+            self._movers: dict[str, _moving.Mover] = {}
             self._losses = _losses.LossLog(settings.path)
             self._tidier = _tidying.Tidier(settings, self._environment, self._losses, self._now_ns)
             self._putter = _putting_together.GroupPutter(settings, self._environment, self._bell,
@@ -141,16 +141,15 @@ class Queue:
         """
         if self._is_closed:
             raise persipubsub.errors.ClosedError(
-                "Expected the queue {} to be open, but got: it was closed".format(
-                    self.settings.path))
+                f"Expected the queue {self.settings.path} to be open, but got: it was closed")
 
     # Putting
 
     def put(self,
             messages: Sequence[bytes],
-            audience: Optional[Tuple[str, ...]] = None,
-            timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
+            audience: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
         Add messages at the end of the queue, all of them or none.
 
@@ -179,8 +178,7 @@ class Queue:
         """Tell whether publishers wait for room in a full queue."""
         return self.settings.strategy is persipubsub.config.Strategy.BLOCK
 
-    def put_each(self,
-                 sendings: Sequence[_putting_together.Sending]) -> List[Optional[BaseException]]:
+    def put_each(self, sendings: Sequence[_putting_together.Sending]) -> list[BaseException | None]:
         """
         Do what a :py:meth:`put` of each would do, one after the other, in as few commits as can be.
 
@@ -246,7 +244,7 @@ class Queue:
             consumer.counts = False
         return consumer
 
-    def _mover(self, subscriber: str, retries: Optional[Retries]) -> _moving.Mover:
+    def _mover(self, subscriber: str, retries: Retries | None) -> _moving.Mover:
         """
         Choose what moves the messages of a subscriber that are not delivered any more.
 
@@ -264,7 +262,7 @@ class Queue:
                                path=self.settings.path),
                 open_target=None if letters is None else functools.partial(Queue, letters)))
 
-    def front(self, subscriber: str) -> Optional[bytes]:
+    def front(self, subscriber: str) -> bytes | None:
         """
         Look at the next message of a subscriber without taking it.
 
@@ -292,7 +290,7 @@ class Queue:
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             self._bell.ring()  # those who are not woken look once a second
 
-    def seek(self, subscriber: str, to: Union[str, int, float, datetime.datetime]) -> int:
+    def seek(self, subscriber: str, to: str | int | float | datetime.datetime) -> int:
         """
         Let a subscriber go on from another place, in one transaction and durably.
 
@@ -384,7 +382,7 @@ class Queue:
         self._check_open()
         return persipubsub.statistics.collect(self._environment, self.settings, self._now_ns())
 
-    def check(self) -> List[str]:
+    def check(self) -> list[str]:
         """
         Check all invariants of the store: a walk through all messages, in one snapshot.
 
@@ -430,7 +428,7 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     return Queue(Settings.of(config, queue_key))
 
 
-def check_durability(config: persipubsub.config.Config, queue_key: str) -> Tuple[str, ...]:
+def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple[str, ...]:
     """
     Look whether a queue is less durable than its configuration says: it never is.
 

@@ -6,7 +6,7 @@ changed, and ``msgspec.to_builtins`` makes dictionaries of them.
 """
 
 import os
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import lmdb
 import msgspec
@@ -32,8 +32,8 @@ class InFlight(msgspec.Struct, frozen=True):
     subscriber: str  #: its id
     number: int  #: of the first message
     count: int  #: numbers that are claimed, from the first one on
-    process_id: Optional[int]  #: of the consumer; None if it is not known
-    seconds: Optional[float]  #: since they were claimed; None if it is not known
+    process_id: int | None  #: of the consumer; None if it is not known
+    seconds: float | None  #: since they were claimed; None if it is not known
 
 
 class SubscriberStatistics(msgspec.Struct, frozen=True):
@@ -43,7 +43,7 @@ class SubscriberStatistics(msgspec.Struct, frozen=True):
     lag: int  #: messages that it still has to acknowledge
     #: of these, how many its consumers are working on right now, at most: they claimed them, and
     #: did not acknowledge them yet; None if the system does not tell
-    in_flight: Optional[int]
+    in_flight: int | None
     position: int  #: number of the first message that it still has to acknowledge
     acknowledged: int  #: messages that were received and acknowledged
     #: deliveries that ended with an exception, and so were or will be made again; those whose
@@ -56,9 +56,9 @@ class SubscriberStatistics(msgspec.Struct, frozen=True):
     skipped: int
     corrupt: int  #: damaged messages that were set aside
     dead_lettered: int  #: messages that were given up after ``max_deliveries``
-    seconds_since_acknowledged: Optional[float]  #: None: it never acknowledged
+    seconds_since_acknowledged: float | None  #: None: it never acknowledged
     #: what is in flight, where and since when; ordered by number
-    claims: Tuple[InFlight, ...] = ()
+    claims: tuple[InFlight, ...] = ()
 
 
 class QueueStatistics(msgspec.Struct, frozen=True):
@@ -71,13 +71,13 @@ class QueueStatistics(msgspec.Struct, frozen=True):
     byte_share: float  #: of ``HWM_LMDB_SIZE_BYTES``; 1.0 is the mark
     file_bytes: int  #: size of the data file
     file_share: float  #: of ``max_db_size_bytes``
-    oldest_age_seconds: Optional[float]  #: age of the oldest waiting message; None if none waits
+    oldest_age_seconds: float | None  #: age of the oldest waiting message; None if none waits
     age_share: float  #: of ``MSG_TIMEOUT_SECS``; 0.0 if none waits
     next_number: int  #: of the next message; one less were sent, but for gaps
     #: write transactions: sends, acknowledgements and the rest, since the store was created,
     #: compacted or restored
     commits: int
-    subscribers: Tuple[SubscriberStatistics, ...]  #: ordered by id
+    subscribers: tuple[SubscriberStatistics, ...]  #: ordered by id
 
 
 def collect(environment: _environment.Environment, settings: _settings.Settings,
@@ -161,7 +161,7 @@ class _Collector:
         self._settings = settings
         self._file_bytes = file_bytes
         self._now_ns = now_ns
-        self.ordinals = []  # type: List[int]
+        self.ordinals: list[int] = []
 
     def collect(self, txn: "lmdb.Transaction[memoryview]", databases: Databases) -> QueueStatistics:
         """

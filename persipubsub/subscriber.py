@@ -2,7 +2,8 @@
 
 import functools
 import os
-from typing import Any, Callable, Literal, Optional, Tuple, Union, overload
+from collections.abc import Callable
+from typing import Any, Literal, Optional, Union, overload
 
 import persipubsub.config
 import persipubsub.errors
@@ -51,7 +52,7 @@ class Sub:
     def __init__(self) -> None:
         """Initialize without a queue; call :py:meth:`init` before anything else."""
         # Queue, consumer, and id of the subscriber.
-        self._slot = _slot.Slot()  # type: _slot.Slot[Tuple[_engines.Queue, _engines.Consumer, str]]
+        self._slot: _slot.Slot[tuple[_engines.Queue, _engines.Consumer, str]] = _slot.Slot()
 
     def init(self, sub_id: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
         """
@@ -99,7 +100,7 @@ class Sub:
             opened[0].close()
 
     @property
-    def _consumer(self) -> Optional[_engines.Consumer]:
+    def _consumer(self) -> _engines.Consumer | None:
         """
         Look up what takes messages.
 
@@ -110,14 +111,14 @@ class Sub:
 
     @overload
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 details: Literal[False] = False) -> "Receipt[bytes]":
         ...
 
     @overload
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 *,
                 details: Literal[True]) -> "Receipt[Message]":
@@ -125,13 +126,13 @@ class Sub:
 
     @overload
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
         ...
 
     def receive(self,
-                timeout: Optional[float] = 60,
+                timeout: float | None = 60,
                 retries: int = 10,
                 details: bool = False) -> "Receipt[Any]":
         """
@@ -153,14 +154,14 @@ class Sub:
 
     @overload
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        details: Literal[False] = False) -> "Receipt[bytes]":
         ...
 
     @overload
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        *,
                        details: Literal[True]) -> "Receipt[Message]":
@@ -168,13 +169,13 @@ class Sub:
 
     @overload
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
         ...
 
     def receive_to_top(self,
-                       timeout: Optional[float] = 60,
+                       timeout: float | None = 60,
                        retries: int = 10,
                        details: bool = False) -> "Receipt[Any]":
         """
@@ -197,7 +198,7 @@ class Sub:
     @overload
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      details: Literal[False] = False) -> "BatchReceipt[bytes]":
         ...
@@ -205,7 +206,7 @@ class Sub:
     @overload
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      *,
                      details: Literal[True]) -> "BatchReceipt[Message]":
@@ -214,14 +215,14 @@ class Sub:
     @overload
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      details: bool = False) -> "Union[BatchReceipt[bytes], BatchReceipt[Message]]":
         ...
 
     def receive_many(self,
                      max_msgs: int,
-                     timeout: Optional[float] = 60,
+                     timeout: float | None = 60,
                      retries: int = 10,
                      details: bool = False) -> "BatchReceipt[Any]":
         """
@@ -247,24 +248,24 @@ class Sub:
 
     @overload
     def messages(self,
-                 timeout: Optional[float] = None,
+                 timeout: float | None = None,
                  details: Literal[False] = False) -> "Messages[bytes]":
         ...
 
     @overload
     def messages(self,
-                 timeout: Optional[float] = None,
+                 timeout: float | None = None,
                  *,
                  details: Literal[True]) -> "Messages[Message]":
         ...
 
     @overload
     def messages(self,
-                 timeout: Optional[float] = None,
+                 timeout: float | None = None,
                  details: bool = False) -> "Union[Messages[bytes], Messages[Message]]":
         ...
 
-    def messages(self, timeout: Optional[float] = None, details: bool = False) -> "Messages[Any]":
+    def messages(self, timeout: float | None = None, details: bool = False) -> "Messages[Any]":
         """
         Iterate over the messages as they come.
 
@@ -281,7 +282,7 @@ class Sub:
         return Messages(self._prepare(timeout, retries=1), describe if details else unwrap)
 
     def _prepare(self,
-                 timeout: Optional[float],
+                 timeout: float | None,
                  retries: int,
                  is_newest: bool = False) -> "Callable[..., Optional[_engines.Lease]]":
         """
@@ -299,7 +300,7 @@ class Sub:
         return functools.partial(consumer.take_newest if is_newest else consumer.take, timeout,
                                  pause)
 
-    def front(self) -> Optional[bytes]:
+    def front(self) -> bytes | None:
         """
         Look at the next message without taking it.
 
@@ -319,7 +320,7 @@ class Sub:
         queue.skip_to_newest(sub_id)
 
 
-def _to_waiting(timeout: Optional[float], retries: int) -> Tuple[Optional[float], float]:
+def _to_waiting(timeout: float | None, retries: int) -> tuple[float | None, float]:
     """
     Check how long somebody wants to wait.
 
@@ -331,8 +332,7 @@ def _to_waiting(timeout: Optional[float], retries: int) -> Tuple[Optional[float]
     if timeout is not None:
         timeout = _engines.seconds_of(timeout)
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
-        raise ValueError(
-            "Expected retries to be an integer from 1 on, but got: {!r}".format(retries))
+        raise ValueError(f"Expected retries to be an integer from 1 on, but got: {retries!r}")
     if timeout is None:
         return None, 1.0
     return timeout, timeout / retries
@@ -346,8 +346,7 @@ def _check_max_msgs(max_msgs: object) -> None:
     :raise ValueError: if it is not a number of messages
     """
     if isinstance(max_msgs, bool) or not isinstance(max_msgs, int) or max_msgs < 1:
-        raise ValueError(
-            "Expected max_msgs to be an integer from 1 on, but got: {!r}".format(max_msgs))
+        raise ValueError(f"Expected max_msgs to be an integer from 1 on, but got: {max_msgs!r}")
 
 
 def _not_open() -> persipubsub.errors.ClosedError:

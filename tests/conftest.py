@@ -1,7 +1,7 @@
 """Make the tests independent of how they were started; start servers for those that need them."""
 
 import signal
-from typing import Iterator
+from collections.abc import Iterator
 
 import hypothesis
 import pytest

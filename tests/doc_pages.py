@@ -27,7 +27,8 @@ import sys
 import tempfile
 import textwrap
 import threading
-from typing import Dict, Final, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
 
 import persipubsub.config
 import persipubsub.errors
@@ -58,7 +59,7 @@ class Block(NamedTuple):
     @property
     def place(self) -> str:
         """Return where it is."""
-        return "{}:{}".format(self.page, self.line)
+        return f"{self.page}:{self.line}"
 
     @property
     def is_typed(self) -> bool:
@@ -66,7 +67,7 @@ class Block(NamedTuple):
         return self.code.startswith("$ ") and not self.caption
 
 
-def blocks_of(page: pathlib.Path) -> List[Block]:
+def blocks_of(page: pathlib.Path) -> list[Block]:
     """
     Read the blocks of a page.
 
@@ -74,7 +75,7 @@ def blocks_of(page: pathlib.Path) -> List[Block]:
     :return: blocks from top to bottom
     """
     lines = page.read_text(encoding="utf-8").splitlines()
-    found = []  # type: List[Block]
+    found: list[Block] = []
     index = 0
     while index < len(lines):
         directive = _DIRECTIVE.match(lines[index])
@@ -85,7 +86,7 @@ def blocks_of(page: pathlib.Path) -> List[Block]:
 
         begin = index
         indent = len(lines[index]) - len(lines[index].lstrip())
-        options = {}  # type: Dict[str, str]
+        options: dict[str, str] = {}
         index += 1
         while directive is not None and index < len(lines):
             option = _OPTION.match(lines[index])
@@ -104,9 +105,9 @@ def blocks_of(page: pathlib.Path) -> List[Block]:
     return found
 
 
-def _indented(lines: Sequence[str], index: int, indent: int) -> Tuple[str, int]:
+def _indented(lines: Sequence[str], index: int, indent: int) -> tuple[str, int]:
     """Return what is indented by more from a line on, without its indentation, and what follows."""
-    body = []  # type: List[str]
+    body: list[str] = []
     while index < len(lines) and (not lines[index].strip()
                                   or lines[index].startswith(" " * (indent + 1))):
         body.append(lines[index])
@@ -142,7 +143,7 @@ def _check_config(block: Block) -> None:
     try:
         persipubsub.config.parse(block.code.encode("utf-8"), config_pth=_file_name(block))
     except persipubsub.errors.ConfigError as error:
-        raise AssertionError("{}: {}".format(block.place, error)) from error
+        raise AssertionError(f"{block.place}: {error}") from error
 
 
 def _check_json(block: Block) -> None:
@@ -151,7 +152,7 @@ def _check_json(block: Block) -> None:
     try:
         json.loads(text if text.startswith(("{", "[")) else "{" + text + "}")
     except ValueError as error:
-        raise AssertionError("{}: Expected JSON, but got: {}".format(block.place, error)) from error
+        raise AssertionError(f"{block.place}: Expected JSON, but got: {error}") from error
 
 
 def matches(expected: str, found: str) -> bool:
@@ -175,7 +176,7 @@ def matches(expected: str, found: str) -> bool:
     return re.fullmatch(pattern, tidy(found), re.DOTALL) is not None
 
 
-def _environment() -> Dict[str, str]:
+def _environment() -> dict[str, str]:
     """Return the environment in which the reader has installed the library."""
     environment = dict(os.environ, LC_ALL="C.UTF-8", COLUMNS="120", TERM="dumb")
     # Of two programs that print a line at the same time, one line each would not be certain.
@@ -240,7 +241,7 @@ class Interpreter:
         self._answers.close()
         self._printed.close()
 
-    def run(self, directory: pathlib.Path, code: str) -> Tuple[str, bool]:
+    def run(self, directory: pathlib.Path, code: str) -> tuple[str, bool]:
         """
         Run code.
 
@@ -289,7 +290,7 @@ class Shell:
             pass
         self._process.communicate()
 
-    def type(self, command: str) -> Tuple[str, int]:
+    def type(self, command: str) -> tuple[str, int]:
         """
         Type a command and wait for its end.
 
@@ -301,10 +302,9 @@ class Shell:
         alarm.start()
         try:
             # Without input: a command that reads it would take what is typed next.
-            self._process.stdin.write("{{ {}\n}} </dev/null; echo {} $?\n".format(
-                command, _END_OF_COMMAND))
+            self._process.stdin.write(f"{{ {command}\n}} </dev/null; echo {_END_OF_COMMAND} $?\n")
             self._process.stdin.flush()
-            printed = []  # type: List[str]
+            printed: list[str] = []
             for line in self._process.stdout:
                 text, end, code = line.partition(_END_OF_COMMAND)
                 # What a shell says when a job was killed differs between shells and terminals.
@@ -313,11 +313,10 @@ class Shell:
                     return "".join(printed), int(code)
         finally:
             alarm.cancel()
-        raise AssertionError("Expected an end of {!r}, but got: {!r}".format(
-            command, "".join(printed)))
+        raise AssertionError(f"Expected an end of {command!r}, but got: {''.join(printed)!r}")
 
 
-def commands_of(block: Block) -> Iterator[Tuple[str, Optional[str]]]:
+def commands_of(block: Block) -> Iterator[tuple[str, str | None]]:
     """
     Split a block that is typed into a shell; lines that begin with ``>`` go on with a command.
 
@@ -419,12 +418,12 @@ class Reader:
         assert exit_code == 0, printed
         self._shell.type("python .publisher.py &")
 
-    def _run(self, interpreter: Interpreter, block: Block, shown: Optional[str]) -> None:
+    def _run(self, interpreter: Interpreter, block: Block, shown: str | None) -> None:
         """Run a block in Python, and compare what it prints."""
         printed, is_done = interpreter.run(self._directory(), block.code)
-        assert is_done, "{}: {}".format(block.place, printed)
+        assert is_done, f"{block.place}: {printed}"
         if shown is not None:
-            assert matches(shown, printed), "{}: {}".format(block.place, printed)
+            assert matches(shown, printed), f"{block.place}: {printed}"
 
     def _type(self, block: Block, skipped: Sequence[str]) -> int:
         """Type the commands of a block, and compare what they print."""
@@ -433,7 +432,7 @@ class Reader:
             if any(("$ " + command).startswith(text) for text in skipped):
                 continue
             printed, exit_code = self._shell.type(command)
-            where = "{}: $ {}\n{}".format(block.place, command, printed)
+            where = f"{block.place}: $ {command}\n{printed}"
             if shown is None:
                 assert exit_code == 0, where
             else:

@@ -5,8 +5,8 @@ import concurrent.futures
 import contextlib
 import functools
 import types
-from typing import (Any, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, NamedTuple,
-                    Optional, Type, TypeVar)
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import uvloop
 
@@ -36,8 +36,8 @@ class _BlockingReceipt:
     async def __aenter__(self) -> Any:
         return await asyncio.to_thread(self._receipt.__enter__)
 
-    async def __aexit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                        traceback: Optional[types.TracebackType]) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: types.TracebackType | None) -> None:
         await asyncio.to_thread(self._receipt.__exit__, kind, error, traceback)
 
 

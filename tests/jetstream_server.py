@@ -12,7 +12,8 @@ import socket
 import subprocess
 import time
 import urllib.request
-from typing import Any, Dict, Final, Iterator, List, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import pytest
 
@@ -34,14 +35,14 @@ needs_server = pytest.mark.skipif(_PROGRAM is None,
                                   reason="nats-server is missing: apt install nats-server")
 
 
-def free_ports(count: int) -> List[int]:
+def free_ports(count: int) -> list[int]:
     """
     Find ports that nobody listens on.
 
     :param count: how many
     :return: ports, each once
     """
-    ports = []  # type: List[int]
+    ports: list[int] = []
     # Below those that the system gives to connections, which could take one before it is used.
     for port in random.SystemRandom().sample(range(10000, 32768), 1000):
         with socket.socket() as one, contextlib.suppress(OSError):
@@ -49,7 +50,7 @@ def free_ports(count: int) -> List[int]:
             ports.append(port)
         if len(ports) == count:
             return ports
-    raise AssertionError("Expected {} free ports, but got: {}".format(count, len(ports)))
+    raise AssertionError(f"Expected {count} free ports, but got: {len(ports)}")
 
 
 class Server:
@@ -67,13 +68,13 @@ class Server:
         """
         self.name = name
         self.port, self.monitor_port = ports
-        self._log = directory / "{}.log".format(name)
-        self._config = directory / "{}.conf".format(name)
+        self._log = directory / f"{name}.log"
+        self._config = directory / f"{name}.conf"
         self._config.write_text("\n".join([
-            'server_name: "{}"'.format(name), 'host: "127.0.0.1"', "port: {}".format(self.port),
-            'http: "127.0.0.1:{}"'.format(self.monitor_port), *lines
+            f'server_name: "{name}"', 'host: "127.0.0.1"', f"port: {self.port}",
+            f'http: "127.0.0.1:{self.monitor_port}"', *lines
         ]))
-        self.process = None  # type: Optional[subprocess.Popen[bytes]]
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Server":
         """
@@ -100,7 +101,7 @@ class Server:
             process.send_signal(number)
             process.wait(timeout=30)
 
-    def look(self, page: str) -> Dict[str, Any]:
+    def look(self, page: str) -> dict[str, Any]:
         """
         Read a page of its monitoring port.
 
@@ -108,10 +109,10 @@ class Server:
         :return: what is on it; nothing if it does not answer
         """
         try:
-            url = "http://127.0.0.1:{}/{}".format(self.monitor_port, page)
+            url = f"http://127.0.0.1:{self.monitor_port}/{page}"
             # One that is not there refuses at once, and one that is busy takes its time.
             with urllib.request.urlopen(url, timeout=10) as answer:
-                found = json.load(answer)  # type: Dict[str, Any]
+                found: dict[str, Any] = json.load(answer)
                 return found
         except (OSError, ValueError):
             return {}
@@ -125,7 +126,7 @@ class Server:
         assert self.process is not None and self.process.poll() is None, self._log.read_text()
         return bool(self.look("healthz").get("status") == "ok")
 
-    def peers(self) -> List[Dict[str, Any]]:
+    def peers(self) -> list[dict[str, Any]]:
         """
         List the other servers of its cluster.
 
@@ -137,7 +138,7 @@ class Server:
 class Servers:
     """Be one server, or a cluster."""
 
-    def __init__(self, servers: List[Server]) -> None:
+    def __init__(self, servers: list[Server]) -> None:
         """
         Initialize with servers that were started.
 
@@ -153,16 +154,15 @@ class Servers:
         :param options: of the path
         :return: path
         """
-        query = "&".join("{}={}".format(name, value) for name, value in options.items())
-        return "nats://{}/{}{}".format(
-            ",".join("127.0.0.1:{}".format(server.port) for server in self.servers), stream,
-            "?" + query if query else "")
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
+        return f"nats://{hosts}/{stream}" + (f"?{query}" if query else "")
 
     def wait(self) -> None:
         """Wait until all of them are ready."""
         until(lambda: all(server.is_ready() for server in self.servers), "the servers")
 
-    def leader(self, stream: str) -> Optional[Server]:
+    def leader(self, stream: str) -> Server | None:
         """
         Find the server that leads a stream.
 
@@ -196,12 +196,12 @@ def running(
     ports = free_ports(3 * nodes)
     servers = []
     for index in range(nodes):
-        name = "node{}".format(index)
+        name = f"node{index}"
         own = list(lines)
         if list(jetstream) != ["off"]:
             own += [
-                "jetstream {", '  store_dir: "{}"'.format(directory / name),
-                *("  " + line for line in jetstream), "}"
+                "jetstream {", f'  store_dir: "{directory / name}"',
+                *(f"  {line}" for line in jetstream), "}"
             ]
         if nodes > 1:
             # With a route to itself: by the number of routes, a server knows how many there are to
@@ -209,7 +209,7 @@ def running(
             own.append(
                 "cluster {{ name: tests, listen: 127.0.0.1:{}, pool_size: -1, routes: [{}] }}".
                 format(ports[2 * nodes + index],
-                       ", ".join("nats://127.0.0.1:{}".format(port) for port in ports[2 * nodes:])))
+                       ", ".join(f"nats://127.0.0.1:{port}" for port in ports[2 * nodes:])))
         servers.append(Server(directory, name, ports[2 * index:2 * index + 2], own))
     cluster = Servers(servers)
     try:
@@ -220,7 +220,7 @@ def running(
             server.kill()
 
 
-def _start_together(directory: pathlib.Path, servers: List[Server]) -> bool:
+def _start_together(directory: pathlib.Path, servers: list[Server]) -> bool:
     """
     Start servers, and wait until they are ready.
 
@@ -260,7 +260,7 @@ def deploy(directory: pathlib.Path,
     :param changes: of the configuration
     :return: path of the configuration
     """
-    path = servers.path("queue{}".format(next(_COUNTER)), ack_wait=ack_wait)
+    path = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
     return create(directory, path=path, **{"busy_timeout_secs": 10, **changes})
 
 
@@ -288,4 +288,4 @@ def wait_for_port(server: Server) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port), 1):
             return
         time.sleep(0.01)
-    raise AssertionError("Expected a server at port {}".format(server.port))
+    raise AssertionError(f"Expected a server at port {server.port}")

@@ -1,7 +1,5 @@
 """Be an engine that offers what every engine has to, and nothing else: LMDB in a veil."""
 
-from typing import Optional
-
 import persipubsub.config
 import persipubsub.queue
 from persipubsub import _engines
@@ -15,19 +13,19 @@ class Consumer:
         self._consumer = consumer
 
     def take(self,
-             timeout: Optional[float],
+             timeout: float | None,
              longest_pause: float = 1.0,
-             max_messages: int = 1) -> Optional[_engines.Lease]:
+             max_messages: int = 1) -> _engines.Lease | None:
         """Take messages."""
         return self._consumer.take(timeout, longest_pause, max_messages)
 
     def take_newest(self,
-                    timeout: Optional[float],
-                    longest_pause: float = 1.0) -> Optional[_engines.Lease]:
+                    timeout: float | None,
+                    longest_pause: float = 1.0) -> _engines.Lease | None:
         """Take the newest message."""
         return self._consumer.take_newest(timeout, longest_pause)
 
-    def front(self) -> Optional[bytes]:
+    def front(self) -> bytes | None:
         """Look at the next message."""
         return self._consumer.front()
 

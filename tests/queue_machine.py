@@ -8,14 +8,13 @@ remember different things of what the other did.
 # pylint: disable=missing-function-docstring
 # pylint: disable=attribute-defined-outside-init
 # pylint: disable=too-many-public-methods
-
 import contextlib
 import os
 import pathlib
 import shutil
 import tempfile
 import time
-from typing import Dict, List, Optional, Set, Tuple, Union
+from typing import Union
 
 import hypothesis.strategies as st
 import pytest
@@ -57,10 +56,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.directory = tempfile.mkdtemp(prefix="persipubsub-machine-")
         self.patch = pytest.MonkeyPatch()
         self.clock = stores.Clock()
-        self.queues: List[persipubsub.queue.Queue] = []
-        self.consumers: Dict[Tuple[int, str], _waking.Consumer] = {}
+        self.queues: list[persipubsub.queue.Queue] = []
+        self.consumers: dict[tuple[int, str], _waking.Consumer] = {}
         # Side of the consumer, its subscriber, what it took
-        self.leases: List[Tuple[int, str, _delivery.Lease]] = []
+        self.leases: list[tuple[int, str, _delivery.Lease]] = []
 
     @initialize(subscribers=st.integers(min_value=1, max_value=3),
                 max_messages=st.sampled_from([1, 4, 5, 8, 9, 20]),
@@ -72,7 +71,7 @@ class QueueMachine(RuleBasedStateMachine):
                 policies=st.tuples(*[st.sampled_from(POLICIES)] * len(NAMES)))
     def create(self, subscribers: int, max_messages: int, max_message_bytes: int,
                strategy: persipubsub.config.Strategy, retain_ns: int, keeps_os: bool,
-               block_bytes: int, policies: Tuple[_attempts.Policy, ...]) -> None:
+               block_bytes: int, policies: tuple[_attempts.Policy, ...]) -> None:
         self.patch.setattr(_blocks, "BLOCK_BYTES", block_bytes)
         self.policies = dict(zip(NAMES, policies))
         letters = stores.settings(pathlib.Path(self.directory),
@@ -150,7 +149,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(stores.blocks(self.queues[0])) <= 1
         assert self.queues[0].put([b"last"]) == self.twin.next_number
 
-    def claimed(self, name: str) -> Set[int]:
+    def claimed(self, name: str) -> set[int]:
         return {
             number
             for _, owner, lease in self.leases if owner == name for number in lease.numbers
@@ -174,27 +173,27 @@ class QueueMachine(RuleBasedStateMachine):
             self.put(side=side, messages=[message + bytes((index, ))], audience=None)
 
     @rule(side=SIDES, messages=MESSAGES, chosen=st.sampled_from([0, 0, 0, 1, 2, 3, 4, 6]))
-    def send_many(self, side: int, messages: List[bytes], chosen: int) -> None:
+    def send_many(self, side: int, messages: list[bytes], chosen: int) -> None:
         names = [name for index, name in enumerate(self.twin.subscribers) if chosen & 1 << index]
         self.put(side=side, messages=messages, audience=tuple(sorted(names)) or None)
 
     @rule(side=SIDES,
           messages=MESSAGES,
           ids=st.lists(st.sampled_from([None, b"a", b"b", b"c", b"d"]), min_size=7, max_size=7))
-    def send_once(self, side: int, messages: List[bytes], ids: List[Optional[bytes]]) -> None:
+    def send_once(self, side: int, messages: list[bytes], ids: list[bytes | None]) -> None:
         self.put(side=side, messages=messages, audience=None, ids=ids[:len(messages)])
 
     def put(self,
             side: int,
-            messages: List[bytes],
-            audience: Optional[Tuple[str, ...]],
-            ids: Optional[List[Optional[bytes]]] = None) -> None:
+            messages: list[bytes],
+            audience: tuple[str, ...] | None,
+            ids: list[bytes | None] | None = None) -> None:
         queue = self.queues[side]
         if self.twin.is_too_large(messages):
             with pytest.raises(persipubsub.errors.MessageTooLargeError):
                 queue.put(messages, audience, timeout=0, msg_ids=ids)
             return
-        number = None  # type: Optional[int]
+        number: int | None = None
         with contextlib.suppress(persipubsub.errors.QueueFullError):
             number = queue.put(messages, audience, timeout=0, msg_ids=ids)
         # A queue looks for what is too old at every few sends; the twin does when it does.
@@ -273,7 +272,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.acknowledge(index=before)
 
     @rule(side=SIDES, most=BATCHES, messages=MESSAGES)
-    def receive_while_others_send(self, side: int, most: int, messages: List[bytes]) -> None:
+    def receive_while_others_send(self, side: int, most: int, messages: list[bytes]) -> None:
         """Much may happen to a message while it is being worked on."""
         before = len(self.leases)
         self.take(side=side, index=0, most=most)
@@ -366,7 +365,7 @@ class QueueMachine(RuleBasedStateMachine):
     def seek(self, side: int, index: int, place: str, back: int) -> None:
         name = self.name(index)
         queue = self.queues[side]
-        to = place  # type: Union[str, int, float]
+        to: Union[str, int, float] = place
         head, end = self.stored()
         expected = {"beginning": 0, "end": end, "number": self.twin.next_number - back}.get(place)
         oldest_ns = self.clock.now_ns - TIMEOUT_NS
@@ -391,7 +390,7 @@ class QueueMachine(RuleBasedStateMachine):
         # What fails again is another letter, known by the time of its first delivery.
         self.clock.now_ns += 1
 
-    def stored(self) -> Tuple[int, int]:
+    def stored(self) -> tuple[int, int]:
         """Return the first number that is stored, and the next one."""
         blocks = stores.blocks(self.queues[0])
         return blocks[0].start if blocks else self.twin.next_number, self.twin.next_number
@@ -435,7 +434,7 @@ class QueueMachine(RuleBasedStateMachine):
         # The first subscribers of a new queue may cost a number.
         assert self.queues[0].statistics().next_number == self.twin.next_number
 
-    def reopen(self, sides: Tuple[int, ...]) -> None:
+    def reopen(self, sides: tuple[int, ...]) -> None:
         """Close queues, perhaps with them the store; what their consumers had is given back."""
         for side in sides:
             self.queues[side].close()

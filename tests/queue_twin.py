@@ -6,7 +6,7 @@ before it is a set of numbers.
 """
 
 import dataclasses
-from typing import Dict, FrozenSet, List, Optional, Sequence, Set, Tuple
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass
@@ -15,7 +15,7 @@ class Message:
 
     number: int
     data: bytes
-    audience: Optional[FrozenSet[str]]  #: None: every subscriber there was at that time
+    audience: frozenset[str] | None  #: None: every subscriber there was at that time
     time_ns: int
 
 
@@ -24,7 +24,7 @@ class Subscriber:
     """Hold what is before a subscriber, and what became of all the rest."""
 
     addressed: int = 0
-    pending: Set[int] = dataclasses.field(default_factory=set)
+    pending: set[int] = dataclasses.field(default_factory=set)
     acknowledged: int = 0
     failed: int = 0
     dropped_by_timeout: int = 0
@@ -32,17 +32,17 @@ class Subscriber:
     cleared: int = 0
     skipped: int = 0
     dead_lettered: int = 0
-    acknowledged_ns: Optional[int] = None
+    acknowledged_ns: int | None = None
     max_deliveries: int = 0  #: 0: any number
     delay_ns: int = 0
-    attempts: Dict[int, int] = dataclasses.field(default_factory=dict)
-    due_ns: Dict[int, int] = dataclasses.field(default_factory=dict)
-    begun: Set[int] = dataclasses.field(default_factory=set)  #: counted before they began
+    attempts: dict[int, int] = dataclasses.field(default_factory=dict)
+    due_ns: dict[int, int] = dataclasses.field(default_factory=dict)
+    begun: set[int] = dataclasses.field(default_factory=set)  #: counted before they began
 
     def forget(self) -> None:
         """Begin anew with messages that are not pending, if they ever are again."""
-        self.attempts = {key: self.attempts[key] for key in self.attempts if key in self.pending}
-        self.due_ns = {key: self.due_ns[key] for key in self.due_ns if key in self.pending}
+        self.attempts = {key: found for key, found in self.attempts.items() if key in self.pending}
+        self.due_ns = {key: due for key, due in self.due_ns.items() if key in self.pending}
         self.begun &= self.pending
 
     def delays(self, number: int, now_ns: int) -> None:
@@ -66,7 +66,7 @@ class Twin:
     def __init__(self, subscribers: Sequence[str], next_number: int, timeout_ns: int,
                  max_messages: int, max_message_bytes: int, strategy: str, window_ns: int) -> None:
         self.subscribers = {name: Subscriber() for name in subscribers}
-        self.log: List[Message] = []
+        self.log: list[Message] = []
         self.next_number = next_number
         self.timeout_ns = timeout_ns
         self.max_messages = max_messages
@@ -74,12 +74,12 @@ class Twin:
         self.strategy = strategy
         self.window_ns = window_ns
         # Number and time of the messages that were sent with an id
-        self.ids: Dict[bytes, Tuple[int, int]] = {}
-        self.letters: List[Tuple[str, int, int, bytes]] = []
+        self.ids: dict[bytes, tuple[int, int]] = {}
+        self.letters: list[tuple[str, int, int, bytes]] = []
 
     # Looking
 
-    def waiting(self) -> List[Message]:
+    def waiting(self) -> list[Message]:
         """Return all messages from the oldest one on that somebody still has to acknowledge."""
         oldest = min((min(subscriber.pending)
                       for subscriber in self.subscribers.values() if subscriber.pending),
@@ -112,10 +112,10 @@ class Twin:
 
     def next_of(self,
                 name: str,
-                claimed: Set[int],
+                claimed: set[int],
                 now_ns: int,
                 most: int = 1,
-                is_look: bool = False) -> List[Message]:
+                is_look: bool = False) -> list[Message]:
         """
         Find what a consumer gets next.
 
@@ -123,7 +123,7 @@ class Twin:
         but by a mere look.
         """
         subscriber = self.subscribers[name]
-        found: List[Message] = []
+        found: list[Message] = []
         for number in sorted(subscriber.pending):
             message = self.message(number)
             if not found and self.is_expired(message, now_ns):
@@ -140,7 +140,7 @@ class Twin:
                 break
         return found
 
-    def newest_of(self, name: str, claimed: Set[int], now_ns: int) -> Optional[Message]:
+    def newest_of(self, name: str, claimed: set[int], now_ns: int) -> Message | None:
         """Find what a consumer gets that wants the newest message; what is older is skipped."""
         subscriber = self.subscribers[name]
         while subscriber.pending:
@@ -160,7 +160,7 @@ class Twin:
 
     # Changing
 
-    def deliver(self, name: str, numbers: Sequence[int]) -> List[int]:
+    def deliver(self, name: str, numbers: Sequence[int]) -> list[int]:
         """Count a delivery before it begins; return which one it is, for each message."""
         subscriber = self.subscribers[name]
         counts = [subscriber.attempts.get(number, 0) + 1 for number in numbers]
@@ -204,16 +204,16 @@ class Twin:
 
     def send(self,
              messages: Sequence[bytes],
-             audience: Optional[Sequence[str]],
+             audience: Sequence[str] | None,
              now_ns: int,
              expires: bool,
-             ids: Optional[Sequence[Optional[bytes]]] = None) -> Optional[int]:
+             ids: Sequence[bytes | None] | None = None) -> int | None:
         """
         Send; what is too old is dropped at times, and always before anything else is.
 
         Return the number of the first message, None if the queue is full.
         """
-        fresh: List[bytes] = []
+        fresh: list[bytes] = []
         known = dict(self.ids)
         number = self.next_number
         for index, (data, identifier) in enumerate(zip(messages, ids or [None] * len(messages))):
@@ -237,7 +237,7 @@ class Twin:
             self.expire(now_ns)
         return number
 
-    def _append(self, messages: Sequence[bytes], audience: Optional[Sequence[str]],
+    def _append(self, messages: Sequence[bytes], audience: Sequence[str] | None,
                 now_ns: int) -> None:
         """Add messages at the end."""
         names = list(self.subscribers if audience is None else audience)
@@ -305,7 +305,7 @@ class Twin:
 
     def clear(self, deletes: bool = True) -> int:
         """Drop everything; return how many deliveries will not be. Who seeks back gets the rest."""
-        cleared: Dict[str, int] = {}
+        cleared: dict[str, int] = {}
         for name, subscriber in self.subscribers.items():
             cleared[name] = len(subscriber.pending)
             subscriber.cleared += cleared[name]

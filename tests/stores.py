@@ -2,7 +2,8 @@
 
 import contextlib
 import pathlib
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import lmdb
 
@@ -63,7 +64,7 @@ def rewrite(txn: Any, databases: Any) -> int:
 @contextlib.contextmanager
 def opened(directory: pathlib.Path,
            subscribers: Sequence[str] = ("sub", ),
-           clock: Optional[Callable[[], int]] = None,
+           clock: Callable[[], int] | None = None,
            **changes: Any) -> Iterator[persipubsub.queue.Queue]:
     """
     Create a queue and open it; check the whole store at the end.
@@ -80,7 +81,7 @@ def opened(directory: pathlib.Path,
         assert queue.check() == []
 
 
-def take(queue: persipubsub.queue.Queue, name: str = "sub") -> Optional[bytes]:
+def take(queue: persipubsub.queue.Queue, name: str = "sub") -> bytes | None:
     """Take a message of a subscriber and acknowledge it."""
     lease = queue.consumer(name).take(timeout=0)
     if lease is None:
@@ -89,10 +90,10 @@ def take(queue: persipubsub.queue.Queue, name: str = "sub") -> Optional[bytes]:
     return lease.messages[0]
 
 
-def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> List[bytes]:
+def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> list[bytes]:
     """Take all messages of a subscriber and acknowledge them."""
     consumer = queue.consumer(name)
-    messages: List[bytes] = []
+    messages: list[bytes] = []
     while (lease := consumer.take(timeout=0)) is not None:
         messages.extend(lease.messages)
         lease.acknowledge()
@@ -105,10 +106,10 @@ def figures(queue: persipubsub.queue.Queue,
     return next(entry for entry in queue.statistics().subscribers if entry.subscriber == name)
 
 
-def blocks(queue: persipubsub.queue.Queue) -> List[range]:
+def blocks(queue: persipubsub.queue.Queue) -> list[range]:
     """List the numbers of all blocks that are stored; an empty range is a placeholder."""
 
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[range]:
+    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[range]:
         return [
             range(first, first + block.messages)
             for first, block, _ in _log.list_blocks(txn.cursor(db=databases.data))
@@ -117,21 +118,21 @@ def blocks(queue: persipubsub.queue.Queue) -> List[range]:
     return queue._environment.read(work)  # pylint: disable=protected-access
 
 
-def ranges(queue: persipubsub.queue.Queue, name: str = "sub") -> List[range]:
+def ranges(queue: persipubsub.queue.Queue, name: str = "sub") -> list[range]:
     """List what a subscriber acknowledged ahead of its position."""
 
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[range]:
+    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[range]:
         ordinal = _positions.require(txn, databases, name.encode("utf-8")).ordinal
         return [range(*found) for found in _positions.ranges(txn, databases, ordinal)]
 
     return queue._environment.read(work)  # pylint: disable=protected-access
 
 
-def attempts(queue: persipubsub.queue.Queue, name: str = "sub") -> Dict[int, _layout.Attempts]:
+def attempts(queue: persipubsub.queue.Queue, name: str = "sub") -> dict[int, _layout.Attempts]:
     """List the records of attempts of a subscriber by the numbers of the messages."""
 
     def work(txn: "lmdb.Transaction[memoryview]",
-             databases: Databases) -> Dict[int, _layout.Attempts]:
+             databases: Databases) -> dict[int, _layout.Attempts]:
         ordinal = _positions.require(txn, databases, name.encode("utf-8")).ordinal
         return dict(_attempts.between(txn, databases, ordinal, 0, 1 << 60))
 

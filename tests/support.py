@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import types
-from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeAlias, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -47,24 +48,24 @@ def write_config(directory: pathlib.Path,
     :param changes: keys of the queue, or of its high-water mark (``MSG_TIMEOUT_SECS``)
     :return: path to the file
     """
-    mark = {
+    mark: dict[str, Any] = {
         "MSG_TIMEOUT_SECS": 600,
         "MAX_MSGS_NUM": 1000000,
         "HWM_LMDB_SIZE_BYTES": 1 << 30,
         "strategy": "prune_first"
-    }  # type: Dict[str, Any]
-    queue = {
+    }
+    queue: dict[str, Any] = {
         "path": str(directory / "queue"),
         "max_reader_num": 1024,
         "max_db_num": 1024,
         "max_db_size_bytes": 1 << 28,
         "subscribers": list(subscribers),
         "high-water-mark": mark
-    }  # type: Dict[str, Any]
+    }
     for key, value in changes.items():
         (mark if key in mark else queue)[key] = value
 
-    entries = {"queues": {"queue": queue}}  # type: Dict[str, Any]
+    entries: dict[str, Any] = {"queues": {"queue": queue}}
     for publisher, addressed in publishers.items():
         entries[publisher] = {"out_queue": "queue", "subscribers": list(addressed)}
     for subscriber in subscribers:
@@ -85,15 +86,15 @@ def settings(config_pth: pathlib.Path) -> persipubsub.queue.Settings:
 
 
 def queue_of(
-    user: Union[persipubsub.publisher.Pub,
-                persipubsub.subscriber.Sub], ) -> persipubsub.queue.Queue:
+        user: (persipubsub.publisher.Pub | persipubsub.subscriber.Sub),
+) -> persipubsub.queue.Queue:
     """Return the queue on this machine that a publisher or a subscriber has open."""
     opened = user._slot.content  # pylint: disable=protected-access
     assert opened is not None and isinstance(opened[0], persipubsub.queue.Queue)
     return opened[0]
 
 
-def snapshot(directory: pathlib.Path) -> Dict[str, bytes]:
+def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
     """
     Read all files of a directory.
 
@@ -112,7 +113,7 @@ def until(condition: Callable[[], object], what: str) -> None:
     """
     deadline = time.monotonic() + HANG_SECS
     while not condition():
-        assert time.monotonic() < deadline, "Waited in vain: {}".format(what)
+        assert time.monotonic() < deadline, f"Waited in vain: {what}"
         time.sleep(0.001)
 
 
@@ -162,7 +163,7 @@ def count_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def open_files(process: Union[int, str] = "self") -> List[str]:
+def open_files(process: int | str = "self") -> list[str]:
     """
     List what a process has open, which may open and close more meanwhile.
 
@@ -190,7 +191,7 @@ def run_python(
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path != "")
-    command = [*prefix, sys.executable, *options, "-c", code]  # type: List[str]
+    command: list[str] = [*prefix, sys.executable, *options, "-c", code]
     return subprocess.run(command + [str(argument) for argument in arguments],
                           env=environment,
                           capture_output=True,
@@ -238,8 +239,9 @@ class Child:
             return self.pipe.recv()
         except EOFError:
             self.process.join(HANG_SECS)
-            raise AssertionError("Expected the child to answer, but it ended with {}".format(
-                self.process.exitcode)) from None
+            raise AssertionError(
+                f"Expected the child to answer, but it ended with {self.process.exitcode}"
+            ) from None
 
     def kill(self, number: int) -> None:
         """
@@ -274,7 +276,7 @@ def outcome(function: Callable[[], object]) -> str:
     return ""
 
 
-def outcomes_in_child(*functions: Callable[[], object]) -> List[str]:
+def outcomes_in_child(*functions: Callable[[], object]) -> list[str]:
     """
     Call functions one after the other in a process that may crash.
 

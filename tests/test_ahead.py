@@ -13,7 +13,8 @@ import random
 import signal
 import threading
 import time
-from typing import Any, Dict, Iterator, List
+from collections.abc import Iterator
+from typing import Any
 
 import nats
 import pytest
@@ -55,19 +56,18 @@ def stream_of(config_pth: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def tap(config_pth: pathlib.Path,
-        servers: jetstream_server.Servers) -> Iterator[List[Dict[str, Any]]]:
+        servers: jetstream_server.Servers) -> Iterator[list[dict[str, Any]]]:
     """Listen to what is asked of the server, and yield the pulls."""
-    pulls: List[Dict[str, Any]] = []
+    pulls: list[dict[str, Any]] = []
     is_listening, is_over = threading.Event(), threading.Event()
 
     async def listen() -> None:
-        client = await nats.connect("nats://127.0.0.1:{}".format(servers.servers[0].port))
+        client = await nats.connect(f"nats://127.0.0.1:{servers.servers[0].port}")
 
         async def take(message: Any) -> None:
             pulls.append(json.loads(message.data))
 
-        await client.subscribe("$JS.API.CONSUMER.MSG.NEXT.{}.>".format(stream_of(config_pth)),
-                               cb=take)
+        await client.subscribe(f"$JS.API.CONSUMER.MSG.NEXT.{stream_of(config_pth)}.>", cb=take)
         await client.flush()
         is_listening.set()
         while not is_over.is_set():
@@ -89,7 +89,7 @@ def receive(sub: persipubsub.subscriber.Sub, timeout: float = HANG_SECS) -> Any:
         return message
 
 
-def receive_until_held(sub: persipubsub.subscriber.Sub) -> List[int]:
+def receive_until_held(sub: persipubsub.subscriber.Sub) -> list[int]:
     """Receive as much as is needed until some more messages are held, and return it."""
     received = []
     while len(held(sub)) < 3:
@@ -97,11 +97,11 @@ def receive_until_held(sub: persipubsub.subscriber.Sub) -> List[int]:
     return received
 
 
-def held(sub: persipubsub.subscriber.Sub) -> List[int]:
+def held(sub: persipubsub.subscriber.Sub) -> list[int]:
     return list(attempts_of_held(sub))
 
 
-def attempts_of_held(sub: persipubsub.subscriber.Sub) -> Dict[int, int]:
+def attempts_of_held(sub: persipubsub.subscriber.Sub) -> dict[int, int]:
     """Return how often each of the messages that are held was delivered, in order."""
     consumer = sub._consumer
     assert isinstance(consumer, _delivery.Consumer)
@@ -174,7 +174,7 @@ def test_nothing_is_pulled_ahead_beside_another_at_work(config_pth: pathlib.Path
 
 @pytest.mark.usefixtures("holding")
 def test_threads_share_what_is_held(config_pth: pathlib.Path) -> None:
-    received: List[int] = []
+    received: list[int] = []
 
     def work() -> None:
         received.extend(map(int, drain(sub)))
@@ -334,7 +334,7 @@ def test_closing_beside_a_message_at_work(config_pth: pathlib.Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_task_that_cancels_gets_what_waits_in_order(config_pth: pathlib.Path) -> None:
     source = random.Random(5)
-    received: List[int] = []
+    received: list[int] = []
 
     async def main() -> int:
         cancelled = 0
@@ -486,7 +486,7 @@ def test_what_a_killed_process_held_comes_after_ack_wait(tmp_path: pathlib.Path,
 @pytest.mark.usefixtures("holding")
 def test_tasks_that_are_cancelled_while_more_is_pulled(config_pth: pathlib.Path) -> None:
     source = random.Random(3)
-    received: List[int] = []
+    received: list[int] = []
 
     async def consume(sub: Any) -> None:
         while True:
@@ -531,5 +531,5 @@ def test_closed_subscribers_leave_nothing_at_the_server(tmp_path: pathlib.Path) 
                     pub.send(b"1")
             until(lambda: server.look("connz")["connections"][0]["subscriptions"] == before,
                   "the subscriptions to end")
-            info = ask(servers, "CONSUMER.INFO.{}.sub".format(stream_of(config_pth)))
+            info = ask(servers, f"CONSUMER.INFO.{stream_of(config_pth)}.sub")
             assert info["num_waiting"] == 0

@@ -15,7 +15,8 @@ import signal
 import textwrap
 import threading
 import time
-from typing import Any, AsyncIterator, Dict, Final, Iterator, List, Optional, Set, Tuple, Type
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final, Optional
 
 import pytest
 
@@ -57,7 +58,7 @@ def fixture_face(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 class CountedLease(_delivery.Lease):
     """Be a lease of which it is known whether somebody forgot it, which no claim shows."""
 
-    open: Dict[int, List[int]] = {}
+    open: dict[int, list[int]] = {}
     serials = itertools.count()
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -71,14 +72,14 @@ class CountedLease(_delivery.Lease):
         del self.open[self.serial]
         super().acknowledge()
 
-    def give_back(self, error: Optional[BaseException] = None) -> None:
+    def give_back(self, error: BaseException | None = None) -> None:
         """Strike the lease out."""
         del self.open[self.serial]
         super().give_back(error)
 
 
 @pytest.fixture(name="leases")
-def fixture_leases(monkeypatch: pytest.MonkeyPatch) -> Iterator[Type[CountedLease]]:
+def fixture_leases(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[CountedLease]]:
     """Check at the end that each lease was acknowledged or given back."""
     CountedLease.open.clear()
     monkeypatch.setattr(_delivery, "Lease", CountedLease)
@@ -96,21 +97,21 @@ on_any_engine = pytest.mark.parametrize("face", [faces.ASYNCIO, faces.UVLOOP, fa
 
 
 @contextlib.asynccontextmanager
-async def opened(face: faces.Face, config_pth: pathlib.Path) -> AsyncIterator[Tuple[Any, Any]]:
+async def opened(face: faces.Face, config_pth: pathlib.Path) -> AsyncIterator[tuple[Any, Any]]:
     async with face.pub() as pub, face.sub() as sub:
         await pub.init(pub_id="pub", config_pth=config_pth)
         await sub.init(sub_id="sub", config_pth=config_pth)
         yield pub, sub
 
 
-async def receive(sub: Any, timeout: Optional[float] = 0) -> Optional[bytes]:
+async def receive(sub: Any, timeout: float | None = 0) -> bytes | None:
     async with sub.receive(timeout=timeout) as msg:
-        message: Optional[bytes] = msg
+        message: bytes | None = msg
     return message
 
 
-async def drain(sub: Any) -> List[bytes]:
-    received: List[bytes] = []
+async def drain(sub: Any) -> list[bytes]:
+    received: list[bytes] = []
     while (msg := await receive(sub)) is not None:
         received.append(msg)
     return received
@@ -122,7 +123,7 @@ def figures(config_pth: pathlib.Path) -> Any:
         return next(entry for entry in queue.statistics().subscribers if entry.subscriber == "sub")
 
 
-def in_flight(config_pth: pathlib.Path) -> Optional[int]:
+def in_flight(config_pth: pathlib.Path) -> int | None:
     with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
         return queue._claims.is_claimed(queue.consumer("sub")._pending.ordinal, 0, 1 << 40)
 
@@ -296,7 +297,7 @@ async def test_waiting_is_ended_by_a_message(face: faces.Face, config_pth: pathl
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     if is_polling:
         monkeypatch.setenv("PERSIPUBSUB_POLLING", "1")
-    times: List[float] = []
+    times: list[float] = []
     async with opened(face, config_pth) as (pub, sub):
         for number in range(10):
             waiting = asyncio.ensure_future(receive(sub, None))
@@ -312,9 +313,9 @@ async def test_waiting_is_ended_by_a_message(face: faces.Face, config_pth: pathl
 @scenario
 async def test_waiting_goes_on_while_others_are_served(face: faces.Face,
                                                        config_pth: pathlib.Path) -> None:
-    times: List[float] = []
+    times: list[float] = []
     async with opened(face, config_pth) as (pub, sub):
-        waiting: Set["asyncio.Future[Optional[bytes]]"] = {
+        waiting: set["asyncio.Future[Optional[bytes]]"] = {
             asyncio.ensure_future(receive(sub, None))
             for _ in range(6)
         }
@@ -330,7 +331,7 @@ async def test_waiting_goes_on_while_others_are_served(face: faces.Face,
 
 @scenario
 async def test_tasks_share_the_messages(face: faces.Face, config_pth: pathlib.Path) -> None:
-    received: List[bytes] = []
+    received: list[bytes] = []
 
     async def consume(sub: Any) -> None:
         while (msg := await receive(sub, timeout=0.5)) is not None:
@@ -433,9 +434,9 @@ async def test_receive_to_top(face: faces.Face, config_pth: pathlib.Path) -> Non
     assert figures(config_pth).skipped == 2
 
 
-async def receive_newest(sub: Any) -> Optional[bytes]:
+async def receive_newest(sub: Any) -> bytes | None:
     async with sub.receive_to_top(timeout=None) as msg:
-        message: Optional[bytes] = msg
+        message: bytes | None = msg
     return message
 
 
@@ -494,7 +495,7 @@ async def test_message_is_acknowledged_when_the_next_is_asked_for(face: faces.Fa
                                                                   config_pth: pathlib.Path) -> None:
     async with opened(face, config_pth) as (pub, sub):
         await pub.send_many([b"1", b"2", b"3"])
-        seen: List[bytes] = []
+        seen: list[bytes] = []
         async for msg in sub.messages(timeout=0):
             assert figures(config_pth).acknowledged == len(seen)
             seen.append(msg)
@@ -565,7 +566,7 @@ async def test_end_of_the_block_decides_on_the_last_message(face: faces.Face,
 @on_loops
 @scenario
 async def test_iteration_over_the_subscriber(face: faces.Face, config_pth: pathlib.Path) -> None:
-    received: List[bytes] = []
+    received: list[bytes] = []
     async with opened(face, config_pth) as (pub, sub):
 
         async def consume() -> None:
@@ -665,7 +666,7 @@ async def test_loop_goes_on_while_another_process_is_stopped_in_a_commit(
         face: faces.Face, tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path, busy_timeout_secs=3)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    pauses: List[float] = []
+    pauses: list[float] = []
 
     async def tick() -> None:
         while True:
@@ -684,7 +685,7 @@ async def test_loop_goes_on_while_another_process_is_stopped_in_a_commit(
             await pub.send(b"one")
             assert child.get() == "ready"
             child.pipe.send("stop")
-            stat = pathlib.Path("/proc/{}/stat".format(child.process.pid))
+            stat = pathlib.Path(f"/proc/{child.process.pid}/stat")
             support.until(lambda: stat.read_text(encoding="ascii").split()[2] == "T", "it stops")
             ticking = asyncio.ensure_future(tick())
             outcomes = await asyncio.gather(wait_and_acknowledge(),
@@ -706,7 +707,7 @@ async def test_loop_goes_on_while_another_process_is_stopped_in_a_commit(
 async def test_message_that_comes_right_after_a_look(face: faces.Face, config_pth: pathlib.Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     take_now = _waking.Consumer.take_now
-    looks: List[None] = []
+    looks: list[None] = []
 
     def look_and_be_passed(self: _waking.Consumer, *arguments: Any) -> Any:
         found = take_now(self, *arguments)
@@ -715,7 +716,7 @@ async def test_message_that_comes_right_after_a_look(face: faces.Face, config_pt
             blocking.send(b"one")
         return found
 
-    times: List[float] = []
+    times: list[float] = []
     monkeypatch.setattr(_waking.Consumer, "take_now", look_and_be_passed)
     with persipubsub.publisher.Pub() as blocking:
         blocking.init("pub", config_pth)
@@ -799,7 +800,7 @@ def test_waiting_polls_nothing(face: faces.Face, config_pth: pathlib.Path,
 
 @on_loops
 def test_loops_in_threads_share_one_object(face: faces.Face, config_pth: pathlib.Path) -> None:
-    received: List[bytes] = []
+    received: list[bytes] = []
     pub, sub = persipubsub.aio.Pub(), persipubsub.aio.Sub()
     barrier = threading.Barrier(4)
 
@@ -931,12 +932,12 @@ class Books:
 
     def __init__(self) -> None:
         """Initialize as empty."""
-        self.sent: Set[bytes] = set()
-        self.perhaps: Set[bytes] = set()
-        self.finished: List[bytes] = []
+        self.sent: set[bytes] = set()
+        self.perhaps: set[bytes] = set()
+        self.finished: list[bytes] = []
         self.cancelled = 0
 
-    async def send(self, pub: Any, msgs: List[bytes]) -> None:
+    async def send(self, pub: Any, msgs: list[bytes]) -> None:
         """Send messages, and note whether they were sent."""
         self.perhaps.update(msgs)
         if len(msgs) == 1:
@@ -969,7 +970,7 @@ async def test_cancellation_loses_nothing(face: faces.Face, config_pth: pathlib.
         number, scale = 0, 1.0
         # How far the tasks come depends on the machine: it goes on until enough of both is seen.
         while number < ROUNDS or min(books.cancelled, len(books.finished)) <= ROUNDS / 4:
-            tasks: Dict["asyncio.Future[None]", None] = {}
+            tasks: dict["asyncio.Future[None]", None] = {}
             for index in range(rng.randint(1, 4)):
                 msgs = [b"%d.%d.%d" % (number, index, i) for i in range(rng.choice((1, 1, 3)))]
                 tasks[asyncio.ensure_future(books.send(pub, msgs))] = None
@@ -1030,7 +1031,7 @@ async def test_cancelled_receives_keep_the_order(face: faces.Face, config_pth: p
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     give_back = CountedLease.give_back
 
-    def give_back_slowly(self: CountedLease, error: Optional[BaseException] = None) -> None:
+    def give_back_slowly(self: CountedLease, error: BaseException | None = None) -> None:
         time.sleep(0.05)
         give_back(self, error)
 
@@ -1057,10 +1058,10 @@ async def test_next_task_gets_what_a_cancelled_one_waited_for(face: faces.Face,
                                                               monkeypatch: pytest.MonkeyPatch,
                                                               is_handed_over: bool,
                                                               comes_later: bool) -> None:
-    returned: List[bytes] = []
+    returned: list[bytes] = []
     give_back = CountedLease.give_back
 
-    def note(self: CountedLease, error: Optional[BaseException] = None) -> None:
+    def note(self: CountedLease, error: BaseException | None = None) -> None:
         returned.extend(self.messages)
         give_back(self, error)
 
@@ -1119,7 +1120,7 @@ async def test_look_that_passed_over_what_is_given_back_is_repeated(
 
         monkeypatch.setattr(consumer, "take_now", take_and_wait)
         inbox = sub._inbox_of(consumer)
-        cancelled, waiting = [asyncio.ensure_future(receive(sub, None)) for _ in range(2)]
+        cancelled, waiting = (asyncio.ensure_future(receive(sub, None)) for _ in range(2))
         await asyncio.sleep(0)
         may_go_on.release()
         while len(inbox._waiters) == 2:
@@ -1249,7 +1250,7 @@ def test_storm_of_kills(face: faces.Face, config_pth: pathlib.Path, tmp_path: pa
     lines = [line.split() for line in ledger_pth.read_bytes().splitlines()]
     received = [int(fields[1]) for fields in lines if fields[0] == b"r"]
     done = [int(fields[1]) for fields in lines if fields[0] == b"d"]
-    print("{} sent, {} received, {} noted as done".format(count, len(received), len(done)))
+    print(f"{count} sent, {len(received)} received, {len(done)} noted as done")
     assert count > 100
     assert set(received) == set(range(count))
     assert len(done) == len(set(done))

@@ -6,7 +6,8 @@
 import pathlib
 import threading
 import time
-from typing import Any, Callable, Iterator, List
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def take(queue: persipubsub.queue.Queue, most: int = 1) -> _delivery.Lease:
     return lease
 
 
-def attempts_of(lease: _delivery.Lease) -> List[int]:
+def attempts_of(lease: _delivery.Lease) -> list[int]:
     return [message.attempts for message in lease.details()]
 
 
@@ -240,9 +241,9 @@ def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: pathlib.Path) ->
 
 
 @pytest.fixture(name="pauses")
-def fixture_pauses(monkeypatch: pytest.MonkeyPatch) -> List[float]:
+def fixture_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Collect how long waiting consumers meant to sleep."""
-    pauses: List[float] = []
+    pauses: list[float] = []
     original = _wakeup.Ticket.wait
 
     def wait(self: Any, timeout: float) -> bool:
@@ -254,7 +255,7 @@ def fixture_pauses(monkeypatch: pytest.MonkeyPatch) -> List[float]:
 
 
 def test_nobody_sleeps_longer_than_until_the_next_message_is_due(tmp_path: pathlib.Path,
-                                                                 pauses: List[float]) -> None:
+                                                                 pauses: list[float]) -> None:
     with stores.opened(tmp_path, retries=retries(delay_ns=2 * stores.SECOND_NS)) as queue:
         queue.put([b"1"])
         take(queue).give_back(ERROR)
@@ -267,7 +268,7 @@ def test_nobody_sleeps_longer_than_until_the_next_message_is_due(tmp_path: pathl
 def test_competing_consumers_share_what_is_due(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, retries=retries(max_deliveries=50, delay_ns=10**6)) as queue:
         queue.put([bytes((index, )) for index in range(20)])
-        done: List[bytes] = []
+        done: list[bytes] = []
 
         def consume(index: int) -> None:
             consumer = queue.consumer("sub")
@@ -416,7 +417,7 @@ def test_records_of_others_stay(scratch: stores.Scratch) -> None:
 
 
 def damage(queue: persipubsub.queue.Queue,
-           change: "Callable[[Any, Databases, int], None]") -> List[str]:
+           change: "Callable[[Any, Databases, int], None]") -> list[str]:
 
     def work(txn: "Any", databases: Databases) -> None:
         change(txn, databases,

@@ -13,7 +13,8 @@ import pathlib
 import random
 import threading
 import time
-from typing import Any, AsyncIterator, Callable, Coroutine, List, NamedTuple, Optional
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -65,9 +66,9 @@ async def opened(config_pth: pathlib.Path) -> AsyncIterator["tuple[Any, Any]"]:
         yield pub, sub
 
 
-async def receive(sub: Any, timeout: Optional[float] = HANG_SECS) -> Optional[bytes]:
+async def receive(sub: Any, timeout: float | None = HANG_SECS) -> bytes | None:
     async with sub.receive(timeout=timeout) as msg:
-        message: Optional[bytes] = msg
+        message: bytes | None = msg
     return message
 
 
@@ -76,9 +77,8 @@ async def until_waiting(config_pth: pathlib.Path, servers: jetstream_server.Serv
     """Wait until so many pulls are at the server."""
     name = _settings.Settings.of(persipubsub.config.read(config_pth), "queue").address.stream
     async with asyncio.timeout(HANG_SECS):
-        while (await
-               asyncio.to_thread(ask, servers,
-                                 "CONSUMER.INFO.{}.sub".format(name)))["num_waiting"] != count:
+        while (await asyncio.to_thread(ask, servers,
+                                       f"CONSUMER.INFO.{name}.sub"))["num_waiting"] != count:
             await asyncio.sleep(0.01)
 
 
@@ -104,7 +104,7 @@ def test_result_and_error_of_what_was_begun() -> None:
 def test_what_was_begun_is_cancelled_with_its_task() -> None:
 
     async def main() -> None:
-        undone: List[int] = []
+        undone: list[int] = []
         begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
         waiting = asyncio.ensure_future(_begun.result_of(begun, undone.append))
         await asyncio.sleep(0)
@@ -135,7 +135,7 @@ def test_result_that_comes_while_the_task_is_cancelled_is_undone_once() -> None:
 
     async def main() -> None:
         for rounds_before_cancel in range(3):
-            undone: List[int] = []
+            undone: list[int] = []
             begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
             waiting = asyncio.ensure_future(_begun.result_of(begun, undone.append))
             await asyncio.sleep(0)
@@ -155,7 +155,7 @@ def test_result_that_comes_while_the_task_is_cancelled_is_undone_once() -> None:
 
 
 def test_result_that_comes_after_the_loop_was_closed_is_undone() -> None:
-    undone: List[int] = []
+    undone: list[int] = []
     begun: "concurrent.futures.Future[int]" = concurrent.futures.Future()
     loop = asyncio.new_event_loop()
     waiting = loop.create_task(_begun.result_of(begun, undone.append))
@@ -309,7 +309,7 @@ def test_call_that_comes_when_a_batch_is_begun_is_behind_it(
         others.append(asyncio.ensure_future(publishing.put([b"3"], None, None, None)))
         return room
 
-    others = []  # type: List[asyncio.Future[int]]
+    others: list[asyncio.Future[int]] = []
     monkeypatch.setattr(_publishing.Publishing, "_make_room", make_room_late)
     with open_queue(config_pth) as queue, open_sub(config_pth) as sub:
         assert queue.put(numbered(3)) == 1
@@ -324,7 +324,7 @@ def test_call_that_comes_when_a_batch_is_begun_is_behind_it(
 @jetstream_server.needs_server
 def test_who_is_behind_others_that_are_served_waits_for_servers_as_long_as_they(
         config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = []  # type: List[float]
+    left: list[float] = []
 
     async def require_interest(_: object, __: object, deadline: float) -> None:
         left.append(deadline - time.monotonic())
@@ -535,7 +535,7 @@ class _Storm(NamedTuple):
     """Say what came of the messages of a storm."""
 
     messages: int
-    unfinished: List[int]  #: whose last block was not left without an exception
+    unfinished: list[int]  #: whose last block was not left without an exception
 
 
 async def _storm(config_pth: pathlib.Path,
@@ -674,8 +674,8 @@ def test_loop_that_ends_leaves_nothing_claimed(config_pth: pathlib.Path) -> None
         tasks.extend(asyncio.ensure_future(receive(sub)) for _ in range(5))
         await pub.send_many(numbered(2))
 
-    objects: List[Any] = []
-    tasks: List[Any] = []
+    objects: list[Any] = []
+    tasks: list[Any] = []
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         asyncio.run(main())
         pub.send_many(numbered(5)[2:])

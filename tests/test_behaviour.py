@@ -13,7 +13,8 @@ import pathlib
 import signal
 import threading
 import time
-from typing import Any, Callable, Dict, List, Set, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -39,7 +40,7 @@ def _deploy(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Deploy:
         if request.param == "nats":
             servers = request.getfixturevalue("servers")
             arguments.setdefault("busy_timeout_secs", 10)
-            arguments["path"] = servers.path("queue{}".format(next(_COUNTER)), ack_wait=ack_wait)
+            arguments["path"] = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
         config_pth = write_config(tmp_path, **arguments)
         persipubsub.control.initialize_all_dbs(config_pth)
         return config_pth
@@ -59,9 +60,9 @@ def open_sub(config_pth: pathlib.Path, sub_id: str = "sub") -> persipubsub.subsc
     return sub
 
 
-def drain(sub: persipubsub.subscriber.Sub, timeout: float = 0.15) -> List[bytes]:
+def drain(sub: persipubsub.subscriber.Sub, timeout: float = 0.15) -> list[bytes]:
     """Receive all that is there."""
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     while True:
         with sub.receive(timeout=timeout) as msg:
             if msg is None:
@@ -69,12 +70,12 @@ def drain(sub: persipubsub.subscriber.Sub, timeout: float = 0.15) -> List[bytes]
             received.append(msg)
 
 
-def lags(config_pth: pathlib.Path) -> Dict[str, int]:
+def lags(config_pth: pathlib.Path) -> dict[str, int]:
     figures = persipubsub.control.statistics(config_pth)["queue"]
     return {one.subscriber: one.lag for one in figures.subscribers}
 
 
-def numbered(count: int) -> List[bytes]:
+def numbered(count: int) -> list[bytes]:
     return [str(number).encode() for number in range(count)]
 
 
@@ -114,11 +115,11 @@ def test_publishers_address_some_subscribers(deploy: Deploy) -> None:
     config_pth = deploy(publishers=publishers, subscribers=["a", "b", "c"])
     for identifier, number in itertools.product(publishers, range(2)):
         with open_pub(config_pth, identifier) as pub:
-            pub.send("{}{}".format(identifier, number).encode())
+            pub.send(f"{identifier}{number}".encode())
     for name, expected in (("a", ["pub", "two"]), ("b", ["pub", "two"]), ("c", ["pub", "one"])):
         with open_sub(config_pth, name) as sub:
             assert drain(sub) == [
-                "{}{}".format(one, number).encode() for one in expected for number in range(2)
+                f"{one}{number}".encode() for one in expected for number in range(2)
             ]
 
 
@@ -366,7 +367,7 @@ def test_new_subscriber_gets_what_is_sent_from_then_on(deploy: Deploy,
 def test_queue_that_is_not_there(deploy: Deploy, tmp_path: pathlib.Path) -> None:
     path = persipubsub.config.read(deploy()).queues["queue"].path
     scheme, _, rest = path.rpartition("queue")
-    missing = write_config(tmp_path, path=scheme + "missing" + rest, name="missing.json")
+    missing = write_config(tmp_path, path=f"{scheme}missing{rest}", name="missing.json")
     for function in (lambda: open_pub(missing), lambda: open_sub(missing),
                      lambda: persipubsub.control.statistics(missing),
                      lambda: persipubsub.control.clear_all_subs(missing)):
@@ -395,7 +396,7 @@ def test_use_after_close(deploy: Deploy) -> None:
 
 def test_many_threads_use_one_publisher_and_one_subscriber(deploy: Deploy) -> None:
     config_pth = deploy()
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     sent = {b"%d/%d" % (thread, number) for thread in range(8) for number in range(25)}
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
 
@@ -517,7 +518,7 @@ def test_crowd_gets_each_message_once(deploy: Deploy) -> None:
 def test_nothing_is_left_behind(deploy: Deploy) -> None:
     config_pth = deploy()
 
-    def descriptors() -> Set[str]:
+    def descriptors() -> set[str]:
         return set(os.listdir("/proc/self/fd"))
 
     with open_pub(config_pth):

@@ -3,7 +3,7 @@
 # pylint: disable=missing-function-docstring
 
 import itertools
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
@@ -26,7 +26,7 @@ class Made(NamedTuple):
     block: _blocks.Block
 
 
-def make(messages: List[bytes], totals: Tuple[int, ...] = (), **changes: int) -> Made:
+def make(messages: list[bytes], totals: tuple[int, ...] = (), **changes: int) -> Made:
     """Encode a block with the messages."""
     body = b""
     if messages:
@@ -50,7 +50,7 @@ def make(messages: List[bytes], totals: Tuple[int, ...] = (), **changes: int) ->
        time_ns=st.integers(min_value=0, max_value=(1 << 64) - 1),
        audience=st.integers(min_value=0, max_value=0xffff),
        generation=st.integers(min_value=0, max_value=0xffffffff))
-def test_block_is_decoded_as_it_was(messages: List[bytes], totals: List[int], time_ns: int,
+def test_block_is_decoded_as_it_was(messages: list[bytes], totals: list[int], time_ns: int,
                                     audience: int, generation: int) -> None:
     value, block = make(messages,
                         tuple(totals),
@@ -68,7 +68,7 @@ def test_block_is_decoded_as_it_was(messages: List[bytes], totals: List[int], ti
 
 
 @given(messages=MESSAGES, totals=TOTALS, data=st.data())
-def test_run_of_messages_is_copied(messages: List[bytes], totals: List[int],
+def test_run_of_messages_is_copied(messages: list[bytes], totals: list[int],
                                    data: st.DataObject) -> None:
     value, block = make(messages, tuple(totals))
     begin = data.draw(st.integers(min_value=0, max_value=len(messages) - 1))
@@ -77,7 +77,7 @@ def test_run_of_messages_is_copied(messages: List[bytes], totals: List[int],
 
 
 @given(messages=MESSAGES, totals=TOTALS, data=st.data())
-def test_block_is_cut_behind_any_message(messages: List[bytes], totals: List[int],
+def test_block_is_cut_behind_any_message(messages: list[bytes], totals: list[int],
                                          data: st.DataObject) -> None:
     value, block = make(messages, tuple(totals))
     count = data.draw(st.integers(min_value=1, max_value=len(messages)))
@@ -93,7 +93,7 @@ def test_placeholder_takes_one_number() -> None:
 
 
 @given(messages=MESSAGES, totals=TOTALS, data=st.data())
-def test_no_flipped_bit_of_a_record_is_overlooked(messages: List[bytes], totals: List[int],
+def test_no_flipped_bit_of_a_record_is_overlooked(messages: list[bytes], totals: list[int],
                                                   data: st.DataObject) -> None:
     value, block = make(messages, tuple(totals))
     record = 40 + 8 * len(totals)
@@ -106,7 +106,7 @@ def test_no_flipped_bit_of_a_record_is_overlooked(messages: List[bytes], totals:
 
 
 @given(messages=MESSAGES, data=st.data())
-def test_no_flipped_bit_of_a_message_is_overlooked(messages: List[bytes],
+def test_no_flipped_bit_of_a_message_is_overlooked(messages: list[bytes],
                                                    data: st.DataObject) -> None:
     value, block = make(messages)
     begin = 40 + _blocks.ENTRY_BYTES * len(messages)
@@ -133,7 +133,7 @@ def test_no_flipped_bit_of_a_message_is_overlooked(messages: List[bytes],
        time_ns=st.integers(min_value=0, max_value=(1 << 64) - 1),
        audience=st.integers(min_value=0, max_value=0xffff))
 @example(messages=[b"for some"], totals=[], time_ns=5, audience=1)
-def test_only_message_of_a_block_is_copied(messages: List[bytes], totals: List[int], time_ns: int,
+def test_only_message_of_a_block_is_copied(messages: list[bytes], totals: list[int], time_ns: int,
                                            audience: int) -> None:
     value = make(messages, tuple(totals), time_ns=time_ns, audience=audience).value
     is_single = len(messages) == 1 and not totals and not audience
@@ -162,7 +162,7 @@ def test_only_message_of_a_shortened_block_is_not_copied(message: bytes,
 
 
 @given(messages=MESSAGES, data=st.data())
-def test_damaged_table_gives_no_wrong_message(messages: List[bytes], data: st.DataObject) -> None:
+def test_damaged_table_gives_no_wrong_message(messages: list[bytes], data: st.DataObject) -> None:
     value, block = make(messages)
     place = data.draw(
         st.integers(min_value=8 * 40, max_value=8 * (40 + _blocks.ENTRY_BYTES * len(messages)) - 1))
@@ -183,7 +183,7 @@ def test_damaged_table_gives_no_wrong_message(messages: List[bytes], data: st.Da
 
 
 @given(messages=MESSAGES, totals=TOTALS, data=st.data())
-def test_shortened_block_is_refused_and_not_read_beyond(messages: List[bytes], totals: List[int],
+def test_shortened_block_is_refused_and_not_read_beyond(messages: list[bytes], totals: list[int],
                                                         data: st.DataObject) -> None:
     value, _ = make(messages, tuple(totals))
     length = data.draw(st.integers(min_value=0, max_value=len(value) - 1))
@@ -199,11 +199,11 @@ def test_shortened_block_is_refused_and_not_read_beyond(messages: List[bytes], t
 
 
 @given(messages=st.lists(st.binary(max_size=40), max_size=30), limit=st.sampled_from([8, 40, 100]))
-def test_batches_keep_order_and_stay_small(messages: List[bytes], limit: int) -> None:
+def test_batches_keep_order_and_stay_small(messages: list[bytes], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_blocks, "BLOCK_BYTES", limit)
         batches = _blocks.encode_batches(messages)
-    found: List[bytes] = []
+    found: list[bytes] = []
     for batch in batches:
         record = _blocks.pack_block(0, 0, 0, batch.messages, 0, 0, ())
         value = memoryview(record + batch.body)

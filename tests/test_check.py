@@ -7,7 +7,8 @@ import pathlib
 import shutil
 import struct
 import typing
-from typing import Callable, Dict, Iterator, List, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_sound_store_has_no_findings(copy: persipubsub.queue.Queue) -> None:
                                                                       1], stores.blocks(copy)
 
 
-def blocks_of(txn: Txn, databases: Databases) -> List[_log.Found]:
+def blocks_of(txn: Txn, databases: Databases) -> list[_log.Found]:
     """List the blocks with messages."""
     return [
         found for found in _log.list_blocks(txn.cursor(db=databases.data)) if found.block.messages
@@ -272,7 +273,7 @@ def header_damaged(txn: Txn, databases: Databases) -> None:
     txn.put(_layout.HEADER_KEY, b"persipub\x01\0\0\0", db=databases.meta)
 
 
-DAMAGES: List[Damage] = [
+DAMAGES: list[Damage] = [
     message_flipped, checksum_flipped, end_flipped, record_flipped, totals_of_audience_flipped,
     block_shortened_in_record, block_shortened_in_table, block_shortened_in_messages, block_emptied,
     block_missing, block_inside_another, block_overlaps, key_of_another_kind, time_went_back,
@@ -297,7 +298,7 @@ def test_findings_name_the_place(copy: persipubsub.queue.Queue) -> None:
     first = next(block[0] for block in stores.blocks(copy) if block)
     copy._environment.write(message_flipped)
     finding, = copy.check()
-    assert "message {} ".format(first + 2) in finding
+    assert f"message {first + 2} " in finding
 
 
 def test_all_damaged_messages_are_named(copy: persipubsub.queue.Queue) -> None:
@@ -330,6 +331,6 @@ def test_closed_queue_is_not_checked(store: persipubsub.queue.Settings,
 
 
 def test_counters_are_not_a_matter_of_soundness(copy: persipubsub.queue.Queue) -> None:
-    counters: Dict[str, int] = {"acknowledged": 5, "failed": 7, "acknowledged_ns": 0}
+    counters: dict[str, int] = {"acknowledged": 5, "failed": 7, "acknowledged_ns": 0}
     copy._environment.write(lambda txn, databases: change_subscriber(txn, databases, **counters))
     assert copy.check() == []

@@ -10,7 +10,8 @@ import pathlib
 import resource
 import shutil
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Union
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -60,8 +61,8 @@ def wait_until_covered(queue: persipubsub.queue.Queue) -> None:
     support.until(lambda: covered(queue) >= last, "a checkpoint")
 
 
-def take_all(queue: persipubsub.queue.Queue) -> List[bytes]:
-    messages = []  # type: List[bytes]
+def take_all(queue: persipubsub.queue.Queue) -> list[bytes]:
+    messages: list[bytes] = []
     consumer = queue.consumer("sub")
     while (lease := consumer.take(timeout=0)) is not None:
         messages.extend(lease.messages)
@@ -90,10 +91,10 @@ def put_and_stay(config_pth: pathlib.Path, *messages: bytes) -> None:
     KEPT.append(queue)
 
 
-KEPT = []  # type: List[persipubsub.queue.Queue]
+KEPT: list[persipubsub.queue.Queue] = []
 
 
-def after_power_failure(config_pth: pathlib.Path) -> List[bytes]:
+def after_power_failure(config_pth: pathlib.Path) -> list[bytes]:
     """Open the queue in another boot, with a store that is garbage; return what there is."""
     directory = pathlib.Path(support.settings(config_pth).path)
     if (directory / _files.RUNNING).exists():
@@ -107,7 +108,7 @@ def after_power_failure(config_pth: pathlib.Path) -> List[bytes]:
             pipe.send(findings or take_all(queue))
 
     with support.Child(run) as child:
-        messages = child.get()  # type: List[bytes]
+        messages: list[bytes] = child.get()
         child.end()
     return messages
 
@@ -161,7 +162,7 @@ def test_single_slot_for_readers_is_enough(tmp_path: pathlib.Path) -> None:
 
 
 def test_thread_sleeps_while_nothing_is_new() -> None:
-    attempts = []  # type: List[int]
+    attempts: list[int] = []
 
     def attempt() -> bool:
         attempts.append(1)
@@ -177,7 +178,7 @@ def test_thread_sleeps_while_nothing_is_new() -> None:
 
 
 def test_failed_attempt_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
-    attempts = []  # type: List[int]
+    attempts: list[int] = []
 
     def attempt() -> bool:
         attempts.append(1)
@@ -240,9 +241,9 @@ def test_stop_that_comes_while_the_thread_wakes_up() -> None:
 def test_many_begin_and_stop_at_once() -> None:
     for _ in range(300):
         checkpointer = _checkpoint.Checkpointer(0.0, lambda: True)
-        errors = []  # type: List[str]
+        errors: list[str] = []
 
-        def stop(stop_it: Callable[[], None], errors: List[str]) -> None:
+        def stop(stop_it: Callable[[], None], errors: list[str]) -> None:
             errors.append(support.outcome(stop_it))
 
         threads = [threading.Thread(target=checkpointer.notice) for _ in range(2)]
@@ -264,7 +265,7 @@ def copy_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Write a checkpoint into a pipe that nobody empties."""
     queue = opened(config_pth)
     queue.put([bytes(1 << 20)])
-    path = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+    path = pathlib.Path(queue.settings.path) / (f"{_files.CHECKPOINT}.new")
     os.mkfifo(path)
     keeper = os.open(path, os.O_RDWR)
     pipe.send("copying")
@@ -285,7 +286,7 @@ def has_filled(path: pathlib.Path) -> bool:
 
 def test_killed_copier_hinders_nobody(config_pth: pathlib.Path) -> None:
     with opened(config_pth) as queue:
-        temporary = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+        temporary = pathlib.Path(queue.settings.path) / (f"{_files.CHECKPOINT}.new")
         with support.Child(copy_for_ever, config_pth) as child:
             assert child.get() == "copying"
             support.until(lambda: has_filled(temporary), "the copy to begin")
@@ -336,7 +337,7 @@ def test_killed_readers_in_all_slots_hinder_no_checkpoint(tmp_path: pathlib.Path
 
 def test_leftover_of_a_killed_copier_is_overwritten(config_pth: pathlib.Path) -> None:
     with opened(config_pth) as queue:
-        temporary = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+        temporary = pathlib.Path(queue.settings.path) / (f"{_files.CHECKPOINT}.new")
         temporary.write_bytes(b"half of a copy" * 100000)
         queue.put([b"message"])
         assert queue._environment._write_checkpoint()
@@ -444,7 +445,7 @@ def cut(path: pathlib.Path, size: int) -> None:
     os.truncate(path, size)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable[[pathlib.Path], Any]] = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: cut(path, 0),
     "one page": lambda path: cut(path, 4096),
@@ -456,7 +457,7 @@ DAMAGES = {
     "zeros behind the meta pages": lambda path: path.write_bytes(path.read_bytes()[:8192] + bytes(
         path.stat().st_size - 8192)),
     "text": lambda path: path.write_text("Dear diary\n" * 2000, encoding="utf-8"),
-}  # type: dict[str, Callable[[pathlib.Path], Any]]
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -471,7 +472,7 @@ def test_without_a_sound_checkpoint_the_queue_is_refused(config_pth: pathlib.Pat
         opened(config_pth)
     text = str(caught.value)
     assert str(directory / _files.CHECKPOINT) in text
-    assert "Restore a backup" in text and "remove " + str(directory / _files.RUNNING) in text
+    assert "Restore a backup" in text and f"remove {directory / _files.RUNNING!s}" in text
     assert (directory / _files.DATA).read_bytes() == before
     # The way on that the error tells.
     (directory / _files.RUNNING).unlink()
@@ -509,7 +510,7 @@ def test_full_disk_while_copying_keeps_the_one_before(config_pth: pathlib.Path) 
         assert child.get() is True
         child.kill(9)
         child.end(-9)
-    temporary = pathlib.Path(support.settings(config_pth).path) / (_files.CHECKPOINT + ".new")
+    temporary = pathlib.Path(support.settings(config_pth).path) / (f"{_files.CHECKPOINT}.new")
     assert temporary.stat().st_size == 0, "Expected the room to be given back."
     assert after_power_failure(config_pth) == [b"covered"]
 
@@ -566,7 +567,7 @@ def test_killed_one_with_checkpoints_leaves_none_to_one_without(
         config_pth: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed(lambda: put_and_stay(config_pth, b"first"))
     settings = configure(config_pth, checkpoint_secs=0)
-    steps = []  # type: List[str]
+    steps: list[str] = []
     flush, remove = _environment.Environment.flush_now, _checkpoint.remove
 
     def flush_now(self: _environment.Environment) -> None:
@@ -669,7 +670,7 @@ def test_who_comes_second_does_as_the_first(config_pth: pathlib.Path, first: flo
 def test_change_of_the_durability_leaves_no_copy(config_pth: pathlib.Path) -> None:
     killed(lambda: put_and_stay(config_pth, b"message"))
     directory = pathlib.Path(support.settings(config_pth).path)
-    unfinished = directory / (_files.CHECKPOINT + ".new")
+    unfinished = directory / (f"{_files.CHECKPOINT}.new")
     unfinished.write_bytes(b"half of a copy")
     settings = configure(config_pth, durability="fsync")
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
@@ -698,7 +699,7 @@ def test_killed_while_it_changed_the_durability(config_pth: pathlib.Path) -> Non
 
 
 def subscribers_after_power_failure(config_pth: pathlib.Path,
-                                    target: pathlib.Path) -> Dict[str, int]:
+                                    target: pathlib.Path) -> dict[str, int]:
     """Look at a copy of the queue as if the power failed now; return the positions."""
     settings = support.settings(config_pth)
     shutil.rmtree(target, ignore_errors=True)
@@ -730,7 +731,7 @@ def test_what_control_does_is_in_a_checkpoint(tmp_path: pathlib.Path, is_another
         pipe.send("open")
         pipe.recv()
 
-    def positions() -> Dict[str, int]:
+    def positions() -> dict[str, int]:
         return subscribers_after_power_failure(config_pth, tmp_path / "image")
 
     with contextlib.ExitStack() as stack:
@@ -777,7 +778,7 @@ def test_checkpoint_that_fails_is_an_error_of_the_call(config_pth: pathlib.Path)
 
 def test_checkpoint_is_tried_until_it_is_written(config_pth: pathlib.Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes: List[Union[bool, Exception]]
+    outcomes: list[bool | Exception]
     outcomes = [False, persipubsub.errors.ReadersFullError("full on purpose"), False]
     with opened(config_pth) as queue:
         environment = queue._environment
@@ -803,7 +804,7 @@ def test_checkpoint_of_another_process_is_waited_for(tmp_path: pathlib.Path) -> 
                                       busy_timeout_secs=0.2)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     with opened(config_pth) as queue:
-        temporary = pathlib.Path(queue.settings.path) / (_files.CHECKPOINT + ".new")
+        temporary = pathlib.Path(queue.settings.path) / (f"{_files.CHECKPOINT}.new")
         with support.Child(copy_for_ever, config_pth) as child:
             assert child.get() == "copying"
             support.until(lambda: has_filled(temporary), "the copy to begin")
@@ -902,9 +903,8 @@ def test_unreadable_id_of_the_boot_is_no_power_failure(config_pth: pathlib.Path,
         identity = os.stat(directory / _files.DATA).st_ino
         for place in (1, 2, 3):
             assert tracing.run(lambda: work, [
-                "-o", os.devnull, "-P", "/proc/sys/kernel/random/boot_id", "-e",
-                "trace=" + call, "-e", "inject={}:error={}:when={}".format(
-                    call, "EMFILE" if call == "openat" else "EIO", place)
+                "-o", os.devnull, "-P", "/proc/sys/kernel/random/boot_id", "-e", f"trace={call}",
+                "-e", f"inject={call}:error={'EMFILE' if call == 'openat' else 'EIO'}:when={place}"
             ]) == 0
             outcomes.add(output.read_text())
             assert os.stat(directory / _files.DATA).st_ino == identity

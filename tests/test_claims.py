@@ -14,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ class Puppet:
     def tell(self, expression: str) -> None:
         """Do not wait for the value."""
         assert self.process.stdin is not None
-        self.process.stdin.write(expression + "\n")
+        self.process.stdin.write(f"{expression}\n")
         self.process.stdin.flush()
 
     def hear(self) -> Any:
@@ -121,7 +122,7 @@ class Puppet:
 
     def run(self, source: str) -> None:
         """Let the process execute statements."""
-        assert self.ask("run({!r})".format(source)) is None
+        assert self.ask(f"run({source!r})") is None
 
     def kill(self) -> None:
         """Kill the process, which may have forked an heir, and wait for its end."""
@@ -176,7 +177,7 @@ def fixture_spawn(path: str, is_ofd: bool) -> Iterator[Spawn]:
         yield start
 
 
-def _claimed(claims: Claims, numbers: range) -> List[int]:
+def _claimed(claims: Claims, numbers: range) -> list[int]:
     """List what is claimed according to both ways to ask."""
     asked = [number for number in numbers if claims.is_claimed(0, number)]
     tried = []
@@ -243,8 +244,8 @@ def test_ends_of_the_range_of_numbers(claims: Claims) -> None:
 
 @pytest.mark.parametrize("arguments", [(-1, 0, 1), (2**15, 0, 1), (0, -1, 1), (0, 2**48, 1),
                                        (0, 0, 0), (0, 5, -1), (0, 2**48 - 1, 2)])
-def test_numbers_out_of_range(claims: Claims, arguments: Tuple[int, int, int]) -> None:
-    methods: List[Callable[[int, int, int], object]]
+def test_numbers_out_of_range(claims: Claims, arguments: tuple[int, int, int]) -> None:
+    methods: list[Callable[[int, int, int], object]]
     methods = [claims.claim, claims.claim_prefix, claims.is_claimed]
     for method in methods:
         with pytest.raises(persipubsub.errors.StoreError, match="Expected a subscriber below"):
@@ -281,9 +282,9 @@ def test_narrow(claims: Claims, spawn: Spawn, first: int, count: int) -> None:
     assert (claim.first, claim.count) == (first, count)
     assert _claimed(claims, range(0, 30)) == list(range(first, first + count))
     for number in range(10, 20):
-        assert other.ask("take({})".format(number)) == (not first <= number < first + count)
+        assert other.ask(f"take({number})") == (not first <= number < first + count)
     claim.release()
-    assert other.ask("take({}, {})".format(first, count))
+    assert other.ask(f"take({first}, {count})")
 
 
 def test_narrow_to_something_else(claims: Claims) -> None:
@@ -314,7 +315,7 @@ def test_dropped_claim_is_given_back(claims: Claims, spawn: Spawn) -> None:
 def test_killed_holder(claims: Claims, spawn: Spawn) -> None:
     for number in range(10):
         other = spawn()
-        assert other.ask("take({}, 7)".format(number))
+        assert other.ask(f"take({number}, 7)")
         assert claims.claim(0, number) is None
         other.kill()
         claim = claims.claim(0, number, 7)
@@ -429,7 +430,7 @@ def test_relative_path(tmp_path: pathlib.Path, is_ofd: bool,
 
 
 def test_symbolic_link_is_refused(claims: Claims, path: str) -> None:
-    foreign = path + ".foreign"
+    foreign = f"{path}.foreign"
     for target in ["exists", "dangles"]:
         if target == "exists":
             pathlib.Path(foreign).touch()
@@ -456,10 +457,10 @@ def test_something_else_in_the_place_of_the_file(path: str, is_ofd: bool) -> Non
 def test_replaced_file(claims: Claims, path: str) -> None:
     own = claims.claim(0, 5)
     assert own is not None
-    os.rename(path, path + ".old")
+    os.rename(path, f"{path}.old")
     with pytest.raises(persipubsub.errors.StoreError, match="stays in place"):
         claims.claim(0, 6)
-    os.rename(path + ".old", path)
+    os.rename(f"{path}.old", path)
     assert _claimed(claims, range(0, 10)) == [5]
 
 
@@ -487,7 +488,7 @@ def test_child_exits(claims: Claims, spawn: Spawn) -> None:
             "lambda: 0", "lambda: give(5)", "lambda: claims.close()",
             "lambda: (held.clear(), gc.collect()) and 0", "lambda: held[5].narrow(5, 1)"
     ]:
-        assert puppet.ask("in_child({})".format(function)) == 0
+        assert puppet.ask(f"in_child({function})") == 0
         assert _claimed(claims, range(0, 10)) == [5], function
 
     # The parent goes on as if nothing had happened.
@@ -631,9 +632,9 @@ os.close(reader)
 def test_threads_exclude_each_other(claims: Claims) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)
-    owners: Dict[int, int] = {}
-    problems: List[str] = []
-    refused: List[int] = []
+    owners: dict[int, int] = {}
+    problems: list[str] = []
+    refused: list[int] = []
 
     def compete(name: int) -> None:
         generator = random.Random(seed + name)
@@ -645,7 +646,7 @@ def test_threads_exclude_each_other(claims: Claims) -> None:
                 continue
             for number in range(first, first + count):
                 if owners.setdefault(number, name) != name:
-                    problems.append("{} and {} had {}".format(owners[number], name, number))
+                    problems.append(f"{owners[number]} and {name} had {number}")
             time.sleep(0)
             for number in range(first, first + count):
                 owners.pop(number, None)
@@ -775,7 +776,7 @@ class_of_holder.discard = discard
 ])
 def test_signal_handler_that_closes(claims: Claims, spawn: Spawn, action: str) -> None:
     puppet = spawn()
-    puppet.run("""
+    puppet.run(f"""
 def close(signal_number, frame):
     claims.close()
 
@@ -786,13 +787,13 @@ def close_in_the_middle():
     signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.001))
     try:
         while True:
-            {}
+            {action}
     except persipubsub.errors.ClosedError:
         return kept
 
 signal.signal(signal.SIGALRM, close)
 dead = []
-""".format(action))
+""")
     for _ in range(30):
         # What was claimed is kept, but no longer claimed.
         puppet.run("dead.append(close_in_the_middle())")
@@ -844,10 +845,10 @@ def test_storm(claims: Claims, path: str, spawn: Spawn) -> None:
     puppets = [spawn() for _ in range(4)]
     for index, puppet in enumerate(puppets):
         puppet.run(_CONSUMER)
-        puppet.tell("work({}, {})".format(seed + 10 * index, 4000))
+        puppet.tell(f"work({seed + 10 * index}, {4000})")
 
     # One is killed in the middle.
-    while os.path.getsize(path + ".ledger") < 20000:
+    while os.path.getsize(f"{path}.ledger") < 20000:
         assert puppets[0].process.poll() is None
     puppets[0].kill()
     for puppet in puppets[1:]:
@@ -855,13 +856,13 @@ def test_storm(claims: Claims, path: str, spawn: Spawn) -> None:
         assert len(results) == 2
         assert all(taken > 0 and refused > 0 for taken, refused in results), results
 
-    owners: Dict[int, str] = {}
-    for line in pathlib.Path(path + ".ledger").read_text(encoding="ascii").splitlines():
+    owners: dict[int, str] = {}
+    for line in pathlib.Path(f"{path}.ledger").read_text(encoding="ascii").splitlines():
         action, name, first, count = line.split()
         for number in range(int(first), int(first) + int(count)):
             owner = owners.pop(number, None)
             if action == "take":
-                killed = "{}-".format(puppets[0].process.pid)
+                killed = f"{puppets[0].process.pid}-"
                 assert owner is None or owner.startswith(killed), (line, owner)
                 owners[number] = name
             else:

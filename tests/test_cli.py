@@ -20,7 +20,8 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import click.testing
 import prometheus_client
@@ -43,7 +44,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS: Mapping[str, click.Command] = persipubsub.cli.commands.commands.commands
 
 #: Commands with what they need behind the configuration file.
-ARGUMENTS: Dict[str, List[str]] = {
+ARGUMENTS: dict[str, list[str]] = {
     "peek": ["sub"],
     "migrate": ["--to", "nats://127.0.0.1:1/nobody"],
     "receive": ["sub"],
@@ -111,8 +112,7 @@ def test_every_command_has_help_with_an_example() -> None:
     for name, command in COMMANDS.items():
         result = runner.invoke(persipubsub.cli.commands.commands, [name, "--help"])
         assert result.exit_code == 0
-        assert re.search(r"\n  Examples?:\n      .*persipubsub {} ".format(name),
-                         result.output), name
+        assert re.search(fr"\n  Examples?:\n      .*persipubsub {name} ", result.output), name
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"config", "--queue", "--json"} <= options, name
 
@@ -122,10 +122,10 @@ def test_every_command_is_in_the_docs_and_no_other() -> None:
     titles = re.findall(r"^([a-z-]+)\n~+$", text, re.MULTILINE)
     assert sorted(titles) == sorted(COMMANDS)
     for title in titles:
-        section = re.search(r"^{}\n~+\n(.*?)(?=^[^\n]+\n[~-]{{3,}}$|\Z)".format(title), text,
+        section = re.search(fr"^{title}\n~+\n(.*?)(?=^[^\n]+\n[~-]{{3,}}$|\Z)", text,
                             re.MULTILINE | re.DOTALL)
         assert section is not None
-        assert "$ persipubsub {} ".format(title) in section.group(1), title
+        assert f"$ persipubsub {title} " in section.group(1), title
 
 
 def test_every_command_and_option_of_the_docs_is_there() -> None:
@@ -139,7 +139,7 @@ def test_every_command_and_option_of_the_docs_is_there() -> None:
 
 
 def test_version_and_help_and_no_command() -> None:
-    assert run("--version").stdout == "persipubsub, version {}\n".format(persipubsub.__version__)
+    assert run("--version").stdout == f"persipubsub, version {persipubsub.__version__}\n"
     assert "check-config" in run("--help").stdout
     assert "check-config" in run(exit_code=2).stderr
 
@@ -155,8 +155,8 @@ def test_without_the_extra_it_says_how_to_install_it(missing: str) -> None:
         "import sys, runpy; sys.modules[sys.argv.pop()] = None\n"
         "runpy.run_module('persipubsub', run_name='__main__')", missing)
     assert process.returncode == 1
-    assert process.stderr == ("persipubsub: the command line needs {}. Install it with: "
-                              "pip install 'persipubsub[cli]'\n".format(missing))
+    assert process.stderr == (f"persipubsub: the command line needs {missing}. Install it with: "
+                              f"pip install 'persipubsub[cli]'\n")
 
 
 def test_metrics_without_the_extra(tmp_path: pathlib.Path) -> None:
@@ -176,15 +176,15 @@ def test_what_would_change_a_terminal_is_escaped() -> None:
         if (unicodedata.category(one) in ("Cc", "Zl", "Zp")
                 or unicodedata.bidirectional(one) in directions):
             expected = one.encode("unicode_escape").decode("ascii")
-        assert _text.printable("a" + one) == "a" + expected, hex(ord(one))
+        assert _text.printable(f"a{one}") == f"a{expected}", hex(ord(one))
 
 
 # Closed streams
 
 
-def closed(redirection: str) -> List[str]:
+def closed(redirection: str) -> list[str]:
     """Return what starts the command behind it with a stream closed, as ``>&-`` does in a shell."""
-    return ["sh", "-c", 'exec "$0" "$@" {}'.format(redirection)]
+    return ["sh", "-c", f'exec "$0" "$@" {redirection}']
 
 
 @pytest.mark.parametrize("command",
@@ -219,7 +219,7 @@ def test_closed_input(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--lines"]])
 def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
-                                                      options: List[str]) -> None:
+                                                      options: list[str]) -> None:
     config_pth = make(tmp_path)
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
@@ -277,7 +277,7 @@ def test_complaints_that_nobody_reads(tmp_path: pathlib.Path, command: str, exit
 
 def test_init_and_stat(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
-    expected = "queue: ready in {}\n".format(tmp_path / "queue")
+    expected = f"queue: ready in {tmp_path / 'queue'}\n"
     assert run("init", config_pth).stdout == expected
     assert json.loads(run("init", config_pth, "--json").stdout) == {
         "queue": {
@@ -366,7 +366,7 @@ def test_check_config_lists_all_problems(tmp_path: pathlib.Path) -> None:
     process = run("check-config", config_pth, exit_code=1)
     assert process.stdout == ""
     lines = process.stderr.splitlines()
-    assert len(lines) == 3 and lines[2].endswith("2 problems in {}".format(config_pth))
+    assert len(lines) == 3 and lines[2].endswith(f"2 problems in {config_pth}")
     assert "max_db_num" in lines[0] and "MAX_MSGS_NUM" in lines[1]
     found = json.loads(run("check-config", config_pth, "--json", exit_code=1).stdout)
     assert found == {"problems": lines[:2], "warnings": []}
@@ -516,8 +516,7 @@ class Terminal:
         """Read until something was shown."""
         deadline = time.monotonic() + support.HANG_SECS
         while not re.search(pattern, self.text):
-            assert time.monotonic() < deadline, "Waited in vain for {!r} in {!r}".format(
-                pattern, self.text)
+            assert time.monotonic() < deadline, f"Waited in vain for {pattern!r} in {self.text!r}"
             if select.select([self._master], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):  # the command ended
                     self.text += self._decoder.decode(os.read(self._master, 1 << 16))
@@ -571,7 +570,7 @@ def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: pathlib.P
                   "--watch",
                   "--interval",
                   "0.1",
-                  prefix=["env", "TERM={}".format(term)]) as terminal:
+                  prefix=["env", f"TERM={term}"]) as terminal:
         terminal.wait_for("(?s)SUBSCRIBER.*SUBSCRIBER")
         terminal.type(b"\x03")
         terminal.end(exit_code=130)
@@ -626,7 +625,7 @@ def test_nothing_is_cut_whatever_the_width(figures: Mapping[str, Any], rounds: i
     for width in range(66, 161):
         text = drawn(width, figures, rounds)
         assert "\u2026" not in text
-        assert "archive-service-eu  " in text and " {:,} ".format(figures.get("lag", 0)) in text
+        assert "archive-service-eu  " in text and f" {figures.get('lag', 0):,} " in text
         assert max(map(len, text.splitlines())) <= width
         lines = text.splitlines()
         columns.append(len(next(line for line in lines if " lag " in line).split()))
@@ -648,7 +647,7 @@ def test_figures_are_whole_in_a_very_narrow_terminal(count: int, rounds: int) ->
         # Each column that is named has its figures.
         heads = next(line for line in lines if " lag " in line).split()
         row = next(line for line in lines if " index " in line).split()
-        assert row[2] == "{:,}".format(count)
+        assert row[2] == f"{count:,}"
         assert len([cell for cell in row if cell not in ("s", "min")]) == len(heads), text
 
 
@@ -674,7 +673,7 @@ def test_stat_as_a_picture(tmp_path: pathlib.Path) -> None:
     "arguments", [["tail", "--number", "100"], ["stat"], ["stat", "--watch", "--interval", "0.1"],
                   ["peek", "sub", "--number", "100"]])
 def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: pathlib.Path,
-                                                arguments: List[str]) -> None:
+                                                arguments: list[str]) -> None:
     config_pth = make(tmp_path)
     send(config_pth, *[b"x" * 1000] * 200)
     with start(arguments[0], config_pth, *arguments[1:]) as process:
@@ -719,8 +718,8 @@ UNBUFFERED = ["env", "PYTHONUNBUFFERED=1"]
 
 @pytest.mark.parametrize("prefix", [[], UNBUFFERED])
 @pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
-def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options: List[str],
-                                                prefix: List[str]) -> None:
+def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options: list[str],
+                                                prefix: list[str]) -> None:
     config_pth = make(tmp_path)
     send(config_pth, b"x" * 1000000)
     with start("receive", config_pth, "sub", *options, prefix=prefix) as process:
@@ -734,8 +733,8 @@ def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options:
 
 @pytest.mark.parametrize("prefix", [[], UNBUFFERED])
 @pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
-def test_output_that_does_not_block_gets_all(tmp_path: pathlib.Path, options: List[str],
-                                             prefix: List[str]) -> None:
+def test_output_that_does_not_block_gets_all(tmp_path: pathlib.Path, options: list[str],
+                                             prefix: list[str]) -> None:
     config_pth = make(tmp_path)
     send(config_pth, *[b"x" * 5000] * 100)
     reader, writer = os.pipe()
@@ -775,7 +774,7 @@ def test_each_line_is_written_at_once_without_buffers(tmp_path: pathlib.Path) ->
     "arguments",
     [["tail", "--number", "1"], ["receive", "sub", "--number", "2", "--timeout", "inf"],
      ["stat", "--watch", "--json"], ["metrics", "--port", "0"]])
-def test_interrupted(tmp_path: pathlib.Path, arguments: List[str]) -> None:
+def test_interrupted(tmp_path: pathlib.Path, arguments: list[str]) -> None:
     config_pth = make(tmp_path)
     send(config_pth, b"x")
     with start(arguments[0], config_pth, *arguments[1:]) as process:
@@ -788,7 +787,7 @@ def test_interrupted(tmp_path: pathlib.Path, arguments: List[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments", [["clear"], ["drop-queue"], ["remove-subscriber", "sub"], ["restore", "backup"]])
-def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: List[str]) -> None:
+def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: list[str]) -> None:
     config_pth = make(tmp_path)
     send(config_pth, b"x")
     with start(arguments[0], config_pth, *arguments[1:], stdin=subprocess.PIPE) as process:
@@ -832,13 +831,13 @@ def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path)
     send(config_pth, b"1")
     target = tmp_path / "backup"
-    assert run("backup", config_pth, target).stdout.endswith("{}, verified\n".format(target))
+    assert run("backup", config_pth, target).stdout.endswith(f"{target}, verified\n")
     assert "there already" in run("backup", config_pth, target, exit_code=1).stderr
     send(config_pth, b"2")
     with persipubsub.queue.Queue(support.settings(config_pth)):
         for arguments in [["compact"], ["restore", str(target), "--yes"], ["drop-queue", "--yes"]]:
             process = run(arguments[0], config_pth, *arguments[1:], exit_code=1)
-            assert "process {}".format(os.getpid()) in process.stderr
+            assert f"process {os.getpid()}" in process.stderr
     run("restore", config_pth, target, exit_code=1)
     assert lag(config_pth) == 2
     assert run("restore", config_pth, target, stdin=b"y\n").stdout == \
@@ -858,7 +857,7 @@ def test_seek(tmp_path: pathlib.Path, place: str, position: int) -> None:
     count = 4 - position
     process = run("seek", config_pth, "sub", "--to", place)
     assert process.stdout == "queue: sub goes on from number {}, with {} to receive\n".format(
-        position, {1: "1 message"}.get(count, "{} messages".format(count)))
+        position, {1: "1 message"}.get(count, f"{count} messages"))
     found = json.loads(run("seek", config_pth, "sub", "--to", place, "--json").stdout)
     assert found == {"queue": "queue", "subscriber": "sub", "position": position, "lag": count}
     assert lag(config_pth) == count
@@ -869,7 +868,7 @@ def test_seek_to_no_place(tmp_path: pathlib.Path, place: str) -> None:
     config_pth = make(tmp_path)
     send(config_pth, b"1")
     process = run("seek", config_pth, "sub", "--to", place, exit_code=2)
-    assert "but got: {!r}".format(place) in process.stderr
+    assert f"but got: {place!r}" in process.stderr
     assert lag(config_pth) == 1
 
 
@@ -915,13 +914,13 @@ def test_metrics_are_served_on_the_loopback_address_only(tmp_path: pathlib.Path)
         listening = [
             line.split()[1] for name in ["/proc/net/tcp", "/proc/net/tcp6"] if os.path.exists(name)
             for line in pathlib.Path(name).read_text(encoding="ascii").splitlines()[1:]
-            if line.split()[3] == "0A" and line.split()[1].endswith(":{:04X}".format(port))
+            if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
         ]
-        assert listening == ["0100007F:{:04X}".format(port)]
+        assert listening == [f"0100007F:{port:04X}"]
         # It has the queue open only while it answers.
         persipubsub.control.compact(config_pth)
         process = run("metrics", config_pth, "--port", port, exit_code=1)
-        assert "127.0.0.1:{}".format(port) in process.stderr
+        assert f"127.0.0.1:{port}" in process.stderr
     assert 'persipubsub_up{queue="queue"} 1.0' in text
     assert 'persipubsub_messages{queue="queue"} 2.0' in text
     assert 'persipubsub_message_bytes{queue="queue"} 11.0' in text
@@ -948,7 +947,7 @@ def test_servers_that_are_away_do_not_hold_up_other_figures(
         silent.listen()
         away.bind(("127.0.0.1", 0))
         for name, one in (("silent", silent), ("away", away), ("away2", away)):
-            path = "nats://127.0.0.1:{}/{}".format(one.getsockname()[1], name)
+            path = f"nats://127.0.0.1:{one.getsockname()[1]}/{name}"
             config["queues"][name] = {
                 **config["queues"]["queue"], "path": path,
                 "subscribers": ["other"]
@@ -996,7 +995,7 @@ def wrong_files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     yield directory
     for name, content in [("empty", b""), ("list", b"[]"), ("binary", bytes(range(256))),
                           ("half", b'{"queues": {'), ("nested", b"[" * 100000)]:
-        path = directory / (name + ".json")
+        path = directory / (f"{name}.json")
         path.write_bytes(content)
         yield path
 
@@ -1053,7 +1052,7 @@ def test_init_where_nobody_may_write(tmp_path: pathlib.Path,
      ["seek", "CONFIG", "sub", "--to", "end", "--queue", ""],
      ["send", "CONFIG", "pub", "--queue", "missing"]])
 def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
-                     arguments: List[str]) -> None:
+                     arguments: list[str]) -> None:
     config_pth = make(tmp_path)
     replaced = [str(config_pth) if argument == "CONFIG" else argument for argument in arguments]
     assert outcome(capfd, *replaced) == 2
@@ -1069,7 +1068,7 @@ def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
      ["receive", "\udcff", "--queue", "queue"], ["peek", "\udcff", "--queue", "queue"],
      ["seek", "\udcff", "--to", "end", "--queue", "queue"], ["remove-subscriber", "\udcff"]])
 def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
-                           arguments: List[str]) -> None:
+                           arguments: list[str]) -> None:
     config_pth = make(tmp_path)
     if arguments[:2] == ["send", "pub"]:
         code = persipubsub.cli.commands.main([arguments[0], str(config_pth), *arguments[1:]])
@@ -1116,14 +1115,14 @@ SLOW = {
 SLOW_OF_CLICK = {"click", "dataclasses", "gettext"}
 
 
-def loaded(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Set[str]:
+def loaded(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> set[str]:
     """Run a command, and return the names of all modules that it loads."""
     # Not PYTHONPROFILEIMPORTTIME: that leaves out what importlib imports.
     monkeypatch.setenv("PYTHONVERBOSE", "1")
     return set(re.findall(r"^import '([\w.]+)' #", run(*arguments).stderr, re.MULTILINE))
 
 
-def own(names: Set[str]) -> Set[str]:
+def own(names: set[str]) -> set[str]:
     """Choose those of the library, named from the package on."""
     return {
         name.removeprefix("persipubsub").removeprefix(".")
@@ -1133,7 +1132,7 @@ def own(names: Set[str]) -> Set[str]:
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--queue", "queue"]])
 def test_stat_loads_only_what_it_needs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-                                       options: List[str]) -> None:
+                                       options: list[str]) -> None:
     names = loaded(monkeypatch, "stat", make(tmp_path), *options)
     # The module that is run is not imported by name.
     assert own(names) | {"__main__"} == STAT_LOADS
@@ -1144,7 +1143,7 @@ def test_stat_loads_only_what_it_needs(tmp_path: pathlib.Path, monkeypatch: pyte
                          [["--watch", "--count", "2", "--json"], ["--watch", "--count", "1"]])
 def test_stat_with_more_options_loads_only_click_besides(tmp_path: pathlib.Path,
                                                          monkeypatch: pytest.MonkeyPatch,
-                                                         options: List[str]) -> None:
+                                                         options: list[str]) -> None:
     names = loaded(monkeypatch, "stat", make(tmp_path), "--interval", "0.1", *options)
     assert own(names) | {"__main__"} == STAT_LOADS | STAT_OPTIONS_LOAD
     assert {name.partition(".")[0] for name in names} & SLOW == set()
@@ -1153,7 +1152,7 @@ def test_stat_with_more_options_loads_only_click_besides(tmp_path: pathlib.Path,
 
 @pytest.mark.parametrize("options, is_enabled", [([], False), (["--watch", "--count", "1"], True)])
 def test_no_garbage_is_collected_while_a_command_is_loaded(tmp_path: pathlib.Path,
-                                                           options: List[str],
+                                                           options: list[str],
                                                            is_enabled: bool) -> None:
     process = support.run_python(
         """if True:
@@ -1170,7 +1169,7 @@ def test_no_garbage_is_collected_while_a_command_is_loaded(tmp_path: pathlib.Pat
         """, "stat", make(tmp_path), *options)
     # A command may run for long: only loading it is done without. In its plain forms, "stat" ends
     # by itself. At the exit, there is nothing to collect.
-    assert process.stderr == "[] {} True\n".format(is_enabled)
+    assert process.stderr == f"[] {is_enabled} True\n"
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -1186,7 +1185,7 @@ def test_help_of_a_command_loads_no_other(monkeypatch: pytest.MonkeyPatch, name:
 
 def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:
     count = int(os.environ.get("PERSIPUBSUB_STAT_MESSAGES", "100000"))
-    subscribers = ["sub{:03}".format(index) for index in range(100)]
+    subscribers = [f"sub{index:03}" for index in range(100)]
     config_pth = make(tmp_path,
                       subscribers=subscribers,
                       publishers={
@@ -1209,8 +1208,7 @@ def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:
             begin = time.perf_counter()
             statistics = queue.statistics()
             seconds.append(time.perf_counter() - begin)
-    print("statistics of {} messages and 100 subscribers: {:.1f} ms".format(
-        count, 1e3 * min(seconds)))
+    print(f"statistics of {count} messages and 100 subscribers: {1000.0 * min(seconds):.1f} ms")
     assert statistics.messages == count
     assert statistics.subscribers[0].lag == count
     assert statistics.subscribers[99].lag == count - count // 10

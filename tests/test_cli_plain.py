@@ -13,7 +13,8 @@ import pathlib
 import pty
 import subprocess
 import sys
-from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -90,7 +91,7 @@ def same(directory: pathlib.Path,
          *arguments: object,
          is_plain: bool,
          now: object = None,
-         **options: Any) -> Tuple[int, bytes, bytes]:
+         **options: Any) -> tuple[int, bytes, bytes]:
     """Run a command both ways; return exit code and output, which are the same."""
     now = _clock.ticks_ns() if now is None else now
     plain = end_of(directory, "plain", arguments, now, **options)
@@ -131,7 +132,7 @@ FORMS = [[], ["--json"], ["--queue", "queue"], ["--queue=queue"], ["--queue", "q
 
 
 @pytest.mark.parametrize("options", FORMS)
-def test_figures(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_figures(tmp_path: pathlib.Path, options: list[str]) -> None:
     with used(tmp_path) as config_pth:
         code, out, err = same(tmp_path, "stat", config_pth, *options, is_plain=True)
     assert (code, err) == (0, b"")
@@ -143,7 +144,7 @@ def test_figures(tmp_path: pathlib.Path, options: List[str]) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--queue", "missing"]])
-def test_queue_that_is_not_initialized(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_queue_that_is_not_initialized(tmp_path: pathlib.Path, options: list[str]) -> None:
     config_pth = test_cli.make(tmp_path)
     with_a_second_queue(config_pth)
     code, out, err = same(tmp_path, "stat", config_pth, *options, is_plain=True)
@@ -153,7 +154,7 @@ def test_queue_that_is_not_initialized(tmp_path: pathlib.Path, options: List[str
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_queue_that_is_kept_otherwise(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_queue_that_is_kept_otherwise(tmp_path: pathlib.Path, options: list[str]) -> None:
     config_pth = test_cli.make(tmp_path)
     test_cli.keep_first_otherwise(config_pth)
     code, out, err = same(tmp_path, "stat", config_pth, *options, is_plain=True)
@@ -162,7 +163,7 @@ def test_queue_that_is_kept_otherwise(tmp_path: pathlib.Path, options: List[str]
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_no_queues(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_no_queues(tmp_path: pathlib.Path, options: list[str]) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_text('{"queues": {}}', encoding="utf-8")
     same(tmp_path, "stat", config_pth, *options, is_plain=True)
@@ -184,7 +185,7 @@ def test_wrong_file(tmp_path: pathlib.Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--queue", "other"]])
-def test_what_is_no_file(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_what_is_no_file(tmp_path: pathlib.Path, options: list[str]) -> None:
     for path in (tmp_path, "/dev/stdin"):
         code, out, err = same(tmp_path,
                               "stat",
@@ -214,7 +215,7 @@ def test_unknown_queue(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_damaged_store(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_damaged_store(tmp_path: pathlib.Path, options: list[str]) -> None:
     config_pth = test_cli.make(tmp_path)
     os.truncate(tmp_path / "queue" / "data.mdb", 5000)
     code, out, err = same(tmp_path, "stat", config_pth, *options, is_plain=True)
@@ -223,7 +224,7 @@ def test_damaged_store(tmp_path: pathlib.Path, options: List[str]) -> None:
 
 
 @pytest.mark.parametrize("options", FORMS[:3])
-def test_pipe_that_nobody_reads(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_pipe_that_nobody_reads(tmp_path: pathlib.Path, options: list[str]) -> None:
     config_pth = test_cli.make(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
@@ -256,7 +257,7 @@ def test_full_disk(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_closed_standard_output(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_closed_standard_output(tmp_path: pathlib.Path, options: list[str]) -> None:
     same(tmp_path,
          "stat",
          test_cli.make(tmp_path),
@@ -267,7 +268,7 @@ def test_closed_standard_output(tmp_path: pathlib.Path, options: List[str]) -> N
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_what_can_not_be_encoded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-                                 options: List[str]) -> None:
+                                 options: list[str]) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
     with used(tmp_path) as config_pth:
         code, out, err = same(tmp_path, "stat", config_pth, *options, is_plain=True)
@@ -292,7 +293,7 @@ def test_interrupted(tmp_path: pathlib.Path) -> None:
      ["stat", "CONFIG", "CONFIG"], ["stat", ""], ["stat", "CONFIG", ""],
      ["stat", "CONFIG", "--watch", "--count", "1"], ["stat", "CONFIG", "--count", "0"],
      ["status", "CONFIG"], ["--version", "stat", "CONFIG"]])
-def test_other_forms_are_left_to_click(tmp_path: pathlib.Path, arguments: List[str]) -> None:
+def test_other_forms_are_left_to_click(tmp_path: pathlib.Path, arguments: list[str]) -> None:
     config_pth = test_cli.make(tmp_path)
     same(tmp_path,
          *[{
@@ -307,7 +308,7 @@ def test_queue_with_the_name_of_an_option(tmp_path: pathlib.Path, name: str) -> 
     config_pth.write_text(config_pth.read_text(encoding="utf-8").replace(
         '"queue"', json.dumps(name)),
                           encoding="utf-8")
-    for options in [["--queue", name], ["--queue", name, "--json"], ["--queue=" + name]]:
+    for options in [["--queue", name], ["--queue", name, "--json"], [f"--queue={name}"]]:
         same(tmp_path, "stat", config_pth, *options, is_plain=False)
 
 
@@ -326,7 +327,7 @@ def test_completion(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_terminal(tmp_path: pathlib.Path, options: List[str]) -> None:
+def test_terminal(tmp_path: pathlib.Path, options: list[str]) -> None:
     config_pth = test_cli.make(tmp_path)
     master, slave = pty.openpty()
     try:

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -377,7 +378,7 @@ def test_required_keys_of_a_mark(key: str) -> None:
     (MARK, "size_bytes", None),
     (["pub"], "\x1b[2J", None),
 ])
-def test_unknown_keys(place: Sequence[str], key: str, meant: Optional[str]) -> None:
+def test_unknown_keys(place: Sequence[str], key: str, meant: str | None) -> None:
     problem, = problems(change([*place, key], 1))
     assert problem.startswith(f"{'.'.join(place)}: Expected only the keys '")
     assert f", but got: {key!r}" in problem

@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 import threading
-from typing import Any, Callable, List, Type
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,10 @@ import persipubsub.statistics
 import persipubsub.subscriber
 from tests import support
 
-ALL = [
+ALL: list[Callable[[persipubsub.control.ConfigPath], object]] = [
     persipubsub.control.initialize_all_dbs, persipubsub.control.prune_dangling_messages,
     persipubsub.control.clear_all_subs
-]  # type: List[Callable[[persipubsub.control.ConfigPath], object]]
+]
 
 
 def send(config_pth: pathlib.Path, *messages: bytes) -> None:
@@ -31,8 +32,8 @@ def send(config_pth: pathlib.Path, *messages: bytes) -> None:
         pub.send_many(msgs=messages)
 
 
-def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> List[bytes]:
-    result = []  # type: List[bytes]
+def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
+    result: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id=sub_id, config_pth=config_pth)
         while True:
@@ -240,7 +241,7 @@ def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) ->
                          ("new", persipubsub.errors.NotInitializedError),
                          (persipubsub.config.DEAD_LETTERS, persipubsub.errors.NotInitializedError)])
 def test_ids_that_no_subscriber_has(tmp_path: pathlib.Path, sub_id: Any,
-                                    expected: Type[Exception]) -> None:
+                                    expected: type[Exception]) -> None:
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth)
     for function in (lambda: persipubsub.control.peek(config_pth, sub_id, queue_key="queue"),
@@ -259,7 +260,7 @@ def test_ids_that_no_subscriber_has(tmp_path: pathlib.Path, sub_id: Any,
 def test_numbers_that_are_none(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth)
-    number = 1.5  # type: Any
+    number: Any = 1.5
     for function in (lambda: persipubsub.control.peek(config_pth, "sub", number),
                      lambda: persipubsub.control.peek(config_pth, "sub", 1, number),
                      lambda: persipubsub.control.follow(config_pth, "queue", number)
@@ -271,7 +272,7 @@ def test_numbers_that_are_none(tmp_path: pathlib.Path) -> None:
 def test_no_queue_is_not_all_of_them(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth)
-    queue_key = None  # type: Any
+    queue_key: Any = None
     for function in (lambda: persipubsub.control.drop_queue(config_pth, queue_key),
                      lambda: persipubsub.control.backup(config_pth, queue_key, tmp_path / "copy")
                      ):  # type: Callable[[], object]
@@ -380,7 +381,7 @@ def work(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None
     with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
         pub.init(pub_id="pub", config_pth=config_pth)
         sub.init(sub_id="sub", config_pth=config_pth)
-        received = []  # type: List[bytes]
+        received: list[bytes] = []
 
         def receive() -> None:
             while not received or received[-1] != b"%d" % (count - 1):

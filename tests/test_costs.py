@@ -10,7 +10,9 @@ import functools
 import os
 import pathlib
 import re
-from typing import Any, Callable, Counter, Dict, Final, List, NamedTuple, Set
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -108,9 +110,9 @@ def last_transaction(sub: persipubsub.subscriber.Sub) -> int:
     return int(support.queue_of(sub)._environment._open_handles().environment.info()["last_txnid"])
 
 
-def count_reads() -> List[None]:
+def count_reads() -> list[None]:
     """Make a list longer by each read transaction of this process, which is a forked child."""
-    reads = []  # type: List[None]
+    reads: list[None] = []
     read = _transactions.Transactions.read
 
     def counted(self: _transactions.Transactions, work: _transactions.Work[Any]) -> Any:
@@ -129,7 +131,7 @@ def send_and_receive(config_pth: pathlib.Path) -> None:
         sub.init(sub_id="sub", config_pth=config_pth)
 
         def mark(name: str) -> None:
-            os.access("/mark/{}/{}/{}".format(name, last_transaction(sub), len(reads)), os.F_OK)
+            os.access(f"/mark/{name}/{last_transaction(sub)}/{len(reads)}", os.F_OK)
 
         def receive(count: int) -> None:
             for _ in range(count):
@@ -153,12 +155,12 @@ def send_and_receive(config_pth: pathlib.Path) -> None:
         mark("end")
 
 
-def count(trace_pth: pathlib.Path) -> Dict[str, Counter[str]]:
+def count(trace_pth: pathlib.Path) -> dict[str, Counter[str]]:
     """Count the system calls between two marks, by the name of the first one."""
-    counts = {}  # type: Dict[str, Counter[str]]
+    counts: dict[str, Counter[str]] = {}
     before = transactions, reads = 0, 0
-    flushed = set()  # type: Set[str]
-    current = collections.Counter()  # type: Counter[str]
+    flushed: set[str] = set()
+    current: Counter[str] = collections.Counter()
     for line in trace_pth.read_text(encoding="utf-8", errors="replace").splitlines():
         match = re.search(r'"/mark/(\w+)/(\d+)/(\d+)"', line)
         if match is not None:
@@ -193,11 +195,11 @@ def cost_of(counts: Counter[str]) -> Cost:
 
 @pytest.fixture(name="trace", scope="module")
 def fixture_trace(
-        tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Dict[str, Counter[str]]]:
+        tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Counter[str]]]:
     tracing.require()
 
-    @functools.lru_cache(maxsize=None)
-    def trace(durability: str) -> Dict[str, Counter[str]]:
+    @functools.cache
+    def trace(durability: str) -> dict[str, Counter[str]]:
         directory = tmp_path_factory.mktemp("costs")
         # Checkpoints come by the clock.
         config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0)
@@ -212,11 +214,11 @@ def fixture_trace(
 
 @pytest.mark.parametrize("operation", ["send", "receive", "send_many", "receive_many"])
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_costs(durability: str, operation: str, trace: Callable[[str], Dict[str,
+def test_costs(durability: str, operation: str, trace: Callable[[str], dict[str,
                                                                             Counter[str]]]) -> None:
     counts = trace(durability)[operation]
     found, expected = cost_of(counts), _COSTS[durability][operation]
-    print("{} {}: {}, {}".format(durability, operation, found, dict(counts)))
+    print(f"{durability} {operation}: {found}, {dict(counts)}")
     assert found[:4] == expected[:4], counts
     # Pages split and merge as the tree grows and shrinks, and neighbours are written in one call:
     # the number of writes is bounded only. From below, too, since a trace that misses some proves

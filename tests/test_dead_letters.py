@@ -6,7 +6,8 @@ import base64
 import json
 import os
 import pathlib
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def fail(config_pth: pathlib.Path, *messages: bytes) -> None:
             with pytest.raises(ValueError):
                 with sub.receive(timeout=0) as msg:
                     assert msg == message
-                    raise ValueError("not " + message.decode())
+                    raise ValueError(f"not {message.decode()}")
 
 
 @pytest.fixture(name="config_pth")
@@ -56,13 +57,13 @@ def fixture_config_pth(tmp_path: pathlib.Path) -> pathlib.Path:
     return config_pth
 
 
-def listed(config_pth: pathlib.Path) -> Dict[int, bytes]:
+def listed(config_pth: pathlib.Path) -> dict[int, bytes]:
     found = persipubsub.control.dead_letters(config_pth)
     assert list(found) == ["letters"]
     return {one.number: one.letter.data for one in found["letters"]}
 
 
-def received(config_pth: pathlib.Path, name: str) -> List[bytes]:
+def received(config_pth: pathlib.Path, name: str) -> list[bytes]:
     with persipubsub.queue.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
         assert queue.check() == []
         return stores.take_all(queue, name)
@@ -118,7 +119,7 @@ def test_numbers_that_are_not_there(config_pth: pathlib.Path) -> None:
     fail(config_pth, b"1")
     for function in (persipubsub.control.send_back, persipubsub.control.drop_dead_letters):
         assert not function(config_pth, "letters", [0, -1, 2, 2**48, 2**70])
-        number = 1.5  # type: Any
+        number: Any = 1.5
         with pytest.raises(TypeError, match="integer"):
             function(config_pth, "letters", [1, number])
     assert listed(config_pth) == {1: b"1"}
@@ -164,7 +165,7 @@ def test_letters_are_in_a_checkpoint_before_they_leave(config_pth: pathlib.Path,
     keep_with_system(config_pth)
     fail(config_pth, b"1", b"2", b"3")
     config = persipubsub.config.read(config_pth)
-    uncovered = []  # type: List[int]
+    uncovered: list[int] = []
     acknowledge = _delivery.Lease.acknowledge
     with persipubsub.queue.open_queue(config, "queue") as queue:
         path = queue.settings.path
@@ -350,7 +351,7 @@ def test_queue_that_is_wrong_is_the_only_problem(tmp_path: pathlib.Path, key: st
     found = json.loads(config_pth.read_text())
     found["queues"][key] = value
     config_pth.write_text(json.dumps(found))
-    assert {problem.split(":")[0] for problem in problems(config_pth)} == {"queues." + key}
+    assert {problem.split(":")[0] for problem in problems(config_pth)} == {f"queues.{key}"}
 
 
 def test_nobody_else_is_called_like_that(tmp_path: pathlib.Path) -> None:
@@ -422,7 +423,7 @@ def link_letters(config_pth: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("queue_key", [None, "queue", "letters"])
 def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_made_ready(
-        tmp_path: pathlib.Path, queue_key: Optional[str]) -> None:
+        tmp_path: pathlib.Path, queue_key: str | None) -> None:
     config_pth = write_config(tmp_path)
     link_letters(config_pth)
     with pytest.raises(persipubsub.errors.ConfigError,

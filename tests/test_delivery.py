@@ -11,7 +11,8 @@ import mmap
 import pathlib
 import threading
 import time
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def take(consumer: _delivery.Consumer, most: int = 1) -> _delivery.Lease:
     return lease
 
 
-def retrying(policy: _attempts.Policy) -> Dict[str, _settings.Retries]:
+def retrying(policy: _attempts.Policy) -> dict[str, _settings.Retries]:
     return {"sub": _settings.Retries(policy, "queue", None)}
 
 
@@ -157,7 +158,7 @@ def test_batch_claims_no_numbers_that_are_not_there_yet(tmp_path: pathlib.Path,
         queue.put([b"1", b"2"])
         queue.put([b"3"])
         copy = first._copy
-        leases = []  # type: List[Optional[_delivery.Lease]]
+        leases: list[_delivery.Lease | None] = []
 
         def copy_later(number: int, end: int, is_guess: bool) -> Any:
             queue.put([b"4"])
@@ -283,11 +284,11 @@ def test_waiting_ends_with_the_timeout(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("is_given_back", [True, False])
 def test_waiting_consumer_is_woken(tmp_path: pathlib.Path, is_given_back: bool) -> None:
     with stores.opened(tmp_path) as queue:
-        held = None  # type: Optional[_delivery.Lease]
+        held: _delivery.Lease | None = None
         if is_given_back:
             queue.put([b"1"])
             held = take(queue.consumer("sub"))
-        found: List[Optional[_delivery.Lease]] = []
+        found: list[_delivery.Lease | None] = []
         consumer = queue.consumer("sub")
         thread = threading.Thread(
             target=lambda: found.append(consumer.take(timeout=support.HANG_SECS)))
@@ -305,11 +306,11 @@ def test_waiting_consumer_is_woken(tmp_path: pathlib.Path, is_given_back: bool) 
 def wait_in_thread(
     queue: persipubsub.queue.Queue,
     most: int,
-    consumer: Optional[_delivery.Consumer] = None
-) -> Tuple[threading.Thread, List[Optional[_delivery.Lease]], mmap.mmap]:
+    consumer: _delivery.Consumer | None = None
+) -> tuple[threading.Thread, list[_delivery.Lease | None], mmap.mmap]:
     """Take in a thread that is only woken by the bell; return what it will have, and the bell."""
     consumer = consumer or queue.consumer("sub")
-    found: List[Optional[_delivery.Lease]] = []
+    found: list[_delivery.Lease | None] = []
     thread = threading.Thread(target=lambda: found.append(
         consumer.take(support.HANG_SECS, support.HANG_SECS, max_messages=most)))
     queue._bell.ring()
@@ -353,7 +354,7 @@ def test_consumer_that_was_woken_in_vain_waits_again(tmp_path: pathlib.Path,
 def test_woken_consumer_knows_what_there_is(tmp_path: pathlib.Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_delivery, "LONGEST_PAUSE_SECS", support.HANG_SECS)
-    done = []  # type: List[str]
+    done: list[str] = []
 
     def note(owner: Any, name: str) -> None:
         function = getattr(owner, name)
@@ -391,9 +392,9 @@ def test_woken_consumer_knows_what_there_is(tmp_path: pathlib.Path,
 
 
 @pytest.fixture(name="claimed")
-def fixture_claimed(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[int, int]]:
+def fixture_claimed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Note where each claim of a batch begins, and how many numbers it asks for."""
-    claimed = []  # type: List[Tuple[int, int]]
+    claimed: list[tuple[int, int]] = []
     claim_prefix = _claims.Claims.claim_prefix
 
     def noted(self: _claims.Claims, subscriber: int, first: int, count: int) -> Any:
@@ -406,7 +407,7 @@ def fixture_claimed(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[int, int]]:
 
 @pytest.mark.parametrize("sizes", [[1000] * 30, [10] * 5, [3000] + [1] * 9, [200] * 7 + [3000, 5]])
 def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-                                          claimed: List[Tuple[int, int]], sizes: List[int]) -> None:
+                                          claimed: list[tuple[int, int]], sizes: list[int]) -> None:
     monkeypatch.setattr(_pending, "BATCH_BYTES", 5000)
     monkeypatch.setattr(_pending, "_COPIED_BYTES", 5000 + _blocks.BLOCK_BYTES)
     messages = [bytes(size) for size in sizes]
@@ -415,7 +416,7 @@ def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: p
         for message in messages[3:]:
             queue.put([message])
         consumer = queue.consumer("sub")
-        taken = []  # type: List[bytes]
+        taken: list[bytes] = []
         while len(taken) < len(messages):
             lease = take(consumer, most=100)
             assert claimed.pop()[1] == len(lease.messages)
@@ -429,7 +430,7 @@ def test_no_more_is_claimed_than_is_taken(tmp_path: pathlib.Path, monkeypatch: p
 
 
 def test_no_more_is_claimed_than_what_is_in_front_of_finished_messages(
-        tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
+        tmp_path: pathlib.Path, claimed: list[tuple[int, int]]) -> None:
     with stores.opened(tmp_path) as queue:
         for index in range(6):
             queue.put([str(index).encode()])
@@ -448,7 +449,7 @@ def test_no_more_is_claimed_than_what_is_in_front_of_finished_messages(
 
 
 def test_no_more_is_claimed_than_what_is_in_front_of_resting_messages(
-        tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
+        tmp_path: pathlib.Path, claimed: list[tuple[int, int]]) -> None:
     policy = _attempts.Policy(delay_ns=int(support.HANG_SECS * 1e9))
     with stores.opened(tmp_path, retries=retrying(policy)) as queue:
         for index in range(6):
@@ -469,7 +470,7 @@ def test_batch_whose_beginning_is_gone_stays_claimed(tmp_path: pathlib.Path,
                                                      monkeypatch: pytest.MonkeyPatch,
                                                      max_deliveries: int) -> None:
     claim_prefix = _claims.Claims.claim_prefix
-    others = []  # type: List[bytes]
+    others: list[bytes] = []
 
     def receive(count: int) -> None:
         for _ in range(count):
@@ -477,7 +478,7 @@ def test_batch_whose_beginning_is_gone_stays_claimed(tmp_path: pathlib.Path,
             others.extend(lease.messages)
             lease.acknowledge()
 
-    def claim_beside_another(*arguments: Any) -> Optional[_claims.Claim]:
+    def claim_beside_another(*arguments: Any) -> _claims.Claim | None:
         # Between the search and the claim, and between the claim and the second look.
         receive(2)
         claim = claim_prefix(*arguments)
@@ -503,7 +504,7 @@ def test_batch_whose_beginning_is_gone_stays_claimed(tmp_path: pathlib.Path,
 def taken_around(tmp_path: pathlib.Path,
                  monkeypatch: pytest.MonkeyPatch,
                  max_deliveries: int,
-                 damaged: int = -1) -> Iterator[Tuple[persipubsub.queue.Queue, _delivery.Lease]]:
+                 damaged: int = -1) -> Iterator[tuple[persipubsub.queue.Queue, _delivery.Lease]]:
     """
     Take a batch while another consumer acknowledges message 3, before it is claimed.
 
@@ -514,9 +515,9 @@ def taken_around(tmp_path: pathlib.Path,
     :return: queue of the messages 0 to 7, and a batch of what is there up to message 5
     """
     claim_prefix = _claims.Claims.claim_prefix
-    in_the_middle = []  # type: List[_delivery.Lease]
+    in_the_middle: list[_delivery.Lease] = []
 
-    def claim_behind_another(*arguments: Any) -> Optional[_claims.Claim]:
+    def claim_behind_another(*arguments: Any) -> _claims.Claim | None:
         if in_the_middle:
             in_the_middle.pop().acknowledge()
         return claim_prefix(*arguments)
@@ -606,7 +607,7 @@ def test_interrupt_between_the_claim_and_the_lease(tmp_path: pathlib.Path,
         lease.acknowledge()
 
 
-def test_batch_is_not_guessed(tmp_path: pathlib.Path, claimed: List[Tuple[int, int]]) -> None:
+def test_batch_is_not_guessed(tmp_path: pathlib.Path, claimed: list[tuple[int, int]]) -> None:
     with stores.opened(tmp_path) as queue:
         for message in (b"1", b"2", b"3", b"4"):
             queue.put([message])
@@ -638,11 +639,11 @@ def flip(queue: persipubsub.queue.Queue, number: int, offset: int = -1) -> None:
     queue._environment.write(work)
 
 
-def collect(queue: persipubsub.queue.Queue, most: int) -> Tuple[List[bytes], List[int]]:
+def collect(queue: persipubsub.queue.Queue, most: int) -> tuple[list[bytes], list[int]]:
     """Take everything; return messages, and the numbers of those that were damaged."""
     consumer = queue.consumer("sub")
-    messages: List[bytes] = []
-    damaged: List[int] = []
+    messages: list[bytes] = []
+    damaged: list[int] = []
     while True:
         try:
             lease = consumer.take(timeout=0, max_messages=most)
@@ -740,7 +741,7 @@ def test_lease_of_an_inherited_process_is_its_parents(tmp_path: pathlib.Path) ->
 def test_message_that_is_not_the_newest_any_more_is_not_passed_over(
         tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = _environment.Environment.write
-    others = []  # type: List[bytes]
+    others: list[bytes] = []
 
     def write_beside_another(environment: _environment.Environment, *arguments: Any,
                              **named: Any) -> Any:
@@ -795,7 +796,7 @@ def test_message_stays_claimed_while_it_is_acknowledged(tmp_path: pathlib.Path,
         consumer = other.consumer("sub")
         acknowledge = consumer.acknowledge
 
-        def close_and_acknowledge(begin: int, numbers: List[int]) -> None:
+        def close_and_acknowledge(begin: int, numbers: list[int]) -> None:
             # As another thread does.
             other.close()
             assert queue.consumer("sub").take(timeout=0) is None
@@ -827,9 +828,9 @@ def test_batch_whose_beginning_becomes_too_old_stays_claimed(tmp_path: pathlib.P
                                                              monkeypatch: pytest.MonkeyPatch,
                                                              max_deliveries: int) -> None:
     claim_prefix = _claims.Claims.claim_prefix
-    claims = []  # type: List[int]
+    claims: list[int] = []
 
-    def claim_and_wait(*arguments: Any) -> Optional[_claims.Claim]:
+    def claim_and_wait(*arguments: Any) -> _claims.Claim | None:
         claim = claim_prefix(*arguments)
         if not claims:
             clock.advance(6)

@@ -7,7 +7,6 @@ import json
 import pathlib
 import re
 import types
-from typing import Dict, Set, Type
 
 import msgspec
 import msgspec.structs
@@ -31,7 +30,7 @@ _CONTRIBUTING = (_ROOT / "CONTRIBUTING.rst").read_text(encoding="utf-8")
 _PAGES = [_ROOT / "README.rst", *sorted(_DOCS.rglob("*.rst"))]
 
 #: Beginnings of commands that the tests do not type, with the reason.
-_SKIPPED: Dict[str, str] = {
+_SKIPPED: dict[str, str] = {
     "$ python3 -m venv": "installs from the network; .ci/run does it",
     "$ . venv3/bin/activate": "the tests run in such an environment",
     "$ pip install": "installs from the network",
@@ -39,7 +38,7 @@ _SKIPPED: Dict[str, str] = {
 }
 
 #: Languages of blocks that are not run, with the reason.
-_LANGUAGES: Dict[str, str] = {
+_LANGUAGES: dict[str, str] = {
     "text": "drawings and output",
     "": "drawings, output, and commands that install or take long",
     "ini": "units of systemd: they need a machine that is theirs",
@@ -50,7 +49,7 @@ _LANGUAGES: Dict[str, str] = {
 
 #: Beginnings of blocks and commands that show what a test of docs can not bring about, with the
 #: reason: they need servers, or messages with a history.
-_PICTURES: Dict[str, str] = {
+_PICTURES: dict[str, str] = {
     "$ nats-server": "tests/test_jetstream.py starts servers",
     "$ persipubsub migrate": "tests/test_migration.py runs it with a server",
     "$ persipubsub dead-letters": "tests/test_dead_letters.py runs it with messages that failed",
@@ -60,7 +59,7 @@ _PICTURES: Dict[str, str] = {
 
 #: Beginnings of commands of operations.rst that are not typed, with the reason. tests/test_cli.py
 #: runs each command, these too.
-_ENDLESS: Dict[str, str] = {
+_ENDLESS: dict[str, str] = {
     "$ pip install": "installs from the network",
     "$ persipubsub stat config.json --json | jq": "jq may be missing",
     "$ persipubsub stat config.json --watch": "goes on until Ctrl-C",
@@ -73,7 +72,7 @@ _ENDLESS: Dict[str, str] = {
 }
 
 #: Classes of the configuration whose fields are keys in the file.
-_KINDS: Dict[str, Type[msgspec.Struct]] = {
+_KINDS: dict[str, type[msgspec.Struct]] = {
     name: kind
     for name in persipubsub.config.__all__
     if inspect.isclass(kind := getattr(persipubsub.config, name))
@@ -155,7 +154,7 @@ def test_commands_of_operations_work(place: str, tmp_path: pathlib.Path) -> None
     _prepare_operations(tmp_path)
     with doc_pages.Shell(tmp_path) as shell:
         for command, shown in doc_pages.commands_of(_OPERATIONS[place]):
-            if ("$ " + command).startswith((*_ENDLESS, *_PICTURES)):
+            if (f"$ {command}").startswith((*_ENDLESS, *_PICTURES)):
                 continue
             command = command.replace("/etc/app/", "").replace("/backup/", "backup/")
             for beginning, before in _BEFORE.items():
@@ -164,7 +163,7 @@ def test_commands_of_operations_work(place: str, tmp_path: pathlib.Path) -> None
             if shown is None or not re.search(r"\]: y$", shown, re.MULTILINE):
                 printed, exit_code = shell.type(command)
             else:
-                printed, exit_code = shell.type("echo y | " + command)
+                printed, exit_code = shell.type(f"echo y | {command}")
             assert exit_code == 0, (command, printed)
             if shown is not None:
                 # Who types the answer sees it, and goes on in a line of its own.
@@ -228,7 +227,7 @@ def test_excuses_are_used() -> None:
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    listed: Set[str] = set()
+    listed: set[str] = set()
     for page in sorted(_DOCS.rglob("*.rst")):
         for tree in re.findall(r"^\.\. toctree::\n((?:    .*\n|\n)+)",
                                page.read_text(encoding="utf-8"), re.MULTILINE):
@@ -289,10 +288,10 @@ def test_every_command_and_option_is_in_the_reference() -> None:
     commands = persipubsub.cli.commands.commands.commands
     assert sorted(sections) == sorted(commands)
     for name, command in commands.items():
-        assert "    persipubsub {} [OPTIONS] CONFIG".format(name) in sections[name]
+        assert f"    persipubsub {name} [OPTIONS] CONFIG" in sections[name]
         for parameter in command.params:
             for option in parameter.opts:
-                assert not option.startswith("-") or "``{}".format(option) in sections[name]
+                assert not option.startswith("-") or f"``{option}" in sections[name]
 
 
 def test_every_public_module_is_in_the_reference() -> None:
@@ -320,7 +319,7 @@ def test_named_tests_are_there() -> None:
 
 
 def test_every_fault_test_proves_a_promise() -> None:
-    files = {"tests/faults/" + pth.name for pth in (_ROOT / "tests" / "faults").glob("test_*.py")}
+    files = {f"tests/faults/{pth.name}" for pth in (_ROOT / "tests" / "faults").glob("test_*.py")}
     unnamed = {path for path in files if path not in _GUARANTEES}
     # These try sizes and ends of the interpreter, which no single promise is about.
     assert unnamed <= {
@@ -335,7 +334,7 @@ def test_every_fault_test_proves_a_promise() -> None:
         | set(re.findall(r"(PERSIPUBSUB_[A-Z_]+)=", _GUARANTEES + _CONTRIBUTING))))
 def test_named_variable_is_used(name: str) -> None:
     sources = [pth.read_text(encoding="utf-8") for pth in (_ROOT / "tests").rglob("*.py")]
-    assert any('"{}"'.format(name) in source for source in sources)
+    assert any(f'"{name}"' in source for source in sources)
 
 
 def test_every_variable_is_named() -> None:
@@ -345,7 +344,7 @@ def test_every_variable_is_named() -> None:
             # One that begins with an underscore is click's: the shell's completion.
             for name in re.findall(r"(?<!_)PERSIPUBSUB_[A-Z_]*[A-Z]",
                                    source.read_text(encoding="utf-8")):
-                assert name in named, "{} of {}".format(name, source)
+                assert name in named, f"{name} of {source}"
 
 
 def test_named_errors_are_there() -> None:

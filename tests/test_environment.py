@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Callable, Counter, Deque, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any, Counter
 
 import lmdb
 import pytest
@@ -59,8 +60,8 @@ class Threads:
     """Run functions in threads and keep what came of them, by name."""
 
     def __init__(self) -> None:
-        self.results = {}  # type: Dict[str, Any]
-        self._threads = []  # type: List[threading.Thread]
+        self.results: dict[str, Any] = {}
+        self._threads: list[threading.Thread] = []
 
     def start(self, name: str, function: Callable[[], object]) -> None:
 
@@ -74,7 +75,7 @@ class Threads:
         self._threads.append(thread)
         thread.start()
 
-    def join(self) -> Dict[str, Any]:
+    def join(self) -> dict[str, Any]:
         for thread in self._threads:
             thread.join(support.HANG_SECS)
             assert not thread.is_alive(), "Expected all threads to end, but one hangs."
@@ -119,7 +120,7 @@ def test_threads_share_a_commit(config_pth: pathlib.Path,
         # One of the dam, which changed nothing, and one for all of the others.
         assert last_transaction(environment) - before <= 2
 
-    received = []  # type: List[int]
+    received: list[int] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         for _ in range(40):
@@ -153,19 +154,19 @@ def divide_by_zero(txn: Any, databases: Any) -> None:
     raise ZeroDivisionError("mine")
 
 
-FAULTS = {
+FAULTS: dict[str, Any] = {
     "map": (fill_map, persipubsub.errors.DiskFullError),
     "key": (put_long_key, persipubsub.errors.StoreError),
     "own": (use_missing_subscriber, persipubsub.errors.NotInitializedError),
     "memory": (lack_memory, MemoryError),
     "bug": (divide_by_zero, ZeroDivisionError),
-}  # type: Dict[str, Any]
+}
 
 
 @pytest.mark.parametrize("faults", [["map"], ["key"], ["own"], ["memory"], ["bug"],
                                     sorted(FAULTS)],
                          ids="-".join)
-def test_each_gets_its_own_error(environment: _environment.Environment, faults: List[str]) -> None:
+def test_each_gets_its_own_error(environment: _environment.Environment, faults: list[str]) -> None:
     threads = Threads()
     dam = Dam(environment, threads)
 
@@ -177,7 +178,7 @@ def test_each_gets_its_own_error(environment: _environment.Environment, faults: 
 
         return work
 
-    names = ["good {}".format(number) for number in range(10)]
+    names = [f"good {number}" for number in range(10)]
     for place, name in enumerate(names):
         threads.start(name, functools.partial(environment.write, put(name)))
         if place < len(faults):
@@ -190,7 +191,7 @@ def test_each_gets_its_own_error(environment: _environment.Environment, faults: 
     for fault in faults:
         assert isinstance(results[fault], FAULTS[fault][1]), results
 
-    def look(txn: Any, databases: Any) -> List[bytes]:
+    def look(txn: Any, databases: Any) -> list[bytes]:
         assert txn.get(b"must not be committed", db=databases.meta) is None
         return [bytes(txn.get(name.encode(), db=databases.meta)) for name in names]
 
@@ -214,8 +215,8 @@ def committed(commit: int) -> _line.Request:
 
 def test_commit_during_a_flush_gets_a_flush_of_its_own(environment: _environment.Environment,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    commits = []  # type: List[int]
-    flushes = []  # type: List[int]
+    commits: list[int] = []
+    flushes: list[int] = []
     sync = environment._sync
 
     def sync_slowly() -> None:
@@ -301,7 +302,7 @@ def send_interrupted(pipe: support.Connection, config_pth: pathlib.Path, others:
     interrupts = Interrupts()
     pub = persipubsub.publisher.Pub()
     pub.init(pub_id="pub", config_pth=config_pth)
-    sure, perhaps = [], []  # type: List[bytes], List[bytes]
+    sure, perhaps = [], []  # type: list[bytes], list[bytes]
     is_over = threading.Event()
 
     def send_beside(name: int) -> None:
@@ -336,7 +337,7 @@ def send_interrupted(pipe: support.Connection, config_pth: pathlib.Path, others:
 
 def has_pending(child: support.Child, number: int) -> bool:
     """Tell whether a signal is on its way to a process: another one of its number would be lost."""
-    status = pathlib.Path("/proc/{}/status".format(child.process.pid)).read_text("ascii")
+    status = pathlib.Path(f"/proc/{child.process.pid}/status").read_text("ascii")
     mask = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:"))
     return bool(int(mask, 16) >> (number - 1) & 1)
 
@@ -364,10 +365,10 @@ def test_interrupted_send(config_pth: pathlib.Path, others: int) -> None:
         with persipubsub.publisher.Pub() as pub:
             pub.init(pub_id="pub", config_pth=config_pth)
             pub.send(b"from another process")
-        received = collections.Counter()  # type: Counter[bytes]
+        received: Counter[bytes] = collections.Counter()
         with persipubsub.subscriber.Sub() as sub:
             sub.init(sub_id="sub", config_pth=config_pth)
-            message = None  # type: Optional[bytes]
+            message: bytes | None = None
             while message != b"from another process":
                 with sub.receive(timeout=support.HANG_SECS) as message:
                     assert message is not None
@@ -387,7 +388,7 @@ def send_from_a_handler(pipe: support.Connection, config_pth: pathlib.Path) -> N
     """Send, while other threads do so, and a signal handler does in the midst of it."""
     pub = persipubsub.publisher.Pub()
     pub.init(pub_id="pub", config_pth=config_pth)
-    from_handler, refused = [], []  # type: List[bytes], List[str]
+    from_handler, refused = [], []  # type: list[bytes], list[str]
     is_over = threading.Event()
 
     def handle(*_: object) -> None:
@@ -444,7 +445,7 @@ def test_signal_handler_that_sends(config_pth: pathlib.Path) -> None:
     expected = [b"main-%d" % index for index in range(number)] + from_handler
     for name, count in beside.items():
         expected.extend(b"%s-%d" % (name.encode("ascii"), index) for index in range(count))
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         while len(received) < len(expected):
@@ -455,7 +456,7 @@ def test_signal_handler_that_sends(config_pth: pathlib.Path) -> None:
     assert sorted(received) == sorted(expected)
 
 
-class InterruptedDeque(Deque[Any]):
+class InterruptedDeque(collections.deque[Any]):
     """Be interrupted once, when the entries are removed and nobody has them yet."""
 
     is_interrupted = False
@@ -495,7 +496,7 @@ def receive_interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> N
     interrupts = Interrupts()
     sub = persipubsub.subscriber.Sub()
     sub.init(sub_id="sub", config_pth=config_pth)
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
 
     def receive() -> None:
         with sub.receive(timeout=0.002) as message:
@@ -532,7 +533,7 @@ def test_interrupted_receive(config_pth: pathlib.Path) -> None:
         with persipubsub.subscriber.Sub() as sub:
             sub.init(sub_id="sub", config_pth=config_pth)
             pub.send(b"mark")
-            rest = []  # type: List[bytes]
+            rest: list[bytes] = []
             while not rest or rest[-1] != b"mark":
                 with sub.receive(timeout=support.HANG_SECS) as message:
                     assert message is not None
@@ -568,7 +569,7 @@ def stop_inside(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def is_stopped(child: support.Child) -> bool:
-    stat = pathlib.Path("/proc/{}/stat".format(child.process.pid)).read_text("ascii")
+    stat = pathlib.Path(f"/proc/{child.process.pid}/stat").read_text("ascii")
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
@@ -671,7 +672,7 @@ def count_following() -> int:
     return [name for names in stacks() for name in names].count("_follow_map_size")
 
 
-def stacks() -> Iterator[List[str]]:
+def stacks() -> Iterator[list[str]]:
     """Give the names of the functions that each thread is in."""
     for innermost in sys._current_frames().values():
         yield [frame.f_code.co_name for frame, _ in traceback.walk_stack(innermost)]
@@ -709,8 +710,8 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
             # A copy that is being made, which reads the map and may take long.
             with support.queue_of(pub)._environment._copy_lock:
                 for number in range(4):
-                    threads.start("read {}".format(number), sub.front)
-                    threads.start("write {}".format(number), lambda: pub.send(b"last"))
+                    threads.start(f"read {number}", sub.front)
+                    threads.start(f"write {number}", lambda: pub.send(b"last"))
                 support.until(lambda: count_following() == 8 or threads.results, "who waits for it")
                 # Nobody who waits for it keeps other processes from writing.
                 child.pipe.send("go")
@@ -719,7 +720,7 @@ def test_map_made_larger_by_another_process(tmp_path: pathlib.Path) -> None:
             child.end()
         results = threads.join()
         assert set(results.values()) == {b"first", None}, results
-        sizes = []  # type: List[int]
+        sizes: list[int] = []
         while True:
             with sub.receive(timeout=0) as message:
                 if message is None:
@@ -762,7 +763,7 @@ def test_signal_handler_that_reads_beside_a_larger_map(tmp_path: pathlib.Path,
                         return False
                     return True
 
-                def work(txn: Any, databases: Any) -> Tuple[str, bytes]:
+                def work(txn: Any, databases: Any) -> tuple[str, bytes]:
                     cursor = txn.cursor(db=databases.data)
                     assert cursor.first()
                     value = cursor.value()
@@ -800,7 +801,7 @@ def send_until_told(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def test_opening_while_another_process_makes_the_map_larger(tmp_path: pathlib.Path) -> None:
-    changes = {"durability": "os", "checkpoint_secs": 0}  # type: Dict[str, Any]
+    changes: dict[str, Any] = {"durability": "os", "checkpoint_secs": 0}
     small = support.write_config(tmp_path, name="small.json", max_db_size_bytes=1 << 20, **changes)
     large = support.write_config(tmp_path, name="large.json", max_db_size_bytes=1 << 32, **changes)
     persipubsub.control.initialize_all_dbs(config_pth=small)
@@ -882,7 +883,7 @@ def use_until_closed(config_pth: pathlib.Path) -> None:
     sub = persipubsub.subscriber.Sub()
     sub.init(sub_id="sub", config_pth=config_pth)
     threads = Threads()
-    counts = collections.Counter()  # type: Counter[str]
+    counts: Counter[str] = collections.Counter()
 
     def send() -> None:
         pub.send(b"message")
@@ -898,7 +899,7 @@ def use_until_closed(config_pth: pathlib.Path) -> None:
 
     for number in range(3):
         for name, function in (("send", send), ("front", sub.front), ("receive", receive)):
-            threads.start("{} {}".format(name, number), functools.partial(repeat, name, function))
+            threads.start(f"{name} {number}", functools.partial(repeat, name, function))
     support.until(lambda: len(counts) == 3, "all three uses")
     pub.close()
     sub.close()
@@ -965,7 +966,7 @@ def test_error_of_lmdb_never_gets_through(environment: _environment.Environment)
 
 def test_clock_goes_on(config_pth: pathlib.Path) -> None:
     settings = support.settings(config_pth)
-    times = []  # type: List[int]
+    times: list[int] = []
     for _ in range(3):
         environment = _registry.acquire(settings.path, settings.options())
         times.extend(environment.now_ns() for _ in range(100))

@@ -10,7 +10,7 @@ import pickle
 import re
 import resource
 import shutil
-from typing import Callable, List, Type
+from collections.abc import Callable
 
 import lmdb
 import pytest
@@ -24,11 +24,11 @@ from persipubsub.environment import _environment, _opening
 from tests import support
 
 
-def subclasses(kind: Type[Exception]) -> List[Type[Exception]]:
+def subclasses(kind: type[Exception]) -> list[type[Exception]]:
     return [kind] + [each for below in kind.__subclasses__() for each in subclasses(below)]
 
 
-def make(kind: Type[Exception], text: str = "mdb_put: made up", code: int = 0) -> lmdb.Error:
+def make(kind: type[Exception], text: str = "mdb_put: made up", code: int = 0) -> lmdb.Error:
     error = kind(text)
     assert isinstance(error, lmdb.Error)
     setattr(error, "code", code)
@@ -56,7 +56,7 @@ def test_lmdb_has_errors() -> None:
 
 
 @pytest.mark.parametrize("kind", subclasses(lmdb.Error), ids=lambda kind: kind.__name__)
-def test_each_error_of_lmdb_is_translated(kind: Type[Exception]) -> None:
+def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
     for error in (make(kind), kind("mdb_put: made up")):
         assert isinstance(error, lmdb.Error)
         translated = _opening.translate(error=error, directory="/some/queue")
@@ -80,7 +80,7 @@ def test_each_error_of_lmdb_is_translated(kind: Type[Exception]) -> None:
     (errno.ENOMEM, persipubsub.errors.StoreError),
 ])
 def test_errors_of_the_system_in_lmdb(code: int,
-                                      expected: Type[persipubsub.errors.PersipubsubError]) -> None:
+                                      expected: type[persipubsub.errors.PersipubsubError]) -> None:
     assert _opening.translate(make(lmdb.Error, code=code), "/q").__class__ is expected
 
 
@@ -115,7 +115,7 @@ def test_errors_can_be_caught_shown_and_copied(name: str) -> None:
 # What the whole library raises when something fails below it
 
 
-def uses(config_pth: pathlib.Path) -> List[Callable[[], object]]:
+def uses(config_pth: pathlib.Path) -> list[Callable[[], object]]:
     """Return each thing that a user can do with a queue; all of them may be repeated."""
 
     def send() -> None:
@@ -288,7 +288,7 @@ def test_nothing_but_the_tree_when_files_disappear(tmp_path: pathlib.Path, what:
 def test_messages_say_what_was_expected_and_what_was_found(tmp_path: pathlib.Path) -> None:
     """All texts of the package, as far as they can be read from its source."""
     del tmp_path
-    texts = []  # type: List[str]
+    texts: list[str] = []
     package = pathlib.Path(persipubsub.errors.__file__).parent
     pattern = re.compile(r"errors\.\w+Error\(\s*((?:\"[^\"]*\"\s*)+)")
     for path in sorted(package.rglob("*.py")):

@@ -12,7 +12,6 @@ import shutil
 import stat
 import struct
 import threading
-from typing import List, Type
 
 import lmdb
 import pytest
@@ -44,14 +43,13 @@ def make_data_file(directory: pathlib.Path) -> pathlib.Path:
     (errno.EMFILE, persipubsub.errors.StoreError),
 ])
 def test_errors_of_the_system_are_translated(
-        number: int, expected: Type[persipubsub.errors.PersipubsubError]) -> None:
+        number: int, expected: type[persipubsub.errors.PersipubsubError]) -> None:
     with pytest.raises(persipubsub.errors.PersipubsubError) as caught:
         with _files.translated(path="/somewhere", doing="open"):
             raise OSError(number, os.strerror(number))
     assert caught.type is expected
     assert isinstance(caught.value.__cause__, OSError)
-    assert str(caught.value) == "Expected to open /somewhere, but got: {}".format(
-        os.strerror(number))
+    assert str(caught.value) == f"Expected to open /somewhere, but got: {os.strerror(number)}"
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022])
@@ -81,7 +79,7 @@ def test_directories_are_private_unless_they_exist(tmp_path: pathlib.Path, mask:
 
 
 def test_directories_are_made_by_many_at_once(tmp_path: pathlib.Path) -> None:
-    errors = []  # type: List[BaseException]
+    errors: list[BaseException] = []
     barrier = threading.Barrier(8)
 
     def make(round_number: int) -> None:
@@ -126,7 +124,7 @@ def test_writing_removing_and_making_are_flushed(tmp_path: pathlib.Path) -> None
                               ])
     assert done.returncode == 0, done.stderr
     lines = [line for line in trace.read_text("utf-8").splitlines() if str(tmp_path) in line]
-    seen = []  # type: List[str]
+    seen: list[str] = []
     for line in lines:
         call = re.sub(r"^\d+ +", "", line).partition("(")[0].replace("at", "")
         seen.append("{} {}".format(call,

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import types
 import zlib
-from typing import Tuple
 
 import lmdb
 import pytest
@@ -51,7 +50,7 @@ def build_program(request: pytest.FixtureRequest,
     """Build a program as its Makefile says: what one of them does, the other has to do, too."""
     name, source, compiler, package = request.param
     if shutil.which(compiler) is None or shutil.which("make") is None:
-        pytest.skip("no {0} or no make: install {1} and make".format(compiler, package))
+        pytest.skip(f"no {compiler} or no make: install {package} and make")
     if not pathlib.Path("/usr/include/lmdb.h").exists():
         pytest.skip("no header of LMDB: install liblmdb-dev")
     directory = tmp_path_factory.mktemp("foreign")
@@ -69,7 +68,7 @@ def build_program(request: pytest.FixtureRequest,
     return built
 
 
-def _run(program: pathlib.Path, *arguments: object) -> Tuple[int, str, str]:
+def _run(program: pathlib.Path, *arguments: object) -> tuple[int, str, str]:
     process = subprocess.run([program, *map(str, arguments)],
                              capture_output=True,
                              text=True,
@@ -141,8 +140,7 @@ def test_program_refuses_what_was_in_use_when_the_machine_went_down(program: pat
     for content in (b"", b"another boot id.", b"another boot id.without", _clock.boot_id()[:15]):
         mark.write_bytes(content)
         assert _run(program, tmp_path / "queue") == (
-            1, "",
-            "list_queue: {}: of another boot: let the library open the queue first\n".format(mark))
+            1, "", f"list_queue: {mark}: of another boot: let the library open the queue first\n")
     mark.write_bytes(_clock.boot_id() + b"without")
     assert _run(program, tmp_path / "queue")[0] == 0
 
@@ -188,7 +186,7 @@ def test_program_stops_at_a_damaged_block(program: pathlib.Path, queue_pth: path
     assert sound in content
     data.write_bytes(content.replace(sound, damaged))
     code, out, err = _run(program, queue_pth)
-    assert (code, err) == (1, "list_queue: {}\n".format(reason))
+    assert (code, err) == (1, f"list_queue: {reason}\n")
     assert out.count("\nmessage ") == listed, out
 
 
@@ -233,7 +231,7 @@ def test_program_refuses_a_truncated_store(program: pathlib.Path, queue_pth: pat
                                            size: int) -> None:
     data = queue_pth / "data.mdb"
     os.truncate(data, size if size >= 0 else data.stat().st_size + size)
-    assert _run(program, queue_pth) == (1, "", "list_queue: {}: truncated\n".format(data))
+    assert _run(program, queue_pth) == (1, "", f"list_queue: {data}: truncated\n")
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
@@ -247,7 +245,7 @@ def test_dump_refuses_a_truncated_store(queue_pth: pathlib.Path, size: int) -> N
                              timeout=support.HANG_SECS,
                              check=False)
     assert (process.returncode, process.stdout,
-            process.stderr) == (1, "", "dump_queue: {}: truncated\n".format(data))
+            process.stderr) == (1, "", f"dump_queue: {data}: truncated\n")
 
 
 def _dump_queue() -> types.ModuleType:
@@ -295,13 +293,13 @@ def test_dump_knows_what_only_some_queues_have() -> None:
 
 def test_every_file_of_a_queue_is_described() -> None:
     for name in _files.OWN:
-        assert "``{}``".format(name) in _FORMAT, name
+        assert f"``{name}``" in _FORMAT, name
 
 
 def test_every_sub_database_is_described() -> None:
     for name in _databases.NAMES:
         title = name.decode("ascii")
-        assert "\n{}\n{}\n".format(title, "-" * len(title)) in _FORMAT, title
+        assert f"\n{title}\n{'-' * len(title)}\n" in _FORMAT, title
 
 
 @pytest.mark.parametrize("name, packed", [
@@ -309,7 +307,7 @@ def test_every_sub_database_is_described() -> None:
     ("pending_db", _layout._SUBSCRIBER.size),
 ])
 def test_size_of_a_record_is_that_of_its_table(name: str, packed: int) -> None:
-    section = re.search(r"\n{}\n-+\n(.*?)(?=\n[^\n]+\n---+\n|\Z)".format(name), _FORMAT, re.DOTALL)
+    section = re.search(fr"\n{name}\n-+\n(.*?)(?=\n[^\n]+\n---+\n|\Z)", _FORMAT, re.DOTALL)
     assert section is not None
     rows = re.findall(r"^(\d+) +(\d+) ", section.group(1), re.MULTILINE)
     end = 0

@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import time
-from typing import Callable, Iterator, List
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -230,10 +230,11 @@ def test_file_system_without_locks(tmp_path: pathlib.Path, error: str) -> None:
         return work
 
     code = tracing.run(start,
-                       ["-o", os.devnull, "-e", "trace=flock", "-e", "inject=flock:error=" + error])
+                       ["-o", os.devnull, "-e", "trace=flock", "-e", f"inject=flock:error={error}"])
     assert code == 0
-    assert output.read_text() == "Expected to lock {}, but got: {}".format(
-        tmp_path / "queue" / _files.OPEN_GATE, os.strerror(getattr(errno, error)))
+    assert output.read_text() == (
+        f"Expected to lock {tmp_path / 'queue' / _files.OPEN_GATE}, but got: "
+        f"{os.strerror(getattr(errno, error))}")
 
 
 @pytest.mark.parametrize("refused", ["1..2", "1..3"])
@@ -256,7 +257,7 @@ def test_lock_that_is_refused_for_a_moment(tmp_path: pathlib.Path, refused: str)
     # The attempt, and the one behind it that waits; and giving back what was not taken.
     code = tracing.run(
         start,
-        ["-o", os.devnull, "-e", "trace=flock", "-e", "inject=flock:error=ENOLCK:when=" + refused])
+        ["-o", os.devnull, "-e", "trace=flock", "-e", f"inject=flock:error=ENOLCK:when={refused}"])
     assert code == 0
     assert output.read_text() == "StoreError  1"
 
@@ -279,7 +280,7 @@ def test_each_lock_is_refused_once(tmp_path: pathlib.Path, durability: str,
     config = support.settings(config_pth)
 
     def outcomes() -> Iterator[str]:
-        queues = []  # type: List[persipubsub.queue.Queue]
+        queues: list[persipubsub.queue.Queue] = []
         yield support.outcome(lambda: queues.append(persipubsub.queue.Queue(config)))
         for queue in queues:
             yield support.outcome(functools.partial(queue.put, [b"1"]))

@@ -7,7 +7,6 @@ import os
 import pathlib
 import signal
 import stat
-from typing import Tuple
 
 import pytest
 
@@ -27,7 +26,7 @@ def fixture_need_locks_of_descriptions() -> None:
 
 
 def claims(queue: persipubsub.queue.Queue,
-           name: str = "sub") -> Tuple[persipubsub.statistics.InFlight, ...]:
+           name: str = "sub") -> tuple[persipubsub.statistics.InFlight, ...]:
     return stores.figures(queue, name).claims
 
 

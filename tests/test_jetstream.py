@@ -16,7 +16,8 @@ import struct
 import threading
 import time
 import unittest.mock
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import nats
 import nats.aio.transport
@@ -48,7 +49,7 @@ def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pa
 def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
            **changes: Any) -> pathlib.Path:
     changes.setdefault("busy_timeout_secs", 10)
-    changes.setdefault("path", servers.path("stream{}".format(next(_COUNTER)), ack_wait=1))
+    changes.setdefault("path", servers.path(f"stream{next(_COUNTER)}", ack_wait=1))
     return jetstream_server.create(tmp_path, **changes)
 
 
@@ -63,14 +64,14 @@ def open_queue(config_pth: pathlib.Path, **changes: Any) -> engine.Queue:
     return queue
 
 
-def ask(servers: jetstream_server.Servers, verb: str, **body: Any) -> Dict[str, Any]:
+def ask(servers: jetstream_server.Servers, verb: str, **body: Any) -> dict[str, Any]:
     """Ask the API of JetStream, behind the library's back."""
 
-    async def work() -> Dict[str, Any]:
-        client = await nats.connect("nats://127.0.0.1:{}".format(servers.servers[0].port))
-        answer = await client.request("$JS.API." + verb, json.dumps(body).encode(), timeout=10)
+    async def work() -> dict[str, Any]:
+        client = await nats.connect(f"nats://127.0.0.1:{servers.servers[0].port}")
+        answer = await client.request(f"$JS.API.{verb}", json.dumps(body).encode(), timeout=10)
         await client.close()
-        found = json.loads(answer.data)  # type: Dict[str, Any]
+        found: dict[str, Any] = json.loads(answer.data)
         assert "error" not in found, found
         return found
 
@@ -99,7 +100,7 @@ def test_paths(path: str, expected: _address.Address) -> None:
     ("nats://host/", "the name of a stream"),
     ("nats://host/a.b", "the name of a stream"),
     ("nats://host/a/b", "the name of a stream"),
-    ("nats://host/" + "a" * 65, "the name of a stream"),
+    (f"nats://host/{'a' * 65}", "the name of a stream"),
     ("nats:///S", "servers"),
     ("nats://a,,b/S", "servers"),
     ("nats://a:0/S", "servers"),
@@ -107,7 +108,7 @@ def test_paths(path: str, expected: _address.Address) -> None:
     ("nats://a b/S", "servers"),
     ("nats://a..b/S", "servers"),
     ("nats://.a/S", "servers"),
-    ("nats://" + "a" * 64 + "/S", "servers"),
+    (f"nats://{'a' * 64}/S", "servers"),
     ("nats://[:]/S", "servers"),
     ("nats://[1.2.3.4]/S", "servers"),
     ("nats://user:secret@host/S", "without credentials"),
@@ -130,7 +131,7 @@ def test_wrong_paths(path: str, what: str, tmp_path: pathlib.Path) -> None:
 
 def test_no_two_ids_have_one_name() -> None:
     ids = ["a", "A", "a.b", "a=2eb", "a b", "a/b", "a\\b", "a*", "a>", "=h", "\xe9", "\xe9" * 127]
-    ids += ["a" * length for length in (119, 120, 121, 255)] + ["a" * 254 + "b"]
+    ids += ["a" * length for length in (119, 120, 121, 255)] + [f"{'a' * 254}b"]
     names = [_address.durable_of(one) for one in ids]
     assert len(set(names)) == len(ids)
     assert all(len(name) <= 120 and not set(name) & set(" .*>/\\\t\r\n") for name in names)
@@ -141,9 +142,7 @@ def test_no_two_ids_have_one_name() -> None:
 
 def test_server_that_is_down(tmp_path: pathlib.Path) -> None:
     port = jetstream_server.free_ports(1)[0]
-    config_pth = write_config(tmp_path,
-                              path="nats://127.0.0.1:{}/S".format(port),
-                              busy_timeout_secs=0.5)
+    config_pth = write_config(tmp_path, path=f"nats://127.0.0.1:{port}/S", busy_timeout_secs=0.5)
     for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
                      lambda: open_pub(config_pth), lambda: open_sub(config_pth),
                      lambda: persipubsub.control.statistics(config_pth)):
@@ -221,7 +220,7 @@ def test_server_that_forgot_its_deliveries(tmp_path: pathlib.Path, is_worked_on:
                 # They were pulled beside what was asked for, and not kept until ack_wait is over.
                 expected = [(1, 2), (2, 2)] + expected
             assert one.statistics().subscribers[0].lag == len(expected)
-            received = []  # type: List[Tuple[int, int]]
+            received: list[tuple[int, int]] = []
             while len(received) < len(expected):
                 rest = one.consumer("sub").take(timeout=HANG_SECS / 4, max_messages=9)
                 assert rest is not None, received
@@ -297,7 +296,7 @@ def test_stopped_server_is_not_waited_for_longer_than_allowed(tmp_path: pathlib.
         with open_pub(config_pth) as pub:
             process.send_signal(signal.SIGSTOP)
             # Its threads stop one after the other.
-            tasks = pathlib.Path("/proc/{}/task".format(process.pid))
+            tasks = pathlib.Path(f"/proc/{process.pid}/task")
             until(
                 lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
                             for task in tasks.iterdir()), "all threads to stop")
@@ -311,7 +310,7 @@ def test_stopped_server_is_not_waited_for_longer_than_allowed(tmp_path: pathlib.
 @contextlib.contextmanager
 def proxy(port: int,
           is_over: Callable[[], bool] = lambda: True,
-          most_bytes: float = math.inf) -> Iterator[Tuple[int, List[str]]]:
+          most_bytes: float = math.inf) -> Iterator[tuple[int, list[str]]]:
     """
     Stand between clients and a server.
 
@@ -320,7 +319,7 @@ def proxy(port: int,
     :param most_bytes: of a connection that are passed on to the server; the rest is swallowed
     :return: port to connect to, and what became of each connection
     """
-    fates = []  # type: List[str]
+    fates: list[str] = []
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
 
@@ -364,12 +363,12 @@ def proxy(port: int,
 def test_connection_that_is_reset_while_it_is_made(tmp_path: pathlib.Path,
                                                    servers: jetstream_server.Servers,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    path = servers.path("reset{}".format(next(_COUNTER)))
+    path = servers.path(f"reset{next(_COUNTER)}")
     deploy(tmp_path, servers, path=path)
     port = servers.servers[0].port
     # The client itself tries again ten times a second, as long as we let it: not long enough here.
     monkeypatch.setattr(_link, "_CONNECT_SECS", 2.0)
-    calls = []  # type: List[int]
+    calls: list[int] = []
     connect = _link.Link._connect
 
     async def connect_counted(link: _link.Link, deadline: float) -> nats.aio.client.Client:
@@ -392,7 +391,7 @@ def test_connection_that_is_reset_while_it_is_made(tmp_path: pathlib.Path,
 def test_given_up_connection_that_is_made_at_that_moment(tmp_path: pathlib.Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     connect = nats.aio.transport.TcpTransport.connect
-    is_late = []  # type: List[bool]
+    is_late: list[bool] = []
 
     async def connect_late(*args: Any, **kwargs: Any) -> None:
         """Connect at the moment in which it is given up, as a wait of Python 3.11 may."""
@@ -571,7 +570,7 @@ def test_no_error_of_nats_leaves(kind: "type[nats.errors.Error]") -> None:
 
 @contextlib.contextmanager
 def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
-             answers: Sequence[bytes]) -> Iterator[List[Tuple[str, str]]]:
+             answers: Sequence[bytes]) -> Iterator[list[tuple[str, str]]]:
     """
     Answer in place of a stream, which does not listen any more.
 
@@ -581,13 +580,13 @@ def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
     :return: what was published so far: the last part of the subject, and the id
     """
     name = settings_of(config_pth).address.stream
-    config = ask(servers, "STREAM.INFO." + name)["config"]
-    ask(servers, "STREAM.UPDATE." + name, **{**config, "subjects": ["elsewhere." + name]})
-    published = []  # type: List[Tuple[str, str]]
+    config = ask(servers, f"STREAM.INFO.{name}")["config"]
+    ask(servers, f"STREAM.UPDATE.{name}", **{**config, "subjects": [f"elsewhere.{name}"]})
+    published: list[tuple[str, str]] = []
     is_listening, is_over = threading.Event(), threading.Event()
 
     async def answer() -> None:
-        client = await nats.connect("nats://127.0.0.1:{}".format(servers.servers[0].port))
+        client = await nats.connect(f"nats://127.0.0.1:{servers.servers[0].port}")
 
         async def take(message: Any) -> None:
             published.append((message.subject.split(".")[-1], (message.headers
@@ -595,7 +594,7 @@ def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
             if answers[len(published) - 1]:
                 await message.respond(answers[len(published) - 1])
 
-        await client.subscribe("persipubsub.{}.>".format(name), cb=take)
+        await client.subscribe(f"persipubsub.{name}.>", cb=take)
         await client.flush()
         is_listening.set()
         while not is_over.is_set():
@@ -644,7 +643,7 @@ def test_leader_catches_up_before_a_message_is_published_again(tmp_path: pathlib
     assert published == both + [("nobody", "")] + both
 
 
-async def nobody(queue: engine.Queue) -> Dict[str, Any]:
+async def nobody(queue: engine.Queue) -> dict[str, Any]:
     """Publish what nobody wants."""
     link = (await queue.ports()).link
     return await link.ask(_address.nobodys_subject(queue.settings.address.stream), b"",
@@ -657,7 +656,7 @@ def test_message_that_nobody_wants_is_refused(tmp_path: pathlib.Path,
     name = settings_of(config_pth).address.stream
     with open_pub(config_pth) as pub:
         pub.send(b"hello")
-        ask(servers, "CONSUMER.DELETE.{}.b".format(name))
+        ask(servers, f"CONSUMER.DELETE.{name}.b")
         until(lambda: outcome(lambda: pub.send(b"hello")) == "NotInitializedError", "an error")
         persipubsub.control.initialize_all_dbs(config_pth)
         pub.send(b"again")
@@ -686,8 +685,8 @@ def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
                                                servers: jetstream_server.Servers) -> None:
     config_pth = deploy(tmp_path, servers, MSG_TIMEOUT_SECS=0.5)
     name = settings_of(config_pth).address.stream
-    config = ask(servers, "STREAM.INFO." + name)["config"]
-    ask(servers, "STREAM.UPDATE." + name, **{**config, "max_age": 3600 * 10**9})
+    config = ask(servers, f"STREAM.INFO.{name}")["config"]
+    ask(servers, f"STREAM.UPDATE.{name}", **{**config, "max_age": 3600 * 10**9})
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send(b"old")
         time.sleep(0.6)
@@ -695,9 +694,9 @@ def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
         assert not drain(sub)
         pub.send(b"old")
         time.sleep(0.6)
-        assert ask(servers, "STREAM.INFO." + name)["state"]["messages"] == 1
+        assert ask(servers, f"STREAM.INFO.{name}")["state"]["messages"] == 1
         assert persipubsub.control.prune_dangling_messages(config_pth) == {"queue": 1}
-        assert ask(servers, "STREAM.INFO." + name)["state"]["messages"] == 0
+        assert ask(servers, f"STREAM.INFO.{name}")["state"]["messages"] == 0
 
 
 def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path,
@@ -730,8 +729,8 @@ def test_limits_are_brought_up_to_date(tmp_path: pathlib.Path,
     path = persipubsub.config.read(config_pth).queues["queue"].path
     deploy(tmp_path, servers, MAX_MSGS_NUM=20, path=path.replace("ack_wait=1", "ack_wait=2"))
     name = settings_of(config_pth).address.stream
-    assert ask(servers, "STREAM.INFO." + name)["config"]["max_msgs"] == 20
-    assert ask(servers, "CONSUMER.INFO.{}.sub".format(name))["config"]["ack_wait"] == 2 * 10**9
+    assert ask(servers, f"STREAM.INFO.{name}")["config"]["max_msgs"] == 20
+    assert ask(servers, f"CONSUMER.INFO.{name}.sub")["config"]["ack_wait"] == 2 * 10**9
 
 
 @pytest.mark.parametrize("strategy, expected", [("reject", "QueueFullError"),
@@ -763,8 +762,8 @@ def test_limit_that_we_do_not_know(tmp_path: pathlib.Path,
                                    servers: jetstream_server.Servers) -> None:
     config_pth = deploy(tmp_path, servers, busy_timeout_secs=1)
     name = settings_of(config_pth).address.stream
-    config = ask(servers, "STREAM.INFO." + name)["config"]
-    ask(servers, "STREAM.UPDATE." + name, **{
+    config = ask(servers, f"STREAM.INFO.{name}")["config"]
+    ask(servers, f"STREAM.UPDATE.{name}", **{
         **config, "max_msgs_per_subject": 1,
         "discard_new_per_subject": True
     })
@@ -778,7 +777,7 @@ def test_limit_that_we_do_not_know(tmp_path: pathlib.Path,
 
 def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
                                                   servers: jetstream_server.Servers) -> None:
-    gone = tuple("gone.{}".format(number) for number in range(300))
+    gone = tuple(f"gone.{number}" for number in range(300))
     path = servers.path("gone")
     deploy(tmp_path, servers, path=path, subscribers=("sub", ) + gone)
     config_pth = deploy(tmp_path, servers, path=path, MAX_MSGS_NUM=2, strategy="reject")
@@ -799,7 +798,7 @@ def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
     figures = persipubsub.control.statistics(config_pth)["queue"].subscribers
     assert {one.subscriber: one.lag for one in figures} == {"sub": 0, **dict.fromkeys(gone, 2)}
     for name in ["other", *map(_address.durable_of, gone)]:
-        ask(servers, "CONSUMER.DELETE.gone." + name)
+        ask(servers, f"CONSUMER.DELETE.gone.{name}")
     with open_pub(config_pth) as pub:
         pub.send(b"2")
 
@@ -842,7 +841,7 @@ def test_same_id_is_stored_once(config_pth: pathlib.Path) -> None:
 @pytest.mark.parametrize("has_ids", [True, False])
 def test_batch_whose_beginning_was_stored(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
                                           has_ids: bool) -> None:
-    path = servers.path("half{}".format(next(_COUNTER)))
+    path = servers.path(f"half{next(_COUNTER)}")
     config_pth = deploy(tmp_path, servers, path=path)
     messages = [b"%03d" % number + bytes(1000) for number in range(100)]
     ids = [message[:3] for message in messages] if has_ids else None
@@ -946,7 +945,7 @@ def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
 
 
 def test_interrupted_wait_gives_back_what_came_meanwhile(config_pth: pathlib.Path) -> None:
-    handover = _calls.Handover()  # type: _calls.Handover[_delivery.Lease]
+    handover: _calls.Handover[_delivery.Lease] = _calls.Handover()
     with open_queue(config_pth) as queue:
         queue.put([b"hello"])
         consumer = queue.consumer("sub")
@@ -967,7 +966,7 @@ def forget_batch(sub: persipubsub.subscriber.Sub, count: int) -> None:
     batch = sub.receive_many(count, timeout=HANG_SECS)
     # pylint: disable-next=unnecessary-dunder-call
     assert len(batch.__enter__()) == count
-    cycle = [batch]  # type: List[Any]
+    cycle: list[Any] = [batch]
     cycle.append(cycle)
 
 
@@ -993,7 +992,7 @@ def test_forgotten_batch(tmp_path: pathlib.Path, servers: jetstream_server.Serve
 def test_lease_that_ended_is_not_forgotten(tmp_path: pathlib.Path,
                                            servers: jetstream_server.Servers,
                                            monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    given_back = []  # type: List[Any]
+    given_back: list[Any] = []
     monkeypatch.setattr(_holding, "_give_back", lambda _, pulled: given_back.extend(pulled))
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_queue(config_pth) as queue, open_queue(config_pth) as other:
@@ -1015,8 +1014,8 @@ def test_lease_that_ended_is_not_forgotten(tmp_path: pathlib.Path,
         assert len(given_back) == 1
 
 
-def _forget_in_child(pipe: Connection, leases: List[Any]) -> None:
-    posted = []  # type: List[Any]
+def _forget_in_child(pipe: Connection, leases: list[Any]) -> None:
+    posted: list[Any] = []
     with unittest.mock.patch.object(_loop.Loop, "post", lambda _, call: posted.append(call)):
         leases.clear()
         gc.collect()
@@ -1058,7 +1057,7 @@ def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
 
 
 def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
-    results = []  # type: List[str]
+    results: list[str] = []
 
     def work() -> None:
 
@@ -1079,7 +1078,7 @@ def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
 def test_child_that_forks_in_the_middle(config_pth: pathlib.Path) -> None:
     # Another thread of the parent is inside of the library when it forks.
     is_over = threading.Event()
-    results = []  # type: List[str]
+    results: list[str] = []
 
     def send_on() -> None:
         with open_pub(config_pth) as pub:

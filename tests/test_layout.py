@@ -3,7 +3,6 @@
 # pylint: disable=missing-function-docstring
 
 import struct
-from typing import List, Tuple
 
 import hypothesis.strategies as st
 import pytest
@@ -33,14 +32,14 @@ IDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=
 
 
 @given(numbers=st.lists(NUMBERS, max_size=20))
-def test_keys_of_blocks_sort_as_their_numbers(numbers: List[int]) -> None:
+def test_keys_of_blocks_sort_as_their_numbers(numbers: list[int]) -> None:
     keys = [_layout.pack_number(number) for number in numbers]
     assert [_layout.unpack_number(key) for key in keys] == numbers
     assert sorted(keys) == [_layout.pack_number(number) for number in sorted(numbers)]
 
 
 @given(places=st.lists(st.tuples(ORDINALS, NUMBERS), max_size=20), end=NUMBERS)
-def test_keys_of_ranges_sort_by_subscriber_and_number(places: List[Tuple[int, int]],
+def test_keys_of_ranges_sort_by_subscriber_and_number(places: list[tuple[int, int]],
                                                       end: int) -> None:
     value = _layout.pack_ahead_value(end)
     keys = [_layout.pack_ahead_key(*place) for place in places]
@@ -76,7 +75,7 @@ def test_subscriber_is_decoded_as_it_was(subscriber: _layout.Subscriber) -> None
        time_ns=NUMBERS)
 def test_acknowledgement_in_order_changes_what_it_should(subscriber: _layout.Subscriber,
                                                          ordinal_differs: bool, before: int,
-                                                         steps: List[int], time_ns: int) -> None:
+                                                         steps: list[int], time_ns: int) -> None:
     numbers = [subscriber.position + before]
     for step in steps:
         numbers.append(numbers[-1] + step)
@@ -99,7 +98,7 @@ def test_record_of_another_size_is_not_acknowledged_in(size: int) -> None:
 
 
 @given(ids=st.lists(IDS, max_size=5))
-def test_audience_is_decoded_in_sorted_order(ids: List[str]) -> None:
+def test_audience_is_decoded_in_sorted_order(ids: list[str]) -> None:
     encoded = _layout.pack_audience(ids)
     assert _layout.unpack_audience(encoded) == tuple(sorted(ids))
     assert encoded == _layout.pack_audience(sorted(ids, reverse=True))

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import types
-from typing import Any, Callable, Dict, Iterator, List, Optional, cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -46,8 +47,8 @@ class Crowd:
 
     def __init__(self, environment: _environment.Environment) -> None:
         self.environment = environment
-        self.results = {}  # type: Dict[int, object]
-        self._threads = []  # type: List[threading.Thread]
+        self.results: dict[int, object] = {}
+        self._threads: list[threading.Thread] = []
 
     def start(self, count: int, write: Callable[[], object]) -> None:
         """Call a function in so many threads."""
@@ -70,7 +71,7 @@ class Crowd:
             lambda: len(requests) == count and all(request.alarm for request in list(requests)),
             "waiting threads")
 
-    def join(self) -> List[object]:
+    def join(self) -> list[object]:
         """Wait for all; return what came of them."""
         for thread in self._threads:
             thread.join(support.HANG_SECS)
@@ -119,7 +120,7 @@ def test_all_of_a_group_are_woken(environment: _environment.Environment, writes:
 
 def test_one_flush_for_a_group(environment: _environment.Environment,
                                monkeypatch: pytest.MonkeyPatch) -> None:
-    flushes = []  # type: List[int]
+    flushes: list[int] = []
     sync = environment._sync
 
     def count() -> None:
@@ -169,10 +170,10 @@ class Sleep:
     """Call a function whenever a thread falls asleep, in that thread, and wake it after that."""
 
     def __init__(self, function: Callable[[], object]) -> None:
-        self.timeouts = []  # type: List[float]
+        self.timeouts: list[float] = []
         self._function = function
 
-    def acquire(self, timeout: Optional[float] = None) -> bool:
+    def acquire(self, timeout: float | None = None) -> bool:
         if timeout is not None:
             self.timeouts.append(timeout)
             self._function()
@@ -182,7 +183,7 @@ class Sleep:
         """Do nothing: it is woken anyhow."""
 
 
-def committed(count: int) -> List[_line.Request]:
+def committed(count: int) -> list[_line.Request]:
     """Make requests of threads that sleep, and whose works were committed together."""
     requests = [_line.Request(stores.rewrite, is_flushed=True) for _ in range(count)]
     for request in requests:
@@ -191,7 +192,7 @@ def committed(count: int) -> List[_line.Request]:
     return requests
 
 
-def flushed(line: _line.Line, count: int) -> List[_line.Request]:
+def flushed(line: _line.Line, count: int) -> list[_line.Request]:
     """Flush a group of one leader and so many followers, which sleep; return these."""
     leader, *followers = committed(count + 1)
     line.share_flush([leader, *followers], leader)
@@ -263,7 +264,7 @@ def test_who_never_comes_back_is_waited_for_a_moment() -> None:
     flushed(line, 15)
     newcomer = _line.Request(stores.rewrite)
     line.requests.append(newcomer)
-    taken = []  # type: List[bool]
+    taken: list[bool] = []
     thread = threading.Thread(target=lambda: taken.append(line.wait(newcomer, support.HANG_SECS)),
                               daemon=True)
     thread.start()
@@ -443,7 +444,7 @@ def test_who_makes_the_map_larger_wakes_the_next(environment: _environment.Envir
 class Noted:
     """Be a lock that notes when it is taken."""
 
-    def __init__(self, name: str, lock: Any, taken: List[str]) -> None:
+    def __init__(self, name: str, lock: Any, taken: list[str]) -> None:
         """Initialize with what it stands for."""
         self._name, self._lock, self._taken = name, lock, taken
 
@@ -458,7 +459,7 @@ class Noted:
 def test_map_is_not_made_larger_under_a_copy(environment: _environment.Environment,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """It is copied without the interpreter's lock, and would be gone for a moment."""
-    taken = []  # type: List[str]
+    taken: list[str] = []
     with monkeypatch.context() as patch:
         for name in ("_copy_lock", "_flush_lock"):
             patch.setattr(environment, name, Noted(name, getattr(environment, name), taken))
@@ -487,7 +488,7 @@ def test_interrupt_leaves_the_line_free(environment: _environment.Environment,
 
 def in_thread(function: Callable[[], bool]) -> bool:
     """Call a function in a thread of its own; return what it returns."""
-    found = []  # type: List[bool]
+    found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()
     thread.join()
@@ -567,7 +568,7 @@ def test_failed_flush_fails_for_all_that_wait_for_it(tmp_path: pathlib.Path,
     settings = support.settings(config_pth)
     environment = _registry.acquire(settings.path, settings.options())
     sync = environment._sync
-    calls = []  # type: List[int]
+    calls: list[int] = []
 
     def fail_once() -> None:
         calls.append(1)

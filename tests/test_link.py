@@ -13,7 +13,8 @@ import signal
 import socket
 import threading
 import time
-from typing import Any, Iterator, List
+from collections.abc import Iterator
+from typing import Any
 
 import nats.aio.transport
 import pytest
@@ -58,7 +59,7 @@ def count_sockets() -> int:
     return sum(path.startswith("socket:") for path in open_files())
 
 
-def links() -> List[_link.Link]:
+def links() -> list[_link.Link]:
     return list(_link._LINKS.get(_loop.current(), {}).values())
 
 
@@ -100,7 +101,7 @@ def test_thousands_of_calls_end_while_a_server_reads_nothing(server: jetstream_s
     with open_pub(jetstream_server.deploy(tmp_path, server)):
         link, = links()
 
-        async def ask() -> List[str]:
+        async def ask() -> list[str]:
             deadline = time.monotonic() + 2
             # More than a socket takes, and not more than is kept for the server.
             return await asyncio.gather(*(outcome_of(link.request("one", bytes(5000), deadline))
@@ -116,7 +117,7 @@ def test_server_that_reads_nothing_is_left_for_another_one(server: jetstream_ser
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=HANG_SECS / 2)
     monkeypatch.setattr(_link, "_PING_SECS", 1)
-    ends = []  # type: List[str]
+    ends: list[str] = []
     with contextlib.ExitStack() as stack:
         used, other = (stack.enter_context(contextlib.closing(Valve(server.servers[0].port)))
                        for _ in range(2))
@@ -193,7 +194,7 @@ def test_connection_that_is_made_after_it_was_closed(server: jetstream_server.Se
 
     def close_early(pipe: Connection) -> None:
         """Close what another thread opens in this process, which was forked."""
-        ends = []  # type: List[str]
+        ends: list[str] = []
         thread = threading.Thread(target=lambda: ends.append(outcome(lambda: pub.send(b"late"))))
         thread.start()
         until(lambda: any(not link._line.is_empty() for link in links()), "an attempt to connect")
@@ -232,9 +233,9 @@ class Valve:
         #: Connections that were made.
         self.count = 0
         self._server_port = port
-        self._sockets = []  # type: List[socket.socket]
+        self._sockets: list[socket.socket] = []
         #: Bytes after which the next connections are cut.
-        self.limits = []  # type: List[int]
+        self.limits: list[int] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
@@ -242,9 +243,9 @@ class Valve:
     def config(self, config_pth: pathlib.Path, *others: "Valve") -> pathlib.Path:
         """Write a configuration of the same queue that leads through this valve, or others."""
         path = config_pth.with_name("valve.json")
-        new = ",127.0.0.1".join(":{}".format(valve.port) for valve in (self, *others))
-        old = ":{}/".format(self._server_port)
-        path.write_text(config_pth.read_text().replace(old, new + "/"))
+        new = ",127.0.0.1".join(f":{valve.port}" for valve in (self, *others))
+        old = f":{self._server_port}/"
+        path.write_text(config_pth.read_text().replace(old, f"{new}/"))
         return path
 
     def cut(self) -> None:
@@ -291,7 +292,7 @@ def test_what_a_server_did_not_read_yet_is_not_asked_again(server: jetstream_ser
         with open_pub(valve.config(config_pth)) as pub:
             pub.send(b"before")
             before = server.servers[0].look("varz")["in_bytes"]
-            ends = []  # type: List[str]
+            ends: list[str] = []
             thread = threading.Thread(target=lambda: ends.append(outcome(lambda: pub.send(LARGE))))
             valve.is_open.clear()
             thread.start()
@@ -323,7 +324,7 @@ def test_slow_connection_is_not_taken_for_dead(server: jetstream_server.Servers,
 def test_server_that_delivered_a_moment_ago_is_there(server: jetstream_server.Servers,
                                                      tmp_path: pathlib.Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
-    ends = []  # type: List[str]
+    ends: list[str] = []
     with contextlib.closing(Valve(server.servers[0].port)) as valve:
         with open_pub(config_pth) as pub, open_sub(valve.config(config_pth)) as sub:
             pub.send_many([bytes(5000)] * 1000)
@@ -350,7 +351,7 @@ def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.
     config_pth = jetstream_server.deploy(tmp_path, server)
     rng = random.Random(choose_seed())
     is_over = threading.Event()
-    ends = []  # type: List[str]
+    ends: list[str] = []
     count = 0
     with contextlib.closing(Valve(server.servers[0].port)) as valve:
         with open_pub(valve.config(config_pth)) as pub:
@@ -379,7 +380,7 @@ def test_what_is_acknowledged_for_long_stays_with_its_consumer(
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_acknowledging, "_AT_ONCE", 20)
     config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=4)
-    others = []  # type: List[bytes]
+    others: list[bytes] = []
     is_over = threading.Event()
 
     def receive() -> None:

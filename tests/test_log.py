@@ -5,7 +5,6 @@
 # pylint: disable=unbalanced-tuple-unpacking
 
 import dataclasses
-from typing import List, Optional, Set, Tuple
 
 import hypothesis.strategies as st
 import lmdb
@@ -27,7 +26,7 @@ SIZES = st.lists(st.integers(min_value=0, max_value=5), min_size=1, max_size=4)
 class Send:
     """Add blocks."""
 
-    sizes: List[List[int]]  #: of the messages of each block
+    sizes: list[list[int]]  #: of the messages of each block
     audience: int
     step_ns: int
 
@@ -65,11 +64,11 @@ class Model:
     def __init__(self, txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch) -> None:
         self.txn, self.databases = txn, scratch.databases
         self.cursor = txn.cursor(db=scratch.databases.data)
-        self.messages: List[Message] = []
+        self.messages: list[Message] = []
         self.tail = _log.EMPTY
         self.now_ns = 100
 
-    def run(self, steps: List[object]) -> "Model":
+    def run(self, steps: list[object]) -> "Model":
         for step in steps:
             if isinstance(step, Send):
                 self.send(step)
@@ -102,15 +101,15 @@ class Model:
     def numbers(self) -> range:
         return range(0, self.tail.next_number + 2)
 
-    def place(self, number: int) -> Tuple[int, int]:
+    def place(self, number: int) -> tuple[int, int]:
         before = [message for message in self.messages if message.number < number]
         return len(before), sum(message.size for message in before)
 
-    def count(self, begin: int, end: int, audiences: Set[int]) -> int:
+    def count(self, begin: int, end: int, audiences: set[int]) -> int:
         return sum(begin <= message.number < end and message.audience in audiences | {0}
                    for message in self.messages)
 
-    def first(self, begin: int, audiences: Optional[Set[int]] = None) -> Optional[Message]:
+    def first(self, begin: int, audiences: set[int] | None = None) -> Message | None:
         return next((message for message in self.messages if message.number >= begin and (
             audiences is None or message.audience in audiences | {0})), None)
 
@@ -120,7 +119,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> stores.Scratch:
     return stores.Scratch(tmp_path_factory.mktemp("log"))
 
 
-def sends(*sizes: int, audience: int = 0) -> List[object]:
+def sends(*sizes: int, audience: int = 0) -> list[object]:
     """Send each message in a block of its own."""
     return [Send([[size]], audience, 1) for size in sizes]
 
@@ -128,7 +127,7 @@ def sends(*sizes: int, audience: int = 0) -> List[object]:
 @given(steps=STEPS)
 @example(steps=[])
 @example(steps=[Send([[1, 2, 3]], 1, 1), Cut(0.5), Send([[4]], 2, 1), Cut(0.0)])
-def test_places_are_those_of_a_count(scratch: stores.Scratch, steps: List[object]) -> None:
+def test_places_are_those_of_a_count(scratch: stores.Scratch, steps: list[object]) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
         for number in model.numbers():
@@ -137,8 +136,8 @@ def test_places_are_those_of_a_count(scratch: stores.Scratch, steps: List[object
 
 
 @given(steps=STEPS, audiences=st.sets(st.integers(min_value=1, max_value=3)))
-def test_messages_between_places_are_counted(scratch: stores.Scratch, steps: List[object],
-                                             audiences: Set[int]) -> None:
+def test_messages_between_places_are_counted(scratch: stores.Scratch, steps: list[object],
+                                             audiences: set[int]) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
         places = [_log.place_of(model.cursor, number) for number in model.numbers()]
@@ -150,7 +149,7 @@ def test_messages_between_places_are_counted(scratch: stores.Scratch, steps: Lis
 
 @given(steps=STEPS)
 def test_seek_lands_on_the_message_or_the_next_one(scratch: stores.Scratch,
-                                                   steps: List[object]) -> None:
+                                                   steps: list[object]) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
         for number in model.numbers():
@@ -168,7 +167,7 @@ def test_seek_lands_on_the_message_or_the_next_one(scratch: stores.Scratch,
 
 
 @given(steps=STEPS, data=st.data())
-def test_number_at_count_is_that_of_a_linear_search(scratch: stores.Scratch, steps: List[object],
+def test_number_at_count_is_that_of_a_linear_search(scratch: stores.Scratch, steps: list[object],
                                                     data: st.DataObject) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
@@ -180,7 +179,7 @@ def test_number_at_count_is_that_of_a_linear_search(scratch: stores.Scratch, ste
 
 
 @given(steps=STEPS, data=st.data())
-def test_number_at_time_is_that_of_a_linear_search(scratch: stores.Scratch, steps: List[object],
+def test_number_at_time_is_that_of_a_linear_search(scratch: stores.Scratch, steps: list[object],
                                                    data: st.DataObject) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
@@ -196,7 +195,7 @@ def test_number_at_time_is_that_of_a_linear_search(scratch: stores.Scratch, step
 
 @given(steps=STEPS, audiences=st.sets(st.integers(min_value=1, max_value=3)), data=st.data())
 def test_next_addressed_message_is_that_of_a_linear_search(scratch: stores.Scratch,
-                                                           steps: List[object], audiences: Set[int],
+                                                           steps: list[object], audiences: set[int],
                                                            data: st.DataObject) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
@@ -209,7 +208,7 @@ def test_next_addressed_message_is_that_of_a_linear_search(scratch: stores.Scrat
 
 
 @given(steps=STEPS)
-def test_walk_meets_every_message_once(scratch: stores.Scratch, steps: List[object]) -> None:
+def test_walk_meets_every_message_once(scratch: stores.Scratch, steps: list[object]) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
         forward = [(found.first + index, found.block.audience)
@@ -217,7 +216,7 @@ def test_walk_meets_every_message_once(scratch: stores.Scratch, steps: List[obje
                    for index in range(found.block.messages)]
         assert forward == [(message.number, message.audience) for message in model.messages]
 
-        backward: List[int] = []
+        backward: list[int] = []
         found = _log.last(model.cursor)
         while found is not None:
             backward.extend(reversed(range(found.first, found.first + found.block.messages)))
@@ -226,7 +225,7 @@ def test_walk_meets_every_message_once(scratch: stores.Scratch, steps: List[obje
 
 
 @given(steps=STEPS, share=st.floats(min_value=0, max_value=1))
-def test_cut_keeps_what_is_in_front(scratch: stores.Scratch, steps: List[object],
+def test_cut_keeps_what_is_in_front(scratch: stores.Scratch, steps: list[object],
                                     share: float) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)
@@ -255,8 +254,8 @@ def test_cut_keeps_what_is_in_front(scratch: stores.Scratch, steps: List[object]
        floors=st.lists(st.integers(min_value=1, max_value=40), min_size=3, max_size=3),
        everyone=st.integers(min_value=1, max_value=40),
        budget=st.integers(min_value=-1, max_value=12))
-def test_head_is_deleted_up_to_what_is_needed(scratch: stores.Scratch, steps: List[object],
-                                              floors: List[int], everyone: int,
+def test_head_is_deleted_up_to_what_is_needed(scratch: stores.Scratch, steps: list[object],
+                                              floors: list[int], everyone: int,
                                               budget: int) -> None:
     with scratch.begin() as txn:
         model = Model(txn, scratch).run(steps)

@@ -7,7 +7,8 @@ import pathlib
 import signal
 import struct
 import threading
-from typing import Any, Callable, Dict, List, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -38,8 +39,8 @@ def send(config_pth: pathlib.Path, *messages: bytes) -> None:
             pub.send(message)
 
 
-def receive(config_pth: pathlib.Path, sub_id: str = "sub") -> List[bytes]:
-    messages: List[bytes] = []
+def receive(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
+    messages: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id=sub_id, config_pth=config_pth)
         while True:
@@ -379,13 +380,13 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.
         publisher.get()
         for index in range(5):
             sent.append(drain(publisher) or publisher.get())
-            persipubsub.control.backup(config_pth, "queue", tmp_path / "backup{}".format(index))
+            persipubsub.control.backup(config_pth, "queue", tmp_path / f"backup{index}")
         publisher.kill(signal.SIGKILL)
         taker.kill(signal.SIGKILL)
         publisher.process.join()
         taker.process.join()
     for index, count in enumerate(sent):
-        persipubsub.control.restore(config_pth, "queue", tmp_path / "backup{}".format(index))
+        persipubsub.control.restore(config_pth, "queue", tmp_path / f"backup{index}")
         assert_sound(config_pth)
         messages = receive(config_pth)
         assert messages == [b"%d" % number for number in range(len(messages))]
@@ -415,7 +416,7 @@ def test_compact_gives_room_back_and_keeps_all(tmp_path: pathlib.Path, durabilit
     assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
 
 
-def use(config_pth: pathlib.Path) -> List[Callable[[], object]]:
+def use(config_pth: pathlib.Path) -> list[Callable[[], object]]:
     return [
         lambda: persipubsub.control.compact(config_pth),
         lambda: persipubsub.control.restore(config_pth, "queue", config_pth.parent / "backup"),
@@ -438,7 +439,7 @@ def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
         child.get()
         for function in use(config_pth):
             with pytest.raises(persipubsub.errors.QueueInUseError,
-                               match="process {}".format(child.process.pid)):
+                               match=f"process {child.process.pid}"):
                 function()
         child.pipe.send("end")
         child.end()
@@ -468,7 +469,7 @@ def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
         child.end()
 
 
-def steps() -> List[Tuple[Any, str]]:
+def steps() -> list[tuple[Any, str]]:
     return [(os, "rename"), (_files, "flush_directory"), (_mark, "mark_clean"),
             (_files, "remove_durably"), (os, "unlink")]
 
@@ -516,19 +517,19 @@ def test_lock_that_is_refused_is_an_error_of_the_library(tmp_path: pathlib.Path,
     persipubsub.control.initialize_all_dbs(config_pth)
     backup = tmp_path / "backup.mdb"
     persipubsub.control.backup(config_pth, "queue", backup)
-    functions = {
+    functions: dict[str, Callable[[], object]] = {
         "compact": lambda: persipubsub.control.compact(config_pth),
         "restore": lambda: persipubsub.control.restore(config_pth, "queue", backup),
         "drop": lambda: persipubsub.control.drop_queue(config_pth, "queue")
-    }  # type: Dict[str, Callable[[], object]]
+    }
 
     def work() -> None:
         outcome = support.outcome(functions[action])
         assert outcome in ("", "StoreError", "BusyTimeoutError"), outcome
 
     for place in range(1, 8):
-        options = ["-o", os.devnull, "-e", "inject=flock:error=ENOLCK:when={}".format(place)]
-        assert tracing.run(lambda: work, options) == 0, "Failed at lock {}.".format(place)
+        options = ["-o", os.devnull, "-e", f"inject=flock:error=ENOLCK:when={place}"]
+        assert tracing.run(lambda: work, options) == 0, f"Failed at lock {place}."
         persipubsub.control.initialize_all_dbs(config_pth)
     assert persipubsub.control.verify(config_pth) == {"queue": ()}
 
@@ -572,7 +573,7 @@ def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call
 
     options = ["-P", str(gate if call == "unlink" else gate.parent), "-o", os.devnull]
     assert tracing.run(lambda: work,
-                       options + ["-e", "inject={}:signal=KILL".format(call)]) == -signal.SIGKILL
+                       options + ["-e", f"inject={call}:signal=KILL"]) == -signal.SIGKILL
     assert set(os.listdir(gate.parent)) <= {_files.OPEN_GATE}
     assert not persipubsub.control.drop_queue(config_pth, "queue")
     assert not gate.parent.exists()
@@ -684,7 +685,7 @@ def test_follow_sees_what_comes(tmp_path: pathlib.Path) -> None:
     found = persipubsub.control.follow(config_pth, "queue")
     assert next(found) == []
     send(config_pth, b"4")
-    messages: List[bytes] = []
+    messages: list[bytes] = []
     while len(messages) < 1:
         messages += [one.content or b"" for one in next(found)]
     assert messages == [b"4"]
@@ -737,7 +738,7 @@ _AUDITED_LOOK = """if True:
 """
 
 
-def state_of(directory: pathlib.Path) -> List[Tuple[str, int, int]]:
+def state_of(directory: pathlib.Path) -> list[tuple[str, int, int]]:
     """List the files of a queue with what changes when they are written, and the directory."""
     return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns)
             for path in sorted([directory, *directory.iterdir()]) if path.name != _files.LOCK]

@@ -8,7 +8,8 @@ import pathlib
 import signal
 import threading
 import unittest.mock
-from typing import Any, Dict, Iterator, List
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -33,13 +34,13 @@ class Scene:
 
     def __init__(self, tmp_path: pathlib.Path, servers: jetstream_server.Servers,
                  **changes: Any) -> None:
-        self.target = servers.path("moved{}".format(next(_COUNTER)),
+        self.target = servers.path(f"moved{next(_COUNTER)}",
                                    ack_wait=jetstream_server.FOR_EVER_SECS)
-        described = {
+        described: dict[str, Any] = {
             "publishers": PUBLISHERS,
             "subscribers": ("a", "b", "c"),
             **changes
-        }  # type: Dict[str, Any]
+        }
         self.old = write_config(tmp_path, **described)
         self.new = write_config(tmp_path, path=self.target, name="new.json", **described)
         persipubsub.control.initialize_all_dbs(self.old)
@@ -50,7 +51,7 @@ def _scene(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> Scene:
     return Scene(tmp_path, servers)
 
 
-def received(config_pth: pathlib.Path) -> Dict[str, List[bytes]]:
+def received(config_pth: pathlib.Path) -> dict[str, list[bytes]]:
     found = {}
     for name in ("a", "b", "c"):
         with open_sub(config_pth, name) as sub:
@@ -59,10 +60,10 @@ def received(config_pth: pathlib.Path) -> Dict[str, List[bytes]]:
 
 
 @contextlib.contextmanager
-def receiving(config_pth: pathlib.Path) -> Iterator[Dict[str, List[bytes]]]:
+def receiving(config_pth: pathlib.Path) -> Iterator[dict[str, list[bytes]]]:
     """Receive for all subscribers in the ``with`` block."""
     is_over = threading.Event()
-    found = {name: [] for name in "abc"}  # type: Dict[str, List[bytes]]
+    found: dict[str, list[bytes]] = {name: [] for name in "abc"}
 
     def receive() -> None:
         while not is_over.is_set():
@@ -352,9 +353,9 @@ def test_command(scene: Scene) -> None:
     ([], "flushes every 120 s"),
     (["sync_interval: always"], ""),
 ])
-def test_durability_of_servers(tmp_path: pathlib.Path, lines: List[str], expected: str) -> None:
+def test_durability_of_servers(tmp_path: pathlib.Path, lines: list[str], expected: str) -> None:
     with jetstream_server.running(tmp_path, jetstream=lines) as servers:
-        monitor = "http://127.0.0.1:{}".format(servers.servers[0].monitor_port)
+        monitor = f"http://127.0.0.1:{servers.servers[0].monitor_port}"
         config_pth = write_config(tmp_path, path=servers.path("S", monitor=monitor))
         warnings = persipubsub.control.check_durability(config_pth)["queue"]
         assert len(warnings) == bool(expected)
@@ -368,8 +369,7 @@ def test_durability_of_servers(tmp_path: pathlib.Path, lines: List[str], expecte
 def test_durability_that_nobody_tells(tmp_path: pathlib.Path) -> None:
     port = jetstream_server.free_ports(1)[0]
     for path, expected in (("nats://h/S", "not checked: the path has no monitor"),
-                           ("nats://h/S?monitor=http://127.0.0.1:{}".format(port),
-                            "does not answer")):
+                           (f"nats://h/S?monitor=http://127.0.0.1:{port}", "does not answer")):
         config_pth = write_config(tmp_path, path=path)
         assert expected in persipubsub.control.check_durability(config_pth)["queue"][0]
         run = run_python("import sys; import persipubsub.__main__ as main; sys.exit(main.main())",

@@ -8,7 +8,8 @@ import contextlib
 import datetime
 import logging
 import pathlib
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,8 @@ ERROR = ValueError("no greeting")
 @contextlib.contextmanager
 def opened(directory: pathlib.Path,
            max_deliveries: int = 2,
-           clock: Optional[stores.Clock] = None,
-           **changes: Any) -> "Iterator[Tuple[persipubsub.queue.Queue, persipubsub.queue.Queue]]":
+           clock: stores.Clock | None = None,
+           **changes: Any) -> "Iterator[tuple[persipubsub.queue.Queue, persipubsub.queue.Queue]]":
     """Open a queue and that of its dead letters; check both at the end."""
     letters = stores.settings(directory, path=str(directory / "letters"), **changes)
     persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
@@ -43,7 +44,7 @@ def opened(directory: pathlib.Path,
         assert target.check() == []
 
 
-def retries(letters: Optional[Settings], max_deliveries: int) -> "dict[str, Retries]":
+def retries(letters: Settings | None, max_deliveries: int) -> "dict[str, Retries]":
     return {"sub": Retries(_attempts.Policy(max_deliveries=max_deliveries), "greetings", letters)}
 
 
@@ -58,16 +59,16 @@ def fail(queue: persipubsub.queue.Queue, times: int = 2) -> None:
         take(queue).give_back(ERROR)
 
 
-def letters_in(target: persipubsub.queue.Queue) -> List[DeadLetter]:
+def letters_in(target: persipubsub.queue.Queue) -> list[DeadLetter]:
     return [DeadLetter.decode(msg) for msg in stores.take_all(target, "dead_letters")]
 
 
 def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: pathlib.Path) -> None:
     with opened(tmp_path) as (queue, target):
-        begin = datetime.datetime.now(datetime.timezone.utc)
+        begin = datetime.datetime.now(datetime.UTC)
         number = queue.put([b"\x00hello", b"2"])
         fail(queue)
-        end = datetime.datetime.now(datetime.timezone.utc)
+        end = datetime.datetime.now(datetime.UTC)
         assert stores.take_all(queue) == [b"2"]
         assert stores.take_all(queue, "other") == [b"\x00hello", b"2"]
         found, = letters_in(target)
@@ -187,7 +188,7 @@ def die_in_the_last_delivery(queue: persipubsub.queue.Queue, count: int) -> None
 
 @pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
 def test_spent_newest_messages_are_moved_and_the_newest_of_the_rest_is_taken(
-        tmp_path: pathlib.Path, sends: List[List[bytes]]) -> None:
+        tmp_path: pathlib.Path, sends: list[list[bytes]]) -> None:
     with opened(tmp_path, max_deliveries=1) as (queue, target):
         for messages in sends:
             queue.put(messages)
@@ -203,7 +204,7 @@ def test_spent_newest_messages_are_moved_and_the_newest_of_the_rest_is_taken(
 
 @pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
 def test_spent_newest_messages_that_can_not_be_moved_are_passed_over(
-        tmp_path: pathlib.Path, sends: List[List[bytes]]) -> None:
+        tmp_path: pathlib.Path, sends: list[list[bytes]]) -> None:
     # It is not initialized.
     letters = stores.settings(tmp_path, path=str(tmp_path / "letters"))
     with stores.opened(tmp_path, retries=retries(letters, 1)) as queue:
@@ -279,10 +280,10 @@ def test_without_a_queue_of_dead_letters_it_is_dropped_with_a_warning(
         fail(queue)
         assert stores.take_all(queue) == [b"2"]
         assert stores.figures(queue).dead_lettered == 1
-    warning, = [record for record in caplog.records if record.levelno == logging.WARNING]
+    warning, = (record for record in caplog.records if record.levelno == logging.WARNING)
     assert warning.name == "persipubsub.queue"
     text = warning.getMessage()
-    assert "message {} ".format(number) in text and "sub" in text and "no greeting" in text
+    assert f"message {number} " in text and "sub" in text and "no greeting" in text
 
 
 def test_queue_of_dead_letters_that_takes_none_holds_up_nobody(
@@ -346,7 +347,7 @@ class _Silent(Exception):
     (ValueError("x"), "ValueError: x"),
     (KeyboardInterrupt(), "KeyboardInterrupt"),
     (_Silent(), "_Silent"),
-    (ValueError("y" * 10**6), "ValueError: " + "y" * 488),
+    (ValueError("y" * 10**6), f"ValueError: {'y' * 488}"),
     (ValueError("\ud800"), "ValueError: \ud800"),
 ])
 def test_error_is_told_whatever_it_is(error: BaseException, text: str) -> None:
@@ -369,7 +370,7 @@ def test_what_is_no_letter_is_refused(msg: bytes) -> None:
 
 
 def test_letter_of_another_version_is_refused() -> None:
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     letter = DeadLetter(queue="q",
                         subscriber="sub",
                         number=1,

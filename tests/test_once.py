@@ -5,7 +5,7 @@
 import pathlib
 import signal
 import threading
-from typing import Any, List, Optional
+from typing import Any
 
 import lmdb
 import pytest
@@ -47,7 +47,7 @@ def test_same_id_is_stored_once(tmp_path: pathlib.Path) -> None:
 def test_of_a_batch_the_known_ones_are_left_out(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         first = queue.put([b"0", b"1", b"2"], msg_ids=[b"a", None, b"b"])
-        ids = [b"b", None, b"c", b"c", b"a", b"d"]  # type: List[Optional[bytes]]
+        ids: list[bytes | None] = [b"b", None, b"c", b"c", b"a", b"d"]
         assert queue.put([b"2", b"3", b"4", b"4", b"0", b"5"], msg_ids=ids) == first + 2
         assert queue.put([b"5"], msg_ids=[b"d"]) == first + 5
         assert queue.put([b"4"], msg_ids=[b"c"]) == first + 4
@@ -108,7 +108,7 @@ def test_what_is_left_out_is_flushed_as_well(tmp_path: pathlib.Path,
     with stores.opened(tmp_path) as queue:
         queue.put([b"one"], msg_ids=[b"a"])
         environment = queue._environment  # pylint: disable=protected-access
-        flushes = []  # type: List[int]
+        flushes: list[int] = []
         flush = environment._sync  # pylint: disable=protected-access
         monkeypatch.setattr(environment, "_sync", lambda: flushes.append(flush() or 1))
         # Whoever stored it may have been killed, or be about to flush it.
@@ -148,7 +148,7 @@ def test_full_map(tmp_path: pathlib.Path, size: int) -> None:
 
 
 def test_threads_that_send_the_same_id_store_it_once(tmp_path: pathlib.Path) -> None:
-    numbers = []  # type: List[List[int]]
+    numbers: list[list[int]] = []
     with stores.opened(tmp_path) as queue:
         barrier = threading.Barrier(8)
 
@@ -174,7 +174,7 @@ def test_publishers_of_a_queue_share_their_ids(tmp_path: pathlib.Path) -> None:
         pub.init(pub_id="pub", config_pth=config_pth)
         other.init(pub_id="other", config_pth=config_pth, autosync=True)
         pub.send(b"one", msg_id="ä")
-        other.send(b"one", msg_id="ä".encode("utf-8"))
+        other.send(b"one", msg_id="ä".encode())
         other.send_many([b"one", b"two", b"three"], msg_ids=["ä", None, "b"])
         pub.send_many([b"three", b"four"], msg_ids=["b", "c"])
         pub.send_many([], msg_ids=[])
@@ -239,9 +239,9 @@ def test_check_finds_what_is_wrong(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         number = queue.put([b"x"], msg_ids=[b"a"])
 
-        def write(key: bytes, value: Optional[bytes]) -> Optional[bytes]:
+        def write(key: bytes, value: bytes | None) -> bytes | None:
 
-            def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> Optional[bytes]:
+            def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> bytes | None:
                 found = txn.get(key, db=databases.once)
                 before = None if found is None else bytes(found)
                 if value is None:
@@ -252,7 +252,7 @@ def test_check_finds_what_is_wrong(tmp_path: pathlib.Path) -> None:
 
             return queue._environment.write(work)  # pylint: disable=protected-access
 
-        def spoil(key: bytes, value: Optional[bytes]) -> List[str]:
+        def spoil(key: bytes, value: bytes | None) -> list[str]:
             before = write(key, value)
             findings = queue.check()
             write(key, before)

@@ -13,7 +13,7 @@ import stat
 import struct
 import subprocess
 import tempfile
-from typing import Callable, Dict, Iterator, List
+from collections.abc import Callable, Iterator
 
 import lmdb
 import pytest
@@ -38,8 +38,8 @@ def send(config_pth: pathlib.Path, *messages: bytes) -> None:
             pub.send(msg=message)
 
 
-def receive_all(config_pth: pathlib.Path) -> List[bytes]:
-    result = []  # type: List[bytes]
+def receive_all(config_pth: pathlib.Path) -> list[bytes]:
+    result: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         while True:
@@ -59,7 +59,7 @@ def check(config_pth: pathlib.Path) -> None:
         assert not queue.check()
 
 
-def every_use(config_pth: pathlib.Path) -> List[str]:
+def every_use(config_pth: pathlib.Path) -> list[str]:
     """Open the queue in each possible way, in a process that may crash; return the errors."""
     return support.outcomes_in_child(
         lambda: open_and_close(config_pth), lambda: receive_all(config_pth),
@@ -121,7 +121,7 @@ def use_newer_engine(path: pathlib.Path) -> None:
         environment.open_db(b"data_db")
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "0 bytes": (functools.partial(truncate, size=0), "StoreCorruptError"),
     "1 byte": (functools.partial(truncate, size=1), "StoreCorruptError"),
     "1 page": (functools.partial(truncate, size=PAGE), "StoreCorruptError"),
@@ -140,7 +140,7 @@ DAMAGES = {
     "format 0": (functools.partial(set_format, number=0), "FormatError"),
     "format 99": (functools.partial(set_format, number=99), "FormatError"),
     "newer engine": (use_newer_engine, "FormatError"),
-}  # type: Dict[str, tuple[Callable[[pathlib.Path], None], str]]
+}
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
@@ -172,7 +172,7 @@ def test_damage_is_refused_and_left_alone(tmp_path: pathlib.Path, damage: str, h
     assert after == before
 
 
-def fill_foreign(directory: pathlib.Path, names: List[bytes]) -> None:
+def fill_foreign(directory: pathlib.Path, names: list[bytes]) -> None:
     directory.mkdir()
     with lmdb.open(str(directory), max_dbs=16, lib_version=0) as environment:
         with environment.begin(write=True) as txn:
@@ -188,7 +188,7 @@ OUR_NAMES = [_layout.DATA_DB, _layout.PENDING_DB, _layout.META_DB, b"ahead_db"]
 @pytest.mark.parametrize("has_lock", [True, False], ids=["lock", "no lock"])
 @pytest.mark.parametrize("names", [[], [b"users"], OUR_NAMES[:2], OUR_NAMES],
                          ids=["none", "other", "some of ours", "ours"])
-def test_environment_of_another_program(tmp_path: pathlib.Path, names: List[bytes],
+def test_environment_of_another_program(tmp_path: pathlib.Path, names: list[bytes],
                                         has_lock: bool) -> None:
     config_pth = support.write_config(tmp_path)
     directory = tmp_path / "queue"
@@ -196,7 +196,7 @@ def test_environment_of_another_program(tmp_path: pathlib.Path, names: List[byte
     if not has_lock:
         (directory / _files.LOCK).unlink()
     # Under names that we use as well.
-    (directory / (_files.DATA + ".new")).write_bytes(b"all my work")
+    (directory / (f"{_files.DATA}.new")).write_bytes(b"all my work")
     (directory / _files.CREATING).mkdir()
     before = support.snapshot(directory)
     assert every_use(config_pth) == ["FormatError"] * 5
@@ -327,7 +327,7 @@ def test_modes(tmp_path: pathlib.Path) -> None:
         names.add(path.name)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert {_files.DATA, _files.LOCK, _files.WRITE_GATE, _files.OPEN_GATE, _files.USERS} <= names
-    assert names <= _files.OWN | {name + ".new" for name in _files.OWN} | {"checkpoint"}
+    assert names <= _files.OWN | {f"{name}.new" for name in _files.OWN} | {"checkpoint"}
 
 
 def test_modes_of_what_is_there_stay(tmp_path: pathlib.Path) -> None:
@@ -377,7 +377,7 @@ def trace(config_pth: pathlib.Path, output: pathlib.Path, calls: str, *options: 
         "persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])",
         config_pth,
         prefix=["strace", "-f", "-y", "-o",
-                str(output), "-e", "trace=" + calls, *options])
+                str(output), "-e", f"trace={calls}", *options])
     return done.returncode
 
 
@@ -389,14 +389,14 @@ def test_creation_is_flushed(tmp_path: pathlib.Path) -> None:
     lines = output.read_text("utf-8").splitlines()
     directory = str(tmp_path / "queue")
 
-    def places(*parts: str) -> List[int]:
+    def places(*parts: str) -> list[int]:
         return [index for index, line in enumerate(lines) if all(part in line for part in parts)]
 
-    made = places("mkdir(", '"{}"'.format(directory))[0]
-    assert any(place > made for place in places("fsync(", "<{}>".format(tmp_path)))
-    renamed = places("rename(", directory + "/" + _files.DATA)[0]
+    made = places("mkdir(", f'"{directory}"')[0]
+    assert any(place > made for place in places("fsync(", f"<{tmp_path}>"))
+    renamed = places("rename(", f"{directory}/{_files.DATA}")[0]
     assert any(place < renamed for place in places("sync(", "/creating/data.mdb>"))
-    assert any(place > renamed for place in places("fsync(", "<{}>".format(directory)))
+    assert any(place > renamed for place in places("fsync(", f"<{directory}>"))
 
 
 @pytest.mark.slow
@@ -410,7 +410,7 @@ def test_creator_killed_at_any_call(tmp_path: pathlib.Path) -> None:
         directory.mkdir()
         config_pth = support.write_config(directory)
         code = trace(config_pth, tmp_path / "trace", calls, "-e",
-                     "inject={}:signal=KILL:when={}".format(calls, place))
+                     f"inject={calls}:signal=KILL:when={place}")
         killed += code != 0
         opened = support.outcomes_in_child(lambda path=config_pth: send(path, b"x"))  # type: ignore
         assert opened in ([""], ["NotInitializedError"])
@@ -686,7 +686,7 @@ def fixture_open_path() -> Iterator[pathlib.Path]:
                 each.chmod(0o700)
 
 
-def uses_of_an_unprivileged_process(config_pth: pathlib.Path) -> List[str]:
+def uses_of_an_unprivileged_process(config_pth: pathlib.Path) -> list[str]:
 
     def drop() -> None:
         if os.getuid() == 0:
@@ -855,7 +855,7 @@ def test_options_name_what_is_too_long_ago(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [1], [2], [0]])
 @pytest.mark.parametrize("closed", ["at first", "initialized", "open", "before a backup"])
-def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path, numbers: List[int],
+def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path, numbers: list[int],
                                                  closed: str) -> None:
     """Daemons close their standard streams, and the next file that is opened gets their numbers."""
     config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0.01)

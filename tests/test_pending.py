@@ -4,7 +4,7 @@
 # pylint: disable=protected-access
 
 import pathlib
-from typing import Any, List
+from typing import Any
 
 import pytest
 
@@ -69,9 +69,9 @@ def test_list_that_was_taken_back_is_not_remembered(tmp_path: pathlib.Path) -> N
 
 
 @pytest.fixture(name="searches")
-def fixture_searches(monkeypatch: pytest.MonkeyPatch) -> List[None]:
+def fixture_searches(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Make a list longer by each search for the next message."""
-    searches = []  # type: List[None]
+    searches: list[None] = []
     find = _pending.Pending.find
 
     def counted(self: _pending.Pending, *arguments: Any, **named: Any) -> Any:
@@ -84,8 +84,8 @@ def fixture_searches(monkeypatch: pytest.MonkeyPatch) -> List[None]:
 
 @pytest.mark.parametrize("sizes", [[1, 1, 1], [3], [2, 1]])
 def test_next_message_is_guessed_as_long_as_there_is_one(tmp_path: pathlib.Path,
-                                                         searches: List[None],
-                                                         sizes: List[int]) -> None:
+                                                         searches: list[None],
+                                                         sizes: list[int]) -> None:
     with stores.opened(tmp_path) as queue:
         consumer = queue.consumer("sub")
         for size in sizes:

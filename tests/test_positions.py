@@ -3,7 +3,7 @@
 # pylint: disable=missing-function-docstring
 # pylint: disable=redefined-outer-name
 
-from typing import Callable, Dict, List, Set, Tuple
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import lmdb
@@ -42,9 +42,9 @@ def surround(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch) -> Ca
     return check
 
 
-def runs(numbers: Set[int]) -> List[Tuple[int, int]]:
+def runs(numbers: set[int]) -> list[tuple[int, int]]:
     """Describe a set by its runs, as begin and end."""
-    found: List[Tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     for number in sorted(numbers):
         if found and found[-1][1] == number:
             found[-1] = (found[-1][0], number + 1)
@@ -54,9 +54,9 @@ def runs(numbers: Set[int]) -> List[Tuple[int, int]]:
 
 
 def add_all(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch,
-            spans: List[Tuple[int, int]]) -> Set[int]:
+            spans: list[tuple[int, int]]) -> set[int]:
     """Add ranges and check each against a set."""
-    known: Set[int] = set()
+    known: set[int] = set()
     for begin, length in spans:
         added = set(range(begin, begin + length))
         assert _positions.add_range(txn, scratch.databases, ORDINAL, begin,
@@ -68,7 +68,7 @@ def add_all(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch,
 
 @given(spans=SPANS)
 @example(spans=[(1, 2), (5, 2), (3, 2)])
-def test_ranges_are_a_set(scratch: stores.Scratch, spans: List[Tuple[int, int]]) -> None:
+def test_ranges_are_a_set(scratch: stores.Scratch, spans: list[tuple[int, int]]) -> None:
     with scratch.begin() as txn:
         check = surround(txn, scratch)
         known = add_all(txn, scratch, spans)
@@ -83,7 +83,7 @@ def test_ranges_are_a_set(scratch: stores.Scratch, spans: List[Tuple[int, int]])
 
 
 @given(spans=SPANS, position=st.integers(min_value=1, max_value=40))
-def test_position_skips_the_ranges_that_it_reaches(scratch: stores.Scratch, spans: List[Tuple[int,
+def test_position_skips_the_ranges_that_it_reaches(scratch: stores.Scratch, spans: list[tuple[int,
                                                                                               int]],
                                                    position: int) -> None:
     with scratch.begin() as txn:
@@ -99,7 +99,7 @@ def test_position_skips_the_ranges_that_it_reaches(scratch: stores.Scratch, span
 
 
 @given(spans=SPANS, begin=st.integers(min_value=1, max_value=40))
-def test_ranges_are_dropped_from_a_number_on(scratch: stores.Scratch, spans: List[Tuple[int, int]],
+def test_ranges_are_dropped_from_a_number_on(scratch: stores.Scratch, spans: list[tuple[int, int]],
                                              begin: int) -> None:
     with scratch.begin() as txn:
         check = surround(txn, scratch)
@@ -111,7 +111,7 @@ def test_ranges_are_dropped_from_a_number_on(scratch: stores.Scratch, spans: Lis
 
 
 @given(spans=SPANS, position=st.integers(min_value=1, max_value=10))
-def test_acknowledgements_are_a_set(scratch: stores.Scratch, spans: List[Tuple[int, int]],
+def test_acknowledgements_are_a_set(scratch: stores.Scratch, spans: list[tuple[int, int]],
                                     position: int) -> None:
     with scratch.begin() as txn:
         check = surround(txn, scratch)
@@ -143,7 +143,7 @@ def test_flag_goes_with_the_last_range(scratch: stores.Scratch) -> None:
 
 
 def build_log(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch,
-              audiences: List[int]) -> _log.Tail:
+              audiences: list[int]) -> _log.Tail:
     """Add a message for each audience; what is negative is dropped again and leaves a gap."""
     tail = _log.EMPTY
     cursor = txn.cursor(db=scratch.databases.data)
@@ -161,8 +161,8 @@ def build_log(txn: "lmdb.Transaction[memoryview]", scratch: stores.Scratch,
 @example(audiences=[1] + [2] * 30 + [1], spans=[], position=2)
 @example(audiences=[1] + [2] * 30, spans=[], position=2)
 @example(audiences=[2, 1, 1, 2, 1], spans=[(2, 2)], position=1)
-def test_pending_messages_are_those_of_a_walk(scratch: stores.Scratch, audiences: List[int],
-                                              spans: List[Tuple[int, int]], position: int) -> None:
+def test_pending_messages_are_those_of_a_walk(scratch: stores.Scratch, audiences: list[int],
+                                              spans: list[tuple[int, int]], position: int) -> None:
     with scratch.begin() as txn:
         tail = build_log(txn, scratch, audiences)
         position = min(position, tail.next_number)
@@ -194,7 +194,7 @@ def test_subscribers_are_added_at_the_end_with_ordinals_of_their_own(
         tail = build_log(txn, scratch, [0, 0, 0])
         _positions.add(txn, scratch.databases, [b"a", b"b"])
         _positions.add(txn, scratch.databases, [b"b", b"c"])
-        records: Dict[bytes, _layout.Subscriber] = dict(_positions.read_all(txn, scratch.databases))
+        records: dict[bytes, _layout.Subscriber] = dict(_positions.read_all(txn, scratch.databases))
         assert {
             key: (record.ordinal, record.position)
             for key, record in records.items()
@@ -227,5 +227,5 @@ def test_missing_subscriber_is_named(scratch: stores.Scratch) -> None:
 def test_audiences_of_a_subscriber() -> None:
     audiences = {1: ("a", "b"), 2: ("b", ), 3: ("ä", )}
     assert _positions.audiences_of(audiences, b"b") == (1, 2)
-    assert _positions.audiences_of(audiences, "ä".encode("utf-8")) == (3, )
+    assert _positions.audiences_of(audiences, "ä".encode()) == (3, )
     assert not _positions.audiences_of(audiences, b"c")

@@ -8,7 +8,8 @@ import itertools
 import os
 import pathlib
 import threading
-from typing import Any, Iterator, List, Union
+from collections.abc import Iterator
+from typing import Any, Union
 
 import pytest
 
@@ -47,8 +48,8 @@ RECEIVE = """if True:
     """
 
 
-def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> List[bytes]:
-    result = []  # type: List[bytes]
+def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
+    result: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id=sub_id, config_pth=config_pth)
         while True:
@@ -74,13 +75,13 @@ def fixture_pub(config_pth: pathlib.Path) -> Iterator[persipubsub.publisher.Pub]
 
 @pytest.mark.parametrize("durability, options", [("fsync", ()), ("os", ()), ("fsync", ("-OO", ))],
                          ids=["fsync", "os", "-OO"])
-def test_three_processes(tmp_path: pathlib.Path, options: List[str], durability: str) -> None:
+def test_three_processes(tmp_path: pathlib.Path, options: list[str], durability: str) -> None:
     config_pth = support.write_config(tmp_path,
                                       publishers={"pub": ["one", "two"]},
                                       subscribers=["one", "two", "three"],
                                       durability=durability)
 
-    def run(code: str, *arguments: object) -> List[str]:
+    def run(code: str, *arguments: object) -> list[str]:
         done = support.run_python(code, config_pth, *arguments, options=[*options, "-W", "error"])
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout.split()
@@ -96,7 +97,7 @@ def test_three_processes(tmp_path: pathlib.Path, options: List[str], durability:
 
 @pytest.mark.parametrize("options", [(), ("-O", )], ids=["", "-O"])
 def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path,
-                                                 options: List[str]) -> None:
+                                                 options: list[str]) -> None:
     config_pth = support.write_config(tmp_path)
     done = support.run_python("""if True:
         import sys
@@ -173,7 +174,7 @@ def test_anything_else_is_a_type_error(config_pth: pathlib.Path, message: Any,
         with pytest.raises(TypeError):
             pub.send(msg=message)
         for place in range(3):
-            messages = [b"good"] * 3  # type: List[Any]
+            messages: list[Any] = [b"good"] * 3
             messages[place] = message
             with pytest.raises(TypeError):
                 pub.send_many(msgs=messages)
@@ -374,8 +375,10 @@ def test_paths_of_any_kind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
     assert (directory / "queues" / "queue of mine" / "data.mdb").exists()
     monkeypatch.chdir(directory)
     # A relative path of a queue belongs to the file, not to the working directory.
-    paths = [config_pth, str(config_pth), "config.json",
-             pathlib.Path("config.json")]  # type: List[Union[str, pathlib.Path]]
+    paths: list[Union[str, pathlib.Path]] = [
+        config_pth, str(config_pth), "config.json",
+        pathlib.Path("config.json")
+    ]
     for path, (pub_path, sub_path) in enumerate(itertools.product(paths, paths)):
         with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
             pub.init(pub_id="pub", config_pth=pub_path)

@@ -14,7 +14,8 @@ import socket
 import threading
 import time
 import types
-from typing import Any, Callable, Coroutine, Iterator, List, Optional, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -41,14 +42,14 @@ class Slow:
         :param port: of the server
         """
         self.is_holding = False
-        self.held = []  # type: List[bytes]
+        self.held: list[bytes] = []
         #: Subscriptions that the client ended.
         self.ended = 0
         self._port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-        self._client = None  # type: Optional[socket.socket]
-        self._subscriptions = set()  # type: Set[bytes]
+        self._client: socket.socket | None = None
+        self._subscriptions: set[bytes] = set()
         # Guards what is sent to the client, and what is held back.
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -57,11 +58,11 @@ class Slow:
     def config(self, config_pth: pathlib.Path) -> pathlib.Path:
         """Write a configuration of the same queue that leads through here."""
         path = config_pth.with_name("slow.json")
-        old, new = ":{}/".format(self._port), ":{}/".format(self.port)
+        old, new = f":{self._port}/", f":{self.port}/"
         path.write_text(config_pth.read_text().replace(old, new))
         return path
 
-    def release(self, count: Optional[int] = None) -> None:
+    def release(self, count: int | None = None) -> None:
         """Send what was held back: all of it, or the first ones, and hold back what comes then."""
         assert self._client is not None
         with self._lock:
@@ -152,7 +153,7 @@ def test_message_that_comes_after_nobody_listens(config_pth: pathlib.Path, slow_
     """A server says that it knows, and only then sends what it had begun to send."""
     with open_pub(config_pth) as pub, open_sub(slow_pth) as sub:
         take = sub.receive_to_top if is_newest else sub.receive
-        ends = []  # type: List[str]
+        ends: list[str] = []
         thread = threading.Thread(
             target=lambda: ends.append(outcome(lambda: take(timeout=None).__enter__())))
         slow.is_holding = True
@@ -183,7 +184,7 @@ def test_pull_of_what_is_there_comes_to_its_end(config_pth: pathlib.Path, slow_p
                 task.cancel()
                 await asyncio.wait([task])
                 slow.release()
-            received = []  # type: List[bytes]
+            received: list[bytes] = []
             while len(received) < 5:
                 async with sub.receive_many(5, timeout=HANG_SECS) as msgs:
                     assert msgs
@@ -201,7 +202,7 @@ def test_batch_that_comes_slowly_is_in_order(tmp_path: pathlib.Path,
     """What comes first waits for the rest for longer than half of the time that it has."""
     config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=8)
     slow_pth = slow.config(config_pth)
-    found = []  # type: List[persipubsub.message.Message]
+    found: list[persipubsub.message.Message] = []
 
     def receive() -> None:
         with sub.receive_many(7, timeout=HANG_SECS, details=True) as msgs:
@@ -233,9 +234,9 @@ def test_batch_that_is_too_late_comes_again_in_front(tmp_path: pathlib.Path,
         directory.mkdir()
         config_pth = jetstream_server.deploy(directory, servers, ack_wait=4)
         slow_pth = slow.config(config_pth)
-        received = []  # type: List[bytes]
+        received: list[bytes] = []
 
-        def receive(sub: Any, received: List[bytes]) -> None:
+        def receive(sub: Any, received: list[bytes]) -> None:
             while len(received) < 20:
                 with sub.receive_many(7, timeout=HANG_SECS) as msgs:
                     received.extend(msgs)
@@ -260,7 +261,7 @@ def test_batch_stays_with_its_consumer_while_more_of_it_comes_slowly(
     """What a first pull brought waits for a second one, and that is under way for 6 seconds."""
     config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=ack_wait)
     slow_pth = slow.config(config_pth)
-    ends = []  # type: List[str]
+    ends: list[str] = []
 
     def receive() -> None:
         with sub.receive_many(20, timeout=HANG_SECS) as msgs:
@@ -290,9 +291,9 @@ def test_call_that_ends_while_slow_messages_are_kept_gives_all_of_them_back(
     """It is cancelled when all has come, slowly, and the servers are told that it is at work."""
     config_pth = jetstream_server.deploy(tmp_path, servers, ack_wait=8)
     take_now, keep = _waiting.Waiting.take_now, _inboxes.keep
-    came = []  # type: List[int]
+    came: list[int] = []
 
-    async def take_slowly(self: _waiting.Waiting, max_messages: int) -> List[_inboxes.Pulled]:
+    async def take_slowly(self: _waiting.Waiting, max_messages: int) -> list[_inboxes.Pulled]:
         found = await take_now(self, max_messages)
         if found:
             await asyncio.sleep(2.5)
@@ -305,7 +306,7 @@ def test_call_that_ends_while_slow_messages_are_kept_gives_all_of_them_back(
         await keep(client, pulled)
 
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
-        ends = []  # type: List[str]
+        ends: list[str] = []
         thread = threading.Thread(target=lambda: ends.append(
             outcome(lambda: sub.receive_many(20, timeout=HANG_SECS).__enter__())))
         with monkeypatch.context() as context:
@@ -358,12 +359,12 @@ def test_batch_that_waits_is_taken_over(config_pth: pathlib.Path, slow_pth: path
         asyncio.run(asyncio.wait_for(main(), 2 * HANG_SECS))
 
 
-_TAKES = {
+_TAKES: dict[str, Callable[[Any, float], Any]] = {
     "one": lambda sub, timeout: sub.receive(timeout=timeout),
     "many": lambda sub, timeout: sub.receive_many(3, timeout=timeout),
     "now": lambda sub, _: sub.receive(timeout=0),
     "many now": lambda sub, _: sub.receive_many(3, timeout=0),
-}  # type: dict[str, Callable[[Any, float], Any]]
+}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02])
@@ -393,7 +394,7 @@ def test_cancelling_leaves_the_order(config_pth: pathlib.Path, first: str, secon
                 sending = asyncio.ensure_future(
                     asyncio.to_thread(pub.send_many,
                                       numbered(6) if seconds else []))
-                received = []  # type: List[bytes]
+                received: list[bytes] = []
                 while len(received) < 6:
                     async with _TAKES[second](sub, HANG_SECS) as found:
                         received.extend(
@@ -428,7 +429,7 @@ def test_what_comes_for_several_that_were_left(config_pth: pathlib.Path, slow_pt
             returns = sub._sub._consumer._ahead.puller.returns  # type: ignore[union-attr]
             await asyncio.to_thread(until, lambda: len(returns.given) > 1, "their giving back")
             slow.release()
-            received = []  # type: List[bytes]
+            received: list[bytes] = []
             while len(received) < 3:
                 async with sub.receive(timeout=0) as found:
                     received.extend([found] if found else [])
@@ -443,7 +444,7 @@ def until_pulling(sub: Any) -> None:
     until(lambda: sub._consumer._ahead and sub._consumer._ahead.puller._pulls, "a pull")
 
 
-def _receive_for_ever(sub: Any, received: List[Optional[bytes]]) -> None:
+def _receive_for_ever(sub: Any, received: list[bytes | None]) -> None:
     """Note the message when it is received, and once more when it is acknowledged."""
     with contextlib.suppress(persipubsub.errors.ClosedError):
         with sub.receive(timeout=None) as msg:
@@ -457,7 +458,7 @@ def test_message_that_comes_while_its_receiver_is_closed(config_pth: pathlib.Pat
     with open_pub(config_pth) as pub:
         for _ in range(60):
             with open_sub(config_pth) as sub:
-                received = []  # type: List[Optional[bytes]]
+                received: list[bytes | None] = []
                 thread = threading.Thread(target=_receive_for_ever, args=(sub, received))
                 thread.start()
                 until_pulling(sub)
@@ -475,7 +476,7 @@ def test_message_that_comes_while_its_receiver_is_closed(config_pth: pathlib.Pat
 def test_message_that_comes_at_each_step_of_closing(config_pth: pathlib.Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     really_take = _inboxes.Inbox._take
-    closings = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
+    closings: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def take(inbox: _inboxes.Inbox, message: Any) -> None:
         await really_take(inbox, message)
@@ -514,10 +515,10 @@ def test_message_that_comes_at_each_step_of_closing(config_pth: pathlib.Path,
 def test_pull_that_is_done_comes_first() -> None:
     """Its place in the line is over, but what it brought is in front of what others bring."""
 
-    async def bring(number: int) -> List[_inboxes.Pulled]:
-        return [_inboxes.to_pulled(b"", "$JS.ACK.Q.sub.1.{}.1.1.0".format(number))]
+    async def bring(number: int) -> list[_inboxes.Pulled]:
+        return [_inboxes.to_pulled(b"", f"$JS.ACK.Q.sub.1.{number}.1.1.0")]
 
-    async def fail() -> List[_inboxes.Pulled]:
+    async def fail() -> list[_inboxes.Pulled]:
         raise KeyError
 
     async def main() -> None:
@@ -650,7 +651,7 @@ def test_more_than_a_connection_bears(tmp_path: pathlib.Path, monkeypatch: pytes
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             for message in sent:
                 pub.send(message)
-            received = []  # type: List[bytes]
+            received: list[bytes] = []
             if kind == "many":
                 while len(received) < len(sent):
                     with sub.receive_many(1000, timeout=HANG_SECS) as msgs:
@@ -691,7 +692,7 @@ def test_more_tasks_than_pulls(config_pth: pathlib.Path, servers: jetstream_serv
     """The others wait in line, and are not forgotten when the queue is closed."""
     monkeypatch.setattr(_waiting, "_MOST_PULLS", 4)
 
-    async def receive(sub: persipubsub.aio.Sub, timeout: Optional[float]) -> Optional[bytes]:
+    async def receive(sub: persipubsub.aio.Sub, timeout: float | None) -> bytes | None:
         async with sub.receive(timeout=timeout) as msg:
             return msg
 

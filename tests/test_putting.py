@@ -7,7 +7,8 @@ import pathlib
 import signal
 import threading
 import time
-from typing import Any, Callable, List
+from collections.abc import Callable
+from typing import Any
 
 import lmdb
 import pytest
@@ -33,7 +34,7 @@ class Blocked:
 
     def __init__(self, queue: persipubsub.queue.Queue, *args: Any, **kwargs: Any) -> None:
         """Start the thread, and wait until it sleeps."""
-        self.outcome = None  # type: Any
+        self.outcome: Any = None
         self._queue = queue
         self._thread = threading.Thread(target=self._run, args=args, kwargs=kwargs, daemon=True)
         self._thread.start()
@@ -71,7 +72,7 @@ class Blocked:
 }, [b"34"])])
 def test_full_queue_refuses_and_keeps_all(tmp_path: pathlib.Path,
                                           strategy: persipubsub.config.Strategy, changes: Any,
-                                          messages: List[bytes]) -> None:
+                                          messages: list[bytes]) -> None:
     with stores.opened(tmp_path, strategy=strategy, **changes) as queue:
         queue.put([b"0", b"1", b"2"])
         for _ in range(3):
@@ -148,7 +149,7 @@ def test_known_id_needs_no_room(tmp_path: pathlib.Path) -> None:
 
 def test_refused_put_does_not_spoil_those_of_other_threads(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, strategy=REJECT, max_messages=60) as queue:
-        outcomes = []  # type: List[str]
+        outcomes: list[str] = []
         barrier = threading.Barrier(4)
 
         def send() -> None:
@@ -200,7 +201,7 @@ def test_whoever_makes_room_wakes_the_publisher(tmp_path: pathlib.Path,
         queue.put([b"0", b"1"])
         blocked = Blocked(queue, [b"2"])
         assert blocked.is_waiting()
-        work = MAKES_ROOM[name]  # type: Callable[[persipubsub.queue.Queue], object]
+        work: Callable[[persipubsub.queue.Queue], object] = MAKES_ROOM[name]
         work(queue)
         assert blocked.end() == 3
         assert stores.take_all(queue)[-1] == b"2"
@@ -310,7 +311,7 @@ def test_subscribers_wake_up_before_the_flush(tmp_path: pathlib.Path, is_togethe
 def test_full_map_drops_nothing(tmp_path: pathlib.Path,
                                 strategy: persipubsub.config.Strategy) -> None:
     with stores.opened(tmp_path, max_bytes=1 << 20, strategy=strategy, keeps_os=True) as queue:
-        sent = []  # type: List[bytes]
+        sent: list[bytes] = []
         with pytest.raises(persipubsub.errors.QueueFullError, match="1048576 bytes"):
             while True:
                 message = b"%06d" % len(sent) + bytes(20000)
@@ -425,7 +426,7 @@ def test_subscriber_wakes_a_publisher_of_another_process(tmp_path: pathlib.Path)
     with support.Child(send_in_child, config_pth) as child, persipubsub.subscriber.Sub() as sub:
         assert child.get() == "ready"
         sub.init(sub_id="sub", config_pth=config_pth)
-        received = []  # type: List[bytes]
+        received: list[bytes] = []
         begin = time.monotonic()
         while len(received) < 200:
             with sub.receive(timeout=support.HANG_SECS) as msg:

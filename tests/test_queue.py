@@ -7,7 +7,6 @@ import pathlib
 import pickle
 import random
 import threading
-from typing import List, Tuple
 
 import lmdb
 import pytest
@@ -23,7 +22,7 @@ from tests import stores, support
 MEGABYTE = 1000000
 
 
-def numbered(count: int, begin: int = 0) -> List[bytes]:
+def numbered(count: int, begin: int = 0) -> list[bytes]:
     """Make messages that all differ."""
     return [b"%06d" % index for index in range(begin, begin + count)]
 
@@ -169,10 +168,10 @@ def test_failed_send_leaves_no_audience_to_be_mixed_up(tmp_path: pathlib.Path) -
 
 
 def test_many_audiences(tmp_path: pathlib.Path) -> None:
-    names = ["s{}".format(index) for index in range(8)]
+    names = [f"s{index}" for index in range(8)]
     generator = random.Random(1)
     with stores.opened(tmp_path, subscribers=names, keeps_os=True) as queue:
-        sent: List[Tuple[bytes, List[str]]] = []
+        sent: list[tuple[bytes, list[str]]] = []
         for message in numbered(300):
             audience = generator.sample(names, generator.randint(1, 8))
             sent.append((message, audience))
@@ -491,9 +490,9 @@ def test_threads_of_one_subscriber_share_its_messages(tmp_path: pathlib.Path) ->
         messages = numbered(300)
         queue.put(messages)
         consumer = queue.consumer("sub")
-        found: List[List[bytes]] = [[] for _ in range(4)]
+        found: list[list[bytes]] = [[] for _ in range(4)]
 
-        def receive(mine: List[bytes]) -> None:
+        def receive(mine: list[bytes]) -> None:
             while len(mine) < len(messages):
                 lease = consumer.take(timeout=0)
                 if lease is None:

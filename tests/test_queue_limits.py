@@ -9,7 +9,6 @@ import logging
 import pathlib
 import random
 import threading
-from typing import List
 
 import pytest
 
@@ -21,7 +20,7 @@ from persipubsub.store import _blocks, _log, _positions
 from tests import stores, support
 
 
-def numbered(count: int, begin: int = 0) -> List[bytes]:
+def numbered(count: int, begin: int = 0) -> list[bytes]:
     """Make messages that all differ."""
     return [b"%06d" % index for index in range(begin, begin + count)]
 
@@ -165,7 +164,7 @@ def test_queue_without_a_mark_in_sight_drops_nothing(tmp_path: pathlib.Path) -> 
     }, [b""] * (1 << 17)),
 ])
 def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: pathlib.Path, changes: object,
-                                                        messages: List[bytes]) -> None:
+                                                        messages: list[bytes]) -> None:
     assert isinstance(changes, dict)
     with stores.opened(tmp_path, clock=stores.Clock(), **changes) as queue:
         queue.put([b"a", b"b"])
@@ -216,7 +215,7 @@ def test_full_map_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: boo
                        max_bytes=1 << 20,
                        strategy=stores.pruning(drops_newest),
                        keeps_os=True) as queue:
-        sent: List[bytes] = []
+        sent: list[bytes] = []
         while stores.figures(queue).dropped_by_mark == 0:
             sent.append(b"%06d" % len(sent) + bytes(size))
             queue.put(sent[-1:])

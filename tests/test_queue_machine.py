@@ -21,7 +21,7 @@ STEPS = 40
 
 def test_queue_is_like_its_twin() -> None:
     seed = int(os.environ.get("PERSIPUBSUB_SEED") or random.randrange(1 << 32))
-    print("PERSIPUBSUB_SEED={} PERSIPUBSUB_EXAMPLES={}".format(seed, EXAMPLES))
+    print(f"PERSIPUBSUB_SEED={seed} PERSIPUBSUB_EXAMPLES={EXAMPLES}")
     hypothesis.seed(seed)(QueueMachine)
     hypothesis.stateful.run_state_machine_as_test(
         QueueMachine,

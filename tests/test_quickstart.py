@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Dict, List
 
 import pytest
 
@@ -25,7 +24,7 @@ _TIMEOUT_SECS = 400
 def _start(tmp_path: pathlib.Path, *arguments: str) -> "subprocess.Popen[str]":
     """Start the example with a directory of its own for everything temporary."""
     (tmp_path / "tmp").mkdir()
-    env: Dict[str, str] = dict(os.environ, TMPDIR=str(tmp_path / "tmp"))
+    env: dict[str, str] = dict(os.environ, TMPDIR=str(tmp_path / "tmp"))
     return subprocess.Popen([sys.executable, str(_SCRIPT), *arguments],
                             cwd=tmp_path,
                             env=env,
@@ -35,7 +34,7 @@ def _start(tmp_path: pathlib.Path, *arguments: str) -> "subprocess.Popen[str]":
                             text=True)
 
 
-def _left(tmp_path: pathlib.Path) -> List[pathlib.Path]:
+def _left(tmp_path: pathlib.Path) -> list[pathlib.Path]:
     return list((tmp_path / "tmp").iterdir())
 
 
@@ -53,7 +52,7 @@ def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
     assert re.search(r"^redelivered: +\d+$", out, re.MULTILINE), out
     assert re.search(r"^throughput: .* MB/s published", out, re.MULTILINE), out
     assert re.search(r"^latency: +p50 .* ms, p99 .* ms", out, re.MULTILINE), out
-    assert "durability {}\n".format(durability) in out
+    assert f"durability {durability}\n" in out
     assert "\x1b" not in out and "\r" not in out, "Expected no progress bar without a terminal"
     assert not _left(tmp_path)
 
@@ -105,7 +104,7 @@ def test_loss_is_found(tmp_path: pathlib.Path) -> None:
     match = re.search(r"^lost: +([0-9]+)$", out, re.MULTILINE)
     assert match is not None, out + err
     assert int(match.group(1)) >= stolen
-    assert "FAILED: {} deliveries did not arrive".format(match.group(1)) in err
+    assert f"FAILED: {match.group(1)} deliveries did not arrive" in err
     assert "Lost by index: /" in err
     assert process.returncode == 1
     assert not _left(tmp_path)
@@ -135,7 +134,7 @@ def test_children_end_with_their_parent(tmp_path: pathlib.Path) -> None:
     process = _start(tmp_path, "--files", "100000", "--queue", "queue")
     assert process.stdout is not None
     deadline = time.monotonic() + _TIMEOUT_SECS
-    ledgers = []  # type: List[pathlib.Path]
+    ledgers: list[pathlib.Path] = []
     while not ledgers and time.monotonic() < deadline and process.poll() is None:
         ledgers = list((tmp_path / "tmp").glob("*/index"))
         time.sleep(0.01)

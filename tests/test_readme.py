@@ -5,7 +5,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import List, Set, Tuple, Type
 
 import msgspec
 import msgspec.structs
@@ -19,21 +18,21 @@ _TEXT = (_ROOT / "README.rst").read_text(encoding="utf-8")
 
 def _section(title: str) -> str:
     """Return the text below a title, up to the next title."""
-    match = re.search(r"^{}\n-+\n(.*?)(?=^[^\n]+\n---+\n|\Z)".format(re.escape(title)), _TEXT,
+    match = re.search(fr"^{re.escape(title)}\n-+\n(.*?)(?=^[^\n]+\n---+\n|\Z)", _TEXT,
                       re.MULTILINE | re.DOTALL)
-    assert match is not None, "Expected a section {!r} in README.rst".format(title)
+    assert match is not None, f"Expected a section {title!r} in README.rst"
     return match.group(1)
 
 
 def _block(section: str, opening: str) -> str:
     """Return an indented block, without its indentation."""
-    match = re.search(r"{}\n\n((?:    [^\n]*\n|\n)+)".format(re.escape(opening)), section)
-    assert match is not None, "Expected a block after {!r}".format(opening)
-    return re.sub(r"^    ", "", match.group(1), flags=re.MULTILINE).strip() + "\n"
+    match = re.search(fr"{re.escape(opening)}\n\n((?:    [^\n]*\n|\n)+)", section)
+    assert match is not None, f"Expected a block after {opening!r}"
+    return f"{re.sub('^    ', '', match.group(1), flags=re.MULTILINE).strip()}\n"
 
 
-def _fields_of_configuration() -> List[Tuple[str, bool]]:
-    kinds: List[Type[msgspec.Struct]] = [
+def _fields_of_configuration() -> list[tuple[str, bool]]:
+    kinds: list[type[msgspec.Struct]] = [
         persipubsub.config.Publisher, persipubsub.config.Subscriber, persipubsub.config.Queue,
         persipubsub.config.HighWaterMark
     ]
@@ -41,7 +40,7 @@ def _fields_of_configuration() -> List[Tuple[str, bool]]:
             for field in msgspec.structs.fields(kind) if field.name != "identifier"]
 
 
-def _keys_of_configuration() -> Set[str]:
+def _keys_of_configuration() -> set[str]:
     return {"queues"} | {key for key, _ in _fields_of_configuration()}
 
 
@@ -71,8 +70,7 @@ def test_example_runs(tmp_path: pathlib.Path) -> None:
         # Twice: every message was acknowledged, and initializing may be repeated.
         process = subprocess.run([sys.executable, "-c", code],
                                  cwd=tmp_path,
-                                 stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE,
+                                 capture_output=True,
                                  text=True,
                                  timeout=120,
                                  check=False)
@@ -88,7 +86,7 @@ def test_configuration_of_the_example_is_complete() -> None:
     config = persipubsub.config.parse(text=text.encode("utf-8"), config_pth="/etc/config.json")
     assert config.queue_path("greetings") == "/etc/queues/greetings"
 
-    def keys(found: object) -> Set[str]:
+    def keys(found: object) -> set[str]:
         if not isinstance(found, dict):
             return set()
         return set(found).union(*map(keys, found.values()))
@@ -114,7 +112,7 @@ def test_values_of_the_configuration_are_explained() -> None:
     section = _section("Configuration file")
     for kind in [persipubsub.config.Strategy, persipubsub.config.Durability]:
         for member in kind:
-            assert "``{}``".format(member.value) in section
+            assert f"``{member.value}``" in section
 
 
 def test_files_that_are_named_exist() -> None:

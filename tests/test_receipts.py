@@ -8,7 +8,8 @@ import gc
 import itertools
 import pathlib
 import threading
-from typing import Any, Iterator, List, Optional, Tuple, Union
+from collections.abc import Iterator
+from typing import Any, Union
 
 import pytest
 
@@ -25,7 +26,7 @@ from tests import stores, support
 @pytest.fixture(name="queue_and_sub")
 def fixture_queue_and_sub(
         tmp_path: pathlib.Path
-) -> Iterator[Tuple[persipubsub.queue.Queue, persipubsub.subscriber.Sub]]:
+) -> Iterator[tuple[persipubsub.queue.Queue, persipubsub.subscriber.Sub]]:
     config_pth = support.write_config(tmp_path, subscribers=["sub", "other"])
     persipubsub.control.initialize_all_dbs(config_pth)
     with persipubsub.subscriber.Sub() as sub:
@@ -34,7 +35,7 @@ def fixture_queue_and_sub(
         assert support.queue_of(sub).check() == []
 
 
-Pair = Tuple[persipubsub.queue.Queue, persipubsub.subscriber.Sub]
+Pair = tuple[persipubsub.queue.Queue, persipubsub.subscriber.Sub]
 
 # Iteration
 
@@ -42,8 +43,8 @@ Pair = Tuple[persipubsub.queue.Queue, persipubsub.subscriber.Sub]
 def test_message_is_acknowledged_when_the_next_one_is_asked_for(queue_and_sub: Pair) -> None:
     queue, sub = queue_and_sub
     queue.put([b"1", b"2", b"3"])
-    lags: List[int] = []
-    msgs: List[bytes] = []
+    lags: list[int] = []
+    msgs: list[bytes] = []
     for msg in sub.messages(timeout=0):
         msgs.append(msg)
         lags.append(stores.figures(queue).lag)
@@ -153,17 +154,17 @@ def test_loop_of_a_closed_subscriber(queue_and_sub: Pair) -> None:
 
 def test_details_are_those_of_the_message(queue_and_sub: Pair) -> None:
     queue, sub = queue_and_sub
-    begin = datetime.datetime.now(datetime.timezone.utc)
+    begin = datetime.datetime.now(datetime.UTC)
     first = queue.put([b"1", b"2"])
     queue.put([b"3"])
-    end = datetime.datetime.now(datetime.timezone.utc)
+    end = datetime.datetime.now(datetime.UTC)
     with sub.receive_many(9, timeout=0, details=True) as messages:
         assert [message.number for message in messages] == [first, first + 1, first + 2]
         assert [message.data for message in messages] == [b"1", b"2", b"3"]
         assert [message.attempts for message in messages] == [1, 1, 1]
         slack = datetime.timedelta(milliseconds=100)
         for message in messages:
-            assert message.sent_at.tzinfo is datetime.timezone.utc
+            assert message.sent_at.tzinfo is datetime.UTC
             assert begin - slack <= message.sent_at <= end + slack
         assert messages[0].sent_at == messages[1].sent_at <= messages[2].sent_at
     queue.put([b"4"])
@@ -180,7 +181,7 @@ def test_details_may_be_a_variable(queue_and_sub: Pair, details: bool) -> None:
     queue, sub = queue_and_sub
     queue.put([b"1", b"2", b"3", b"4", b"5"])
 
-    def data(content: Union[bytes, persipubsub.message.Message, None]) -> Optional[bytes]:
+    def data(content: bytes | persipubsub.message.Message | None) -> bytes | None:
         return content.data if isinstance(content, persipubsub.message.Message) else content
 
     with sub.receive(timeout=0, details=details) as one:
@@ -195,8 +196,8 @@ def test_details_may_be_a_variable(queue_and_sub: Pair, details: bool) -> None:
         assert data(newest) == b"5"
 
 
-async def _data_of(sub: persipubsub.aio.Sub, details: bool) -> List[bytes]:
-    found = []  # type: List[Union[bytes, persipubsub.message.Message, None]]
+async def _data_of(sub: persipubsub.aio.Sub, details: bool) -> list[bytes]:
+    found: list[Union[bytes, persipubsub.message.Message, None]] = []
     async with sub.receive(timeout=0, details=details) as one:
         found.append(one)
     async with sub.receive_many(2, timeout=0, details=details) as many:
@@ -215,7 +216,7 @@ def test_details_may_be_a_variable_in_a_task(tmp_path: pathlib.Path, details: bo
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth)
 
-    async def main() -> List[bytes]:
+    async def main() -> list[bytes]:
         async with persipubsub.aio.Pub() as pub, persipubsub.aio.Sub() as sub:
             await pub.init(pub_id="pub", config_pth=config_pth)
             await sub.init(sub_id="sub", config_pth=config_pth)
@@ -233,7 +234,7 @@ def test_time_of_sending_follows_the_wall_clock(tmp_path: pathlib.Path) -> None:
         lease = queue.consumer("sub").take(timeout=0)
         assert lease is not None
         # The queue's clock says 2001; the message is 100 seconds old.
-        age = datetime.datetime.now(datetime.timezone.utc) - lease.details()[0].sent_at
+        age = datetime.datetime.now(datetime.UTC) - lease.details()[0].sent_at
         assert abs(age.total_seconds() - 100) < support.HANG_SECS
         lease.acknowledge()
 
@@ -318,10 +319,10 @@ def test_newest_message_is_waited_for(queue_and_sub: Pair) -> None:
 def test_competitors_for_the_newest_message_never_have_an_older_one_later(
         queue_and_sub: Pair) -> None:
     queue, _ = queue_and_sub
-    seen: List[List[int]] = [[], [], []]
+    seen: list[list[int]] = [[], [], []]
     is_done = threading.Event()
 
-    def consume(mine: List[int]) -> None:
+    def consume(mine: list[int]) -> None:
         consumer = queue.consumer("sub")
         while True:
             was_done = is_done.is_set()

@@ -17,7 +17,8 @@ import sys
 import textwrap
 import threading
 import types
-from typing import Any, Callable, Counter, Dict, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, Counter
 
 import pytest
 
@@ -44,7 +45,7 @@ def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -
 
 
 def open_pair(
-        config_pth: pathlib.Path) -> Tuple[persipubsub.publisher.Pub, persipubsub.subscriber.Sub]:
+        config_pth: pathlib.Path) -> tuple[persipubsub.publisher.Pub, persipubsub.subscriber.Sub]:
     pub = persipubsub.publisher.Pub()
     pub.init(pub_id="pub", config_pth=config_pth)
     sub = persipubsub.subscriber.Sub()
@@ -52,8 +53,8 @@ def open_pair(
     return pub, sub
 
 
-def receive_all(sub: persipubsub.subscriber.Sub) -> List[bytes]:
-    result = []  # type: List[bytes]
+def receive_all(sub: persipubsub.subscriber.Sub) -> list[bytes]:
+    result: list[bytes] = []
     while True:
         with sub.receive(timeout=0) as message:
             if message is None:
@@ -93,11 +94,10 @@ def test_paths_to_the_same_files_share_it(tmp_path: pathlib.Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "queue")
     paths = [
         str(tmp_path / "queue"),
-        str(tmp_path / "link"),
-        str(tmp_path / "queue" / ".." / "queue") + "/", "queue"
+        str(tmp_path / "link"), f"{tmp_path / 'queue' / '..' / 'queue'!s}/", "queue"
     ]
     configs = [
-        support.write_config(tmp_path, name="{}.json".format(number), path=path)
+        support.write_config(tmp_path, name=f"{number}.json", path=path)
         for number, path in enumerate(paths)
     ]
     pairs = [open_pair(each) for each in configs]
@@ -157,7 +157,7 @@ def test_failed_opening_leaves_nothing(tmp_path: pathlib.Path) -> None:
 
 def test_nothing_stays_open(config_pth: pathlib.Path) -> None:
     gc.collect()  # what tests before this one left would be missing later on
-    counts = []  # type: List[int]
+    counts: list[int] = []
     for _ in range(4):
         pub, sub = open_pair(config_pth)
         pub.send(b"message")
@@ -168,8 +168,7 @@ def test_nothing_stays_open(config_pth: pathlib.Path) -> None:
     assert max(counts[1:]) <= counts[0]
 
 
-def interrupt(function: Callable[[], object], module: str,
-              point: int) -> Optional[KeyboardInterrupt]:
+def interrupt(function: Callable[[], object], module: str, point: int) -> KeyboardInterrupt | None:
     """Call a function; raise a KeyboardInterrupt at so many calls or their ends in a module."""
     points = 0
 
@@ -265,8 +264,8 @@ def test_queue_that_was_made_anew_is_another_one(tmp_path: pathlib.Path) -> None
 
 def test_many_threads(config_pth: pathlib.Path) -> None:
     pub, sub = open_pair(config_pth)
-    received = []  # type: List[bytes]
-    failed = []  # type: List[BaseException]
+    received: list[bytes] = []
+    failed: list[BaseException] = []
 
     def use(number: int) -> None:
         try:
@@ -295,7 +294,7 @@ def test_many_threads(config_pth: pathlib.Path) -> None:
 
 
 def test_threads_open_and_close(config_pth: pathlib.Path) -> None:
-    failed = []  # type: List[BaseException]
+    failed: list[BaseException] = []
 
     def use() -> None:
         try:
@@ -395,7 +394,7 @@ class Family:
             theirs.close()
         for ours in self._sockets:
             ours.settimeout(support.HANG_SECS)
-        self.ids = {}  # type: Dict[int, int]
+        self.ids: dict[int, int] = {}
 
     def __enter__(self) -> "Family":
         return self
@@ -438,7 +437,7 @@ class Family:
 
 def state(process: int) -> str:
     try:
-        text = pathlib.Path("/proc/{}/stat".format(process)).read_text("utf-8")
+        text = pathlib.Path(f"/proc/{process}/stat").read_text("utf-8")
     except FileNotFoundError:
         return "X"
     return text.rpartition(")")[2].split()[0]
@@ -450,8 +449,8 @@ ENDS = ["return", "_exit", "kill"]
 @pytest.mark.parametrize("ends",
                          list(itertools.product(ENDS, ENDS, [(0, 1), (1, 0)])),
                          ids=lambda ends: "-".join(str(each) for each in ends))
-def test_fork_in_every_order_of_ends(tmp_path: pathlib.Path, ends: Tuple[str, str,
-                                                                         Tuple[int, int]]) -> None:
+def test_fork_in_every_order_of_ends(tmp_path: pathlib.Path, ends: tuple[str, str,
+                                                                         tuple[int, int]]) -> None:
     config_pth = support.write_config(tmp_path, durability="os" if ends[0] == "kill" else "fsync")
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     how = {0: ends[0], 1: ends[1]}
@@ -463,7 +462,7 @@ def test_fork_in_every_order_of_ends(tmp_path: pathlib.Path, ends: Tuple[str, st
         family.order(0, "fork")
         for number in range(3):
             for place in (1, 0):
-                text = "{} {}".format(place, number)
+                text = f"{place} {number}"
                 assert family.order(place, "send", text) is None
                 assert family.order(1 - place, "front") == text
                 assert family.order(place, "receive") == text
@@ -534,8 +533,8 @@ def fork_while_threads_work(pipe: support.Connection, config_pth: pathlib.Path) 
     """Fork many times while other threads send and receive."""
     pub, sub = open_pair(config_pth)
     is_over = threading.Event()
-    sent, received = [], []  # type: List[bytes], List[bytes]
-    failed = []  # type: List[str]
+    sent, received = [], []  # type: list[bytes], list[bytes]
+    failed: list[str] = []
 
     def send(name: int) -> None:
         try:
@@ -575,7 +574,7 @@ def fork_while_threads_work(pipe: support.Connection, config_pth: pathlib.Path) 
         sent.append(b"child-%d" % number)
         _, status = os.waitpid(process, 0)
         if status != 0:
-            failed.append("child {} ended with {}".format(number, status))
+            failed.append(f"child {number} ended with {status}")
             break
     is_over.set()
     for thread in threads:
@@ -593,7 +592,7 @@ def test_fork_while_threads_work(config_pth: pathlib.Path) -> None:
         assert not failed
         child.end()
     again = 0
-    counts = collections.Counter()  # type: Counter[bytes]
+    counts: Counter[bytes] = collections.Counter()
     for message in received:
         # What a child received, it sent again.
         again += message.startswith(b"again-")
@@ -736,7 +735,7 @@ def test_fork_in_the_middle_of_a_transaction(config_pth: pathlib.Path) -> None:
     # It waits for so long for its parent, which is in the middle of a write.
     environment = _registry.acquire(settings.path,
                                     settings.options()._replace(busy_timeout_secs=0.2))
-    statuses = []  # type: List[int]
+    statuses: list[int] = []
 
     def work(txn: Any, databases: Any) -> int:
         process = os.fork()

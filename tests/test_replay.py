@@ -7,7 +7,8 @@ import datetime
 import pathlib
 import threading
 import time
-from typing import Any, Callable, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,11 @@ from tests import stores, support
 HOUR_NS = 3600 * stores.SECOND_NS
 
 
-def numbered(count: int, start: int = 0) -> List[bytes]:
+def numbered(count: int, start: int = 0) -> list[bytes]:
     return [b"%d" % index for index in range(start, start + count)]
 
 
-def put_each(queue: persipubsub.queue.Queue, messages: List[bytes]) -> None:
+def put_each(queue: persipubsub.queue.Queue, messages: list[bytes]) -> None:
     for message in messages:
         queue.put([message])
 
@@ -156,7 +157,7 @@ def test_seek_to_a_time(tmp_path: pathlib.Path) -> None:
         # The clock of the queue may be years from the wall clock: what counts is the age.
         for minutes, rest in [(0.5, 10), (1.5, 9), (5.5, 5), (9.5, 1), (10.5, 0), (10**6, 0)]:
             moment = time.time() - 60 * minutes
-            for to in (moment, datetime.datetime.fromtimestamp(moment, datetime.timezone.utc),
+            for to in (moment, datetime.datetime.fromtimestamp(moment, datetime.UTC),
                        datetime.datetime.fromtimestamp(
                            moment, datetime.timezone(datetime.timedelta(hours=-7)))):
                 assert queue.seek("sub", to) == 1 + rest
@@ -246,7 +247,7 @@ def test_it_wakes_who_waits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPa
     with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
         queue.put([b"x"])
         assert stores.take(queue) == b"x"
-        received = []  # type: List[bytes]
+        received: list[bytes] = []
 
         def receive() -> None:
             lease = queue.consumer("sub").take(timeout=support.HANG_SECS,
@@ -273,7 +274,7 @@ def test_consumer_at_work_goes_on_from_the_new_place(tmp_path: pathlib.Path) -> 
             lease.acknowledge()
         # It has a guess at what comes next.
         queue.seek("sub", 2)
-        received = []  # type: List[bytes]
+        received: list[bytes] = []
         while (lease := consumer.take(timeout=0)) is not None:
             received += lease.messages
             lease.acknowledge()
@@ -342,7 +343,7 @@ def clear_and_meanwhile(queue: persipubsub.queue.Queue, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("is_interrupted", [False, True])
 def test_what_was_cleared_comes_back_as_far_as_it_is_there(tmp_path: pathlib.Path,
                                                            monkeypatch: pytest.MonkeyPatch,
-                                                           names: Optional[Tuple[str, ...]],
+                                                           names: tuple[str, ...] | None,
                                                            is_interrupted: bool) -> None:
     with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
         put_each(queue, numbered(10))

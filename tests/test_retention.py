@@ -5,7 +5,7 @@
 
 import functools
 import pathlib
-from typing import Iterable, List, Optional, Tuple
+from collections.abc import Iterable
 
 import hypothesis.strategies as st
 import pytest
@@ -18,7 +18,7 @@ from tests import stores
 
 
 def floor_of(queue: persipubsub.queue.Queue,
-             known: Optional[_retention.Floor] = None) -> _retention.Floor:
+             known: _retention.Floor | None = None) -> _retention.Floor:
     """Look at the positions, or only at what may have changed."""
     return queue._environment.write(lambda txn, databases: _retention.find_floor(
         txn, databases, _log.read_tail(txn.cursor(db=databases.data)), known=known))
@@ -115,7 +115,7 @@ def test_looks_are_spread_over_sends(subscribers: int) -> None:
                       max_size=25))
 @settings(max_examples=60, deadline=None)
 def test_floor_that_is_known_is_what_a_look_at_all_positions_finds(
-        tmp_path_factory: pytest.TempPathFactory, steps: List[Tuple[str, str, int]]) -> None:
+        tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, int]]) -> None:
     directory = tmp_path_factory.mktemp("floor")
     with stores.opened(directory, subscribers=["a", "b", "c"], keeps_os=True) as queue:
         known = [floor_of(queue)]
@@ -153,12 +153,12 @@ def test_floor_that_is_known_is_what_a_look_at_all_positions_finds(
 
 def test_hindmost_that_stays_is_all_that_is_looked_at(tmp_path: pathlib.Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["sub{}".format(index) for index in range(100)]
+    names = [f"sub{index}" for index in range(100)]
     with stores.opened(tmp_path, subscribers=names, keeps_os=True) as queue:
-        read = []  # type: List[int]
+        read: list[int] = []
         unpack = _layout.unpack_positions
 
-        def counted(values: Iterable[memoryview]) -> List[int]:
+        def counted(values: Iterable[memoryview]) -> list[int]:
             positions = unpack(values)
             read.extend(positions)
             return positions
@@ -176,20 +176,20 @@ def test_hindmost_that_stays_is_all_that_is_looked_at(tmp_path: pathlib.Path,
         assert floor_of(queue).number == 2
 
 
-def put_numbers(queue: persipubsub.queue.Queue, count: int) -> Tuple[int, List[bytes]]:
+def put_numbers(queue: persipubsub.queue.Queue, count: int) -> tuple[int, list[bytes]]:
     """Put messages that all differ, in one block; return the number of the first."""
     messages = [b"%d" % index for index in range(count)]
     return queue.put(messages), messages
 
 
-def halve(queue: persipubsub.queue.Queue, drops_newest: bool) -> List[_retention.Loss]:
+def halve(queue: persipubsub.queue.Queue, drops_newest: bool) -> list[_retention.Loss]:
 
     def work(txn, databases):  # type: ignore[no-untyped-def]
         tail = _log.read_tail(txn.cursor(db=databases.data))
         floor = _retention.find_floor(txn, databases, tail)
         return _retention.halve(txn, databases, floor, tail, drops_newest=drops_newest)[1]
 
-    losses: List[_retention.Loss] = queue._environment.write(work)
+    losses: list[_retention.Loss] = queue._environment.write(work)
     return losses
 
 
@@ -330,8 +330,8 @@ def test_newest_message_stays(tmp_path: pathlib.Path) -> None:
     ([0, 1, 2, 3], 0, []),
 ])
 def test_newest_message_that_was_not_acknowledged_stays(  # pylint: disable=too-many-arguments
-        tmp_path: pathlib.Path, sends: List[int], done: List[int], skipped: int,
-        left: List[bytes]) -> None:
+        tmp_path: pathlib.Path, sends: list[int], done: list[int], skipped: int,
+        left: list[bytes]) -> None:
     with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
         first = queue.statistics().next_number
         messages = iter(range(4))
@@ -372,7 +372,7 @@ def test_store_is_sound_while_cleared_blocks_are_still_there(tmp_path: pathlib.P
 @pytest.mark.parametrize("names", [None, ("b", "c"), ("c", )])
 @pytest.mark.parametrize("does_seek", [False, True])
 def test_last_block_stays_while_somebody_needs_it_or_one_before_it(tmp_path: pathlib.Path,
-                                                                   names: Optional[Tuple[str, ...]],
+                                                                   names: tuple[str, ...] | None,
                                                                    does_seek: bool) -> None:
     with stores.opened(tmp_path, subscribers=["a", "b", "c"], keeps_os=True) as queue:
         queue.put([b"1"])

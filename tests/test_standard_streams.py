@@ -3,7 +3,6 @@
 # pylint: disable=missing-docstring
 
 import pathlib
-from typing import List
 
 import pytest
 
@@ -13,7 +12,7 @@ from tests import support
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("numbers", [[0, 1, 2], [0], [2]])
-def test_stream_that_is_closed_unseen(tmp_path: pathlib.Path, numbers: List[int],
+def test_stream_that_is_closed_unseen(tmp_path: pathlib.Path, numbers: list[int],
                                       durability: str) -> None:
     """
     Another thread has a file open in place of a closed stream, and closes it after we looked.

@@ -7,7 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import Iterator, List, Set, Tuple
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,7 +21,7 @@ _MAX_LINES = 500
 
 # A module imports only from rows below its own: a room (a directory) as a whole, and inside of the
 # room by the rows of the room. The package itself (__init__) is above them all.
-_ROWS: List[Set[str]] = [
+_ROWS: list[set[str]] = [
     {"__main__"},
     {"cli._plain", "cli.commands"},
     {
@@ -113,19 +113,19 @@ def _parse(name: str) -> ast.Module:
     return ast.parse(_FILES[name].read_text(encoding="utf-8"))
 
 
-def _imported(tree: ast.Module) -> Iterator[Tuple[int, str]]:
+def _imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield line and module for all imports of the package's modules, wherever they stand."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "line {}: expected no relative import".format(node.lineno)
+            assert node.level == 0, f"line {node.lineno}: expected no relative import"
             module = node.module or ""
             targets = [module]
             if module.removeprefix("persipubsub.") in _RANKS:
                 pass
             elif module.split(".")[0] == "persipubsub":
-                targets = ["{}.{}".format(module, alias.name) for alias in node.names]
+                targets = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
 
@@ -155,7 +155,7 @@ def test_imports_only_point_down(name: str) -> None:
     for line, target in _imported(_parse(name)):
         assert target in _RANKS, advice.format(target, __file__)
         assert _RANKS[target] < _RANKS[name], (
-            "{}:{}: expected imports only from below, but got: {!r}".format(name, line, target))
+            f"{name}:{line}: expected imports only from below, but got: {target!r}")
 
 
 @pytest.mark.parametrize("name", sorted(_FILES))
@@ -165,10 +165,10 @@ def test_no_module_is_long(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in _MODULES if not _is_private(name)])
 def test_public_modules_say_what_is_public(name: str) -> None:
-    module = importlib.import_module("persipubsub." + name)
-    assert "__all__" in vars(module), "Expected __all__ in persipubsub: {}".format(name)
+    module = importlib.import_module(f"persipubsub.{name}")
+    assert "__all__" in vars(module), f"Expected __all__ in persipubsub: {name}"
 
-    public: List[str] = module.__all__
+    public: list[str] = module.__all__
     assert len(public) == len(set(public))
     for item in public:
         assert hasattr(module, item), item
@@ -193,8 +193,8 @@ def test_all_errors_are_public_and_have_one_root() -> None:
 
 
 def test_errors_are_drawn_as_they_are() -> None:
-    drawn: List[Tuple[str, str]] = []
-    above: List[Tuple[int, str]] = []
+    drawn: list[tuple[str, str]] = []
+    above: list[tuple[int, str]] = []
     for line in (persipubsub.errors.__doc__ or "").splitlines():
         match = re.match(r"^(    [ |]*)(\+-- )?(\w+Error)\b", line)
         if match is None or (match.group(2) is None and above):
@@ -240,9 +240,9 @@ def test_import_of_the_package_is_cheap() -> None:
 
 @pytest.mark.parametrize("name", persipubsub.__all__)
 def test_public_modules_are_attributes(name: str) -> None:
-    code = "import persipubsub; print(persipubsub.{}.__name__)".format(name)
+    code = f"import persipubsub; print(persipubsub.{name}.__name__)"
     out = subprocess.check_output([sys.executable, "-c", code], cwd=_ROOT, timeout=60, text=True)
-    assert out.strip() == "persipubsub." + name
+    assert out.strip() == f"persipubsub.{name}"
 
 
 def test_module_that_needs_an_extra() -> None:

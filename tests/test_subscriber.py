@@ -7,7 +7,8 @@ import pathlib
 import sys
 import threading
 import time
-from typing import Any, Generator, Iterator, List, Optional, Type
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def fixture_sub(config_pth: pathlib.Path) -> Iterator[persipubsub.subscriber.Sub
         yield sub
 
 
-def receive(sub: persipubsub.subscriber.Sub, timeout: float = 0) -> Optional[bytes]:
+def receive(sub: persipubsub.subscriber.Sub, timeout: float = 0) -> bytes | None:
     with sub.receive(timeout=timeout) as message:
         return message
 
@@ -71,7 +72,7 @@ class Own(BaseException):
 ])
 def test_any_exception_leaves_the_message(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
                                           sub: persipubsub.subscriber.Sub,
-                                          kind: Type[BaseException]) -> None:
+                                          kind: type[BaseException]) -> None:
     pub.send_many([b"one", b"two"])
     for _ in range(3):
         with pytest.raises(kind) as caught:
@@ -87,7 +88,7 @@ def test_any_exception_leaves_the_message(config_pth: pathlib.Path, pub: persipu
 def test_generator_that_is_closed_leaves_the_message(pub: persipubsub.publisher.Pub,
                                                      sub: persipubsub.subscriber.Sub) -> None:
 
-    def generate() -> Generator[Optional[bytes], None, None]:
+    def generate() -> Generator[bytes | None, None, None]:
         with sub.receive(timeout=0) as message:
             yield message
 
@@ -213,7 +214,7 @@ def test_subscriber_that_was_removed_and_added_again(config_pth: pathlib.Path,
         persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
         persipubsub.control.initialize_all_dbs(config_pth)
 
-    errors = []  # type: List[BaseException]
+    errors: list[BaseException] = []
 
     def use() -> None:
         try:
@@ -283,7 +284,7 @@ def test_receive_many(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
             assert messages == sent[:4]
             raise KeyError
     assert acknowledged(config_pth) == 0
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     while True:
         with sub.receive_many(max_msgs=4, timeout=0) as messages:
             if not messages:
@@ -316,7 +317,7 @@ def test_wrong_retries(sub: persipubsub.subscriber.Sub, retries: Any) -> None:
 @pytest.mark.parametrize("retries", [1, 10, 10**9])
 def test_message_that_is_there_is_not_waited_for(pub: persipubsub.publisher.Pub,
                                                  sub: persipubsub.subscriber.Sub,
-                                                 timeout: Optional[float], retries: int) -> None:
+                                                 timeout: float | None, retries: int) -> None:
     pub.send(b"message")
     with sub.receive(timeout=timeout, retries=retries) as message:
         assert message == b"message"
@@ -332,8 +333,8 @@ def test_timeout_ends_the_wait(sub: persipubsub.subscriber.Sub, retries: int) ->
 
 @pytest.mark.parametrize("timeout", [None, math.inf, 1e300, support.HANG_SECS], ids=repr)
 def test_message_ends_the_wait(pub: persipubsub.publisher.Pub, sub: persipubsub.subscriber.Sub,
-                               timeout: Optional[float]) -> None:
-    received = []  # type: List[Optional[bytes]]
+                               timeout: float | None) -> None:
+    received: list[bytes | None] = []
 
     def wait() -> None:
         with sub.receive(timeout=timeout) as message:
@@ -349,7 +350,7 @@ def test_message_ends_the_wait(pub: persipubsub.publisher.Pub, sub: persipubsub.
 def test_close_ends_the_wait(config_pth: pathlib.Path) -> None:
     sub = persipubsub.subscriber.Sub()
     sub.init(sub_id="sub", config_pth=config_pth)
-    results = []  # type: List[str]
+    results: list[str] = []
     is_waiting = threading.Event()
 
     def wait() -> None:

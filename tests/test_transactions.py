@@ -2,7 +2,6 @@
 
 import pathlib
 import threading
-from typing import List
 
 import pytest
 
@@ -24,7 +23,7 @@ def test_group_smaller_than_the_crowd(tmp_path: pathlib.Path, monkeypatch: pytes
     monkeypatch.setattr(_transactions, "_LARGEST_GROUP", largest)
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    failed = []  # type: List[BaseException]
+    failed: list[BaseException] = []
     barrier = threading.Barrier(THREADS)
 
     with persipubsub.publisher.Pub() as pub:
@@ -59,7 +58,7 @@ def test_errors_of_works_name_the_queue(tmp_path: pathlib.Path, kind: str) -> No
         environment = queue._environment  # pylint: disable=protected-access
         with pytest.raises(persipubsub.errors.CorruptMessageError) as caught:
             getattr(environment, kind)(work)
-        assert str(caught.value) == "Expected a, but got: b; queue {}".format(queue.settings.path)
+        assert str(caught.value) == f"Expected a, but got: b; queue {queue.settings.path}"
         assert caught.value.number == 3
 
 
@@ -87,7 +86,7 @@ def test_work_without_a_change_takes_no_flush_from_the_next_one(
         pub.init(pub_id="pub", config_pth=config_pth)
         environment = support.queue_of(pub)._environment  # pylint: disable=protected-access
         pub.send(b"message")
-        flushes = []  # type: List[int]
+        flushes: list[int] = []
         flush = environment._sync  # pylint: disable=protected-access
 
         def count() -> None:

@@ -21,7 +21,8 @@ import textwrap
 import threading
 import time
 import types
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Type, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -37,7 +38,7 @@ HANG_SECS = 30.0
 FORK = multiprocessing.get_context("fork")
 
 
-def environment(polling: bool = False) -> Dict[str, str]:
+def environment(polling: bool = False) -> dict[str, str]:
     """Return the environment for a Python process that finds the modules this one has."""
     result = {key: value for key, value in os.environ.items() if key != "PERSIPUBSUB_POLLING"}
     result["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path != "")
@@ -98,7 +99,7 @@ class Child:
 
 def until_asleep(process_id: int, threads: int = 1) -> None:
     deadline = time.monotonic() + HANG_SECS
-    tasks = pathlib.Path("/proc/{}/task".format(process_id))
+    tasks = pathlib.Path(f"/proc/{process_id}/task")
     if not tasks.exists():
         return
     while True:
@@ -108,7 +109,7 @@ def until_asleep(process_id: int, threads: int = 1) -> None:
         ]
         if len(states) >= threads and set(states) == {"S"}:
             return
-        assert time.monotonic() < deadline, "Expected sleeping threads, but got {}".format(states)
+        assert time.monotonic() < deadline, f"Expected sleeping threads, but got {states}"
         time.sleep(0.001)
 
 
@@ -236,7 +237,7 @@ def test_who_rings_says_where_the_log_ends(mode: str, tmp_path: pathlib.Path) ->
 def ping_pong(pipe: Connection, directory: pathlib.Path, me: int, rounds: int,
               one_ticket: bool) -> None:
     board = Board(directory / "board")
-    bells = [persipubsub._wakeup.Bell(str(directory / "bell{}".format(i))) for i in range(2)]
+    bells = [persipubsub._wakeup.Bell(str(directory / f"bell{i}")) for i in range(2)]
     mine, other = bells[me], bells[1 - me]
     number, awake = 0, True
     with mine.prepare() as ticket:
@@ -297,7 +298,7 @@ def lockstep_waiter(pipe: Connection, directory: pathlib.Path, me: int, rounds: 
     board = Board(directory / "board")
     messages = persipubsub._wakeup.Bell(str(directory / "messages"))
     acknowledgements = persipubsub._wakeup.Bell(str(directory / "acknowledgements"))
-    results: List[Tuple[int, bool]] = []
+    results: list[tuple[int, bool]] = []
 
     def wait(waiter: int) -> None:
         seen = [0] * PUBLISHERS
@@ -366,7 +367,7 @@ def test_many_processes_create_the_bell_at_once(tmp_path: pathlib.Path) -> None:
 
     def create(pipe: Connection, barrier: Any) -> None:
         for index in range(20):
-            bell = persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(index)))
+            bell = persipubsub._wakeup.Bell(str(tmp_path / f"bell{index}"))
             barrier.wait(HANG_SECS)
             file = bell._open()
             file.page[persipubsub._wakeup._FLAG] = 1
@@ -380,7 +381,7 @@ def test_many_processes_create_the_bell_at_once(tmp_path: pathlib.Path) -> None:
         assert [child.get() for _ in range(20)] == 20 * [1]
         child.end()
     for index in range(20):
-        status = os.stat(tmp_path / "bell{}".format(index))
+        status = os.stat(tmp_path / f"bell{index}")
         assert (stat.S_IMODE(status.st_mode), status.st_size) == (0o600, 4096)
 
 
@@ -413,11 +414,11 @@ def test_ring_is_no_system_call_when_nobody_sleeps(tmp_path: pathlib.Path) -> No
         capture_output=True,
         text=True)
     if process.returncode != 0 and "ptrace" in process.stderr.lower():
-        pytest.skip("strace may not trace here: {}".format(process.stderr.strip()))
+        pytest.skip(f"strace may not trace here: {process.stderr.strip()}")
     assert process.returncode == 0, process.stderr
     calls = trace.read_text(encoding="utf-8").splitlines()
     marks = [
-        next(i for i, call in enumerate(calls) if '"{}"'.format(mark) in call)
+        next(i for i, call in enumerate(calls) if f'"{mark}"' in call)
         for mark in ("/begin", "/middle", "/end")
     ]
     assert calls[marks[0] + 1:marks[1]] == []
@@ -476,7 +477,7 @@ class Waiter(threading.Thread):
         super().__init__(daemon=True)
         self.bell = bell
         self.timeout = timeout
-        self.rung: Optional[bool] = None
+        self.rung: bool | None = None
         self.ready = threading.Event()
         self.start()
         assert self.ready.wait(HANG_SECS)
@@ -489,7 +490,7 @@ class Waiter(threading.Thread):
             self.ready.set()
             self.rung = ticket.wait(timeout=self.timeout)
 
-    def result(self) -> Optional[bool]:
+    def result(self) -> bool | None:
         """Return whether the ticket was rung."""
         self.join(2 * HANG_SECS)
         assert not self.is_alive()
@@ -521,7 +522,7 @@ def test_a_thousand_threads_wait_for_one_bell(mode: str, tmp_path: pathlib.Path)
 
 def test_each_bell_wakes_its_own(mode: str, tmp_path: pathlib.Path) -> None:
     assert mode
-    bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(8)]
+    bells = [persipubsub._wakeup.Bell(str(tmp_path / f"bell{i}")) for i in range(8)]
     waiters = [[Waiter(bell) for _ in range(2)] for bell in bells]
     until_led(followers=15)
     for index in (3, 0, 7, 1, 2, 6, 5, 4):  # the first leader waits for number 0
@@ -535,7 +536,7 @@ def test_each_bell_wakes_its_own(mode: str, tmp_path: pathlib.Path) -> None:
 
 def test_a_leader_whose_time_is_over_hands_over(mode: str, tmp_path: pathlib.Path) -> None:
     assert mode
-    bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(2)]
+    bells = [persipubsub._wakeup.Bell(str(tmp_path / f"bell{i}")) for i in range(2)]
     leader = Waiter(bells[0], timeout=1.0)
     until_led()
     followers = [Waiter(bells[1]) for _ in range(3)]
@@ -572,7 +573,7 @@ def test_a_polled_bell_beside_a_watched_one(tmp_path: pathlib.Path,
     if sys.platform != "linux":
         pytest.skip("inotify is a part of Linux")
     monkeypatch.delenv("PERSIPUBSUB_POLLING", raising=False)
-    bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(2)]
+    bells = [persipubsub._wakeup.Bell(str(tmp_path / f"bell{i}")) for i in range(2)]
     leader = Waiter(bells[0])
     until_led()
     monkeypatch.setenv("PERSIPUBSUB_POLLING", "1")
@@ -647,7 +648,7 @@ def test_close_between_opening_and_waiting(mode: str, tmp_path: pathlib.Path,
 
 def test_close_while_threads_come_and_go(mode: str, tmp_path: pathlib.Path) -> None:
     assert mode
-    errors: List[BaseException] = []
+    errors: list[BaseException] = []
 
     def work(bell: persipubsub._wakeup.Bell) -> None:
         try:
@@ -680,7 +681,7 @@ def test_all_descriptors_are_given_back(mode: str, tmp_path: pathlib.Path) -> No
         pytest.skip("there is no /proc")
 
     def use(closed_tickets: int) -> None:
-        bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(3)]
+        bells = [persipubsub._wakeup.Bell(str(tmp_path / f"bell{i}")) for i in range(3)]
         tickets = [bell.prepare() for bell in bells]
         used.append(len(os.listdir("/proc/self/fd")))
         waiters = [Waiter(bell) for bell in bells]
@@ -691,7 +692,7 @@ def test_all_descriptors_are_given_back(mode: str, tmp_path: pathlib.Path) -> No
         for waiter in waiters:
             waiter.result()
 
-    used: List[int] = []
+    used: list[int] = []
     before = support.count_descriptors()
     for number in (0, 1, 2, 3):
         use(closed_tickets=number)
@@ -704,7 +705,7 @@ def test_lost_events_wake_everybody(tmp_path: pathlib.Path) -> None:
     limit = pathlib.Path("/proc/sys/fs/inotify/max_queued_events")
     if not limit.exists() or int(limit.read_text(encoding="utf-8")) > 100000:
         pytest.skip("the queue of events is too long to run over")
-    bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(3)]
+    bells = [persipubsub._wakeup.Bell(str(tmp_path / f"bell{i}")) for i in range(3)]
     tickets = [bell.prepare() for bell in bells]
     for _ in range(int(limit.read_text(encoding="utf-8")) // 2 + 1):
         for index in range(2):  # by turns, as the kernel merges equal events in a row
@@ -740,7 +741,7 @@ def test_event_loop_beside_threads(tmp_path: pathlib.Path) -> None:
     with bell.prepare() as ticket:
         bell.ring()
         persipubsub._wakeup.dispatch()
-        calls: List[int] = []
+        calls: list[int] = []
         ticket.set_callback(lambda: calls.append(1))
         assert calls == [1]
     bell.close()
@@ -776,7 +777,7 @@ INTERRUPTED = textwrap.dedent("""\
 
 @pytest.mark.parametrize("attempt", range(5))
 def test_interrupted_leader_hands_over(mode: str, attempt: int, tmp_path: pathlib.Path) -> None:
-    paths = [str(tmp_path / "bell{}".format(i)) for i in range(2)]
+    paths = [str(tmp_path / f"bell{i}") for i in range(2)]
     with subprocess.Popen([sys.executable, "-c", INTERRUPTED] + paths,
                           stdout=subprocess.PIPE,
                           env=environment(polling=mode == "polling"),
@@ -853,7 +854,7 @@ def test_interrupted_at_any_moment(tmp_path: pathlib.Path) -> None:
         threads[0].join()
         print(lost, interrupts > 100)
         """).format(hang=HANG_SECS)
-    paths = [str(tmp_path / "bell{}".format(i)) for i in range(2)]
+    paths = [str(tmp_path / f"bell{i}") for i in range(2)]
     process = subprocess.run([sys.executable, "-c", script] + paths,
                              env=environment(),
                              timeout=8 * HANG_SECS,
@@ -914,7 +915,7 @@ def test_at_every_line(mode: str, what: str, tmp_path: pathlib.Path) -> None:
 def interrupt_at_every_line(tmp_path: pathlib.Path) -> None:
     """Interrupt a leader at each of its steps, while it has an event for another waiter."""
     hub = persipubsub._wakeup._hub
-    bells = [persipubsub._wakeup.Bell(str(tmp_path / "bell{}".format(i))) for i in range(2)]
+    bells = [persipubsub._wakeup.Bell(str(tmp_path / f"bell{i}")) for i in range(2)]
 
     def interrupt() -> None:
         raise KeyboardInterrupt()
@@ -1073,7 +1074,7 @@ def test_deleted_and_renamed_files(mode: str, tmp_path: pathlib.Path) -> None:
     child = Child(sleeper, path, 3)
     bell = persipubsub._wakeup.Bell(path)
     renamed = tmp_path / "renamed"
-    changes: List[Callable[[], Any]] = [
+    changes: list[Callable[[], Any]] = [
         functools.partial(directory.rename, renamed), (renamed / "bell").unlink, renamed.rmdir
     ]
     with bell.prepare() as ticket:
@@ -1116,7 +1117,7 @@ def test_only_regular_files_are_opened(tmp_path: pathlib.Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "fifo")
-    expected: Dict[str, Type[Exception]] = {
+    expected: dict[str, type[Exception]] = {
         "link": persipubsub.errors.AccessError,
         "dangling": persipubsub.errors.AccessError,
         "directory": persipubsub.errors.StoreError,

@@ -9,7 +9,8 @@ import functools
 import pathlib
 import textwrap
 import threading
-from typing import Any, Iterator, List, Optional
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def no_threads() -> Iterator[None]:
         threading.stack_size(size)
 
 
-async def receive(sub: persipubsub.aio.Sub, timeout: Optional[float] = 0) -> Optional[bytes]:
+async def receive(sub: persipubsub.aio.Sub, timeout: float | None = 0) -> bytes | None:
     async with sub.receive(timeout=timeout) as msg:
         return msg
 
@@ -108,7 +109,7 @@ def test_job_is_done_once_where_no_thread_can_be_started() -> None:
     threads = threading.active_count()
     workers = _workers.Workers(most=4)
     may_go_on, goes_on = threading.Event(), threading.Event()
-    done: List[int] = []
+    done: list[int] = []
 
     def wait() -> None:
         goes_on.set()
@@ -162,7 +163,7 @@ def test_loop_goes_on_behind_the_main_thread(config_pth: pathlib.Path) -> None:
 def test_no_thread_is_left_behind_a_close(config_pth: pathlib.Path) -> None:
     threads = threading.active_count()
 
-    async def work(sub: persipubsub.aio.Sub, begun: List[bytes], may_end: asyncio.Event) -> None:
+    async def work(sub: persipubsub.aio.Sub, begun: list[bytes], may_end: asyncio.Event) -> None:
         async with sub.receive(timeout=0) as msg:
             assert msg is not None
             begun.append(msg)
@@ -170,7 +171,7 @@ def test_no_thread_is_left_behind_a_close(config_pth: pathlib.Path) -> None:
 
     async def main() -> None:
         sub = persipubsub.aio.Sub()
-        begun: List[bytes] = []
+        begun: list[bytes] = []
         # It may be opened again.
         for _ in range(2):
             await sub.init("sub", config_pth)

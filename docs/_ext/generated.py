@@ -15,7 +15,8 @@ import enum
 import inspect
 import re
 import types
-from typing import Annotated, Any, Dict, Iterator, List, Mapping, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import click
 import msgspec
@@ -44,18 +45,18 @@ def _parts(annotation: Any) -> "tuple[Any, msgspec.Meta]":
     :param annotation: of a field
     :return: the type, what is said about it; of several notes, the outermost that says something
     """
-    notes = []  # type: List[msgspec.Meta]
+    notes: list[msgspec.Meta] = []
     while get_origin(annotation) is Annotated:
         annotation, *metas = get_args(annotation)
         notes += [meta for meta in metas if isinstance(meta, msgspec.Meta)]
-    merged = {}  # type: Dict[str, Any]
+    merged: dict[str, Any] = {}
     for name in ("description", "gt", "ge", "lt", "le", "min_length", "max_length"):
         merged[name] = next((value for note in notes if (value := getattr(note, name)) is not None),
                             None)
     return annotation, msgspec.Meta(**merged)
 
 
-def _alternatives(annotation: Any) -> List[Any]:
+def _alternatives(annotation: Any) -> list[Any]:
     """
     Take ``None`` out of a union.
 
@@ -80,21 +81,21 @@ def describe_type(annotation: Any) -> str:
         return " or ".join(map(describe_type, alternatives))
     origin = get_origin(kind)
     if origin in (tuple, list, frozenset, set):
-        return "list of {}s".format(describe_type(get_args(kind)[0]))
+        return f"list of {describe_type(get_args(kind)[0])}s"
     if origin is not None and issubclass(origin, Mapping):
-        return "object of {}".format(describe_type(get_args(kind)[1]))
+        return f"object of {describe_type(get_args(kind)[1])}"
     if issubclass(kind, enum.Enum):
         return "string"
     if issubclass(kind, msgspec.Struct):
-        return "object, see {}".format(kind.__name__)
+        return f"object, see {kind.__name__}"
     return _NOUNS[kind]
 
 
 def _number(value: Any) -> str:
     """Show a number so that it can be read, and powers of two as such if they are large."""
     if isinstance(value, int) and value >= 1 << 16 and value & (value - 1) == 0:
-        return "2\\ :sup:`{}`".format(value.bit_length() - 1)
-    return "{:,}".format(value)
+        return f"2\\ :sup:`{value.bit_length() - 1}`"
+    return f"{value:,}"
 
 
 def describe_range(annotation: Any) -> str:
@@ -109,8 +110,8 @@ def describe_range(annotation: Any) -> str:
     if len(alternatives) > 1 or alternatives[0] is not kind:
         return " or ".join(filter(None, map(describe_range, alternatives)))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return ", ".join("``{}``".format(member.value) for member in kind)
-    limits = []  # type: List[str]
+        return ", ".join(f"``{member.value}``" for member in kind)
+    limits: list[str] = []
     for name, text in _LIMITS.items():
         value = getattr(meta, name)
         if value is not None:
@@ -131,7 +132,7 @@ def describe_default(field: msgspec.structs.FieldInfo) -> str:
     if default is msgspec.NODEFAULT:
         default = field.default_factory() if callable(field.default_factory) else None
     if isinstance(default, enum.Enum):
-        return "``{}``".format(default.value)
+        return f"``{default.value}``"
     if default in (None, ""):
         return "none"
     _, meta = _parts(field.type)
@@ -140,7 +141,7 @@ def describe_default(field: msgspec.structs.FieldInfo) -> str:
         return "none"
     if isinstance(default, float) and default.is_integer():
         default = int(default)
-    return "``{}``".format(default)
+    return f"``{default}``"
 
 
 def config_table(kind: type[msgspec.Struct]) -> Iterator[str]:
@@ -161,14 +162,14 @@ def config_table(kind: type[msgspec.Struct]) -> Iterator[str]:
             continue
         _, meta = _parts(field.type)
         rows.append([
-            "``{}``".format(field.encode_name),
+            f"``{field.encode_name}``",
             describe_type(field.type),
             describe_range(field.type),
             describe_default(field), meta.description or ""
         ])
     for row in rows:
         for index, cell in enumerate(row):
-            yield "    {} - {}".format(" " if index else "*", cell)
+            yield f"    {' ' if index else '*'} - {cell}"
     yield ""
 
 
@@ -185,10 +186,10 @@ def command_sections(group: click.Group) -> Iterator[str]:
     :return: lines of reStructuredText
     """
     for name, command in group.commands.items():
-        context = click.Context(command, info_name="persipubsub {}".format(name))
+        context = click.Context(command, info_name=f"persipubsub {name}")
         yield from [name, "-" * len(name), ""]
         usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-        yield from ["::", "", "    " + usage, ""]
+        yield from ["::", "", f"    {usage}", ""]
         text = inspect.cleandoc((command.help or "").replace("\b", ""))
         description, *examples = re.split(r"^Examples?:\n", text, maxsplit=1, flags=re.MULTILINE)
         yield from map(_prose, description.splitlines())
@@ -196,10 +197,10 @@ def command_sections(group: click.Group) -> Iterator[str]:
         for parameter in command.get_params(context):
             record = parameter.get_help_record(context)
             if record is not None and record[1] and parameter.name != "help":
-                yield from ["``{}``".format(record[0]), "    " + _prose(record[1]), ""]
+                yield from [f"``{record[0]}``", f"    {_prose(record[1])}", ""]
         for example in examples:
             yield from ["::", ""]
-            yield from ("    " + line.strip() for line in example.splitlines())
+            yield from (f"    {line.strip()}" for line in example.splitlines())
             yield ""
 
 
@@ -229,7 +230,7 @@ def expand(text: str) -> str:
     >>> "BusyTimeoutError" in expand(".. error-tree::")
     True
     """
-    lines = []  # type: List[str]
+    lines: list[str] = []
     for line in text.splitlines():
         name, _, argument = line.partition("::")
         if name == ".. config-keys":
@@ -243,7 +244,7 @@ def expand(text: str) -> str:
     return "\n".join(lines)
 
 
-def setup(app: Any) -> Dict[str, bool]:
+def setup(app: Any) -> dict[str, bool]:
     """
     Let Sphinx expand each page that it reads.
 
@@ -251,7 +252,7 @@ def setup(app: Any) -> Dict[str, bool]:
     :return: what it has to know
     """
 
-    def expand_page(_app: Any, _name: str, source: List[str]) -> None:
+    def expand_page(_app: Any, _name: str, source: list[str]) -> None:
         source[0] = expand(source[0])
 
     app.connect("source-read", expand_page)

@@ -13,7 +13,8 @@ import os
 import pathlib
 import struct
 import sys
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import lmdb
 
@@ -78,7 +79,7 @@ _BLOCK = [
 ]
 
 
-def _parts(fields: Sequence[Field], data: bytes) -> Iterator[Tuple[bytes, str]]:
+def _parts(fields: Sequence[Field], data: bytes) -> Iterator[tuple[bytes, str]]:
     """
     Cut a record into its parts.
 
@@ -95,12 +96,12 @@ def _parts(fields: Sequence[Field], data: bytes) -> Iterator[Tuple[bytes, str]]:
             value = str(int.from_bytes(part, "big" if field.kind == "key" else "little"))
         elif field.meaning != "magic" and not part.isascii():
             value = ""
-        yield part, "{}: {}".format(field.meaning, value).rstrip(": ")
+        yield part, f"{field.meaning}: {value}".rstrip(": ")
     if offset < len(data):
         yield data[offset:], "more than this program knows"
 
 
-def _block_fields(data: bytes) -> List[Field]:
+def _block_fields(data: bytes) -> list[Field]:
     """
     List the parts of a block.
 
@@ -111,11 +112,11 @@ def _block_fields(data: bytes) -> List[Field]:
     audiences = int.from_bytes(data[30:32], "little")
     fields = list(_BLOCK)
     for index in range(audiences):
-        fields.append(Field(8, "number", "messages for audience {} up to here".format(index + 1)))
-    sizes = []  # type: List[int]
+        fields.append(Field(8, "number", f"messages for audience {index + 1} up to here"))
+    sizes: list[int] = []
     table = 40 + 8 * audiences
     for index in range(messages):
-        fields.append(Field(4, "number", "message {} of the block ends at".format(index + 1)))
+        fields.append(Field(4, "number", f"message {index + 1} of the block ends at"))
         fields.append(Field(4, "number", "its CRC-32"))
         end = int.from_bytes(data[table + 8 * index:table + 8 * index + 4], "little")
         sizes.append(end - sum(sizes))
@@ -124,7 +125,7 @@ def _block_fields(data: bytes) -> List[Field]:
     return fields
 
 
-def _describe(name: str, key: bytes, value: bytes) -> Iterator[Tuple[bytes, str]]:
+def _describe(name: str, key: bytes, value: bytes) -> Iterator[tuple[bytes, str]]:
     """
     Cut a record of a sub-database into its parts.
 
@@ -162,8 +163,8 @@ def _describe(name: str, key: bytes, value: bytes) -> Iterator[Tuple[bytes, str]
         yield from _parts([Field(8, "bytes", "key"), Field(2, "key", "index of the audience")], key)
         while value:
             size = value[0]
-            yield value[:1], "length of the next id: {}".format(size)
-            yield value[1:1 + size], "subscriber: {!r}".format(value[1:1 + size].decode("utf-8"))
+            yield value[:1], f"length of the next id: {size}"
+            yield value[1:1 + size], f"subscriber: {value[1:1 + size].decode('utf-8')!r}"
             value = value[1 + size:]
     else:
         yield key, "key"
@@ -179,20 +180,20 @@ def _check_size(path: pathlib.Path) -> None:
     """
     with open(path, "rb") as file:
         page_size = 0
-        metas = []  # type: List[Tuple[int, int]]
+        metas: list[tuple[int, int]] = []
         for _ in range(2):
             file.seek(page_size)
             meta = file.read(152)
             if len(meta) < 152:
-                raise ValueError("{}: truncated".format(path))
+                raise ValueError(f"{path}: truncated")
             if struct.unpack_from("=II", meta, 16) != (0xBEEFC0DE, 1):
-                raise ValueError("{}: not a store of LMDB 0.9, or damaged".format(path))
+                raise ValueError(f"{path}: not a store of LMDB 0.9, or damaged")
             page_size = page_size or struct.unpack_from("=I", meta, 40)[0]
             last_page, transaction = struct.unpack_from("=QQ", meta, 136)
             metas.append((transaction, last_page))
         # The size last: the file may grow meanwhile.
         if os.fstat(file.fileno()).st_size < (max(metas)[1] + 1) * page_size:
-            raise ValueError("{}: truncated".format(path))
+            raise ValueError(f"{path}: truncated")
 
 
 def dump(directory: pathlib.Path) -> Iterator[str]:
@@ -232,11 +233,11 @@ def _lines(part: bytes, meaning: str) -> Iterator[str]:
     """
     for offset in range(0, max(1, len(part)), 16):
         text = part[offset:offset + 16].hex(" ")
-        yield "  {:<48}  {}".format(text, "" if offset else meaning).rstrip()
+        yield f"  {text:<48}  {'' if offset else meaning}".rstrip()
 
 
 if __name__ == "__main__":
     try:
         print("\n".join(dump(pathlib.Path(sys.argv[1]))))
     except (OSError, ValueError, lmdb.Error) as error:
-        sys.exit("dump_queue: {}".format(error))
+        sys.exit(f"dump_queue: {error}")

@@ -15,4 +15,4 @@ with persipubsub.subscriber.Sub() as sub:
             if str(message["line"]).endswith(" 500"):
                 failed += 1
 
-print("{} requests failed".format(failed))
+print(f"{failed} requests failed")

@@ -16,10 +16,10 @@ with open("archive.txt", "a", encoding="utf-8") as archive, persipubsub.subscrib
             if msg is None:
                 break
             message = struct_pb2.Struct.FromString(msg)
-            archive.write("{} {}\n".format(message["number"], message["line"]))
+            archive.write(f"{message['number']} {message['line']}\n")
             archive.flush()
             time.sleep(pause)
         # Here the message is acknowledged, and not before the line is in the file.
         count += 1
 
-print("archived {} lines".format(count))
+print(f"archived {count} lines")

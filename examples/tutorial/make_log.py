@@ -2,4 +2,4 @@
 
 with open("access.log", "w", encoding="utf-8") as log:
     for number in range(1, 301):
-        print("GET /item/{} {}".format(number, 500 if number % 50 == 0 else 200), file=log)
+        print(f"GET /item/{number} {500 if number % 50 == 0 else 200}", file=log)

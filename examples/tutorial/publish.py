@@ -12,4 +12,4 @@ with open("access.log", encoding="utf-8") as log, persipubsub.publisher.Pub() as
         message.update({"number": str(count), "line": line.rstrip("\n")})
         pub.send(msg=message.SerializeToString())
 
-print("published {} lines".format(count))
+print(f"published {count} lines")

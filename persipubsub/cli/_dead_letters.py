@@ -3,7 +3,8 @@
 import base64
 import pathlib
 import sys
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 import msgspec
@@ -16,7 +17,7 @@ from persipubsub.maintenance import _dead_letters
 
 _ACTIONS = ("list", "send-back", "drop")
 
-_Found = Dict[str, Tuple[persipubsub.control.ListedDeadLetter, ...]]
+_Found = dict[str, tuple[persipubsub.control.ListedDeadLetter, ...]]
 
 
 @_shared.command("dead-letters")
@@ -32,7 +33,7 @@ _Found = Dict[str, Tuple[persipubsub.control.ListedDeadLetter, ...]]
 @_shared.yes_option
 @_shared.json_option
 def dead_letters(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        config: pathlib.Path, action: str, queue_key: Optional[str], numbers: Tuple[int, ...],
+        config: pathlib.Path, action: str, queue_key: str | None, numbers: tuple[int, ...],
         yes: bool, as_json: bool) -> None:
     """
     List messages that were given up, send them back to their subscriber, or drop them.
@@ -63,8 +64,8 @@ def dead_letters(  # pylint: disable=too-many-arguments,too-many-positional-argu
         keys = list(found)
         if keys:
             waiting = sum(map(len, found.values()))
-            _shared.ask("Drop {} of {}?".format(_text.count(len(numbers) or waiting, "dead letter"),
-                                                ", ".join(keys)))
+            _shared.ask(
+                f"Drop {_text.count(len(numbers) or waiting, 'dead letter')} of {', '.join(keys)}?")
     work = (persipubsub.control.send_back
             if action == "send-back" else persipubsub.control.drop_dead_letters)
     _change(config, keys, numbers, work, "sent back" if action == "send-back" else "dropped",
@@ -80,7 +81,7 @@ def _look(config: pathlib.Path, keys: Sequence[str], report: _shared.Report) -> 
     :param report: to be told
     :return: letters, by queue; without those that failed
     """
-    found = {}  # type: _Found
+    found: _Found = {}
     for key in keys:
         try:
             found[key] = persipubsub.control.dead_letters(config, key)[key]
@@ -97,9 +98,9 @@ def _list(config: pathlib.Path, keys: Sequence[str], report: _shared.Report) -> 
     :param keys: of the queues
     :param report: of all queues
     """
-    rows = []  # type: List[List[str]]
+    rows: list[list[str]] = []
     for key, letters in _look(config, keys, report).items():
-        described = []  # type: List[Dict[str, Any]]
+        described: list[dict[str, Any]] = []
         for listed in letters:
             letter = listed.letter
             fields = msgspec.to_builtins(letter)
@@ -127,8 +128,8 @@ def _list(config: pathlib.Path, keys: Sequence[str], report: _shared.Report) -> 
 
 
 def _change(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        config: pathlib.Path, keys: Sequence[str], numbers: Tuple[int, ...],
-        work: Callable[..., Tuple[int, ...]], done: str, report: _shared.Report) -> None:
+        config: pathlib.Path, keys: Sequence[str], numbers: tuple[int, ...],
+        work: Callable[..., tuple[int, ...]], done: str, report: _shared.Report) -> None:
     """
     Send dead letters back, or drop them.
 
@@ -141,16 +142,16 @@ def _change(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     """
     missing = False
 
-    def tell(key: str, changed: Tuple[int, ...]) -> None:
+    def tell(key: str, changed: tuple[int, ...]) -> None:
         nonlocal missing
         missing = missing or not set(numbers) <= set(changed)
         report.done(key, {"numbers": list(changed)},
-                    "{}: {} {}".format(key, _text.count(len(changed), "dead letter"), done))
+                    f"{key}: {_text.count(len(changed), 'dead letter')} {done}")
 
     try:
         report.each(keys, lambda key: work(config, key, numbers or None), tell)
     finally:
         if missing:
-            _text.complain("not there, or in use: some of the numbers {}".format(", ".join(
-                map(str, numbers))))
+            _text.complain(
+                f"not there, or in use: some of the numbers {', '.join(map(str, numbers))}")
             sys.exit(1)

@@ -7,7 +7,8 @@ It knows nothing of options: ``stat`` in its plain forms ends here, too, and run
 import io
 import os
 import sys
-from typing import Any, Callable, Optional, TextIO, TypeVar, Union
+from collections.abc import Callable
+from typing import Any, Optional, TextIO, TypeVar
 
 import persipubsub.errors
 from persipubsub.cli import _text
@@ -62,7 +63,7 @@ def _whole(stream: TextIO) -> TextIO:
                             line_buffering=is_raw or bool(stream.line_buffering))
 
 
-def exit_code_of(work: Callable[[], CodeT]) -> Union[CodeT, int]:
+def exit_code_of(work: Callable[[], CodeT]) -> CodeT | int:
     """
     Do the work of a command, and turn whatever goes wrong into a line and an exit code.
 
@@ -73,11 +74,12 @@ def exit_code_of(work: Callable[[], CodeT]) -> Union[CodeT, int]:
     """
     if sys.stderr is None:
         # Closed: print would take the standard output instead.
-        sys.stderr = open(os.devnull, "wt", encoding="utf-8")
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     if sys.stdout is None:
         # Before anything is done: a message that was received would be lost.
-        _text.complain("Expected an open standard output, but got: it is closed. To do without, "
-                       "send it to {}.".format(os.devnull))
+        _text.complain(
+            f"Expected an open standard output, but got: it is closed. To do without, send it "
+            f"to {os.devnull}.")
         return 1
     for stream in (sys.stdout, sys.stderr):
         # What a terminal can not show is no reason to fail.
@@ -98,11 +100,11 @@ def exit_code_of(work: Callable[[], CodeT]) -> Union[CodeT, int]:
     except OSError as error:
         # Of the output, or of a file that was named; those of queues are translated.
         _text.silence(sys.stdout)
-        _text.complain("Expected to write the output, but got: {}".format(error))
+        _text.complain(f"Expected to write the output, but got: {error}")
         return 1
 
 
-def _try(work: Callable[[], CodeT]) -> Union[CodeT, int]:
+def _try(work: Callable[[], CodeT]) -> CodeT | int:
     """
     Do the work of a command, and tell what the library says of it.
 

@@ -7,7 +7,7 @@ and nothing of click, since its plain forms run without.
 """
 
 import json
-from typing import Any, Dict, List
+from typing import Any
 
 import msgspec
 
@@ -17,11 +17,11 @@ import persipubsub.statistics
 from persipubsub import _counting
 from persipubsub.cli import _text
 
-Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
+Statistics = dict[str, persipubsub.statistics.QueueStatistics]
 
 
 def collect(config: persipubsub.config.Config,
-            keys: List[str]) -> "tuple[Statistics, Dict[str, str]]":
+            keys: list[str]) -> "tuple[Statistics, dict[str, str]]":
     """
     Look at queues.
 
@@ -29,8 +29,8 @@ def collect(config: persipubsub.config.Config,
     :param keys: of the queues
     :return: figures and errors, by queue
     """
-    statistics = {}  # type: Statistics
-    errors = {}  # type: Dict[str, str]
+    statistics: Statistics = {}
+    errors: dict[str, str] = {}
     for key in keys:
         try:
             statistics[key] = _counting.statistics_of(config, key)
@@ -40,7 +40,7 @@ def collect(config: persipubsub.config.Config,
 
 
 def tell(config: persipubsub.config.Config,
-         keys: List[str],
+         keys: list[str],
          as_json: bool,
          is_stream: bool = False) -> bool:
     """
@@ -57,7 +57,7 @@ def tell(config: persipubsub.config.Config,
     return not errors
 
 
-def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_stream: bool) -> None:
+def _print(statistics: Statistics, errors: dict[str, str], as_json: bool, is_stream: bool) -> None:
     """
     Print figures for what is not a terminal.
 
@@ -67,10 +67,10 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
     :param is_stream: True for a line of JSON
     """
     if as_json:
-        found = {
+        found: dict[str, Any] = {
             key: msgspec.to_builtins(figures)
             for key, figures in statistics.items()
-        }  # type: Dict[str, Any]
+        }
         found.update({key: {"error": text} for key, text in errors.items()})
         print(json.dumps(found, indent=None if is_stream else 2), flush=True)
         return
@@ -80,25 +80,24 @@ def _print(statistics: Statistics, errors: Dict[str, str], as_json: bool, is_str
                 "QUEUE", "MESSAGES", "OF MARK", "BYTES", "OF MARK", "OLDEST", "OF TIMEOUT", "FILE",
                 "OF LIMIT", "COMMITS"
             ], [[
-                key, "{:,}".format(figures.messages),
+                key, f"{figures.messages:,}",
                 _text.show_share(figures.message_share),
                 _text.show_bytes(figures.message_bytes),
                 _text.show_share(figures.byte_share),
                 _text.show_seconds(figures.oldest_age_seconds),
                 _text.show_share(figures.age_share),
                 _text.show_bytes(figures.file_bytes),
-                _text.show_share(figures.file_share), "{:,}".format(figures.commits)
+                _text.show_share(figures.file_share), f"{figures.commits:,}"
             ] for key, figures in statistics.items()]))
         print()
         print(_text.table([
             "SUBSCRIBER", "QUEUE", "LAG", "IN FLIGHT", "RECEIVED", "FAILED", "BY TIMEOUT",
             "BY MARK", "CLEARED", "SKIPPED", "CORRUPT", "DEAD LETTERS", "LAST"
         ], [[
-            one.subscriber, key, "{:,}".format(one.lag),
-            "?" if one.in_flight is None else "{:,}".format(one.in_flight), "{:,}".format(
-                one.acknowledged), "{:,}".format(one.failed), "{:,}".format(one.dropped_by_timeout),
-            "{:,}".format(one.dropped_by_mark), "{:,}".format(one.cleared), "{:,}".format(
-                one.skipped), "{:,}".format(one.corrupt), "{:,}".format(one.dead_lettered),
+            one.subscriber, key, f"{one.lag:,}",
+            "?" if one.in_flight is None else f"{one.in_flight:,}", "{:,}".format(one.acknowledged),
+            f"{one.failed:,}", f"{one.dropped_by_timeout:,}", f"{one.dropped_by_mark:,}",
+            f"{one.cleared:,}", f"{one.skipped:,}", f"{one.corrupt:,}", f"{one.dead_lettered:,}",
             _text.show_seconds(one.seconds_since_acknowledged)
         ] for key, figures in statistics.items() for one in figures.subscribers]),
               flush=True)
@@ -115,7 +114,7 @@ def _print_claims(statistics: Statistics) -> None:
     """
     rows = [[
         claim.subscriber, key,
-        str(claim.number), "{:,}".format(claim.count),
+        str(claim.number), f"{claim.count:,}",
         "?" if claim.process_id is None else str(claim.process_id),
         _text.show_seconds(claim.seconds)
     ] for key, figures in statistics.items() for one in figures.subscribers for claim in one.claims]

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-from typing import Optional, Tuple
 
 import click
 
@@ -25,7 +24,7 @@ def _tell(as_json: bool, line: str, **described: object) -> None:
 @_shared.config_argument
 @_shared.queue_option("Verify only this queue.")
 @_shared.json_option
-def verify(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
+def verify(config: pathlib.Path, queue_key: str | None, as_json: bool) -> None:
     """
     Verify every page, record and checksum of the queues of CONFIG, while they are in use.
 
@@ -37,18 +36,16 @@ def verify(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> Non
     """
     report = _shared.Report(as_json)
 
-    def work(key: str) -> Tuple[str, ...]:
+    def work(key: str) -> tuple[str, ...]:
         return _shared.with_progress(
             key, lambda progress: persipubsub.control.verify(config, key, progress)[key])
 
-    def tell(key: str, findings: Tuple[str, ...]) -> None:
-        report.done(
-            key, {"findings": findings},
-            "{}: {}".format(key,
-                            _text.count(len(findings), "finding") if findings else "sound"))
+    def tell(key: str, findings: tuple[str, ...]) -> None:
+        report.done(key, {"findings": findings},
+                    f"{key}: {_text.count(len(findings), 'finding') if findings else 'sound'}")
         for finding in findings:
             report.exit_code = 1
-            _text.complain("{}: {}".format(key, finding))
+            _text.complain(f"{key}: {finding}")
 
     report.each(_shared.select(config, queue_key), work, tell)
 
@@ -57,7 +54,7 @@ def verify(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> Non
 @_shared.config_argument
 @_shared.queue_option("Compact only this queue.")
 @_shared.json_option
-def compact(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
+def compact(config: pathlib.Path, queue_key: str | None, as_json: bool) -> None:
     """
     Give the room on the disk back that the queues of CONFIG do not need any more.
 
@@ -77,8 +74,7 @@ def compact(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> No
             key, {
                 "before_bytes": sizes.before,
                 "after_bytes": sizes.after
-            }, "{}: {}, was {}".format(key, _text.show_bytes(sizes.after),
-                                       _text.show_bytes(sizes.before))))
+            }, f"{key}: {_text.show_bytes(sizes.after)}, was {_text.show_bytes(sizes.before)}"))
 
 
 @_shared.command()
@@ -86,7 +82,7 @@ def compact(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> No
 @click.argument("target", type=click.Path(path_type=pathlib.Path))
 @_shared.queue_option("Which queue; needed if CONFIG has several.")
 @_shared.json_option
-def backup(config: pathlib.Path, target: pathlib.Path, queue_key: Optional[str],
+def backup(config: pathlib.Path, target: pathlib.Path, queue_key: str | None,
            as_json: bool) -> None:
     """
     Copy a queue, as it is at one moment, to the new file TARGET. It may be in full use.
@@ -101,7 +97,7 @@ def backup(config: pathlib.Path, target: pathlib.Path, queue_key: Optional[str],
     size = _shared.with_progress(
         key, lambda progress: persipubsub.control.backup(config, key, target, progress))
     _tell(as_json,
-          "{}: {} in {}, verified".format(key, _text.show_bytes(size), target),
+          f"{key}: {_text.show_bytes(size)} in {target}, verified",
           queue=key,
           target=str(target),
           bytes=size)
@@ -113,7 +109,7 @@ def backup(config: pathlib.Path, target: pathlib.Path, queue_key: Optional[str],
 @_shared.queue_option("Which queue; needed if CONFIG has several.")
 @_shared.json_option
 @_shared.yes_option
-def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str], as_json: bool,
+def restore(config: pathlib.Path, source: pathlib.Path, queue_key: str | None, as_json: bool,
             yes: bool) -> None:
     """
     Let the backup SOURCE take the place of a queue, or create the queue from it.
@@ -126,12 +122,12 @@ def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str]
     """
     key = _shared.select_one(config, queue_key)
     if not yes:
-        _shared.ask("Replace all that is in the queue {} by {}?".format(key, source))
+        _shared.ask(f"Replace all that is in the queue {key} by {source}?")
     _shared.with_progress(
         key, lambda progress: persipubsub.control.restore(config, key, source, progress))
     figures = persipubsub.control.statistics(config, key)[key]
     _tell(as_json,
-          "{}: restored, with {}".format(key, _text.count(figures.messages, "message")),
+          f"{key}: restored, with {_text.count(figures.messages, 'message')}",
           queue=key,
           messages=figures.messages)
 
@@ -141,7 +137,7 @@ def restore(config: pathlib.Path, source: pathlib.Path, queue_key: Optional[str]
 @click.argument("subscriber")
 @_shared.queue_option("Which queue; needed if CONFIG has several.")
 @_shared.json_option
-def add_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[str],
+def add_subscriber(config: pathlib.Path, subscriber: str, queue_key: str | None,
                    as_json: bool) -> None:
     """
     Add SUBSCRIBER to a queue, while it is in use; it gets what is sent from now on.
@@ -153,13 +149,10 @@ def add_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[st
     """
     key = _shared.select_one(config, queue_key)
     is_new = persipubsub.control.add_subscriber(config, key, subscriber)
-    line = "{}: {} {}.".format(key, subscriber,
-                               "was added" if is_new else "is there already, and stays as it is")
-    line += " See that {} has it in queues.{}.subscribers, and an entry {}.".format(
-        config, key,
-        json.dumps({subscriber: {
-            "in_queue": key
-        }})[1:-1])
+    line = (f"{key}: {subscriber} "
+            f"{'was added' if is_new else 'is there already, and stays as it is'}.")
+    line += (f" See that {config} has it in queues.{key}.subscribers, and an entry "
+             f"{json.dumps({subscriber: {'in_queue': key}})[1:-1]}.")
     _tell(as_json, line, queue=key, subscriber=subscriber, added=is_new)
 
 
@@ -169,8 +162,8 @@ def add_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[st
 @_shared.queue_option("Which queue; needed if CONFIG has several.")
 @_shared.json_option
 @_shared.yes_option
-def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional[str],
-                      as_json: bool, yes: bool) -> None:
+def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: str | None, as_json: bool,
+                      yes: bool) -> None:
     """
     Remove SUBSCRIBER from a queue, while it is in use, with the messages that nobody else needs.
 
@@ -184,8 +177,9 @@ def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional
     figures = persipubsub.control.statistics(config, key)[key]
     lags = {one.subscriber: one.lag for one in figures.subscribers}
     if subscriber in lags and not yes:
-        _shared.ask("Remove {} from {}, with {} that it did not acknowledge?".format(
-            subscriber, key, _text.count(lags[subscriber], "message")))
+        _shared.ask(
+            f"Remove {subscriber} from {key}, with {_text.count(lags[subscriber], 'message')} "
+            f"that it did not acknowledge?")
     lag = persipubsub.control.remove_subscriber(config, key, subscriber)
     _tell(
         as_json,
@@ -202,7 +196,7 @@ def remove_subscriber(config: pathlib.Path, subscriber: str, queue_key: Optional
 @_shared.queue_option("Which queue; needed if CONFIG has several.")
 @_shared.json_option
 @_shared.yes_option
-def drop_queue(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bool) -> None:
+def drop_queue(config: pathlib.Path, queue_key: str | None, as_json: bool, yes: bool) -> None:
     """
     Remove a queue from the disk, with all its messages.
 
@@ -214,9 +208,9 @@ def drop_queue(config: pathlib.Path, queue_key: Optional[str], as_json: bool, ye
     """
     key = _shared.select_one(config, queue_key)
     if not yes:
-        _shared.ask("Remove the queue {} with all its messages from the disk?".format(key))
+        _shared.ask(f"Remove the queue {key} with all its messages from the disk?")
     others = persipubsub.control.drop_queue(config, key)
-    line = "{}: dropped".format(key)
+    line = f"{key}: dropped"
     if others:
-        line += "; its directory stays, since others put there: {}".format(", ".join(others[:5]))
+        line += f"; its directory stays, since others put there: {', '.join(others[:5])}"
     _tell(as_json, line, queue=key, others=list(others))

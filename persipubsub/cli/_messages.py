@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any, BinaryIO, Dict, Final, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, Final
 
 import click
 
@@ -56,8 +57,7 @@ def _print_look(message: persipubsub.control.Message, style: str, as_json: bool)
         print(json.dumps(found), flush=True)
         return
     content = "(damaged)" if message.content is None else _show(message.content, style)
-    print("{:>10}  {:>9}  {}".format(message.number, _text.show_seconds(message.age_seconds),
-                                     content),
+    print(f"{message.number:>10}  {_text.show_seconds(message.age_seconds):>9}  {content}",
           flush=True)
 
 
@@ -84,7 +84,7 @@ def _print_look(message: persipubsub.control.Message, style: str, as_json: bool)
               help="How to show the messages.")
 @_shared.json_option
 def peek(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        config: pathlib.Path, subscriber: str, queue_key: Optional[str], number: int, start: int,
+        config: pathlib.Path, subscriber: str, queue_key: str | None, number: int, start: int,
         style: str, as_json: bool) -> None:
     """
     Look at the next messages of SUBSCRIBER without taking them.
@@ -116,7 +116,7 @@ def peek(  # pylint: disable=too-many-arguments,too-many-positional-arguments
               show_default=True,
               help="How to show the messages.")
 @_shared.json_option
-def tail(config: pathlib.Path, queue_key: Optional[str], number: int, style: str,
+def tail(config: pathlib.Path, queue_key: str | None, number: int, style: str,
          as_json: bool) -> None:
     """
     Follow what is sent to a queue, until Ctrl-C. A look: nobody loses a message by it.
@@ -128,14 +128,14 @@ def tail(config: pathlib.Path, queue_key: Optional[str], number: int, style: str
         persipubsub tail config.json --queue greetings --number 10
     """
     key = _shared.select_one(config, queue_key)
-    expected = None  # type: Optional[int]
+    expected: int | None = None
     found = persipubsub.control.follow(config, key, last=number)
     with contextlib.closing(found):
         for messages in found:
             for message in messages:
                 if expected is not None and message.number > expected:
-                    _text.complain("{} passed unseen".format(
-                        _text.count(message.number - expected, "number")))
+                    _text.complain(
+                        f"{_text.count(message.number - expected, 'number')} passed unseen")
                 expected = message.number + 1
                 _print_look(message, style, as_json)
             _fail_if_nobody_reads()
@@ -168,8 +168,8 @@ def _fail_if_nobody_reads() -> None:
 @click.option("--lines", is_flag=True, help="Send each line as a message, without its end.")
 @_shared.json_option
 def send(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        config: pathlib.Path, publisher: str, files: Tuple[str, ...], queue_key: Optional[str],
-        texts: Tuple[str, ...], lines: bool, as_json: bool) -> None:
+        config: pathlib.Path, publisher: str, files: tuple[str, ...], queue_key: str | None,
+        texts: tuple[str, ...], lines: bool, as_json: bool) -> None:
     """
     Send messages as PUBLISHER: each FILE is one; without any, the standard input is one.
 
@@ -183,8 +183,7 @@ def send(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     """
     found = persipubsub.config.read(config).publisher(publisher)
     if queue_key is not None and queue_key != found.out_queue:
-        raise click.BadParameter("The publisher {!r} sends to {!r}.".format(
-            publisher, found.out_queue),
+        raise click.BadParameter(f"The publisher {publisher!r} sends to {found.out_queue!r}.",
                                  param_hint="--queue")
     sent = 0
     with persipubsub.publisher.Pub() as pub:
@@ -196,7 +195,7 @@ def send(  # pylint: disable=too-many-arguments,too-many-positional-arguments
             if as_json:
                 print(json.dumps({"sent": sent}), flush=True)
             else:
-                _text.tell("{} sent".format(_text.count(sent, "message")))
+                _text.tell(f"{_text.count(sent, 'message')} sent")
 
 
 def _send(pub: persipubsub.publisher.Pub, messages: Sequence[bytes]) -> int:
@@ -218,7 +217,7 @@ def _send(pub: persipubsub.publisher.Pub, messages: Sequence[bytes]) -> int:
 
 
 def _read_messages(files: Sequence[str], texts: Sequence[str],
-                   lines: bool) -> Iterator[List[bytes]]:
+                   lines: bool) -> Iterator[list[bytes]]:
     """
     Read what is to be sent.
 
@@ -237,8 +236,8 @@ def _read_messages(files: Sequence[str], texts: Sequence[str],
                 file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
                 yield from _read_lines(file) if lines else [[_read_all(file)]]
             except OSError as error:
-                raise click.ClickException("Expected to read {}, but got: {}".format(
-                    name, error.strerror)) from None
+                raise click.ClickException(
+                    f"Expected to read {name}, but got: {error.strerror}") from None
 
 
 def _read_all(file: BinaryIO) -> bytes:
@@ -271,7 +270,7 @@ def _read_some(file: BinaryIO) -> bytes:
             poll.poll()
 
 
-def _read_lines(file: BinaryIO) -> Iterator[List[bytes]]:
+def _read_lines(file: BinaryIO) -> Iterator[list[bytes]]:
     """
     Read lines as they come.
 
@@ -290,7 +289,7 @@ def _read_lines(file: BinaryIO) -> Iterator[List[bytes]]:
 class _Output:
     """Write received messages, each completely before it is acknowledged."""
 
-    def __init__(self, directory: Optional[pathlib.Path], style: str, as_json: bool) -> None:
+    def __init__(self, directory: pathlib.Path | None, style: str, as_json: bool) -> None:
         """
         Initialize without a message.
 
@@ -309,9 +308,9 @@ class _Output:
         :param number: of the message
         :param content: of the message
         """
-        described = {"number": number}  # type: Dict[str, Any]
+        described: dict[str, Any] = {"number": number}
         if self._directory is not None:
-            path = self._directory / "{:020}".format(number)
+            path = self._directory / f"{number:020}"
             _write_file(path, content)
             if not self._as_json:
                 print(path, flush=True)
@@ -334,7 +333,7 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
     :param path: of the file; replaced, since the message may have been written before
     :param content: of the file
     """
-    temporary = path.with_name(path.name + ".new")
+    temporary = path.with_name(f"{path.name}.new")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -374,8 +373,8 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
               help="How to write messages to stdout: a line each, or raw: just their bytes.")
 @_shared.json_option
 def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        config: pathlib.Path, subscriber: str, queue_key: Optional[str], number: int,
-        timeout: float, directory: Optional[pathlib.Path], style: str, as_json: bool) -> None:
+        config: pathlib.Path, subscriber: str, queue_key: str | None, number: int, timeout: float,
+        directory: pathlib.Path | None, style: str, as_json: bool) -> None:
     """
     Receive messages as SUBSCRIBER, and write them to stdout or to files.
 
@@ -405,7 +404,7 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
 
 
 def _receive(consumer: _engines.Consumer, output: _Output, number: int,
-             timeout: float) -> Tuple[int, bool]:
+             timeout: float) -> tuple[int, bool]:
     """
     Receive messages until there are enough, or none came in time.
 

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import sys
-from typing import Optional
 
 import click
 
@@ -20,7 +19,7 @@ from persipubsub.cli import _shared, _text
               metavar="PATH",
               help="Where it is to be: nats://host:4222,other/STREAM?replicas=3")
 @_shared.json_option
-def migrate(config: pathlib.Path, queue_key: Optional[str], target: str, as_json: bool) -> None:
+def migrate(config: pathlib.Path, queue_key: str | None, target: str, as_json: bool) -> None:
     """
     Move what waits in a queue of CONFIG to a stream of NATS JetStream, while both are in use.
 
@@ -38,9 +37,8 @@ def migrate(config: pathlib.Path, queue_key: Optional[str], target: str, as_json
         print(json.dumps({name: one._asdict() for name, one in counts.items()}, indent=2))
     else:
         print(
-            _text.table(["SUBSCRIBER", "MOVED", "LEFT"],
-                        [[name, "{:,}".format(one.moved), "{:,}".format(one.left)]
-                         for name, one in counts.items()]))
+            _text.table(["SUBSCRIBER", "MOVED", "LEFT"], [[name, f"{one.moved:,}", f"{one.left:,}"]
+                                                          for name, one in counts.items()]))
     if left:
-        _text.complain("{} left in {}; run it again".format(_text.count(left, "delivery"), key))
+        _text.complain(f"{_text.count(left, 'delivery')} left in {key}; run it again")
         sys.exit(1)

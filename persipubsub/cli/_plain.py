@@ -7,7 +7,7 @@ whole, and everything else is left to click, errors of usage included.
 
 import os
 import sys
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 # Of the 56 ms that these forms took beyond the start of Python (10^6 messages, 100 subscribers;
 # "docs/performance.rst" has the machine), click and what is defined with it took 10.
@@ -16,7 +16,7 @@ from typing import Optional, Sequence, Tuple
 # the end. argparse knows these forms, too, and takes 4 ms.
 
 
-def run(arguments: Sequence[str]) -> Optional[int]:
+def run(arguments: Sequence[str]) -> int | None:
     """
     Run the command if it is ``stat`` in a plain form, and nothing is to be drawn.
 
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> Optional[int]:
     return _ending.exit_code_of(lambda: _stat(config, queue_key, as_json))
 
 
-def _recognise(arguments: Sequence[str]) -> Optional[Tuple[str, Optional[str], bool]]:
+def _recognise(arguments: Sequence[str]) -> tuple[str, str | None, bool] | None:
     """
     Recognise ``stat CONFIG [--queue KEY | --queue=KEY] [--json]``, in this order.
 
@@ -51,7 +51,7 @@ def _recognise(arguments: Sequence[str]) -> Optional[Tuple[str, Optional[str], b
         return None
 
     config, *options = arguments[1:]
-    queue_key = None  # type: Optional[str]
+    queue_key: str | None = None
     as_json = options[-1:] == ["--json"]
     if as_json:
         options.pop()
@@ -68,7 +68,7 @@ def _recognise(arguments: Sequence[str]) -> Optional[Tuple[str, Optional[str], b
     return config, queue_key, as_json
 
 
-def _stat(config_pth: str, queue_key: Optional[str], as_json: bool) -> Optional[int]:
+def _stat(config_pth: str, queue_key: str | None, as_json: bool) -> int | None:
     """
     Print what is in queues.
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 import time
-from typing import Any, List, Optional
+from typing import Any
 
 import click
 
@@ -20,7 +20,7 @@ from persipubsub.cli import _shared, _text
 @_shared.config_argument
 @_shared.queue_option("Make only this queue ready.")
 @_shared.json_option
-def init(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
+def init(config: pathlib.Path, queue_key: str | None, as_json: bool) -> None:
     """
     Create the queues of CONFIG, and add their subscribers.
 
@@ -36,16 +36,15 @@ def init(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
         persipubsub.control.initialize_all_dbs(config, key)
         return persipubsub.config.read(config).queue_path(key)
 
-    report.each(
-        _shared.select(config, queue_key), work,
-        lambda key, path: report.done(key, {"path": path}, "{}: ready in {}".format(key, path)))
+    report.each(_shared.select(config, queue_key), work,
+                lambda key, path: report.done(key, {"path": path}, f"{key}: ready in {path}"))
 
 
 @_shared.command("check-config")
 @_shared.config_argument
 @_shared.queue_option("Also check that there is this queue.")
 @_shared.json_option
-def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
+def check_config(config: pathlib.Path, queue_key: str | None, as_json: bool) -> None:
     """
     Check CONFIG and list all its problems, not only the first. No queue is touched.
 
@@ -55,8 +54,8 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
     Example:
         persipubsub check-config config.json
     """
-    problems = ()  # type: Any
-    warnings = []  # type: List[str]
+    problems: Any = ()
+    warnings: list[str] = []
     try:
         found = persipubsub.config.read(config)
         _shared.select(config, queue_key)
@@ -65,20 +64,19 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
                 key for key, queue in found.queues.items() if _config_checks.scheme_of(queue.path)
         ]:
             warnings += [
-                "{}: {}".format(key, text)
-                for text in persipubsub.control.check_durability(config, key)[key]
+                f"{key}: {text}" for text in persipubsub.control.check_durability(config, key)[key]
             ]
     except persipubsub.errors.ConfigError as error:
         problems = error.problems
     if not as_json:
         for warning in warnings:
-            _text.complain("warning: " + warning)
+            _text.complain(f"warning: {warning}")
     if as_json:
         print(json.dumps({"problems": list(problems), "warnings": warnings}, indent=2))
     elif problems:
         for problem in problems:
             _text.tell(_text.printable(problem))
-        _text.complain("{} in {}".format(_text.count(len(problems), "problem"), config))
+        _text.complain(f"{_text.count(len(problems), 'problem')} in {config}")
     else:
         print("{}: fine: {}, {}, {}".format(_text.printable(str(config)),
                                             _text.count(len(found.queues), "queue"),
@@ -92,7 +90,7 @@ def check_config(config: pathlib.Path, queue_key: Optional[str], as_json: bool) 
 @_shared.config_argument
 @_shared.queue_option("Prune only this queue.")
 @_shared.json_option
-def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None:
+def prune(config: pathlib.Path, queue_key: str | None, as_json: bool) -> None:
     """
     Drop messages that are too old, and delete those that everybody acknowledged.
 
@@ -106,8 +104,8 @@ def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None
         _shared.select(config, queue_key),
         lambda key: persipubsub.control.prune_dangling_messages(config, key)[key],
         lambda key, dropped: report.done(
-            key, {"dropped": dropped}, "{}: {} dropped for being too old".format(
-                key, _text.count(dropped, "delivery"))))
+            key, {"dropped": dropped},
+            f"{key}: {_text.count(dropped, 'delivery')} dropped for being too old"))
 
 
 @_shared.command()
@@ -115,7 +113,7 @@ def prune(config: pathlib.Path, queue_key: Optional[str], as_json: bool) -> None
 @_shared.queue_option("Clear only this queue.")
 @_shared.json_option
 @_shared.yes_option
-def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bool) -> None:
+def clear(config: pathlib.Path, queue_key: str | None, as_json: bool, yes: bool) -> None:
     """
     Drop all messages of the queues of CONFIG, unread; their subscribers stay.
 
@@ -126,13 +124,13 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
     if not yes:
         waiting = sum(figures.messages for key in keys
                       for figures in persipubsub.control.statistics(config, key).values())
-        _shared.ask("Drop {} of {}?".format(_text.count(waiting, "message"), ", ".join(keys)))
+        _shared.ask(f"Drop {_text.count(waiting, 'message')} of {', '.join(keys)}?")
     report = _shared.Report(as_json)
     report.each(
         keys, lambda key: persipubsub.control.clear_all_subs(config, key)[key],
         lambda key, dropped: report.done(
-            key, {"dropped": dropped}, "{}: cleared, {} unread".format(
-                key, _text.count(dropped, "delivery"))))
+            key, {"dropped": dropped}, f"{key}: cleared, {_text.count(dropped, 'delivery')} unread"
+        ))
 
 
 @_shared.command()
@@ -144,7 +142,7 @@ def clear(config: pathlib.Path, queue_key: Optional[str], as_json: bool, yes: bo
               show_default=True,
               help="TCP port on the loopback address; 0: any that is free.")
 @_shared.json_option
-def metrics(config: pathlib.Path, queue_key: Optional[str], port: int, as_json: bool) -> None:
+def metrics(config: pathlib.Path, queue_key: str | None, port: int, as_json: bool) -> None:
     """
     Serve the statistics to Prometheus at http://127.0.0.1:PORT/metrics, until Ctrl-C.
 
@@ -158,14 +156,14 @@ def metrics(config: pathlib.Path, queue_key: Optional[str], port: int, as_json: 
         import persipubsub.metrics  # pylint: disable=import-outside-toplevel,redefined-outer-name
     except ModuleNotFoundError as error:
         raise click.ClickException(
-            "The command metrics needs {}. Install it with: pip install 'persipubsub[metrics]'".
-            format(error.name)) from None
+            f"The command metrics needs {error.name}. Install it with: pip install "
+            f"'persipubsub[metrics]'") from None
     with contextlib.ExitStack() as stack:
         try:
             url = stack.enter_context(persipubsub.metrics.serve(config, queue_key, port=port))
         except OSError as error:
-            raise click.ClickException("Expected to serve at 127.0.0.1:{}, but got: {}".format(
-                port, error.strerror)) from None
-        print(json.dumps({"url": url}) if as_json else "Serving {}".format(url), flush=True)
+            raise click.ClickException(
+                f"Expected to serve at 127.0.0.1:{port}, but got: {error.strerror}") from None
+        print(json.dumps({"url": url}) if as_json else f"Serving {url}", flush=True)
         while True:
             time.sleep(3600)

@@ -3,7 +3,7 @@
 import datetime
 import json
 import pathlib
-from typing import Any, Optional
+from typing import Any
 
 import click
 
@@ -27,13 +27,13 @@ def _place(ctx: click.Context, param: click.Parameter, value: str) -> Any:
         if value.isascii() and value.isdigit():
             return int(value)
         if value.startswith("@"):
-            return datetime.datetime.fromtimestamp(float(value[1:]), datetime.timezone.utc)
+            return datetime.datetime.fromtimestamp(float(value[1:]), datetime.UTC)
         # Without a time zone it is a time on the clock of whoever types it.
         return datetime.datetime.fromisoformat(value).astimezone()
     except (ValueError, OverflowError, OSError):
         raise click.BadParameter(
-            "Expected 'beginning', 'end', a number, a time (2026-11-24T18:30:00), or @ and seconds "
-            "since 1970, but got: {!r}".format(value),
+            f"Expected 'beginning', 'end', a number, a time (2026-11-24T18:30:00), or @ and "
+            f"seconds since 1970, but got: {value!r}",
             ctx=ctx,
             param=param) from None
 
@@ -50,7 +50,7 @@ def _place(ctx: click.Context, param: click.Parameter, value: str) -> Any:
               "(local, unless it ends with a zone such as +01:00), or @ and seconds since 1970.")
 @_shared.queue_option("Which queue; that of the subscriber's entry if not given.")
 @_shared.json_option
-def seek(config: pathlib.Path, subscriber: str, place: Any, queue_key: Optional[str],
+def seek(config: pathlib.Path, subscriber: str, place: Any, queue_key: str | None,
          as_json: bool) -> None:
     """
     Let SUBSCRIBER go on from another place of its queue, also while it is at work.
@@ -80,5 +80,5 @@ def seek(config: pathlib.Path, subscriber: str, place: Any, queue_key: Optional[
         }))
     else:
         print(
-            _text.printable("{}: {} goes on from number {}, with {} to receive".format(
-                key, subscriber, position, _text.count(lag, "message"))))
+            _text.printable(f"{key}: {subscriber} goes on from number {position}, with "
+                            f"{_text.count(lag, 'message')} to receive"))

@@ -9,7 +9,8 @@ import re
 import sys
 import threading
 import types
-from typing import Any, Callable, Dict, Iterable, List, Optional, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import click
 
@@ -46,10 +47,10 @@ class _Command(click.Command):
         """
         del limit
         paragraph = " ".join(inspect.cleandoc(self.help or "").partition("\n\n")[0].split())
-        return paragraph.partition(". ")[0].rstrip(".") + "."
+        return f"{paragraph.partition('. ')[0].rstrip('.')}."
 
 
-def command(name: Optional[str] = None) -> Callable[[Callable[..., None]], click.Command]:
+def command(name: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
     """
     Make a function a command.
 
@@ -128,8 +129,8 @@ def ask(text: str) -> None:
 class Seconds(click.FloatRange):
     """Take a time, which "nan" is not, although it is a number for Python."""
 
-    def convert(self, value: Any, param: Optional[click.Parameter],
-                ctx: Optional[click.Context]) -> float:
+    def convert(self, value: Any, param: click.Parameter | None,
+                ctx: click.Context | None) -> float:
         """
         Convert what was given on the command line.
 
@@ -140,11 +141,11 @@ class Seconds(click.FloatRange):
         """
         seconds = float(super().convert(value, param, ctx))
         if math.isnan(seconds):
-            self.fail("{!r} is not a time.".format(value), param, ctx)
+            self.fail(f"{value!r} is not a time.", param, ctx)
         return seconds
 
 
-def select(config_pth: pathlib.Path, queue_key: Optional[str]) -> List[str]:
+def select(config_pth: pathlib.Path, queue_key: str | None) -> list[str]:
     """
     List the queues that a command is about.
 
@@ -156,7 +157,7 @@ def select(config_pth: pathlib.Path, queue_key: Optional[str]) -> List[str]:
 
 
 def choose(config: persipubsub.config.Config, config_pth: pathlib.Path,
-           queue_key: Optional[str]) -> List[str]:
+           queue_key: str | None) -> list[str]:
     """
     List the queues of a file that was read.
 
@@ -170,12 +171,12 @@ def choose(config: persipubsub.config.Config, config_pth: pathlib.Path,
         return list(queues)
     if queue_key not in queues:
         raise click.BadParameter("{!r} is not a queue of {}. There {}.".format(
-            queue_key, config_pth, "is none" if not queues else "are: " + ", ".join(queues)),
+            queue_key, config_pth, "is none" if not queues else f"are: {', '.join(queues)}"),
                                  param_hint="--queue")
     return [queue_key]
 
 
-def select_one(config_pth: pathlib.Path, queue_key: Optional[str]) -> str:
+def select_one(config_pth: pathlib.Path, queue_key: str | None) -> str:
     """
     Choose the queue that a command is about.
 
@@ -186,7 +187,7 @@ def select_one(config_pth: pathlib.Path, queue_key: Optional[str]) -> str:
     keys = select(config_pth, queue_key)
     if len(keys) != 1:
         raise click.UsageError("Expected --queue, since {} has {} queues{}.".format(
-            config_pth, len(keys), ": " + ", ".join(keys) if keys else ""))
+            config_pth, len(keys), f": {', '.join(keys)}" if keys else ""))
     return keys[0]
 
 
@@ -207,10 +208,10 @@ class Report:
         :param as_json: True to write one JSON object at the end, False for a line each
         """
         self.as_json = as_json
-        self._results = {}  # type: Dict[str, Any]
+        self._results: dict[str, Any] = {}
         self.exit_code = 0
 
-    def done(self, key: str, result: Any, line: Optional[str] = None) -> None:
+    def done(self, key: str, result: Any, line: str | None = None) -> None:
         """
         Tell what came of a queue.
 
@@ -271,7 +272,7 @@ def to_json(value: object) -> Any:
         return dataclasses.asdict(value)
     if isinstance(value, types.MappingProxyType):
         return dict(value)
-    raise TypeError("Expected something for JSON, but got: {!r}".format(value))
+    raise TypeError(f"Expected something for JSON, but got: {value!r}")
 
 
 def with_progress(title: str, work: Callable[[Progress], ResultT]) -> ResultT:
@@ -301,8 +302,7 @@ def with_progress(title: str, work: Callable[[Progress], ResultT]) -> ResultT:
         while not is_done.wait(timeout=0.1):
             drawing.update(task,
                            completed=progress.share(),
-                           description=_text.printable("{} ({})".format(
-                               title, progress.what or "copy")))
+                           description=_text.printable(f"{title} ({progress.what or 'copy'})"))
 
     with drawing:
         drawer = threading.Thread(target=draw, name="persipubsub-progress", daemon=True)

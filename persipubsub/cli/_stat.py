@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Final, Optional
+from typing import Final
 
 import click
 
@@ -41,8 +41,8 @@ _DUMB: Final = ("dumb", "unknown")
               type=click.Path(path_type=pathlib.Path, dir_okay=False),
               help="Also write the last view as a picture; not with --json.")
 def stat(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        config: pathlib.Path, queue_key: Optional[str], as_json: bool, watch: bool, interval: float,
-        count: int, svg: Optional[pathlib.Path]) -> None:
+        config: pathlib.Path, queue_key: str | None, as_json: bool, watch: bool, interval: float,
+        count: int, svg: pathlib.Path | None) -> None:
     """
     Show what is in the queues of CONFIG, and how far their subscribers are.
 

@@ -7,7 +7,8 @@ It knows nothing of options: ``stat`` in its plain forms runs without click.
 import os
 import re
 import sys
-from typing import Final, Optional, Sequence, TextIO
+from collections.abc import Sequence
+from typing import Final, TextIO
 
 #: What would change a terminal, or look like a line of ours, if a message or a name had it. It is
 #: compiled at its first use: most runs of "stat" need it for nothing, and it takes half a
@@ -26,7 +27,7 @@ def complain(text: str) -> None:
     """
     # Errors tell programmers what to call; who reads this types it.
     text = text.replace("persipubsub.control.initialize_all_dbs", "persipubsub init")
-    tell("persipubsub: {}".format(printable(text)))
+    tell(f"persipubsub: {printable(text)}")
 
 
 def tell(line: str) -> None:
@@ -78,15 +79,15 @@ def show_bytes(size: float) -> str:
     '1.2 MB'
     """
     if size < 1000:
-        return "{:.0f} B".format(size)
+        return f"{size:.0f} B"
     for unit in ("kB", "MB", "GB"):
         size /= 1000
         if size < 999.95:
-            return "{:.1f} {}".format(size, unit)
-    return "{:,.1f} TB".format(size / 1000)
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:,.1f} TB"
 
 
-def show_seconds(seconds: Optional[float]) -> str:
+def show_seconds(seconds: float | None) -> str:
     """
     Show a time.
 
@@ -100,8 +101,8 @@ def show_seconds(seconds: Optional[float]) -> str:
         return "-"
     for limit, unit, name in _TIME_UNITS:
         if seconds >= limit:
-            return "{:,.1f} {}".format(seconds / unit, name)
-    return "{:.1f} s".format(seconds)
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} s"
 
 
 def show_share(share: float) -> str:
@@ -116,7 +117,7 @@ def show_share(share: float) -> str:
     """
     if 0 < share < 0.01:
         return "<1 %"
-    return "{:.0f} %".format(100 * share)
+    return f"{100 * share:.0f} %"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -149,5 +150,5 @@ def count(number: int, noun: str) -> str:
     '2 deliveries'
     """
     if number != 1:
-        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return "{:,} {}".format(number, noun)
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun}"

@@ -4,8 +4,8 @@ import collections
 import io
 import pathlib
 import time
-from typing import (Callable, Deque, Dict, Final, List, Mapping, NamedTuple, Optional, Sequence,
-                    Tuple)
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import rich.box
 import rich.console
@@ -18,7 +18,7 @@ import rich.text
 import persipubsub.statistics
 from persipubsub.cli import _text
 
-Statistics = Dict[str, persipubsub.statistics.QueueStatistics]
+Statistics = dict[str, persipubsub.statistics.QueueStatistics]
 
 _BAR_WIDTH: Final = 20
 _TREND_WIDTH: Final = 20
@@ -69,7 +69,7 @@ class History:
 
     def __init__(self) -> None:
         """Initialize without a look."""
-        self._looks = collections.deque(maxlen=_TREND_WIDTH + 1)  # type: Deque[_Look]
+        self._looks: collections.deque[_Look] = collections.deque(maxlen=_TREND_WIDTH + 1)
 
     def add(self, now: float, statistics: persipubsub.statistics.QueueStatistics) -> None:
         """
@@ -88,7 +88,7 @@ class History:
         """
         return len(self._looks) > 1
 
-    def sent(self) -> List[float]:
+    def sent(self) -> list[float]:
         """
         Compute how many messages were sent between the looks.
 
@@ -96,7 +96,7 @@ class History:
         """
         return self._rates([float(look.statistics.next_number) for look in self._looks])
 
-    def received(self, subscriber: str) -> List[float]:
+    def received(self, subscriber: str) -> list[float]:
         """
         Compute how many messages were acknowledged between the looks.
 
@@ -110,7 +110,7 @@ class History:
             for look in self._looks
         ])
 
-    def _rates(self, totals: Sequence[float]) -> List[float]:
+    def _rates(self, totals: Sequence[float]) -> list[float]:
         """
         Compute rates.
 
@@ -154,8 +154,7 @@ def _bar(share: float) -> rich.text.Text:
     text = rich.text.Text()
     text.append("━" * filled, style=color)
     text.append("┄" * (_BAR_WIDTH - filled), style="bright_black")
-    text.append(" {:>4}".format(_text.show_share(share)),
-                style=color if share >= 0.5 else "default")
+    text.append(f" {_text.show_share(share):>4}", style=color if share >= 0.5 else "default")
     return text
 
 
@@ -181,8 +180,7 @@ def _draw_marks(figures: persipubsub.statistics.QueueStatistics, history: Histor
     :return: five rows
     """
     rows = [
-        ("messages", "{:,}".format(figures.messages), _bar(figures.message_share),
-         "of MAX_MSGS_NUM"),
+        ("messages", f"{figures.messages:,}", _bar(figures.message_share), "of MAX_MSGS_NUM"),
         ("bytes", _text.show_bytes(figures.message_bytes), _bar(figures.byte_share),
          "of HWM_LMDB_SIZE_BYTES"),
         ("oldest", _text.show_seconds(figures.oldest_age_seconds), _bar(figures.age_share),
@@ -192,11 +190,10 @@ def _draw_marks(figures: persipubsub.statistics.QueueStatistics, history: Histor
     ]
     if history.is_moving():
         rates = history.sent()
-        rows.append(("sent", "{:,.0f}/s".format(rates[-1]),
-                     rich.text.Text(sparkline(rates),
-                                    style="cyan"), "{:,} commits".format(figures.commits)))
+        rows.append(("sent", f"{rates[-1]:,.0f}/s", rich.text.Text(sparkline(rates), style="cyan"),
+                     f"{figures.commits:,} commits"))
     else:
-        rows.append(("commits", "{:,}".format(figures.commits), rich.text.Text(), ""))
+        rows.append(("commits", f"{figures.commits:,}", rich.text.Text(), ""))
     # In a narrow terminal, without what the shares are of; then without the shares.
     for columns in (4, 3, 2):
         grid = rich.table.Table.grid(padding=(0, 2))
@@ -239,12 +236,12 @@ def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: 
             break
     hidden = len(figures.subscribers) - len(drawn)
     if hidden:
-        table.add_row(rich.text.Text("and {} more, with less lag".format(hidden), style="italic"))
+        table.add_row(rich.text.Text(f"and {hidden} more, with less lag", style="italic"))
     return table
 
 
 def _cells_of(one: persipubsub.statistics.SubscriberStatistics,
-              history: History) -> Dict[str, rich.text.Text]:
+              history: History) -> dict[str, rich.text.Text]:
     """
     Show the figures of a subscriber.
 
@@ -259,7 +256,7 @@ def _cells_of(one: persipubsub.statistics.SubscriberStatistics,
     }
     rates = history.received(one.subscriber)
     if history.is_moving():
-        cells["rate"] = rich.text.Text("{:,.0f}/s".format(rates[-1]))
+        cells["rate"] = rich.text.Text(f"{rates[-1]:,.0f}/s")
     dropped = [one.dropped_by_timeout, one.dropped_by_mark, one.dead_lettered]
     cells["last"] = rich.text.Text(_text.show_seconds(one.seconds_since_acknowledged))
     cells["failed"] = _number(one.failed, "yellow")
@@ -272,7 +269,7 @@ def _cells_of(one: persipubsub.statistics.SubscriberStatistics,
     return cells
 
 
-def _number(number: Optional[int], style: str) -> rich.text.Text:
+def _number(number: int | None, style: str) -> rich.text.Text:
     """
     Show a number.
 
@@ -282,7 +279,7 @@ def _number(number: Optional[int], style: str) -> rich.text.Text:
     """
     if number is None:
         return rich.text.Text("?", style="bright_black")
-    return rich.text.Text("{:,}".format(number), style=style if number else "bright_black")
+    return rich.text.Text(f"{number:,}", style=style if number else "bright_black")
 
 
 def draw(statistics: Statistics, errors: Mapping[str, str], histories: Mapping[str, History],
@@ -321,8 +318,8 @@ def draw(statistics: Statistics, errors: Mapping[str, str], histories: Mapping[s
     return rich.console.Group(*panels)
 
 
-def show(collect: Callable[[], Tuple[Statistics, Dict[str, str]]], interval: float, looks: int,
-         svg: Optional[pathlib.Path]) -> bool:
+def show(collect: Callable[[], tuple[Statistics, dict[str, str]]], interval: float, looks: int,
+         svg: pathlib.Path | None) -> bool:
     """
     Look at queues and draw them.
 
@@ -333,7 +330,7 @@ def show(collect: Callable[[], Tuple[Statistics, Dict[str, str]]], interval: flo
     :return: True if a queue could not be looked at
     """
     console = rich.console.Console()
-    histories = collections.defaultdict(History)  # type: Dict[str, History]
+    histories: dict[str, History] = collections.defaultdict(History)
     done = 0
     with rich.live.Live(console=console, auto_refresh=False, screen=False,
                         vertical_overflow="crop") as live:

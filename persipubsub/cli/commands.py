@@ -9,7 +9,8 @@ import gc
 import importlib
 import os
 import sys
-from typing import Dict, Final, Iterator, Mapping, Optional, Sequence, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, cast
 
 import click
 
@@ -20,7 +21,7 @@ __all__ = ["commands", "main"]
 
 #: Modules by the name of the command, in the order of the reference. Its function has the same
 #: name, with underscores.
-_MODULES: Final[Dict[str, str]] = {
+_MODULES: Final[dict[str, str]] = {
     "init": "_queues",
     "check-config": "_queues",
     "stat": "_stat",
@@ -53,7 +54,7 @@ class _Commands(Mapping[str, click.Command]):
     """
 
     def __getitem__(self, name: str) -> click.Command:
-        module = importlib.import_module("persipubsub.cli." + _MODULES[name])
+        module = importlib.import_module(f"persipubsub.cli.{_MODULES[name]}")
         if not gc.isenabled():
             # By who started us. What is loaded stays: the first collection would look at all of it,
             # since none was made yet.
@@ -84,7 +85,7 @@ def commands() -> None:
     """
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """
     Run a command, and turn whatever goes wrong into a line and an exit code.
 

@@ -17,7 +17,8 @@ import fcntl
 import os
 import threading
 import time
-from typing import Callable, Final, Optional
+from collections.abc import Callable
+from typing import Final
 
 import lmdb
 
@@ -62,7 +63,7 @@ def remove(directory: str) -> None:
     with _files.translated(path=directory, doing="write to"):
         # One that was not finished: it has messages in it, too, and takes room. Before the other
         # one, by which it is seen that something is to be removed.
-        for name in (path + ".new", path):
+        for name in (f"{path}.new", path):
             _files.remove_durably(name)
 
 
@@ -142,7 +143,7 @@ def _copy(environment: lmdb.Environment, path: str) -> None:
     :param environment: of the store
     :param path: of the checkpoint
     """
-    temporary = path + ".new"
+    temporary = f"{path}.new"
     target = _files.open_to_write(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
     try:
         environment.copyfd(target, compact=True)
@@ -177,14 +178,14 @@ def restore(directory: str) -> None:
             "it closely.".format(store, os.path.join(directory, _files.RUNNING)))
     if not is_there(directory):
         raise persipubsub.errors.StoreCorruptError(
-            "Expected the checkpoint {}, but got: no such file. {}".format(path, hint))
+            f"Expected the checkpoint {path}, but got: no such file. {hint}")
     try:
         if _files.missing_bytes(path):
             raise persipubsub.errors.StoreCorruptError(
-                "Expected the whole checkpoint {}, but got: a truncated file".format(path))
+                f"Expected the whole checkpoint {path}, but got: a truncated file")
         _files.verify_data_file(path)
     except (persipubsub.errors.StoreCorruptError, persipubsub.errors.FormatError) as error:
-        raise persipubsub.errors.StoreCorruptError("{} {}".format(error, hint)) from error
+        raise persipubsub.errors.StoreCorruptError(f"{error} {hint}") from error
 
     age = time.time() - os.stat(path).st_mtime
     descriptor = _files.open_own_file(os.path.join(directory, _files.CHECKPOINT_LOCK))
@@ -195,7 +196,7 @@ def restore(directory: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        temporary = store + ".new"
+        temporary = f"{store}.new"
         _files.copy_durably(path, temporary, os.stat(store).st_mode & 0o777)
         os.rename(temporary, store)
         _files.flush_directory(directory)
@@ -235,11 +236,11 @@ class Checkpointer:
         self._logger = logging.getLogger("persipubsub.checkpoint")
         self._seconds = seconds
         self._attempt = attempt
-        self._thread = None  # type: Optional[threading.Thread]
+        self._thread: threading.Thread | None = None
         # Guards the start of the thread; nothing is waited for while it is held. Re-entrant for a
         # signal handler that closes the queue.
         self._lock = threading.RLock()
-        self._is_changed = _Event()  # type: threading.Event
+        self._is_changed: threading.Event = _Event()
         self._is_stopped = _Event()
 
     def notice(self) -> None:

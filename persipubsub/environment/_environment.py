@@ -3,7 +3,8 @@
 import contextlib
 import os
 import time
-from typing import Any, Callable, Final, List
+from collections.abc import Callable
+from typing import Any, Final
 
 import lmdb
 
@@ -391,8 +392,8 @@ class Environment(_transactions.Transactions):
             if all(lock.acquire(timeout=seconds) for lock in self._locks()):
                 self._close_os(handles)
                 self._has_left = True
-                self._failure = ("Expected to write to the queue {} before the interpreter ends, "
-                                 "but got: it was left".format(self.directory))
+                self._failure = (f"Expected to write to the queue {self.directory} before the "
+                                 f"interpreter ends, but got: it was left")
 
     def _close_os(self, handles: _opening.Handles) -> None:
         """
@@ -452,4 +453,4 @@ class Environment(_transactions.Transactions):
 
 
 # Handles that can not be closed in a forked child; kept so that they are never collected.
-_ABANDONED = []  # type: List[Any]
+_ABANDONED: list[Any] = []

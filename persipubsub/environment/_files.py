@@ -12,7 +12,8 @@ import os
 import resource
 import stat
 import struct
-from typing import Final, Iterator, List, NamedTuple
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import persipubsub.errors
 from persipubsub.environment import _standard_streams
@@ -80,7 +81,7 @@ def translate_os_error(error: OSError, path: str,
     :param doing: what was tried
     :return: error to be raised instead
     """
-    text = "Expected to {} {}, but got: {}".format(doing, path, error.strerror or error)
+    text = f"Expected to {doing} {path}, but got: {error.strerror or error}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return persipubsub.errors.AccessError(text)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -109,7 +110,7 @@ def make_directories(path: str) -> None:
 
     :param path: of the directory
     """
-    missing = []  # type: List[str]
+    missing: list[str] = []
     current = os.path.abspath(path)
     while not os.path.isdir(current):
         missing.append(current)
@@ -149,8 +150,7 @@ def open_own_file(path: str) -> int:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise persipubsub.errors.AccessError(
-                    "Expected {} to be a regular file, but got: a symbolic link".format(
-                        path)) from error
+                    f"Expected {path} to be a regular file, but got: a symbolic link") from error
             raise
 
 
@@ -218,7 +218,7 @@ def write_durably(path: str, content: bytes) -> None:
     :param path: of the file
     :param content: to be written
     """
-    temporary = path + ".new"
+    temporary = f"{path}.new"
     descriptor = open_to_write(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         os.write(descriptor, content)
@@ -267,7 +267,7 @@ def remove_durably(path: str) -> None:
     flush_directory(os.path.dirname(path))
 
 
-def foreign_names(directory: str) -> List[str]:
+def foreign_names(directory: str) -> list[str]:
     """
     List what does not belong to a queue.
 
@@ -306,13 +306,12 @@ def identify_store(directory: str) -> Identity:
 
     if not stat.S_ISREG(status.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
-        raise persipubsub.errors.FormatError("Expected {} to be a regular file, but got: {}".format(
-            path, kind))
+        raise persipubsub.errors.FormatError(
+            f"Expected {path} to be a regular file, but got: {kind}")
     if status.st_nlink != 1:
         # LMDB's lock file stands beside the data file: the other name would have other locks.
         raise persipubsub.errors.FormatError(
-            "Expected {} to have a single name, but got: {} hard links".format(
-                path, status.st_nlink))
+            f"Expected {path} to have a single name, but got: {status.st_nlink} hard links")
     return Identity(device=status.st_dev, inode=status.st_ino)
 
 
@@ -326,23 +325,20 @@ def _explain_missing(directory: str) -> persipubsub.errors.PersipubsubError:
     hint = "Run persipubsub.control.initialize_all_dbs with the configuration file first."
     if not os.path.lexists(directory):
         return persipubsub.errors.NotInitializedError(
-            "Expected the directory of a queue at {}, but got: nothing there. {}".format(
-                directory, hint))
+            f"Expected the directory of a queue at {directory}, but got: nothing there. {hint}")
     if not os.path.isdir(directory):
         return persipubsub.errors.FormatError(
-            "Expected {} to be the directory of a queue, but got: not a directory".format(
-                directory))
+            f"Expected {directory} to be the directory of a queue, but got: not a directory")
     try:
         foreign = foreign_names(directory)
     except OSError as error:
         return translate_os_error(error=error, path=directory, doing="list")
     if foreign:
         return persipubsub.errors.FormatError(
-            "Expected the directory {} to be a queue or to be empty, but got: {}".format(
-                directory, ", ".join(foreign[:3])))
+            f"Expected the directory {directory} to be a queue or to be empty, but got: "
+            f"{', '.join(foreign[:3])}")
     return persipubsub.errors.NotInitializedError(
-        "Expected an initialized queue in {}, but got: an empty directory. {}".format(
-            directory, hint))
+        f"Expected an initialized queue in {directory}, but got: an empty directory. {hint}")
 
 
 def missing_bytes(path: str) -> int:
@@ -397,11 +393,11 @@ def verify_data_file(path: str) -> None:
         else:
             lost = sum(verifier.live[size // verifier.psize:])
             if lost:
-                findings.append("{} pages in use are beyond the end of the file".format(lost))
+                findings.append(f"{lost} pages in use are beyond the end of the file")
     if findings:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected the store {} to be sound, but got {} finding(s): {}".format(
-                path, len(findings), "; ".join(findings[:3])))
+            f"Expected the store {path} to be sound, but got {len(findings)} finding(s): "
+            f"{'; '.join(findings[:3])}")
 
 
 def _check_first_meta(path: str, size: int, head: bytes) -> int:
@@ -415,29 +411,27 @@ def _check_first_meta(path: str, size: int, head: bytes) -> int:
     """
     if len(head) < _PAGE_HEADER_BYTES + _META.size:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected {} to have at least two pages, but got: {} bytes. "
-            "It was truncated.".format(path, size))
+            f"Expected {path} to have at least two pages, but got: {size} bytes. It was truncated.")
     fields = _META.unpack_from(head, _PAGE_HEADER_BYTES)
     if fields[0] != _MDB_MAGIC:
         if not any(head):
             raise persipubsub.errors.StoreCorruptError(
-                "Expected {} to begin with a meta page, but got: only zeros".format(path))
+                f"Expected {path} to begin with a meta page, but got: only zeros")
         raise persipubsub.errors.FormatError(
-            "Expected {} to be a data file of LMDB (magic {:#x}), but got: {:#x}".format(
-                path, _MDB_MAGIC, fields[0]))
+            f"Expected {path} to be a data file of LMDB (magic {_MDB_MAGIC:#x}), but got: "
+            f"{fields[0]:#x}")
     if fields[1] != _MDB_DATA_VERSION:
         raise persipubsub.errors.FormatError(
-            "Expected {} to be of LMDB's data version {}, but got: {}".format(
-                path, _MDB_DATA_VERSION, fields[1]))
+            f"Expected {path} to be of LMDB's data version {_MDB_DATA_VERSION}, but got: "
+            f"{fields[1]}")
     page_size = int.from_bytes(fields[4][:4], "little" if struct.pack("=H", 1)[0] else "big")
     if page_size < 256 or page_size > 65536 or page_size & (page_size - 1):
         raise persipubsub.errors.StoreCorruptError(
-            "Expected the page size of {} to be a power of two, but got: {}".format(
-                path, page_size))
+            f"Expected the page size of {path} to be a power of two, but got: {page_size}")
     if size < 2 * page_size:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected {} to have at least two pages of {} bytes, but got: {} bytes. "
-            "It was truncated.".format(path, page_size, size))
+            f"Expected {path} to have at least two pages of {page_size} bytes, but got: {size} "
+            f"bytes. It was truncated.")
     return page_size
 
 
@@ -451,12 +445,12 @@ def _parse_meta(path: str, head: bytes) -> "tuple[int, int]":
     """
     if len(head) < _PAGE_HEADER_BYTES + _META.size:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected {} to have two meta pages, but got: a truncated file".format(path))
+            f"Expected {path} to have two meta pages, but got: a truncated file")
     fields = _META.unpack_from(head, _PAGE_HEADER_BYTES)
     if fields[0] != _MDB_MAGIC or fields[1] != _MDB_DATA_VERSION:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected both meta pages of {} to be valid, but got: the magic {:#x}, "
-            "version {}".format(path, fields[0], fields[1]))
+            f"Expected both meta pages of {path} to be valid, but got: the magic "
+            f"{fields[0]:#x}, version {fields[1]}")
     return fields[7], fields[6]
 
 

@@ -15,7 +15,8 @@ import fcntl
 import mmap
 import os
 import time
-from typing import Callable, Final, Optional
+from collections.abc import Callable
+from typing import Final
 
 import persipubsub.errors
 from persipubsub.environment import _files
@@ -107,8 +108,7 @@ class Gate(LockFile):
             with _files.translated(path=path, doing="extend"):
                 if os.fstat(self.descriptor).st_size < mmap.PAGESIZE:
                     _files.reserve(self.descriptor, mmap.PAGESIZE)
-                self._page = _files.map_file(self.descriptor,
-                                             mmap.PAGESIZE)  # type: Optional[mmap.mmap]
+                self._page: mmap.mmap | None = _files.map_file(self.descriptor, mmap.PAGESIZE)
         except BaseException:
             super().close()
             raise

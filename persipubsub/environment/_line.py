@@ -19,7 +19,8 @@ everybody looks again after a moment, and what is lost with an alarm is that mom
 import collections
 import threading
 import time
-from typing import Any, Callable, Deque, Final, List, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 #: Longest sleep of a waiting thread, in seconds, before it looks whether an alarm was lost.
 _LONGEST_SLEEP_SECS: Final = 0.05
@@ -50,16 +51,16 @@ class Request:
         self.work = work
         self.is_flushed = is_flushed
         self.done = False
-        self.result = None  # type: Any
-        self.error = None  # type: Optional[BaseException]
+        self.result: Any = None
+        self.error: BaseException | None = None
         self.commit = 0
         # Taken by its thread, which falls asleep by taking it a second time. None before that: most
         # threads never wait.
-        self.alarm = None  # type: Optional[threading.Lock]
+        self.alarm: threading.Lock | None = None
         # Those for whom its thread flushes, and whom it wakes then; or those with whom it sleeps
         # until another one has flushed. Given to it by who committed it.
-        self.leads = None  # type: Optional["Group"]
-        self.follows = None  # type: Optional["Group"]
+        self.leads: "Group" | None = None
+        self.follows: "Group" | None = None
         # Whether its thread went past both: it woke by itself, before or after they were given.
         self.is_through = False
 
@@ -85,8 +86,8 @@ class Group:
     def __init__(self) -> None:
         """Initialize without anybody."""
         # Those that nobody woke yet, and one entry for each that is not back.
-        self.sleepers = collections.deque()  # type: Deque[Request]
-        self.missing = []  # type: List[None]
+        self.sleepers: collections.deque[Request] = collections.deque()
+        self.missing: list[None] = []
 
     def add(self, request: Request) -> None:
         """
@@ -132,13 +133,13 @@ class Line:
     def __init__(self) -> None:
         """Initialize without anybody in line."""
         self.lock = threading.RLock()
-        self.requests = collections.deque()  # type: Deque[Request]
+        self.requests: collections.deque[Request] = collections.deque()
 
         # Until when nobody takes the lock to write, on the monotonic clock, unless all of a group
         # are back before; 0: nobody is waited for. Both are hints, and under no lock: one that is
         # wrong costs a moment.
         self.held_until = 0.0
-        self._awaited = None  # type: Optional[Group]
+        self._awaited: Group | None = None
 
     def wait(self, request: Request, seconds: float) -> bool:
         """

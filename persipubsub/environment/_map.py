@@ -13,7 +13,8 @@ that nobody configured is told by its remainder, and not followed.
 
 import contextlib
 import threading
-from typing import Final, Iterator, Optional, Sequence, Union
+from collections.abc import Iterator, Sequence
+from typing import Final, Union
 
 import lmdb
 
@@ -44,7 +45,7 @@ class Mapped:
         self.options = options
 
         # None before it was opened, in a forked child, and after it was closed.
-        self._handles = None  # type: Optional[_opening.Handles]
+        self._handles: _opening.Handles | None = None
         # While a transaction is open in the thread that holds the lock.
         self._is_writing = self._is_reading = False
         # The largest size that another process was seen to have configured, in bytes.
@@ -71,7 +72,7 @@ class Mapped:
         handles = self._handles
         if handles is None:
             raise persipubsub.errors.ClosedError(
-                "Expected the queue {} to be open, but got: it was closed".format(self.directory))
+                f"Expected the queue {self.directory} to be open, but got: it was closed")
         return handles
 
     def _map_size(self) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from typing import Final, Optional
+from typing import Final
 
 from persipubsub.environment import _files
 from persipubsub.store import _clock
@@ -22,7 +22,7 @@ def was_interrupted(directory: str) -> bool:
     return mark is not None and not mark.startswith(_clock.boot_id())
 
 
-def _read_mark(directory: str) -> Optional[bytes]:
+def _read_mark(directory: str) -> bytes | None:
     """
     Read the mark of an ``os`` store that is in use.
 

@@ -10,7 +10,8 @@ import errno
 import fcntl
 import os
 import time
-from typing import Final, Iterator, NamedTuple, Tuple, Type
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import lmdb
 
@@ -145,8 +146,8 @@ def check_alone(directory: str, handles: Handles) -> None:
     """
     if not handles.users.is_alone():
         raise persipubsub.errors.QueueInUseError(
-            "Expected no other process to use the queue {}, but got: at least one has it open".
-            format(directory))
+            f"Expected no other process to use the queue {directory}, but got: at least one has "
+            f"it open")
 
 
 def _check_files(directory: str, options: Options, gate: _gate.Gate, users: _gate.LockFile,
@@ -167,9 +168,9 @@ def _check_files(directory: str, options: Options, gate: _gate.Gate, users: _gat
     path = os.path.join(directory, _files.DATA)
     # Of who was killed while it compacted or restored the queue: none is made without the gate. It
     # may be as large as the queue.
-    if os.path.lexists(path + ".new"):
+    if os.path.lexists(f"{path}.new"):
         with contextlib.suppress(OSError):
-            os.unlink(path + ".new")
+            os.unlink(f"{path}.new")
     settle(directory)
     is_restored = was_interrupted and _mark.is_checkpointed(directory)
     if is_restored:
@@ -289,8 +290,8 @@ def _foreign_error(directory: str) -> persipubsub.errors.FormatError:
     :return: error to be raised
     """
     return persipubsub.errors.FormatError(
-        "Expected {} to be a queue of persipubsub, but got: an LMDB environment of another "
-        "program".format(directory))
+        f"Expected {directory} to be a queue of persipubsub, but got: an LMDB environment of "
+        f"another program")
 
 
 def flags_of(options: Options) -> int:
@@ -306,11 +307,11 @@ def flags_of(options: Options) -> int:
 _FLUSH_HINT: Final = (". Close all that this process has open of the queue and open it again; look "
                       "at the disk.")
 
-_Translation = Tuple[Type[persipubsub.errors.PersipubsubError], str, Tuple[Type[lmdb.Error], ...],
-                     Tuple[int, ...]]
+_Translation = tuple[type[persipubsub.errors.PersipubsubError], str, tuple[type[lmdb.Error], ...],
+                     tuple[int, ...]]
 
 # The first class that fits decides: a row for LMDB's classes, one for error numbers of the system.
-_TRANSLATIONS = (
+_TRANSLATIONS: tuple[_Translation, ...] = (
     (MapFullError, " (max_db_size_bytes)", (lmdb.MapFullError, ), ()),
     (persipubsub.errors.DiskFullError, "", (lmdb.DiskError, ), (errno.ENOSPC, errno.EDQUOT,
                                                                 errno.EFBIG)),
@@ -327,7 +328,7 @@ _TRANSLATIONS = (
     (persipubsub.errors.StoreError, " (perhaps a process with the same process id has it open: "
      "containers that share a queue have to share a namespace of process ids)", (), (errno.EAGAIN, )
      ),
-)  # type: Tuple[_Translation, ...]
+)
 
 
 def flush_error_text(error: lmdb.Error, directory: str) -> str:
@@ -338,7 +339,7 @@ def flush_error_text(error: lmdb.Error, directory: str) -> str:
     :param directory: of the store
     :return: text of the error to be raised instead
     """
-    return "Expected to flush the queue {}, but got: {}{}".format(directory, error, _FLUSH_HINT)
+    return f"Expected to flush the queue {directory}, but got: {error}{_FLUSH_HINT}"
 
 
 def translate(error: lmdb.Error, directory: str) -> persipubsub.errors.PersipubsubError:
@@ -349,11 +350,11 @@ def translate(error: lmdb.Error, directory: str) -> persipubsub.errors.Persipubs
     :param directory: of the store
     :return: error to be raised instead
     """
-    text = "Expected to work with the queue {}, but got: {}".format(directory, error)
+    text = f"Expected to work with the queue {directory}, but got: {error}"
     code = getattr(error, "code", 0)
     if code == errno.EIO and _files.is_full(directory):
         # What LMDB makes of a write that was cut short.
-        return persipubsub.errors.DiskFullError(text + " (no room left)")
+        return persipubsub.errors.DiskFullError(f"{text} (no room left)")
     for kind, hint, classes, codes in _TRANSLATIONS:
         if isinstance(error, classes) or code in codes:
             return kind(text + hint)
@@ -369,7 +370,7 @@ def name_queue(error: persipubsub.errors.PersipubsubError, directory: str) -> No
     """
     text = str(error)
     if directory not in text:
-        error.args = ("{}; queue {}".format(text.removesuffix("."), directory), *error.args[1:])
+        error.args = (f"{text.removesuffix('.')}; queue {directory}", *error.args[1:])
 
 
 def build(directory: str, options: Options) -> None:

@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import time
-from typing import ContextManager, Dict, Final, Iterable, Iterator, Tuple
+from collections.abc import Iterable, Iterator
+from typing import ContextManager, Final
 
 import persipubsub.errors
 from persipubsub import _fork_guard
@@ -32,8 +33,8 @@ _FINALIZER_PRIORITY: Final = -1000
 
 # Guards the registry, and with it opening and closing; the first lock to be taken.
 _REGISTRY_LOCK = threading.RLock()
-_REGISTRY = {}  # type: Dict[_files.Identity, _environment.Environment]
-_USERS = {}  # type: Dict[_files.Identity, int]
+_REGISTRY: dict[_files.Identity, _environment.Environment] = {}
+_USERS: dict[_files.Identity, int] = {}
 
 
 def acquire(directory: str,
@@ -61,8 +62,8 @@ def acquire(directory: str,
                 identity, environment = _open(directory, options, adopts_durability, is_look)
             elif environment.options.keeps_os != options.keeps_os:
                 raise persipubsub.errors.ConfigError(
-                    "Expected one durability for the queue {} in this process, but got two".format(
-                        directory))
+                    f"Expected one durability for the queue {directory} in this process, but "
+                    f"got two")
             if options.map_size > environment.options.map_size:
                 environment.enlarge(options.map_size)
             if environment.is_look and not is_look:
@@ -82,7 +83,7 @@ def acquire(directory: str,
 
 
 def _open(directory: str, options: _opening.Options, adopts_durability: bool,
-          is_look: bool) -> Tuple[_files.Identity, _environment.Environment]:
+          is_look: bool) -> tuple[_files.Identity, _environment.Environment]:
     """
     Open a store that this process has not open; hold the registry's lock.
 
@@ -195,15 +196,14 @@ def create(directory: str, options: _opening.Options) -> bool:
             except (FileNotFoundError, NotADirectoryError) as error:
                 # In /proc, say, or below a file: it is not that somebody forgot to create it.
                 raise persipubsub.errors.AccessError(
-                    "Expected to create the directory {}, but got: {}".format(
-                        directory, error.strerror)) from error
+                    f"Expected to create the directory {directory}, but got: {error.strerror}"
+                ) from error
         path = os.path.join(directory, _files.DATA)
         if os.path.lexists(path):
             return False
         if not os.path.isdir(directory):
             raise persipubsub.errors.FormatError(
-                "Expected {} to be the directory of a queue, but got: not a directory".format(
-                    directory))
+                f"Expected {directory} to be the directory of a queue, but got: not a directory")
         with _files.translated(path=directory, doing="list"):
             foreign = _files.foreign_names(directory)
         if foreign:

@@ -9,7 +9,8 @@ time. A store that has one of them is damaged by the first line that somebody pr
 import contextlib
 import fcntl
 import os
-from typing import Callable, Final, List, Protocol, Tuple, TypeVar
+from collections.abc import Callable
+from typing import Final, Protocol, TypeVar
 
 _NUMBERS: Final = (0, 1, 2)
 
@@ -83,13 +84,13 @@ def open_elsewhere(open_files: Callable[[], OpenT]) -> OpenT:
     return open_files()
 
 
-def _files_of_streams() -> List[Tuple[int, int]]:
+def _files_of_streams() -> list[tuple[int, int]]:
     """
     Tell which files are standard input, output and error.
 
     :return: device and inode of each; zeros for one that is closed
     """
-    found = []  # type: List[Tuple[int, int]]
+    found: list[tuple[int, int]] = []
     for number in _NUMBERS:
         try:
             status = os.fstat(number)

@@ -18,7 +18,8 @@ whether a KeyboardInterrupt came before or after it was taken.
 import contextlib
 import fcntl
 import time
-from typing import Callable, Final, List, Optional, TypeVar
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import lmdb
 
@@ -58,11 +59,11 @@ class Transactions(_map.Mapped):
         """
         super().__init__(directory, options)
         # Opens it in a forked child, or when LMDB needs it; takes the registry's lock.
-        self.reopener = None  # type: Optional[Callable[[], None]]
+        self.reopener: Callable[[], None] | None = None
 
         # The text of an error after which nothing is written until the store is reopened; with
         # _has_left, because it was left as closed at the end of the interpreter.
-        self._failure = None  # type: Optional[str]
+        self._failure: str | None = None
         self._has_left = False
         # Ids of LMDB's transactions: the last one of this process, the last flushed one, and the
         # last one that was seen by a reader and is to be in a checkpoint.
@@ -72,10 +73,10 @@ class Transactions(_map.Mapped):
         # of the very next transaction finds the store as that left it. Under the write lock.
         self.left, self.left_by = None, 0  # type: object, int
         # When to look whether there is room for the reserve; None if it was not spent.
-        self._reserve_due = None  # type: Optional[float]
+        self._reserve_due: float | None = None
         self.is_look = False  # True while nobody in this process does more than have a short look
         # Only for an "os" store, and then told of every commit.
-        self._checkpointer = None  # type: Optional[_checkpoint.Checkpointer]
+        self._checkpointer: _checkpoint.Checkpointer | None = None
 
     # Transactions
 
@@ -142,7 +143,7 @@ class Transactions(_map.Mapped):
               work: Work[ResultT],
               is_flushed: bool = False,
               may_grow: bool = False,
-              announce: Optional[Callable[[], object]] = None) -> ResultT:
+              announce: Callable[[], object] | None = None) -> ResultT:
         """
         Run a work in a write transaction, possibly together with works of other threads.
 
@@ -194,7 +195,7 @@ class Transactions(_map.Mapped):
         """
         line, lock = self._line, self._line.lock
         line.requests.append(request)
-        group = []  # type: List[_line.Request]
+        group: list[_line.Request] = []
         try:
             is_locked = (not line.held_until and lock.acquire(blocking=False)
                          or line.wait(request, self.options.busy_timeout_secs))
@@ -222,7 +223,7 @@ class Transactions(_map.Mapped):
                 line.withdraw(request)
             line.wake_next()
 
-    def _commit_group(self, own: _line.Request) -> List[_line.Request]:
+    def _commit_group(self, own: _line.Request) -> list[_line.Request]:
         """
         Run the works that wait, this thread's own among them, and commit them together.
 
@@ -234,7 +235,7 @@ class Transactions(_map.Mapped):
             return []
         handles = self._open_handles()
         gate = handles.gate
-        group = []  # type: List[_line.Request]
+        group: list[_line.Request] = []
         try:
             # Before the gate: a signal handler that writes must not leave it for the code that it
             # interrupted, nor take the works of other threads along.
@@ -273,7 +274,7 @@ class Transactions(_map.Mapped):
             except OSError:
                 pass  # where there are no locks; what that comes to was raised by entering
 
-    def _recognize_committed(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
+    def _recognize_committed(self, handles: _opening.Handles, group: list[_line.Request]) -> None:
         """
         See which works were committed although an exception came, and must not be run again.
 
@@ -289,7 +290,7 @@ class Transactions(_map.Mapped):
             # Another process may get the id of a transaction that was not committed.
             request.commit = request.commit if request.done else 0
 
-    def _run_group(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
+    def _run_group(self, handles: _opening.Handles, group: list[_line.Request]) -> None:
         """
         Run works in one transaction; when it fails, each of them in one of its own.
 
@@ -345,7 +346,7 @@ class Transactions(_map.Mapped):
         finally:
             self._line.wake_next()
 
-    def _run(self, handles: _opening.Handles, group: List[_line.Request]) -> None:
+    def _run(self, handles: _opening.Handles, group: list[_line.Request]) -> None:
         """
         Run works in one transaction.
 
@@ -441,7 +442,7 @@ class Transactions(_map.Mapped):
             is_kept = _files.keep_reserve(self.directory)
             self._reserve_due = None if is_kept else time.monotonic() + _RESERVE_SECS
 
-    def _recover(self, error: Optional[BaseException]) -> bool:
+    def _recover(self, error: BaseException | None) -> bool:
         """
         Open the store again if LMDB refuses to work since the disk had no room for a meta page.
 

@@ -12,7 +12,8 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 
 import asyncio
 import time
-from typing import Final, List, Sequence
+from collections.abc import Sequence
+from typing import Final
 
 import nats.errors
 
@@ -84,7 +85,7 @@ async def _ask_again(puller: _pulling.Puller, stream: _stream.Stream, durable: s
     """
     try:
         until = min(deadline, time.monotonic() + _FIRST_ANSWER_SECS)
-        info = await stream.link.api("CONSUMER.INFO.{}.{}".format(stream.name, durable),
+        info = await stream.link.api(f"CONSUMER.INFO.{stream.name}.{durable}",
                                      None,
                                      until,
                                      confirms=False)
@@ -114,7 +115,7 @@ async def _pull_again(puller: _pulling.Puller, forgotten: Sequence[Pulled], numb
     """
     own = {one.number for one in forgotten}
     last = max(own)
-    others = []  # type: List[Pulled]
+    others: list[Pulled] = []
     try:
         while number < last and time.monotonic() < deadline:
             found = await puller.pull_now(min(len(own), last - number))

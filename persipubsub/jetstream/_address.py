@@ -8,7 +8,8 @@ so that a configuration can be checked where the extra is not installed.
 import hashlib
 import re
 import urllib.parse
-from typing import Dict, Final, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 _PREFIX: Final = "nats://"
 _DEFAULT_PORT: Final = 4222
@@ -33,11 +34,11 @@ class Address(NamedTuple):
     ('nats://one:4222', 'nats://two:4223')
     """
 
-    servers: Tuple[str, ...]  #: addresses of some servers; they tell the others
+    servers: tuple[str, ...]  #: addresses of some servers; they tell the others
     stream: str  #: its name
     replicas: int  #: servers that keep each message
     ack_wait_secs: float  #: after which the message of a dead consumer is delivered again
-    monitor: Optional[str]  #: address of a server's monitoring port, if it is known
+    monitor: str | None  #: address of a server's monitoring port, if it is known
 
 
 def parse(path: str) -> Address:
@@ -49,7 +50,7 @@ def parse(path: str) -> Address:
     :raise ValueError: if it says something else; the text tells what was expected and found
     """
     if not path.startswith(_PREFIX):
-        raise ValueError("Expected nats://..., but got: {!r}".format(path))
+        raise ValueError(f"Expected nats://..., but got: {path!r}")
     location, _, query = path[len(_PREFIX):].partition("?")
     hosts, _, stream = location.partition("/")
     if "@" in hosts:
@@ -57,8 +58,9 @@ def parse(path: str) -> Address:
         raise ValueError("Expected servers without credentials (they belong into the environment), "
                          "but got: a name in front of '@'")
     if not _STREAM.fullmatch(stream):
-        raise ValueError("Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, "
-                         "0-9, '_' and '-'), but got: {!r}".format(stream))
+        raise ValueError(
+            f"Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, 0-9, '_' "
+            f"and '-'), but got: {stream!r}")
     options = _parse_query(query)
     return Address(servers=tuple(map(_parse_server, hosts.split(","))),
                    stream=stream,
@@ -81,10 +83,10 @@ def names_of(path: str) -> Sequence[str]:
         address = parse(path)
     except ValueError:
         return [path]
-    return ["{}/{}".format(server.lower(), address.stream) for server in address.servers]
+    return [f"{server.lower()}/{address.stream}" for server in address.servers]
 
 
-def problem_of(path: str) -> Optional[str]:
+def problem_of(path: str) -> str | None:
     """
     Say what is wrong with a path.
 
@@ -111,9 +113,8 @@ def _parse_server(text: str) -> str:
     port = int(match["port"] or _DEFAULT_PORT) if match is not None else 0
     if match is None or not 0 < port < 65536 or not (match["ip"] is None or _is_ip(match["ip"])):
         raise ValueError(
-            "Expected servers as host or host:port, with commas between them, but got: {!r}".format(
-                text))
-    return "nats://{}:{}".format(match["host"], port)
+            f"Expected servers as host or host:port, with commas between them, but got: {text!r}")
+    return f"nats://{match['host']}:{port}"
 
 
 def _is_ip(text: str) -> bool:
@@ -131,7 +132,7 @@ def _is_ip(text: str) -> bool:
     return True
 
 
-def _parse_query(query: str) -> Dict[str, str]:
+def _parse_query(query: str) -> dict[str, str]:
     """
     Read the options of a path.
 
@@ -142,19 +143,18 @@ def _parse_query(query: str) -> Dict[str, str]:
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
         raise ValueError(
-            "Expected name=value behind the question mark, but got: {!r}".format(query)) from None
+            f"Expected name=value behind the question mark, but got: {query!r}") from None
     options = dict(pairs)
     known = ("replicas", "ack_wait", "monitor")
     for name in options:
         if name not in known:
-            raise ValueError("Expected only the options {}, but got: {!r}".format(
-                ", ".join(known), name))
+            raise ValueError(f"Expected only the options {', '.join(known)}, but got: {name!r}")
     if len(options) < len(pairs):
-        raise ValueError("Expected each option once, but got: {!r}".format(query))
+        raise ValueError(f"Expected each option once, but got: {query!r}")
     return options
 
 
-def _number(options: Dict[str, str], name: str, default: float, least: float, most: float) -> float:
+def _number(options: dict[str, str], name: str, default: float, least: float, most: float) -> float:
     """
     Read an option that is a number.
 
@@ -176,7 +176,7 @@ def _number(options: Dict[str, str], name: str, default: float, least: float, mo
     return float(text)
 
 
-def _parse_monitor(text: Optional[str]) -> Optional[str]:
+def _parse_monitor(text: str | None) -> str | None:
     """
     Read the address of a monitoring port.
 
@@ -184,14 +184,14 @@ def _parse_monitor(text: Optional[str]) -> Optional[str]:
     :return: address without a slash at its end
     """
     if text is not None and not _MONITOR.fullmatch(text):
-        raise ValueError("Expected monitor to be like http://host:8222, but got: {!r}".format(text))
+        raise ValueError(f"Expected monitor to be like http://host:8222, but got: {text!r}")
     return None if text is None else text.rstrip("/")
 
 
 # Names
 
 
-def subject_of(stream: str, audience: Optional[Sequence[str]]) -> str:
+def subject_of(stream: str, audience: Sequence[str] | None) -> str:
     """
     Name the subject of the messages for some subscribers.
 
@@ -207,9 +207,9 @@ def subject_of(stream: str, audience: Optional[Sequence[str]]) -> str:
     'persipubsub.orders.all'
     """
     if audience is None:
-        return "persipubsub.{}.all".format(stream)
+        return f"persipubsub.{stream}.all"
     digest = hashlib.sha256("\0".join(sorted(audience)).encode("utf-8")).hexdigest()
-    return "persipubsub.{}.some.{}".format(stream, digest[:32])
+    return f"persipubsub.{stream}.some.{digest[:32]}"
 
 
 def nobodys_subject(stream: str) -> str:
@@ -219,7 +219,7 @@ def nobodys_subject(stream: str) -> str:
     :param stream: its name
     :return: subject
     """
-    return "persipubsub.{}.nobody".format(stream)
+    return f"persipubsub.{stream}.nobody"
 
 
 def durable_of(subscriber: str) -> str:
@@ -233,8 +233,8 @@ def durable_of(subscriber: str) -> str:
     'sub=2e1'
     """
     key = subscriber.encode("utf-8")
-    name = "".join(chr(byte) if byte in _PLAIN else "={:02x}".format(byte) for byte in key)
+    name = "".join(chr(byte) if byte in _PLAIN else f"={byte:02x}" for byte in key)
     if len(name) <= _LONGEST_NAME:
         return name
     # "h" is no hexadecimal digit, so that no id that is escaped looks like this.
-    return "=h" + hashlib.sha256(key).hexdigest()
+    return f"=h{hashlib.sha256(key).hexdigest()}"

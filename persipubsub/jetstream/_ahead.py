@@ -17,7 +17,8 @@ import collections
 import functools
 import time
 import weakref
-from typing import Deque, Final, Iterable, List, Optional, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import nats.errors
 
@@ -64,12 +65,12 @@ class Ahead:
         # Guards what is held, and the pull for it, while something is awaited. Who takes waits
         # until what is given back is with the server: later messages would overtake it otherwise.
         self._lock = asyncio.Lock()
-        self._held = collections.deque()  # type: Deque[_inboxes.Pulled]
-        self._timer = None  # type: Optional[asyncio.TimerHandle]
-        self._refill = None  # type: Optional[asyncio.Task[None]]
+        self._held: collections.deque[_inboxes.Pulled] = collections.deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._refill: asyncio.Task[None] | None = None
         # Handed out, and to be given back before anything else is handed out; and what gives back.
-        self._returning = []  # type: List[_inboxes.Pulled]
-        self._giving = None  # type: Optional[asyncio.Task[None]]
+        self._returning: list[_inboxes.Pulled] = []
+        self._giving: asyncio.Task[None] | None = None
         # Before which moment nothing of what is held can have been delivered.
         self._asked = 0.0
         # Of the last pull: when it was done, what it brought, and how many were handed out.
@@ -82,8 +83,8 @@ class Ahead:
 
     # Taking
 
-    async def take(self, timeout: Optional[float], max_messages: int,
-                   is_alone: bool) -> List[_inboxes.Pulled]:
+    async def take(self, timeout: float | None, max_messages: int,
+                   is_alone: bool) -> list[_inboxes.Pulled]:
         """
         Take messages, of those that are held first.
 
@@ -118,8 +119,7 @@ class Ahead:
             self.puller.returns.give_back(held)
             raise
 
-    async def _take_many(self, timeout: Optional[float],
-                         max_messages: int) -> List[_inboxes.Pulled]:
+    async def _take_many(self, timeout: float | None, max_messages: int) -> list[_inboxes.Pulled]:
         """
         Take messages, with nothing held; those that are there at once.
 
@@ -140,7 +140,7 @@ class Ahead:
             self.puller.returns.give_back(pulled)
             raise
 
-    async def front(self) -> Optional[_inboxes.Pulled]:
+    async def front(self) -> _inboxes.Pulled | None:
         """
         Look at what is handed out next.
 
@@ -150,7 +150,7 @@ class Ahead:
             await self._settle()
             return next((one for one in self._held if not self.puller.is_expired(one)), None)
 
-    async def take_all(self) -> List[_inboxes.Pulled]:
+    async def take_all(self) -> list[_inboxes.Pulled]:
         """
         Take what is held.
 
@@ -160,14 +160,14 @@ class Ahead:
             await self._settle()
             return self._take(len(self._held))
 
-    def _take(self, count: int) -> List[_inboxes.Pulled]:
+    def _take(self, count: int) -> list[_inboxes.Pulled]:
         """
         Take some of what is held.
 
         :param count: how many at most
         :return: messages, in order, without those that are too old
         """
-        taken, expired = [], []  # type: List[_inboxes.Pulled], List[_inboxes.Pulled]
+        taken, expired = [], []  # type: list[_inboxes.Pulled], list[_inboxes.Pulled]
         while self._held and len(taken) < count:
             one = self._held.popleft()
             (expired if self.puller.is_expired(one) else taken).append(one)
@@ -222,7 +222,7 @@ class Ahead:
         if self._giving or self._returning or (self._held and self._age() > self._hold_secs):
             await self._give_all_back()
 
-    def _note(self, pulled: List[_inboxes.Pulled]) -> None:
+    def _note(self, pulled: list[_inboxes.Pulled]) -> None:
         """
         Remember how a pull went.
 
@@ -319,8 +319,7 @@ class Ahead:
 
 
 #: What is open in this process. Only the loop's own thread changes it.
-_ALL = weakref.WeakKeyDictionary(
-)  # type: weakref.WeakKeyDictionary[_loop.Loop, weakref.WeakSet[Ahead]]
+_ALL: weakref.WeakKeyDictionary[_loop.Loop, weakref.WeakSet[Ahead]] = weakref.WeakKeyDictionary()
 
 
 def _of(loop: _loop.Loop) -> "weakref.WeakSet[Ahead]":
@@ -358,7 +357,7 @@ async def give_back_of(loop: _loop.Loop, stream: str) -> None:
     await give_back_all(ahead for ahead in _of(loop) if ahead.place[0] == stream)
 
 
-async def take_all_of(loop: _loop.Loop, place: Tuple[str, str]) -> List[_inboxes.Pulled]:
+async def take_all_of(loop: _loop.Loop, place: tuple[str, str]) -> list[_inboxes.Pulled]:
     """
     Take what is held in this process for a subscriber, whichever object holds it.
 
@@ -366,7 +365,7 @@ async def take_all_of(loop: _loop.Loop, place: Tuple[str, str]) -> List[_inboxes
     :param place: names of the stream and of the consumer
     :return: messages
     """
-    taken = []  # type: List[_inboxes.Pulled]
+    taken: list[_inboxes.Pulled] = []
     for ahead in [ahead for ahead in _of(loop) if ahead.place == place]:
         try:
             taken += await ahead.take_all()

@@ -8,7 +8,8 @@ import asyncio
 import heapq
 import itertools
 import time
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from collections.abc import Mapping
+from typing import Any, Optional
 
 import nats.aio.client
 import nats.aio.msg
@@ -24,7 +25,7 @@ class Line:
         """Initialize with nobody in line."""
         self._tickets = itertools.count()
         self._is_taken = False
-        self._turns = []  # type: List[Tuple[int, asyncio.Future[None]]]
+        self._turns: list[tuple[int, asyncio.Future[None]]] = []
 
     def draw(self) -> int:
         """
@@ -64,7 +65,7 @@ class Line:
         if not self._is_taken:
             self._is_taken = True
             return
-        turn = asyncio.get_running_loop().create_future()  # type: asyncio.Future[None]
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._turns, (ticket, turn))
         try:
             async with asyncio.timeout(timeout):
@@ -99,10 +100,10 @@ class Question:
         :param answers: of the connection
         """
         self.answers = answers
-        self.answer = asyncio.get_running_loop().create_future()  # type: asyncio.Future[Any]
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._reply = answers.expect(self.answer)
 
-    async def ask(self, subject: str, payload: bytes, headers: Optional[Mapping[str, str]],
+    async def ask(self, subject: str, payload: bytes, headers: Mapping[str, str] | None,
                   timeout: float) -> None:
         """
         Ask, and wait for the answer, which may be there already.
@@ -131,7 +132,7 @@ class Question:
         client = self.answers.client
         # Not flush(): if its answer comes too late, the client stops reading. And not the client's
         # own ping, which goes in front of what is still to be written.
-        read = asyncio.get_running_loop().create_future()  # type: asyncio.Future[Any]
+        read: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         # pylint: disable=protected-access
         client._pongs.append(read)
         await client._send_command(b"PING\r\n")
@@ -150,7 +151,7 @@ class Question:
         """
         if not self.answer.done():
             raise nats.errors.TimeoutError
-        message = self.answer.result()  # type: Optional[nats.aio.msg.Msg]
+        message: nats.aio.msg.Msg | None = self.answer.result()
         if message is None:
             raise nats.errors.StaleConnectionError
         return message
@@ -187,9 +188,9 @@ class Answers:
         :param client: of the connection
         """
         self.client = client
-        self._prefix = client.new_inbox() + "."
+        self._prefix = f"{client.new_inbox()}."
         self._tokens = itertools.count()
-        self._futures = {}  # type: Dict[str, asyncio.Future[Any]]
+        self._futures: dict[str, asyncio.Future[Any]] = {}
 
     async def listen(self) -> "Answers":
         """
@@ -197,7 +198,7 @@ class Answers:
 
         :return: itself
         """
-        await self.client.subscribe(self._prefix + "*", cb=self._take)
+        await self.client.subscribe(f"{self._prefix}*", cb=self._take)
         return self
 
     async def _take(self, message: nats.aio.msg.Msg) -> None:

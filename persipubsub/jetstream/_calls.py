@@ -8,8 +8,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-from typing import (Any, AsyncIterator, Callable, Coroutine, Generic, List, Optional, Protocol, Set,
-                    TypeVar)
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Generic, Protocol, TypeVar
 
 from persipubsub.jetstream import _link, _loop, _returns, _stream
 
@@ -68,7 +68,7 @@ class Takes:
 
     def __init__(self) -> None:
         """Initialize with nothing."""
-        self._tasks = set()  # type: Set[asyncio.Task[Any]]
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @contextlib.asynccontextmanager
     async def behind_others(self) -> AsyncIterator[None]:
@@ -90,7 +90,7 @@ class Takes:
         if own:
             await asyncio.wait(own)
 
-    def _own(self) -> "List[asyncio.Task[Any]]":
+    def _own(self) -> "list[asyncio.Task[Any]]":
         """Find what takes; a forked child knows of what its parent was in the middle of as well."""
         loop = asyncio.get_running_loop()
         return [task for task in self._tasks if task.get_loop() is loop]
@@ -103,7 +103,7 @@ class Handover(Generic[ResultT]):
         """Initialize without a lease."""
         # Guards the two below: one thread gives, while the other may be interrupted and leave.
         self._lock = threading.Lock()
-        self._lease = None  # type: Optional[ResultT]
+        self._lease: ResultT | None = None
         self._has_left = False
 
     def give(self, lease: ResultT) -> bool:
@@ -117,7 +117,7 @@ class Handover(Generic[ResultT]):
             self._lease = lease
             return not self._has_left
 
-    def leave(self) -> Optional[ResultT]:
+    def leave(self) -> ResultT | None:
         """
         Stop waiting.
 

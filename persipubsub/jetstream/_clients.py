@@ -10,7 +10,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 import asyncio
 import logging
 import time
-from typing import Final, Optional
+from typing import Final
 
 import nats.aio.client
 import nats.errors
@@ -77,7 +77,7 @@ async def close(client: nats.aio.client.Client) -> None:
     :param client: to be closed
     """
     # pylint: disable=protected-access
-    reconnecting = client._reconnection_task  # type: Optional[asyncio.Task[None]]
+    reconnecting: asyncio.Task[None] | None = client._reconnection_task
     if reconnecting is not None:
         # The client would cancel it once.
         await _end(reconnecting)
@@ -93,14 +93,14 @@ async def close(client: nats.aio.client.Client) -> None:
     try:
         async with asyncio.timeout(_CLOSE_SECS):
             await client.close()
-    except (asyncio.TimeoutError, nats.errors.Error, OSError):
+    except (TimeoutError, nats.errors.Error, OSError):
         pass
     except Exception as error:  # pylint: disable=broad-exception-caught
         # The client raises whatever its half-made connection raises (AttributeError, for one).
         _LOGGER.debug("Closing a connection failed: %s", error)
 
 
-def transport_of(client: Optional[nats.aio.client.Client]) -> Optional[asyncio.WriteTransport]:
+def transport_of(client: nats.aio.client.Client | None) -> asyncio.WriteTransport | None:
     """
     Find the transport of a connection.
 

@@ -14,7 +14,8 @@ import os
 import sys
 import time
 import weakref
-from typing import Any, Callable, Coroutine, Final, Iterator, List, Optional
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Final, Optional
 
 import persipubsub.errors
 import persipubsub.message
@@ -37,7 +38,7 @@ class Lease:
     """
 
     def __init__(self, consumer: "Consumer", ports: _calls.Ports,
-                 pulled: List[_inboxes.Pulled]) -> None:
+                 pulled: list[_inboxes.Pulled]) -> None:
         """
         Initialize with what was pulled. Only for the loop's own thread.
 
@@ -52,7 +53,7 @@ class Lease:
         self._hold = _holding.Hold(consumer.ahead(ports), ports.loop, pulled)
         self._process_id = os.getpid()
         self._pause = consumer.settings.address.ack_wait_secs / 3
-        self._timer = None  # type: Optional[asyncio.TimerHandle]
+        self._timer: asyncio.TimerHandle | None = None
         self._beat_later(weakref.ref(self))
 
     def _beat_later(self, reference: "weakref.ref[Lease]") -> None:
@@ -127,11 +128,11 @@ class Lease:
         if self._process_id == os.getpid():
             with self._kept_for_closing():
                 return self._consumer.calls.begin(function)
-        nothing = concurrent.futures.Future()  # type: Ending
+        nothing: Ending = concurrent.futures.Future()
         nothing.set_result(None)
         return nothing
 
-    def give_back(self, error: Optional[BaseException] = None) -> None:
+    def give_back(self, error: BaseException | None = None) -> None:
         """
         Let the messages be delivered again, perhaps to another.
 
@@ -144,7 +145,7 @@ class Lease:
             with contextlib.suppress(persipubsub.errors.ClosedError), self._kept_for_closing():
                 self._consumer.calls.run(self._give_back)
 
-    def begin_give_back(self, error: Optional[BaseException] = None) -> Ending:
+    def begin_give_back(self, error: BaseException | None = None) -> Ending:
         """
         Begin what :py:meth:`give_back` does. Never blocks.
 
@@ -181,7 +182,7 @@ class Lease:
         if self._process_id == os.getpid():
             self._consumer.calls.run(self.beat)
 
-    def details(self) -> List[persipubsub.message.Message]:
+    def details(self) -> list[persipubsub.message.Message]:
         """
         Tell what is known of the messages.
 
@@ -208,16 +209,16 @@ class Consumer:
         self.settings = settings
         self.calls = calls
         #: That are held. Only the loop's own thread changes it.
-        self.leases = weakref.WeakSet()  # type: weakref.WeakSet[Lease]
+        self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         #: That their threads could not end, since the queue was being closed: closing ends them.
-        self.unended = []  # type: List[Lease]
+        self.unended: list[Lease] = []
         # What takes messages right now. Once closing began, it gives them back.
         self._takes = _calls.Takes()
         self._is_closing = False
         self._durable = _address.durable_of(subscriber)
         self._subscriber = subscriber
-        self._ahead = None  # type: Optional[_ahead.Ahead]
-        self._ahead_of = None  # type: Optional[_calls.Ports]
+        self._ahead: _ahead.Ahead | None = None
+        self._ahead_of: _calls.Ports | None = None
 
     def ahead(self, ports: _calls.Ports) -> _ahead.Ahead:
         """
@@ -249,9 +250,9 @@ class Consumer:
     # Taking
 
     def take(self,
-             timeout: Optional[float],
+             timeout: float | None,
              longest_pause: float = 1.0,
-             max_messages: int = 1) -> Optional[Lease]:
+             max_messages: int = 1) -> Lease | None:
         """
         Take the next message, or several; wait if there is none.
 
@@ -264,7 +265,7 @@ class Consumer:
         del longest_pause
         return self._hand_over(lambda: self._take(timeout, max_messages))
 
-    def take_newest(self, timeout: Optional[float], longest_pause: float = 1.0) -> Optional[Lease]:
+    def take_newest(self, timeout: float | None, longest_pause: float = 1.0) -> Lease | None:
         """
         Take the newest message, and acknowledge all others; wait if there is none.
 
@@ -275,16 +276,15 @@ class Consumer:
         del longest_pause
         return self._hand_over(lambda: self._take_newest(timeout))
 
-    def _hand_over(
-            self,
-            function: "Callable[[], Coroutine[Any, Any, Optional[Lease]]]") -> Optional[Lease]:
+    def _hand_over(self,
+                   function: "Callable[[], Coroutine[Any, Any, Optional[Lease]]]") -> Lease | None:
         """
         Take a lease over from the loop, or give it back if this thread is interrupted (Ctrl-C).
 
         :param function: makes the coroutine that takes it
         :return: the lease
         """
-        handover = _calls.Handover()  # type: _calls.Handover[Lease]
+        handover: _calls.Handover[Lease] = _calls.Handover()
         try:
             return self.calls.run(self._into(handover, function))
         except BaseException:
@@ -294,9 +294,9 @@ class Consumer:
             raise
 
     def begin_take(self,
-                   timeout: Optional[float],
+                   timeout: float | None,
                    max_messages: int = 1,
-                   is_newest: bool = False) -> concurrent.futures.Future[Optional[Lease]]:
+                   is_newest: bool = False) -> concurrent.futures.Future[Lease | None]:
         """
         Begin what :py:meth:`take` or :py:meth:`take_newest` does. Never blocks.
 
@@ -308,13 +308,13 @@ class Consumer:
             back
         :raise ClosedError: if the queue was closed
         """
-        handover = _calls.Handover()  # type: _calls.Handover[Lease]
+        handover: _calls.Handover[Lease] = _calls.Handover()
 
-        async def function() -> Optional[Lease]:
+        async def function() -> Lease | None:
             return await (self._take_newest(timeout) if is_newest else self._take(
                 timeout, max_messages))
 
-        def end(begun: concurrent.futures.Future[Optional[Lease]]) -> None:
+        def end(begun: concurrent.futures.Future[Lease | None]) -> None:
             lease = handover.leave() if begun.cancelled() else None
             if lease is not None:
                 with contextlib.suppress(persipubsub.errors.ClosedError):
@@ -336,7 +336,7 @@ class Consumer:
         :return: makes the coroutine that does both
         """
 
-        async def work() -> Optional[Lease]:
+        async def work() -> Lease | None:
             async with self._takes.behind_others():
                 lease = await function()
                 if lease is not None and (self._is_closing or not handover.give(lease)):
@@ -347,7 +347,7 @@ class Consumer:
 
         return work
 
-    async def _take(self, timeout: Optional[float], max_messages: int) -> Optional[Lease]:
+    async def _take(self, timeout: float | None, max_messages: int) -> Lease | None:
         """
         Pull messages.
 
@@ -362,7 +362,7 @@ class Consumer:
         pulled = await ahead.take(timeout, max_messages, is_alone)
         return self._lease(ports, pulled) if pulled else None
 
-    def _lease(self, ports: _calls.Ports, pulled: List[_inboxes.Pulled]) -> Lease:
+    def _lease(self, ports: _calls.Ports, pulled: list[_inboxes.Pulled]) -> Lease:
         """
         Lease what was pulled.
 
@@ -374,7 +374,7 @@ class Consumer:
         self.leases.add(lease)
         return lease
 
-    async def _take_newest(self, timeout: Optional[float]) -> Optional[Lease]:
+    async def _take_newest(self, timeout: float | None) -> Lease | None:
         """
         Pull all messages that are there, and keep only the newest.
 
@@ -407,7 +407,7 @@ class Consumer:
         return count
 
     async def _skip(self, ports: _calls.Ports,
-                    pulled: List[_inboxes.Pulled]) -> "tuple[int, Lease]":
+                    pulled: list[_inboxes.Pulled]) -> "tuple[int, Lease]":
         """
         Acknowledge all messages that are there now but the newest one.
 
@@ -446,7 +446,7 @@ class Consumer:
 
     # Looking
 
-    def front(self) -> Optional[bytes]:
+    def front(self) -> bytes | None:
         """
         Look at the next message without taking it.
 
@@ -457,7 +457,7 @@ class Consumer:
         """
         return self.calls.run(self._front)
 
-    async def _front(self) -> Optional[bytes]:
+    async def _front(self) -> bytes | None:
         """
         Find the next message.
 

@@ -9,7 +9,7 @@ it.
 import http.client
 import json
 import urllib.request
-from typing import Any, Final, Optional, Tuple
+from typing import Any, Final
 
 from persipubsub.jetstream import _address
 
@@ -23,7 +23,7 @@ _ADVICE: Final = ("durability \"fsync\" needs \"sync_interval: always\" in the b
                   "each server of {}")
 
 
-def warnings_of(address: _address.Address) -> Tuple[str, ...]:
+def warnings_of(address: _address.Address) -> tuple[str, ...]:
     """
     Ask a server how often it flushes.
 
@@ -32,18 +32,18 @@ def warnings_of(address: _address.Address) -> Tuple[str, ...]:
     """
     advice = _ADVICE.format(",".join(address.servers))
     if address.monitor is None:
-        return (advice + " (not checked: the path has no monitor=http://host:8222)", )
-    found = _read(address.monitor + "/varz")
+        return (f"{advice} (not checked: the path has no monitor=http://host:8222)", )
+    found = _read(f"{address.monitor}/varz")
     if found is None:
-        return (advice + " (not checked: {} does not answer)".format(address.monitor), )
+        return (f"{advice} (not checked: {address.monitor} does not answer)", )
     config = (found.get("jetstream") or {}).get("config") or {}
     if config.get("sync_always"):
         return ()
-    return (advice + ", but {} flushes every {:g} s".format(address.monitor,
-                                                            config.get("sync_interval", 0) / 1e9), )
+    return (advice + f", but {address.monitor} flushes every "
+            f"{config.get('sync_interval', 0) / 1000000000.0:g} s", )
 
 
-def _read(url: str) -> Optional[Any]:
+def _read(url: str) -> Any | None:
     """
     Read a page.
 

@@ -3,7 +3,8 @@
 import asyncio
 import re
 import ssl
-from typing import Any, Dict, Final, Sequence, Tuple, Type
+from collections.abc import Sequence
+from typing import Any, Final
 
 import nats.errors
 
@@ -27,8 +28,8 @@ _FINAL: Final[frozenset[int]] = frozenset((LIMIT_REACHED, ) + _NOT_ENABLED + _NO
                                           _BAD_REPLICAS)
 
 #: What answers mean: their codes, the error, and what was expected of the path.
-_ANSWERS: Final[Sequence[Tuple[Tuple[
-    int, ...], Type[persipubsub.errors.PersipubsubError], str]]] = (
+_ANSWERS: Final[Sequence[tuple[tuple[
+    int, ...], type[persipubsub.errors.PersipubsubError], str]]] = (
         ((STREAM_NOT_FOUND, CONSUMER_NOT_FOUND), persipubsub.errors.NotInitializedError,
          "a queue at {} (persipubsub.control.initialize_all_dbs makes it)"),
         (_NOT_ENABLED, persipubsub.errors.UnavailableError,
@@ -46,14 +47,14 @@ _ANSWERS: Final[Sequence[Tuple[Tuple[
 class ApiError(Exception):
     """Hold what the server answered instead of doing what it was asked for."""
 
-    def __init__(self, answer: Dict[str, Any]) -> None:
+    def __init__(self, answer: dict[str, Any]) -> None:
         """
         Initialize with the answer.
 
         :param answer: its part ``error``
         """
-        super().__init__("{} ({})".format(answer.get("description", "no description"),
-                                          answer.get("err_code", answer.get("code"))))
+        super().__init__(f"{answer.get('description', 'no description')} "
+                         f"({answer.get('err_code', answer.get('code'))})")
         self.code = int(answer.get("code", 0))
         self.err_code = int(answer.get("err_code", 0))
 
@@ -95,14 +96,14 @@ def translate(error: BaseException, path: str) -> persipubsub.errors.Persipubsub
             "NATS_TOKEN or NATS_NKEY), but got: {}".format(path, describe(error)))
     if isinstance(error, ssl.SSLError):
         return persipubsub.errors.AccessError(
-            "Expected a TLS connection to {} (NATS_CA, NATS_CERT, NATS_KEY), but got: {}".format(
-                path, describe(error)))
+            f"Expected a TLS connection to {path} (NATS_CA, NATS_CERT, NATS_KEY), but got: "
+            f"{describe(error)}")
     if isinstance(error, nats.errors.MaxPayloadError):
         return persipubsub.errors.MessageTooLargeError(
-            "Expected a message within max_payload of the servers of {}, but got: {}".format(
-                path, describe(error)))
+            f"Expected a message within max_payload of the servers of {path}, but got: "
+            f"{describe(error)}")
     return persipubsub.errors.UnavailableError(
-        "Expected an answer of the servers of {}, but got: {}".format(path, describe(error)))
+        f"Expected an answer of the servers of {path}, but got: {describe(error)}")
 
 
 def closed(path: str) -> persipubsub.errors.ClosedError:
@@ -113,7 +114,7 @@ def closed(path: str) -> persipubsub.errors.ClosedError:
     :return: error to be raised
     """
     return persipubsub.errors.ClosedError(
-        "Expected the queue {} to be open, but got: it was closed meanwhile".format(path))
+        f"Expected the queue {path} to be open, but got: it was closed meanwhile")
 
 
 def missing_consumer(path: str) -> persipubsub.errors.PersipubsubError:
@@ -143,7 +144,7 @@ def _translate_answer(error: ApiError, path: str) -> persipubsub.errors.Persipub
             break
     else:
         kind, text = persipubsub.errors.StoreError, "the servers of {} to do it"
-    return kind("Expected {}, but got: {}".format(text.format(path), error))
+    return kind(f"Expected {text.format(path)}, but got: {error}")
 
 
 def is_refusal(error: BaseException) -> bool:

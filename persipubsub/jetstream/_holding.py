@@ -6,7 +6,6 @@ as well, in a forked child, and when the interpreter exits. So it only leaves wo
 """
 
 import os
-from typing import List
 
 from persipubsub.jetstream import _ahead, _inboxes, _loop
 
@@ -21,7 +20,7 @@ class Hold:
     __slots__ = ("_ahead", "_loop", "_pulled", "_is_over")
 
     def __init__(self, ahead: _ahead.Ahead, loop: _loop.Loop,
-                 pulled: List[_inboxes.Pulled]) -> None:
+                 pulled: list[_inboxes.Pulled]) -> None:
         """
         Initialize with what is held.
 
@@ -48,7 +47,7 @@ class Hold:
             pass  # at the exit, modules may be torn down already
 
 
-def _give_back(ahead: _ahead.Ahead, pulled: List[_inboxes.Pulled]) -> None:
+def _give_back(ahead: _ahead.Ahead, pulled: list[_inboxes.Pulled]) -> None:
     """
     Give messages back, and those behind them, before whoever asks next is served.
 

@@ -9,7 +9,8 @@ import collections
 import contextlib
 import datetime
 import time
-from typing import Any, Deque, Dict, Final, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import nats.aio.client
 import nats.aio.msg
@@ -28,7 +29,7 @@ _TOLD_AT_ONCE: Final = 512
 #: message behind the others that were given back.
 _NOTHING: Final = b"{"
 
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 class Pulled(NamedTuple):
@@ -54,8 +55,8 @@ class Inbox:
         """
         self.client = client
         self.name = client.new_inbox()
-        self.messages = collections.deque()  # type: Deque[Pulled]
-        self.statuses = collections.deque()  # type: Deque[Dict[str, str]]
+        self.messages: collections.deque[Pulled] = collections.deque()
+        self.statuses: collections.deque[dict[str, str]] = collections.deque()
         self.changed = asyncio.Event()
         #: Pulls whose end was not seen yet: they may bring something.
         self.pulls = 0
@@ -65,7 +66,7 @@ class Inbox:
         self.wanted_now = 0
         #: Whether the last pull ended before it could bring all that was there.
         self.has_more = False
-        self._subscription = None  # type: Any
+        self._subscription: Any = None
 
     async def listen(self) -> "Inbox":
         """

@@ -7,7 +7,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 import asyncio
 import contextlib
 import time
-from typing import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import persipubsub.errors
 from persipubsub.jetstream import _inboxes, _stream

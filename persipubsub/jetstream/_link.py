@@ -12,7 +12,8 @@ import os
 import ssl
 import time
 import weakref
-from typing import Any, Callable, Coroutine, Dict, Final, Mapping, Optional, Tuple, TypeAlias
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, TypeAlias
 
 import nats.aio.client
 import nats.aio.msg
@@ -58,7 +59,7 @@ _NO_JETSTREAM_SECS: Final = 2.0
 class Link:
     """Be a connection that is made at its first use, and made again when it is lost."""
 
-    def __init__(self, loop: _loop.Loop, servers: Tuple[str, ...], path: str) -> None:
+    def __init__(self, loop: _loop.Loop, servers: tuple[str, ...], path: str) -> None:
         """
         Initialize without connecting.
 
@@ -71,12 +72,12 @@ class Link:
         self._is_closed = False
         self._servers = servers
         self._path = path
-        self._client = None  # type: Optional[nats.aio.client.Client]
+        self._client: nats.aio.client.Client | None = None
         # Guards the making of a connection, and lets those who wait for one go on in the order in
         # which they began: what was lost with the last one would come behind later messages.
         self._line = _asking.Line()
-        self._answers = None  # type: Optional[_asking.Answers]
-        self._complaint = None  # type: Optional[BaseException]
+        self._answers: _asking.Answers | None = None
+        self._complaint: BaseException | None = None
         loop.closers.append(self.close)
         loop.sockets.append(self._descriptor)
 
@@ -104,7 +105,7 @@ class Link:
 
     # Connecting
 
-    async def client(self, deadline: float, ticket: Optional[int] = None) -> nats.aio.client.Client:
+    async def client(self, deadline: float, ticket: int | None = None) -> nats.aio.client.Client:
         """
         Wait until there is a connection, and the server reads what is sent over it.
 
@@ -121,7 +122,7 @@ class Link:
         while True:
             try:
                 await self._line.enter(ticket, max(0.0, deadline - time.monotonic()))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise self._unreachable() from None
             try:
                 client = await self._until_ready(deadline)
@@ -220,8 +221,8 @@ class Link:
         if is_over and not isinstance(error, (nats.errors.Error, OSError)):
             # What it reads credentials with has errors of its own, and raises KeyError as well.
             raise persipubsub.errors.AccessError(
-                "Expected credentials for {} in NATS_CREDS or NATS_NKEY, but got: {}".format(
-                    self._path, _errors.describe(error)))
+                f"Expected credentials for {self._path} in NATS_CREDS or NATS_NKEY, but got: "
+                f"{_errors.describe(error)}")
         raise _errors.translate(error, self._path) from None
 
     def _unreachable(self) -> persipubsub.errors.UnavailableError:
@@ -235,7 +236,7 @@ class Link:
         else:
             found = "none" if self._complaint is None else _errors.describe(self._complaint)
         return persipubsub.errors.UnavailableError(
-            "Expected a connection to the servers of {}, but got: {}".format(self._path, found))
+            f"Expected a connection to the servers of {self._path}, but got: {found}")
 
     # Asking
 
@@ -243,8 +244,8 @@ class Link:
                       subject: str,
                       payload: bytes,
                       deadline: float,
-                      headers: Optional[Mapping[str, str]] = None,
-                      before: Optional[Before] = None,
+                      headers: Mapping[str, str] | None = None,
+                      before: Before | None = None,
                       takes_late: bool = True) -> nats.aio.msg.Msg:
         """
         Ask until there is an answer. The request has to be one that may be repeated.
@@ -260,7 +261,7 @@ class Link:
         """
         attempt = _FIRST_ATTEMPT_SECS
         begin = time.monotonic()
-        question = None  # type: Optional[_asking.Question]
+        question: _asking.Question | None = None
         ticket, is_again = self._line.draw(), False
         try:
             while True:
@@ -300,7 +301,7 @@ class Link:
                 question.end()
 
     async def _question(self, client: nats.aio.client.Client,
-                        question: Optional[_asking.Question]) -> _asking.Question:
+                        question: _asking.Question | None) -> _asking.Question:
         """
         Find what asks over a connection.
 
@@ -326,15 +327,15 @@ class Link:
         is_enabled = bool(client._server_info.get("jetstream"))
         if not is_enabled and time.monotonic() - begin > _NO_JETSTREAM_SECS:
             raise persipubsub.errors.UnavailableError(
-                "Expected servers of {} with JetStream (nats-server -js), but got: a "
-                "server without it".format(self._path)) from None
+                f"Expected servers of {self._path} with JetStream (nats-server -js), but got: a "
+                f"server without it") from None
 
     async def ask(self,
                   subject: str,
                   payload: bytes,
                   deadline: float,
-                  headers: Optional[Mapping[str, str]] = None,
-                  before: Optional[Before] = None) -> Dict[str, Any]:
+                  headers: Mapping[str, str] | None = None,
+                  before: Before | None = None) -> dict[str, Any]:
         """
         Ask, as :py:meth:`request` does, for an answer of JetStream.
 
@@ -348,7 +349,7 @@ class Link:
         """
         while True:
             message = await self.request(subject, payload, deadline, headers, before)
-            answer = json.loads(message.data)  # type: Dict[str, Any]
+            answer: dict[str, Any] = json.loads(message.data)
             if "error" not in answer:
                 return answer
             error = _errors.ApiError(answer["error"])
@@ -356,16 +357,16 @@ class Link:
                 raise error
             if time.monotonic() >= deadline:
                 raise persipubsub.errors.UnavailableError(
-                    "Expected the servers of {} to be ready, but got: {}".format(self._path, error))
+                    f"Expected the servers of {self._path} to be ready, but got: {error}")
             await asyncio.sleep(_PAUSE_SECS)
             if before is not None:
                 await before()
 
     async def api(self,
                   verb: str,
-                  body: Optional[Mapping[str, Any]],
+                  body: Mapping[str, Any] | None,
                   deadline: float,
-                  confirms: bool = True) -> Dict[str, Any]:
+                  confirms: bool = True) -> dict[str, Any]:
         """
         Ask the API of JetStream.
 
@@ -380,7 +381,7 @@ class Link:
         until = min(deadline, time.monotonic() + RECOVERY_SECS)
         while True:
             try:
-                return await self.ask("$JS.API." + verb, payload, deadline)
+                return await self.ask(f"$JS.API.{verb}", payload, deadline)
             except _errors.ApiError as error:
                 if (not confirms or not error.is_missing() or not self.is_cluster()
                         or time.monotonic() >= until):
@@ -420,10 +421,10 @@ class Link:
         self._complaint = None
         if "permissions violation" in text:
             raise persipubsub.errors.AccessError(
-                "Expected the rights to use {}, but got: {}".format(self._path, complaint))
+                f"Expected the rights to use {self._path}, but got: {complaint}")
 
 
-def _credentials(path: str) -> Dict[str, Any]:
+def _credentials(path: str) -> dict[str, Any]:
     """
     Take from the environment who we are.
 
@@ -431,7 +432,7 @@ def _credentials(path: str) -> Dict[str, Any]:
     :return: arguments of the client
     """
     found = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
-    options = {}  # type: Dict[str, Any]
+    options: dict[str, Any] = {}
     for name, argument in (("NATS_CREDS", "user_credentials"), ("NATS_NKEY", "nkeys_seed"),
                            ("NATS_USER", "user"), ("NATS_PASSWORD", "password"), ("NATS_TOKEN",
                                                                                   "token")):
@@ -440,8 +441,8 @@ def _credentials(path: str) -> Dict[str, Any]:
     for name in ("NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT", "NATS_KEY"):
         if name in found and not os.access(found[name], os.R_OK):
             raise persipubsub.errors.AccessError(
-                "Expected a file that can be read in {} for the queue {}, but got: {!r}".format(
-                    name, path, found[name]))
+                f"Expected a file that can be read in {name} for the queue {path}, but got: "
+                f"{found[name]!r}")
     if "NATS_CA" in found or "NATS_CERT" in found:
         try:
             context = ssl.create_default_context(cafile=found.get("NATS_CA"))
@@ -449,17 +450,17 @@ def _credentials(path: str) -> Dict[str, Any]:
                 context.load_cert_chain(found["NATS_CERT"], found.get("NATS_KEY"))
         except (OSError, ssl.SSLError) as error:
             raise persipubsub.errors.AccessError(
-                "Expected certificates in NATS_CA, NATS_CERT and NATS_KEY for the queue {}, but "
-                "got: {}".format(path, error)) from None
+                f"Expected certificates in NATS_CA, NATS_CERT and NATS_KEY for the queue "
+                f"{path}, but got: {error}") from None
         options["tls"] = context
     return options
 
 
 #: Connections by loop, servers and credentials. Only the loop's own thread changes it.
-_LINKS = weakref.WeakKeyDictionary()  # type: weakref.WeakKeyDictionary[_loop.Loop, Dict[Any, Link]]
+_LINKS: weakref.WeakKeyDictionary[_loop.Loop, dict[Any, Link]] = weakref.WeakKeyDictionary()
 
 
-def acquire(loop: _loop.Loop, servers: Tuple[str, ...], path: str) -> Link:
+def acquire(loop: _loop.Loop, servers: tuple[str, ...], path: str) -> Link:
     """
     Share a connection. Only for the loop's own thread.
 

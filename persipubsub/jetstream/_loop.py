@@ -15,7 +15,8 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from typing import Any, Callable, Coroutine, Final, List, Optional, Set, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 import persipubsub.errors
 
@@ -36,15 +37,15 @@ class Loop:
         self.process_id = os.getpid()
         self._loop = asyncio.new_event_loop()
         #: To be awaited at the exit before the connections are closed, which raise nothing.
-        self.givers = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
+        self.givers: list[Callable[[], Coroutine[Any, Any, None]]] = []
         #: To be awaited at the exit, and sockets to be closed in forked children. Only the loop's
         #: own thread changes them.
-        self.closers = []  # type: List[Callable[[], Coroutine[Any, Any, None]]]
-        self.sockets = []  # type: List[Callable[[], int]]
+        self.closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self.sockets: list[Callable[[], int]] = []
         self._is_stopped = threading.Event()
         # Nothing is begun any more. Only the loop's own thread changes it.
         self._is_over = False
-        self._tasks = set()  # type: Set["asyncio.Task[Any]"]
+        self._tasks: set["asyncio.Task[Any]"] = set()
         # A daemon: a program that ends without closing its queues must not hang.
         self._thread = threading.Thread(target=self._run, name="persipubsub-nats", daemon=True)
         self._thread.start()
@@ -151,7 +152,7 @@ class Loop:
         try:
             await asyncio.wait_for(asyncio.gather(*(giver() for giver in self.givers)),
                                    timeout=_EXIT_SECS / 2)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             pass  # the server gives it to others after ack_wait
         closers, self.closers = self.closers, []
         await asyncio.gather(*(closer() for closer in closers), return_exceptions=True)
@@ -177,8 +178,8 @@ def _exiting() -> persipubsub.errors.ClosedError:
 # Guards _current while it is set; nothing else is done while it is held. A forked child gets a new
 # one, since another thread may hold the old one for ever.
 _lock = threading.Lock()
-_current = None  # type: Optional[Loop]
-_parents = []  # type: List[Loop]
+_current: Loop | None = None
+_parents: list[Loop] = []
 
 
 def current() -> Loop:

@@ -9,7 +9,8 @@ import hashlib
 import math
 import time
 import uuid
-from typing import Dict, Final, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple, NoReturn
 
 import persipubsub.errors
 from persipubsub import _losses
@@ -101,8 +102,8 @@ class Publishing:
         # Guards the making of room: coroutines that find the queue full at once prune it once.
         self._room = asyncio.Lock()
 
-    async def put(self, messages: Sequence[bytes], audience: Optional[Tuple[str, ...]],
-                  timeout: Optional[float], msg_ids: Optional[Sequence[Optional[bytes]]]) -> int:
+    async def put(self, messages: Sequence[bytes], audience: tuple[str, ...] | None,
+                  timeout: float | None, msg_ids: Sequence[bytes | None] | None) -> int:
         """
         Publish messages, in order.
 
@@ -123,7 +124,7 @@ class Publishing:
             subject = self._settings.subject(audience)
             unique = uuid.uuid4().hex
             ids = [
-                "{}.{}".format(unique, index) if msg_id is None else _to_id(msg_id)
+                f"{unique}.{index}" if msg_id is None else _to_id(msg_id)
                 for index, msg_id in enumerate(msg_ids or [None] * len(messages))
             ]
             until = None if timeout is None else begin + timeout
@@ -133,7 +134,7 @@ class Publishing:
         return await self._publish(subject, messages[0], ids[0], until)
 
     async def _put_batch(self, subject: str, messages: Sequence[bytes], ids: Sequence[str],
-                         until: Optional[float], turn: _Turn) -> int:
+                         until: float | None, turn: _Turn) -> int:
         """
         Publish several messages, in order.
 
@@ -145,7 +146,7 @@ class Publishing:
         :return: number of the first message
         """
         size = sum(self._size_of(subject, *both) for both in zip(messages, ids))
-        numbers = []  # type: List[int]
+        numbers: list[int] = []
         if (await self._make_room(len(messages), size, until, turn)).is_scarce:
             # Somebody else may fill the queue in between: one after the other, so that a message
             # that is refused does not come behind those that follow it.
@@ -162,7 +163,7 @@ class Publishing:
             numbers += await group
         return numbers[0]
 
-    def _deadline(self, begin: Optional[float] = None) -> float:
+    def _deadline(self, begin: float | None = None) -> float:
         """
         Bound the wait for the servers.
 
@@ -195,8 +196,8 @@ class Publishing:
                        subject: str,
                        message: bytes,
                        msg_id: str,
-                       until: Optional[float],
-                       turn: Optional[_Turn] = None) -> int:
+                       until: float | None,
+                       turn: _Turn | None = None) -> int:
         """
         Publish one message, until it is stored or the time is over.
 
@@ -241,8 +242,8 @@ class Publishing:
             # Known by its id, and not stored: its leader died in between, and it may be lost.
             if time.monotonic() >= deadline:
                 raise persipubsub.errors.UnavailableError(
-                    "Expected {} to store a message, but got: no number for it in time".format(
-                        self._settings.path))
+                    f"Expected {self._settings.path} to store a message, but got: no number for "
+                    f"it in time")
             await asyncio.sleep(0.05)
 
     async def _catch_up(self, since: float, deadline: float) -> None:
@@ -282,7 +283,7 @@ class Publishing:
         """
         return len(message) + len(subject) + len(self._stream.name) + len(msg_id) + _FRAME_BYTES
 
-    def _waits(self, until: Optional[float]) -> bool:
+    def _waits(self, until: float | None) -> bool:
         """
         Tell whether room is still to be waited for.
 
@@ -291,8 +292,8 @@ class Publishing:
         """
         return self._settings.strategy == "block" and (until is None or time.monotonic() < until)
 
-    async def _make_room(self, count: int, size: int, until: Optional[float],
-                         turn: Optional[_Turn]) -> _Room:
+    async def _make_room(self, count: int, size: int, until: float | None,
+                         turn: _Turn | None) -> _Room:
         """
         Make or wait for room, as the strategy says. If there is room it does nothing.
 
@@ -376,7 +377,7 @@ class Publishing:
         :param messages: how many there are
         :raise QueueFullError: always
         """
-        lags = await self._stream.lags(self._deadline())  # type: Dict[str, int]
+        lags: dict[str, int] = await self._stream.lags(self._deadline())
         slowest = max(lags, key=lambda subscriber: lags[subscriber], default="nobody")
         raise persipubsub.errors.QueueFullError(
             "Expected room in the queue {} (MAX_MSGS_NUM, HWM_LMDB_SIZE_BYTES), but got: {} "
@@ -384,7 +385,7 @@ class Publishing:
                                                               lags.get(slowest, 0), slowest))
 
 
-def _groups(messages: Sequence[bytes]) -> List[Tuple[int, int]]:
+def _groups(messages: Sequence[bytes]) -> list[tuple[int, int]]:
     """
     Cut a batch into what is written at once.
 
@@ -420,4 +421,4 @@ def _to_id(msg_id: bytes) -> str:
     :param msg_id: any bytes
     :return: no two of them have the same
     """
-    return "u." + hashlib.sha256(msg_id).hexdigest()
+    return f"u.{hashlib.sha256(msg_id).hexdigest()}"

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from typing import Any, Dict, Final, List, Optional, Tuple
+from typing import Any, Final
 
 import nats.aio.client
 import nats.errors
@@ -66,11 +66,11 @@ class Puller:
                                         lambda count: self.pull_now(count, sys.maxsize))
         self._stream = stream
         self._settings = settings
-        self._subject = "$JS.API.CONSUMER.MSG.NEXT.{}.{}".format(stream.name, durable)
-        self._info = "CONSUMER.INFO.{}.{}".format(stream.name, durable)
-        self._idle = []  # type: List[_inboxes.Inbox]
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream.name}.{durable}"
+        self._info = f"CONSUMER.INFO.{stream.name}.{durable}"
+        self._idle: list[_inboxes.Inbox] = []
         # What waits for messages, with its place in the line at the servers.
-        self._pulls = {}  # type: Dict["asyncio.Task[Any]", float]
+        self._pulls: dict["asyncio.Task[Any]", float] = {}
         self._places = itertools.count()
         self._is_closed = False
         # How many take several messages at this moment; they share the bytes on the way.
@@ -150,7 +150,7 @@ class Puller:
 
     async def pull_now(self,
                        max_messages: int,
-                       max_bytes: int = _MOST_TAKEN_BYTES) -> List[_inboxes.Pulled]:
+                       max_bytes: int = _MOST_TAKEN_BYTES) -> list[_inboxes.Pulled]:
         """
         Take messages that are there, with as many pulls as their size needs.
 
@@ -161,7 +161,7 @@ class Puller:
         :raise NotInitializedError: if there is no such consumer any more
         :raise ClosedError: if the queue is closed meanwhile
         """
-        taken, found = [], []  # type: List[_inboxes.Pulled], List[_inboxes.Pulled]
+        taken, found = [], []  # type: list[_inboxes.Pulled], list[_inboxes.Pulled]
         has_more = True
         patience_secs = self._settings.address.ack_wait_secs / 4
         self._batches += 1
@@ -187,7 +187,7 @@ class Puller:
             self._batches -= 1
         return taken
 
-    async def pull_once(self, max_messages: int, max_bytes: int) -> List[_inboxes.Pulled]:
+    async def pull_once(self, max_messages: int, max_bytes: int) -> list[_inboxes.Pulled]:
         """
         Take messages that are there, and that were never given back, with one pull.
 
@@ -200,7 +200,7 @@ class Puller:
         """
         return (await self._pull(0.0, max_messages, max_bytes))[0]
 
-    async def pull_one(self, timeout: float) -> List[_inboxes.Pulled]:
+    async def pull_one(self, timeout: float) -> list[_inboxes.Pulled]:
         """
         Wait for a message.
 
@@ -213,7 +213,7 @@ class Puller:
         return (await self._pull(timeout, 1, None))[0]
 
     async def _pull(self, timeout: float, max_messages: int,
-                    max_bytes: Optional[int]) -> Tuple[List[_inboxes.Pulled], bool]:
+                    max_bytes: int | None) -> tuple[list[_inboxes.Pulled], bool]:
         """
         Wait for messages, so that closing ends it.
 
@@ -237,7 +237,7 @@ class Puller:
             del self._pulls[task]
 
     async def _repeat(self, timeout: float, max_messages: int,
-                      max_bytes: Optional[int]) -> Tuple[List[_inboxes.Pulled], bool]:
+                      max_bytes: int | None) -> tuple[list[_inboxes.Pulled], bool]:
         """
         Pull until there are messages, or no time is left.
 
@@ -247,8 +247,8 @@ class Puller:
         :return: messages; none if there was none in time; and whether there may be more
         """
         deadline = time.monotonic() + timeout
-        inbox = None  # type: Optional[_inboxes.Inbox]
-        taken = []  # type: List[_inboxes.Pulled]
+        inbox: _inboxes.Inbox | None = None
+        taken: list[_inboxes.Pulled] = []
         if time.monotonic() - self._listened > _PAUSE_SECS:
             self._heard = time.monotonic()
         try:
@@ -263,7 +263,7 @@ class Puller:
                 inbox = found
                 if inbox is not None:
                     if left <= 0:
-                        request = {"batch": max_messages, "no_wait": True}  # type: Dict[str, Any]
+                        request: dict[str, Any] = {"batch": max_messages, "no_wait": True}
                         if max_bytes is not None:
                             request["max_bytes"] = max_bytes
                         await self._ask(inbox, request, 0.0)
@@ -296,8 +296,7 @@ class Puller:
         ends_soon = inbox.pulls == 0 or inbox.wanted_now > 0
         self.returns.begin(self._finish(inbox) if ends_soon else self._retire(inbox))
 
-    async def _listening(self, inbox: Optional[_inboxes.Inbox],
-                         left: float) -> Optional[_inboxes.Inbox]:
+    async def _listening(self, inbox: _inboxes.Inbox | None, left: float) -> _inboxes.Inbox | None:
         """
         Find an inbox of a connection that lives.
 
@@ -322,7 +321,7 @@ class Puller:
                 return inbox
         return await _inboxes.Inbox(client).listen()
 
-    async def _ask(self, inbox: _inboxes.Inbox, request: Dict[str, Any], left: float) -> None:
+    async def _ask(self, inbox: _inboxes.Inbox, request: dict[str, Any], left: float) -> None:
         """
         Pull, and wait for a message or for the end of the pull. Without the right to, it fails.
 
@@ -383,7 +382,7 @@ class Puller:
                 async with asyncio.timeout(patience):
                     await inbox.changed.wait()
                 self._heard = time.monotonic()
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return False
             await inbox.keep(self._settings.address.ack_wait_secs)
 
@@ -424,8 +423,8 @@ class Puller:
         """
         if time.monotonic() - self._heard > self._settings.wait_secs:
             raise persipubsub.errors.UnavailableError(
-                "Expected the servers of {} to deliver, but got: no answer for {:.0f} s".format(
-                    self._settings.path, self._settings.wait_secs))
+                f"Expected the servers of {self._settings.path} to deliver, but got: no answer "
+                f"for {self._settings.wait_secs:.0f} s")
 
     async def _check_consumer(self) -> None:
         """
@@ -447,7 +446,7 @@ class Puller:
             self._missing_since = 0.0
 
     async def _take_fresh(self, inbox: _inboxes.Inbox, count: int,
-                          taken: List[_inboxes.Pulled]) -> None:
+                          taken: list[_inboxes.Pulled]) -> None:
         """
         Take messages out of an inbox, but those that are too old.
 
@@ -482,7 +481,7 @@ class Puller:
         """
         return self._stream.now_ns() - pulled.time_ns > self._settings.timeout_ns
 
-    async def drop(self, pulled: List[_inboxes.Pulled]) -> None:
+    async def drop(self, pulled: list[_inboxes.Pulled]) -> None:
         """
         Tell the servers, if they are there, that nobody will want messages. It raises nothing.
 

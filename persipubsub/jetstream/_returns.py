@@ -13,7 +13,8 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 import asyncio
 import contextlib
 import time
-from typing import Any, Callable, Coroutine, Dict, Final, List, Optional, Set
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 import nats.errors
 
@@ -31,7 +32,7 @@ class Returns:
     """Give messages back, for any number of coroutines."""
 
     def __init__(self, link: _link.Link,
-                 pull: Callable[[int], Coroutine[Any, Any, List[_inboxes.Pulled]]]) -> None:
+                 pull: Callable[[int], Coroutine[Any, Any, list[_inboxes.Pulled]]]) -> None:
         """
         Initialize with nothing to be given back.
 
@@ -43,12 +44,12 @@ class Returns:
         #: Numbers of messages that were given back and did not come again since, as far as we know
         #: (others may have them), and when. They are delivered next, in the order of their giving
         #: back.
-        self.given = {}  # type: Dict[int, float]
+        self.given: dict[int, float] = {}
         # What ends the use of inboxes, and may find messages in them.
-        self._endings = set()  # type: Set[asyncio.Task[None]]
+        self._endings: set[asyncio.Task[None]] = set()
         # What waits for that, since what is found may be in front of it; and what gives it back.
-        self._waiting = []  # type: List[_inboxes.Pulled]
-        self._giver = None  # type: Optional[asyncio.Task[None]]
+        self._waiting: list[_inboxes.Pulled] = []
+        self._giver: asyncio.Task[None] | None = None
 
     def note(self, pulled: _inboxes.Pulled, asked: float) -> None:
         """
@@ -76,7 +77,7 @@ class Returns:
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
-    async def settle(self, timeout: Optional[float] = None) -> None:
+    async def settle(self, timeout: float | None = None) -> None:
         """
         Wait until what is given back is with the servers, or was given up.
 
@@ -91,7 +92,7 @@ class Returns:
                 break
             await asyncio.wait(pending, timeout=left)
 
-    def give_back(self, pulled: List[_inboxes.Pulled]) -> None:
+    def give_back(self, pulled: list[_inboxes.Pulled]) -> None:
         """
         Let others have messages. It waits for nothing, and raises nothing.
 
@@ -104,13 +105,13 @@ class Returns:
         if self._waiting and not self._giving():
             self._giver = asyncio.ensure_future(self._give())
 
-    def _giving(self) -> "Set[asyncio.Task[None]]":
+    def _giving(self) -> "set[asyncio.Task[None]]":
         """Find what gives back, or is about to, however the last one ended."""
         return {self._giver} if self._giver is not None and not self._giver.done() else set()
 
     async def _give(self) -> None:
         """Give back what waits, in order, as soon as no inbox may bring more of it."""
-        pulled = []  # type: List[_inboxes.Pulled]
+        pulled: list[_inboxes.Pulled] = []
         while self._waiting or pulled:
             while self._endings:
                 await asyncio.wait(list(self._endings))
@@ -125,13 +126,13 @@ class Returns:
                 await self._refuse(pulled, time.monotonic() + _GIVE_BACK_SECS)
             pulled = []
 
-    async def _pull_given(self) -> List[_inboxes.Pulled]:
+    async def _pull_given(self) -> list[_inboxes.Pulled]:
         """
         Pull what was given back. It raises nothing.
 
         :return: messages, perhaps others among them
         """
-        given, found = list(self.given), []  # type: List[int], List[_inboxes.Pulled]
+        given, found = list(self.given), []  # type: list[int], list[_inboxes.Pulled]
         with contextlib.suppress(persipubsub.errors.PersipubsubError, _errors.ApiError,
                                  nats.errors.Error, OSError):
             found = await self._pull(len(given))
@@ -141,7 +142,7 @@ class Returns:
                 self.given.pop(number, None)
         return found
 
-    async def refuse(self, pulled: List[_inboxes.Pulled], seconds: float = _GIVE_BACK_SECS) -> None:
+    async def refuse(self, pulled: list[_inboxes.Pulled], seconds: float = _GIVE_BACK_SECS) -> None:
         """
         Let others have messages, and wait until the servers know.
 
@@ -151,7 +152,7 @@ class Returns:
         """
         await asyncio.shield(self.begin(self._refuse(pulled, time.monotonic() + seconds)))
 
-    async def _refuse(self, pulled: List[_inboxes.Pulled], deadline: float) -> None:
+    async def _refuse(self, pulled: list[_inboxes.Pulled], deadline: float) -> None:
         """
         Let others have messages, and wait until the servers know.
 

@@ -1,6 +1,7 @@
 """Take from a configuration what a queue that is a stream has to know."""
 
-from typing import Any, Dict, Final, FrozenSet, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import persipubsub.config
 import persipubsub.errors
@@ -26,8 +27,8 @@ class Settings(NamedTuple):
     max_message_bytes: int  #: high-water mark, in bytes
     strategy: str  #: what is done at a high-water mark
     wait_secs: float  #: how long one call waits for the servers
-    subscribers: Tuple[str, ...]  #: ids of all subscribers
-    audiences: FrozenSet[Tuple[str, ...]]  #: of the publishers that name those they address
+    subscribers: tuple[str, ...]  #: ids of all subscribers
+    audiences: frozenset[tuple[str, ...]]  #: of the publishers that name those they address
 
     @classmethod
     def of(cls, config: persipubsub.config.Config, queue_key: str) -> "Settings":
@@ -44,7 +45,7 @@ class Settings(NamedTuple):
         try:
             address = _address.parse(queue.path)
         except ValueError as error:
-            text = "{}: queues.{}.path: {}".format(config.path, queue_key, error)
+            text = f"{config.path}: queues.{queue_key}.path: {error}"
             raise persipubsub.errors.ConfigError(text) from None
         everybody = set(queue.subscribers)
         audiences = frozenset(
@@ -62,7 +63,7 @@ class Settings(NamedTuple):
                    subscribers=tuple(queue.subscribers),
                    audiences=audiences)
 
-    def subject(self, audience: Optional[Sequence[str]]) -> str:
+    def subject(self, audience: Sequence[str] | None) -> str:
         """
         Name the subject of the messages for some subscribers.
 
@@ -71,7 +72,7 @@ class Settings(NamedTuple):
         """
         return _address.subject_of(self.address.stream, audience)
 
-    def filters(self, subscriber: str) -> Tuple[str, ...]:
+    def filters(self, subscriber: str) -> tuple[str, ...]:
         """
         Name the subjects of the messages that a subscriber gets.
 
@@ -81,7 +82,7 @@ class Settings(NamedTuple):
         return (self.subject(None), ) + tuple(
             sorted(self.subject(audience) for audience in self.audiences if subscriber in audience))
 
-    def stream_config(self) -> Dict[str, Any]:
+    def stream_config(self) -> dict[str, Any]:
         """
         Describe the stream for the server.
 
@@ -94,7 +95,7 @@ class Settings(NamedTuple):
         return {
             "name": self.address.stream,
             "description": "A queue of persipubsub",
-            "subjects": ["persipubsub.{}.>".format(self.address.stream)],
+            "subjects": [f"persipubsub.{self.address.stream}.>"],
             "retention": "interest",
             "storage": "file",
             "discard": "new",
@@ -109,7 +110,7 @@ class Settings(NamedTuple):
             },
         }
 
-    def consumer_config(self, subscriber: str) -> Dict[str, Any]:
+    def consumer_config(self, subscriber: str) -> dict[str, Any]:
         """
         Describe the durable consumer of a subscriber for the server.
 
@@ -151,7 +152,7 @@ class Settings(NamedTuple):
                     self.max_messages, self.max_message_bytes, self.path, len(sizes), sum(sizes)))
 
 
-def is_ours(stream_config: Dict[str, Any]) -> bool:
+def is_ours(stream_config: dict[str, Any]) -> bool:
     """
     Tell the streams of this library from others.
 
@@ -161,7 +162,7 @@ def is_ours(stream_config: Dict[str, Any]) -> bool:
     return bool((stream_config.get("metadata") or {}).get(_MARK) == "1")
 
 
-def subscriber_of(consumer_config: Dict[str, Any]) -> Optional[str]:
+def subscriber_of(consumer_config: dict[str, Any]) -> str | None:
     """
     Find out whose consumer it is.
 

@@ -7,7 +7,8 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 import asyncio
 import datetime
 import time
-from typing import Any, Dict, Final, Iterable, List, Optional, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
 import persipubsub.errors
 from persipubsub.jetstream import _address, _errors, _link, _settings
@@ -40,7 +41,7 @@ class Stream:
         # Consumers of the stream when it was looked at last.
         self._consumer_count = 0
         # By audience: when it was seen that each of its subscribers wants its subject.
-        self._interest = {}  # type: Dict[Optional[Tuple[str, ...]], float]
+        self._interest: dict[tuple[str, ...] | None, float] = {}
 
     # Making
 
@@ -54,7 +55,7 @@ class Stream:
         found = await self._find(deadline)
         if found is None:
             try:
-                await self.link.api("STREAM.CREATE." + self.name, wanted, deadline)
+                await self.link.api(f"STREAM.CREATE.{self.name}", wanted, deadline)
             except _errors.ApiError as error:
                 # Another process may make it at the same time.
                 if error.err_code != _errors.NAME_IN_USE:
@@ -62,14 +63,14 @@ class Stream:
                 found = await self._find(deadline)
         if found is not None and any(found["config"].get(key) != value
                                      for key, value in wanted.items() if key != "metadata"):
-            await self.link.api("STREAM.UPDATE." + self.name, {
+            await self.link.api(f"STREAM.UPDATE.{self.name}", {
                 **found["config"],
                 **wanted
             }, deadline)
         await self._each(self.settings.subscribers,
                          lambda subscriber: self._ensure_consumer(subscriber, deadline))
 
-    async def _find(self, deadline: float) -> Optional[Dict[str, Any]]:
+    async def _find(self, deadline: float) -> dict[str, Any] | None:
         """
         Look the stream up.
 
@@ -99,15 +100,14 @@ class Stream:
             # Where it began can not be changed.
             wanted = {**config, "ack_wait": wanted["ack_wait"], "filter_subjects": filters}
             wanted.pop("filter_subject", None)
-        await self.link.api(
-            "CONSUMER.CREATE.{}.{}".format(self.name, _address.durable_of(subscriber)), {
-                "stream_name": self.name,
-                "config": wanted
-            }, deadline)
+        await self.link.api(f"CONSUMER.CREATE.{self.name}.{_address.durable_of(subscriber)}", {
+            "stream_name": self.name,
+            "config": wanted
+        }, deadline)
 
     # Looking
 
-    async def info(self, deadline: float, confirms: bool = True) -> Dict[str, Any]:
+    async def info(self, deadline: float, confirms: bool = True) -> dict[str, Any]:
         """
         Ask for what the servers know of the stream.
 
@@ -119,7 +119,7 @@ class Stream:
         """
         before_ns = time.time_ns()
         try:
-            answer = await self.link.api("STREAM.INFO." + self.name, None, deadline, confirms)
+            answer = await self.link.api(f"STREAM.INFO.{self.name}", None, deadline, confirms)
         except _errors.ApiError as error:
             raise _errors.translate(error, self.settings.path) from None
         if not _settings.is_ours(answer["config"]):
@@ -143,7 +143,7 @@ class Stream:
     async def consumer_info(self,
                             subscriber: str,
                             deadline: float,
-                            confirms: bool = True) -> Optional[Dict[str, Any]]:
+                            confirms: bool = True) -> dict[str, Any] | None:
         """
         Ask for what the servers know of a subscriber.
 
@@ -152,7 +152,7 @@ class Stream:
         :param confirms: False to believe at once that it is not there
         :return: ``config``, ``num_pending`` and more; None if there is no such consumer
         """
-        verb = "CONSUMER.INFO.{}.{}".format(self.name, _address.durable_of(subscriber))
+        verb = f"CONSUMER.INFO.{self.name}.{_address.durable_of(subscriber)}"
         try:
             return await self.link.api(verb, None, deadline, confirms)
         except _errors.ApiError as error:
@@ -175,7 +175,7 @@ class Stream:
 
         await self._each(subscribers, check)
 
-    async def require_interest(self, audience: Optional[Tuple[str, ...]], deadline: float) -> None:
+    async def require_interest(self, audience: tuple[str, ...] | None, deadline: float) -> None:
         """
         Check that every subscriber of an audience wants its messages.
 
@@ -210,7 +210,7 @@ class Stream:
                     raise self._missing(subscriber)
         self._interest[audience] = now
 
-    async def _consumers(self, verb: str, deadline: float) -> List[Any]:
+    async def _consumers(self, verb: str, deadline: float) -> list[Any]:
         """
         List the consumers, page by page.
 
@@ -218,10 +218,10 @@ class Stream:
         :param deadline: on the monotonic clock
         :return: names, or what is known of each
         """
-        consumers = []  # type: List[Any]
+        consumers: list[Any] = []
         while True:
-            answer = await self.link.api("CONSUMER.{}.{}".format(verb, self.name),
-                                         {"offset": len(consumers)}, deadline)
+            answer = await self.link.api(f"CONSUMER.{verb}.{self.name}", {"offset": len(consumers)},
+                                         deadline)
             page = answer.get("consumers") or []
             consumers += page
             if not page or len(consumers) >= answer["total"]:
@@ -238,7 +238,7 @@ class Stream:
             "Expected the subscriber {!r} in the queue {}, but got: no consumer for these messages "
             "(call persipubsub.control.initialize_all_dbs)".format(subscriber, self.settings.path))
 
-    async def infos(self, deadline: float) -> Dict[str, Dict[str, Any]]:
+    async def infos(self, deadline: float) -> dict[str, dict[str, Any]]:
         """
         Ask for what the servers know of all subscribers.
 
@@ -248,7 +248,7 @@ class Stream:
         :param deadline: on the monotonic clock
         :return: by id; those without a consumer are left out
         """
-        found = {}  # type: Dict[str, Dict[str, Any]]
+        found: dict[str, dict[str, Any]] = {}
 
         async def ask(subscriber: str) -> None:
             info = await self.consumer_info(subscriber, deadline)
@@ -264,7 +264,7 @@ class Stream:
                     found.setdefault(subscriber, info)
         return found
 
-    async def lags(self, deadline: float) -> Dict[str, int]:
+    async def lags(self, deadline: float) -> dict[str, int]:
         """
         Count the messages that subscribers still have to acknowledge.
 
@@ -277,7 +277,7 @@ class Stream:
         }
 
     async def next_message(self, subjects: Sequence[str], start: int,
-                           deadline: float) -> Optional[Dict[str, Any]]:
+                           deadline: float) -> dict[str, Any] | None:
         """
         Find a message in the stream.
 
@@ -286,10 +286,10 @@ class Stream:
         :param deadline: on the monotonic clock
         :return: its ``seq``, ``data`` and more; None if there is none
         """
-        messages = []  # type: List[Dict[str, Any]]
+        messages: list[dict[str, Any]] = []
         for subject in subjects:
             try:
-                answer = await self.link.api("STREAM.MSG.GET." + self.name, {
+                answer = await self.link.api(f"STREAM.MSG.GET.{self.name}", {
                     "seq": max(1, start),
                     "next_by_subj": subject
                 }, deadline)
@@ -310,7 +310,7 @@ class Stream:
         :param limits: ``keep``, how many of the newest to keep, or ``seq``, the first one to keep
         :return: how many were dropped
         """
-        answer = await self.link.api("STREAM.PURGE." + self.name, limits or None, deadline)
+        answer = await self.link.api(f"STREAM.PURGE.{self.name}", limits or None, deadline)
         return int(answer.get("purged", 0))
 
     async def delete_newest(self, count: int, deadline: float) -> int:
@@ -339,7 +339,7 @@ class Stream:
         :return: False if it was not there
         """
         try:
-            await self.link.api("STREAM.MSG.DELETE." + self.name, {
+            await self.link.api(f"STREAM.MSG.DELETE.{self.name}", {
                 "seq": number,
                 "no_erase": True
             }, deadline)
@@ -378,7 +378,7 @@ class Stream:
             await asyncio.gather(*(work(one) for one in pending[begin:begin + _WINDOW]))
 
 
-def _filters(config: Dict[str, Any]) -> List[str]:
+def _filters(config: dict[str, Any]) -> list[str]:
     """
     Find the subjects that a consumer gets.
 
@@ -389,7 +389,7 @@ def _filters(config: Dict[str, Any]) -> List[str]:
     return [single] if single else list(config.get("filter_subjects") or [])
 
 
-def lag_of(info: Dict[str, Any]) -> int:
+def lag_of(info: dict[str, Any]) -> int:
     """
     Count the messages that a subscriber still has to acknowledge.
 
@@ -410,5 +410,5 @@ def to_ns(text: str) -> int:
     1500000000
     """
     whole, _, fraction = text.rstrip("Z").partition(".")
-    moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.timezone.utc)
+    moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
     return int(moment.timestamp()) * 10**9 + int(fraction.ljust(9, "0")[:9] or 0)

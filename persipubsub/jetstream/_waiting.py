@@ -13,7 +13,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream._loop`.
 import asyncio
 import math
 import time
-from typing import Final, List, Optional, Set, Tuple
+from typing import Final
 
 from persipubsub.jetstream import _inboxes, _pulling, _returns
 
@@ -34,10 +34,10 @@ class Waiting:
         # Whoever waits beside so many others waits here, in line.
         self._room = asyncio.Semaphore(_MOST_PULLS)
         # Pulls that nobody waits for, and what gives back what one of them brings.
-        self._left = set()  # type: Set[asyncio.Task[List[_inboxes.Pulled]]]
-        self._givers = set()  # type: Set[asyncio.Task[None]]
+        self._left: set[asyncio.Task[list[_inboxes.Pulled]]] = set()
+        self._givers: set[asyncio.Task[None]] = set()
 
-    async def take(self, timeout: Optional[float]) -> List[_inboxes.Pulled]:
+    async def take(self, timeout: float | None) -> list[_inboxes.Pulled]:
         """
         Wait for a message.
 
@@ -52,7 +52,7 @@ class Waiting:
             try:
                 async with asyncio.timeout(None if timeout is None else left):
                     await self._room.acquire()
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return []  # the others would have got what was there
             try:
                 pulled = await self._take(max(0.0, deadline - time.monotonic()))
@@ -61,7 +61,7 @@ class Waiting:
             if pulled or time.monotonic() >= deadline:
                 return pulled
 
-    async def _take(self, left: float) -> List[_inboxes.Pulled]:
+    async def _take(self, left: float) -> list[_inboxes.Pulled]:
         """
         Wait for a message with one pull: the oldest that was left, or a new one.
 
@@ -89,7 +89,7 @@ class Waiting:
 
     async def take_now(self,
                        max_messages: int,
-                       max_bytes: Optional[int] = None) -> List[_inboxes.Pulled]:
+                       max_bytes: int | None = None) -> list[_inboxes.Pulled]:
         """
         Take messages that are there.
 
@@ -130,7 +130,7 @@ class Waiting:
         while self._givers and time.monotonic() < deadline:
             await asyncio.wait(list(self._givers), timeout=deadline - time.monotonic())
 
-    def _place(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> Tuple[int, float]:
+    def _place(self, task: "asyncio.Task[list[_inboxes.Pulled]]") -> tuple[int, float]:
         """
         Tell which pull brings what is next in order: one that is done, or the first in line.
 
@@ -140,7 +140,7 @@ class Waiting:
         pulled = _brought(task) if task.done() else []
         return (0, pulled[0].number) if pulled else (1, self._puller.place(task))
 
-    def _leave(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> None:
+    def _leave(self, task: "asyncio.Task[list[_inboxes.Pulled]]") -> None:
         """
         Leave a pull to whoever waits next.
 
@@ -149,7 +149,7 @@ class Waiting:
         self._left.add(task)
         task.add_done_callback(self._end)
 
-    def _end(self, task: "asyncio.Task[List[_inboxes.Pulled]]") -> None:
+    def _end(self, task: "asyncio.Task[list[_inboxes.Pulled]]") -> None:
         """
         Look at what a pull brought that was left.
 
@@ -160,7 +160,7 @@ class Waiting:
         self._left.remove(task)
         self._begin_give_back(_brought(task))
 
-    def _begin_give_back(self, pulled: List[_inboxes.Pulled]) -> None:
+    def _begin_give_back(self, pulled: list[_inboxes.Pulled]) -> None:
         """
         Begin to let others have messages, before anybody takes a pull over or pulls again.
 
@@ -172,7 +172,7 @@ class Waiting:
             self._givers.add(giver)
             giver.add_done_callback(self._givers.discard)
 
-    async def _give_back(self, pulled: List[_inboxes.Pulled]) -> None:
+    async def _give_back(self, pulled: list[_inboxes.Pulled]) -> None:
         """
         Let others have messages that came for nobody.
 
@@ -200,7 +200,7 @@ class Waiting:
         await asyncio.gather(*self._givers, return_exceptions=True)
 
 
-def _brought(task: "asyncio.Task[List[_inboxes.Pulled]]") -> List[_inboxes.Pulled]:
+def _brought(task: "asyncio.Task[list[_inboxes.Pulled]]") -> list[_inboxes.Pulled]:
     """
     Tell what a pull brought that is done.
 

@@ -12,7 +12,8 @@ import concurrent.futures
 import os
 import ssl
 import time
-from typing import Any, Callable, Coroutine, Dict, Final, Optional, Sequence, Set, Tuple, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 import nats.errors
 
@@ -53,12 +54,12 @@ class Queue:
         self.settings = settings
         self._losses = _losses.LossLog(settings.path)
         # Only the loop's own thread changes them.
-        self._ports = None  # type: Optional[_calls.Ports]
-        self._publishing = None  # type: Optional[_publishing.Publishing]
-        self._puts = None  # type: Optional[asyncio.Semaphore]
+        self._ports: _calls.Ports | None = None
+        self._publishing: _publishing.Publishing | None = None
+        self._puts: asyncio.Semaphore | None = None
         # Not weakly: whoever closes a subscriber forgets its consumer first, and what that holds
         # would not be given back.
-        self._consumers = set()  # type: Set[_delivery.Consumer]
+        self._consumers: set[_delivery.Consumer] = set()
         self._is_closed = False
 
     def __enter__(self) -> "Queue":
@@ -96,8 +97,7 @@ class Queue:
             await asyncio.wait_for(asyncio.gather(*(consumer.close()
                                                     for consumer in list(self._consumers))),
                                    timeout=2.0)
-        except (asyncio.TimeoutError, persipubsub.errors.PersipubsubError, nats.errors.Error,
-                OSError):
+        except (TimeoutError, persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
             pass  # delivered again after ack_wait
         await _link.release(ports.link)
 
@@ -140,8 +140,7 @@ class Queue:
         """
         if self._is_closed:
             raise persipubsub.errors.ClosedError(
-                "Expected the queue {} to be open, but got: it was closed".format(
-                    self.settings.path))
+                f"Expected the queue {self.settings.path} to be open, but got: it was closed")
 
     async def ports(self) -> _calls.Ports:
         """
@@ -184,9 +183,9 @@ class Queue:
 
     def put(self,
             messages: Sequence[bytes],
-            audience: Optional[Tuple[str, ...]] = None,
-            timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> int:
+            audience: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
         Add messages at the end of the queue.
 
@@ -217,12 +216,11 @@ class Queue:
 
         return self.run(work)
 
-    def begin_put(
-            self,
-            messages: Sequence[bytes],
-            audience: Optional[Tuple[str, ...]] = None,
-            timeout: Optional[float] = None,
-            msg_ids: Optional[Sequence[Optional[bytes]]] = None) -> concurrent.futures.Future[int]:
+    def begin_put(self,
+                  messages: Sequence[bytes],
+                  audience: tuple[str, ...] | None = None,
+                  timeout: float | None = None,
+                  msg_ids: Sequence[bytes | None] | None = None) -> concurrent.futures.Future[int]:
         """
         Begin what :py:meth:`put` does. Never blocks.
 
@@ -350,7 +348,7 @@ class Queue:
 
         return self.run(work)
 
-    def _figures(self, state: Dict[str, Any], infos: Dict[str, Dict[str, Any]],
+    def _figures(self, state: dict[str, Any], infos: dict[str, dict[str, Any]],
                  now_ns: int) -> persipubsub.statistics.QueueStatistics:
         """
         Put figures together.
@@ -380,7 +378,7 @@ class Queue:
                 for subscriber, info in sorted(infos.items())))
 
 
-def _figures_of(subscriber: str, info: Dict[str, Any],
+def _figures_of(subscriber: str, info: dict[str, Any],
                 now_ns: int) -> persipubsub.statistics.SubscriberStatistics:
     """
     Describe one subscriber.
@@ -475,7 +473,7 @@ def statistics_of(config: persipubsub.config.Config,
         return queue.statistics()
 
 
-def check_durability(config: persipubsub.config.Config, queue_key: str) -> Tuple[str, ...]:
+def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple[str, ...]:
     """
     Look whether the servers flush each message, as durability ``fsync`` promises.
 

@@ -10,7 +10,8 @@ import fcntl
 import os
 import shutil
 import time
-from typing import Final, Iterator, List, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import lmdb
 
@@ -78,8 +79,7 @@ def alone(directory: str, options: _opening.Options) -> Iterator[None]:
                 users.close()
         if time.monotonic() >= deadline:
             raise persipubsub.errors.QueueInUseError(
-                "Expected no process to use the queue {}, but got: it is open in {}".format(
-                    directory, found))
+                f"Expected no process to use the queue {directory}, but got: it is open in {found}")
         # Without the gate: who only looks needs it to close the queue.
         time.sleep(_PAUSE_SECS)
 
@@ -107,7 +107,7 @@ def _describe_users(users: _gate.LockFile) -> str:
     :return: for a message
     """
     with _files.translated(path=users.path, doing="look at"):
-        inode = ":{}".format(os.fstat(users.descriptor).st_ino)
+        inode = f":{os.fstat(users.descriptor).st_ino}"
     processes = set()
     with contextlib.suppress(OSError, ValueError), open("/proc/locks", encoding="ascii") as file:
         for line in file:
@@ -120,7 +120,7 @@ def _describe_users(users: _gate.LockFile) -> str:
     if not known:
         return "another process"
     more = ", ..." if len(known) > 5 else ""
-    return "process {}{}".format(", ".join(map(str, known[:5])), more)
+    return f"process {', '.join(map(str, known[:5]))}{more}"
 
 
 def compact(settings: Settings, progress: Progress) -> Sizes:
@@ -177,7 +177,7 @@ def _beside(store: str) -> Iterator[str]:
     :param store: its data file; need not be there
     :return: path of the empty file, with owner and rights of the store
     """
-    path = store + ".new"
+    path = f"{store}.new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     os.close(_files.open_to_write(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
@@ -230,7 +230,7 @@ class _Known(NamedTuple):
     next_ordinal: int
 
 
-def _read_known(directory: str) -> Optional[_Known]:
+def _read_known(directory: str) -> _Known | None:
     """
     Read what was used up by the store that is there, as far as it can be trusted.
 
@@ -238,7 +238,7 @@ def _read_known(directory: str) -> Optional[_Known]:
     :return: what neither the store nor its checkpoint has used; None if neither can be read
     :raise FormatError: if the store is another program's
     """
-    found = []  # type: List[_Known]
+    found: list[_Known] = []
     for name in (_files.DATA, _files.CHECKPOINT):
         path = os.path.join(directory, name)
         if not os.path.lexists(path):
@@ -260,8 +260,8 @@ def _read_known(directory: str) -> Optional[_Known]:
             continue
         except lmdb.Error:
             raise persipubsub.errors.FormatError(
-                "Expected {} to be the store of a queue, but got: an LMDB environment of another "
-                "program".format(path)) from None
+                f"Expected {path} to be the store of a queue, but got: an LMDB environment of "
+                f"another program") from None
     return _Known(*map(max, zip(*found))) if found else None
 
 
@@ -288,8 +288,8 @@ def restore(settings: Settings, source: str, progress: Progress) -> None:
     store = os.path.join(directory, _files.DATA)
     if foreign and not os.path.lexists(store):
         raise persipubsub.errors.FormatError(
-            "Expected the directory {} to be a queue or to be empty, but got: {}".format(
-                directory, ", ".join(foreign[:3])))
+            f"Expected the directory {directory} to be a queue or to be empty, but got: "
+            f"{', '.join(foreign[:3])}")
     with alone(directory, options), _files.translated(path=directory, doing="restore"):
         with _beside(store) as path:
             with _files.translated(path=source, doing="copy"):
@@ -314,7 +314,7 @@ def restore(settings: Settings, source: str, progress: Progress) -> None:
 
 
 def _go_on_behind(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int,
-                  known: Optional[_Known]) -> None:
+                  known: _Known | None) -> None:
     """
     Take care that nothing of the store that was there is used again.
 
@@ -337,7 +337,7 @@ def _go_on_behind(txn: "lmdb.Transaction[memoryview]", databases: Databases, fla
     _attempts.begin_anew(txn, databases, _clock.ticks_ns() + header.clock_offset_ns)
 
 
-def drop(settings: Settings) -> List[str]:
+def drop(settings: Settings) -> list[str]:
     """
     Remove a queue with all its messages; files that are not of this library stay.
 

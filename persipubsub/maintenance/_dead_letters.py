@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import operator
 import os
-from typing import Callable, Dict, Final, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 import persipubsub.config
 import persipubsub.errors
@@ -25,7 +26,7 @@ class ListedDeadLetter:
     letter: DeadLetter  #: what is in its envelope
 
 
-def queues_of(config: persipubsub.config.Config) -> List[str]:
+def queues_of(config: persipubsub.config.Config) -> list[str]:
     """
     List the queues of dead letters.
 
@@ -57,7 +58,7 @@ def look(config: persipubsub.config.Config, queue_key: str) -> Iterator[ListedDe
 
 
 def drop(config: persipubsub.config.Config, queue_key: str,
-         numbers: Optional[Sequence[int]]) -> Tuple[int, ...]:
+         numbers: Sequence[int] | None) -> tuple[int, ...]:
     """
     Let dead letters leave their queue.
 
@@ -70,7 +71,7 @@ def drop(config: persipubsub.config.Config, queue_key: str,
 
 
 def send_back(config: persipubsub.config.Config, queue_key: str,
-              numbers: Optional[Sequence[int]]) -> Tuple[int, ...]:
+              numbers: Sequence[int] | None) -> tuple[int, ...]:
     """
     Send dead letters to the subscriber that failed to work on them, and to nobody else.
 
@@ -87,7 +88,7 @@ def send_back(config: persipubsub.config.Config, queue_key: str,
     """
     path = os.path.realpath(config.queue_path(queue_key))
     with contextlib.ExitStack() as stack:
-        targets = {}  # type: Dict[str, persipubsub.queue.Queue]
+        targets: dict[str, persipubsub.queue.Queue] = {}
 
         def put(number: int, letter: DeadLetter) -> None:
             target = targets.get(letter.queue)
@@ -106,8 +107,8 @@ def send_back(config: persipubsub.config.Config, queue_key: str,
         return _each(config, queue_key, numbers, put, secure)
 
 
-def _each(config: persipubsub.config.Config, queue_key: str, numbers: Optional[Sequence[int]],
-          work: Callable[[int, DeadLetter], None], secure: Callable[[], None]) -> Tuple[int, ...]:
+def _each(config: persipubsub.config.Config, queue_key: str, numbers: Sequence[int] | None,
+          work: Callable[[int, DeadLetter], None], secure: Callable[[], None]) -> tuple[int, ...]:
     """
     Do something with dead letters, and let each leave its queue afterwards.
 
@@ -120,7 +121,7 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Optional[S
     :param secure: makes the work durable
     :return: numbers of those that left; another process may be at work on the others
     """
-    done = []  # type: List[int]
+    done: list[int] = []
     with persipubsub.queue.open_queue(config, queue_key) as queue:
         consumer = queue.consumer(persipubsub.config.DEAD_LETTERS)
         # Those that come back meanwhile are not sent back again.
@@ -129,7 +130,7 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Optional[S
             numbers = [listed.number for listed in look(config, queue_key)]
         # No other can be there, and a claim has no room for any number.
         numbers = [number for number in map(operator.index, numbers) if 0 < number < end]
-        leases = []  # type: List[_delivery.Lease]
+        leases: list[_delivery.Lease] = []
         try:
             for number in numbers:
                 lease = consumer.take_at(number)
@@ -158,7 +159,7 @@ def _begin(lease: _delivery.Lease, work: Callable[[int, DeadLetter], None]) -> N
         raise
 
 
-def _finish(leases: List[_delivery.Lease], secure: Callable[[], None]) -> List[int]:
+def _finish(leases: list[_delivery.Lease], secure: Callable[[], None]) -> list[int]:
     """
     Let dead letters leave their queue.
 
@@ -166,7 +167,7 @@ def _finish(leases: List[_delivery.Lease], secure: Callable[[], None]) -> List[i
     :param secure: makes what was done with them durable
     :return: their numbers
     """
-    numbers = []  # type: List[int]
+    numbers: list[int] = []
     try:
         if leases:
             secure()

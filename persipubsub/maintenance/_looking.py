@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import os
-from typing import Final, Generator, List, Optional, Tuple
+from collections.abc import Generator
+from typing import Final
 
 import lmdb
 
@@ -31,8 +32,8 @@ class Message:
 
     number: int  #: in its queue
     age_seconds: float  #: since it was sent
-    subscribers: Optional[Tuple[str, ...]]  #: whom it was sent to; None: all of the queue
-    content: Optional[bytes]  #: None if the message is damaged
+    subscribers: tuple[str, ...] | None  #: whom it was sent to; None: all of the queue
+    content: bytes | None  #: None if the message is damaged
 
 
 class _Look:
@@ -50,7 +51,7 @@ class _Look:
         """
         self.cursor = txn.cursor(db=databases.data)
         self.audiences = _log.read_audiences(txn, databases)
-        self.messages = []  # type: List[Message]
+        self.messages: list[Message] = []
         self._now_ns = now_ns
         self._limit = min(limit, _LOOK_MESSAGES)
         self._size = 0
@@ -71,7 +72,7 @@ class _Look:
         :param number: of the message
         """
         first, block, value = found
-        content = None  # type: Optional[bytes]
+        content: bytes | None = None
         try:
             content = _blocks.copy_message(value, block, number - first, number)
             self._size += len(content)
@@ -84,7 +85,7 @@ class _Look:
                     content=content))
 
 
-def peek(settings: Settings, subscriber: str, count: int, start: int) -> List[Message]:
+def peek(settings: Settings, subscriber: str, count: int, start: int) -> list[Message]:
     """
     Look at the next messages of a subscriber; nothing is changed, and nobody waits.
 
@@ -96,7 +97,7 @@ def peek(settings: Settings, subscriber: str, count: int, start: int) -> List[Me
         old to be delivered
     :raise NotInitializedError: if there is no such subscriber
     """
-    messages = []  # type: List[Message]
+    messages: list[Message] = []
     # No message is behind it, and a key has no room for any number.
     start = min(start, _layout.MAX_NUMBER + 1)
     with _upkeep.opened(settings, is_look=True) as environment:
@@ -115,7 +116,7 @@ def peek(settings: Settings, subscriber: str, count: int, start: int) -> List[Me
 
 
 def _peek(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes, start: int,
-          limit: int, now_ns: int, timeout_ns: int) -> List[Message]:
+          limit: int, now_ns: int, timeout_ns: int) -> list[Message]:
     """
     Copy messages that a subscriber still has to acknowledge.
 
@@ -149,7 +150,7 @@ def _peek(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes,
     return look.messages
 
 
-def follow(settings: Settings, last: int) -> Generator[List[Message], None, None]:
+def follow(settings: Settings, last: int) -> Generator[list[Message], None, None]:
     """
     Look at messages as they are sent, for ever; a look, not a subscriber.
 
@@ -193,7 +194,7 @@ def _begin_of_last(txn: "lmdb.Transaction[memoryview]", databases: Databases, la
     return _log.number_at_count(cursor, head.first, tail.next_number, tail.total_count - last)
 
 
-def _read_on(environment: _environment.Environment, number: int) -> List[Message]:
+def _read_on(environment: _environment.Environment, number: int) -> list[Message]:
     """
     Copy messages from a number on.
 
@@ -203,7 +204,7 @@ def _read_on(environment: _environment.Environment, number: int) -> List[Message
     """
     now_ns = environment.now_ns()
 
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[Message]:
+    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[Message]:
         look = _Look(txn, databases, now_ns, _LOOK_MESSAGES)
         begin = number
         found = _log.seek(look.cursor, begin)

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import os
 import tempfile
-from typing import ContextManager, List, Sequence
+from collections.abc import Sequence
+from typing import ContextManager
 
 import lmdb
 
@@ -31,7 +32,7 @@ def opened(settings: Settings, is_look: bool = False) -> ContextManager[_environ
     return _registry.opened(settings.path, settings.options(), is_look=is_look)
 
 
-def verify(settings: Settings, progress: Progress) -> List[str]:
+def verify(settings: Settings, progress: Progress) -> list[str]:
     """
     Verify all pages, records and messages of a queue, in one snapshot. It holds up no process.
 
@@ -61,7 +62,7 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
     target = os.path.abspath(target)
     data = os.path.join(settings.path, _files.DATA)
     occupied = persipubsub.errors.StoreError(
-        "Expected to write a new file {}, but got: it is there already".format(target))
+        f"Expected to write a new file {target}, but got: it is there already")
     if os.path.lexists(target):
         raise occupied
     # The store first: whatever is wrong with it leaves nothing behind.
@@ -70,11 +71,10 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
             directory, name = os.path.split(target)
             _standard_streams.occupy()
             try:
-                descriptor, path = tempfile.mkstemp(prefix=name + ".", suffix=".new", dir=directory)
+                descriptor, path = tempfile.mkstemp(prefix=f"{name}.", suffix=".new", dir=directory)
             except FileNotFoundError:
                 raise persipubsub.errors.AccessError(
-                    "Expected to write {}, but got: there is no such directory".format(
-                        target)) from None
+                    f"Expected to write {target}, but got: there is no such directory") from None
             try:
                 descriptor = _standard_streams.step_aside(descriptor)
                 try:
@@ -97,7 +97,7 @@ def backup(settings: Settings, target: str, progress: Progress) -> int:
     return size
 
 
-def add_subscribers(settings: Settings, subscribers: Sequence[str]) -> List[str]:
+def add_subscribers(settings: Settings, subscribers: Sequence[str]) -> list[str]:
     """
     Add subscribers to a queue, in one transaction and durably. They get what is sent from now on.
 
@@ -107,7 +107,7 @@ def add_subscribers(settings: Settings, subscribers: Sequence[str]) -> List[str]
     """
     keys = [subscriber.encode("utf-8") for subscriber in subscribers]
 
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[str]:
+    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[str]:
         added = [key for key in keys if _positions.read(txn, databases, key) is None]
         if added:
             _positions.add(txn, databases, added)
@@ -138,8 +138,8 @@ def remove_subscriber(settings: Settings, subscriber: str) -> int:
         record = _positions.read(txn, databases, key)
         if record is None:
             raise persipubsub.errors.NotInitializedError(
-                "Expected the queue to have the subscriber {!r}, but got: none of that id".format(
-                    subscriber))
+                f"Expected the queue to have the subscriber {subscriber!r}, but got: none of "
+                f"that id")
         cursor = txn.cursor(db=databases.data)
         audiences = _positions.audiences_of(_log.read_audiences(txn, databases), key)
         lag = _positions.count_pending(txn, databases, record, audiences, 0,

@@ -9,7 +9,8 @@ import io
 import os
 import stat
 import struct
-from typing import Final, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Final
 
 import lmdb
 import lmdb.verify
@@ -101,7 +102,7 @@ class _Pages(io.RawIOBase):
             return bytes(self._head[begin:begin + size])
         return os.pread(self._descriptor, size, begin)
 
-    def verify(self) -> List[str]:
+    def verify(self) -> list[str]:
         """
         Walk through all pages in use.
 
@@ -117,11 +118,11 @@ class _Pages(io.RawIOBase):
             return [str(error)]
         lost = sum(verifier.live[self.size // verifier.psize:])
         if lost:
-            findings.append("{} pages in use are beyond the end of the file".format(lost))
+            findings.append(f"{lost} pages in use are beyond the end of the file")
         return findings
 
 
-def verify_open(environment: _environment.Environment, progress: Progress) -> List[str]:
+def verify_open(environment: _environment.Environment, progress: Progress) -> list[str]:
     """
     Verify a store that is in use: all its pages, records and messages, in one snapshot.
 
@@ -134,7 +135,7 @@ def verify_open(environment: _environment.Environment, progress: Progress) -> Li
     """
     path = os.path.join(environment.directory, _files.DATA)
 
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> Optional[List[str]]:
+    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[str] | None:
         with _files.translated(path=path, doing="read"), open(path, "rb", buffering=0) as file:
             pages = _Pages(file.fileno(), progress)
             if not pages.pin(txn.id()):
@@ -184,8 +185,8 @@ def _fail_if_any(findings: Sequence[str], path: str) -> None:
     """
     if findings:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected {} to be sound, but got {} finding(s): {}".format(
-                path, len(findings), "; ".join(findings[:3])))
+            f"Expected {path} to be sound, but got {len(findings)} finding(s): "
+            f"{'; '.join(findings[:3])}")
 
 
 def verify_copy(path: str, progress: Progress, origin: str) -> None:
@@ -214,7 +215,7 @@ def _verify_copy(path: str, progress: Progress) -> None:
     check_regular(path)
     if _files.missing_bytes(path) > 0:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected {} to be whole, but got: a truncated file".format(path))
+            f"Expected {path} to be whole, but got: a truncated file")
     with _files.translated(path=path, doing="read"), open(path, "rb", buffering=0) as file:
         findings = _Pages(file.fileno(), progress).verify()
     if not findings:
@@ -225,8 +226,8 @@ def _verify_copy(path: str, progress: Progress) -> None:
                     findings = _check.check(txn, databases, progress)
         except (lmdb.NotFoundError, lmdb.IncompatibleError, lmdb.DbsFullError):
             raise persipubsub.errors.FormatError(
-                "Expected {} to be the data file of a queue, but got: one of another "
-                "program".format(path)) from None
+                f"Expected {path} to be the data file of a queue, but got: one of another program"
+            ) from None
         except lmdb.Error as error:
             raise _opening.translate(error, path) from error
     _fail_if_any(findings, path)
@@ -244,12 +245,12 @@ def check_regular(path: str) -> None:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise persipubsub.errors.StoreError(
-            "Expected a data file at {}, but got: no such file".format(path)) from None
+            f"Expected a data file at {path}, but got: no such file") from None
     except OSError as error:
         raise _files.translate_os_error(error=error, path=path, doing="look at") from error
     if not stat.S_ISREG(mode):
-        raise persipubsub.errors.FormatError("Expected {} to be a regular file, but got: {}".format(
-            path, stat.filemode(mode)))
+        raise persipubsub.errors.FormatError(
+            f"Expected {path} to be a regular file, but got: {stat.filemode(mode)}")
 
 
 def open_file(path: str, is_readonly: bool, map_size: int = 0) -> lmdb.Environment:

@@ -4,8 +4,6 @@ Acknowledge messages of one subscriber, inside of a write transaction.
 In order, the position moves over them. Otherwise they are a range ahead of it until it comes there.
 """
 
-from typing import List, Tuple
-
 import lmdb
 
 from persipubsub.store import _attempts, _blocks, _layout, _log, _pending, _positions
@@ -13,7 +11,7 @@ from persipubsub.store._databases import Databases
 
 
 def acknowledge(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                pending: _pending.Pending, begin: int, numbers: List[int]) -> int:
+                pending: _pending.Pending, begin: int, numbers: list[int]) -> int:
     """
     Move the position over messages, or add a range ahead of it.
 
@@ -42,7 +40,7 @@ def acknowledge(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def _acknowledge_out_of_order(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                              pending: _pending.Pending, begin: int, numbers: List[int]) -> int:
+                              pending: _pending.Pending, begin: int, numbers: list[int]) -> int:
     """
     Acknowledge messages in any state of the subscriber.
 
@@ -135,7 +133,7 @@ def _count_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases, ke
     return _positions.count_pending(txn, databases, subscriber, own, begin, end)
 
 
-def _runs_of(numbers: List[int]) -> List[Tuple[int, int]]:
+def _runs_of(numbers: list[int]) -> list[tuple[int, int]]:
     """
     Split numbers where one is missing.
 

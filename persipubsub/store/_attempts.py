@@ -6,7 +6,8 @@ none of them is not flagged, and pays nothing. A record leaves with its message:
 acknowledged, or when the position passes it.
 """
 
-from typing import Final, Iterator, NamedTuple, Optional, Tuple
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import lmdb
 
@@ -57,7 +58,7 @@ class Policy(NamedTuple):
 
 
 def read(txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int,
-         number: int) -> Optional[_layout.Attempts]:
+         number: int) -> _layout.Attempts | None:
     """
     Read the attempts to deliver a message.
 
@@ -159,7 +160,7 @@ def begin_anew(txn: "lmdb.Transaction[memoryview]", databases: Databases, time_n
 
 
 def between(txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int, begin: int,
-            end: int) -> Iterator[Tuple[int, _layout.Attempts]]:
+            end: int) -> Iterator[tuple[int, _layout.Attempts]]:
     """
     Iterate over the records of a range of messages.
 

@@ -5,8 +5,6 @@ No more than will be taken: others pass over what is claimed, and would receive 
 before those that are given back when the batch turns out to be smaller.
 """
 
-from typing import Tuple, Union
-
 import lmdb
 
 import persipubsub.errors
@@ -17,7 +15,7 @@ from persipubsub.store._databases import Databases
 def search(
     txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
     start: int, max_messages: int
-) -> Tuple[Union[_pending.Candidate, _pending.Expired, _pending.Resting, None], int]:
+) -> tuple[_pending.Candidate | _pending.Expired | _pending.Resting | None, int]:
     """
     Find the next message, and how many may be claimed with it.
 

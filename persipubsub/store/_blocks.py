@@ -18,7 +18,8 @@ Everything here is pure: no file is touched, no lock is taken.
 import itertools
 import struct
 import zlib
-from typing import Final, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import persipubsub.errors
 
@@ -77,7 +78,7 @@ def pack_block(time_ns: int, total_count: int, total_bytes: int, count: int, aud
     if not totals:
         return fields + _BLOCK_CRC.pack(zlib.crc32(fields))
 
-    tail = struct.pack("<{}Q".format(len(totals)), *totals)
+    tail = struct.pack(f"<{len(totals)}Q", *totals)
     return fields + _BLOCK_CRC.pack(zlib.crc32(tail, zlib.crc32(fields))) + tail
 
 
@@ -97,18 +98,18 @@ def unpack_block(value: memoryview, number: int) -> Block:
             crc = zlib.crc32(value[40:40 + 8 * block.audiences], crc)
     except struct.error:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected a block of at least {} bytes at message {}, but got: {} bytes".format(
-                _BLOCK.size, number, len(value))) from None
+            f"Expected a block of at least {_BLOCK.size} bytes at message {number}, but got: "
+            f"{len(value)} bytes") from None
 
     if crc != block.crc:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected the record of the block at message {} to have the checksum {:#010x}, "
-            "but got: {:#010x}".format(number, block.crc, crc))
+            f"Expected the record of the block at message {number} to have the checksum "
+            f"{block.crc:#010x}, but got: {crc:#010x}")
     table_end = _BLOCK.size + 8 * block.audiences + ENTRY_BYTES * block.messages
     if len(value) < table_end:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected a block of at least {} bytes at message {}, but got: {} bytes".format(
-                table_end, number, len(value)))
+            f"Expected a block of at least {table_end} bytes at message {number}, but got: "
+            f"{len(value)} bytes")
     return block
 
 
@@ -132,7 +133,7 @@ def guess_total_bytes(value: memoryview) -> int:
     return int.from_bytes(value[16:24], "little")
 
 
-def unpack_totals(value: memoryview, block: Block) -> Tuple[int, ...]:
+def unpack_totals(value: memoryview, block: Block) -> tuple[int, ...]:
     """
     Decode the totals of the audiences that follow a block's record.
 
@@ -142,7 +143,7 @@ def unpack_totals(value: memoryview, block: Block) -> Tuple[int, ...]:
     """
     if not block.audiences:
         return ()
-    return struct.unpack_from("<{}Q".format(block.audiences), value, _BLOCK.size)
+    return struct.unpack_from(f"<{block.audiences}Q", value, _BLOCK.size)
 
 
 def end_of(number: int, block: Block) -> int:
@@ -164,7 +165,7 @@ class Batch(NamedTuple):
     body: bytes  #: table and messages
 
 
-def encode_single(message: bytes) -> Tuple[int, int, bytes]:
+def encode_single(message: bytes) -> tuple[int, int, bytes]:
     """
     Encode a message as the body of a block of its own.
 
@@ -175,7 +176,7 @@ def encode_single(message: bytes) -> Tuple[int, int, bytes]:
     return 1, size, _ENTRY.pack(size, zlib.crc32(message)) + message
 
 
-def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
+def encode_batches(messages: Sequence[bytes]) -> list[Batch]:
     """
     Encode messages as the bodies of one or more blocks.
 
@@ -188,7 +189,7 @@ def encode_batches(messages: Sequence[bytes]) -> List[Batch]:
     if messages and sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES:
         return [_encode_batch(messages)]
 
-    batches = []  # type: List[Batch]
+    batches: list[Batch] = []
     begin = 0
     size = 0
     for index, message in enumerate(messages):
@@ -211,7 +212,7 @@ def _encode_batch(messages: Sequence[bytes]) -> Batch:
     :return: encoded body
     """
     ends = list(itertools.accumulate(map(len, messages)))
-    table = struct.pack("<{}I".format(2 * len(messages)),
+    table = struct.pack(f"<{2 * len(messages)}I",
                         *itertools.chain.from_iterable(zip(ends, map(zlib.crc32, messages))))
     return Batch(messages=len(messages), size=ends[-1], body=b"".join((table, *messages)))
 
@@ -231,7 +232,7 @@ def size_before(value: memoryview, block: Block, index: int) -> int:
     return int(_END.unpack_from(value, offset)[0])
 
 
-def slice_message(value: memoryview, block: Block, index: int) -> Tuple[memoryview, int]:
+def slice_message(value: memoryview, block: Block, index: int) -> tuple[memoryview, int]:
     """
     Find a message in its block.
 
@@ -270,7 +271,7 @@ def copy_message(value: memoryview, block: Block, index: int, number: int) -> by
     return message
 
 
-def copy_single(value: memoryview) -> Optional[Tuple[int, bytes]]:
+def copy_single(value: memoryview) -> tuple[int, bytes] | None:
     """
     Copy the message of a block that has no other and is for everybody, and check it all.
 
@@ -302,13 +303,13 @@ def _corrupt_error(number: int, message: bytes,
     :return: error to be raised
     """
     return persipubsub.errors.CorruptMessageError(
-        "Expected the message {} ({} bytes) to have the checksum {:#010x}, but got: {:#010x}".
-        format(number, len(message), expected, zlib.crc32(message)),
+        f"Expected the message {number} ({len(message)} bytes) to have the checksum "
+        f"{expected:#010x}, but got: {zlib.crc32(message):#010x}",
         number=number)
 
 
 def copy_messages(value: memoryview, block: Block, first: int, begin: int,
-                  stop: int) -> List[bytes]:
+                  stop: int) -> list[bytes]:
     """
     Copy a run of messages out of their block and check them.
 
@@ -322,8 +323,7 @@ def copy_messages(value: memoryview, block: Block, first: int, begin: int,
     """
     table = _BLOCK.size + 8 * block.audiences
     body = table + _ENTRY.size * block.messages
-    entries = struct.unpack_from("<{}I".format(2 * (stop - begin)), value,
-                                 table + _ENTRY.size * begin)
+    entries = struct.unpack_from(f"<{2 * (stop - begin)}I", value, table + _ENTRY.size * begin)
     start = size_before(value=value, block=block, index=begin)
     ends = entries[::2]
     data = bytes(value[body + start:body + max(start, ends[-1])])

@@ -1,7 +1,7 @@
 """Check all invariants of a store in one snapshot."""
 
 import struct
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from collections.abc import Sequence
 
 import lmdb
 
@@ -13,7 +13,7 @@ from persipubsub.store._databases import Databases
 
 def check(txn: "lmdb.Transaction[memoryview]",
           databases: Databases,
-          progress: Optional[_progress.Progress] = None) -> List[str]:
+          progress: _progress.Progress | None = None) -> list[str]:
     """
     Walk through the store.
 
@@ -22,7 +22,7 @@ def check(txn: "lmdb.Transaction[memoryview]",
     :param progress: counts the numbers of messages that were walked over
     :return: what is wrong; nothing if it is sound
     """
-    findings = []  # type: List[str]
+    findings: list[str] = []
     try:
         value = txn.get(_layout.HEADER_KEY, db=databases.meta)
         header = _layout.unpack_header(bytes(value if value is not None else b""), "")
@@ -34,12 +34,12 @@ def check(txn: "lmdb.Transaction[memoryview]",
         return findings + [str(error)]
     except (struct.error, ValueError, IndexError) as error:
         # A record that was cut, or is of another database.
-        return findings + ["Expected to decode every record, but got: {}".format(error)]
+        return findings + [f"Expected to decode every record, but got: {error}"]
     return findings
 
 
 def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-               audiences: Dict[int, Tuple[str, ...]], findings: List[str],
+               audiences: dict[int, tuple[str, ...]], findings: list[str],
                progress: _progress.Progress) -> None:
     """
     Check the blocks, their order, their totals and the checksums of their messages.
@@ -57,20 +57,19 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
                    total=_log.read_tail(txn.cursor(db=databases.data)).next_number - begin)
     previous_end = _layout.FIRST_NUMBER
     previous_time = 0
-    previous = None  # type: "Tuple[int, int, Tuple[int, ...]] | None"
+    previous: "tuple[int, int, tuple[int, ...]] | None" = None
     while found is not None:
         first, block, value = found
-        where = "the block at message {}".format(first)
+        where = f"the block at message {first}"
         if first < previous_end:
-            findings.append("Expected {} to begin at or behind {}".format(where, previous_end))
+            findings.append(f"Expected {where} to begin at or behind {previous_end}")
         if block.time_ns < previous_time:
-            findings.append("Expected {} not to be older than the one before it".format(where))
+            findings.append(f"Expected {where} not to be older than the one before it")
         if block.audience and block.audience not in audiences:
-            findings.append("Expected {} to have a known audience, but got: {}".format(
-                where, block.audience))
+            findings.append(f"Expected {where} to have a known audience, but got: {block.audience}")
         if not block.messages and _blocks.end_of(first, block) != _log.read_tail(
                 txn.cursor(db=databases.data)).next_number and first < previous_end:
-            findings.append("Expected {} to hold messages".format(where))
+            findings.append(f"Expected {where} to hold messages")
         size = _check_messages(first, block, value, findings)
         totals = _blocks.unpack_totals(value, block)
         if previous is not None:
@@ -83,7 +82,7 @@ def _check_log(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def _check_messages(first: int, block: _blocks.Block, value: memoryview,
-                    findings: List[str]) -> int:
+                    findings: list[str]) -> int:
     """
     Check the messages of one block.
 
@@ -103,8 +102,8 @@ def _check_messages(first: int, block: _blocks.Block, value: memoryview,
     return size
 
 
-def _check_totals(where: str, block: _blocks.Block, size: int, totals: Tuple[int, ...],
-                  previous: Tuple[int, int, Tuple[int, ...]], findings: List[str]) -> None:
+def _check_totals(where: str, block: _blocks.Block, size: int, totals: tuple[int, ...],
+                  previous: tuple[int, int, tuple[int, ...]], findings: list[str]) -> None:
     """
     Check that the totals of a block are those of the block before it and its own messages.
 
@@ -126,7 +125,7 @@ def _check_totals(where: str, block: _blocks.Block, size: int, totals: Tuple[int
 
 
 def _check_positions(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                     header: _layout.Header, findings: List[str]) -> None:
+                     header: _layout.Header, findings: list[str]) -> None:
     """
     Check positions, and the ranges that were acknowledged ahead of them.
 
@@ -136,28 +135,28 @@ def _check_positions(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     :param findings: to be extended
     """
     tail = _log.read_tail(txn.cursor(db=databases.data))
-    ordinals = set()  # type: Set[int]
+    ordinals: set[int] = set()
     for key, subscriber in _positions.read_all(txn, databases):
-        where = "the subscriber {!r}".format(key.decode("utf-8", "replace"))
+        where = f"the subscriber {key.decode('utf-8', 'replace')!r}"
         if subscriber.ordinal in ordinals or subscriber.ordinal >= header.next_ordinal:
-            findings.append("Expected {} to have an ordinal of its own, but got: {}".format(
-                where, subscriber.ordinal))
+            findings.append(
+                f"Expected {where} to have an ordinal of its own, but got: {subscriber.ordinal}")
         ordinals.add(subscriber.ordinal)
         if not _layout.FIRST_NUMBER <= subscriber.position <= tail.next_number:
-            findings.append("Expected the position of {} to be at most {}, but got: {}".format(
-                where, tail.next_number, subscriber.position))
+            findings.append(
+                f"Expected the position of {where} to be at most {tail.next_number}, but got: "
+                f"{subscriber.position}")
         _check_ranges(where, subscriber, tail,
                       list(_positions.ranges(txn, databases, subscriber.ordinal)), findings)
     for ahead_key, ahead_value in txn.cursor(db=databases.ahead):
         ordinal, begin, _ = _layout.unpack_ahead(ahead_key, ahead_value)
         if ordinal not in ordinals:
-            findings.append("Expected no range at {} of the unknown subscriber {}".format(
-                begin, ordinal))
+            findings.append(f"Expected no range at {begin} of the unknown subscriber {ordinal}")
     _check_attempts(txn, databases, tail, findings)
 
 
 def _check_attempts(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail,
-                    findings: List[str]) -> None:
+                    findings: list[str]) -> None:
     """
     Check that there are records of attempts only of messages that may be delivered again.
 
@@ -177,17 +176,17 @@ def _check_attempts(txn: "lmdb.Transaction[memoryview]", databases: Databases, t
     for key, value in txn.cursor(db=databases.attempts):
         ordinal, number = _layout.unpack_attempts_key(key)
         attempts = _layout.unpack_attempts(value)
-        where = "the record of attempts for the subscriber {} at {}".format(ordinal, number)
+        where = f"the record of attempts for the subscriber {ordinal} at {number}"
         if ordinal not in flagged:
-            findings.append("Expected {} to be one of a flagged subscriber".format(where))
+            findings.append(f"Expected {where} to be one of a flagged subscriber")
         if number >= tail.next_number:
-            findings.append("Expected {} in front of {}".format(where, tail.next_number))
+            findings.append(f"Expected {where} in front of {tail.next_number}")
         if not attempts.deliveries:
-            findings.append("Expected {} to count something".format(where))
+            findings.append(f"Expected {where} to count something")
 
 
 def _check_ranges(where: str, subscriber: _layout.Subscriber, tail: _log.Tail,
-                  ranges: Sequence[Tuple[int, int]], findings: List[str]) -> None:
+                  ranges: Sequence[tuple[int, int]], findings: list[str]) -> None:
     """
     Check that ranges are ahead of the position, in order and apart from each other.
 
@@ -199,16 +198,17 @@ def _check_ranges(where: str, subscriber: _layout.Subscriber, tail: _log.Tail,
     """
     previous = subscriber.position
     if ranges and not subscriber.flags & _layout.FLAG_MAY_HAVE_RANGES:
-        findings.append("Expected {} to be flagged, since it has ranges".format(where))
+        findings.append(f"Expected {where} to be flagged, since it has ranges")
     for begin, end in ranges:
         if begin <= previous or end <= begin or end > tail.next_number:
-            findings.append("Expected the range {}-{} of {} behind {} and at most at {}".format(
-                begin, end, where, previous, tail.next_number))
+            findings.append(
+                f"Expected the range {begin}-{end} of {where} behind {previous} and at most at "
+                f"{tail.next_number}")
         previous = end
 
 
 def _check_ids(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-               findings: List[str]) -> None:
+               findings: list[str]) -> None:
     """
     Check that each id of a message is found by itself and by its time, and was given to a message.
 
@@ -222,17 +222,17 @@ def _check_ids(txn: "lmdb.Transaction[memoryview]", databases: Databases,
             identifier = bytes(key[1:])
             number, time_ns = _layout.unpack_once(value)
             if not _layout.FIRST_NUMBER <= number < tail.next_number:
-                findings.append(
-                    "Expected the id {!r} to be of a message before {}, but got: {}".format(
-                        identifier, tail.next_number, number))
+                findings.append(f"Expected the id {identifier!r} to be of a message before "
+                                f"{tail.next_number}, but got: {number}")
             other = _layout.once_time_key(time_ns, identifier)
         elif bytes(key[:1]) == _layout.ONCE_TIME_PREFIX:
             time_ns, identifier = _layout.unpack_once_time_key(key)
             other = _layout.once_id_key(identifier)
         else:
-            findings.append("Expected an id or a time in once_db, but got: {!r}".format(bytes(key)))
+            findings.append(f"Expected an id or a time in once_db, but got: {bytes(key)!r}")
             continue
         there = txn.get(other, db=databases.once)
         if there is None or there and _layout.unpack_once(there)[1] != time_ns:
-            findings.append("Expected the id {!r} by itself and by its time {}, but got: one "
-                            "only".format(identifier, time_ns))
+            findings.append(
+                f"Expected the id {identifier!r} by itself and by its time {time_ns}, but got: "
+                f"one only")

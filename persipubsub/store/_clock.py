@@ -27,8 +27,8 @@ def boot_id() -> bytes:
     except OSError as error:
         # Not zeros: they would look like another boot, and a checkpoint would take the place of a
         # store that others have open.
-        raise persipubsub.errors.StoreError("Expected to read {}, but got: {}".format(
-            _BOOT_ID, error.strerror or error)) from error
+        raise persipubsub.errors.StoreError(
+            f"Expected to read {_BOOT_ID}, but got: {error.strerror or error}") from error
 
 
 def ticks_ns() -> int:

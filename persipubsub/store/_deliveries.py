@@ -8,7 +8,8 @@ delivered any more.
 
 import datetime
 import time
-from typing import Dict, Final, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Final
 
 import lmdb
 
@@ -17,11 +18,11 @@ from persipubsub.store import (_acknowledging, _attempts, _blocks, _layout, _log
                                _positions)
 from persipubsub.store._databases import Databases
 
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def describe(copied: _pending.Copied,
-             pending: _pending.Pending) -> List[persipubsub.message.Message]:
+             pending: _pending.Pending) -> list[persipubsub.message.Message]:
     """
     Tell what is known of messages. No store is touched.
 
@@ -32,7 +33,7 @@ def describe(copied: _pending.Copied,
     # By their age: the queue's clock is not that of the wall, which somebody may have set.
     offset_ns = time.time_ns() - pending.now_ns()
     is_counted = pending.policy.max_deliveries > 0
-    times = []  # type: List[datetime.datetime]
+    times: list[datetime.datetime] = []
     for count, time_ns in copied.runs:
         times += [_EPOCH + datetime.timedelta(microseconds=(time_ns + offset_ns) // 1000)] * count
     described = []
@@ -68,7 +69,7 @@ def begin(txn: "lmdb.Transaction[memoryview]",
     copied = pending.copy(txn, databases, number, end, is_guess)
     if copied.is_spent or not copied.numbers:
         return copied
-    counted = {}  # type: Dict[int, _layout.Attempts]
+    counted: dict[int, _layout.Attempts] = {}
     for found in copied.numbers:
         before = copied.attempts.get(found)
         if before is None:
@@ -96,7 +97,7 @@ def _flag(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes)
 
 
 def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-         numbers: Sequence[int], error: str) -> List[int]:
+         numbers: Sequence[int], error: str) -> list[int]:
     """
     Record that a delivery failed.
 
@@ -110,7 +111,7 @@ def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pe
     subscriber = _positions.read(txn, databases, pending.key)
     if subscriber is None or subscriber.ordinal != pending.ordinal:
         return []
-    spent = []  # type: List[int]
+    spent: list[int] = []
     now_ns = pending.now_ns()
     flags = subscriber.flags
     for number in numbers:
@@ -140,7 +141,7 @@ def fail(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pe
 
 
 def copy_spent(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-               number: int) -> Optional[_pending.Copied]:
+               number: int) -> _pending.Copied | None:
     """
     Copy a message whose last delivery failed, however old it is.
 

@@ -1,7 +1,7 @@
 """Read and change what is true of a whole store, inside of a transaction."""
 
 import time
-from typing import Final, Optional
+from typing import Final
 
 import lmdb
 
@@ -42,7 +42,7 @@ def update(txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int
     header = read(txn, databases, "")
     boot = _clock.boot_id()
     number = _layout.FIRST_NUMBER
-    last = None  # type: Optional[_blocks.Block]
+    last: _blocks.Block | None = None
     cursor = txn.cursor(db=databases.data)
     if cursor.last():
         number = _layout.unpack_number(cursor.key())

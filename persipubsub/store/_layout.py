@@ -28,7 +28,8 @@ messages: 9.3 us against 13.4 us for a send with the removal of an old message).
 """
 
 import struct
-from typing import Final, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple, Union
 
 import persipubsub.errors
 
@@ -124,13 +125,12 @@ def unpack_header(value: Buffer, path: str) -> Header:
     """
     if len(value) < 12 or bytes(value[:8]) != MAGIC:
         raise persipubsub.errors.FormatError(
-            "Expected the queue {} to begin with {!r}, but got: {!r}".format(
-                path, MAGIC, bytes(value[:8])))
+            f"Expected the queue {path} to begin with {MAGIC!r}, but got: {bytes(value[:8])!r}")
     found = int.from_bytes(value[8:12], "little")
     if found != FORMAT or len(value) != _HEADER.size:
         raise persipubsub.errors.FormatError(
-            "Expected the queue {} to be of format {}, but got: {!r}. "
-            "It was written by another version of persipubsub.".format(path, FORMAT, found))
+            f"Expected the queue {path} to be of format {FORMAT}, but got: {found!r}. It was "
+            f"written by another version of persipubsub.")
     return Header._make(_HEADER.unpack(value)[1:])
 
 
@@ -175,8 +175,8 @@ def unpack_subscriber(value: Buffer) -> Subscriber:
         return Subscriber._make(_SUBSCRIBER.unpack(value))
     except struct.error:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected the record of a subscriber to have {} bytes, but got: {} bytes".format(
-                _SUBSCRIBER.size, len(value))) from None
+            f"Expected the record of a subscriber to have {_SUBSCRIBER.size} bytes, but got: "
+            f"{len(value)} bytes") from None
 
 
 #: Decode the beginning of the record of a subscriber, in a third of the time of all of it: ordinal,
@@ -184,7 +184,7 @@ def unpack_subscriber(value: Buffer) -> Subscriber:
 unpack_position = _SUBSCRIBER_BEGIN.unpack_from
 
 
-def unpack_positions(values: Iterable[memoryview]) -> List[int]:
+def unpack_positions(values: Iterable[memoryview]) -> list[int]:
     """
     Decode only the positions in the records of subscribers.
 
@@ -196,12 +196,12 @@ def unpack_positions(values: Iterable[memoryview]) -> List[int]:
         return [position for position, in map(_SUBSCRIBER_POSITION.unpack, values)]
     except struct.error as error:
         raise persipubsub.errors.StoreCorruptError(
-            "Expected each record of a subscriber to have {} bytes, but got: {!r}".format(
-                _SUBSCRIBER.size, str(error))) from None
+            f"Expected each record of a subscriber to have {_SUBSCRIBER.size} bytes, but got: "
+            f"{str(error)!r}") from None
 
 
 def acknowledge_in_order(value: memoryview, ordinal: int, numbers: Sequence[int],
-                         time_ns: int) -> Optional[bytes]:
+                         time_ns: int) -> bytes | None:
     """
     Change the record of a subscriber for the common case, without decoding all of it.
 
@@ -238,7 +238,7 @@ def pack_ahead_key(ordinal: int, number: int) -> bytes:
     return _AHEAD_KEY.pack(ordinal, number)
 
 
-def unpack_ahead(key: Buffer, value: Buffer) -> Tuple[int, int, int]:
+def unpack_ahead(key: Buffer, value: Buffer) -> tuple[int, int, int]:
     """
     Decode a range that was acknowledged ahead of the position.
 
@@ -298,7 +298,7 @@ def pack_audience(subscribers: Sequence[str]) -> bytes:
     :param subscribers: ids, each at most 255 bytes of UTF-8
     :return: each id behind its length in one byte, in sorted order
     """
-    parts = []  # type: List[bytes]
+    parts: list[bytes] = []
     for subscriber in sorted(subscribers):
         encoded = subscriber.encode("utf-8")
         parts.append(bytes((len(encoded), )))
@@ -306,14 +306,14 @@ def pack_audience(subscribers: Sequence[str]) -> bytes:
     return b"".join(parts)
 
 
-def unpack_audience(value: Buffer) -> Tuple[str, ...]:
+def unpack_audience(value: Buffer) -> tuple[str, ...]:
     """
     Decode whom a publisher addresses.
 
     :param value: of ``meta_db``
     :return: subscriber ids
     """
-    subscribers = []  # type: List[str]
+    subscribers: list[str] = []
     data = bytes(value)
     offset = 0
     while offset < len(data):
@@ -354,7 +354,7 @@ def once_time_key(time_ns: int, identifier: bytes) -> bytes:
     return ONCE_TIME_PREFIX + _NUMBER.pack(time_ns) + identifier
 
 
-def unpack_once_time_key(key: Buffer) -> Tuple[int, bytes]:
+def unpack_once_time_key(key: Buffer) -> tuple[int, bytes]:
     """
     Decode the key that finds an id by its time.
 
@@ -367,7 +367,7 @@ def unpack_once_time_key(key: Buffer) -> Tuple[int, bytes]:
 pack_once = _ONCE.pack
 
 
-def unpack_once(value: Buffer) -> Tuple[int, int]:
+def unpack_once(value: Buffer) -> tuple[int, int]:
     """
     Decode what is kept with an id.
 

@@ -6,7 +6,8 @@ not to a block; numbers that were dropped leave gaps, so that every search lands
 """
 
 import itertools
-from typing import Dict, Final, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import lmdb
 
@@ -29,7 +30,7 @@ class Tail(NamedTuple):
     total_count: int
     total_bytes: int
     generation: int
-    totals: Tuple[int, ...]  #: of each audience but everybody
+    totals: tuple[int, ...]  #: of each audience but everybody
 
 
 EMPTY: Final = Tail(next_number=_layout.FIRST_NUMBER,
@@ -45,7 +46,7 @@ class Place(NamedTuple):
 
     messages: int  #: how many
     size: int  #: their bytes
-    totals: Tuple[int, ...]  #: of each audience but everybody
+    totals: tuple[int, ...]  #: of each audience but everybody
     time_ns: int  #: everything from the number on was committed then or later, or will be
 
 
@@ -74,7 +75,7 @@ def read_tail(cursor: "lmdb.Cursor[memoryview]") -> Tail:
 
 
 def append(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: Tail, time_ns: int,
-           audience: int, batches: Sequence[Tuple[int, int, bytes]]) -> Tail:
+           audience: int, batches: Sequence[tuple[int, int, bytes]]) -> Tail:
     """
     Add blocks at the end of the log.
 
@@ -103,14 +104,13 @@ def append(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: Tail
         if not txn.put(_layout.pack_number(number), record + body, True, True, True,
                        databases.data):
             raise persipubsub.errors.StoreCorruptError(
-                "Expected the log to end in front of message {}, but got: one behind it".format(
-                    number))
+                f"Expected the log to end in front of message {number}, but got: one behind it")
         number += messages
     # Past the constructor, which is a function in Python.
     return _new(Tail, (number, time_ns, count, size, generation, totals))
 
 
-def _add_to_audience(totals: Tuple[int, ...], audience: int, count: int) -> Tuple[int, ...]:
+def _add_to_audience(totals: tuple[int, ...], audience: int, count: int) -> tuple[int, ...]:
     """
     Add to the total of an audience.
 
@@ -156,7 +156,7 @@ def change_generation(cursor: "lmdb.Cursor[memoryview]") -> None:
     cursor.put(key, record + value[len(record):])
 
 
-def seek(cursor: "lmdb.Cursor[memoryview]", number: int) -> Optional[Found]:
+def seek(cursor: "lmdb.Cursor[memoryview]", number: int) -> Found | None:
     """
     Find the block that holds a number, or the next block behind it.
 
@@ -184,7 +184,7 @@ def seek(cursor: "lmdb.Cursor[memoryview]", number: int) -> Optional[Found]:
     return _found(cursor, _layout.unpack_number(cursor.key()))
 
 
-def following(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+def following(cursor: "lmdb.Cursor[memoryview]") -> Found | None:
     """
     Go to the next block.
 
@@ -196,7 +196,7 @@ def following(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
     return _found(cursor, _layout.unpack_number(cursor.key()))
 
 
-def preceding(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+def preceding(cursor: "lmdb.Cursor[memoryview]") -> Found | None:
     """
     Go to the previous block.
 
@@ -208,7 +208,7 @@ def preceding(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
     return _found(cursor, _layout.unpack_number(cursor.key()))
 
 
-def last(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+def last(cursor: "lmdb.Cursor[memoryview]") -> Found | None:
     """
     Go to the last block.
 
@@ -220,7 +220,7 @@ def last(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
     return _found(cursor, _layout.unpack_number(cursor.key()))
 
 
-def head(cursor: "lmdb.Cursor[memoryview]") -> Optional[Found]:
+def head(cursor: "lmdb.Cursor[memoryview]") -> Found | None:
     """
     Go to the first block.
 
@@ -345,7 +345,7 @@ def number_addressed(cursor: "lmdb.Cursor[memoryview]", begin: int, end: int,
     return begin
 
 
-def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: Dict[int, int], everyone: int,
+def delete_head(cursor: "lmdb.Cursor[memoryview]", floors: dict[int, int], everyone: int,
                 budget: int, retained_ns: int) -> int:
     """
     Delete finished blocks at the beginning of the log; the last block stays.
@@ -446,7 +446,7 @@ def _shorten_block(cursor: "lmdb.Cursor[memoryview]", found: Found, count: int) 
 
 
 def read_audiences(txn: "lmdb.Transaction[memoryview]",
-                   databases: Databases) -> Dict[int, Tuple[str, ...]]:
+                   databases: Databases) -> dict[int, tuple[str, ...]]:
     """
     Read whom publishers addressed so far.
 
@@ -454,7 +454,7 @@ def read_audiences(txn: "lmdb.Transaction[memoryview]",
     :param databases: handles
     :return: subscriber ids by audience, from 1 on
     """
-    audiences = {}  # type: Dict[int, Tuple[str, ...]]
+    audiences: dict[int, tuple[str, ...]] = {}
     while True:
         value = txn.get(_layout.audience_key(len(audiences) + 1), db=databases.meta)
         if value is None:
@@ -480,19 +480,19 @@ def ensure_audience(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     audience = len(audiences) + 1
     if audience > 0xffff:
         raise persipubsub.errors.StoreError(
-            "Expected at most {} different lists of subscribers, but got: one more".format(0xffff))
+            f"Expected at most {0xffff} different lists of subscribers, but got: one more")
     txn.put(_layout.audience_key(audience), _layout.pack_audience(wanted), db=databases.meta)
     return audience
 
 
-def list_blocks(cursor: "lmdb.Cursor[memoryview]") -> List[Found]:
+def list_blocks(cursor: "lmdb.Cursor[memoryview]") -> list[Found]:
     """
     List all blocks; for checks only, since it takes time with the length of the log.
 
     :param cursor: of ``data_db``
     :return: blocks in order
     """
-    blocks = []  # type: List[Found]
+    blocks: list[Found] = []
     found = head(cursor)
     while found is not None:
         blocks.append(found)

@@ -1,7 +1,8 @@
 """Find the newest message of a subscriber and skip to it, inside of a transaction."""
 
 import functools
-from typing import AbstractSet, Callable, Iterator, List, Optional, Tuple, Union
+from collections.abc import Callable, Iterator
+from typing import AbstractSet
 
 import lmdb
 
@@ -11,8 +12,7 @@ from persipubsub.store._databases import Databases
 
 def find(
         txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-        stuck: AbstractSet[int]
-) -> Union[_pending.Candidate, _pending.Expired, _pending.Resting, None]:
+        stuck: AbstractSet[int]) -> _pending.Candidate | _pending.Expired | _pending.Resting | None:
     """
     Find the newest message that is pending. Messages for others behind it are walked over.
 
@@ -44,7 +44,7 @@ def find(
 
 def _newest_first(txn: "lmdb.Transaction[memoryview]", databases: Databases,
                   subscriber: _layout.Subscriber,
-                  is_own: Callable[[int], bool]) -> Iterator[Tuple[int, _blocks.Block]]:
+                  is_own: Callable[[int], bool]) -> Iterator[tuple[int, _blocks.Block]]:
     """
     Iterate over the messages that a subscriber still has to acknowledge, from the newest one on.
 
@@ -54,7 +54,7 @@ def _newest_first(txn: "lmdb.Transaction[memoryview]", databases: Databases,
     :param is_own: tells whether an audience is one of the subscriber's
     :return: number and block of each
     """
-    ranges = []  # type: List[Tuple[int, int]]
+    ranges: list[tuple[int, int]] = []
     if subscriber.flags & _layout.FLAG_MAY_HAVE_RANGES:
         ranges = list(_positions.ranges(txn, databases, subscriber.ordinal))
     found = _log.last(cursor := txn.cursor(db=databases.data))
@@ -72,7 +72,7 @@ def _newest_first(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def skip_to(txn: "lmdb.Transaction[memoryview]", databases: Databases, pending: _pending.Pending,
-            stuck: AbstractSet[int], take: Callable[[int], bool]) -> Optional[_pending.Copied]:
+            stuck: AbstractSet[int], take: Callable[[int], bool]) -> _pending.Copied | None:
     """
     Claim and copy the newest message, and acknowledge all in front of it.
 

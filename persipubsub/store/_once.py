@@ -6,7 +6,7 @@ so that the oldest ids are found without a search. Every change is in the same t
 of the log: a publisher that was killed finds its id exactly if its message is stored.
 """
 
-from typing import List, Optional, Sequence
+from collections.abc import Sequence
 
 import lmdb
 
@@ -15,7 +15,7 @@ from persipubsub.store._databases import Databases
 
 
 def find(txn: "lmdb.Transaction[memoryview]", databases: Databases, identifiers: Sequence[bytes],
-         oldest_ns: int) -> List[Optional[int]]:
+         oldest_ns: int) -> list[int | None]:
     """
     Find the messages that were stored with ids.
 
@@ -25,7 +25,7 @@ def find(txn: "lmdb.Transaction[memoryview]", databases: Databases, identifiers:
     :param oldest_ns: ids that were given before are forgotten, whether they are still stored or not
     :return: number of the message of each id; None if there is none
     """
-    numbers = []  # type: List[Optional[int]]
+    numbers: list[int | None] = []
     for identifier in identifiers:
         value = txn.get(_layout.once_id_key(identifier), db=databases.once)
         number, time_ns = _layout.unpack_once(value) if value is not None else (0, 0)

@@ -6,7 +6,8 @@ not acknowledged ahead. Of that, a message that failed may rest until it is due 
 """
 
 import types
-from typing import Callable, Dict, Final, List, Mapping, NamedTuple, Optional, Tuple, Union
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
 
 import lmdb
 
@@ -46,9 +47,9 @@ class Expired(NamedTuple):
 class Copied(NamedTuple):
     """Hold messages that were copied out of the store."""
 
-    numbers: List[int]
-    messages: List[bytes]
-    runs: List[Tuple[int, int]]  #: how many of them were committed together, and when
+    numbers: list[int]
+    messages: list[bytes]
+    runs: list[tuple[int, int]]  #: how many of them were committed together, and when
     attempts: Mapping[int, _layout.Attempts]  #: of those that have a record
     is_spent: bool  #: True if it is a single message that is not to be delivered any more
 
@@ -83,13 +84,13 @@ class Pending:
         self.policy = policy
         # Whether the subscriber is in a list, by the list as it is stored. Not by its number: a
         # transaction that is taken back gives that to another list.
-        self._is_in = {}  # type: Dict[bytes, bool]
+        self._is_in: dict[bytes, bool] = {}
         # Number behind the last message that anybody saw, so that the next ones need not look. What
         # is guessed by it is checked before it counts: messages may be gone since then.
         self.end = 0
 
     def find(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-             start: int) -> Union[Candidate, Expired, Resting, None]:
+             start: int) -> Candidate | Expired | Resting | None:
         """
         Find the next message that is pending, and due.
 
@@ -139,7 +140,7 @@ class Pending:
         return Resting(due_ns) if due_ns else None
 
     def _skip_resting(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal: int,
-                      number: int, stop: int) -> Tuple[int, int]:
+                      number: int, stop: int) -> tuple[int, int]:
         """
         Skip messages that are not due yet.
 
@@ -162,7 +163,7 @@ class Pending:
         return number, due_ns
 
     def copy_next(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                  start: int) -> Union[Tuple[int, bytes], Expired, None]:
+                  start: int) -> tuple[int, bytes] | Expired | None:
         """
         Copy the next message that is pending, and due.
 
@@ -282,7 +283,7 @@ class Pending:
         :return: messages with what is known of their deliveries
         :raise CorruptMessageError: if the first one is damaged
         """
-        found = {}  # type: Dict[int, _layout.Attempts]
+        found: dict[int, _layout.Attempts] = {}
         result = Copied([], [], [], found, False)
         is_behind_others = True
         while is_behind_others and number < end:
@@ -333,7 +334,7 @@ class Pending:
         return Copied([number], [message], [(1, block.time_ns)], _NO_ATTEMPTS, False)
 
     def _copy_runs(self, txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                   cursor: "lmdb.Cursor[memoryview]", found: Optional[_log.Found], number: int,
+                   cursor: "lmdb.Cursor[memoryview]", found: _log.Found | None, number: int,
                    end: int) -> Copied:
         """
         Copy messages of one block after the other that are not too old and addressed.
@@ -366,7 +367,7 @@ class Pending:
         return result
 
     def limit(self, txn: "lmdb.Transaction[memoryview]", databases: Databases, flags: int,
-              number: int, end: int) -> Tuple[int, Mapping[int, _layout.Attempts], bool]:
+              number: int, end: int) -> tuple[int, Mapping[int, _layout.Attempts], bool]:
         """
         Cut a range in front of what is acknowledged, not due, or not to be delivered any more.
 
@@ -382,7 +383,7 @@ class Pending:
         if not flags & _layout.FLAG_MAY_HAVE_ATTEMPTS:
             return end, _NO_ATTEMPTS, False
         now_ns = self.now_ns()
-        found = {}  # type: Dict[int, _layout.Attempts]
+        found: dict[int, _layout.Attempts] = {}
         for other, attempts in _attempts.between(txn, databases, self.ordinal, number, end):
             if attempts.due_ns > now_ns:
                 return other, found, False
@@ -395,7 +396,7 @@ class Pending:
 
 
 def _copy_run(value: memoryview, block: _blocks.Block, first: int, begin: int, stop: int,
-              may_be_empty: bool) -> List[bytes]:
+              may_be_empty: bool) -> list[bytes]:
     """
     Copy messages of one block, up to the first damaged one.
 

@@ -6,7 +6,8 @@ of one subscriber acknowledge out of order is kept as ranges ahead of the positi
 are messages in flight, however many were acknowledged meanwhile.
 """
 
-from typing import Dict, Final, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import lmdb
 
@@ -20,7 +21,7 @@ _NEAR_BLOCKS: Final = 8
 
 
 def read(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-         key: bytes) -> Optional[_layout.Subscriber]:
+         key: bytes) -> _layout.Subscriber | None:
     """
     Read the record of a subscriber.
 
@@ -34,7 +35,7 @@ def read(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def read_position(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                  key: bytes) -> Optional[int]:
+                  key: bytes) -> int | None:
     """
     Read the position of a subscriber.
 
@@ -68,7 +69,7 @@ def require(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 
 def require_position(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-                     key: bytes) -> Tuple[int, int, int, int]:
+                     key: bytes) -> tuple[int, int, int, int]:
     """
     Read where a subscriber that has to be there is.
 
@@ -102,7 +103,7 @@ def write(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: bytes,
 
 
 def read_all(txn: "lmdb.Transaction[memoryview]",
-             databases: Databases) -> List[Tuple[bytes, _layout.Subscriber]]:
+             databases: Databases) -> list[tuple[bytes, _layout.Subscriber]]:
     """
     Read the records of all subscribers.
 
@@ -114,7 +115,7 @@ def read_all(txn: "lmdb.Transaction[memoryview]",
             for key, value in txn.cursor(db=databases.pending)]
 
 
-def audiences_of(audiences: Dict[int, Tuple[str, ...]], key: bytes) -> Tuple[int, ...]:
+def audiences_of(audiences: dict[int, tuple[str, ...]], key: bytes) -> tuple[int, ...]:
     """
     List the audiences that a subscriber belongs to.
 
@@ -127,7 +128,7 @@ def audiences_of(audiences: Dict[int, Tuple[str, ...]], key: bytes) -> Tuple[int
 
 
 def ranges(txn: "lmdb.Transaction[memoryview]", databases: Databases,
-           ordinal: int) -> Iterator[Tuple[int, int]]:
+           ordinal: int) -> Iterator[tuple[int, int]]:
     """
     Iterate over the ranges that a subscriber acknowledged ahead of its position.
 
@@ -208,7 +209,7 @@ def add_range(txn: "lmdb.Transaction[memoryview]", databases: Databases, ordinal
     cursor = txn.cursor(db=databases.ahead)
     known = 0
     new_begin, new_end = begin, end
-    touching = []  # type: List[int]
+    touching: list[int] = []
     found = (cursor.prev()
              if cursor.set_range(_layout.pack_ahead_key(ordinal, begin)) else cursor.last())
     if not found:
@@ -341,7 +342,7 @@ def first_pending(txn: "lmdb.Transaction[memoryview]", databases: Databases,
 
 def acknowledge(txn: "lmdb.Transaction[memoryview]", databases: Databases,
                 subscriber: _layout.Subscriber, begin: int,
-                end: int) -> Tuple[_layout.Subscriber, int]:
+                end: int) -> tuple[_layout.Subscriber, int]:
     """
     Acknowledge a range of numbers.
 

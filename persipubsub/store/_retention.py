@@ -7,7 +7,8 @@ than the queue's timeout, or to make room at a high-water mark; each subscriber 
 
 import dataclasses
 import itertools
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import lmdb
 
@@ -29,13 +30,13 @@ class Floor:
     generation: int
     number: int  #: the first number that anybody still needs
     everyone: int  #: the same, only for what is addressed to everybody
-    audiences: Dict[int, int]  #: the same, for each audience from 1 on
+    audiences: dict[int, int]  #: the same, for each audience from 1 on
     messages: int  #: how many the log has in front of ``number``
     size: int  #: their bytes
     subscribers: int  #: how many there are
     interval: int  #: how many messages are sent until the positions are looked at again
     #: a subscriber whose position is ``everyone``, in UTF-8; None if that is not all that counts
-    hindmost: Optional[bytes]
+    hindmost: bytes | None
     #: all messages from ``number`` on were committed then or later, also those that are yet to come
     oldest_ns: int
 
@@ -76,7 +77,7 @@ def find_floor(txn: "lmdb.Transaction[memoryview]",
                databases: Databases,
                tail: _log.Tail,
                is_look: bool = False,
-               known: Optional[Floor] = None) -> Floor:
+               known: Floor | None = None) -> Floor:
     """
     Look at the positions of all subscribers, or only at the hindmost one if it did not move.
 
@@ -99,7 +100,7 @@ def find_floor(txn: "lmdb.Transaction[memoryview]",
 
     subscribers = _positions.read_all(txn, databases)
     audiences = _log.read_audiences(txn, databases)
-    positions = {}  # type: Dict[str, int]
+    positions: dict[str, int] = {}
     for key, subscriber in subscribers:
         own = _positions.audiences_of(audiences, key)
         if is_look:
@@ -126,8 +127,8 @@ def _floor_at(  # pylint: disable=too-many-arguments,too-many-positional-argumen
         tail: _log.Tail,
         everyone: int,
         subscribers: int,
-        hindmost: Optional[bytes] = None,
-        audiences: Optional[Dict[int, int]] = None) -> Floor:
+        hindmost: bytes | None = None,
+        audiences: dict[int, int] | None = None) -> Floor:
     """
     Count what lies in front of the first number that anybody still needs.
 
@@ -155,7 +156,7 @@ def _floor_at(  # pylint: disable=too-many-arguments,too-many-positional-argumen
 
 
 def _find_hindmost(txn: "lmdb.Transaction[memoryview]",
-                   databases: Databases) -> Optional[Tuple[bytes, int, int]]:
+                   databases: Databases) -> tuple[bytes, int, int] | None:
     """
     Find the subscriber of the smallest position, in a tenth of the time of reading all records.
 
@@ -198,7 +199,7 @@ def _settle(txn: "lmdb.Transaction[memoryview]", databases: Databases, key: byte
     return position
 
 
-def find_slowest(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> Optional[Slowest]:
+def find_slowest(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> Slowest | None:
     """
     Find the subscriber that needs the oldest message.
 
@@ -255,7 +256,7 @@ def count_cleared(subscriber: _layout.Subscriber, count: int) -> _layout.Subscri
 
 
 def drop_before(txn: "lmdb.Transaction[memoryview]", databases: Databases, cut: int,
-                count: Count) -> List[Loss]:
+                count: Count) -> list[Loss]:
     """
     Drop everything in front of a number, for every subscriber.
 
@@ -268,7 +269,7 @@ def drop_before(txn: "lmdb.Transaction[memoryview]", databases: Databases, cut: 
     :return: what was dropped unread
     """
     audiences = _log.read_audiences(txn, databases)
-    losses = []  # type: List[Loss]
+    losses: list[Loss] = []
     for key, subscriber in _positions.read_all(txn, databases):
         if subscriber.position >= cut:
             continue
@@ -282,7 +283,7 @@ def drop_before(txn: "lmdb.Transaction[memoryview]", databases: Databases, cut: 
 
 
 def drop_from(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _log.Tail, cut: int,
-              count: Count) -> Tuple[_log.Tail, List[Loss]]:
+              count: Count) -> tuple[_log.Tail, list[Loss]]:
     """
     Drop everything from a number on, for every subscriber.
 
@@ -294,7 +295,7 @@ def drop_from(txn: "lmdb.Transaction[memoryview]", databases: Databases, tail: _
     :return: new end of the log, what was dropped unread
     """
     audiences = _log.read_audiences(txn, databases)
-    losses = []  # type: List[Loss]
+    losses: list[Loss] = []
     for key, subscriber in _positions.read_all(txn, databases):
         lost = _positions.count_pending(txn, databases, subscriber,
                                         _positions.audiences_of(audiences, key), cut,
@@ -337,7 +338,7 @@ def expired_before(txn: "lmdb.Transaction[memoryview]", databases: Databases, fl
 
 
 def halve(txn: "lmdb.Transaction[memoryview]", databases: Databases, floor: Floor, tail: _log.Tail,
-          drops_newest: bool) -> Tuple[_log.Tail, List[Loss]]:
+          drops_newest: bool) -> tuple[_log.Tail, list[Loss]]:
     """
     Drop half of the messages, rounded up.
 
@@ -378,7 +379,7 @@ def delete_finished(txn: "lmdb.Transaction[memoryview]", databases: Databases, b
                             retained_ns=retained_ns)
 
 
-def clear(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> List[Loss]:
+def clear(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[Loss]:
     """
     Let all subscribers begin at the end of the queue.
 

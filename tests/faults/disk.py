@@ -9,7 +9,8 @@ name that was not followed by a flush of its directory. A rename is atomic.
 import pathlib
 import random
 import re
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Optional
 
 from tests.faults import tracing
 
@@ -30,8 +31,8 @@ class Call(NamedTuple):
     """Hold one system call."""
 
     name: str
-    strings: Tuple[bytes, ...]  #: its arguments that are strings
-    words: Tuple[str, ...]  #: all its arguments, each string replaced by one letter
+    strings: tuple[bytes, ...]  #: its arguments that are strings
+    words: tuple[str, ...]  #: all its arguments, each string replaced by one letter
 
 
 class Event(NamedTuple):
@@ -39,10 +40,10 @@ class Event(NamedTuple):
 
     key: int  #: the same for the beginning and the end
     call: Call
-    result: Optional[int]  #: None at the beginning
+    result: int | None  #: None at the beginning
 
 
-def record(work: Callable[[], None], output: pathlib.Path) -> List[Event]:
+def record(work: Callable[[], None], output: pathlib.Path) -> list[Event]:
     """
     Run a function in a process of its own and record what it does to files.
 
@@ -53,14 +54,14 @@ def record(work: Callable[[], None], output: pathlib.Path) -> List[Event]:
     code = tracing.run(
         lambda: work,
         ["-xx", "-s", "100000000", "-o",
-         str(output), "-e", "trace=" + _CALLS, "-e", "signal=none"])
-    assert code == 0, "Expected the recorded process to end well, but got: {}".format(code)
+         str(output), "-e", f"trace={_CALLS}", "-e", "signal=none"])
+    assert code == 0, f"Expected the recorded process to end well, but got: {code}"
     return list(_parse(output.read_bytes().splitlines()))
 
 
 def _parse(lines: Sequence[bytes]) -> Iterator[Event]:
     """Parse the lines of strace."""
-    begun = {}  # type: Dict[bytes, Tuple[int, bytes]]
+    begun: dict[bytes, tuple[int, bytes]] = {}
     for key, line in enumerate(lines):
         match = _LINE.match(line)
         if match is None:
@@ -98,7 +99,7 @@ def _parse_call(text: bytes) -> Call:
 class _Change:
     """Hold a change of a file, or of names, that was not flushed yet."""
 
-    def __init__(self, key: int, place: int, data: bytes, size: Optional[int]) -> None:
+    def __init__(self, key: int, place: int, data: bytes, size: int | None) -> None:
         self.key = key
         self.place = place
         self.data = data
@@ -127,7 +128,7 @@ class _File:
     def __init__(self, content: bytes = b"") -> None:
         self.seen = bytearray(content)
         self.durable = bytearray(content)
-        self.pending = []  # type: List[_Change]
+        self.pending: list[_Change] = []
 
     def add(self, change: _Change) -> None:
         """Add a change that is not durable."""
@@ -144,7 +145,7 @@ class _File:
     def survive(self, chance: random.Random, how: "Survival") -> bytes:
         """Choose what of the file there is after a power failure."""
         content = bytearray(self.durable)
-        pieces = []  # type: List[_Change]
+        pieces: list[_Change] = []
         for change in self.pending:
             if change.size is not None:
                 pieces.append(change)
@@ -193,14 +194,14 @@ class Survival(NamedTuple):
 class _Names:
     """Hold a change of names that was not flushed yet."""
 
-    def __init__(self, key: int, parents: Sequence[str], removed: Optional[str],
-                 added: "Optional[Tuple[str, Optional[_File]]]") -> None:
+    def __init__(self, key: int, parents: Sequence[str], removed: str | None,
+                 added: "Optional[tuple[str, Optional[_File]]]") -> None:
         self.key = key
         self.parents = parents
         self.removed = removed
         self.added = added
 
-    def apply(self, names: "Dict[str, Optional[_File]]") -> None:
+    def apply(self, names: "dict[str, Optional[_File]]") -> None:
         """Change names."""
         if self.removed is not None:
             names.pop(self.removed, None)
@@ -211,7 +212,7 @@ class _Names:
 class _Descriptor:
     """Hold an open file, or a directory."""
 
-    def __init__(self, path: str, file: Optional[_File], flags: str) -> None:
+    def __init__(self, path: str, file: _File | None, flags: str) -> None:
         self.path = path
         self.file = file
         self.place = 0
@@ -226,7 +227,7 @@ class Disk:
     Paths are those of a directory and of what is below it; everything else is ignored.
     """
 
-    def __init__(self, root: pathlib.Path, initial: Optional[pathlib.Path] = None) -> None:
+    def __init__(self, root: pathlib.Path, initial: pathlib.Path | None = None) -> None:
         """
         Initialize with a disk that is empty but for its root.
 
@@ -234,16 +235,16 @@ class Disk:
         :param initial: directory with what is on the disk at the beginning
         """
         self.root = str(root)
-        self.seen = {}  # type: Dict[str, Optional[_File]]
+        self.seen: dict[str, _File | None] = {}
         if initial is not None:
             for path in sorted(initial.rglob("*")):
-                name = self.root + "/" + str(path.relative_to(initial))
+                name = f"{self.root}/{path.relative_to(initial)!s}"
                 self.seen[name] = None if path.is_dir() else _File(path.read_bytes())
         self.durable = dict(self.seen)
-        self.pending = []  # type: List[_Names]
-        self.descriptors = {}  # type: Dict[int, _Descriptor]
-        self.flushing = {}  # type: Dict[int, List[int]]
-        self.running = set()  # type: set[int]
+        self.pending: list[_Names] = []
+        self.descriptors: dict[int, _Descriptor] = {}
+        self.flushing: dict[int, list[int]] = {}
+        self.running: set[int] = set()
 
     def feed(self, event: Event) -> None:
         """
@@ -266,18 +267,18 @@ class Disk:
         if event.result < 0:
             assert call.name not in ("write", "pwrite64", "writev", "fsync", "fdatasync"), event
             return
-        handler = getattr(self, "_end_" + call.name, None)
+        handler = getattr(self, f"_end_{call.name}", None)
         if handler is not None:
             handler(key, call, event.result)
             return
         assert call.name in ("lseek", "read", "close", "dup", "msync"), \
-            "Expected a call that is modelled, but got: {}".format(call)
+            f"Expected a call that is modelled, but got: {call}"
 
     def _below(self, path: str) -> bool:
         """Tell whether a path is followed."""
-        return path.startswith(self.root + "/")
+        return path.startswith(f"{self.root}/")
 
-    def _complete_keys(self, descriptor: int) -> List[int]:
+    def _complete_keys(self, descriptor: int) -> list[int]:
         """List the calls whose changes a flush that begins now covers."""
         opened = self.descriptors.get(descriptor)
         if opened is None:
@@ -346,8 +347,8 @@ class Disk:
             file.add(_Change(key, 0, b"", 0))
         self.descriptors[result] = _Descriptor(path, file, flags)
 
-    def _change_names(self, key: int, removed: Optional[str],
-                      added: "Optional[Tuple[str, Optional[_File]]]") -> None:
+    def _change_names(self, key: int, removed: str | None,
+                      added: "Optional[tuple[str, Optional[_File]]]") -> None:
         """Change names; not durable."""
         path = added[0] if added is not None else removed
         assert path is not None

@@ -2,7 +2,8 @@
 
 import collections
 import pathlib
-from typing import Any, DefaultDict, Dict, Final, List, Mapping, NamedTuple, Sequence, Set, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any, DefaultDict, Final, NamedTuple
 
 from tests.faults import workers
 
@@ -20,8 +21,8 @@ class Receipt(NamedTuple):
 class Batch(NamedTuple):
     """Say that messages were sent together."""
 
-    ids: Tuple[str, ...]
-    subscribers: Tuple[str, ...]
+    ids: tuple[str, ...]
+    subscribers: tuple[str, ...]
     is_sent: bool  #: the call returned
 
 
@@ -35,21 +36,20 @@ class Books:
         :param path: of the file
         :param audiences: the subscribers that each publisher addresses
         """
-        self.batches = []  # type: List[Batch]
-        self.received = collections.defaultdict(
-            dict)  # type: DefaultDict[str, Dict[str, List[Receipt]]]
-        self.lines = collections.defaultdict(lambda: collections.defaultdict(
-            list))  # type: DefaultDict[str, DefaultDict[str, List[str]]]
-        self.killed = {}  # type: Dict[str, Tuple[int, int]]
-        self.disturbed = collections.defaultdict(list)  # type: DefaultDict[str, List[int]]
-        self.stopped_ns = []  # type: List[int]
-        self.done = set()  # type: Set[Tuple[str, str]]
-        self.failed = collections.Counter()  # type: collections.Counter[Tuple[str, str]]
-        self.failures = collections.Counter()  # type: collections.Counter[str]
-        self.errors = []  # type: List[str]
+        self.batches: list[Batch] = []
+        self.received: DefaultDict[str, dict[str, list[Receipt]]] = collections.defaultdict(dict)
+        self.lines: DefaultDict[str, DefaultDict[str, list[str]]] = collections.defaultdict(
+            lambda: collections.defaultdict(list))
+        self.killed: dict[str, tuple[int, int]] = {}
+        self.disturbed: DefaultDict[str, list[int]] = collections.defaultdict(list)
+        self.stopped_ns: list[int] = []
+        self.done: set[tuple[str, str]] = set()
+        self.failed: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.failures: collections.Counter[str] = collections.Counter()
+        self.errors: list[str] = []
         self.torn = 0
         self._audiences = audiences
-        self._tries = {}  # type: Dict[Tuple[str, int], int]
+        self._tries: dict[tuple[str, int], int] = {}
         for index, line in enumerate(path.read_text(encoding="ascii").split("\n")):
             if line.endswith(workers.Ledger.END):
                 fields = line[:-len(workers.Ledger.END)].split(" ")
@@ -57,14 +57,13 @@ class Books:
             elif line:
                 self.torn += 1
 
-    def _enter(self, index: int, time_ns: int, kind: str, fields: List[str]) -> None:
+    def _enter(self, index: int, time_ns: int, kind: str, fields: list[str]) -> None:
         """Enter one record."""
         if kind == "try":
             publisher, source, first, end = fields
             self._tries[source, int(first)] = len(self.batches)
             self.batches.append(
-                Batch(ids=tuple("{}:{}".format(source, number)
-                                for number in range(int(first), int(end))),
+                Batch(ids=tuple(f"{source}:{number}" for number in range(int(first), int(end))),
                       subscribers=tuple(self._audiences[publisher]),
                       is_sent=False))
         elif kind == "sent":
@@ -92,49 +91,48 @@ class Books:
 
     # What must hold
 
-    def lost(self) -> List[str]:
+    def lost(self) -> list[str]:
         """List what was sent, and not received by somebody whom it is for."""
         return [
-            "{} by {}".format(identifier, subscriber) for batch in self.batches if batch.is_sent
+            f"{identifier} by {subscriber}" for batch in self.batches if batch.is_sent
             for subscriber in batch.subscribers for identifier in batch.ids
             if identifier not in self.received[subscriber]
         ]
 
-    def unknown(self) -> List[str]:
+    def unknown(self) -> list[str]:
         """List what was received, and nobody tried to send it to that subscriber."""
-        addressed = collections.defaultdict(set)  # type: DefaultDict[str, Set[str]]
+        addressed: DefaultDict[str, set[str]] = collections.defaultdict(set)
         for batch in self.batches:
             for subscriber in batch.subscribers:
                 addressed[subscriber].update(batch.ids)
         return [
-            "{} by {}".format(identifier, subscriber)
-            for subscriber, received in self.received.items() for identifier in received
-            if identifier not in addressed[subscriber]
+            f"{identifier} by {subscriber}" for subscriber, received in self.received.items()
+            for identifier in received if identifier not in addressed[subscriber]
         ]
 
-    def halves(self) -> List[str]:
+    def halves(self) -> list[str]:
         """List batches of killed publishers of which a part was received, or by some only."""
-        found = []  # type: List[str]
+        found: list[str] = []
         for batch in self.batches:
             counts = [
                 sum(identifier in self.received[subscriber] for identifier in batch.ids)
                 for subscriber in batch.subscribers
             ]
             if not batch.is_sent and set(counts) not in ({0}, {len(batch.ids)}):
-                found.append("{}: {} of {}".format(batch.ids[0], counts, len(batch.ids)))
+                found.append(f"{batch.ids[0]}: {counts} of {len(batch.ids)}")
         return found
 
-    def twice(self) -> List[str]:
+    def twice(self) -> list[str]:
         """
         List what was received again although it was neither given back nor its consumer killed.
 
         Whoever received it before must have been killed, before it was received again, and not have
         acknowledged it.
         """
-        found = []  # type: List[str]
+        found: list[str] = []
         for received in self.received.values():
             for identifier, receipts in received.items():
-                used = collections.Counter()  # type: collections.Counter[str]
+                used: collections.Counter[str] = collections.Counter()
                 for before, after in zip(receipts, receipts[1:]):
                     consumer = before.consumer
                     used[consumer] += 1
@@ -142,19 +140,19 @@ class Books:
                         continue
                     killed, _ = self.killed.get(consumer, (after.record, 0))
                     if killed >= after.record or (consumer, identifier) in self.done:
-                        found.append("{} by {} and {}".format(identifier, consumer, after.consumer))
+                        found.append(f"{identifier} by {consumer} and {after.consumer}")
         return found
 
-    def unfinished(self) -> List[str]:
+    def unfinished(self) -> list[str]:
         """List what was received, and then neither finished nor was its consumer killed."""
         return [
-            "{} by {}".format(identifier, receipts[-1].consumer)
-            for received in self.received.values() for identifier, receipts in received.items()
+            f"{identifier} by {receipts[-1].consumer}" for received in self.received.values()
+            for identifier, receipts in received.items()
             if (receipts[-1].consumer,
                 identifier) not in self.done and receipts[-1].consumer not in self.killed
         ]
 
-    def disordered(self, subscriber: str, is_shared: bool) -> List[str]:
+    def disordered(self, subscriber: str, is_shared: bool) -> list[str]:
         """
         List what one process of a subscriber received after something that was sent later.
 
@@ -165,10 +163,10 @@ class Books:
         :param is_shared: True if several processes are the subscriber at the same time
         :return: messages and processes
         """
-        found = []  # type: List[str]
+        found: list[str] = []
         everything = self.received[subscriber]
         for consumer, ids in self.lines[subscriber].items():
-            latest = {}  # type: Dict[str, Tuple[int, int]]
+            latest: dict[str, tuple[int, int]] = {}
             for identifier in ids:
                 source, _, text = identifier.partition(":")
                 number, receipt = int(text), everything[identifier][0]
@@ -178,7 +176,7 @@ class Books:
                 elif receipt.consumer == consumer and ids.count(identifier) == 1:
                     if not (is_shared
                             and self._is_disturbed(subscriber, passed_ns, receipt.time_ns)):
-                        found.append("{} by {}".format(identifier, consumer))
+                        found.append(f"{identifier} by {consumer}")
         return found
 
     def _is_disturbed(self, subscriber: str, begin_ns: int, end_ns: int) -> bool:
@@ -192,21 +190,21 @@ class Books:
         """Count the messages for which ``send`` returned."""
         return sum(len(batch.ids) for batch in self.batches if batch.is_sent)
 
-    def bounds(self, subscriber: str) -> Tuple[int, int]:
+    def bounds(self, subscriber: str) -> tuple[int, int]:
         """Return how many messages a subscriber was sent at least and at most."""
         mine = [batch for batch in self.batches if subscriber in batch.subscribers]
         return (sum(len(batch.ids) for batch in mine
                     if batch.is_sent), sum(len(batch.ids) for batch in mine))
 
-    def takeovers_ms(self, subscriber: str) -> List[float]:
+    def takeovers_ms(self, subscriber: str) -> list[float]:
         """
         List how long it took from each kill until another process had the message, in order.
 
         Of a batch, the first message counts: those behind it wait until somebody is free. There has
         to be somebody else who was at work all the time, neither killed nor stopped.
         """
-        found = {}  # type: Dict[str, Tuple[float, int]]
-        working_ns = {}  # type: Dict[str, int]
+        found: dict[str, tuple[float, int]] = {}
+        working_ns: dict[str, int] = {}
         for receipts in self.received[subscriber].values():
             for receipt in receipts:
                 working_ns[receipt.consumer] = min(

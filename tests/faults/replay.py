@@ -10,7 +10,8 @@ import random
 import shutil
 import time
 import traceback
-from typing import Any, Callable, Dict, Final, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import persipubsub.config
 import persipubsub.control
@@ -91,7 +92,7 @@ class _Worker:
 
     def tell(self, **fields: Any) -> None:
         """Write a line of the ledger, in one call."""
-        os.write(self.ledger, (json.dumps(fields) + "\n").encode("ascii"))
+        os.write(self.ledger, (f"{json.dumps(fields)}\n").encode("ascii"))
 
     def queue(self) -> persipubsub.queue.Queue:
         """Return the open queue."""
@@ -120,7 +121,7 @@ class _Worker:
             self.sub.close()
             self.tell(closed=True)
 
-    def messages(self, count: int) -> List[bytes]:
+    def messages(self, count: int) -> list[bytes]:
         """Make the next messages."""
         made = [content(self.seed, self.sent + index) for index in range(count)]
         self.sent += count
@@ -193,15 +194,15 @@ class Recording:
 
     root: pathlib.Path  #: directory that was recorded
     config_pth: pathlib.Path
-    events: List[disk.Event]
+    events: list[disk.Event]
     seed: int
-    initial: Optional[pathlib.Path]  #: directory with what was there before
+    initial: pathlib.Path | None  #: directory with what was there before
     checkpoint_secs: float
     is_os: bool
     before: Sequence[bytes] = ()  #: messages that waited at the beginning
     sent_before: int = 0  #: messages that were sent before it
 
-    def pending(self, state: State) -> List[bytes]:
+    def pending(self, state: State) -> list[bytes]:
         """List the messages that wait in a state."""
         later = (content(self.seed, at) for at in range(self.sent_before, state.sent))
         messages = [*self.before, *later]
@@ -214,7 +215,7 @@ def record(directory: pathlib.Path,
            checkpoint_secs: float = 0.01,
            operations: int = 120,
            prepare: Callable[[], None] = lambda: None,
-           work: Optional[Callable[[pathlib.Path, pathlib.Path], None]] = None) -> Recording:
+           work: Callable[[pathlib.Path, pathlib.Path], None] | None = None) -> Recording:
     """
     Record a queue at work, from its creation to its end.
 
@@ -287,11 +288,11 @@ class Progress:
 
     is_initialized: bool = False
     recovers: bool = False  #: there was a queue before the recording
-    states: List[State] = dataclasses.field(default_factory=list)
+    states: list[State] = dataclasses.field(default_factory=list)
     begun: str = ""  #: operation that is running
     lower: int = -1  #: index of the earliest state that may be found
     checkpoints: int = 0  #: that finished
-    lines: List[Dict[str, Any]] = dataclasses.field(default_factory=list)  #: of the ledger
+    lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)  #: of the ledger
     covered_lines: int = 0  #: of them were written before the last finished checkpoint began
 
 
@@ -305,8 +306,8 @@ class _Follower:
         self.progress = Progress(is_initialized=recovers, recovers=recovers)
         self.ledger = str(recording.root.parent / "ledger")
         self.ledger_descriptor = -1
-        self.copying = None  # type: Optional[Tuple[int, int]]
-        self.renamed = None  # type: Optional[Tuple[int, int]]
+        self.copying: tuple[int, int] | None = None
+        self.renamed: tuple[int, int] | None = None
 
     def feed(self, event: disk.Event) -> None:
         """Follow one event."""
@@ -331,7 +332,7 @@ class _Follower:
                 self.progress.covered_lines = self.renamed[1]
                 self.renamed = None
 
-    def _read_ledger(self, line: Dict[str, Any]) -> None:
+    def _read_ledger(self, line: dict[str, Any]) -> None:
         """Read a line of the ledger."""
         progress = self.progress
         progress.lines.append(line)
@@ -357,7 +358,7 @@ class Image(NamedTuple):
     place: int
     path: pathlib.Path
     progress: Progress
-    upcoming: Optional[State]  #: state behind the operation that was running
+    upcoming: State | None  #: state behind the operation that was running
     how: disk.Survival
 
 
@@ -437,16 +438,16 @@ def find_fault(image: Image, recording: Recording, boot: int) -> str:
         state = progress.states[index] if index < len(progress.states) else image.upcoming
         assert state is not None
         if not recording.is_os and found.next_number != state.next_number:
-            return "Expected the numbers to go on from {}, but got: {}".format(
-                state.next_number, found.next_number)
+            return (f"Expected the numbers to go on from {state.next_number}, but got: "
+                    f"{found.next_number}")
         # Somebody else may have received what was being sent.
         used = max(known.next_number for known in (*progress.states, image.upcoming or found))
         if recording.is_os and index < len(progress.states) - 1 and found.next_number < used:
-            return "Expected no number below {}, but got: {}".format(used, found.next_number)
+            return f"Expected no number below {used}, but got: {found.next_number}"
     return _use(config_pth, recording.pending(state))
 
 
-def _find_state(found: State, image: Image) -> Optional[int]:
+def _find_state(found: State, image: Image) -> int | None:
     """Find a state among those that may be there."""
     progress = image.progress
     for index in range(len(progress.states) - 1, max(0, progress.lower) - 1, -1):
@@ -468,8 +469,8 @@ def _use(config_pth: pathlib.Path, expected: Sequence[bytes]) -> str:
                 pub.send(message)
             with sub.receive(timeout=0) as received:
                 if received != message:
-                    return "Expected the message {!r}, but got: {!r}".format(
-                        message and message[:20], received and received[:20])
+                    return (f"Expected the message {message and message[:20]!r}, but got: "
+                            f"{received and received[:20]!r}")
     with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
         return "; ".join(queue.check())
 
@@ -478,13 +479,13 @@ class Summary(NamedTuple):
     """Hold what came of many images."""
 
     images: int
-    refused: List[str]  #: with StoreCorruptError
-    faults: List[str]  #: everything else that is wrong
+    refused: list[str]  #: with StoreCorruptError
+    faults: list[str]  #: everything else that is wrong
 
     def assert_sound(self) -> None:
         """Fail if anything is wrong with any image."""
         found = self.faults + self.refused
-        print("{} images".format(self.images))
+        print(f"{self.images} images")
         assert not found, "{} of {} images:\n{}".format(len(found), self.images,
                                                         "\n".join(found[:3]))
 
@@ -509,35 +510,35 @@ def survey(recording: Recording,
         logging.getLogger("persipubsub").setLevel(logging.CRITICAL)
         # Without a protection an image may crash the process; the parent reports it.
         faulthandler.disable()
-        refused = []  # type: List[str]
-        faults = []  # type: List[str]
+        refused: list[str] = []
+        faults: list[str] = []
         done = 0
         fault = ""
         with tracing.fast_directory() as name:
             for image in images(recording, pathlib.Path(name), count, chance):
                 # Said before it is opened: what kills this process is what was said last.
-                pipe.send("image {} {}".format(image.place, image.how))
+                pipe.send(f"image {image.place} {image.how}")
                 try:
                     fault = find(image, recording, boot + done)
                 except persipubsub.errors.StoreCorruptError as error:
-                    refused.append("image {} {}: {}".format(image.place, image.how, error))
+                    refused.append(f"image {image.place} {image.how}: {error}")
                 except Exception:  # pylint: disable=broad-exception-caught
                     fault = traceback.format_exc()
                 if fault:
-                    faults.append("image {} {}: {}".format(image.place, image.how, fault))
+                    faults.append(f"image {image.place} {image.how}: {fault}")
                 fault = ""
                 done += 1
         pipe.send(Summary(done, refused, faults))
 
     with support.Child(run) as child:
         last = ""
-        said = ""  # type: Any
+        said: Any = ""
         while isinstance(said, str):
             last = said
             try:
                 said = child.get()
             except AssertionError as error:
-                raise AssertionError("{}: {}".format(last, error)) from error
+                raise AssertionError(f"{last}: {error}") from error
         child.end()
         assert isinstance(said, Summary)
         return said

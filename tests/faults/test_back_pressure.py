@@ -9,7 +9,7 @@ Kill publishers that wait for room and the subscribers that make it, and check t
 import os
 import pathlib
 import random
-from typing import Dict, Final
+from typing import Final
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
     killed_ledger = workers.Ledger(scene.ledger_pth)
-    places = {}  # type: Dict[str, workers.Worker]
+    places: dict[str, workers.Worker] = {}
     highest = 0
     kills = 0
     try:
@@ -72,8 +72,9 @@ def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
             worker.destroy()
 
     books = ledger.Books(scene.ledger_pth, test_storm.AUDIENCES)
-    print("{}: {} kills, {} messages sent, at most {} waited".format(durability, kills,
-                                                                     books.count_sent(), highest))
+    print(
+        f"{durability}: {kills} kills, {books.count_sent()} messages sent, at most {highest} waited"
+    )
     assert not books.errors
     assert not books.unknown()
     assert not books.twice()

@@ -2,7 +2,8 @@
 
 import pathlib
 import time
-from typing import Any, Callable, Final, List
+from collections.abc import Callable
+from typing import Any, Final
 
 import pytest
 
@@ -53,8 +54,8 @@ def send(config_pth: pathlib.Path, *msgs: bytes) -> None:
         pub.send_many(msgs=msgs)
 
 
-def receive(config_pth: pathlib.Path, count: int) -> List[bytes]:
-    received = []  # type: List[bytes]
+def receive(config_pth: pathlib.Path, count: int) -> list[bytes]:
+    received: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         while len(received) < count:

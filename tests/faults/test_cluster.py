@@ -13,7 +13,7 @@ import pathlib
 import random
 import signal
 import time
-from typing import Dict, Final, List, Set, Tuple
+from typing import Final
 
 import pytest
 
@@ -52,7 +52,7 @@ class Ledger:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def note(self, *fields: object) -> None:
-        os.write(self._descriptor, (" ".join(map(str, fields)) + "\n").encode("ascii"))
+        os.write(self._descriptor, (f"{' '.join(map(str, fields))}\n").encode("ascii"))
 
 
 def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
@@ -62,7 +62,7 @@ def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name
         pub.init("pub", config_pth)
         pipe.send("ready")
         while not pipe.poll():
-            ids = ["{}:{}".format(name, number + index) for index in range(BATCHES[name])]
+            ids = [f"{name}:{number + index}" for index in range(BATCHES[name])]
             number += len(ids)
             ledger.note("try", *ids)
             try:
@@ -94,7 +94,7 @@ def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, na
     pipe.send("done")
 
 
-def lags(config_pth: pathlib.Path) -> List[int]:
+def lags(config_pth: pathlib.Path) -> list[int]:
     try:
         figures = persipubsub.control.statistics(config_pth)["queue"]
     except persipubsub.errors.UnavailableError:
@@ -106,14 +106,14 @@ class Books:
     """Hold what the ledger says."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.sent = set()  # type: Set[str]
-        self.tried = set()  # type: Set[str]
+        self.sent: set[str] = set()
+        self.tried: set[str] = set()
         self.disturbances = 0
         #: By subscriber: consumer, number, attempts and id, in the order in which it was noted.
-        self.received = {
+        self.received: dict[str, list[tuple[str, int, int, str]]] = {
             name: []
             for name in CONSUMERS.values()
-        }  # type: Dict[str, List[Tuple[str, int, int, str]]]
+        }
         for line in path.read_text(encoding="ascii").splitlines():
             kind, *fields = line.split(" ")
             if kind in ("sent", "try"):
@@ -124,7 +124,7 @@ class Books:
             else:
                 self.disturbances += 1
 
-    def missing(self) -> Dict[str, List[str]]:
+    def missing(self) -> dict[str, list[str]]:
         """Find what was sent and not received, by subscriber."""
         return {
             subscriber: sorted(left)
@@ -136,7 +136,7 @@ class Books:
     def check(self) -> str:
         """Check what must hold, and describe the rest."""
         again = 0
-        numbers = {}  # type: Dict[str, int]
+        numbers: dict[str, int] = {}
         assert not self.missing()
         for receipts in self.received.values():
             ids = {one for _, _, _, one in receipts}
@@ -150,10 +150,10 @@ class Books:
             mine = sorted((int(one.partition(":")[2]), number) for one, number in numbers.items()
                           if one.partition(":")[0] == publisher)
             for (_, before), (later, after) in zip(mine, mine[1:]):
-                assert before < after, "{}:{}".format(publisher, later)
+                assert before < after, f"{publisher}:{later}"
         for subscriber, receipts in self.received.items():
-            latest = collections.Counter()  # type: collections.Counter[str]
-            seen = set()  # type: Set[int]
+            latest: collections.Counter[str] = collections.Counter()
+            seen: set[int] = set()
             early = []
             for consumer, number, attempts, _ in receipts:
                 if number < latest[consumer] and attempts == 1 and number not in seen:
@@ -227,7 +227,7 @@ def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
             for child in publishers + consumers:
                 child.__exit__()
     books = Books(ledger_pth)
-    print("run {}, {} killed: {}".format(run, victim, books.check()))
+    print(f"run {run}, {victim} killed: {books.check()}")
     assert len(books.sent) > 100
 
 

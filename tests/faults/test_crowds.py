@@ -7,7 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
-from typing import Any, Dict, Final, Iterator, List, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import pytest
 
@@ -27,7 +28,7 @@ def fixture_files() -> Iterator[None]:
     """Allow for a descriptor for each message that is being received."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 2 * THREADS:
-        pytest.skip("Not enough files may be opened: {}".format(hard))
+        pytest.skip(f"Not enough files may be opened: {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8 * THREADS)), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -36,7 +37,7 @@ def fixture_files() -> Iterator[None]:
 def receive_in_threads(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Receive a message in each of many threads."""
     workers.guard()
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         pipe.send("ready")
@@ -73,12 +74,12 @@ def test_thousand_threads(tmp_path: pathlib.Path, durability: str) -> None:
 
 
 def test_many_subscribers(tmp_path: pathlib.Path) -> None:
-    names = ["sub{:03}".format(number) for number in range(SUBSCRIBERS)]
+    names = [f"sub{number:03}" for number in range(SUBSCRIBERS)]
     few = names[::7]
     config_pth = support.write_config(tmp_path, publishers={"pub": names, "few": few},
                                       subscribers=names, durability="os")  # yapf: disable
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    expected = {name: [] for name in names}  # type: Dict[str, List[bytes]]
+    expected: dict[str, list[bytes]] = {name: [] for name in names}
     with persipubsub.publisher.Pub() as pub, persipubsub.publisher.Pub() as pub_few:
         pub.init(pub_id="pub", config_pth=config_pth)
         pub_few.init(pub_id="few", config_pth=config_pth)
@@ -140,7 +141,7 @@ os._exit(0)
 """
 
 
-def prefix_of(*options: str) -> List[str]:
+def prefix_of(*options: str) -> list[str]:
     """Return the command that starts a program in namespaces of its own; skip without one."""
     unshare = shutil.which("unshare")
     if unshare is None:
@@ -157,7 +158,7 @@ class Program:
     def __init__(self, prefix: Sequence[str], code: str, *arguments: object) -> None:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path != "")
-        command = [*prefix, sys.executable, "-c", code]  # type: List[str]
+        command: list[str] = [*prefix, sys.executable, "-c", code]
         self.process = subprocess.Popen(command + [str(argument) for argument in arguments],
                                         env=environment,
                                         stdin=subprocess.PIPE,

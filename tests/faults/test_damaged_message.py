@@ -1,7 +1,7 @@
 """Flip a byte of a message on the disk: that one is reported, all others are delivered."""
 
 import pathlib
-from typing import Any, Dict, Final, List
+from typing import Any, Final
 
 import pytest
 
@@ -21,7 +21,7 @@ EXPECTED: Final = [b"before", b"zero", b"one", b"three", b"four", b"behind"]
 def receive(pipe: support.Connection, config_pth: pathlib.Path, name: str, count: int) -> None:
     """Receive until there is nothing left; note errors in their place."""
     workers.guard()
-    received = []  # type: List[Any]
+    received: list[Any] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id=name, config_pth=config_pth)
         while not received or received[-1] is not None:
@@ -62,13 +62,13 @@ def test_flipped_byte(tmp_path: pathlib.Path, durability: str, is_large: bool) -
     with open(data, "r+b") as file:
         file.write(content)
 
-    results = {}  # type: Dict[str, List[Any]]
+    results: dict[str, list[Any]] = {}
     for name, count in (("one", 1), ("two", 100)):
         with support.Child(receive, config_pth, name, count) as child:
             results[name] = child.get()
             child.end()
     for received in results.values():
-        number, = [entry for entry in received if isinstance(entry, int)]
+        number, = (entry for entry in received if isinstance(entry, int))
         assert [entry for entry in received if entry != number] == EXPECTED
         # In its place: in front of what was sent behind it.
         assert received[3] == number

@@ -16,7 +16,8 @@ import random
 import re
 import signal
 import time
-from typing import Callable, Dict, Final, List, Set, Tuple
+from collections.abc import Callable
+from typing import Final
 
 import pytest
 
@@ -65,7 +66,7 @@ def send(config_pth: pathlib.Path, *messages: bytes) -> None:
             pub.send(message)
 
 
-def letters(config_pth: pathlib.Path) -> List[persipubsub.control.ListedDeadLetter]:
+def letters(config_pth: pathlib.Path) -> list[persipubsub.control.ListedDeadLetter]:
     return list(persipubsub.control.dead_letters(config_pth)["letters"])
 
 
@@ -86,7 +87,7 @@ class Ledger:
         os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
         os.close(descriptor)
 
-    def lines(self) -> List[List[str]]:
+    def lines(self) -> list[list[str]]:
         """Read all lines."""
         return [line.split(" ") for line in self._path.read_text("ascii").splitlines()]
 
@@ -111,7 +112,7 @@ def consume(_: support.Connection, config_pth: pathlib.Path, ledger: Ledger, bat
                 pass
 
 
-def rage(places: Dict[int, support.Child], start: Callable[[int], support.Child],
+def rage(places: dict[int, support.Child], start: Callable[[int], support.Child],
          rng: random.Random, is_over: Callable[[], bool]) -> int:
     """Kill consumers at random, and start others, until all is done."""
     kills = 0
@@ -154,17 +155,17 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
     check_stores(config_pth)
     check_books(config_pth, ledger, kinds)
     found = letters(config_pth)
-    print("{} messages, {} kills, {} dead letters".format(len(kinds), kills, len(found)))
+    print(f"{len(kinds)} messages, {kills} kills, {len(found)} dead letters")
 
 
 def lag(config_pth: pathlib.Path) -> int:
     return persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0].lag
 
 
-def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: List[bytes]) -> None:
+def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) -> None:
     """Compare the ledger, the statistics and the dead letters."""
-    taken = collections.defaultdict(list)  # type: Dict[int, List[int]]
-    done = collections.Counter()  # type: Dict[int, int]
+    taken: dict[int, list[int]] = collections.defaultdict(list)
+    done: dict[int, int] = collections.Counter()
     for word, number, *rest in ledger.lines():
         if word == "take":
             taken[int(number)].append(int(rest[0]))
@@ -190,7 +191,7 @@ def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: List[bytes]) ->
     # the ledger, whose consumer was killed before it could write.
     for attempts in taken.values():
         assert attempts == sorted(set(attempts)) and attempts[-1] <= MAX_DELIVERIES
-    seen = set()  # type: Set[str]
+    seen: set[str] = set()
     for letter in found:
         seen.add(letter.error)
     assert seen <= {"ValueError: no", "its process ended, or dropped it, before it was done"}
@@ -222,14 +223,14 @@ def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
     return lambda: receipt.__exit__(ValueError, error, None)
 
 
-def list_calls(directory: pathlib.Path) -> List[Tuple[str, int]]:
+def list_calls(directory: pathlib.Path) -> list[tuple[str, int]]:
     """List the system calls of a move: name, and which one of that name."""
     config_pth = prepare(directory)
     trace_pth = directory / "trace"
     assert tracing.run(lambda: start_last_delivery(config_pth), ["-o", str(trace_pth)]) == 0
     assert [one.letter.data for one in letters(config_pth)] == [b"fail"]
-    counts = collections.Counter()  # type: Dict[str, int]
-    places = []  # type: List[Tuple[str, int]]
+    counts: dict[str, int] = collections.Counter()
+    places: list[tuple[str, int]] = []
     for line in trace_pth.read_text("utf-8", "replace").splitlines():
         match = re.match(r"\d+ +(\w+)\(", line)
         if match is not None and match.group(1) not in ("exit", "exit_group", "restart_syscall"):
@@ -238,10 +239,10 @@ def list_calls(directory: pathlib.Path) -> List[Tuple[str, int]]:
     return places
 
 
-def kill_at(config_pth: pathlib.Path, place: Tuple[str, int]) -> bool:
+def kill_at(config_pth: pathlib.Path, place: tuple[str, int]) -> bool:
     """Kill a move at a system call; the next consumer finishes what is left of it."""
     code = tracing.run(lambda: start_last_delivery(config_pth), [
-        "-o", os.devnull, "-e", "trace=" + place[0], "-e",
+        "-o", os.devnull, "-e", f"trace={place[0]}", "-e",
         "inject={}:signal=KILL:when={}".format(*place)
     ])
     assert code in (0, -signal.SIGKILL)
@@ -276,6 +277,6 @@ def test_move_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
         try:
             killed += kill_at(prepare(tmp_path / "{}-{}".format(*place)), place)
         except AssertionError as error:
-            raise AssertionError("Killed at {}: {}".format(place, error)) from error
-    print("{} kills at {} calls".format(killed, total))
+            raise AssertionError(f"Killed at {place}: {error}") from error
+    print(f"{killed} kills at {total} calls")
     assert killed >= done // 2

@@ -3,7 +3,8 @@
 import os
 import pathlib
 import shutil
-from typing import Callable, Final, List
+from collections.abc import Callable
+from typing import Final
 
 import pytest
 
@@ -28,8 +29,8 @@ def work(pipe: support.Connection, config_pth: pathlib.Path) -> None:
             assert msg == b"first"
         pipe.send("ready")
         pipe.recv()
-        sent = []  # type: List[bytes]
-        received = []  # type: List[bytes]
+        sent: list[bytes] = []
+        received: list[bytes] = []
 
         def send() -> None:
             msg = b"%d" % len(sent)
@@ -57,8 +58,7 @@ def is_ours(name: str) -> bool:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-@pytest.mark.parametrize("change", [shutil.rmtree, lambda path: os.rename(path,
-                                                                          str(path) + "2")],
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda path: os.rename(path, f"{path!s}2")],
                          ids=["deleted", "renamed"])
 def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
                              change: Callable[[pathlib.Path], object]) -> None:
@@ -95,7 +95,7 @@ def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
         with persipubsub.queue.Queue(settings) as queue:
             assert not queue.check()
             assert queue.statistics().next_number >= len(sent) + 2
-            rest = []  # type: List[bytes]
+            rest: list[bytes] = []
             consumer = queue.consumer("sub")
             while (lease := consumer.take(timeout=0)) is not None:
                 rest.extend(lease.messages)

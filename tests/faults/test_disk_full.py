@@ -11,7 +11,8 @@ import pathlib
 import resource
 import shutil
 import subprocess
-from typing import Callable, Final, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Final
 
 import pytest
 
@@ -105,7 +106,7 @@ class Users:
         """Send a message; return the name of the error."""
         return support.outcome(lambda: self.pub.send(b"%d " % index + bytes(size)))
 
-    def send_until_error(self, first: int, size: int = 3000) -> Tuple[int, str]:
+    def send_until_error(self, first: int, size: int = 3000) -> tuple[int, str]:
         """Send until it fails; return the number of the message that failed, and the error."""
         for index in range(first, 1 << 20):
             error = self.send(index, size)
@@ -113,19 +114,19 @@ class Users:
                 return index, error
         raise AssertionError("Expected the disk to be full")
 
-    def receive(self) -> Optional[int]:
+    def receive(self) -> int | None:
         """Receive a message; return its number."""
         with self.sub.receive(timeout=0) as message:
             return None if message is None else int(message.split(b" ")[0])
 
-    def receive_all(self) -> List[int]:
+    def receive_all(self) -> list[int]:
         """Receive all messages; return their numbers."""
-        numbers = []  # type: List[int]
+        numbers: list[int] = []
         while (number := self.receive()) is not None:
             numbers.append(number)
         return numbers
 
-    def check(self) -> List[str]:
+    def check(self) -> list[str]:
         """Check the store."""
         return support.queue_of(self.pub).check()
 
@@ -143,7 +144,7 @@ def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
     sent, error = users.send_until_error(1)
     assert error == "DiskFullError" and sent > 10
     filler.fill()
-    received = []  # type: List[Optional[int]]
+    received: list[int | None] = []
     reserve = directory / "queue" / _files.RESERVE
     assert reserve.exists()
     environment = support.queue_of(users.pub)._environment
@@ -201,7 +202,7 @@ def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
         users.receive()
         users.close()
 
-    seen = []  # type: List[str]
+    seen: list[str] = []
     for pages in (*range(0, 24, 2), *range(24, 60, 6)):
         filler.fill(leaving=pages)
         seen += support.outcomes_in_child(
@@ -380,8 +381,7 @@ def test_calls_that_fail(tmp_path: pathlib.Path, durability: str, call: str, err
         data = directory / "queue" / _files.DATA
         code = tracing.run(functools.partial(start_under_errors, config_pth, output), [
             "-o", os.devnull, "-P",
-            str(data), "-e", "trace=" + call, "-e", "inject={}:error={}:when={}".format(
-                call, error, place)
+            str(data), "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={place}"
         ])
         assert code == 0
         outcomes, acknowledged, last, received, findings = json.loads(output.read_text())
@@ -393,7 +393,7 @@ def test_calls_that_fail(tmp_path: pathlib.Path, durability: str, call: str, err
     assert failures or error != "EIO"
 
 
-def check_outcomes(outcomes: List[str], acknowledged: str, received: List[int]) -> None:
+def check_outcomes(outcomes: list[str], acknowledged: str, received: list[int]) -> None:
     """Check that what returned is there, and that what was refused is not."""
     sent = [0] + [index for index, outcome in enumerate(outcomes, start=1) if not outcome]
     sent.append(_SENDS + 1)
@@ -434,7 +434,7 @@ def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.P
         code = tracing.run(start, [
             "-o", os.devnull, "-P",
             str(data), "-e", "trace=pwrite64", "-e",
-            "inject=pwrite64:error=ENOSPC:when={}..{}".format(place, place + 8)
+            f"inject=pwrite64:error=ENOSPC:when={place}..{place + 8}"
         ])
         assert code == 0
         outcomes, received, findings = json.loads(output.read_text())
@@ -469,6 +469,6 @@ def test_meta_page_that_never_finds_room_is_given_up(tmp_path: pathlib.Path) -> 
         assert tracing.run(start, [
             "-o", os.devnull, "-P",
             str(tmp_path / "queue" / _files.DATA), "-e", "trace=pwrite64", "-e",
-            "inject=pwrite64:error=ENOSPC:when={}+".format(place)
+            f"inject=pwrite64:error=ENOSPC:when={place}+"
         ]) == 0
         assert set(json.loads(output.read_text())) <= {"", "DiskFullError"}

@@ -2,7 +2,7 @@
 
 import pathlib
 import random
-from typing import Final, Set
+from typing import Final
 
 import pytest
 
@@ -69,10 +69,10 @@ def test_exit_in_a_send_and_in_a_receive(tmp_path: pathlib.Path, durability: str
     rng = random.Random(choose_seed())
     config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0.01)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    sent = set()  # type: Set[str]
-    received = set()  # type: Set[str]
+    sent: set[str] = set()
+    received: set[str] = set()
     for attempt in range(ATTEMPTS):
-        ledger_pth = tmp_path / "ledger{:03}".format(attempt)
+        ledger_pth = tmp_path / f"ledger{attempt:03}"
         process = support.run_python(PROGRAM, config_pth, ledger_pth, rng.uniform(0, 0.03),
                                      rng.random() < 0.3)
         assert process.returncode == 7, process.stderr

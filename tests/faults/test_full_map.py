@@ -9,7 +9,8 @@ import json
 import os
 import pathlib
 import signal
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -194,7 +195,7 @@ def test_no_memory_for_a_larger_map_for_a_moment(tmp_path: pathlib.Path, durabil
     code = tracing.run(start, [
         "-o", os.devnull, "-P",
         str(tmp_path / "queue" / _files.DATA), "-e", "trace=mmap", "-e",
-        "inject=mmap:error=ENOMEM:when={}".format(place)
+        f"inject=mmap:error=ENOMEM:when={place}"
     ])
     assert code == 0
     # The second time it was acknowledged, and the error says that it is not known.

@@ -16,7 +16,8 @@ import re
 import shutil
 import signal
 import time
-from typing import Callable, Dict, Final, List, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import pytest
 
@@ -155,14 +156,14 @@ SENT: Final = (b"small", BIG, b"last")
 
 Start = Callable[[Scene], Callable[[], None]]
 
-CASES = {
+CASES: dict[str, Start] = {
     "send": start_send,
     "receive": start_receive,
     "initialize": start_initialize,
     "open": start_open,
     "close": start_close,
     "checkpoint": start_checkpoint,
-}  # type: Dict[str, Start]
+}
 
 # Who goes on
 
@@ -173,10 +174,10 @@ def neighbour(pipe: support.Connection, scene: Scene) -> None:
     pipe.send("open")
     pipe.recv()
     pub.send(b"neighbour")
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     while not received or received[-1] != b"neighbour":
         with sub.receive(timeout=5) as message:
-            assert message is not None, "Expected the message, but got: {}".format(received)
+            assert message is not None, f"Expected the message, but got: {received}"
             received.append(message)
     pipe.send(received[:-1])
     pub.close()
@@ -211,7 +212,7 @@ def check_scene(scene: Scene) -> None:
     assert not _files.foreign_names(str(scene.directory))
 
 
-def kill_at(scene: Scene, start: Start, place: Tuple[str, int]) -> bool:
+def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
     """
     Kill a process at a system call, and see that the others go on.
 
@@ -222,7 +223,7 @@ def kill_at(scene: Scene, start: Start, place: Tuple[str, int]) -> bool:
     """
     is_there = scene.directory.exists()
     options = [
-        "-o", os.devnull, "-e", "trace=" + place[0], "-e",
+        "-o", os.devnull, "-e", f"trace={place[0]}", "-e",
         "inject={}:signal=KILL:when={}".format(*place)
     ]
     if is_there:
@@ -241,11 +242,11 @@ def kill_at(scene: Scene, start: Start, place: Tuple[str, int]) -> bool:
     return code != 0
 
 
-def list_calls(scene: Scene, start: Start, output: pathlib.Path) -> List[Tuple[str, int]]:
+def list_calls(scene: Scene, start: Start, output: pathlib.Path) -> list[tuple[str, int]]:
     """List the system calls of a process: name, and the how manieth of that name in a thread."""
     assert tracing.run(lambda: start(scene), ["-o", str(output)]) == 0
-    counts = collections.Counter()  # type: Dict[Tuple[str, str], int]
-    places = {}  # type: Dict[Tuple[str, int], None]
+    counts: dict[tuple[str, str], int] = collections.Counter()
+    places: dict[tuple[str, int], None] = {}
     for line in output.read_text("utf-8", "replace").splitlines():
         match = re.match(r"(\d+) +(\w+)\(", line)
         if match is not None and match.group(2) not in ("exit", "exit_group", "restart_syscall"):
@@ -286,7 +287,7 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
         try:
             killed += kill_at(scene, start, place)
         except AssertionError as error:
-            raise AssertionError("Killed at {}: {}".format(place, error)) from error
+            raise AssertionError(f"Killed at {place}: {error}") from error
         shutil.rmtree(scene.directory.parent)
-    print("{} kills at {} calls".format(killed, total))
+    print(f"{killed} kills at {total} calls")
     assert killed >= done // 2

@@ -11,7 +11,7 @@ import pathlib
 import random
 import signal
 import time
-from typing import Dict, Final, List, Set, Tuple
+from typing import Final
 
 import pytest
 
@@ -27,9 +27,9 @@ STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
 SOURCES: Final = ("shared", "shared", "own")
 
 
-def read(ledger_pth: pathlib.Path, place: int) -> Tuple[Set[str], Set[str]]:
+def read(ledger_pth: pathlib.Path, place: int) -> tuple[set[str], set[str]]:
     """Read what the processes of a place, or of all places, tried to send, and sent for certain."""
-    found = {"try": set(), "sent": set()}  # type: Dict[str, Set[str]]
+    found: dict[str, set[str]] = {"try": set(), "sent": set()}
     for line in ledger_pth.read_text(encoding="ascii").split("\n"):
         if line.endswith(workers.Ledger.END):
             _, kind, number, *ids = line[:-len(workers.Ledger.END)].split(" ")
@@ -50,7 +50,7 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: path
         pub.init(pub_id="pub", config_pth=config_pth)
         while not pipe.poll():
             count = rng.choice((1, 1, rng.randint(2, 20)))
-            ids = ["{}:{}".format(SOURCES[place], number + index) for index in range(count)]
+            ids = [f"{SOURCES[place]}:{number + index}" for index in range(count)]
             ledger.note("try", place, *ids)
             if count == 1:
                 pub.send(ids[0].encode("ascii"), msg_id=ids[0])
@@ -102,12 +102,12 @@ def test_each_message_is_stored_once(tmp_path: pathlib.Path, durability: str) ->
         assert queue.check() == []
         numbers = queue.statistics().next_number - 1
         stored = [message.decode("ascii") for message in stores.take_all(queue)]
-    print("{}: {} kills, {} messages sent".format(durability, kills, len(sent)))
+    print(f"{durability}: {kills} kills, {len(sent)} messages sent")
     assert len(stored) == len(set(stored)) == numbers
     assert sent <= set(stored) <= tried
     for source in set(SOURCES):
         mine = [int(name.partition(":")[2]) for name in stored if name.startswith(source)]
-        expected = list(range(len(mine)))  # type: List[int]
+        expected: list[int] = list(range(len(mine)))
         assert mine == expected
     assert kills > STORM_SECS
     assert len(sent) > 20 * STORM_SECS

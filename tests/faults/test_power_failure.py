@@ -6,12 +6,12 @@ Test power failures: record real sends and receives, cut at any place, open what
 
 # pylint: disable=missing-function-docstring
 # pylint: disable=protected-access
-
 import os
 import pathlib
 import random
 import threading
-from typing import Any, Callable, Dict, List, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import lmdb
 import pytest
@@ -127,7 +127,7 @@ def find_lost_send(image: replay.Image, recording: replay.Recording, boot: int) 
     config_pth = replay.write_config(image.path, "os" if recording.is_os else "fsync")
     if not image.progress.lines:
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
         findings = queue.check()
         consumer = queue.consumer("sub")
@@ -138,13 +138,13 @@ def find_lost_send(image: replay.Image, recording: replay.Recording, boot: int) 
         return "; ".join(findings)
     lost = promised - set(received)
     if lost or len(set(received)) != len(received):
-        return "Expected {} messages, but {} are lost".format(len(promised), len(lost))
+        return f"Expected {len(promised)} messages, but {len(lost)} are lost"
     # What is there beyond what was promised is a beginning for each thread.
     parts = [tuple(map(int, message.split(b" ", 2)[:2])) for message in received]
-    latest = {}  # type: Dict[int, int]
+    latest: dict[int, int] = {}
     for thread, index in parts:
         if index != latest.get(thread, -1) + 1:
-            return "Expected the messages of thread {} in order, but got: {}".format(thread, parts)
+            return f"Expected the messages of thread {thread} in order, but got: {parts}"
         latest[thread] = index
     return ""
 
@@ -177,22 +177,22 @@ def find_damage(image: replay.Image, recording: replay.Recording, boot: int) -> 
         findings = queue.check()
         number = queue.put([b"afterwards"])
         if number < used:
-            return "Expected no number below {}, but got: {}".format(used, number)
-        received = []  # type: List[bytes]
+            return f"Expected no number below {used}, but got: {number}"
+        received: list[bytes] = []
         consumer = queue.consumer("sub")
         while (lease := consumer.take(timeout=0)) is not None:
             received.extend(lease.messages)
             lease.acknowledge()
     indexes = [known.get(message, -1) for message in received[:-1]]
     if received[-1] != b"afterwards" or indexes != sorted(set(indexes) - {-1}):
-        findings.append("Expected messages in order, but got: {}".format(indexes))
+        findings.append(f"Expected messages in order, but got: {indexes}")
     return "; ".join(findings)
 
 
 def test_without_checkpoints_a_damaged_store_is_refused(tmp_path: pathlib.Path, seed: int) -> None:
     recording = replay.record(tmp_path, seed, "os", checkpoint_secs=0)
     summary = replay.survey(recording, replay.IMAGES, random.Random(seed), find=find_damage)
-    print("{} of {} images were refused".format(len(summary.refused), summary.images))
+    print(f"{len(summary.refused)} of {summary.images} images were refused")
     assert not summary.faults
     # That is what checkpoints are for.
     assert summary.refused
@@ -215,7 +215,7 @@ def mark_without_checkpoint(environment: _environment.Environment) -> None:
         _mark.mark_running(environment.directory, has_checkpoints=True)
 
 
-TAKEN_OUT = {
+TAKEN_OUT: dict[str, tuple[str, Callable[[], None]]] = {
     "flush after a commit": ("fsync", lambda: take_out(_environment.Environment, "_flush")),
     "flush of the pages": ("fsync", lambda: take_out(_opening, "lmdb", _LmdbWithout("sync"))),
     "flush of a checkpoint and of names": ("os", lambda: take_out(os, "fsync")),
@@ -224,7 +224,7 @@ TAKEN_OUT = {
     "checkpoint before the mark": (
         "os", lambda: take_out(_environment.Environment, "_prepare_os", mark_without_checkpoint)),
     "flush before a clean end": ("os", lambda: take_out(_environment.Environment, "flush_now")),
-}  # type: Dict[str, Tuple[str, Callable[[], None]]]
+}
 
 
 class _LmdbWithout:
@@ -257,10 +257,9 @@ def test_replay_notices_what_is_taken_out(tmp_path: pathlib.Path, seed: int,
             assert "it ended with -" in str(error)
             return
         if summary.faults or summary.refused:
-            print("{} faults in {} images".format(
-                len(summary.faults) + len(summary.refused), summary.images))
+            print(f"{len(summary.faults) + len(summary.refused)} faults in {summary.images} images")
             return
-    raise AssertionError("Expected damage without the " + protection)
+    raise AssertionError(f"Expected damage without the {protection}")
 
 
 def test_replay_notices_numbers_that_are_used_again(tmp_path: pathlib.Path, seed: int) -> None:

@@ -60,7 +60,7 @@ def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
         with support.Child(receive_digest, config_pth) as child:
             assert child.get() == (size, digest)
             assert child.get() is None
-            print("{} bytes received with {} bytes of memory".format(size, child.get()))
+            print(f"{size} bytes received with {child.get()} bytes of memory")
             child.end()
     with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
         assert not queue.check()

@@ -5,7 +5,7 @@ import os
 import pathlib
 import signal
 import time
-from typing import Any, Final, List
+from typing import Any, Final
 
 import pytest
 
@@ -35,7 +35,7 @@ def hold_one(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Receive until nothing comes any more."""
     workers.guard()
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         pipe.send("ready")
@@ -183,7 +183,7 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, numbe
         other.pipe.send("end")
         other.end()
 
-    received = []  # type: List[bytes]
+    received: list[bytes] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         while sub.front() is not None:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import random
 import time
-from typing import Dict, Final, List, Tuple
+from typing import Final
 
 import pytest
 
@@ -41,12 +41,12 @@ ROLES: Final = {
 def choose_seed() -> int:
     """Choose a seed, and print it so that a failure can be repeated."""
     seed = int(os.environ.get("PERSIPUBSUB_SEED", random.SystemRandom().randrange(1 << 32)))
-    print("PERSIPUBSUB_SEED={}".format(seed))
+    print(f"PERSIPUBSUB_SEED={seed}")
     return seed
 
 
-def rage(places: Dict[str, workers.Worker], rng: random.Random, seconds: float,
-         killed: workers.Ledger) -> Tuple[int, int]:
+def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
+         killed: workers.Ledger) -> tuple[int, int]:
     """
     Kill and stop workers at random.
 
@@ -76,7 +76,7 @@ def rage(places: Dict[str, workers.Worker], rng: random.Random, seconds: float,
     return kills, stops
 
 
-def drain(places: Dict[str, workers.Worker], board: workers.Board,
+def drain(places: dict[str, workers.Worker], board: workers.Board,
           settings: persipubsub.queue.Settings) -> None:
     """
     Let publishers end, and subscribers when there is nothing left for them.
@@ -100,7 +100,7 @@ def drain(places: Dict[str, workers.Worker], board: workers.Board,
 
 def figures(
     config_pth: pathlib.Path
-) -> Tuple[persipubsub.statistics.QueueStatistics, Dict[
+) -> tuple[persipubsub.statistics.QueueStatistics, dict[
         str, persipubsub.statistics.SubscriberStatistics]]:
     """Check the store, and return its figures."""
     with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
@@ -110,7 +110,7 @@ def figures(
 
 
 def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
-          roles: Dict[str, workers.Role]) -> Tuple[pathlib.Path, ledger.Books, int]:
+          roles: dict[str, workers.Role]) -> tuple[pathlib.Path, ledger.Books, int]:
     """
     Run a storm, and check what holds for each of them.
 
@@ -129,7 +129,7 @@ def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
                                       MAX_MSGS_NUM=10**8)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
-    places = {}  # type: Dict[str, workers.Worker]
+    places: dict[str, workers.Worker] = {}
     try:
         for place, role in roles.items():
             places[place] = workers.Worker(scene, role, place, rng)
@@ -182,7 +182,7 @@ def test_clearing_beside(tmp_path: pathlib.Path, durability: str) -> None:
     roles = {**ROLES, "x0": workers.Role(kind="clear", id="alpha", batch=1)}
     config_pth, books, _ = storm(tmp_path, durability, CLEAR_SECS, roles)
     _, subscribers = figures(config_pth)
-    gone = []  # type: List[int]
+    gone: list[int] = []
     for name, entry in subscribers.items():
         assert entry.lag == 0
         assert (entry.dropped_by_timeout, entry.dropped_by_mark, entry.corrupt) == (0, 0, 0)

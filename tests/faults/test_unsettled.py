@@ -11,7 +11,8 @@ import functools
 import os
 import pathlib
 import signal
-from typing import Callable, Dict, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
@@ -31,12 +32,12 @@ class Case(NamedTuple):
     checkpoint_secs: float = 1.0
 
 
-CASES = {
+CASES: dict[str, Case] = {
     "create": Case("", persipubsub.control.initialize_all_dbs, "fsync"),
     "compact": Case("fsync", persipubsub.control.compact, "fsync"),
     "mark": Case("os", lambda path: persipubsub.queue.Queue(support.settings(path)), "os", 0),
     "unmark": Case("os", persipubsub.control.initialize_all_dbs, "fsync"),
-}  # type: Dict[str, Case]
+}
 
 
 def trace_flushes(directory: pathlib.Path, output: pathlib.Path, work: Callable[[], object],
@@ -79,6 +80,6 @@ def test_killed_before_names_are_flushed(tmp_path: pathlib.Path, name: str) -> N
     names = set(os.listdir(directory))
     assert _files.CREATING not in names
     if case.after == "fsync":
-        assert not names & {_files.CHECKPOINT, _files.CHECKPOINT + ".new", _files.RUNNING}
+        assert not names & {_files.CHECKPOINT, f"{_files.CHECKPOINT}.new", _files.RUNNING}
         # Once is enough.
         assert trace_flushes(directory, output, use) == 0

@@ -9,7 +9,7 @@ import pathlib
 import random
 import signal
 import time
-from typing import Any, Final, List
+from typing import Any, Final
 
 import pytest
 
@@ -28,7 +28,7 @@ TAKEOVERS: Final = int(os.environ.get("PERSIPUBSUB_TAKEOVERS", "12"))
 def receive_at(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
     """Tell how long each message took to get here, in microseconds."""
     workers.guard()
-    latencies = []  # type: List[float]
+    latencies: list[float] = []
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id="sub", config_pth=config_pth)
         pipe.send("ready")
@@ -85,7 +85,7 @@ def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
         assert child.get() == "ready"
         share = child.get()
         child.end()
-    print("idle: {:.3f} % of a processor".format(100 * share))
+    print(f"idle: {100 * share:.3f} % of a processor")
     assert share < 0.02
 
 
@@ -107,7 +107,7 @@ def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -
     rng = random.Random(choose_seed())
     config_pth = support.write_config(tmp_path, durability=durability)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    takeovers = []  # type: List[float]
+    takeovers: list[float] = []
     with persipubsub.publisher.Pub() as pub:
         pub.init(pub_id="pub", config_pth=config_pth)
         one, two = (support.Child(hold_forever, config_pth) for _ in range(2))
@@ -116,7 +116,8 @@ def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -
             for number in range(TAKEOVERS):
                 msg = b"%d" % number
                 pub.send(msg=msg)
-                support.until(lambda: one.pipe.poll() or two.pipe.poll(), what="a message")  # pylint: disable=cell-var-from-loop
+                # pylint: disable-next=cell-var-from-loop
+                support.until(lambda: one.pipe.poll() or two.pipe.poll(), what="a message")
                 if two.pipe.poll():
                     one, two = two, one
                 assert one.get()[1] == msg
@@ -165,7 +166,7 @@ def test_publisher_killed_before_it_rings(tmp_path: pathlib.Path) -> None:
             publisher.end(-signal.SIGKILL)
         latency, = child.get()
         child.end()
-    print("without a ring: {:.0f} ms".format(latency / 1e3))
+    print(f"without a ring: {latency / 1e3:.0f} ms")
     # Once a second whatever happens, though the timeout of the receive is much longer.
     assert latency < 1e6 * 4
 
@@ -204,5 +205,5 @@ def test_no_inotify_left(tmp_path: pathlib.Path) -> None:
         assert program.get() == "ready"
         send_timed(pub, rng, 200)
         median = float(program.get())
-    print("without inotify: p50 {:.0f} us".format(median))
+    print(f"without inotify: p50 {median:.0f} us")
     assert median < 50000

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -25,7 +25,7 @@ def seed() -> int:
     :return: what the environment variable ``PERSIPUBSUB_SEED`` says, or something new
     """
     chosen = int(os.environ.get("PERSIPUBSUB_SEED", "") or int.from_bytes(os.urandom(4), "big"))
-    print("PERSIPUBSUB_SEED={}".format(chosen))
+    print(f"PERSIPUBSUB_SEED={chosen}")
     return chosen
 
 
@@ -61,7 +61,7 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
             line = tracer.stderr.readline()
             if "attached" not in line:
                 raise RuntimeError(
-                    "Expected strace to attach, but got: {}".format(line + tracer.stderr.read()))
+                    f"Expected strace to attach, but got: {line + tracer.stderr.read()}")
             # A process that is to be killed at its first read does not live to be told.
             with contextlib.suppress(BrokenPipeError):
                 child.pipe.send("go")
@@ -76,7 +76,7 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
                 tracer.wait()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _why_not() -> str:
     """Tell why nothing can be traced here; empty if it can."""
     if shutil.which("strace") is None:
@@ -92,7 +92,7 @@ def require() -> None:
     """Skip the test where strace is missing, or not permitted."""
     reason = _why_not()
     if reason:
-        pytest.skip("strace is needed: " + reason)
+        pytest.skip(f"strace is needed: {reason}")
 
 
 def fast_directory() -> "tempfile.TemporaryDirectory[str]":

@@ -8,7 +8,8 @@ import random
 import signal
 import threading
 import time
-from typing import Any, Callable, Final, List, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import persipubsub.control
 import persipubsub.errors
@@ -54,7 +55,7 @@ class Ledger:
 
     def note(self, *fields: object) -> None:
         """Append one record, in one write."""
-        line = "\n{} {}{}\n".format(time.monotonic_ns(), " ".join(map(str, fields)), self.END)
+        line = f"\n{time.monotonic_ns()} {' '.join(map(str, fields))}{self.END}\n"
         os.write(self._descriptor, line.encode("ascii"))
 
 
@@ -148,13 +149,13 @@ def _publish(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
 
         def send(thread: int) -> None:
             rng = random.Random(seed + thread)
-            source = "{}.{}".format(name, thread)
+            source = f"{name}.{thread}"
             number = 0
             while not scene.board.publishers_end:
                 count = rng.choice((1, 1, rng.randint(1, role.batch)))
                 msgs = [
-                    "{} {} {}".format(source, number + index, "x" * rng.choice(
-                        (0, 50, 500, 9000))).encode("ascii") for index in range(count)
+                    f"{source} {number + index} {'x' * rng.choice((0, 50, 500, 9000))}".encode(
+                        "ascii") for index in range(count)
                 ]
                 ledger.note("try", role.id, source, number, number + count)
                 if count == 1:
@@ -175,7 +176,7 @@ def _subscribe(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -
     with persipubsub.subscriber.Sub() as sub:
         sub.init(sub_id=role.id, config_pth=scene.config_pth)
         while not scene.board.subscribers_end:
-            received = []  # type: List[str]
+            received: list[str] = []
             try:
                 if role.batch == 1:
                     with sub.receive(timeout=0.2) as msg:
@@ -189,12 +190,12 @@ def _subscribe(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -
                 ledger.note("done", role.id, name, *received)
 
 
-def _work(msgs: Sequence[bytes], received: List[str], role: Role, name: str, ledger: Ledger,
+def _work(msgs: Sequence[bytes], received: list[str], role: Role, name: str, ledger: Ledger,
           rng: random.Random) -> None:
     """Note what was received, take some time, and fail now and then."""
     for msg in msgs:
         source, number, _ = msg.decode("ascii").split(" ")
-        received.append("{}:{}".format(source, number))
+        received.append(f"{source}:{number}")
     if received:
         ledger.note("received", role.id, name, *received)
         time.sleep(rng.choice((0, 0, 0.0005, 0.005)))
@@ -243,7 +244,7 @@ def in_threads(count: int, function: Callable[[int], None]) -> None:
     if count == 1:
         function(0)
         return
-    errors = []  # type: List[BaseException]
+    errors: list[BaseException] = []
 
     def guarded(number: int) -> None:
         try:
@@ -272,13 +273,13 @@ class Worker:
         self._place = place
         self._rng = rng
         self._count = 0
-        self.child = None  # type: Optional[support.Child]
+        self.child: support.Child | None = None
         self.name = ""
         self.start()
 
     def start(self) -> None:
         """Start the next one."""
-        self.name = "{}-{}".format(self._place, self._count)
+        self.name = f"{self._place}-{self._count}"
         self._count += 1
         self.child = support.Child(run, self._scene, self.role, self.name,
                                    self._rng.randrange(1 << 60))
@@ -286,8 +287,7 @@ class Worker:
     def kill(self, ledger: Ledger) -> None:
         """Kill the one that is there, and note it before: it can not have done anything after."""
         assert self.child is not None
-        assert self.child.process.exitcode is None, "Expected {} to work, but it ended.".format(
-            self.name)
+        assert self.child.process.exitcode is None, f"Expected {self.name} to work, but it ended."
         ledger.note("killed", self.role.id, self.name)
         self.child.kill(signal.SIGKILL)
         self.child.end(-signal.SIGKILL)
@@ -310,7 +310,7 @@ class Worker:
         exitcode = self.child.process.exitcode
         self.child.__exit__()
         self.child = None
-        assert exitcode == 0, "Expected {} to end, but got: {}".format(self.name, exitcode)
+        assert exitcode == 0, f"Expected {self.name} to end, but got: {exitcode}"
 
     def destroy(self) -> None:
         """End the last one whatever it does."""
