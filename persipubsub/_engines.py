@@ -4,7 +4,7 @@ Say what a queue has to offer, and find the engine that keeps it by the scheme o
 :py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subscriber.Sub` and
 :py:mod:`persipubsub.control` know queues only by what stands here. An engine is a module with the
 functions of :py:class:`Engine`; a further one is a new module, one line in ``_MODULES``, and its
-scheme in ``_config_checks.SCHEMES``.
+scheme in :py:mod:`persipubsub.config`.
 
 Everything may be called by any number of threads at the same time, unless it says otherwise.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Optional, Protocol, cast, runtime_check
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _config_checks, _fork_guard
+from persipubsub import _fork_guard
 
 if TYPE_CHECKING:
     # Not for who only counts: it loads logging, too.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from persipubsub import _wakeup
 
 #: Modules by the scheme of a queue's path; a plain path has none. A file may have no other: see
-#: ``_config_checks.SCHEMES``.
+#: ``persipubsub.config``.
 _MODULES: Final[dict[str, str]] = {
     "": "persipubsub.queue",
     "nats": "persipubsub.jetstream.engine",
@@ -404,8 +404,8 @@ def _import(config: persipubsub.config.Config, queue_key: str,
     :return: module
     :raise ConfigError: as that of :py:func:`engine_of`
     """
-    path = config.queues[queue_key].path
-    scheme = _config_checks.scheme_of(path)
+    path = config.queues[queue_key].path or queue_key
+    scheme = persipubsub.config.scheme_of(path)
     module = modules.get(scheme)
     if module is None:
         # Of a file that was read there is none; of the target of a migration, there may be.

@@ -20,7 +20,7 @@ import msgspec.structs
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _config_checks, _delivery, _engines, _settings
+from persipubsub import _delivery, _engines, _settings
 from persipubsub._progress import Progress
 
 #: Messages that are moved at once, at most.
@@ -68,7 +68,7 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
     alone = {
         name: persipubsub.config.Publisher(name, queue_key, (subscriber, ))
         for subscriber in queue.subscribers
-        for name in (_config_checks.MADE_UP + subscriber, )
+        for name in (persipubsub.config.MADE_UP + subscriber, )
     }
     moved = msgspec.structs.replace(config,
                                     queues=types.MappingProxyType({
@@ -78,7 +78,7 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
                                         **config.publishers,
                                         **alone
                                     }))
-    if not _config_checks.scheme_of(target):
+    if not persipubsub.config.scheme_of(target):
         raise persipubsub.errors.ConfigError(
             f"Expected the other queue as nats://..., but got: {target!r}")
     _engines.engine_of(moved, queue_key)
@@ -155,7 +155,7 @@ class _Mover:
         # Killed or refused, it would use up what max_deliveries allows, and the next move would
         # give up what nobody has seen.
         consumer = self._source.consumer(subscriber, is_delivery=False)
-        most = max(1, min(_BATCH_MESSAGES, self._mark.max_msgs_num // 4))
+        most = max(1, min(_BATCH_MESSAGES, (self._mark.max_msgs_num or 2**48) // 4))
         moved = 0
         deadline = time.monotonic() + _PATIENCE_SECS
         while True:
@@ -183,7 +183,7 @@ class _Mover:
                 os.fsencode(f"{self._origin}\0{subscriber}\0{number}\0{time_ns}")
                 for number, time_ns in zip(lease.numbers, lease.times_ns())
             ]
-            for end in _cut(lease.messages, self._mark.size_bytes // 4):
+            for end in _cut(lease.messages, (self._mark.size_bytes or 2**46) // 4):
                 self._put(lease.messages[begin:end], subscriber, ids[begin:end])
                 begin = end
         except BaseException:

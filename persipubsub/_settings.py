@@ -7,7 +7,6 @@ from typing import Final, NamedTuple, Optional
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _config_checks, _json_file
 from persipubsub.environment import _opening
 from persipubsub.store import _attempts, _blocks, _log
 
@@ -57,19 +56,20 @@ class Settings(NamedTuple):
         require_directory(config, queue_key)
         queue = config.queues[queue_key]
         mark = queue.high_water_mark
-        return cls(path=config.queue_path(queue_key),
-                   max_bytes=queue.max_db_size_bytes,
-                   max_readers=queue.max_reader_num,
-                   timeout_ns=int(mark.msg_timeout_secs * 1e9),
-                   max_messages=mark.max_msgs_num,
-                   max_message_bytes=mark.size_bytes,
-                   strategy=mark.strategy,
-                   keeps_os=queue.durability is persipubsub.config.Durability.OS,
-                   checkpoint_secs=queue.checkpoint_secs,
-                   busy_timeout_secs=queue.busy_timeout_secs,
-                   once_window_ns=int(queue.once_window_secs * 1e9),
-                   retain_ns=int(queue.retain_secs * 1e9),
-                   retries=_retries_of(config, queue_key) if has_retries else _NO_RETRIES)
+        return cls(
+            path=config.queue_path(queue_key),
+            max_bytes=queue.max_db_size_bytes,
+            max_readers=queue.max_reader_num,
+            timeout_ns=int((mark.msg_timeout_secs or 3.2e9) * 1e9),  # transitional
+            max_messages=mark.max_msgs_num or 2**48,
+            max_message_bytes=mark.size_bytes or 2**46,
+            strategy=mark.strategy,
+            keeps_os=queue.durability is persipubsub.config.Durability.OS,
+            checkpoint_secs=queue.checkpoint_secs,
+            busy_timeout_secs=queue.busy_timeout_secs,
+            once_window_ns=int(queue.once_window_secs * 1e9),
+            retain_ns=int(queue.retain_secs * 1e9),
+            retries=_retries_of(config, queue_key) if has_retries else _NO_RETRIES)
 
     @property
     def drops_unread(self) -> bool:
@@ -136,8 +136,8 @@ def require_directory(config: persipubsub.config.Config, queue_key: str) -> None
     :param queue_key: of the queue in ``queues``
     :raise ConfigError: if it is kept elsewhere
     """
-    path = config.queues[queue_key].path
-    if _config_checks.scheme_of(path):
+    path = config.queues[queue_key].path or queue_key
+    if persipubsub.config.scheme_of(path):
         raise persipubsub.errors.ConfigError(
             "{}: queues.{}.path: Expected a queue that is a directory of this machine, but got: "
             "{!r}; this is to be done with the tools of its servers".format(
@@ -184,10 +184,10 @@ def check_dead_letters(config: persipubsub.config.Config, queue_key: str) -> Non
         path = config.queue_path(target)
         if _is_same(config.queue_path(subscriber.in_queue), path):
             places = [
-                _json_file.at(_json_file.at("queues", key), "path")
+                persipubsub.config.at(persipubsub.config.at("queues", key), "path")
                 for key in (subscriber.in_queue, target)
             ]
-            _json_file.raise_error(config.path, [
+            persipubsub.config.fail(config.path, [
                 "{}: Expected another directory than that of {}, but got: {!r}, the same one ({}, "
                 "dead_letter_queue of {!r})".format(places[1], places[0], path, target,
                                                     subscriber.identifier)

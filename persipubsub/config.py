@@ -6,31 +6,53 @@ somewhere, or a :py:class:`persipubsub.errors.ConfigError` with all the problems
 :py:func:`read` and :py:func:`parse` check; objects that you construct on your own are not checked.
 """
 
-import collections.abc
 import enum
 import functools
+import importlib
+import json
 import os
 import pathlib
+import re
+import reprlib
+import stat
 import types
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final, NoReturn, TypeVar, Union
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Final, NoReturn, TypeAlias, TypeVar, Union, get_args
 
 import msgspec
 import msgspec.structs
 
-from persipubsub import _config_checks
-from persipubsub import _json_file as json_file
-from persipubsub._config_checks import Text, Texts
+import persipubsub.errors
 
 __all__ = [
     "Strategy", "Durability", "StartFrom", "HighWaterMark", "Queue", "Publisher", "Subscriber",
-    "Config", "RESERVED_SUBSCRIBER_IDS", "DEAD_LETTERS", "read", "parse", "check_identifier"
+    "Config", "ConfigLike", "RESERVED_SUBSCRIBER_IDS", "DEAD_LETTERS", "read", "parse", "schema",
+    "check_identifier", "scheme_of", "at", "fail"
 ]
 
-#: Identifiers that no publisher and no subscriber can have.
-RESERVED_SUBSCRIBER_IDS: Final = _config_checks.RESERVED_SUBSCRIBER_IDS
 #: The subscriber of each queue of dead letters, on whose behalf operators look at it.
-DEAD_LETTERS: Final = _config_checks.DEAD_LETTERS
+DEAD_LETTERS: Final = "dead_letters"
+
+#: Identifiers that no publisher and no subscriber can have: the store uses these names itself.
+RESERVED_SUBSCRIBER_IDS: Final = frozenset(
+    {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db", DEAD_LETTERS})
+
+#: Prefix of the ids of publishers that the library makes up for itself; no file can have them. They
+#: name their subscribers even if these are all of the file, since a queue may have more.
+MADE_UP: Final = "\0"
+
+_QUEUES_KEY: Final = "queues"
+_SCHEMA_KEY: Final = "$schema"
+_MAX_IDENTIFIER_SIZE: Final = 255  # bytes in UTF-8
+# In bytes. It stands between a wrong path and the memory of the machine.
+_MAX_FILE_SIZE: Final = 64 * 1024**2
+# A large file that is something else altogether would fill the memory with its problems.
+_MAX_PROBLEMS: Final = 1000
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+# Neither the operating system nor UTF-8 (and hence no C++ or Go program) takes any other.
+Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\x00\ud800-\udfff]*$")]
+Texts: TypeAlias = tuple[Text, ...]
 
 
 class Strategy(enum.Enum):
@@ -65,7 +87,7 @@ class StartFrom(enum.Enum):
 
 
 # yapf: disable
-_MARK_KEYS = {
+_MARK_KEYS: Final = {
     "msg_timeout_secs": "MSG_TIMEOUT_SECS",
     "max_msgs_num": "MAX_MSGS_NUM",
     "size_bytes": "HWM_LMDB_SIZE_BYTES",
@@ -74,48 +96,52 @@ _MARK_KEYS = {
 
 class HighWaterMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_MARK_KEYS):
     """
-    Limit the age, the number and the size of the messages that a queue holds.
+    Limit the age, the number and the size of the messages that a queue holds; None: no limit.
 
-    >>> HighWaterMark(600, 10000, 1000000, Strategy.PRUNE_FIRST).max_msgs_num
-    10000
+    >>> HighWaterMark(max_msgs_num=10000).strategy
+    <Strategy.REJECT: 'reject'>
     """
 
-    msg_timeout_secs: Annotated[float, msgspec.Meta(
-        ge=1e-9, le=3_200_000_000, description="age at which a message is dropped, in seconds")]
-    max_msgs_num: Annotated[int, msgspec.Meta(
-        ge=1, le=2**48, description="size of the queue, in messages")]
-    size_bytes: Annotated[int, msgspec.Meta(
-        ge=1, le=2**46, description="size of the queue, in bytes")]
-    strategy: Annotated[Strategy, msgspec.Meta(description="what happens above the mark")]
+    msg_timeout_secs: Annotated[
+        Annotated[float, msgspec.Meta(ge=1e-9, le=3_200_000_000)] | None,
+        msgspec.Meta(description="age at which a message is dropped, in seconds")] = None
+    max_msgs_num: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=2**48)] | None,
+        msgspec.Meta(description="size of the queue, in messages")] = None
+    size_bytes: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=2**46)] | None,
+        msgspec.Meta(description="size of the queue, in bytes of messages")] = None
+    strategy: Annotated[Strategy, msgspec.Meta(
+        description="what happens above the mark")] = Strategy.REJECT
 
 
-class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
-    Describe one queue.
+    Describe one queue. Without limits it holds what fits into ``max_db_size_bytes``.
 
-    >>> mark = HighWaterMark(600, 10000, 1000000, Strategy.PRUNE_FIRST)
-    >>> Queue("/q", 1024, 1024, 1024**2, ("sub", ), mark).durability
+    >>> Queue(subscribers=("sub", )).durability
     <Durability.FSYNC: 'fsync'>
     """
 
-    path: Annotated[Text, msgspec.Meta(
-        description="directory of the queue; relative to the one of the configuration file")]
+    path: Annotated[Text | None, msgspec.Meta(
+        description="directory of the queue, relative to the one of the configuration file, or "
+        "nats://...; without it, the key of the queue")] = None
     max_reader_num: Annotated[int, msgspec.Meta(
-        ge=1, le=65535, description="limit of the reader table, in readers at the same time")]
+        ge=1, le=65535, description="limit of the reader table, in readers at the same time"
+        )] = 1024
     max_db_num: Annotated[int, msgspec.Meta(
-        ge=8, le=32768, description="limit of the store, in sub-databases")]
+        ge=8, le=32768, description="limit of the store, in sub-databases")] = 1024
     max_db_size_bytes: Annotated[int, msgspec.Meta(
-        ge=2**18, le=2**46, description="limit of the store, in bytes")]
+        ge=2**18, le=2**46, description="limit of the store, in bytes")] = 32 * 1024**3
     subscribers: Annotated[Texts, msgspec.Meta(
         description="all subscribers of the queue, each once; identifiers of 1 to 255 bytes")]
-    high_water_mark: Annotated[
-        HighWaterMark,
-        msgspec.Meta(description="when messages are dropped or held back"),
-    ] = msgspec.field(name="high-water-mark")
+    high_water_mark: Annotated[HighWaterMark, msgspec.Meta(
+        description="when messages are dropped or held back"
+        )] = msgspec.field(name="high-water-mark", default=HighWaterMark())
     durability: Annotated[Durability, msgspec.Meta(
         description="how safe a message is when send returns")] = Durability.FSYNC
     checkpoint_secs: Annotated[float, msgspec.Meta(
-        ge=0, le=86400, description="time between checkpoints, in seconds; 0: none")] = 1.0
+        gt=0, le=86400, description="time between checkpoints, in seconds")] = 1.0
     busy_timeout_secs: Annotated[float, msgspec.Meta(
         gt=0, le=86400,
         description="wait of a write for another process that holds the queue, in seconds")] = 30.0
@@ -138,7 +164,8 @@ class Publisher(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     identifier: Annotated[Text, msgspec.Meta(description="key of the entry, 1 to 255 bytes")]
     out_queue: Annotated[Text, msgspec.Meta(description="key in queues, to publish to")]
     subscribers: Annotated[Texts, msgspec.Meta(
-        min_length=1, description="those of the queue that get the messages, each once")]
+        min_length=1, description="those of the queue that get the messages, each once; without "
+        "it, all of the queue's")] = ()
 
 
 class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -164,23 +191,25 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 # yapf: enable
-_KINDS = _config_checks.Kinds(Queue, Publisher, Subscriber)
+_ENTRY_KINDS: Final = (Publisher, Subscriber)
+_REFERENCES: Final = ("out_queue", "in_queue", "dead_letter_queue")
 
 EntryT = TypeVar("EntryT", Publisher, Subscriber)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
-    Hold a checked configuration file. Nothing of it changes: any thread may use it at any time.
+    Hold a checked configuration. Nothing of it changes: any thread may use it at any time.
 
-    >>> parse(text=b'{"queues": {}}', config_pth="/etc/config.json").path.name
-    'config.json'
+    >>> read({"queues": {"q": {"subscribers": ["sub"]}}}).queues["q"].subscribers
+    ('sub',)
     """
 
-    path: pathlib.Path
+    path: pathlib.Path  #: of the file; named in errors
     publishers: Mapping[str, Publisher]
     subscribers: Mapping[str, Subscriber]
     queues: Mapping[str, Queue]
+    directory: pathlib.Path | None = None  #: where relative paths start; None: that of the file
 
     def publisher(self, identifier: str) -> Publisher:
         """
@@ -190,8 +219,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         :return: the publisher
         :raise ConfigError: if the file has no such publisher
         """
-        found = self.publishers.get(identifier)
-        return found or self._raise_missing("publisher", identifier, self.publishers)
+        self._require("publisher", self.publishers, identifier)
+        return self.publishers[identifier]
 
     def subscriber(self, identifier: str) -> Subscriber:
         """
@@ -201,54 +230,68 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         :return: the subscriber
         :raise ConfigError: if the file has no such subscriber
         """
-        found = self.subscribers.get(identifier)
-        return found or self._raise_missing("subscriber", identifier, self.subscribers)
+        self._require("subscriber", self.subscribers, identifier)
+        return self.subscribers[identifier]
 
     def queue_path(self, queue_key: str) -> str:
         """
         Return where the queue is.
 
         A relative path starts at the directory of the configuration file, as that was given to
-        :py:func:`read`: links are not followed, ``..`` and ``~`` stay. A path with a scheme
+        :py:func:`read`: links are not followed, ``..`` and ``~`` stay. Where a dictionary was
+        given, it starts at the working directory of that moment. A path with a scheme
         (``nats://...``) is returned as it is.
 
         :param queue_key: key in ``queues``
         :return: path, independent of the working directory
         :raise ConfigError: if the file has no such queue
         """
-        if queue_key not in self.queues:
-            self._raise_missing("queue", queue_key, self.queues)
-        return _config_checks.resolve(self.path.parent, self.queues[queue_key].path)
+        self._require("queue", self.queues, queue_key)
+        path = self.queues[queue_key].path or queue_key
+        return _resolve(self.directory or self.path.parent, path)
 
-    def _raise_missing(self, kind: str, identifier: str, known: Iterable[str]) -> NoReturn:
-        """Raise the error about something that was asked for and is not in the file."""
-        found = json_file.shown(identifier)
-        text = f"Expected a {kind} of this file ({json_file.listed(known)}), but got: {found}"
-        json_file.raise_error(self.path, [text])
+    def _require(self, kind: str, known: Mapping[str, Any], key: str) -> None:
+        if key not in known:
+            fail(self.path, [
+                f"Expected a {kind} of this file ({_listed(known)}), but got: {_shown(key)}"
+                f"{_meant(key, known)}"
+            ])
 
 
-def read(config_pth: Union[str, "os.PathLike[str]"]) -> Config:
+#: What every ``config_pth`` may be: the path of a file, the content of one, or what was read.
+ConfigLike: TypeAlias = Union[str, "os.PathLike[str]", Mapping[str, Any], Config]
+
+
+def read(config_pth: ConfigLike) -> Config:
     """
-    Read and check the configuration file.
+    Read and check the configuration.
 
     Any number of threads and processes may read at the same time; nothing is written. Replace the
     file by renaming: one that is overwritten in place may be read half. It blocks as long as the
     disk takes. A FIFO or a device is refused, and never waited for.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...     config_pth = pathlib.Path(directory) / "config.json"
-    ...     _ = config_pth.write_text('{"queues": {}}')
-    ...     read(config_pth=config_pth).path == config_pth
-    True
+    >>> read({"sub": {"in_queue": "q"}, "queues": {"q": {"subscribers": ["sub"]}}}).subscriber("sub")
+    Subscriber(identifier='sub', in_queue='q', start_from=<StartFrom.END: 'end'>, \
+max_deliveries=0, dead_letter_queue='', retry_delay_secs=0.0)
 
-    :param config_pth: path to the file, at most 64 MiB of JSON in UTF-8
+    :param config_pth: path to the file, at most 64 MiB of JSON in UTF-8; or a dictionary with the
+        content of a file; or a :py:class:`Config`, which is returned
     :return: the checked configuration
-    :raise ConfigError: if anything is wrong, also if the file is missing or must not be read
-    :raise TypeError: if ``config_pth`` is not a path
+    :raise ConfigError: if anything is wrong
+    :raise ConfigNotFoundError: if there is no such file; it is a ``FileNotFoundError``, too
+    :raise TypeError: if ``config_pth`` is none of these
     """
-    path = json_file.absolute(config_pth)
-    return _parse(path, functools.partial(json_file.read_bytes, os.fspath(config_pth), path))
+    if isinstance(config_pth, Config):
+        return config_pth
+    if isinstance(config_pth, Mapping):
+        path = pathlib.Path("<dictionary>")
+        try:
+            text = json.dumps(dict(config_pth), default=_plain)
+        except (TypeError, ValueError, RecursionError) as error:
+            fail(path, [f"Expected what JSON can express, but got: {error}"])
+        return _parse(text, path, directory=_absolute(""))
+    path = _absolute(config_pth)
+    return _parse(_decode(_read_bytes(os.fspath(config_pth), path), path), path)
 
 
 def parse(text: bytes, config_pth: Union[str, "os.PathLike[str]"]) -> Config:
@@ -256,14 +299,9 @@ def parse(text: bytes, config_pth: Union[str, "os.PathLike[str]"]) -> Config:
     Check the content of a configuration file. No file is touched.
 
     >>> config = parse(config_pth="/etc/config.json", text=b'''{
-    ...     "pub": {"out_queue": "q", "subscribers": ["sub"]},
-    ...     "queues": {"q": {
-    ...         "path": "queue", "max_reader_num": 1024, "max_db_num": 1024,
-    ...         "max_db_size_bytes": 1048576, "subscribers": ["sub"],
-    ...         "high-water-mark": {"MSG_TIMEOUT_SECS": 600, "MAX_MSGS_NUM": 10000,
-    ...             "HWM_LMDB_SIZE_BYTES": 1000000, "strategy": "prune_first"}}}}''')
+    ...     "pub": {"out_queue": "q"}, "queues": {"q": {"subscribers": ["sub"]}}}''')
     >>> config.publisher("pub").subscribers, config.queue_path("q")
-    (('sub',), '/etc/queue')
+    (('sub',), '/etc/q')
     >>> parse(text=b'{"queues": []}', config_pth="/etc/config.json")
     Traceback (most recent call last):
     ...
@@ -276,9 +314,55 @@ def parse(text: bytes, config_pth: Union[str, "os.PathLike[str]"]) -> Config:
     :raise TypeError: if ``text`` is not bytes, or ``config_pth`` is not a path
     """
     if not isinstance(text, bytes):
-        raise TypeError(f"Expected text as bytes, but got: {json_file.shown(text)}")
+        raise TypeError(f"Expected text as bytes, but got: {_shown(text)}")
+    path = _absolute(config_pth)
+    return _parse(_decode(text, path), path)
 
-    return _parse(json_file.absolute(config_pth), lambda: text)
+
+def schema() -> dict[str, Any]:
+    """
+    Describe the configuration file for editors and other tools.
+
+    What holds between entries (references, reserved identifiers) is only checked by
+    :py:func:`read`.
+
+    >>> schema()["required"]
+    ['queues']
+
+    :return: JSON Schema, draft 2020-12
+    """
+    _, parts = msgspec.json.schema_components([Queue, Publisher, Subscriber],
+                                              ref_template="#/$defs/{name}")
+    queue, publisher, subscriber = (parts.pop(kind.__name__) for kind in (Queue, *_ENTRY_KINDS))
+    properties = {**publisher["properties"], **subscriber["properties"]}
+    del properties["identifier"]
+    for key in ("subscribers", "max_deliveries", "dead_letter_queue"):
+        del properties[key]["default"]  # stands for "no such key", and is no value
+    entry = {
+        "title": "Entry",
+        "description": "A publisher, a subscriber, or both; its key is the identifier.",
+        "type": "object",
+        "properties": properties,
+        "anyOf": [{"required": ["out_queue"]}, {"required": ["in_queue"]}],
+        "dependentRequired": {
+            "subscribers": ["out_queue"],
+            **{key: ["in_queue"] for key in _fields(Subscriber) if key != "in_queue"},
+            "dead_letter_queue": ["in_queue", "max_deliveries"],
+        },
+        "additionalProperties": False,
+    }  # yapf: disable
+    return {
+        _SCHEMA_KEY: "https://json-schema.org/draft/2020-12/schema",
+        "title": "Configuration of persipubsub",
+        "type": "object",
+        "properties": {
+            _SCHEMA_KEY: {"type": "string"},
+            _QUEUES_KEY: {"type": "object", "additionalProperties": {"$ref": "#/$defs/Queue"}},
+        },
+        "required": [_QUEUES_KEY],
+        "additionalProperties": {"$ref": "#/$defs/Entry"},
+        "$defs": {"Queue": queue, "Entry": entry, **parts},
+    }  # yapf: disable
 
 
 def check_identifier(identifier: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
@@ -291,38 +375,461 @@ def check_identifier(identifier: str, config_pth: Union[str, "os.PathLike[str]"]
     :param config_pth: named in errors
     :raise ConfigError: if it could not
     """
-    checker = _config_checks.Checker(json_file.absolute(config_pth), _KINDS)
+    checker = _Checker(_absolute(config_pth))
     if not checker.check_identifier(identifier, "subscribers"):
-        json_file.raise_error(checker.path, checker.problems)
+        fail(checker.path, checker.problems)
 
 
-def _parse(path: pathlib.Path, read_text: collections.abc.Callable[[], bytes]) -> Config:
-    """Return the checked configuration."""
+def scheme_of(path: str) -> str:
+    """
+    Return the scheme of a queue's path.
+
+    >>> scheme_of("nats://localhost/GREETINGS"), scheme_of("/home/user/queue")
+    ('nats', '')
+
+    :param path: of a queue
+    :return: scheme; empty if the path is a directory
+    """
+    match = _SCHEME.match(path)
+    return match[1] if match else ""
+
+
+def at(place: str, key: str) -> str:
+    """
+    Return the place of a key's value in a configuration, for an error.
+
+    >>> at("queues", "q")
+    'queues.q'
+
+    :param place: of the object; empty for the whole file
+    :param key: in the object
+    :return: place
+    """
+    plain = 0 < len(key) <= 100 and key.isprintable() and not re.search(r"\s", key)
+    return f"{place}{'.' if place else ''}{key if plain else _shown(key, limit=100)}"
+
+
+def fail(path: pathlib.Path,
+         problems: Sequence[str],
+         kind: type[persipubsub.errors.ConfigError] = persipubsub.errors.ConfigError) -> NoReturn:
+    """
+    Raise the error about a configuration: the first problem, and how many more there are.
+
+    :param path: of the file
+    :param problems: at least one
+    :param kind: class of the error
+    :raise ConfigError: always
+    """
+    name = str(path) if str(path).isprintable() else repr(str(path))
+    more = len(problems) - 1
+    tail = f" (and {more} more problem{'s' if more > 1 else ''})" if more else ""
+    raise kind(f"{name}: {problems[0]}{tail}", problems=problems)
+
+
+def _shown(found: object, limit: int = 200) -> str:
+    """Return the value for a message: without control characters, and within the limit."""
+    shortener = reprlib.Repr()
+    shortener.maxstring, shortener.maxother = 150, 60
+    text = shortener.repr(found)
+    return text if len(text) <= limit else f"{text[:limit - 3]}..."
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the first few of the names for a message."""
+    known = list(names)
+    more = f" and {len(known) - 5} more" if len(known) > 5 else ""
+    return ", ".join(_shown(name, limit=60) for name in known[:5]) + more or "there is none"
+
+
+def _meant(found: object, known: Iterable[str]) -> str:
+    """Return the hint to the name that is most like the one that was found."""
+    if not isinstance(found, str):
+        return ""
+    # Imported late: few need it, and it would slow down each start of a program.
+    import difflib  # pylint: disable=import-outside-toplevel
+
+    alike = {name[:100].casefold().replace("-", "_"): name for name in known}
+    closest = difflib.get_close_matches(found[:100].casefold().replace("-", "_"), alike, n=1)
+    return f" (did you mean {_shown(alike[closest[0]], limit=60)}?)" if closest else ""
+
+
+def _expected(annotation: Any) -> str:
+    """Return what a value of the type has to be."""
+    kind, meta = get_args(annotation)[:2]
+    if kind is str:
+        return "a non-empty string without NUL and lone surrogates"
+    if issubclass(kind, enum.Enum):
+        return " or ".join(repr(member.value) for member in kind)
+    noun = "an integer" if kind is int else "a number"
+    bounds = f"between {meta.ge} and" if meta.gt is None else f"greater than {meta.gt} and at most"
+    return f"{noun} {bounds} {meta.le}"
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can express of a value in a dictionary."""
+    return value.value if isinstance(value, enum.Enum) else os.fspath(value)  # type: ignore
+
+
+def _resolve(directory: pathlib.Path, path: str) -> str:
+    """Return the path of a queue independent of the working directory."""
+    return path if scheme_of(path) else str(directory / path)
+
+
+def _absolute(config_pth: object) -> pathlib.Path:
+    """Check the type of the path, and make it independent of the working directory."""
+    # An integer would be taken for a descriptor: 0 is the standard input.
+    name = os.fspath(config_pth) if isinstance(config_pth, (str, os.PathLike)) else None
+    if not isinstance(name, str):
+        raise TypeError("Expected config_pth as a path, a dictionary or a persipubsub.config.Config"
+                        f", but got: {_shown(config_pth)}")
     try:
-        found = json_file.load(read_text(), path)
-        checker = _config_checks.Checker(path, _KINDS)
-        checker.check_file(found)
-    except MemoryError:
-        json_file.raise_error(
-            path, ["Expected a file that fits into the memory, but got one that does not"])
+        # Not os.path.abspath: "link/../config.json" would become another file.
+        return pathlib.Path(name).absolute()
+    except OSError:  # the working directory was removed
+        return pathlib.Path(name)
+
+
+def _read_bytes(name: str, path: pathlib.Path) -> bytes:
+    """Return the content of the file, or a bit more than is allowed of it."""
+    # Without O_NONBLOCK, opening a FIFO waits. Looking at the kind before opening is not enough,
+    # the file may be replaced in between.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        if not name:
+            raise ValueError("empty")  # the system would say that there is no such file
+        with open(name, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                found = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
+                fail(path, [f"Expected a regular file, but got: {found}"])
+            # Not by st_size, which is 0 in /proc and may change.
+            return file.read(_MAX_FILE_SIZE + 1)
+    except OSError as error:
+        kind = (persipubsub.errors.ConfigNotFoundError
+                if isinstance(error, FileNotFoundError) else persipubsub.errors.ConfigError)
+        fail(path, [f"Expected a file that can be read, but got: {error.strerror}"], kind)
+    except ValueError:
+        fail(path, [f"Expected the path of a file, but got: {_shown(name)}"])
+
+
+def _decode(text: bytes, path: pathlib.Path) -> str:
+    """Return the text of the file."""
+    if len(text) > _MAX_FILE_SIZE:
+        fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
+    if text.startswith(b"\xef\xbb\xbf"):
+        # Not skipped: parsers of other languages, which read the same file, do not take it.
+        fail(path, ["Expected UTF-8 without a byte order mark, but got one"])
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        fail(path, [f"line {line}: Expected UTF-8, but got the byte 0x{text[error.start]:02x}"])
+
+
+class _Object(dict[str, Any]):
+    """JSON object that remembers the keys that are there more than once."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.repeated = ([key for key in self
+                          if keys.count(key) > 1] if len(self) < len(pairs) else [])
+
+
+def _no_number(literal: str) -> NoReturn:
+    """Refuse what Python's parser takes, and other parsers do not."""
+    raise ValueError(f"{literal}, which JSON does not have")
+
+
+def _parse(text: str, path: pathlib.Path, directory: pathlib.Path | None = None) -> Config:
+    """Return the checked configuration."""
+    if not text.strip():
+        fail(path, ["Expected a JSON object, but got an empty file"])
+    try:
+        found = json.loads(text, object_pairs_hook=_Object, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        near = _shown(text[error.pos:error.pos + 40])
+        fail(path, [
+            f"line {error.lineno}, column {error.colno}: Expected JSON, but got: {near} "
+            f"({error.msg})"
+        ])
+    except RecursionError:
+        fail(path, ["Expected JSON, but got: too many levels of nesting"])
+    except ValueError as error:
+        fail(path, [f"Expected JSON, but got: {error}"])
+    checker = _Checker(path, directory)
+    checker.check_file(found)
     if checker.problems:
-        json_file.raise_error(path, checker.problems)
+        fail(path, checker.problems)
 
-    queues = msgspec.convert(found.pop(_config_checks.QUEUES_KEY), dict[str, Queue], strict=True)
-    pubs = {
-        key: _of_entry(Publisher, key, found[key])
-        for key in found if "out_queue" in found[key]
+    found.pop(_SCHEMA_KEY, None)
+    queues = {
+        key: msgspec.convert({
+            **queue, "path": queue.get("path") or key
+        }, Queue)
+        for key, queue in found.pop(_QUEUES_KEY).items()
     }
-    subs = {
-        key: _of_entry(Subscriber, key, found[key])
-        for key in found if "in_queue" in found[key]
-    }
+    for entry in found.values():
+        if "out_queue" in entry:
+            entry.setdefault("subscribers", queues[entry["out_queue"]].subscribers)
     frozen = types.MappingProxyType
-    return Config(path, publishers=frozen(pubs), subscribers=frozen(subs), queues=frozen(queues))
+    return Config(path,
+                  publishers=frozen(_entries(Publisher, found, "out_queue")),
+                  subscribers=frozen(_entries(Subscriber, found, "in_queue")),
+                  queues=frozen(queues),
+                  directory=directory)
 
 
-def _of_entry(kind: type[EntryT], identifier: str, entry: Mapping[str, Any]) -> EntryT:
-    """Return what the checked entry is to become; it may be a publisher and a subscriber."""
-    fields = _config_checks.entry_fields(kind)
-    values = {key: entry[key] for key in fields if key in entry}
-    return msgspec.convert({"identifier": identifier, **values}, kind, strict=True)
+def _entries(kind: type[EntryT], found: Mapping[str, Any], key: str) -> dict[str, EntryT]:
+    """Return those of the checked entries that are of the kind; one may be of both."""
+    return {
+        identifier: msgspec.convert(
+            {
+                "identifier": identifier,
+                **{
+                    name: entry[name]
+                    for name in _fields(kind) if name in entry
+                }
+            }, kind)
+        for identifier, entry in found.items() if key in entry
+    }
+
+
+@functools.cache
+def _fields(*kinds: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    """Return the fields of an object of the file; to compute them takes longer than to read it."""
+    return {
+        field.encode_name: field
+        for kind in kinds
+        for field in msgspec.structs.fields(kind) if field.encode_name != "identifier"
+    }
+
+
+class _Checker:
+    """Collects the problems of a file."""
+
+    def __init__(self, path: pathlib.Path, directory: pathlib.Path | None = None) -> None:
+        self.path = path
+        self.directory = directory or path.parent
+        self.problems: list[str] = []
+        self._queues: Mapping[str, Any] | None = None  # None: references lead nowhere
+        # Subscribers by queue: looked up once for each reference, of which there may be as many.
+        self._known: dict[str, Mapping[str, None] | None] = {}
+
+    def add(self, place: str, expected: str, found: str, hint: str = "") -> None:
+        """Add a problem."""
+        where = f"{place}: " if place else ""
+        self.problems.append(f"{where}Expected {expected}, but got: {found}{hint}")
+        if len(self.problems) == _MAX_PROBLEMS:
+            fail(self.path, self.problems + ["The rest of the file was not checked"])
+
+    def check_file(self, found: Any) -> None:
+        """Add the problems of the whole file."""
+        if not self.is_object(found, ""):
+            return
+        if _QUEUES_KEY not in found:
+            self.add(_QUEUES_KEY, "an object", "no such key", _meant(_QUEUES_KEY, found))
+        elif self.is_object(found[_QUEUES_KEY], _QUEUES_KEY):
+            self._queues = found[_QUEUES_KEY]
+            self.check_queues(found[_QUEUES_KEY])
+        for key, entry in found.items():
+            if key == _SCHEMA_KEY:
+                self.check_value(Text, entry, key)
+            elif key != _QUEUES_KEY:
+                self.check_identifier(key, at("", key))
+                self.check_entry(key, entry)
+        for key, entry in found.items():
+            if isinstance(entry, dict) and "dead_letter_queue" in entry:
+                self.check_dead_letters(found, key)
+
+    def is_object(self, found: Any, place: str) -> bool:
+        """Return whether it is an object, otherwise add that problem; add repeated keys."""
+        if not isinstance(found, dict):
+            self.add(place, "an object", _shown(found))
+        for key in getattr(found, "repeated", ()):
+            self.add(place, "each key once", f"{_shown(key)} more than once")
+        return isinstance(found, dict)
+
+    def check_queues(self, queues: Mapping[str, Any]) -> None:
+        """Add the problems of the queues."""
+        places: dict[str, str] = {}
+        for key, queue in queues.items():
+            place = at(_QUEUES_KEY, key)
+            if not self.check_value(Text, key, place) or not self.is_object(queue, place):
+                continue
+            self.check_keys(queue, _fields(Queue), place)
+            path = queue.get("path") or key
+            if isinstance(path, str):
+                for name in self.names_of(path, place):
+                    if (other := places.setdefault(name, place)) != place:
+                        self.add(f"{place}.path", f"another path than that of {other}",
+                                 _shown(path))
+                        break
+
+    def names_of(self, path: str, place: str) -> Sequence[str]:
+        """Return what two queues must not have in common, add the problems of an address."""
+        scheme = scheme_of(path)
+        if not scheme:
+            # By name: what is right must not depend on the links that are on the disk now.
+            return [f"/{os.path.normpath(_resolve(self.directory, path)).lstrip('/')}"]
+        if scheme != "nats":
+            # Nothing behind it is shown: it may be a password, and errors are logged.
+            self.add(f"{place}.path", "a directory or nats://...", f"'{scheme}://'")
+            return []
+        # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
+        address = importlib.import_module("persipubsub.jetstream._address")  # transitional name
+        if problem := address.problem_of(path):
+            self.problems.append(f"{place}.path: {problem}")
+        names: Sequence[str] = address.names_of(path)
+        return names
+
+    def check_keys(self,
+                   found: Mapping[str, Any],
+                   fields: Mapping[str, msgspec.structs.FieldInfo],
+                   place: str,
+                   required: Sequence[str] | None = None) -> None:
+        """Add the keys that must not be there, those that must, and the problems of the values."""
+        for key, value in found.items():
+            if key in fields:
+                if key not in _REFERENCES:  # which are checked with what they refer to
+                    self.check_value(fields[key].type, value, at(place, key))
+            else:
+                self.add(place, f"only the keys {', '.join(map(repr, fields))}", _shown(key),
+                         _meant(key, fields))
+        if required is None:
+            required = [key for key, field in fields.items() if field.required]
+        for key in required:
+            if key not in found:
+                self.add(place, f"the key {key!r}", "no such key")
+
+    def check_value(self, annotation: Any, found: Any, place: str) -> bool:
+        """Add the problem of a value, return True if there is none."""
+        kind = get_args(annotation)[0]
+        if types.NoneType in get_args(kind):
+            if found is None:
+                return True
+            annotation = get_args(kind)[0]
+            kind = get_args(annotation)[0]
+        if kind == Texts:
+            return self.check_subscribers(found, place)
+        if issubclass(kind, msgspec.Struct):
+            if is_object := self.is_object(found, place):
+                self.check_keys(found, _fields(kind), place)
+            return is_object
+        try:
+            msgspec.convert(found, annotation)
+        except (msgspec.ValidationError, UnicodeEncodeError):
+            # The latter for a string with a lone surrogate in the place of anything else.
+            self.add(place, _expected(annotation), _shown(found))
+            return False
+        return True
+
+    def check_subscribers(self, found: Any, place: str) -> bool:
+        """Add the problems of a list of subscribers, return True if there is none."""
+        count = len(self.problems)
+        if not isinstance(found, list):
+            self.add(place, "a list of subscribers", _shown(found))
+            return False
+        seen: set[str] = set()
+        for index, subscriber in enumerate(found):
+            if self.check_identifier(subscriber, f"{place}[{index}]"):
+                if subscriber in seen:
+                    self.add(f"{place}[{index}]", "each subscriber once",
+                             f"{_shown(subscriber)} again")
+                seen.add(subscriber)
+        return len(self.problems) == count
+
+    def check_identifier(self, found: Any, place: str) -> bool:
+        """Add the problem of the identifier of a publisher or a subscriber, True if none."""
+        try:
+            size = len(msgspec.convert(found, Text).encode("utf-8"))
+        except msgspec.ValidationError:
+            size = 0
+        if not 0 < size <= _MAX_IDENTIFIER_SIZE:
+            limits = f"1 to {_MAX_IDENTIFIER_SIZE} bytes in UTF-8, no NUL, no lone surrogates"
+            self.add(place, f"an identifier ({limits})", _shown(found))
+        elif found in RESERVED_SUBSCRIBER_IDS or found in (_QUEUES_KEY, _SCHEMA_KEY):
+            # A subscriber with the name of such a key could not have an entry.
+            self.add(place, "an identifier that is not reserved", _shown(found))
+        else:
+            return True
+        return False
+
+    def check_entry(self, identifier: str, entry: Any) -> None:
+        """Add the problems of a publisher, of a subscriber, or of both in one."""
+        place = at("", identifier)
+        keys = entry.keys() if isinstance(entry, dict) else set()
+        kinds = [kind for kind in _ENTRY_KINDS if keys & _fields(kind).keys()]
+        if not kinds:
+            self.add(
+                place, "a publisher ('out_queue', 'subscribers'), a subscriber ('in_queue') or "
+                "both", _shown(entry))
+        if not keys or not self.is_object(entry, place):
+            return
+        required = [key for kind in kinds for key, field in _fields(kind).items() if field.required]
+        self.check_keys(entry, _fields(*_ENTRY_KINDS), place, required)
+
+        known = self.subscribers_of(entry, "out_queue", place)
+        if known is not None and "subscribers" not in entry and not known:
+            self.add(f"{place}.out_queue", "a queue that has subscribers",
+                     _shown(entry["out_queue"]))
+        named = entry.get("subscribers")
+        if named == []:
+            self.add(f"{place}.subscribers", "at least one subscriber", "[]")
+        for index, subscriber in enumerate(named if isinstance(named, list) else ()):
+            if known is not None and isinstance(subscriber, str) and subscriber not in known:
+                self.add(f"{place}.subscribers[{index}]",
+                         f"a subscriber of the queue ({_listed(known)})", _shown(subscriber),
+                         _meant(subscriber, known))
+        known = self.subscribers_of(entry, "in_queue", place)
+        if known is not None and identifier not in known:
+            self.add(f"{place}.in_queue",
+                     f"a queue with the subscriber {_shown(identifier, limit=100)}",
+                     f"{_shown(entry['in_queue'])} ({_listed(known)})")
+
+    def check_dead_letters(self, entries: Mapping[str, Any], identifier: str) -> None:
+        """Add the problems of where a subscriber's messages go that it fails to work on."""
+        entry = entries[identifier]
+        place = at("", identifier)
+        there = f"{place}.dead_letter_queue"
+        found = entry["dead_letter_queue"]
+        if "max_deliveries" not in entry:
+            self.add(place, "the key 'max_deliveries' beside 'dead_letter_queue'", "no such key")
+        if self.subscribers_of(entry, "dead_letter_queue", place) is None:
+            return
+        schemes = {self.scheme_of_queue(key) for key in (found, entry.get("in_queue"))}
+        if found == entry.get("in_queue"):
+            self.add(there, "another queue than 'in_queue'", _shown(found))
+        elif len(schemes - {None}) > 1:
+            self.add(there, "a queue that is kept as 'in_queue' is (directories, or nats://...)",
+                     _shown(found))
+        for key, other in entries.items():
+            if isinstance(other, dict) and other.get("out_queue") == found:
+                # Its messages would be taken for dead letters.
+                self.add(there, "a queue that nobody publishes to",
+                         f"{_shown(found)} (which {_shown(key)} does)")
+
+    def scheme_of_queue(self, key: object) -> str | None:
+        """Return the scheme of a queue's path, None if it is not known."""
+        queue = self._queues.get(key) if self._queues and isinstance(key, str) else None
+        path = (queue.get("path") or key) if isinstance(queue, dict) else None
+        return scheme_of(path) if isinstance(path, str) else None
+
+    def subscribers_of(self, entry: Mapping[str, Any], key: str,
+                       place: str) -> Mapping[str, None] | None:
+        """Add the problem of a reference, return the subscribers of the queue, None if unknown."""
+        # With the queues missing, each reference would be a problem that is not its own.
+        if key not in entry or self._queues is None:
+            return None
+        found = entry[key]
+        if not isinstance(found, str) or found not in self._queues:
+            self.add(at(place, key), f"a key of queues ({_listed(self._queues)})", _shown(found),
+                     _meant(found, self._queues))
+            return None
+        if found not in self._known:
+            queue = self._queues[found]
+            listed = queue.get("subscribers") if isinstance(queue, dict) else None
+            self._known[found] = (dict.fromkeys(
+                name for name in listed
+                if isinstance(name, str)) if isinstance(listed, list) else None)
+        return self._known[found]

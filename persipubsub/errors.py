@@ -5,6 +5,7 @@ Name everything that can go wrong, one class for each way a caller would react.
 
     PersipubsubError
      +-- ConfigError             correct the configuration file
+     |    +-- ConfigNotFoundError     name the file that you mean
      +-- ClosedError             call init() first, or do not use it after close()
      +-- NotInitializedError     run persipubsub.control.initialize_all_dbs first
      +-- QueueInUseError         end the other processes of the queue, then repeat
@@ -31,6 +32,7 @@ from collections.abc import Sequence
 __all__ = [
     "PersipubsubError",
     "ConfigError",
+    "ConfigNotFoundError",
     "ClosedError",
     "NotInitializedError",
     "QueueInUseError",
@@ -51,7 +53,7 @@ __all__ = [
 
 
 class PersipubsubError(Exception):
-    """Be the root of all errors of this library."""
+    """Root of all errors of this library."""
 
 
 class ConfigError(PersipubsubError):
@@ -71,6 +73,18 @@ class ConfigError(PersipubsubError):
         """
         super().__init__(message)
         self.problems = tuple(problems) if problems is not None else (message, )
+
+
+class ConfigNotFoundError(ConfigError, FileNotFoundError):
+    """Report that there is no configuration file; ``except FileNotFoundError`` catches it, too."""
+
+    def __str__(self) -> str:
+        """
+        Return the message, as other errors of this library do.
+
+        :return: text
+        """
+        return str(self.args[0])
 
 
 class ClosedError(PersipubsubError):

@@ -27,7 +27,7 @@ except ModuleNotFoundError as _error:
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub import _config_checks, _counting
+from persipubsub import _counting
 
 __all__ = ["Collector", "serve"]
 
@@ -170,7 +170,7 @@ def _look_at(
 
     on_servers = [
         key for key in keys
-        if key in config.queues and _config_checks.scheme_of(config.queues[key].path)
+        if key in config.queues and persipubsub.config.scheme_of(config.queues[key].path or "")
     ]
     for key in on_servers:
         # A daemon: the exit waits for it no longer than a scrape does.

@@ -1091,14 +1091,14 @@ def test_too_large_message(tmp_path: pathlib.Path) -> None:
 #: What ``stat`` loads of the library in its plain forms. Times wobble, and a module that is loaded
 #: in vain does not show in them; whoever needs one more adds it here.
 STAT_LOADS = {
-    "", "__main__", "_config_checks", "_counting", "_engines", "_fork_guard", "_in_flight",
-    "_json_file", "_progress", "_selection", "_settings", "cli", "cli._ending", "cli._figures",
-    "cli._plain", "cli._text", "config", "environment", "environment._checkpoint",
-    "environment._environment", "environment._files", "environment._gate", "environment._line",
-    "environment._map", "environment._mark", "environment._opening", "environment._registry",
-    "environment._standard_streams", "environment._transactions", "errors", "statistics", "store",
-    "store._attempts", "store._blocks", "store._check", "store._clock", "store._databases",
-    "store._header", "store._layout", "store._log", "store._positions"
+    "", "__main__", "_counting", "_engines", "_fork_guard", "_in_flight", "_progress", "_selection",
+    "_settings", "cli", "cli._ending", "cli._figures", "cli._plain", "cli._text", "config",
+    "environment", "environment._checkpoint", "environment._environment", "environment._files",
+    "environment._gate", "environment._line", "environment._map", "environment._mark",
+    "environment._opening", "environment._registry", "environment._standard_streams",
+    "environment._transactions", "errors", "statistics", "store", "store._attempts",
+    "store._blocks", "store._check", "store._clock", "store._databases", "store._header",
+    "store._layout", "store._log", "store._positions"
 }
 
 #: What it loads besides in the other forms.

@@ -6,23 +6,25 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Sequence
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jsonschema
 import msgspec
 import pytest
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _config_checks, _engines
 from tests import support
 
 CONFIG_PTH = "/somewhere/config.json"
@@ -76,6 +78,20 @@ def make(subscribers: Sequence[str] = ("sub", )) -> dict[str, Any]:
         }
     }
 
+
+SHORT = {
+    "pub": {
+        "out_queue": "greetings"
+    },
+    "sub": {
+        "in_queue": "greetings"
+    },
+    "queues": {
+        "greetings": {
+            "subscribers": ["sub", "other"]
+        }
+    }
+}
 
 ABSENT = object()
 
@@ -176,10 +192,10 @@ def test_stage_of_a_pipeline_is_both() -> None:
 
 def test_optional_keys() -> None:
     content = make()
-    content["queues"]["/q"].update(durability="os", checkpoint_secs=0, busy_timeout_secs=0.5)
+    content["queues"]["/q"].update(durability="os", checkpoint_secs=0.25, busy_timeout_secs=0.5)
     queue = parse(content).queues["/q"]
     assert queue.durability is persipubsub.config.Durability.OS
-    assert (queue.checkpoint_secs, queue.busy_timeout_secs) == (0, 0.5)
+    assert (queue.checkpoint_secs, queue.busy_timeout_secs) == (0.25, 0.5)
 
 
 def test_queue_without_subscribers_and_subscriber_without_entry() -> None:
@@ -204,16 +220,109 @@ def test_nothing_changes() -> None:
             setattr(thing, name, None)
 
 
-def test_documentation_can_be_generated() -> None:
-    for kind in (persipubsub.config.Queue, persipubsub.config.Publisher,
-                 persipubsub.config.Subscriber):
-        schema = msgspec.json.schema(kind)
-        for definition in schema["$defs"].values():
-            for name, value in definition.get("properties", {}).items():
-                assert value.get("description"), name
-                if name.lower().endswith(("_secs", "_bytes", "_num")):
-                    assert "minimum" in value or "exclusiveMinimum" in value
-                    assert "maximum" in value
+def test_schema_describes_all_keys_and_accepts_what_is_right() -> None:
+    schema = persipubsub.config.schema()
+    assert schema == json.loads(json.dumps(schema))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for definition in schema["$defs"].values():
+        for name, value in definition.get("properties", {}).items():
+            assert value.get("description"), name
+            bounds = {**value, **(value.get("anyOf") or [{}])[0]}
+            if name.lower().endswith(("_secs", "_bytes", "_num")):
+                assert "minimum" in bounds or "exclusiveMinimum" in bounds
+                assert "maximum" in bounds
+    for right in (json.loads(EXAMPLE), SHORT, make(), {"$schema": "x.json", "queues": {}}):
+        validator.validate(right)
+
+
+@pytest.mark.parametrize("place, value", [
+    (["queues", "/q", "max_db_nums"], 1),
+    (["queues", "/q", "checkpoint_secs"], 0),
+    (["queues", "/q", "subscribers"], "sub"),
+    (["queues", "/q", "high-water-mark", "strategy"], "wait"),
+    (["pub", "in_que"], "/q"),
+    (["sub", "max_deliveries"], 0),
+    (["sub", "subscribers"], ["sub"]),
+    (["x"], {}),
+    (["queues"], []),
+])
+def test_schema_refuses_what_is_wrong(place: Sequence[str], value: Any) -> None:
+    wrong = change(place, value)
+    assert problems(wrong)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, persipubsub.config.schema())
+
+
+def test_short_configuration() -> None:
+    config = parse(SHORT)
+    assert config.queue_path("greetings") == "/somewhere/greetings"
+    assert config.publisher("pub").subscribers == ("sub", "other")
+    assert config.queues["greetings"] == persipubsub.config.Queue(
+        path="greetings",
+        max_reader_num=1024,
+        max_db_num=1024,
+        max_db_size_bytes=34359738368,
+        subscribers=("sub", "other"),
+        high_water_mark=persipubsub.config.HighWaterMark(None, None, None,
+                                                         persipubsub.config.Strategy.REJECT),
+        durability=persipubsub.config.Durability.FSYNC,
+        checkpoint_secs=1.0,
+        busy_timeout_secs=30.0,
+        once_window_secs=3600.0,
+        retain_secs=0.0)
+    assert parse({"$schema": "https://example.com/schema.json", **SHORT}) == config
+
+
+def test_half_a_high_water_mark() -> None:
+    mark = parse(change(MARK, {"MAX_MSGS_NUM": 7})).queues["/q"].high_water_mark
+    assert mark == persipubsub.config.HighWaterMark(max_msgs_num=7)
+    nothing = {"MSG_TIMEOUT_SECS": None, "MAX_MSGS_NUM": None, "HWM_LMDB_SIZE_BYTES": None}
+    assert parse(change(MARK, nothing)).queues["/q"].high_water_mark == mark.__class__()
+
+
+def test_publisher_without_anybody_to_send_to() -> None:
+    assert problems({
+        "pub": {
+            "out_queue": "q"
+        },
+        "queues": {
+            "q": {
+                "subscribers": []
+            }
+        }
+    }) == ("pub.out_queue: Expected a queue that has subscribers, but got: 'q'", )
+
+
+def test_dictionary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = persipubsub.config.read(SHORT)
+    assert persipubsub.config.read(config) is config
+    monkeypatch.chdir("/")
+    assert config.queue_path("greetings") == str(tmp_path / "greetings")
+    assert persipubsub.config.read(types.MappingProxyType(SHORT)).queues == config.queues
+    # What Python has beside JSON: tuples, members of enumerations, paths.
+    queue = {
+        "path": tmp_path / "q",
+        "subscribers": ("sub", ),
+        "durability": persipubsub.config.Durability.OS
+    }
+    config = persipubsub.config.read({"queues": {"q": queue}})
+    assert config.queue_path("q") == str(tmp_path / "q")
+    assert config.queues["q"].durability is persipubsub.config.Durability.OS
+
+
+@pytest.mark.parametrize("content, problem", [
+    ({}, "queues: Expected an object, but got: no such key"),
+    ({"queue": {}}, "queues: Expected an object, but got: no such key (did you mean 'queue'?)"),
+    ({"queues": object()}, "Expected what JSON can express, but got: "),
+    ({"queues": math.nan}, "Expected JSON, but got: NaN"),
+    ({"queues": {"q": {}}}, "queues.q: Expected the key 'subscribers', but got: no such key"),
+])  # yapf: disable
+def test_wrong_dictionary(content: Any, problem: str) -> None:
+    with pytest.raises(persipubsub.errors.ConfigError) as info:
+        persipubsub.config.read(content)
+    assert checked(info.value, "<dictionary>")[0].startswith(problem)
 
 
 @pytest.mark.parametrize("path, expected", [
@@ -257,13 +366,9 @@ def test_asking_for_what_is_not_there() -> None:
 
 # --- types and bounds of values
 
-NOT_INTEGERS: list[Any] = [
-    True, None, "8", "\ud800", 8.0, 8.5, -1, 0, 10**19, 10**60, 10**400, math.nan, math.inf, [], {}
-]
-NOT_SECONDS: list[Any] = [
-    True, None, "8", "\ud800", -1, -0.5, 10**19, 10**400, math.nan, math.inf, -math.inf, [], {}
-]
-NOT_TEXTS: list[Any] = [True, None, 1, "", "a\0", "\ud800", "\udc80a", [], {}]
+NOT_INTEGERS: list[Any] = [True, "8", "\ud800", 8.0, 8.5, -1, 0, 10**19, 10**60, 10**400, [], {}]
+NOT_SECONDS: list[Any] = [True, "8", "\ud800", -1, -0.5, 10**19, 10**400, [], {}]
+NOT_TEXTS: list[Any] = [True, 1, "", "a\0", "\ud800", "\udc80a", [], {}]
 QUEUE = ["queues", "/q"]
 MARK = [*QUEUE, "high-water-mark"]
 VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
@@ -280,8 +385,9 @@ VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
                                           2**46], "an integer between 262144 and 70368744177664"),
     ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", "\ud800", []], ["fsync",
                                                                           "os"], "'fsync' or 'os'"),
-    ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 86400.5], [0, 0.1,
-                                                            86400], "a number between 0 and 86400"),
+    ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 0,
+                                   86400.5], [0.1,
+                                              86400], "a number greater than 0 and at most 86400"),
     ([*QUEUE, "once_window_secs"], [*NOT_SECONDS, 0, 9e-10, 3_200_000_001],
      [1e-9, 0.1, 3_200_000_000], "a number between 1e-09 and 3200000000"),
     ([*QUEUE,
@@ -335,38 +441,6 @@ def test_message_of_the_contract() -> None:
                                "Expected an integer between 8 and 32768, but got: True")
 
 
-@pytest.mark.parametrize("literal, shown", [("NaN", "NaN"), ("Infinity", "Infinity"),
-                                            ("-Infinity", "-Infinity"), ("1e400", "1e400"),
-                                            ("-1e400", "-1e400"), ("1e-400", "0.0"),
-                                            ("1" * 40, "1" * 17), ("1" * 5000, "1" * 20),
-                                            ("1" * 100000, "1" * 20),
-                                            ("1" * 100000 + ".5e-10", "1" * 20), ("-0", "0"),
-                                            ("1" * 49, "1" * 17)])
-def test_numbers_of_the_file(literal: str, shown: str) -> None:
-    text = json.dumps(make()).replace("600", literal).encode()
-    problem, = problems(text)
-    assert problem.startswith(
-        "queues./q.high-water-mark.MSG_TIMEOUT_SECS: Expected a number between "
-        "1e-09 and 3200000000, but got: " + shown)
-    assert len(problem) < 300
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["path", "max_reader_num", "max_db_num", "max_db_size_bytes", "subscribers", "high-water-mark"])
-def test_required_keys_of_a_queue(key: str) -> None:
-    found = problems(change([*QUEUE, key], ABSENT))
-    assert found[0] == f"queues./q: Expected the key {key!r}, but got: no such key"
-    assert len(found) == 1
-
-
-@pytest.mark.parametrize("key", make()["queues"]["/q"]["high-water-mark"])
-def test_required_keys_of_a_mark(key: str) -> None:
-    assert problems(change(
-        [*MARK, key],
-        ABSENT)) == (f"queues./q.high-water-mark: Expected the key {key!r}, but got: no such key", )
-
-
 @pytest.mark.parametrize("place, key, meant", [
     (QUEUE, "max_db_nums", "max_db_num"),
     (QUEUE, "high_water_mark", "high-water-mark"),
@@ -403,12 +477,6 @@ def test_duplicate_keys(old: str, new: str, problem: str) -> None:
     assert problems(json.dumps(make()).replace(old, new, 1).encode()) == (problem, )
 
 
-def test_duplicate_keys_inside_of_lists() -> None:
-    text = json.dumps(make()).replace('["sub"]}', '["sub", {"a": 1, "a": 1}]}', 1).encode()
-    assert problems(text)[0] == ("pub.subscribers[1]: Expected each key once, but got: 'a' "
-                                 "more than once")
-
-
 # --- publishers, subscribers and references
 
 ENTRY = "a publisher ('out_queue', 'subscribers'), a subscriber ('in_queue') or both"
@@ -419,25 +487,25 @@ def test_neither_publisher_nor_subscriber(entry: Any) -> None:
     assert problems(change(["x"], entry)) == (f"x: Expected {ENTRY}, but got: {entry!r}", )
 
 
-@pytest.mark.parametrize("name, key, missing", [("pub", "out_queue", "out_queue"),
-                                                ("pub", "subscribers", "subscribers")])
+@pytest.mark.parametrize("name, key, missing", [("pub", "out_queue", "out_queue")])
 def test_half_a_publisher(name: str, key: str, missing: str) -> None:
     assert problems(change(
         [name, key], ABSENT)) == (f"{name}: Expected the key {missing!r}, but got: no such key", )
 
 
 def test_half_a_stage() -> None:
-    assert problems(change(["pub"], {
+    assert problems(change(["sub"], {
         "in_queue": "/q",
-        "out_queue": "/q"
-    }))[0] == ("pub: Expected the key 'subscribers', but got: no such key")
+        "subscribers": ["sub"]
+    })) == ("sub: Expected the key 'out_queue', but got: no such key", )
 
 
 @pytest.mark.parametrize("place", [["pub", "out_queue"], ["sub", "in_queue"]])
-@pytest.mark.parametrize("value", ["/", "", None, 1, True, ["/q"], {"/q": 1}, math.nan])
+@pytest.mark.parametrize("value", ["/", "", None, 1, True, ["/q"], {"/q": 1}])
 def test_reference_to_no_queue(place: Sequence[str], value: Any) -> None:
-    problem, = problems(change(place, value))
+    problem, *others = problems(change(place, value))
     assert problem.startswith(f"{'.'.join(place)}: Expected a key of queues ('/q'), but got: ")
+    assert not others
 
 
 def test_reference_to_no_queue_lists_few() -> None:
@@ -511,34 +579,11 @@ def test_two_queues_of_one_stream(other: str, is_same: bool) -> None:
         parse(content)
 
 
-@pytest.mark.parametrize("place, value, nothing", [
-    (["sub", "max_deliveries"], 3, ABSENT),
-    (["sub", "retry_delay_secs"], 0.5, 0),
-    (["sub", "start_from"], "beginning", "end"),
-    (["queues", "/q", "retain_secs"], 60, 0),
-])
-def test_keys_that_servers_would_ignore(place: Sequence[str], value: Any, nothing: Any) -> None:
-    content = change(place, value)
-    parse(content)
-    content["queues"]["/q"]["path"] = "nats://host/S"
-    assert problems(content) == (
-        f"{'.'.join(place)}: Expected it only with a queue that is a directory, "
-        "but got: 'nats://host/S'", )
-    content = make() if nothing is ABSENT else change(place, nothing)
-    content["queues"]["/q"]["path"] = "nats://host/S"
-    assert parse(content).queues["/q"].path == "nats://host/S"
-
-
 @pytest.mark.parametrize("scheme", ["nat", "NATS", "http", "file", "nats+tls"])
 def test_unknown_scheme(scheme: str) -> None:
     # What is behind it may have a password.
     assert problems(change([*QUEUE, "path"], f"{scheme}://user:word@host/S")) == (
         f"queues./q.path: Expected a directory or nats://..., but got: '{scheme}://'", )
-
-
-def test_each_engine_has_its_scheme() -> None:
-    # pylint: disable-next=protected-access
-    assert set(_engines._MODULES) == {"", *_config_checks.SCHEMES}
 
 
 WRONG_IDENTIFIERS = [
@@ -553,7 +598,7 @@ def test_wrong_identifiers_in_lists(identifier: str) -> None:
     assert problem.startswith("queues./q.subscribers[1]: Expected an identifier ")
 
 
-@pytest.mark.parametrize("identifier", [None, 1, True, [], {}, math.nan])
+@pytest.mark.parametrize("identifier", [None, 1, True, [], {}])
 def test_identifiers_that_are_no_strings(identifier: Any) -> None:
     content = make()
     content["pub"]["subscribers"].append(identifier)
@@ -595,7 +640,7 @@ def test_all_problems_are_listed() -> None:
     content["queues"]["/q"]["high-water-mark"].update(MAX_MSGS_NUM=0, strategy=None)
     content["pub"].update(out_queue="/r", subscribers=[1, "sub", "sub"])
     content["z"] = 1
-    del content["queues"]["/q"]["path"]
+    del content["queues"]["/q"]["subscribers"]
     places = [problem.split(": Expected")[0] for problem in problems(content)]
     assert sorted(places) == sorted([
         "queues./q", "queues./q", "queues./q.max_db_num", "queues./q.max_reader_num",
@@ -647,9 +692,11 @@ def test_control_characters_in_the_name_of_the_file() -> None:
         (b" \n\t", "Expected a JSON object, but got an empty file"),
         (b"[]", "Expected an object, but got: []"),
         (b"null", "Expected an object, but got: None"),
-        (b"NaN", "Expected an object, but got: NaN"),
+        (b"NaN", "Expected JSON, but got: NaN, which JSON does not have"),
+        (b'{"a": -Infinity}', "Expected JSON, but got: -Infinity, which JSON does not have"),
         (b'"queues"', "Expected an object, but got: 'queues'"),
-        (b"1" * 10**6, "Expected an object, but got: 111"),
+        (b"1" * 10**6, "Expected JSON, but got: Exceeds the limit"),
+        (b"1e400", "Expected an object, but got: inf"),
         (b"\xef\xbb\xbf{}", "Expected UTF-8 without a byte order mark, but got one"),
         (b'{\n"a": "\xff"}', "line 2: Expected UTF-8, but got the byte 0xff"),
         (b"\xed\xa0\x80", "line 1: Expected UTF-8, but got the byte 0xed"),
@@ -663,27 +710,14 @@ def test_control_characters_in_the_name_of_the_file() -> None:
         (b'{"a": tru}', "line 1, column 7: Expected JSON, but got: 'tru}' ("),
         (b"\0" * 100, "line 1, column 1: Expected JSON, but got: '\\x00"),
         (b"]" * 100, "line 1, column 1: Expected JSON, but got: ']"),
-        (b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
-        (b'{"queues":' * 10**5, "Expected at most 32 levels of nesting, but got more"),
-        (b"[" * 10**5 + b"]" * 10**5, "Expected at most 32 levels of nesting, but got more"),
-        (b'["\\\\",' + b"[" * 10**5, "Expected at most 32 levels of nesting, but got more"),
+        (b"[" * 10**5, "Expected JSON, but got: too many levels of nesting"),
+        (b'{"queues":' * 10**5, "Expected JSON, but got: too many levels of nesting"),
+        (b"[" * 10**5 + b"]" * 10**5, "Expected JSON, but got: too many levels of nesting"),
+        (b'["\\\\",' + b"[" * 10**5, "Expected JSON, but got: too many levels of nesting"),
     ])
 def test_text_is_no_json(text: bytes, problem: str) -> None:
     found, = problems(text)
     assert found.startswith(problem)
-
-
-def test_brackets_in_strings_are_no_nesting() -> None:
-    content = make(subscribers=["sub", "[" * 50, "\"[\\" + "{" * 50, "]}", "{"])
-    assert len(parse(content).queues["/q"].subscribers) == 5
-
-
-def test_deep_nesting_with_a_high_recursion_limit() -> None:
-    # A crash of the interpreter, if the parser of json had to find out.
-    code = ("import sys, persipubsub.config, persipubsub.errors; sys.setrecursionlimit(10**9)\n"
-            "try: persipubsub.config.parse(text=b'[' * 10**7, config_pth='c')\n"
-            "except persipubsub.errors.ConfigError: print('refused')")
-    assert run(code) == "refused\n"
 
 
 def run(code: str, *arguments: str) -> str:
@@ -700,23 +734,18 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout.decode()
 
 
-def test_too_little_memory() -> None:
-    code = ("import resource, persipubsub.config, persipubsub.errors\n"
-            "text = b'[' + b'0.5,' * 8 * 2**20 + b'1]'\n"
-            "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, ) * 2)\n"
-            "try: persipubsub.config.parse(text=text, config_pth='c')\n"
-            "except persipubsub.errors.ConfigError as error: print('memory' in str(error))")
-    assert run(code) == "True\n"
-
-
 # --- files that can not be read
 
 
 def test_missing_file(tmp_path: pathlib.Path) -> None:
     for config_pth in (tmp_path / "x.json", tmp_path / "x" / "y.json", pathlib.Path("/x.json")):
-        assert read_error(
-            config_pth) == "Expected a file that can be read, but got: No such file or directory"
+        with pytest.raises(persipubsub.errors.ConfigNotFoundError) as info:
+            persipubsub.config.read(config_pth)
+        copied: Any = pickle.loads(pickle.dumps(info.value))
+        for error in (info.value, copied):
+            assert issubclass(type(error), FileNotFoundError)
+            assert checked(error, str(config_pth)) == (
+                "Expected a file that can be read, but got: No such file or directory", )
     with pytest.raises(persipubsub.errors.ConfigError, match="Expected the path of a file, .*''"):
         persipubsub.config.read("")
 
@@ -737,8 +766,9 @@ def test_file_without_rights() -> None:
 
 
 def test_not_a_regular_file(tmp_path: pathlib.Path) -> None:
-    for path, found in ((tmp_path, "directory"), (pathlib.Path("/dev/null"), "device")):
-        assert read_error(path) == f"Expected a regular file, but got: a {found}"
+    for path, found in ((tmp_path, "file that can be read, but got: Is a directory"),
+                        (pathlib.Path("/dev/null"), "regular file, but got: a device")):
+        assert read_error(path) == f"Expected a {found}"
 
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "s"))
@@ -813,9 +843,9 @@ class BytesPath:
 
 @pytest.mark.parametrize("config_pth", [0, True, None, b"/x", 1.5, [], BytesPath()])
 def test_config_pth_is_no_path(config_pth: Any) -> None:
-    with pytest.raises(TypeError, match="Expected config_pth as str or os.PathLike"):
+    with pytest.raises(TypeError, match="Expected config_pth as a path, a dictionary or"):
         persipubsub.config.read(config_pth)
-    with pytest.raises(TypeError, match="Expected config_pth as str or os.PathLike"):
+    with pytest.raises(TypeError, match="Expected config_pth as a path, a dictionary or"):
         persipubsub.config.parse(b"{}", config_pth)
 
 
@@ -936,7 +966,7 @@ def correct_content(draw: st.DrawFn) -> dict[str, Any]:
                 "strategy": draw(st.sampled_from(["prune_first", "prune_last", "reject", "block"])),
             },
             "durability": draw(st.sampled_from(["fsync", "os"])),
-            "checkpoint_secs": draw(st.floats(0, 86400)),
+            "checkpoint_secs": draw(st.floats(0.001, 86400)),
             "busy_timeout_secs": draw(st.floats(0.001, 86400)),
             "once_window_secs": draw(st.floats(0.001, 3.2e9)),
             "retain_secs": draw(st.floats(0, 3.2e9)),

@@ -340,7 +340,7 @@ def test_queue_of_another_engine_takes_no_letters(tmp_path: pathlib.Path) -> Non
     config_pth = write_config(tmp_path)
     config_pth.write_text(config_pth.read_text().replace(str(tmp_path / "letters"),
                                                          "nats://localhost/letters"))
-    assert any("queues that are directories" in problem for problem in problems(config_pth))
+    assert any("kept as 'in_queue' is" in problem for problem in problems(config_pth))
 
 
 @pytest.mark.parametrize("key", ["queue", "letters"])

@@ -12,7 +12,6 @@ import click
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-from persipubsub import _config_checks
 from persipubsub.cli import _shared, _text
 
 
@@ -61,7 +60,8 @@ def check_config(config: pathlib.Path, queue_key: str | None, as_json: bool) -> 
         _shared.select(config, queue_key)
         # Only servers are asked; a directory is what this library makes it.
         for key in [
-                key for key, queue in found.queues.items() if _config_checks.scheme_of(queue.path)
+                key for key, queue in found.queues.items()
+                if persipubsub.config.scheme_of(queue.path or key)
         ]:
             warnings += [
                 f"{key}: {text}" for text in persipubsub.control.check_durability(config, key)[key]

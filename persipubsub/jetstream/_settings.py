@@ -5,7 +5,6 @@ from typing import Any, Final, NamedTuple
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub import _config_checks
 from persipubsub.jetstream import _address
 
 #: The server remembers the ids of messages that long, so that a repeated publish is stored once.
@@ -42,8 +41,9 @@ class Settings(NamedTuple):
         """
         queue = config.queues[queue_key]
         mark = queue.high_water_mark
+        path = queue.path or queue_key
         try:
-            address = _address.parse(queue.path)
+            address = _address.parse(path)
         except ValueError as error:
             text = f"{config.path}: queues.{queue_key}.path: {error}"
             raise persipubsub.errors.ConfigError(text) from None
@@ -52,16 +52,17 @@ class Settings(NamedTuple):
             tuple(sorted(publisher.subscribers)) for publisher in config.publishers.values()
             if publisher.out_queue == queue_key and (
                 set(publisher.subscribers) != everybody
-                or publisher.identifier.startswith(_config_checks.MADE_UP)))
-        return cls(path=queue.path,
-                   address=address,
-                   timeout_ns=int(mark.msg_timeout_secs * 1e9),
-                   max_messages=mark.max_msgs_num,
-                   max_message_bytes=mark.size_bytes,
-                   strategy=mark.strategy.value,
-                   wait_secs=queue.busy_timeout_secs,
-                   subscribers=tuple(queue.subscribers),
-                   audiences=audiences)
+                or publisher.identifier.startswith(persipubsub.config.MADE_UP)))
+        return cls(
+            path=path,
+            address=address,
+            timeout_ns=int((mark.msg_timeout_secs or 3.2e9) * 1e9),  # transitional
+            max_messages=mark.max_msgs_num or 2**48,
+            max_message_bytes=mark.size_bytes or 2**46,
+            strategy=mark.strategy.value,
+            wait_secs=queue.busy_timeout_secs,
+            subscribers=tuple(queue.subscribers),
+            audiences=audiences)
 
     def subject(self, audience: Sequence[str] | None) -> str:
         """
@@ -99,8 +100,9 @@ class Settings(NamedTuple):
             "retention": "interest",
             "storage": "file",
             "discard": "new",
-            "max_msgs": self.max_messages,
-            "max_bytes": self.max_message_bytes + _FRAME_BYTES,
+            "max_msgs": self.max_messages if self.max_messages < 2**48 else -1,
+            "max_bytes": (self.max_message_bytes +
+                          _FRAME_BYTES if self.max_message_bytes < 2**46 else -1),
             "max_age": age_ns,
             "max_consumers": -1,
             "num_replicas": self.address.replicas,
