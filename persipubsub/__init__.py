@@ -1,10 +1,12 @@
 """
 Publish and subscribe between the processes of one machine, persistently and without a broker.
 
-Make the queues of a configuration file ready with :py:mod:`persipubsub.control`, send with
-:py:class:`persipubsub.publisher.Pub`, receive with :py:class:`persipubsub.subscriber.Sub`.
+Make the queues of a configuration ready with :py:mod:`persipubsub.control`, send with
+:py:class:`persipubsub.publisher.Pub`, receive with :py:class:`persipubsub.subscriber.Sub`; tasks of
+``asyncio`` use :py:mod:`persipubsub.aio`. The four classes are here as ``Pub``, ``Sub``,
+``AsyncPub`` and ``AsyncSub``.
 
-Importing the package is cheap: the modules below are imported when they are used first.
+Importing the package is cheap: everything is imported when it is used first.
 
 >>> import persipubsub
 >>> persipubsub.errors.ConfigError.__mro__[1].__name__
@@ -12,40 +14,56 @@ Importing the package is cheap: the modules below are imported when they are use
 """
 
 import importlib
-import types
 import typing
 
 if typing.TYPE_CHECKING:
     from persipubsub import (aio, config, control, dead_letter, errors, message, publisher, queue,
                              statistics, subscriber)
+    from persipubsub.aio import Pub as AsyncPub
+    from persipubsub.aio import Sub as AsyncSub
+    from persipubsub.publisher import Pub
+    from persipubsub.subscriber import Sub
 
 __version__ = "1.0.0"
 
 __all__ = [
-    "aio", "config", "control", "dead_letter", "errors", "message", "publisher", "queue",
-    "statistics", "subscriber"
+    "AsyncPub", "AsyncSub", "Pub", "Sub", "aio", "config", "control", "dead_letter", "errors",
+    "message", "publisher", "queue", "statistics", "subscriber"
 ]
 
-# It needs an extra: not for an import of everything, nor for who looks at all attributes.
-_WITH_EXTRA = "metrics"
+_CLASSES: typing.Final = {
+    "Pub": ("publisher", "Pub"),
+    "Sub": ("subscriber", "Sub"),
+    "AsyncPub": ("aio", "Pub"),
+    "AsyncSub": ("aio", "Sub"),
+}
 
+# It needs an extra: an import of everything is to work without it.
+_WITH_EXTRA: typing.Final = "metrics"
 
-def __getattr__(name: str) -> types.ModuleType:
-    """
-    Import a public module at its first use.
+# Type checkers would take any name for one of the package.
+if not typing.TYPE_CHECKING:
 
-    Nobody needs all of them: an import of everything would make each start of a small subscriber
-    pay for the publisher and the deployment. Safe from many threads, as imports are.
+    def __getattr__(name: str) -> object:
+        """
+        Import a public module, or a class of one, at its first use.
 
-    :param name: of the attribute that was not found in the package
-    :return: the module, which Python then keeps as the package's attribute
-    :raise AttributeError: if there is no public module of that name
-    :raise ImportError: if it needs an extra that is not installed
-    """
-    if name not in __all__ and name != _WITH_EXTRA:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        A small subscriber does not pay for the publisher and the deployment. Safe from many
+        threads, as imports are.
 
-    return importlib.import_module(f"{__name__}.{name}")
+        :param name: of the attribute that was not found in the package
+        :return: module or class, which then stays as the package's attribute
+        :raise AttributeError: if there is nothing public of that name
+        :raise ImportError: if it needs an extra that is not installed
+        """
+        if name in _CLASSES:
+            module, attribute = _CLASSES[name]
+            found = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+            globals()[name] = found
+            return found
+        if name not in __all__ and name != _WITH_EXTRA:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:

@@ -9,8 +9,9 @@ import types
 from collections.abc import Mapping
 
 import persipubsub.config
+import persipubsub.engine
 import persipubsub.statistics
-from persipubsub import _engines, _selection
+from persipubsub import _selection
 
 
 def statistics(
@@ -45,7 +46,7 @@ def statistics_of(config: persipubsub.config.Config,
     :raise NotInitializedError: if the queue was not initialized
     """
     config.queue_path(queue_key)
-    return _engines.counter_of(config, queue_key).statistics_of(config, queue_key)
+    return persipubsub.engine.of(config, queue_key).statistics_of(config, queue_key)
 
 
 def in_flight(

@@ -35,6 +35,19 @@ CLAIMED_PAUSE_SECS: Final = 0.05
 READER_CHECK_SECS: Final = 5.0
 
 
+class _Shared:  # transitional
+    """Give a claim back when all of its leases ended."""
+
+    def __init__(self, claim: _claims.Claim) -> None:
+        self.claim, self.users, self.ticket = claim, 1, claim.ticket
+
+    def release(self) -> None:
+        """Give back, if it is the last one."""
+        self.users -= 1
+        if self.users == 0:
+            self.claim.release()
+
+
 class Lease:
     """
     Hold messages that one consumer has and nobody else gets.
@@ -139,6 +152,25 @@ class Lease:
         if is_held:
             self._claim.ticket.append(None)
         self._claim.release()
+
+    ack = acknowledge  # transitional
+    nack = give_back  # transitional
+
+    def split(self, count: int) -> "Lease":  # transitional
+        """Move the first messages into a lease of their own."""
+        copied = self._copied
+        times = [(1, time_ns) for time_ns in self.times_ns()]
+        claim = self._claim if isinstance(self._claim, _Shared) else _Shared(self._claim)
+        claim.users += 1
+        parts = [
+            _pending.Copied(copied.numbers[part], copied.messages[part], times[part],
+                            copied.attempts, False) for part in (slice(count), slice(count, None))
+        ]
+        self._claim, self._copied = claim, parts[1]  # type: ignore[assignment]
+        self.numbers, self.messages = parts[1].numbers, parts[1].messages
+        first = Lease(self._consumer, self._claim, self._begin, parts[0], self._process_id)
+        self._begin = self.numbers[0]
+        return first
 
     def touch(self) -> None:
         """Do nothing: the kernel knows that this process is alive, however long it works."""

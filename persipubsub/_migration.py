@@ -18,9 +18,10 @@ from typing import Final, NamedTuple
 import msgspec.structs
 
 import persipubsub.config
+import persipubsub.engine
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _delivery, _engines, _settings
+from persipubsub import _delivery, _settings
 from persipubsub._progress import Progress
 
 #: Messages that are moved at once, at most.
@@ -81,7 +82,7 @@ def prepare(config: persipubsub.config.Config, queue_key: str,
     if not persipubsub.config.scheme_of(target):
         raise persipubsub.errors.ConfigError(
             f"Expected the other queue as nats://..., but got: {target!r}")
-    _engines.engine_of(moved, queue_key)
+    persipubsub.engine.of(moved, queue_key)
     return moved
 
 
@@ -97,7 +98,7 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     :return: what became of the messages, by subscriber
     """
     moved = prepare(config, queue_key, target)
-    engine = _engines.engine_of(moved, queue_key)
+    engine = persipubsub.engine.of(moved, queue_key)
     with persipubsub.queue.open_queue(config, queue_key) as source:
         lags = _lags(source)
         engine.ensure_queue(moved, queue_key)
@@ -125,7 +126,7 @@ def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
 class _Mover:
     """Move messages from one open queue to another."""
 
-    def __init__(self, source: persipubsub.queue.Queue, destination: _engines.Queue,
+    def __init__(self, source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue,
                  described: persipubsub.config.Queue, progress: Progress) -> None:
         """
         Initialize without moving anything.

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
-import persipubsub.dead_letter
 import persipubsub.errors
 import persipubsub.message
 from persipubsub.store import _attempts, _layout
@@ -114,7 +113,7 @@ class Mover:
             return True
         if not self.is_ready():
             return False
-        letter = persipubsub.dead_letter.DeadLetter(queue=self._origin.queue,
+        letter = persipubsub.message.DeadLetter(queue=self._origin.queue,
                                                     subscriber=self._origin.subscriber,
                                                     number=message.number,
                                                     sent_at=message.sent_at,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar, Union
 
 import persipubsub.config
-from persipubsub import _engines
+import persipubsub.engine
 from persipubsub._settings import Settings
 
-ConfigPath = Union[str, os.PathLike[str]]
+ConfigPath = persipubsub.config.ConfigLike
 
 ResultT = TypeVar("ResultT")
 
@@ -75,7 +75,7 @@ def check_subscriber(config_pth: ConfigPath, sub_id: str) -> None:
 
 
 def for_each(config_pth: ConfigPath, queue_key: str | None,
-             work: Callable[[_engines.Queue], ResultT]) -> Mapping[str, ResultT]:
+             work: Callable[[persipubsub.engine.Queue], ResultT]) -> Mapping[str, ResultT]:
     """
     Open queues, one after the other, and do something with each.
 
@@ -87,6 +87,7 @@ def for_each(config_pth: ConfigPath, queue_key: str | None,
     config, keys = select(config_pth, queue_key)
     results = {}
     for key in keys:
-        with contextlib.closing(_engines.engine_of(config, key).open_queue(config, key)) as queue:
+        with contextlib.closing(persipubsub.engine.of(config, key).open_queue(config,
+                                                                              key)) as queue:
             results[key] = work(queue)
     return types.MappingProxyType(results)

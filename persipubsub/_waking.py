@@ -5,9 +5,13 @@ How messages are taken is the business of :py:mod:`persipubsub._delivery`. Here 
 needs that is not done by a thread: a look that does not wait, and a ticket of the bell.
 """
 
+import contextlib
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
+import persipubsub.errors
 from persipubsub import _delivery, _skipping, _wakeup
 
 
@@ -51,10 +55,33 @@ class Consumer(_skipping.Consumer):
             pause = min(pause, max(0, due_ns - self._pending.now_ns()) / 1e9)
         return None, pause
 
-    def prepare_wait(self) -> _wakeup.Ticket:
-        """
-        Begin to wait. What comes after this, or after the ticket was armed, rings it.
+    try_take = take_now  # transitional
 
-        :return: to be armed before each further look, and to be closed by the caller
-        """
-        return self._bell.prepare()
+    def listen(self, callback: Callable[[], object]) -> "Listener":  # transitional
+        """Have the callback called when there may be something."""
+        return Listener(self._bell, callback)
+
+
+class Listener:  # transitional
+    """Call back from a thread."""
+
+    def __init__(self, bell: _wakeup.Bell, callback: Callable[[], object]) -> None:
+        self._ticket = bell.prepare()
+        self._ticket.set_callback(callback)
+        self._other = bell.prepare()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(persipubsub.errors.ClosedError):
+            while not self._other.closed:
+                self._other.wait(0.2)
+
+    def arm(self) -> None:
+        """Call back at the next commit."""
+        self._ticket.arm()
+
+    def close(self) -> None:
+        """Call back no more."""
+        self._ticket.set_callback(None)
+        self._ticket.close()
+        self._other.close()

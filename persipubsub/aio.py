@@ -4,81 +4,581 @@ Publish and receive in tasks of ``asyncio``, with the same queues and the same p
 The two classes are used as :py:class:`persipubsub.publisher.Pub` and
 :py:class:`persipubsub.subscriber.Sub`, and share the queues with them, in this process and others.
 The loop is never blocked for the disk or for another process: what could block runs in a few
-threads. Waiting needs no thread: the loop itself notices the bell of other processes.
+threads of the process. Waiting needs one thread for each queue, however many tasks wait.
 
 An object may be used by any number of tasks, by several loops in several threads, and in a forked
-child. Any loop will do whose ``add_reader`` and ``call_soon_threadsafe`` do what they do in
-``asyncio``.
+child. Any loop will do whose ``call_soon_threadsafe`` does what it does in ``asyncio``.
+
+A task that is cancelled loses nothing and leaves no message claimed. What is sent, and the messages
+that are received, stay in order; a message that a task gave back because it was cancelled comes
+before younger ones only if these are not with other tasks by then.
 """
 
 import asyncio
+import concurrent.futures
+import contextlib
 import functools
+import math
 import os
-from typing import Any, Final, Literal, Optional, Union, overload
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar, cast, overload
 
+import persipubsub.config
+import persipubsub.engine
 import persipubsub.errors
-import persipubsub.subscriber
-from persipubsub import _engines, _inbox, _workers
-from persipubsub._async_publisher import Pub
-from persipubsub._async_receipts import (BatchReceipt, Ending, InLoop, InWorkers, Messages, Receipt,
-                                         Take)
-from persipubsub._receipts import describe, unwrap
+import persipubsub.face
+import persipubsub.statistics
+from persipubsub.face import BytesLike, ContentT, MessageId
 from persipubsub.message import Message
-from persipubsub.subscriber import _check_max_msgs, _not_open, _to_waiting
 
 __all__ = ["BatchReceipt", "Messages", "Pub", "Receipt", "Sub"]
 
-#: Acknowledgements at the same moment share a commit; so many do.
-_ACKNOWLEDGING_THREADS: Final = 8
+ResultT = TypeVar("ResultT")
 
-#: For an engine that can not wake its waiters, and has no loop of its own.
-_WAITING_THREADS: Final = 16
+Take: TypeAlias = Callable[[], Awaitable[persipubsub.engine.Lease | None]]
 
-_IN_LOOP: Final = InLoop()
+#: Threads of the process for all queues: a write may wait for another process for long.
+_THREADS: Final = 32
+
+#: Messages that are put together at most, and bytes: other processes are to have their turn.
+_MOST_MESSAGES: Final = 512
+_MOST_BYTES: Final = 1 << 23
+
+#: Time between two attempts of a task that waits for room, in seconds.
+_ROOM_SECS: Final = 0.02
+
+_executor: concurrent.futures.ThreadPoolExecutor | None = None
 
 
-class _Subscriber(persipubsub.subscriber.Sub):
-    """Be what blocks, with its consumer."""
+def _forget_executor() -> None:
+    global _executor  # pylint: disable=global-statement
+    _executor = None
 
-    def prepare(self, timeout: float | None,
-                retries: int) -> "tuple[_engines.Consumer, Optional[float], float]":
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_forget_executor)
+
+
+def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]":
+    """Have a call made in a thread; in this one if none can be started, so that nothing is lost."""
+    global _executor  # pylint: disable=global-statement
+    if _executor is None:
+        _executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "persipubsub")
+    calls = [call]
+    try:
+        return _executor.submit(lambda: calls.pop()())
+    except RuntimeError:  # no thread is left, or the interpreter is about to exit
+        done: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
+        try:
+            done.set_result(calls.pop()())
+        except BaseException as error:  # pylint: disable=broad-exception-caught
+            done.set_exception(error)
+        return done
+
+
+def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> None:
+    """Have a function called in the thread of a loop, unless that was closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *given)
+
+
+def _wake(woken: "asyncio.Future[None]") -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+async def _run(call: Callable[[], ResultT],
+               undo: Callable[[ResultT], object] | None = None) -> ResultT:
+    """
+    Make a call in a thread. It is made to its end even if the task is cancelled; then it is undone.
+
+    Not ``asyncio.wrap_future``: a task that is cancelled in the moment in which its future is done
+    would forget a lease.
+    """
+    loop = asyncio.get_running_loop()
+    woken: "asyncio.Future[None]" = loop.create_future()
+    done = _submit(call)
+    done.add_done_callback(lambda _: _post(loop, _wake, woken))
+    try:
+        await woken
+    except BaseException:
+        if undo is not None:
+            done.add_done_callback(functools.partial(_undo, undo))
+        raise
+    return done.result()
+
+
+def _undo(undo: Callable[[ResultT], object], done: "concurrent.futures.Future[ResultT]") -> None:
+    if done.exception() is None:
+        _submit(functools.partial(undo, done.result()))
+
+
+def _nack(taken: "tuple[persipubsub.engine.Lease | None, float]") -> None:
+    lease = taken[0]
+    if lease is not None:
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            lease.nack()  # a queue that was closed has given it back
+
+
+# Sending
+
+Sending: TypeAlias = tuple[Sequence[bytes], persipubsub.engine.Recipients,
+                           persipubsub.engine.MessageIds]
+
+
+class _Outbox:
+    """
+    What the tasks of one loop send to a queue. Used in the thread of the loop only.
+
+    A thread puts what came in one round of the loop, then what came meanwhile: a thousand tasks
+    share a commit, and what they send stays in order.
+    """
+
+    def __init__(self, queue: persipubsub.engine.TaskQueue,
+                 loop: asyncio.AbstractEventLoop) -> None:
+        self.queue = queue
+        self._loop = loop
+        self._waiting: list[tuple[Sending, "asyncio.Future[None]"]] = []
+        self._is_busy = False
+
+    async def put(self, sending: Sending) -> None:
+        """Put messages, all of them or none, if there is room."""
+        future: "asyncio.Future[None]" = self._loop.create_future()
+        self._waiting.append((sending, future))
+        if not self._is_busy:
+            self._is_busy = True
+            # When all tasks that can run now have run: otherwise the first one would go alone.
+            self._loop.call_soon(self._start)
+        await future
+
+    def _start(self) -> None:
+        group: list[tuple[Sending, "asyncio.Future[None]"]] = []
+        count = size = 0
+        for sending, future in self._waiting:
+            count += len(sending[0])
+            size += sum(map(len, sending[0]))
+            if group and (count > _MOST_MESSAGES or size > _MOST_BYTES):
+                break
+            group.append((sending, future))
+        del self._waiting[:len(group)]
+        # A task that was cancelled before its turn sends nothing.
+        group = [(sending, future) for sending, future in group if not future.done()]
+        self._is_busy = bool(group or self._waiting)
+        if self._is_busy:
+            _submit(lambda: self.queue.put_each([sending for sending, _ in group])
+                    ).add_done_callback(lambda done: _post(self._loop, self._end, group, done))
+
+    def _end(self, group: "list[tuple[Sending, asyncio.Future[None]]]",
+             done: "concurrent.futures.Future[list[BaseException | None]]") -> None:
+        failed = done.exception()
+        errors = done.result() if failed is None else [failed] * len(group)
+        for (_, future), error in zip(group, errors):
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+        self._start()
+
+
+class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
+    """
+    Send messages to the queue of a publisher, as :py:class:`persipubsub.publisher.Pub` does.
+
+    Tasks that send at the same moment share a commit.
+
+    >>> import tempfile
+    >>> import persipubsub.control
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> config = {"pub": {"out_queue": "q"}, "sub": {"in_queue": "q"},
+    ...           "queues": {"q": {"path": directory.name, "subscribers": ["sub"]}}}
+    >>> persipubsub.control.initialize_all_dbs(config)
+    >>> async def main():
+    ...     async with Pub("pub", config) as pub, Sub("sub", config) as sub:
+    ...         await asyncio.gather(*(pub.send(b"hello") for _ in range(100)))
+    ...         async with sub.receive_many(1000, timeout=10) as msgs:
+    ...             print(len(msgs))
+    >>> asyncio.run(main())
+    100
+    >>> directory.cleanup()
+    """
+
+    def __init__(self,
+                 pub_id: str | None = None,
+                 config_pth: persipubsub.config.ConfigLike | None = None,
+                 autosync: bool = False) -> None:
         """
-        Check the arguments of a receipt.
+        Initialize without a queue; ``async with`` opens it, or :py:meth:`init` does.
 
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look within ``timeout``
-        :return: consumer, how long to wait, time between two looks in seconds
+        :param pub_id: key of the publisher in the configuration
+        :param config_pth: see :py:meth:`init`
+        :param autosync: True to let ``send_many`` commit each message by itself
+        :raise TypeError: if only one of id and configuration is given
         """
-        consumer = self._consumer
-        if consumer is None:
-            raise _not_open()
-        return (consumer, *_to_waiting(timeout, retries))
+        super().__init__()
+        self._given = persipubsub.face.arguments(pub_id, config_pth)
+        self._autosync = autosync
+        self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
+
+    async def init(self,
+                   pub_id: str,
+                   config_pth: persipubsub.config.ConfigLike,
+                   autosync: bool = False) -> None:
+        """
+        Open the queue of a publisher. A queue that was open before is closed.
+
+        If the task is cancelled meanwhile, no queue is open.
+
+        :param pub_id: key of the publisher in the configuration
+        :param config_pth: path to the configuration file, a dictionary with its content, or a
+            :py:class:`persipubsub.config.Config`
+        :param autosync: True to let ``send_many`` commit each message by itself
+        :raise PersipubsubError: as :py:meth:`persipubsub.publisher.Pub.init` does
+        """
+        await _run(
+            lambda: self._open(pub_id, persipubsub.face.Target.open(pub_id, config_pth, autosync)),
+            undo=lambda _: self._put(None))
+
+    async def __aenter__(self) -> Self:
+        """
+        Open the queue that the constructor got.
+
+        :return: itself
+        """
+        if self._given is not None:
+            await self.init(*self._given, autosync=self._autosync)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the queue."""
+        await self.close()
+
+    async def close(self) -> None:
+        """
+        Close the queue; it may be closed twice. What was sent stays sent.
+
+        What other tasks are sending right now is sent, or they get a ``ClosedError``.
+        """
+        await _run(lambda: self._put(None))
+
+    async def send(self,
+                   msg: BytesLike,
+                   timeout: float | None = None,
+                   msg_id: MessageId | None = None) -> None:
+        """
+        Send a message to all subscribers of the publisher.
+
+        When the call returns, the message is as safe as the queue's ``durability`` says. Messages
+        of one loop are put in the order of the calls. If the task is cancelled meanwhile, the
+        message is sent, or it is not: as with a process that dies then.
+
+        :param msg: to be sent; may be empty
+        :param timeout: how long to wait for room where the queue's strategy is ``block``, in
+            seconds; 0: not at all; None: for ever
+        :param msg_id: of the message; if the queue knows it, nothing is sent, and the message that
+            is stored is safe when the call returns
+        :raise TypeError: if it is not bytes-like, or the id is neither a string nor bytes
+        :raise ValueError: if the id is not of 1 to 255 bytes, or the timeout is no number from 0 on
+        :raise MessageTooLargeError: if the queue could never hold it
+        :raise QueueFullError: if there is no room, and the queue's strategy is ``reject``, or
+            ``block`` and the time is over; nothing is sent
+        :raise BusyTimeoutError: if another process is in the middle of a write for too long, at
+            most about twice ``busy_timeout_secs``
+        :raise DiskFullError: if there is no room
+        """
+        target = self._get()
+        message = persipubsub.face.encode(msg)
+        await self._send(target, (message, ), persipubsub.face.encode_ids((msg_id, ), count=1),
+                         persipubsub.face.seconds_of(timeout))
+
+    async def send_many(self,
+                        msgs: Sequence[BytesLike],
+                        timeout: float | None = None,
+                        msg_ids: Sequence[MessageId | None] | None = None) -> None:
+        """
+        Send messages in one commit: all of them or none, even if the task is cancelled meanwhile.
+
+        With ``autosync`` each message has a commit of its own instead, in order; an error, or that
+        the task is cancelled, then leaves those before it sent. So does an error on servers
+        (``nats://...``), which have no such commit.
+
+        :param msgs: to be sent
+        :param timeout: how long to wait for room, see :py:meth:`send`; with ``autosync`` for each
+        :param msg_ids: of the messages, as many as these, None for those without
+        :raise TypeError: if one of them is not bytes-like; nothing is sent
+        :raise MessageTooLargeError: if the queue could never hold one of them, or all together
+        :raise PersipubsubError: otherwise as :py:meth:`send` does
+        """
+        target = self._get()
+        seconds = persipubsub.face.seconds_of(timeout)
+        for messages, ids in target.batches(msgs, msg_ids):
+            await self._send(target, messages, ids, seconds)
+
+    async def _send(self, target: persipubsub.face.Target, messages: Sequence[bytes],
+                    ids: persipubsub.engine.MessageIds, timeout: float | None) -> None:
+        queue = target.queue
+        if hasattr(queue, "aput"):
+            await queue.aput(messages, target.recipients, timeout, ids)
+            return
+        loop = asyncio.get_running_loop()
+        outbox = self._outboxes.get(loop)
+        if outbox is None or outbox.queue is not queue:
+            for other in [other for other in self._outboxes if other.is_closed()]:
+                del self._outboxes[other]
+            outbox = _Outbox(cast(persipubsub.engine.TaskQueue, queue), loop)
+            self._outboxes[loop] = outbox
+        deadline = None if timeout is None else loop.time() + timeout
+        while True:
+            try:
+                await outbox.put((messages, target.recipients, ids))
+                return
+            except persipubsub.errors.QueueFullError:
+                left = _ROOM_SECS if deadline is None else deadline - loop.time()
+                if not outbox.queue.waits_for_room or left <= 0:
+                    raise
+            # Not in a thread: each task that waits would need one.
+            await asyncio.sleep(min(_ROOM_SECS, left))
 
 
-class Sub:
+# Receiving
+
+
+class _Line:
+    """
+    Tasks of one loop that wait for messages of a consumer, first come, first served.
+
+    The first one looks at the queue, in a thread, whenever the engine calls back; the others wait
+    for the lock. So no look is made for nothing, however many wait.
+    """
+
+    def __init__(self, consumer: persipubsub.engine.TaskConsumer,
+                 loop: asyncio.AbstractEventLoop) -> None:
+        self.consumer = consumer
+        self.process_id = os.getpid()
+        self._loop = loop
+        self._lock = asyncio.Lock()
+        self._rang = asyncio.Event()
+        self._listener: persipubsub.engine.Listener | None = None
+        self._is_closed = False
+
+    async def take(self, timeout: float | None, poll_secs: float, max_messages: int,
+                   is_newest: bool) -> persipubsub.engine.Lease | None:
+        """Wait for messages, and take them; None if none came in time."""
+        deadline = None if timeout is None else self._loop.time() + timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._lock.acquire()
+        except TimeoutError:
+            # Those in front may have been slow: None is to mean that there was nothing.
+            return (await self._look(max_messages, is_newest))[0]
+        try:
+            while True:
+                is_armed = self._arm()
+                lease, pause = await self._look(max_messages, is_newest)
+                left = math.inf if deadline is None else deadline - self._loop.time()
+                if lease is not None or left <= 0:
+                    return lease
+                if not is_armed:
+                    await self._listen()
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, pause, poll_secs)):
+                        await self._rang.wait()
+        finally:
+            self._lock.release()
+
+    def _arm(self) -> bool:
+        self._rang.clear()
+        if self._is_closed:
+            raise persipubsub.errors.ClosedError(
+                "Expected an open subscriber to receive from, but got: close() was called")
+        if self._listener is not None:
+            self._listener.arm()
+        return self._listener is not None
+
+    async def _listen(self) -> None:
+        """Have the engine call back. Only now: a queue that has messages needs no thread for it."""
+        self._listener = await _run(lambda: self.consumer.listen(self.wake),
+                                    undo=lambda listener: listener.close())
+
+    async def _look(self, max_messages: int,
+                    is_newest: bool) -> tuple[persipubsub.engine.Lease | None, float]:
+        return await _run(functools.partial(self.consumer.try_take, max_messages, is_newest),
+                          undo=_nack)
+
+    def wake(self) -> None:
+        """Have the first task look again. Any thread may call it."""
+        _post(self._loop, self._rang.set)
+
+    def close(self) -> None:
+        """Let all tasks fail. Any thread may call it."""
+        self._is_closed = True
+        if self._listener is not None and self.process_id == os.getpid():
+            self._listener.close()
+        self.wake()
+
+
+async def _end(endings: Sequence[persipubsub.face.Ending]) -> None:
+    """End leases, to the end even if the task is cancelled."""
+    if endings and not hasattr(endings[0].lease, "aack"):
+        await _run(functools.partial(persipubsub.face.end, endings))
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        for ending in reversed(endings):
+            lease = cast(persipubsub.engine.LoopLease, ending.lease)
+            if ending.is_ack:
+                stack.push_async_callback(lease.aack)
+            else:
+                stack.push_async_callback(lease.anack, ending.error)
+
+
+class _Receipt(persipubsub.face.Block[Take, ContentT]):
+    """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
+
+    __slots__ = ()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
+        """Acknowledge the messages, or give them back if the block was left by an exception."""
+        await _end(self._leave(error))
+
+
+class Receipt(_Receipt[ContentT]):
+    """
+    One message in an ``async with`` block.
+
+    Returned by :py:meth:`persipubsub.aio.Sub.receive`; to be entered once.
+    """
+
+    __slots__ = ()
+    _form = "async with sub.receive() as msg: ..."
+
+    async def __aenter__(self) -> ContentT | None:
+        """
+        Wait for a message.
+
+        :return: message; None if none came in time
+        """
+        lease = self._lease = await self._enter()()
+        return None if lease is None else self._contents(lease)[0]
+
+
+class BatchReceipt(_Receipt[ContentT]):
+    """
+    Several messages in an ``async with`` block.
+
+    Returned by :py:meth:`persipubsub.aio.Sub.receive_many`; to be entered once.
+    """
+
+    __slots__ = ()
+    _form = "async with sub.receive_many(100) as msgs: ..."
+
+    async def __aenter__(self) -> list[ContentT]:
+        """
+        Wait for messages.
+
+        :return: messages; empty if none came in time
+        """
+        lease = self._lease = await self._enter()()
+        return [] if lease is None else self._contents(lease)
+
+
+class Messages(persipubsub.face.Batch[Take, ContentT]):
+    """
+    Iterate over messages; each is acknowledged when the next one is asked for, or with others.
+
+    Returned by :py:meth:`persipubsub.aio.Sub.messages`; for one task. Nothing happens before the
+    first message is asked for.
+
+    An ``async for`` loop does not tell the iterator whether it is left by ``break`` or by an
+    exception. The message at which it is left stays and is delivered again, soon if nothing else
+    refers to the iterator; those before it are acknowledged. To use ``break``, or to have errors
+    counted and kept, tell the iterator:
+
+    - by ``async with sub.messages() as msgs:`` around the loop. Leaving the block acknowledges the
+      message at hand; an exception gives it back, and is recorded.
+    - or by :py:meth:`acknowledge` before the ``break``.
+    """
+
+    __slots__ = ()
+
+    async def __aenter__(self) -> Self:
+        """
+        Let the end of the block decide on the last message.
+
+        :return: itself
+        """
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: TracebackType | None) -> None:
+        """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
+        self._is_done = True
+        if error is None:
+            await _end(self._finish(self._given))
+        else:
+            # What the block raised matters more.
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+                await _end(self._finish(self._given - 1, error))
+
+    def __aiter__(self) -> Self:
+        """
+        Iterate.
+
+        :return: itself
+        """
+        return self
+
+    async def __anext__(self) -> ContentT:
+        """
+        Acknowledge what was handled if nothing is left, and wait for the next message.
+
+        :return: message
+        :raise StopAsyncIteration: if none came in time
+        """
+        if self._given < len(self._items):
+            item = self._items[self._given]
+            self._given += 1
+            return item
+        await _end(self._finish(self._given))
+        lease = None if self._is_done else await self._take()
+        if lease is None:
+            self._is_done = True
+            raise StopAsyncIteration
+        return self._begin(lease)
+
+    async def acknowledge(self) -> None:
+        """Acknowledge what was handled, with the message at hand, now; it may be repeated."""
+        await _end(self._acknowledged())
+
+    async def aclose(self) -> None:
+        """Give the message at hand back as if it had not been delivered, and end."""
+        self._is_done = True
+        await _end(self._finish(self._given - 1))
+
+    def __del__(self) -> None:
+        """Do not keep messages from others that a loop left behind."""
+        if getattr(self, "_lease", None) is not None:
+            _submit(functools.partial(persipubsub.face.end, self._finish(self._given - 1)))
+
+
+class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
     """
     Receive the messages of a subscriber, as :py:class:`persipubsub.subscriber.Sub` does.
 
     Its tasks share the messages with each other, and with other objects and processes of the same
     subscriber id. While a task waits, or has a message, no thread does.
 
-    >>> import json, pathlib, tempfile
+    >>> import tempfile
     >>> import persipubsub.control
     >>> directory = tempfile.TemporaryDirectory()
-    >>> config_pth = pathlib.Path(directory.name) / "config.json"
-    >>> _ = config_pth.write_text(json.dumps({
-    ...     "pub": {"out_queue": "q", "subscribers": ["sub"]},
-    ...     "sub": {"in_queue": "q"},
-    ...     "queues": {"q": {
-    ...         "path": "queue", "max_reader_num": 64, "max_db_num": 64,
-    ...         "max_db_size_bytes": 1 << 24, "subscribers": ["sub"],
-    ...         "high-water-mark": {"MSG_TIMEOUT_SECS": 600, "MAX_MSGS_NUM": 1000,
-    ...             "HWM_LMDB_SIZE_BYTES": 1000000, "strategy": "prune_first"}}}}))
-    >>> persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    >>> config = {"pub": {"out_queue": "q"}, "sub": {"in_queue": "q"},
+    ...           "queues": {"q": {"path": directory.name, "subscribers": ["sub"]}}}
+    >>> persipubsub.control.initialize_all_dbs(config)
     >>> async def main():
-    ...     async with Pub() as pub, Sub() as sub:
-    ...         await pub.init(pub_id="pub", config_pth=config_pth)
-    ...         await sub.init(sub_id="sub", config_pth=config_pth)
+    ...     async with Pub("pub", config) as pub, Sub("sub", config) as sub:
     ...         await pub.send_many([b"one", b"two", b"three"])
     ...         async with sub.receive(timeout=10) as msg:
     ...             print(msg)
@@ -91,38 +591,44 @@ class Sub:
     >>> directory.cleanup()
     """
 
-    def __init__(self) -> None:
-        """Initialize without a queue; call :py:meth:`init` before anything else."""
-        self._sub = _Subscriber()
-        self._inboxes: dict[asyncio.AbstractEventLoop, _inbox.Inbox] = {}
-        self._loop_inbox: _inbox.LoopInbox | None = None
-        self._workers = _workers.Workers(_ACKNOWLEDGING_THREADS)
-        self._in_workers = InWorkers(self._workers)
-        # Apart, so that acknowledgements do not wait behind tasks that wait for messages.
-        self._takers = _workers.Workers(_WAITING_THREADS)
-        # A single thread, so that one opens and closes in order, even if a task was cancelled.
-        self._opener = _workers.Workers(1)
+    def __init__(self,
+                 sub_id: str | None = None,
+                 config_pth: persipubsub.config.ConfigLike | None = None) -> None:
+        """
+        Initialize without a queue; ``async with`` opens it, or :py:meth:`init` does.
 
-    async def init(self, sub_id: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
+        :param sub_id: key of the subscriber in the configuration
+        :param config_pth: see :py:meth:`init`
+        :raise TypeError: if only one of id and configuration is given
+        """
+        super().__init__()
+        self._given = persipubsub.face.arguments(sub_id, config_pth)
+        # By loop, and whether it is for those who want the newest message: they wait apart.
+        self._lines: dict[tuple[asyncio.AbstractEventLoop, bool], _Line] = {}
+
+    async def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
         """
         Open the queue of a subscriber. A queue that was open before is closed.
 
-        If the task is cancelled meanwhile, the queue may be open or not.
+        If the task is cancelled meanwhile, no queue is open.
 
-        :param sub_id: key of the subscriber in the configuration file
-        :param config_pth: path to the configuration file
+        :param sub_id: key of the subscriber in the configuration
+        :param config_pth: path to the configuration file, a dictionary with its content, or a
+            :py:class:`persipubsub.config.Config`
         :raise PersipubsubError: as :py:meth:`persipubsub.subscriber.Sub.init` does
         """
-        for workers in (self._opener, self._takers, self._workers):
-            workers.open()
-        await self._opener.run(functools.partial(self._sub.init, sub_id, config_pth))
+        await _run(lambda: self._open(sub_id, persipubsub.face.Source.open(sub_id, config_pth)),
+                   undo=lambda _: self._put(None))
+        self._leave(self._get().consumer)
 
-    async def __aenter__(self) -> "Sub":
+    async def __aenter__(self) -> Self:
         """
-        Use the subscriber as a context manager.
+        Open the queue that the constructor got.
 
         :return: itself
         """
+        if self._given is not None:
+            await self.init(*self._given)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -136,21 +642,21 @@ class Sub:
         Tasks that wait for a message get a ``ClosedError``. A message that is being received is
         given back.
         """
-        while self._inboxes:
-            _, inbox = self._inboxes.popitem()
-            inbox.close(_closed())
-        try:
-            await self._opener.run(self._sub.close)
-        finally:
-            self._opener.close()
-            self._takers.close()
-            self._workers.close()
+        self._leave(None)
+        await _run(lambda: self._put(None))
+
+    def _leave(self, consumer: persipubsub.engine.Consumer | None) -> None:
+        """Let those fail who wait for messages of another consumer, or in a closed loop."""
+        for place, line in list(self._lines.items()):
+            if line.consumer is not consumer or place[0].is_closed():
+                self._lines.pop(place, None)
+                line.close()
 
     @overload
     def receive(self,
                 timeout: float | None = 60,
                 retries: int = 10,
-                details: Literal[False] = False) -> "Receipt[bytes]":
+                details: Literal[False] = False) -> Receipt[bytes]:
         ...
 
     @overload
@@ -158,20 +664,13 @@ class Sub:
                 timeout: float | None = 60,
                 retries: int = 10,
                 *,
-                details: Literal[True]) -> "Receipt[Message]":
-        ...
-
-    @overload
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
+                details: Literal[True]) -> Receipt[Message]:
         ...
 
     def receive(self,
                 timeout: float | None = 60,
                 retries: int = 10,
-                details: bool = False) -> "Receipt[Any]":
+                details: bool = False) -> Receipt[Any]:
         """
         Receive the next message in an ``async with`` block.
 
@@ -181,21 +680,20 @@ class Sub:
         same subscriber. A task that is cancelled while it waits leaves no message claimed.
 
         :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us; it is
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up; it is
             looked at once a second anyhow
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
         :return: context manager of the message
         :raise CorruptMessageError: from the ``async with`` statement if the next message is
             damaged; it is set aside, and the next call gives the one behind it
         """
-        take, ending = self._taker(timeout, retries)
-        return Receipt(take, describe if details else unwrap, ending)
+        return Receipt(self._taker(timeout, retries), persipubsub.face.contents_of(details))
 
     @overload
     def receive_to_top(self,
                        timeout: float | None = 60,
                        retries: int = 10,
-                       details: Literal[False] = False) -> "Receipt[bytes]":
+                       details: Literal[False] = False) -> Receipt[bytes]:
         ...
 
     @overload
@@ -203,40 +701,33 @@ class Sub:
                        timeout: float | None = 60,
                        retries: int = 10,
                        *,
-                       details: Literal[True]) -> "Receipt[Message]":
-        ...
-
-    @overload
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
+                       details: Literal[True]) -> Receipt[Message]:
         ...
 
     def receive_to_top(self,
                        timeout: float | None = 60,
                        retries: int = 10,
-                       details: bool = False) -> "Receipt[Any]":
+                       details: bool = False) -> Receipt[Any]:
         """
         Receive the newest message in an ``async with`` block, and skip all older ones.
 
         See :py:meth:`persipubsub.subscriber.Sub.receive_to_top`.
 
         :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
         :return: context manager of the message, as of :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        take, ending = self._taker(timeout, retries, is_newest=True)
-        return Receipt(take, describe if details else unwrap, ending)
+        return Receipt(self._taker(timeout, retries, is_newest=True),
+                       persipubsub.face.contents_of(details))
 
     @overload
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
                      retries: int = 10,
-                     details: Literal[False] = False) -> "BatchReceipt[bytes]":
+                     details: Literal[False] = False) -> BatchReceipt[bytes]:
         ...
 
     @overload
@@ -245,22 +736,14 @@ class Sub:
                      timeout: float | None = 60,
                      retries: int = 10,
                      *,
-                     details: Literal[True]) -> "BatchReceipt[Message]":
-        ...
-
-    @overload
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     details: bool = False) -> "Union[BatchReceipt[bytes], BatchReceipt[Message]]":
+                     details: Literal[True]) -> BatchReceipt[Message]:
         ...
 
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
                      retries: int = 10,
-                     details: bool = False) -> "BatchReceipt[Any]":
+                     details: bool = False) -> BatchReceipt[Any]:
         """
         Receive several messages in an ``async with`` block.
 
@@ -270,35 +753,34 @@ class Sub:
 
         :param max_msgs: how many messages at most
         :param timeout: how long to wait for the first one, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up
         :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
         :return: context manager of the messages
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        _check_max_msgs(max_msgs)
-        take, ending = self._taker(timeout, retries, max_msgs)
-        return BatchReceipt(take, describe if details else unwrap, ending)
+        persipubsub.face.check_count("max_msgs", max_msgs)
+        return BatchReceipt(self._taker(timeout, retries, max_msgs),
+                            persipubsub.face.contents_of(details))
 
     @overload
     def messages(self,
                  timeout: float | None = None,
-                 details: Literal[False] = False) -> "Messages[bytes]":
+                 details: Literal[False] = False,
+                 prefetch: int = 1) -> Messages[bytes]:
         ...
 
     @overload
     def messages(self,
                  timeout: float | None = None,
                  *,
-                 details: Literal[True]) -> "Messages[Message]":
+                 details: Literal[True],
+                 prefetch: int = 1) -> Messages[Message]:
         ...
 
-    @overload
     def messages(self,
                  timeout: float | None = None,
-                 details: bool = False) -> "Union[Messages[bytes], Messages[Message]]":
-        ...
-
-    def messages(self, timeout: float | None = None, details: bool = False) -> "Messages[Any]":
+                 details: bool = False,
+                 prefetch: int = 1) -> Messages[Any]:
         """
         Receive one message after the other, for an ``async for`` statement.
 
@@ -308,16 +790,18 @@ class Sub:
 
         :param timeout: how long to wait for each message, in seconds; None: for ever
         :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
+        :param prefetch: how many messages to take at once at most, see
+            :py:meth:`persipubsub.subscriber.Sub.messages`
         :return: iterator that ends when no message comes in time
         """
-        take, ending = self._taker(timeout, 1)
-        return Messages(take, describe if details else unwrap, ending)
+        persipubsub.face.check_count("prefetch", prefetch)
+        return Messages(self._taker(timeout, 1, prefetch), persipubsub.face.contents_of(details))
 
-    def __aiter__(self) -> "Messages[bytes]":
+    def __aiter__(self) -> Messages[bytes]:
         """
         Receive one message after the other, for ever; see :py:meth:`messages`.
 
-        :return: messages
+        :return: iterator
         """
         return self.messages()
 
@@ -327,7 +811,7 @@ class Sub:
 
         :return: message that nobody has acknowledged or is receiving now; None if there is none
         """
-        return await self._workers.run(self._sub.front)
+        return await _run(self._get().consumer.front)
 
     async def pop_to_top(self) -> None:
         """
@@ -335,60 +819,31 @@ class Sub:
 
         It is done even if the task is cancelled meanwhile.
         """
-        await self._workers.run(self._sub.pop_to_top)
+        source = self._get()
+        await _run(lambda: source.queue.skip_to_newest(source.subscriber))
+
+    async def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
+        """
+        Count what waits for the subscriber, and what was dropped before it was read.
+
+        :return: figures
+        """
+        return await _run(self._get().statistics)
 
     def _taker(self,
                timeout: float | None,
                retries: int,
                max_messages: int = 1,
-               is_newest: bool = False) -> tuple[Take, Ending]:
-        """
-        Check the arguments of a receipt.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look within ``timeout``
-        :param max_messages: how many messages to take at most
-        :param is_newest: True to take the newest message instead of the next one
-        :return: what waits and takes, what acknowledges and gives back
-        """
-        consumer, wait, pause = self._sub.prepare(timeout, retries)
-        inbox = self._inbox_of(consumer)
-        return (functools.partial(inbox.take, wait, pause, max_messages, is_newest),
-                _IN_LOOP if isinstance(inbox, _inbox.LoopInbox) else self._in_workers)
-
-    def _inbox_of(
-            self,
-            consumer: _engines.Consumer) -> _inbox.Inbox | _inbox.LoopInbox | _inbox.SharedInbox:
-        """
-        Find where the running loop waits for messages.
-
-        :param consumer: that is open
-        :return: inbox
-        """
+               is_newest: bool = False) -> Take:
+        """Check how long to wait; return what waits and takes."""
+        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
+        consumer = self._get().consumer
+        if hasattr(consumer, "atake"):
+            return functools.partial(consumer.atake, seconds, max_messages, is_newest)
         loop = asyncio.get_running_loop()
-        inbox = self._inboxes.get(loop)
-        if (inbox is not None and inbox.consumer is consumer and inbox.process_id == os.getpid()):
-            return inbox
-        if self._loop_inbox is not None and self._loop_inbox.consumer is consumer:
-            return self._loop_inbox
-        if isinstance(consumer, _engines.LoopConsumer):
-            self._loop_inbox = _inbox.LoopInbox(consumer)
-            return self._loop_inbox
-        if not isinstance(consumer, _engines.WakingConsumer):
-            return _inbox.SharedInbox(consumer, self._takers)
-        for other, abandoned in list(self._inboxes.items()):
-            if other.is_closed():
-                abandoned.close(_closed())
-                self._inboxes.pop(other, None)
-        inbox = self._inboxes[loop] = _inbox.Inbox(consumer, self._takers, loop)
-        return inbox
-
-
-def _closed() -> persipubsub.errors.ClosedError:
-    """
-    Describe a queue that was closed while somebody waited.
-
-    :return: error to be raised
-    """
-    return persipubsub.errors.ClosedError(
-        "Expected an open subscriber to receive from, but got: close() was called")
+        line = self._lines.get((loop, is_newest))
+        if line is None or line.consumer is not consumer or line.process_id != os.getpid():
+            self._leave(consumer)
+            line = _Line(cast(persipubsub.engine.TaskConsumer, consumer), loop)
+            self._lines[loop, is_newest] = line
+        return functools.partial(line.take, seconds, poll_secs, max_messages, is_newest)

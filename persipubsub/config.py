@@ -6,6 +6,7 @@ somewhere, or a :py:class:`persipubsub.errors.ConfigError` with all the problems
 :py:func:`read` and :py:func:`parse` check; objects that you construct on your own are not checked.
 """
 
+import collections
 import enum
 import functools
 import importlib
@@ -283,14 +284,13 @@ max_deliveries=0, dead_letter_queue='', retry_delay_secs=0.0)
     """
     if isinstance(config_pth, Config):
         return config_pth
+    path = _path_of(config_pth)
     if isinstance(config_pth, Mapping):
-        path = pathlib.Path("<dictionary>")
         try:
             text = json.dumps(dict(config_pth), default=_plain)
         except (TypeError, ValueError, RecursionError) as error:
             fail(path, [f"Expected what JSON can express, but got: {error}"])
         return _parse(text, path, directory=_absolute(""))
-    path = _absolute(config_pth)
     return _parse(_decode(_read_bytes(os.fspath(config_pth), path), path), path)
 
 
@@ -365,7 +365,7 @@ def schema() -> dict[str, Any]:
     }  # yapf: disable
 
 
-def check_identifier(identifier: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
+def check_identifier(identifier: str, config_pth: ConfigLike) -> None:
     """
     Check that an identifier could stand in a configuration file. No file is touched.
 
@@ -375,7 +375,7 @@ def check_identifier(identifier: str, config_pth: Union[str, "os.PathLike[str]"]
     :param config_pth: named in errors
     :raise ConfigError: if it could not
     """
-    checker = _Checker(_absolute(config_pth))
+    checker = _Checker(_path_of(config_pth))
     if not checker.check_identifier(identifier, "subscribers"):
         fail(checker.path, checker.problems)
 
@@ -475,6 +475,14 @@ def _resolve(directory: pathlib.Path, path: str) -> str:
     return path if scheme_of(path) else str(directory / path)
 
 
+def _path_of(config_pth: ConfigLike) -> pathlib.Path:
+    """Return what errors name."""
+    if isinstance(config_pth, Config):
+        return config_pth.path
+    return (pathlib.Path("<dictionary>")
+            if isinstance(config_pth, Mapping) else _absolute(config_pth))
+
+
 def _absolute(config_pth: object) -> pathlib.Path:
     """Check the type of the path, and make it independent of the working directory."""
     # An integer would be taken for a descriptor: 0 is the standard input.
@@ -531,9 +539,8 @@ class _Object(dict[str, Any]):
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        keys = [key for key, _ in pairs]
-        self.repeated = ([key for key in self
-                          if keys.count(key) > 1] if len(self) < len(pairs) else [])
+        counts = collections.Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        self.repeated = [key for key, count in counts.items() if count > 1]
 
 
 def _no_number(literal: str) -> NoReturn:

@@ -18,8 +18,9 @@ from typing import Union
 import icontract
 
 import persipubsub.config
+import persipubsub.engine
 import persipubsub.queue
-from persipubsub import _engines, _migration, _selection
+from persipubsub import _migration, _selection
 from persipubsub._counting import in_flight, statistics
 from persipubsub._migration import Moved
 from persipubsub._progress import Progress
@@ -57,7 +58,7 @@ def initialize_all_dbs(config_pth: ConfigPath, queue_key: str | None = None) -> 
     """
     config, keys = _selection.select(config_pth, queue_key)
     for key in keys:
-        _engines.engine_of(config, key).ensure_queue(config, key)
+        persipubsub.engine.of(config, key).ensure_queue(config, key)
 
 
 def prune_dangling_messages(config_pth: ConfigPath,
@@ -446,5 +447,5 @@ def check_durability(config_pth: ConfigPath,
     """
     config, keys = _selection.select(config_pth, queue_key)
     return types.MappingProxyType(
-        {key: _engines.engine_of(config, key).check_durability(config, key)
+        {key: persipubsub.engine.of(config, key).check_durability(config, key)
          for key in keys})

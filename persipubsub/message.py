@@ -1,15 +1,19 @@
-"""Hold what is known of a message beside its bytes."""
+"""Messages with what is known of them, and messages that were given up."""
 
 import dataclasses
 import datetime
 
-__all__ = ["Message"]
+import msgspec
+
+import persipubsub.errors
+
+__all__ = ["Message", "DeadLetter"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Message:
     """
-    Hold a message that was received, with what is known of it.
+    Message that was received, with what is known of it.
 
     >>> import datetime
     >>> sent_at = datetime.datetime(2026, 11, 24, tzinfo=datetime.timezone.utc)
@@ -21,3 +25,61 @@ class Message:
     number: int  #: of the message in its queue; it never changes, and no other message has it
     sent_at: datetime.datetime  #: when it was committed, in UTC
     attempts: int  #: how often it was delivered to this subscriber, this time included
+    #: How many messages for this subscriber were dropped unread between the one before and this.
+    dropped_before: int = 0
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    Message that was given up, and why.
+
+    A message that was delivered as often as its subscriber's ``max_deliveries`` allows, and never
+    acknowledged, is moved into the subscriber's ``dead_letter_queue``. There it is a message like
+    any other, whose bytes are an envelope in MessagePack: a map with the fields of this class as
+    keys, of which ``version`` is 1, and times are MessagePack's timestamps.
+
+    >>> import datetime
+    >>> now = datetime.datetime(2026, 11, 24, tzinfo=datetime.timezone.utc)
+    >>> letter = DeadLetter(queue="greetings", subscriber="sub", number=7, sent_at=now, attempts=3,
+    ...                     error="ValueError: no greeting", moved_at=now, data=b"?")
+    >>> DeadLetter.decode(letter.encode()) == letter
+    True
+    """
+
+    queue: str  #: key of the queue that it comes from
+    subscriber: str  #: id of the subscriber that it could not be delivered to
+    number: int  #: of the message in that queue
+    sent_at: datetime.datetime  #: when it was committed there, in UTC
+    attempts: int  #: how often it was delivered
+    error: str  #: type and text of what the last delivery ended with, at most 500 characters
+    moved_at: datetime.datetime  #: when it was given up, in UTC
+    data: bytes  #: that was sent
+    version: int = 1  #: of the envelope
+
+    def encode(self) -> bytes:
+        """
+        Encode the envelope.
+
+        :return: bytes of a message
+        """
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, msg: bytes) -> "DeadLetter":
+        """
+        Decode a message that was received from a queue of dead letters. No file is touched.
+
+        :param msg: bytes of the message
+        :return: what is in the envelope
+        :raise CorruptMessageError: if it is no envelope of this version
+        """
+        try:
+            letter = msgspec.msgpack.decode(msg, type=cls)
+        except msgspec.DecodeError as error:
+            raise persipubsub.errors.CorruptMessageError(
+                f"Expected a dead letter, but got {len(msg)} bytes: {error}", number=0) from error
+        if letter.version != 1:
+            raise persipubsub.errors.CorruptMessageError(
+                f"Expected a dead letter of the version 1, but got: {letter.version!r}",
+                number=letter.number)
+        return letter

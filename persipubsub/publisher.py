@@ -1,88 +1,72 @@
 """Publish messages to a queue."""
 
-import os
-from collections.abc import Iterable, Sequence
-from typing import Optional, Union
+from collections.abc import Sequence
+from typing import Self
 
 import persipubsub.config
-import persipubsub.errors
-from persipubsub import _engines, _slot
+import persipubsub.face
+from persipubsub.face import BytesLike, MessageId
 
-__all__ = ["Pub"]
-
-BytesLike = Union[bytes, bytearray, memoryview]
-
-MessageId = Union[str, bytes]
-
-#: Queue, ids of the subscribers that get what is sent (None: all of them), and whether each message
-#: of several has a commit of its own.
-Opened = tuple[_engines.Queue, Optional[tuple[str, ...]], bool]
+__all__ = ["Pub", "BytesLike", "MessageId"]
 
 
-class Pub:
+class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
     """
     Send messages to the queue of a publisher.
 
     One object may be used by many threads at the same time; those that send at the same moment
-    share a commit. It may be used in a forked child.
+    share a wait for the disk. It may be used in a forked child. It can not be pickled.
 
-    >>> import json, pathlib, tempfile
+    >>> import tempfile
     >>> import persipubsub.control
     >>> directory = tempfile.TemporaryDirectory()
-    >>> config_pth = pathlib.Path(directory.name) / "config.json"
-    >>> _ = config_pth.write_text(json.dumps({
-    ...     "pub": {"out_queue": "q", "subscribers": ["sub"]},
-    ...     "sub": {"in_queue": "q"},
-    ...     "queues": {"q": {
-    ...         "path": "queue", "max_reader_num": 64, "max_db_num": 64,
-    ...         "max_db_size_bytes": 1 << 24, "subscribers": ["sub"],
-    ...         "high-water-mark": {"MSG_TIMEOUT_SECS": 600, "MAX_MSGS_NUM": 1000,
-    ...             "HWM_LMDB_SIZE_BYTES": 1000000, "strategy": "prune_first"}}}}))
-    >>> persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    >>> with Pub() as pub:
-    ...     pub.init(pub_id="pub", config_pth=config_pth)
-    ...     pub.send(msg=b"hello")
-    ...     pub.send_many(msgs=[b"one", b"two"])
+    >>> config = {"pub": {"out_queue": "q"}, "sub": {"in_queue": "q"},
+    ...           "queues": {"q": {"path": directory.name, "subscribers": ["sub"]}}}
+    >>> persipubsub.control.initialize_all_dbs(config)
+    >>> with Pub("pub", config) as pub:
+    ...     pub.send(b"hello")
+    ...     pub.send_many([b"one", b"two"])
     ...     for _ in range(2):
-    ...         pub.send(msg=b"an order", msg_id="order 17")  # stored once
+    ...         pub.send(b"an order", msg_id="order 17")  # stored once
     >>> directory.cleanup()
     """
 
-    def __init__(self) -> None:
-        """Initialize without a queue; call :py:meth:`init` before anything else."""
-        self._slot: _slot.Slot[Opened] = _slot.Slot()
+    def __init__(self,
+                 pub_id: str | None = None,
+                 config_pth: persipubsub.config.ConfigLike | None = None,
+                 autosync: bool = False) -> None:
+        """
+        Open the queue of a publisher; without arguments, :py:meth:`init` is to do that.
+
+        :param pub_id: key of the publisher in the configuration
+        :param config_pth: see :py:meth:`init`
+        :param autosync: True to let ``send_many`` commit each message by itself
+        :raise PersipubsubError: as :py:meth:`init` does
+        :raise TypeError: if only one of id and configuration is given
+        """
+        super().__init__()
+        if (given := persipubsub.face.arguments(pub_id, config_pth)) is not None:
+            self.init(*given, autosync=autosync)
 
     def init(self,
              pub_id: str,
-             config_pth: Union[str, "os.PathLike[str]"],
+             config_pth: persipubsub.config.ConfigLike,
              autosync: bool = False) -> None:
         """
         Open the queue of a publisher. A queue that was open before is closed.
 
-        :param pub_id: key of the publisher in the configuration file
-        :param config_pth: path to the configuration file
+        :param pub_id: key of the publisher in the configuration
+        :param config_pth: path to the configuration file, a dictionary with its content, or a
+            :py:class:`persipubsub.config.Config`
         :param autosync: True to let ``send_many`` commit each message by itself
-        :raise ConfigError: if the file is wrong or has no such publisher
+        :raise ConfigError: if the configuration is wrong or has no such publisher
         :raise NotInitializedError: if the queue, or one of its subscribers, was not initialized
         :raise FormatError: if the queue's directory holds something else
         :raise StoreCorruptError: if the store is damaged
         """
-        config = persipubsub.config.read(config_pth)
-        publisher = config.publisher(pub_id)
-        everybody = set(config.queues[publisher.out_queue].subscribers)
-        engine = _engines.engine_of(config, publisher.out_queue)
-        queue = engine.open_queue(config, publisher.out_queue)
-        try:
-            queue.require_subscribers(publisher.subscribers)
-        except BaseException:
-            queue.close()
-            raise
-        audience = (None if set(publisher.subscribers) == everybody else tuple(
-            sorted(publisher.subscribers)))
-        for old, _, _ in self._slot.put((queue, audience, autosync)):
-            old.close()
+        self._open(pub_id, persipubsub.face.Target.open(pub_id, config_pth, autosync))
 
-    def __enter__(self) -> "Pub":
+    def __enter__(self) -> Self:
         """
         Use the publisher as a context manager.
 
@@ -96,9 +80,7 @@ class Pub:
 
     def close(self) -> None:
         """Close the queue; it may be closed twice. What was sent stays sent."""
-        opened = self._slot.take()
-        if opened is not None:
-            opened[0].close()
+        self._put(None)
 
     def send(self,
              msg: BytesLike,
@@ -130,18 +112,13 @@ class Pub:
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """
-        opened = self._slot.content
-        if opened is None:
-            raise _not_open()
-        queue, audience, _ = opened
-        # Not isinstance: an object of a derived class might change.
-        message = msg if type(msg) is bytes else _to_bytes(msg)  # pylint: disable=unidiomatic-typecheck
+        target = self._get()
+        message = persipubsub.face.encode(msg)
         if timeout is None and msg_id is None:
-            queue.put((message, ), audience)
+            target.queue.put((message, ), target.recipients)
         else:
-            if timeout is not None:
-                timeout = _engines.seconds_of(timeout)
-            queue.put((message, ), audience, timeout, _to_ids((msg_id, ), count=1))
+            target.queue.put((message, ), target.recipients, persipubsub.face.seconds_of(timeout),
+                             persipubsub.face.encode_ids((msg_id, ), count=1))
 
     def send_many(self,
                   msgs: Sequence[BytesLike],
@@ -178,101 +155,7 @@ class Pub:
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if there is no room
         """
-        opened = self._slot.content
-        if opened is None:
-            raise _not_open()
-        queue, audience, commits_each = opened
-        if timeout is not None:
-            timeout = _engines.seconds_of(timeout)
-        messages = _all_to_bytes(msgs)
-        ids = None if msg_ids is None else _to_ids(msg_ids, count=len(messages))
-        if commits_each:
-            for message in messages:
-                queue.check_sizes((message, ))
-            for index, message in enumerate(messages):
-                queue.put((message, ), audience, timeout,
-                          None if ids is None else ids[index:index + 1])
-        elif messages:
-            queue.put(messages, audience, timeout, ids)
-
-
-def _to_bytes(msg: object) -> bytes:
-    """
-    Copy a message, so that it can not change while it is sent.
-
-    :param msg: given by the user
-    :return: its bytes
-    :raise TypeError: if it is not bytes-like
-    """
-    if isinstance(msg, bytes):
-        return bytes(msg)
-    if isinstance(msg, (bytearray, memoryview)):
-        return bytes(msg)
-    raise TypeError(
-        f"Expected a message of type bytes, bytearray or memoryview, but got: {type(msg).__name__}")
-
-
-def _all_to_bytes(msgs: Iterable[object]) -> list[bytes]:
-    """
-    Copy messages, so that they can not change while they are sent.
-
-    :param msgs: given by the user
-    :return: their bytes
-    :raise TypeError: if it is no list, or one of them is not bytes-like
-    """
-    if isinstance(msgs, (bytes, bytearray, memoryview, str)):
-        raise TypeError(f"Expected a list of messages, but got: {type(msgs).__name__}")
-    messages = list(msgs)
-    # One by one would take a fifth of the time of the whole call.
-    if set(map(type, messages)) == {bytes}:
-        return messages  # type: ignore[return-value]
-    return [_to_bytes(msg) for msg in messages]
-
-
-def _to_ids(msg_ids: Sequence[MessageId | None], count: int) -> list[bytes | None] | None:
-    """
-    Encode the ids of messages.
-
-    :param msg_ids: given by the user
-    :param count: how many there have to be
-    :return: ids in UTF-8; None if there is none among them
-    :raise TypeError: if one of them is neither a string nor bytes
-    :raise ValueError: if one of them has another length, or there is another number of them
-    """
-    if isinstance(msg_ids, (bytes, str)):
-        raise TypeError(f"Expected a list of ids of messages, but got: {msg_ids!r}")
-    ids = [None if msg_id is None else _to_id(msg_id) for msg_id in msg_ids]
-    if len(ids) != count:
-        raise ValueError(
-            f"Expected an id, or None, for each of {count} messages, but got: {len(ids)}")
-    return None if ids.count(None) == count else ids
-
-
-def _to_id(msg_id: object) -> bytes:
-    """
-    Encode the id of a message.
-
-    :param msg_id: given by the user
-    :return: id in UTF-8
-    :raise TypeError: if it is neither a string nor bytes
-    :raise ValueError: if it has another length
-    """
-    if not isinstance(msg_id, (str, bytes)):
-        raise TypeError(
-            f"Expected an id of a message of type str or bytes, but got: {type(msg_id).__name__}")
-    encoded = bytes(msg_id) if isinstance(msg_id, bytes) else msg_id.encode("utf-8")
-    if not 0 < len(encoded) <= _engines.MAX_ID_BYTES:
-        raise ValueError(
-            f"Expected an id of a message of 1 to {_engines.MAX_ID_BYTES} bytes, but got: "
-            f"{len(encoded)} bytes")
-    return encoded
-
-
-def _not_open() -> persipubsub.errors.ClosedError:
-    """
-    Describe a publisher without a queue.
-
-    :return: error to be raised
-    """
-    return persipubsub.errors.ClosedError(
-        "Expected a publisher with an open queue, but got: init() was not called, or close() was")
+        target = self._get()
+        seconds = persipubsub.face.seconds_of(timeout)
+        for messages, ids in target.batches(msgs, msg_ids):
+            target.queue.put(messages, target.recipients, seconds, ids)

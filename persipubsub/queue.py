@@ -24,7 +24,11 @@ from persipubsub.environment import _files, _registry
 from persipubsub.store import _attempts, _check, _newest, _pending, _positions, _retention
 from persipubsub.store._databases import Databases
 
-__all__ = ["Queue", "Settings", "ensure_queue", "open_queue", "check_durability"]
+__all__ = [
+    "Queue", "Settings", "ensure_queue", "open_queue", "statistics_of", "check_durability"
+]
+
+statistics_of = persipubsub.statistics.statistics_of  # transitional
 
 
 class Queue:

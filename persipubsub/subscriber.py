@@ -1,83 +1,215 @@
 """Receive messages from a queue."""
 
+import contextlib
 import functools
-import os
-from collections.abc import Callable
-from typing import Any, Literal, Optional, Union, overload
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias, overload
 
 import persipubsub.config
+import persipubsub.engine
 import persipubsub.errors
-from persipubsub import _engines, _slot
-from persipubsub._receipts import BatchReceipt, Messages, Receipt, describe, unwrap
+import persipubsub.face
+import persipubsub.statistics
+from persipubsub.face import ContentT
 from persipubsub.message import Message
 
 __all__ = ["BatchReceipt", "Messages", "Receipt", "Sub"]
 
+Take: TypeAlias = Callable[[], persipubsub.engine.Lease | None]
 
-class Sub:
+
+class _Receipt(persipubsub.face.Block[Take, ContentT]):
+    """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
+
+    __slots__ = ()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        """Acknowledge the messages, or give them back if the block was left by an exception."""
+        persipubsub.face.end(self._leave(error))
+
+
+class Receipt(_Receipt[ContentT]):
+    """
+    One message in a ``with`` block.
+
+    Returned by :py:meth:`persipubsub.subscriber.Sub.receive`; to be entered once.
+    """
+
+    __slots__ = ()
+    _form = "with sub.receive() as msg: ..."
+
+    def __enter__(self) -> ContentT | None:
+        """
+        Wait for a message.
+
+        :return: message; None if none came in time
+        """
+        lease = self._lease = self._enter()()
+        return None if lease is None else self._contents(lease)[0]
+
+
+class BatchReceipt(_Receipt[ContentT]):
+    """
+    Several messages in a ``with`` block.
+
+    Returned by :py:meth:`persipubsub.subscriber.Sub.receive_many`; to be entered once.
+    """
+
+    __slots__ = ()
+    _form = "with sub.receive_many(100) as msgs: ..."
+
+    def __enter__(self) -> list[ContentT]:
+        """
+        Wait for messages.
+
+        :return: messages; empty if none came in time
+        """
+        lease = self._lease = self._enter()()
+        return [] if lease is None else self._contents(lease)
+
+
+class Messages(persipubsub.face.Batch[Take, ContentT]):
+    """
+    Iterate over messages; each is acknowledged when the next one is asked for, or with others.
+
+    Returned by :py:meth:`persipubsub.subscriber.Sub.messages`; for one thread. Nothing happens
+    before the first message is asked for.
+
+    A ``for`` loop does not tell the iterator whether it is left by ``break`` or by an exception.
+    The message at which it is left stays and is delivered again, at once if nothing else refers to
+    the iterator; those before it are acknowledged. To use ``break``, or to have errors counted and
+    kept, tell the iterator:
+
+    - by ``with sub.messages() as msgs:`` around the loop. Leaving the block acknowledges the
+      message at hand; an exception gives it back, and is recorded.
+    - or by :py:meth:`acknowledge` before the ``break``.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> Self:
+        """
+        Let the end of the block decide on the last message.
+
+        :return: itself
+        """
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
+        self._is_done = True
+        if error is None:
+            persipubsub.face.end(self._finish(self._given))
+        else:
+            # What the block raised matters more.
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+                persipubsub.face.end(self._finish(self._given - 1, error))
+
+    def __iter__(self) -> Iterator[ContentT]:
+        """
+        Iterate.
+
+        :return: itself
+        """
+        return self
+
+    def __next__(self) -> ContentT:
+        """
+        Acknowledge what was handled if nothing is left, and wait for the next message.
+
+        :return: message
+        :raise StopIteration: if none came in time
+        """
+        if self._given < len(self._items):
+            item = self._items[self._given]
+            self._given += 1
+            return item
+        persipubsub.face.end(self._finish(self._given))
+        lease = None if self._is_done else self._take()
+        if lease is None:
+            self._is_done = True
+            raise StopIteration
+        return self._begin(lease)
+
+    def acknowledge(self) -> None:
+        """Acknowledge what was handled, with the message at hand, now; it may be repeated."""
+        persipubsub.face.end(self._acknowledged())
+
+    def close(self) -> None:
+        """Give the message at hand back as if it had not been delivered, and end."""
+        self._is_done = True
+        persipubsub.face.end(self._finish(self._given - 1))
+
+    def __del__(self) -> None:
+        """Do not keep messages from others that a loop left behind."""
+        if getattr(self, "_lease", None) is not None:
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+                self.close()
+
+
+class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
     """
     Receive the messages that are addressed to a subscriber, in the order of their commits.
 
     One object may be used by many threads, and one subscriber id by many processes: they share the
     messages, and no two of them have the same message at the same time. It may be used in a forked
-    child.
+    child. It can not be pickled.
 
-    >>> import json, pathlib, tempfile
+    >>> import tempfile
     >>> import persipubsub.control, persipubsub.publisher
     >>> directory = tempfile.TemporaryDirectory()
-    >>> config_pth = pathlib.Path(directory.name) / "config.json"
-    >>> _ = config_pth.write_text(json.dumps({
-    ...     "pub": {"out_queue": "q", "subscribers": ["sub"]},
-    ...     "sub": {"in_queue": "q"},
-    ...     "queues": {"q": {
-    ...         "path": "queue", "max_reader_num": 64, "max_db_num": 64,
-    ...         "max_db_size_bytes": 1 << 24, "subscribers": ["sub"],
-    ...         "high-water-mark": {"MSG_TIMEOUT_SECS": 600, "MAX_MSGS_NUM": 1000,
-    ...             "HWM_LMDB_SIZE_BYTES": 1000000, "strategy": "prune_first"}}}}))
-    >>> persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    >>> with persipubsub.publisher.Pub() as pub:
-    ...     pub.init(pub_id="pub", config_pth=config_pth)
-    ...     pub.send_many(msgs=[b"one", b"two", b"three"])
-    >>> with Sub() as sub:
-    ...     sub.init(sub_id="sub", config_pth=config_pth)
+    >>> config = {"pub": {"out_queue": "q"}, "sub": {"in_queue": "q"},
+    ...           "queues": {"q": {"path": directory.name, "subscribers": ["sub"]}}}
+    >>> persipubsub.control.initialize_all_dbs(config)
+    >>> with persipubsub.publisher.Pub("pub", config) as pub:
+    ...     pub.send_many([b"one", b"two", b"three", b"four"])
+    >>> with Sub("sub", config) as sub:
     ...     with sub.receive(timeout=10) as msg:
     ...         msg
+    ...     for msg in sub:
+    ...         print(msg)
+    ...         break
     ...     sub.pop_to_top()
     ...     sub.front()
     b'one'
-    b'three'
+    b'two'
+    b'four'
     >>> directory.cleanup()
     """
 
-    def __init__(self) -> None:
-        """Initialize without a queue; call :py:meth:`init` before anything else."""
-        # Queue, consumer, and id of the subscriber.
-        self._slot: _slot.Slot[tuple[_engines.Queue, _engines.Consumer, str]] = _slot.Slot()
+    def __init__(self,
+                 sub_id: str | None = None,
+                 config_pth: persipubsub.config.ConfigLike | None = None) -> None:
+        """
+        Open the queue of a subscriber; without arguments, :py:meth:`init` is to do that.
 
-    def init(self, sub_id: str, config_pth: Union[str, "os.PathLike[str]"]) -> None:
+        :param sub_id: key of the subscriber in the configuration
+        :param config_pth: see :py:meth:`init`
+        :raise PersipubsubError: as :py:meth:`init` does
+        :raise TypeError: if only one of id and configuration is given
+        """
+        super().__init__()
+        if (given := persipubsub.face.arguments(sub_id, config_pth)) is not None:
+            self.init(*given)
+
+    def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
         """
         Open the queue of a subscriber. A queue that was open before is closed.
 
-        :param sub_id: key of the subscriber in the configuration file
-        :param config_pth: path to the configuration file
-        :raise ConfigError: if the file is wrong or has no such subscriber
+        :param sub_id: key of the subscriber in the configuration
+        :param config_pth: path to the configuration file, a dictionary with its content, or a
+            :py:class:`persipubsub.config.Config`
+        :raise ConfigError: if the configuration is wrong or has no such subscriber
         :raise NotInitializedError: if the queue, or the subscriber, was not initialized
         :raise FormatError: if the queue's directory holds something else
         :raise StoreCorruptError: if the store is damaged
         """
-        config = persipubsub.config.read(config_pth)
-        subscriber = config.subscriber(sub_id)
-        queue = _engines.engine_of(config,
-                                   subscriber.in_queue).open_queue(config, subscriber.in_queue)
-        try:
-            consumer = queue.consumer(sub_id)
-        except BaseException:
-            queue.close()
-            raise
-        for old, _, _ in self._slot.put((queue, consumer, sub_id)):
-            old.close()
+        self._open(sub_id, persipubsub.face.Source.open(sub_id, config_pth))
 
-    def __enter__(self) -> "Sub":
+    def __enter__(self) -> Self:
         """
         Use the subscriber as a context manager.
 
@@ -95,25 +227,13 @@ class Sub:
 
         A message that is being received is given back.
         """
-        opened = self._slot.take()
-        if opened is not None:
-            opened[0].close()
-
-    @property
-    def _consumer(self) -> _engines.Consumer | None:
-        """
-        Look up what takes messages.
-
-        :return: consumer; None if there is no open queue
-        """
-        opened = self._slot.content
-        return None if opened is None else opened[1]
+        self._put(None)
 
     @overload
     def receive(self,
                 timeout: float | None = 60,
                 retries: int = 10,
-                details: Literal[False] = False) -> "Receipt[bytes]":
+                details: Literal[False] = False) -> Receipt[bytes]:
         ...
 
     @overload
@@ -121,20 +241,13 @@ class Sub:
                 timeout: float | None = 60,
                 retries: int = 10,
                 *,
-                details: Literal[True]) -> "Receipt[Message]":
-        ...
-
-    @overload
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
+                details: Literal[True]) -> Receipt[Message]:
         ...
 
     def receive(self,
                 timeout: float | None = 60,
                 retries: int = 10,
-                details: bool = False) -> "Receipt[Any]":
+                details: bool = False) -> Receipt[Any]:
         """
         Receive the next message in a ``with`` block.
 
@@ -143,20 +256,22 @@ class Sub:
         delivered again, perhaps to another process of the same subscriber.
 
         :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us; it is
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up; it is
             looked at once a second anyhow
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
         :return: context manager of the message
         :raise CorruptMessageError: from the ``with`` statement if the next message is damaged; it
             is set aside, and the next call gives the one behind it
         """
-        return Receipt(self._prepare(timeout, retries), describe if details else unwrap)
+        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
+        return Receipt(functools.partial(self._get().consumer.take, seconds, poll_secs),
+                       persipubsub.face.contents_of(details))
 
     @overload
     def receive_to_top(self,
                        timeout: float | None = 60,
                        retries: int = 10,
-                       details: Literal[False] = False) -> "Receipt[bytes]":
+                       details: Literal[False] = False) -> Receipt[bytes]:
         ...
 
     @overload
@@ -164,43 +279,37 @@ class Sub:
                        timeout: float | None = 60,
                        retries: int = 10,
                        *,
-                       details: Literal[True]) -> "Receipt[Message]":
-        ...
-
-    @overload
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       details: bool = False) -> "Union[Receipt[bytes], Receipt[Message]]":
+                       details: Literal[True]) -> Receipt[Message]:
         ...
 
     def receive_to_top(self,
                        timeout: float | None = 60,
                        retries: int = 10,
-                       details: bool = False) -> "Receipt[Any]":
+                       details: bool = False) -> Receipt[Any]:
         """
         Receive the newest message in a ``with`` block, and skip all older ones.
 
         The older ones are acknowledged for this subscriber, in the one transaction that sees that
         the message still is the newest one; other subscribers keep theirs. They stay skipped
         whatever becomes of the newest one. While another process has that, nothing is skipped, and
-        it is waited for the next one.
+        the call waits for the next one.
 
         :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
         :return: context manager of the message, as of :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        return Receipt(self._prepare(timeout, retries, is_newest=True),
-                       describe if details else unwrap)
+        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
+        return Receipt(functools.partial(self._get().consumer.take_newest, seconds, poll_secs),
+                       persipubsub.face.contents_of(details))
 
     @overload
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
                      retries: int = 10,
-                     details: Literal[False] = False) -> "BatchReceipt[bytes]":
+                     details: Literal[False] = False) -> BatchReceipt[bytes]:
         ...
 
     @overload
@@ -209,22 +318,14 @@ class Sub:
                      timeout: float | None = 60,
                      retries: int = 10,
                      *,
-                     details: Literal[True]) -> "BatchReceipt[Message]":
-        ...
-
-    @overload
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     details: bool = False) -> "Union[BatchReceipt[bytes], BatchReceipt[Message]]":
+                     details: Literal[True]) -> BatchReceipt[Message]:
         ...
 
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
                      retries: int = 10,
-                     details: bool = False) -> "BatchReceipt[Any]":
+                     details: bool = False) -> BatchReceipt[Any]:
         """
         Receive several messages in a ``with`` block.
 
@@ -237,35 +338,36 @@ class Sub:
 
         :param max_msgs: how many messages at most
         :param timeout: how long to wait for the first one, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` if nobody wakes us
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up
         :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
         :return: context manager of the messages
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        _check_max_msgs(max_msgs)
-        return BatchReceipt(functools.partial(self._prepare(timeout, retries), max_msgs),
-                            describe if details else unwrap)
+        persipubsub.face.check_count("max_msgs", max_msgs)
+        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
+        return BatchReceipt(
+            functools.partial(self._get().consumer.take, seconds, poll_secs, max_msgs),
+            persipubsub.face.contents_of(details))
 
     @overload
     def messages(self,
                  timeout: float | None = None,
-                 details: Literal[False] = False) -> "Messages[bytes]":
+                 details: Literal[False] = False,
+                 prefetch: int = 1) -> Messages[bytes]:
         ...
 
     @overload
     def messages(self,
                  timeout: float | None = None,
                  *,
-                 details: Literal[True]) -> "Messages[Message]":
+                 details: Literal[True],
+                 prefetch: int = 1) -> Messages[Message]:
         ...
 
-    @overload
     def messages(self,
                  timeout: float | None = None,
-                 details: bool = False) -> "Union[Messages[bytes], Messages[Message]]":
-        ...
-
-    def messages(self, timeout: float | None = None, details: bool = False) -> "Messages[Any]":
+                 details: bool = False,
+                 prefetch: int = 1) -> Messages[Any]:
         """
         Iterate over the messages as they come.
 
@@ -274,31 +376,29 @@ class Sub:
         delivered again; so does one at which it is left by ``break``, unless the iterator is used
         in a ``with`` statement: see :py:class:`Messages`.
 
+        With ``prefetch``, up to so many messages are taken at once, which is several times as fast.
+        They are acknowledged together when the last one was handled, or when the loop is left:
+        then the rest is given back. A consumer that is killed leaves all of them to be delivered
+        again, and until then no other consumer has them: choose it by how long one message takes.
+
         :param timeout: how long to wait for each message, in seconds; None: for ever
         :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
+        :param prefetch: how many messages to take at once at most
         :return: iterator
         :raise CorruptMessageError: from the iteration, as :py:meth:`receive` does
         """
-        return Messages(self._prepare(timeout, retries=1), describe if details else unwrap)
+        persipubsub.face.check_count("prefetch", prefetch)
+        seconds, poll_secs = persipubsub.face.waiting(timeout, retries=1)
+        return Messages(functools.partial(self._get().consumer.take, seconds, poll_secs, prefetch),
+                        persipubsub.face.contents_of(details))
 
-    def _prepare(self,
-                 timeout: float | None,
-                 retries: int,
-                 is_newest: bool = False) -> "Callable[..., Optional[_engines.Lease]]":
+    def __iter__(self) -> Messages[bytes]:
         """
-        Check the arguments of a receipt.
+        Iterate over the messages as they come, for ever; see :py:meth:`messages`.
 
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look within ``timeout``
-        :param is_newest: True to take the newest message instead of the next one
-        :return: waits and takes, given how many messages at most unless it is one
+        :return: iterator
         """
-        consumer = self._consumer
-        if consumer is None:
-            raise _not_open()
-        timeout, pause = _to_waiting(timeout, retries)
-        return functools.partial(consumer.take_newest if is_newest else consumer.take, timeout,
-                                 pause)
+        return self.messages()
 
     def front(self) -> bytes | None:
         """
@@ -306,54 +406,17 @@ class Sub:
 
         :return: message that nobody has acknowledged or is receiving now; None if there is none
         """
-        consumer = self._consumer
-        if consumer is None:
-            raise _not_open()
-        return consumer.front()
+        return self._get().consumer.front()
 
     def pop_to_top(self) -> None:
         """Acknowledge all messages of the subscriber but the newest one, in one transaction."""
-        opened = self._slot.content
-        if opened is None:
-            raise _not_open()
-        queue, _, sub_id = opened
-        queue.skip_to_newest(sub_id)
+        source = self._get()
+        source.queue.skip_to_newest(source.subscriber)
 
+    def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
+        """
+        Count what waits for the subscriber, and what was dropped before it was read.
 
-def _to_waiting(timeout: float | None, retries: int) -> tuple[float | None, float]:
-    """
-    Check how long somebody wants to wait.
-
-    :param timeout: given by the user, in seconds; None: for ever
-    :param retries: how often to look within ``timeout``
-    :return: how long to wait, time between two looks in seconds
-    :raise ValueError: if they are no such numbers
-    """
-    if timeout is not None:
-        timeout = _engines.seconds_of(timeout)
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 1:
-        raise ValueError(f"Expected retries to be an integer from 1 on, but got: {retries!r}")
-    if timeout is None:
-        return None, 1.0
-    return timeout, timeout / retries
-
-
-def _check_max_msgs(max_msgs: object) -> None:
-    """
-    Check how many messages somebody wants at once.
-
-    :param max_msgs: given by the user
-    :raise ValueError: if it is not a number of messages
-    """
-    if isinstance(max_msgs, bool) or not isinstance(max_msgs, int) or max_msgs < 1:
-        raise ValueError(f"Expected max_msgs to be an integer from 1 on, but got: {max_msgs!r}")
-
-
-def _not_open() -> persipubsub.errors.ClosedError:
-    """
-    Describe a subscriber without a queue.
-
-    :return: error to be raised
-    """
-    return persipubsub.errors.ClosedError(
-        "Expected a subscriber with an open queue, but got: init() was not called, or close() was")
+        :return: figures
+        """
+        return self._get().statistics()

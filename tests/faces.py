@@ -1,19 +1,26 @@
 """Give the blocking classes and those of ``persipubsub.aio`` one face, so that tests drive both."""
 
+# pylint: disable=missing-function-docstring
+
 import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import itertools
+import pathlib
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import uvloop
 
 import persipubsub.aio
+import persipubsub.control
 import persipubsub.publisher
+import persipubsub.statistics
 import persipubsub.subscriber
-from tests import support
+from tests import jetstream_server, support
 
 ResultT = TypeVar("ResultT")
 
@@ -103,9 +110,6 @@ ASYNCIO = Face("asyncio", persipubsub.aio.Pub, persipubsub.aio.Sub, asyncio.run)
 
 UVLOOP = Face("uvloop", persipubsub.aio.Pub, persipubsub.aio.Sub, uvloop.run)
 
-#: With an engine that neither puts together nor wakes.
-PLAIN = ASYNCIO._replace(name="plain")
-
 
 def scenario(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """
@@ -120,3 +124,77 @@ def scenario(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
         face.run(asyncio.wait_for(function(face=face, **fixtures), 2 * support.HANG_SECS))
 
     return run
+
+
+_COUNTER = itertools.count()
+
+
+@pytest.fixture(name="config_pth",
+                params=["lmdb", pytest.param("nats", marks=jetstream_server.needs_server)])
+def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+    changes: dict[str, Any] = {}
+    if request.param == "nats":
+        changes = {
+            "path": request.getfixturevalue("servers").path(f"queue{next(_COUNTER)}",
+                                                            ack_wait=30.0),
+            "busy_timeout_secs": 10
+        }
+    return deploy(tmp_path, **changes)
+
+
+@pytest.fixture(name="lmdb_pth")
+def fixture_lmdb_pth(tmp_path: pathlib.Path) -> pathlib.Path:
+    return deploy(tmp_path)
+
+
+def deploy(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+    config_pth = support.write_config(directory,
+                                      publishers={
+                                          "pub": ("sub", "other"),
+                                          "pub_other": ("other", )
+                                      },
+                                      subscribers=("sub", "other"),
+                                      **changes)
+    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    return config_pth
+
+
+#: Both faces.
+on_faces = pytest.mark.parametrize("face", [BLOCKING, ASYNCIO, UVLOOP], ids=lambda face: face.name)
+
+#: For tests of what only tasks can do; all loops are alike to them.
+on_loops = pytest.mark.parametrize("face", [ASYNCIO, UVLOOP], ids=lambda face: face.name)
+
+
+@contextlib.asynccontextmanager
+async def opened(face: Face, config_pth: pathlib.Path) -> AsyncIterator[tuple[Any, Any]]:
+    async with face.pub() as pub, face.sub() as sub:
+        await pub.init(pub_id="pub", config_pth=config_pth)
+        await sub.init(sub_id="sub", config_pth=config_pth)
+        yield pub, sub
+
+
+async def receive(sub: Any, timeout: float | None = 0) -> bytes | None:
+    async with sub.receive(timeout=timeout) as msg:
+        message: bytes | None = msg
+    return message
+
+
+async def drain(sub: Any) -> list[bytes]:
+    received: list[bytes] = []
+    while (msg := await receive(sub)) is not None:
+        received.append(msg)
+    return received
+
+
+def figures(config_pth: pathlib.Path) -> persipubsub.statistics.SubscriberStatistics:
+    found = persipubsub.control.statistics(config_pth)["queue"].subscribers
+    return next(entry for entry in found if entry.subscriber == "sub")
+
+
+def in_flight(config_pth: pathlib.Path) -> int | None:
+    return figures(config_pth).in_flight
+
+
+def commits(config_pth: pathlib.Path) -> int:
+    return persipubsub.control.statistics(config_pth)["queue"].commits

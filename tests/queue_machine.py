@@ -21,7 +21,7 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import persipubsub.config
-import persipubsub.dead_letter
+import persipubsub.message
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery, _waking
@@ -161,7 +161,7 @@ class QueueMachine(RuleBasedStateMachine):
     def letters_are_equal(self) -> None:
         found = []
         for msg in stores.take_all(self.letters, "dead_letters"):
-            letter = persipubsub.dead_letter.DeadLetter.decode(msg)
+            letter = persipubsub.message.DeadLetter.decode(msg)
             found.append((letter.subscriber, letter.number, letter.attempts, letter.data))
         assert found == self.twin.letters
 

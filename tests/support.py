@@ -89,9 +89,9 @@ def queue_of(
         user: (persipubsub.publisher.Pub | persipubsub.subscriber.Sub),
 ) -> persipubsub.queue.Queue:
     """Return the queue on this machine that a publisher or a subscriber has open."""
-    opened = user._slot.content  # pylint: disable=protected-access
-    assert opened is not None and isinstance(opened[0], persipubsub.queue.Queue)
-    return opened[0]
+    queue = user._get().queue  # pylint: disable=protected-access
+    assert isinstance(queue, persipubsub.queue.Queue)
+    return queue
 
 
 def snapshot(directory: pathlib.Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery, _moving
 from persipubsub._settings import Retries, Settings
-from persipubsub.dead_letter import DeadLetter
+from persipubsub.message import DeadLetter
 from persipubsub.maintenance import _upkeep
 from persipubsub.store import _attempts, _deliveries, _positions
 from tests import stores, support

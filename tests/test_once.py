@@ -14,7 +14,7 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
-from persipubsub import _engines
+from persipubsub import engine
 from persipubsub.store import _layout, _once
 from persipubsub.store._databases import Databases
 from tests import stores, support
@@ -205,8 +205,8 @@ def test_wrong_id(tmp_path: pathlib.Path, msg_id: Any, error: "type[Exception]")
 
 def test_longest_id(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
-        first = queue.put([b"x"], msg_ids=[b"\xff" * _engines.MAX_ID_BYTES])
-        assert queue.put([b"x"], msg_ids=[b"\xff" * _engines.MAX_ID_BYTES]) == first
+        first = queue.put([b"x"], msg_ids=[b"\xff" * engine.MAX_ID_BYTES])
+        assert queue.put([b"x"], msg_ids=[b"\xff" * engine.MAX_ID_BYTES]) == first
 
 
 def publish_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:

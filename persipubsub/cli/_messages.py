@@ -13,9 +13,10 @@ import click
 
 import persipubsub.config
 import persipubsub.control
+import persipubsub.engine
 import persipubsub.errors
 import persipubsub.publisher
-from persipubsub import _engines, _selection
+from persipubsub import _selection
 from persipubsub.cli import _shared, _text
 
 #: So much of a stream of lines is read, and so sent in one commit, at most.
@@ -393,7 +394,7 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     _shared.select_one(config, key)
     _selection.check_subscriber(config, subscriber)
     output = _Output(directory, style, as_json)
-    with contextlib.closing(_engines.engine_of(found, key).open_queue(found, key)) as queue:
+    with contextlib.closing(persipubsub.engine.of(found, key).open_queue(found, key)) as queue:
         received, is_whole = _receive(queue.consumer(subscriber), output, number, timeout)
     if received < number:
         _text.complain("{} for {} within {:g} seconds".format(
@@ -403,7 +404,7 @@ def receive(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         sys.exit(1)
 
 
-def _receive(consumer: _engines.Consumer, output: _Output, number: int,
+def _receive(consumer: persipubsub.engine.Consumer, output: _Output, number: int,
              timeout: float) -> tuple[int, bool]:
     """
     Receive messages until there are enough, or none came in time.
@@ -428,8 +429,8 @@ def _receive(consumer: _engines.Consumer, output: _Output, number: int,
         try:
             output.write(lease.details()[0].number, lease.messages[0])
         except BaseException as error:
-            lease.give_back(error)
+            lease.nack(error)
             raise
-        lease.acknowledge()
+        lease.ack()
         received += 1
     return received, is_whole

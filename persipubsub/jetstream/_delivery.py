@@ -177,6 +177,33 @@ class Lease:
         self._end()
         self._consumer.ahead(self._ports).begin_give_back(self.pulled)
 
+    ack = acknowledge  # transitional
+    nack = give_back  # transitional
+
+    async def aack(self) -> None:  # transitional
+        """Acknowledge; awaitable from any loop."""
+        await asyncio.shield(asyncio.wrap_future(self.begin_acknowledge()))
+
+    async def anack(self, error: BaseException | None = None) -> None:  # transitional
+        """Give back; awaitable from any loop."""
+        with contextlib.suppress(persipubsub.errors.ClosedError):
+            await asyncio.shield(asyncio.wrap_future(self.begin_give_back(error)))
+
+    def split(self, count: int) -> "Lease":  # transitional
+        """Move the first messages into a lease of their own."""
+
+        async def work() -> Lease:
+            self._hold.end()
+            first = Lease(self._consumer, self._ports, self.pulled[:count])
+            self._consumer.leases.add(first)
+            self.pulled = self.pulled[count:]
+            self.messages = self.messages[count:]
+            self._hold = _holding.Hold(self._consumer.ahead(self._ports), self._ports.loop,
+                                       self.pulled)
+            return first
+
+        return self._consumer.calls.run(work)
+
     def touch(self) -> None:
         """Tell the server that the messages are being worked on, which it is told anyhow."""
         if self._process_id == os.getpid():
@@ -323,6 +350,38 @@ class Consumer:
         begun = self.calls.begin(self._into(handover, function))
         begun.add_done_callback(end)
         return begun
+
+    async def atake(self,
+                    timeout: float | None,
+                    max_messages: int = 1,
+                    is_newest: bool = False) -> Lease | None:  # transitional
+        """Take; awaitable from any loop."""
+        begun = self.begin_take(timeout, max_messages, is_newest)
+        woken = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        def post(_: object) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(wake)
+
+        begun.add_done_callback(post)
+        try:
+            await woken
+        except BaseException:
+            if not begun.cancel() and begun.exception() is None:
+                lease = begun.result()
+                if lease is not None:
+                    with contextlib.suppress(persipubsub.errors.ClosedError):
+                        lease.begin_give_back()
+            raise
+        if begun.cancelled():
+            raise persipubsub.errors.ClosedError(
+                "Expected a program that runs, but got: the interpreter is about to exit")
+        return begun.result()
 
     def _into(
         self, handover: "_calls.Handover[Lease]",

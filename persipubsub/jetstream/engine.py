@@ -243,6 +243,15 @@ class Queue:
 
         return self.begin(work)
 
+    async def aput(self,
+                   messages: Sequence[bytes],
+                   recipients: tuple[str, ...] | None = None,
+                   timeout: float | None = None,
+                   msg_ids: Sequence[bytes | None] | None = None) -> int:  # transitional
+        """Put; awaitable from any loop."""
+        return await asyncio.shield(
+            asyncio.wrap_future(self.begin_put(messages, recipients, timeout, msg_ids)))
+
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """
         Check that the queue could hold messages if it were empty.

@@ -11,8 +11,8 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
 from persipubsub import _delivery, _moving
-from persipubsub.dead_letter import DeadLetter
 from persipubsub.maintenance import _looking
+from persipubsub.message import DeadLetter
 
 #: So many are read at once.
 _PAGE: Final = 100

@@ -1,0 +1,227 @@
+"""
+What a queue offers, and which engine keeps it.
+
+The faces (:py:mod:`persipubsub.publisher`, :py:mod:`persipubsub.subscriber`,
+:py:mod:`persipubsub.aio`) and :py:mod:`persipubsub.control` know queues only by the protocols here.
+An engine is a module with the functions of :py:class:`Engine`; the scheme of a queue's path says
+which one keeps it. A further engine is a new module and a line in ``_MODULES``.
+
+Everything may be called by any number of threads at the same time, unless it says otherwise.
+Timeouts are in seconds; None waits for ever.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, cast
+
+import persipubsub.config
+import persipubsub.message
+import persipubsub.statistics
+
+__all__ = [
+    "Lease", "Consumer", "Queue", "Engine", "Listener", "TaskConsumer", "TaskQueue", "LoopLease",
+    "LoopConsumer", "LoopQueue", "Recipients", "MessageIds", "MAX_ID_BYTES", "of"
+]
+
+#: Modules by the scheme of a queue's path; a directory has none.
+_MODULES: Final = {"": "persipubsub.queue", "nats": "persipubsub.jetstream.engine"}
+
+#: Largest id of a message, in bytes; LMDB takes keys of up to 511 bytes.
+MAX_ID_BYTES: Final = 255
+
+#: Ids of the subscribers that get a message; None: all of the queue's.
+Recipients = tuple[str, ...] | None
+
+#: Ids of messages, None for a message without one; None: no message has one.
+MessageIds = Sequence[bytes | None] | None
+
+
+class Lease(Protocol):
+    """
+    Messages that one consumer has, and no other gets. Ended once: by ``ack`` or ``nack``.
+
+    A lease that is dropped stays until the queue is closed, or the process ends.
+    """
+
+    messages: list[bytes]  #: at least one
+
+    def ack(self) -> None:
+        """Acknowledge: all messages leave the queue for this subscriber, at once."""
+
+    def nack(self, error: BaseException | None = None) -> None:
+        """Give the messages back; they are delivered again. None: they were not worked on."""
+
+    def split(self, count: int) -> "Lease":
+        """Move the first messages, not all, into a lease of their own. Both are ended apart."""
+
+    def details(self) -> list[persipubsub.message.Message]:
+        """Return the messages with all that is known of them."""
+
+
+class Consumer(Protocol):
+    """Takes messages of one subscriber."""
+
+    def take(self,
+             timeout: float | None,
+             poll_secs: float = 1.0,
+             max_messages: int = 1) -> Lease | None:
+        """Take what is there, at least one message, or wait; None if none came in time."""
+
+    def take_newest(self, timeout: float | None, poll_secs: float = 1.0) -> Lease | None:
+        """Take the newest message, and acknowledge all older ones as skipped, or wait."""
+
+    def front(self) -> bytes | None:
+        """Return the next message that is neither acknowledged nor taken, and leave it there."""
+
+
+class Queue(Protocol):
+    """One open queue."""
+
+    def put(self,
+            messages: Sequence[bytes],
+            recipients: Recipients = None,
+            timeout: float | None = None,
+            msg_ids: MessageIds = None) -> int:
+        """Add all messages or none, wait for room if the strategy says so; return the number."""
+
+    def check_sizes(self, messages: Sequence[bytes]) -> None:
+        """Raise MessageTooLargeError if the queue could not hold the messages when empty."""
+
+    def require_subscribers(self, subscribers: Sequence[str]) -> None:
+        """Raise NotInitializedError if the queue lacks one of the subscribers."""
+
+    def consumer(self, subscriber: str) -> Consumer:
+        """Return what takes messages of the subscriber."""
+
+    def skip_to_newest(self, subscriber: str) -> int:
+        """Acknowledge all messages of a subscriber but the newest one; return how many."""
+
+    def prune(self) -> int:
+        """Drop messages that are too old; return how many deliveries were dropped."""
+
+    def clear(self) -> int:
+        """Drop all messages; return how many deliveries were dropped."""
+
+    def statistics(self) -> persipubsub.statistics.QueueStatistics:
+        """Count what is in the queue."""
+
+    def close(self) -> None:
+        """Close the queue, and give back what is held; may be repeated."""
+
+
+class Engine(Protocol):
+    """Keeps queues. A module."""
+
+    def ensure_queue(self, config: persipubsub.config.Config, queue_key: str) -> None:
+        """Create a queue and its subscribers, as far as they are not there."""
+
+    def open_queue(self, config: persipubsub.config.Config, queue_key: str) -> Queue:
+        """Open a queue that was initialized."""
+
+    def statistics_of(self, config: persipubsub.config.Config,
+                      queue_key: str) -> persipubsub.statistics.QueueStatistics:
+        """Count what is in a queue without taking part in it."""
+
+    def check_durability(self, config: persipubsub.config.Config,
+                         queue_key: str) -> tuple[str, ...]:
+        """Return warnings if the queue is less durable than its configuration says."""
+
+
+# For tasks. An engine that blocks offers a look that does not wait, and wake-ups.
+
+
+class Listener(Protocol):
+    """Calls back when a consumer should look again."""
+
+    def arm(self) -> None:
+        """Each commit that a ``try_take`` after this misses calls back, once. Never blocks."""
+
+    def close(self) -> None:
+        """Call back no more; may be repeated."""
+
+
+class TaskConsumer(Consumer, Protocol):
+    """Consumer of an engine that blocks."""
+
+    def try_take(self,
+                 max_messages: int = 1,
+                 is_newest: bool = False) -> tuple[Lease | None, float]:
+        """Take without waiting; beside it, the seconds until a look without a wake-up."""
+
+    def listen(self, callback: Callable[[], object]) -> Listener:
+        """Have the callback called in a thread of the engine."""
+
+
+class TaskQueue(Queue, Protocol):
+    """Queue of an engine that blocks."""
+
+    waits_for_room: bool  #: strategy "block"
+
+    def put_each(
+        self, sendings: Sequence[tuple[Sequence[bytes], Recipients, MessageIds]]
+    ) -> list[BaseException | None]:
+        """Put each, all or nothing, in as few commits as can be; never wait for room."""
+
+
+# An engine with an event loop of its own offers coroutines, to be awaited in any loop. A take that
+# is cancelled keeps nothing; a put, an ack or a nack that is cancelled is carried out.
+
+
+class LoopLease(Lease, Protocol):
+    """Lease of an engine with a loop of its own."""
+
+    async def aack(self) -> None:
+        """Do what ``ack`` does."""
+
+    async def anack(self, error: BaseException | None = None) -> None:
+        """Do what ``nack`` does."""
+
+
+class LoopConsumer(Consumer, Protocol):
+    """Consumer of an engine with a loop of its own."""
+
+    async def atake(self,
+                    timeout: float | None,
+                    max_messages: int = 1,
+                    is_newest: bool = False) -> LoopLease | None:
+        """Do what ``take`` or ``take_newest`` does."""
+
+
+class LoopQueue(Queue, Protocol):
+    """Queue of an engine with a loop of its own."""
+
+    async def aput(self,
+                   messages: Sequence[bytes],
+                   recipients: Recipients = None,
+                   timeout: float | None = None,
+                   msg_ids: MessageIds = None) -> int:
+        """Do what ``put`` does."""
+
+
+def of(config: persipubsub.config.Config, queue_key: str) -> Engine:
+    """
+    Import the engine of a queue.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :return: engine
+    :raise ConfigError: if there is no such queue, its path has an unknown scheme, or the engine
+        needs an extra that is not installed
+    """
+    scheme = persipubsub.config.scheme_of(config.queue_path(queue_key))
+    place = persipubsub.config.at(persipubsub.config.at("queues", queue_key), "path")
+    if scheme not in _MODULES:
+        persipubsub.config.fail(
+            config.path,
+            [f"{place}: Expected a directory or nats://..., but got: the scheme {scheme!r}"])
+    try:
+        return cast(Engine, importlib.import_module(_MODULES[scheme]))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "persipubsub":
+            raise
+        missing = error.name
+    # An extra has the name of its scheme.
+    persipubsub.config.fail(config.path, [
+        f"{place}: Expected what {scheme}:// needs (pip install 'persipubsub[{scheme}]'), but got: "
+        f"no module {missing!r}"
+    ])

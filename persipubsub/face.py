@@ -1,0 +1,442 @@
+"""
+What the blocking classes and those of :py:mod:`persipubsub.aio` have in common.
+
+What a user gives is checked here, once for both; so is what becomes of messages that a loop took
+and that it handled, or did not.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
+
+import persipubsub.config
+import persipubsub.engine
+import persipubsub.errors
+import persipubsub.message
+import persipubsub.statistics
+
+__all__ = [
+    "BytesLike", "MessageId", "Target", "Source", "Handle", "Block", "Batch", "Ending", "end",
+    "contents_of", "encode", "encode_all", "encode_ids", "seconds_of", "waiting", "check_count"
+]
+
+BytesLike: TypeAlias = bytes | bytearray | memoryview
+
+MessageId: TypeAlias = str | bytes
+
+#: A timeout of more than 30 years is none; an integer may be too large for a float.
+_FOREVER_SECS: Final = 1e9
+
+
+class Target(NamedTuple):
+    """Where an open publisher sends to."""
+
+    queue: persipubsub.engine.Queue
+    recipients: persipubsub.engine.Recipients
+    autosync: bool  #: each message of several has a commit of its own
+
+    @classmethod
+    def open(cls, pub_id: str, config_pth: persipubsub.config.ConfigLike,
+             autosync: bool) -> tuple[str, Self]:
+        """Open the queue of a publisher; return its key, too."""
+        config = persipubsub.config.read(config_pth)
+        publisher = config.publisher(pub_id)
+        key = publisher.out_queue
+        queue = persipubsub.engine.of(config, key).open_queue(config, key)
+        try:
+            queue.require_subscribers(publisher.subscribers)
+        except BaseException:
+            queue.close()
+            raise
+        is_everybody = set(publisher.subscribers) == set(config.queues[key].subscribers)
+        recipients = None if is_everybody else tuple(sorted(publisher.subscribers))
+        return key, cls(queue, recipients, autosync)
+
+    def close(self) -> None:
+        """Close the queue."""
+        self.queue.close()
+
+    def batches(
+        self, msgs: Iterable[BytesLike], msg_ids: Sequence[MessageId | None] | None
+    ) -> list[tuple[list[bytes], persipubsub.engine.MessageIds]]:
+        """Check what is to be sent before any of it is; return what each commit puts."""
+        messages = encode_all(msgs)
+        ids = None if msg_ids is None else encode_ids(msg_ids, count=len(messages))
+        if not self.autosync:
+            return [(messages, ids)] if messages else []
+        for message in messages:
+            self.queue.check_sizes((message, ))
+        return [([message], None if ids is None else ids[index:index + 1])
+                for index, message in enumerate(messages)]
+
+
+class Source(NamedTuple):
+    """Where an open subscriber receives from."""
+
+    queue: persipubsub.engine.Queue
+    consumer: persipubsub.engine.Consumer
+    subscriber: str
+
+    @classmethod
+    def open(cls, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> tuple[str, Self]:
+        """Open the queue of a subscriber; return its key, too."""
+        config = persipubsub.config.read(config_pth)
+        key = config.subscriber(sub_id).in_queue
+        queue = persipubsub.engine.of(config, key).open_queue(config, key)
+        try:
+            return key, cls(queue, queue.consumer(sub_id), sub_id)
+        except BaseException:
+            queue.close()
+            raise
+
+    def close(self) -> None:
+        """Close the queue."""
+        self.queue.close()
+
+    def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
+        """Return the figures of the subscriber."""
+        for found in self.queue.statistics().subscribers:
+            if found.subscriber == self.subscriber:
+                return found
+        raise persipubsub.errors.NotInitializedError(
+            f"Expected the subscriber {self.subscriber!r} in the queue, but got: it was removed; "
+            "call persipubsub.control.initialize_all_dbs")
+
+
+class _Closable(Protocol):
+    """What a handle has open."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+OpenT = TypeVar("OpenT", bound=_Closable)
+
+
+class Handle(Generic[OpenT]):
+    """
+    Publisher or subscriber: at most one open queue, while any thread opens and closes it.
+
+    No lock: a forked child would wait for ever for one that another thread held. Single operations
+    of a dictionary are atomic.
+    """
+
+    def __init__(self) -> None:
+        """Initialize without a queue."""
+        self._name = ""
+        self._opened: dict[None, OpenT] = {}  # under the key None, if there is something
+
+    def _get(self) -> OpenT:
+        opened = self._opened.get(None)
+        if opened is None:
+            raise persipubsub.errors.ClosedError(
+                f"Expected {self!r} to be open, but got: init() was not called, or close() was")
+        return opened
+
+    def _put(self, opened: OpenT | None) -> None:
+        """Close what is open, put something in its place; each is closed by one thread."""
+        while True:
+            old = self._opened.pop(None, None)
+            if old is not None:
+                old.close()
+            # Another thread may have put something there meanwhile.
+            if opened is None or self._opened.setdefault(None, opened) is opened:
+                return
+
+    def _open(self, identifier: str, opened: tuple[str, OpenT]) -> None:
+        queue_key, content = opened
+        self._put(content)
+        self._name = f"{identifier!r} of the queue {queue_key!r}, "
+
+    def __repr__(self) -> str:
+        """
+        Tell id, queue and state.
+
+        :return: text
+        """
+        state = "open" if self._opened else "closed"
+        return f"<{type(self).__module__}.{type(self).__name__} {self._name}{state}>"
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        """
+        Refuse to be copied, also to another process.
+
+        :param protocol: of pickle
+        :raise TypeError: always
+        """
+        raise TypeError("Expected a publisher or subscriber to be opened in each process (pass its "
+                        f"id and the configuration there), but got: a copy of {self!r}")
+
+
+def arguments(
+    identifier: str | None, config_pth: persipubsub.config.ConfigLike | None
+) -> tuple[str, persipubsub.config.ConfigLike] | None:
+    """Check what a constructor got; None if it is not to open anything."""
+    if identifier is None and config_pth is None:
+        return None
+    if identifier is None or config_pth is None:
+        raise TypeError("Expected an id and a configuration, or neither of them, but got: "
+                        f"{identifier!r}, {config_pth!r}")
+    return identifier, config_pth
+
+
+# Messages that were taken
+
+TakeT = TypeVar("TakeT")
+ContentT = TypeVar("ContentT")
+
+Contents: TypeAlias = Callable[[persipubsub.engine.Lease], list[ContentT]]
+
+
+def contents_of(details: bool) -> Contents[Any]:
+    """Return what makes of a lease what a block gets: all that is known of messages, or bytes."""
+    return _details_of if details else _bytes_of
+
+
+def _bytes_of(lease: persipubsub.engine.Lease) -> list[bytes]:
+    return lease.messages
+
+
+def _details_of(lease: persipubsub.engine.Lease) -> list[persipubsub.message.Message]:
+    return lease.details()
+
+
+class Block(Generic[TakeT, ContentT]):
+    """Messages that are taken when a block is entered, and ended when it is left."""
+
+    __slots__ = ("_take", "_contents", "_lease")
+
+    _form: str  #: how to use it
+
+    def __init__(self, take: TakeT, contents: Contents[ContentT]) -> None:
+        """
+        Initialize without taking anything.
+
+        :param take: waits for messages and takes them
+        :param contents: makes of them what the block gets
+        """
+        self._take: TakeT | None = take
+        self._contents = contents
+        self._lease: persipubsub.engine.Lease | None = None
+
+    def _enter(self) -> TakeT:
+        take, self._take = self._take, None
+        if take is None:
+            raise ValueError(f"Expected a receipt for one block ({self._form}), but got: a second")
+        return take
+
+    def _leave(self, error: BaseException | None) -> "list[Ending]":
+        lease, self._lease = self._lease, None
+        return [] if lease is None else [Ending(lease, error is None, error)]
+
+    def __bool__(self) -> bool:
+        """
+        Refuse to be taken for a message.
+
+        :raise TypeError: always
+        """
+        raise TypeError(f"Expected a receipt in a block ({self._form}), but got: its truth value, "
+                        "which tells nothing about a message")
+
+    def __del__(self) -> None:
+        """Warn if no message was ever received."""
+        if getattr(self, "_take", None) is not None:
+            warnings.warn(
+                f"Expected a receipt in a block ({self._form}), but got: it was never entered, "
+                "and received nothing",
+                ResourceWarning,
+                stacklevel=2,
+                source=self)
+
+
+class Batch(Generic[TakeT, ContentT]):
+    """Messages of a loop: several are taken and ended at once, and handed out one by one."""
+
+    __slots__ = ("_take", "_contents", "_lease", "_items", "_given", "_is_done")
+
+    def __init__(self, take: TakeT, contents: Contents[ContentT]) -> None:
+        """
+        Initialize without taking anything.
+
+        :param take: waits for messages and takes them
+        :param contents: makes of them what the loop gets
+        """
+        self._take = take
+        self._contents = contents
+        self._lease: persipubsub.engine.Lease | None = None
+        self._items: list[ContentT] = []
+        self._given = 0  # how many of the items the loop got
+        self._is_done = False
+
+    def _begin(self, lease: persipubsub.engine.Lease) -> ContentT:
+        self._lease = lease
+        self._items = self._contents(lease)
+        self._given = 1
+        return self._items[0]
+
+    def _acknowledged(self) -> "list[Ending]":
+        """End what the loop got so far, the message at hand included; the rest stays."""
+        lease = self._lease
+        if lease is None or self._given in (0, len(self._items)):
+            return self._finish(self._given)
+        given, self._given = self._given, 0
+        self._items = self._items[given:]  # a copy: the list may be the lease's own
+        return [Ending(lease.split(given), True)]
+
+    def _finish(self, handled: int, error: BaseException | None = None) -> "list[Ending]":
+        """End all: what was handled, the message that the error is about, and the rest."""
+        lease = self._lease
+        count = len(self._items)
+        if lease is None:
+            return []
+        self._lease = None
+        if handled == count:
+            return [Ending(lease, True)]
+        endings = []
+        if handled > 0:
+            endings.append(Ending(lease.split(handled), True))
+        if self._given == 0:
+            error = None  # the message that failed was acknowledged before
+        elif error is not None and handled + 1 < count:
+            endings.append(Ending(lease.split(1), False, error))
+            error = None
+        return endings + [Ending(lease, False, error)]
+
+
+class Ending(NamedTuple):
+    """How a lease ends."""
+
+    lease: persipubsub.engine.Lease
+    is_ack: bool
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        """End it."""
+        if self.is_ack:
+            self.lease.ack()
+        else:
+            self.lease.nack(self.error)
+
+
+def end(endings: Sequence[Ending]) -> None:
+    """End all leases, even if one can not be."""
+    if len(endings) == 1:
+        endings[0].run()
+        return
+    with contextlib.ExitStack() as stack:
+        for ending in reversed(endings):
+            stack.callback(ending.run)
+
+
+# What a user gives
+
+
+def encode(msg: object) -> bytes:
+    """
+    Copy a message, so that it can not change while it is sent.
+
+    :param msg: given by the user
+    :return: its bytes
+    :raise TypeError: if it is not bytes-like
+    """
+    # Not isinstance: an object of a derived class might change.
+    if type(msg) is bytes:  # pylint: disable=unidiomatic-typecheck
+        return msg
+    if isinstance(msg, (bytes, bytearray, memoryview)):
+        return bytes(msg)
+    hint = " (encode it: msg.encode())" if isinstance(msg, str) else ""
+    raise TypeError("Expected a message of type bytes, bytearray or memoryview, but got: "
+                    f"{type(msg).__name__}{hint}")
+
+
+def encode_all(msgs: Iterable[object]) -> list[bytes]:
+    """
+    Copy messages, so that they can not change while they are sent.
+
+    :param msgs: given by the user
+    :return: their bytes
+    :raise TypeError: if it is no list, or one of them is not bytes-like
+    """
+    if isinstance(msgs, (bytes, bytearray, memoryview, str)):
+        raise TypeError(f"Expected a list of messages, but got: {type(msgs).__name__}")
+    messages = list(msgs)
+    # One by one would take a fifth of the time of the whole call.
+    if set(map(type, messages)) == {bytes}:
+        return messages  # type: ignore[return-value]
+    return [encode(msg) for msg in messages]
+
+
+def encode_ids(msg_ids: Sequence[MessageId | None], count: int) -> list[bytes | None] | None:
+    """
+    Encode the ids of messages.
+
+    :param msg_ids: given by the user
+    :param count: how many there have to be
+    :return: ids in UTF-8; None if there is none among them
+    :raise TypeError: if one of them is neither a string nor bytes
+    :raise ValueError: if one of them has another length, or there is another number of them
+    """
+    if isinstance(msg_ids, (bytes, str)):
+        raise TypeError(f"Expected a list of ids of messages, but got: {msg_ids!r}")
+    ids = [None if msg_id is None else _encode_id(msg_id) for msg_id in msg_ids]
+    if len(ids) != count:
+        raise ValueError(
+            f"Expected an id, or None, for each of {count} messages, but got: {len(ids)}")
+    return None if ids.count(None) == count else ids
+
+
+def _encode_id(msg_id: object) -> bytes:
+    if not isinstance(msg_id, (str, bytes)):
+        raise TypeError(
+            f"Expected an id of a message of type str or bytes, but got: {type(msg_id).__name__}")
+    encoded = bytes(msg_id) if isinstance(msg_id, bytes) else msg_id.encode("utf-8")
+    if not 0 < len(encoded) <= persipubsub.engine.MAX_ID_BYTES:
+        raise ValueError(f"Expected an id of a message of 1 to {persipubsub.engine.MAX_ID_BYTES} "
+                         f"bytes, but got: {len(encoded)} bytes")
+    return encoded
+
+
+def seconds_of(timeout: object) -> float | None:
+    """
+    Check how long a caller wants to wait.
+
+    >>> seconds_of(60), seconds_of(float("inf")), seconds_of(None)
+    (60, None, None)
+
+    :param timeout: in seconds; None: for ever
+    :return: how long to wait; None: for ever
+    :raise ValueError: if it is no such number
+    """
+    if timeout is None:
+        return None
+    if not (isinstance(timeout, (int, float)) and timeout >= 0):
+        raise ValueError(
+            f"Expected timeout to be None or a number of seconds from 0 on, but got: {timeout!r}")
+    return None if timeout > _FOREVER_SECS else timeout
+
+
+def waiting(timeout: float | None, retries: int) -> tuple[float | None, float]:
+    """
+    Check how long a caller wants to wait for a message.
+
+    :param timeout: in seconds; None: for ever
+    :param retries: how often to look at the queue within ``timeout`` without a wake-up
+    :return: how long to wait; time between two looks, in seconds
+    :raise ValueError: if they are no such numbers
+    """
+    seconds = seconds_of(timeout)
+    check_count("retries", retries)
+    return seconds, 1.0 if seconds is None else seconds / retries
+
+
+def check_count(name: str, count: object) -> None:
+    """
+    Check a number of something.
+
+    :param name: of the argument
+    :param count: given by the user
+    :raise ValueError: if it is no integer from 1 on
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"Expected {name} to be an integer from 1 on, but got: {count!r}")
