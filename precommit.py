@@ -116,6 +116,13 @@ def _check_pylint(overwrite: bool) -> bool:
     return _run_module("pylint", "--rcfile=pylint.rc", f"--disable={relaxed}", "tests") and clean
 
 
+def _check_codespell(overwrite: bool) -> bool:
+    """Look for common misspellings in code and prose."""
+    del overwrite
+    return _run_module("codespell_lib", *_sources(),
+                       *sorted(pth.name for pth in _ROOT.glob("*.rst")))
+
+
 def _check_doctest(overwrite: bool) -> bool:
     """Run the examples in docstrings and in those documents that have a Python prompt."""
     del overwrite
@@ -212,6 +219,7 @@ _CHECKS: Mapping[str, Callable[[bool], bool]] = {
     "pydocstyle": _check_pydocstyle,
     "mypy": _check_mypy,
     "pylint": _check_pylint,
+    "codespell": _check_codespell,
     "doctest": _check_doctest,
     "icontract-lint": _check_icontract_lint,
     "build": _check_build,

@@ -29,11 +29,25 @@ def _read_version() -> str:
     return match.group(1)
 
 
+# The address of the project, and the only place where it is written down.
+_URL = "https://github.com/persipubsub/persipubsub"
+
+
+def _read_description() -> str:
+    """
+    Return README.rst with absolute links: a package index knows no files of the repository.
+
+    :return: text
+    """
+    text = (_HERE / "README.rst").read_text(encoding="utf-8")
+    return re.sub(r"<(?!https?:)([\w./-]+)>`_", rf"<{_URL}/blob/main/\1>`_", text)
+
+
 _EXAMPLES = ["protobuf>=5", "rich>=13"]
 
-_CLI = ["click>=8.1", "rich>=13"]
+_CLI = ["click>=8.2"]
 
-_NATS = ["nats-py[nkeys]>=2.9"]
+_NATS = ["nats-py[nkeys]>=2.9,<3"]
 
 _METRICS = ["prometheus-client>=0.20"]
 
@@ -42,10 +56,16 @@ setuptools.setup(
     version=_read_version(),
     description="Persistent publish and subscribe between the processes of one machine, "
     "without a broker.",
-    long_description=(_HERE / "README.rst").read_text(encoding="utf-8"),
+    long_description=_read_description(),
     long_description_content_type="text/x-rst",
     author="persipubsub developers",
     license="MIT",
+    project_urls={
+        "Documentation": f"{_URL}/blob/main/docs/index.rst",
+        "Changes": f"{_URL}/blob/main/CHANGELOG.rst",
+        "Issues": f"{_URL}/issues",
+        "Source": _URL,
+    },
     license_files=["LICENSE"],
     keywords="publish subscribe queue persistent durable lmdb ipc interprocess",
     classifiers=[
@@ -89,10 +109,18 @@ setuptools.setup(
             "simplebroker>=8",
         ],
         # What docs/ is built with; it imports all that is documented.
-        "doc": _CLI + _METRICS + _NATS + ["sphinx>=8", "furo", "sphinx-icontract>=2"],
+        "doc": _CLI + _METRICS + _NATS + [
+            "furo",
+            "rich>=13",
+            "sphinx>=8",
+            "sphinx-click>=6",
+            "sphinx-copybutton>=0.5",
+            "sphinx-icontract>=2",
+        ],
         # All that the tests and precommit.py need; the examples are tested, too.
         "dev": _EXAMPLES + _CLI + _METRICS + _NATS + [
             "build",
+            "codespell>=2.4",
             "hypothesis>=6",
             "isort>=6",
             "jsonschema>=4",

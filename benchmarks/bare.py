@@ -4,16 +4,15 @@ Put and delete in LMDB without any library: the limit of what can be reached.
 Only for waiting, which Python has no binding for, the binding of this library is taken.
 """
 
-import os
 import pathlib
-import select
 from collections.abc import Callable
 from typing import Any
 
 import lmdb
 
 from benchmarks import contender
-from persipubsub import _inotify
+from persipubsub.lmdb_engine.files import SharedPage
+from persipubsub.lmdb_engine.notifier import Notifier
 
 _MAP_BYTES = 1 << 36
 
@@ -47,8 +46,7 @@ class Bare(contender.Contender):
                                       lib_version=0,
                                       sync=durability == contender.FSYNC)
         self.send = self._put
-        self._bell_path = str(directory / "bell")
-        self._bell = -1
+        self._notifier = Notifier(SharedPage(str(directory)))
 
     def _put(self, message: bytes) -> None:
         """
@@ -62,9 +60,7 @@ class Bare(contender.Contender):
             cursor.put(number.to_bytes(8, "big"), message, append=True)
 
     def wake_with_sends(self) -> None:
-        """Have each send read a byte of a file, of which inotify tells those who watch it."""
-        pathlib.Path(self._bell_path).write_bytes(b"x")
-        self._bell = os.open(self._bell_path, os.O_RDONLY)
+        """Have each send wake those who sleep on a futex."""
         self.send = self._put_and_wake
 
     def _put_and_wake(self, message: bytes) -> None:
@@ -74,25 +70,20 @@ class Bare(contender.Contender):
         :param message: to be put
         """
         self._put(message)
-        os.pread(self._bell, 1, 0)
+        self._notifier.notify()
 
     def sleep_and_receive(self, callback: Callable[[Any], bool]) -> None:
         """Receive messages one by one, asleep while there are none."""
-        watcher = _inotify.start()
-        _inotify.watch(watcher, self._bell_path)
-        poller = select.poll()
-        poller.register(watcher, select.POLLIN)
         goes_on = True
         while goes_on:
+            stamp = self._notifier.arm()
             number, message = self._look()
             if number is None:
-                poller.poll()
-                os.read(watcher, 4096)
+                self._notifier.wait(stamp, 1.0)
             else:
                 goes_on = callback(message)
                 with self._environment.begin(write=True) as txn:
                     txn.delete(number)
-        os.close(watcher)
 
     def _look(self) -> tuple[bytes | None, bytes]:
         """
@@ -149,6 +140,4 @@ class Bare(contender.Contender):
 
     def close(self) -> None:
         """Close the queue."""
-        if self._bell >= 0:
-            os.close(self._bell)
         self._environment.close()

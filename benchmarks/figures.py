@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import roster, rounds
-from benchmarks.contender import DURABILITIES, FSYNC, OS
+from benchmarks.contender import DURABILITIES, FSYNC
 from benchmarks.roster import BARE, OURS
 from benchmarks.rounds import Request, Row, Runner
 
@@ -144,16 +144,13 @@ def backlog(runner: Runner, profile: Profile) -> list[Row]:
     for waiting in profile.backlogs:
         for durability in DURABILITIES:
             for name in (OURS, BARE):
-                # No checkpoints: what a copy of gigabytes every now and then costs is another
-                # question, and depends on how long one measures.
-                options = {"checkpoint_secs": 0} if (name, durability) == (OURS, OS) else {}
                 cases = {case: f"{case} {waiting}" for case in ("send", "receive")}
                 requests.append(
                     Request(
                         name, durability, "backlogged", {
                             "backlog": waiting,
                             "count": profile.sends // (10 if durability == FSYNC else 1),
-                            "options": options
+                            "options": {}
                         }, cases, {case: waiting
                                    for case in cases.values()}))
     with contextlib.ExitStack() as stack:

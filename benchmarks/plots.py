@@ -181,7 +181,8 @@ def _draw_dots(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
                 color=[_color(row.contender) for row in shown],
                 marker=marker,
                 s=36)
-        axes.set_xscale("log")
+        if any(value > 0 for row in rows for value in row.values):
+            axes.set_xscale("log")
         axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.10g}"))
         axes.set_yticks(range(len(lines)), labels)
         axes.set_ylim(-0.6, len(lines) - 0.4)

@@ -284,7 +284,7 @@ def pause(name: str, durability: str, directory: str, backlog: int, kind: str,
     del name
     path = pathlib.Path(directory)
     # Without flushes, so that filling does not take minutes; the durability is changed afterwards.
-    queue = library.Library(path, "os", checkpoint_secs=0)
+    queue = library.Library(path, "os")
     messages = tasks.make_messages(backlog, 256)
     middle = 0.0
     for number, message in enumerate(messages):
@@ -292,9 +292,8 @@ def pause(name: str, durability: str, directory: str, backlog: int, kind: str,
             middle = time.monotonic()
         queue.send(message)
     queue.close()
-    # Without checkpoints of gigabytes: they are another question.
-    changes: dict[str, Any] = {} if durability == "fsync" else {"checkpoint_secs": 0}
-    config_pth = library.write_config(path, durability, **changes)
+    config_pth = library.write_config(path, durability)
+    changes: dict[str, Any] = {}
     if kind == "timeout":
         changes["MSG_TIMEOUT_SECS"] = time.monotonic() - middle + 0.5 + 2 * seconds
         code = _PRUNER
@@ -304,6 +303,8 @@ def pause(name: str, durability: str, directory: str, backlog: int, kind: str,
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     other_pth = library.write_config(path, durability, name="other.json", **changes)
     queue = library.Library(path, durability, config_pth=config_pth)
+    # Who has the queue open keeps its settings; the other process gets what is stored now.
+    persipubsub.control.initialize_all_dbs(config_pth=other_pth)
     with subprocess.Popen([sys.executable, "-c", code, str(other_pth)],
                           stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE,

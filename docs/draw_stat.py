@@ -5,6 +5,7 @@ The queue is a real one, of examples/tutorial, with a publisher and three subscr
 are not equally fast. Run it after a change of the view: ``python docs/draw_stat.py``.
 """
 
+import io
 import pathlib
 import re
 import shutil
@@ -13,12 +14,13 @@ import threading
 import time
 
 import msgspec.structs
+import rich.console
+import rich.text
 
-import persipubsub.cli._view
 import persipubsub.control
 import persipubsub.publisher
-import persipubsub.statistics
 import persipubsub.subscriber
+from persipubsub.cli import view
 
 _DOCS = pathlib.Path(__file__).resolve().parent
 _CONFIG = _DOCS.parent / "examples" / "tutorial" / "config.json"
@@ -79,22 +81,25 @@ def main() -> None:
         for thread in threads:
             thread.start()
 
-        def collect() -> tuple[dict[str, persipubsub.statistics.QueueStatistics], dict[str, str]]:
-            found = persipubsub.control.statistics(config_pth)
-            return {
-                key: msgspec.structs.replace(figures, path="/srv/app/queues/lines")
-                for key, figures in found.items()
-            }, {}
-
-        target = _DOCS / "stat-watch.svg"
-        persipubsub.cli._view.show(  # pylint: disable=protected-access
-            collect,
-            interval=_INTERVAL_SECS,
-            looks=_LOOKS,
-            svg=target)
+        history = view.History()
+        for _ in range(_LOOKS):
+            found = persipubsub.control.statistics(config_pth)["lines"]
+            history.add(found)
+            time.sleep(_INTERVAL_SECS)
+        figures = msgspec.structs.replace(found, path="/srv/app/queues/lines")
         stop.set()
         for thread in threads:
             thread.join()
+    console = rich.console.Console(record=True, width=100, file=io.StringIO())
+    for line in view.draw({"lines": figures}, {"lines": history}, limit=10):
+        drawn = rich.text.Text()
+        for piece, color in line:
+            # Spaces in front by themselves: some programs leave them out, and shift the rest.
+            drawn.append(" " * (len(piece) - len(piece.lstrip())), style="bold")
+            drawn.append(piece.lstrip(), style=color or "")
+        console.print(drawn)
+    target = _DOCS / "stat-watch.svg"
+    console.save_svg(str(target), title="persipubsub stat --watch")
     # Fonts would be fetched from the network by whoever looks at the page.
     text = re.sub(r"@font-face \{.*?\}\n", "", target.read_text(encoding="utf-8"), flags=re.DOTALL)
     target.write_text(text.replace("Fira Code, monospace", "monospace"), encoding="utf-8")

@@ -17,18 +17,18 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from persipubsub import (aio, config, control, dead_letter, errors, message, publisher, queue,
+    from persipubsub import (aio, config, control, errors, message, metrics, publisher, queue,
                              statistics, subscriber)
     from persipubsub.aio import Pub as AsyncPub
     from persipubsub.aio import Sub as AsyncSub
     from persipubsub.publisher import Pub
     from persipubsub.subscriber import Sub
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 __all__ = [
-    "AsyncPub", "AsyncSub", "Pub", "Sub", "aio", "config", "control", "dead_letter", "errors",
-    "message", "publisher", "queue", "statistics", "subscriber"
+    "AsyncPub", "AsyncSub", "Pub", "Sub", "aio", "config", "control", "errors", "message",
+    "publisher", "queue", "statistics", "subscriber"
 ]
 
 _CLASSES: typing.Final = {

@@ -22,7 +22,7 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias, TypeVar, cast, overload
+from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias, TypeVar, cast, overload
 
 import persipubsub.config
 import persipubsub.engine
@@ -44,6 +44,9 @@ _THREADS: Final = 32
 #: Messages that are put together at most, and bytes: other processes are to have their turn.
 _MOST_MESSAGES: Final = 512
 _MOST_BYTES: Final = 1 << 23
+
+#: Messages or batches that one look takes at most, so that the first task does not wait for all.
+_MOST_TAKEN: Final = 16
 
 #: Time between two attempts of a task that waits for room, in seconds.
 _ROOM_SECS: Final = 0.02
@@ -67,7 +70,7 @@ def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]"
         _executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "persipubsub")
     calls = [call]
     try:
-        return _executor.submit(lambda: calls.pop()())
+        return _executor.submit(lambda: calls.pop()())  # pylint: disable=unnecessary-lambda
     except RuntimeError:  # no thread is left, or the interpreter is about to exit
         done: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
         try:
@@ -77,10 +80,13 @@ def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]"
         return done
 
 
-def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> None:
-    """Have a function called in the thread of a loop, unless that was closed."""
-    with contextlib.suppress(RuntimeError):
+def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> bool:
+    """Have a function called in the thread of a loop; False if that was closed."""
+    try:
         loop.call_soon_threadsafe(function, *given)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _wake(woken: "asyncio.Future[None]") -> None:
@@ -112,13 +118,6 @@ async def _run(call: Callable[[], ResultT],
 def _undo(undo: Callable[[ResultT], object], done: "concurrent.futures.Future[ResultT]") -> None:
     if done.exception() is None:
         _submit(functools.partial(undo, done.result()))
-
-
-def _nack(taken: "tuple[persipubsub.engine.Lease | None, float]") -> None:
-    lease = taken[0]
-    if lease is not None:
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
-            lease.nack()  # a queue that was closed has given it back
 
 
 # Sending
@@ -219,6 +218,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         """
         super().__init__()
         self._given = persipubsub.face.arguments(pub_id, config_pth)
+        self._name = "" if pub_id is None else f"{pub_id!r}, "
         self._autosync = autosync
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
 
@@ -345,12 +345,37 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
 # Receiving
 
 
+class _Waiter:
+    """One task that waits for messages."""
+
+    __slots__ = ("future", "deadline", "poll_secs", "max_messages", "is_newest")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float | None, poll_secs: float,
+                 max_messages: int, is_newest: bool) -> None:
+        self.future: "asyncio.Future[persipubsub.engine.Lease | None]" = loop.create_future()
+        self.deadline = math.inf if timeout is None else loop.time() + timeout
+        self.poll_secs = poll_secs
+        self.max_messages = max_messages
+        self.is_newest = is_newest
+
+
+class _Look(NamedTuple):
+    """What a look at the queue came to."""
+
+    waiters: list[_Waiter]  #: for which it was looked
+    taken: dict[_Waiter, persipubsub.engine.Lease]
+    #: Seconds until the next look for the newest message (True), or the next one, if there is none.
+    missed: dict[bool, float]
+    error: BaseException | None
+
+
 class _Line:
     """
     Tasks of one loop that wait for messages of a consumer, first come, first served.
 
-    The first one looks at the queue, in a thread, whenever the engine calls back; the others wait
-    for the lock. So no look is made for nothing, however many wait.
+    One thread looks for all of them, when the engine calls back; nothing else waits but the loop.
+    A lock, held by the one task that looks, was rejected: each message took a thread of its own,
+    and 16 tasks received half as much.
     """
 
     def __init__(self, consumer: persipubsub.engine.TaskConsumer,
@@ -358,71 +383,126 @@ class _Line:
         self.consumer = consumer
         self.process_id = os.getpid()
         self._loop = loop
-        self._lock = asyncio.Lock()
-        self._rang = asyncio.Event()
+        self._waiters: list[_Waiter] = []
+        self._is_looking = False
+        self._is_due = False  # something came since the look began
         self._listener: persipubsub.engine.Listener | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
 
     async def take(self, timeout: float | None, poll_secs: float, max_messages: int,
                    is_newest: bool) -> persipubsub.engine.Lease | None:
         """Wait for messages, and take them; None if none came in time."""
-        deadline = None if timeout is None else self._loop.time() + timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._lock.acquire()
-        except TimeoutError:
-            # Those in front may have been slow: None is to mean that there was nothing.
-            return (await self._look(max_messages, is_newest))[0]
-        try:
-            while True:
-                is_armed = self._arm()
-                lease, pause = await self._look(max_messages, is_newest)
-                left = math.inf if deadline is None else deadline - self._loop.time()
-                if lease is not None or left <= 0:
-                    return lease
-                if not is_armed:
-                    await self._listen()
-                    continue
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, pause, poll_secs)):
-                        await self._rang.wait()
-        finally:
-            self._lock.release()
-
-    def _arm(self) -> bool:
-        self._rang.clear()
         if self._is_closed:
-            raise persipubsub.errors.ClosedError(
-                "Expected an open subscriber to receive from, but got: close() was called")
-        if self._listener is not None:
-            self._listener.arm()
-        return self._listener is not None
+            raise _closed()
+        waiter = _Waiter(self._loop, timeout, poll_secs, max_messages, is_newest)
+        self._waiters.append(waiter)
+        self._look()
+        try:
+            return await waiter.future
+        except BaseException:
+            future = waiter.future
+            # Cancelled in the moment in which it got messages.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                _give_back(future.result())
+            raise
 
-    async def _listen(self) -> None:
-        """Have the engine call back. Only now: a queue that has messages needs no thread for it."""
-        self._listener = await _run(lambda: self.consumer.listen(self.wake),
-                                    undo=lambda listener: listener.close())
+    def _look(self) -> None:
+        """Look at the queue in a thread, now or after the look that is under way."""
+        self._is_due = True
+        if self._is_looking or not self._waiters:
+            return
+        self._is_looking, self._is_due = True, False
+        if self._timer is not None:
+            self._timer.cancel()
+        _submit(functools.partial(self._take, list(self._waiters),
+                                  self._loop.time())).add_done_callback(self._finish)
 
-    async def _look(self, max_messages: int,
-                    is_newest: bool) -> tuple[persipubsub.engine.Lease | None, float]:
-        return await _run(functools.partial(self.consumer.try_take, max_messages, is_newest),
-                          undo=_nack)
+    def _take(self, waiters: list[_Waiter], now: float) -> _Look:
+        look = _Look(waiters, {}, {}, None)
+        try:
+            if self._listener is not None:
+                self._listener.arm()
+            for waiter in waiters:
+                if len(look.taken) == _MOST_TAKEN or len(look.missed) == 2:
+                    break
+                if waiter.is_newest not in look.missed:
+                    lease, pause = self.consumer.try_take(waiter.max_messages, waiter.is_newest)
+                    if lease is None:
+                        look.missed[waiter.is_newest] = pause
+                    else:
+                        look.taken[waiter] = lease
+            if look.missed and self._listener is None and any(waiter.deadline > now
+                                                              for waiter in waiters):
+                self._listener = self.consumer.listen(lambda: _post(self._loop, self._look))
+                look.missed.update(dict.fromkeys(look.missed, 0.0))  # what came before it is armed
+                if self._is_closed:
+                    self._listener.close()
+        except BaseException as error:  # pylint: disable=broad-exception-caught
+            return look._replace(error=error)
+        return look
 
-    def wake(self) -> None:
-        """Have the first task look again. Any thread may call it."""
-        _post(self._loop, self._rang.set)
+    def _finish(self, done: "concurrent.futures.Future[_Look]") -> None:
+        look = done.result()
+        if not _post(self._loop, self._hand_out, look):
+            for lease in look.taken.values():
+                _give_back(lease)
+
+    def _hand_out(self, look: _Look) -> None:
+        self._is_looking = False
+        for waiter, lease in look.taken.items():
+            if waiter.future.done():
+                _give_back(lease)
+                self._is_due = True
+            else:
+                waiter.future.set_result(lease)
+        now = self._loop.time()
+        error = look.error
+        for waiter in look.waiters:
+            if waiter.future.done():
+                continue
+            if waiter.is_newest not in look.missed and error is not None:
+                waiter.future.set_exception(error)
+                if isinstance(error, persipubsub.errors.CorruptMessageError):
+                    error = None  # it was set aside, and concerns nobody else
+            elif waiter.is_newest in look.missed and waiter.deadline <= now:
+                waiter.future.set_result(None)
+        self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
+        if self._is_due or any(waiter.is_newest not in look.missed for waiter in self._waiters):
+            self._look()
+        elif self._waiters:
+            pause = min(min(waiter.poll_secs, waiter.deadline - now) for waiter in self._waiters)
+            self._timer = self._loop.call_later(min(pause, *look.missed.values()), self._look)
 
     def close(self) -> None:
         """Let all tasks fail. Any thread may call it."""
         self._is_closed = True
-        if self._listener is not None and self.process_id == os.getpid():
-            self._listener.close()
-        self.wake()
+        if self.process_id == os.getpid():
+            if self._listener is not None:
+                self._listener.close()
+            _post(self._loop, self._fail)
+
+    def _fail(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.future.done():
+                waiter.future.set_exception(_closed())
+        self._waiters.clear()
+
+
+def _closed() -> persipubsub.errors.ClosedError:
+    return persipubsub.errors.ClosedError(
+        "Expected an open subscriber to receive from, but got: close() was called")
+
+
+def _give_back(lease: persipubsub.engine.Lease | None) -> None:
+    """Have messages given back that nobody waits for."""
+    if lease is not None:
+        _submit(lease.nack)  # which fails if the queue was closed: that gave them back
 
 
 async def _end(endings: Sequence[persipubsub.face.Ending]) -> None:
-    """End leases, to the end even if the task is cancelled."""
-    if endings and not hasattr(endings[0].lease, "aack"):
+    """End all leases, even if one can not be."""
+    if not hasattr(endings[0].lease, "aack"):
         await _run(functools.partial(persipubsub.face.end, endings))
         return
     async with contextlib.AsyncExitStack() as stack:
@@ -434,15 +514,41 @@ async def _end(endings: Sequence[persipubsub.face.Ending]) -> None:
                 stack.push_async_callback(lease.anack, ending.error)
 
 
+class _Ends:
+    """Ends leases, to the end even if the task is cancelled; waited for before closing."""
+
+    def __init__(self) -> None:
+        self._tasks: set["asyncio.Future[None]"] = set()
+
+    async def __call__(self, endings: Sequence[persipubsub.face.Ending]) -> None:
+        if endings:
+            task = asyncio.ensure_future(_end(endings))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.shield(task)
+
+    async def wait(self) -> None:
+        """Wait for what tasks of this loop began that were cancelled."""
+        loop = asyncio.get_running_loop()
+        tasks = [task for task in self._tasks if task.get_loop() is loop]
+        if tasks:
+            await asyncio.wait(tasks)
+
+
 class _Receipt(persipubsub.face.Block[Take, ContentT]):
     """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
 
-    __slots__ = ()
+    __slots__ = ("_end", )
+
+    def __init__(self, take: Take, contents: persipubsub.face.Contents[ContentT],
+                 end: "_Ends") -> None:
+        super().__init__(take, contents)
+        self._end = end
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
-        await _end(self._leave(error))
+        await self._end(self._leave(error))
 
 
 class Receipt(_Receipt[ContentT]):
@@ -502,7 +608,19 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
     - or by :py:meth:`acknowledge` before the ``break``.
     """
 
-    __slots__ = ()
+    __slots__ = ("_end", )
+
+    def __init__(self, take: Take, contents: persipubsub.face.Contents[ContentT],
+                 end: "_Ends") -> None:
+        """
+        Initialize without taking anything.
+
+        :param take: waits for messages and takes them
+        :param contents: makes of them what the loop gets
+        :param end: acknowledges and gives back
+        """
+        super().__init__(take, contents)
+        self._end = end
 
     async def __aenter__(self) -> Self:
         """
@@ -517,11 +635,11 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         if error is None:
-            await _end(self._finish(self._given))
+            await self._end(self._finish(self._given))
         else:
             # What the block raised matters more.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                await _end(self._finish(self._given - 1, error))
+                await self._end(self._finish(self._given - 1, error))
 
     def __aiter__(self) -> Self:
         """
@@ -542,7 +660,7 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
             item = self._items[self._given]
             self._given += 1
             return item
-        await _end(self._finish(self._given))
+        await self._end(self._finish(self._given))
         lease = None if self._is_done else await self._take()
         if lease is None:
             self._is_done = True
@@ -551,12 +669,12 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
 
     async def acknowledge(self) -> None:
         """Acknowledge what was handled, with the message at hand, now; it may be repeated."""
-        await _end(self._acknowledged())
+        await self._end(self._acknowledged())
 
     async def aclose(self) -> None:
         """Give the message at hand back as if it had not been delivered, and end."""
         self._is_done = True
-        await _end(self._finish(self._given - 1))
+        await self._end(self._finish(self._given - 1))
 
     def __del__(self) -> None:
         """Do not keep messages from others that a loop left behind."""
@@ -603,8 +721,9 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         super().__init__()
         self._given = persipubsub.face.arguments(sub_id, config_pth)
-        # By loop, and whether it is for those who want the newest message: they wait apart.
-        self._lines: dict[tuple[asyncio.AbstractEventLoop, bool], _Line] = {}
+        self._name = "" if sub_id is None else f"{sub_id!r}, "
+        self._lines: dict[asyncio.AbstractEventLoop, _Line] = {}
+        self._ends = _Ends()
 
     async def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
         """
@@ -643,30 +762,26 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         given back.
         """
         self._leave(None)
-        await _run(lambda: self._put(None))
+        try:
+            await self._ends.wait()
+        finally:
+            await _run(lambda: self._put(None))
 
     def _leave(self, consumer: persipubsub.engine.Consumer | None) -> None:
         """Let those fail who wait for messages of another consumer, or in a closed loop."""
-        for place, line in list(self._lines.items()):
-            if line.consumer is not consumer or place[0].is_closed():
-                self._lines.pop(place, None)
+        for loop, line in list(self._lines.items()):
+            if line.consumer is not consumer or loop.is_closed():
+                self._lines.pop(loop, None)
                 line.close()
 
+    # yapf: disable
     @overload
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                details: Literal[False] = False) -> Receipt[bytes]:
-        ...
-
+    def receive(self, timeout: float | None = 60, retries: int = 10,
+                details: Literal[False] = False) -> Receipt[bytes]:        ...
     @overload
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                *,
-                details: Literal[True]) -> Receipt[Message]:
-        ...
-
+    def receive(self, timeout: float | None = 60, retries: int = 10, *,
+                details: Literal[True]) -> Receipt[Message]:        ...
+    # yapf: enable
     def receive(self,
                 timeout: float | None = 60,
                 retries: int = 10,
@@ -687,23 +802,17 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: from the ``async with`` statement if the next message is
             damaged; it is set aside, and the next call gives the one behind it
         """
-        return Receipt(self._taker(timeout, retries), persipubsub.face.contents_of(details))
+        return Receipt(self._taker(timeout, retries), persipubsub.face.contents_of(details),
+                       self._ends)
 
+    # yapf: disable
     @overload
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       details: Literal[False] = False) -> Receipt[bytes]:
-        ...
-
+    def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
+                       details: Literal[False] = False) -> Receipt[bytes]:        ...
     @overload
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       *,
-                       details: Literal[True]) -> Receipt[Message]:
-        ...
-
+    def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
+                       details: Literal[True]) -> Receipt[Message]:        ...
+    # yapf: enable
     def receive_to_top(self,
                        timeout: float | None = 60,
                        retries: int = 10,
@@ -720,25 +829,16 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         return Receipt(self._taker(timeout, retries, is_newest=True),
-                       persipubsub.face.contents_of(details))
+                       persipubsub.face.contents_of(details), self._ends)
 
+    # yapf: disable
     @overload
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     details: Literal[False] = False) -> BatchReceipt[bytes]:
-        ...
-
+    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
+                     details: Literal[False] = False) -> BatchReceipt[bytes]:        ...
     @overload
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     *,
-                     details: Literal[True]) -> BatchReceipt[Message]:
-        ...
-
+    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
+                     details: Literal[True]) -> BatchReceipt[Message]:        ...
+    # yapf: enable
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
@@ -760,23 +860,16 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         persipubsub.face.check_count("max_msgs", max_msgs)
         return BatchReceipt(self._taker(timeout, retries, max_msgs),
-                            persipubsub.face.contents_of(details))
+                            persipubsub.face.contents_of(details), self._ends)
 
+    # yapf: disable
     @overload
-    def messages(self,
-                 timeout: float | None = None,
-                 details: Literal[False] = False,
-                 prefetch: int = 1) -> Messages[bytes]:
-        ...
-
+    def messages(self, timeout: float | None = None, details: Literal[False] = False,
+                 prefetch: int = 1) -> Messages[bytes]:        ...
     @overload
-    def messages(self,
-                 timeout: float | None = None,
-                 *,
-                 details: Literal[True],
-                 prefetch: int = 1) -> Messages[Message]:
-        ...
-
+    def messages(self, timeout: float | None = None, *, details: Literal[True],
+                 prefetch: int = 1) -> Messages[Message]:        ...
+    # yapf: enable
     def messages(self,
                  timeout: float | None = None,
                  details: bool = False,
@@ -795,7 +888,8 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: iterator that ends when no message comes in time
         """
         persipubsub.face.check_count("prefetch", prefetch)
-        return Messages(self._taker(timeout, 1, prefetch), persipubsub.face.contents_of(details))
+        return Messages(self._taker(timeout, 1, prefetch), persipubsub.face.contents_of(details),
+                        self._ends)
 
     def __aiter__(self) -> Messages[bytes]:
         """
@@ -841,9 +935,9 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         if hasattr(consumer, "atake"):
             return functools.partial(consumer.atake, seconds, max_messages, is_newest)
         loop = asyncio.get_running_loop()
-        line = self._lines.get((loop, is_newest))
+        line = self._lines.get(loop)
         if line is None or line.consumer is not consumer or line.process_id != os.getpid():
             self._leave(consumer)
             line = _Line(cast(persipubsub.engine.TaskConsumer, consumer), loop)
-            self._lines[loop, is_newest] = line
+            self._lines[loop] = line
         return functools.partial(line.take, seconds, poll_secs, max_messages, is_newest)

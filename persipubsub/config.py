@@ -193,9 +193,9 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 # yapf: enable
 _ENTRY_KINDS: Final = (Publisher, Subscriber)
-_REFERENCES: Final = ("out_queue", "in_queue", "dead_letter_queue")
+_REFERENCES: Final = frozenset({"out_queue", "in_queue", "dead_letter_queue"})
 
-EntryT = TypeVar("EntryT", Publisher, Subscriber)
+StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -271,9 +271,9 @@ def read(config_pth: ConfigLike) -> Config:
     file by renaming: one that is overwritten in place may be read half. It blocks as long as the
     disk takes. A FIFO or a device is refused, and never waited for.
 
-    >>> read({"sub": {"in_queue": "q"}, "queues": {"q": {"subscribers": ["sub"]}}}).subscriber("sub")
-    Subscriber(identifier='sub', in_queue='q', start_from=<StartFrom.END: 'end'>, \
-max_deliveries=0, dead_letter_queue='', retry_delay_secs=0.0)
+    >>> config = read({"sub": {"in_queue": "q"}, "queues": {"q": {"subscribers": ["sub"]}}})
+    >>> config.subscriber("sub").in_queue
+    'q'
 
     :param config_pth: path to the file, at most 64 MiB of JSON in UTF-8; or a dictionary with the
         content of a file; or a :py:class:`Config`, which is returned
@@ -333,36 +333,26 @@ def schema() -> dict[str, Any]:
     """
     _, parts = msgspec.json.schema_components([Queue, Publisher, Subscriber],
                                               ref_template="#/$defs/{name}")
-    queue, publisher, subscriber = (parts.pop(kind.__name__) for kind in (Queue, *_ENTRY_KINDS))
-    properties = {**publisher["properties"], **subscriber["properties"]}
+    properties = {**parts.pop("Publisher")["properties"], **parts.pop("Subscriber")["properties"]}
     del properties["identifier"]
     for key in ("subscribers", "max_deliveries", "dead_letter_queue"):
         del properties[key]["default"]  # stands for "no such key", and is no value
-    entry = {
-        "title": "Entry",
+    # yapf: disable
+    parts["Entry"] = {
         "description": "A publisher, a subscriber, or both; its key is the identifier.",
-        "type": "object",
-        "properties": properties,
+        "type": "object", "properties": properties, "additionalProperties": False,
         "anyOf": [{"required": ["out_queue"]}, {"required": ["in_queue"]}],
         "dependentRequired": {
             "subscribers": ["out_queue"],
             **{key: ["in_queue"] for key in _fields(Subscriber) if key != "in_queue"},
-            "dead_letter_queue": ["in_queue", "max_deliveries"],
-        },
-        "additionalProperties": False,
-    }  # yapf: disable
+            "dead_letter_queue": ["in_queue", "max_deliveries"]}}
+    queues = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Queue"}}
     return {
         _SCHEMA_KEY: "https://json-schema.org/draft/2020-12/schema",
-        "title": "Configuration of persipubsub",
-        "type": "object",
-        "properties": {
-            _SCHEMA_KEY: {"type": "string"},
-            _QUEUES_KEY: {"type": "object", "additionalProperties": {"$ref": "#/$defs/Queue"}},
-        },
-        "required": [_QUEUES_KEY],
-        "additionalProperties": {"$ref": "#/$defs/Entry"},
-        "$defs": {"Queue": queue, "Entry": entry, **parts},
-    }  # yapf: disable
+        "title": "Configuration of persipubsub", "type": "object", "required": [_QUEUES_KEY],
+        "properties": {_SCHEMA_KEY: {"type": "string"}, _QUEUES_KEY: queues},
+        "additionalProperties": {"$ref": "#/$defs/Entry"}, "$defs": parts}
+    # yapf: enable
 
 
 def check_identifier(identifier: str, config_pth: ConfigLike) -> None:
@@ -502,31 +492,30 @@ def _read_bytes(name: str, path: pathlib.Path) -> bytes:
     # Without O_NONBLOCK, opening a FIFO waits. Looking at the kind before opening is not enough,
     # the file may be replaced in between.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    kind = persipubsub.errors.ConfigError
     try:
         if not name:
             raise ValueError("empty")  # the system would say that there is no such file
         with open(name, "rb", opener=lambda name, _: os.open(name, flags)) as file:
             mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                found = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
-                fail(path, [f"Expected a regular file, but got: {found}"])
-            # Not by st_size, which is 0 in /proc and may change.
-            return file.read(_MAX_FILE_SIZE + 1)
+            if stat.S_ISREG(mode):
+                return file.read(_MAX_FILE_SIZE + 1)  # not by st_size, which is 0 in /proc
+            found = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
+            problem = f"Expected a regular file, but got: {found}"
+    except FileNotFoundError as error:
+        kind = persipubsub.errors.ConfigNotFoundError
+        problem = f"Expected a file that can be read, but got: {error.strerror}"
     except OSError as error:
-        kind = (persipubsub.errors.ConfigNotFoundError
-                if isinstance(error, FileNotFoundError) else persipubsub.errors.ConfigError)
-        fail(path, [f"Expected a file that can be read, but got: {error.strerror}"], kind)
+        problem = f"Expected a file that can be read, but got: {error.strerror}"
     except ValueError:
-        fail(path, [f"Expected the path of a file, but got: {_shown(name)}"])
+        problem = f"Expected the path of a file, but got: {_shown(name)}"
+    fail(path, [problem], kind)
 
 
 def _decode(text: bytes, path: pathlib.Path) -> str:
     """Return the text of the file."""
     if len(text) > _MAX_FILE_SIZE:
         fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
-    if text.startswith(b"\xef\xbb\xbf"):
-        # Not skipped: parsers of other languages, which read the same file, do not take it.
-        fail(path, ["Expected UTF-8 without a byte order mark, but got one"])
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -550,16 +539,12 @@ def _no_number(literal: str) -> NoReturn:
 
 def _parse(text: str, path: pathlib.Path, directory: pathlib.Path | None = None) -> Config:
     """Return the checked configuration."""
-    if not text.strip():
-        fail(path, ["Expected a JSON object, but got an empty file"])
     try:
         found = json.loads(text, object_pairs_hook=_Object, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         near = _shown(text[error.pos:error.pos + 40])
-        fail(path, [
-            f"line {error.lineno}, column {error.colno}: Expected JSON, but got: {near} "
-            f"({error.msg})"
-        ])
+        place = f"line {error.lineno}, column {error.colno}"
+        fail(path, [f"{place}: Expected JSON, but got: {near} ({error.msg})"])
     except RecursionError:
         fail(path, ["Expected JSON, but got: too many levels of nesting"])
     except ValueError as error:
@@ -568,38 +553,9 @@ def _parse(text: str, path: pathlib.Path, directory: pathlib.Path | None = None)
     checker.check_file(found)
     if checker.problems:
         fail(path, checker.problems)
-
-    found.pop(_SCHEMA_KEY, None)
-    queues = {
-        key: msgspec.convert({
-            **queue, "path": queue.get("path") or key
-        }, Queue)
-        for key, queue in found.pop(_QUEUES_KEY).items()
-    }
-    for entry in found.values():
-        if "out_queue" in entry:
-            entry.setdefault("subscribers", queues[entry["out_queue"]].subscribers)
     frozen = types.MappingProxyType
-    return Config(path,
-                  publishers=frozen(_entries(Publisher, found, "out_queue")),
-                  subscribers=frozen(_entries(Subscriber, found, "in_queue")),
-                  queues=frozen(queues),
-                  directory=directory)
-
-
-def _entries(kind: type[EntryT], found: Mapping[str, Any], key: str) -> dict[str, EntryT]:
-    """Return those of the checked entries that are of the kind; one may be of both."""
-    return {
-        identifier: msgspec.convert(
-            {
-                "identifier": identifier,
-                **{
-                    name: entry[name]
-                    for name in _fields(kind) if name in entry
-                }
-            }, kind)
-        for identifier, entry in found.items() if key in entry
-    }
+    return Config(path, frozen(checker.publishers), frozen(checker.subscribers),
+                  frozen(checker.queues or {}), directory)
 
 
 @functools.cache
@@ -613,141 +569,124 @@ def _fields(*kinds: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldI
 
 
 class _Checker:
-    """Collects the problems of a file."""
+    """Collects the problems of a file, and what is right of it."""
 
     def __init__(self, path: pathlib.Path, directory: pathlib.Path | None = None) -> None:
         self.path = path
         self.directory = directory or path.parent
         self.problems: list[str] = []
-        self._queues: Mapping[str, Any] | None = None  # None: references lead nowhere
-        # Subscribers by queue: looked up once for each reference, of which there may be as many.
-        self._known: dict[str, Mapping[str, None] | None] = {}
+        self.publishers: dict[str, Publisher] = {}
+        self.subscribers: dict[str, Subscriber] = {}
+        # A queue that is wrong is in it as None; all of it is None if there are no queues at all:
+        # then each reference would be a problem that is not its own.
+        self.queues: dict[str, Any] | None = None
 
-    def add(self, place: str, expected: str, found: str, hint: str = "") -> None:
+    def add(self, place: str, expected: str, found: str) -> None:
         """Add a problem."""
         where = f"{place}: " if place else ""
-        self.problems.append(f"{where}Expected {expected}, but got: {found}{hint}")
+        self.problems.append(f"{where}Expected {expected}, but got: {found}")
         if len(self.problems) == _MAX_PROBLEMS:
             fail(self.path, self.problems + ["The rest of the file was not checked"])
 
+    # What stands there
+
     def check_file(self, found: Any) -> None:
-        """Add the problems of the whole file."""
+        """Check the whole file."""
         if not self.is_object(found, ""):
             return
+        queues = found.get(_QUEUES_KEY)
         if _QUEUES_KEY not in found:
-            self.add(_QUEUES_KEY, "an object", "no such key", _meant(_QUEUES_KEY, found))
-        elif self.is_object(found[_QUEUES_KEY], _QUEUES_KEY):
-            self._queues = found[_QUEUES_KEY]
-            self.check_queues(found[_QUEUES_KEY])
+            self.add(_QUEUES_KEY, "an object", f"no such key{_meant(_QUEUES_KEY, found)}")
+        elif self.is_object(queues, _QUEUES_KEY):
+            self.queues = {}
+            for key, queue in queues.items():
+                self.queues[key] = self.convert(Queue, queue, at(_QUEUES_KEY, key), path=key)
+            self.check_paths(self.queues)
         for key, entry in found.items():
             if key == _SCHEMA_KEY:
                 self.check_value(Text, entry, key)
             elif key != _QUEUES_KEY:
-                self.check_identifier(key, at("", key))
                 self.check_entry(key, entry)
-        for key, entry in found.items():
-            if isinstance(entry, dict) and "dead_letter_queue" in entry:
-                self.check_dead_letters(found, key)
+        for publisher in self.publishers.values():
+            self.check_publisher(publisher)
+        for subscriber in self.subscribers.values():
+            self.check_subscriber(subscriber)
 
     def is_object(self, found: Any, place: str) -> bool:
-        """Return whether it is an object, otherwise add that problem; add repeated keys."""
+        """Return whether it is an object; check that no key is repeated."""
         if not isinstance(found, dict):
             self.add(place, "an object", _shown(found))
         for key in getattr(found, "repeated", ()):
             self.add(place, "each key once", f"{_shown(key)} more than once")
         return isinstance(found, dict)
 
-    def check_queues(self, queues: Mapping[str, Any]) -> None:
-        """Add the problems of the queues."""
-        places: dict[str, str] = {}
-        for key, queue in queues.items():
-            place = at(_QUEUES_KEY, key)
-            if not self.check_value(Text, key, place) or not self.is_object(queue, place):
-                continue
-            self.check_keys(queue, _fields(Queue), place)
-            path = queue.get("path") or key
-            if isinstance(path, str):
-                for name in self.names_of(path, place):
-                    if (other := places.setdefault(name, place)) != place:
-                        self.add(f"{place}.path", f"another path than that of {other}",
-                                 _shown(path))
-                        break
+    def convert(self, kind: type[StructT], found: Any, place: str, **given: str) -> StructT | None:
+        """Return the struct of an object; None if it has a problem."""
+        count = len(self.problems)
+        if self.is_object(found, place):
+            self.check_keys(found, _fields(kind), place)
+            for key, field in _fields(kind).items():
+                if key in _REFERENCES and key in found and self.queues is not None:
+                    self.check_reference(found[key], at(place, key), self.queues)
+                elif key in found:
+                    self.check_value(field.type, found[key], at(place, key))
+                elif field.required:
+                    self.add(place, f"the key {key!r}", "no such key")
+        for key in given.values():
+            self.check_value(Text, key, place)
+        if len(self.problems) > count:
+            return None
+        values = {key: value for key, value in found.items() if key != "path" or value}
+        return msgspec.convert({**given, **values}, kind)
 
-    def names_of(self, path: str, place: str) -> Sequence[str]:
-        """Return what two queues must not have in common, add the problems of an address."""
-        scheme = scheme_of(path)
-        if not scheme:
-            # By name: what is right must not depend on the links that are on the disk now.
-            return [f"/{os.path.normpath(_resolve(self.directory, path)).lstrip('/')}"]
-        if scheme != "nats":
-            # Nothing behind it is shown: it may be a password, and errors are logged.
-            self.add(f"{place}.path", "a directory or nats://...", f"'{scheme}://'")
-            return []
-        # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
-        address = importlib.import_module("persipubsub.jetstream._address")  # transitional name
-        if problem := address.problem_of(path):
-            self.problems.append(f"{place}.path: {problem}")
-        names: Sequence[str] = address.names_of(path)
-        return names
+    def check_reference(self, found: Any, place: str, queues: Mapping[str, Any]) -> None:
+        """Check the key of a queue."""
+        if not isinstance(found, str) or found not in queues:
+            self.add(place, f"a key of queues ({_listed(queues)})",
+                     f"{_shown(found)}{_meant(found, queues)}")
 
-    def check_keys(self,
-                   found: Mapping[str, Any],
-                   fields: Mapping[str, msgspec.structs.FieldInfo],
-                   place: str,
-                   required: Sequence[str] | None = None) -> None:
-        """Add the keys that must not be there, those that must, and the problems of the values."""
-        for key, value in found.items():
-            if key in fields:
-                if key not in _REFERENCES:  # which are checked with what they refer to
-                    self.check_value(fields[key].type, value, at(place, key))
-            else:
-                self.add(place, f"only the keys {', '.join(map(repr, fields))}", _shown(key),
-                         _meant(key, fields))
-        if required is None:
-            required = [key for key, field in fields.items() if field.required]
-        for key in required:
-            if key not in found:
-                self.add(place, f"the key {key!r}", "no such key")
+    def check_keys(self, found: Mapping[str, Any], known: Iterable[str], place: str) -> None:
+        """Check that there is no other key."""
+        for key in found:
+            if key not in known:
+                self.add(place, f"only the keys {', '.join(map(repr, known))}",
+                         f"{_shown(key)}{_meant(key, known)}")
 
-    def check_value(self, annotation: Any, found: Any, place: str) -> bool:
-        """Add the problem of a value, return True if there is none."""
+    def check_value(self, annotation: Any, found: Any, place: str) -> None:
+        """Check a value."""
         kind = get_args(annotation)[0]
         if types.NoneType in get_args(kind):
             if found is None:
-                return True
+                return
             annotation = get_args(kind)[0]
             kind = get_args(annotation)[0]
         if kind == Texts:
-            return self.check_subscribers(found, place)
-        if issubclass(kind, msgspec.Struct):
-            if is_object := self.is_object(found, place):
-                self.check_keys(found, _fields(kind), place)
-            return is_object
-        try:
-            msgspec.convert(found, annotation)
-        except (msgspec.ValidationError, UnicodeEncodeError):
-            # The latter for a string with a lone surrogate in the place of anything else.
-            self.add(place, _expected(annotation), _shown(found))
-            return False
-        return True
+            self.check_identifiers(found, place, at_least=get_args(annotation)[1].min_length or 0)
+        elif issubclass(kind, msgspec.Struct):
+            self.convert(kind, found, place)
+        else:
+            try:
+                msgspec.convert(found, annotation)
+            except (msgspec.ValidationError, UnicodeEncodeError):
+                # The latter for a string with a lone surrogate in the place of anything else.
+                self.add(place, _expected(annotation), _shown(found))
 
-    def check_subscribers(self, found: Any, place: str) -> bool:
-        """Add the problems of a list of subscribers, return True if there is none."""
-        count = len(self.problems)
-        if not isinstance(found, list):
-            self.add(place, "a list of subscribers", _shown(found))
-            return False
+    def check_identifiers(self, found: Any, place: str, at_least: int) -> None:
+        """Check a list of subscribers."""
+        if not isinstance(found, list) or len(found) < at_least:
+            kind = "at least one subscriber" if found == [] else "a list of subscribers"
+            self.add(place, kind, _shown(found))
+            return
         seen: set[str] = set()
-        for index, subscriber in enumerate(found):
-            if self.check_identifier(subscriber, f"{place}[{index}]"):
-                if subscriber in seen:
+        for index, identifier in enumerate(found):
+            if self.check_identifier(identifier, f"{place}[{index}]"):
+                if identifier in seen:
                     self.add(f"{place}[{index}]", "each subscriber once",
-                             f"{_shown(subscriber)} again")
-                seen.add(subscriber)
-        return len(self.problems) == count
+                             f"{_shown(identifier)} again")
+                seen.add(identifier)
 
     def check_identifier(self, found: Any, place: str) -> bool:
-        """Add the problem of the identifier of a publisher or a subscriber, True if none."""
+        """Check the identifier of a publisher or a subscriber, return True if it is right."""
         try:
             size = len(msgspec.convert(found, Text).encode("utf-8"))
         except msgspec.ValidationError:
@@ -763,80 +702,94 @@ class _Checker:
         return False
 
     def check_entry(self, identifier: str, entry: Any) -> None:
-        """Add the problems of a publisher, of a subscriber, or of both in one."""
+        """Check a publisher, a subscriber, or both in one."""
         place = at("", identifier)
+        is_right = self.check_identifier(identifier, place)
         keys = entry.keys() if isinstance(entry, dict) else set()
-        kinds = [kind for kind in _ENTRY_KINDS if keys & _fields(kind).keys()]
-        if not kinds:
-            self.add(
-                place, "a publisher ('out_queue', 'subscribers'), a subscriber ('in_queue') or "
-                "both", _shown(entry))
+        if not keys & _fields(*_ENTRY_KINDS).keys():
+            kinds = "a publisher ('out_queue', 'subscribers'), a subscriber ('in_queue') or both"
+            self.add(place, kinds, _shown(entry))
         if not keys or not self.is_object(entry, place):
             return
-        required = [key for kind in kinds for key, field in _fields(kind).items() if field.required]
-        self.check_keys(entry, _fields(*_ENTRY_KINDS), place, required)
+        self.check_keys(entry, _fields(*_ENTRY_KINDS), place)
+        built: Any
+        for kind, built in ((Publisher, self.publishers), (Subscriber, self.subscribers)):
+            part = {key: entry[key] for key in _fields(kind) if key in entry}
+            if part and (struct := self.convert(
+                    kind, part, place, identifier=identifier if is_right else "-")):
+                built[identifier] = struct
 
-        known = self.subscribers_of(entry, "out_queue", place)
-        if known is not None and "subscribers" not in entry and not known:
-            self.add(f"{place}.out_queue", "a queue that has subscribers",
-                     _shown(entry["out_queue"]))
-        named = entry.get("subscribers")
-        if named == []:
-            self.add(f"{place}.subscribers", "at least one subscriber", "[]")
-        for index, subscriber in enumerate(named if isinstance(named, list) else ()):
-            if known is not None and isinstance(subscriber, str) and subscriber not in known:
-                self.add(f"{place}.subscribers[{index}]",
-                         f"a subscriber of the queue ({_listed(known)})", _shown(subscriber),
-                         _meant(subscriber, known))
-        known = self.subscribers_of(entry, "in_queue", place)
-        if known is not None and identifier not in known:
-            self.add(f"{place}.in_queue",
-                     f"a queue with the subscriber {_shown(identifier, limit=100)}",
-                     f"{_shown(entry['in_queue'])} ({_listed(known)})")
+    # What holds between entries
 
-    def check_dead_letters(self, entries: Mapping[str, Any], identifier: str) -> None:
-        """Add the problems of where a subscriber's messages go that it fails to work on."""
-        entry = entries[identifier]
-        place = at("", identifier)
-        there = f"{place}.dead_letter_queue"
-        found = entry["dead_letter_queue"]
-        if "max_deliveries" not in entry:
-            self.add(place, "the key 'max_deliveries' beside 'dead_letter_queue'", "no such key")
-        if self.subscribers_of(entry, "dead_letter_queue", place) is None:
+    def check_paths(self, queues: Mapping[str, Queue | None]) -> None:
+        """Check that no two queues are at one place."""
+        places: dict[str, str] = {}
+        for key, queue in queues.items():
+            place = at(at(_QUEUES_KEY, key), "path")
+            path = queue.path if queue and queue.path else ""
+            for name in self.names_of(path, place) if path else ():
+                if (other := places.setdefault(name, place)) != place:
+                    self.add(place, f"another path than that of {other.removesuffix('.path')}",
+                             _shown(path))
+                    break
+
+    def names_of(self, path: str, place: str) -> Sequence[str]:
+        """Check an address; return what two queues must not have in common."""
+        scheme = scheme_of(path)
+        if not scheme:
+            # By name: what is right must not depend on the links that are on the disk now.
+            return [f"/{os.path.normpath(_resolve(self.directory, path)).lstrip('/')}"]
+        if scheme != "nats":
+            # Nothing behind it is shown: it may be a password, and errors are logged.
+            self.add(place, "a directory or nats://...", f"'{scheme}://'")
+            return []
+        # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
+        address: Any = importlib.import_module("persipubsub.jetstream.address")
+        if problem := address.problem_of(path):
+            self.problems.append(f"{place}: {problem}")
+        return list(address.names_of(path))
+
+    def check_publisher(self, publisher: Publisher) -> None:
+        """Check that the queue has the subscribers of a publisher; without any, take all."""
+        queue = (self.queues or {}).get(publisher.out_queue)
+        if queue is None:
             return
-        schemes = {self.scheme_of_queue(key) for key in (found, entry.get("in_queue"))}
-        if found == entry.get("in_queue"):
-            self.add(there, "another queue than 'in_queue'", _shown(found))
-        elif len(schemes - {None}) > 1:
-            self.add(there, "a queue that is kept as 'in_queue' is (directories, or nats://...)",
-                     _shown(found))
-        for key, other in entries.items():
-            if isinstance(other, dict) and other.get("out_queue") == found:
+        place, key = at("", publisher.identifier), publisher.identifier
+        if not publisher.subscribers:
+            self.publishers[key] = msgspec.structs.replace(publisher, subscribers=queue.subscribers)
+            if not queue.subscribers:
+                self.add(f"{place}.out_queue", "a queue that has subscribers",
+                         _shown(publisher.out_queue))
+        known = dict.fromkeys(queue.subscribers)
+        for index, subscriber in enumerate(publisher.subscribers):
+            if subscriber not in known:
+                self.add(f"{place}.subscribers[{index}]",
+                         f"a subscriber of the queue ({_listed(known)})",
+                         f"{_shown(subscriber)}{_meant(subscriber, known)}")
+
+    def check_subscriber(self, subscriber: Subscriber) -> None:
+        """Check that the queue has the subscriber, and where its dead letters go."""
+        place = at("", subscriber.identifier)
+        queues = self.queues or {}
+        queue = queues.get(subscriber.in_queue)
+        if queue is not None and subscriber.identifier not in queue.subscribers:
+            self.add(f"{place}.in_queue",
+                     f"a queue with the subscriber {_shown(subscriber.identifier, limit=100)}",
+                     f"{_shown(subscriber.in_queue)} ({_listed(queue.subscribers)})")
+        letters = subscriber.dead_letter_queue
+        if not letters:
+            return
+        there = f"{place}.dead_letter_queue"
+        if not subscriber.max_deliveries:
+            self.add(place, "the key 'max_deliveries' beside 'dead_letter_queue'", "no such key")
+        if letters == subscriber.in_queue:
+            self.add(there, "another queue than 'in_queue'", _shown(letters))
+        target = queues.get(letters)
+        if queue and target and scheme_of(queue.path) != scheme_of(target.path):
+            self.add(there, "directories, or servers, for this queue and 'in_queue' alike",
+                     _shown(letters))
+        for publisher in self.publishers.values():
+            if publisher.out_queue == letters:
                 # Its messages would be taken for dead letters.
                 self.add(there, "a queue that nobody publishes to",
-                         f"{_shown(found)} (which {_shown(key)} does)")
-
-    def scheme_of_queue(self, key: object) -> str | None:
-        """Return the scheme of a queue's path, None if it is not known."""
-        queue = self._queues.get(key) if self._queues and isinstance(key, str) else None
-        path = (queue.get("path") or key) if isinstance(queue, dict) else None
-        return scheme_of(path) if isinstance(path, str) else None
-
-    def subscribers_of(self, entry: Mapping[str, Any], key: str,
-                       place: str) -> Mapping[str, None] | None:
-        """Add the problem of a reference, return the subscribers of the queue, None if unknown."""
-        # With the queues missing, each reference would be a problem that is not its own.
-        if key not in entry or self._queues is None:
-            return None
-        found = entry[key]
-        if not isinstance(found, str) or found not in self._queues:
-            self.add(at(place, key), f"a key of queues ({_listed(self._queues)})", _shown(found),
-                     _meant(found, self._queues))
-            return None
-        if found not in self._known:
-            queue = self._queues[found]
-            listed = queue.get("subscribers") if isinstance(queue, dict) else None
-            self._known[found] = (dict.fromkeys(
-                name for name in listed
-                if isinstance(name, str)) if isinstance(listed, list) else None)
-        return self._known[found]
+                         f"{_shown(letters)} (which {_shown(publisher.identifier)} does)")

@@ -1,45 +1,135 @@
 """
-Apply a configuration file to its queues, and look after them.
+Apply a configuration to its queues, and look after them.
 
 These functions are called by deployment scripts and by people on call, also while publishers and
 subscribers are running. Those that need a queue for themselves say so: they raise
 :py:class:`persipubsub.errors.QueueInUseError` while any process has it open.
 
-The command ``persipubsub`` is a thin face of this module.
+``config_pth`` is the path of a configuration file, a dictionary with the content of one, or a
+:py:class:`persipubsub.config.Config`. The command ``persipubsub`` is a thin face of this module.
 """
 
 import datetime
+import importlib
 import operator
 import os
 import types
-from collections.abc import Generator, Mapping, Sequence
-from typing import Union
-
-import icontract
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import persipubsub.config
 import persipubsub.engine
-import persipubsub.queue
-from persipubsub import _migration, _selection
-from persipubsub._counting import in_flight, statistics
-from persipubsub._migration import Moved
-from persipubsub._progress import Progress
-from persipubsub.maintenance import _alone, _dead_letters, _looking, _upkeep
-from persipubsub.maintenance._alone import Sizes
-from persipubsub.maintenance._dead_letters import ListedDeadLetter
-from persipubsub.maintenance._looking import Message
+import persipubsub.errors
+from persipubsub.config import Config, ConfigLike
+from persipubsub.statistics import InFlight, Progress, QueueStatistics
+
+if TYPE_CHECKING:
+    from persipubsub.letters import ListedDeadLetter
+    from persipubsub.lmdb_engine.maintenance import Sizes
+    from persipubsub.message import Peeked
+    from persipubsub.migration import Moved
 
 __all__ = [
-    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "seek",
-    "verify", "compact", "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue",
-    "peek", "follow", "in_flight", "dead_letters", "send_back", "drop_dead_letters", "migrate",
-    "check_durability", "ListedDeadLetter", "Message", "Moved", "Progress", "Sizes"
+    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics",
+    "statistics_of", "in_flight", "seek", "pause", "resume", "delete", "verify", "compact",
+    "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue", "peek", "follow",
+    "dead_letters", "send_back", "drop_dead_letters", "migrate", "check_durability",
+    "stored_settings", "ConfigPath", "ListedDeadLetter", "Moved", "Peeked", "Progress", "Sizes"
 ]
 
-ConfigPath = _selection.ConfigPath
+ConfigPath = ConfigLike
+
+ResultT = TypeVar("ResultT")
+
+#: Names of this module that are in others, which are loaded when they are needed.
+_ELSEWHERE = {
+    "ListedDeadLetter": "persipubsub.letters",
+    "Peeked": "persipubsub.message",
+    "Moved": "persipubsub.migration",
+    "Sizes": "persipubsub.lmdb_engine.maintenance",
+}
 
 
-def initialize_all_dbs(config_pth: ConfigPath, queue_key: str | None = None) -> None:
+def __getattr__(name: str) -> Any:
+    """Load a name that is in another module."""
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ELSEWHERE[name]), name)
+
+
+def _select(config_pth: ConfigLike, queue_key: str | None) -> tuple[Config, list[str]]:
+    """Read a configuration and choose queues."""
+    config = persipubsub.config.read(config_pth)
+    if queue_key is not None:
+        config.queue_path(queue_key)
+    return config, list(config.queues) if queue_key is None else [queue_key]
+
+
+def _for_each(config_pth: ConfigLike, queue_key: str | None,
+              work: Callable[[Config, str], ResultT]) -> Mapping[str, ResultT]:
+    """Do something with queues, one after the other."""
+    config, keys = _select(config_pth, queue_key)
+    return types.MappingProxyType({key: work(config, key) for key in keys})
+
+
+def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], ResultT]:
+    """Have a queue open for something."""
+
+    def run(config: Config, queue_key: str) -> ResultT:
+        queue = persipubsub.engine.of(config, queue_key).open_queue(config, queue_key)
+        try:
+            return work(queue)
+        finally:
+            queue.close()
+
+    return run
+
+
+def _directory(config: Config, queue_key: str) -> tuple[str, persipubsub.config.Queue]:
+    """Return the directory and the settings of a queue on this machine."""
+    # Loaded only for what is done to directories.
+    queues = importlib.import_module("persipubsub.queue")
+    return queues.directory_of(config, queue_key), config.queues[queue_key]
+
+
+def _maintenance() -> Any:
+    """Load what is needed for maintenance only."""
+    return importlib.import_module("persipubsub.lmdb_engine.maintenance")
+
+
+def _operation(config: Config, queue_key: str, name: str) -> Callable[..., Any]:
+    """Find what an engine offers for operators."""
+    found = getattr(persipubsub.engine.of(config, queue_key), name, None)
+    if found is None:
+        persipubsub.config.fail(config.path, [
+            f"{persipubsub.config.at('queues', queue_key)}.path: Expected a queue that is a directory "
+            f"of this machine, but got: {config.queue_path(queue_key)!r}; there is no {name!r} on "
+            "servers"
+        ])
+    return found  # type: ignore[no-any-return]
+
+
+def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> tuple[Config, str]:
+    """Check the id of a subscriber that the file need not have, and find its queue."""
+    config = persipubsub.config.read(config_pth)
+    if not isinstance(sub_id, str):
+        raise TypeError(f"Expected the id of a subscriber as str, but got: {sub_id!r}")
+    if sub_id != persipubsub.config.DEAD_LETTERS:
+        persipubsub.config.check_identifier(sub_id, config.path)
+    key = config.subscriber(sub_id).in_queue if queue_key is None else queue_key
+    config.queue_path(key)
+    return config, key
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    """Check a number."""
+    value = operator.index(value)
+    if value < least:
+        raise ValueError(f"Expected {name} to be at least {least}, but got: {value}")
+    return value
+
+
+def initialize_all_dbs(config_pth: ConfigLike, queue_key: str | None = None) -> None:
     """
     Create the queues of a configuration file and add their subscribers.
 
@@ -56,12 +146,11 @@ def initialize_all_dbs(config_pth: ConfigPath, queue_key: str | None = None) -> 
     :raise FormatError: if the directory of a queue holds something else
     :raise AccessError: if a directory may not be created or written to
     """
-    config, keys = _selection.select(config_pth, queue_key)
-    for key in keys:
-        persipubsub.engine.of(config, key).ensure_queue(config, key)
+    _for_each(config_pth, queue_key,
+              lambda config, key: persipubsub.engine.of(config, key).ensure_queue(config, key))
 
 
-def prune_dangling_messages(config_pth: ConfigPath,
+def prune_dangling_messages(config_pth: ConfigLike,
                             queue_key: str | None = None) -> Mapping[str, int]:
     """
     Drop the messages of queues that are too old, and delete those that everybody acknowledged.
@@ -74,10 +163,10 @@ def prune_dangling_messages(config_pth: ConfigPath,
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _selection.for_each(config_pth, queue_key, lambda queue: queue.prune())
+    return _for_each(config_pth, queue_key, _with_queue(lambda queue: queue.prune()))
 
 
-def clear_all_subs(config_pth: ConfigPath, queue_key: str | None = None) -> Mapping[str, int]:
+def clear_all_subs(config_pth: ConfigLike, queue_key: str | None = None) -> Mapping[str, int]:
     """
     Drop all messages of queues; their subscribers stay.
 
@@ -90,20 +179,61 @@ def clear_all_subs(config_pth: ConfigPath, queue_key: str | None = None) -> Mapp
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _selection.for_each(config_pth, queue_key, lambda queue: queue.clear())
+    return _for_each(config_pth, queue_key, _with_queue(lambda queue: queue.clear()))
 
 
 # Looking
 
 
-@icontract.require(lambda count: count >= 1)
-@icontract.require(lambda start: start >= 0)
-@icontract.ensure(lambda result, count: len(result) <= count)
-def peek(config_pth: ConfigPath,
+def statistics(config_pth: ConfigLike,
+               queue_key: str | None = None) -> Mapping[str, QueueStatistics]:
+    """
+    Count what is in queues and what happened to it, without a walk through the messages.
+
+    It takes no part in the queues: they are not in use for it.
+
+    :param config_pth: configuration
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: figures by key
+    :raise ConfigError: if the configuration is wrong
+    :raise NotInitializedError: if a queue was not initialized
+    """
+    return _for_each(config_pth, queue_key, statistics_of)
+
+
+def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
+    """
+    Count what is in one queue, as :py:func:`statistics` does.
+
+    :param config: configuration
+    :param queue_key: key in ``queues``
+    :return: figures
+    :raise NotInitializedError: if the queue was not initialized
+    """
+    return persipubsub.engine.of(config, queue_key).statistics_of(config, queue_key)
+
+
+def in_flight(config_pth: ConfigLike,
+              queue_key: str | None = None) -> Mapping[str, tuple[InFlight, ...]]:
+    """
+    Tell what is being worked on right now, in which process and since when.
+
+    :param config_pth: configuration
+    :param queue_key: key in ``queues``; all of them if not given
+    :return: what is claimed, by key, ordered by subscriber and number
+    :raise ConfigError: if the configuration is wrong
+    """
+    return types.MappingProxyType({
+        key: tuple(claim for one in figures.subscribers for claim in one.claims)
+        for key, figures in statistics(config_pth, queue_key).items()
+    })
+
+
+def peek(config_pth: ConfigLike,
          sub_id: str,
          count: int = 1,
          start: int = 0,
-         queue_key: str | None = None) -> tuple[Message, ...]:
+         queue_key: str | None = None) -> "tuple[Peeked, ...]":
     """
     Look at the next messages of a subscriber without taking them.
 
@@ -117,31 +247,14 @@ def peek(config_pth: ConfigPath,
         if the file is wrong, has no such subscriber or queue, or nobody may have that id
     :raise NotInitializedError: if the queue or the subscriber was not initialized
     """
-    queue_key = _queue_of(config_pth, sub_id, queue_key)
-    count, start = operator.index(count), operator.index(start)
-    settings = _selection.one(config_pth, queue_key)
-    return tuple(_looking.peek(settings, sub_id, count=count, start=start))
+    config, key = _subscriber(config_pth, sub_id, queue_key)
+    count, start = _at_least("count", count, 1), _at_least("start", start, 0)
+    return tuple(_operation(config, key, "peek")(config, key, sub_id, count, start))
 
 
-def _queue_of(config_pth: ConfigPath, sub_id: str, queue_key: str | None) -> str:
-    """
-    Find the queue of a subscriber.
-
-    :param config_pth: path to the configuration file
-    :param sub_id: id of the subscriber
-    :param queue_key: that was given; None for that of the subscriber's entry
-    :return: key in ``queues``
-    """
-    _selection.check_subscriber(config_pth, sub_id)
-    if queue_key is not None:
-        return queue_key
-    return persipubsub.config.read(config_pth).subscriber(sub_id).in_queue
-
-
-@icontract.require(lambda last: last >= 0)
-def follow(config_pth: ConfigPath,
+def follow(config_pth: ConfigLike,
            queue_key: str,
-           last: int = 0) -> Generator[list[Message], None, None]:
+           last: int = 0) -> "Generator[list[Peeked], None, None]":
     """
     Look at the messages of a queue as they are sent, for ever; a look, and not a subscriber.
 
@@ -154,10 +267,12 @@ def follow(config_pth: ConfigPath,
     :return: iterator over messages, several at a time; an empty list at least once a second
     :raise ConfigError: if the file is wrong, or has no such queue
     """
-    return _looking.follow(_selection.one(config_pth, queue_key), last=operator.index(last))
+    config, (key, ) = _select(config_pth, queue_key)
+    last = _at_least("last", last, 0)
+    return _operation(config, key, "follow")(config, key, last)  # type: ignore[no-any-return]
 
 
-def seek(config_pth: ConfigPath,
+def seek(config_pth: ConfigLike,
          sub_id: str,
          to: str | int | float | datetime.datetime,
          queue_key: str | None = None) -> int:
@@ -187,16 +302,84 @@ def seek(config_pth: ConfigPath,
     :raise TypeError: if the place is of another type
     :raise ValueError: if it is another text, or a time without a time zone
     """
-    queue_key = _queue_of(config_pth, sub_id, queue_key)
-    with persipubsub.queue.Queue(_selection.one(config_pth, queue_key)) as queue:
-        return queue.seek(sub_id, to)
+    config, key = _subscriber(config_pth, sub_id, queue_key)
+    return int(_operation(config, key, "seek")(config, key, sub_id, to))
+
+
+def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
+    """
+    Let the consumers of a subscriber wait: they get no messages until :py:func:`resume`.
+
+    Nothing is lost: messages are kept as if no consumer was there, up to the queue's limits. What is
+    being worked on can be acknowledged. It is durable when the call returns.
+
+    :param config_pth: configuration
+    :param sub_id: id of the subscriber
+    :param queue_key: key in ``queues``; that of the subscriber's entry if not given
+    :return: False if it was paused before
+    :raise ConfigError: if the configuration is wrong
+    :raise NotInitializedError: if the queue has no such subscriber
+    """
+    config, key = _subscriber(config_pth, sub_id, queue_key)
+    return bool(_operation(config, key, "pause")(config, key, sub_id, True))
+
+
+def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
+    """
+    Let the consumers of a subscriber that was paused go on.
+
+    :param config_pth: configuration
+    :param sub_id: id of the subscriber
+    :param queue_key: key in ``queues``; that of the subscriber's entry if not given
+    :return: False if it was not paused
+    :raise ConfigError: if the configuration is wrong
+    :raise NotInitializedError: if the queue has no such subscriber
+    """
+    config, key = _subscriber(config_pth, sub_id, queue_key)
+    return bool(_operation(config, key, "pause")(config, key, sub_id, False))
+
+
+def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | None = None) -> bool:
+    """
+    Let one message leave one subscriber, as a poison message that no consumer can work on.
+
+    It counts as cleared, and is durable when the call returns. Other subscribers get the message. A
+    consumer that is working on it may end its work.
+
+    :param config_pth: configuration
+    :param sub_id: id of the subscriber
+    :param number: of the message
+    :param queue_key: key in ``queues``; that of the subscriber's entry if not given
+    :return: False if there is no such message for the subscriber
+    :raise ConfigError: if the configuration is wrong
+    :raise NotInitializedError: if the queue has no such subscriber
+    """
+    config, key = _subscriber(config_pth, sub_id, queue_key)
+    number = _at_least("number", number, 0)
+    return bool(_operation(config, key, "delete")(config, key, sub_id, number))
+
+
+def stored_settings(config_pth: ConfigLike, queue_key: str) -> Mapping[str, tuple[Any, Any]]:
+    """
+    Compare the settings of a queue in the configuration with those that are stored in the queue.
+
+    :param config_pth: configuration
+    :param queue_key: key in ``queues``
+    :return: keys that differ, each with the value of the configuration and that of the queue;
+        ``subscribers`` with all of the configuration and all of the queue; empty for servers
+    :raise ConfigError: if the configuration is wrong
+    :raise NotInitializedError: if there is no such queue yet
+    """
+    config, (key, ) = _select(config_pth, queue_key)
+    compare = getattr(persipubsub.engine.of(config, key), "stored_settings", None)
+    return types.MappingProxyType({} if compare is None else compare(config, key))
 
 
 # Messages that were given up
 
 
-def dead_letters(config_pth: ConfigPath,
-                 queue_key: str | None = None) -> Mapping[str, tuple[ListedDeadLetter, ...]]:
+def dead_letters(config_pth: ConfigLike,
+                 queue_key: str | None = None) -> "Mapping[str, tuple[ListedDeadLetter, ...]]":
     """
     Look at messages that were given up, without taking them.
 
@@ -208,13 +391,14 @@ def dead_letters(config_pth: ConfigPath,
     :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
     :raise NotInitializedError: if a queue was not initialized, or as one for something else
     """
-    config, keys = _selection.select(config_pth, queue_key)
+    config, keys = _select(config_pth, queue_key)
+    letters = importlib.import_module("persipubsub.letters")
     if queue_key is None:
-        keys = _dead_letters.queues_of(config)
-    return types.MappingProxyType({key: tuple(_dead_letters.look(config, key)) for key in keys})
+        keys = letters.queues_of(config)
+    return types.MappingProxyType({key: tuple(letters.look(config, key)) for key in keys})
 
 
-def send_back(config_pth: ConfigPath,
+def send_back(config_pth: ConfigLike,
               queue_key: str,
               numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
@@ -231,11 +415,12 @@ def send_back(config_pth: ConfigPath,
         if the file is wrong, or lacks that queue, or the one of a letter, or one is no directory
     :raise NotInitializedError: if the queue of a letter does not have its subscriber any more
     """
-    config, _ = _selection.select(config_pth, queue_key)
-    return _dead_letters.send_back(config, queue_key, numbers)
+    config, _ = _select(config_pth, queue_key)
+    letters = importlib.import_module("persipubsub.letters")
+    return tuple(letters.send_back(config, queue_key, numbers))
 
 
-def drop_dead_letters(config_pth: ConfigPath,
+def drop_dead_letters(config_pth: ConfigLike,
                       queue_key: str,
                       numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
@@ -247,14 +432,15 @@ def drop_dead_letters(config_pth: ConfigPath,
     :return: numbers of those that were dropped; one that is not there or in use is left out
     :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
     """
-    config, _ = _selection.select(config_pth, queue_key)
-    return _dead_letters.drop(config, queue_key, numbers)
+    config, _ = _select(config_pth, queue_key)
+    letters = importlib.import_module("persipubsub.letters")
+    return tuple(letters.drop(config, queue_key, numbers))
 
 
 # Maintenance
 
 
-def verify(config_pth: ConfigPath,
+def verify(config_pth: ConfigLike,
            queue_key: str | None = None,
            progress: Progress | None = None) -> Mapping[str, tuple[str, ...]]:
     """
@@ -270,16 +456,15 @@ def verify(config_pth: ConfigPath,
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    progress = progress or Progress()
-    return types.MappingProxyType({
-        key: tuple(_upkeep.verify(settings, progress))
-        for key, settings in _selection.settings_of(config_pth, queue_key).items()
-    })
+    shown = progress or Progress()
+    return _for_each(
+        config_pth, queue_key,
+        lambda config, key: tuple(_maintenance().verify(*_directory(config, key), shown)))
 
 
-def backup(config_pth: ConfigPath,
+def backup(config_pth: ConfigLike,
            queue_key: str,
-           target: Union[str, "os.PathLike[str]"],
+           target: "str | os.PathLike[str]",
            progress: Progress | None = None) -> int:
     """
     Copy a queue, as it is at one moment, into a file. It holds up nobody, and may be in full use.
@@ -296,13 +481,14 @@ def backup(config_pth: ConfigPath,
     :raise StoreError: if the target is there already
     :raise DiskFullError: if there is no room for it
     """
-    return _upkeep.backup(_selection.one(config_pth, queue_key), os.fspath(target), progress
-                          or Progress())
+    config, _ = _select(config_pth, queue_key)
+    return int(_maintenance().backup(*_directory(config, queue_key), os.fspath(target), progress
+                                     or Progress()))
 
 
-def restore(config_pth: ConfigPath,
+def restore(config_pth: ConfigLike,
             queue_key: str,
-            source: Union[str, "os.PathLike[str]"],
+            source: "str | os.PathLike[str]",
             progress: Progress | None = None) -> None:
     """
     Let a backup take the place of a queue, or create the queue from it.
@@ -321,16 +507,15 @@ def restore(config_pth: ConfigPath,
     :raise StoreCorruptError: if the backup is damaged
     :raise FormatError: if it is not the backup of a queue, or the directory holds something else
     """
-    settings = _selection.one(config_pth, queue_key)
-    config = persipubsub.config.read(config_pth)
-    _alone.restore(settings, os.path.realpath(os.fspath(source)), progress or Progress())
-    persipubsub.queue.ensure_queue(config, queue_key)
+    config, _ = _select(config_pth, queue_key)
+    source = os.path.realpath(os.fspath(source))
+    _maintenance().restore(*_directory(config, queue_key), source, progress or Progress())
+    persipubsub.engine.of(config, queue_key).ensure_queue(config, queue_key)
 
 
-@icontract.ensure(lambda result: all(sizes.after > 0 for sizes in result.values()))
-def compact(config_pth: ConfigPath,
+def compact(config_pth: ConfigLike,
             queue_key: str | None = None,
-            progress: Progress | None = None) -> Mapping[str, Sizes]:
+            progress: Progress | None = None) -> "Mapping[str, Sizes]":
     """
     Give the room on the disk back that queues do not need any more.
 
@@ -345,14 +530,17 @@ def compact(config_pth: ConfigPath,
     :raise QueueInUseError: if any process, this one included, has the queue open
     :raise StoreCorruptError: if the queue is damaged; it is left as it is
     """
-    progress = progress or Progress()
-    return types.MappingProxyType({
-        key: _alone.compact(settings, progress)
-        for key, settings in _selection.settings_of(config_pth, queue_key).items()
-    })
+    shown = progress or Progress()
+
+    def work(config: Config, key: str) -> Any:
+        directory, queue = _directory(config, key)
+        _with_queue(lambda opened: opened.delete_finished())(config, key)
+        return _maintenance().compact(directory, queue, shown)
+
+    return _for_each(config_pth, queue_key, work)
 
 
-def add_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -> bool:
+def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> bool:
     """
     Add a subscriber to a queue, durably; it gets what is sent from now on.
 
@@ -365,13 +553,14 @@ def add_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -> b
     :raise ConfigError: if the file is wrong, has no such queue, or nobody may have that id
     :raise NotInitializedError: if the queue was not initialized
     """
-    settings = _selection.one(config_pth, queue_key)
-    _selection.check_subscriber(config_pth, subscriber)
-    persipubsub.config.check_identifier(subscriber, config_pth)
-    return bool(_upkeep.add_subscribers(settings, [subscriber]))
+    config, _ = _select(config_pth, queue_key)
+    if not isinstance(subscriber, str):
+        raise TypeError(f"Expected the id of a subscriber as str, but got: {subscriber!r}")
+    persipubsub.config.check_identifier(subscriber, config.path)
+    return bool(_operation(config, queue_key, "add_subscriber")(config, queue_key, subscriber))
 
 
-def remove_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -> int:
+def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> int:
     """
     Remove a subscriber from a queue, durably, and with it the messages that nobody else needs.
 
@@ -385,11 +574,11 @@ def remove_subscriber(config_pth: ConfigPath, queue_key: str, subscriber: str) -
     :raise ConfigError: if the file is wrong, has no such queue, or nobody may have that id
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
-    _selection.check_subscriber(config_pth, subscriber)
-    return _upkeep.remove_subscriber(_selection.one(config_pth, queue_key), subscriber)
+    config, _ = _subscriber(config_pth, subscriber, queue_key)
+    return int(_operation(config, queue_key, "remove_subscriber")(config, queue_key, subscriber))
 
 
-def drop_queue(config_pth: ConfigPath, queue_key: str) -> tuple[str, ...]:
+def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
     """
     Remove a queue with all its messages from the disk. It needs the queue for itself.
 
@@ -403,13 +592,15 @@ def drop_queue(config_pth: ConfigPath, queue_key: str) -> tuple[str, ...]:
     :raise NotInitializedError: if there is no queue
     :raise QueueInUseError: if any process, this one included, has the queue open
     """
-    return tuple(_alone.drop(_selection.one(config_pth, queue_key)))
+    config, _ = _select(config_pth, queue_key)
+    directory, queue = _directory(config, queue_key)
+    return tuple(_maintenance().drop(directory, queue.busy_timeout_secs))
 
 
-def migrate(config_pth: ConfigPath,
+def migrate(config_pth: ConfigLike,
             queue_key: str,
             target: str,
-            progress: Progress | None = None) -> Mapping[str, Moved]:
+            progress: Progress | None = None) -> "Mapping[str, Moved]":
     """
     Move what waits in a queue of this machine to a queue on servers, while both are in use.
 
@@ -428,11 +619,13 @@ def migrate(config_pth: ConfigPath,
     :raise QueueFullError: if there is no room at the target for half a minute
     :raise UnavailableError: if no server answers in time
     """
-    config, _ = _selection.select(config_pth, queue_key)
-    return _migration.migrate(config, queue_key, target, progress or Progress())
+    config, _ = _select(config_pth, queue_key)
+    migration = importlib.import_module("persipubsub.migration")
+    return migration.migrate(  # type: ignore[no-any-return]
+        config, queue_key, target, progress or Progress())
 
 
-def check_durability(config_pth: ConfigPath,
+def check_durability(config_pth: ConfigLike,
                      queue_key: str | None = None) -> Mapping[str, tuple[str, ...]]:
     """
     Look for queues that are less durable than their configuration says, as far as that can be told.
@@ -445,7 +638,6 @@ def check_durability(config_pth: ConfigPath,
     :return: warnings, by queue
     :raise ConfigError: if the file is wrong
     """
-    config, keys = _selection.select(config_pth, queue_key)
-    return types.MappingProxyType(
-        {key: persipubsub.engine.of(config, key).check_durability(config, key)
-         for key in keys})
+    return _for_each(
+        config_pth, queue_key,
+        lambda config, key: persipubsub.engine.of(config, key).check_durability(config, key))

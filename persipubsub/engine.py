@@ -40,7 +40,7 @@ class Lease(Protocol):
     """
     Messages that one consumer has, and no other gets. Ended once: by ``ack`` or ``nack``.
 
-    A lease that is dropped stays until the queue is closed, or the process ends.
+    A lease that is dropped gives the messages back, without a word of how their delivery ended.
     """
 
     messages: list[bytes]  #: at least one
@@ -155,7 +155,9 @@ class TaskConsumer(Consumer, Protocol):
 class TaskQueue(Queue, Protocol):
     """Queue of an engine that blocks."""
 
-    waits_for_room: bool  #: strategy "block"
+    @property
+    def waits_for_room(self) -> bool:
+        """Return whether senders wait in a full queue (strategy "block")."""
 
     def put_each(
         self, sendings: Sequence[tuple[Sequence[bytes], Recipients, MessageIds]]

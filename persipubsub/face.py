@@ -207,7 +207,7 @@ class Block(Generic[TakeT, ContentT]):
 
     __slots__ = ("_take", "_contents", "_lease")
 
-    _form: str  #: how to use it
+    _form = ""  #: how to use it
 
     def __init__(self, take: TakeT, contents: Contents[ContentT]) -> None:
         """
@@ -286,17 +286,16 @@ class Batch(Generic[TakeT, ContentT]):
 
     def _finish(self, handled: int, error: BaseException | None = None) -> "list[Ending]":
         """End all: what was handled, the message that the error is about, and the rest."""
-        lease = self._lease
-        count = len(self._items)
+        lease, count, given = self._lease, len(self._items), self._given
+        self._lease, self._items, self._given = None, [], 0
         if lease is None:
             return []
-        self._lease = None
         if handled == count:
             return [Ending(lease, True)]
         endings = []
         if handled > 0:
             endings.append(Ending(lease.split(handled), True))
-        if self._given == 0:
+        if given == 0:
             error = None  # the message that failed was acknowledged before
         elif error is not None and handled + 1 < count:
             endings.append(Ending(lease.split(1), False, error))

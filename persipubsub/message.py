@@ -1,13 +1,18 @@
 """Messages with what is known of them, and messages that were given up."""
 
+import contextlib
 import dataclasses
 import datetime
+from typing import Final
 
 import msgspec
 
 import persipubsub.errors
 
-__all__ = ["Message", "DeadLetter"]
+__all__ = ["Message", "Peeked", "DeadLetter", "text_of"]
+
+#: An error takes at most so many characters where it is stored.
+ERROR_CHARACTERS: Final = 500
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +32,16 @@ class Message:
     attempts: int  #: how often it was delivered to this subscriber, this time included
     #: How many messages for this subscriber were dropped unread between the one before and this.
     dropped_before: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Peeked:
+    """Message that was looked at, not received: :py:func:`persipubsub.control.peek`."""
+
+    number: int  #: in its queue
+    age_seconds: float  #: since it was sent
+    subscribers: tuple[str, ...] | None  #: whom it was sent to; None: all of the queue
+    content: bytes | None  #: None if the message is damaged
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,3 +98,17 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
                 f"Expected a dead letter of the version 1, but got: {letter.version!r}",
                 number=letter.number)
         return letter
+
+
+def text_of(error: BaseException) -> str:
+    """
+    Describe an error of the user's code, whatever that does.
+
+    >>> text_of(ValueError("no greeting"))
+    'ValueError: no greeting'
+    """
+    text = ""
+    with contextlib.suppress(Exception):
+        text = str(error)
+    name = type(error).__qualname__
+    return (f"{name}: {text}" if text else name)[:ERROR_CHARACTERS]

@@ -27,7 +27,13 @@ class _Receipt(persipubsub.face.Block[Take, ContentT]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
-        persipubsub.face.end(self._leave(error))
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        if error is None:
+            lease.ack()
+        else:
+            lease.nack(error)
 
 
 class Receipt(_Receipt[ContentT]):
@@ -229,21 +235,14 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         self._put(None)
 
+    # yapf: disable
     @overload
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                details: Literal[False] = False) -> Receipt[bytes]:
-        ...
-
+    def receive(self, timeout: float | None = 60, retries: int = 10,
+                details: Literal[False] = False) -> Receipt[bytes]:        ...
     @overload
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                *,
-                details: Literal[True]) -> Receipt[Message]:
-        ...
-
+    def receive(self, timeout: float | None = 60, retries: int = 10, *,
+                details: Literal[True]) -> Receipt[Message]:        ...
+    # yapf: enable
     def receive(self,
                 timeout: float | None = 60,
                 retries: int = 10,
@@ -267,21 +266,14 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         return Receipt(functools.partial(self._get().consumer.take, seconds, poll_secs),
                        persipubsub.face.contents_of(details))
 
+    # yapf: disable
     @overload
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       details: Literal[False] = False) -> Receipt[bytes]:
-        ...
-
+    def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
+                       details: Literal[False] = False) -> Receipt[bytes]:        ...
     @overload
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       *,
-                       details: Literal[True]) -> Receipt[Message]:
-        ...
-
+    def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
+                       details: Literal[True]) -> Receipt[Message]:        ...
+    # yapf: enable
     def receive_to_top(self,
                        timeout: float | None = 60,
                        retries: int = 10,
@@ -304,23 +296,14 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         return Receipt(functools.partial(self._get().consumer.take_newest, seconds, poll_secs),
                        persipubsub.face.contents_of(details))
 
+    # yapf: disable
     @overload
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     details: Literal[False] = False) -> BatchReceipt[bytes]:
-        ...
-
+    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
+                     details: Literal[False] = False) -> BatchReceipt[bytes]:        ...
     @overload
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     *,
-                     details: Literal[True]) -> BatchReceipt[Message]:
-        ...
-
+    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
+                     details: Literal[True]) -> BatchReceipt[Message]:        ...
+    # yapf: enable
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
@@ -349,21 +332,14 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
             functools.partial(self._get().consumer.take, seconds, poll_secs, max_msgs),
             persipubsub.face.contents_of(details))
 
+    # yapf: disable
     @overload
-    def messages(self,
-                 timeout: float | None = None,
-                 details: Literal[False] = False,
-                 prefetch: int = 1) -> Messages[bytes]:
-        ...
-
+    def messages(self, timeout: float | None = None, details: Literal[False] = False,
+                 prefetch: int = 1) -> Messages[bytes]:        ...
     @overload
-    def messages(self,
-                 timeout: float | None = None,
-                 *,
-                 details: Literal[True],
-                 prefetch: int = 1) -> Messages[Message]:
-        ...
-
+    def messages(self, timeout: float | None = None, *, details: Literal[True],
+                 prefetch: int = 1) -> Messages[Message]:        ...
+    # yapf: enable
     def messages(self,
                  timeout: float | None = None,
                  details: bool = False,

@@ -3,9 +3,8 @@ Read the code blocks of a page of the documentation, and do what it says in an e
 
 A page is followed word for word, from top to bottom:
 
-* A block with a ``:caption:`` is a file of that name. So is one in JSON behind a paragraph that
-  ends with the name: ``here ``config.json``:``, and a whole configuration is ``config.json``. Any
-  other one in JSON only has to be well-formed.
+* A block with a ``:caption:`` is a file of that name, and a whole configuration is ``config.json``.
+  Any other block in JSON only has to be well-formed.
 * Any other block in Python is run. All of a page share one interpreter, so that what was assigned
   above is known below. If the paragraph behind it ends with ``prints:``, the block that follows is
   what it prints. One with prompts (``>>>``) is a doctest.
@@ -37,7 +36,6 @@ from tests import support
 _DIRECTIVE = re.compile(
     r"^(?P<indent> *)\.\. (?P<name>code-block|literalinclude|code):: *(?P<rest>.*)$")
 _OPTION = re.compile(r"^ *:(?P<key>[\w-]+): *(?P<value>.*)$")
-_NAMED = re.compile(r"``([\w./-]+\.\w+)``:{1,2}$")
 
 _IS_CONFIG = re.compile(r'^ *"queues": \{', re.MULTILINE)
 _NOTICE = re.compile(r"bash: line \d+: +\d+ Killed")
@@ -130,9 +128,6 @@ def _file_name(block: Block) -> str:
     if block.caption or block.is_typed:
         return block.caption
     if block.language == "json":
-        named = _NAMED.search(block.introduction)
-        if named is not None:
-            return named.group(1)
         if _IS_CONFIG.search(block.code):
             return "config.json"
     return ""
@@ -377,7 +372,7 @@ class Reader:
         """Do what the blocks say, in Python with an interpreter."""
         done = 0
         shown = -1
-        if not any(map(_file_name, blocks)) and any(
+        if "config.json" not in map(_file_name, blocks) and any(
                 '"config.json"' in block.code or (block.is_typed and "config.json" in block.code)
                 for block in blocks):
             self._start_publishing()
@@ -390,7 +385,7 @@ class Reader:
                 path = self._directory() / _file_name(block)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.code, encoding="utf-8")
-                if _IS_CONFIG.search(block.code):
+                if block.language == "json" and _IS_CONFIG.search(block.code):
                     _check_config(block)
                 done += 1
             elif block.language == "json":

@@ -29,8 +29,8 @@ class Face(NamedTuple):
     """Hold the classes that a scenario uses, and what runs it."""
 
     name: str
-    pub: Callable[[], Any]
-    sub: Callable[[], Any]
+    pub: Callable[..., Any]
+    sub: Callable[..., Any]
     run: Callable[[Coroutine[Any, Any, Any]], Any]
 
 
@@ -39,6 +39,9 @@ class _BlockingReceipt:
 
     def __init__(self, receipt: Any) -> None:
         self._receipt = receipt
+
+    def __bool__(self) -> bool:
+        return bool(self._receipt)
 
     async def __aenter__(self) -> Any:
         return await asyncio.to_thread(self._receipt.__enter__)
@@ -60,6 +63,12 @@ class _Blocking:
 
     async def __aexit__(self, *exception: Any) -> None:
         await asyncio.to_thread(self.blocking.__exit__, *exception)
+
+    def __repr__(self) -> str:
+        return repr(self.blocking)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.blocking.__reduce_ex__(protocol)
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         return functools.partial(asyncio.to_thread, getattr(self.blocking, name))
@@ -102,8 +111,8 @@ def _run_blocking(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
 
 
 BLOCKING = Face("blocking",
-                pub=lambda: _Blocking(persipubsub.publisher.Pub()),
-                sub=lambda: _BlockingSub(persipubsub.subscriber.Sub()),
+                pub=lambda *given: _Blocking(persipubsub.publisher.Pub(*given)),
+                sub=lambda *given: _BlockingSub(persipubsub.subscriber.Sub(*given)),
                 run=_run_blocking)
 
 ASYNCIO = Face("asyncio", persipubsub.aio.Pub, persipubsub.aio.Sub, asyncio.run)
@@ -137,7 +146,9 @@ def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -
         changes = {
             "path": request.getfixturevalue("servers").path(f"queue{next(_COUNTER)}",
                                                             ack_wait=30.0),
-            "busy_timeout_secs": 10
+            "busy_timeout_secs": 10,
+            # The server reserves it for each of the many queues.
+            "HWM_LMDB_SIZE_BYTES": 1 << 24
         }
     return deploy(tmp_path, **changes)
 

@@ -1,5 +1,10 @@
-"""Start and end real servers of NATS with JetStream, on free ports of the loopback address."""
+"""
+Start and end real servers of NATS with JetStream, on free ports of the loopback address.
 
+:py:class:`Proxy` stands between clients and a server, and makes connections slow, silent or short.
+"""
+
+import asyncio
 import contextlib
 import itertools
 import json
@@ -9,7 +14,9 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -36,12 +43,7 @@ needs_server = pytest.mark.skipif(_PROGRAM is None,
 
 
 def free_ports(count: int) -> list[int]:
-    """
-    Find ports that nobody listens on.
-
-    :param count: how many
-    :return: ports, each once
-    """
+    """Find ports that nobody listens on."""
     ports: list[int] = []
     # Below those that the system gives to connections, which could take one before it is used.
     for port in random.SystemRandom().sample(range(10000, 32768), 1000):
@@ -58,14 +60,7 @@ class Server:
 
     def __init__(self, directory: pathlib.Path, name: str, ports: Sequence[int],
                  lines: Sequence[str]) -> None:
-        """
-        Write its configuration, and start nothing.
-
-        :param directory: for its store and its configuration
-        :param name: of the server
-        :param ports: for clients and for monitoring
-        :param lines: of its configuration, besides
-        """
+        """Write its configuration, and start nothing."""
         self.name = name
         self.port, self.monitor_port = ports
         self._log = directory / f"{name}.log"
@@ -77,11 +72,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Server":
-        """
-        Start the process, and do not wait until it is ready.
-
-        :return: itself
-        """
+        """Start the process, and do not wait until it is ready."""
         assert _PROGRAM is not None
         with self._log.open("ab") as log:
             self.process = subprocess.Popen([_PROGRAM, "-c", str(self._config)],
@@ -91,23 +82,14 @@ class Server:
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """
-        Send a signal that ends the process, and wait for its end.
-
-        :param number: of the signal
-        """
+        """Send a signal that ends the process, and wait for its end."""
         process, self.process = self.process, None
         if process is not None:
             process.send_signal(number)
             process.wait(timeout=30)
 
     def look(self, page: str) -> dict[str, Any]:
-        """
-        Read a page of its monitoring port.
-
-        :param page: name, and perhaps a query
-        :return: what is on it; nothing if it does not answer
-        """
+        """Read a page of its monitoring port."""
         try:
             url = f"http://127.0.0.1:{self.monitor_port}/{page}"
             # One that is not there refuses at once, and one that is busy takes its time.
@@ -118,20 +100,12 @@ class Server:
             return {}
 
     def is_ready(self) -> bool:
-        """
-        Ask whether it is up.
-
-        :return: True if it takes clients
-        """
+        """Ask whether it is up."""
         assert self.process is not None and self.process.poll() is None, self._log.read_text()
         return bool(self.look("healthz").get("status") == "ok")
 
     def peers(self) -> list[dict[str, Any]]:
-        """
-        List the other servers of its cluster.
-
-        :return: what is known of each; none if it does not lead them
-        """
+        """List the other servers of its cluster."""
         return list(self.look("jsz").get("meta_cluster", {}).get("replicas") or [])
 
 
@@ -139,21 +113,11 @@ class Servers:
     """Be one server, or a cluster."""
 
     def __init__(self, servers: list[Server]) -> None:
-        """
-        Initialize with servers that were started.
-
-        :param servers: all of them
-        """
+        """Initialize with servers that were started."""
         self.servers = servers
 
     def path(self, stream: str, **options: object) -> str:
-        """
-        Make the path of a queue.
-
-        :param stream: its name
-        :param options: of the path
-        :return: path
-        """
+        """Make the path of a queue."""
         query = "&".join(f"{name}={value}" for name, value in options.items())
         hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
         return f"nats://{hosts}/{stream}" + (f"?{query}" if query else "")
@@ -163,12 +127,7 @@ class Servers:
         until(lambda: all(server.is_ready() for server in self.servers), "the servers")
 
     def leader(self, stream: str) -> Server | None:
-        """
-        Find the server that leads a stream.
-
-        :param stream: its name
-        :return: server; None if nobody says so right now
-        """
+        """Find the server that leads a stream."""
         for server in self.servers:
             for account in server.look("jsz?streams=1").get("account_details") or []:
                 for one in account.get("stream_detail") or []:
@@ -184,15 +143,7 @@ def running(
     nodes: int = 1,
     lines: Sequence[str] = (),
     jetstream: Sequence[str] = ()) -> Iterator[Servers]:
-    """
-    Run servers as long as the ``with`` block.
-
-    :param directory: for their stores; has to be empty
-    :param nodes: how many
-    :param lines: of the configuration of each, besides
-    :param jetstream: lines of its block ``jetstream``; "off" for none at all
-    :return: servers that are ready
-    """
+    """Run servers as long as the ``with`` block."""
     ports = free_ports(3 * nodes)
     servers = []
     for index in range(nodes):
@@ -221,13 +172,7 @@ def running(
 
 
 def _start_together(directory: pathlib.Path, servers: list[Server]) -> bool:
-    """
-    Start servers, and wait until they are ready.
-
-    :param directory: of their stores
-    :param servers: all of them
-    :return: False if they did not become a cluster in time; then nothing is left of them
-    """
+    """Start servers, and wait until they are ready."""
     for server in servers:
         # One after the other: servers that find each other at the same moment were seen to lose one
         # of them for good.
@@ -251,41 +196,133 @@ def deploy(directory: pathlib.Path,
            servers: Servers,
            ack_wait: float = FOR_EVER_SECS,
            **changes: Any) -> pathlib.Path:
-    """
-    Create a queue that no other test has.
-
-    :param directory: for its configuration
-    :param servers: that keep it
-    :param ack_wait: after how many seconds a message that nobody acknowledged comes again
-    :param changes: of the configuration
-    :return: path of the configuration
-    """
+    """Create a queue that no other test has."""
     path = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
     return create(directory, path=path, **{"busy_timeout_secs": 10, **changes})
 
 
 def create(directory: pathlib.Path, **described: Any) -> pathlib.Path:
-    """
-    Create a queue, however soon those who use it give up.
-
-    :param directory: for its configuration
-    :param described: of the configuration
-    :return: path of the configuration
-    """
+    """Create a queue, however soon those who use it give up."""
     patient = {**described, "busy_timeout_secs": 30}
     persipubsub.control.initialize_all_dbs(write_config(directory, **patient))
     return write_config(directory, **described)
 
 
 def wait_for_port(server: Server) -> None:
-    """
-    Wait until a server takes connections, whatever else is wrong with it.
-
-    :param server: that was started
-    """
+    """Wait until a server takes connections, whatever else is wrong with it."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port), 1):
             return
         time.sleep(0.01)
     raise AssertionError(f"Expected a server at port {server.port}")
+
+
+def ask(port: int, verb: str, **body: Any) -> dict[str, Any]:
+    """Ask the API of JetStream, behind the library's back."""
+    # Not at the top: whole modules of tests are imported where the extra is not installed.
+    import nats  # pylint: disable=import-outside-toplevel
+
+    async def work() -> dict[str, Any]:
+        client = await nats.connect(f"nats://127.0.0.1:{port}")
+        answer = await client.request(f"$JS.API.{verb}", json.dumps(body).encode(), timeout=10)
+        await client.close()
+        found: dict[str, Any] = json.loads(answer.data)
+        assert "error" not in found, found
+        return found
+
+    return asyncio.run(work())
+
+
+@contextlib.contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """Stop a server as long as the ``with`` block: it reads nothing, and closes nothing."""
+    process = server.process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    # Its threads stop one after the other.
+    tasks = pathlib.Path(f"/proc/{process.pid}/task")
+    until(
+        lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+                    for task in tasks.iterdir()), "all threads to stop")
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+class Proxy:
+    """Stand between clients and a server."""
+
+    def __init__(self, port: int) -> None:
+        """Initialize with everything passed on at once."""
+        #: Cleared while nothing is passed on.
+        self.is_open = threading.Event()
+        self.is_open.set()
+        #: After each 64 KiB, in seconds.
+        self.pause = 0.0
+        #: Connections that were made, and how many of the next are reset in their beginning.
+        self.count = 0
+        self.resets = 0
+        #: Bytes from a client after which the next connections are cut, the last one first.
+        self.limits: list[int] = []
+        self._server_port = port
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def config(self, config_pth: pathlib.Path, *others: "Proxy") -> pathlib.Path:
+        """Write a configuration of the same queue that leads through this proxy, or others."""
+        path = config_pth.with_name("proxy.json")
+        new = ",127.0.0.1".join(f":{proxy.port}" for proxy in (self, *others))
+        old = f":{self._server_port}/"
+        path.write_text(config_pth.read_text().replace(old, f"{new}/"))
+        return path
+
+    def cut(self) -> None:
+        """End all connections, with what is under way."""
+        sockets, self._sockets = self._sockets, []
+        for one in sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the thread that accepts."""
+        self.is_open.set()
+        # Wakes it; closing alone does not.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.count += 1
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                if self.resets:
+                    self.resets -= 1
+                    with contextlib.suppress(ConnectionError):
+                        client.sendall(server.recv(1 << 16))
+                        client.recv(1)
+                    # Without lingering, closing resets.
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    client.close()
+                    server.close()
+                    continue
+                self._sockets += [client, server]
+                limit = self.limits.pop() if self.limits else float("inf")
+                for pair in ((client, server, limit), (server, client, float("inf"))):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, left: float) -> None:
+        with contextlib.suppress(OSError):
+            while left > 0 and (data := source.recv(1 << 16)):
+                self.is_open.wait()
+                target.sendall(data[:int(min(left, len(data)))])
+                left -= len(data)
+                time.sleep(self.pause)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)

@@ -9,24 +9,24 @@ remember different things of what the other did.
 # pylint: disable=attribute-defined-outside-init
 # pylint: disable=too-many-public-methods
 import contextlib
+import functools
 import os
-import pathlib
 import shutil
 import tempfile
 import time
-from typing import Union
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import persipubsub.config
-import persipubsub.message
 import persipubsub.errors
+import persipubsub.message
 import persipubsub.queue
-from persipubsub import _delivery, _waking
-from persipubsub._settings import Retries
-from persipubsub.store import _attempts, _blocks, _retention
+import persipubsub.statistics
+from persipubsub.lmdb_engine import attempts, consuming
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import maintenance
 from tests import stores
 from tests.queue_twin import Twin
 
@@ -37,9 +37,9 @@ WINDOW_NS = 700
 NAMES = ("sub", "another", "später")
 
 #: How often a message is delivered to each of them, and its rest after the first failure.
-POLICIES = (_attempts.Policy(), _attempts.Policy(max_deliveries=2, delay_ns=3),
-            _attempts.Policy(delay_ns=TIMEOUT_NS // 8), _attempts.Policy(max_deliveries=1),
-            _attempts.Policy(max_deliveries=3))
+POLICIES = (attempts.Policy(), attempts.Policy(max_deliveries=2, delay_ns=3),
+            attempts.Policy(delay_ns=TIMEOUT_NS // 8), attempts.Policy(max_deliveries=1),
+            attempts.Policy(max_deliveries=3))
 
 SIDES = st.integers(min_value=0, max_value=1)
 
@@ -57,41 +57,48 @@ class QueueMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.clock = stores.Clock()
         self.queues: list[persipubsub.queue.Queue] = []
-        self.consumers: dict[tuple[int, str], _waking.Consumer] = {}
+        self.consumers: dict[tuple[int, str], consuming.Consumer] = {}
+        # How many messages were dropped unread when a consumer took one last.
+        self.drops: dict[tuple[int, str], int] = {}
+        self.is_rebuilt = False
         # Side of the consumer, its subscriber, what it took
-        self.leases: list[tuple[int, str, _delivery.Lease]] = []
+        self.leases: list[tuple[int, str, consuming.Lease]] = []
 
     @initialize(subscribers=st.integers(min_value=1, max_value=3),
                 max_messages=st.sampled_from([1, 4, 5, 8, 9, 20]),
                 max_message_bytes=st.sampled_from([20, 100, 1000, 1000]),
                 strategy=st.sampled_from(persipubsub.config.Strategy),
                 retain_ns=st.sampled_from([0, 0, 3, TIMEOUT_NS // 2]),
-                keeps_os=st.booleans(),
+                durability=st.sampled_from(persipubsub.config.Durability),
                 block_bytes=st.sampled_from([24, 60, 1 << 20]),
                 policies=st.tuples(*[st.sampled_from(POLICIES)] * len(NAMES)))
     def create(self, subscribers: int, max_messages: int, max_message_bytes: int,
-               strategy: persipubsub.config.Strategy, retain_ns: int, keeps_os: bool,
-               block_bytes: int, policies: tuple[_attempts.Policy, ...]) -> None:
-        self.patch.setattr(_blocks, "BLOCK_BYTES", block_bytes)
+               strategy: persipubsub.config.Strategy, retain_ns: int,
+               durability: persipubsub.config.Durability, block_bytes: int,
+               policies: tuple[attempts.Policy, ...]) -> None:
+        self.patch.setattr(fmt, "BLOCK_BYTES", block_bytes)
         self.policies = dict(zip(NAMES, policies))
-        letters = stores.settings(pathlib.Path(self.directory),
-                                  path=os.path.join(self.directory, "letters"))
-        persipubsub.queue.Queue.ensure(letters, subscribers=["dead_letters"])
-        self.letters = persipubsub.queue.Queue(letters)
-        self.settings = stores.settings(pathlib.Path(self.directory),
-                                        timeout_ns=TIMEOUT_NS,
-                                        max_messages=max_messages,
-                                        max_message_bytes=max_message_bytes,
+        letters_path = os.path.join(self.directory, "letters")
+        letters = stores.settings()
+        persipubsub.queue.Queue.ensure(letters_path, letters, ["dead_letters"])
+        self.letters = persipubsub.queue.Queue(letters_path, letters)
+        self.path = os.path.join(self.directory, "queue")
+        self.settings = stores.settings(msg_timeout_secs=TIMEOUT_NS / 1e9,
+                                        max_msgs_num=max_messages,
+                                        size_bytes=max_message_bytes,
                                         strategy=strategy,
-                                        retain_ns=retain_ns,
-                                        once_window_ns=WINDOW_NS,
-                                        keeps_os=keeps_os,
-                                        retries={
-                                            name: Retries(policy, "the queue", letters)
-                                            for name, policy in self.policies.items()
-                                        })
+                                        retain_secs=retain_ns / 1e9,
+                                        once_window_secs=WINDOW_NS / 1e9,
+                                        durability=durability)
+        self.retain_ns = retain_ns
+        self.retries = {
+            name: persipubsub.queue.Retries(
+                policy, "the queue",
+                functools.partial(persipubsub.queue.Queue, letters_path, letters))
+            for name, policy in self.policies.items()
+        }
         names = NAMES[:subscribers]
-        persipubsub.queue.Queue.ensure(self.settings, subscribers=names)
+        persipubsub.queue.Queue.ensure(self.path, self.settings, names)
         self.queues = [self.open(), self.open()]
         self.twin = Twin(subscribers=names,
                          next_number=self.queues[0].statistics().next_number,
@@ -107,7 +114,7 @@ class QueueMachine(RuleBasedStateMachine):
             subscriber.max_deliveries, subscriber.delay_ns = self.policies[name]
 
     def open(self) -> persipubsub.queue.Queue:
-        return persipubsub.queue.Queue(self.settings, clock=self.clock)
+        return persipubsub.queue.Queue(self.path, self.settings, self.retries, self.clock)
 
     def teardown(self) -> None:
         try:
@@ -124,10 +131,11 @@ class QueueMachine(RuleBasedStateMachine):
     def drain(self) -> None:
         """Take all that is left; the store is as good as empty then."""
         for _, name, held in self.leases:
-            held.give_back()
+            held.nack()
             self.twin.take_back(name, held.numbers)
         self.leases = []
         for name, subscriber in self.twin.subscribers.items():
+            self.set_paused(0, name, False)
             consumer = self.queues[0].consumer(name)
             # Whatever rests is due then, or too old.
             self.clock.now_ns += TIMEOUT_NS
@@ -136,14 +144,17 @@ class QueueMachine(RuleBasedStateMachine):
                 assert lease is not None, (name, expected)
                 assert lease.numbers == [expected[0].number]
                 assert lease.messages == [expected[0].data]
-                lease.acknowledge()
+                lease.ack()
                 subscriber.pending.remove(expected[0].number)
             assert consumer.take(timeout=0) is None
-            assert not subscriber.pending
+            self.expire(0)
         self.letters_are_equal()
-        self.clock.now_ns += self.settings.retain_ns
+        self.clock.now_ns += self.retain_ns
         self.queues[0].prune()
-        assert self.queues[0].check() == []
+        self.expire(0)
+        assert not any(subscriber.pending for subscriber in self.twin.subscribers.values())
+        # The journal is compared as well.
+        assert maintenance.verify(self.path, self.settings, persipubsub.statistics.Progress()) == []
         statistics = self.queues[0].statistics()
         assert (statistics.messages, statistics.message_bytes) == (0, 0)
         assert len(stores.blocks(self.queues[0])) <= 1
@@ -196,14 +207,27 @@ class QueueMachine(RuleBasedStateMachine):
         number: int | None = None
         with contextlib.suppress(persipubsub.errors.QueueFullError):
             number = queue.put(messages, audience, timeout=0, msg_ids=ids)
-        # A queue looks for what is too old at every few sends; the twin does when it does.
+        assert number == self.twin.send(messages, audience, self.clock.now_ns, ids)
+        self.expire(side)
+
+    def expire(self, side: int) -> None:
+        """Let the twin drop what is too old if the queue did, which looks for it now and then."""
         expired = sum(subscriber.dropped_by_timeout
-                      for subscriber in queue.statistics().subscribers)
-        assert number == self.twin.send(messages,
-                                        audience=audience,
-                                        now_ns=self.clock.now_ns,
-                                        expires=expired != self.twin.timeouts(),
-                                        ids=ids)
+                      for subscriber in self.queues[side].statistics().subscribers)
+        if expired != self.twin.timeouts():
+            self.twin.expire(self.clock.now_ns)
+
+    @rule(side=SIDES, sendings=st.lists(MESSAGES, min_size=1, max_size=4))
+    def send_each(self, side: int, sendings: list[list[bytes]]) -> None:
+        """Let several tasks send at the same time."""
+        outcomes = self.queues[side].put_each([(messages, None, None) for messages in sendings])
+        for messages, outcome in zip(sendings, outcomes):
+            if self.twin.is_too_large(messages):
+                assert isinstance(outcome, persipubsub.errors.MessageTooLargeError)
+                continue
+            number = self.twin.send(messages, None, self.clock.now_ns)
+            assert isinstance(outcome, persipubsub.errors.QueueFullError) == (number is None)
+        self.expire(side)
 
     # Receiving
 
@@ -213,6 +237,7 @@ class QueueMachine(RuleBasedStateMachine):
         consumer = self.consumer(side, name)
         expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns, most)
         lease = consumer.take(timeout=0, max_messages=most)
+        self.expire(side)
         if not expected:
             assert lease is None
             return
@@ -226,24 +251,48 @@ class QueueMachine(RuleBasedStateMachine):
         if count < len(expected):
             assert expected[count].number > expected[0].number + count
 
-    def consumer(self, side: int, name: str) -> _waking.Consumer:
+    def consumer(self, side: int, name: str) -> consuming.Consumer:
         consumer = self.consumers.get((side, name))
         if consumer is None:
             consumer = self.consumers[(side, name)] = self.queues[side].consumer(name)
+            self.drops[(side, name)] = self.dropped(name)
         return consumer
 
-    def hold(self, side: int, name: str, lease: _delivery.Lease) -> None:
+    def dropped(self, name: str) -> int:
+        subscriber = self.twin.subscribers[name]
+        return subscriber.dropped_by_timeout + subscriber.dropped_by_mark
+
+    def hold(self, side: int, name: str, lease: consuming.Lease) -> None:
         self.leases.append((side, name, lease))
         details = lease.details()
         assert [message.number for message in details] == lease.numbers
         assert [message.data for message in details] == lease.messages
         assert [message.attempts for message in details] == self.twin.deliver(name, lease.numbers)
+        dropped, self.drops[(side, name)] = self.drops[(side, name)], self.dropped(name)
+        assert ([message.dropped_before for message in details
+                 ] == [self.dropped(name) - dropped] + [0] * (len(details) - 1))
+
+    @precondition(lambda self: any(len(entry[2].numbers) > 1 for entry in self.leases))
+    @rule(index=st.integers(min_value=0, max_value=20), count=st.integers(1, 4))
+    def split(self, index: int, count: int) -> None:
+        """Let the first messages of a batch be ended by themselves."""
+        side, name, lease = self.leases[index % len(self.leases)]
+        count = min(count, len(lease.numbers) - 1)
+        if count:
+            numbers, messages = lease.numbers, lease.messages
+            first = lease.split(count)
+            assert first.numbers + lease.numbers == numbers
+            assert first.messages + lease.messages == messages
+            assert [message.data for message in lease.details()] == messages[count:]
+            self.leases.append((side, name, first))
 
     @rule(side=SIDES, index=st.integers(min_value=0, max_value=3))
     def take_newest(self, side: int, index: int) -> None:
         name = self.name(index)
+        consumer = self.consumer(side, name)
         expected = self.twin.newest_of(name, self.claimed(name), self.clock.now_ns)
-        lease = self.consumer(side, name).take_newest(timeout=0)
+        lease = consumer.take_newest(timeout=0)
+        self.expire(side)
         if expected is None:
             assert lease is None
             return
@@ -260,7 +309,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(index=st.integers(min_value=0, max_value=20))
     def acknowledge(self, index: int) -> None:
         _, name, lease = self.leases.pop(index % len(self.leases))
-        lease.acknowledge()
+        lease.ack()
         for number in lease.numbers:
             self.twin.acknowledge(name, number, self.clock.now_ns)
 
@@ -303,14 +352,14 @@ class QueueMachine(RuleBasedStateMachine):
     def fail(self, index: int, how: str) -> None:
         _, name, lease = self.leases.pop(index % len(self.leases))
         if how == "fail":
-            lease.give_back(ValueError("no"))
+            lease.nack(ValueError("no"))
             self.twin.fail(name, lease.numbers, self.clock.now_ns)
         elif how == "give back":
-            lease.give_back()
+            lease.nack()
             self.twin.take_back(name, lease.numbers)
         else:
-            # All that is left of a consumer that was killed: the kernel gives the claim back.
-            lease._claim.release()  # pylint: disable=protected-access
+            # As much is left of a consumer that was killed: the kernel gives the claim back.
+            del lease
 
     @rule(side=SIDES, index=st.integers(min_value=0, max_value=3), times=st.integers(1, 4))
     def fail_again(self, side: int, index: int, times: int) -> None:
@@ -325,6 +374,7 @@ class QueueMachine(RuleBasedStateMachine):
         name = self.name(index)
         expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns, is_look=True)
         assert self.queues[side].front(name) == (expected[0].data if expected else None)
+        self.expire(side)
 
     # Looking after the queue
 
@@ -336,7 +386,7 @@ class QueueMachine(RuleBasedStateMachine):
           index=st.integers(min_value=0, max_value=3),
           what=st.sampled_from([
               "prune", "prune", "pop to top", "pop to top", "clear", "begin to clear", "add", "add",
-              "reopen", "reopen", "reopen all"
+              "reopen", "reopen", "reopen all", "rebuild", "pause", "resume"
           ]))
     def look_after(self, side: int, index: int, what: str) -> None:
         """Do one of the things that end much of what goes on: one rule, to be chosen seldom."""
@@ -350,13 +400,28 @@ class QueueMachine(RuleBasedStateMachine):
             assert stores.blocks(self.queues[0]) in ([], [range(end := self.stored()[1] - 1, end)])
         elif what == "begin to clear":
             # All that is left of a clear that was killed behind its transaction.
-            losses = self.queues[side]._environment.write(  # pylint: disable=protected-access
-                _retention.clear)
-            assert sum(loss.messages for loss in losses) == self.twin.clear(deletes=False)
+            assert stores.begin_to_clear(self.queues[side]) == self.twin.clear(deletes=False)
         elif what == "add":
             self.add_subscriber(from_beginning=bool(index % 2))
+        elif what in ("pause", "resume"):
+            self.set_paused(side, self.name(index), what == "pause")
+        elif what == "rebuild":
+            self.rebuild()
         else:
             self.reopen((side, ) if what == "reopen" else (0, 1))
+
+    def set_paused(self, side: int, name: str, is_paused: bool) -> None:
+        subscriber = self.twin.subscribers[name]
+        assert self.queues[side].pause(name, is_paused) == (subscriber.is_paused != is_paused)
+        subscriber.is_paused = is_paused
+
+    @rule(side=SIDES,
+          index=st.integers(min_value=0, max_value=3),
+          back=st.integers(min_value=-1, max_value=12))
+    def delete(self, side: int, index: int, back: int) -> None:
+        name = self.name(index)
+        number = max(0, self.twin.next_number - back)
+        assert self.queues[side].delete(name, number) == self.twin.delete(name, number)
 
     @rule(side=SIDES,
           index=st.integers(min_value=0, max_value=3),
@@ -365,7 +430,7 @@ class QueueMachine(RuleBasedStateMachine):
     def seek(self, side: int, index: int, place: str, back: int) -> None:
         name = self.name(index)
         queue = self.queues[side]
-        to: Union[str, int, float] = place
+        to: str | int | float = place
         head, end = self.stored()
         expected = {"beginning": 0, "end": end, "number": self.twin.next_number - back}.get(place)
         oldest_ns = self.clock.now_ns - TIMEOUT_NS
@@ -405,7 +470,7 @@ class QueueMachine(RuleBasedStateMachine):
         if len(blocks) > 1 and not (waiting and blocks[0].stop > waiting[0].number):
             if blocks[0]:
                 first = self.twin.message(blocks[0].start)
-                assert first.time_ns > self.clock.now_ns - self.settings.retain_ns
+                assert first.time_ns > self.clock.now_ns - self.retain_ns
             else:
                 # What was cleared left a placeholder, at which a new subscriber begins.
                 assert blocks[0].start in [
@@ -415,17 +480,16 @@ class QueueMachine(RuleBasedStateMachine):
         numbers = {number for block in blocks for number in block}
         assert {
             message.number
-            for message in self.twin.log
-            if message.time_ns > self.clock.now_ns - self.settings.retain_ns
+            for message in self.twin.log if message.time_ns > self.clock.now_ns - self.retain_ns
         } <= numbers
 
     def add_subscriber(self, from_beginning: bool) -> None:
         names = NAMES[:1 + len(self.twin.subscribers)]
-        # The clock of the queue itself is far ahead of the injected one: nothing is too old by it.
-        made = self.settings._replace(timeout_ns=stores.START_NS)
-        persipubsub.queue.Queue.ensure(made,
-                                       subscribers=names,
-                                       from_beginning=names if from_beginning else ())
+        # The clock of the queue itself is behind the injected one, until it was rebuilt: nothing is
+        # too old by it.
+        from_beginning = from_beginning and not self.is_rebuilt
+        persipubsub.queue.Queue.ensure(self.path, self.settings, names, names if from_beginning else
+                                       ())
         if names[-1] not in self.twin.subscribers:
             self.twin.add(names[-1])
             self.apply_policies()
@@ -445,6 +509,15 @@ class QueueMachine(RuleBasedStateMachine):
         self.leases = [entry for entry in self.leases if entry[0] not in sides]
         for side in sides:
             self.queues[side] = self.open()
+
+    def rebuild(self) -> None:
+        """Let the machine go down behind an acknowledgement that is safe."""
+        for queue in self.queues:
+            queue.close()
+        stores.lose_power(self.path)
+        self.reopen((0, 1))
+        self.twin.next_number += 1 << 32
+        self.is_rebuilt = True
 
     # Comparing
 

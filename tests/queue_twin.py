@@ -38,6 +38,7 @@ class Subscriber:
     attempts: dict[int, int] = dataclasses.field(default_factory=dict)
     due_ns: dict[int, int] = dataclasses.field(default_factory=dict)
     begun: set[int] = dataclasses.field(default_factory=set)  #: counted before they began
+    is_paused: bool = False
 
     def forget(self) -> None:
         """Begin anew with messages that are not pending, if they ever are again."""
@@ -119,16 +120,17 @@ class Twin:
         """
         Find what a consumer gets next.
 
-        What is too old is dropped when it is next; what was delivered often enough is moved away,
-        but by a mere look.
+        What is too old is passed over; what was delivered often enough is moved away, but by a mere
+        look.
         """
         subscriber = self.subscribers[name]
         found: list[Message] = []
+        if subscriber.is_paused:
+            return found
         for number in sorted(subscriber.pending):
             message = self.message(number)
-            if not found and self.is_expired(message, now_ns):
-                self.expire(now_ns)
-                return self.next_of(name, claimed, now_ns, most, is_look)
+            if self.is_expired(message, now_ns):
+                continue
             is_free = number not in claimed and not subscriber.is_resting(number, now_ns)
             if is_free and not found and subscriber.is_spent(number) and not is_look:
                 self.move(name, number)
@@ -143,11 +145,10 @@ class Twin:
     def newest_of(self, name: str, claimed: set[int], now_ns: int) -> Message | None:
         """Find what a consumer gets that wants the newest message; what is older is skipped."""
         subscriber = self.subscribers[name]
-        while subscriber.pending:
+        while subscriber.pending and not subscriber.is_paused:
             message = self.message(max(subscriber.pending))
             if self.is_expired(message, now_ns):
-                self.expire(now_ns)
-                continue
+                return None
             if message.number in claimed or subscriber.is_resting(message.number, now_ns):
                 return None
             if subscriber.is_spent(message.number):
@@ -206,10 +207,9 @@ class Twin:
              messages: Sequence[bytes],
              audience: Sequence[str] | None,
              now_ns: int,
-             expires: bool,
              ids: Sequence[bytes | None] | None = None) -> int | None:
         """
-        Send; what is too old is dropped at times, and always before anything else is.
+        Send; what is too old is dropped before anything else is.
 
         Return the number of the first message, None if the queue is full.
         """
@@ -230,11 +230,9 @@ class Twin:
             while self.is_over(fresh):
                 if self.strategy in ("reject", "block"):
                     return None
-                self._halve()
+                self._halve(len(fresh))
         self.ids = known
         self._append(fresh, audience, now_ns)
-        if expires:
-            self.expire(now_ns)
         return number
 
     def _append(self, messages: Sequence[bytes], audience: Sequence[str] | None,
@@ -258,12 +256,12 @@ class Twin:
             subscriber.pending -= old
         return self.timeouts()
 
-    def _halve(self) -> None:
-        """Drop half of the waiting messages, rounded up."""
+    def _halve(self, added: int) -> None:
+        """Drop messages, so that half are left together with those to be added."""
         waiting = self.waiting()
-        half = (len(waiting) + 1) // 2
+        kept = max(0, (len(waiting) + added) // 2 - added)
         drops_newest = self.strategy == "prune_last"
-        dropped = waiting[len(waiting) - half:] if drops_newest else waiting[:half]
+        dropped = waiting[kept:] if drops_newest else waiting[:len(waiting) - kept]
         numbers = {message.number for message in dropped}
         for subscriber in self.subscribers.values():
             subscriber.dropped_by_mark += len(subscriber.pending & numbers)
@@ -278,6 +276,16 @@ class Twin:
             subscriber.pending.remove(number)
             subscriber.acknowledged += 1
             subscriber.acknowledged_ns = now_ns
+
+    def delete(self, name: str, number: int) -> bool:
+        """Let one message leave a subscriber; return False if it is not before it."""
+        subscriber = self.subscribers[name]
+        if number not in subscriber.pending:
+            return False
+        subscriber.pending.remove(number)
+        subscriber.cleared += 1
+        subscriber.forget()
+        return True
 
     def seek(self, name: str, position: int) -> None:
         """Let a subscriber go on from another place."""

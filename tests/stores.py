@@ -1,26 +1,39 @@
-"""Help the tests of the queue's core with stores in temporary directories."""
+"""Help the tests of the LMDB engine with queues in temporary directories."""
 
 import contextlib
+import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import lmdb
+import msgspec.structs
 
 import persipubsub.config
 import persipubsub.queue
-from persipubsub.store import _attempts, _databases, _layout, _log, _positions
-from persipubsub.store._databases import Databases
+import persipubsub.statistics
+from persipubsub.lmdb_engine import attempts as attempts_module
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import log, positions, retention
+from persipubsub.lmdb_engine.files import SharedPage
 from tests import support
 
-#: An injected clock begins here.
-START_NS = 10**18
+#: An injected clock begins here: ahead of the queue's own, by which nothing is too old then.
+START_NS = 4 * 10**18
 
 SECOND_NS = 10**9
 
+_MARK = ("msg_timeout_secs", "max_msgs_num", "size_bytes", "strategy")
+
+REJECT = persipubsub.config.Strategy.REJECT
+BLOCK = persipubsub.config.Strategy.BLOCK
+PRUNE_FIRST = persipubsub.config.Strategy.PRUNE_FIRST
+PRUNE_LAST = persipubsub.config.Strategy.PRUNE_LAST
+FSYNC = persipubsub.config.Durability.FSYNC
+OS = persipubsub.config.Durability.OS
+
 
 class Clock:
-    """Be a clock that a test advances."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         """Initialize at a time that is not zero."""
@@ -35,50 +48,68 @@ class Clock:
         self.now_ns += int(seconds * SECOND_NS)
 
 
-def settings(directory: pathlib.Path, **changes: Any) -> persipubsub.queue.Settings:
+def settings(**changes: Any) -> persipubsub.config.Queue:
     """
-    Make settings of a queue in ``directory/queue``.
+    Make settings of a queue, with the strategy ``prune_first`` and the durability ``os``.
 
-    :param directory: where to
-    :param changes: what shall differ from a queue with room for nearly everything
-    :return: settings
+    :param changes: fields of the queue or of its high-water mark
     """
-    made = support.settings(support.write_config(directory))
-    # Tests that want a checkpoint say so: it is made by a thread at a time of its own.
-    return made._replace(checkpoint_secs=0)._replace(**changes)
+    mark = {key: changes.pop(key) for key in _MARK if key in changes}
+    mark.setdefault("strategy", PRUNE_FIRST)
+    changes.setdefault("durability", OS)
+    # Tests that want something of the background thread say so.
+    changes.setdefault("checkpoint_secs", 3600)
+    changes.setdefault("max_db_size_bytes", 1 << 28)
+    return persipubsub.config.Queue(subscribers=(),
+                                    high_water_mark=persipubsub.config.HighWaterMark(**mark),
+                                    **changes)
+
+
+def change(made: persipubsub.config.Queue, **changes: Any) -> persipubsub.config.Queue:
+    """Change settings, those of the high-water mark included."""
+    mark = {key: changes.pop(key) for key in _MARK if key in changes}
+    return msgspec.structs.replace(made,
+                                   high_water_mark=msgspec.structs.replace(
+                                       made.high_water_mark, **mark),
+                                   **changes)
 
 
 def pruning(drops_newest: bool) -> persipubsub.config.Strategy:
     """Choose the strategy that drops the newest messages, or the oldest."""
-    strategies = persipubsub.config.Strategy
-    return strategies.PRUNE_LAST if drops_newest else strategies.PRUNE_FIRST
+    return PRUNE_LAST if drops_newest else PRUNE_FIRST
 
 
-def rewrite(txn: Any, databases: Any) -> int:
-    """Change a page, so that there is something to be committed; return the transaction's id."""
-    header = bytes(txn.get(_layout.HEADER_KEY, db=databases.meta))
-    txn.put(_layout.HEADER_KEY, header, db=databases.meta)
-    return int(txn.id())
+def path_of(directory: pathlib.Path) -> str:
+    """Tell where :py:func:`opened` puts its queue."""
+    return os.path.join(directory, "queue")
 
 
 @contextlib.contextmanager
 def opened(directory: pathlib.Path,
            subscribers: Sequence[str] = ("sub", ),
            clock: Callable[[], int] | None = None,
+           retries: Mapping[str, persipubsub.queue.Retries] | None = None,
            **changes: Any) -> Iterator[persipubsub.queue.Queue]:
     """
-    Create a queue and open it; check the whole store at the end.
+    Create a queue in ``directory/queue`` and open it; check the whole store at the end.
 
     :param directory: where to
     :param subscribers: of the queue
     :param clock: of the queue; its own one if not given
+    :param retries: by subscriber
     :param changes: of the settings
     """
-    made = settings(directory, **changes)
-    persipubsub.queue.Queue.ensure(made, subscribers=subscribers)
-    with persipubsub.queue.Queue(made, clock=clock) as queue:
+    made, path = settings(**changes), path_of(directory)
+    persipubsub.queue.Queue.ensure(path, made, subscribers)
+    with persipubsub.queue.Queue(path, made, retries or {}, clock) as queue:
         yield queue
         assert queue.check() == []
+
+
+def again(queue: persipubsub.queue.Queue,
+          clock: Callable[[], int] | None = None) -> persipubsub.queue.Queue:
+    """Open a queue a second time, with whatever settings are stored in it."""
+    return persipubsub.queue.Queue(queue.path, settings(), clock=clock)
 
 
 def take(queue: persipubsub.queue.Queue, name: str = "sub") -> bytes | None:
@@ -86,7 +117,7 @@ def take(queue: persipubsub.queue.Queue, name: str = "sub") -> bytes | None:
     lease = queue.consumer(name).take(timeout=0)
     if lease is None:
         return None
-    lease.acknowledge()
+    lease.ack()
     return lease.messages[0]
 
 
@@ -96,64 +127,86 @@ def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> list[bytes]:
     messages: list[bytes] = []
     while (lease := consumer.take(timeout=0)) is not None:
         messages.extend(lease.messages)
-        lease.acknowledge()
+        lease.ack()
     return messages
 
 
 def figures(queue: persipubsub.queue.Queue,
-            name: str = "sub") -> "persipubsub.statistics.SubscriberStatistics":
+            name: str = "sub") -> persipubsub.statistics.SubscriberStatistics:
     """Return the figures of a subscriber."""
     return next(entry for entry in queue.statistics().subscribers if entry.subscriber == name)
 
 
+def commits(queue: persipubsub.queue.Queue) -> int:
+    """Count the write transactions of a queue."""
+    return queue.statistics().commits
+
+
+def until_somebody_waits(path: str | pathlib.Path) -> None:
+    """Wait until a thread or a process sleeps until a queue changes."""
+    page = os.path.join(path, "shared")
+
+    def is_flagged() -> bool:
+        with open(page, "rb") as file:
+            file.seek(SharedPage.FLAG * 8)
+            return any(file.read(8))
+
+    support.until(is_flagged, what="somebody waits")
+
+
+# What is in the store, for tests of what is deleted and when: no user sees it.
+
+
+def read(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
+    """Run a function in a read transaction."""
+    return queue._environment.read(work)  # pylint: disable=protected-access
+
+
+def write(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
+    """Run a function in a write transaction, as a test that damages a store has to."""
+    return queue._environment.write(work)  # pylint: disable=protected-access
+
+
 def blocks(queue: persipubsub.queue.Queue) -> list[range]:
     """List the numbers of all blocks that are stored; an empty range is a placeholder."""
+    found: list[range] = read(
+        queue, lambda tx:
+        [range(first, first + block.messages) for first, block, _ in log.list_blocks(tx.cursor())])
+    return found
 
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[range]:
-        return [
-            range(first, first + block.messages)
-            for first, block, _ in _log.list_blocks(txn.cursor(db=databases.data))
-        ]
 
-    return queue._environment.read(work)  # pylint: disable=protected-access
+def _ordinal(tx: fmt.Tx, name: str) -> int:
+    return positions.require(tx, name.encode("utf-8")).ordinal
 
 
 def ranges(queue: persipubsub.queue.Queue, name: str = "sub") -> list[range]:
     """List what a subscriber acknowledged ahead of its position."""
-
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> list[range]:
-        ordinal = _positions.require(txn, databases, name.encode("utf-8")).ordinal
-        return [range(*found) for found in _positions.ranges(txn, databases, ordinal)]
-
-    return queue._environment.read(work)  # pylint: disable=protected-access
+    found: list[range] = read(
+        queue, lambda tx: [range(*one) for one in positions.ranges(tx, _ordinal(tx, name))])
+    return found
 
 
-def attempts(queue: persipubsub.queue.Queue, name: str = "sub") -> dict[int, _layout.Attempts]:
+def attempts(queue: persipubsub.queue.Queue, name: str = "sub") -> dict[int, fmt.Attempts]:
     """List the records of attempts of a subscriber by the numbers of the messages."""
-
-    def work(txn: "lmdb.Transaction[memoryview]",
-             databases: Databases) -> dict[int, _layout.Attempts]:
-        ordinal = _positions.require(txn, databases, name.encode("utf-8")).ordinal
-        return dict(_attempts.between(txn, databases, ordinal, 0, 1 << 60))
-
-    return queue._environment.read(work)  # pylint: disable=protected-access
+    found: dict[int, fmt.Attempts] = read(
+        queue, lambda tx: dict(attempts_module.between(tx, _ordinal(tx, name), 0, 1 << 60)))
+    return found
 
 
-class Scratch:
-    """Be an empty store without a queue, whose transactions are thrown away."""
+def count_ids(queue: persipubsub.queue.Queue) -> int:
+    """Count the ids that a queue remembers."""
+    entries: int = read(queue, lambda tx: tx.txn.stat(db=tx.db.once)["entries"])
+    assert entries % 2 == 0, "Each id is there by itself and by its time."
+    return entries // 2
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        """Create the sub-databases."""
-        self.environment = lmdb.open(str(directory),
-                                     map_size=1 << 26,
-                                     max_dbs=8,
-                                     sync=False,
-                                     lib_version=0)
-        self.databases = Databases(*(self.environment.open_db(name) for name in _databases.NAMES))
 
-    @contextlib.contextmanager
-    def begin(self) -> "Iterator[lmdb.Transaction[memoryview]]":
-        """Run a write transaction and abort it."""
-        with self.environment.begin(write=True, buffers=True) as txn:
-            yield txn
-            txn.abort()
+def begin_to_clear(queue: persipubsub.queue.Queue) -> int:
+    """Do what is left of a ``clear`` that was killed behind its transaction."""
+    dropped: list[retention.Dropped] = write(queue, retention.clear)
+    return sum(one.messages for one in dropped)
+
+
+def lose_power(path: str | pathlib.Path) -> None:
+    """Let a queue that nobody has open be found as after a power failure: it is rebuilt then."""
+    with open(os.path.join(path, "running"), "wb") as mark:
+        mark.write(bytes(range(16)))  # the id of another boot

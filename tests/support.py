@@ -75,14 +75,15 @@ def write_config(directory: pathlib.Path,
     return path
 
 
-def settings(config_pth: pathlib.Path) -> persipubsub.queue.Settings:
+def open_queue(config_pth: pathlib.Path, queue_key: str = "queue") -> persipubsub.queue.Queue:
     """
-    Take the settings of the queue in a file of :py:func:`write_config`.
+    Open a queue on this machine as publishers and subscribers do.
 
-    :param config_pth: path to the file
-    :return: settings of its queue
+    :param config_pth: path to the configuration file
+    :param queue_key: key in ``queues``
+    :return: queue, to be closed
     """
-    return persipubsub.queue.Settings.of(persipubsub.config.read(config_pth), "queue")
+    return persipubsub.queue.open_queue(persipubsub.config.read(config_pth), queue_key)
 
 
 def queue_of(

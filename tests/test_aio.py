@@ -34,10 +34,11 @@ assert fixture_config_pth and fixture_lmdb_pth  # pytest finds them here
 ROUNDS: Final = int(os.environ.get("PERSIPUBSUB_AIO_ROUNDS", "300"))
 
 
-def test_example_of_the_docs() -> None:
+def test_example_of_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (pathlib.Path(__file__).parent.parent / "docs" / "asyncio.rst").read_text("utf-8")
     match = re.search(r"code-block:: python\n\n((?:    .*\n|\n)+)", text)
     assert match is not None
+    monkeypatch.chdir(tmp_path)  # where it makes its queue
     done = support.run_python(textwrap.dedent(match.group(1)))
     assert (done.returncode, done.stdout, done.stderr) == (0, "1000 messages\n", "")
 
@@ -151,10 +152,10 @@ async def test_sends_into_a_full_queue(face: faces.Face, tmp_path: pathlib.Path)
 
 def stop_inside(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Stop in the middle of a write, whenever told to."""
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         pipe.send("ready")
         pipe.recv()
-        queue._environment.write(lambda txn, databases: os.kill(os.getpid(), signal.SIGSTOP))
+        queue._environment.write(lambda tx: os.kill(os.getpid(), signal.SIGSTOP))
         pipe.send("done")
 
 
@@ -219,6 +220,24 @@ async def test_messages_that_come_while_a_task_begins_to_wait(face: faces.Face,
 
 @on_loops
 @scenario
+async def test_look_that_began_before_a_task_came_says_nothing_to_it(
+        face: faces.Face, lmdb_pth: pathlib.Path) -> None:
+
+    async def send_and_receive() -> bytes | None:
+        await asyncio.sleep(0)
+        # Blocks the loop: what the look of the other task found is only handed out after this.
+        blocking.send(b"one")
+        return await receive(sub)
+
+    with persipubsub.publisher.Pub("pub", lmdb_pth) as blocking:
+        async with opened(face, lmdb_pth) as (_, sub):
+            for _ in range(100):
+                found = await asyncio.gather(receive(sub), send_and_receive())
+                assert sorted(found, key=str) == [None, b"one"]
+
+
+@on_loops
+@scenario
 async def test_who_waits_for_the_newest_message_keeps_nobody_else_waiting(
         face: faces.Face, lmdb_pth: pathlib.Path) -> None:
     async with opened(face, lmdb_pth) as (pub, sub):
@@ -252,16 +271,16 @@ async def test_waiting_needs_no_threads(face: faces.Face, lmdb_pth: pathlib.Path
     async with opened(face, lmdb_pth) as (pub, sub):
         await pub.send(b"first")
         assert await receive(sub) == b"first"
+        threads = threading.active_count()
         waiting = [asyncio.ensure_future(receive(sub, None)) for _ in range(200)]
-        await asyncio.sleep(0.2)
-        assert threading.active_count() < 12
-        await asyncio.sleep(0.5)
-        assert threading.active_count() < 12
+        for _ in range(7):
+            await asyncio.sleep(0.1)
+            # What looks, and what is called back.
+            assert threading.active_count() <= threads + 3
         msgs = [b"%d" % number for number in range(200)]
         await pub.send_many(msgs)
         assert set(await asyncio.gather(*waiting)) == set(msgs)
         assert threading.active_count() < 40
-    await asyncio.to_thread(support.until, lambda: threading.active_count() < 12, "they end")
 
 
 @on_loops
@@ -283,8 +302,9 @@ def test_waiting_polls_nothing(face: faces.Face, lmdb_pth: pathlib.Path,
     assert tracing.run(lambda: lambda: face.run(wait()), ["-o", str(trace)]) == 0
     _, between, _ = trace.read_text(encoding="utf-8", errors="replace").split('"/mark"')
     calls = between.splitlines()[1:-1]
-    # There are looks, one a second, and not one for each task.
-    assert 2 < len(calls) < 100, between
+    # There are looks, one a second, and not one for each task; the engine's thread may write to the
+    # journal once meanwhile.
+    assert 2 < len(calls) < 300, between
 
 
 @on_loops
@@ -402,7 +422,7 @@ def test_loop_that_ends_leaves_no_claim(face: faces.Face, config_pth: pathlib.Pa
 
             face.run(leave(0.0003 * number))
             gc.collect()
-            support.until(lambda: not in_flight(config_pth), "the claims are given back")
+            face.run(drain_all(sub, config_pth))
     face.run(sub.close())
 
 
@@ -468,10 +488,7 @@ async def test_cancellation_loses_nothing(face: faces.Face, config_pth: pathlib.
             number += 1
             if number % 20 == 0 and len(books.finished) <= number / 4:
                 scale *= 2
-        # What was cancelled may still be on its way back.
-        await asyncio.to_thread(support.until, lambda: not in_flight(config_pth),
-                                "no claim is left")
-        rest = await drain(sub)
+        rest = await drain_all(sub, config_pth)
     print("{} sent, {} perhaps, {} finished, {} left, {} tasks cancelled".format(
         len(books.sent), len(books.perhaps - books.sent), len(books.finished), len(rest),
         books.cancelled))
@@ -487,19 +504,21 @@ async def test_cancellation_loses_nothing(face: faces.Face, config_pth: pathlib.
 async def test_cancelled_receive_gives_back_what_came_meanwhile(face: faces.Face,
                                                                 config_pth: pathlib.Path) -> None:
     """After any number of rounds of the loop: also in that in which the message is handed over."""
+    seen: list[bytes | None] = []
     async with opened(face, config_pth) as (pub, sub):
+        rest: list[bytes] = []
         for rounds in range(60):
-            waiting = asyncio.ensure_future(receive(sub, None))
+            waiting = asyncio.ensure_future(note(sub, seen))
             await asyncio.sleep(0.001)
-            await pub.send(b"one")
+            await pub.send(b"%d" % rounds)
             for _ in range(rounds):
                 await asyncio.sleep(0)
             waiting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await waiting
-                continue
-            assert await receive(sub, support.HANG_SECS) == b"one"
-        assert await sub.front() is None
+            rest += await drain_all(sub, config_pth)
+        assert sorted(
+            (msg or b"") for msg in seen + rest) == sorted(b"%d" % rounds for rounds in range(60))
 
 
 @on_loops
@@ -508,18 +527,35 @@ async def test_next_task_gets_what_a_cancelled_one_waited_for(face: faces.Face,
                                                               config_pth: pathlib.Path) -> None:
     async with opened(face, config_pth) as (pub, sub):
         for _ in range(20):
-            tasks = [asyncio.ensure_future(receive(sub, None)) for _ in range(3)]
+            seen: list[bytes | None] = []
+            tasks = [asyncio.ensure_future(note(sub, seen)) for _ in range(3)]
             await asyncio.sleep(0.005)
             sending = asyncio.ensure_future(pub.send(b"one"))
             await asyncio.sleep(0)
             for task in tasks[:2]:
                 task.cancel()
             await sending
-            outcomes = await asyncio.wait_for(
-                asyncio.gather(*tasks, return_exceptions=True)
-                if not any(task.done() and not task.cancelled()
-                           for task in tasks[:2]) else tasks[0], support.HANG_SECS)
-            assert outcomes
+            async with asyncio.timeout(support.HANG_SECS):
+                while not seen:
+                    await asyncio.sleep(0.001)
+            tasks[2].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert seen == [b"one"]
+
+
+async def drain_all(sub: Any, config_pth: pathlib.Path) -> list[bytes]:
+    """Receive also what is still on its way back from tasks that were cancelled."""
+    received: list[bytes] = []
+    async with asyncio.timeout(support.HANG_SECS):
+        while (await asyncio.to_thread(figures, config_pth)).lag:
+            if (msg := await receive(sub, 0.2)) is not None:
+                received.append(msg)
+    return received
+
+
+async def note(sub: Any, seen: list[bytes | None]) -> None:
+    async with sub.receive(timeout=None) as msg:
+        seen.append(msg)
 
 
 @on_loops
@@ -528,7 +564,8 @@ async def test_cancelled_acknowledgement_is_made_anyway(face: faces.Face,
                                                         config_pth: pathlib.Path) -> None:
 
     async def receive_and_tell() -> None:
-        async with sub.receive(timeout=0):
+        async with sub.receive(timeout=support.HANG_SECS) as msg:
+            assert msg is not None
             left.set()
 
     async with opened(face, config_pth) as (pub, sub):

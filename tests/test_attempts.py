@@ -1,44 +1,36 @@
-"""Test how deliveries are counted, how messages rest, and that no record is left behind."""
+"""Test how deliveries are counted, when messages are retried, and that no record is left behind."""
 
 # pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
 
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
 import persipubsub.queue
-from persipubsub import _delivery, _wakeup
-from persipubsub._settings import Retries
-from persipubsub.maintenance import _upkeep
-from persipubsub.store import _attempts, _layout, _positions
-from persipubsub.store._databases import Databases
+from persipubsub.lmdb_engine import attempts, consuming
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import positions
 from tests import stores, support
 
 ERROR = ValueError("no")
 
 
-def retries(**policy: Any) -> "dict[str, Retries]":
-    return {"sub": Retries(_attempts.Policy(**policy), "the queue", None)}
+def retries(**policy: Any) -> Mapping[str, persipubsub.queue.Retries]:
+    return {"sub": persipubsub.queue.Retries(attempts.Policy(**policy), "the queue")}
 
 
-def take(queue: persipubsub.queue.Queue, most: int = 1) -> _delivery.Lease:
+def take(queue: persipubsub.queue.Queue, most: int = 1) -> consuming.Lease:
     lease = queue.consumer("sub").take(timeout=0, max_messages=most)
     assert lease is not None
     return lease
 
 
-def attempts_of(lease: _delivery.Lease) -> list[int]:
+def attempts_of(lease: consuming.Lease) -> list[int]:
     return [message.attempts for message in lease.details()]
-
-
-def kill(lease: _delivery.Lease) -> None:
-    """Leave what is left of a consumer that was killed."""
-    lease._claim.release()
 
 
 # Counting
@@ -50,31 +42,31 @@ def test_deliveries_that_succeed_leave_no_record(tmp_path: pathlib.Path) -> None
         lease = take(queue)
         assert attempts_of(lease) == [1]
         assert stores.attempts(queue) == {}
-        lease.acknowledge()
+        lease.ack()
 
 
 def test_without_a_limit_failures_count_and_crashes_do_not(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         number = queue.put([b"1"])
-        take(queue).give_back(ERROR)
-        kill(take(queue))
+        take(queue).nack(ERROR)
+        take(queue)  # and drop the lease: as much is left of a consumer that is killed
         assert stores.attempts(queue)[number].deliveries == 1
         lease = take(queue)
         assert attempts_of(lease) == [2]
-        lease.acknowledge()
+        lease.ack()
         assert stores.attempts(queue) == {}
 
 
 def test_with_a_limit_crashes_count(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, retries=retries(max_deliveries=4)) as queue:
         number = queue.put([b"1"])
-        kill(take(queue))
-        take(queue).give_back(ERROR)
+        take(queue)  # and drop the lease: as much is left of a consumer that is killed
+        take(queue).nack(ERROR)
         lease = take(queue)
         assert attempts_of(lease) == [3]
-        assert stores.attempts(queue)[number][:2] == (3, _layout.FLAG_IS_BEGUN)
+        assert stores.attempts(queue)[number][:2] == (3, fmt.FLAG_IS_BEGUN)
         assert stores.attempts(queue)[number].error == "ValueError: no"
-        lease.acknowledge()
+        lease.ack()
         assert stores.attempts(queue) == {}
 
 
@@ -82,40 +74,39 @@ def test_crash_under_a_limit_that_is_gone_is_not_taken_for_the_next_failure(
         tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, retries=retries(max_deliveries=4)) as queue:
         number = queue.put([b"1"])
-        kill(take(queue))
+        take(queue)  # and drop the lease: as much is left of a consumer that is killed
     with stores.opened(tmp_path) as queue:
         for count in (2, 3):
             lease = take(queue)
             assert attempts_of(lease) == [count]
-            lease.give_back(ERROR)
+            lease.nack(ERROR)
             assert stores.attempts(queue)[number].deliveries == count
 
 
-def test_spent_message_that_is_too_old_is_neither_delivered_nor_moved(
+def test_exhausted_message_that_is_too_old_is_neither_delivered_nor_moved(
         tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path,
                        clock=clock,
-                       timeout_ns=10 * stores.SECOND_NS,
+                       msg_timeout_secs=10,
                        retries=retries(max_deliveries=1)) as queue:
         number = queue.put([b"1"])
-        kill(take(queue))
+        take(queue)  # and drop the lease: as much is left of a consumer that is killed
         clock.advance(11)
         assert queue.consumer("sub").take_at(number) is None
         assert stores.figures(queue).dead_lettered == 0
 
 
 def test_count_is_committed_before_the_message_is_seen(tmp_path: pathlib.Path) -> None:
-    made = stores.settings(tmp_path, retries=retries(max_deliveries=4))
-    persipubsub.queue.Queue.ensure(made, subscribers=["sub"])
 
     def consume(pipe: support.Connection) -> None:
-        with persipubsub.queue.Queue(made) as queue:
+        with persipubsub.queue.Queue(stores.path_of(tmp_path), stores.settings(),
+                                     retries(max_deliveries=4)) as queue:
             lease = take(queue)
             pipe.send(lease.numbers[0])
             pipe.recv()
 
-    with persipubsub.queue.Queue(made) as queue:
+    with stores.opened(tmp_path) as queue:
         queue.put([b"1"])
         for count in (1, 2):
             with support.Child(consume) as child:
@@ -129,20 +120,20 @@ def test_message_that_nobody_worked_on_was_not_delivered(tmp_path: pathlib.Path)
     with stores.opened(tmp_path, retries=retries(max_deliveries=2)) as queue:
         queue.put([b"1"])
         for _ in range(5):
-            take(queue).give_back()
+            take(queue).nack()
         assert stores.attempts(queue) == {}
-        take(queue).give_back(ERROR)
-        take(queue).give_back()
+        take(queue).nack(ERROR)
+        take(queue).nack()
         assert attempts_of(take(queue)) == [2]
 
 
 def test_failing_batch_counts_for_each_of_its_messages(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, retries=retries(max_deliveries=3)) as queue:
         queue.put([b"1", b"2", b"3"])
-        take(queue, most=2).give_back(ERROR)
+        take(queue, most=2).nack(ERROR)
         lease = take(queue, most=3)
         assert attempts_of(lease) == [2, 2, 1]
-        lease.acknowledge()
+        lease.ack()
         assert stores.attempts(queue) == {}
 
 
@@ -152,32 +143,32 @@ def test_failure_of_what_was_dropped_meanwhile_leaves_no_record(tmp_path: pathli
         lease = take(queue, most=2)
         queue.clear()
         assert stores.attempts(queue) == {}
-        lease.give_back(ERROR)
+        lease.nack(ERROR)
         assert stores.attempts(queue) == {}
         assert stores.figures(queue).failed == 2
 
 
-# Resting
+# Retrying
 
 
 def test_delay_doubles_up_to_an_hour(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path,
                        clock=clock,
-                       timeout_ns=10**6 * stores.SECOND_NS,
+                       msg_timeout_secs=10**6,
                        retries=retries(delay_ns=1000 * stores.SECOND_NS)) as queue:
         queue.put([b"1"])
         for delay in (1000, 2000, 3600, 3600):
-            take(queue).give_back(ERROR)
+            take(queue).nack(ERROR)
             clock.advance(delay - 1)
             assert queue.consumer("sub").take(timeout=0) is None
             assert queue.front("sub") is None
             clock.advance(1)
-        take(queue).acknowledge()
+        take(queue).ack()
 
 
 def test_longest_first_delay_is_kept() -> None:
-    policy = _attempts.Policy(delay_ns=7200 * stores.SECOND_NS)
+    policy = attempts.Policy(delay_ns=7200 * stores.SECOND_NS)
     assert [policy.delay_after(count) for count in (1, 2, 1000000)] == [policy.delay_ns] * 3
 
 
@@ -186,7 +177,7 @@ def test_later_messages_are_not_held_up(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, clock=clock, retries=retries(delay_ns=stores.SECOND_NS)) as queue:
         queue.put([b"1", b"2"])
         queue.put([b"3"])
-        take(queue).give_back(ERROR)
+        take(queue).nack(ERROR)
         assert stores.take_all(queue) == [b"2", b"3"]
         clock.advance(1)
         queue.put([b"4"])
@@ -199,8 +190,8 @@ def test_batch_ends_in_front_of_what_rests(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, clock=clock, retries=retries(delay_ns=stores.SECOND_NS)) as queue:
         queue.put([b"1", b"2", b"3"])
         held, failing = take(queue), take(queue)
-        failing.give_back(ERROR)
-        held.give_back()
+        failing.nack(ERROR)
+        held.nack()
         lease = take(queue, most=9)
         assert lease.messages == [b"1"]
         rest = take(queue, most=9)
@@ -209,17 +200,17 @@ def test_batch_ends_in_front_of_what_rests(tmp_path: pathlib.Path) -> None:
         again = take(queue, most=9)
         assert again.messages == [b"2"]
         for one in (lease, rest, again):
-            one.acknowledge()
+            one.ack()
 
 
 def test_what_rests_and_is_too_old_is_dropped(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path,
                        clock=clock,
-                       timeout_ns=2 * stores.SECOND_NS,
+                       msg_timeout_secs=2,
                        retries=retries(delay_ns=10 * stores.SECOND_NS)) as queue:
         queue.put([b"1"])
-        take(queue).give_back(ERROR)
+        take(queue).nack(ERROR)
         clock.advance(3)
         assert queue.consumer("sub").take(timeout=0) is None
         assert stores.figures(queue).dropped_by_timeout == 1
@@ -232,37 +223,12 @@ def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: pathlib.Path) ->
                        retries=retries(delay_ns=int(delay_secs * stores.SECOND_NS))) as queue:
         queue.put([b"1"])
         begin = time.monotonic()
-        take(queue).give_back(ERROR)
-        lease = queue.consumer("sub").take(timeout=support.HANG_SECS, longest_pause=60)
+        take(queue).nack(ERROR)
+        lease = queue.consumer("sub").take(timeout=support.HANG_SECS, poll_secs=60)
         assert lease is not None
         # Not before, and not a second later, when everybody looks anyhow.
         assert time.monotonic() - begin >= delay_secs
-        lease.acknowledge()
-
-
-@pytest.fixture(name="pauses")
-def fixture_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Collect how long waiting consumers meant to sleep."""
-    pauses: list[float] = []
-    original = _wakeup.Ticket.wait
-
-    def wait(self: Any, timeout: float) -> bool:
-        pauses.append(timeout)
-        return bool(original(self, timeout))
-
-    monkeypatch.setattr(_wakeup.Ticket, "wait", wait)
-    return pauses
-
-
-def test_nobody_sleeps_longer_than_until_the_next_message_is_due(tmp_path: pathlib.Path,
-                                                                 pauses: list[float]) -> None:
-    with stores.opened(tmp_path, retries=retries(delay_ns=2 * stores.SECOND_NS)) as queue:
-        queue.put([b"1"])
-        take(queue).give_back(ERROR)
-        lease = queue.consumer("sub").take(timeout=support.HANG_SECS, longest_pause=60)
-        assert lease is not None
-        assert pauses and max(pauses) <= 2
-        lease.acknowledge()
+        lease.ack()
 
 
 def test_competing_consumers_share_what_is_due(tmp_path: pathlib.Path) -> None:
@@ -277,10 +243,10 @@ def test_competing_consumers_share_what_is_due(tmp_path: pathlib.Path) -> None:
                 if lease is None:
                     return
                 if attempts_of(lease)[0] <= 1 + index % 3:
-                    lease.give_back(ERROR)
+                    lease.nack(ERROR)
                 else:
                     done.extend(lease.messages)
-                    lease.acknowledge()
+                    lease.ack()
 
         threads = [threading.Thread(target=consume, args=(index, )) for index in range(3)]
         for thread in threads:
@@ -296,7 +262,7 @@ def test_competing_consumers_share_what_is_due(tmp_path: pathlib.Path) -> None:
 
 def fail_all(queue: persipubsub.queue.Queue) -> None:
     """Fail with everything, and acknowledge all but the first message ahead of it."""
-    take(queue, most=100).give_back(ERROR)
+    take(queue, most=100).nack(ERROR)
 
 
 def acknowledge_all(queue: persipubsub.queue.Queue) -> None:
@@ -313,8 +279,8 @@ def fill(queue: persipubsub.queue.Queue) -> None:
 
 
 def remove(queue: persipubsub.queue.Queue) -> None:
-    _upkeep.remove_subscriber(queue.settings, "sub")
-    persipubsub.queue.Queue.ensure(queue.settings, subscribers=["sub"])
+    queue.remove_subscriber("sub")
+    queue.add_subscriber("sub")
 
 
 @pytest.mark.parametrize("leave", [
@@ -326,7 +292,7 @@ def remove(queue: persipubsub.queue.Queue) -> None:
 ])
 def test_record_leaves_with_its_message(tmp_path: pathlib.Path,
                                         leave: Callable[[persipubsub.queue.Queue], object]) -> None:
-    with stores.opened(tmp_path, max_messages=9) as queue:
+    with stores.opened(tmp_path, max_msgs_num=9) as queue:
         queue.put([b"1", b"2", b"3", b"4"])
         fail_all(queue)
         assert len(stores.attempts(queue)) == 4
@@ -336,9 +302,7 @@ def test_record_leaves_with_its_message(tmp_path: pathlib.Path,
         stores.take_all(queue)
         queue.put([b"5"])
         assert stores.take_all(queue) == [b"5"]
-        record = queue._environment.read(
-            lambda txn, databases: _positions.require(txn, databases, b"sub"))
-        assert record.flags == 0
+        assert stores.read(queue, lambda tx: positions.require(tx, b"sub").flags) == 0
 
 
 def test_record_of_a_message_that_is_acknowledged_ahead_leaves(tmp_path: pathlib.Path) -> None:
@@ -346,9 +310,9 @@ def test_record_of_a_message_that_is_acknowledged_ahead_leaves(tmp_path: pathlib
         first = queue.put([b"1", b"2", b"3"])
         fail_all(queue)
         held = take(queue)
-        take(queue).acknowledge()
+        take(queue).ack()
         assert sorted(stores.attempts(queue)) == [first, first + 2]
-        held.acknowledge()
+        held.ack()
         assert sorted(stores.attempts(queue)) == [first + 2]
 
 
@@ -357,7 +321,7 @@ def test_many_records_leave_little_by_little(tmp_path: pathlib.Path,
     with stores.opened(tmp_path, subscribers=["other", "sub"]) as queue:
         queue.put([b"x"] * 10)
         fail_all(queue)
-        monkeypatch.setattr(_attempts, "_MOST_DELETED", 4)
+        monkeypatch.setattr(attempts, "_MOST_DELETED", 4)
         queue.clear()
         assert len(stores.attempts(queue)) == 6
         assert queue.check() == []
@@ -368,66 +332,19 @@ def test_many_records_leave_little_by_little(tmp_path: pathlib.Path,
             assert queue.check() == []
 
 
-def test_message_that_is_sought_begins_anew(tmp_path: pathlib.Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether or not its record had left yet."""
-    with stores.opened(tmp_path, subscribers=["other", "sub"],
-                       retries=retries(max_deliveries=2)) as queue:
+def test_message_that_is_sought_begins_anew(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, retries=retries(max_deliveries=2)) as queue:
         first = queue.put([b"x"] * 10)
         fail_all(queue)
-        monkeypatch.setattr(_attempts, "_MOST_DELETED", 2)
         queue.seek("sub", first + 7)
-        assert sorted(stores.attempts(queue)) == list(range(first + 2, first + 10))
         queue.seek("sub", first + 5)
         # What was pending all the time keeps what was counted.
-        assert sorted(stores.attempts(queue)) == list(range(first + 7, first + 10))
         lease = take(queue, most=10)
         assert attempts_of(lease) == [1, 1, 2, 2, 2]
-        lease.acknowledge()
+        lease.ack()
 
 
-@pytest.fixture(name="scratch")
-def fixture_scratch(tmp_path: pathlib.Path) -> Iterator[stores.Scratch]:
-    scratch = stores.Scratch(tmp_path)
-    yield scratch
-    scratch.environment.close()
-
-
-def test_records_of_others_stay(scratch: stores.Scratch) -> None:
-    record = _layout.Attempts(1, 0, 2, 3, "an error: ü")
-    with scratch.begin() as txn:
-        for ordinal in (0, 1, 2):
-            for number in (1, 2, 1 << 40):
-                _attempts.write(txn, scratch.databases, ordinal, number, record)
-        assert _attempts.forget_before(txn, scratch.databases, 1, 2)
-        _attempts.forget(txn, scratch.databases, 1, 2)
-        assert list(_attempts.between(txn, scratch.databases, 1, 0, 1 << 48)) == [(1 << 40, record)]
-        assert not _attempts.forget_before(txn, scratch.databases, 1, 1 << 48)
-        for ordinal in (0, 2):
-            assert [
-                number
-                for number, _ in _attempts.between(txn, scratch.databases, ordinal, 2, 1 << 48)
-            ] == [2, 1 << 40]
-        _attempts.forget_all(txn, scratch.databases, 2)
-        assert _attempts.read(txn, scratch.databases, 2, 1) is None
-        assert _attempts.read(txn, scratch.databases, 0, 1) == record
-
-
-# The check of the store
-
-
-def damage(queue: persipubsub.queue.Queue,
-           change: "Callable[[Any, Databases, int], None]") -> list[str]:
-
-    def work(txn: "Any", databases: Databases) -> None:
-        change(txn, databases,
-               _layout.unpack_subscriber(txn.get(b"sub", db=databases.pending)).ordinal)
-
-    queue._environment.write(work)
-    return queue.check()
-
-
-RECORD = _layout.Attempts(1, 0, 0, 0, "")
+RECORD = fmt.Attempts(1, 0, 0, 0, "")
 
 
 @pytest.mark.parametrize("ordinal, number, record, finding", [
@@ -436,14 +353,16 @@ RECORD = _layout.Attempts(1, 0, 0, 0, "")
     (0, 1, RECORD._replace(deliveries=0), "count something"),
 ])
 def test_check_finds_records_that_should_not_be(tmp_path: pathlib.Path, ordinal: int, number: int,
-                                                record: _layout.Attempts, finding: str) -> None:
-    made = stores.settings(tmp_path)
-    persipubsub.queue.Queue.ensure(made, subscribers=["sub"])
-    with persipubsub.queue.Queue(made) as queue:
+                                                record: fmt.Attempts, finding: str) -> None:
+    with stores.opened(tmp_path) as queue:
         queue.put([b"1", b"2"])
         fail_all(queue)
-        assert queue.check() == []
-        findings = damage(
-            queue, lambda txn, databases, own: _attempts.write(txn, databases, own + ordinal,
-                                                               number, record))
+        own = stores.read(queue, lambda tx: positions.require(tx, b"sub").ordinal)
+        before = stores.attempts(queue).get(number)
+        stores.write(queue, lambda tx: attempts.write(tx, own + ordinal, number, record))
+        findings = queue.check()
         assert len(findings) == 1 and finding in findings[0]
+        if before is None or ordinal:
+            stores.write(queue, lambda tx: attempts.forget(tx, own + ordinal, number))
+        else:
+            stores.write(queue, lambda tx: attempts.write(tx, own, number, before))

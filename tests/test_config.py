@@ -679,7 +679,7 @@ def test_control_characters_in_places() -> None:
 def test_control_characters_in_the_name_of_the_file() -> None:
     with pytest.raises(persipubsub.errors.ConfigError) as info:
         persipubsub.config.parse(text=b"", config_pth="/a\x1b[2J")
-    assert str(info.value).startswith("'/a\\x1b[2J': Expected")
+    assert str(info.value).startswith("'/a\\x1b[2J': line 1, column 1: Expected")
 
 
 # --- texts that are no correct JSON
@@ -688,8 +688,8 @@ def test_control_characters_in_the_name_of_the_file() -> None:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        (b"", "Expected a JSON object, but got an empty file"),
-        (b" \n\t", "Expected a JSON object, but got an empty file"),
+        (b"", "line 1, column 1: Expected JSON, but got: '' ("),
+        (b" \n\t", "line 2, column 2: Expected JSON, but got: '' ("),
         (b"[]", "Expected an object, but got: []"),
         (b"null", "Expected an object, but got: None"),
         (b"NaN", "Expected JSON, but got: NaN, which JSON does not have"),
@@ -697,7 +697,7 @@ def test_control_characters_in_the_name_of_the_file() -> None:
         (b'"queues"', "Expected an object, but got: 'queues'"),
         (b"1" * 10**6, "Expected JSON, but got: Exceeds the limit"),
         (b"1e400", "Expected an object, but got: inf"),
-        (b"\xef\xbb\xbf{}", "Expected UTF-8 without a byte order mark, but got one"),
+        (b"\xef\xbb\xbf{}", "line 1, column 1: Expected JSON, but got: '\\ufeff{}' ("),
         (b'{\n"a": "\xff"}', "line 2: Expected UTF-8, but got the byte 0xff"),
         (b"\xed\xa0\x80", "line 1: Expected UTF-8, but got the byte 0xed"),
         ("{}".encode("utf-16"), "line 1: Expected UTF-8, but got the byte 0xff"),

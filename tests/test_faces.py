@@ -4,13 +4,19 @@
 
 import asyncio
 import contextlib
+import copy
+import gc
+import json
 import pathlib
+import pickle
+import re
 import signal
 import time
 from typing import Any, Optional
 
 import pytest
 
+import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 from tests import faces, support
@@ -123,7 +129,7 @@ async def test_not_open(face: faces.Face, config_pth: pathlib.Path, tmp_path: pa
         await pub.init("pub", config_pth)
         await sub.init("sub", config_pth)
         await pub.send(b"one")
-        assert await receive(sub) == b"one"
+        assert await receive(sub, timeout=support.HANG_SECS) == b"one"
         for _ in range(2):
             await pub.close()
             await sub.close()
@@ -262,6 +268,10 @@ async def test_closing_while_tasks_wait(face: faces.Face, config_pth: pathlib.Pa
 @scenario
 async def test_consumer_in_another_process_is_killed(face: faces.Face,
                                                      config_pth: pathlib.Path) -> None:
+    # On servers, a message comes again after ack_wait.
+    text = config_pth.read_text(encoding="utf-8")
+    config_pth.write_text(text.replace("ack_wait=30", "ack_wait=2"), encoding="utf-8")
+    persipubsub.control.initialize_all_dbs(config_pth)
 
     def hold(pipe: support.Connection) -> None:
         with persipubsub.subscriber.Sub() as sub:
@@ -403,3 +413,137 @@ async def test_iteration_left_early_leaves_the_message(face: faces.Face,
         # Without aclosing() it comes back a moment later.
         assert await receive(sub, support.HANG_SECS) == b"2"
     assert figures(config_pth).lag == 0
+
+
+@pytest.mark.parametrize("prefetch", [2, 100])
+@scenario
+async def test_several_are_taken_at_once(face: faces.Face, config_pth: pathlib.Path,
+                                         prefetch: int) -> None:
+    msgs = [b"%d" % number for number in range(5)]
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many(msgs)
+        seen: list[bytes] = []
+        async for msg in sub.messages(timeout=0.1, prefetch=prefetch):
+            assert figures(config_pth).lag == 5 - len(seen) // prefetch * prefetch
+            seen.append(msg)
+        assert seen == msgs
+        assert figures(config_pth).lag == 0
+
+        await pub.send_many(msgs)
+        with pytest.raises(ValueError):
+            async with contextlib.aclosing(sub.messages(timeout=0.1,
+                                                        prefetch=prefetch)) as messages:
+                async for msg in messages:
+                    if msg == b"3":
+                        raise ValueError()
+        assert [await receive(sub, support.HANG_SECS) for _ in range(2)] == [b"3", b"4"]
+    assert figures(config_pth).lag == 0
+    with pytest.raises(ValueError, match="prefetch"):
+        async with opened(face, config_pth) as (_, sub):
+            async for _ in sub.messages(prefetch=0):
+                pass
+
+
+# What a new user tries
+
+
+@scenario
+async def test_opening_in_the_constructor(face: faces.Face, config_pth: pathlib.Path) -> None:
+    given: list[Any] = [str(config_pth), config_pth, persipubsub.config.read(config_pth)]
+    content = json.loads(config_pth.read_text())
+    for config in given + [content]:
+        async with face.pub("pub", config) as pub, face.sub("sub", config) as sub:
+            await pub.send(b"hello")
+            assert await receive(sub, support.HANG_SECS) == b"hello"
+            for used in (pub, sub):
+                assert " of the queue 'queue', open>" in repr(used)
+        for used in (pub, sub):
+            assert re.fullmatch(
+                r"<persipubsub\.[a-z]+\.(Pub 'pub'|Sub 'sub') of the queue 'queue', closed>",
+                repr(used))
+        with pytest.raises(persipubsub.errors.ClosedError, match="'pub' of the queue 'queue'"):
+            await pub.send(b"late")
+    assert re.fullmatch(r"<persipubsub\.[a-z]+\.Sub closed>", repr(face.sub()))
+    for given_in_part in (("pub", ), (None, config_pth)):
+        with pytest.raises(TypeError, match="Expected an id and a configuration"):
+            face.pub(*given_in_part)
+        with pytest.raises(TypeError, match="Expected an id and a configuration"):
+            face.sub(*given_in_part)
+
+
+@scenario
+async def test_constructor_that_can_not_open(face: faces.Face, tmp_path: pathlib.Path) -> None:
+    config = {
+        "pub": {
+            "out_queue": "q"
+        },
+        "queues": {
+            "q": {
+                "path": str(tmp_path),
+                "subscribers": ["sub"]
+            }
+        }
+    }
+    with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+        async with face.pub("pub", config):
+            pass
+    with pytest.raises(persipubsub.errors.ConfigError, match="did you mean 'pub'"):
+        async with face.pub("puub", config):
+            pass
+    with pytest.raises(FileNotFoundError) as caught:
+        async with face.sub("sub", tmp_path / "nothing.json"):
+            pass
+    assert isinstance(caught.value, persipubsub.errors.ConfigError)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
+@scenario
+async def test_pickling(face: faces.Face, lmdb_pth: pathlib.Path, protocol: int) -> None:
+    async with opened(face, lmdb_pth) as opened_now:
+        for used in opened_now:
+            with pytest.raises(TypeError, match="to be opened in each process") as caught:
+                pickle.dumps(used, protocol)
+            assert "open>" in str(caught.value)
+            with pytest.raises(TypeError, match="to be opened in each process"):
+                copy.copy(used)
+
+
+@scenario
+async def test_receipt_tells_that_it_is_no_message(face: faces.Face,
+                                                   lmdb_pth: pathlib.Path) -> None:
+    async with opened(face, lmdb_pth) as (_, sub):
+        with pytest.warns(ResourceWarning, match="never entered"):
+            for name, arguments in (("receive", ()), ("receive_to_top", ()), ("receive_many",
+                                                                              (1, ))):
+                with pytest.raises(TypeError, match=r"with sub\.receive") as caught:
+                    bool(getattr(sub, name)(*arguments))
+                assert ("async with" in str(caught.value)) == (face is not faces.BLOCKING)
+                assert "\n" not in str(caught.value)
+                del caught
+                gc.collect()
+
+
+@scenario
+async def test_statistics_of_the_subscriber(face: faces.Face, config_pth: pathlib.Path) -> None:
+    async with opened(face, config_pth) as (pub, sub):
+        await pub.send_many([b"one", b"two"])
+        async with sub.receive(timeout=support.HANG_SECS):
+            found = await sub.statistics()
+            assert (found.subscriber, found.lag, found.in_flight) == ("sub", 2, 1)
+        found, others = await sub.statistics(), figures(config_pth)
+        assert (found.lag, found.position) == (others.lag, others.position) == (1, found.position)
+
+
+@scenario
+async def test_losses_are_counted(face: faces.Face, tmp_path: pathlib.Path) -> None:
+    config_pth = deploy(tmp_path, MAX_MSGS_NUM=10, strategy="prune_first")
+    async with opened(face, config_pth) as (pub, sub):
+        for number in range(25):
+            await pub.send(b"%d" % number)
+        dropped = (await sub.statistics()).dropped_by_mark
+        assert 0 < dropped <= 20
+        async with sub.receive_many(3, timeout=0, details=True) as messages:
+            assert messages[0].data == b"%d" % dropped
+            assert [message.dropped_before for message in messages] == [dropped, 0, 0]
+        async with sub.receive(timeout=0, details=True) as message:
+            assert message.dropped_before == 0

@@ -15,9 +15,12 @@ import zlib
 import lmdb
 import pytest
 
-from persipubsub.environment import _files
-from persipubsub.store import _clock, _databases, _layout
-from tests import stores, support
+import persipubsub.config
+import persipubsub.queue
+from persipubsub.lmdb_engine import files
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import journal
+from tests import support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _FOREIGN = _ROOT / "examples" / "foreign"
@@ -25,19 +28,34 @@ _DUMP = _ROOT / "docs" / "format-dump.txt"
 _FORMAT = (_ROOT / "docs" / "format.rst").read_text(encoding="utf-8")
 
 
+def _open(directory: pathlib.Path) -> persipubsub.queue.Queue:
+    """Open a queue with a clock that stands still, and create it if it is not there."""
+    settings = persipubsub.config.Queue(subscribers=())
+    path = str(directory / "queue")
+    persipubsub.queue.Queue.ensure(path, settings, ("alarm", "archive"))
+    return persipubsub.queue.Queue(path, settings, clock=lambda: 10**18)
+
+
 @pytest.fixture(name="queue_pth")
 def make_queue(tmp_path: pathlib.Path) -> pathlib.Path:
     """Make the queue that docs/format.rst shows."""
-    with stores.opened(tmp_path, ("alarm", "archive"), stores.Clock()) as queue:
+    with _open(tmp_path) as queue:
         queue.put([b"hello", b"", b"world"])
-        queue.put([b"psst"], audience=("alarm", ))
+        queue.put([b"psst"], recipients=("alarm", ))
         first = queue.consumer("archive").take(timeout=0)
         second = queue.consumer("archive").take(timeout=0)
         assert first is not None and second is not None
         # The second is acknowledged ahead of the position, which stays at the first.
-        second.acknowledge()
-        first.give_back()
+        second.ack()
+        first.nack()
     return tmp_path / "queue"
+
+
+def _take_all(queue: persipubsub.queue.Queue) -> list[bytes]:
+    lease = queue.consumer("alarm").take(timeout=0, max_messages=10_000)
+    assert lease is not None
+    lease.ack()
+    return lease.messages
 
 
 @pytest.fixture(name="program",
@@ -79,7 +97,7 @@ def _run(program: pathlib.Path, *arguments: object) -> tuple[int, str, str]:
 
 def test_program_reads_a_queue(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
     expected = """\
-format 1, durability fsync
+format 2
 subscriber alarm: position 1, acknowledged 0
 subscriber archive: position 1, acknowledged 1
 message 1 for audience 0, 5 bytes, sound: hello
@@ -92,29 +110,29 @@ message 4 for audience 1, 4 bytes, sound: psst
 
 def test_program_reads_while_the_queue_is_used(program: pathlib.Path,
                                                tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, ("alarm", "archive")) as queue:
+    with _open(tmp_path) as queue:
         queue.put([b"one"])
         code, out, err = _run(program, tmp_path / "queue")
         assert (code, err) == (0, ""), err
         assert out.endswith("message 1 for audience 0, 3 bytes, sound: one\n")
         queue.put([b"two"])
-        assert stores.take_all(queue, "alarm") == [b"one", b"two"]
+        assert _take_all(queue) == [b"one", b"two"]
 
 
 def test_program_counts_as_a_user(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path) as queue:
+    with _open(tmp_path) as queue:
         queue.put([b"x" * 1000] * 1000)
     with subprocess.Popen([program, tmp_path / "queue"], stdout=subprocess.PIPE) as process:
         try:
             # It has begun, and waits: a megabyte does not fit into a pipe.
             assert process.stdout is not None and process.stdout.read(1) == b"f"
-            with open(tmp_path / "queue" / _files.USERS, "rb") as users:
+            with open(tmp_path / "queue" / files.USERS, "rb") as users:
                 with pytest.raises(BlockingIOError):
                     fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             process.kill()
-    with stores.opened(tmp_path) as queue:
-        assert len(stores.take_all(queue)) == 1000
+    with _open(tmp_path) as queue:
+        assert len(_take_all(queue)) == 1000
 
 
 def test_program_refuses_another_format(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
@@ -123,7 +141,7 @@ def test_program_refuses_another_format(program: pathlib.Path, queue_pth: pathli
         with environment.begin(write=True, db=meta) as txn:
             header = txn.get(b"header")
             assert header is not None
-            txn.put(b"header", header[:8] + (2).to_bytes(4, "little") + header[12:])
+            txn.put(b"header", header[:8] + (3).to_bytes(4, "little") + header[12:])
     assert _run(program,
                 queue_pth) == (1, "",
                                "list_queue: header: a format that this program does not know\n")
@@ -132,17 +150,15 @@ def test_program_refuses_another_format(program: pathlib.Path, queue_pth: pathli
 def test_program_refuses_what_was_in_use_when_the_machine_went_down(program: pathlib.Path,
                                                                     tmp_path: pathlib.Path) -> None:
     """Pages may be missing, and LMDB may crash on what is in their place."""
-    mark = tmp_path / "queue" / _files.RUNNING
-    with stores.opened(tmp_path, keeps_os=True) as queue:
+    mark = tmp_path / "queue" / files.RUNNING
+    with _open(tmp_path) as queue:
         queue.put([b"one"])
-        assert mark.read_bytes()[:16] == _clock.boot_id()
+        assert mark.read_bytes() == files.boot_id()
         assert _run(program, tmp_path / "queue")[0] == 0
-    for content in (b"", b"another boot id.", b"another boot id.without", _clock.boot_id()[:15]):
+    for content in (b"", b"another boot id.", files.boot_id()[:15]):
         mark.write_bytes(content)
         assert _run(program, tmp_path / "queue") == (
             1, "", f"list_queue: {mark}: of another boot: let the library open the queue first\n")
-    mark.write_bytes(_clock.boot_id() + b"without")
-    assert _run(program, tmp_path / "queue")[0] == 0
 
 
 def test_program_refuses_what_is_not_a_queue(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -192,7 +208,7 @@ def test_program_stops_at_a_damaged_block(program: pathlib.Path, queue_pth: path
 
 def test_program_does_not_take_a_damaged_page_for_the_end(program: pathlib.Path,
                                                           tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path) as queue:
+    with _open(tmp_path) as queue:
         for _ in range(12):
             queue.put([b"x" * 1000])
     data = tmp_path / "queue" / "data.mdb"
@@ -215,7 +231,7 @@ def test_program_does_not_take_a_damaged_page_for_the_end(program: pathlib.Path,
 
 def test_program_shows_all_bytes_of_a_message(program: pathlib.Path,
                                               tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path) as queue:
+    with _open(tmp_path) as queue:
         queue.put([b"zero\0byte"])
     code, out, err = _run(program, tmp_path / "queue")
     assert (code, err) == (0, "")
@@ -248,9 +264,9 @@ def test_dump_refuses_a_truncated_store(queue_pth: pathlib.Path, size: int) -> N
             process.stderr) == (1, "", f"dump_queue: {data}: truncated\n")
 
 
-def _dump_queue() -> types.ModuleType:
-    """Import examples/foreign/dump_queue.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("dump_queue", _FOREIGN / "dump_queue.py")
+def _import(name: str) -> types.ModuleType:
+    """Import a program of examples/foreign, which is in no package."""
+    spec = importlib.util.spec_from_file_location(name, _FOREIGN / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -258,13 +274,13 @@ def _dump_queue() -> types.ModuleType:
 
 
 def test_dump_is_that_of_the_docs(queue_pth: pathlib.Path) -> None:
-    found = "\n".join(_dump_queue().dump(queue_pth)) + "\n"
+    found = "\n".join(_import("dump_queue").dump(queue_pth)) + "\n"
     if os.environ.get("PERSIPUBSUB_WRITE_DUMP"):
         _DUMP.write_text(found, encoding="utf-8")
 
     def mask(text: str) -> str:
-        # The clock and the boot are those of the machine.
-        return re.sub(r"^.*(  offset of the queue's clock|  id of the boot).*$",
+        # The clock, the boot and the journal are those of the machine.
+        return re.sub(r"^.*(  offset of the queue's clock|  id of the (boot|journal)).*$",
                       r"\1",
                       text,
                       flags=re.MULTILINE)
@@ -274,14 +290,14 @@ def test_dump_is_that_of_the_docs(queue_pth: pathlib.Path) -> None:
 
 
 def test_dump_knows_what_only_some_queues_have() -> None:
-    describe = _dump_queue()._describe
+    describe = _import("dump_queue")._describe
     attempts = struct.pack("<IIQQ", 3, 1, 5, 7) + b"no"
     assert [meaning
             for _, meaning in describe("attempts_db", struct.pack(">IQ", 1, 2), attempts)] == [
                 "ordinal: 1", "number of the message: 2", "deliveries so far: 3",
                 "flags; 1: the last one goes on, or its process died: 1",
                 "first recorded, ns on the queue's clock: 5",
-                "due again, ns on the queue's clock: 7", "last error: 'no'"
+                "retry at, ns on the queue's clock: 7", "last error: 'no'"
             ]
     assert [meaning for _, meaning in describe("once_db", b"iorder", struct.pack("<QQ", 4, 9))] == [
         "key: i and an id: 'iorder'", "number of the message: 4", "time, ns on the queue's clock: 9"
@@ -291,20 +307,51 @@ def test_dump_knows_what_only_some_queues_have() -> None:
     ] == ["key: 't'", "time: 9", "id: 'order'"]
 
 
+def test_journal_is_read(tmp_path: pathlib.Path) -> None:
+    with _open(tmp_path) as queue:
+        queue.put([b"hello", b"", b"world"])
+        queue.put([b"psst"], recipients=("alarm", ), msg_ids=[b"an id"])
+        for number in range(20):
+            queue.put([b"x" * 50_000, str(number).encode()])
+    lines = list(_import("list_journal").list_journal(tmp_path / "queue"))
+    assert [line for line in lines if line.startswith("    ")][:5] == [
+        "    message 1: b'hello'", "    message 2: b''", "    message 3: b'world'",
+        "    message 4: b'psst'", "    id of message 4: b'an id'"
+    ]
+    messages = [line for line in lines if line.startswith("    message") and len(line) < 40]
+    assert messages[4:] == [f"    message {6 + 2 * number}: b'{number}'" for number in range(20)]
+    # A message is in the journal when its send returns; the last close writes a state record.
+    assert any(line.endswith(": lists, up to message 3") for line in lines), lines
+    assert lines[-1].endswith(": state, up to message 44"), lines[-1]
+    assert sum(line.startswith("segment") for line in lines) > 2
+
+
+def test_journal_that_is_not_there(tmp_path: pathlib.Path) -> None:
+    process = subprocess.run([sys.executable, _FOREIGN / "list_journal.py", tmp_path],
+                             capture_output=True,
+                             text=True,
+                             timeout=support.HANG_SECS,
+                             check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (1, "",
+                                                                    "list_journal: no journal\n")
+
+
 def test_every_file_of_a_queue_is_described() -> None:
-    for name in _files.OWN:
+    for name in files.OWN:
         assert f"``{name}``" in _FORMAT, name
 
 
 def test_every_sub_database_is_described() -> None:
-    for name in _databases.NAMES:
+    for name in fmt.DATABASE_NAMES:
         title = name.decode("ascii")
         assert f"\n{title}\n{'-' * len(title)}\n" in _FORMAT, title
 
 
 @pytest.mark.parametrize("name, packed", [
-    ("meta_db", _layout._HEADER.size),
-    ("pending_db", _layout._SUBSCRIBER.size),
+    ("meta_db", fmt._HEADER.size),
+    ("pending_db", fmt._SUBSCRIBER.size),
+    ("Segments", journal._HEADER.size + journal._CRC.size),
+    ("Records", journal._RECORD_HEAD_BYTES),
 ])
 def test_size_of_a_record_is_that_of_its_table(name: str, packed: int) -> None:
     section = re.search(fr"\n{name}\n-+\n(.*?)(?=\n[^\n]+\n---+\n|\Z)", _FORMAT, re.DOTALL)

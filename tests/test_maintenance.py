@@ -16,11 +16,8 @@ import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
-import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.environment import _files, _mark, _registry
-from persipubsub.maintenance import _alone
-from tests import support
+from tests import stores, support
 from tests.faults import tracing
 
 BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
@@ -281,7 +278,7 @@ def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: pathlib.Path
         with pytest.raises(persipubsub.errors.StoreError, match=name):
             persipubsub.control.restore(config_pth, "queue", tmp_path / name)
     after = support.snapshot(tmp_path / "queue")
-    assert {**after, "lock.mdb": b""} == {**before, "lock.mdb": b""}
+    assert {**after, "lock.mdb": b"", "shared": b""} == {**before, "lock.mdb": b"", "shared": b""}
     assert receive(config_pth) == [b"some content"]
 
 
@@ -307,37 +304,17 @@ def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
     assert_sound(config_pth)
 
 
-def test_old_checkpoint_never_takes_the_place_of_what_was_restored(tmp_path: pathlib.Path) -> None:
+def test_old_journal_never_takes_the_place_of_what_was_restored(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path, durability="os")
     send(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     receive(config_pth)
     send(config_pth, b"2")
-    directory = tmp_path / "queue"
-    assert (directory / _files.CHECKPOINT).exists()
-    # As if the machine went down: the mark is that of another boot.
-    (directory / _files.RUNNING).write_bytes(bytes(range(16)))
+    stores.lose_power(tmp_path / "queue")
     persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-    assert not (directory / _files.RUNNING).exists()
+    stores.lose_power(tmp_path / "queue")
     assert receive(config_pth) == [b"1"]
-
-
-def test_no_number_is_used_twice_when_the_old_checkpoint_comes_back(tmp_path: pathlib.Path) -> None:
-    """As after a process that was killed in the middle of restoring, and a power failure."""
-    config_pth = make(tmp_path, durability="os")
-    send(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
-    directory = tmp_path / "queue"
-    checkpoint = (directory / _files.CHECKPOINT).read_bytes()
-    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-    send(config_pth, b"2", b"2", b"2")
-    numbers = [message.number for message in persipubsub.control.peek(config_pth, "sub", count=9)]
-    (directory / _files.CHECKPOINT).write_bytes(checkpoint)
-    (directory / _files.RUNNING).write_bytes(bytes(range(16)))
-    send(config_pth, b"3", b"3", b"3")
-    found = persipubsub.control.peek(config_pth, "sub", count=9)
-    assert [message.content for message in found] == [b"1", b"3", b"3", b"3"]
-    assert not {message.number for message in found[1:]} & set(numbers)
+    assert_sound(config_pth)
 
 
 def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
@@ -408,12 +385,23 @@ def test_compact_gives_room_back_and_keeps_all(tmp_path: pathlib.Path, durabilit
     send(config_pth, b"last")
     number = next_number(config_pth)
     sizes = persipubsub.control.compact(config_pth)["queue"]
-    assert sizes.before > 2000000 > 200000 > sizes.after
+    assert sizes.before > 4000000 > 1000000 > sizes.after
     assert (tmp_path / "queue" / "data.mdb").stat().st_mode & 0o777 == 0o600
     assert next_number(config_pth) == number
     assert_sound(config_pth)
     assert receive(config_pth) == [b"last"]
     assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
+
+
+@BOTH
+def test_compact_of_a_drained_queue_needs_no_prune(tmp_path: pathlib.Path, durability: str) -> None:
+    config_pth = make(tmp_path, durability=durability)
+    send(config_pth, *[bytes(100000)] * 100)
+    assert len(receive(config_pth)) == 100
+    sizes = persipubsub.control.compact(config_pth)["queue"]
+    # What is left: a store with one finished block, the reserve, and two segments of the journal.
+    assert sizes.before > 10000000 > 1500000 > sizes.after
+    assert sizes.after == persipubsub.control.statistics(config_pth)["queue"].disk_bytes
 
 
 def use(config_pth: pathlib.Path) -> list[Callable[[], object]]:
@@ -444,7 +432,7 @@ def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
         child.pipe.send("end")
         child.end()
     # This process counts, too.
-    with persipubsub.queue.Queue(support.settings(config_pth)):
+    with support.open_queue(config_pth):
         for function in use(config_pth):
             with pytest.raises(persipubsub.errors.QueueInUseError):
                 function()
@@ -455,7 +443,7 @@ def look_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Look at the queue again and again, as scrapes of metrics do."""
     persipubsub.control.statistics(config_pth)
     pipe.send("looked")
-    while not pipe.poll():
+    while not pipe.poll(0.005):
         persipubsub.control.statistics(config_pth)
 
 
@@ -469,35 +457,21 @@ def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
         child.end()
 
 
-def steps() -> list[tuple[Any, str]]:
-    return [(os, "rename"), (_files, "flush_directory"), (_mark, "mark_clean"),
-            (_files, "remove_durably"), (os, "unlink")]
-
-
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("place", range(1, 10))
 @pytest.mark.parametrize("action", ["compact", "restore"])
-def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, step: int) -> None:
+def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -> None:
+    tracing.require()
     config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
     send(config_pth, b"old")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     send(config_pth, b"new")
 
-    def run(_: support.Connection) -> None:
-        module, name = steps()[step]
-        # Opened and closed before, so that only the swap is cut.
-        original, entered = getattr(module, name), _alone._take_place
-        setattr(_alone, "_take_place", lambda *arguments: cut(entered, *arguments))
-
-        def cut(function: Callable[..., None], *arguments: Any) -> None:
-            setattr(module, name, lambda *_: os._exit(7))
-            function(*arguments)
-            setattr(module, name, original)
-            os._exit(7)
-
+    def work() -> None:
         use(config_pth)[action == "restore"]()
 
-    with support.Child(run) as child:
-        child.end(exit_code=7)
+    # Each change of a name, and the flush of each.
+    options = ["-o", os.devnull, "-e", f"inject=rename,unlink,fsync:signal=KILL:when={place}"]
+    assert tracing.run(lambda: work, options) in (0, -signal.SIGKILL)
     assert_sound(config_pth)
     assert not (tmp_path / "queue" / "data.mdb.new").exists()
     messages = receive(config_pth)
@@ -539,7 +513,7 @@ def test_store_of_another_program_is_left_alone(tmp_path: pathlib.Path) -> None:
     send(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     # So far as can be told from outside: no process of this library ever opened it.
-    (tmp_path / "queue" / _files.USERS).unlink()
+    (tmp_path / "queue" / "users.lock").unlink()
     for function in use(config_pth)[1:]:
         with pytest.raises(persipubsub.errors.FormatError, match="another program"):
             function()
@@ -566,17 +540,17 @@ def test_drop_removes_the_directory(tmp_path: pathlib.Path, durability: str) -> 
 def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call: str) -> None:
     tracing.require()
     config_pth = make(tmp_path)
-    gate = tmp_path / "queue" / _files.OPEN_GATE
+    lock = tmp_path / "queue" / "open.lock"
 
     def work() -> None:
         persipubsub.control.drop_queue(config_pth, "queue")
 
-    options = ["-P", str(gate if call == "unlink" else gate.parent), "-o", os.devnull]
+    options = ["-P", str(lock if call == "unlink" else lock.parent), "-o", os.devnull]
     assert tracing.run(lambda: work,
                        options + ["-e", f"inject={call}:signal=KILL"]) == -signal.SIGKILL
-    assert set(os.listdir(gate.parent)) <= {_files.OPEN_GATE}
+    assert set(os.listdir(lock.parent)) <= {"open.lock"}
     assert not persipubsub.control.drop_queue(config_pth, "queue")
-    assert not gate.parent.exists()
+    assert not lock.parent.exists()
     with pytest.raises(persipubsub.errors.NotInitializedError):
         persipubsub.control.drop_queue(config_pth, "queue")
 
@@ -604,12 +578,12 @@ def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: pathlib.Pat
         assert len(receive(config_pth)) == 101
         found = persipubsub.control.peek(config_pth, "late", count=1000, queue_key="queue")
         assert len(found) == 100
-        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        with support.open_queue(config_pth) as queue:
             lease = queue.consumer("late").take(timeout=0)
             assert lease is not None
             assert persipubsub.control.remove_subscriber(config_pth, "queue", "late") == 100
             # It had a message in hand: that is acknowledged into the void.
-            lease.acknowledge()
+            lease.ack()
             with pytest.raises(persipubsub.errors.NotInitializedError):
                 queue.front("late")
         assert persipubsub.control.statistics(config_pth)["queue"].messages == 0
@@ -632,13 +606,13 @@ def test_identifier_that_nobody_may_have(tmp_path: pathlib.Path, identifier: str
 def test_ranges_leave_with_their_subscriber(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path)
     send(config_pth, b"1", b"2", b"3")
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         first = queue.consumer("sub").take(timeout=0)
         second = queue.consumer("sub").take(timeout=0)
         assert first is not None and second is not None
-        second.acknowledge()
+        second.ack()
         assert persipubsub.control.remove_subscriber(config_pth, "queue", "sub") == 2
-        first.give_back()
+        first.nack()
     assert_sound(config_pth)
     persipubsub.control.initialize_all_dbs(config_pth)
     assert not receive(config_pth)
@@ -660,17 +634,17 @@ def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) ->
         pub.send(b"not for sub")
         pub.init(pub_id="pub", config_pth=config_pth)
         pub.send_many([b"%d" % index for index in range(4, 1300)])
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         first = queue.consumer("sub").take(timeout=0)
         second = queue.consumer("sub").take(timeout=0)
         assert first is not None and second is not None
-        second.acknowledge()
+        second.ack()
         found = persipubsub.control.peek(config_pth, "sub", count=4000)
         expected = [b"%d" % index for index in range(1, 1300) if index != 2]
         assert [message.content for message in found] == expected
         again = persipubsub.control.peek(config_pth, "sub", count=2, start=found[500].number)
         assert [one.content for one in again] == [one.content for one in found[500:502]]
-        first.give_back()
+        first.nack()
     for start in (10**6, 2**64 - 1, 2**64, 10**23):
         assert not persipubsub.control.peek(config_pth, "sub", start=start)
     assert persipubsub.control.peek(config_pth, "other", count=4)[3].subscribers == ("other", )
@@ -693,32 +667,6 @@ def test_follow_sees_what_comes(tmp_path: pathlib.Path) -> None:
     assert receive(config_pth) == [b"1", b"2", b"3", b"4"]
 
 
-def test_look_at_an_os_queue_in_use_copies_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
-
-    def run(pipe: support.Connection) -> None:
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            pub.send(b"x")
-            # Whatever the background thread finds from here on is in this one.
-            queue = support.queue_of(pub)
-            support.until(queue._environment._write_checkpoint, "the checkpoint of what was sent")
-            pipe.send("sent")
-            pipe.recv()
-
-    with support.Child(run) as child:
-        child.get()
-        checkpoint = tmp_path / "queue" / _files.CHECKPOINT
-        before = checkpoint.stat()
-        assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
-        assert len(persipubsub.control.peek(config_pth, "sub", count=9)) == 1
-        after = checkpoint.stat()
-        # A checkpoint that is written takes the place of the one before.
-        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-        child.pipe.send("end")
-        child.end()
-
-
 #: Look twice, and tell which files were opened to write, renamed or removed, and what was called in
 #: another thread.
 _AUDITED_LOOK = """if True:
@@ -728,7 +676,7 @@ _AUDITED_LOOK = """if True:
     def notice(event, arguments):
         if event == "open" and arguments[2] & (os.O_WRONLY | os.O_TRUNC):
             seen.append(str(arguments[0]))
-        elif event in ("os.rename", "os.remove", "os.mkdir"):
+        elif event in ("os.rename", "os.mkdir"):
             seen.append(event)
     sys.addaudithook(notice)
     threading.settrace(lambda frame, event, argument: seen.append(frame.f_code.co_name))
@@ -740,8 +688,11 @@ _AUDITED_LOOK = """if True:
 
 def state_of(directory: pathlib.Path) -> list[tuple[str, int, int]]:
     """List the files of a queue with what changes when they are written, and the directory."""
-    return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in sorted([directory, *directory.iterdir()]) if path.name != _files.LOCK]
+    return [
+        (path.name, path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in sorted([directory, *directory.iterdir(), *(directory / "journal").iterdir()])
+        if path.name not in ("lock.mdb", "shared")
+    ]
 
 
 @BOTH
@@ -751,48 +702,22 @@ def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: pathlib.Path,
     send(config_pth, b"x")
     before = state_of(tmp_path / "queue")
     done = support.run_python(_AUDITED_LOOK, config_pth)
-    # Keeping some room on the disk aside begins with the question whether there is some.
-    assert (done.stdout.split(),
-            done.stderr) == (["1", "1"] + [str(tmp_path / "queue" / _files.RESERVE)] * 2, "")
+    assert (done.stdout.split(), done.stderr) == (["1", "1"], "")
     assert state_of(tmp_path / "queue") == before
 
 
-def test_who_works_while_the_process_looks_leaves_checkpoint_and_mark(
-        tmp_path: pathlib.Path) -> None:
+def test_look_at_a_queue_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
-    settings = support.settings(config_pth)
-    mark = tmp_path / "queue" / _files.RUNNING
-    checkpoint = tmp_path / "queue" / _files.CHECKPOINT
-    with _registry.opened(settings.path, settings.options(), is_look=True):
-        assert not mark.exists()
-        checkpoint.unlink()
-        with persipubsub.queue.Queue(settings) as queue:
-            assert mark.exists() and checkpoint.exists()
-            queue.put([b"x"])
-    assert not mark.exists()
-    with persipubsub.queue.Queue(settings) as queue:
-        # Another look does not make a process that works one that looks.
-        with _registry.opened(settings.path, settings.options(), is_look=True):
-            pass
-        queue.put([b"y"])
-        assert mark.exists()
-    assert not mark.exists()
-
-
-def test_look_leaves_a_queue_clean_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
-    mark = tmp_path / "queue" / _files.RUNNING
 
     def run(pipe: support.Connection) -> None:
-        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        with support.open_queue(config_pth) as queue:
             queue.put([b"x"])
             pipe.send("sent")
             pipe.recv()
 
     with support.Child(run) as child:
         child.get()
-        child.kill(9)
-        child.end(-9)
-    assert mark.exists()
+        child.kill(signal.SIGKILL)
+        child.end(-signal.SIGKILL)
     assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
-    assert not mark.exists()
+    assert receive(config_pth) == [b"x"]

@@ -16,8 +16,8 @@ import pytest
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-from persipubsub import _migration
-from persipubsub._progress import Progress
+from persipubsub import migration
+from persipubsub.control import Progress
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
@@ -149,7 +149,7 @@ def test_only_subscriber(tmp_path: pathlib.Path, servers: jetstream_server.Serve
 
 
 def test_consumers_keep_what_they_have(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_migration, "_PATIENCE_SECS", 0.5)
+    monkeypatch.setattr(migration, "_PATIENCE_SECS", 0.5)
     with open_pub(scene.old) as pub, open_sub(scene.old, "a") as sub:
         pub.send_many(numbered(3))
         with sub.receive(timeout=HANG_SECS) as msg:
@@ -164,7 +164,7 @@ def test_full_target_drops_nothing(tmp_path: pathlib.Path, servers: jetstream_se
     scene = Scene(tmp_path, servers, MAX_MSGS_NUM=10)
     with open_pub(scene.old) as pub:
         pub.send_many(numbered(10))
-    monkeypatch.setattr(_migration, "_PATIENCE_SECS", 0.5)
+    monkeypatch.setattr(migration, "_PATIENCE_SECS", 0.5)
     with pytest.raises(persipubsub.errors.QueueFullError, match="start its subscribers there"):
         persipubsub.control.migrate(scene.old, "queue", scene.target)
     found = received(scene.new)
@@ -250,7 +250,7 @@ def test_message_that_was_put_before_the_kill_is_not_put_again(
 
     # Between putting the messages there and acknowledging them here.
     with monkeypatch.context() as patch:
-        patch.setattr("persipubsub._delivery.Lease.acknowledge", die)
+        patch.setattr("persipubsub.lmdb_engine.consuming.Lease.ack", die)
         with pytest.raises(Killed):
             persipubsub.control.migrate(scene.old, "queue", scene.target)
     persipubsub.control.migrate(scene.old, "queue", scene.target)
@@ -283,7 +283,7 @@ def test_move_that_is_killed_is_no_delivery(scene: Scene) -> None:
 
     def move(_: Connection) -> None:
         # Taken, and not put yet.
-        with unittest.mock.patch.object(_migration, "_cut",
+        with unittest.mock.patch.object(migration, "_cut",
                                         lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
             persipubsub.control.migrate(scene.old, "queue", scene.target)
 
@@ -303,7 +303,7 @@ def test_move_that_fails_is_no_delivery(tmp_path: pathlib.Path, servers: jetstre
     limit_deliveries(scene.old, retry_delay_secs=3600)
     with open_pub(scene.old) as pub:
         pub.send_many(numbered(10))
-    monkeypatch.setattr(_migration, "_PATIENCE_SECS", 0.5)
+    monkeypatch.setattr(migration, "_PATIENCE_SECS", 0.5)
     for _ in range(2):
         with pytest.raises(persipubsub.errors.QueueFullError, match="start its subscribers there"):
             persipubsub.control.migrate(scene.old, "queue", scene.target)

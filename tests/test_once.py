@@ -7,7 +7,6 @@ import signal
 import threading
 from typing import Any
 
-import lmdb
 import pytest
 
 import persipubsub.control
@@ -15,20 +14,10 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 from persipubsub import engine
-from persipubsub.store import _layout, _once
-from persipubsub.store._databases import Databases
 from tests import stores, support
 
-WINDOW_NS = 100 * stores.SECOND_NS
-
-
-def count_ids(queue: persipubsub.queue.Queue) -> int:
-    """Count the records of ids and of times."""
-
-    def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> int:
-        return int(txn.stat(db=databases.once)["entries"])
-
-    return queue._environment.read(work)  # pylint: disable=protected-access
+WINDOW_SECS = 100
+WINDOW_NS = WINDOW_SECS * stores.SECOND_NS
 
 
 def test_same_id_is_stored_once(tmp_path: pathlib.Path) -> None:
@@ -57,7 +46,7 @@ def test_of_a_batch_the_known_ones_are_left_out(tmp_path: pathlib.Path) -> None:
 
 def test_ids_are_forgotten_behind_the_window(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, once_window_ns=WINDOW_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, once_window_secs=WINDOW_SECS) as queue:
         first = queue.put([b"one"], msg_ids=[b"a"])
         clock.now_ns += WINDOW_NS
         assert queue.put([b"one"], msg_ids=[b"a"]) == first
@@ -69,58 +58,43 @@ def test_ids_are_forgotten_behind_the_window(tmp_path: pathlib.Path) -> None:
 
 def test_each_put_forgets_a_few(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, once_window_ns=WINDOW_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, once_window_secs=WINDOW_SECS) as queue:
         queue.put([b""] * 100, msg_ids=[bytes((index, )) for index in range(100)])
-        assert count_ids(queue) == 200
+        assert stores.count_ids(queue) == 100
         clock.now_ns += WINDOW_NS + 1
         queue.put([b""])
-        assert count_ids(queue) == 200
+        assert stores.count_ids(queue) == 100
         # Two are forgotten for the one that is added.
         queue.put([b""], msg_ids=[b"a new one"])
-        assert count_ids(queue) == 198
+        assert stores.count_ids(queue) == 99
         for index in range(60):
             queue.put([b""], msg_ids=[b"new %d" % index])
-        assert count_ids(queue) == 2 * 61
+        assert stores.count_ids(queue) == 61
 
 
 def test_pruning_forgets_all_that_are_old(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, once_window_ns=WINDOW_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, once_window_secs=WINDOW_SECS) as queue:
         queue.put([b""] * 1000, msg_ids=[b"%d" % index for index in range(1000)])
         clock.now_ns += WINDOW_NS + 1
         queue.put([b""], msg_ids=[b"young"])
         queue.prune()
-        assert count_ids(queue) == 2
+        assert stores.count_ids(queue) == 1
         assert queue.put([b""], msg_ids=[b"young"]) == 1001
 
 
-@pytest.mark.parametrize("keeps_os", [False, True])
+@pytest.mark.parametrize("durability", [stores.FSYNC, stores.OS])
 def test_id_is_remembered_when_the_queue_is_opened_again(tmp_path: pathlib.Path,
-                                                         keeps_os: bool) -> None:
-    with stores.opened(tmp_path, keeps_os=keeps_os) as queue:
+                                                         durability: Any) -> None:
+    with stores.opened(tmp_path, durability=durability) as queue:
         first = queue.put([b"one"], msg_ids=[b"a"])
-    with stores.opened(tmp_path, keeps_os=keeps_os) as queue:
+    stores.lose_power(queue.path)
+    with stores.opened(tmp_path, durability=durability) as queue:
         assert queue.put([b"one"], msg_ids=[b"a"]) == first
 
 
-def test_what_is_left_out_is_flushed_as_well(tmp_path: pathlib.Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    with stores.opened(tmp_path) as queue:
-        queue.put([b"one"], msg_ids=[b"a"])
-        environment = queue._environment  # pylint: disable=protected-access
-        flushes: list[int] = []
-        flush = environment._sync  # pylint: disable=protected-access
-        monkeypatch.setattr(environment, "_sync", lambda: flushes.append(flush() or 1))
-        # Whoever stored it may have been killed, or be about to flush it.
-        queue.put([b"one"], msg_ids=[b"a"])
-        assert flushes == [1]
-        # ... and the next one has a flush of its own.
-        queue.put([b"two"], msg_ids=[b"b"])
-        assert flushes == [1, 1]
-
-
 def test_nothing_is_remembered_of_what_was_not_sent(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_message_bytes=10) as queue:
+    with stores.opened(tmp_path, size_bytes=10) as queue:
         with pytest.raises(persipubsub.errors.MessageTooLargeError):
             queue.put([b"x" * 11], msg_ids=[b"a"])
         first = queue.put([b"x"], msg_ids=[b"a"])
@@ -129,7 +103,7 @@ def test_nothing_is_remembered_of_what_was_not_sent(tmp_path: pathlib.Path) -> N
 
 
 def test_what_is_left_out_needs_no_room(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_messages=2) as queue:
+    with stores.opened(tmp_path, max_msgs_num=2) as queue:
         queue.put([b"0", b"1"], msg_ids=[b"a", b"b"])
         queue.put([b"0", b"1"], msg_ids=[b"a", b"b"])
         assert stores.take_all(queue) == [b"0", b"1"]
@@ -137,7 +111,7 @@ def test_what_is_left_out_needs_no_room(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("size", [1 << 18, 1 << 20])
 def test_full_map(tmp_path: pathlib.Path, size: int) -> None:
-    with stores.opened(tmp_path, max_bytes=size, keeps_os=True) as queue:
+    with stores.opened(tmp_path, max_db_size_bytes=size) as queue:
         count = 3 * size // 4000
         for index in range(count):
             queue.put([bytes(4000)], msg_ids=[b"%d" % index])
@@ -219,7 +193,7 @@ def publish_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def test_killed_publisher_may_repeat(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0)
+    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=3600)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     last = 0
     with support.Child(publish_forever, config_pth) as child:
@@ -233,53 +207,3 @@ def test_killed_publisher_may_repeat(tmp_path: pathlib.Path) -> None:
             pub.send(b"%d" % index, msg_id="%d" % index)
         count = max(last + 100, len(stores.blocks(support.queue_of(pub))))
         assert stores.take_all(support.queue_of(pub)) == [b"%d" % index for index in range(count)]
-
-
-def test_check_finds_what_is_wrong(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path) as queue:
-        number = queue.put([b"x"], msg_ids=[b"a"])
-
-        def write(key: bytes, value: bytes | None) -> bytes | None:
-
-            def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> bytes | None:
-                found = txn.get(key, db=databases.once)
-                before = None if found is None else bytes(found)
-                if value is None:
-                    txn.delete(key, db=databases.once)
-                else:
-                    txn.put(key, value, db=databases.once)
-                return before
-
-            return queue._environment.write(work)  # pylint: disable=protected-access
-
-        def spoil(key: bytes, value: bytes | None) -> list[str]:
-            before = write(key, value)
-            findings = queue.check()
-            write(key, before)
-            assert queue.check() == []
-            return findings
-
-        record = queue._environment.read(  # pylint: disable=protected-access
-            lambda txn, databases: bytes(txn.get(_layout.once_id_key(b"a"), b"", db=databases.once))
-        )
-        _, time_ns = _layout.unpack_once(record)
-        assert "one only" in spoil(_layout.once_id_key(b"a"), None)[0]
-        assert "one only" in spoil(_layout.once_time_key(time_ns, b"a"), None)[0]
-        assert "one only" in spoil(_layout.once_time_key(time_ns - 1, b"a"), b"")[0]
-        later = _layout.pack_once(number + 1, time_ns)
-        assert "message before" in spoil(_layout.once_id_key(b"a"), later)[0]
-        assert "once_db" in spoil(b"z", b"")[0]
-        assert "decode" in spoil(_layout.once_id_key(b"a"), b"short")[0]
-
-
-def test_forgetting_takes_the_oldest_first(tmp_path: pathlib.Path) -> None:
-    scratch = stores.Scratch(tmp_path)
-    with scratch.begin() as txn:
-        for index, time_ns in enumerate([5, 3, 1 << 40, 4]):
-            _once.remember(txn, scratch.databases, b"%d" % index, number=7, time_ns=time_ns)
-        assert _once.forget(txn, scratch.databases, oldest_ns=5, budget=1) == 1
-        assert _once.find(txn, scratch.databases, [b"0", b"1", b"2", b"3"], 0) == [7, None, 7, 7]
-        assert _once.forget(txn, scratch.databases, oldest_ns=5, budget=9) == 1
-        assert _once.find(txn, scratch.databases, [b"0", b"1", b"2", b"3"], 0) == [7, None, 7, None]
-        assert not _once.is_any_before(txn, scratch.databases, oldest_ns=5)
-        assert _once.is_any_before(txn, scratch.databases, oldest_ns=6)

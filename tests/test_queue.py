@@ -1,22 +1,17 @@
 """Test putting, audiences, the timeout, numbers that survive everything, the file's size."""
 
 # pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
 
 import pathlib
-import pickle
 import random
 import threading
 
-import lmdb
 import pytest
 
+import persipubsub.control
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _addition
-from persipubsub.environment import _line
-from persipubsub.store import _blocks
-from persipubsub.store._databases import Databases
+from persipubsub.lmdb_engine import format as fmt
 from tests import stores, support
 
 MEGABYTE = 1000000
@@ -71,7 +66,7 @@ def test_message_of_any_size_arrives(tmp_path: pathlib.Path, size: int) -> None:
 @pytest.mark.parametrize("distance", [-1, 0, 1])
 def test_batches_around_the_end_of_a_block(tmp_path: pathlib.Path, distance: int) -> None:
     # Two messages fill a block but for their entries in its table.
-    size = _blocks.BLOCK_BYTES // 2 - _blocks.ENTRY_BYTES
+    size = fmt.BLOCK_BYTES // 2 - fmt.ENTRY_BYTES
     messages = [bytes(size), b"\1" * (size + distance), b"third"]
     with stores.opened(tmp_path) as queue:
         queue.put(messages)
@@ -82,7 +77,7 @@ def test_batches_around_the_end_of_a_block(tmp_path: pathlib.Path, distance: int
 
 def test_batch_of_many_blocks_is_one_commit(tmp_path: pathlib.Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(fmt, "BLOCK_BYTES", 100)
     with stores.opened(tmp_path) as queue:
         commits = queue.statistics().commits
         messages = numbered(100)
@@ -95,11 +90,10 @@ def test_batch_of_many_blocks_is_one_commit(tmp_path: pathlib.Path,
 
 
 def test_closed_queue_refuses_everything(tmp_path: pathlib.Path) -> None:
-    made = stores.settings(tmp_path)
-    persipubsub.queue.Queue.ensure(made, subscribers=["sub"])
-    queue = persipubsub.queue.Queue(made)
-    queue.close()
-    queue.close()
+    with stores.opened(tmp_path):
+        queue = persipubsub.queue.Queue(stores.path_of(tmp_path), stores.settings())
+        queue.close()
+        queue.close()
     for function in (lambda: queue.put([b"x"]), lambda: queue.consumer("sub"),
                      lambda: queue.front("sub"), lambda: queue.skip_to_newest("sub"), queue.prune,
                      queue.clear, queue.statistics, queue.check,
@@ -118,8 +112,9 @@ def test_ensure_may_be_repeated(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, clock=stores.Clock()) as queue:
         queue.put([b"x"])
         before = queue.statistics()
-        persipubsub.queue.Queue.ensure(queue.settings, subscribers=["sub"])
-        assert queue.statistics() == before
+        persipubsub.queue.Queue.ensure(queue.path, stores.settings(), ["sub"])
+        after = queue.statistics()
+        assert (after.messages, after.subscribers) == (before.messages, before.subscribers)
 
 
 # Audiences
@@ -142,25 +137,25 @@ def test_messages_go_to_those_addressed(tmp_path: pathlib.Path) -> None:
 def test_later_subscriber_is_not_in_an_audience(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, subscribers=["a"]) as queue:
         queue.put([b"1"], ("a", ))
-        persipubsub.queue.Queue.ensure(queue.settings, subscribers=["a", "late"])
+        persipubsub.queue.Queue.ensure(queue.path, stores.settings(), ["a", "late"])
         queue.put([b"2"], ("a", ))
         queue.put([b"3"])
         assert stores.take_all(queue, "late") == [b"3"]
         assert stores.take_all(queue, "a") == [b"1", b"2", b"3"]
 
 
-def test_failed_send_leaves_no_audience_to_be_mixed_up(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue, \
-            persipubsub.queue.Queue(queue.settings) as other:
-        put = _addition.Put([b"lost"], ("a", ))
-
-        def fail(txn, databases):  # type: ignore[no-untyped-def]
-            queue._putter._put(txn, databases, put)
-            raise lmdb.MapFullError("as if the map were full")
-
-        with pytest.raises(persipubsub.errors.DiskFullError):
-            queue._environment.write(fail)
-        # The number that the audience had in the failed transaction is free again.
+def test_send_that_fails_leaves_no_recipients_to_be_mixed_up(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path,
+                       subscribers=["a", "b"],
+                       max_db_size_bytes=1 << 18,
+                       strategy=stores.REJECT) as queue, stores.again(queue) as other:
+        while support.outcome(lambda: queue.put([bytes(10000)])) == "":
+            pass
+        # One that fails in the middle of the transaction: its list of recipients goes back, too.
+        while support.outcome(lambda: queue.put([b"x"], ("a", ))) == "":
+            pass
+        for name in "ab":
+            stores.take_all(queue, name)
         other.put([b"for b"], ("b", ))
         queue.put([b"for a"], ("a", ))
         assert stores.take_all(queue, "a") == [b"for a"]
@@ -170,7 +165,7 @@ def test_failed_send_leaves_no_audience_to_be_mixed_up(tmp_path: pathlib.Path) -
 def test_many_audiences(tmp_path: pathlib.Path) -> None:
     names = [f"s{index}" for index in range(8)]
     generator = random.Random(1)
-    with stores.opened(tmp_path, subscribers=names, keeps_os=True) as queue:
+    with stores.opened(tmp_path, subscribers=names) as queue:
         sent: list[tuple[bytes, list[str]]] = []
         for message in numbered(300):
             audience = generator.sample(names, generator.randint(1, 8))
@@ -187,7 +182,7 @@ def test_many_audiences(tmp_path: pathlib.Path) -> None:
 
 def test_old_messages_are_dropped_by_a_send(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, timeout_ns=10 * stores.SECOND_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, msg_timeout_secs=10) as queue:
         queue.put(numbered(5))
         clock.advance(11)
         for _ in range(16):
@@ -198,8 +193,7 @@ def test_old_messages_are_dropped_by_a_send(tmp_path: pathlib.Path) -> None:
 
 def test_old_messages_make_room_before_young_ones_are_dropped(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, max_messages=6,
-                       timeout_ns=10 * stores.SECOND_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, max_msgs_num=6, msg_timeout_secs=10) as queue:
         queue.put([b"old", b"old"])
         clock.advance(6)
         queue.put([b"1", b"2", b"3", b"4"])
@@ -212,10 +206,7 @@ def test_old_messages_make_room_before_young_ones_are_dropped(tmp_path: pathlib.
 
 def test_prune_drops_just_what_is_too_old(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path,
-                       subscribers=["a", "b"],
-                       clock=clock,
-                       timeout_ns=10 * stores.SECOND_NS) as queue:
+    with stores.opened(tmp_path, subscribers=["a", "b"], clock=clock, msg_timeout_secs=10) as queue:
         queue.put([b"1", b"2"])
         clock.advance(5)
         queue.put([b"3"])
@@ -230,7 +221,7 @@ def test_prune_drops_just_what_is_too_old(tmp_path: pathlib.Path) -> None:
 
 def test_clock_that_goes_back_takes_nothing_back(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, timeout_ns=10 * stores.SECOND_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, msg_timeout_secs=10) as queue:
         queue.put([b"1"])
         clock.advance(-100)
         queue.put([b"2"])
@@ -242,29 +233,30 @@ def test_clock_that_goes_back_takes_nothing_back(tmp_path: pathlib.Path) -> None
 # Numbers
 
 
-def test_numbers_survive_everything(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("drops_newest", [False, True])
+def test_numbers_survive_everything(tmp_path: pathlib.Path, drops_newest: bool) -> None:
     clock = stores.Clock()
-    made = stores.settings(tmp_path, timeout_ns=10 * stores.SECOND_NS, max_messages=8)
-    persipubsub.queue.Queue.ensure(made, subscribers=["sub"])
-    with persipubsub.queue.Queue(made, clock=clock) as queue:
+    with stores.opened(tmp_path,
+                       clock=clock,
+                       msg_timeout_secs=10,
+                       max_msgs_num=8,
+                       strategy=stores.pruning(drops_newest)) as queue:
         expected = queue.put([b"x"]) + 1
-        for drops_newest in (False, True):
-            queue.settings = made._replace(strategy=stores.pruning(drops_newest))
-            for forget in (lambda: stores.take_all(queue), queue.clear, lambda: clock.advance(11),
-                           queue.prune, lambda: queue.skip_to_newest("sub"),
-                           lambda: queue.put([b"z"] * 8)):
-                forget()
-                before = queue.statistics().next_number
-                assert before in (expected, expected + 8)
-                assert queue.put([b"x", b"y"]) == before
-                expected = before + 2
-                queue.prune()
-                assert queue.check() == []
+        for forget in (lambda: stores.take_all(queue), queue.clear, lambda: clock.advance(11),
+                       queue.prune, lambda: queue.skip_to_newest("sub"),
+                       lambda: queue.put([b"z"] * 8)):
+            forget()
+            before = queue.statistics().next_number
+            assert before in (expected, expected + 8)
+            assert queue.put([b"x", b"y"]) == before
+            expected = before + 2
+            queue.prune()
+            assert queue.check() == []
 
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 def test_numbers_go_on_behind_dropped_messages(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_messages=1, strategy=stores.pruning(drops_newest)) as queue:
+    with stores.opened(tmp_path, max_msgs_num=1, strategy=stores.pruning(drops_newest)) as queue:
         first = queue.put([b"0"])
         for index in range(1, 50):
             assert queue.put([b"x"]) == first + index
@@ -273,40 +265,36 @@ def test_numbers_go_on_behind_dropped_messages(tmp_path: pathlib.Path, drops_new
 
 
 def test_numbers_go_on_in_another_process(tmp_path: pathlib.Path) -> None:
-    made = stores.settings(tmp_path)
-    persipubsub.queue.Queue.ensure(made, subscribers=["sub"])
+    config_pth = support.write_config(tmp_path)
+    persipubsub.control.initialize_all_dbs(config_pth)
     code = """
-import pickle, sys
-import persipubsub.queue
-settings = pickle.loads(bytes.fromhex(sys.argv[1]))
-with persipubsub.queue.Queue(settings) as queue:
+import sys
+import persipubsub.config, persipubsub.queue
+with persipubsub.queue.open_queue(persipubsub.config.read(sys.argv[1]), "queue") as queue:
     print(queue.put([b"x", b"y"]))
     if sys.argv[2] == "clear":
         queue.clear()
 """
     numbers = []
     for what in ("keep", "clear", "clear", "keep"):
-        result = support.run_python(code, pickle.dumps(made._replace(retries={})).hex(), what)
+        result = support.run_python(code, config_pth, what)
         assert result.returncode == 0, result.stderr
         numbers.append(int(result.stdout))
     assert numbers == list(range(numbers[0], numbers[0] + 8, 2))
-    with persipubsub.queue.Queue(made) as queue:
+    with support.open_queue(config_pth) as queue:
         assert queue.put([b"z"]) == numbers[0] + 8
         assert stores.take_all(queue) == [b"x", b"y", b"z"]
         assert stores.figures(queue).cleared == 6
 
 
 def test_everything_is_there_after_reopening(tmp_path: pathlib.Path) -> None:
-    clock = stores.Clock()
-    made = stores.settings(tmp_path)
-    persipubsub.queue.Queue.ensure(made, subscribers=["sub", "other"])
-    with persipubsub.queue.Queue(made, clock=clock) as queue:
+    with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
         queue.put(numbered(4))
         held = [queue.consumer("sub").take(timeout=0) for _ in range(2)]
         assert held[1] is not None
-        held[1].acknowledge()
+        held[1].ack()
         before = queue.statistics()
-    with persipubsub.queue.Queue(made, clock=clock) as queue:
+    with persipubsub.queue.Queue(stores.path_of(tmp_path), stores.settings()) as queue:
         after = queue.statistics()
         assert (after.messages, after.message_bytes,
                 after.next_number) == (before.messages, before.message_bytes, before.next_number)
@@ -320,7 +308,7 @@ def test_everything_is_there_after_reopening(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("backlog, size", [(0, 200), (100, 200), (10, 100000)])
 def test_file_stays_small_at_a_steady_backlog(tmp_path: pathlib.Path, backlog: int,
                                               size: int) -> None:
-    with stores.opened(tmp_path, keeps_os=True) as queue:
+    with stores.opened(tmp_path) as queue:
         consumer = queue.consumer("sub")
         queue.put([bytes(size)] * backlog)
         sizes = []
@@ -329,7 +317,7 @@ def test_file_stays_small_at_a_steady_backlog(tmp_path: pathlib.Path, backlog: i
                 queue.put([bytes(size)])
                 lease = consumer.take(timeout=0)
                 assert lease is not None
-                lease.acknowledge()
+                lease.ack()
             sizes.append(queue.statistics().file_bytes)
         assert queue.statistics().messages == backlog
         assert len(stores.blocks(queue)) <= backlog + 40
@@ -361,51 +349,6 @@ def test_end_of_the_log_is_where_another_process_left_it(tmp_path: pathlib.Path,
         assert stores.take_all(queue) == expected
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_end_of_the_log_where_two_puts_share_a_transaction(tmp_path: pathlib.Path,
-                                                           fails: bool) -> None:
-    with stores.opened(tmp_path) as queue:
-        environment = queue._environment
-
-        def work(txn: "lmdb.Transaction[memoryview]", databases: Databases) -> object:
-            put = _addition.Put([b"second"], None)
-            result = queue._putter._put(txn, databases, put)
-            if fails:
-                raise persipubsub.errors.StoreError("on purpose")
-            return result
-
-        queue.put([b"first"])
-        request = _line.Request(work)
-        environment._line.requests.append(request)
-        queue.put([b"third"])
-        assert (request.commit == environment._committed) != fails
-        queue.put([b"fourth"])
-        expected = [b"first", b"third", b"fourth"
-                    ] if fails else [b"first", b"second", b"third", b"fourth"]
-        assert stores.take_all(queue) == expected
-
-
-def test_end_of_the_log_after_a_group_that_failed(tmp_path: pathlib.Path) -> None:
-    """What its last put left behind is not in the store; each work starts from what is there."""
-    with stores.opened(tmp_path) as queue:
-        environment = queue._environment
-
-        def put(message: bytes) -> _line.Request:
-            return _line.Request(lambda txn, databases: queue._putter._put(
-                txn, databases, _addition.Put([message], None)))
-
-        def fail(*_: object) -> None:
-            raise persipubsub.errors.StoreError("on purpose")
-
-        queue.put([b"first"])
-        requests = [put(b"second"), _line.Request(fail), put(b"third")]
-        environment._run_group(environment._open_handles(), requests)
-        assert [request.error is None for request in requests] == [True, False, True]
-        queue.put([b"fourth"])
-        queue.check()
-        assert stores.take_all(queue) == [b"first", b"second", b"third", b"fourth"]
-
-
 def test_end_of_the_log_after_other_works(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"1"])
@@ -418,7 +361,8 @@ def test_end_of_the_log_after_other_works(tmp_path: pathlib.Path) -> None:
 
 
 def test_no_send_deletes_much(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, keeps_os=True) as queue:
+    # The background thread deletes what is finished as well.
+    with stores.opened(tmp_path, checkpoint_secs=3600) as queue:
         for message in numbered(1000):
             queue.put([message])
         stores.take_all(queue)
@@ -428,7 +372,7 @@ def test_no_send_deletes_much(tmp_path: pathlib.Path) -> None:
             queue.put([b"x"])
             lease = consumer.take(timeout=0)
             assert lease is not None
-            lease.acknowledge()
+            lease.ack()
             lengths.append(len(stores.blocks(queue)))
         assert max(before - after for before, after in zip(lengths, lengths[1:])) <= 36
         # About twice as many leave as come.
@@ -436,7 +380,7 @@ def test_no_send_deletes_much(tmp_path: pathlib.Path) -> None:
 
 
 def test_prune_deletes_all_that_is_finished(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b"], keeps_os=True) as queue:
+    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
         for message in numbered(700):
             queue.put([message])
         stores.take_all(queue, "a")
@@ -448,7 +392,7 @@ def test_prune_deletes_all_that_is_finished(tmp_path: pathlib.Path) -> None:
 
 
 def test_clear_deletes_all(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b"], keeps_os=True) as queue:
+    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
         for message in numbered(700):
             queue.put([message])
         stores.take(queue, "a")
@@ -464,7 +408,7 @@ def test_clear_deletes_all(tmp_path: pathlib.Path) -> None:
 
 
 def test_threads_share_commits_and_lose_nothing(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b"], keeps_os=True) as queue:
+    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
         audiences = [None, ("a", ), ("b", ), ("a", "b")]
 
         def send(name: int) -> None:
@@ -486,7 +430,7 @@ def test_threads_share_commits_and_lose_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_threads_of_one_subscriber_share_its_messages(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, keeps_os=True) as queue:
+    with stores.opened(tmp_path) as queue:
         messages = numbered(300)
         queue.put(messages)
         consumer = queue.consumer("sub")
@@ -498,7 +442,7 @@ def test_threads_of_one_subscriber_share_its_messages(tmp_path: pathlib.Path) ->
                 if lease is None:
                     return
                 mine.extend(lease.messages)
-                lease.acknowledge()
+                lease.ack()
 
         threads = [threading.Thread(target=receive, args=(mine, )) for mine in found]
         for thread in threads:

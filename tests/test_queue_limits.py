@@ -1,7 +1,6 @@
 """Test what a queue does at its limits: high-water marks, too large messages, a full map."""
 
 # pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
 
 import contextlib
 import itertools
@@ -12,11 +11,9 @@ import threading
 
 import pytest
 
-import persipubsub.config
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import _addition
-from persipubsub.store import _blocks, _log, _positions
+from persipubsub.lmdb_engine import format as fmt
 from tests import stores, support
 
 
@@ -30,48 +27,48 @@ def numbered(count: int, begin: int = 0) -> list[bytes]:
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 @pytest.mark.parametrize("most", [1, 2, 3, 10, 11])
-def test_half_is_dropped_at_the_mark_of_messages(tmp_path: pathlib.Path, most: int,
-                                                 drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_messages=most, strategy=stores.pruning(drops_newest)) as queue:
+def test_half_is_left_at_the_mark_of_messages(tmp_path: pathlib.Path, most: int,
+                                              drops_newest: bool) -> None:
+    with stores.opened(tmp_path, max_msgs_num=most, strategy=stores.pruning(drops_newest)) as queue:
         messages = numbered(most)
         for message in messages:
             queue.put([message])
         assert stores.figures(queue).dropped_by_mark == 0
         queue.put([b"one more"])
-        half = (most + 1) // 2
-        kept = messages[:most - half] if drops_newest else messages[half:]
-        assert stores.figures(queue).dropped_by_mark == half
+        # As the original: of the 11 messages of a mark of 10, 5 are left.
+        left = (most + 1) // 2 - 1
+        kept = messages[:left] if drops_newest else messages[most - left:]
+        assert stores.figures(queue).dropped_by_mark == most - left
         assert stores.take_all(queue) == kept + [b"one more"]
 
 
 @pytest.mark.parametrize("drops_newest", [False, True])
-def test_half_is_dropped_at_the_mark_of_bytes(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_message_bytes=100,
-                       strategy=stores.pruning(drops_newest)) as queue:
+def test_half_is_left_at_the_mark_of_bytes(tmp_path: pathlib.Path, drops_newest: bool) -> None:
+    with stores.opened(tmp_path, size_bytes=100, strategy=stores.pruning(drops_newest)) as queue:
         messages = [b"a" * 10, b"b" * 20, b"c" * 30, b"d" * 40]
         for message in messages:
             queue.put([message])
         queue.put([b""])
         assert stores.figures(queue).dropped_by_mark == 0
         queue.put([b"e"])
-        # Three of five messages: half of them, whatever their bytes are.
+        # Three of six messages: half of them, whatever their bytes are.
         assert stores.figures(queue).dropped_by_mark == 3
         assert stores.take_all(queue) == (messages[:2]
                                           if drops_newest else [messages[3], b""]) + [b"e"]
 
 
-def test_half_is_dropped_until_a_batch_fits(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_messages=16) as queue:
+def test_messages_are_dropped_until_a_batch_fits(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_msgs_num=16) as queue:
         queue.put(numbered(16))
         queue.put(numbered(13, begin=16))
-        # 16, 8, 4, and then two: 3 are left of the 16, no more than there is room for.
-        assert stores.figures(queue).dropped_by_mark == 14
-        assert stores.take_all(queue) == numbered(15, begin=14)
+        # Half of 29 are 14, of which 13 are new.
+        assert stores.figures(queue).dropped_by_mark == 15
+        assert stores.take_all(queue) == numbered(14, begin=15)
 
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 def test_single_block_is_cut_in_its_middle(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_messages=10001,
+    with stores.opened(tmp_path, max_msgs_num=10001,
                        strategy=stores.pruning(drops_newest)) as queue:
         messages = numbered(10001)
         first = queue.put(messages)
@@ -84,7 +81,7 @@ def test_single_block_is_cut_in_its_middle(tmp_path: pathlib.Path, drops_newest:
 
 
 def test_finished_messages_do_not_count(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_messages=3, max_message_bytes=3) as queue:
+    with stores.opened(tmp_path, max_msgs_num=3, size_bytes=3) as queue:
         for message in numbered(100):
             queue.put([message[:1]])
             queue.put([b"", b""])
@@ -92,52 +89,62 @@ def test_finished_messages_do_not_count(tmp_path: pathlib.Path) -> None:
         assert stores.figures(queue).dropped_by_mark == 0
 
 
-def test_positions_that_went_back_are_noticed(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_messages=4) as queue:
-        first = queue.put([b"1", b"2", b"3", b"4"])
-        stores.take_all(queue)
-        queue.put([b"5"])
-
-        def rewind(txn, databases):  # type: ignore[no-untyped-def]
-            subscriber = _positions.require(txn, databases, b"sub")
-            _positions.write(txn, databases, b"sub", subscriber._replace(position=first))
-            _log.change_generation(txn.cursor(db=databases.data))
-
-        queue._environment.write(rewind)
-        assert queue.statistics().messages == 5
-        queue.put([b"6"])
-        assert queue.statistics().messages <= 4
-        assert stores.take_all(queue) == [b"4", b"5", b"6"]
-
-
-def test_losses_are_counted_for_each_subscriber(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b", "c"], max_messages=4) as queue:
+def test_drops_are_counted_for_each_subscriber(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, subscribers=["a", "b", "c"], max_msgs_num=4) as queue:
         queue.put([b"1", b"2"])
         queue.put([b"3"], ("c", ))
         queue.put([b"4"])
         stores.take(queue, "a")
         queue.put([b"5"])
-        assert [stores.figures(queue, name).dropped_by_mark for name in "abc"] == [1, 2, 2]
-        assert stores.take_all(queue, "a") == [b"4", b"5"]
-        assert stores.take_all(queue, "c") == [b"3", b"4", b"5"]
+        assert [stores.figures(queue, name).dropped_by_mark for name in "abc"] == [1, 2, 3]
+        assert stores.take_all(queue, "a") == stores.take_all(queue, "b") == [b"4", b"5"]
+        assert stores.take_all(queue, "c") == [b"4", b"5"]
 
 
-def test_losses_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_consumer_is_told_how_many_were_dropped_before(tmp_path: pathlib.Path) -> None:
+    clock = stores.Clock()
+    with stores.opened(tmp_path, clock=clock, max_msgs_num=4, msg_timeout_secs=10) as queue:
+        consumer = queue.consumer("sub")
+
+        def dropped_before() -> list[int]:
+            lease = consumer.take(timeout=0, max_messages=9)
+            assert lease is not None
+            found = [message.dropped_before for message in lease.details()]
+            lease.ack()
+            return found
+
+        queue.put(numbered(4))
+        queue.put(numbered(2))
+        assert dropped_before() == [3, 0, 0]
+        queue.put([b"old"])
+        clock.advance(11)
+        queue.put([b"new"])
+        assert dropped_before() == [1]
+        queue.put([b"no more"])
+        assert dropped_before() == [0]
+        # A consumer that comes later was not there when they were dropped.
+        queue.put(numbered(9)[:4])
+        queue.put([b"next"])
+        lease = queue.consumer("sub").take(timeout=0)
+        assert lease is not None and lease.details()[0].dropped_before == 0
+
+
+def test_drops_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
-        with stores.opened(tmp_path, subscribers=["a", "b"], max_messages=4) as queue:
+        with stores.opened(tmp_path, subscribers=["a", "b"], max_msgs_num=4) as queue:
             stores.take(queue, "a")
             for message in numbered(30):
                 queue.put([message])
             dropped = stores.figures(queue, "a").dropped_by_mark
     counts = [record.getMessage() for record in caplog.records]
     assert counts and all("dropped unread" in text for text in counts)
-    # The warnings name all that was lost, however few they are.
-    lost = sum(int(text.rsplit(": ", 1)[1].split(" of ")[0]) for text in counts)
-    assert lost == dropped > 20 and len(counts) <= 3
+    # The warnings name all that was dropped, however few they are.
+    named = sum(int(text.rsplit(": ", 1)[1].split(" of ")[0]) for text in counts)
+    assert named == dropped > 20 and len(counts) <= 3
 
 
 def test_queue_without_a_mark_in_sight_drops_nothing(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_messages=1000, max_message_bytes=6000) as queue:
+    with stores.opened(tmp_path, max_msgs_num=1000, size_bytes=6000) as queue:
         for message in numbered(1000):
             queue.put([message])
         assert stores.take_all(queue) == numbered(1000)
@@ -148,19 +155,19 @@ def test_queue_without_a_mark_in_sight_drops_nothing(tmp_path: pathlib.Path) -> 
 
 @pytest.mark.parametrize("changes, messages", [
     ({
-        "max_message_bytes": 10
+        "size_bytes": 10
     }, [bytes(11)]),
     ({
-        "max_message_bytes": 10
+        "size_bytes": 10
     }, [bytes(6), bytes(5)]),
     ({
-        "max_messages": 3
+        "max_msgs_num": 3
     }, [b""] * 4),
     ({
-        "max_bytes": 1 << 20
+        "max_db_size_bytes": 1 << 20
     }, [bytes(1 << 20)]),
     ({
-        "max_bytes": 1 << 20
+        "max_db_size_bytes": 1 << 20
     }, [b""] * (1 << 17)),
 ])
 def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: pathlib.Path, changes: object,
@@ -178,7 +185,7 @@ def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: pathlib.Path, 
 
 
 def test_what_just_fits_is_taken(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_messages=3, max_message_bytes=10) as queue:
+    with stores.opened(tmp_path, max_msgs_num=3, size_bytes=10) as queue:
         queue.put([bytes(10)])
         queue.put([bytes(5), b"", bytes(5)])
         assert stores.take_all(queue) == [bytes(5), b"", bytes(5)]
@@ -190,46 +197,65 @@ def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: pat
         message = bytes(1 << 32)
     except MemoryError:
         pytest.skip("no room for a message of 4 GiB")
-    with stores.opened(tmp_path, max_message_bytes=1 << 40, max_bytes=1 << 40) as queue:
+    with stores.opened(tmp_path, size_bytes=1 << 40, max_db_size_bytes=1 << 40) as queue:
         with pytest.raises(persipubsub.errors.MessageTooLargeError, match="4294967296"):
             queue.put([b"x", message])
         assert queue.statistics().messages == 0
 
 
 def test_sizes_are_checked_before_anything_is_put(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_messages=2, max_message_bytes=10) as queue:
-        queue.settings.check_size([bytes(4), bytes(6)])
+    with stores.opened(tmp_path, max_msgs_num=2, size_bytes=10) as queue:
+        queue.check_sizes([bytes(4), bytes(6)])
         for messages in ([bytes(5), bytes(6)], [b""] * 3, [bytes(11)]):
             with pytest.raises(persipubsub.errors.MessageTooLargeError):
-                queue.settings.check_size(messages)
+                queue.check_sizes(messages)
 
 
-# A full map
+# A full store
 
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 @pytest.mark.parametrize("size", [3000, 50000])
-def test_full_map_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: bool,
-                                       size: int) -> None:
-    with stores.opened(tmp_path,
-                       max_bytes=1 << 20,
-                       strategy=stores.pruning(drops_newest),
-                       keeps_os=True) as queue:
+def test_full_store_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: bool,
+                                         size: int) -> None:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 20,
+                       strategy=stores.pruning(drops_newest)) as queue:
         sent: list[bytes] = []
         while stores.figures(queue).dropped_by_mark == 0:
             sent.append(b"%06d" % len(sent) + bytes(size))
             queue.put(sent[-1:])
-        # Nothing but half of what waited, although LMDB needs some commits to use freed pages.
-        assert stores.figures(queue).dropped_by_mark == len(sent) // 2
         assert len(sent) * size > 600000
-        half = len(sent) // 2
-        kept = sent[:len(sent) - 1 - half] if drops_newest else sent[half:-1]
+        # Nothing but half, although LMDB needs some commits to use freed pages.
+        left = len(sent) // 2 - 1
+        kept = sent[:left] if drops_newest else sent[len(sent) - 1 - left:-1]
         assert queue.check() == []
         assert stores.take_all(queue) == kept + sent[-1:]
 
 
-def test_full_map_of_finished_messages_drops_nothing(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
+@pytest.mark.parametrize("strategy", [stores.REJECT, stores.BLOCK])
+def test_full_store_refuses_what_is_sent_and_drops_nothing(tmp_path: pathlib.Path,
+                                                           strategy: object) -> None:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 20, strategy=strategy) as queue:
+        count = 0
+        with pytest.raises(persipubsub.errors.QueueFullError, match="max_db_size_bytes.*'sub'"):
+            while True:
+                queue.put([b"%06d" % count + bytes(900)], timeout=0)
+                count += 1
+        assert queue.statistics().messages == count > 400
+        # Consumers have room in any case.
+        assert [stores.take(queue)
+                for _ in range(20)] == [b"%06d" % index + bytes(900) for index in range(20)]
+        assert queue.skip_to_newest("sub") == count - 21
+        assert len(stores.take_all(queue)) == 1
+        queue.prune()
+        assert len(stores.blocks(queue)) == 1
+        queue.put([bytes(300000)])
+        assert stores.figures(queue).dropped_by_mark == 0
+        assert queue.clear() == 1
+
+
+def test_full_store_of_finished_messages_drops_nothing(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 20) as queue:
         for _ in range(7):
             queue.put([bytes(100000)])
         stores.take_all(queue)
@@ -244,46 +270,23 @@ def test_full_map_of_finished_messages_drops_nothing(tmp_path: pathlib.Path) -> 
 
 def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) -> None:
     limit = 1 << 20
-    with stores.opened(tmp_path, max_bytes=limit, keeps_os=True) as queue:
-        largest = limit - _blocks.BLOCK_BYTES // 8 - _blocks.ENTRY_BYTES
+    with stores.opened(tmp_path, max_db_size_bytes=limit) as queue:
+        largest = limit - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES
         generator = random.Random(1)
         for index in range(60):
             size = generator.choice([100, 5000, 100000, 400000, largest])
             queue.put([b"%06d" % index + bytes(size - 6)])
             assert queue.statistics().messages >= 1
         assert stores.take_all(queue)[-1].startswith(b"000059")
-        # The map may grow a little so that it can be tidied up; see _map.
-        assert queue.statistics().file_bytes < limit + (1 << 21)
-
-
-def test_full_map_is_received_from_and_tidied_up(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = _addition.Put([bytes(900)], None)
-        count = 0
-        with pytest.raises(persipubsub.errors.DiskFullError, match="max_db_size_bytes"):
-            while True:
-                queue._environment.write(
-                    lambda txn, databases: queue._putter._put(txn, databases, put))
-                count += 1
-        assert queue.statistics().messages == count > 600
-        assert [len(stores.take(queue) or b"") for _ in range(20)] == [900] * 20
-        assert queue.front("sub") == bytes(900)
-        assert queue.skip_to_newest("sub") == count - 21
-        assert stores.take_all(queue) == [bytes(900)]
-        queue.prune()
-        assert len(stores.blocks(queue)) == 1
-        queue.put([b"x"])
-        assert stores.figures(queue).dropped_by_mark == 0
+        # The map is a little larger, so that there is room to tidy up.
+        assert queue.statistics().file_bytes <= limit + (1 << 20)
 
 
 def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: pathlib.Path) -> None:
-    """Else there is none left some time later: a map grows for them by a bounded size."""
+    """Else there is none left some time later."""
     limit = 1 << 20
     generator = random.Random(1)
-    with stores.opened(tmp_path,
-                       max_bytes=limit,
-                       keeps_os=True,
-                       strategy=persipubsub.config.Strategy.REJECT) as queue:
+    with stores.opened(tmp_path, max_db_size_bytes=limit, strategy=stores.REJECT) as queue:
         msg_ids = (b"%0250d" % number for number in itertools.count())
         with pytest.raises(persipubsub.errors.DiskFullError):
             while True:
@@ -300,33 +303,20 @@ def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: pathlib.Pat
         stores.take_all(queue)
         queue.clear()
         queue.prune()
-        assert queue.statistics().file_bytes < limit + (1 << 20)
+        assert queue.statistics().file_bytes <= limit + (1 << 20)
 
 
-def test_limit_far_below_what_is_written(tmp_path: pathlib.Path) -> None:
-    """All that makes room works although the file is larger than it may become by that."""
-    with stores.opened(tmp_path, max_bytes=1 << 28, keeps_os=True) as queue:
+def test_limit_that_is_set_far_below_what_is_written(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 28) as queue:
         for _ in range(80):
             queue.put([bytes(1 << 20)])
         assert len(stores.take_all(queue)) == 80
         queue.put([b"left"])
-    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 20) as queue:
         queue.prune()
         assert queue.clear() == 1
         queue.put([b"x"])
         assert stores.take_all(queue) == [b"x"]
-
-
-def test_full_map_is_cleared(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_bytes=1 << 20, keeps_os=True) as queue:
-        put = _addition.Put([bytes(900)], None)
-        with pytest.raises(persipubsub.errors.DiskFullError):
-            while True:
-                queue._environment.write(
-                    lambda txn, databases: queue._putter._put(txn, databases, put))
-        assert queue.clear() > 600
-        queue.put([bytes(300000)])
-        assert [len(message) for message in stores.take_all(queue)] == [300000]
 
 
 class _Sender(logging.Handler):
@@ -343,11 +333,11 @@ class _Sender(logging.Handler):
             self.queue.put([b"warning"])
 
 
-@pytest.mark.parametrize("changes", [{"max_messages": 10}, {"max_bytes": 1 << 20}])
+@pytest.mark.parametrize("changes", [{"max_msgs_num": 10}, {"max_db_size_bytes": 1 << 20}])
 def test_warnings_are_given_outside_of_transactions(tmp_path: pathlib.Path,
                                                     changes: object) -> None:
     assert isinstance(changes, dict)
-    with stores.opened(tmp_path, keeps_os=True, **changes) as queue:
+    with stores.opened(tmp_path, **changes) as queue:
         handler = _Sender(queue)
         logger = logging.getLogger("persipubsub.queue")
         logger.addHandler(handler)

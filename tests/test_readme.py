@@ -1,16 +1,11 @@
 """Test that what README.rst shows and says is true."""
 
-import json
 import pathlib
 import re
 import subprocess
 import sys
 
-import msgspec
-import msgspec.structs
 import pytest
-
-import persipubsub.config
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _TEXT = (_ROOT / "README.rst").read_text(encoding="utf-8")
@@ -24,30 +19,21 @@ def _section(title: str) -> str:
     return match.group(1)
 
 
-def _block(section: str, opening: str) -> str:
-    """Return an indented block, without its indentation."""
-    match = re.search(fr"{re.escape(opening)}\n\n((?:    [^\n]*\n|\n)+)", section)
-    assert match is not None, f"Expected a block after {opening!r}"
+def _example() -> str:
+    """Return the example, without its indentation."""
+    match = re.search(r"code-block:: python\n\n((?:    [^\n]*\n|\n)+)", _section("Example"))
+    assert match is not None
     return f"{re.sub('^    ', '', match.group(1), flags=re.MULTILINE).strip()}\n"
 
 
-def _fields_of_configuration() -> list[tuple[str, bool]]:
-    kinds: list[type[msgspec.Struct]] = [
-        persipubsub.config.Publisher, persipubsub.config.Subscriber, persipubsub.config.Queue,
-        persipubsub.config.HighWaterMark
-    ]
-    return [(field.encode_name, field.required) for kind in kinds
-            for field in msgspec.structs.fields(kind) if field.name != "identifier"]
-
-
-def _keys_of_configuration() -> set[str]:
-    return {"queues"} | {key for key, _ in _fields_of_configuration()}
+def test_is_short() -> None:
+    assert len(_TEXT.splitlines()) <= 120
 
 
 def test_sections_are_in_order() -> None:
     assert re.findall(r"^([^\n]+)\n---+$", _TEXT, re.MULTILINE) == [
-        "Try it", "Example", "Configuration file", "Guarantees", "Related projects", "Install",
-        "Development", "Versioning"
+        "Install", "Example", "Try it", "Is it for you?", "Guarantees", "How fast?",
+        "Related projects", "Development", "Versioning"
     ]
 
 
@@ -60,63 +46,36 @@ def test_commands(command: str) -> None:
     assert command in [line.strip() for line in _section("Try it").splitlines()]
 
 
-def test_example_runs(tmp_path: pathlib.Path) -> None:
-    section = _section("Example")
-    code = _block(section, ".. code-block:: python")
-    assert len(code.splitlines()) <= 22
-    (tmp_path / "config.json").write_text(_block(section, ".. code-block:: json"))
+def test_example_is_the_one_in_the_examples() -> None:
+    program = (_ROOT / "examples" / "hello.py").read_text(encoding="utf-8")
+    without_comments = re.sub(r'^""".*"""\n|  # yapf: disable$', "", program, flags=re.MULTILINE)
+    assert _example() == without_comments
+    assert len(_example().splitlines()) <= 10
 
+
+def test_example_runs(tmp_path: pathlib.Path) -> None:
     for _ in range(2):
-        # Twice: every message was acknowledged, and initializing may be repeated.
-        process = subprocess.run([sys.executable, "-c", code],
+        # Twice: the message was acknowledged, and initializing may be repeated.
+        process = subprocess.run([sys.executable, "-c", _example()],
                                  cwd=tmp_path,
                                  capture_output=True,
                                  text=True,
                                  timeout=120,
                                  check=False)
-        assert process.stderr == ""
-        assert process.stdout == _block(section, "It prints::")
-        assert process.returncode == 0
-
-    assert sorted(pth.name for pth in tmp_path.iterdir()) == ["config.json", "queues"]
+        assert (process.returncode, process.stderr) == (0, "")
+        assert f"It prints ``{process.stdout.strip()}``." in _TEXT
+    assert sorted(pth.name for pth in tmp_path.iterdir()) == ["greetings"]
 
 
-def test_configuration_of_the_example_is_complete() -> None:
-    text = _block(_section("Example"), ".. code-block:: json")
-    config = persipubsub.config.parse(text=text.encode("utf-8"), config_pth="/etc/config.json")
-    assert config.queue_path("greetings") == "/etc/queues/greetings"
-
-    def keys(found: object) -> set[str]:
-        if not isinstance(found, dict):
-            return set()
-        return set(found).union(*map(keys, found.values()))
-
-    optional = {key for key, is_required in _fields_of_configuration() if not is_required}
-    names = {"pub", "sub", "greetings"}
-    assert keys(json.loads(text)) - names == _keys_of_configuration() - optional
+def test_files_that_are_linked_exist() -> None:
+    linked = re.findall(r"<(?!https?:)([^>\s]+)>`_", _TEXT)
+    assert {"CONTRIBUTING.rst", "docs/guarantees.rst", "docs/comparison.rst"} <= set(linked)
+    for name in linked:
+        assert (_ROOT / name).is_file(), name
 
 
-def test_all_keys_of_the_configuration_are_explained() -> None:
-    explained = re.findall(r"^``([^`\n]+)``\n    (.*)$", _section("Configuration file"),
-                           re.MULTILINE)
-    names = [name for name, _ in explained]
-    assert len(names) == len(set(names))
-    assert set(names) == _keys_of_configuration()
-
-    optional = {key for key, is_required in _fields_of_configuration() if not is_required}
-    for name, text in explained:
-        assert text.startswith("Optional. ") == (name in optional), name
-
-
-def test_values_of_the_configuration_are_explained() -> None:
-    section = _section("Configuration file")
-    for kind in [persipubsub.config.Strategy, persipubsub.config.Durability]:
-        for member in kind:
-            assert f"``{member.value}``" in section
-
-
-def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"``((?:docs/|examples/)?[A-Za-z_]+\.(?:rst|py))``", _TEXT))
-    assert {"CONTRIBUTING.rst", "CHANGELOG.rst"} <= named
-    for name in named:
-        assert (_ROOT / name).exists(), name
+def test_address_is_in_one_place() -> None:
+    address, = re.findall(r'^_URL = "(https://[^"]+)"$', (_ROOT / "setup.py").read_text("utf-8"),
+                          re.MULTILINE)
+    for pth in [*_ROOT.glob("*.rst"), *(_ROOT / "docs").rglob("*.rst"), _ROOT / "docs" / "conf.py"]:
+        assert address not in pth.read_text(encoding="utf-8"), pth

@@ -1,27 +1,21 @@
 """Test where subscribers begin, what stays for them, and going to another place."""
 
 # pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
 
 import datetime
 import pathlib
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.store import _retention
 from tests import stores, support
-
-HOUR_NS = 3600 * stores.SECOND_NS
 
 
 def numbered(count: int, start: int = 0) -> list[bytes]:
@@ -38,7 +32,7 @@ def put_each(queue: persipubsub.queue.Queue, messages: list[bytes]) -> None:
 
 def test_finished_messages_stay(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, retain_ns=HOUR_NS, max_messages=50) as queue:
+    with stores.opened(tmp_path, clock=clock, retain_secs=3600, max_msgs_num=50) as queue:
         for round_ in range(10):
             put_each(queue, numbered(20, start=20 * round_))
             assert len(stores.take_all(queue)) == 20
@@ -55,8 +49,7 @@ def test_finished_messages_stay(tmp_path: pathlib.Path) -> None:
 
 def test_sends_delete_what_stayed_long_enough(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, retain_ns=10 * stores.SECOND_NS,
-                       keeps_os=True) as queue:
+    with stores.opened(tmp_path, clock=clock, retain_secs=10) as queue:
         for _ in range(1000):
             queue.put([b"x"])
             assert stores.take(queue) == b"x"
@@ -65,7 +58,7 @@ def test_sends_delete_what_stayed_long_enough(tmp_path: pathlib.Path) -> None:
 
 
 def test_finished_messages_go_first_when_the_map_is_full(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_bytes=1 << 20, retain_ns=HOUR_NS, keeps_os=True) as queue:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 20, retain_secs=3600) as queue:
         for _ in range(200):
             queue.put([bytes(20000)])
             assert stores.take(queue) == bytes(20000)
@@ -77,7 +70,7 @@ def test_finished_messages_go_first_when_the_map_is_full(tmp_path: pathlib.Path)
 
 
 def test_clearing_leaves_nothing_to_go_back_to(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
+    with stores.opened(tmp_path, retain_secs=3600) as queue:
         put_each(queue, numbered(5))
         stores.take(queue)
         assert queue.clear() == 4
@@ -91,7 +84,7 @@ def test_clearing_leaves_nothing_to_go_back_to(tmp_path: pathlib.Path) -> None:
 def test_new_subscriber_begins_where_it_is_told(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path, retain_secs=600)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         put_each(queue, numbered(20))
         assert len(stores.take_all(queue)) == 20
         queue.put([b"for sub"], ("sub", ))
@@ -112,8 +105,7 @@ def test_new_subscriber_begins_where_it_is_told(tmp_path: pathlib.Path) -> None:
 
 def test_beginning_is_not_in_front_of_the_timeout(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, retain_ns=HOUR_NS,
-                       timeout_ns=10 * stores.SECOND_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, retain_secs=3600, msg_timeout_secs=10) as queue:
         put_each(queue, numbered(3))
         stores.take_all(queue)
         clock.advance(6)
@@ -135,7 +127,7 @@ def test_beginning_is_not_in_front_of_the_timeout(tmp_path: pathlib.Path) -> Non
                                                 (1 << 80, 11, 10)])
 @pytest.mark.parametrize("taken", [0, 6, 10])
 def test_seek(tmp_path: pathlib.Path, to: Any, position: int, rest: int, taken: int) -> None:
-    with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
+    with stores.opened(tmp_path, retain_secs=3600) as queue:
         queue.put(numbered(4))
         queue.put(numbered(6, start=4))
         for _ in range(taken):
@@ -150,7 +142,7 @@ def test_seek(tmp_path: pathlib.Path, to: Any, position: int, rest: int, taken: 
 
 def test_seek_to_a_time(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, retain_ns=HOUR_NS, timeout_ns=HOUR_NS) as queue:
+    with stores.opened(tmp_path, clock=clock, retain_secs=3600, msg_timeout_secs=3600) as queue:
         for index in range(10):
             queue.put([b"%d" % index])
             clock.advance(60)
@@ -192,28 +184,27 @@ def test_unknown_subscriber(tmp_path: pathlib.Path) -> None:
 
 
 def test_ranges_ahead_are_forgotten(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
+    with stores.opened(tmp_path, retain_secs=3600) as queue:
         queue.put(numbered(10))
         consumer = queue.consumer("sub")
         leases = [consumer.take(timeout=0) for _ in range(10)]
         for index in (2, 3, 6):
             lease = leases[index]
             assert lease is not None
-            lease.acknowledge()
+            lease.ack()
         assert len(stores.ranges(queue)) == 2
         assert queue.seek("sub", 3) == 3
         assert stores.ranges(queue) == []
         for index in (0, 1, 4, 5, 7, 8, 9):
             lease = leases[index]
             assert lease is not None
-            lease.give_back()
+            lease.nack()
         assert stores.take_all(queue) == numbered(8, start=2)
 
 
 def test_others_see_it_at_once(tmp_path: pathlib.Path) -> None:
     """Positions that went back are not deleted by a publisher that remembers them."""
-    with stores.opened(tmp_path,
-                       retain_ns=1) as queue, persipubsub.queue.Queue(queue.settings) as other:
+    with stores.opened(tmp_path, retain_secs=1e-9) as queue, stores.again(queue) as other:
         put_each(other, numbered(7))
         assert len(stores.take_all(queue)) == 7
         other.put([b"7"])
@@ -225,11 +216,9 @@ def test_others_see_it_at_once(tmp_path: pathlib.Path) -> None:
 
 def test_marks_count_what_is_sought_again(tmp_path: pathlib.Path) -> None:
     """Nobody goes by the positions of before."""
-    with stores.opened(tmp_path,
-                       retain_ns=HOUR_NS,
-                       max_messages=10,
-                       strategy=persipubsub.config.Strategy.REJECT) as queue:
-        with persipubsub.queue.Queue(queue.settings) as other:
+    with stores.opened(tmp_path, retain_secs=3600, max_msgs_num=10,
+                       strategy=stores.REJECT) as queue:
+        with stores.again(queue) as other:
             for index in range(20):
                 other.put([b"%d" % index], msg_ids=[b"%d" % index])
                 stores.take(queue)
@@ -241,53 +230,51 @@ def test_marks_count_what_is_sought_again(tmp_path: pathlib.Path) -> None:
             assert stores.take_all(queue) == numbered(16, start=4)
 
 
-def test_it_wakes_who_waits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nobody looks by himself within the time of this test.
-    monkeypatch.setattr("persipubsub._delivery.LONGEST_PAUSE_SECS", 10 * support.HANG_SECS)
-    with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
+def test_seek_wakes_consumers_that_wait(tmp_path: pathlib.Path) -> None:
+    with stores.opened(tmp_path, retain_secs=3600) as queue:
         queue.put([b"x"])
         assert stores.take(queue) == b"x"
         received: list[bytes] = []
 
         def receive() -> None:
             lease = queue.consumer("sub").take(timeout=support.HANG_SECS,
-                                               longest_pause=10 * support.HANG_SECS)
+                                               poll_secs=10 * support.HANG_SECS)
             assert lease is not None
             received.extend(lease.messages)
-            lease.acknowledge()
+            lease.ack()
 
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()
-        support.until(lambda: queue._bell._open().page[0], what="the subscriber waits")
+        stores.until_somebody_waits(queue.path)
         queue.seek("sub", "beginning")
         thread.join(support.HANG_SECS / 2)
         assert received == [b"x"]
 
 
 def test_consumer_at_work_goes_on_from_the_new_place(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
+    with stores.opened(tmp_path, retain_secs=3600) as queue:
         put_each(queue, numbered(6))
         consumer = queue.consumer("sub")
         for _ in range(3):
             lease = consumer.take(timeout=0)
             assert lease is not None
-            lease.acknowledge()
+            lease.ack()
         # It has a guess at what comes next.
         queue.seek("sub", 2)
         received: list[bytes] = []
         while (lease := consumer.take(timeout=0)) is not None:
             received += lease.messages
-            lease.acknowledge()
+            lease.ack()
         assert received == numbered(5, start=1)
 
 
 def test_message_in_flight_stays_with_its_consumer(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
+    with stores.opened(tmp_path, retain_secs=3600) as queue:
         put_each(queue, numbered(5))
         first = queue.consumer("sub").take(timeout=0, max_messages=2)
         lease = queue.consumer("sub").take(timeout=0)
         assert first is not None and lease is not None and lease.messages == [b"2"]
-        first.acknowledge()
+        first.ack()
         # Everything in front of it was done when it was taken, and is not any more.
         queue.seek("sub", "beginning")
         other = queue.consumer("sub")
@@ -295,68 +282,44 @@ def test_message_in_flight_stays_with_its_consumer(tmp_path: pathlib.Path) -> No
         assert [found.messages[0] for found in taken if found] == [b"0", b"1", b"3", b"4"]
         for found in taken:
             assert found is not None
-            found.give_back()
-        lease.acknowledge()
+            found.nack()
+        lease.ack()
         assert stores.take_all(queue) == [b"0", b"1", b"3", b"4"]
 
 
 def test_what_was_passed_over_before_is_not_acknowledged_with_it(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, retain_ns=HOUR_NS) as queue:
+    with stores.opened(tmp_path, retain_secs=3600) as queue:
         queue.put(numbered(5))
         consumer = queue.consumer("sub")
         leases = [consumer.take(timeout=0) for _ in range(4)]
         for index in (1, 2, 3):
             lease = leases[index]
             assert lease is not None
-            lease.acknowledge()
+            lease.ack()
         # The first one is given back, the others are done ahead of it.
         assert leases[0] is not None
-        leases[0].give_back()
+        leases[0].nack()
         again = consumer.take(timeout=0)
         late = consumer.take(timeout=0)
         assert again is not None and again.messages == [b"0"]
         assert late is not None and late.messages == [b"4"]
         queue.seek("sub", "beginning")
-        late.acknowledge()
-        again.give_back()
+        late.ack()
+        again.nack()
         assert stores.take_all(queue) == numbered(4)
 
 
 # Going back behind a clear
 
 
-def clear_and_meanwhile(queue: persipubsub.queue.Queue, monkeypatch: pytest.MonkeyPatch,
-                        work: Callable[[], object]) -> int:
-    """Clear a queue, and do something else between its transaction and the deletion behind it."""
-    delete = queue._tidier.delete_finished
-
-    def delayed(**arguments: bool) -> int:
-        work()
-        return delete(**arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(queue._tidier, "delete_finished", delayed)
-        return queue.clear()
-
-
 @pytest.mark.parametrize("names", [None, ("sub", ), ("other", "sub")])
-@pytest.mark.parametrize("is_interrupted", [False, True])
 def test_what_was_cleared_comes_back_as_far_as_it_is_there(tmp_path: pathlib.Path,
-                                                           monkeypatch: pytest.MonkeyPatch,
-                                                           names: tuple[str, ...] | None,
-                                                           is_interrupted: bool) -> None:
+                                                           names: tuple[str, ...] | None) -> None:
     with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
         put_each(queue, numbered(10))
         queue.put(numbered(5, start=10), names)
-        dropped = 15 + (10 if names == ("sub", ) else 15)
-        if is_interrupted:
-            # As if it was killed behind its transaction.
-            losses = queue._environment.write(_retention.clear)
-            assert sum(loss.messages for loss in losses) == dropped
-            assert queue.seek("sub", "beginning") == 1
-        else:
-            assert dropped == clear_and_meanwhile(queue, monkeypatch,
-                                                  lambda: queue.seek("sub", "beginning"))
+        assert stores.begin_to_clear(queue) == 15 + (10 if names == ("sub", ) else 15)
+        assert queue.seek("sub", "beginning") == 1
         assert queue.check() == []
         statistics = queue.statistics()
         assert (statistics.messages, statistics.message_bytes) == (15, 20)
@@ -366,17 +329,6 @@ def test_what_was_cleared_comes_back_as_far_as_it_is_there(tmp_path: pathlib.Pat
         queue.clear()
         assert stores.blocks(queue) == [range(15, 15)]
         assert stores.figures(queue).cleared == 15
-
-
-def test_what_is_sent_meanwhile_is_not_cleared(tmp_path: pathlib.Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    with stores.opened(tmp_path) as queue:
-        put_each(queue, numbered(10))
-        assert clear_and_meanwhile(queue, monkeypatch, lambda: queue.put(numbered(3))) == 10
-        assert stores.blocks(queue) == [range(11, 14)]
-        assert (queue.statistics().messages, stores.figures(queue).lag) == (3, 3)
-        assert stores.take_all(queue) == numbered(3)
-        assert stores.figures(queue).cleared == 10
 
 
 def test_control(tmp_path: pathlib.Path) -> None:

@@ -47,7 +47,7 @@ def receive(sub: persipubsub.subscriber.Sub, timeout: float = 0) -> bytes | None
 
 
 def acknowledged(config_pth: pathlib.Path) -> int:
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         return queue.statistics().subscribers[0].acknowledged
 
 

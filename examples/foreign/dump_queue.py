@@ -30,15 +30,16 @@ class Field(NamedTuple):
 _HEADER = [
     Field(8, "bytes", "magic"),
     Field(4, "number", "format"),
-    Field(4, "number", "flags; 1: durability os"),
+    Field(4, "number", "flags; none so far"),
     Field(8, "number", "offset of the queue's clock, ns"),
     Field(16, "bytes", "id of the boot that the offset belongs to"),
-    Field(4, "number", "ordinal of the next new subscriber")
+    Field(4, "number", "ordinal of the next new subscriber"),
+    Field(16, "bytes", "id of the journal")
 ]
 
 _SUBSCRIBER = [
     Field(4, "number", "ordinal"),
-    Field(4, "number", "flags; 1: ranges, 2: attempts"),
+    Field(4, "number", "flags; 1: ranges, 2: attempts, 4: paused"),
     Field(8, "number", "position"),
     Field(8, "number", "acknowledged"),
     Field(8, "number", "failed"),
@@ -57,7 +58,7 @@ _ATTEMPTS = [
     Field(4, "number", "deliveries so far"),
     Field(4, "number", "flags; 1: the last one goes on, or its process died"),
     Field(8, "number", "first recorded, ns on the queue's clock"),
-    Field(8, "number", "due again, ns on the queue's clock")
+    Field(8, "number", "retry at, ns on the queue's clock")
 ]
 
 _ONCE = [
@@ -159,6 +160,9 @@ def _describe(name: str, key: bytes, value: bytes) -> Iterator[tuple[bytes, str]
     elif name == "meta_db" and key == b"header":
         yield from _parts([Field(6, "bytes", "key")], key)
         yield from _parts(_HEADER, value)
+    elif name == "meta_db" and key == b"settings":
+        yield from _parts([Field(8, "bytes", "key")], key)
+        yield value[:16], f"the first 16 of {len(value)} bytes: {value[:16].decode()!r}"
     elif name == "meta_db" and key.startswith(b"audience"):
         yield from _parts([Field(8, "bytes", "key"), Field(2, "key", "index of the audience")], key)
         while value:

@@ -1,7 +1,7 @@
 /*
  * List the messages of a queue and where its subscribers stand, with LMDB alone.
  *
- * Written from docs/format.rst, not from the library: format 1, engine 0.9 of LMDB.
+ * Written from docs/format.rst, not from the library: format 2, engine 0.9 of LMDB.
  *
  *     c++ -std=c++17 -Wall -Wextra -o list_queue_cpp list_queue.cpp -llmdb &&
  *         ./list_queue_cpp QUEUE_DIRECTORY
@@ -114,7 +114,7 @@ void check_size(const std::string &path) {
         throw Failure(path, "truncated");
 }
 
-/* After the machine went down, pages of an os store may never have reached the disk. */
+/* After the machine went down, the store is not to be trusted: the journal holds what is safe. */
 void check_mark(const std::string &path) {
     std::ifstream file(path, std::ios::binary);
     if (!file) return;
@@ -195,9 +195,9 @@ void list_header(const Transaction &txn) {
     std::string_view header = Cursor(txn, "meta_db").find("header");
     if (header.size() < 16 || header.substr(0, 8) != "persipub")
         throw Failure("header", "not a queue");
-    if (little(header, 8, 4) != 1)
+    if (little(header, 8, 4) != 2)
         throw Failure("header", "a format that this program does not know");
-    std::cout << "format 1, durability " << (little(header, 12, 4) & 1 ? "os" : "fsync") << '\n';
+    std::cout << "format 2\n";
 }
 
 void list_subscribers(const Transaction &txn) {

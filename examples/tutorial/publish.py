@@ -2,14 +2,13 @@
 
 from google.protobuf import struct_pb2
 
-import persipubsub.publisher
+from persipubsub import Pub
 
-with open("access.log", encoding="utf-8") as log, persipubsub.publisher.Pub() as pub:
-    pub.init(pub_id="reader", config_pth="config.json")
+with open("access.log", encoding="utf-8") as log, Pub("reader", "config.json") as pub:
     count = 0
     for count, line in enumerate(log, start=1):
         message = struct_pb2.Struct()
         message.update({"number": str(count), "line": line.rstrip("\n")})
-        pub.send(msg=message.SerializeToString())
+        pub.send(message.SerializeToString())
 
 print(f"published {count} lines")

@@ -1,5 +1,5 @@
 """
-Steer queues from the command line. It needs the extra ``cli``.
+The command ``persipubsub``: deploy, watch and maintain queues. It needs the extra ``cli``.
 
-A thin face of :py:mod:`persipubsub.control`: each command of it is a function there.
+Each command is a thin face of a function of :py:mod:`persipubsub.control`.
 """

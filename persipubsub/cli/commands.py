@@ -1,11 +1,5 @@
-"""
-Steer queues from the command line.
+"""All commands by name, the help of all of them, and how a command ends."""
 
-A thin face of :py:mod:`persipubsub.control`: each command of it is a function there. It needs the
-extra ``cli``.
-"""
-
-import gc
 import importlib
 import os
 import sys
@@ -15,39 +9,29 @@ from typing import Final, cast
 import click
 
 import persipubsub
-from persipubsub.cli import _ending, _text
+import persipubsub.errors
+from persipubsub.cli import text
 
 __all__ = ["commands", "main"]
 
-#: Modules by the name of the command, in the order of the reference. Its function has the same
-#: name, with underscores.
-_MODULES: Final[dict[str, str]] = {
-    "init": "_queues",
-    "check-config": "_queues",
-    "stat": "_stat",
-    "peek": "_messages",
-    "tail": "_messages",
-    "send": "_messages",
-    "receive": "_messages",
-    "dead-letters": "_dead_letters",
-    "seek": "_replay",
-    "prune": "_queues",
-    "clear": "_queues",
-    "verify": "_maintenance",
-    "compact": "_maintenance",
-    "backup": "_maintenance",
-    "restore": "_maintenance",
-    "add-subscriber": "_maintenance",
-    "remove-subscriber": "_maintenance",
-    "drop-queue": "_maintenance",
-    "migrate": "_migrate",
-    "metrics": "_queues",
+#: Names of commands under the headings of the help. The module of a group has the name of its
+#: heading, and the function of a command has its name, with underscores.
+_GROUPS: Final = {
+    "Messages": ["send", "receive", "peek", "tail", "delete", "dead-letters"],
+    "Look": ["stat", "check", "metrics"],
+    "Maintain": [
+        "pause", "resume", "seek", "prune", "clear", "verify", "compact", "backup", "restore",
+        "drop-queue", "migrate"
+    ],
+    "Deploy": ["new", "init", "check-config", "add-subscriber", "remove-subscriber", "completion"]
 }
+
+_MODULES: Final = {name: heading.lower() for heading, names in _GROUPS.items() for name in names}
 
 
 class _Commands(Mapping[str, click.Command]):
     """
-    Import a command when it is asked for: to load all of them takes longer than most of them run.
+    Import a command when it is asked for: importing all of them takes longer than most of them run.
 
     A group whose ``get_command`` imports was rejected: click takes the names that it proposes for
     a mistyped one from here.
@@ -55,11 +39,6 @@ class _Commands(Mapping[str, click.Command]):
 
     def __getitem__(self, name: str) -> click.Command:
         module = importlib.import_module(f"persipubsub.cli.{_MODULES[name]}")
-        if not gc.isenabled():
-            # By who started us. What is loaded stays: the first collection would look at all of it,
-            # since none was made yet.
-            gc.freeze()
-            gc.enable()
         return cast(click.Command, getattr(module, name.replace("-", "_")))
 
     def __iter__(self) -> Iterator[str]:
@@ -69,7 +48,19 @@ class _Commands(Mapping[str, click.Command]):
         return len(_MODULES)
 
 
-@click.group(commands=_Commands(),
+class _Group(click.Group):
+    """List the commands under their headings."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the headings, the names and what each command does."""
+        for heading, names in _GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str())
+                                    for name in names])
+
+
+@click.group(cls=_Group,
+             commands=_Commands(),
              context_settings={
                  "help_option_names": ["-h", "--help"],
                  "max_content_width": 100
@@ -81,7 +72,10 @@ def commands() -> None:
 
     For example: persipubsub stat config.json
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C.
+    Set PERSIPUBSUB_CONFIG to the file, and leave it out: persipubsub stat
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C; those of "check" are in
+    its help.
     """
 
 
@@ -90,41 +84,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Run a command, and turn whatever goes wrong into a line and an exit code.
 
     :param arguments: of the command line; those of the process if not given
-    :return: exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted
+    :return: exit code
     """
     if "_PERSIPUBSUB_COMPLETE" in os.environ:
         # A shell asks for completions; click answers and exits.
         commands.main(prog_name="persipubsub")
-    return _ending.exit_code_of(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+    if sys.stderr is None:
+        # Closed: print would use the standard output instead.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if sys.stdout is None:
+        # Checked before anything is done: a message that was received would be lost.
+        text.complain(f"Expected an open standard output, but got: it is closed. To do without, "
+                      f"send it to {os.devnull}.")
+        return 1
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal does not have is no reason to fail.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader of our output has seen enough.
+        text.silence(sys.stdout)
+        return 0
+    except KeyboardInterrupt:
+        text.complain("interrupted")
+        return 130
+    except OSError as error:
+        # Of the output, or of a file that was named; those of queues are translated.
+        text.silence(sys.stdout)
+        text.complain(f"Expected to write the output, but got: {error}")
+        return 1
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: list[str]) -> int:
     """
-    Run a command, and turn what click says of it into a line and an exit code.
+    Run a command, and turn what click and the library raise into a line and an exit code.
 
     ``click.Command.main`` was rejected: it exits with 1 for a closed pipe and for Ctrl-C.
-
-    :param arguments: of the command line
-    :return: exit code
     """
-    code = 1
+    # Monitoring takes 1 for a warning and 2 for an alarm.
+    failed = 3 if arguments[:1] == ["check"] else 1
     try:
-        with commands.make_context("persipubsub", list(arguments)) as context:
+        with commands.make_context("persipubsub", arguments) as context:
             commands.invoke(context)
-        code = 0
+        return 0
     except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
+        return stop.exit_code
     except click.Abort:
-        _text.tell("")
-        _text.complain("nothing was done")
+        text.tell("")
+        text.complain("nothing was done")
     except click.UsageError as error:
-        code = error.exit_code
-        try:
-            error.show()
-        except OSError:
-            _text.silence(sys.stderr)
-    except click.ClickException as error:
-        _text.complain(error.format_message())
-    return code
+        if error.ctx is not None:
+            text.tell(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
+        # It may name keys of the file.
+        text.tell(f"Error: {text.printable(error.format_message())}")
+        return max(failed, error.exit_code)
+    except (click.ClickException, persipubsub.errors.PersipubsubError) as error:
+        text.complain(str(error))
+    return failed

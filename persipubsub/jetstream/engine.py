@@ -1,73 +1,82 @@
 """
 Keep the messages of one queue in one stream of NATS JetStream.
 
-This is what :py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subscriber.Sub` and
-:py:mod:`persipubsub.control` work with when the path of a queue is ``nats://...``. A
-:py:class:`Queue` may be used by many threads at the same time, and by forked children. Each call
-waits for the servers for at most ``busy_timeout_secs`` of the queue.
+This is what publishers, subscribers and :py:mod:`persipubsub.control` work with when the path of a
+queue is ``nats://...``. A :py:class:`Queue` may be used by many threads and tasks at the same time,
+and by forked children. Each call waits for the servers for at most ``busy_timeout_secs``.
 """
 
 import asyncio
-import concurrent.futures
+import contextlib
+import datetime
+import http.client
+import json
+import math
 import os
-import ssl
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+import urllib.request
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import nats.errors
 
 import persipubsub.config
 import persipubsub.errors
+import persipubsub.message
 import persipubsub.statistics
-from persipubsub import _losses
-from persipubsub.jetstream import (_ahead, _calls, _delivery, _durability, _errors, _link, _loop,
-                                   _publishing, _settings, _stream)
+from persipubsub.jetstream import (address, connection, dead_letters, delivery, errors, loop,
+                                   publishing, settings, stream)
+from persipubsub.message import Peeked
 
-__all__ = ["Queue", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
+__all__ = [
+    "Queue", "Consumer", "Lease", "ensure_queue", "open_queue", "statistics_of", "check_durability",
+    "seek", "peek", "follow", "add_subscriber", "remove_subscriber"
+]
 
 ResultT = TypeVar("ResultT")
 
-#: Errors that do not leave the room as they are.
-_FOREIGN: Final = (_errors.ApiError, nats.errors.Error, asyncio.TimeoutError, ssl.SSLError, OSError,
-                   concurrent.futures.TimeoutError)
+#: A place in a queue; see :py:func:`persipubsub.control.seek`.
+Place: TypeAlias = str | int | float | datetime.datetime
 
-#: Calls of begin_put that are under way at the same time: a request that waits for a thousand
-#: others would be repeated before it is answered.
-_PUTS_AT_ONCE: Final = 256
+#: Errors that do not leave the package as they are.
+_FOREIGN: Final = (errors.ApiError, nats.errors.Error, OSError)
+
+#: What is held when a queue is closed is given back within so many seconds, or after ack_wait.
+_CLOSE_SECS: Final = 2.0
+
+#: A look at messages ends with so many; a stream is looked at for new ones this often, in seconds.
+_LOOK_MESSAGES: Final = 1000
+_FIRST_LOOK_SECS: Final = 0.05
+_LONGEST_LOOK_SECS: Final = 1.0
+
+#: The monitoring port of a server: how long it is waited for, and the largest page, in bytes.
+_PATIENCE_SECS: Final = 3.0
+_LARGEST_PAGE: Final = 1 << 20
+
+
+class _Open(NamedTuple):
+    """What is open in one process."""
+
+    loop: loop.Loop
+    connection: connection.Connection
+    stream: stream.Stream
+    publishing: publishing.Publishing
+    deliveries: dict[str, delivery.Delivery]  #: by subscriber
+    targets: "dict[str, Queue]"  #: queues of dead letters, by key
 
 
 class Queue:
-    """
-    Put messages into a stream and look after them.
+    """Put messages into a stream, and look after them. Any thread may call it."""
 
-    >>> Queue.__name__
-    'Queue'
-    """
-
-    def __init__(self, settings: _settings.Settings) -> None:
-        """
-        Initialize without connecting; see :py:func:`open_queue`.
-
-        :param settings: of the queue
-        """
-        self.settings = settings
-        self._losses = _losses.LossLog(settings.path)
-        # Only the loop's own thread changes them.
-        self._ports: _calls.Ports | None = None
-        self._publishing: _publishing.Publishing | None = None
-        self._puts: asyncio.Semaphore | None = None
-        # Not weakly: whoever closes a subscriber forgets its consumer first, and what that holds
-        # would not be given back.
-        self._consumers: set[_delivery.Consumer] = set()
+    def __init__(self, config: persipubsub.config.Config, queue_key: str) -> None:
+        """Initialize without connecting."""
+        self.settings = settings.Settings(config, queue_key)
+        # Only the loop's own thread changes it.
+        self._open: _Open | None = None
         self._is_closed = False
 
     def __enter__(self) -> "Queue":
-        """
-        Use the queue as a context manager.
-
-        :return: itself
-        """
+        """Return the queue itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,111 +88,98 @@ class Queue:
         if self._is_closed:
             return
         self._is_closed = True
-        self._losses.report(force=True)
-        ports = self._ports
-        if ports is not None and ports.loop.process_id == os.getpid():
-            try:
-                ports.loop.call(lambda: self._close(ports))
-            except persipubsub.errors.ClosedError:
-                pass  # at the exit all connections are closed anyhow
+        opened = self._open
+        if opened is not None and opened.loop.process_id == os.getpid():
+            with contextlib.suppress(persipubsub.errors.ClosedError):  # the exit closes it
+                opened.loop.call(self.aclose())
 
-    async def _close(self, ports: _calls.Ports) -> None:
-        """
-        Give back what is held, and the connection.
-
-        :param ports: of this queue
-        """
+    async def aclose(self) -> None:
+        """Give back what is held, and the connection. Only for the loop's own thread."""
+        self._is_closed = True
+        opened, self._open = self._open, None
+        if opened is None:
+            return
+        opened.publishing.drops.report()
+        opened.loop.open.discard(self)
         try:
-            await asyncio.wait_for(asyncio.gather(*(consumer.close()
-                                                    for consumer in list(self._consumers))),
-                                   timeout=2.0)
-        except (TimeoutError, persipubsub.errors.PersipubsubError, nats.errors.Error, OSError):
+            async with asyncio.timeout(_CLOSE_SECS):
+                await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
+        except (persipubsub.errors.PersipubsubError, *_FOREIGN):
             pass  # delivered again after ack_wait
-        await _link.release(ports.link)
+        for target in opened.targets.values():
+            await target.aclose()
+        await connection.release(opened.connection)
+
+    # Running
 
     def run(self, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
-        """
-        Run a coroutine in the loop, and translate what goes wrong: no other error leaves the room.
-
-        :param function: makes the coroutine
-        :return: what it returned
-        :raise ClosedError: if the queue was closed
-        """
+        """Run a coroutine in the loop, and wait for it; no foreign error leaves."""
         self._check_open()
-        return _call(self.settings.path, function)
+        return loop.current().call(self._translated(function))
 
-    def begin(
-            self, function: Callable[[], Coroutine[Any, Any,
-                                                   ResultT]]) -> concurrent.futures.Future[ResultT]:
-        """
-        Begin to run a coroutine in the loop, as :py:meth:`run` does. Never blocks.
-
-        :param function: makes the coroutine
-        :return: of what the coroutine returns; cancelling it cancels the coroutine
-        :raise ClosedError: if the queue was closed
-        """
+    async def arun(self, function: Callable[[], Coroutine[Any, Any, ResultT]],
+                   is_carried_out: bool) -> ResultT:
+        """Do what :py:meth:`run` does in a task of any loop."""
         self._check_open()
+        return await loop.current().wait(self._translated(function), is_carried_out)
 
-        async def work() -> ResultT:
-            try:
-                return await function()
-            except _FOREIGN as error:
-                raise _errors.translate(error, self.settings.path) from None
+    def ask(self, function: Callable[[stream.Stream], Coroutine[Any, Any, ResultT]]) -> ResultT:
+        """Ask something of the stream, and wait for the answer."""
+        return self.run(lambda: function(self.opened().stream))
 
-        return _loop.current().begin(work)
+    async def _translated(self, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+        try:
+            return await function()
+        except _FOREIGN as error:
+            raise errors.translate(error, self.settings.path) from None
 
     def _check_open(self) -> None:
-        """
-        Check that the queue was not closed.
-
-        :raise ClosedError: if it was
-        """
         if self._is_closed:
             raise persipubsub.errors.ClosedError(
                 f"Expected the queue {self.settings.path} to be open, but got: it was closed")
 
-    async def ports(self) -> _calls.Ports:
-        """
-        Open the queue in this process, if it is not open there. Only for the loop's own thread.
-
-        :return: what is open
-        """
-        ports = self._ports
-        loop = _loop.current()
-        if ports is None or ports.loop is not loop:
-            link = _link.acquire(loop, self.settings.address.servers, self.settings.path)
-            ports = self._ports = _calls.Ports(loop, link, _stream.Stream(link, self.settings))
-            self._publishing = _publishing.Publishing(ports.stream, self.settings, self._losses)
-            self._puts = asyncio.Semaphore(_PUTS_AT_ONCE)
-        return ports
+    def opened(self) -> _Open:
+        """Open the queue in this process. Only for the loop's own thread."""
+        found = self._open
+        own = loop.current()
+        if found is None or found.loop is not own:
+            if self._is_closed:
+                raise errors.closed(self.settings.path)
+            shared = connection.acquire(own, self.settings.address.servers, self.settings.path)
+            kept = stream.Stream(shared, self.settings)
+            found = self._open = _Open(own, shared, kept, publishing.Publishing(kept), {}, {})
+            own.open.add(self)
+        return found
 
     async def connect(self) -> None:
-        """
-        Connect, and look whether the stream is there. Only for the loop's own thread.
-
-        :raise NotInitializedError: if it is not
-        """
-        ports = await self.ports()
+        """Connect, and check that the stream is there. Only for the loop's own thread."""
         try:
-            await ports.stream.info(self._deadline())
+            await self.opened().stream.info()
         except BaseException:
-            self._ports = None
-            await _link.release(ports.link)
+            await self.aclose()
             raise
 
-    def _deadline(self) -> float:
-        """
-        Bound the wait for the servers.
+    def delivery_to(self, subscriber: str) -> delivery.Delivery:
+        """Return what delivers to a subscriber in this process. Only for the loop's own thread."""
+        opened = self.opened()
+        if subscriber not in opened.deliveries:
+            writer = dead_letters.Writer(self.settings, subscriber, self._target)
+            opened.deliveries[subscriber] = delivery.Delivery(opened.stream, subscriber, writer,
+                                                              opened.loop)
+        return opened.deliveries[subscriber]
 
-        :return: on the monotonic clock
-        """
-        return time.monotonic() + self.settings.wait_secs
+    def _target(self, key: str) -> publishing.Publishing:
+        """Open the queue of dead letters. Only for the loop's own thread."""
+        targets = self.opened().targets
+        if key not in targets:
+            targets[key] = Queue(self.settings.config, key)
+        return targets[key].opened().publishing
 
     # Putting
 
     def put(self,
             messages: Sequence[bytes],
-            audience: tuple[str, ...] | None = None,
+            recipients: tuple[str, ...] | None = None,
             timeout: float | None = None,
             msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
@@ -191,12 +187,10 @@ class Queue:
 
         When the call returns, the servers have all of them. When it raises, some of several
         messages may be there, those at the beginning. With the same ids it may be repeated, which
-        completes them. Atomic batches, which servers have since 2.12, were rejected: such a server
-        refuses a batch with an id that it knows, and does not tell whether the message is stored,
-        so that nobody knows what became of a batch that was not answered.
+        completes them.
 
         :param messages: in the order in which they are to be received
-        :param audience: ids of the subscribers that get them; everybody if not given
+        :param recipients: ids of the subscribers that get them; everybody if not given
         :param timeout: how long to wait for room with the strategy ``block``, in seconds; None: for
             ever
         :param msg_ids: of the messages, None for those without; the same is stored once within the
@@ -205,139 +199,62 @@ class Queue:
         :raise MessageTooLargeError: if the queue, or the server, could never hold them
         :raise QueueFullError: if there is no room, and nothing may be dropped
         :raise UnavailableError: if no server answers in time; they may be there nevertheless
-        :raise NotInitializedError: if a subscriber of the audience has no consumer
+        :raise NotInitializedError: if a recipient has no consumer
         """
         self.settings.check_size(messages)
-
-        async def work() -> int:
-            await self.ports()
-            assert self._publishing is not None
-            return await self._publishing.put(messages, audience, timeout, msg_ids)
-
-        return self.run(work)
-
-    def begin_put(self,
-                  messages: Sequence[bytes],
-                  audience: tuple[str, ...] | None = None,
-                  timeout: float | None = None,
-                  msg_ids: Sequence[bytes | None] | None = None) -> concurrent.futures.Future[int]:
-        """
-        Begin what :py:meth:`put` does. Never blocks.
-
-        :param messages: in the order in which they are to be received
-        :param audience: ids of the subscribers that get them; everybody if not given
-        :param timeout: how long to wait for room, see :py:meth:`put`
-        :param msg_ids: of the messages, None for those without
-        :return: number of the first message; errors are those of :py:meth:`put`
-        :raise MessageTooLargeError: if the queue could never hold them
-        """
-        self.settings.check_size(messages)
-        until = None if timeout is None else time.monotonic() + timeout
-
-        async def work() -> int:
-            await self.ports()
-            assert self._publishing is not None and self._puts is not None
-            async with self._puts:
-                left = None if until is None else max(0.0, until - time.monotonic())
-                return await self._publishing.put(messages, audience, left, msg_ids)
-
-        return self.begin(work)
+        return self.run(
+            lambda: self.opened().publishing.put(messages, recipients, timeout, msg_ids))
 
     async def aput(self,
                    messages: Sequence[bytes],
                    recipients: tuple[str, ...] | None = None,
                    timeout: float | None = None,
-                   msg_ids: Sequence[bytes | None] | None = None) -> int:  # transitional
-        """Put; awaitable from any loop."""
-        return await asyncio.shield(
-            asyncio.wrap_future(self.begin_put(messages, recipients, timeout, msg_ids)))
+                   msg_ids: Sequence[bytes | None] | None = None) -> int:
+        """Do what :py:meth:`put` does, in a task; it is carried out even if that is cancelled."""
+        self.settings.check_size(messages)
+        return await self.arun(
+            lambda: self.opened().publishing.put(messages, recipients, timeout, msg_ids),
+            is_carried_out=True)
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
-        """
-        Check that the queue could hold messages if it were empty.
-
-        :param messages: to be put in one call
-        :raise MessageTooLargeError: if it could not
-        """
+        """Check that the queue could hold messages if it were empty."""
         self.settings.check_size(messages)
 
     def require_subscribers(self, subscribers: Sequence[str]) -> None:
-        """
-        Check that subscribers were initialized.
-
-        :param subscribers: ids
-        :raise NotInitializedError: if one of them was not
-        """
-
-        async def work() -> None:
-            await (await self.ports()).stream.require(subscribers, self._deadline())
-
-        self.run(work)
+        """Check that subscribers were initialized."""
+        self.ask(lambda kept: kept.require(subscribers))
 
     # Receiving
 
-    def consumer(self, subscriber: str) -> _delivery.Consumer:
-        """
-        Take part in the work of a subscriber.
-
-        :param subscriber: its id
-        :return: from which messages can be taken
-        :raise NotInitializedError: if the queue has no such subscriber
-        """
+    def consumer(self, subscriber: str) -> "Consumer":
+        """Take part in the work of a subscriber; raise NotInitializedError if it is not there."""
         self.require_subscribers([subscriber])
-        consumer = _delivery.Consumer(self.settings, subscriber, self)
-        self._consumers.add(consumer)
-        return consumer
+        return Consumer(self, subscriber)
 
     def skip_to_newest(self, subscriber: str) -> int:
-        """
-        Acknowledge all messages of a subscriber but the newest one, in batches.
-
-        :param subscriber: its id
-        :return: how many were acknowledged by that
-        """
-        consumer = self.consumer(subscriber)
+        """Acknowledge all messages of a subscriber but the newest one; return how many."""
 
         async def work() -> int:
-            try:
-                return await consumer.skip_to_newest()
-            finally:
-                self._consumers.discard(consumer)
-                await consumer.close()
+            await self.opened().stream.require([subscriber])
+            return await self.delivery_to(subscriber).skip_to_newest()
 
         return self.run(work)
 
     # Looking after the queue
 
     def prune(self) -> int:
-        """
-        Drop the messages that are too old; what everybody acknowledged is gone anyhow.
-
-        :return: how many deliveries were dropped
-        """
-
-        async def work() -> int:
-            return await (await self.ports()).stream.drop_expired(self._deadline())
-
-        return self.run(work)
+        """Drop the messages that are too old; return how many deliveries were dropped."""
+        return self.ask(stream.Stream.drop_expired)
 
     def clear(self) -> int:
-        """
-        Drop all messages; subscribers and numbers stay.
+        """Drop all messages; subscribers and numbers stay. Return how many deliveries it were."""
 
-        :return: how many deliveries were dropped
-        """
-
-        async def work() -> int:
-            ports = await self.ports()
-            stream = ports.stream
-            # It would be received although it is gone.
-            await _ahead.give_back_of(ports.loop, stream.name)
-            lags = await stream.lags(self._deadline())
-            await stream.purge(self._deadline())
+        async def work(kept: stream.Stream) -> int:
+            lags = await kept.lags()
+            await kept.purge()
             return sum(lags.values())
 
-        return self.run(work)
+        return self.ask(work)
 
     def statistics(self) -> persipubsub.statistics.QueueStatistics:
         """
@@ -345,63 +262,173 @@ class Queue:
 
         It is no snapshot: subscribers are asked for one after the other. What was dropped, cleared
         or skipped is not counted by NATS, and is 0.
-
-        :return: figures of the queue and of its subscribers
         """
 
-        async def work() -> persipubsub.statistics.QueueStatistics:
-            stream = (await self.ports()).stream
-            infos = await stream.infos(self._deadline())
-            state = (await stream.info(self._deadline()))["state"]
-            return self._figures(state, infos, stream.now_ns())
+        async def work(kept: stream.Stream) -> persipubsub.statistics.QueueStatistics:
+            infos = await kept.infos()
+            return self._figures(await kept.state(), infos, kept.now_ns())
 
-        return self.run(work)
+        return self.ask(work)
 
-    def _figures(self, state: dict[str, Any], infos: dict[str, dict[str, Any]],
+    def _figures(self, state: stream.Info, infos: dict[str, stream.Info],
                  now_ns: int) -> persipubsub.statistics.QueueStatistics:
-        """
-        Put figures together.
-
-        :param state: of the stream
-        :param infos: of the consumers, by subscriber
-        :param now_ns: time of the servers
-        :return: figures
-        """
-        settings = self.settings
+        mark = self.settings.queue.high_water_mark
         messages, size = int(state["messages"]), int(state["bytes"])
-        age = max(0, now_ns - _stream.to_ns(state["first_ts"])) / 1e9 if messages else None
+        age = max(0, now_ns - stream.to_ns(state["first_ts"])) / 1e9 if messages else None
         return persipubsub.statistics.QueueStatistics(
-            path=settings.path,
+            path=self.settings.path,
             messages=messages,
-            message_share=messages / settings.max_messages,
+            message_share=_share(messages, mark.max_msgs_num),
             message_bytes=size,
-            byte_share=size / settings.max_message_bytes,
+            byte_share=_share(size, mark.size_bytes),
             file_bytes=size,
-            file_share=size / settings.max_message_bytes,
+            file_share=_share(size, mark.size_bytes),
             oldest_age_seconds=age,
-            age_share=(age or 0.0) * 1e9 / settings.timeout_ns,
+            age_share=_share(age or 0.0, mark.msg_timeout_secs),
             next_number=int(state["last_seq"]) + 1,
             commits=int(state["last_seq"]),
-            subscribers=tuple(
-                _figures_of(subscriber, info, now_ns)
-                for subscriber, info in sorted(infos.items())))
+            sent=int(state["last_seq"]),
+            subscribers=tuple(_figures_of(*one, now_ns) for one in sorted(infos.items())))
 
 
-def _figures_of(subscriber: str, info: dict[str, Any],
+class Lease:
+    """
+    Messages that one consumer has and nobody else gets, as long as its process lives.
+
+    Any thread may call it. A lease that is forgotten is given back.
+    """
+
+    def __init__(self, queue: Queue, own: delivery.Delivery,
+                 delivered: list[delivery.Delivered]) -> None:
+        """Hold messages that were delivered."""
+        self.messages = [one.data for one in delivered]
+        self._queue = queue
+        self._delivery = own
+        self._delivered = delivered
+        self._process_id = os.getpid()
+        self._is_over = False
+
+    def _end(self) -> bool:
+        """Note that the lease ends; return False in a forked child, whose parent has it."""
+        self._is_over = True
+        return self._process_id == os.getpid()
+
+    def ack(self) -> None:
+        """
+        Let the messages leave the queue for this subscriber, and wait until the server has it.
+
+        Several messages are acknowledged at the same time, but not in one transaction.
+        """
+        if self._end():
+            self._queue.run(lambda: self._delivery.ack(self._delivered))
+
+    async def aack(self) -> None:
+        """Do what :py:meth:`ack` does, in a task; it is carried out even if that is cancelled."""
+        if self._end():
+            await self._queue.arun(lambda: self._delivery.ack(self._delivered), is_carried_out=True)
+
+    def nack(self, error: BaseException | None = None) -> None:
+        """
+        Let the messages be delivered again, perhaps to another.
+
+        It raises nothing: what the user raised matters more. If no server answers, they are
+        delivered again after ``ack_wait``.
+        """
+        if self._end():
+            text = None if error is None else persipubsub.message.text_of(error)
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+                self._queue.run(lambda: self._delivery.nack(self._delivered, text))
+
+    async def anack(self, error: BaseException | None = None) -> None:
+        """Do what :py:meth:`nack` does, in a task; it is carried out even if that is cancelled."""
+        if self._end():
+            text = None if error is None else persipubsub.message.text_of(error)
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+                await self._queue.arun(lambda: self._delivery.nack(self._delivered, text),
+                                       is_carried_out=True)
+
+    def split(self, count: int) -> "Lease":
+        """Move the first messages into a lease of their own."""
+        first = Lease(self._queue, self._delivery, self._delivered[:count])
+        self.messages, self._delivered = self.messages[count:], self._delivered[count:]
+        return first
+
+    def details(self) -> list[persipubsub.message.Message]:
+        """Tell what is known of the messages, in the same order."""
+        return list(map(delivery.to_message, self._delivered))
+
+    def __del__(self) -> None:
+        """Have the messages given back that somebody forgot: a call that was cancelled, a loop."""
+        # In any thread, in the middle of any code, at the exit: it only leaves word for the loop.
+        if not self._is_over and self._process_id == os.getpid():
+            own, delivered = self._delivery, self._delivered
+            own.loop.post(lambda: own.give_back(delivered))
+
+
+class Consumer:
+    """
+    Take messages of one subscriber, from any number of threads.
+
+    Consumers of the same subscriber, on whatever machines, share its messages.
+    """
+
+    def __init__(self, queue: Queue, subscriber: str) -> None:
+        """Initialize without taking anything."""
+        self._queue = queue
+        self._subscriber = subscriber
+
+    def take(self,
+             timeout: float | None,
+             poll_secs: float = 1.0,
+             max_messages: int = 1) -> Lease | None:
+        """Take the next message, or several; wait if there is none. The server wakes us."""
+        del poll_secs
+        return self._queue.run(lambda: self._take(timeout, max_messages, False))
+
+    def take_newest(self, timeout: float | None, poll_secs: float = 1.0) -> Lease | None:
+        """Take the newest message, and acknowledge all older ones; wait if there is none."""
+        del poll_secs
+        return self._queue.run(lambda: self._take(timeout, 1, True))
+
+    async def atake(self,
+                    timeout: float | None,
+                    max_messages: int = 1,
+                    is_newest: bool = False) -> Lease | None:
+        """Take messages in a task; cancelling it loses nothing and keeps nothing."""
+        return await self._queue.arun(lambda: self._take(timeout, max_messages, is_newest),
+                                      is_carried_out=False)
+
+    async def _take(self, timeout: float | None, max_messages: int,
+                    is_newest: bool) -> Lease | None:
+        own = self._queue.delivery_to(self._subscriber)
+        found = await (own.take_newest(timeout) if is_newest else own.take(timeout, max_messages))
+        return Lease(self._queue, own, found) if found else None
+
+    def front(self) -> bytes | None:
+        """
+        Look at the next message without taking it.
+
+        While others of the same subscriber have messages, the server does not tell which: then it
+        is taken and given back, which counts as a delivery.
+        """
+
+        async def work() -> bytes | None:
+            return await self._queue.delivery_to(self._subscriber).front()
+
+        return self._queue.run(work)
+
+
+def _share(value: float, limit: float | None) -> float | None:
+    return None if limit is None else value / limit
+
+
+def _figures_of(subscriber: str, info: stream.Info,
                 now_ns: int) -> persipubsub.statistics.SubscriberStatistics:
-    """
-    Describe one subscriber.
-
-    :param subscriber: its id
-    :param info: of its consumer
-    :param now_ns: time of the servers
-    :return: its figures
-    """
     floor = info["ack_floor"]
     last = floor.get("last_active")
     return persipubsub.statistics.SubscriberStatistics(
         subscriber=subscriber,
-        lag=_stream.lag_of(info),
+        lag=stream.lag_of(info),
         in_flight=int(info["num_ack_pending"]),
         position=int(floor["stream_seq"]) + 1,
         acknowledged=int(floor["consumer_seq"]),
@@ -412,21 +439,7 @@ def _figures_of(subscriber: str, info: dict[str, Any],
         skipped=0,
         corrupt=0,
         dead_lettered=0,
-        seconds_since_acknowledged=max(0, now_ns - _stream.to_ns(last)) / 1e9 if last else None)
-
-
-def _call(path: str, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
-    """
-    Run a coroutine in the loop, and translate what goes wrong.
-
-    :param path: of the queue
-    :param function: makes the coroutine
-    :return: what it returned
-    """
-    try:
-        return _loop.current().call(function)
-    except _FOREIGN as error:
-        raise _errors.translate(error, path) from None
+        seconds_since_acknowledged=max(0, now_ns - stream.to_ns(last)) / 1e9 if last else None)
 
 
 def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
@@ -441,16 +454,8 @@ def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
     :raise UnavailableError: if no server answers in time, or it has no JetStream
     :raise AccessError: if a server does not let us in
     """
-    queue = Queue(_settings.Settings.of(config, queue_key))
-
-    async def work() -> None:
-        ports = await queue.ports()
-        await ports.stream.ensure(time.monotonic() + queue.settings.wait_secs)
-
-    try:
-        queue.run(work)
-    finally:
-        queue.close()
+    with Queue(config, queue_key) as queue:
+        queue.ask(stream.Stream.ensure)
 
 
 def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
@@ -464,27 +469,225 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     :raise FormatError: if the stream is somebody else's
     :raise UnavailableError: if no server answers in time
     """
-    queue = Queue(_settings.Settings.of(config, queue_key))
+    queue = Queue(config, queue_key)
     queue.run(queue.connect)
     return queue
 
 
 def statistics_of(config: persipubsub.config.Config,
                   queue_key: str) -> persipubsub.statistics.QueueStatistics:
+    """Count what is in a queue, without taking part in it."""
+    with open_queue(config, queue_key) as queue:
+        return queue.statistics()
+
+
+# Subscribers
+
+
+def add_subscriber(config: persipubsub.config.Config, queue_key: str, subscriber: str) -> bool:
     """
-    Count what is in a queue, without taking part in it.
+    Add a subscriber to a queue; it gets what is sent to everybody from now on.
 
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
-    :return: figures of the queue and of its subscribers
+    :param subscriber: its id
+    :return: False if it was there already, and stays as it is
+    :raise NotInitializedError: if the queue was not initialized
     """
     with open_queue(config, queue_key) as queue:
-        return queue.statistics()
+        return queue.ask(lambda kept: kept.ensure_consumer(subscriber))
+
+
+def remove_subscriber(config: persipubsub.config.Config, queue_key: str, subscriber: str) -> int:
+    """
+    Remove a subscriber from a queue, and with it the messages that nobody else needs.
+
+    Publishers whose file still names it get a ``NotInitializedError`` within a second.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :param subscriber: its id
+    :return: how many messages it did not acknowledge
+    :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
+    """
+    with open_queue(config, queue_key) as queue:
+        return queue.ask(lambda kept: kept.delete_consumer(subscriber))
+
+
+def seek(config: persipubsub.config.Config, queue_key: str, subscriber: str, to: Place) -> int:
+    """
+    Let a subscriber go on from another place of the queue: back, to receive again, or forward.
+
+    What is not stored any more can not be received again: without ``retain_secs``, that is what
+    every subscriber acknowledged. The consumer of the subscriber is replaced; what its processes
+    have at that moment may come again, and deliveries are counted from one again.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :param subscriber: its id
+    :param to: ``"beginning"``, ``"end"``, a number, or a time: seconds since 1970 as a float, or a
+        ``datetime`` with its time zone
+    :return: number of the message from which it goes on
+    :raise NotInitializedError: if the queue or the subscriber was not initialized
+    :raise TypeError: if the place is of another type
+    :raise ValueError: if it is another text, or a time without a time zone
+    """
+    since_ns = _since_ns(to)
+    with open_queue(config, queue_key) as queue:
+
+        async def work(kept: stream.Stream) -> int:
+            state = await kept.state()
+            first, last = int(state["first_seq"]), int(state["last_seq"])
+            if since_ns is not None:
+                start = await _number_since(kept, since_ns, first, last)
+            elif to == "beginning":
+                start = first
+            else:
+                start = last + 1 if to == "end" else int(to)  # type: ignore[arg-type]
+            start = min(max(start, first, 1), last + 1)
+            await kept.seek(subscriber, start)
+            return start
+
+        return queue.ask(work)
+
+
+def _since_ns(to: Place) -> int | None:
+    """Check a place; return a time in nanoseconds since 1970, None if it is none."""
+    if isinstance(to, str):
+        if to not in ("beginning", "end"):
+            raise ValueError(f"Expected 'beginning', 'end', a number or a time, but got: {to!r}")
+        return None
+    if isinstance(to, int) and not isinstance(to, bool):
+        return None
+    if isinstance(to, datetime.datetime):
+        if to.utcoffset() is None:
+            raise ValueError(f"Expected a time with its time zone, but got: {to!r}")
+        epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+        return (to - epoch) // datetime.timedelta(microseconds=1) * 1000
+    if not isinstance(to, float):
+        raise TypeError(f"Expected a place of type str, int, float or datetime, but got: "
+                        f"{type(to).__name__}")
+    if not math.isfinite(to * 1e9):
+        raise ValueError(f"Expected a time in seconds since 1970, but got: {to!r}")
+    return int(to * 1e9)
+
+
+async def _number_since(kept: stream.Stream, since_ns: int, first: int, last: int) -> int:
+    """Find the first message that was stored then or later, by bisection."""
+    everything = [f"persipubsub.{kept.name}.>"]
+    while first <= last:
+        middle = (first + last) // 2
+        found = await kept.next_stored(everything, middle)
+        if found is None or found.number > last:
+            last = middle - 1  # nothing is stored from there on
+        elif found.time_ns >= since_ns:
+            last = middle - 1
+        else:
+            first = found.number + 1
+    return first
+
+
+# Looking
+
+
+def peek(config: persipubsub.config.Config,
+         queue_key: str,
+         subscriber: str,
+         count: int = 1,
+         start: int = 0) -> list[Peeked]:
+    """
+    Look at the next messages of a subscriber without taking them.
+
+    Behind the first message that it did not acknowledge yet, those that it acknowledged out of
+    order are shown as well, as long as they are stored: the servers do not tell which these are.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :param subscriber: its id
+    :param count: how many messages at most
+    :param start: number from which on to look
+    :return: messages, also those in flight, but none that are too old to be delivered
+    :raise NotInitializedError: if the queue or the subscriber was not initialized
+    """
+    with open_queue(config, queue_key) as queue:
+
+        async def work(kept: stream.Stream) -> list[Peeked]:
+            info = await kept.consumer_info(subscriber)
+            if info is None:
+                raise kept.missing(subscriber)
+            number = max(start, int(info["ack_floor"]["stream_seq"]) + 1)
+            filters = stream.filters_of(info["config"])
+            return await _look(kept, filters, number, count, are_old_left_out=True)
+
+        return queue.ask(work)
+
+
+def follow(config: persipubsub.config.Config,
+           queue_key: str,
+           last: int = 0) -> Generator[list[Peeked], None, None]:
+    """
+    Look at messages as they are sent, for ever; a look, not a subscriber.
+
+    Messages that all their subscribers acknowledged may be gone before they were seen: then a
+    number is left out. Close the iterator to close the queue.
+
+    :param config: that describes the queue
+    :param queue_key: of the queue in ``queues``
+    :param last: how many of the newest numbers that are there to begin with
+    :return: messages as they come, several at a time; nothing at least once a second
+    :raise NotInitializedError: if the queue was not initialized
+    """
+    with open_queue(config, queue_key) as queue:
+        number = int(queue.ask(stream.Stream.state)["last_seq"]) + 1 - last
+        everything = [f"persipubsub.{queue.settings.address.stream}.>"]
+        pause, told = _FIRST_LOOK_SECS, time.monotonic()
+        while True:
+            found = queue.ask(lambda kept: _look(kept, everything, number, _LOOK_MESSAGES))
+            if found or time.monotonic() - told > _LONGEST_LOOK_SECS / 2:
+                yield found
+                told = time.monotonic()
+            if found:
+                number = found[-1].number + 1
+                pause = _FIRST_LOOK_SECS
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_LOOK_SECS / 2)
+
+
+async def _look(kept: stream.Stream,
+                filters: Sequence[str],
+                number: int,
+                count: int,
+                are_old_left_out: bool = False) -> list[Peeked]:
+    recipients = {kept.settings.subject(one): one for one in kept.settings.audiences}
+    found: list[Peeked] = []
+    while len(found) < count:
+        one = await kept.next_stored(filters, number)
+        if one is None:
+            break
+        number = one.number + 1
+        # With retain_secs, messages are stored that nobody wants.
+        is_wanted = one.subject != address.nobodys_subject(kept.name)
+        if is_wanted and not (are_old_left_out and kept.is_expired(one.time_ns)):
+            found.append(
+                Peeked(number=one.number,
+                       age_seconds=max(0,
+                                       kept.now_ns() - one.time_ns) / 1e9,
+                       subscribers=recipients.get(one.subject),
+                       content=one.data))
+    return found
+
+
+# Durability
 
 
 def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple[str, ...]:
     """
     Look whether the servers flush each message, as durability ``fsync`` promises.
+
+    A server writes a message to its files before it acknowledges it, but flushes them every two
+    minutes unless it is told otherwise. What is not flushed is lost in a power failure of all
+    servers that have it.
 
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
@@ -492,4 +695,25 @@ def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple
     """
     if config.queues[queue_key].durability is not persipubsub.config.Durability.FSYNC:
         return ()
-    return _durability.warnings_of(_settings.Settings.of(config, queue_key).address)
+    found_at = settings.Settings(config, queue_key).address
+    advice = (f"durability \"fsync\" needs \"sync_interval: always\" in the block jetstream of "
+              f"each server of {','.join(found_at.servers)}")
+    if found_at.monitor is None:
+        return (f"{advice} (not checked: the path has no monitor=http://host:8222)", )
+    found = _read_page(f"{found_at.monitor}/varz")
+    if found is None:
+        return (f"{advice} (not checked: {found_at.monitor} does not answer)", )
+    described = (found.get("jetstream") or {}).get("config") or {}
+    if described.get("sync_always"):
+        return ()
+    return (f"{advice}, but {found_at.monitor} flushes every "
+            f"{described.get('sync_interval', 0) / 1000000000.0:g} s", )
+
+
+def _read_page(url: str) -> Any | None:
+    try:
+        with urllib.request.urlopen(url, timeout=_PATIENCE_SECS) as answer:
+            found = json.loads(answer.read(_LARGEST_PAGE))
+            return found if isinstance(found, dict) else None
+    except (OSError, ValueError, http.client.HTTPException):
+        return None

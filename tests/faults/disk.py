@@ -14,17 +14,20 @@ from typing import NamedTuple, Optional
 
 from tests.faults import tracing
 
-#: Everything that changes files or makes changes durable. Files are mapped for reading only, but
-#: for the bell, the gates and LMDB's lock file: their content means nothing after a power failure.
+#: Everything that changes files or makes changes durable, and locks. Files are mapped for reading
+#: only, but for ``shared`` and LMDB's lock file: their content means nothing after a power failure.
 _CALLS = (
     "openat,open,creat,write,pwrite64,writev,pwritev,pwritev2,ftruncate,truncate,fallocate,"
     "fdatasync,fsync,sync,syncfs,msync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,"
-    "rmdir,link,linkat,symlink,close,dup,dup2,dup3,sync_file_range,copy_file_range,sendfile,"
-    "lseek,read")
+    "rmdir,link,linkat,symlink,sync_file_range,copy_file_range,sendfile,lseek,flock")
 
 _LINE = re.compile(rb"(\d+) +(?:(\w+)\((.*)|<\.\.\. (\w+) resumed>(.*))$", re.S)
+#: A descriptor, with the path that it has at the moment.
+_OPENED = re.compile(rb"(?:AT_FDCWD|\d+)<((?:\\x[0-9a-f]{2})*)>(\(deleted\))?")
 _STRING = re.compile(rb'"((?:\\x[0-9a-f]{2})*)"')
 _UNFINISHED = b" <unfinished ...>"
+
+_WRITES = ("write", "pwrite64", "writev", "pwritev", "pwritev2")
 
 
 class Call(NamedTuple):
@@ -33,28 +36,32 @@ class Call(NamedTuple):
     name: str
     strings: tuple[bytes, ...]  #: its arguments that are strings
     words: tuple[str, ...]  #: all its arguments, each string replaced by one letter
+    paths: tuple[str, ...]  #: those of its descriptors; empty for a file without a name
 
 
 class Event(NamedTuple):
     """Hold the beginning or the end of a system call."""
 
     key: int  #: the same for the beginning and the end
+    thread: int
     call: Call
     result: int | None  #: None at the beginning
 
 
-def record(work: Callable[[], None], output: pathlib.Path) -> list[Event]:
+def record(work: Callable[[], None], output: pathlib.Path,
+           options: Sequence[str] = ()) -> list[Event]:
     """
     Run a function in a process of its own and record what it does to files.
 
-    :param work: to be run; with threads, but without processes of its own
+    :param work: to be run; threads and processes of its own are recorded as well
     :param output: file for the trace
+    :param options: of strace, to inject errors
     :return: events in order
     """
-    code = tracing.run(
-        lambda: work,
-        ["-xx", "-s", "100000000", "-o",
-         str(output), "-e", f"trace={_CALLS}", "-e", "signal=none"])
+    code = tracing.run(lambda: work, [
+        "-y", "-xx", "-s", "100000000", "-o",
+        str(output), "-e", f"trace={_CALLS}", "-e", "signal=none", *options
+    ])
     assert code == 0, f"Expected the recorded process to end well, but got: {code}"
     return list(_parse(output.read_bytes().splitlines()))
 
@@ -72,28 +79,33 @@ def _parse(lines: Sequence[bytes]) -> Iterator[Event]:
             call_text = name + b"(" + rest
             if rest.endswith(_UNFINISHED):
                 begun[thread] = (key, call_text[:-len(_UNFINISHED)])
-                call = _parse_call(begun[thread][1])
-                yield Event(key, call, None)
+                yield Event(key, int(thread), _parse_call(begun[thread][1]), None)
                 continue
             call = _parse_call(call_text)
-            yield Event(key, call, None)
+            yield Event(key, int(thread), call, None)
         else:
             key, text = begun.pop(thread)
             call_text = text + resumed
-            # What read() brings is only known now; nobody looks at it.
             call = _parse_call(call_text)
         found = re.search(rb"\) += (-?\d+|\?)[^\"]*$", call_text)
         assert found is not None, call_text[-200:]
-        yield Event(key, call, -1 if found.group(1) == b"?" else int(found.group(1)))
+        yield Event(key, int(thread), call, -1 if found.group(1) == b"?" else int(found.group(1)))
+
+
+def _unescape(text: bytes) -> bytes:
+    """Decode what strace writes in hexadecimal digits."""
+    return bytes.fromhex(text.decode("ascii").replace("\\x", ""))
 
 
 def _parse_call(text: bytes) -> Call:
     """Parse a system call and its arguments."""
-    strings = tuple(
-        bytes.fromhex(found.decode("ascii").replace("\\x", "")) for found in _STRING.findall(text))
-    name, _, rest = _STRING.sub(b"S", text).decode("ascii").partition("(")
+    strings = tuple(map(_unescape, _STRING.findall(text)))
+    text = _STRING.sub(b"S", text)
+    paths = tuple("" if deleted else _unescape(path).decode("utf-8", "surrogateescape")
+                  for path, deleted in _OPENED.findall(text))
+    name, _, rest = _OPENED.sub(b"D", text).decode("ascii").partition("(")
     arguments = re.sub(r"\) += .*$", "", rest)
-    return Call(name, strings, tuple(word.strip() for word in arguments.split(",")))
+    return Call(name, strings, tuple(word.strip() for word in arguments.split(",")), paths)
 
 
 class _Change:
@@ -160,6 +172,8 @@ class _File:
         for index, piece in enumerate(pieces):
             if how.is_odd_one_out:
                 survives = (index == only) == (how.chance < 0.5)
+            elif how.is_prefix:
+                survives = index < only
             else:
                 survives = chance.random() < how.chance
             if survives:
@@ -176,6 +190,7 @@ class Survival(NamedTuple):
     chance: float  #: that a piece survives
     piece: int  #: in bytes
     is_odd_one_out: bool  #: one piece survives, or (chance over one half) one does not
+    is_prefix: bool  #: the first pieces of a file survive, in the order in which they were written
     keeps_size: bool  #: files have the sizes that they had, with zeros where nothing survived
     name_chance: float  #: that a change of a name survives
     keeps_name_order: bool  #: of these changes, as in a journal: none behind the first that is lost
@@ -186,6 +201,7 @@ class Survival(NamedTuple):
         return Survival(chance=chance.choice((0.0, 1.0, 0.5, chance.random(), 0.9, 0.1)),
                         piece=chance.choice((4096, 4096, 512)),
                         is_odd_one_out=chance.random() < 0.3,
+                        is_prefix=chance.random() < 0.3,
                         keeps_size=chance.random() < 0.4,
                         name_chance=chance.choice((0.0, 1.0, 0.5)),
                         keeps_name_order=chance.random() < 0.5)
@@ -207,17 +223,6 @@ class _Names:
             names.pop(self.removed, None)
         if self.added is not None:
             names[self.added[0]] = self.added[1]
-
-
-class _Descriptor:
-    """Hold an open file, or a directory."""
-
-    def __init__(self, path: str, file: _File | None, flags: str) -> None:
-        self.path = path
-        self.file = file
-        self.place = 0
-        self.is_durable = "O_DSYNC" in flags or "O_SYNC" in flags
-        self.appends = "O_APPEND" in flags
 
 
 class Disk:
@@ -242,9 +247,10 @@ class Disk:
                 self.seen[name] = None if path.is_dir() else _File(path.read_bytes())
         self.durable = dict(self.seen)
         self.pending: list[_Names] = []
-        self.descriptors: dict[int, _Descriptor] = {}
         self.flushing: dict[int, list[int]] = {}
         self.running: set[int] = set()
+        #: Where the next ``write`` goes: a file is written that way by one process at a time.
+        self.places: dict[str, int] = {}
 
     def feed(self, event: Event) -> None:
         """
@@ -255,72 +261,69 @@ class Disk:
         call, key = event.call, event.key
         if event.result is None:
             self.running.add(key)
-            if call.name in ("write", "pwrite64", "writev", "pwritev", "pwritev2"):
+            if call.name in _WRITES:
                 self._write(key, call)
             elif call.name in ("fsync", "fdatasync"):
-                self.flushing[key] = self._complete_keys(int(call.words[0]))
-            elif call.name == "close":
-                # At its end, another thread may have got the number already.
-                self.descriptors.pop(int(call.words[0]), None)
+                self.flushing[key] = self._complete_keys(call.paths[0])
             return
         self.running.discard(key)
         if event.result < 0:
-            assert call.name not in ("write", "pwrite64", "writev", "fsync", "fdatasync"), event
+            assert call.name not in _WRITES, event
+            if call.name in ("fsync", "fdatasync"):
+                self._fail_flush(call.paths[0], self.flushing.pop(key))
             return
         handler = getattr(self, f"_end_{call.name}", None)
         if handler is not None:
             handler(key, call, event.result)
             return
-        assert call.name in ("lseek", "read", "close", "dup", "msync"), \
+        assert call.name in ("msync", "flock"), \
             f"Expected a call that is modelled, but got: {call}"
 
     def _below(self, path: str) -> bool:
         """Tell whether a path is followed."""
         return path.startswith(f"{self.root}/")
 
-    def _complete_keys(self, descriptor: int) -> list[int]:
+    def _file(self, path: str) -> _File | None:
+        """Find a file that is followed."""
+        return self.seen.get(path) if self._below(path) else None
+
+    def _complete_keys(self, path: str) -> list[int]:
         """List the calls whose changes a flush that begins now covers."""
-        opened = self.descriptors.get(descriptor)
-        if opened is None:
-            return []
-        if opened.file is not None:
-            keys = {change.key for change in opened.file.pending}
+        file = self._file(path)
+        if file is not None:
+            keys = {change.key for change in file.pending}
         else:
-            keys = {names.key for names in self.pending if opened.path in names.parents}
+            keys = {names.key for names in self.pending if path in names.parents}
         return sorted(keys - self.running)
 
     def _write(self, key: int, call: Call) -> None:
         """Begin a write."""
-        opened = self.descriptors.get(int(call.words[0]))
-        if opened is None or opened.file is None:
+        file = self._file(call.paths[0])
+        if file is None:
             return
         data = b"".join(call.strings)
-        if call.name in ("pwrite64", "pwritev", "pwritev2"):
+        if call.name == "pwritev2":
+            place = int(call.words[-2])
+        elif call.name in ("pwrite64", "pwritev"):
             place = int(call.words[-1])
         else:
-            place = len(opened.file.seen) if opened.appends else opened.place
-            opened.place = place + len(data)
-        opened.file.add(_Change(key, place, data, None))
+            place = self.places.get(call.paths[0], 0)
+            self.places[call.paths[0]] = place + len(data)
+        file.add(_Change(key, place, data, None))
 
-    def _end_write(self, key: int, call: Call, result: int) -> None:
-        """End a write; with O_DSYNC it is durable then."""
-        opened = self.descriptors.get(int(call.words[0]))
-        if opened is None or opened.file is None:
-            return
-        assert result == len(b"".join(call.strings)), "Expected no short write"
-        if opened.is_durable:
-            opened.file.flush([key])
+    def _end_write(self, _: int, call: Call, result: int) -> None:
+        """End a write."""
+        if self._file(call.paths[0]) is not None:
+            assert result == len(b"".join(call.strings)), "Expected no short write"
 
     _end_pwrite64 = _end_writev = _end_pwritev = _end_pwritev2 = _end_write
 
     def _end_fsync(self, key: int, call: Call, _: int) -> None:
         """End a flush."""
         keys = self.flushing.pop(key)
-        opened = self.descriptors.get(int(call.words[0]))
-        if opened is None:
-            return
-        if opened.file is not None:
-            opened.file.flush(keys)
+        file = self._file(call.paths[0])
+        if file is not None:
+            file.flush(keys)
             return
         for names in self.pending:
             if names.key in keys:
@@ -329,23 +332,27 @@ class Disk:
 
     _end_fdatasync = _end_fsync
 
-    def _end_openat(self, key: int, call: Call, result: int) -> None:
+    def _fail_flush(self, path: str, keys: Sequence[int]) -> None:
+        """Fail a flush: no later one brings to the disk what this one did not."""
+        file = self._file(path)
+        assert file is not None
+        for change in file.pending:
+            if change.key in keys:
+                change.key = -1
+
+    def _end_openat(self, key: int, call: Call, _: int) -> None:
         """Open, and perhaps create or truncate, a file."""
         path = call.strings[0].decode("utf-8")
         flags = call.words[2]
-        self.descriptors.pop(result, None)
-        if path == self.root or (path in self.seen and self.seen[path] is None):
-            self.descriptors[result] = _Descriptor(path, None, flags)
+        if not self._below(path) or (path in self.seen and self.seen[path] is None):
             return
-        if not self._below(path):
-            return
+        if "O_WRONLY" in flags or "O_RDWR" in flags:
+            self.places[path] = 0
         file = self.seen.get(path)
         if file is None:
-            file = _File()
-            self._change_names(key, None, (path, file))
+            self._change_names(key, None, (path, _File()))
         elif "O_TRUNC" in flags and file.seen:
             file.add(_Change(key, 0, b"", 0))
-        self.descriptors[result] = _Descriptor(path, file, flags)
 
     def _change_names(self, key: int, removed: str | None,
                       added: "Optional[tuple[str, Optional[_File]]]") -> None:
@@ -357,47 +364,34 @@ class Disk:
         self.pending.append(change)
 
     def _end_lseek(self, _: int, call: Call, result: int) -> None:
-        """Seek."""
-        opened = self.descriptors.get(int(call.words[0]))
-        if opened is not None:
-            opened.place = result
-
-    def _end_read(self, _: int, call: Call, result: int) -> None:
-        """Read."""
-        opened = self.descriptors.get(int(call.words[0]))
-        if opened is not None:
-            opened.place += result
+        """Seek: LMDB does so under its lock."""
+        self.places[call.paths[0]] = result
 
     def _end_sendfile(self, key: int, call: Call, result: int) -> None:
-        """Copy between files, from the place where the source stands."""
-        target = self.descriptors.get(int(call.words[0]))
-        source = self.descriptors.get(int(call.words[1]))
-        if target is None or target.file is None:
+        """Copy the beginning of a file into another one."""
+        target, source = map(self._file, call.paths[:2])
+        if target is None or not result:
             return
-        assert source is not None and source.file is not None, call
-        begin = source.place
-        if call.words[2] != "NULL":
-            begin = int(call.words[2].split(" ")[0].strip("[]"))
-        else:
-            source.place += result
-        data = bytes(source.file.seen[begin:begin + result])
-        assert len(data) == result
-        target.file.add(_Change(key, target.place, data, None))
-        target.place += result
+        assert source is not None and call.words[2] == "[0]", call
+        target.add(_Change(key, 0, bytes(source.seen[:result]), None))
 
     def _end_ftruncate(self, key: int, call: Call, _: int) -> None:
         """Change the size of a file."""
-        opened = self.descriptors.get(int(call.words[0]))
-        if opened is not None and opened.file is not None:
-            opened.file.add(_Change(key, 0, b"", int(call.words[1])))
+        file = self._file(call.paths[0])
+        if file is not None:
+            file.add(_Change(key, 0, b"", int(call.words[1])))
 
     def _end_fallocate(self, key: int, call: Call, _: int) -> None:
         """Extend a file."""
-        opened = self.descriptors.get(int(call.words[0]))
-        if opened is not None and opened.file is not None:
+        file = self._file(call.paths[0])
+        if file is not None:
             assert call.words[1] == "0", call
-            size = max(len(opened.file.seen), int(call.words[2]) + int(call.words[3]))
-            opened.file.add(_Change(key, 0, b"", size))
+            size = max(len(file.seen), int(call.words[2]) + int(call.words[3]))
+            file.add(_Change(key, 0, b"", size))
+
+    def _end_link(self, _: int, call: Call, __: int) -> None:
+        """Give a file that is not followed a second name."""
+        assert not any(self._below(string.decode("utf-8")) for string in call.strings), call
 
     def _end_rename(self, key: int, call: Call, _: int) -> None:
         """Give a file another name."""
@@ -411,6 +405,12 @@ class Disk:
     def _end_unlink(self, key: int, call: Call, _: int) -> None:
         """Remove a name."""
         path = call.strings[0].decode("utf-8")
+        if self._below(path):
+            self._change_names(key, path, None)
+
+    def _end_unlinkat(self, key: int, call: Call, _: int) -> None:
+        """Remove a name in a directory."""
+        path = str(pathlib.PurePath(call.paths[0], call.strings[0].decode("utf-8")))
         if self._below(path):
             self._change_names(key, path, None)
 

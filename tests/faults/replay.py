@@ -1,7 +1,15 @@
-"""Record a queue at work, cut its power at many places, and look at what is left."""
+"""
+Record a queue at work, cut its power at many places, and look at what is left.
+
+Workers take turns, so that a ledger can say after each operation what the queue is like. What is
+left has to be explained by two operations: one whose state is found (counters, positions, settings)
+and not earlier than the last state that was flushed; and one up to which messages are found: the last
+one whose send returned, where sends are flushed.
+"""
 
 import dataclasses
 import faulthandler
+import fcntl
 import json
 import logging
 import os
@@ -15,47 +23,46 @@ from typing import Any, Final, NamedTuple
 
 import persipubsub.config
 import persipubsub.control
-import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
-from persipubsub.environment import _checkpoint, _files
-from persipubsub.store import _clock
+from persipubsub.lmdb_engine import environment, files, journal
 from tests import support
 from tests.faults import disk, tracing
 
 #: So many images a test; the enlarged form takes every place and many images of each.
-IMAGES: Final = int(os.environ.get("PERSIPUBSUB_REPLAYS", "100"))
+IMAGES: Final = int(os.environ.get("PERSIPUBSUB_REPLAYS", "60"))
 
-_SETTLING = ("write", "pwrite64", "writev", "pwritev", "fsync", "fdatasync", "rename", "unlink",
-             "mkdir", "rmdir", "ftruncate", "fallocate", "sendfile")
+_SETTLING = ("write", "pwrite64", "writev", "pwritev", "pwritev2", "fsync", "fdatasync", "rename",
+             "unlink", "unlinkat", "mkdir", "rmdir", "ftruncate", "fallocate", "sendfile")
+
+_FLUSHES = ("fsync", "fdatasync")
+
+#: Subscribers; the first publisher sends to both, the second one to the first.
+SUBSCRIBERS: Final = ("sub", "other")
+
+#: Figures of a subscriber that only a state record brings back.
+_FIGURES: Final = ("acknowledged", "failed", "dropped_by_mark", "cleared", "skipped",
+                   "dead_lettered", "is_paused")
+
+#: Number of the boot in which the first image of a survey is opened.
+FIRST_BOOT: Final = 10**9
+
+#: Kind of a record of the journal, see docs/format.rst.
+_STATE_KIND: Final = 3
 
 
 class State(NamedTuple):
-    """Hold what can be seen of a queue between two operations."""
+    """What can be seen of a queue between two operations."""
 
-    sent: int  #: messages so far
     next_number: int
-    lag: int
-    position: int
-    acknowledged: int
-    failed: int
-    dropped: int
-    cleared: int
-    skipped: int
+    settings: Any  #: one of them, as it is stored
+    figures: dict[str, list[int]]  #: by subscriber
+    waiting: dict[str, list[int]]  #: which messages, by subscriber
 
-    def is_seen_as(self, other: "State") -> bool:
-        """Tell whether two states differ in nothing but how many numbers were skipped."""
-        return self._replace(sent=0, next_number=0) == other._replace(sent=0, next_number=0)
-
-
-def state_of(queue: persipubsub.queue.Queue, sent: int) -> State:
-    """Look at a queue."""
-    statistics = queue.statistics()
-    subscriber = statistics.subscribers[0]
-    return State(sent, statistics.next_number, subscriber.lag, subscriber.position,
-                 subscriber.acknowledged, subscriber.failed, subscriber.dropped_by_mark,
-                 subscriber.cleared, subscriber.skipped)
+    def explains(self, other: "State") -> bool:
+        """Tell whether two states have the same in them but messages."""
+        return (self.settings, self.figures) == (other.settings, other.figures)
 
 
 def content(seed: int, index: int) -> bytes:
@@ -67,65 +74,139 @@ def content(seed: int, index: int) -> bytes:
 
 def write_config(directory: pathlib.Path,
                  durability: str,
-                 checkpoint_secs: float = 0.01) -> pathlib.Path:
+                 mark: int = 60,
+                 strategy: str = "prune_first",
+                 name: str = "config.json") -> pathlib.Path:
     """Write the configuration of a queue that drops messages from time to time."""
     return support.write_config(directory,
+                                publishers={
+                                    "pub": SUBSCRIBERS,
+                                    "some": SUBSCRIBERS[:1]
+                                },
+                                subscribers=SUBSCRIBERS,
+                                name=name,
                                 durability=durability,
-                                checkpoint_secs=checkpoint_secs,
-                                MAX_MSGS_NUM=60)
+                                checkpoint_secs=0.02,
+                                once_window_secs=3600.0,
+                                max_db_size_bytes=1 << 22,
+                                MAX_MSGS_NUM=mark,
+                                strategy=strategy)
+
+
+def state_of(config_pth: pathlib.Path) -> State:
+    """Look at a queue."""
+    statistics = persipubsub.control.statistics(config_pth)["queue"]
+    names = [one.subscriber for one in statistics.subscribers]
+    known = [name for name in names if name in SUBSCRIBERS]
+    waiting = {
+        name: [
+            int(message.content.split(b" ", 1)[0])
+            for message in persipubsub.control.peek(config_pth, name, count=1000)
+            if message.content is not None
+        ]
+        for name in known
+    }
+    for one in statistics.subscribers:
+        assert one.subscriber not in waiting or one.lag == len(waiting[one.subscriber]), \
+            f"Expected {one.lag} waiting messages, but got: {waiting}"
+    stored = persipubsub.control.stored_settings(config_pth, "queue")
+    return State(
+        statistics.next_number, [str(dict(stored))], {
+            one.subscriber: [int(getattr(one, name)) for name in _FIGURES]
+            for one in statistics.subscribers
+        }, waiting)
+
+
+def new_boot(number: int) -> None:
+    """Let this process believe that the machine has just been started."""
+    started = time.monotonic_ns()
+    setattr(files, "boot_id", lambda: b"boot %11d" % number)
+    setattr(files, "ticks_ns", lambda: time.monotonic_ns() - started + 10**9)
+    setattr(environment.Environment, "now_ns", lambda self: files.ticks_ns() + self.clock_offset_ns)
+
+
+def small_segments() -> None:
+    """Let segments and records be so small that they are used again and again."""
+    setattr(journal, "_SMALLEST_BYTES", 1 << 15)
+    setattr(journal, "_RECORD_BYTES", 1 << 13)
 
 
 class _Worker:
     """Work with a queue, and tell in a ledger what was begun and what was done."""
 
-    def __init__(self, config_pth: pathlib.Path, ledger: pathlib.Path, seed: int,
-                 sent: int) -> None:
+    OPERATIONS: Final = {
+        "send": 40, "send_many": 8, "send_some": 8, "send_known": 3, "receive": 25,
+        "receive_many": 8, "fail": 3, "skip": 1, "clear": 1, "seek": 2, "pause": 2, "delete": 2,
+        "reopen": 3, "wait": 8, "subscribe": 2, "change": 2, "prune": 1
+    }  # yapf: disable
+
+    def __init__(self, directory: pathlib.Path, config_pth: pathlib.Path, seed: int,
+                 number: int) -> None:
         self.config_pth = config_pth
-        self.ledger = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        self.ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.turn = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
+        self.backup = directory / "backup"
         self.seed = seed
-        self.chance = random.Random(seed)
-        self.sent = sent
+        self.chance = random.Random(seed + number)
+        # Workers number their messages apart from each other.
+        self.sent = number * 100000
         self.pub = persipubsub.publisher.Pub()
-        self.sub = persipubsub.subscriber.Sub()
-        # It has always another handle, so that the state can be read while the others are closed.
-        self.settings = support.settings(config_pth)
+        self.some = persipubsub.publisher.Pub()
+        self.subs = [persipubsub.subscriber.Sub() for _ in SUBSCRIBERS]
+        self.mark = 60
 
     def tell(self, **fields: Any) -> None:
         """Write a line of the ledger, in one call."""
         os.write(self.ledger, (f"{json.dumps(fields)}\n").encode("ascii"))
 
-    def queue(self) -> persipubsub.queue.Queue:
-        """Return the open queue."""
-        return support.queue_of(self.pub)
-
     def open(self) -> None:
         """Open the queue."""
         self.pub.init(pub_id="pub", config_pth=self.config_pth)
-        self.sub.init(sub_id="sub", config_pth=self.config_pth)
+        self.some.init(pub_id="some", config_pth=self.config_pth)
+        for name, sub in zip(SUBSCRIBERS, self.subs):
+            sub.init(sub_id=name, config_pth=self.config_pth)
 
-    def run(self, operations: int, closes: bool = True) -> None:
-        """Do some operations at random."""
-        self.open()
-        self.tell(state=state_of(self.queue(), self.sent))
-        for _ in range(operations):
-            operation = self.chance.choices(
-                (self.send, self.send_many, self.receive, self.receive_many, self.fail, self.skip,
-                 self.clear, self.reopen, self.wait),
-                weights=(40, 8, 25, 5, 3, 1, 1, 3, 8))[0]
-            self.tell(begin=operation.__name__)
-            operation()
-            self.tell(state=state_of(self.queue(), self.sent),
-                      closed=operation.__name__ == "reopen")
-        if closes:
-            self.pub.close()
-            self.sub.close()
-            self.tell(closed=True)
+    def close(self) -> None:
+        """Close the queue."""
+        self.pub.close()
+        self.some.close()
+        for sub in self.subs:
+            sub.close()
+
+    def do(self, name: str, operation: Callable[[], object]) -> None:
+        """Do something in turn with other processes."""
+        fcntl.flock(self.turn, fcntl.LOCK_EX)
+        sent = self.sent
+        self.tell(begin=name)
+        is_durable = bool(operation())
+        self.tell(state=state_of(self.config_pth),
+                  sent=list(range(sent, self.sent)),
+                  name=name,
+                  durable=is_durable)
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
+
+    def run(self, operations: int | Sequence[str]) -> None:
+        """Do operations by name, or some at random."""
+        self.do("open", self.open)
+        if isinstance(operations, int):
+            operations = self.chance.choices(list(self.OPERATIONS),
+                                             list(self.OPERATIONS.values()),
+                                             k=operations)
+        for name in operations:
+            self.do(name, getattr(self, name))
+        self.do("close", self.close)
 
     def messages(self, count: int) -> list[bytes]:
         """Make the next messages."""
         made = [content(self.seed, self.sent + index) for index in range(count)]
         self.sent += count
         return made
+
+    def any_sub(self) -> persipubsub.subscriber.Sub:
+        """Choose a subscriber; the second one is behind."""
+        return self.chance.choice((self.subs[0], self.subs[0], self.subs[1]))
+
+    # Operations; those that are durable when they return say so
 
     def send(self) -> None:
         """Send a message."""
@@ -135,230 +216,326 @@ class _Worker:
         """Send some messages in one commit."""
         self.pub.send_many(self.messages(self.chance.randrange(2, 15)))
 
+    def send_some(self) -> None:
+        """Send a message to one subscriber."""
+        self.some.send(self.messages(1)[0])
+
+    def send_known(self) -> None:
+        """Send a message with an id, which names it."""
+        self.pub.send(content(self.seed, self.sent), msg_id=f"id {self.sent}")
+        self.sent += 1
+
     def receive(self) -> None:
         """Receive a message, if there is one."""
-        with self.sub.receive(timeout=0):
+        with self.any_sub().receive(timeout=0):
             pass
 
     def receive_many(self) -> None:
         """Receive some messages."""
-        with self.sub.receive_many(max_msgs=7, timeout=0):
+        with self.any_sub().receive_many(max_msgs=7, timeout=0):
             pass
 
     def fail(self) -> None:
         """Fail while receiving."""
         try:
-            with self.sub.receive(timeout=0):
+            with self.any_sub().receive(timeout=0):
                 raise KeyError("fails on purpose")
         except KeyError:
             pass
 
     def skip(self) -> None:
         """Skip to the newest message."""
-        self.sub.pop_to_top()
+        self.any_sub().pop_to_top()
 
-    def clear(self) -> None:
+    def clear(self) -> bool:
         """Clear the queue."""
         persipubsub.control.clear_all_subs(config_pth=self.config_pth)
+        return True
 
-    def reopen(self) -> None:
+    def prune(self) -> None:
+        """Delete what is finished."""
+        persipubsub.control.prune_dangling_messages(config_pth=self.config_pth)
+
+    def seek(self) -> bool:
+        """Let a subscriber go on from another place."""
+        end = persipubsub.control.statistics(self.config_pth)["queue"].next_number
+        to = self.chance.choice(("beginning", "end", max(0, end - self.chance.randrange(10))))
+        persipubsub.control.seek(self.config_pth, SUBSCRIBERS[0], to)
+        return True
+
+    def pause(self) -> bool:
+        """Let the consumers of a subscriber wait, or go on."""
+        if not persipubsub.control.pause(self.config_pth, SUBSCRIBERS[1]):
+            persipubsub.control.resume(self.config_pth, SUBSCRIBERS[1])
+        return True
+
+    def delete(self) -> bool:
+        """Let a message leave one subscriber."""
+        waiting = persipubsub.control.peek(self.config_pth, SUBSCRIBERS[0], count=5)
+        if waiting:
+            persipubsub.control.delete(self.config_pth, SUBSCRIBERS[0], waiting[-1].number)
+        return bool(waiting)
+
+    def subscribe(self) -> bool:
+        """Add a subscriber to whom nothing is sent, or remove it."""
+        if not persipubsub.control.add_subscriber(self.config_pth, "queue", "third"):
+            persipubsub.control.remove_subscriber(self.config_pth, "queue", "third")
+        return True
+
+    def change(self) -> bool:
+        """Store other settings."""
+        self.mark = 121 - self.mark
+        changed = write_config(self.config_pth.parent,
+                               self._durability(),
+                               mark=self.mark,
+                               name="changed.json")
+        before = state_of(self.config_pth).settings
+        persipubsub.control.initialize_all_dbs(config_pth=changed)
+        return bool(state_of(self.config_pth).settings != before)
+
+    def _durability(self) -> str:
+        return str(json.loads(self.config_pth.read_bytes())["queues"]["queue"]["durability"])
+
+    def reopen(self) -> bool:
         """Close the queue and open it again."""
-        self.pub.close()
-        self.sub.close()
-        self.tell(closed=True)
+        self.close()
+        # What it has acknowledged so far is recorded, whoever has the queue open as well.
+        self.tell(durable=True)
         self.open()
+        return True
 
     def wait(self) -> None:
-        """Wait for the next checkpoint."""
-        if not (self.settings.keeps_os and self.settings.checkpoint_secs):
-            return
-        handles = self.queue()._environment._handles  # pylint: disable=protected-access
-        assert handles is not None
-        last = handles.environment.info()["last_txnid"]
-        deadline = time.monotonic() + support.HANG_SECS
-        while _checkpoint.covered_transaction(self.settings.path) < last:
-            assert time.monotonic() < deadline, "Waited in vain for a checkpoint"
-            time.sleep(0.005)
+        """Wait a little, for the next state record perhaps."""
+        time.sleep(0.03)
 
+    def compact(self) -> bool:
+        """Compact the queue."""
+        self.close()
+        persipubsub.control.compact(self.config_pth)
+        self.open()
+        return True
 
-def new_boot(number: int) -> None:
-    """Let this process believe that the machine has just been started."""
-    started = time.monotonic_ns()
-    setattr(_clock, "boot_id", lambda: b"boot %11d" % number)
-    setattr(_files, "ticks_ns", lambda: time.monotonic_ns() - started + 10**9)
+    def save(self) -> None:
+        """Make a backup."""
+        persipubsub.control.backup(self.config_pth, "queue", self.backup)
+
+    def restore(self) -> bool:
+        """Go back to the backup."""
+        self.close()
+        persipubsub.control.restore(self.config_pth, "queue", self.backup)
+        self.open()
+        return True
 
 
 @dataclasses.dataclass
 class Recording:
-    """Hold what a process did to the files of a queue, and what it says that it did."""
+    """What processes did to the files of a queue, and what they say that they did."""
 
     root: pathlib.Path  #: directory that was recorded
-    config_pth: pathlib.Path
     events: list[disk.Event]
     seed: int
-    initial: pathlib.Path | None  #: directory with what was there before
-    checkpoint_secs: float
-    is_os: bool
-    before: Sequence[bytes] = ()  #: messages that waited at the beginning
-    sent_before: int = 0  #: messages that were sent before it
-
-    def pending(self, state: State) -> list[bytes]:
-        """List the messages that wait in a state."""
-        later = (content(self.seed, at) for at in range(self.sent_before, state.sent))
-        messages = [*self.before, *later]
-        return messages[len(messages) - state.lag:]
+    initial: pathlib.Path  #: directory with what was there before
+    durability: str
+    before: "Progress | None" = None  #: what was known at the power failure before it
 
 
-def record(directory: pathlib.Path,
-           seed: int,
-           durability: str,
-           checkpoint_secs: float = 0.01,
-           operations: int = 120,
-           prepare: Callable[[], None] = lambda: None,
-           work: Callable[[pathlib.Path, pathlib.Path], None] | None = None) -> Recording:
+def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
+        directory: pathlib.Path,
+        seed: int,
+        durability: str,
+        operations: int | Sequence[str] = 100,
+        processes: int = 1,
+        mark: int = 60,
+        prepare: Callable[[], None] = lambda: None,
+        options: Sequence[str] = (),
+        work: Callable[[pathlib.Path, pathlib.Path], None] | None = None) -> Recording:
     """
     Record a queue at work, from its creation to its end.
 
     :param directory: to work in
     :param seed: of what it does
     :param durability: of the queue
-    :param checkpoint_secs: of the queue
-    :param operations: how many
-    :param prepare: run in the recorded process first
-    :param work: to be recorded instead; gets the configuration file and the ledger
-    :return: recording
+    :param operations: how many in each process, or their names
+    :param processes: how many
+    :param mark: the queue drops messages if more of them wait
+    :param prepare: run in the recorded processes first
+    :param options: of strace
+    :param work: to be recorded instead; gets the directory and the configuration file
     """
     root = directory / "root"
     root.mkdir()
-    config_pth = write_config(root, durability, checkpoint_secs)
-    new = directory / "initial"
-    shutil.copytree(root, new)
+    config_pth = write_config(root, durability, mark)
+    initial = directory / "initial"
+    shutil.copytree(root, initial)
 
     def run() -> None:
         new_boot(0)
         prepare()
-        if work is not None:
-            work(config_pth, directory / "ledger")
-            return
-        worker = _Worker(config_pth, directory / "ledger", seed, sent=0)
+        small_segments()
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-        worker.tell(initialized=True)
-        worker.run(operations)
+        if work is not None:
+            work(directory, config_pth)
+        else:
+            run_workers(directory, config_pth, seed, operations, processes)
 
-    events = disk.record(run, directory / "trace")
-    return Recording(root, config_pth, events, seed, new, checkpoint_secs, durability == "os")
+    events = disk.record(run, directory / "trace", options)
+    return Recording(root, events, seed, initial, durability)
+
+
+def run_workers(directory: pathlib.Path,
+                config_pth: pathlib.Path,
+                seed: int,
+                operations: int | Sequence[str],
+                processes: int,
+                first: int = 0) -> None:
+    """Let processes work on a queue, in turns."""
+
+    def work(number: int) -> None:
+        _Worker(directory, config_pth, seed, first + number).run(operations)
+
+    in_processes(work, processes)
+
+
+def in_processes(work: Callable[[int], None], count: int) -> None:
+    """Call a function with numbers from 0 on, each in a process of its own, the first one here."""
+    # A process of the tests is a daemon, which may start none with multiprocessing.
+    others = []
+    for number in range(1, count):
+        other = os.fork()
+        if other == 0:
+            code = 1
+            try:
+                work(number)
+                code = 0
+            except BaseException:  # pylint: disable=broad-exception-caught
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        others.append(other)
+    work(0)
+    for other in others:
+        assert os.waitpid(other, 0)[1] == 0
 
 
 def record_recovery(directory: pathlib.Path, recording: Recording, image: "Image",
-                    operations: int) -> Recording:
+                    operations: int | Sequence[str]) -> Recording:
     """
     Record a queue that goes on after a power failure.
 
-    :param directory: to work in
+    :param directory: to work in, which is made
     :param recording: that was cut
-    :param image: what the power failure left behind; it is taken away
+    :param image: what the power failure left behind
     :param operations: how many follow
-    :return: recording
     """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
     root = directory / "root"
     shutil.copytree(image.path, root)
-    config_pth = write_config(root, "os")
+    config_pth = write_config(root, recording.durability)
     initial = directory / "initial"
     shutil.copytree(root, initial)
-    sent = 1000
+    boot = int.from_bytes(os.urandom(3), "big") + 1000
 
     def work() -> None:
-        new_boot(1)
-        _Worker(config_pth, directory / "ledger", recording.seed, sent=sent).run(operations)
+        new_boot(boot)
+        small_segments()
+        run_workers(directory, config_pth, recording.seed, operations, 1, first=boot)
 
     events = disk.record(work, directory / "trace")
-    result = Recording(root, config_pth, events, recording.seed, initial, 0.01, True)
-    found = _find_state(follow_to_end(result).states[0], image)
-    assert found is not None, "Expected an earlier state"
-    state = [*image.progress.states, image.upcoming][found]
-    assert state is not None
-    result.before = recording.pending(state)
-    result.sent_before = sent
-    return result
+    return Recording(root, events, recording.seed, initial, recording.durability,
+                     dataclasses.replace(image.progress))
+
+
+class Operation(NamedTuple):
+    """One operation that ended, as the ledger tells it."""
+
+    state: State  #: behind it
+    sent: list[int]
+    only: list[str]  #: subscribers to which it was sent
+    ids: list[int]  #: messages that were sent with an id
 
 
 @dataclasses.dataclass
 class Progress:
-    """Hold what is known of a queue at a place of a recording."""
+    """What is known of a queue at a place of a recording."""
 
     is_initialized: bool = False
-    recovers: bool = False  #: there was a queue before the recording
-    states: list[State] = dataclasses.field(default_factory=list)
-    begun: str = ""  #: operation that is running
-    lower: int = -1  #: index of the earliest state that may be found
-    checkpoints: int = 0  #: that finished
-    lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)  #: of the ledger
-    covered_lines: int = 0  #: of them were written before the last finished checkpoint began
+    operations: list[Operation] = dataclasses.field(default_factory=list)
+    upcoming: Operation | None = None  #: the one that is running
+    promised: int = 0  #: index of the last operation of which all messages must be there
+    lower: int = 0  #: index of the earliest operation whose state may be found
+    next_number: int = 0  #: no number below it may be given again
+    before: "Progress | None" = None  #: as long as nothing is known of this one
+    lines: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    covered: int = 0  #: lines of the ledger before the last state that was flushed
+    states: int = 0  #: state records that were flushed
 
 
 class _Follower:
-    """Follow a recording: the disk, the ledger and the checkpoints."""
+    """Follow a recording: the disk, the ledger and the state records."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.disk = disk.Disk(recording.root, recording.initial)
-        recovers = recording.initial is not None and (recording.initial / "queue").exists()
-        self.progress = Progress(is_initialized=recovers, recovers=recovers)
+        self.progress = Progress(is_initialized=recording.before is not None,
+                                 before=recording.before)
         self.ledger = str(recording.root.parent / "ledger")
-        self.ledger_descriptor = -1
-        self.copying: tuple[int, int] | None = None
-        self.renamed: tuple[int, int] | None = None
+        lines = pathlib.Path(self.ledger).read_text("ascii").splitlines()
+        self.following = [_operation(line) for line in map(json.loads, lines) if "state" in line]
+        # By thread: what the ledger said when it locked the journal, and whether it wrote a state.
+        self.locked: dict[int, tuple[int, int]] = {}
+        self.written: dict[int, tuple[int, int]] = {}
 
     def feed(self, event: disk.Event) -> None:
         """Follow one event."""
-        call = event.call
+        call, progress = event.call, self.progress
         self.disk.feed(event)
-        if event.result is None:
-            if call.name == "openat" and call.strings[0].endswith(b"/checkpoint.mdb.new"):
-                self.copying = (len(self.progress.states) - 1, len(self.progress.lines))
+        if event.result is None or not call.paths or event.result < 0:
             return
-        if call.name == "openat" and call.strings[0].decode() == self.ledger:
-            self.ledger_descriptor = event.result
-        elif call.name == "write" and int(call.words[0]) == self.ledger_descriptor:
+        path = call.paths[0]
+        if path == self.ledger and call.name == "write":
             self._read_ledger(json.loads(call.strings[0]))
-        elif call.name == "rename" and call.strings[1].endswith(b"/checkpoint.mdb"):
-            self.renamed = self.copying
-        elif call.name == "pwrite64" and self.renamed is not None:
-            opened = self.disk.descriptors.get(int(call.words[0]))
-            if opened is not None and opened.path.endswith("/checkpoint.lock"):
-                # That is how the library says that it is finished, after the last flush.
-                self.progress.checkpoints += 1
-                self.progress.lower = max(self.progress.lower, self.renamed[0])
-                self.progress.covered_lines = self.renamed[1]
-                self.renamed = None
+        elif call.name == "flock" and path.endswith("/journal.lock"):
+            self.locked[event.thread] = (len(progress.operations) - 1, len(progress.lines))
+        elif "/journal/" in path and call.name.startswith("pwritev"):
+            if int.from_bytes(b"".join(call.strings)[4:8], "little") == _STATE_KIND:
+                self.written[event.thread] = self.locked[event.thread]
+        elif "/journal/" in path and call.name in _FLUSHES and event.thread in self.written:
+            lower, progress.covered = self.written.pop(event.thread)
+            progress.lower = max(progress.lower, lower)
+            progress.states += 1
 
     def _read_ledger(self, line: dict[str, Any]) -> None:
         """Read a line of the ledger."""
         progress = self.progress
         progress.lines.append(line)
         progress.is_initialized = True
-        if "begin" in line:
-            progress.begun = line["begin"]
         if "state" in line:
-            state = State(*line["state"])
-            progress.states.append(state)
-            # An acknowledgement may be lost: the message is delivered again.
-            if not self.recording.is_os and progress.begun in ("send", "send_many"):
-                progress.lower = len(progress.states) - 1
-            if len(progress.states) == 1:
-                progress.lower = 0
-            progress.begun = ""
-        if line.get("closed") and self.recording.is_os:
-            progress.lower = len(progress.states) - 1
+            operation = self.following[len(progress.operations)]
+            progress.operations.append(operation)
+            progress.before = None
+            progress.next_number = max(progress.next_number, operation.state.next_number)
+            if self.recording.durability == "fsync":
+                progress.promised = len(progress.operations) - 1
+        if line.get("durable") or len(progress.operations) == 1:
+            progress.lower = max(progress.lower, len(progress.operations) - 1)
+        progress.promised = max(progress.promised, progress.lower)
+        progress.upcoming = next(iter(self.following[len(progress.operations):]), None)
+
+
+def _operation(line: dict[str, Any]) -> Operation:
+    """Read an operation that ended."""
+    only = SUBSCRIBERS[:1] if line["name"] == "send_some" else SUBSCRIBERS
+    return Operation(State(*line["state"]), line["sent"], list(only),
+                     line["sent"] if line["name"] == "send_known" else [])
 
 
 class Image(NamedTuple):
-    """Hold one cut: what was known at it, and where its image is."""
+    """One cut: what was known at it, and where its image is."""
 
     place: int
     path: pathlib.Path
     progress: Progress
-    upcoming: State | None  #: state behind the operation that was running
     how: disk.Survival
 
 
@@ -373,14 +550,9 @@ def images(recording: Recording, target: pathlib.Path, count: int,
     :param chance: to choose with
     :return: images; each is removed when the next one is taken
     """
-    states = [
-        State(*line["state"])
-        for line in map(json.loads, (recording.root.parent /
-                                     "ledger").read_text("ascii").splitlines()) if "state" in line
-    ]
     places = [
         index for index, event in enumerate(recording.events) if event.call.name in _SETTLING and (
-            event.result is not None or event.call.name in ("fsync", "fdatasync"))
+            event.result is not None or event.call.name in _FLUSHES)
     ]
     chosen = sorted(places * (count // len(places)) + chance.sample(places, count % len(places)))
     follower = _Follower(recording)
@@ -392,12 +564,14 @@ def images(recording: Recording, target: pathlib.Path, count: int,
         how = disk.Survival.choose(chance)
         path = target / "image"
         follower.disk.materialize(path, chance, how)
+        shared = path / "queue" / files.SHARED
+        if shared.exists() and chance.random() < 0.5:
+            # It is mapped, and may have reached the disk in any state.
+            shared.write_bytes((recording.root / "queue" / files.SHARED).read_bytes())
         progress = dataclasses.replace(follower.progress,
-                                       states=list(follower.progress.states),
+                                       operations=list(follower.progress.operations),
                                        lines=list(follower.progress.lines))
-        known = len(progress.states)
-        upcoming = states[known] if known < len(states) else None
-        yield Image(place, path, progress, upcoming, how)
+        yield Image(place, path, progress, how)
         shutil.rmtree(path)
 
 
@@ -419,81 +593,121 @@ def find_fault(image: Image, recording: Recording, boot: int) -> str:
     :return: what is wrong; empty if it is sound
     """
     new_boot(boot)
-    progress = image.progress
-    config_pth = write_config(image.path, "os" if recording.is_os else "fsync",
-                              recording.checkpoint_secs)
-    if not progress.is_initialized:
+    config_pth = write_config(image.path, recording.durability)
+    if not image.progress.is_initialized:
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
-        findings = queue.check()
-        if findings:
-            return "; ".join(findings)
-        found = state_of(queue, 0)
-        if not progress.states and not progress.recovers:
-            return "" if found.lag == 0 else "Expected no message"
-        index = _find_state(found, image)
-        if index is None:
-            return "Expected an earlier state, but got: {}; states: {}; upcoming: {}".format(
-                found, progress.states[max(0, progress.lower):], image.upcoming)
-        state = progress.states[index] if index < len(progress.states) else image.upcoming
-        assert state is not None
-        if not recording.is_os and found.next_number != state.next_number:
-            return (f"Expected the numbers to go on from {state.next_number}, but got: "
-                    f"{found.next_number}")
-        # Somebody else may have received what was being sent.
-        used = max(known.next_number for known in (*progress.states, image.upcoming or found))
-        if recording.is_os and index < len(progress.states) - 1 and found.next_number < used:
-            return f"Expected no number below {used}, but got: {found.next_number}"
-    return _use(config_pth, recording.pending(state))
-
-
-def _find_state(found: State, image: Image) -> int | None:
-    """Find a state among those that may be there."""
+    findings = find_damage(config_pth)
+    if findings:
+        return findings
+    found = state_of(config_pth)
     progress = image.progress
-    for index in range(len(progress.states) - 1, max(0, progress.lower) - 1, -1):
-        if found.is_seen_as(progress.states[index]):
-            return index
-    if image.upcoming is not None and found.is_seen_as(image.upcoming):
-        return len(progress.states)
-    return None
+    while not progress.operations and progress.before is not None:
+        progress = progress.before
+    if progress.operations:
+        if found.next_number < progress.next_number:
+            return (f"Expected no number below {progress.next_number}, but got: "
+                    f"{found.next_number}")
+        # A send at a high-water mark may drop messages in a commit before that of its own.
+        reasons = [
+            explain(found, progress, index, is_half)
+            for index in range(progress.lower,
+                               len(progress.operations) + (progress.upcoming is not None))
+            for is_half in (False, True)
+        ]
+        if all(reasons):
+            return (f"{recording.durability}: {len(progress.operations)} operations, "
+                    f"{progress.lower} recorded, {progress.promised} promised. Found {found}. "
+                    f"{reasons}")
+    kept = progress.operations[:max(progress.promised, progress.lower) + 1]
+    return _use(config_pth, recording, found, [index for one in kept for index in one.ids])
 
 
-def _use(config_pth: pathlib.Path, expected: Sequence[bytes]) -> str:
-    """Receive all messages of an image and send another one."""
+def find_damage(config_pth: pathlib.Path) -> str:
+    """Open a queue to write to it, and verify it."""
+    config = persipubsub.config.read(config_pth)
+    with persipubsub.queue.open_queue(config, "queue") as queue:
+        findings = queue.check()
+    return "; ".join([*findings, *persipubsub.control.verify(config_pth)["queue"]])
+
+
+def explain(found: State, progress: Progress, index: int, is_half: bool) -> str:
+    """
+    Tell why what was found is not the state behind an operation, with messages of later ones.
+
+    :param is_half: True for the state just before what the operation sent
+    """
+    operations = [*progress.operations, *([progress.upcoming] if progress.upcoming else [])]
+    base = operations[index]
+    if not base.state.explains(found):
+        return f"{index}: other figures: {base.state.settings} {base.state.figures}"
+    for name, waiting in found.waiting.items():
+        # Acknowledgements and drops behind the state are forgotten: such messages may come again.
+        begin = index + (not is_half)
+        may = [
+            message for message in base.state.waiting[name]
+            if not is_half or message not in base.sent
+        ]
+        must = set(may)
+        later = [one for one in operations[begin:] if name in one.only]
+        for number, one in enumerate(operations[begin:], start=begin):
+            if name in one.only:
+                may += one.sent
+                must.update(one.sent if number <= progress.promised else ())
+            # What was taken since then may be gone.
+            must &= set(one.state.waiting[name]) | set(message for other in operations[number + 1:]
+                                                       for message in other.sent)
+        there = set(waiting)
+        if must - there or waiting != [message for message in may if message in there]:
+            return (f"{index}: {name} lost {sorted(must - there)}, got more "
+                    f"{sorted(there - set(may))}, or in another order: {waiting}")
+        # Neither half of a batch, nor a message without those in front of it.
+        is_over = False
+        for one in later:
+            kept = set(one.sent) & set(operations[-1].state.waiting[name])
+            if kept & there and (is_over or not kept <= there):
+                return f"{index}: {name} lost a part of {one.sent}, or what is in front of it"
+            is_over = is_over or bool(kept - there)
+    return ""
+
+
+def _use(config_pth: pathlib.Path, recording: Recording, found: State, ids: Sequence[int]) -> str:
+    """Receive all messages of an image, send those with ids again, and another one."""
+    for name in found.waiting:
+        persipubsub.control.resume(config_pth, name)
+        with persipubsub.subscriber.Sub() as sub:
+            sub.init(sub_id=name, config_pth=config_pth)
+            for index in (*found.waiting[name], None):
+                with sub.receive(timeout=0) as received:
+                    if received != (None if index is None else content(recording.seed, index)):
+                        return f"Expected the message {index}, but got: {(received or b'')[:20]!r}"
     with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
         pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
-        for message in (*expected, None, b"afterwards", None):
-            # Not earlier: at its high-water mark the queue would drop messages for it.
-            if message == b"afterwards":
-                pub.send(message)
-            with sub.receive(timeout=0) as received:
-                if received != message:
-                    return (f"Expected the message {message and message[:20]!r}, but got: "
-                            f"{received and received[:20]!r}")
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
-        return "; ".join(queue.check())
+        sub.init(sub_id=SUBSCRIBERS[0], config_pth=config_pth)
+        for index in ids:
+            pub.send(b"again", msg_id=f"id {index}")
+        pub.send(b"afterwards")
+        with sub.receive(timeout=0) as received:
+            if received != b"afterwards":
+                return f"Expected another message, but got: {received!r}"
+    return find_damage(config_pth)
 
 
 class Summary(NamedTuple):
-    """Hold what came of many images."""
+    """What came of many images."""
 
     images: int
-    refused: list[str]  #: with StoreCorruptError
-    faults: list[str]  #: everything else that is wrong
+    faults: list[str]
 
     def assert_sound(self) -> None:
         """Fail if anything is wrong with any image."""
-        found = self.faults + self.refused
         print(f"{self.images} images")
-        assert not found, "{} of {} images:\n{}".format(len(found), self.images,
-                                                        "\n".join(found[:3]))
+        assert not self.faults, "{} of {} images:\n{}".format(len(self.faults), self.images,
+                                                              "\n".join(self.faults[:3]))
 
 
 def survey(recording: Recording,
            count: int,
            chance: random.Random,
-           boot: int = 10,
            find: Callable[[Image, Recording, int], str] = find_fault) -> Summary:
     """
     Open many images, in a process that may crash.
@@ -501,34 +715,27 @@ def survey(recording: Recording,
     :param recording: to be cut
     :param count: how many images
     :param chance: to choose with
-    :param boot: number of the boot; each image has its own
     :param find: finds what is wrong with an image
-    :return: number of images, of refusals with StoreCorruptError, faults other than these
     """
 
     def run(pipe: support.Connection) -> None:
         logging.getLogger("persipubsub").setLevel(logging.CRITICAL)
         # Without a protection an image may crash the process; the parent reports it.
         faulthandler.disable()
-        refused: list[str] = []
         faults: list[str] = []
         done = 0
-        fault = ""
         with tracing.fast_directory() as name:
             for image in images(recording, pathlib.Path(name), count, chance):
                 # Said before it is opened: what kills this process is what was said last.
                 pipe.send(f"image {image.place} {image.how}")
                 try:
-                    fault = find(image, recording, boot + done)
-                except persipubsub.errors.StoreCorruptError as error:
-                    refused.append(f"image {image.place} {image.how}: {error}")
+                    fault = find(image, recording, FIRST_BOOT + done)
                 except Exception:  # pylint: disable=broad-exception-caught
                     fault = traceback.format_exc()
                 if fault:
                     faults.append(f"image {image.place} {image.how}: {fault}")
-                fault = ""
                 done += 1
-        pipe.send(Summary(done, refused, faults))
+        pipe.send(Summary(done, faults))
 
     with support.Child(run) as child:
         last = ""

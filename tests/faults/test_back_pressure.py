@@ -55,7 +55,7 @@ def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
     try:
         for place, role in ROLES.items():
             places[place] = workers.Worker(scene, role, place, rng)
-        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        with support.open_queue(config_pth) as queue:
             for _ in range(4):
                 killed, _ = test_storm.rage(places, rng, STORM_SECS / 4, killed_ledger)
                 kills += killed
@@ -66,7 +66,7 @@ def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
                 highest = max(highest, queue.statistics().messages)
                 for place in ("a0", "a1", "b0"):
                     places[place].start()
-        test_storm.drain(places, scene.board, support.settings(config_pth))
+        test_storm.drain(places, scene.board, config_pth)
     finally:
         for worker in places.values():
             worker.destroy()

@@ -67,7 +67,7 @@ def receive(config_pth: pathlib.Path, count: int) -> list[bytes]:
 
 
 def wait_until_dropped(config_pth: pathlib.Path) -> int:
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         support.until(lambda: queue.front("sub") is None, what="messages are too old")
         assert not queue.check()
         return queue.statistics().subscribers[0].dropped_by_timeout
@@ -91,6 +91,7 @@ def test_wall_clock(tmp_path: pathlib.Path, maker: int, user: int) -> None:
     # Too old is too old, whatever the clock on the wall says.
     short_pth = support.write_config(tmp_path, name="short.json", durability="os",
                                      MSG_TIMEOUT_SECS=0.05)  # yapf: disable
+    initialize(short_pth)
     at(user, send, short_pth, b"4", b"5")
     assert wait_until_dropped(short_pth) == 2
     send(short_pth, b"6")

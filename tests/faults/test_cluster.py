@@ -1,8 +1,9 @@
 """
-Kill servers of a cluster under load, start them again, and check an exact ledger at the end.
+Kill servers under load, start them again, and check an exact ledger at the end.
 
-``PERSIPUBSUB_CLUSTER_RUNS`` is how many runs there are; the leader of the stream is killed, then
-all three servers, then a follower, and so on. The enlarged form, which prints what it did:
+``PERSIPUBSUB_CLUSTER_RUNS`` is how many runs there are; the leader of a stream on three servers is
+killed, then all three servers, then a follower; then leaders are elected while none is killed; then
+a single server is killed, and so on. The enlarged form, which prints what it did:
 
     PERSIPUBSUB_CLUSTER_RUNS=10 python -m pytest -s -n0 tests/faults/test_cluster.py
 """
@@ -30,7 +31,7 @@ from tests.support import Child, Connection, outcome, until, write_config
 pytestmark = [jetstream_server.needs_server, pytest.mark.slow, pytest.mark.timeout(300)]
 
 RUNS: Final = int(os.environ.get("PERSIPUBSUB_CLUSTER_RUNS", "2"))
-VICTIMS: Final = ("leader", "all", "follower")
+VICTIMS: Final = ("leader", "all", "follower", "nobody", "single")
 
 #: Messages that each publisher sends at once.
 BATCHES: Final = {"p0": 1, "p1": 5, "p2": 1}
@@ -88,7 +89,7 @@ def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, na
                 for message in lease.details():
                     ledger.note("received", name, message.number, message.attempts,
                                 message.data.decode("ascii"))
-                lease.acknowledge()
+                lease.ack()
             except persipubsub.errors.UnavailableError:
                 ledger.note("disturbed", name)
     pipe.send("done")
@@ -169,22 +170,33 @@ class Books:
             len(self.sent), len(self.tried - self.sent), again, self.disturbances)
 
 
+def elect(cluster: jetstream_server.Servers) -> None:
+    """Let the leaders of the stream and of its consumers step down."""
+    port = cluster.servers[0].port
+    for verb in ("STREAM.LEADER.STEPDOWN.storm", "CONSUMER.LEADER.STEPDOWN.storm.alpha",
+                 "CONSUMER.LEADER.STEPDOWN.storm.beta"):
+        jetstream_server.ask(port, verb)
+
+
 def kill(cluster: jetstream_server.Servers, victim: str, rng: random.Random) -> None:
     """Kill servers, and start them again after a while."""
-    until(lambda: cluster.leader("storm"), "a leader of the stream")
-    leader = cluster.leader("storm")
-    followers = [server for server in cluster.servers if server is not leader]
-    assert leader is not None
-    chosen = {
-        "leader": [leader],
-        "follower": [rng.choice(followers)],
-        "all": cluster.servers
-    }[victim]
+    if victim == "nobody":
+        elect(cluster)
+        return
+    chosen = list(cluster.servers)
+    if victim in ("leader", "follower"):
+        until(lambda: cluster.leader("storm"), "a leader of the stream")
+        leader = cluster.leader("storm")
+        assert leader is not None
+        chosen.remove(leader)
+        chosen = [leader] if victim == "leader" else [rng.choice(chosen)]
     for server in chosen:
         server.kill()
     time.sleep(rng.uniform(0.2, 2))
     for server in chosen:
+        # One after the other: servers that find each other at the same moment may lose one for good.
         server.start()
+        jetstream_server.wait_for_port(server)
     cluster.wait()
 
 
@@ -193,9 +205,10 @@ def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
     rng = random.Random(choose_seed())
     victim = VICTIMS[run % len(VICTIMS)]
     ledger_pth = tmp_path / "ledger"
-    with jetstream_server.running(tmp_path, nodes=3) as cluster:
+    nodes = 1 if victim == "single" else 3
+    with jetstream_server.running(tmp_path, nodes=nodes) as cluster:
         config_pth = write_config(tmp_path,
-                                  path=cluster.path("storm", replicas=3, ack_wait=3),
+                                  path=cluster.path("storm", replicas=nodes, ack_wait=3),
                                   publishers={"pub": ("alpha", "beta")},
                                   subscribers=("alpha", "beta"),
                                   busy_timeout_secs=30)
@@ -270,3 +283,22 @@ def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: pathlib.Path) 
 def initialize(pipe: Connection, config_pth: pathlib.Path) -> None:
     persipubsub.control.initialize_all_dbs(config_pth)
     pipe.send("done")
+
+
+def test_seek_on_several_servers(tmp_path: pathlib.Path) -> None:
+    with jetstream_server.running(tmp_path, nodes=3) as cluster:
+        config_pth = write_config(tmp_path,
+                                  path=cluster.path("places", replicas=3),
+                                  retain_secs=600)
+        persipubsub.control.initialize_all_dbs(config_pth)
+        config = persipubsub.config.read(config_pth)
+        with engine.open_queue(config, "queue") as queue:
+            queue.put([b"a", b"b"])
+            consumer = queue.consumer("sub")
+            for _ in range(3):
+                assert engine.seek(config, "queue", "sub", "beginning") == 1
+                lease = consumer.take(timeout=60, max_messages=9)
+                assert lease is not None and lease.messages == [b"a", b"b"]
+                lease.ack()
+            assert engine.seek(config, "queue", "sub", "end") == 3
+            assert consumer.take(timeout=0.2) is None

@@ -72,7 +72,7 @@ def test_flipped_byte(tmp_path: pathlib.Path, durability: str, is_large: bool) -
         assert [entry for entry in received if entry != number] == EXPECTED
         # In its place: in front of what was sent behind it.
         assert received[3] == number
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         for entry in queue.statistics().subscribers:
             assert (entry.lag, entry.acknowledged, entry.corrupt) == (0, len(EXPECTED), 1)
         # The block goes with its last message, and with it the damage.

@@ -8,6 +8,7 @@ from typing import Final
 
 import pytest
 
+import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
@@ -91,13 +92,13 @@ def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
     renamed = tmp_path / "queue2"
     if renamed.exists():
         # What was sent or received before or after the rename is in the books.
-        settings = support.settings(config_pth)._replace(path=str(renamed))
-        with persipubsub.queue.Queue(settings) as queue:
+        with persipubsub.queue.Queue(str(renamed),
+                                     persipubsub.config.read(config_pth).queues["queue"]) as queue:
             assert not queue.check()
             assert queue.statistics().next_number >= len(sent) + 2
             rest: list[bytes] = []
             consumer = queue.consumer("sub")
             while (lease := consumer.take(timeout=0)) is not None:
                 rest.extend(lease.messages)
-                lease.acknowledge()
+                lease.ack()
         assert not set(received) & set(rest)

@@ -82,11 +82,11 @@ def test_exit_in_a_send_and_in_a_receive(tmp_path: pathlib.Path, durability: str
                 _, kind, msg = line[:-len(workers.Ledger.END)].split(" ")
                 if kind != "try":
                     (sent if kind == "sent" else received).add(msg)
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         assert not queue.check()
         consumer = queue.consumer("sub")
         while (lease := consumer.take(timeout=0)) is not None:
             received.update(msg.decode("ascii") for msg in lease.messages)
-            lease.acknowledge()
+            lease.ack()
     assert sent
     assert not sent - received

@@ -1,55 +1,23 @@
-"""Test full maps: what makes room works, whatever else is full, and in another boot."""
+"""Test full stores: what makes room works, whatever else is full, and in another boot."""
 
 # pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
 
-import contextlib
-import functools
-import json
-import os
 import pathlib
 import signal
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.queue
-from persipubsub import _addition
-from persipubsub.environment import _files
+from persipubsub.lmdb_engine import files
 from tests import support
-from tests.faults import replay, tracing
-from tests.faults.test_disk_full import Filler, Users, on_small_disk
-
-
-def fill_to_the_last_page(queue: persipubsub.queue.Queue) -> int:
-    """Leave no room to acknowledge anything in; return how many messages were sent."""
-    environment = queue._environment
-    sent = 0
-    for size in (20000, 3000):
-        with contextlib.suppress(persipubsub.errors.DiskFullError):
-            while True:
-                put = _addition.Put([b"%d " % sent + bytes(size)], None)
-                environment.write(functools.partial(queue._putter._put, put=put))
-                sent += 1
-    # Ids of messages are not dropped to make room.
-    for size in (20000, 4000, 16):
-        with contextlib.suppress(persipubsub.errors.DiskFullError):
-            for index in range(1 << 20):
-                key = b"i%0199d %d" % (index, size)
-
-                def put_id(txn: Any, databases: Any, key: bytes = key, size: int = size) -> None:
-                    txn.put(key, bytes(size), db=databases.once)
-
-                environment.write(put_id)
-    return sent
+from tests.faults import replay
+from tests.faults.test_disk_full import Filler, Users, hold_snapshot, on_small_disk
 
 
 @pytest.mark.parametrize("strategy", ["prune_first", "prune_last"])
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_full_map(tmp_path: pathlib.Path, durability: str, strategy: str) -> None:
+def test_full_store(tmp_path: pathlib.Path, durability: str, strategy: str) -> None:
     config_pth = support.write_config(tmp_path,
                                       durability=durability,
                                       strategy=strategy,
@@ -72,16 +40,20 @@ def test_full_map(tmp_path: pathlib.Path, durability: str, strategy: str) -> Non
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_closed", [True, False])
-def test_full_map_in_another_boot(tmp_path: pathlib.Path, durability: str, is_closed: bool) -> None:
-    """What is written at the first opening then finds no room either."""
-    config_pth = support.write_config(tmp_path, durability=durability, max_db_size_bytes=1 << 18)
+def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
+                                    is_closed: bool) -> None:
+    """What is written at the first opening then finds room, also in a store that is rebuilt."""
+    config_pth = support.write_config(tmp_path,
+                                      durability=durability,
+                                      strategy="reject",
+                                      max_db_size_bytes=1 << 18)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
 
     def fill(pipe: support.Connection) -> None:
         users = Users(config_pth)
-        sent = fill_to_the_last_page(support.queue_of(users.pub))
-        if durability == "os":
-            support.queue_of(users.pub).secure()
+        sent, error = users.send_until_error(0)
+        pipe.send(error)
+        support.queue_of(users.pub).secure()
         if is_closed:
             users.close()
         pipe.send(sent)
@@ -90,17 +62,22 @@ def test_full_map_in_another_boot(tmp_path: pathlib.Path, durability: str, is_cl
     def receive(pipe: support.Connection) -> None:
         replay.new_boot(1)
         users = Users(config_pth)
+        pipe.send(users.send(1000))
         pipe.send(users.receive_all())
         pipe.send([users.send(1000), users.receive()])
+        pipe.send(users.check())
         users.close()
 
     with support.Child(fill) as child:
+        assert child.get() == "QueueFullError"
         sent = child.get()
         child.kill(signal.SIGKILL)
         child.end(-signal.SIGKILL)
     with support.Child(receive) as child:
+        assert child.get() == "QueueFullError"
         assert child.get() == list(range(sent))
         assert child.get() == ["", 1000]
+        assert child.get() == []
         child.end()
 
 
@@ -114,91 +91,59 @@ def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
     users.close()
 
 
-# Nor room on the disk
-
-
-def fill_map_and_disk(directory: pathlib.Path, durability: str) -> None:
-    """What makes room in a full map needs room on the disk: the reserve is for that."""
-    config_pth = support.write_config(directory,
-                                      durability=durability,
-                                      checkpoint_secs=0,
-                                      max_db_size_bytes=1 << 18)
+def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
+    """Nothing is dropped in vain: the error names its process, and all goes on when it is gone."""
+    config_pth = support.write_config(tmp_path, durability="os", max_db_size_bytes=1 << 19)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     users = Users(config_pth)
-    sent = fill_to_the_last_page(support.queue_of(users.pub))
-    filler = Filler(directory)
-    filler.fill()
-    environment = support.queue_of(users.pub)._environment
     with support.Child(hold_snapshot, config_pth) as child:
-        # A backup, say: as long as it reads, no page is free.
         assert child.get() == "reading"
-        assert [users.receive() for _ in range(3)] == [0, 1, 2]
-    assert not (directory / "queue" / _files.RESERVE).exists()
-    filler.free()
-    environment._reserve_due = 0.0
-    assert users.receive_all() == list(range(3, sent))
-    assert users.send(sent) == "" and users.receive() == sent
-    assert (directory / "queue" / _files.RESERVE).exists()
+        child.kill(signal.SIGSTOP)
+        sent = 0
+        with pytest.raises(persipubsub.errors.DiskFullError, match=f"{child.process.pid}"):
+            while True:
+                users.pub.send(b"%d " % sent + bytes(3000))
+                sent += 1
+                assert users.receive() == sent - 1
+    statistics = support.queue_of(users.pub).statistics().subscribers[0]
+    # The last one was sent, and could not be acknowledged, or was not sent.
+    assert statistics.dropped_by_mark == 0 and statistics.acknowledged in (sent - 1, sent)
+    assert users.receive_all() == list(range(statistics.acknowledged, sent))
+    for index in range(300):
+        assert users.send(index) == "" and users.receive() == index
+    assert users.check() == []
     users.close()
 
 
-def hold_snapshot(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    """Be in the middle of a read until killed."""
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
-
-        def work(*_: object) -> None:
-            pipe.send("reading")
-            pipe.recv()
-
-        queue._environment.read(work)
+# Nor room on the disk
 
 
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_full_map_on_a_full_disk(tmp_path: pathlib.Path, durability: str) -> None:
-    on_small_disk(tmp_path, fill_map_and_disk, "2m", durability)
-
-
-# No memory
-
-
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-@pytest.mark.parametrize("place", [1, 2])
-def test_no_memory_for_a_larger_map_for_a_moment(tmp_path: pathlib.Path, durability: str,
-                                                 place: int) -> None:
-    """LMDB has lost its map then, and refuses all further work: the store is opened again."""
-    tracing.require()
-    config_pth = support.write_config(tmp_path,
+def fill_store_and_disk(directory: pathlib.Path, durability: str) -> None:
+    """What makes room in a full store needs room on the disk: the reserve is for that."""
+    config_pth = support.write_config(directory,
                                       durability=durability,
-                                      checkpoint_secs=3600,
+                                      checkpoint_secs=0.05,
+                                      strategy="reject",
                                       max_db_size_bytes=1 << 18)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    output = tmp_path / "output"
-    sent = support.FORK.Value("i", 0)
+    users = Users(config_pth)
+    sent, error = users.send_until_error(0)
+    assert error == "QueueFullError"
+    filler = Filler(directory)
+    filler.fill()
+    reserve = directory / "queue" / files.RESERVE
+    with support.Child(hold_snapshot, config_pth) as child:
+        # A backup, say: as long as it reads, no page is free.
+        assert child.get() == "reading"
+        assert [users.receive() for _ in range(3)] == list(range(3))
+    assert not reserve.exists()
+    filler.free()
+    support.until(reserve.exists, "room is kept aside again")
+    assert users.receive_all() == list(range(3, sent))
+    assert users.send(sent) == "" and users.receive() == sent
+    users.close()
 
-    def start() -> Callable[[], None]:
-        users = Users(config_pth)
-        queue = support.queue_of(users.pub)
-        sent.value = fill_to_the_last_page(queue)
 
-        def work() -> None:
-            # The map gets larger (1), and small again (2).
-            first = support.outcome(users.receive)
-            # The thread that writes checkpoints goes on.
-            is_written = durability == "os" and queue._environment._write_checkpoint()
-            output.write_text(json.dumps([first, is_written,
-                                          users.receive_all(),
-                                          users.send(1000)]))
-            users.close()
-
-        return work
-
-    code = tracing.run(start, [
-        "-o", os.devnull, "-P",
-        str(tmp_path / "queue" / _files.DATA), "-e", "trace=mmap", "-e",
-        f"inject=mmap:error=ENOMEM:when={place}"
-    ])
-    assert code == 0
-    # The second time it was acknowledged, and the error says that it is not known.
-    assert json.loads(
-        output.read_text()) == ["StoreError", False,
-                                list(range(place - 1, sent.value)), ""]
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_full_store_on_a_full_disk(tmp_path: pathlib.Path, durability: str) -> None:
+    on_small_disk(tmp_path, fill_store_and_disk, "2m", durability)

@@ -18,7 +18,7 @@ import pytest
 import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
-from tests import stores, support
+from tests import support
 from tests.faults import test_storm, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
@@ -63,7 +63,8 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_each_message_is_stored_once(tmp_path: pathlib.Path, durability: str) -> None:
+def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
+        tmp_path: pathlib.Path, durability: str) -> None:
     rng = random.Random(test_storm.choose_seed())
     config_pth = support.write_config(tmp_path,
                                       durability=durability,
@@ -98,10 +99,14 @@ def test_each_message_is_stored_once(tmp_path: pathlib.Path, durability: str) ->
             child.__exit__()
 
     tried, sent = read(ledger_pth, -1)
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         assert queue.check() == []
         numbers = queue.statistics().next_number - 1
-        stored = [message.decode("ascii") for message in stores.take_all(queue)]
+        stored = []
+        consumer = queue.consumer("sub")
+        while (lease := consumer.take(0, max_messages=1000)) is not None:
+            stored += [message.decode("ascii") for message in lease.messages]
+            lease.ack()
     print(f"{durability}: {kills} kills, {len(sent)} messages sent")
     assert len(stored) == len(set(stored)) == numbers
     assert sent <= set(stored) <= tried

@@ -47,7 +47,7 @@ def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
                                       durability=durability,
                                       max_db_size_bytes=3 * size + (1 << 24),
                                       HWM_LMDB_SIZE_BYTES=2 * size,
-                                      checkpoint_secs=0)
+                                      checkpoint_secs=3600)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     pattern = bytes(range(251)) * 4177
     for number in range(2):
@@ -62,7 +62,7 @@ def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
             assert child.get() is None
             print(f"{size} bytes received with {child.get()} bytes of memory")
             child.end()
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         assert not queue.check()
         found = queue.statistics()
         assert found.messages == found.message_bytes == 0
@@ -100,7 +100,7 @@ def test_empty_messages(tmp_path: pathlib.Path, durability: str) -> None:
             assert msgs == [b"", b"", b"x", b"", b""]
         with sub.receive(timeout=0) as msg:
             assert msg is None
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         assert not queue.check()
         assert queue.statistics().subscribers[0].acknowledged == 6
 
@@ -117,7 +117,7 @@ def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
         pub.init(pub_id="pub", config_pth=config_pth)
         for begin in range(0, count, BATCH):
             pub.send_many(msgs=[b"%d" % number for number in range(begin, begin + BATCH)])
-        with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+        with support.open_queue(config_pth) as queue:
             assert {entry.lag for entry in queue.statistics().subscribers} == {count}
         # Sending and receiving one by one take no longer than with an empty queue.
         with persipubsub.subscriber.Sub() as sub:
@@ -138,7 +138,7 @@ def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
             assert expected == count + SINGLES
             assert sub.front() is None
     persipubsub.control.prune_dangling_messages(config_pth=config_pth)
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         assert not queue.check()
         found = queue.statistics()
         assert found.messages == found.message_bytes == 0

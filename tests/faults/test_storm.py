@@ -77,20 +77,20 @@ def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
 
 
 def drain(places: dict[str, workers.Worker], board: workers.Board,
-          settings: persipubsub.queue.Settings) -> None:
+          config_pth: pathlib.Path) -> None:
     """
     Let publishers end, and subscribers when there is nothing left for them.
 
     :param places: workers
     :param board: that they share
-    :param settings: of the queue
+    :param config_pth: path to the configuration file
     """
     board.end_publishers()
     subscribers = [worker for worker in places.values() if worker.role.kind == "subscribe"]
     for worker in places.values():
         if worker not in subscribers:
             worker.end()
-    with persipubsub.queue.Queue(settings) as queue:
+    with support.open_queue(config_pth) as queue:
         support.until(lambda: all(entry.lag == 0 for entry in queue.statistics().subscribers),
                       what="the subscribers receive everything")
     board.end_subscribers()
@@ -103,7 +103,7 @@ def figures(
 ) -> tuple[persipubsub.statistics.QueueStatistics, dict[
         str, persipubsub.statistics.SubscriberStatistics]]:
     """Check the store, and return its figures."""
-    with persipubsub.queue.Queue(support.settings(config_pth)) as queue:
+    with support.open_queue(config_pth) as queue:
         assert not queue.check()
         found = queue.statistics()
     return found, {entry.subscriber: entry for entry in found.subscribers}
@@ -134,7 +134,7 @@ def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
         for place, role in roles.items():
             places[place] = workers.Worker(scene, role, place, rng)
         kills, stops = rage(places, rng, seconds, workers.Ledger(scene.ledger_pth))
-        drain(places, scene.board, support.settings(config_pth))
+        drain(places, scene.board, config_pth)
     finally:
         for worker in places.values():
             worker.destroy()

@@ -9,16 +9,16 @@ import pathlib
 import random
 import signal
 import time
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 import persipubsub.control
 import persipubsub.publisher
 import persipubsub.subscriber
+from persipubsub.lmdb_engine.notifier import Notifier
 from tests import support
 from tests.faults import ledger, workers
-from tests.faults.test_crowds import Program, prefix_of
 from tests.faults.test_storm import choose_seed
 
 SENDS: Final = 1000
@@ -145,65 +145,26 @@ def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -
     assert ledger.percentile(takeovers, 50) < 300
 
 
-def die_before_the_ring(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    """Be killed between the commit of a message and the ring."""
+def die_before_it_notifies(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+    """Be killed between the commit of a message and the notification."""
     workers.guard()
     pub = persipubsub.publisher.Pub()
     pub.init(pub_id="pub", config_pth=config_pth)
-    bell = support.queue_of(pub)._bell  # pylint: disable=protected-access
-    setattr(bell, "ring", lambda end: os.kill(os.getpid(), signal.SIGKILL))
+    setattr(Notifier, "notify", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     pub.send(msg=b"%d" % time.monotonic_ns())
     pipe.send("never")
 
 
-def test_publisher_killed_before_it_rings(tmp_path: pathlib.Path) -> None:
+def test_publisher_killed_before_it_notifies(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     with support.Child(receive_at, config_pth, 1) as child:
         assert child.get() == "ready"
         time.sleep(0.2)  # asleep, most probably; it holds anyhow
-        with support.Child(die_before_the_ring, config_pth) as publisher:
+        with support.Child(die_before_it_notifies, config_pth) as publisher:
             publisher.end(-signal.SIGKILL)
         latency, = child.get()
         child.end()
-    print(f"without a ring: {latency / 1e3:.0f} ms")
+    print(f"without a notification: {latency / 1e3:.0f} ms")
     # Once a second whatever happens, though the timeout of the receive is much longer.
     assert latency < 1e6 * 4
-
-
-POLLING: Final = """
-import pathlib, sys, time
-import persipubsub._wakeup, persipubsub.subscriber
-from tests.faults import workers
-
-workers.guard()
-pathlib.Path("/proc/sys/user/max_inotify_instances").write_text("0")
-with persipubsub.subscriber.Sub() as sub:
-    sub.init(sub_id="sub", config_pth=sys.argv[1])
-    with sub.receive(timeout=0.01) as msg:
-        assert msg is None
-    print("ready", flush=True)
-    latencies = []
-    while len(latencies) < int(sys.argv[2]):
-        with sub.receive(timeout=60) as msg:
-            now = time.monotonic_ns()
-            latencies.append((now - int(msg)) / 1e3)
-    assert persipubsub._wakeup._hub.inotify < 0
-    print(sorted(latencies)[len(latencies) // 2], flush=True)
-"""
-
-
-def test_no_inotify_left(tmp_path: pathlib.Path) -> None:
-    prefix: Any = prefix_of()
-    if not pathlib.Path("/proc/sys/user/max_inotify_instances").exists():
-        pytest.skip("The kernel does not limit inotify by namespaces")
-    rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with Program(prefix, POLLING, config_pth, 200) as program, persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        assert program.get() == "ready"
-        send_timed(pub, rng, 200)
-        median = float(program.get())
-    print(f"without inotify: p50 {median:.0f} us")
-    assert median < 50000

@@ -208,11 +208,10 @@ def _control(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
     """Do what an operator does while others work."""
     del role, name, ledger
     rng = random.Random(seed)
-    settings = support.settings(scene.config_pth)
     while not scene.board.publishers_end:
         rng.choice((persipubsub.control.initialize_all_dbs,
                     persipubsub.control.prune_dangling_messages))(config_pth=scene.config_pth)
-        with persipubsub.queue.Queue(settings) as queue:
+        with support.open_queue(scene.config_pth) as queue:
             findings = queue.check()
             assert not findings, findings
             scene.board.backlog = queue.statistics().messages

@@ -1,0 +1,200 @@
+"""Make configuration files, queues and subscribers ready, complete what is typed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+import click.shell_completion
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+from persipubsub.cli import options, text
+
+__all__ = ["new", "init", "check_config", "add_subscriber", "remove_subscriber", "completion"]
+
+
+@options.command("Key of the queue, and its directory.")
+@options.option("--publisher", str, "pub", "Id of the publisher.")
+@options.option("--subscriber subscribers", str, ["sub"], "May be repeated.", multiple=True)
+def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
+    """
+    Write a short configuration file to start from. It names its schema, for editors.
+
+    The schema is written beside it. CONFIG must not be there yet.
+
+    Example:
+        persipubsub new config.json --queue greetings --subscriber print --subscriber archive
+    """
+    key = call.queue_key or "messages"
+    entries: dict[str, dict[str, str]] = {publisher: {"out_queue": key}}
+    for one in subscribers:
+        entries.setdefault(one, {})["in_queue"] = key
+    for one in entries:
+        persipubsub.config.check_identifier(one, call.path)
+    queues = {key: {"subscribers": subscribers}}
+    content = {"$schema": "./persipubsub.schema.json", **entries, "queues": queues}
+    written = json.dumps(content, indent=4) + "\n"
+    persipubsub.config.parse(written.encode(), call.path)
+    schema = call.path.with_name("persipubsub.schema.json")
+    try:
+        with open(call.path, "x", encoding="utf-8") as file:
+            file.write(written)
+        schema.write_text(options.to_json(persipubsub.config.schema(), indent=2), encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"Expected to write the new file {error.filename}, but got: "
+                                   f"{error.strerror}") from None
+    line = f"{call.path}: written; run persipubsub init {call.path} next"
+    call.tell(line, path=str(call.path), schema=str(schema))
+
+
+@options.command("Make only this queue ready.")
+def init(call: options.Call) -> None:
+    """
+    Create the queues of CONFIG, add their subscribers, and store their settings.
+
+    It may be repeated at any time: messages stay. Run it as the user whose programs use the queues.
+
+    Example:
+        persipubsub init /etc/app/config.json
+    """
+
+    def work(key: str) -> tuple[str, object]:
+        persipubsub.control.initialize_all_dbs(call.config, key)
+        path = call.config.queue_path(key)
+        return f"{key}: ready in {path}", {"path": path}
+
+    call.each(call.keys(), work)
+
+
+@options.command("Also check that there is this queue.", name="check-config")
+def check_config(call: options.Call) -> None:
+    """
+    Check CONFIG and list all its problems, and what its queues have stored otherwise.
+
+    No queue is changed; "init" applies the settings of CONFIG. For queues on servers
+    (nats://...?monitor=http://host:8222), it warns if a server flushes less than their durability
+    promises.
+
+    Example:
+        persipubsub check-config config.json
+    """
+    problems: Sequence[str] = ()
+    warnings: list[str] = []
+    try:
+        for key in call.keys():
+            warnings += [f"{key}: {warning}" for warning in _warnings(call, key)]
+    except persipubsub.errors.ConfigError as error:
+        problems = error.problems
+    if call.as_json:
+        call.tell("", problems=problems, warnings=warnings)
+    else:
+        for line in (*(f"warning: {warning}" for warning in warnings), *problems):
+            text.complain(line)
+    if problems:
+        call.fail(f"{text.count(len(problems), 'problem')} in {call.path}")
+    elif not call.as_json:
+        config = call.config
+        print(text.printable(str(call.path)), end=": fine: ")
+        print(text.count(len(config.queues), "queue"),
+              text.count(len(config.publishers), "publisher"),
+              text.count(len(config.subscribers), "subscriber"),
+              sep=", ")
+    call.end()
+
+
+def _warnings(call: options.Call, key: str) -> list[str]:
+    """Compare a queue with the file."""
+    warnings = list(persipubsub.control.check_durability(call.config, key)[key])
+    differing: Mapping[str, tuple[Any, Any]]
+    try:
+        differing = persipubsub.control.stored_settings(call.config, key)
+    except persipubsub.errors.NotInitializedError:
+        return warnings
+    except persipubsub.errors.PersipubsubError as error:
+        return [*warnings, str(error)]
+    for name, (ours, stored) in differing.items():
+        if name == "subscribers":
+            warnings += [
+                f"the subscriber {one} is only in the file; init adds it"
+                for one in sorted({*ours} - {*stored})
+            ]
+            warnings += [
+                f"the subscriber {one} is only in the queue; remove-subscriber removes it"
+                for one in sorted({*stored} - {*ours})
+            ]
+        else:
+            warnings.append(f"{name} is {ours!r} in the file, and {stored!r} in the queue; init "
+                            f"applies that of the file")
+    return warnings
+
+
+@options.command("Which queue; needed if CONFIG has several.", name="add-subscriber")
+@click.argument("subscriber")
+def add_subscriber(call: options.Call, subscriber: str) -> None:
+    """
+    Add SUBSCRIBER to a queue, while it is in use; it gets what is sent from now on.
+
+    CONFIG itself is not changed; what to change there is printed.
+
+    Example:
+        persipubsub add-subscriber config.json archive --queue greetings
+    """
+    key = call.key()
+    is_new = persipubsub.control.add_subscriber(call.config, key, subscriber)
+    entry = json.dumps({subscriber: {"in_queue": key}})[1:-1]
+    done = "was added" if is_new else "is there already, and stays as it is"
+    call.tell(
+        f"{key}: {subscriber} {done}. {call.path} has to name it in queues.{key}.subscribers, and "
+        f"in an entry {entry}.",
+        queue=key,
+        subscriber=subscriber,
+        added=is_new)
+
+
+@options.command("Which queue; needed if CONFIG has several.", name="remove-subscriber")
+@options.subscriber
+@options.yes
+def remove_subscriber(call: options.Call, subscriber: str, yes: bool) -> None:
+    """
+    Remove SUBSCRIBER from a queue, while it is in use, with the messages that nobody else needs.
+
+    CONFIG itself is not changed; what to change there is printed. End the processes of the
+    subscriber before: they fail afterwards.
+
+    Example:
+        persipubsub remove-subscriber config.json archive --queue greetings
+    """
+    key = call.key()
+    found = persipubsub.control.statistics(call.config, key)[key].subscribers
+    for lag in [one.lag for one in found if one.subscriber == subscriber and not yes]:
+        call.ask(f"Remove {subscriber} from {key}, with {text.count(lag, 'message')} that it did "
+                 f"not acknowledge?")
+    unread = persipubsub.control.remove_subscriber(call.config, key, subscriber)
+    call.tell(
+        f"{key}: {subscriber} was removed, with {text.count(unread, 'message')} that it did not "
+        f"acknowledge. Remove it from {call.path}, too: from queues.{key}.subscribers, from those "
+        f"of publishers, and its own entry. Otherwise init adds it again.",
+        queue=key,
+        subscriber=subscriber,
+        unread=unread)
+
+
+@click.command(cls=options.Plain)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """
+    Print a script that completes commands, options, and the ids of the configuration file.
+
+    Let the shell run it at its start. Ids are completed behind CONFIG, or with PERSIPUBSUB_CONFIG.
+
+    Examples:
+        persipubsub completion bash > ~/.local/share/bash-completion/completions/persipubsub
+        persipubsub completion zsh > ~/.zfunc/_persipubsub
+        persipubsub completion fish > ~/.config/fish/completions/persipubsub.fish
+    """
+    kind = click.shell_completion.get_completion_class(shell)
+    assert kind is not None
+    print(kind(ctx.find_root().command, {}, "persipubsub", "_PERSIPUBSUB_COMPLETE").source())

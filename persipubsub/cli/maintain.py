@@ -1,0 +1,298 @@
+"""Steer subscribers; clean up, verify, compact, back up, restore, move and drop queues."""
+
+import contextlib
+import datetime
+import pathlib
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+import persipubsub.control
+from persipubsub.cli import options, text
+
+__all__ = [
+    "pause", "resume", "seek", "prune", "clear", "verify", "compact", "backup", "restore",
+    "drop_queue", "migrate"
+]
+
+
+@options.command()
+@options.subscriber
+def pause(call: options.Call, subscriber: str) -> None:
+    """
+    Let the consumers of SUBSCRIBER wait until "resume". Nothing is lost.
+
+    They finish what they have taken already. Messages go on to gather, and are dropped at a
+    high-water mark as if nobody received them. "stat" tells that the subscriber is paused.
+
+    Example:
+        persipubsub pause config.json archive
+    """
+    key = call.key_of(subscriber)
+    is_new = persipubsub.control.pause(call.config, subscriber, key)
+    line = f"{key}: {subscriber} {'is paused' if is_new else 'was paused already'}"
+    call.tell(line, queue=key, subscriber=subscriber, paused=True, changed=is_new)
+
+
+@options.command()
+@options.subscriber
+def resume(call: options.Call, subscriber: str) -> None:
+    """
+    Let the consumers of SUBSCRIBER go on after "pause".
+
+    Example:
+        persipubsub resume config.json archive
+    """
+    key = call.key_of(subscriber)
+    is_new = persipubsub.control.resume(call.config, subscriber, key)
+    line = f"{key}: {subscriber} {'goes on' if is_new else 'was not paused'}"
+    call.tell(line, queue=key, subscriber=subscriber, paused=False, changed=is_new)
+
+
+def _place(value: str) -> int | str | datetime.datetime:
+    """Convert a place to what :py:func:`persipubsub.control.seek` takes."""
+    if value in ("beginning", "end"):
+        return value
+    try:
+        return int(value) if value.isascii() and value.isdigit() else text.parse_time(value)
+    except (ValueError, OverflowError, OSError):
+        raise click.BadParameter(
+            f"Expected 'beginning', 'end', a number, a time ago (-1h30m), a time "
+            f"(2026-11-30T06:00, 06:00), or @ and seconds since 1970, but got: {value!r}") from None
+
+
+@options.command()
+@options.subscriber
+@click.option("--to",
+              "place",
+              type=_place,
+              metavar="PLACE",
+              required=True,
+              help="'beginning', 'end', the number of a message, a time ago (-1h30m), a time "
+              "(2026-11-30T06:00, or 06:00 for the last one; local unless it ends with a zone such "
+              "as +01:00), or @ and seconds since 1970.")
+def seek(call: options.Call, subscriber: str, place: Any) -> None:
+    """
+    Let SUBSCRIBER go on from another place of its queue, also while it is at work.
+
+    What it acknowledged from there on is delivered again, as far as the queue still has it; see
+    retain_secs. What it passes unread counts as skipped.
+
+    Examples:
+        persipubsub seek config.json archive --to beginning
+        persipubsub seek config.json archive --to -1h
+        persipubsub seek config.json archive --to 2026-11-30T06:00
+    """
+    key = call.key_of(subscriber)
+    position = persipubsub.control.seek(call.config, subscriber, to=place, queue_key=key)
+    found = persipubsub.control.statistics(call.config, key)[key].subscribers
+    lag = sum(one.lag for one in found if one.subscriber == subscriber)
+    line = f"{key}: {subscriber} goes on from number {position}, with {text.count(lag, 'message')}"
+    call.tell(f"{line} to receive", queue=key, subscriber=subscriber, position=position, lag=lag)
+
+
+ResultT = TypeVar("ResultT")
+
+
+def _with_progress(title: str, work: Callable[[persipubsub.control.Progress], ResultT]) -> ResultT:
+    """Do something that takes long in this thread, and draw in another how far it has come."""
+    progress = persipubsub.control.Progress()
+    if not sys.stderr.isatty():
+        return work(progress)
+    is_done = threading.Event()
+
+    def draw() -> None:
+        # It never comes to the end of the bar, which click would not draw again.
+        drawing = click.progressbar(length=1001,
+                                    label=text.printable(title),
+                                    show_eta=False,
+                                    file=sys.stderr)
+        with contextlib.suppress(OSError), drawing as drawn:
+            while not is_done.wait(timeout=0.1):
+                drawn.update(int(1000 * progress.share()) - drawn.pos)
+
+    drawer = threading.Thread(target=draw, name="persipubsub-progress", daemon=True)
+    drawer.start()
+    try:
+        return work(progress)
+    finally:
+        is_done.set()
+        drawer.join()
+
+
+@options.command("Prune only this queue.")
+def prune(call: options.Call) -> None:
+    """
+    Drop messages that are too old, and delete those that everybody acknowledged.
+
+    Senders do the same little by little; this is for queues that nobody sends to.
+
+    Example:
+        persipubsub prune config.json
+    """
+
+    def work(key: str) -> tuple[str, object]:
+        dropped = persipubsub.control.prune_dangling_messages(call.config, key)[key]
+        line = f"{key}: {text.count(dropped, 'delivery')} dropped for being too old"
+        return line, {"dropped": dropped}
+
+    call.each(call.keys(), work)
+
+
+@options.command("Clear only this queue.")
+@options.yes
+def clear(call: options.Call, yes: bool) -> None:
+    """
+    Drop all messages of the queues of CONFIG, unread; their subscribers stay.
+
+    Example:
+        persipubsub clear config.json --queue greetings --yes
+    """
+    keys = call.keys()
+    if not yes:
+        found = [persipubsub.control.statistics(call.config, key)[key] for key in keys]
+        waiting = text.count(sum(figures.messages for figures in found), "message")
+        call.ask(f"Drop {waiting} of {', '.join(keys)}?")
+
+    def work(key: str) -> tuple[str, object]:
+        dropped = persipubsub.control.clear_all_subs(call.config, key)[key]
+        return f"{key}: cleared, {text.count(dropped, 'delivery')} unread", {"dropped": dropped}
+
+    call.each(keys, work)
+
+
+@options.command("Verify only this queue.")
+def verify(call: options.Call) -> None:
+    """
+    Verify every page, record and checksum of the queues of CONFIG, while they are in use.
+
+    It holds up nobody, but a queue that is in full use grows meanwhile. The exit code is 1 if
+    anything is wrong.
+
+    Example:
+        persipubsub verify config.json --queue greetings
+    """
+
+    def work(key: str) -> tuple[str, object]:
+        found = _with_progress(
+            key, lambda progress: persipubsub.control.verify(call.config, key, progress)[key])
+        for finding in found:
+            call.fail(f"{key}: {finding}")
+        told = text.count(len(found), "finding") if found else "sound"
+        return f"{key}: {told}", {"findings": found}
+
+    call.each(call.keys(), work)
+
+
+@options.command("Compact only this queue.")
+def compact(call: options.Call) -> None:
+    """
+    Give the room on the disk back that the queues of CONFIG do not need any more.
+
+    It refuses while any process has the queue open, and needs room for a copy of what is waiting.
+
+    Example:
+        persipubsub compact config.json --queue greetings
+    """
+
+    def work(key: str) -> tuple[str, object]:
+        sizes = _with_progress(
+            key, lambda progress: persipubsub.control.compact(call.config, key, progress)[key])
+        line = f"{key}: {text.show_bytes(sizes.after)}, was {text.show_bytes(sizes.before)}"
+        return line, {"before_bytes": sizes.before, "after_bytes": sizes.after}
+
+    call.each(call.keys(), work)
+
+
+@options.command("Which queue; needed if CONFIG has several.")
+@click.argument("target", type=click.Path(path_type=pathlib.Path))
+def backup(call: options.Call, target: pathlib.Path) -> None:
+    """
+    Copy a queue, as it is at one moment, to the new file TARGET. It may be in full use.
+
+    All that was acknowledged before is in it. The file is verified and on the disk when the command
+    ends; if it fails, there is no such file.
+
+    Example:
+        persipubsub backup config.json /backup/greetings.mdb --queue greetings
+    """
+    key = call.key()
+    size = _with_progress(
+        key, lambda progress: persipubsub.control.backup(call.config, key, target, progress))
+    line = f"{key}: {text.show_bytes(size)} in {target}, verified"
+    call.tell(line, queue=key, target=str(target), bytes=size)
+
+
+@options.command("Which queue; needed if CONFIG has several.")
+@click.argument("source", type=click.Path(path_type=pathlib.Path))
+@options.yes
+def restore(call: options.Call, source: pathlib.Path, yes: bool) -> None:
+    """
+    Let the backup SOURCE take the place of a queue, or create the queue from it.
+
+    It refuses while any process has the queue open. SOURCE is verified before anything is changed.
+    Messages keep their age: what is older than the timeout of the queue is dropped.
+
+    Example:
+        persipubsub restore config.json /backup/greetings.mdb --queue greetings
+    """
+    key = call.key()
+    if not yes:
+        call.ask(f"Replace all that is in the queue {key} by {source}?")
+    _with_progress(key,
+                   lambda progress: persipubsub.control.restore(call.config, key, source, progress))
+    count = persipubsub.control.statistics(call.config, key)[key].messages
+    line = f"{key}: restored, with {text.count(count, 'message')}"
+    call.tell(line, queue=key, messages=count)
+
+
+@options.command("Which queue; needed if CONFIG has several.", name="drop-queue")
+@options.yes
+def drop_queue(call: options.Call, yes: bool) -> None:
+    """
+    Remove a queue from the disk, with all its messages.
+
+    It refuses while any process has the queue open. Only files of this library are removed. CONFIG
+    is not changed: init creates the queue again.
+
+    Example:
+        persipubsub drop-queue config.json --queue greetings
+    """
+    key = call.key()
+    if not yes:
+        call.ask(f"Remove the queue {key} with all its messages from the disk?")
+    others = persipubsub.control.drop_queue(call.config, key)
+    stays = f"; its directory stays, with files of others: {', '.join(others[:5])}"
+    call.tell(f"{key}: dropped{stays if others else ''}", queue=key, others=others)
+
+
+@options.command("Move this queue.")
+@click.option("--to",
+              "target",
+              required=True,
+              metavar="PATH",
+              help="Where it is to be: nats://host:4222,other/STREAM?replicas=3")
+def migrate(call: options.Call, target: str) -> None:
+    """
+    Move what waits in a queue of CONFIG to a stream of NATS JetStream, while both are in use.
+
+    Let publishers use the stream first, then run this, then let subscribers use the stream. It may
+    be interrupted and repeated. The exit code is 1 if something is left; then run it again.
+
+    Example:
+        persipubsub migrate config.json --queue greetings --to nats://127.0.0.1:4222/greetings
+    """
+    key = call.key()
+    counts = _with_progress(
+        key, lambda progress: persipubsub.control.migrate(call.config, key, target, progress))
+    if call.as_json:
+        call.tell("", **{name: one._asdict() for name, one in counts.items()})
+    else:
+        rows = [[name, f"{one.moved:,}", f"{one.left:,}"] for name, one in counts.items()]
+        print("\n".join(text.table([["SUBSCRIBER", "MOVED", "LEFT"], *rows])))
+    if left := sum(one.left for one in counts.values()):
+        call.fail(f"{text.count(left, 'delivery')} left in {key}; run it again")
+    call.end()

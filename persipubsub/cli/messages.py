@@ -1,0 +1,433 @@
+"""Send, receive, look at and delete messages; look after those that were given up."""
+
+import base64
+import contextlib
+import datetime
+import functools
+import json
+import os
+import pathlib
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeAlias
+
+import click
+import msgspec
+import msgspec.structs
+
+import persipubsub.config
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.subscriber
+from persipubsub.cli import options, text
+
+__all__ = ["send", "receive", "peek", "tail", "delete", "dead_letters"]
+
+#: So much of a stream of lines is read, and sent in one commit, at most.
+_CHUNK_BYTES: Final = 1 << 16
+
+_FORMATS: Final = ("text", "hex", "base64")
+
+_DIRECTORY: Final = click.Path(path_type=pathlib.Path, file_okay=False, exists=True)
+
+
+def _show(content: bytes, style: str) -> str:
+    """Show a message in one line."""
+    if style == "hex":
+        return content.hex()
+    if style == "base64":
+        return base64.b64encode(content).decode("ascii")
+    return text.printable(content.decode("utf-8", "backslashreplace"))
+
+
+def _format_option(*more: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take the format of messages."""
+    kinds = click.Choice(_FORMATS + more)
+    return options.option("--format style", kinds, "text", "How to write messages.")
+
+
+def _look_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take how messages are shown."""
+    function = click.option("--age", is_flag=True, help="Show ages instead of times.")(function)
+    function = click.option("--utc", is_flag=True, help="Show times in UTC.")(function)
+    return _format_option()(function)
+
+
+def _print_look(call: options.Call, message: persipubsub.control.Peeked, style: str, utc: bool,
+                age: bool) -> None:
+    """Print a message that was looked at: number, time, content."""
+    if call.as_json:
+        found = msgspec.to_builtins(message)
+        found["base64"] = found.pop("content")
+        call.tell("", **found)
+        return
+    shown = text.show_seconds(message.age_seconds) if age else _time_of(message.age_seconds, utc)
+    content = "(damaged)" if message.content is None else _show(message.content, style)
+    print(f"{message.number:>10}  {shown:>{9 if age else 12}}  {content}", flush=True)
+
+
+def _time_of(age_seconds: float, utc: bool) -> str:
+    """Show when a message was sent: the time of the day, with the date unless it is today."""
+    zone = datetime.UTC if utc else None
+    now = time.time()
+    moment = datetime.datetime.fromtimestamp(max(0.0, now - age_seconds), zone)
+    day = "" if moment.date() == datetime.datetime.fromtimestamp(now, zone).date() else "%Y-%m-%d "
+    return f"{moment:{day}%H:%M:%S}.{moment.microsecond // 1000:03}{'Z' * utc}"
+
+
+@options.command()
+@options.subscriber
+@options.option("--number", options.SOME, 10, "How many messages at most.")
+@options.option("--from start", options.ANY, 0, "Begin at the message of this number.")
+@_look_options
+def peek(call: options.Call, subscriber: str, number: int, start: int, **looks: Any) -> None:
+    """
+    Look at the next messages of SUBSCRIBER without taking them.
+
+    It prints number, time and content of each. Messages that are being received right now are
+    shown, too. Control characters are escaped.
+
+    Examples:
+        persipubsub peek config.json sub --number 3
+        persipubsub peek config.json sub --from 4711 --number 1 --format hex
+    """
+    key = call.key_of(subscriber)
+    for message in persipubsub.control.peek(call.config, subscriber, number, start, key):
+        _print_look(call, message, **looks)
+
+
+@options.command("Which queue; needed if CONFIG has several.")
+@options.option("--number", options.ANY, 0, "Begin with so many of the newest messages.")
+@_look_options
+def tail(call: options.Call, number: int, **looks: Any) -> None:
+    """
+    Follow what is sent to a queue, until Ctrl-C. It takes nothing.
+
+    It prints number, time and content of each message. A message that all its subscribers
+    acknowledged at once may be deleted before it was seen; that is noted on stderr.
+
+    Example:
+        persipubsub tail config.json --queue greetings --number 10
+    """
+    expected: int | None = None
+    found = persipubsub.control.follow(call.config, call.key(), last=number)
+    with contextlib.closing(found):
+        for messages in found:
+            for message in messages:
+                if expected is not None and message.number > expected:
+                    text.complain(
+                        f"{text.count(message.number - expected, 'number')} passed unseen")
+                expected = message.number + 1
+                _print_look(call, message, **looks)
+            _fail_if_nobody_reads()
+
+
+def _fail_if_nobody_reads() -> None:
+    """Notice that the reader of the output went away, although there is nothing to write."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        raise BrokenPipeError()
+
+
+@options.command("Fail unless it is the queue of the publisher.")
+@options.publisher
+@click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(allow_dash=True))
+@click.option("--message", "texts", multiple=True, help="Send this text; may be repeated.")
+@click.option("--lines", is_flag=True, help="Send each line as a message, without its end.")
+def send(call: options.Call, publisher: str, files: Sequence[str], texts: Sequence[str],
+         lines: bool) -> None:
+    """
+    Send messages as PUBLISHER: each FILE is one; without any, the standard input is one.
+
+    The file - is the standard input. With --lines, each line is a message: those that are there at
+    once are sent in one commit, so that a slow stream is sent line by line.
+
+    Examples:
+        persipubsub send config.json pub --message hello
+        persipubsub send config.json pub report.pb
+        journalctl --follow | persipubsub send config.json pub --lines
+    """
+    queue_key = call.config.publisher(publisher).out_queue
+    if call.queue_key not in (None, queue_key):
+        raise click.BadParameter(f"The publisher {publisher!r} sends to {queue_key!r}.",
+                                 param_hint="--queue")
+    sent = 0
+    with persipubsub.publisher.Pub() as pub:
+        pub.init(pub_id=publisher, config_pth=call.config)
+        try:
+            for messages in _read_messages(files, texts, lines):
+                sent += _send(pub, messages)
+        finally:
+            if call.as_json:
+                call.tell("", sent=sent)
+            else:
+                text.tell(f"{text.count(sent, 'message')} sent")
+
+
+def _send(pub: persipubsub.publisher.Pub, messages: Sequence[bytes]) -> int:
+    """Send messages in one commit, or in several if the queue could never hold them together."""
+    try:
+        pub.send_many(messages)
+    except persipubsub.errors.MessageTooLargeError:
+        if len(messages) == 1:
+            raise
+        half = len(messages) // 2
+        return _send(pub, messages[:half]) + _send(pub, messages[half:])
+    return len(messages)
+
+
+def _read_messages(files: Sequence[str], texts: Sequence[str],
+                   lines: bool) -> Iterator[list[bytes]]:
+    """Read what is to be sent, each list in one commit."""
+    if texts:
+        yield [os.fsencode(one) for one in texts]
+    for name in files or ([] if texts else ["-"]):
+        if name == "-" and sys.stdin is None:
+            raise click.ClickException("Expected to read the standard input, but got: it is closed")
+        with contextlib.ExitStack() as stack:
+            try:
+                file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
+                chunks = iter(functools.partial(_read_some, file.fileno()), b"")
+                yield from _split(chunks) if lines else [[b"".join(chunks)]]
+            except OSError as error:
+                raise click.ClickException(
+                    f"Expected to read {name}, but got: {error.strerror}") from None
+
+
+def _read_some(descriptor: int) -> bytes:
+    """Read what is there; wait if there is nothing, also where the descriptor does not block."""
+    while True:
+        try:
+            return os.read(descriptor, _CHUNK_BYTES)
+        except BlockingIOError:
+            select.select([descriptor], [], [])
+
+
+def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Split a stream into lines without their ends: all that were there at once."""
+    rest = b""
+    for chunk in chunks:
+        *complete, rest = (rest + chunk).split(b"\n")
+        if complete:
+            yield complete
+    if rest:
+        yield [rest]
+
+
+@options.command()
+@options.subscriber
+@options.option("--number", options.ANY, 1, "How many messages; 0: all that come.")
+@options.option("--timeout", options.seconds, "0", "How long to wait for each: 10, 1h30m, inf.")
+@click.option("--directory", type=_DIRECTORY, help="Write a file for each to this directory.")
+@_format_option("raw")
+def receive(call: options.Call, subscriber: str, number: int, timeout: float,
+            directory: pathlib.Path | None, style: str) -> None:
+    """
+    Receive messages as SUBSCRIBER, and write them to stdout or to files.
+
+    A message is acknowledged as soon as it was written; if that fails, it stays in the queue. A
+    file in --directory, which has to exist, has the number of its message. The exit code is 1 if
+    there were fewer messages than asked for.
+
+    Examples:
+        persipubsub receive config.json sub
+        persipubsub receive config.json sub --number 0 --timeout inf --json
+        persipubsub receive config.json sub --number 100 --timeout 1m --directory inbox
+    """
+    if style == "raw" and sys.stdout.isatty():
+        raise click.UsageError("Expected --format raw with a pipe or a file: a message could "
+                               "change the terminal.")
+    config, key = call.config, call.key_of(subscriber)
+    entry = config.subscribers.get(subscriber)
+    if entry is None or entry.in_queue != key:
+        # The queue may have subscribers that the file has no entry for.
+        persipubsub.config.check_identifier(subscriber, call.path)
+        entry = persipubsub.config.Subscriber(identifier=subscriber, in_queue=key)
+        entries = {**config.subscribers, subscriber: entry}
+        config = msgspec.structs.replace(config, subscribers=entries)
+    received = 0
+    with persipubsub.subscriber.Sub() as sub:
+        sub.init(sub_id=subscriber, config_pth=config)
+        while number == 0 or received < number:
+            try:
+                with sub.receive(timeout=None if timeout == float("inf") else timeout,
+                                 details=True) as message:
+                    if message is None:
+                        break
+                    _write(_line_of(call, message.number, message.data, directory, style))
+                received += 1
+            except persipubsub.errors.CorruptMessageError as error:
+                call.fail(str(error))
+    if received < number:
+        found = f"only {text.count(received, 'message')}" if received else "no message"
+        call.fail(f"{found} for {subscriber} within {timeout:g} seconds")
+    call.end()
+
+
+def _line_of(call: options.Call, number: int, content: bytes, directory: pathlib.Path | None,
+             style: str) -> bytes:
+    """Write a message to its file, if it is to have one; return what goes to the output."""
+    described = {"number": number, "base64": _show(content, "base64")}
+    line = "" if style == "raw" else _show(content, style)
+    if directory is not None:
+        path = directory / f"{number:020}"
+        _write_file(path, content)
+        described, line = {"number": number, "path": str(path)}, str(path)
+    elif style == "raw" and not call.as_json:
+        return content
+    return (json.dumps(described) if call.as_json else line).encode(
+        errors="surrogateescape") + b"\n"
+
+
+def _write(content: bytes) -> None:
+    """
+    Write all of it to the standard output, or fail.
+
+    Not through ``sys.stdout``: where that has no buffer (PYTHONUNBUFFERED) or does not block, it
+    leaves out without an error what the system did not take, and the message is lost.
+    """
+    sys.stdout.flush()
+    descriptor = sys.stdout.fileno()
+    rest = memoryview(content)
+    while rest:
+        try:
+            rest = rest[os.write(descriptor, rest):]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+
+
+def _write_file(path: pathlib.Path, content: bytes) -> None:
+    """Write a file durably and as a whole, or not at all; replace it if it was written before."""
+    temporary = path.with_name(f"{path.name}.new")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@options.command()
+@options.subscriber
+@click.option("--number", type=options.SOME, required=True, help="As peek and stat show it.")
+@options.yes
+def delete(call: options.Call, subscriber: str, number: int, yes: bool) -> None:
+    """
+    Take one message away from SUBSCRIBER, unread, also while it is at work.
+
+    Other subscribers keep theirs. It counts as cleared. The exit code is 1 if the message does not
+    wait for the subscriber.
+
+    Example:
+        persipubsub delete config.json sub --number 4711
+    """
+    key = call.key_of(subscriber)
+    if not yes:
+        call.ask(f"Delete message {number} of {subscriber} in {key}?")
+    if not persipubsub.control.delete(call.config, subscriber, number, key):
+        raise click.ClickException(
+            f"Expected a message {number} that waits for {subscriber} in {key}, but got: none")
+    line = f"{key}: message {number} of {subscriber} was deleted"
+    call.tell(line, queue=key, subscriber=subscriber, number=number)
+
+
+Letters: TypeAlias = Sequence[persipubsub.control.ListedDeadLetter]
+
+_HEAD = [
+    "DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBER", "ATTEMPTS", "MOVED", "SIZE",
+    "ERROR"
+]
+
+
+@options.command("Queue of dead letters; all of them if not given.", name="dead-letters")
+@click.argument("action", type=click.Choice(["list", "send-back", "drop"]), default="list")
+@click.option("--number", type=options.SOME, multiple=True, help="Only this one; may be repeated.")
+@options.yes
+def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bool) -> None:
+    """
+    List messages that were given up, send them back to their subscriber, or drop them.
+
+    They are those that a subscriber with max_deliveries and a dead_letter_queue failed to work on.
+    The exit code is 1 if one of the numbers is not there, or just in use.
+
+    Examples:
+        persipubsub dead-letters config.json
+        persipubsub dead-letters config.json send-back --queue letters --number 7 --number 9
+        persipubsub dead-letters config.json drop --queue letters --yes
+    """
+    keys = call.keys()
+    if call.queue_key is None:
+        used = {one.dead_letter_queue for one in call.config.subscribers.values()}
+        keys = [key for key in keys if key in used]
+    if number and action == "list":
+        raise click.UsageError("Expected --number only with send-back and drop.")
+    if number and call.queue_key is None and len(keys) != 1:
+        raise click.UsageError("Expected --queue with --number: numbers are those of one queue.")
+    if action == "list" and call.as_json:
+        call.each(keys, lambda key: ("", _of(call, key)))
+    elif action == "list":
+        _print(call, _look(call, keys))
+    elif action == "send-back":
+        _change(call, keys, number, persipubsub.control.send_back, "sent back")
+    else:
+        if not yes:
+            # An operator can not agree to what could not be counted.
+            found = _look(call, keys)
+            keys = list(found)
+            count = text.count(len(number) or sum(map(len, found.values())), "dead letter")
+            if keys:
+                call.ask(f"Drop {count} of {', '.join(keys)}?")
+        _change(call, keys, number, persipubsub.control.drop_dead_letters, "dropped")
+
+
+def _of(call: options.Call, key: str) -> Letters:
+    """Look at the dead letters of a queue."""
+    return persipubsub.control.dead_letters(call.config, key)[key]
+
+
+def _look(call: options.Call, keys: Sequence[str]) -> dict[str, Letters]:
+    """Look at dead letters, and complain about queues that can not be looked at."""
+    found = {}
+    for key in keys:
+        try:
+            found[key] = _of(call, key)
+        except persipubsub.errors.PersipubsubError as error:
+            call.fail(str(error))
+    return found
+
+
+def _print(call: options.Call, found: dict[str, Letters]) -> None:
+    """Print dead letters for people."""
+    rows = []
+    for key, letters in found.items():
+        for number, letter in ((one.number, one.letter) for one in letters):
+            moved = f"{letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}"
+            size = text.show_bytes(len(letter.data))
+            places = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
+            rows.append([key, str(number), *places, moved, size, letter.error])
+    if rows:
+        print("\n".join(text.table([_HEAD, *rows], left=(0, 2, 3, 8))))
+    elif not call.has_failed:
+        print("There are no dead letters.")
+    call.end()
+
+
+def _change(call: options.Call, keys: Sequence[str], numbers: Sequence[int],
+            change: Callable[..., Sequence[int]], done: str) -> None:
+    """Send dead letters back, or drop them: all of them, or those with these numbers."""
+
+    def work(key: str) -> tuple[str, object]:
+        changed = change(call.config, key, numbers or None)
+        if not set(numbers) <= set(changed):
+            call.fail(f"not there, or in use: some of the numbers {', '.join(map(str, numbers))}")
+        return f"{key}: {text.count(len(changed), 'dead letter')} {done}", {"numbers": changed}
+
+    call.each(keys, work)

@@ -1,0 +1,265 @@
+"""What the commands share: their options, and the call that the command line makes of them."""
+
+import functools
+import inspect
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import click
+import click.shell_completion
+import msgspec
+
+import persipubsub.config
+import persipubsub.errors
+from persipubsub.cli import text
+
+__all__ = [
+    "ANY", "CONFIG_VARIABLE", "SOME", "Call", "Plain", "Command", "command", "option", "seconds",
+    "subscriber", "publisher", "yes", "to_json"
+]
+
+#: The environment variable that names the configuration file.
+CONFIG_VARIABLE: Final = "PERSIPUBSUB_CONFIG"
+
+#: Where a context keeps the path that is no argument.
+_PATH: Final = "persipubsub.config"
+
+
+class Call:
+    """What a command is asked to do: with which file and queue, for people or for machines."""
+
+    def __init__(self, path: pathlib.Path, queue_key: str | None, as_json: bool) -> None:
+        """Initialize without reading the file."""
+        self.path = path
+        self.queue_key = queue_key
+        self.as_json = as_json
+        self.has_failed = False
+
+    @functools.cached_property
+    def config(self) -> persipubsub.config.Config:
+        """Read the configuration file, once."""
+        return persipubsub.config.read(self.path)
+
+    def keys(self) -> list[str]:
+        """List the keys of the queues that the command is about."""
+        queues = self.config.queues
+        if self.queue_key is None:
+            return list(queues)
+        if self.queue_key not in queues:
+            known = f"are: {', '.join(queues)}" if queues else "is none"
+            raise click.BadParameter(
+                f"{self.queue_key!r} is not a queue of {self.path}. There {known}.",
+                param_hint="--queue")
+        return [self.queue_key]
+
+    def key(self) -> str:
+        """Return the key of the only queue that the command can be about."""
+        keys = self.keys()
+        if len(keys) != 1:
+            raise click.UsageError(f"Expected --queue, since {self.path} has {len(keys)} queues"
+                                   f"{': ' if keys else ''}{', '.join(keys)}.")
+        return keys[0]
+
+    def key_of(self, identifier: str) -> str:
+        """Return the key of the queue of a subscriber, which needs no entry if there is --queue."""
+        if self.queue_key is None:
+            return self.config.subscriber(identifier).in_queue
+        return self.key()
+
+    def tell(self, line: str, **described: object) -> None:
+        """Tell what came of the command: a line for people, or JSON for machines."""
+        print(to_json(described) if self.as_json else text.printable(line), flush=True)
+
+    def fail(self, line: str) -> None:
+        """Complain, and let the command end with exit code 1."""
+        self.has_failed = True
+        text.complain(line)
+
+    def end(self) -> None:
+        """End with exit code 1 if something failed."""
+        if self.has_failed:
+            raise click.exceptions.Exit(1)
+
+    def each(self, keys: Sequence[str], work: Callable[[str], tuple[str, object]]) -> None:
+        """
+        Do something with each queue, tell what came of it, and end.
+
+        One queue that fails does not stop the others. ``ConfigError`` is no exception: the file was
+        read already, so that it is about one queue.
+
+        :param keys: of the queues
+        :param work: to be done; returns a line for people, and something for machines
+        """
+        results: dict[str, object] = {}
+        for key in keys:
+            try:
+                line, results[key] = work(key)
+                if not self.as_json:
+                    print(text.printable(line), flush=True)
+            except persipubsub.errors.PersipubsubError as error:
+                results[key] = {"error": str(error)}
+                self.fail(str(error))
+        if self.as_json:
+            print(to_json(results, indent=2), flush=True)
+        self.end()
+
+    @staticmethod
+    def ask(question: str) -> None:
+        """
+        Ask before something that can not be undone, on the standard error.
+
+        :raise Abort: if the answer is no, or nobody could be asked
+        """
+        if sys.stdin is None:
+            raise click.Abort()
+        try:
+            click.confirm(text.printable(question), abort=True, err=True)
+            # click ignores that the question could not be written.
+            sys.stderr.flush()
+        except click.Abort as error:
+            # click makes an answer of Ctrl-C.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                text.tell("")
+                raise KeyboardInterrupt from None
+            raise
+        except OSError:
+            text.silence(sys.stderr)
+            raise click.Abort() from None
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """Write JSON; times and bytes become text."""
+    return json.dumps(msgspec.to_builtins(value), indent=indent)
+
+
+class Plain(click.Command):
+    """A command whose examples are shown as they are written."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Mark the examples so that click does not fill their lines."""
+        self.help = re.sub(r"\n\n(?=Examples?:\n)", "\n\n\b\n", inspect.cleandoc(self.help or ""))
+        super().format_help_text(ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the first sentence, whatever the limit."""
+        del limit
+        paragraph = " ".join(inspect.cleandoc(self.help or "").partition("\n\n")[0].split())
+        return f"{paragraph.partition('. ')[0].rstrip('.')}."
+
+
+class Command(Plain):
+    """A command that takes the configuration file as its first argument, or from elsewhere."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Find out whether the first argument is the configuration file, before click counts."""
+        names: list[click.Parameter] = [one for one in self.params if isinstance(one, click.Option)]
+        found, words, _ = click.Command(None, params=names).make_parser(ctx).parse_args([*args])
+        arguments = [one for one in self.params if isinstance(one, click.Argument)][1:]
+        path = found.get("other_config")
+        if path is None and (variable := os.environ.get(CONFIG_VARIABLE)):
+            # The number of arguments tells nothing where some can be left out, or are typed later.
+            is_fixed = all(one.required and one.nargs == 1 for one in arguments)
+            if is_fixed and not ctx.resilient_parsing:
+                is_named = len(words) > len(arguments)
+            else:
+                is_named = bool(words) and os.path.isfile(words[0])
+            path = None if is_named else variable
+        is_asked = ctx.resilient_parsing or not set(args).isdisjoint(ctx.help_option_names)
+        if path is None and not words and not is_asked:
+            raise click.UsageError(
+                f"Expected the configuration file: as the first argument, with --config, or in "
+                f"{CONFIG_VARIABLE}.",
+                ctx=ctx)
+        ctx.meta[_PATH] = path
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Leave the argument out that is not needed."""
+        params = super().get_params(ctx)
+        return [one for one in params if one.name != "config" or ctx.meta.get(_PATH) is None]
+
+
+def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it.",
+            name: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
+    """
+    Make a function a command with the arguments and options that all of them have.
+
+    :param queue: help of --queue
+    :param name: of the command; that of the function if not given
+    :return: decorator of a function that takes a :py:class:`Call` and its own parameters
+    """
+    path_type = click.Path(path_type=pathlib.Path)
+    where = f"Use this file instead of CONFIG and {CONFIG_VARIABLE}."
+    common: list[click.Parameter] = [
+        click.Option(["--queue", "queue_key"], metavar="KEY", help=queue, shell_complete=_queues),
+        click.Option(["--json", "as_json"], is_flag=True, help="Write JSON, for machines."),
+        click.Option(["--config", "other_config"], type=path_type, metavar="PATH", help=where)
+    ]
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+
+        def callback(queue_key: str | None, as_json: bool, **others: Any) -> None:
+            path = others.pop("other_config") or others.pop("config", None)
+            path = pathlib.Path(path or click.get_current_context().meta[_PATH])
+            function(Call(path, queue_key, as_json), **others)
+
+        own = reversed(getattr(function, "__click_params__", []))
+        params = [click.Argument(["config"], type=path_type), *own, *common]
+        return Command(name or function.__name__,
+                       callback=callback,
+                       params=params,
+                       help=function.__doc__)
+
+    return decorate
+
+
+def _complete(kind: str, ctx: click.Context, _: click.Parameter,
+              incomplete: str) -> list[click.shell_completion.CompletionItem]:
+    """Complete keys of the configuration file: of its publishers, subscribers or queues."""
+    path = ctx.params.get("config") or ctx.meta.get(_PATH)
+    try:
+        found = getattr(persipubsub.config.read(path), kind) if path else []
+    except persipubsub.errors.PersipubsubError:
+        found = []
+    # A name could be more than one line for the shell.
+    return [
+        click.shell_completion.CompletionItem(one) for one in found
+        if one.startswith(incomplete) and one.isprintable()
+    ]
+
+
+_queues = functools.partial(_complete, "queues")
+
+#: Arguments of the commands that are about one publisher, or one subscriber.
+publisher = click.argument("publisher", shell_complete=functools.partial(_complete, "publishers"))
+subscriber = click.argument("subscriber",
+                            shell_complete=functools.partial(_complete, "subscribers"))
+
+#: The option of the commands that ask.
+yes = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def option(names: str, kind: Any, default: Any, description: str,
+           **others: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take an option with a default that the help shows."""
+    more = {"type": kind, "default": default, "show_default": True, "help": description}
+    return click.option(*names.split(), **{**more, **others})
+
+
+#: Numbers of messages.
+SOME: Final = click.IntRange(min=1)
+ANY: Final = click.IntRange(min=0)
+
+
+def seconds(value: str) -> float:
+    """Convert a time that was typed to seconds; the type of an option."""
+    try:
+        return text.parse_seconds(value)
+    except ValueError:
+        raise click.BadParameter(
+            f"Expected a time such as 30, 10m, 1h30m or inf, but got: {value!r}") from None

@@ -1,0 +1,200 @@
+"""Text for people: lines, tables, sizes and times, and what people type for times."""
+
+import datetime
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from typing import Final, TextIO
+
+__all__ = [
+    "complain", "tell", "silence", "printable", "width_of", "shorten", "table", "count",
+    "show_bytes", "show_seconds", "show_share", "parse_seconds", "parse_time"
+]
+
+#: What changes a terminal, or looks like a line of ours, if a message or a name has it.
+_UNPRINTABLE: Final = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+#: Times from the first number of seconds on are shown in a unit of the second one.
+_SHOWN_UNITS: Final = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"))
+
+_UNITS: Final = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+
+#: A century. Waiting for longer is waiting for ever, and clocks overflow.
+_MAX_SECONDS: Final = 3_200_000_000
+
+
+def complain(text: str) -> None:
+    """Write a line about what went wrong to the standard error."""
+    # Errors name the function that a program calls. A reader of the terminal types the command.
+    text = text.replace("persipubsub.control.initialize_all_dbs", "persipubsub init")
+    tell(f"persipubsub: {printable(text)}")
+
+
+def tell(line: str) -> None:
+    """Write a line to the standard error. If nobody reads it, the exit code has to do."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Discard what is still to be written to a standard stream, also at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str) -> str:
+    r"""
+    Escape what would change a terminal.
+
+    >>> print(printable("a\nb"))
+    a\nb
+    """
+    if text.isprintable():
+        return text
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"),
+                            text)
+
+
+def width_of(text: str) -> int:
+    """
+    Count the cells of a terminal that a text takes.
+
+    >>> width_of("größe"), width_of("队列")
+    (5, 4)
+    """
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(char) else 1 +
+               (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """
+    Cut the middle out of a text that takes too many cells.
+
+    >>> shorten("archive-service-eu", 12)
+    'archiv…ce-eu'
+    """
+    half = len(text) // 2
+    while width_of(text) > width and half:
+        text = text[:half] + "…" + text[-half + 1:] if half > 1 else "…"
+        half -= 1
+    return text
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0, )) -> list[str]:
+    """
+    Lay out a table: columns are two spaces apart, and numbers stand on the right.
+
+    >>> table([["QUEUE", "LAG"], ["q", "1,234"]])
+    ['QUEUE    LAG', 'q      1,234']
+
+    :param rows: cells, the head first
+    :param left: columns with text
+    :return: lines
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(width_of, column)) for column in zip(*rows)]
+    return [
+        "  ".join(cell + pad if index in left else pad + cell for index, (cell, pad) in enumerate(
+            (cell, " " * (width - width_of(cell))) for cell, width in zip(row, widths))).rstrip()
+        for row in rows
+    ]
+
+
+def count(number: int, noun: str) -> str:
+    """
+    Show a number of things.
+
+    >>> count(2, "delivery")
+    '2 deliveries'
+    """
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun}"
+
+
+def show_bytes(size: float) -> str:
+    """
+    Show a size.
+
+    >>> show_bytes(1234567)
+    '1.2 MB'
+    """
+    if size < 1000:
+        return f"{size:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:,.1f} TB"
+
+
+def show_seconds(seconds: float) -> str:
+    """
+    Show a time.
+
+    >>> show_seconds(7300.0)
+    '2.0 h'
+    """
+    for limit, unit, name in _SHOWN_UNITS:
+        if seconds >= limit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} s"
+
+
+def show_share(share: float) -> str:
+    """
+    Show a share of 1.
+
+    >>> show_share(0.123)
+    '12 %'
+    """
+    return "<1 %" if 0 < share < 0.01 else f"{100 * share:,.0f} %"
+
+
+def parse_seconds(text: str) -> float:
+    """
+    Read a time as people write it.
+
+    >>> parse_seconds("1h30m"), parse_seconds("1.5"), parse_seconds("inf")
+    (5400.0, 1.5, inf)
+
+    :raise ValueError: if it is none
+    """
+    if text == "inf":
+        return float("inf")
+    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|min|m|h|d|w)", text, re.ASCII)
+    if "".join(map("".join, parts)) != text or not parts:
+        if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text, re.ASCII):
+            raise ValueError(text)
+        parts = [(text, "s")]
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if seconds > _MAX_SECONDS:
+        raise ValueError(text)
+    return seconds
+
+
+def parse_time(text: str) -> datetime.datetime:
+    """
+    Read a point in time: ``-1h`` (ago), ISO 8601, a time of the last 24 hours, ``@`` and seconds.
+
+    Without a time zone it is on the clock of this machine.
+
+    :raise ValueError: if it is none
+    :raise OverflowError: if no clock goes that far
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    if text.startswith("-"):
+        return now - datetime.timedelta(seconds=parse_seconds(text[1:]))
+    if text.startswith("@"):
+        return datetime.datetime.fromtimestamp(float(text[1:]), datetime.UTC)
+    if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text, re.ASCII):
+        today = now.astimezone().date()
+        moment = datetime.datetime.fromisoformat(f"{today}T{text:0>5}").astimezone()
+        return moment if moment <= now else moment - datetime.timedelta(days=1)
+    return datetime.datetime.fromisoformat(text).astimezone()

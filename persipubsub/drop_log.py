@@ -1,0 +1,50 @@
+"""Warn about messages that were dropped unread, without flooding the log."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from typing import Final
+
+__all__ = ["DropLog"]
+
+_LOGGER = logging.getLogger("persipubsub.queue")
+
+#: At most one warning in so many seconds.
+_WARNING_SECS: Final = 1.0
+
+
+class DropLog:
+    """Warns about messages that were dropped unread, without flooding the log. Any thread may use it."""
+
+    def __init__(self, path: str) -> None:
+        """Initialize with nothing dropped."""
+        self._path = path
+        self._counts: dict[str, int] = {}
+        self._last = -_WARNING_SECS
+        # Guards the counts; nothing else is done while it is held. Re-entrant for a signal handler that
+        # closes the queue.
+        self._lock = threading.RLock()
+
+    def forget_parent(self) -> None:
+        """Begin in a forked child with a lock that no thread of the parent holds."""
+        self._lock = threading.RLock()
+
+    def add(self, dropped: Iterable[tuple[str, int]]) -> None:
+        """Count, and warn if the last warning is more than a second ago."""
+        with self._lock:
+            for subscriber, count in dropped:
+                self._counts[subscriber] = self._counts.get(subscriber, 0) + count
+        if time.monotonic() - self._last >= _WARNING_SECS:
+            self.report()
+
+    def report(self) -> None:
+        """Warn of what was not reported yet."""
+        with self._lock:
+            counts, self._counts = self._counts, {}
+            if counts:
+                self._last = time.monotonic()
+        if counts:
+            _LOGGER.warning(
+                "Messages of the queue %s were dropped unread: %s", self._path,
+                ", ".join(f"{count} of {name}" for name, count in sorted(counts.items())))

@@ -1,0 +1,187 @@
+"""
+Read the path of a queue that is a stream: ``nats://host:4222,other/STREAM?replicas=3``.
+
+The names of subjects and of durable consumers are made here as well. Nothing of NATS is imported,
+so that a configuration can be checked where the extra is not installed.
+"""
+
+import hashlib
+import re
+import urllib.parse
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+_PREFIX: Final = "nats://"
+_DEFAULT_PORT: Final = 4222
+
+_STREAM: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HOST: Final = re.compile(r"(?P<host>(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|"
+                          r"\[(?P<ip>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?")
+_MONITOR: Final = re.compile(r"https?://[^\s/?#@]+/?")
+
+#: Longest name that is made of an id as it is; the server takes it for the name of a directory.
+_LONGEST_NAME: Final = 120
+
+#: What the server takes in the name of a consumer, and is not our mark for an escape.
+_PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+class Address(NamedTuple):
+    """
+    Say where a stream is.
+
+    >>> parse("nats://one,two:4223/orders?replicas=3").servers
+    ('nats://one:4222', 'nats://two:4223')
+    """
+
+    servers: tuple[str, ...]  #: addresses of some servers; they tell the others
+    stream: str  #: its name
+    replicas: int  #: servers that keep each message
+    ack_wait_secs: float  #: after which the message of a dead consumer is delivered again
+    monitor: str | None  #: address of a server's monitoring port, if it is known
+
+
+def parse(path: str) -> Address:
+    """Read a path."""
+    if not path.startswith(_PREFIX):
+        raise ValueError(f"Expected nats://..., but got: {path!r}")
+    location, _, query = path[len(_PREFIX):].partition("?")
+    hosts, _, stream = location.partition("/")
+    if "@" in hosts:
+        # Not shown: it may be a password, and errors are logged.
+        raise ValueError("Expected servers without credentials (they belong into the environment), "
+                         "but got: a name in front of '@'")
+    if not _STREAM.fullmatch(stream):
+        raise ValueError(
+            f"Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, 0-9, '_' "
+            f"and '-'), but got: {stream!r}")
+    options = _parse_query(query)
+    return Address(servers=tuple(map(_parse_server, hosts.split(","))),
+                   stream=stream,
+                   replicas=int(_number(options, "replicas", 1, 1, 5)),
+                   ack_wait_secs=_number(options, "ack_wait", 30, 0.1, 86400),
+                   monitor=_parse_monitor(options.get("monitor")))
+
+
+def names_of(path: str) -> Sequence[str]:
+    """
+    Name a stream, so that two paths of the same one have a name in common.
+
+    >>> names_of("nats://one,two:4223/orders?replicas=3")
+    ['nats://one:4222/orders', 'nats://two:4223/orders']
+    """
+    try:
+        address = parse(path)
+    except ValueError:
+        return [path]
+    return [f"{server.lower()}/{address.stream}" for server in address.servers]
+
+
+def problem_of(path: str) -> str | None:
+    """Say what is wrong with a path."""
+    if not path.startswith(_PREFIX):
+        return None
+    try:
+        parse(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _parse_server(text: str) -> str:
+    """Read one server."""
+    match = _HOST.fullmatch(text)
+    port = int(match["port"] or _DEFAULT_PORT) if match is not None else 0
+    if match is None or not 0 < port < 65536 or not (match["ip"] is None or _is_ip(match["ip"])):
+        raise ValueError(
+            f"Expected servers as host or host:port, with commas between them, but got: {text!r}")
+    return f"nats://{match['host']}:{port}"
+
+
+def _is_ip(text: str) -> bool:
+    """Tell whether an address in brackets is one."""
+    import ipaddress  # pylint: disable=import-outside-toplevel
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_query(query: str) -> dict[str, str]:
+    """Read the options of a path."""
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise ValueError(
+            f"Expected name=value behind the question mark, but got: {query!r}") from None
+    options = dict(pairs)
+    known = ("replicas", "ack_wait", "monitor")
+    for name in options:
+        if name not in known:
+            raise ValueError(f"Expected only the options {', '.join(known)}, but got: {name!r}")
+    if len(options) < len(pairs):
+        raise ValueError(f"Expected each option once, but got: {query!r}")
+    return options
+
+
+def _number(options: dict[str, str], name: str, default: float, least: float, most: float) -> float:
+    """Read an option that is a number."""
+    text = options.get(name)
+    if text is None:
+        return default
+    is_integer = name == "replicas"
+    if not re.fullmatch(r"[0-9]{1,9}" if is_integer else r"[0-9]{1,9}(\.[0-9]{1,9})?", text) \
+            or not least <= float(text) <= most:
+        raise ValueError("Expected {} to be {} from {} to {}, but got: {!r}".format(
+            name, "an integer" if is_integer else "a number of seconds", least, most, text))
+    return float(text)
+
+
+def _parse_monitor(text: str | None) -> str | None:
+    """Read the address of a monitoring port."""
+    if text is not None and not _MONITOR.fullmatch(text):
+        raise ValueError(f"Expected monitor to be like http://host:8222, but got: {text!r}")
+    return None if text is None else text.rstrip("/")
+
+
+# Names
+
+
+def subject_of(stream: str, audience: Sequence[str] | None) -> str:
+    """
+    Name the subject of the messages for some subscribers.
+
+    >>> subject_of("orders", None)
+    'persipubsub.orders.all'
+    """
+    if audience is None:
+        return f"persipubsub.{stream}.all"
+    digest = hashlib.sha256("\0".join(sorted(audience)).encode("utf-8")).hexdigest()
+    return f"persipubsub.{stream}.some.{digest[:32]}"
+
+
+def nobodys_subject(stream: str) -> str:
+    """Name a subject that is part of the stream, and that no subscriber wants."""
+    return f"persipubsub.{stream}.nobody"
+
+
+def durable_of(subscriber: str) -> str:
+    """
+    Name the durable consumer of a subscriber.
+
+    >>> durable_of("sub.1")
+    'sub=2e1'
+    """
+    key = subscriber.encode("utf-8")
+    name = "".join(chr(byte) if byte in _PLAIN else f"={byte:02x}" for byte in key)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    # "h" is no hexadecimal digit, so that no id that is escaped looks like this.
+    return f"=h{hashlib.sha256(key).hexdigest()}"
+
+
+def guard_of(subscriber: str) -> str:
+    """Name the consumer that keeps a subscriber's messages while its own one is replaced."""
+    # No id is escaped like this.
+    return f"=g{hashlib.sha256(subscriber.encode('utf-8')).hexdigest()}"

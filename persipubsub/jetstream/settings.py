@@ -1,0 +1,153 @@
+"""Take from a configuration what the servers have to know of a queue."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import persipubsub.config
+import persipubsub.errors
+from persipubsub.jetstream import address
+
+#: The server remembers the ids of messages that long, so that a repeated publish is stored once.
+_DUPLICATE_WINDOW_SECS: Final = 120.0
+
+#: Subject, headers and frame of a message, which the server counts as its bytes, in bytes.
+_FRAME_BYTES: Final = 512
+
+_MARK: Final = "persipubsub"
+
+#: Ids of publishers that the library makes up for itself begin with it: no file can have them.
+#: They name their subscribers even if these are all of the file.
+_MADE_UP: Final = "\0"
+
+
+class Settings:
+    """Where a stream is, and what it does with its messages."""
+
+    def __init__(self, config: persipubsub.config.Config, queue_key: str) -> None:
+        """Take the settings; raise ConfigError if the path is none of a stream."""
+        self.config = config
+        self.key = queue_key
+        self.queue = config.queues[queue_key]
+        self.path = config.queue_path(queue_key)
+        try:
+            self.address = address.parse(self.path)
+        except ValueError as error:
+            text = f"{config.path}: queues.{queue_key}.path: {error}"
+            raise persipubsub.errors.ConfigError(text) from None
+        mark = self.queue.high_water_mark
+        self.strategy = mark.strategy.value
+        self.wait_secs = self.queue.busy_timeout_secs
+        self.timeout_ns = _nanoseconds(mark.msg_timeout_secs)
+        self.retain_ns = _nanoseconds(self.queue.retain_secs) or 0
+        everybody = set(self.queue.subscribers)
+        #: Of the publishers that name those they address.
+        self.audiences = {
+            tuple(sorted(publisher.subscribers))
+            for publisher in config.publishers.values() if publisher.out_queue == queue_key and
+            (set(publisher.subscribers) != everybody or publisher.identifier.startswith(_MADE_UP))
+        }
+
+    @property
+    def subscribers(self) -> tuple[str, ...]:
+        """All subscribers of the queue; that of dead letters, if subscribers send some here."""
+        is_for_letters = any(one.dead_letter_queue == self.key
+                             for one in self.config.subscribers.values())
+        letters = (persipubsub.config.DEAD_LETTERS, ) if is_for_letters else ()
+        return tuple(self.queue.subscribers) + letters
+
+    def entry(self, subscriber: str) -> persipubsub.config.Subscriber | None:
+        """Return the subscriber's entry in the file, if it has one for this queue."""
+        found = self.config.subscribers.get(subscriber)
+        return found if found is not None and found.in_queue == self.key else None
+
+    def subject(self, recipients: Sequence[str] | None) -> str:
+        """Name the subject of the messages for some subscribers; None for everybody."""
+        return address.subject_of(self.address.stream, recipients)
+
+    def filters(self, subscriber: str) -> list[str]:
+        """Name the subjects of the messages that a subscriber gets, each once."""
+        return [self.subject(None)] + sorted(
+            self.subject(one) for one in self.audiences if subscriber in one)
+
+    def stream_config(self) -> dict[str, Any]:
+        """
+        Describe the stream for the server.
+
+        ``discard`` is ``new``: the server refuses what is above a mark, and the strategy is ours.
+        """
+        mark = self.queue.high_water_mark
+        age_ns = 0
+        if self.timeout_ns is not None:
+            # The server wants a tenth of a second at least.
+            age_ns = max(self.timeout_ns, self.retain_ns, 100_000_000)
+        window_ns = int(_DUPLICATE_WINDOW_SECS * 1e9)
+        return {
+            "name": self.address.stream,
+            "description": "A queue of persipubsub",
+            "subjects": [f"persipubsub.{self.address.stream}.>"],
+            # With interest alone, a message goes when everybody has acknowledged it.
+            "retention": "limits" if self.retain_ns else "interest",
+            "storage": "file",
+            "discard": "new",
+            "max_msgs": -1 if mark.max_msgs_num is None else mark.max_msgs_num,
+            "max_bytes": -1 if mark.size_bytes is None else mark.size_bytes + _FRAME_BYTES,
+            "max_age": age_ns,
+            "max_consumers": -1,
+            "num_replicas": self.address.replicas,
+            "duplicate_window": min(age_ns or window_ns, window_ns),
+            "metadata": {
+                _MARK: "1"
+            },
+        }
+
+    def consumer_config(self, subscriber: str) -> dict[str, Any]:
+        """Describe the durable consumer of a subscriber for the server."""
+        name = address.durable_of(subscriber)
+        entry = self.entry(subscriber)
+        is_from_beginning = (entry is not None
+                             and entry.start_from is persipubsub.config.StartFrom.BEGINNING)
+        return {
+            "name": name,
+            "durable_name": name,
+            "ack_policy": "explicit",
+            "deliver_policy": "all" if is_from_beginning else "new",
+            "ack_wait": int(self.address.ack_wait_secs * 1e9),
+            # max_deliveries is ours: the server would only stop delivering, and keep the message.
+            "max_deliver": -1,
+            "max_ack_pending": -1,
+            "max_waiting": 4096,
+            "filter_subjects": self.filters(subscriber),
+            "metadata": {
+                _MARK: subscriber
+            },
+        }
+
+    def check_size(self, messages: Sequence[bytes]) -> None:
+        """Check that the queue could hold messages if it were empty."""
+        mark = self.queue.high_water_mark
+        sizes = list(map(len, messages))
+        most = mark.size_bytes
+        if most is not None and max(sizes, default=0) > most:
+            raise persipubsub.errors.MessageTooLargeError(
+                f"Expected a message of at most {most} bytes for the queue {self.path} "
+                f"(HWM_LMDB_SIZE_BYTES), but got: {max(sizes)} bytes")
+        if (most is not None and sum(sizes) > most) or (mark.max_msgs_num is not None
+                                                        and len(sizes) > mark.max_msgs_num):
+            raise persipubsub.errors.MessageTooLargeError(
+                f"Expected a batch of at most {mark.max_msgs_num} messages (MAX_MSGS_NUM) and "
+                f"{most} bytes (HWM_LMDB_SIZE_BYTES) for the queue {self.path}, but got: "
+                f"{len(sizes)} messages, {sum(sizes)} bytes")
+
+
+def _nanoseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1e9)
+
+
+def is_ours(stream_config: dict[str, Any]) -> bool:
+    """Tell the streams of this library from others."""
+    return bool((stream_config.get("metadata") or {}).get(_MARK) == "1")
+
+
+def subscriber_of(consumer_config: dict[str, Any]) -> str | None:
+    """Return the subscriber of a consumer; None if this library did not make it, or for a while."""
+    return (consumer_config.get("metadata") or {}).get(_MARK)

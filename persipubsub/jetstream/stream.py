@@ -1,0 +1,372 @@
+"""
+Make, look at and empty the stream of a queue: what is asked of the API of JetStream.
+
+All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
+"""
+
+import asyncio
+import base64
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import persipubsub.errors
+from persipubsub.jetstream import address, connection, errors, settings
+
+#: Requests that are under way at the same time.
+_WINDOW: Final = 128
+
+#: It is looked this often whether all consumers are still there, in seconds.
+_INTEREST_SECS: Final = 1.0
+
+#: Steps of :py:meth:`Stream.drop_expired`, at most.
+_MOST_STEPS: Final = 1000
+
+Info: TypeAlias = dict[str, Any]
+
+
+class Stored(NamedTuple):
+    """A message as it is stored in the stream."""
+
+    number: int
+    subject: str
+    data: bytes
+    time_ns: int  #: when it was stored, on the clock of the servers
+
+
+class Stream:
+    """One stream, which may not exist yet."""
+
+    def __init__(self, own: connection.Connection, described: settings.Settings) -> None:
+        """Initialize without asking anything."""
+        self.connection = own
+        self.settings = described
+        self.name = described.address.stream
+        own.is_cluster |= described.address.replicas > 1
+        # Time of the servers minus ours, in nanoseconds, as far as we know.
+        self._offset_ns = 0
+        self._consumer_count = 0
+        # By recipients: when it was seen last that each of them wants their subject.
+        self._interest: dict[tuple[str, ...] | None, float] = {}
+
+    def deadline(self) -> float:
+        """Bound the wait of one call for the servers, on the monotonic clock."""
+        return time.monotonic() + self.settings.wait_secs
+
+    async def _api(self,
+                   verb: str,
+                   body: Info | None = None,
+                   name: str = "",
+                   confirms: bool = True) -> Info:
+        subject = f"{verb}.{self.name}" + (f".{name}" if name else "")
+        return await self.connection.api(subject, body, self.deadline(), confirms)
+
+    # Making
+
+    async def ensure(self) -> None:
+        """Make the stream and its consumers as far as they are not there, or update them."""
+        wanted = self.settings.stream_config()
+        found = await self._find()
+        if found is None:
+            try:
+                await self._api("STREAM.CREATE", wanted)
+            except errors.ApiError as error:
+                # Another process may make it at the same time.
+                if error.err_code != errors.NAME_IN_USE:
+                    raise
+                found = await self._find()
+        if found is not None and any(found["config"].get(key) != value
+                                     for key, value in wanted.items() if key != "metadata"):
+            await self._api("STREAM.UPDATE", {**found["config"], **wanted})
+        await self._each(self.settings.subscribers, self.ensure_consumer)
+
+    async def _find(self) -> Info | None:
+        try:
+            return await self.info(confirms=False)
+        except persipubsub.errors.NotInitializedError:
+            return None
+
+    async def ensure_consumer(self, subscriber: str) -> bool:
+        """Make the consumer of a subscriber, or update it; return True if it was not there."""
+        wanted = self.settings.consumer_config(subscriber)
+        found = await self.consumer_info(subscriber, confirms=False)
+        if found is not None:
+            config = found["config"]
+            # What it was to get stays: messages may be under way that nobody else wants.
+            filters = sorted(set(wanted["filter_subjects"]) | set(filters_of(config)))
+            if filters == sorted(filters_of(config)) and config["ack_wait"] == wanted["ack_wait"]:
+                return False
+            # Where it began can not be changed.
+            wanted = {**config, "ack_wait": wanted["ack_wait"], "filter_subjects": filters}
+        await self._create_consumer(wanted)
+        return found is None
+
+    async def _create_consumer(self, config: Info) -> None:
+        wanted = {**config, "filter_subjects": filters_of(config)}
+        wanted.pop("filter_subject", None)
+        await self._api("CONSUMER.CREATE", {
+            "stream_name": self.name,
+            "config": wanted
+        }, str(config["name"]))
+
+    async def delete_consumer(self, subscriber: str) -> int:
+        """Delete the consumer of a subscriber; return how many messages it did not acknowledge."""
+        found = await self.consumer_info(subscriber)
+        if found is None:
+            raise self.missing(subscriber)
+        await self._api("CONSUMER.DELETE", name=address.durable_of(subscriber))
+        return lag_of(found)
+
+    async def seek(self, subscriber: str, start: int) -> None:
+        """
+        Let a subscriber go on from a number.
+
+        The start of a consumer can not be changed: it is deleted and made again. In between,
+        another one keeps what nobody else wants, and what is published.
+        """
+        found = await self.consumer_info(subscriber)
+        if found is None:
+            raise self.missing(subscriber)
+        config: Info = {
+            **found["config"], "deliver_policy": "by_start_sequence",
+            "opt_start_seq": start
+        }
+        config.pop("opt_start_time", None)
+        name = address.guard_of(subscriber)
+        guard: Info = {**config, "name": name, "durable_name": name, "metadata": {}}
+        with contextlib.suppress(errors.ApiError):
+            # Of a call that was killed.
+            await self._api("CONSUMER.DELETE", name=name, confirms=False)
+        await self._create_consumer(guard)
+        await self._api("CONSUMER.DELETE", name=address.durable_of(subscriber))
+        await self._create_consumer(config)
+        await self._api("CONSUMER.DELETE", name=name, confirms=False)
+
+    # Looking
+
+    async def info(self, confirms: bool = True) -> Info:
+        """Ask for ``config``, ``state`` and more of the stream; raise if there is none of ours."""
+        before_ns = time.time_ns()
+        try:
+            answer = await self._api("STREAM.INFO", confirms=confirms)
+        except errors.ApiError as error:
+            raise errors.translate(error, self.settings.path) from None
+        if not settings.is_ours(answer["config"]):
+            raise persipubsub.errors.FormatError(
+                f"Expected the stream {self.name} of {self.settings.path} to be made by "
+                f"persipubsub, but got: one of somebody else, with the subjects "
+                f"{answer['config'].get('subjects')!r}")
+        if answer.get("ts"):
+            self._offset_ns = to_ns(answer["ts"]) - (before_ns + time.time_ns()) // 2
+        self._consumer_count = int(answer["state"].get("consumer_count", 0))
+        return answer
+
+    async def state(self) -> Info:
+        """Ask for ``messages``, ``bytes``, ``first_seq``, ``last_seq`` and more."""
+        found: Info = (await self.info())["state"]
+        return found
+
+    def now_ns(self) -> int:
+        """Tell the time of the servers, in nanoseconds since 1970."""
+        return time.time_ns() + self._offset_ns
+
+    def is_expired(self, time_ns: int) -> bool:
+        """Tell whether a message is too old; the servers drop it a bit late."""
+        timeout_ns = self.settings.timeout_ns
+        return timeout_ns is not None and self.now_ns() - time_ns > timeout_ns
+
+    async def consumer_info(self, subscriber: str, confirms: bool = True) -> Info | None:
+        """Ask for ``config``, ``num_pending`` and more of a subscriber; None if it is missing."""
+        try:
+            return await self._api("CONSUMER.INFO",
+                                   name=address.durable_of(subscriber),
+                                   confirms=confirms)
+        except errors.ApiError as error:
+            if error.err_code != errors.CONSUMER_NOT_FOUND:
+                raise
+            return None
+
+    async def require(self, subscribers: Iterable[str]) -> None:
+        """Check that subscribers have consumers."""
+
+        async def check(subscriber: str) -> None:
+            if await self.consumer_info(subscriber) is None:
+                raise self.missing(subscriber)
+
+        await self._each(subscribers, check)
+
+    async def require_interest(self, recipients: tuple[str, ...] | None) -> None:
+        """
+        Check that every recipient wants its messages.
+
+        A stream of this kind acknowledges what nobody wants, and drops it: a message to a
+        subscriber without a consumer would be lost without an error. The servers are asked once a
+        second, and not each time: only an operator takes consumers away.
+        """
+        now = time.monotonic()
+        seen = self._interest.get(recipients)
+        if seen is not None and now - seen < _INTEREST_SECS:
+            return
+        subscribers = self.settings.queue.subscribers if recipients is None else recipients
+        if seen is None:
+            subject = self.settings.subject(recipients)
+
+            async def check(subscriber: str) -> None:
+                found = await self.consumer_info(subscriber)
+                if found is None or subject not in filters_of(found["config"]):
+                    raise self.missing(subscriber)
+
+            await self._each(subscribers, check)
+        else:
+            names = set(await self._consumers("NAMES"))
+            for subscriber in subscribers:
+                if (address.durable_of(subscriber) not in names
+                        and await self.consumer_info(subscriber) is None):
+                    del self._interest[recipients]
+                    raise self.missing(subscriber)
+        self._interest[recipients] = now
+
+    async def _consumers(self, verb: str) -> list[Any]:
+        """List ``NAMES`` of the consumers, or what is known of each (``LIST``), page by page."""
+        consumers: list[Any] = []
+        while True:
+            answer = await self._api(f"CONSUMER.{verb}", {"offset": len(consumers)})
+            page = answer.get("consumers") or []
+            consumers += page
+            if not page or len(consumers) >= answer["total"]:
+                return consumers
+
+    def missing(self, subscriber: str) -> persipubsub.errors.NotInitializedError:
+        """Describe a subscriber that is not there."""
+        return persipubsub.errors.NotInitializedError(
+            f"Expected the subscriber {subscriber!r} in the queue {self.settings.path}, but got: "
+            f"no consumer for these messages (call persipubsub.control.initialize_all_dbs)")
+
+    async def infos(self) -> dict[str, Info]:
+        """
+        Ask for what the servers know of all subscribers, by id.
+
+        Those that were taken out of the configuration are among them: they hold messages as long as
+        they have a consumer.
+        """
+        found: dict[str, Info] = {}
+
+        async def ask(subscriber: str) -> None:
+            info = await self.consumer_info(subscriber)
+            if info is not None:
+                found[subscriber] = info
+
+        await self._each(self.settings.subscribers, ask)
+        if self._consumer_count > len(found):
+            # Not in the first place: a page of all takes the server longer than one of them.
+            for info in await self._consumers("LIST"):
+                subscriber = settings.subscriber_of(info["config"])
+                if subscriber is not None:
+                    found.setdefault(subscriber, info)
+        return found
+
+    async def lags(self) -> dict[str, int]:
+        """Count the messages that subscribers still have to acknowledge, by id."""
+        return {one: lag_of(info) for one, info in (await self.infos()).items()}
+
+    async def next_stored(self, subjects: Sequence[str], start: int) -> Stored | None:
+        """Find the first message from a number on that has one of the subjects."""
+        found: list[Info] = []
+        for subject in subjects:
+            try:
+                answer = await self._api("STREAM.MSG.GET", {
+                    "seq": max(1, start),
+                    "next_by_subj": subject
+                })
+            except errors.ApiError as error:
+                if error.err_code not in errors.MESSAGE_NOT_FOUND:
+                    raise
+                continue
+            found.append(answer["message"])
+        if not found:
+            return None
+        message = min(found, key=lambda one: int(one["seq"]))
+        return Stored(number=int(message["seq"]),
+                      subject=message["subject"],
+                      data=base64.b64decode(message.get("data") or b""),
+                      time_ns=to_ns(message["time"]))
+
+    # Dropping
+
+    async def purge(self, **limits: int) -> None:
+        """Drop all messages, all but the ``keep`` newest, or those in front of ``seq``."""
+        await self._api("STREAM.PURGE", limits or None)
+
+    async def drop_finished(self) -> None:
+        """Drop what everybody has acknowledged, where that is retained."""
+        infos = (await self.infos()).values()
+        await self.purge(seq=1 +
+                         min((int(one["ack_floor"]["stream_seq"]) for one in infos), default=0))
+
+    async def delete_newest(self, count: int) -> None:
+        """Drop messages from the newest one on, one after the other."""
+        state = await self.state()
+        number, first = int(state["last_seq"]), int(state["first_seq"])
+        while count > 0 and number >= first:
+            numbers = range(number, max(first - 1, number - min(_WINDOW, count)), -1)
+            count -= sum(await asyncio.gather(*map(self._delete, numbers)))
+            number = numbers[-1] - 1
+
+    async def _delete(self, number: int) -> bool:
+        """Drop one message; return False if it was not there."""
+        try:
+            await self._api("STREAM.MSG.DELETE", {"seq": number, "no_erase": True})
+        except errors.ApiError as error:
+            if error.err_code not in errors.MESSAGE_NOT_FOUND:
+                raise
+            return False
+        return True
+
+    async def drop_expired(self) -> int:
+        """
+        Drop the messages that are too old, which the servers do as well, but not at once.
+
+        Return how many deliveries were dropped.
+        """
+        before = await self.lags()
+        age_ns = self.settings.stream_config()["max_age"]
+        for _ in range(_MOST_STEPS):
+            state = await self.state()
+            if (not age_ns or not state["messages"]
+                    or self.now_ns() - to_ns(state["first_ts"]) <= age_ns):
+                break
+            await self.purge(seq=state["first_seq"] + 1)
+        after = await self.lags()
+        return sum(max(0, before[key] - after.get(key, 0)) for key in before)
+
+    async def _each(self, subscribers: Iterable[str],
+                    work: Callable[[str], Coroutine[Any, Any, Any]]) -> None:
+        """Do something for many subscribers, some of them at the same time."""
+        pending = list(subscribers)
+        for begin in range(0, len(pending), _WINDOW):
+            await asyncio.gather(*map(work, pending[begin:begin + _WINDOW]))
+
+
+def filters_of(config: Info) -> list[str]:
+    """Find the subjects that a consumer gets."""
+    single = config.get("filter_subject")
+    return [single] if single else list(config.get("filter_subjects") or [])
+
+
+def lag_of(info: Info) -> int:
+    """Count the messages that a subscriber still has to acknowledge."""
+    return int(info["num_pending"]) + int(info["num_ack_pending"])
+
+
+def to_ns(text: str) -> int:
+    """
+    Read a time of the server, in nanoseconds since 1970.
+
+    >>> to_ns("1970-01-01T00:00:01.5Z")
+    1500000000
+    """
+    whole, _, fraction = text.rstrip("Z").partition(".")
+    moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
+    return int(moment.timestamp()) * 10**9 + int(fraction.ljust(9, "0")[:9] or 0)

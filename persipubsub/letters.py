@@ -1,0 +1,125 @@
+"""Look at messages that were given up, send them back to where they come from, or drop them."""
+
+import contextlib
+import dataclasses
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import persipubsub.config
+import persipubsub.queue
+from persipubsub.lmdb_engine import consuming, dead_letters, maintenance
+from persipubsub.message import DeadLetter
+
+__all__ = ["ListedDeadLetter", "queues_of", "look", "drop", "send_back"]
+
+#: So many are read at once.
+_PAGE: Final = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedDeadLetter:
+    """A dead letter that was looked at."""
+
+    number: int  #: in the queue of dead letters
+    letter: DeadLetter  #: what is in its envelope
+
+
+def queues_of(config: persipubsub.config.Config) -> list[str]:
+    """List the queues of dead letters."""
+    used = {subscriber.dead_letter_queue for subscriber in config.subscribers.values()}
+    return [key for key in config.queues if key in used]
+
+
+def look(config: persipubsub.config.Config, queue_key: str) -> Iterator[ListedDeadLetter]:
+    """Look at the dead letters of a queue, in order, without taking them."""
+    path = persipubsub.queue.directory_of(config, queue_key)
+    start = 0
+    while True:
+        page = maintenance.peek(path, config.queues[queue_key], persipubsub.config.DEAD_LETTERS,
+                                _PAGE, start)
+        for message in page:
+            if message.content is not None:
+                yield ListedDeadLetter(message.number, DeadLetter.decode(message.content))
+        if not page:
+            return
+        start = page[-1].number + 1
+
+
+def drop(config: persipubsub.config.Config, queue_key: str,
+         numbers: Sequence[int] | None) -> tuple[int, ...]:
+    """Let dead letters leave their queue; return their numbers."""
+    return _each(config, queue_key, numbers, lambda number, letter: None, lambda: None)
+
+
+def send_back(config: persipubsub.config.Config, queue_key: str,
+              numbers: Sequence[int] | None) -> tuple[int, ...]:
+    """Send dead letters to the subscriber that failed to work on them, and to nobody else."""
+    path = os.path.realpath(config.queue_path(queue_key))
+    with contextlib.ExitStack() as stack:
+        targets: dict[str, persipubsub.queue.Queue] = {}
+
+        def put(number: int, letter: DeadLetter) -> None:
+            target = targets.get(letter.queue)
+            if target is None:
+                config.queue_path(letter.queue)
+                target = stack.enter_context(persipubsub.queue.open_queue(config, letter.queue))
+                targets[letter.queue] = target
+            target.require_subscribers([letter.subscriber])
+            msg_id = dead_letters.make_id("send back", path, number, letter.moved_at.isoformat())
+            target.put([letter.data], (letter.subscriber, ), timeout=0, msg_ids=[msg_id])
+
+        def secure() -> None:
+            for target in targets.values():
+                target.secure()
+
+        return _each(config, queue_key, numbers, put, secure)
+
+
+def _each(config: persipubsub.config.Config, queue_key: str, numbers: Sequence[int] | None,
+          work: Callable[[int, DeadLetter], None], secure: Callable[[], None]) -> tuple[int, ...]:
+    """Do something with dead letters, and let each leave its queue afterwards."""
+    done: list[int] = []
+    with persipubsub.queue.open_queue(config, queue_key) as queue:
+        consumer = queue.consumer(persipubsub.config.DEAD_LETTERS)
+        # Those that come back meanwhile are not sent back again.
+        end = queue.statistics().next_number
+        if numbers is None:
+            numbers = [listed.number for listed in look(config, queue_key)]
+        # No other can be there, and a claim has no room for any number.
+        numbers = [number for number in map(operator.index, numbers) if 0 < number < end]
+        leases: list[consuming.Lease] = []
+        try:
+            for number in numbers:
+                lease = consumer.take_at(number)
+                if lease is not None:
+                    leases.append(lease)
+                    try:
+                        work(lease.numbers[0], DeadLetter.decode(lease.messages[0]))
+                    except BaseException:
+                        leases.pop().nack()
+                        raise
+                if len(leases) == _PAGE:
+                    done += _finish(leases, secure)
+        finally:
+            # What came before an error leaves all the same.
+            done += _finish(leases, secure)
+    return tuple(done)
+
+
+def _finish(leases: list[consuming.Lease], secure: Callable[[], None]) -> list[int]:
+    """Let dead letters leave their queue."""
+    numbers: list[int] = []
+    try:
+        if leases:
+            secure()
+        while leases:
+            lease = leases.pop(0)
+            lease.ack()
+            numbers.append(lease.numbers[0])
+    except BaseException:
+        while leases:
+            leases.pop().nack()
+        raise
+    return numbers

@@ -1,0 +1,125 @@
+"""
+How often messages were delivered to a subscriber, inside of a transaction.
+
+There is a record only for a message whose delivery failed, or is counted before it begins; a
+subscriber without any record is not flagged, and pays nothing. A record leaves with its message:
+when that is acknowledged, or when the position passes it.
+"""
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine.format import Tx
+
+#: So many records are deleted in one transaction, so that clearing a queue in which everything
+#: failed does not hold up senders for long. What is left goes with the next ones.
+_MOST_DELETED: Final = 4096
+
+#: The delay between two deliveries does not grow further, in nanoseconds.
+LONGEST_DELAY_NS: Final = 3600 * 10**9
+
+#: Of the text of an error, so many characters are kept.
+ERROR_CHARACTERS: Final = 500
+
+
+class Policy(NamedTuple):
+    """
+    How often a message is delivered to a subscriber, and how soon again.
+
+    >>> policy = Policy(max_deliveries=3, delay_ns=10)
+    >>> policy.is_exhausted(2), policy.is_exhausted(3), policy.delay_after(1), policy.delay_after(3)
+    (False, True, 10, 40)
+    """
+
+    max_deliveries: int = 0  #: 0: any number
+    delay_ns: int = 0  #: after the first failure, in nanoseconds; doubled with each further one
+
+    def is_exhausted(self, count: int) -> bool:
+        """Tell whether there is no further delivery after so many."""
+        return 0 < self.max_deliveries <= count
+
+    def delay_after(self, count: int) -> int:
+        """Compute how long a message waits for its next delivery, in nanoseconds."""
+        # Shifted no further than that any delay from a nanosecond on has reached the limit.
+        return min(self.delay_ns << min(count - 1, 42), max(LONGEST_DELAY_NS, self.delay_ns))
+
+
+def read(tx: Tx, ordinal: int, number: int) -> fmt.Attempts | None:
+    """Read the record of a message; None if there is none."""
+    value = tx.txn.get(fmt.pack_attempts_key(ordinal, number), db=tx.db.attempts)
+    return None if value is None else fmt.unpack_attempts(value)
+
+
+def write(tx: Tx, ordinal: int, number: int, attempts: fmt.Attempts) -> None:
+    """Write the record of a message; the caller flags the subscriber."""
+    tx.txn.put(fmt.pack_attempts_key(ordinal, number),
+               fmt.pack_attempts(attempts),
+               db=tx.db.attempts)
+
+
+def forget(tx: Tx, ordinal: int, number: int) -> None:
+    """Delete the record of a message, if there is one."""
+    tx.txn.delete(fmt.pack_attempts_key(ordinal, number), db=tx.db.attempts)
+
+
+def forget_before(tx: Tx, ordinal: int, position: int) -> bool:
+    """Delete records of messages in front of a position, a bounded number of them."""
+    cursor = tx.txn.cursor(db=tx.db.attempts)
+    first = fmt.pack_attempts_key(ordinal, 0)
+    for _ in range(_MOST_DELETED):
+        if not cursor.set_range(first):
+            return False
+        owner, number = fmt.unpack_attempts_key(cursor.key())
+        if owner != ordinal or number >= position:
+            return bool(owner == ordinal)
+        cursor.delete()
+    return True
+
+
+def forget_all(tx: Tx, ordinal: int, position: int = fmt.MAX_NUMBER + 1) -> None:
+    """Delete all records of messages in front of a position, however many there are."""
+    while next(between(tx, ordinal, 0, position), None) is not None:
+        forget_before(tx, ordinal, position)
+
+
+def begin_anew(tx: Tx, time_ns: int) -> None:
+    """Date the first delivery of all messages as of now; the deliveries stay counted."""
+    cursor = tx.txn.cursor(db=tx.db.attempts)
+    found = cursor.first()
+    while found:
+        attempts = fmt.unpack_attempts(cursor.value())
+        # As many bytes as before: no page is split.
+        cursor.put(bytes(cursor.key()), fmt.pack_attempts(attempts._replace(since_ns=time_ns)))
+        found = cursor.next()
+
+
+def between(tx: Tx, ordinal: int, begin: int, end: int) -> Iterator[tuple[int, fmt.Attempts]]:
+    """Iterate over the records of a range of messages."""
+    cursor = tx.txn.cursor(db=tx.db.attempts)
+    found = cursor.set_range(fmt.pack_attempts_key(ordinal, begin))
+    while found:
+        owner, number = fmt.unpack_attempts_key(cursor.key())
+        if owner != ordinal or number >= end:
+            return
+        yield number, fmt.unpack_attempts(cursor.value())
+        found = cursor.next()
+
+
+def skip_retries(tx: Tx, ordinal: int, number: int, now_ns: int) -> tuple[int, int]:
+    """
+    Skip messages that may not be delivered again yet.
+
+    :return: first number behind them, and the earliest time at which one may; 0 if none was skipped
+    """
+    earliest_ns = 0
+    cursor = tx.txn.cursor(db=tx.db.attempts)
+    found = cursor.set_range(fmt.pack_attempts_key(ordinal, number))
+    while found:
+        retry_at_ns = fmt.unpack_retry_at(cursor.value())
+        if fmt.unpack_attempts_key(cursor.key()) != (ordinal, number) or retry_at_ns <= now_ns:
+            break
+        earliest_ns = min(earliest_ns or retry_at_ns, retry_at_ns)
+        number += 1
+        found = cursor.next()
+    return number, earliest_ns

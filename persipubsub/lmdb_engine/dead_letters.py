@@ -1,0 +1,132 @@
+"""
+Move messages whose deliveries are exhausted into a queue of dead letters.
+
+First the message is put there, under an id that is the same however often it is repeated; then it
+leaves the queue it comes from. A process that is killed between the two leaves it in both: the next
+consumer that comes across it puts it again, which changes nothing, and lets it leave. Leaving first
+was rejected: the message would be in neither.
+"""
+
+import contextlib
+import datetime
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol
+
+import persipubsub.errors
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.message import DeadLetter, Message
+
+_LOGGER = logging.getLogger("persipubsub.queue")
+
+#: After a queue of dead letters refused a message, it is left alone so long, in seconds.
+_PAUSE_SECS: Final = 1.0
+
+#: ... and one warning is logged in so many seconds.
+_WARNING_SECS: Final = 60.0
+
+#: The error of a delivery whose consumer did not say how it ended.
+_NO_WORD: Final = "its process ended, or dropped it, before it was done"
+
+
+class Target(Protocol):
+    """The open queue of dead letters."""
+
+    def put(self,
+            messages: Sequence[bytes],
+            recipients: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
+        """Add messages, each once for its id."""
+
+    def secure(self) -> None:
+        """Let what was put so far survive a power failure."""
+
+    def close(self) -> None:
+        """Close the queue."""
+
+
+class Origin(NamedTuple):
+    """Where messages are moved from."""
+
+    queue: str  #: key of the queue
+    subscriber: str  #: id
+    path: str  #: directory of the queue
+
+
+class DeadLetterWriter:
+    """Moves messages of one subscriber. Any thread may use it."""
+
+    def __init__(self, origin: Origin, open_target: Callable[[], Target] | None) -> None:
+        """
+        Initialize without opening anything.
+
+        :param open_target: opens the queue of dead letters; None: messages are dropped
+        """
+        self._origin = origin
+        self._open_target = open_target
+        # The first one is used; two threads may open it at the same time.
+        self._targets: list[Target] = []
+        self._ready_at = 0.0
+        self._warned_at = -_WARNING_SECS
+
+    def move(self, ordinal: int, message: Message, record: fmt.Attempts) -> bool:
+        """Put a message into the queue of dead letters; return False if it has to stay for now."""
+        error = _NO_WORD if record.flags & fmt.FLAG_IS_BEGUN else record.error
+        if self._open_target is None:
+            _LOGGER.warning(
+                "The message %s of the queue %s was dropped for %s, which has no "
+                "dead_letter_queue, after %s deliveries: %s", message.number, self._origin.path,
+                self._origin.subscriber, record.deliveries, error)
+            return True
+        if time.monotonic() < self._ready_at:
+            return False
+        letter = DeadLetter(queue=self._origin.queue,
+                            subscriber=self._origin.subscriber,
+                            number=message.number,
+                            sent_at=message.sent_at,
+                            attempts=record.deliveries,
+                            error=error,
+                            moved_at=datetime.datetime.now(datetime.UTC),
+                            data=message.data)
+        # The time of the first delivery tells it from the same number of a queue that was dropped and
+        # created again, and from a message that an operator let be delivered again, be it by a seek or
+        # by restoring a backup, which sets that time.
+        msg_id = make_id("dead letter", os.path.realpath(self._origin.path), ordinal,
+                         message.number, record.since_ns)
+        try:
+            if not self._targets:
+                self._targets.append(self._open_target())
+            # No time to wait for room: the consumer has other messages to work on.
+            self._targets[0].put([letter.encode()], timeout=0, msg_ids=[msg_id])
+            # With ``os``, too: the message may be old, and leaves its queue now.
+            self._targets[0].secure()
+        except persipubsub.errors.PersipubsubError as failure:
+            now = time.monotonic()
+            self._ready_at = now + _PAUSE_SECS
+            if now >= self._warned_at + _WARNING_SECS:
+                self._warned_at = now
+                _LOGGER.warning(
+                    "The message %s of the queue %s stays with %s, since it can not be moved into the "
+                    "dead_letter_queue: %s", message.number, self._origin.path,
+                    self._origin.subscriber, failure)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the queue of dead letters."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._targets.pop().close()
+
+
+def make_id(*parts: object) -> bytes:
+    """Make the id under which a message is put once."""
+    text = " ".join(str(part) for part in parts)
+    # Only here: it loads OpenSSL, which takes longer than all that `persipubsub stat` does.
+    hashlib = importlib.import_module("hashlib")
+    digest: str = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return digest.encode("ascii")

@@ -1,0 +1,484 @@
+"""
+The files of a queue's directory: names, checks, durable changes, and the page that all have mapped.
+
+LMDB trusts its file: it kills the process with SIGBUS on a truncated one and takes an empty one for
+new. What it is given is therefore checked here first.
+"""
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import stat
+import struct
+import time
+import types
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import persipubsub.errors
+
+DATA: Final = "data.mdb"
+LOCK: Final = "lock.mdb"
+WRITE_LOCK: Final = "write.lock"
+OPEN_LOCK: Final = "open.lock"
+USERS: Final = "users.lock"
+CLAIMS: Final = "claims.lock"
+JOURNAL_LOCK: Final = "journal.lock"
+SHARED: Final = "shared"
+RUNNING: Final = "running"
+RESERVE: Final = "reserve"
+CREATING: Final = "creating"
+JOURNAL: Final = "journal"
+
+#: Everything that this library keeps in a queue's directory.
+OWN: Final = frozenset((DATA, LOCK, WRITE_LOCK, OPEN_LOCK, USERS, CLAIMS, JOURNAL_LOCK, SHARED,
+                        RUNNING, RESERVE, CREATING, JOURNAL))
+
+#: Names of version 1, by which a queue of that version is told from a foreign directory.
+VERSION_1: Final = frozenset(("write.lock", "bell", "board", "checkpoint.mdb", "checkpoint.lock"))
+
+#: What a file system or a mount puts into an empty directory by itself.
+_TOLERATED: Final = frozenset(("lost+found", ".nfs", "..data"))
+
+DIRECTORY_MODE: Final = 0o700
+FILE_MODE: Final = 0o600
+
+#: A disk is full if it has less room than this, in bytes.
+_LITTLE_ROOM: Final = 1 << 16
+
+#: What is given back when the disk is full, so that messages can be acknowledged, in bytes.
+_RESERVE_BYTES: Final = 1 << 18
+
+_MDB_MAGIC: Final = 0xBEEFC0DE
+_MDB_DATA_VERSION: Final = 1
+_PAGE_HEADER_BYTES: Final = 16
+_META = struct.Struct("=IIQQ48s48sQQ")
+
+_BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
+
+_STREAMS: Final = (0, 1, 2)
+
+
+def boot_id() -> bytes:
+    """Identify the running boot of the operating system, in 16 bytes."""
+    with translated(_BOOT_ID, "read"), open(_BOOT_ID, "rb") as file:
+        return bytes.fromhex(file.read().strip().replace(b"-", b"").decode())
+
+
+def ticks_ns() -> int:
+    """Read the time since boot, sleep included: a clock that nobody sets."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+# Errors
+
+# An error of the system has a number. One that a signal handler raised, as TimeoutError(), has none: it
+# goes to the caller as it is.
+
+
+class suppress(contextlib.suppress):  # pylint: disable=invalid-name  # as the one it is derived from
+    """Suppress errors of the system, but not what a signal handler raised."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: types.TracebackType | None) -> bool:
+        """Suppress the error, or let it through."""
+        if isinstance(error, OSError) and error.errno is None:
+            return False
+        return bool(super().__exit__(kind, error, traceback))
+
+
+@contextlib.contextmanager
+def translated(path: str, doing: str) -> Iterator[None]:
+    """Turn the operating system's errors into those of this library."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise translate_os_error(error=error, path=path, doing=doing) from error
+
+
+def translate_os_error(error: OSError, path: str,
+                       doing: str) -> persipubsub.errors.PersipubsubError:
+    """Choose the error of this library for an error of the operating system."""
+    text = f"Expected to {doing} {path}, but got: {error.strerror or error}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EISDIR):
+        return persipubsub.errors.AccessError(text)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return persipubsub.errors.DiskFullError(text)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        return persipubsub.errors.NotInitializedError(text)
+    return persipubsub.errors.StoreError(text)
+
+
+# Opening
+
+# Whatever is printed, by a library in C or by a process that crashes, is written to the numbers 0,
+# 1 and 2. A store that has one of them, since they were closed when it was opened, is damaged by
+# the first line.
+
+
+@contextlib.contextmanager
+def occupied_streams() -> Iterator[None]:
+    """Keep what is opened meanwhile, as LMDB and ``mmap`` do, from the numbers of the streams."""
+    opened = []
+    try:
+        while (number := os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) in _STREAMS:
+            opened.append(number)
+        os.close(number)
+        yield
+    finally:
+        for number in opened:
+            os.close(number)
+
+
+def above_streams(descriptor: int) -> int:
+    """Give a file that was just opened another number if it got that of a standard stream."""
+    if descriptor not in _STREAMS:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, len(_STREAMS))
+    finally:
+        os.close(descriptor)
+
+
+def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """
+    Open a file of a queue, and create it if it is missing.
+
+    :raise AccessError: if it is a link, has a second name, or is no regular file; it is not followed
+        and does not hang
+    """
+    with translated(path=path, doing="open"):
+        # Without O_NONBLOCK, opening a FIFO waits.
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = above_streams(os.open(path, flags, FILE_MODE))
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+            return descriptor
+        os.close(descriptor)
+    found = (f"{status.st_nlink} hard links"
+             if stat.S_ISREG(status.st_mode) else stat.filemode(status.st_mode))
+    raise persipubsub.errors.AccessError(
+        f"Expected {path} to be a regular file with a single name, but got: {found}")
+
+
+class SharedPage:
+    """
+    Words and notes that all processes of a queue see, mapped from the file ``shared``.
+
+    Everything in it is a hint, or is written by one process at a time. A word has 8 aligned bytes,
+    which are stored at once: nobody sees half of one.
+    """
+
+    #: Indices of words in :py:attr:`words`. What is written often has a cache line of its own.
+    STAMP: Final = 0  #: of the last notification
+    FLAG: Final = 8  #: 1: somebody may sleep until a notification
+    END: Final = 9  #: number behind the newest message that anybody was told of
+    FLUSH_STAMP: Final = 16  #: of the last flush
+    WAITS: Final = 24  #: 1: a process waits for the write lock
+    JOURNAL: Final = 32  #: from here on, see :py:class:`persipubsub.lmdb_engine.journal.Journal`
+    #: Offset and size of the notes on claims, in bytes.
+    NOTES: Final = 4096
+    NOTES_BYTES: Final = 1024 * 32
+    SIZE: Final = NOTES + NOTES_BYTES
+
+    def __init__(self, directory: str) -> None:
+        """Map the file, and create it if it is missing."""
+        path = os.path.join(directory, SHARED)
+        descriptor = open_file(path)
+        try:
+            with translated(path=path, doing="map"):
+                # Written, as a hole is SIGBUS on a full disk; never what is there already.
+                size = os.fstat(descriptor).st_size
+                if size < self.SIZE:
+                    extend(descriptor, size, self.SIZE)
+                with occupied_streams():
+                    self.map = mmap.mmap(descriptor, self.SIZE)
+        finally:
+            os.close(descriptor)
+        self.words = memoryview(self.map)[:self.NOTES].cast("Q")
+
+
+# Changing
+
+
+def extend(descriptor: int, begin: int, end: int) -> None:
+    """Write the rest of a file with zeros."""
+    if os.pwrite(descriptor, bytes(end - begin), begin) < end - begin:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def flush_directory(path: str) -> None:
+    """Make the names in a directory survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(path: str) -> None:
+    """Create a directory with its parents, durably; those that are there are left as they are."""
+    missing: list[str] = []
+    current = os.path.abspath(path)
+    while not os.path.isdir(current):
+        missing.append(current)
+        current = os.path.dirname(current)
+    for directory in reversed(missing):
+        try:
+            os.mkdir(directory, mode=DIRECTORY_MODE)
+        except FileExistsError:
+            # Another process was faster; if it is a file, the next step fails.
+            continue
+        flush_directory(os.path.dirname(directory))
+
+
+def write_durably(path: str, content: bytes) -> None:
+    """Write a small file so that after a power failure it is either as before or complete."""
+    temporary = path + ".new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    descriptor = above_streams(
+        os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+    try:
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(temporary, path)
+    flush_directory(os.path.dirname(path))
+
+
+def remove_durably(path: str) -> None:
+    """Remove a file, if it is there, so that it stays removed after a power failure."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    # Also if it is gone: a process that removed it may have been killed before this.
+    flush_directory(os.path.dirname(path))
+
+
+# The mark of a store in use
+
+
+def read_mark(directory: str) -> bytes | None:
+    """Read the id of the boot in which a store was in use last; None if all left it cleanly."""
+    path = os.path.join(directory, RUNNING)
+    if not os.path.lexists(path):
+        return None
+    descriptor = open_file(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, 16)
+    finally:
+        os.close(descriptor)
+
+
+def mark_running(directory: str) -> None:
+    """Leave a durable mark, before anything is written, that LMDB's file is not to be trusted."""
+    path = os.path.join(directory, RUNNING)
+    with translated(path=path, doing="write"):
+        if read_mark(directory) != boot_id():
+            write_durably(path, boot_id())
+        else:
+            # A process that wrote it may have been killed before it flushed the name.
+            flush_directory(directory)
+
+
+def mark_clean(directory: str) -> None:
+    """Take the mark away, after everything was flushed."""
+    with translated(path=directory, doing="write to"):
+        remove_durably(os.path.join(directory, RUNNING))
+
+
+# The disk
+
+
+def is_full(directory: str) -> bool:
+    """Tell whether the disk, or the limit on the size of this process's files, leaves no room."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    path = os.path.join(directory, DATA)
+    try:
+        # While a queue is being created, there is none yet.
+        size = os.stat(path).st_size if os.path.lexists(path) else 0
+        system = os.statvfs(directory)
+    except OSError:
+        return False
+    blocks = system.f_bavail if os.geteuid() else system.f_bfree
+    return (blocks * system.f_frsize < _LITTLE_ROOM
+            or limit != resource.RLIM_INFINITY and limit - size < _LITTLE_ROOM)
+
+
+def keep_reserve(directory: str) -> bool:
+    """Keep some room on the disk aside, if there is that much; return False if there is not."""
+    path = os.path.join(directory, RESERVE)
+    try:
+        # One that is too short is of a process that was killed, or of a power failure.
+        if os.path.lexists(path) and os.lstat(path).st_size < _RESERVE_BYTES:
+            os.unlink(path)
+        descriptor = above_streams(
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+    except OSError:
+        # It is there already, or the directory may not be written to.
+        return os.path.lexists(path)
+    try:
+        os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+        return True
+    except OSError:
+        os.unlink(path)
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def spend_reserve(directory: str) -> bool:
+    """Give the room that was kept aside back to the disk; return False if there was none."""
+    try:
+        os.unlink(os.path.join(directory, RESERVE))
+    except OSError:
+        return False
+    return True
+
+
+def disk_bytes(directory: str) -> int:
+    """Add up what the files of a queue take on the disk."""
+    total = 0
+    for path, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512
+    return total
+
+
+# What is there
+
+
+def foreign_names(directory: str) -> list[str]:
+    """List what does not belong to a queue."""
+    return sorted(name for name in os.listdir(directory)
+                  if name not in OWN and name not in _TOLERATED and not name.startswith(".nfs")
+                  and not (name.endswith(".new") and name[:-len(".new")] in OWN))
+
+
+class Identity(NamedTuple):
+    """Device and inode: two paths that lead to the same file give the same identity."""
+
+    device: int
+    inode: int
+
+
+def identify_store(directory: str) -> Identity:
+    """
+    Look at a queue's data file without following a link.
+
+    :raise NotInitializedError: if there is none
+    :raise FormatError: if it is no regular file with a single name, or the directory is none of a queue
+    """
+    path = os.path.join(directory, DATA)
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _explain_missing(directory=directory) from None
+    except OSError as error:
+        raise translate_os_error(error=error, path=path, doing="look at") from error
+
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+        raise persipubsub.errors.FormatError(
+            f"Expected {path} to be a regular file, but got: {kind}")
+    if status.st_nlink != 1:
+        # LMDB's lock file stands beside the data file: the other name would have other locks.
+        raise persipubsub.errors.FormatError(
+            f"Expected {path} to have a single name, but got: {status.st_nlink} hard links")
+    return Identity(device=status.st_dev, inode=status.st_ino)
+
+
+def _explain_missing(directory: str) -> persipubsub.errors.PersipubsubError:
+    """Choose the error for a directory without a data file."""
+    hint = "Run persipubsub.control.initialize_all_dbs with the configuration file first."
+    if not os.path.lexists(directory):
+        return persipubsub.errors.NotInitializedError(
+            f"Expected the directory of a queue at {directory}, but got: nothing there. {hint}")
+    if not os.path.isdir(directory):
+        return persipubsub.errors.FormatError(
+            f"Expected {directory} to be the directory of a queue, but got: not a directory")
+    try:
+        foreign = foreign_names(directory)
+    except OSError as error:
+        return translate_os_error(error=error, path=directory, doing="list")
+    if foreign:
+        return persipubsub.errors.FormatError(
+            f"Expected the directory {directory} to be a queue or to be empty, but got: "
+            f"{', '.join(foreign[:3])}")
+    return persipubsub.errors.NotInitializedError(
+        f"Expected an initialized queue in {directory}, but got: an empty directory. {hint}")
+
+
+# LMDB's file without LMDB
+
+
+def missing_bytes(path: str) -> int:
+    """
+    Check the meta pages of a data file as LMDB does it, and compare its size with them.
+
+    :return: how many bytes are missing at the end; 0 if the file is long enough
+    :raise StoreCorruptError: if it is damaged
+    :raise FormatError: if it is a file of another program
+    """
+    with translated(path=path, doing="read"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            # Before the meta pages: the file may grow while we look, but never shrinks.
+            size = os.fstat(descriptor).st_size
+            first = os.pread(descriptor, _PAGE_HEADER_BYTES + _META.size, 0)
+            page_size = _check_first_meta(path=path, size=size, head=first)
+            second = os.pread(descriptor, _PAGE_HEADER_BYTES + _META.size, page_size)
+            metas = (_parse_meta(path, first), _parse_meta(path, second))
+            size = max(size, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
+    last_page = max(metas)[1]
+    return max(0, (last_page + 1) * page_size - size)
+
+
+def _check_first_meta(path: str, size: int, head: bytes) -> int:
+    """Check the first meta page, and return the size of a page."""
+    if len(head) < _PAGE_HEADER_BYTES + _META.size:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected {path} to have at least two pages, but got: {size} bytes. It was truncated.")
+    fields = _META.unpack_from(head, _PAGE_HEADER_BYTES)
+    if fields[0] != _MDB_MAGIC:
+        if not any(head):
+            raise persipubsub.errors.StoreCorruptError(
+                f"Expected {path} to begin with a meta page, but got: only zeros")
+        raise persipubsub.errors.FormatError(
+            f"Expected {path} to be a data file of LMDB (magic {_MDB_MAGIC:#x}), but got: "
+            f"{fields[0]:#x}")
+    if fields[1] != _MDB_DATA_VERSION:
+        raise persipubsub.errors.FormatError(
+            f"Expected {path} to be of LMDB's data version {_MDB_DATA_VERSION}, but got: "
+            f"{fields[1]}")
+    page_size = int.from_bytes(fields[4][:4], "little" if struct.pack("=H", 1)[0] else "big")
+    if page_size < 256 or page_size > 65536 or page_size & (page_size - 1):
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected the page size of {path} to be a power of two, but got: {page_size}")
+    if size < 2 * page_size:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected {path} to have at least two pages of {page_size} bytes, but got: {size} "
+            "bytes. It was truncated.")
+    return page_size
+
+
+def _parse_meta(path: str, head: bytes) -> tuple[int, int]:
+    """Parse a meta page: number of its transaction, last page in use."""
+    if len(head) < _PAGE_HEADER_BYTES + _META.size:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected {path} to have two meta pages, but got: a truncated file")
+    fields = _META.unpack_from(head, _PAGE_HEADER_BYTES)
+    if fields[0] != _MDB_MAGIC or fields[1] != _MDB_DATA_VERSION:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected both meta pages of {path} to be valid, but got: the magic {fields[0]:#x}, "
+            f"version {fields[1]}")
+    return fields[7], fields[6]

@@ -1,0 +1,547 @@
+"""
+What the bytes of a store mean: names, keys, records and blocks. Format 2.
+
+Everything here is pure: no file is touched, no lock is taken. All integers in values are
+little-endian; numbers in keys are big-endian, so that LMDB's order of bytes is their order.
+
+=============== =================================== ================================================
+sub-database    key                                 value
+=============== =================================== ================================================
+``data_db``     number of the first message of a    a block: record, totals of the audiences, table,
+                block (8 bytes)                     the messages' bytes
+``pending_db``  subscriber id (UTF-8)               ordinal, position and counters of the subscriber
+``ahead_db``    ordinal of a subscriber (4 bytes),  end of a range (8 bytes) that the subscriber
+                number (8 bytes)                    acknowledged ahead of its position
+``attempts_db`` ordinal of a subscriber (4 bytes),  how often the message was delivered, when it is
+                number (8 bytes)                    delivered again, the last error
+``once_db``     ``i`` and the id of a message       number of the message (8 bytes), time (8 bytes)
+``once_db``     ``t``, time (8 bytes) and the id    empty: finds the oldest ids
+``meta_db``     ``header``                          what the whole store is
+``meta_db``     ``settings``                        settings of the queue, JSON
+``meta_db``     ``audience`` and an index (2 bytes) a list of subscriber ids that messages are sent to
+=============== =================================== ================================================
+
+A block is the value of ``data_db``: the messages of one commit behind their record.
+
+================= ==================================================================================
+bytes             content
+================= ==================================================================================
+40                record: see :py:class:`Block`
+8 each            totals of the audiences from 1 on
+8 each            table: for each message where it ends (4 bytes) and its CRC-32 (4 bytes)
+the rest          the messages' bytes, one behind the other
+================= ==================================================================================
+
+The record of a block stands in front of its messages, and not in a sub-database of its own: a send
+is then one insertion and a deletion is one removal (measured without flushes at 1,000 waiting
+messages: 9.3 us against 13.4 us for a send with the removal of an old message).
+"""
+
+import itertools
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import lmdb
+import msgspec
+
+import persipubsub.errors
+
+Cursor: TypeAlias = "lmdb.Cursor[memoryview]"
+
+MAGIC: Final = b"persipub"
+FORMAT: Final = 2
+
+DATA_DB: Final = b"data_db"
+PENDING_DB: Final = b"pending_db"
+AHEAD_DB: Final = b"ahead_db"
+META_DB: Final = b"meta_db"
+ATTEMPTS_DB: Final = b"attempts_db"
+ONCE_DB: Final = b"once_db"
+
+HEADER_KEY: Final = b"header"
+SETTINGS_KEY: Final = b"settings"
+AUDIENCE_KEY_PREFIX: Final = b"audience"
+
+#: In ``once_db``: ids behind the first one, times behind the second one, in LMDB's order the last.
+ONCE_ID_PREFIX: Final = b"i"
+ONCE_TIME_PREFIX: Final = b"t"
+
+FLAG_MAY_HAVE_RANGES: Final = 1
+FLAG_MAY_HAVE_ATTEMPTS: Final = 2
+#: Consumers of the subscriber get no messages until an operator resumes it.
+FLAG_PAUSED: Final = 4
+
+FLAG_IS_BEGUN: Final = 1
+
+#: Number of the first message of a store; 0 means "none".
+FIRST_NUMBER: Final = 1
+
+#: Room for an ordinal and a number in the offset of a claim: 15 and 48 bits.
+MAX_SUBSCRIBER_ORDINAL: Final = (1 << 15) - 1
+MAX_NUMBER: Final = (1 << 48) - 1
+
+#: The audience of a message that is meant for every subscriber of the queue.
+EVERYONE: Final = 0
+
+Buffer: TypeAlias = bytes | memoryview
+
+_NUMBER = struct.Struct(">Q")
+_HEADER = struct.Struct("<8sIIq16sI16s")
+_SUBSCRIBER = struct.Struct("<II10Q")
+SUBSCRIBER_BEGIN = struct.Struct("<IIQ16xQQ")
+_SUBSCRIBER_POSITION = struct.Struct("<8xQ72x")
+_AHEAD_KEY = struct.Struct(">IQ")
+_AHEAD_VALUE = struct.Struct("<Q")
+_ATTEMPTS = struct.Struct("<IIQQ")
+_ONCE = struct.Struct("<QQ")
+
+SUBSCRIBER_BYTES: Final = _SUBSCRIBER.size
+
+pack_number = _NUMBER.pack
+
+
+def unpack_number(key: Buffer) -> int:
+    """Decode the key of a block."""
+    return int.from_bytes(key, "big")
+
+
+class Databases(NamedTuple):
+    """Handles of the sub-databases, in the order of ``DATABASE_NAMES``."""
+
+    data: "lmdb._Database"
+    pending: "lmdb._Database"
+    ahead: "lmdb._Database"
+    meta: "lmdb._Database"
+    attempts: "lmdb._Database"
+    once: "lmdb._Database"
+
+
+DATABASE_NAMES: Final = (DATA_DB, PENDING_DB, AHEAD_DB, META_DB, ATTEMPTS_DB, ONCE_DB)
+
+
+class Tx(msgspec.Struct, gc=False):
+    """An LMDB transaction and the sub-databases: what every function on a store gets."""
+
+    txn: "lmdb.Transaction[memoryview]"
+    db: Databases
+
+    def cursor(self) -> Cursor:
+        """Open a cursor on the log."""
+        return self.txn.cursor(self.db.data)
+
+
+def used_bytes(txn: "lmdb.Transaction[Any]", database: "lmdb._Database") -> int:
+    """Bytes of the pages that a sub-database uses."""
+    stat = txn.stat(database)
+    return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))
+
+
+class Header(NamedTuple):
+    """What is true of the whole store."""
+
+    format: int
+    flags: int
+    clock_offset_ns: int  #: the queue's clock is the time since boot plus this
+    boot_id: bytes  #: of the boot that the offset belongs to
+    next_ordinal: int  #: for the next new subscriber
+    journal_id: bytes  #: of the journal that belongs to the store
+
+
+def pack_header(header: Header) -> bytes:
+    """Encode the header of a store."""
+    return _HEADER.pack(MAGIC, *header)
+
+
+def unpack_header(value: Buffer, path: str) -> Header:
+    """Decode the header of a store."""
+    if len(value) < 12 or bytes(value[:8]) != MAGIC:
+        raise persipubsub.errors.FormatError(
+            f"Expected the queue {path} to begin with {MAGIC!r}, but got: {bytes(value[:8])!r}")
+    found = int.from_bytes(value[8:12], "little")
+    if found != FORMAT or len(value) != _HEADER.size:
+        raise persipubsub.errors.FormatError(
+            f"Expected the queue {path} to be of format {FORMAT}, but got: {found!r}. It was "
+            f"written by another version of persipubsub.")
+    return Header._make(_HEADER.unpack(value)[1:])
+
+
+class Subscriber(NamedTuple):
+    """Position and counters of a subscriber."""
+
+    ordinal: int  #: names the subscriber in ``ahead_db`` and in claims; never used twice
+    #: 1: there may be ranges that were acknowledged ahead of the position; 2: there may be records
+    #: of attempts
+    flags: int
+    position: int  #: the first number that it still has to acknowledge
+    acknowledged: int
+    failed: int  #: deliveries that ended with an exception
+    dropped_by_timeout: int
+    dropped_by_mark: int
+    cleared: int
+    skipped: int  #: by ``pop_to_top`` and ``receive_to_top``
+    corrupt: int  #: set aside since their bytes were not those that were sent
+    dead_lettered: int  #: given up after too many deliveries
+    acknowledged_ns: int  #: when it last acknowledged, on the queue's clock; 0: never
+
+
+def pack_subscriber(subscriber: Subscriber) -> bytes:
+    """Encode the record of a subscriber."""
+    return _SUBSCRIBER.pack(*subscriber)
+
+
+def unpack_subscriber(value: Buffer) -> Subscriber:
+    """Decode the record of a subscriber."""
+    try:
+        return Subscriber._make(_SUBSCRIBER.unpack(value))
+    except struct.error:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected the record of a subscriber to have {_SUBSCRIBER.size} bytes, but got: "
+            f"{len(value)} bytes") from None
+
+
+def unpack_positions(values: Iterable[memoryview]) -> list[int]:
+    """Decode only the positions in the records of subscribers."""
+    try:
+        return [position for position, in map(_SUBSCRIBER_POSITION.unpack, values)]
+    except struct.error as error:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected each record of a subscriber to have {_SUBSCRIBER.size} bytes, but got: "
+            f"{str(error)!r}") from None
+
+
+def acknowledge_in_order(value: memoryview, ordinal: int, numbers: Sequence[int],
+                         time_ns: int) -> bytes | None:
+    """Change the record of a subscriber for the common case, without decoding all of it."""
+    if len(value) != _SUBSCRIBER.size:
+        return None
+    # Each by its name: to slice the fields, or the bytes, and to join them takes twice as long.
+    (found, flags, position, acknowledged, failed, dropped_by_timeout, dropped_by_mark, cleared,
+     skipped, corrupt, dead_lettered, _) = _SUBSCRIBER.unpack(value)
+    count = len(numbers)
+    if found != ordinal or flags or position != numbers[0] or numbers[-1] - position + 1 != count:
+        return None
+    return _SUBSCRIBER.pack(found, flags, position + count, acknowledged + count, failed,
+                            dropped_by_timeout, dropped_by_mark, cleared, skipped, corrupt,
+                            dead_lettered, time_ns)
+
+
+def pack_ahead_key(ordinal: int, number: int) -> bytes:
+    """Encode the key of a range that was acknowledged ahead of the position."""
+    return _AHEAD_KEY.pack(ordinal, number)
+
+
+def unpack_ahead(key: Buffer, value: Buffer) -> tuple[int, int, int]:
+    """Decode a range that was acknowledged ahead of the position."""
+    ordinal, begin = _AHEAD_KEY.unpack(key)
+    return ordinal, begin, _AHEAD_VALUE.unpack(value)[0]
+
+
+pack_ahead_value = _AHEAD_VALUE.pack
+
+
+class Attempts(NamedTuple):
+    """Deliveries of one message to one subscriber."""
+
+    deliveries: int  #: so far, the one that goes on included
+    flags: int  #: 1: the last delivery began, and nobody said how it ended
+    #: when the first one was recorded, or the store was restored since then, on the queue's clock
+    since_ns: int
+    retry_at_ns: int  #: when the message may be delivered again, on the queue's clock; 0: at once
+    error: str  #: what the last one that failed ended with; empty if that was not recorded
+
+
+#: The key of a record of attempts is made as the one of a range: ordinal and number.
+pack_attempts_key = _AHEAD_KEY.pack
+unpack_attempts_key = _AHEAD_KEY.unpack
+
+
+def pack_attempts(attempts: Attempts) -> bytes:
+    """Encode the attempts to deliver a message."""
+    return _ATTEMPTS.pack(*attempts[:4]) + attempts.error.encode("utf-8", "replace")
+
+
+def unpack_attempts(value: Buffer) -> Attempts:
+    """Decode the attempts to deliver a message."""
+    deliveries, flags, since_ns, retry_at_ns = _ATTEMPTS.unpack_from(value)
+    return Attempts(deliveries, flags, since_ns, retry_at_ns,
+                    bytes(value[_ATTEMPTS.size:]).decode("utf-8", "replace"))
+
+
+def unpack_retry_at(value: Buffer) -> int:
+    """Decode only when a message may be delivered again."""
+    return int.from_bytes(value[16:24], "little")
+
+
+def pack_audience(subscribers: Sequence[str]) -> bytes:
+    """Encode a list of recipients."""
+    parts: list[bytes] = []
+    for subscriber in sorted(subscribers):
+        encoded = subscriber.encode("utf-8")
+        parts.append(bytes((len(encoded), )))
+        parts.append(encoded)
+    return b"".join(parts)
+
+
+def unpack_audience(value: Buffer) -> tuple[str, ...]:
+    """Decode a list of recipients."""
+    subscribers: list[str] = []
+    data = bytes(value)
+    offset = 0
+    while offset < len(data):
+        length = data[offset]
+        subscribers.append(data[offset + 1:offset + 1 + length].decode("utf-8"))
+        offset += 1 + length
+    return tuple(subscribers)
+
+
+def audience_key(audience: int) -> bytes:
+    """Encode the key of a list of recipients."""
+    return AUDIENCE_KEY_PREFIX + audience.to_bytes(2, "big")
+
+
+def once_id_key(identifier: bytes) -> bytes:
+    """Encode the key under which an id is kept."""
+    return ONCE_ID_PREFIX + identifier
+
+
+def once_time_key(time_ns: int, identifier: bytes) -> bytes:
+    """Encode the key that finds an id by its time."""
+    return ONCE_TIME_PREFIX + _NUMBER.pack(time_ns) + identifier
+
+
+def unpack_once_time_key(key: Buffer) -> tuple[int, bytes]:
+    """Decode the key that finds an id by its time."""
+    return _NUMBER.unpack_from(key, 1)[0], bytes(key[1 + _NUMBER.size:])
+
+
+pack_once = _ONCE.pack
+
+
+def unpack_once(value: Buffer) -> tuple[int, int]:
+    """Decode what is kept with an id."""
+    number, time_ns = _ONCE.unpack(value)
+    return number, time_ns
+
+
+#: Blocks are filled up to this many bytes of table and messages (a larger message has its own).
+BLOCK_BYTES: Final = 1 << 20
+
+#: LMDB stores the length of a value in 32 bits; a little is left for the block's header.
+MAX_MESSAGE_BYTES: Final = (1 << 32) - (1 << 20)
+
+#: Each message costs this much in the table of its block.
+ENTRY_BYTES: Final = 8
+
+_BLOCK = struct.Struct("<QQQIHHII")
+_BLOCK_WITHOUT_CRC = struct.Struct("<QQQIHHI")
+_BLOCK_CRC = struct.Struct("<I")
+_ENTRY = struct.Struct("<II")
+# Of a record without totals and its first entry: time, messages, audience, audiences, both CRC-32
+_SINGLE = struct.Struct("<Q16xIHH4xIII")
+_END = struct.Struct("<I")
+
+#: Makes a named tuple of a tuple.
+_new: Any = tuple.__new__
+
+
+class Block(NamedTuple):
+    """
+    Record in front of a block's messages.
+
+    The totals run over the whole log, this block included, so that the number of messages between
+    two places of the log is a subtraction, however many there are.
+    """
+
+    time_ns: int  #: when the block was committed, on the queue's clock
+    total_count: int  #: messages in the log up to the end of this block
+    total_bytes: int  #: their bytes, without any overhead
+    messages: int  #: how many the block holds; 0: a placeholder that only keeps its number taken
+    audience: int  #: whom they are for; 0: every subscriber
+    audiences: int  #: how many totals of audiences follow
+    generation: int  #: changes when positions went back, or subscribers came or went
+    crc: int  #: CRC-32 of the fields above and of the totals that follow
+
+
+def pack_block(time_ns: int, total_count: int, total_bytes: int, count: int, audience: int,
+               generation: int, totals: Sequence[int]) -> bytes:
+    """Encode the record of a block and the totals of its audiences."""
+    fields = _BLOCK_WITHOUT_CRC.pack(time_ns, total_count, total_bytes, count, audience,
+                                     len(totals), generation)
+    if not totals:
+        return fields + _BLOCK_CRC.pack(zlib.crc32(fields))
+
+    log_end = struct.pack(f"<{len(totals)}Q", *totals)
+    return fields + _BLOCK_CRC.pack(zlib.crc32(log_end, zlib.crc32(fields))) + log_end
+
+
+def unpack_block(value: memoryview, number: int) -> Block:
+    """Decode the record of a block and check it."""
+    try:
+        # Past the constructor, which is a function in Python.
+        block: Block = _new(Block, _BLOCK.unpack_from(value))
+        crc = zlib.crc32(value[:36])
+        if block.audiences:
+            crc = zlib.crc32(value[40:40 + 8 * block.audiences], crc)
+    except struct.error:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected a block of at least {_BLOCK.size} bytes at message {number}, but got: "
+            f"{len(value)} bytes") from None
+
+    if crc != block.crc:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected the record of the block at message {number} to have the checksum "
+            f"{block.crc:#010x}, but got: {crc:#010x}")
+    table_end = _BLOCK.size + 8 * block.audiences + ENTRY_BYTES * block.messages
+    if len(value) < table_end:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected a block of at least {table_end} bytes at message {number}, but got: "
+            f"{len(value)} bytes")
+    return block
+
+
+def guess_messages(value: memoryview) -> int:
+    """Read how many messages a block seems to hold; the record is not checked."""
+    return int.from_bytes(value[24:28], "little")
+
+
+def guess_total_bytes(value: memoryview) -> int:
+    """Read the total bytes of messages up to a block; the record is not checked."""
+    return int.from_bytes(value[16:24], "little")
+
+
+def unpack_totals(value: memoryview, block: Block) -> tuple[int, ...]:
+    """Decode the totals of the audiences that follow a block's record."""
+    if not block.audiences:
+        return ()
+    return struct.unpack_from(f"<{block.audiences}Q", value, _BLOCK.size)
+
+
+def end_of(number: int, block: Block) -> int:
+    """Compute the number behind a block."""
+    return number + (block.messages or 1)
+
+
+class Batch(NamedTuple):
+    """Messages of one block, encoded before any lock is taken."""
+
+    messages: int  #: how many
+    size: int  #: their bytes
+    body: bytes  #: table and messages
+
+
+def encode_single(message: bytes) -> tuple[int, int, bytes]:
+    """Encode a message as the body of a block of its own."""
+    size = len(message)
+    return 1, size, _ENTRY.pack(size, zlib.crc32(message)) + message
+
+
+def encode_batches(messages: Sequence[bytes]) -> list[Batch]:
+    """Encode messages as the bodies of one or more blocks."""
+    if len(messages) == 1:
+        return [Batch(*encode_single(messages[0]))]
+
+    if messages and sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES:
+        return [_encode_batch(messages)]
+
+    batches: list[Batch] = []
+    begin = 0
+    size = 0
+    for index, message in enumerate(messages):
+        added = len(message) + _ENTRY.size
+        if size + added > BLOCK_BYTES and index > begin:
+            batches.append(_encode_batch(messages=messages[begin:index]))
+            begin = index
+            size = 0
+        size += added
+    if begin < len(messages):
+        batches.append(_encode_batch(messages=messages[begin:]))
+    return batches
+
+
+def _encode_batch(messages: Sequence[bytes]) -> Batch:
+    """Encode the body of one block."""
+    ends = list(itertools.accumulate(map(len, messages)))
+    table = struct.pack(f"<{2 * len(messages)}I",
+                        *itertools.chain.from_iterable(zip(ends, map(zlib.crc32, messages))))
+    return Batch(messages=len(messages), size=ends[-1], body=b"".join((table, *messages)))
+
+
+def size_before(value: memoryview, block: Block, index: int) -> int:
+    """Compute how many bytes the first messages of a block have."""
+    if index == 0:
+        return 0
+    offset = _BLOCK.size + 8 * block.audiences + _ENTRY.size * (index - 1)
+    return int(_END.unpack_from(value, offset)[0])
+
+
+def slice_message(value: memoryview, block: Block, index: int) -> tuple[memoryview, int]:
+    """Find a message in its block."""
+    table = _BLOCK.size + 8 * block.audiences
+    begin = table + _ENTRY.size * block.messages
+    entry = table + _ENTRY.size * index
+    end, crc = _ENTRY.unpack_from(value, entry)
+    start = _END.unpack_from(value, entry - _ENTRY.size)[0] if index else 0
+    return value[begin + start:begin + end], crc
+
+
+def copy_message(value: memoryview, block: Block, index: int, number: int) -> bytes:
+    """Copy a message out of its block and check it."""
+    view, expected = slice_message(value=value, block=block, index=index)
+    message = bytes(view)
+    crc = zlib.crc32(message)
+    if crc != expected:
+        raise _corrupt_error(number, message, expected)
+    return message
+
+
+def copy_single(value: memoryview) -> tuple[int, bytes] | None:
+    """Copy the message of a block that has no other and is for everybody, and check it all."""
+    if len(value) < _SINGLE.size:
+        return None
+    time_ns, messages, audience, audiences, expected, size, crc = _SINGLE.unpack_from(value)
+    if messages != 1 or audience or audiences or zlib.crc32(value[:36]) != expected:
+        return None
+    # Not bytes(), which looks its argument over for longer than it copies a small message.
+    message = value[_SINGLE.size:_SINGLE.size + size].tobytes()
+    return None if zlib.crc32(message) != crc else (time_ns, message)
+
+
+def _corrupt_error(number: int, message: bytes,
+                   expected: int) -> persipubsub.errors.CorruptMessageError:
+    """Describe a damaged message."""
+    return persipubsub.errors.CorruptMessageError(
+        f"Expected the message {number} ({len(message)} bytes) to have the checksum "
+        f"{expected:#010x}, but got: {zlib.crc32(message):#010x}",
+        number=number)
+
+
+def copy_messages(value: memoryview, block: Block, first: int, begin: int,
+                  stop: int) -> list[bytes]:
+    """Copy a run of messages out of their block and check them."""
+    table = _BLOCK.size + 8 * block.audiences
+    body = table + _ENTRY.size * block.messages
+    entries = struct.unpack_from(f"<{2 * (stop - begin)}I", value, table + _ENTRY.size * begin)
+    start = size_before(value=value, block=block, index=begin)
+    ends = entries[::2]
+    data = bytes(value[body + start:body + max(start, ends[-1])])
+    if start:
+        ends = tuple(end - start for end in ends)
+    messages = [data[i:j] for i, j in zip((0, ) + ends, ends)]
+    crcs = tuple(map(zlib.crc32, messages))
+    if crcs != entries[1::2]:
+        for number, crc, expected, message in zip(itertools.count(first + begin), crcs,
+                                                  entries[1::2], messages):
+            if crc != expected:
+                raise _corrupt_error(number, message, expected)
+    return messages
+
+
+def truncate_body(value: memoryview, block: Block, count: int) -> Batch:
+    """Encode a body of only the first messages of a block."""
+    table = _BLOCK.size + 8 * block.audiences
+    body = table + _ENTRY.size * block.messages
+    size = size_before(value=value, block=block, index=count)
+    kept = bytes(value[table:table + _ENTRY.size * count]) + bytes(value[body:body + size])
+    return Batch(messages=count, size=size, body=kept)

@@ -1,0 +1,511 @@
+"""
+Locks between processes: the write lock, claims of messages, users of a queue.
+
+Locks in the order in which they are taken; a thread that holds a later one never asks for an earlier
+one:
+
+1. the registry's lock of a process (opening, closing), see ``environment``,
+2. the open lock of a queue (between processes, while one of them opens, closes or creates it),
+3. the ending lock of a ``Queue`` (an acknowledgement and a close exclude each other),
+4. the flush lock of an environment, then the journal's lock (between processes),
+5. the write lock of an environment (between threads), then that of the queue (between processes),
+6. the read lock of an environment (no transaction is open while it is closed or mapped anew).
+
+**The write lock.** LMDB has a lock of its own for writers, but a process that waits for it can be
+reached neither by a signal nor by a timeout: a publisher that was stopped (SIGSTOP) in the middle of
+a commit would hang all others. Each write transaction therefore takes this lock first, an exclusive
+``flock`` that is tried and never waited for in the kernel. Trying again and again is unfair to those
+who wait, as the holder comes back within microseconds. So a waiting process sets a word in the
+shared page, and a holder that finds it set leaves the others a moment.
+
+**Claims.** A claim is a lock of the kernel on bytes of the file ``claims.lock``: one byte for each
+message of each subscriber, at the offset ordinal of the subscriber times 2**48 plus number of the
+message. The file stays empty. The locks belong to open file descriptions (``F_OFD_SETLK``): the
+kernel gives them back when the last descriptor is closed, hence at the moment at which a process
+dies, however it dies. Nothing needs repair, there is no timeout to wait for. A stopped process keeps
+its claims. Rejected: leases with a time stamp in the store, which cost a commit each, and a timeout
+that is too long for those who wait or too short for those who work. Locks of one description never
+conflict with each other, so each claim in progress has a descriptor for itself, kept for the next.
+"""
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
+
+import persipubsub.errors
+from persipubsub.lmdb_engine import files
+from persipubsub.lmdb_engine.files import SharedPage
+
+_FIRST_PAUSE_SECS: Final = 0.00002
+_LONGEST_PAUSE_SECS: Final = 0.001
+_COURTESY_SECS: Final = 0.0001
+
+
+class LockFile:
+    """A file that is locked with ``flock``."""
+
+    def __init__(self, path: str) -> None:
+        """Open the file, and create it if it is missing."""
+        self.path = path
+        self.descriptor = files.open_file(path)
+
+    def try_lock(self, kind: int = fcntl.LOCK_EX) -> bool:
+        """Lock the file, exclusively or shared (``fcntl.LOCK_SH``), unless another process has it."""
+        try:
+            fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno is None:
+                raise  # by a signal handler, see files
+            raise files.translate_os_error(error, self.path, "lock") from error
+        return True
+
+    def lock(self, deadline: float, page: SharedPage | None = None) -> bool:
+        """Lock the file; return False at the deadline, on the monotonic clock."""
+        pause = _FIRST_PAUSE_SECS
+        while not self.try_lock():
+            if time.monotonic() >= deadline:
+                return False
+            if page is not None:
+                page.words[SharedPage.WAITS] = 1
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
+        return True
+
+    def unlock(self) -> None:
+        """Unlock the file; nothing happens if it is not locked."""
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        except OSError as error:
+            # Where there are no locks, locking has raised already.
+            if error.errno is None:
+                raise
+
+    def share(self) -> None:
+        """Take a shared lock; wait for the end of an exclusive one."""
+        with files.translated(path=self.path, doing="lock"):
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+
+    def is_alone(self) -> bool:
+        """Tell whether no other process has a shared lock. Let no other come meanwhile."""
+        try:
+            return self.try_lock()
+        finally:
+            self.share()
+
+    def is_there(self) -> bool:
+        """Tell whether the file is still the one that others find."""
+        with files.translated(path=self.path, doing="look at"):
+            try:
+                return os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor))
+            except FileNotFoundError:
+                return False
+
+    def close(self) -> None:
+        """Close the file, if it is open. A lock that is held is given back by that."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def make_way(page: SharedPage) -> None:
+    """Pause for 0.1 ms if another process waits for the write lock; to be called after unlocking."""
+    if page.words[SharedPage.WAITS]:
+        page.words[SharedPage.WAITS] = 0
+        time.sleep(_COURTESY_SECS)
+
+
+@contextlib.contextmanager
+def open_lock(directory: str, busy_timeout_secs: float) -> Iterator[None]:
+    """Keep other processes from opening, closing or creating a queue."""
+    deadline = time.monotonic() + busy_timeout_secs
+    while True:
+        lock = LockFile(os.path.join(directory, files.OPEN_LOCK))
+        try:
+            # The queue may be dropped while we wait: others take another lock then.
+            if lock.lock(deadline) and lock.is_there():
+                yield
+                return
+        finally:
+            lock.close()
+        if time.monotonic() >= deadline:
+            raise persipubsub.errors.BusyTimeoutError(
+                f"Expected to open the queue {directory} within {busy_timeout_secs} seconds "
+                "(busy_timeout_secs), but got: another process is in the middle of opening it")
+
+
+def users_of(lock: LockFile) -> list[int]:
+    """List the processes that have a file locked with ``flock``, as far as the system tells."""
+    with files.translated(path=lock.path, doing="look at"):
+        inode = f":{os.fstat(lock.descriptor).st_ino}"
+    processes = set()
+    with contextlib.suppress(OSError, ValueError), open("/proc/locks", encoding="ascii") as file:
+        for line in file:
+            # 1: FLOCK  ADVISORY  READ  1234 08:01:5678 0 EOF
+            fields = line.split()
+            if len(fields) == 8 and fields[1] == "FLOCK" and fields[5].endswith(inode):
+                processes.add(int(fields[4]))
+    # In another PID namespace, the system does not tell.
+    return sorted(process for process in processes if process > 0)
+
+
+# Claims
+
+# 2**15 subscribers times 2**48 numbers fill exactly the non-negative offsets of a file.
+_NUMBERS: Final = 1 << 48
+
+#: Descriptors that are kept, so that a burst of claims does not pin thousands of them.
+_MOST_IDLE: Final = 64
+
+#: struct flock of Linux: type, whence, start, length, process (0 for locks of descriptions).
+_FLOCK: Final = struct.Struct("hhqqi4x")
+_SETLK: Final[int] = fcntl.F_OFD_SETLK
+_GETLK: Final[int] = fcntl.F_OFD_GETLK
+_UNLOCK_ALL: Final = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
+
+#: No more questions than this are asked to list claims: the kernel walks a list for each.
+_MOST_QUESTIONS: Final = 10000
+
+
+class Held:
+    """What this process has claimed of one subscriber, and where a search for more is worth it."""
+
+    __slots__ = ("numbers", "start", "start_until", "retry_at_ns")
+
+    def __init__(self) -> None:
+        """Initialize with nothing claimed."""
+        self.numbers: set[int] = set()
+        #: Searching below ``start`` is useless until ``start_until``: all messages there are held
+        #: by others, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
+        self.start, self.start_until, self.retry_at_ns = 0, 0.0, 0
+
+    def give_back(self, first: int, end: int) -> None:
+        """Let the next search find messages again."""
+        self.numbers.difference_update(range(first, end))
+        self.start = min(self.start, first)
+
+
+class Claim:
+    """A range of messages that one consumer has."""
+
+    __slots__ = ("file", "ordinal", "first", "count", "parts", "held")
+
+    def __init__(self,
+                 ordinal: int,
+                 first: int,
+                 count: int,
+                 held: Held,
+                 parts: list[None] | None = None) -> None:
+        """Initialize with what to lock; parts has an entry for each claim that shares the file."""
+        self.file: io.FileIO | None = None
+        self.ordinal = ordinal
+        self.first = first
+        self.count = count
+        self.held = held
+        self.parts = [None] if parts is None else parts
+
+
+class Claims:
+    """Claims of the consumers of one open queue. Any thread may use it."""
+
+    def __init__(self, directory: str, held: dict[int, Held]) -> None:
+        """
+        Initialize without touching the file, which is opened at the first use.
+
+        :param held: what this process has claimed, by the ordinal of the subscriber; shared by all that
+            it has open of the queue
+        """
+        self._path = os.path.join(os.path.abspath(directory), files.CLAIMS)
+        self._held = held
+        # Appending to a list and popping are atomic. ``_all`` has all that is open.
+        self._idle: list[io.FileIO] = []
+        self._all: dict[io.FileIO, None] = {}
+        self._claims: set[Claim] = set()
+        self._identity: files.Identity | None = None
+        self.is_closed = False
+
+    def held(self, ordinal: int) -> Held:
+        """Return what this process has claimed for a subscriber."""
+        held = self._held.get(ordinal)
+        return self._held.setdefault(ordinal, Held()) if held is None else held
+
+    def claim(self, claim: Claim) -> bool:
+        """
+        Claim all messages of a range, or none.
+
+        Whatever a signal handler raises here, or behind it: a release gives back what was claimed.
+        """
+        file = self._take()
+        claim.file = file
+        try:
+            fcntl.fcntl(
+                file, _SETLK,
+                _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, claim.ordinal * _NUMBERS + claim.first,
+                            claim.count, 0))
+        except OSError as error:
+            if error.errno is None:
+                raise  # by a signal handler, see files
+            claim.file = None
+            self._idle.append(file)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise files.translate_os_error(error, self._path, "lock") from error
+        self._claims.add(claim)
+        claim.held.numbers.update(range(claim.first, claim.first + claim.count))
+        return True
+
+    def claim_prefix(self, claim: Claim) -> bool:
+        """Claim the longest part of a range that begins with its first message and is free."""
+        for _ in range(8):  # after so many lost races, a single message has to do
+            if self.claim(claim):
+                return True
+            if claim.count == 1:
+                return False
+            claim.count = self._free_prefix(claim.ordinal, claim.first, claim.count)
+            if claim.count == 0:
+                return False
+        claim.count = 1
+        return self.claim(claim)
+
+    def is_claimed(self, ordinal: int, number: int) -> bool:
+        """Tell whether anybody, in this process or another, has claimed a message."""
+        return self._free_prefix(ordinal, number, 1) == 0
+
+    def _free_prefix(self, ordinal: int, first: int, count: int) -> int:
+        """Count the messages before the first one that is claimed."""
+        file = self._take()  # it has no locks itself, so it sees those of everybody
+        start = ordinal * _NUMBERS + first
+        try:
+            while count > 0:
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
+                with files.translated(self._path, doing="query"):
+                    kind, _, found, _, _ = _FLOCK.unpack(fcntl.fcntl(file, _GETLK, asked))
+                if kind == fcntl.F_UNLCK:
+                    break
+                # Any claim of the range, not always the first.
+                count = max(found, start) - start
+            return count
+        finally:
+            self._idle.append(file)
+
+    def narrow(self, claim: Claim, first: int, count: int) -> None:
+        """Give back what is outside of a part of a claim, which stays claimed all the time."""
+        assert claim.file is not None, "It is locked."
+        base = claim.ordinal * _NUMBERS
+        end, stop = claim.first + claim.count, first + count
+        for begin, behind in ((claim.first, first), (stop, end)):
+            if begin < behind:
+                with files.translated(self._path, doing="lock"):
+                    fcntl.fcntl(
+                        claim.file, _SETLK,
+                        _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, base + begin, behind - begin, 0))
+                claim.held.give_back(begin, behind)
+        claim.first, claim.count = first, count
+
+    def split(self, claim: Claim, count: int) -> Claim:
+        """Make a claim of its own of the first messages of a claim; both share a descriptor."""
+        claim.parts.append(None)
+        first = Claim(claim.ordinal, claim.first, count, claim.held, claim.parts)
+        first.file = claim.file
+        claim.first, claim.count = claim.first + count, claim.count - count
+        self._claims.add(first)
+        return first
+
+    def release(self, claim: Claim) -> None:
+        """Give a claim back, if it was locked; nothing happens after a close, nor in a forked child."""
+        file = claim.file
+        if file is None:
+            return
+        try:
+            fcntl.fcntl(
+                file, _SETLK,
+                _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, claim.ordinal * _NUMBERS + claim.first,
+                            claim.count, 0))
+            self._claims.discard(claim)
+            claim.held.give_back(claim.first, claim.first + claim.count)
+        except BaseException as error:
+            # A signal handler raised: a descriptor that is closed gives back all that is locked.
+            claim.file = None
+            self._claims.discard(claim)
+            claim.held.give_back(claim.first, claim.first + claim.count)
+            self._discard(file)
+            # Closed by another thread a moment ago, before the call or in the middle of it.
+            if isinstance(error, ValueError) or getattr(error, "errno", 0) == errno.EBADF:
+                return
+            raise
+        claim.file = None
+        claim.parts.pop()
+        if claim.parts:
+            return  # another part of it is claimed
+        if len(self._idle) < _MOST_IDLE:
+            self._idle.append(file)
+        else:
+            self._discard(file)
+
+    def _take(self) -> io.FileIO:
+        """Take a descriptor that has no locks."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._open()
+
+    def _open(self) -> io.FileIO:
+        """Open one more descriptor."""
+        if self.is_closed:
+            raise persipubsub.errors.ClosedError(
+                f"Expected {self._path} in use, but got: the queue was closed")
+        file = io.FileIO(files.open_file(self._path), "r+")
+        status = os.fstat(file.fileno())
+        found = files.Identity(status.st_dev, status.st_ino)
+        # Locks on a file that was made anew exclude nobody that has the one before.
+        if self._identity not in (None, found):
+            file.close()
+            raise persipubsub.errors.StoreError(
+                f"Expected {self._path} to stay in place, but got: another file of that name")
+        self._identity = found
+        self._all[file] = None
+        return file
+
+    def _discard(self, file: io.FileIO) -> None:
+        """Close a descriptor, which gives back whatever it has."""
+        self._all.pop(file, None)
+        file.close()
+
+    def close(self) -> None:
+        """Give back whatever is still claimed; it may be repeated."""
+        self.is_closed = True
+        self._idle.clear()
+        while self._claims:
+            claim = self._claims.pop()
+            claim.held.give_back(claim.first, claim.first + claim.count)
+        while self._all:
+            file, _ = self._all.popitem()
+            # Unlocked first: a child that is being forked shares the lock until it closes its own.
+            with files.suppress(OSError):
+                fcntl.fcntl(file, _SETLK, _UNLOCK_ALL)
+            file.close()
+
+    def forget_parent(self) -> None:
+        """Close the parent's files in a forked child; do not unlock: the claims are not its own."""
+        self._idle.clear()
+        self._claims.clear()
+        while self._all:
+            file, _ = self._all.popitem()
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+class Note(NamedTuple):
+    """What a consumer noted of a claim."""
+
+    process_id: int
+    since_ns: int  #: time since boot
+
+
+class Span(NamedTuple):
+    """Messages that one consumer claimed together."""
+
+    first: int  #: number of the first one
+    length: int  #: how many
+    note: Note | None  #: None if nothing is known
+
+
+#: Ordinal of the subscriber, process, first number, time since boot in nanoseconds, and a sum of all
+#: of it, by which a note is known that is half written.
+_NOTE: Final = struct.Struct("<IIQQQ")
+_NOTES: Final = SharedPage.NOTES_BYTES // _NOTE.size
+_MASK: Final = 0xffffffffffffffff
+
+
+def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
+    """
+    Note a claim where other processes see it: the kernel does not tell by which process, and when.
+
+    It is for people to look at: nothing is decided by it. Each descriptor of a process has its place,
+    so that a claim that is held for long keeps its note; two processes may have the same place.
+    """
+    since_ns = files.ticks_ns()
+    place = (process_id * 61 +
+             claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
+    total = claim.ordinal + process_id * 3 + claim.first * 5 + since_ns * 7 & _MASK
+    _NOTE.pack_into(page.map, SharedPage.NOTES + place * _NOTE.size, claim.ordinal, process_id,
+                    claim.first, since_ns, total)
+
+
+def _read_notes(page: SharedPage) -> dict[tuple[int, int], Note]:
+    """Read the newest whole note on each claim, by ordinal and first number."""
+    notes: dict[tuple[int, int], Note] = {}
+    written = page.map[SharedPage.NOTES:SharedPage.NOTES + _NOTES * _NOTE.size]
+    for ordinal, process_id, first, since_ns, total in _NOTE.iter_unpack(written):
+        if process_id and total == ordinal + process_id * 3 + first * 5 + since_ns * 7 & _MASK:
+            other = notes.get((ordinal, first))
+            if other is None or other.since_ns < since_ns:
+                notes[ordinal, first] = Note(process_id, since_ns)
+    there = set(filter(_is_there, {note.process_id for note in notes.values()}))
+    return {claim: note for claim, note in notes.items() if note.process_id in there}
+
+
+def _is_there(process_id: int) -> bool:
+    """Tell whether a process has not ended."""
+    try:
+        os.kill(process_id, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
+                page: SharedPage) -> Mapping[int, list[Span]] | None:
+    """
+    Find the messages that consumers hold right now: two questions to the kernel for each consumer.
+
+    Rejected: ``/proc/locks``, which lists the locks of the whole machine, and names files by a device
+    that is not that of ``stat`` on some file systems.
+
+    :param spans: first number and number behind the last, by the ordinal of the subscriber
+    :return: claims by the ordinal; None if the system does not tell, or there are too many
+    """
+    # pylint: disable=too-many-locals
+    path = os.path.join(directory, files.CLAIMS)
+    if not os.path.lexists(path):
+        return {ordinal: [] for ordinal in spans}
+    descriptor = files.open_file(path, os.O_RDWR)
+    claims: dict[int, list[Span]] = {}
+    notes = _read_notes(page)
+    questions = 0
+    try:
+        for ordinal, (first, end) in spans.items():
+            base = ordinal * _NUMBERS
+            claimed = claims.setdefault(ordinal, [])
+            ranges = [(base + first, base + end)]
+            while ranges:
+                begin, behind = ranges.pop()
+                if begin >= behind:
+                    continue
+                questions += 1
+                if questions > _MOST_QUESTIONS:
+                    return None
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, begin, behind - begin, 0)
+                kind, _, start, length, _ = _FLOCK.unpack(fcntl.fcntl(descriptor, _GETLK, asked))
+                if kind != fcntl.F_UNLCK:
+                    # It may begin in front of the range; the kernel names any, not the first.
+                    low = max(begin, start)
+                    high = min(behind, start + length) if length else behind
+                    note = notes.get((ordinal, start - base))
+                    claimed.append(Span(low - base, high - low, note))
+                    ranges += [(begin, low), (high, behind)]
+            claimed.sort()
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return claims

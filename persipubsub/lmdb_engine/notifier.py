@@ -1,0 +1,208 @@
+"""
+Wake those who wait for messages or for room, in all processes, without polling.
+
+Everything is in two words of the page that all processes of a queue have mapped: a *stamp*, on which
+waiters sleep in the kernel (a futex), and a *flag* that says that somebody may sleep. A sender that
+has committed notifies: if the flag is set, it clears the flag, stores a stamp that was never there
+before, and wakes all. A waiter loads the stamp, sets the flag, looks at the queue, and sleeps unless
+the stamp has changed; the kernel compares it once more under its own lock.
+
+Why no wake-up is lost: assume that the look misses a commit. Then the sender reads the flag after
+the waiter has set it. If it reads 1, it stores a stamp that the waiter has not loaded: the waiter
+does not sleep, or is woken. If it reads 0, another sender cleared the flag in between, and stores a
+new stamp after the waiter has loaded the old one: the same follows. A sender that is killed between
+its commit and its notification loses one; waiters look once a second anyhow.
+
+Rejected: inotify (14 us instead of 10 from process to process, 128 instances a user, a descriptor
+to be shared by threads), eventfd (5.5 us, but descriptors would have to be passed).
+"""
+
+import contextlib
+import ctypes
+import platform
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import persipubsub.errors
+from persipubsub.lmdb_engine.files import SharedPage
+
+_SYS_FUTEX: Final = {
+    "x86_64": 202,
+    "aarch64": 98,
+    "armv7l": 240,
+    "i686": 240
+}.get(platform.machine(), 98)
+_WAIT, _WAKE = 0, 1  # not FUTEX_PRIVATE: the page is shared between processes
+_EVERYBODY: Final = 0x7fffffff
+
+#: Longest sleep in seconds, whatever a caller asks for.
+_LONGEST_SECS: Final = 3600.0
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timespec(ctypes.Structure):
+    """``struct timespec`` of the C library."""
+
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+class Futex:
+    """A word of a shared page on which threads and processes sleep."""
+
+    def __init__(self, page: SharedPage, index: int) -> None:
+        """Point to the lower half of a word of the page."""
+        # Keeps the page mapped as long as anybody may sleep on it.
+        self._word = ctypes.c_uint32.from_buffer(page.map, 8 * index)
+        # As a pointer: ctypes cuts a plain integer to 32 bits, and the wait would spin.
+        self._address = ctypes.c_void_p(ctypes.addressof(self._word))
+
+    def load(self) -> int:
+        """Read the word."""
+        return self._word.value
+
+    def wait(self, value: int, seconds: float) -> None:
+        """Sleep until the word differs from a value, a signal comes, or the time is over."""
+        if seconds <= 0:
+            return
+        seconds = min(seconds, _LONGEST_SECS)
+        timeout = _Timespec(int(seconds), int(seconds % 1 * 1e9))
+        _LIBC.syscall(_SYS_FUTEX, self._address, _WAIT, ctypes.c_uint32(value),
+                      ctypes.byref(timeout), None, 0)
+
+    def wake_all(self) -> None:
+        """Store a stamp that was not there before, and wake all sleepers."""
+        # The time: of two counters, one could bring a value back that a waiter has loaded.
+        self._word.value = time.monotonic_ns() & 0xffffffff
+        _LIBC.syscall(_SYS_FUTEX, self._address, _WAKE, _EVERYBODY, None, None, 0)
+
+
+class Notifier:
+    """Notify and wait, for one queue. All threads may use it at the same time."""
+
+    def __init__(self, page: SharedPage) -> None:
+        """Use the words of a shared page."""
+        self._words = page.words
+        self._futex = Futex(page, SharedPage.STAMP)
+        self.is_closed = False
+        # Guards the two below. Nothing is called and no lock is taken while it is held.
+        self._lock = threading.Lock()
+        self._listeners: list[Listener] = []
+        self._thread: threading.Thread | None = None
+
+    def notify(self, end: int = 0) -> None:
+        """
+        Wake all waiters of all processes; to be called after the commit, never before.
+
+        The locks of the commit are the fence that keeps the flag from being read before it.
+
+        :param end: number behind the new message, which spares those who wake up a look; 0: unknown
+        """
+        words = self._words
+        if words[SharedPage.FLAG]:
+            words[SharedPage.FLAG] = 0
+            words[SharedPage.END] = end
+            self._futex.wake_all()
+
+    def arm(self) -> int:
+        """Begin to wait: if a later look misses a commit, the stamp is not the result any more."""
+        stamp = self._futex.load()
+        self._words[SharedPage.FLAG] = 1
+        # A fence, so that the look is not done before others see the flag: a lock of Python is one.
+        with self._lock:
+            return stamp
+
+    def wait(self, stamp: int, seconds: float) -> bool:
+        """
+        Sleep until somebody notifies; it may return early, woken by the notification before.
+
+        :param stamp: of :py:meth:`arm`
+        :param seconds: at most
+        :return: True if somebody did
+        :raise ClosedError: if the queue was closed
+        """
+        if not self.is_closed:
+            self._futex.wait(stamp, seconds)
+        if self.is_closed:
+            raise persipubsub.errors.ClosedError(
+                "Expected the queue to be open while waiting, but got: it was closed")
+        return self._futex.load() != stamp
+
+    @property
+    def end(self) -> int:
+        """Number behind the newest message, as the last sender that woke anybody told it."""
+        return self._words[SharedPage.END]
+
+    def listen(self, callback: Callable[[], object]) -> "Listener":
+        """
+        Have a function called after a notification, once for each time the listener is armed.
+
+        One thread for each queue calls all of them: for loops of asyncio.
+        """
+        listener = Listener(self, callback)
+        with self._lock:
+            self._listeners.append(listener)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run,
+                                          name="persipubsub-notifier",
+                                          daemon=True)
+                thread.start()
+                self._thread = thread
+        return listener
+
+    def _run(self) -> None:
+        """Call listeners until there are none."""
+        while True:
+            stamp = self._futex.load()
+            with self._lock:
+                if not self._listeners or self.is_closed:
+                    self._thread = None
+                    return
+                called = [one for one in self._listeners if one.take(stamp)]
+            for listener in called:
+                # A closed loop of asyncio: nobody waits there, but others do elsewhere.
+                with contextlib.suppress(RuntimeError):
+                    listener.callback()
+            self._futex.wait(stamp, 1.0)
+
+    def forget(self, listener: "Listener") -> None:
+        """Call a listener no longer."""
+        with self._lock:
+            with contextlib.suppress(ValueError):
+                self._listeners.remove(listener)
+
+    def close(self) -> None:
+        """Let all who wait in this process fail. Others wake up without a need, and look."""
+        self.is_closed = True
+        for listener in self._listeners:
+            with contextlib.suppress(RuntimeError):
+                listener.callback()
+        self._listeners = []
+        self._futex.wake_all()
+
+
+class Listener:
+    """A function to be called after a notification."""
+
+    def __init__(self, notifier: Notifier, callback: Callable[[], object]) -> None:
+        """Initialize as not armed."""
+        self.callback = callback
+        self._notifier = notifier
+        self._stamp: int | None = None
+
+    def arm(self) -> None:
+        """Let the next notification call the function, for any commit that a later look misses."""
+        self._stamp = self._notifier.arm()
+
+    def take(self, stamp: int) -> bool:
+        """Tell whether the function is to be called, and disarm it then."""
+        if self._stamp is None or self._stamp == stamp:
+            return False
+        self._stamp = None
+        return True
+
+    def close(self) -> None:
+        """End; it may be repeated."""
+        self._notifier.forget(self)

@@ -1,0 +1,255 @@
+"""
+Test that costs do not grow: flushes with senders, takes with what is held, files with use.
+
+Where it can be, things are counted: counts do not wobble as times do.
+"""
+
+# pylint: disable=missing-function-docstring
+
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import persipubsub.control
+import persipubsub.errors
+import persipubsub.publisher
+import persipubsub.queue
+from persipubsub.lmdb_engine import attempts, environment, pending
+from tests import stores, support
+from tests.faults import tracing
+
+_FLUSH = re.compile(r"^\d+\s+(fsync|fdatasync|msync|sync_file_range|syncfs|sync)\(|"
+                    r"^(?:\[pid +\d+\] )?(fsync|fdatasync|msync|sync_file_range|syncfs|sync)\(")
+
+
+def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+    # No state record is written by the background thread within the time of a test.
+    config_pth = support.write_config(directory, checkpoint_secs=3600, **changes)
+    persipubsub.control.initialize_all_dbs(config_pth)
+    return config_pth
+
+
+def count_flushes(directory: pathlib.Path, start: Callable[[], Callable[[], None]]) -> int:
+    """Count how often a function waits for the disk."""
+    trace = directory / "trace"
+    options = ["-o", str(trace), "-e", "trace=fsync,fdatasync,msync,sync_file_range,syncfs,sync"]
+    assert tracing.run(start, options) == 0
+    return sum(1 for line in trace.read_text("utf-8").splitlines() if _FLUSH.match(line))
+
+
+def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
+    tracing.require()
+    config_pth = make(tmp_path)
+
+    def start() -> Callable[[], None]:
+        pub = persipubsub.publisher.Pub("pub", config_pth)
+        pub.send(b"first")
+
+        def send() -> None:
+            for _ in range(25):
+                pub.send(b"x" * 256)
+
+        def work() -> None:
+            threads = [threading.Thread(target=send) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            os._exit(0)
+
+        return work
+
+    # Under strace, threads take turns more often than otherwise.
+    assert 25 <= count_flushes(tmp_path, start) < 190
+
+
+def test_processes_share_flushes(tmp_path: pathlib.Path) -> None:
+    tracing.require()
+    config_pth = make(tmp_path)
+
+    def send(ready: int, go: int) -> None:
+        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+            os.write(ready, b"x")
+            os.read(go, 1)
+            for _ in range(60):
+                pub.send(b"x" * 256)
+
+    def start() -> Callable[[], None]:
+
+        def work() -> None:
+            ready, go = os.pipe(), os.pipe()
+            children = []
+            for _ in range(3):
+                children.append(os.fork())
+                if children[-1] == 0:
+                    send(ready[1], go[0])
+                    os._exit(0)
+            for _ in children:
+                os.read(ready[0], 1)
+            os.write(go[1], b"xxx")
+            for child in children:
+                assert os.waitpid(child, 0)[1] == 0
+            os._exit(0)
+
+        return work
+
+    # Those of opening and closing the queue are among them.
+    assert 60 <= count_flushes(tmp_path, start) < 180
+
+
+@pytest.fixture(name="counts")
+def fixture_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """Count transactions, and how often a search looks at a message or at a record of attempts."""
+    counts = {"reads": 0, "writes": 0, "looks": 0, "records": 0}
+
+    def count(owner: object, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*arguments: object, **named: object) -> object:
+            counts[what] += 1
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(environment.Environment, "read", "reads")
+    count(environment.Environment, "write", "writes")
+    count(pending.Pending, "is_addressed", "looks")
+    count(attempts, "skip_retries", "records")
+    yield counts
+
+
+@pytest.mark.parametrize("held", [10, 300])
+def test_take_does_not_cost_more_the_more_is_held(tmp_path: pathlib.Path, counts: dict[str, int],
+                                                  held: int) -> None:
+    with stores.opened(tmp_path) as queue:
+        consumer = queue.consumer("sub")
+        for index in range(held + 50):
+            queue.put([b"%d" % index])
+        leases = [consumer.take(timeout=0) for _ in range(held)]
+        counts.update(reads=0, looks=0)
+        more = [consumer.take(timeout=0) for _ in range(50)]
+        assert [lease.messages[0] for lease in more
+                if lease] == [b"%d" % index for index in range(held, held + 50)]
+        # Now and then it looks whether others gave something back.
+        assert counts["reads"] <= 100
+        assert counts["looks"] <= 50 * 3 + 4 * held
+        for lease in leases + more:
+            assert lease is not None
+            lease.ack()
+
+
+def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: pathlib.Path,
+                                                                    counts: dict[str, int]) -> None:
+    policy = attempts.Policy(delay_ns=3600 * stores.SECOND_NS)
+    with stores.opened(tmp_path, retries={"sub": persipubsub.queue.Retries(policy, "q")}) as queue:
+        for index in range(350):
+            queue.put([b"%d" % index])
+        consumer = queue.consumer("sub")
+        lease = consumer.take(timeout=0, max_messages=300)
+        assert lease is not None
+        lease.nack(ValueError("no"))
+        counts.update(records=0)
+        found = []
+        for _ in range(50):
+            lease = consumer.take(timeout=0)
+            assert lease is not None
+            found.append(lease)
+        assert counts["records"] <= 50 * 3 + 4 * 300
+        for lease in found:
+            lease.ack()
+
+
+def test_many_threads_that_hold_a_message_each(tmp_path: pathlib.Path) -> None:
+    """As many as wait for something else, such as a service, while they have a message."""
+    with stores.opened(tmp_path) as queue:
+        for index in range(200):
+            queue.put([b"%d" % index])
+        consumer = queue.consumer("sub")
+        barrier = threading.Barrier(100)
+        done: list[bytes] = []
+
+        def work() -> None:
+            for _ in range(2):
+                lease = consumer.take(timeout=support.HANG_SECS)
+                assert lease is not None
+                # All of them hold one at the same time.
+                barrier.wait(support.HANG_SECS)
+                done.extend(lease.messages)
+                lease.ack()
+
+        threads = [threading.Thread(target=work) for _ in range(100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(support.HANG_SECS)
+        assert sorted(done) == sorted(b"%d" % index for index in range(200))
+
+
+# Room
+
+
+def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: pathlib.Path) -> None:
+    limit = 1 << 20
+    clock = stores.Clock()
+    with stores.opened(tmp_path,
+                       clock=clock,
+                       max_db_size_bytes=limit,
+                       once_window_secs=100,
+                       retain_secs=100) as queue:
+        sizes = []
+        for round_ in range(40):
+            for index in range(50):
+                try:
+                    queue.put([bytes(500)], msg_ids=[b"%d-%d" % (round_, index)])
+                except persipubsub.errors.DiskFullError:
+                    break  # full of ids
+            stores.take_all(queue)
+            if round_ % 3 == 0:
+                queue.seek("sub", "beginning")
+            clock.advance(20)
+            sizes.append(queue.statistics().file_bytes)
+        # Mapped is an eighth more than the limit, at least 1 MiB.
+        assert max(sizes) <= 2 * limit
+        assert queue.statistics().disk_bytes < 6 * limit
+
+
+def read_and_stop(pipe: support.Connection, path: str) -> None:
+    """Stop in the middle of a read, as a process does that is stopped by a signal or a debugger."""
+    with persipubsub.queue.Queue(path, stores.settings()) as queue:
+
+        def work(_: object) -> None:
+            pipe.send(os.getpid())
+            pipe.recv()
+
+        stores.read(queue, work)
+
+
+@pytest.mark.parametrize("strategy", [stores.PRUNE_FIRST, stores.PRUNE_LAST, stores.REJECT])
+def test_reader_that_is_stopped_makes_nobody_drop_messages(tmp_path: pathlib.Path,
+                                                           strategy: object) -> None:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 20, strategy=strategy) as queue:
+        for _ in range(5):
+            queue.put([bytes(50000)])
+        with support.Child(read_and_stop, queue.path) as child:
+            process = child.get()
+            # No page that is freed from now on can be used again.
+            error = ""
+            for _ in range(2000):
+                stores.take(queue)
+                try:
+                    queue.put([bytes(50000)])
+                except persipubsub.errors.DiskFullError as found:
+                    error = str(found)
+                    break
+            assert str(process) in error
+            assert stores.figures(queue).dropped_by_mark == 0
+            assert 1 <= stores.figures(queue).lag <= 5
+            child.kill(9)
+            child.end(-9)
+        queue.put([bytes(50000)])
+        assert stores.figures(queue).dropped_by_mark == 0
