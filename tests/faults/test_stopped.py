@@ -197,6 +197,12 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, numbe
         assert not queue.check()
 
 
+def is_stopped(child: support.Child) -> bool:
+    """Tell whether a process stands still."""
+    status = pathlib.Path(f"/proc/{child.process.pid}/stat").read_text(encoding="ascii")
+    return status.rpartition(") ")[2].startswith("T")
+
+
 def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Send, and be stopped in the middle of the flush, with the lock of the journal."""
     workers.guard()
@@ -222,7 +228,8 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, numb
         with persipubsub.publisher.Pub("pub", config_pth) as pub, persipubsub.subscriber.Sub(
                 "sub", config_pth) as sub:
             assert child.get() == "ready"
-            support.until(lambda: sub.front() == b"first", what="the commit in front of the flush")
+            support.until(lambda: is_stopped(child), what="the flush")
+            assert sub.front() == b"first"
             with pytest.raises(persipubsub.errors.BusyTimeoutError, match="not yet safe"):
                 pub.send(b"second")
             # It is in the queue, and consumers go on.
