@@ -215,6 +215,7 @@ def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
         setattr(os, "fdatasync", stop_and_flush)
         pipe.send("ready")
+        pipe.recv()
         pub.send(b"first")
         setattr(os, "fdatasync", flush)
         pipe.send("sent")
@@ -228,6 +229,7 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, numb
         with persipubsub.publisher.Pub("pub", config_pth) as pub, persipubsub.subscriber.Sub(
                 "sub", config_pth) as sub:
             assert child.get() == "ready"
+            child.pipe.send("go")  # now that all is open here, which needs the journal, too
             support.until(lambda: is_stopped(child), what="the flush")
             assert sub.front() == b"first"
             with pytest.raises(persipubsub.errors.BusyTimeoutError, match="not yet safe"):
