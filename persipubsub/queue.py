@@ -7,23 +7,23 @@ time; many processes may have the same queue open.
 """
 
 import contextlib
-import datetime
 import functools
 import importlib
-import math
 import os
 import time
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import persipubsub.config
 import persipubsub.errors
+import persipubsub.place
 from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, pending, positions, retention, sending
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
+from persipubsub.place import Place
 from persipubsub.statistics import InFlight, QueueStatistics, SubscriberStatistics
 
 __all__ = ["Queue", "Retries", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     pass
 
 ResultT = TypeVar("ResultT")
-
-Place: TypeAlias = str | int | float | datetime.datetime
 
 
 class Retries(NamedTuple):
@@ -320,16 +318,13 @@ def _chooser(to: Place, timeout_ns: int, now_ns: Callable[[], int]) -> Callable[
     Times are given on the wall clock, while the log has those of the queue's clock, which nobody sets.
     They are compared by age: how long ago the time is, by the wall clock now.
     """
-    if isinstance(to, str):
-        if to not in ("beginning", "end"):
-            raise ValueError(f"Expected 'beginning', 'end', a number or a time, but got: {to!r}")
-        if to == "end":
-            return lambda tx: fmt.MAX_NUMBER
+    wall_ns = persipubsub.place.since_ns(to)
+    if to == "end":
+        return lambda tx: fmt.MAX_NUMBER
+    if to == "beginning":
         return lambda tx: positions.beginning(tx, now_ns() - timeout_ns)
-    if isinstance(to, int) and not isinstance(to, bool):
-        number = to
-        return lambda tx: number
-    wall_ns = _wall_ns(to)
+    if wall_ns is None:
+        return lambda tx: int(to)  # type: ignore[arg-type]  # it is no time
 
     def find(tx: Tx) -> int:
         since_ns = now_ns() - (time.time_ns() - wall_ns)
@@ -337,21 +332,6 @@ def _chooser(to: Place, timeout_ns: int, now_ns: Callable[[], int]) -> Callable[
         return positions.beginning(tx, max(since_ns, now_ns() - timeout_ns))
 
     return find
-
-
-def _wall_ns(moment: object) -> int:
-    """Convert a time to nanoseconds since 1970."""
-    if isinstance(moment, datetime.datetime):
-        if moment.utcoffset() is None:
-            raise ValueError(f"Expected a time with its time zone, but got: {moment!r}")
-        since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-        return (since // datetime.timedelta(microseconds=1)) * 1000
-    if not isinstance(moment, float):
-        raise TypeError("Expected a place of type str, int, float or datetime, but got: "
-                        f"{type(moment).__name__}")
-    if not math.isfinite(moment * 1e9):
-        raise ValueError(f"Expected a time in seconds since 1970, but got: {moment!r}")
-    return int(moment * 1e9)
 
 
 # Statistics

@@ -15,6 +15,7 @@ from persipubsub.lmdb_engine import attempts as attempts_module
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions, retention
 from persipubsub.lmdb_engine.files import SharedPage
+from persipubsub.lmdb_engine.format import Cursor
 from tests import support
 
 #: An injected clock begins here: ahead of the queue's own, by which nothing is too old then.
@@ -167,11 +168,21 @@ def write(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
     return queue._environment.write(work)  # pylint: disable=protected-access
 
 
+def list_blocks(cursor: Cursor) -> list[log.Found]:
+    """List all blocks of the log."""
+    blocks: list[log.Found] = []
+    found = log.head(cursor)
+    while found is not None:
+        blocks.append(found)
+        found = log.following(cursor)
+    return blocks
+
+
 def blocks(queue: persipubsub.queue.Queue) -> list[range]:
     """List the numbers of all blocks that are stored; an empty range is a placeholder."""
     found: list[range] = read(
         queue, lambda tx:
-        [range(first, first + block.messages) for first, block, _ in log.list_blocks(tx.cursor())])
+        [range(first, first + block.messages) for first, block, _ in list_blocks(tx.cursor())])
     return found
 
 

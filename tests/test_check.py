@@ -61,7 +61,7 @@ def test_sound_store_has_no_findings(copy: persipubsub.queue.Queue) -> None:
 
 def blocks_of(tx: Tx) -> list[log.Found]:
     """List the blocks with messages."""
-    return [found for found in log.list_blocks(tx.cursor()) if found.block.messages]
+    return [found for found in stores.list_blocks(tx.cursor()) if found.block.messages]
 
 
 def rewrite(tx: Tx, index: int, **changes: int) -> None:

@@ -47,7 +47,7 @@ _ROWS: list[set[str]] = [
     {"lmdb_engine.once", "lmdb_engine.positions"},
     {"lmdb_engine.attempts", "lmdb_engine.locks", "lmdb_engine.log", "lmdb_engine.notifier"},
     {"lmdb_engine.files", "lmdb_engine.format"},
-    {"config", "drop_log", "message", "statistics"},
+    {"config", "drop_log", "message", "place", "statistics"},
     {"errors"},
 ]
 

@@ -8,25 +8,25 @@ and by forked children. Each call waits for the servers for at most ``busy_timeo
 
 import asyncio
 import contextlib
-import datetime
 import http.client
 import json
-import math
 import os
 import time
 import urllib.request
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import nats.errors
 
 import persipubsub.config
 import persipubsub.errors
 import persipubsub.message
+import persipubsub.place
 import persipubsub.statistics
 from persipubsub.jetstream import (address, connection, dead_letters, delivery, errors, loop,
                                    publishing, settings, stream)
 from persipubsub.message import Peeked
+from persipubsub.place import Place
 
 __all__ = [
     "Queue", "Consumer", "Lease", "ensure_queue", "open_queue", "statistics_of", "check_durability",
@@ -34,9 +34,6 @@ __all__ = [
 ]
 
 ResultT = TypeVar("ResultT")
-
-#: A place in a queue; see :py:func:`persipubsub.control.seek`.
-Place: TypeAlias = str | int | float | datetime.datetime
 
 #: Errors that do not leave the package as they are.
 _FOREIGN: Final = (errors.ApiError, nats.errors.Error, OSError)
@@ -532,7 +529,7 @@ def seek(config: persipubsub.config.Config, queue_key: str, subscriber: str, to:
     :raise TypeError: if the place is of another type
     :raise ValueError: if it is another text, or a time without a time zone
     """
-    since_ns = _since_ns(to)
+    since_ns = persipubsub.place.since_ns(to)
     with open_queue(config, queue_key) as queue:
 
         async def work(kept: stream.Stream) -> int:
@@ -549,27 +546,6 @@ def seek(config: persipubsub.config.Config, queue_key: str, subscriber: str, to:
             return start
 
         return queue.ask(work)
-
-
-def _since_ns(to: Place) -> int | None:
-    """Check a place; return a time in nanoseconds since 1970, None if it is none."""
-    if isinstance(to, str):
-        if to not in ("beginning", "end"):
-            raise ValueError(f"Expected 'beginning', 'end', a number or a time, but got: {to!r}")
-        return None
-    if isinstance(to, int) and not isinstance(to, bool):
-        return None
-    if isinstance(to, datetime.datetime):
-        if to.utcoffset() is None:
-            raise ValueError(f"Expected a time with its time zone, but got: {to!r}")
-        epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-        return (to - epoch) // datetime.timedelta(microseconds=1) * 1000
-    if not isinstance(to, float):
-        raise TypeError(f"Expected a place of type str, int, float or datetime, but got: "
-                        f"{type(to).__name__}")
-    if not math.isfinite(to * 1e9):
-        raise ValueError(f"Expected a time in seconds since 1970, but got: {to!r}")
-    return int(to * 1e9)
 
 
 async def _number_since(kept: stream.Stream, since_ns: int, first: int, last: int) -> int:

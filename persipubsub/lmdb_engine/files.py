@@ -37,9 +37,6 @@ JOURNAL: Final = "journal"
 OWN: Final = frozenset((DATA, LOCK, WRITE_LOCK, OPEN_LOCK, USERS, CLAIMS, JOURNAL_LOCK, SHARED,
                         RUNNING, RESERVE, CREATING, JOURNAL))
 
-#: Names of version 1, by which a queue of that version is told from a foreign directory.
-VERSION_1: Final = frozenset(("write.lock", "bell", "board", "checkpoint.mdb", "checkpoint.lock"))
-
 #: What a file system or a mount puts into an empty directory by itself.
 _TOLERATED: Final = frozenset(("lost+found", ".nfs", "..data"))
 

@@ -335,13 +335,3 @@ def ensure_audience(tx: Tx, subscribers: Sequence[str]) -> int:
             f"Expected at most {0xffff} different lists of subscribers, but got: one more")
     tx.txn.put(fmt.audience_key(audience), fmt.pack_audience(wanted), db=tx.db.meta)
     return audience
-
-
-def list_blocks(cursor: Cursor) -> list[Found]:
-    """List all blocks; for checks only, since it takes time with the length of the log."""
-    blocks: list[Found] = []
-    found = head(cursor)
-    while found is not None:
-        blocks.append(found)
-        found = following(cursor)
-    return blocks
