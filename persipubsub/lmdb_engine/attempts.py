@@ -19,9 +19,6 @@ _MOST_DELETED: Final = 4096
 #: The delay between two deliveries does not grow further, in nanoseconds.
 LONGEST_DELAY_NS: Final = 3600 * 10**9
 
-#: Of the text of an error, so many characters are kept.
-ERROR_CHARACTERS: Final = 500
-
 
 class Policy(NamedTuple):
     """

@@ -94,7 +94,7 @@ def fail(tx: Tx, pending: Pending, numbers: Sequence[int], error: str) -> list[i
         if pending.policy.delay_ns and not is_exhausted:
             retry_at_ns = now_ns + pending.policy.delay_after(count)
         # Nobody is told the text of what is delivered for ever.
-        text = error[:attempts.ERROR_CHARACTERS] if pending.policy.max_deliveries else ""
+        text = error if pending.policy.max_deliveries else ""
         attempts.write(tx, pending.ordinal, number,
                        fmt.Attempts(count, 0, before.since_ns, retry_at_ns, text))
         flags |= fmt.FLAG_MAY_HAVE_ATTEMPTS
