@@ -548,7 +548,9 @@ class _Receipt(persipubsub.face.Block[Take, ContentT]):
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
-        await self._end(self._leave(error))
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await self._end([persipubsub.face.Ending(lease, error is None, error)])
 
 
 class Receipt(_Receipt[ContentT]):

@@ -226,10 +226,6 @@ class Block(Generic[TakeT, ContentT]):
             raise ValueError(f"Expected a receipt for one block ({self._form}), but got: a second")
         return take
 
-    def _leave(self, error: BaseException | None) -> "list[Ending]":
-        lease, self._lease = self._lease, None
-        return [] if lease is None else [Ending(lease, error is None, error)]
-
     def __bool__(self) -> bool:
         """
         Refuse to be taken for a message.

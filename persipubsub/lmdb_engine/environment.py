@@ -287,7 +287,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 if is_owner:
                     self._is_writing = False
                     store.write_lock.unlock()
-                _release(self._write_mutex)
+                locks.release(self._write_mutex)
                 raise
 
     def copy(self, descriptor: int) -> None:
@@ -701,7 +701,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         # Nothing is written from here on: the mark says that the last state record has it all.
         self._write_mutex.acquire(timeout=lock_secs)
         self._is_over = True
-        _release(self._write_mutex)
+        locks.release(self._write_mutex)
         store.is_stopped.set()
         store.notifier.close()
         if store.thread is not None and store.thread is not threading.current_thread():
@@ -717,8 +717,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     and self._read_mutex.acquire(timeout=lock_secs)):
                 self._use(None)
                 _close(store)
-            _release(self._read_mutex)
-            _release(self._write_mutex)
+            locks.release(self._read_mutex)
+            locks.release(self._write_mutex)
 
     def _leave(self, store: _Store) -> None:
         """Leave the journal and LMDB's file as they should be found."""
@@ -1171,11 +1171,3 @@ def _name_queue(error: persipubsub.errors.PersipubsubError, directory: str) -> N
     text = str(error)
     if directory not in text:
         error.args = (f"{text.removesuffix('.')}; queue {directory}", *error.args[1:])
-
-
-def _release(mutex: "threading.RLock") -> None:
-    """Release a lock if this thread has it."""
-    try:
-        mutex.release()
-    except RuntimeError:
-        pass  # an exception of a signal handler came before it was taken

@@ -353,6 +353,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                         self._wake()
                         continue
             finally:
+                # Here and not in the function: a signal handler may raise at its first instruction.
                 try:
                     self._unlock(is_owner)
                 except BaseException:
@@ -820,7 +821,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         if is_owner:
             self._lock_file.unlock()
             self._is_busy = False
-        _release(self._mutex)
+        locks.release(self._mutex)
 
     def _check_handler(self) -> None:
         """Refuse what a signal handler does in the middle of this thread's work on the journal."""
@@ -1029,11 +1030,3 @@ def _write_all(descriptor: int, content: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view[:1 << 30], offset)
         view, offset = view[written:], offset + written
-
-
-def _release(mutex: "threading.RLock") -> None:
-    """Release a lock if this thread has it."""
-    try:
-        mutex.release()
-    except RuntimeError:
-        pass  # an exception of a signal handler came before it was taken

@@ -34,6 +34,7 @@ import fcntl
 import io
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
@@ -113,6 +114,14 @@ class LockFile:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def release(mutex: "threading.RLock") -> None:
+    """Release a lock of threads if this thread has it."""
+    try:
+        mutex.release()
+    except RuntimeError:
+        pass  # an exception of a signal handler came before it was taken
 
 
 def make_way(page: SharedPage) -> None:
