@@ -74,7 +74,7 @@ class Durability(enum.Enum):
 
     #: On the disk: it survives a power failure.
     FSYNC = "fsync"
-    #: With the operating system: it survives its process; a power failure, from a checkpoint on.
+    #: With the operating system: it survives its process, and a power failure after ``checkpoint_secs``.
     OS = "os"
 
 

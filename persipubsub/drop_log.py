@@ -15,7 +15,7 @@ _WARNING_SECS: Final = 1.0
 
 
 class DropLog:
-    """Warns about messages that were dropped unread, without flooding the log. Any thread may use it."""
+    """Counts messages that were dropped unread, and warns at most once a second. For any thread."""
 
     def __init__(self, path: str) -> None:
         """Initialize with nothing dropped."""
