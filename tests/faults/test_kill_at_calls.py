@@ -294,7 +294,10 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
     places = list_calls(make("count"), start, tmp_path / "trace")
     total = len(places)
     if not IS_EVERY:
-        places = chance.sample(places, min(SAMPLE, total))
+        # On a busy machine the background thread works many times more in one run than in another.
+        again = set(list_calls(make("again"), start, tmp_path / "trace"))
+        places = [place for place in places if place in again]
+        places = chance.sample(places, min(SAMPLE, len(places)))
     killed = done = 0
     deadline = time.monotonic() + BUDGET_SECS
     for place in places:
