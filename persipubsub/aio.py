@@ -3,15 +3,15 @@ Publish and receive in tasks of ``asyncio``, with the same queues and the same p
 
 The two classes are used as :py:class:`persipubsub.publisher.Pub` and
 :py:class:`persipubsub.subscriber.Sub`, and share the queues with them, in this process and others.
-The loop is never blocked for the disk or for another process: what could block runs in a few
-threads of the process. Waiting needs one thread for each queue, however many tasks wait.
+The loop never waits for the disk or for another process: what could block runs in a few threads of
+the process. Waiting needs one thread for each queue, however many tasks wait.
 
-An object may be used by any number of tasks, by several loops in several threads, and in a forked
-child. Any loop will do whose ``call_soon_threadsafe`` does what it does in ``asyncio``.
+Any number of tasks may use an object, as may several loops in several threads, and a forked child.
+Any loop works whose ``call_soon_threadsafe`` does the same as in ``asyncio``.
 
-A task that is cancelled loses nothing and leaves no message claimed. What is sent, and the messages
-that are received, stay in order; a message that a task gave back because it was cancelled comes
-before younger ones only if these are not with other tasks by then.
+Cancelling a task loses nothing, and leaves no message claimed. Messages are sent and received in
+order. There is one exception: when a cancelled task gives a message back, other tasks may already
+have later messages.
 """
 
 import asyncio
@@ -229,7 +229,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         """
         Open the queue of a publisher. A queue that was open before is closed.
 
-        If the task is cancelled meanwhile, no queue is open.
+        If the task is cancelled during the call, no queue is open.
 
         :param pub_id: key of the publisher in the configuration
         :param config_pth: path to the configuration file, a dictionary with its content, or a
@@ -243,7 +243,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
 
     async def __aenter__(self) -> Self:
         """
-        Open the queue that the constructor got.
+        Open the queue that was given to the constructor.
 
         :return: itself
         """
@@ -259,7 +259,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         """
         Close the queue; it may be closed twice. What was sent stays sent.
 
-        What other tasks are sending right now is sent, or they get a ``ClosedError``.
+        Messages that other tasks are sending are sent, or these tasks get a ``ClosedError``.
         """
         await _run(lambda: self._put(None))
 
@@ -271,22 +271,22 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         Send a message to all subscribers of the publisher.
 
         When the call returns, the message is as safe as the queue's ``durability`` says. Messages
-        of one loop are put in the order of the calls. If the task is cancelled meanwhile, the
-        message is sent, or it is not: as with a process that dies then.
+        of one loop are sent in the order of the calls. If the task is cancelled during the call,
+        the message is sent or not, as if a process died.
 
         :param msg: to be sent; may be empty
         :param timeout: how long to wait for room where the queue's strategy is ``block``, in
             seconds; 0: not at all; None: for ever
-        :param msg_id: of the message; if the queue knows it, nothing is sent, and the message that
-            is stored is safe when the call returns
-        :raise TypeError: if it is not bytes-like, or the id is neither a string nor bytes
+        :param msg_id: of the message; if the queue knows it, nothing is sent, and the stored
+            message is safe when the call returns
+        :raise TypeError: if the message is not bytes-like, or the id neither a string nor bytes
         :raise ValueError: if the id is not of 1 to 255 bytes, or the timeout is no number from 0 on
-        :raise MessageTooLargeError: if the queue could never hold it
+        :raise MessageTooLargeError: if the queue could never hold the message
         :raise QueueFullError: if there is no room, and the queue's strategy is ``reject``, or
             ``block`` and the time is over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long, at
             most about twice ``busy_timeout_secs``
-        :raise DiskFullError: if there is no room
+        :raise DiskFullError: if the disk, or the store, has no room
         """
         target = self._get()
         message = persipubsub.face.encode(msg)
@@ -298,15 +298,15 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
                         timeout: float | None = None,
                         msg_ids: Sequence[MessageId | None] | None = None) -> None:
         """
-        Send messages in one commit: all of them or none, even if the task is cancelled meanwhile.
+        Send messages in one commit: all of them or none, even if the task is cancelled.
 
-        With ``autosync`` each message has a commit of its own instead, in order; an error, or that
-        the task is cancelled, then leaves those before it sent. So does an error on servers
+        With ``autosync``, each message has a commit of its own, in order. After an error, or if
+        the task is cancelled, earlier messages stay sent. The same holds for an error on servers
         (``nats://...``), which have no such commit.
 
         :param msgs: to be sent
         :param timeout: how long to wait for room, see :py:meth:`send`; with ``autosync`` for each
-        :param msg_ids: of the messages, as many as these, None for those without
+        :param msg_ids: of the messages; an id, or None, for each message
         :raise TypeError: if one of them is not bytes-like; nothing is sent
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
         :raise PersipubsubError: otherwise as :py:meth:`send` does
@@ -557,7 +557,7 @@ class Receipt(_Receipt[ContentT]):
     """
     One message in an ``async with`` block.
 
-    Returned by :py:meth:`persipubsub.aio.Sub.receive`; to be entered once.
+    Returned by :py:meth:`persipubsub.aio.Sub.receive`. Enter it once.
     """
 
     __slots__ = ()
@@ -577,7 +577,7 @@ class BatchReceipt(_Receipt[ContentT]):
     """
     Several messages in an ``async with`` block.
 
-    Returned by :py:meth:`persipubsub.aio.Sub.receive_many`; to be entered once.
+    Returned by :py:meth:`persipubsub.aio.Sub.receive_many`. Enter it once.
     """
 
     __slots__ = ()
@@ -595,19 +595,19 @@ class BatchReceipt(_Receipt[ContentT]):
 
 class Messages(persipubsub.face.Batch[Take, ContentT]):
     """
-    Iterate over messages; each is acknowledged when the next one is asked for, or with others.
+    Iterate over messages, and acknowledge them when the next one is asked for.
 
-    Returned by :py:meth:`persipubsub.aio.Sub.messages`; for one task. Nothing happens before the
+    Returned by :py:meth:`persipubsub.aio.Sub.messages`, for one task. Nothing happens before the
     first message is asked for.
 
-    An ``async for`` loop does not tell the iterator whether it is left by ``break`` or by an
-    exception. The message at which it is left stays and is delivered again, soon if nothing else
-    refers to the iterator; those before it are acknowledged. To use ``break``, or to have errors
-    counted and kept, tell the iterator:
+    An ``async for`` loop does not tell the iterator whether it was left by ``break`` or by an
+    exception. The message at which it was left stays, and is delivered again: soon, if nothing else
+    refers to the iterator. Messages before it are acknowledged. If you use ``break``, or want
+    errors to be counted and kept, tell the iterator in one of two ways:
 
-    - by ``async with sub.messages() as msgs:`` around the loop. Leaving the block acknowledges the
-      message at hand; an exception gives it back, and is recorded.
-    - or by :py:meth:`acknowledge` before the ``break``.
+    - Put ``async with sub.messages() as msgs:`` around the loop. Leaving the block acknowledges the
+      message at hand. An exception gives the message back, and is recorded.
+    - Call :py:meth:`acknowledge` before the ``break``.
     """
 
     __slots__ = ("_end", )
@@ -618,7 +618,7 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
-        :param contents: makes of them what the loop gets
+        :param contents: turns them into what the loop gets
         :param end: acknowledges and gives back
         """
         super().__init__(take, contents)
@@ -626,7 +626,7 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
 
     async def __aenter__(self) -> Self:
         """
-        Let the end of the block decide on the last message.
+        Let the end of the block decide about the last message.
 
         :return: itself
         """
@@ -653,7 +653,7 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
 
     async def __anext__(self) -> ContentT:
         """
-        Acknowledge what was handled if nothing is left, and wait for the next message.
+        Return the next message; if none is left, acknowledge what was handled, and wait.
 
         :return: message
         :raise StopAsyncIteration: if none came in time
@@ -670,7 +670,7 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
         return self._begin(lease)
 
     async def acknowledge(self) -> None:
-        """Acknowledge what was handled, with the message at hand, now; it may be repeated."""
+        """Acknowledge now what was handled, and the message at hand; it may be repeated."""
         await self._end(self._acknowledged())
 
     async def aclose(self) -> None:
@@ -689,7 +689,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
     Receive the messages of a subscriber, as :py:class:`persipubsub.subscriber.Sub` does.
 
     Its tasks share the messages with each other, and with other objects and processes of the same
-    subscriber id. While a task waits, or has a message, no thread does.
+    subscriber id. A task that waits, or that has a message, needs no thread.
 
     >>> import tempfile
     >>> import persipubsub.control
@@ -731,7 +731,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         Open the queue of a subscriber. A queue that was open before is closed.
 
-        If the task is cancelled meanwhile, no queue is open.
+        If the task is cancelled during the call, no queue is open.
 
         :param sub_id: key of the subscriber in the configuration
         :param config_pth: path to the configuration file, a dictionary with its content, or a
@@ -744,7 +744,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
     async def __aenter__(self) -> Self:
         """
-        Open the queue that the constructor got.
+        Open the queue that was given to the constructor.
 
         :return: itself
         """
@@ -791,18 +791,19 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         Receive the next message in an ``async with`` block.
 
-        The block gets the bytes that were sent, or None if no message came in time. Left without an
-        exception, the message is acknowledged; left by an exception, and by that the task was
-        cancelled, it stays where it was and is delivered again, perhaps to another process of the
-        same subscriber. A task that is cancelled while it waits leaves no message claimed.
+        The block gets the bytes that were sent, or None if no message came in time. If the block is
+        left without an exception, the message is acknowledged. If it is left by an exception, or
+        because the task was cancelled, the message stays where it was and is delivered again,
+        perhaps to another process of the same subscriber. A task that is cancelled while it waits
+        leaves no message claimed.
 
         :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up; it is
-            looked at once a second anyhow
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up; there
+            is a look once a second in any case
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
         :return: context manager of the message
         :raise CorruptMessageError: from the ``async with`` statement if the next message is
-            damaged; it is set aside, and the next call gives the one behind it
+            damaged; it is set aside, and the next call gives the one after it
         """
         return Receipt(self._taker(timeout, retries), persipubsub.face.contents_of(details),
                        self._ends)
@@ -827,7 +828,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :param timeout: how long to wait, in seconds; None: for ever
         :param retries: how often to look at the queue within ``timeout`` without a wake-up
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message, as of :py:meth:`receive`
+        :return: context manager of the message, see :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         return Receipt(self._taker(timeout, retries, is_newest=True),
@@ -880,8 +881,9 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         Receive one message after the other, for an ``async for`` statement.
 
         A message is acknowledged when the next one is asked for. If the loop is left before that,
-        by an exception, ``break`` or a task that is cancelled, it stays and is delivered again,
-        unless the iterator is used in an ``async with`` statement: see :py:class:`Messages`.
+        by an exception, by ``break``, or because the task is cancelled, the message stays, and is
+        delivered again. For ``break``, an ``async with`` statement changes that: see
+        :py:class:`Messages`.
 
         :param timeout: how long to wait for each message, in seconds; None: for ever
         :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
@@ -905,7 +907,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         Look at the next message without taking it.
 
-        :return: message that nobody has acknowledged or is receiving now; None if there is none
+        :return: message that is neither acknowledged nor being received; None if there is none
         """
         return await _run(self._get().consumer.front)
 
@@ -913,7 +915,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         Acknowledge all messages of the subscriber but the newest one, in one transaction.
 
-        It is done even if the task is cancelled meanwhile.
+        It is done even if the task is cancelled.
         """
         source = self._get()
         await _run(lambda: source.queue.skip_to_newest(source.subscriber))

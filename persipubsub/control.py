@@ -1,12 +1,12 @@
 """
 Apply a configuration to its queues, and look after them.
 
-These functions are called by deployment scripts and by people on call, also while publishers and
-subscribers are running. Those that need a queue for themselves say so: they raise
-:py:class:`persipubsub.errors.QueueInUseError` while any process has it open.
+Deployment scripts and people on call use these functions, also while publishers and subscribers are
+running. A function that needs a queue for itself says so: it raises
+:py:class:`persipubsub.errors.QueueInUseError` while any process has the queue open.
 
 ``config_pth`` is the path of a configuration file, a dictionary with the content of one, or a
-:py:class:`persipubsub.config.Config`. The command ``persipubsub`` is a thin face of this module.
+:py:class:`persipubsub.config.Config`. The command ``persipubsub`` calls these functions.
 """
 
 import datetime
@@ -131,18 +131,16 @@ def _at_least(name: str, value: int, least: int) -> int:
 
 def initialize_all_dbs(config_pth: ConfigLike, queue_key: str | None = None) -> None:
     """
-    Create the queues of a configuration file and add their subscribers.
+    Create the queues of a configuration file, add their subscribers, and store their settings.
 
-    It may be repeated at any time: what is there stays as it is, new subscribers are added and get
-    what is published from then on; with ``start_from`` ``"beginning"``, also what is still stored
-    and addressed to them. All of it is durable when the call returns; queues that were
-    made ready before an error stay ready.
+    It may be repeated at any time: messages and subscribers that are there stay. A new subscriber
+    gets what is sent from then on; with ``start_from`` ``"beginning"``, it also gets what is still
+    stored and addressed to it. All of this is durable when the call returns. If there is an error,
+    queues that were made ready before stay ready.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given
     :raise ConfigError: if the file is wrong
-    :raise QueueInUseError:
-        if the file gives a queue another durability, and another process has the queue open
     :raise FormatError: if the directory of a queue holds something else
     :raise AccessError: if a directory may not be created or written to
     """
@@ -153,7 +151,7 @@ def initialize_all_dbs(config_pth: ConfigLike, queue_key: str | None = None) -> 
 def prune_dangling_messages(config_pth: ConfigLike,
                             queue_key: str | None = None) -> Mapping[str, int]:
     """
-    Drop the messages of queues that are too old, and delete those that everybody acknowledged.
+    Drop messages that are too old, and delete messages that all subscribers acknowledged.
 
     It is done in many short transactions, so that publishers are not held up.
 
@@ -170,8 +168,8 @@ def clear_all_subs(config_pth: ConfigLike, queue_key: str | None = None) -> Mapp
     """
     Drop all messages of queues; their subscribers stay.
 
-    The messages of a queue leave in one transaction. A message that is being received is
-    acknowledged into the void.
+    The messages of a queue are dropped in one transaction. If a consumer has one of them, its
+    acknowledgement has no effect.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given
@@ -190,7 +188,7 @@ def statistics(config_pth: ConfigLike,
     """
     Count what is in queues and what happened to it, without a walk through the messages.
 
-    It takes no part in the queues: they are not in use for it.
+    This does not count as a use of the queues: :py:func:`compact` is possible at the same time.
 
     :param config_pth: configuration
     :param queue_key: key in ``queues``; all of them if not given
@@ -220,7 +218,7 @@ def in_flight(config_pth: ConfigLike,
 
     :param config_pth: configuration
     :param queue_key: key in ``queues``; all of them if not given
-    :return: what is claimed, by key, ordered by subscriber and number
+    :return: what is claimed, by key, ordered by subscriber and number; empty for servers
     :raise ConfigError: if the configuration is wrong
     """
     return types.MappingProxyType({
@@ -240,11 +238,11 @@ def peek(config_pth: ConfigLike,
     :param config_pth: path to the configuration file
     :param sub_id: id of the subscriber
     :param count: how many messages at most
-    :param start: number from which on to look; those in front of its position are done
+    :param start: number from which on to look; messages before its position are left out
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
-    :return: messages that it did not acknowledge yet, also those that are just being received
+    :return: messages that it did not acknowledge yet, also those that are being received
     :raise ConfigError:
-        if the file is wrong, has no such subscriber or queue, or nobody may have that id
+        if the file is wrong, has no such subscriber or queue, or the id is not valid
     :raise NotInitializedError: if the queue or the subscriber was not initialized
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
@@ -256,10 +254,10 @@ def follow(config_pth: ConfigLike,
            queue_key: str,
            last: int = 0) -> "Generator[list[Peeked], None, None]":
     """
-    Look at the messages of a queue as they are sent, for ever; a look, and not a subscriber.
+    Look at the messages of a queue as they are sent, for ever, without being a subscriber.
 
-    Messages that all their subscribers acknowledged may be deleted before they were seen: their
-    numbers are left out. The queue is in use until the iterator is closed.
+    A message that all its subscribers acknowledged may be deleted before it is seen: its number is
+    left out. The queue is in use until the iterator is closed.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``
@@ -279,13 +277,13 @@ def seek(config_pth: ConfigLike,
     """
     Let a subscriber go on from another place of the queue: back, to receive again, or forward.
 
-    It is done in one transaction, and durable when the call returns. Whatever the subscriber has
-    acknowledged from that place on is delivered again, as far as it is still stored (see
-    ``retain_secs``); what it passes unread counts as skipped. It may be called while everybody is
-    at work: a message that is being received is not given to a second one meanwhile.
+    It is done in one transaction, and durable when the call returns. Messages from that place on
+    are delivered again even if the subscriber acknowledged them, as far as they are still stored
+    (see ``retain_secs``). Messages that are passed unread count as skipped. It may be called while
+    consumers are at work: a message that one of them has is not given to a second one.
 
-    A time means a message's age by the wall clock now. If that was set since the message was sent,
-    the place is off by as much. Messages that are older than the queue's timeout are passed over.
+    A time is converted to an age by the present wall clock. If that was set after a message was
+    sent, the place is off by as much. Messages older than the queue's timeout are passed over.
 
     :param config_pth: path to the configuration file
     :param sub_id: id of the subscriber
@@ -297,7 +295,7 @@ def seek(config_pth: ConfigLike,
     :param queue_key: key in ``queues``; that of the subscriber's entry if not given
     :return: new position: the number of the message from which it goes on
     :raise ConfigError:
-        if the file is wrong, has no such subscriber or queue, or nobody may have that id
+        if the file is wrong, has no such subscriber or queue, or the id is not valid
     :raise NotInitializedError: if the queue or the subscriber was not initialized
     :raise TypeError: if the place is of another type
     :raise ValueError: if it is another text, or a time without a time zone
@@ -310,8 +308,8 @@ def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> 
     """
     Let the consumers of a subscriber wait: they get no messages until :py:func:`resume`.
 
-    Nothing is lost: messages are kept as if no consumer was there, up to the queue's limits. What is
-    being worked on can be acknowledged. It is durable when the call returns.
+    Messages are kept as if no consumer was there, up to the queue's limits. Messages that consumers
+    already have can be acknowledged. The pause is durable when the call returns.
 
     :param config_pth: configuration
     :param sub_id: id of the subscriber
@@ -341,10 +339,10 @@ def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) ->
 
 def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | None = None) -> bool:
     """
-    Let one message leave one subscriber, as a poison message that no consumer can work on.
+    Delete one message for one subscriber, such as a poison message at which every consumer fails.
 
-    It counts as cleared, and is durable when the call returns. Other subscribers get the message. A
-    consumer that is working on it may end its work.
+    It counts as cleared. The change is durable when the call returns. Other subscribers still get
+    the message. A consumer that has it may finish its work.
 
     :param config_pth: configuration
     :param sub_id: id of the subscriber
@@ -383,13 +381,13 @@ def dead_letters(config_pth: ConfigLike,
     """
     Look at messages that were given up, without taking them.
 
-    All of them are read into the memory.
+    All of them are read into memory.
 
     :param config_pth: path to the configuration file
     :param queue_key: key of a queue of dead letters; all of them if not given
     :return: those that were neither sent back nor dropped, in order, by queue
-    :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
-    :raise NotInitializedError: if a queue was not initialized, or as one for something else
+    :raise ConfigError: if the file is wrong, has no such queue, or the queue is no directory
+    :raise NotInitializedError: if a queue was not initialized as a queue of dead letters
     """
     config, keys = _select(config_pth, queue_key)
     letters = importlib.import_module("persipubsub.letters")
@@ -405,14 +403,14 @@ def send_back(config_pth: ConfigLike,
     Send messages that were given up to the subscriber that failed to work on them, as new ones.
 
     No other subscriber gets them. Each is durable in its queue before it leaves the queue of dead
-    letters; when the process is killed in between and the call repeated, it is sent once.
+    letters. If the process is killed in between, repeating the call does not send it twice.
 
     :param config_pth: path to the configuration file
     :param queue_key: key of the queue of dead letters
     :param numbers: in that queue; all that are there now if not given
-    :return: numbers of those that were sent back; one that is not there or in use is left out
+    :return: numbers of those that were sent back; without those that are not there, or in use
     :raise ConfigError:
-        if the file is wrong, or lacks that queue, or the one of a letter, or one is no directory
+        if the file is wrong, lacks that queue or the queue of a letter, or one is no directory
     :raise NotInitializedError: if the queue of a letter does not have its subscriber any more
     """
     config, _ = _select(config_pth, queue_key)
@@ -429,8 +427,8 @@ def drop_dead_letters(config_pth: ConfigLike,
     :param config_pth: path to the configuration file
     :param queue_key: key of the queue of dead letters
     :param numbers: in that queue; all that are there now if not given
-    :return: numbers of those that were dropped; one that is not there or in use is left out
-    :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
+    :return: numbers of those that were dropped; without those that are not there, or in use
+    :raise ConfigError: if the file is wrong, has no such queue, or the queue is no directory
     """
     config, _ = _select(config_pth, queue_key)
     letters = importlib.import_module("persipubsub.letters")
@@ -446,12 +444,12 @@ def verify(config_pth: ConfigLike,
     """
     Verify all pages, records and messages of queues, each in one snapshot.
 
-    It holds up no other process. It takes seconds for each 100 MB; a queue that is used meanwhile
-    grows, since its old pages are not used again before the end.
+    It holds up no other process. It takes seconds for each 100 MB. A queue that is in use grows
+    meanwhile, since its old pages are not used again before the end.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given
-    :param progress: is counted up, for another thread to look at
+    :param progress: is counted up, for another thread to read
     :return: what is wrong, by queue; nothing if the queue is sound
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
@@ -467,15 +465,15 @@ def backup(config_pth: ConfigLike,
            target: "str | os.PathLike[str]",
            progress: Progress | None = None) -> int:
     """
-    Copy a queue, as it is at one moment, into a file. It holds up nobody, and may be in full use.
+    Copy a queue, as it is at one moment, into a file. The queue may be in full use; nobody waits.
 
-    All that was acknowledged before the call is in it. The file is verified and durable when the
-    call returns; whatever happens before, there is no file of that name.
+    Everything that was sent or acknowledged before the call is in the file. The file is verified
+    and durable when the call returns. If the call fails, there is no file of that name.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``
     :param target: path of the file, which must not be there yet
-    :param progress: is counted up, for another thread to look at
+    :param progress: is counted up, for another thread to read
     :return: size of the file in bytes
     :raise ConfigError: if the file is wrong, or has no such queue
     :raise StoreError: if the target is there already
@@ -491,17 +489,17 @@ def restore(config_pth: ConfigLike,
             source: "str | os.PathLike[str]",
             progress: Progress | None = None) -> None:
     """
-    Let a backup take the place of a queue, or create the queue from it.
+    Replace a queue with a backup, or create the queue from it.
 
     It needs the queue for itself. The backup is verified before anything is changed, and stays.
-    Messages are as old as they are: those that are older than the queue's timeout are dropped at
-    its next use. Numbers go on behind all that are known to be used. Subscribers of the
-    configuration file that are not in the backup are added.
+    Messages keep their age: those that are older than the queue's timeout are dropped at its next
+    use. New numbers come after all that are known to be used. Subscribers of the configuration file
+    that are not in the backup are added.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``
     :param source: path of the backup
-    :param progress: is counted up, for another thread to look at
+    :param progress: is counted up, for another thread to read
     :raise ConfigError: if the file is wrong, or has no such queue
     :raise QueueInUseError: if any process, this one included, has the queue open
     :raise StoreCorruptError: if the backup is damaged
@@ -517,14 +515,14 @@ def compact(config_pth: ConfigLike,
             queue_key: str | None = None,
             progress: Progress | None = None) -> "Mapping[str, Sizes]":
     """
-    Give the room on the disk back that queues do not need any more.
+    Give back room on the disk that queues do not need any more.
 
-    It needs each queue for itself, and room for a copy of what is in it. Whatever happens on the
-    way, the queue is either as it was or compacted, durably.
+    It needs each queue for itself, and room for a copy of what is in it. If it is interrupted, the
+    queue is either as it was or compacted, durably.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given
-    :param progress: is counted up, for another thread to look at
+    :param progress: is counted up, for another thread to read
     :return: sizes before and after, by queue
     :raise ConfigError: if the file is wrong
     :raise QueueInUseError: if any process, this one included, has the queue open
@@ -544,13 +542,13 @@ def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> b
     """
     Add a subscriber to a queue, durably; it gets what is sent from now on.
 
-    The configuration file is not changed: it has to name the subscriber as well.
+    The configuration file is not changed: name the subscriber there as well.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``
     :param subscriber: its id, of 1 to 255 bytes in UTF-8
     :return: False if it was there already, and stays as it is
-    :raise ConfigError: if the file is wrong, has no such queue, or nobody may have that id
+    :raise ConfigError: if the file is wrong, has no such queue, or the id is not valid
     :raise NotInitializedError: if the queue was not initialized
     """
     config, _ = _select(config_pth, queue_key)
@@ -562,7 +560,7 @@ def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> b
 
 def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> int:
     """
-    Remove a subscriber from a queue, durably, and with it the messages that nobody else needs.
+    Remove a subscriber from a queue, durably, with the messages that no other subscriber needs.
 
     The configuration file is not changed: as long as it names the subscriber, the next
     initialization adds it again, at the end of the queue.
@@ -571,7 +569,7 @@ def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -
     :param queue_key: key in ``queues``
     :param subscriber: its id
     :return: how many messages it did not acknowledge
-    :raise ConfigError: if the file is wrong, has no such queue, or nobody may have that id
+    :raise ConfigError: if the file is wrong, has no such queue, or the id is not valid
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
     config, _ = _subscriber(config_pth, subscriber, queue_key)
@@ -604,15 +602,15 @@ def migrate(config_pth: ConfigLike,
     """
     Move what waits in a queue of this machine to a queue on servers, while both are in use.
 
-    The other queue is initialized first. Each subscriber gets what it did not acknowledge yet, in
-    order, and nothing else; what its consumers are receiving right now stays theirs. Moved messages
-    are as old as the move. It waits for room at the other queue's high-water mark, and drops
-    nothing. It may be killed and repeated; the configuration file is not changed.
+    The other queue is initialized first. Each subscriber gets the messages that it has not
+    acknowledged, in order, and no others. Messages that its consumers have at that moment are not
+    moved. The age of a moved message starts anew. At the other queue's high-water mark it waits for
+    room, and drops nothing. It may be killed and repeated. The configuration file is not changed.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``
     :param target: path of the other queue, ``nats://...``
-    :param progress: is counted up, for another thread to look at
+    :param progress: is counted up, for another thread to read
     :return: what became of the messages, by subscriber; run it again if something is left
     :raise ConfigError: if the file is wrong, has no such queue, or the target is none
     :raise NotInitializedError: if the queue was not initialized
@@ -628,10 +626,10 @@ def migrate(config_pth: ConfigLike,
 def check_durability(config_pth: ConfigLike,
                      queue_key: str | None = None) -> Mapping[str, tuple[str, ...]]:
     """
-    Look for queues that are less durable than their configuration says, as far as that can be told.
+    Look for queues that are less durable than their configuration says, as far as this is known.
 
-    On this machine, the library itself sees to it. Servers flush when they are configured to: they
-    are asked if the path of the queue says where (``monitor=http://host:8222``).
+    A directory is as durable as configured. Servers flush as they are configured themselves: they
+    are asked if the path of the queue has ``monitor=http://host:8222``.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given

@@ -1,5 +1,5 @@
 """
-Name everything that can go wrong, one class for each way a caller would react.
+Errors of the library: one class for each way in which a caller can react.
 
 ::
 
@@ -16,15 +16,15 @@ Name everything that can go wrong, one class for each way a caller would react.
      +-- MessageError            change what you send
      |    +-- MessageTooLargeError
      |    +-- CorruptMessageError    one message is damaged; all others are fine
-     +-- QueueFullError          repeat when subscribers caught up
+     +-- QueueFullError          repeat when subscribers have caught up
      +-- DiskFullError           make room on the disk, or raise max_db_size_bytes
-     +-- StoreError              look at the disk and at the store
-          +-- FlushError             an earlier write may be lost: reopen, look at the disk
+     +-- StoreError              check the disk and the store
+          +-- FlushError             an earlier write may be lost: check the disk, reopen
           +-- FormatError            the files are not a queue of this version
           +-- StoreCorruptError      restore a backup
 
-No error of ``lmdb``, ``msgspec`` or ``nats`` leaves the library. ``TypeError`` is raised as
-everywhere in Python for an argument of a wrong type.
+Errors of ``lmdb``, ``msgspec`` and ``nats`` do not leave the library. A wrong argument raises
+``TypeError`` or ``ValueError``, as everywhere in Python.
 """
 
 from collections.abc import Sequence
@@ -60,8 +60,8 @@ class ConfigError(PersipubsubError):
     """
     Report a configuration file that can not be used.
 
-    The message names the file, the place in it (``queues./q.max_db_num``), what was found and what
-    was expected. All problems that were found are listed in ``problems``.
+    The text names the file, the place in it (``queues./q.max_db_num``), what was found and what was
+    expected. ``problems`` lists all problems that were found.
     """
 
     def __init__(self, message: str, problems: Sequence[str] | None = None) -> None:
@@ -103,8 +103,9 @@ class BusyTimeoutError(PersipubsubError):
     """
     Report that the queue could not be written to within ``busy_timeout_secs``.
 
-    Another process is in the middle of a write: it was stopped (SIGSTOP, a debugger), or the disk
-    is very slow. Nothing was written by the call.
+    Another process is in the middle of a write or a flush: it was stopped (SIGSTOP, a debugger), or
+    the disk is very slow. The call has written nothing, unless the text says that the message is in
+    the queue, but not yet safe.
     """
 
 
@@ -114,10 +115,10 @@ class ReadersFullError(PersipubsubError):
 
 class UnavailableError(PersipubsubError):
     """
-    Report that the servers of a queue (``nats://...``) did not answer in time, or can not.
+    Report that the servers of a queue (``nats://...``) did not answer in time, or lack JetStream.
 
-    Whether they did what they were asked for is not known: a message may have been stored, an
-    acknowledgement may have been taken. Repeat it, and the message may be delivered twice.
+    It is not known whether they did what they were asked for: a message may have been stored, or an
+    acknowledgement taken. If the call is repeated, the message may be delivered twice.
     """
 
 
@@ -126,7 +127,7 @@ class AccessError(PersipubsubError):
 
 
 class MessageError(PersipubsubError):
-    """Be the root of the errors about a single message or a single batch."""
+    """Root of the errors about a single message or a single batch."""
 
 
 class MessageTooLargeError(MessageError):
@@ -161,10 +162,10 @@ class CorruptMessageError(MessageError):
 
 class QueueFullError(PersipubsubError):
     """
-    Report that the queue stands at a high-water mark and nothing may be dropped. Nothing was sent.
+    Report that the queue is at a limit, and that nothing may be dropped. Nothing was sent.
 
-    The strategy of the queue is ``reject``, or ``block`` and there was no room in time. The message
-    names the subscriber that needs the oldest message.
+    The strategy of the queue is ``reject``, or it is ``block`` and there was no room in time. The
+    text names the subscriber that needs the oldest message.
     """
 
 
@@ -183,15 +184,15 @@ class StoreError(PersipubsubError):
 
 class FlushError(StoreError):
     """
-    Report that the disk refused to take what was written.
+    Report that the disk failed to store what was written.
 
-    The operating system may have forgotten the data, so that this process refuses to work with the
-    queue until it is closed and opened again.
+    The operating system may have lost the data. For this reason, the open queue refuses further
+    writes until it is closed and opened again.
     """
 
 
 class FormatError(StoreError):
-    """Report files that are not a queue, or are one of another format. They are left untouched."""
+    """Report files that are no queue, or a queue of another format. They are left untouched."""
 
 
 class StoreCorruptError(StoreError):

@@ -14,8 +14,8 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
     """
     Send messages to the queue of a publisher.
 
-    One object may be used by many threads at the same time; those that send at the same moment
-    share a wait for the disk. It may be used in a forked child. It can not be pickled.
+    Many threads may use one object at the same time. Threads that send at the same moment share a
+    flush. A forked child may use the object, too. It can not be pickled.
 
     >>> import tempfile
     >>> import persipubsub.control
@@ -36,7 +36,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
                  config_pth: persipubsub.config.ConfigLike | None = None,
                  autosync: bool = False) -> None:
         """
-        Open the queue of a publisher; without arguments, :py:meth:`init` is to do that.
+        Open the queue of a publisher. Without arguments, call :py:meth:`init` for that.
 
         :param pub_id: key of the publisher in the configuration
         :param config_pth: see :py:meth:`init`
@@ -92,9 +92,9 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         When the call returns, the message is as safe as the queue's ``durability`` says. It waits
         for another process's write for at most ``busy_timeout_secs`` seconds.
 
-        With an id it may be repeated, also by another process after this one was killed: the queue
-        stores one message of an id within ``once_window_secs`` seconds. The ids of all publishers
-        of a queue are in one namespace.
+        With an id, the call may be repeated, also by another process after this one was killed: the
+        queue stores one message for an id within ``once_window_secs`` seconds. All publishers of a
+        queue share one namespace of ids.
 
         :param msg: to be sent; may be empty
         :param timeout:
@@ -102,15 +102,15 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
             all; None: for ever
         :param msg_id:
             of the message, 1 to 255 bytes (of a string, in UTF-8); if the queue knows it, nothing
-            is sent, and the message that is stored is safe when the call returns
-        :raise TypeError: if it is not bytes-like, or the id is neither a string nor bytes
+            is sent, and the stored message is safe when the call returns
+        :raise TypeError: if the message is not bytes-like, or the id neither a string nor bytes
         :raise ValueError: if the id has another length, or the timeout is no number from 0 on
-        :raise MessageTooLargeError: if the queue could never hold it
+        :raise MessageTooLargeError: if the queue could never hold the message
         :raise QueueFullError:
             if there is no room, and the queue's strategy is ``reject``, or it is ``block`` and the
             time is over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
-        :raise DiskFullError: if there is no room
+        :raise DiskFullError: if the disk, or the store, has no room
         """
         target = self._get()
         message = persipubsub.face.encode(msg)
@@ -127,33 +127,32 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         """
         Send messages in one commit: all of them or none.
 
-        With ``autosync`` each message has a commit of its own instead, in order; an error then
-        leaves those before it sent.
+        With ``autosync``, each message has a commit of its own, in order. After an error, earlier
+        messages stay sent.
 
-        Messages of ids that the queue knows, or that come twice, are left out; the others are
-        sent.
+        A message is left out if the queue knows its id. If an id comes twice, only the first
+        message is sent.
 
-        On servers (``nats://...``) there is no such commit: an error leaves those at the beginning
-        sent, or none. With the same ids the call may be repeated, which completes the batch.
+        Servers (``nats://...``) have no such commit: after an error, the first messages may be
+        sent. Repeating the call with the same ids completes the batch.
 
         :param msgs: to be sent
         :param timeout:
             how long to wait for room where the queue's strategy is ``block``, in seconds; 0: not at
             all; None: for ever. With ``autosync`` it is for each message.
-        :param msg_ids: of the messages, see :py:meth:`send`; as many as these, None for those
-            without
+        :param msg_ids: of the messages, see :py:meth:`send`; an id, or None, for each message
         :raise TypeError:
             if one of them is not bytes-like, or an id is neither a string nor bytes; nothing is
             sent
         :raise ValueError:
-            if an id has another length, there are not as many as messages, or the timeout is no
-            number from 0 on
+            if an id has another length, there are more or fewer ids than messages, or the timeout
+            is no number from 0 on
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
         :raise QueueFullError:
             if there is no room, and the queue's strategy is ``reject``, or it is ``block`` and the
             time is over; nothing is sent
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
-        :raise DiskFullError: if there is no room
+        :raise DiskFullError: if the disk, or the store, has no room
         """
         target = self._get()
         seconds = persipubsub.face.seconds_of(timeout)

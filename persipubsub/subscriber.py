@@ -40,7 +40,7 @@ class Receipt(_Receipt[ContentT]):
     """
     One message in a ``with`` block.
 
-    Returned by :py:meth:`persipubsub.subscriber.Sub.receive`; to be entered once.
+    Returned by :py:meth:`persipubsub.subscriber.Sub.receive`. Enter it once.
     """
 
     __slots__ = ()
@@ -60,7 +60,7 @@ class BatchReceipt(_Receipt[ContentT]):
     """
     Several messages in a ``with`` block.
 
-    Returned by :py:meth:`persipubsub.subscriber.Sub.receive_many`; to be entered once.
+    Returned by :py:meth:`persipubsub.subscriber.Sub.receive_many`. Enter it once.
     """
 
     __slots__ = ()
@@ -78,26 +78,26 @@ class BatchReceipt(_Receipt[ContentT]):
 
 class Messages(persipubsub.face.Batch[Take, ContentT]):
     """
-    Iterate over messages; each is acknowledged when the next one is asked for, or with others.
+    Iterate over messages, and acknowledge them when the next one is asked for.
 
-    Returned by :py:meth:`persipubsub.subscriber.Sub.messages`; for one thread. Nothing happens
+    Returned by :py:meth:`persipubsub.subscriber.Sub.messages`, for one thread. Nothing happens
     before the first message is asked for.
 
-    A ``for`` loop does not tell the iterator whether it is left by ``break`` or by an exception.
-    The message at which it is left stays and is delivered again, at once if nothing else refers to
-    the iterator; those before it are acknowledged. To use ``break``, or to have errors counted and
-    kept, tell the iterator:
+    A ``for`` loop does not tell the iterator whether it was left by ``break`` or by an exception.
+    The message at which it was left stays, and is delivered again: at once, if nothing else refers
+    to the iterator. Messages before it are acknowledged. If you use ``break``, or want errors to be
+    counted and kept, tell the iterator in one of two ways:
 
-    - by ``with sub.messages() as msgs:`` around the loop. Leaving the block acknowledges the
-      message at hand; an exception gives it back, and is recorded.
-    - or by :py:meth:`acknowledge` before the ``break``.
+    - Put ``with sub.messages() as msgs:`` around the loop. Leaving the block acknowledges the
+      message at hand. An exception gives the message back, and is recorded.
+    - Call :py:meth:`acknowledge` before the ``break``.
     """
 
     __slots__ = ()
 
     def __enter__(self) -> Self:
         """
-        Let the end of the block decide on the last message.
+        Let the end of the block decide about the last message.
 
         :return: itself
         """
@@ -124,7 +124,7 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
 
     def __next__(self) -> ContentT:
         """
-        Acknowledge what was handled if nothing is left, and wait for the next message.
+        Return the next message; if none is left, acknowledge what was handled, and wait.
 
         :return: message
         :raise StopIteration: if none came in time
@@ -141,7 +141,7 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
         return self._begin(lease)
 
     def acknowledge(self) -> None:
-        """Acknowledge what was handled, with the message at hand, now; it may be repeated."""
+        """Acknowledge now what was handled, and the message at hand; it may be repeated."""
         persipubsub.face.end(self._acknowledged())
 
     def close(self) -> None:
@@ -160,9 +160,9 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
     """
     Receive the messages that are addressed to a subscriber, in the order of their commits.
 
-    One object may be used by many threads, and one subscriber id by many processes: they share the
-    messages, and no two of them have the same message at the same time. It may be used in a forked
-    child. It can not be pickled.
+    Many threads may use one object, and many processes may use one subscriber id. They share the
+    messages: no two of them have the same message at the same time. A forked child may use the
+    object, too. It can not be pickled.
 
     >>> import tempfile
     >>> import persipubsub.control, persipubsub.publisher
@@ -190,7 +190,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
                  sub_id: str | None = None,
                  config_pth: persipubsub.config.ConfigLike | None = None) -> None:
         """
-        Open the queue of a subscriber; without arguments, :py:meth:`init` is to do that.
+        Open the queue of a subscriber. Without arguments, call :py:meth:`init` for that.
 
         :param sub_id: key of the subscriber in the configuration
         :param config_pth: see :py:meth:`init`
@@ -250,17 +250,18 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         Receive the next message in a ``with`` block.
 
-        The block gets the bytes that were sent, or None if no message came in time. Left without an
-        exception, the message is acknowledged; left by an exception, it stays where it was and is
-        delivered again, perhaps to another process of the same subscriber.
+        The block gets the bytes that were sent, or None if no message came in time. If the block is
+        left without an exception, the message is acknowledged. If it is left by an exception, the
+        message stays where it was and is delivered again, perhaps to another process of the same
+        subscriber.
 
         :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up; it is
-            looked at once a second anyhow
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up; there
+            is a look once a second in any case
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
         :return: context manager of the message
         :raise CorruptMessageError: from the ``with`` statement if the next message is damaged; it
-            is set aside, and the next call gives the one behind it
+            is set aside, and the next call gives the one after it
         """
         seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
         return Receipt(functools.partial(self._get().consumer.take, seconds, poll_secs),
@@ -281,15 +282,15 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         Receive the newest message in a ``with`` block, and skip all older ones.
 
-        The older ones are acknowledged for this subscriber, in the one transaction that sees that
-        the message still is the newest one; other subscribers keep theirs. They stay skipped
-        whatever becomes of the newest one. While another process has that, nothing is skipped, and
-        the call waits for the next one.
+        One transaction makes sure that the message still is the newest one, and acknowledges the
+        older ones for this subscriber. Other subscribers keep theirs. Skipped messages stay
+        skipped, whatever happens to the newest one. While another process has the newest message,
+        nothing is skipped, and the call waits for the next one.
 
         :param timeout: how long to wait, in seconds; None: for ever
         :param retries: how often to look at the queue within ``timeout`` without a wake-up
         :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message, as of :py:meth:`receive`
+        :return: context manager of the message, see :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
@@ -313,11 +314,11 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         Receive several messages in a ``with`` block.
 
         The block gets a list of the messages that are there, at least one and at most ``max_msgs``,
-        or an empty list if none came in time. It does not wait until there are ``max_msgs``. All of
-        them are acknowledged together, in one transaction, when the block is left without an
-        exception; otherwise all of them stay and are delivered again.
+        or an empty list if none came in time. It does not wait until there are ``max_msgs``. If the
+        block is left without an exception, all of them are acknowledged together, in one
+        transaction. Otherwise all of them stay, and are delivered again.
 
-        About 16 MiB are received at once at most, or one larger message.
+        At most about 16 MiB, or one larger message, are received at once.
 
         :param max_msgs: how many messages at most
         :param timeout: how long to wait for the first one, in seconds; None: for ever
@@ -348,14 +349,15 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         Iterate over the messages as they come.
 
         A message is acknowledged when the next one is asked for. The loop ends when no message came
-        within ``timeout``. A message at which the loop is left by an exception stays, and is
-        delivered again; so does one at which it is left by ``break``, unless the iterator is used
-        in a ``with`` statement: see :py:class:`Messages`.
+        within ``timeout``. If the loop is left by an exception or by ``break``, its last message
+        stays, and is delivered again. For ``break``, a ``with`` statement changes that: see
+        :py:class:`Messages`.
 
         With ``prefetch``, up to so many messages are taken at once, which is several times as fast.
-        They are acknowledged together when the last one was handled, or when the loop is left:
-        then the rest is given back. A consumer that is killed leaves all of them to be delivered
-        again, and until then no other consumer has them: choose it by how long one message takes.
+        They are acknowledged together when the last one was handled, or when the loop is left. If
+        the loop is left, the rest is given back. If the consumer is killed, all of them are
+        delivered again. As long as it has them, no other consumer gets them: choose a small number
+        if one message takes long.
 
         :param timeout: how long to wait for each message, in seconds; None: for ever
         :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
@@ -380,7 +382,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         Look at the next message without taking it.
 
-        :return: message that nobody has acknowledged or is receiving now; None if there is none
+        :return: message that is neither acknowledged nor being received; None if there is none
         """
         return self._get().consumer.front()
 

@@ -72,10 +72,10 @@ def commands() -> None:
 
     For example: persipubsub stat config.json
 
-    Set PERSIPUBSUB_CONFIG to the file, and leave it out: persipubsub stat
+    If PERSIPUBSUB_CONFIG names the file, it can be left out: persipubsub stat
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C; those of "check" are in
-    its help.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C. The command "check" has
+    others: see its help.
     """
 
 

@@ -20,9 +20,9 @@ __all__ = ["new", "init", "check_config", "add_subscriber", "remove_subscriber",
 @options.option("--subscriber subscribers", str, ["sub"], "May be repeated.", multiple=True)
 def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
     """
-    Write a short configuration file to start from. It names its schema, for editors.
+    Write a short configuration file to start from. It names its JSON Schema, for editors.
 
-    The schema is written beside it. CONFIG must not be there yet.
+    The schema is written to a file beside it. CONFIG must not exist yet.
 
     Example:
         persipubsub new config.json --queue greetings --subscriber print --subscriber archive
@@ -49,7 +49,7 @@ def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
     call.tell(line, path=str(call.path), schema=str(schema))
 
 
-@options.command("Make only this queue ready.")
+@options.command("Initialize only this queue.")
 def init(call: options.Call) -> None:
     """
     Create the queues of CONFIG, add their subscribers, and store their settings.
@@ -68,10 +68,10 @@ def init(call: options.Call) -> None:
     call.each(call.keys(), work)
 
 
-@options.command("Also check that there is this queue.", name="check-config")
+@options.command("Compare only this queue with the file.", name="check-config")
 def check_config(call: options.Call) -> None:
     """
-    Check CONFIG and list all its problems, and what its queues have stored otherwise.
+    List all problems of CONFIG, and where its queues differ from it.
 
     No queue is changed; "init" applies the settings of CONFIG. For queues on servers
     (nats://...?monitor=http://host:8222), it warns if a server flushes less than their durability
@@ -134,9 +134,10 @@ def _warnings(call: options.Call, key: str) -> list[str]:
 @click.argument("subscriber")
 def add_subscriber(call: options.Call, subscriber: str) -> None:
     """
-    Add SUBSCRIBER to a queue, while it is in use; it gets what is sent from now on.
+    Add SUBSCRIBER to a queue, also while it is in use.
 
-    CONFIG itself is not changed; what to change there is printed.
+    The subscriber gets what is sent from now on. CONFIG itself is not changed; the command prints
+    what to change there.
 
     Example:
         persipubsub add-subscriber config.json archive --queue greetings
@@ -158,10 +159,11 @@ def add_subscriber(call: options.Call, subscriber: str) -> None:
 @options.yes
 def remove_subscriber(call: options.Call, subscriber: str, yes: bool) -> None:
     """
-    Remove SUBSCRIBER from a queue, while it is in use, with the messages that nobody else needs.
+    Remove SUBSCRIBER from a queue, also while it is in use.
 
-    CONFIG itself is not changed; what to change there is printed. End the processes of the
-    subscriber before: they fail afterwards.
+    Messages that no other subscriber needs are removed, too. CONFIG itself is not changed; the
+    command prints what to change there. End the processes of the subscriber first: they fail
+    afterwards.
 
     Example:
         persipubsub remove-subscriber config.json archive --queue greetings
@@ -188,7 +190,8 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     Print a script that completes commands, options, and the ids of the configuration file.
 
-    Let the shell run it at its start. Ids are completed behind CONFIG, or with PERSIPUBSUB_CONFIG.
+    The shell has to run the script when it starts. Ids are completed after CONFIG, or if
+    PERSIPUBSUB_CONFIG names the file.
 
     Examples:
         persipubsub completion bash > ~/.local/share/bash-completion/completions/persipubsub

@@ -43,8 +43,8 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     """
     Show what is in the queues of CONFIG, how far their subscribers are, and what is in flight.
 
-    It is cheap, whatever waits, and holds up nobody. With --watch it shows rates, too. With --watch
-    and --json it writes a line of JSON for each look.
+    It is fast, however many messages wait, and holds up nobody. With --watch it shows rates, too.
+    With --watch and --json it writes a line of JSON for each look.
 
     Examples:
         persipubsub stat config.json
@@ -174,15 +174,15 @@ _SEVERITIES: Final = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 
 @options.command("Check only this queue.")
 @options.option("--max-lag", _limits(float), "inf", "Messages that may wait for a subscriber.")
-@options.option("--max-age", _limits(text.parse_seconds), "inf", "Age of the oldest: 10m.")
+@options.option("--max-age", _limits(text.parse_seconds), "inf", "Age of the oldest message: 10m.")
 @options.option("--max-share", _limits(float), "inf", "Used share of each limit of a queue: 0.8.")
 def check(call: options.Call, **limits: tuple[float, float]) -> None:
     """
-    Check queues, for monitoring: a line with performance data, and an exit code.
+    Check queues for monitoring: print a line with performance data, and set the exit code.
 
     Exit codes are those of monitoring plugins: 0 fine, 1 warning, 2 critical, 3 unknown, also for
-    wrong usage. What exceeds a limit is critical. Of two limits, 500,1000, the first one is for a
-    warning. A queue that can not be looked at is unknown.
+    wrong usage. A value above a limit is critical. Of two limits, such as 500,1000, the first one
+    is for a warning. A queue that can not be looked at is unknown.
 
     Example:
         persipubsub check config.json --max-lag 500,1000 --max-age 10m --max-share 0.8

@@ -25,8 +25,8 @@ def pause(call: options.Call, subscriber: str) -> None:
     """
     Let the consumers of SUBSCRIBER wait until "resume". Nothing is lost.
 
-    They finish what they have taken already. Messages go on to gather, and are dropped at a
-    high-water mark as if nobody received them. "stat" tells that the subscriber is paused.
+    They finish the messages that they have taken already. New messages wait, and the limits of the
+    queue apply to them as if no consumer was there. "stat" shows that the subscriber is paused.
 
     Example:
         persipubsub pause config.json archive
@@ -78,8 +78,8 @@ def seek(call: options.Call, subscriber: str, place: Any) -> None:
     """
     Let SUBSCRIBER go on from another place of its queue, also while it is at work.
 
-    What it acknowledged from there on is delivered again, as far as the queue still has it; see
-    retain_secs. What it passes unread counts as skipped.
+    Messages from there on are delivered again, also those that it acknowledged, as far as the queue
+    still has them (see retain_secs). Messages that are passed unread count as skipped.
 
     Examples:
         persipubsub seek config.json archive --to beginning
@@ -126,9 +126,9 @@ def _with_progress(title: str, work: Callable[[persipubsub.control.Progress], Re
 @options.command("Prune only this queue.")
 def prune(call: options.Call) -> None:
     """
-    Drop messages that are too old, and delete those that everybody acknowledged.
+    Drop messages that are too old, and delete those that all subscribers acknowledged.
 
-    Senders do the same little by little; this is for queues that nobody sends to.
+    Sends do the same little by little. This command is for queues that nobody sends to.
 
     Example:
         persipubsub prune config.json
@@ -190,9 +190,9 @@ def verify(call: options.Call) -> None:
 @options.command("Compact only this queue.")
 def compact(call: options.Call) -> None:
     """
-    Give the room on the disk back that the queues of CONFIG do not need any more.
+    Give back room on the disk that the queues of CONFIG do not need any more.
 
-    It refuses while any process has the queue open, and needs room for a copy of what is waiting.
+    It fails while any process has the queue open. It needs room for a copy of the waiting messages.
 
     Example:
         persipubsub compact config.json --queue greetings
@@ -213,8 +213,8 @@ def backup(call: options.Call, target: pathlib.Path) -> None:
     """
     Copy a queue, as it is at one moment, to the new file TARGET. It may be in full use.
 
-    All that was acknowledged before is in it. The file is verified and on the disk when the command
-    ends; if it fails, there is no such file.
+    Everything that was sent or acknowledged before is in the file. The file is verified and on the
+    disk when the command ends. If the command fails, there is no such file.
 
     Example:
         persipubsub backup config.json /backup/greetings.mdb --queue greetings
@@ -231,10 +231,10 @@ def backup(call: options.Call, target: pathlib.Path) -> None:
 @options.yes
 def restore(call: options.Call, source: pathlib.Path, yes: bool) -> None:
     """
-    Let the backup SOURCE take the place of a queue, or create the queue from it.
+    Replace a queue with the backup SOURCE, or create the queue from it.
 
-    It refuses while any process has the queue open. SOURCE is verified before anything is changed.
-    Messages keep their age: what is older than the timeout of the queue is dropped.
+    It fails while any process has the queue open. SOURCE is verified before anything is changed.
+    Messages keep their age: those that are older than the timeout of the queue are dropped.
 
     Example:
         persipubsub restore config.json /backup/greetings.mdb --queue greetings
@@ -255,8 +255,8 @@ def drop_queue(call: options.Call, yes: bool) -> None:
     """
     Remove a queue from the disk, with all its messages.
 
-    It refuses while any process has the queue open. Only files of this library are removed. CONFIG
-    is not changed: init creates the queue again.
+    It fails while any process has the queue open. Only files of this library are removed. CONFIG is
+    not changed: "init" creates the queue again.
 
     Example:
         persipubsub drop-queue config.json --queue greetings
@@ -274,13 +274,14 @@ def drop_queue(call: options.Call, yes: bool) -> None:
               "target",
               required=True,
               metavar="PATH",
-              help="Where it is to be: nats://host:4222,other/STREAM?replicas=3")
+              help="Path of the stream: nats://host:4222,other/STREAM?replicas=3")
 def migrate(call: options.Call, target: str) -> None:
     """
-    Move what waits in a queue of CONFIG to a stream of NATS JetStream, while both are in use.
+    Move the waiting messages of a queue to a stream of NATS JetStream, while both are in use.
 
-    Let publishers use the stream first, then run this, then let subscribers use the stream. It may
-    be interrupted and repeated. The exit code is 1 if something is left; then run it again.
+    First restart the publishers with the stream, then run this, then restart the subscribers with
+    the stream. It may be interrupted and repeated. The exit code is 1 if something is left; then
+    run it again.
 
     Example:
         persipubsub migrate config.json --queue greetings --to nats://127.0.0.1:4222/greetings

@@ -81,7 +81,7 @@ def _time_of(age_seconds: float, utc: bool) -> str:
 @options.command()
 @options.subscriber
 @options.option("--number", options.SOME, 10, "How many messages at most.")
-@options.option("--from start", options.ANY, 0, "Begin at the message of this number.")
+@options.option("--from start", options.ANY, 0, "Begin at the message with this number.")
 @_look_options
 def peek(call: options.Call, subscriber: str, number: int, start: int, **looks: Any) -> None:
     """
@@ -107,7 +107,7 @@ def tail(call: options.Call, number: int, **looks: Any) -> None:
     Follow what is sent to a queue, until Ctrl-C. It takes nothing.
 
     It prints number, time and content of each message. A message that all its subscribers
-    acknowledged at once may be deleted before it was seen; that is noted on stderr.
+    acknowledged at once may be deleted before it is seen; this is noted on stderr.
 
     Example:
         persipubsub tail config.json --queue greetings --number 10
@@ -133,7 +133,7 @@ def _fail_if_nobody_reads() -> None:
         raise BrokenPipeError()
 
 
-@options.command("Fail unless it is the queue of the publisher.")
+@options.command("Fail unless this is the queue of the publisher.")
 @options.publisher
 @click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(allow_dash=True))
 @click.option("--message", "texts", multiple=True, help="Send this text; may be repeated.")
@@ -141,10 +141,11 @@ def _fail_if_nobody_reads() -> None:
 def send(call: options.Call, publisher: str, files: Sequence[str], texts: Sequence[str],
          lines: bool) -> None:
     """
-    Send messages as PUBLISHER: each FILE is one; without any, the standard input is one.
+    Send messages as PUBLISHER: files, texts, lines, or the standard input.
 
-    The file - is the standard input. With --lines, each line is a message: those that are there at
-    once are sent in one commit, so that a slow stream is sent line by line.
+    Each FILE is one message; the file - is the standard input. Without a file or a text, the
+    standard input is one message. With --lines, each line is a message. Lines that are there at
+    once are sent in one commit; those of a slow stream are sent as they come.
 
     Examples:
         persipubsub send config.json pub --message hello
@@ -222,16 +223,16 @@ def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes]]:
 @options.subscriber
 @options.option("--number", options.ANY, 1, "How many messages; 0: all that come.")
 @options.option("--timeout", options.seconds, "0", "How long to wait for each: 10, 1h30m, inf.")
-@click.option("--directory", type=_DIRECTORY, help="Write a file for each to this directory.")
+@click.option("--directory", type=_DIRECTORY, help="Write each message to a file there.")
 @_format_option("raw")
 def receive(call: options.Call, subscriber: str, number: int, timeout: float,
             directory: pathlib.Path | None, style: str) -> None:
     """
     Receive messages as SUBSCRIBER, and write them to stdout or to files.
 
-    A message is acknowledged as soon as it was written; if that fails, it stays in the queue. A
-    file in --directory, which has to exist, has the number of its message. The exit code is 1 if
-    there were fewer messages than asked for.
+    A message is acknowledged when it was written; if writing fails, it stays in the queue. The
+    directory of --directory has to exist. The name of a file is the number of its message. The exit
+    code is 1 if there were fewer messages than asked for.
 
     Examples:
         persipubsub receive config.json sub
@@ -321,10 +322,10 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
 @options.yes
 def delete(call: options.Call, subscriber: str, number: int, yes: bool) -> None:
     """
-    Take one message away from SUBSCRIBER, unread, also while it is at work.
+    Delete one message for SUBSCRIBER, unread, also while its consumers are at work.
 
-    Other subscribers keep theirs. It counts as cleared. The exit code is 1 if the message does not
-    wait for the subscriber.
+    Other subscribers still get the message. It counts as cleared. The exit code is 1 if the message
+    does not wait for the subscriber.
 
     Example:
         persipubsub delete config.json sub --number 4711
@@ -355,8 +356,8 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
     """
     List messages that were given up, send them back to their subscriber, or drop them.
 
-    They are those that a subscriber with max_deliveries and a dead_letter_queue failed to work on.
-    The exit code is 1 if one of the numbers is not there, or just in use.
+    A subscriber with max_deliveries and a dead_letter_queue failed to work on these messages. The
+    exit code is 1 if one of the numbers is not there, or in use.
 
     Examples:
         persipubsub dead-letters config.json
