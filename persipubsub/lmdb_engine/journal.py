@@ -5,7 +5,8 @@ LMDB runs without flushes. Its file survives the death of processes, and is not 
 failure: it is thrown away then and rebuilt from the journal, a directory of *segments*. A segment is
 a file of fixed size that is written with zeros and flushed when it is made, and reused when
 everything in it is finished: the flush of a file whose blocks are allocated and written is one write
-to the disk (that of a growing, or only allocated, file is two or three).
+to the disk (that of a growing, or only allocated, file is two or three). Room for messages of an
+``os`` queue is only allocated: it is flushed once a second.
 
 A segment begins with a header, followed by records one behind the other:
 
@@ -71,6 +72,13 @@ _HEADER_BYTES: Final = 4096
 #: Sizes of segments: they grow with what is in use.
 _SMALLEST_BYTES: Final = 1 << 18
 _LARGEST_BYTES: Final = 1 << 28
+
+#: With ``os`` the room for messages that are not copied yet grows up to this size.
+_MOST_ROOM_BYTES: Final = 1 << 24
+
+#: Zeros are written in pieces of this size: a file system caches a file in pieces as large as its
+#: writes, and goes through all of a piece at each small write (1 MiB slows a flush by a tenth).
+_WRITTEN_BYTES: Final = 1 << 16
 
 #: Blocks are gathered up to this many bytes a record. A record for each block would take several
 #: times as long, in a thread that shares the interpreter's lock with the application.
@@ -313,17 +321,20 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._words[self.RESERVED] = reserved
         return True
 
-    def make_room(self, cost: int) -> None:
+    def make_room(self, cost: int, is_flushed: bool) -> None:
         """
         Make a segment ahead that has room for messages. Never with the write lock.
 
+        :param is_flushed: True if senders flush. If the background thread does, the room doubles each
+            time that it is used up: messages that are finished before it comes are never copied.
         :raise DiskFullError: if the disk has no room for it
         """
         with self._locked():
+            more = 0 if is_flushed else min(2 * self._words[self._ROOM], _MOST_ROOM_BYTES)
             self._catch_up()
             position = self._require()
-            if position.next_size - _HEADER_BYTES < cost:
-                file, size = self._make_room_for(cost)
+            if position.next_size - _HEADER_BYTES < max(cost, more):
+                file, size = self._make_room_for(cost, more, is_flushed)
                 self._store(self._require()._replace(next_file=file, next_size=size))
                 self._words[self._ROOM] = size - _HEADER_BYTES
 
@@ -642,16 +653,16 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             if one.sequence < position.oldest and one.file != position.next_file
         ]
 
-    def _make_room_for(self, size: int) -> tuple[int, int]:
+    def _make_room_for(self, size: int, more: int = 0, is_written: bool = True) -> tuple[int, int]:
         """Make a segment for records; on a full disk, one that is no larger than it has to be."""
         least = max(_SMALLEST_BYTES, size + _HEADER_BYTES)
         try:
-            return self._make_segment(max(self._usual_size(), least))
+            return self._make_segment(max(self._usual_size(), least, more), is_written)
         except persipubsub.errors.DiskFullError:
-            return self._make_segment(least)
+            return self._make_segment(least, is_written)
 
-    def _make_segment(self, size: int) -> tuple[int, int]:
-        """Write a file of zeros, durably; return its index and its size."""
+    def _make_segment(self, size: int, is_written: bool = True) -> tuple[int, int]:
+        """Make a file of zeros, written or only allocated, durably; return its index and its size."""
         size = _aligned(size)
         index = max(self._indices(), default=0) + 1
         path = self._path(index)
@@ -661,9 +672,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 os.unlink(temporary)  # of a process that was killed here
             descriptor = files.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
-                zeros = bytes(1 << 20)
-                for offset in range(0, size, len(zeros)):
-                    files.extend(descriptor, offset, min(size, offset + len(zeros)))
+                if is_written:
+                    for offset in range(0, size, _WRITTEN_BYTES):
+                        files.extend(descriptor, offset, min(size, offset + _WRITTEN_BYTES))
+                else:
+                    os.posix_fallocate(descriptor, 0, size)
                 # As one that is free: it is found if this process is killed before it is used.
                 packed = Segment(index, size, 0, bytes(16), bytes(16), 0, 0, 0).pack()
                 os.pwrite(descriptor, packed, 0)

@@ -220,7 +220,7 @@ class Sender:
                 if result[0] < 0:
                     self.drop_log.add(result[2])
                 if result[0] == _NO_JOURNAL:
-                    environment.journal.make_room(result[1])
+                    environment.journal.make_room(result[1], self._is_flushed)
             except MapFullError:
                 environment.check_readers()
                 environment.check_stuck_readers()

@@ -269,7 +269,7 @@ def recover_without_room(directory: pathlib.Path, durability: str) -> None:
 
     def fill(pipe: support.Connection) -> None:
         users = Users(config_pth)
-        assert [users.send(index, 8000) for index in range(40)] == [""] * 40
+        assert [users.send(index, 5000) for index in range(40)] == [""] * 40
         support.queue_of(users.pub).secure()
         pipe.send("filled")
         pipe.recv()

@@ -297,11 +297,13 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
         # On a busy machine the background thread works many times more in one run than in another.
         again = set(list_calls(make("again"), start, tmp_path / "trace"))
         places = [place for place in places if place in again]
-        places = chance.sample(places, min(SAMPLE, len(places)))
+        chance.shuffle(places)
     killed = done = 0
     deadline = time.monotonic() + BUDGET_SECS
     for place in places:
-        if done >= 3 and not IS_EVERY and time.monotonic() > deadline:
+        # More than the sample if most of those calls did not come this time.
+        is_enough = done >= SAMPLE or time.monotonic() > deadline
+        if is_enough and killed >= 3 and not IS_EVERY:
             break
         done += 1
         scene = make("{}-{}".format(*place))
@@ -311,4 +313,4 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
             raise AssertionError(f"Killed at {place}: {error}") from error
         shutil.rmtree(scene.directory.parent)
     print(f"{killed} kills at {total} calls")
-    assert killed >= done // 3
+    assert killed >= 3
