@@ -30,25 +30,10 @@ everywhere in Python for an argument of a wrong type.
 from collections.abc import Sequence
 
 __all__ = [
-    "PersipubsubError",
-    "ConfigError",
-    "ConfigNotFoundError",
-    "ClosedError",
-    "NotInitializedError",
-    "QueueInUseError",
-    "BusyTimeoutError",
-    "ReadersFullError",
-    "UnavailableError",
-    "AccessError",
-    "MessageError",
-    "MessageTooLargeError",
-    "CorruptMessageError",
-    "QueueFullError",
-    "DiskFullError",
-    "StoreError",
-    "FlushError",
-    "FormatError",
-    "StoreCorruptError",
+    "PersipubsubError", "ConfigError", "ConfigNotFoundError", "ClosedError", "NotInitializedError",
+    "QueueInUseError", "BusyTimeoutError", "ReadersFullError", "UnavailableError", "AccessError",
+    "MessageError", "MessageTooLargeError", "CorruptMessageError", "QueueFullError",
+    "DiskFullError", "StoreError", "FlushError", "FormatError", "StoreCorruptError"
 ]
 
 
