@@ -21,12 +21,12 @@ import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
 from persipubsub.config import Config, ConfigLike
+from persipubsub.message import Peeked
 from persipubsub.statistics import InFlight, Progress, QueueStatistics
 
 if TYPE_CHECKING:
     from persipubsub.letters import ListedDeadLetter
     from persipubsub.lmdb_engine.maintenance import Sizes
-    from persipubsub.message import Peeked
     from persipubsub.migration import Moved
 
 __all__ = [
@@ -34,27 +34,17 @@ __all__ = [
     "statistics_of", "in_flight", "seek", "pause", "resume", "delete", "verify", "compact",
     "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue", "peek", "follow",
     "dead_letters", "send_back", "drop_dead_letters", "migrate", "check_durability",
-    "stored_settings", "ConfigPath", "ListedDeadLetter", "Moved", "Peeked", "Progress", "Sizes"
+    "stored_settings", "ConfigPath", "Progress"
 ]
 
 ConfigPath = ConfigLike
 
 ResultT = TypeVar("ResultT")
 
-#: Names of this module that are in others, which are loaded when they are needed.
-_ELSEWHERE = {
-    "ListedDeadLetter": "persipubsub.letters",
-    "Peeked": "persipubsub.message",
-    "Moved": "persipubsub.migration",
-    "Sizes": "persipubsub.lmdb_engine.maintenance",
-}
 
-
-def __getattr__(name: str) -> Any:
-    """Load a name that is in another module."""
-    if name not in _ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ELSEWHERE[name]), name)
+def _load(name: str) -> Any:
+    """Import a module that only few of the functions need: some take longer than they run."""
+    return importlib.import_module(f"persipubsub.{name}")
 
 
 def _select(config_pth: ConfigLike, queue_key: str | None) -> tuple[Config, list[str]]:
@@ -87,14 +77,7 @@ def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], Resul
 
 def _directory(config: Config, queue_key: str) -> tuple[str, persipubsub.config.Queue]:
     """Return the directory and the settings of a queue on this machine."""
-    # Loaded only for what is done to directories.
-    queues = importlib.import_module("persipubsub.queue")
-    return queues.directory_of(config, queue_key), config.queues[queue_key]
-
-
-def _maintenance() -> Any:
-    """Load what is needed for maintenance only."""
-    return importlib.import_module("persipubsub.lmdb_engine.maintenance")
+    return _load("queue").directory_of(config, queue_key), config.queues[queue_key]
 
 
 def _operation(config: Config, queue_key: str, name: str) -> Callable[..., Any]:
@@ -233,7 +216,7 @@ def peek(config_pth: ConfigLike,
          sub_id: str,
          count: int = 1,
          start: int = 0,
-         queue_key: str | None = None) -> "tuple[Peeked, ...]":
+         queue_key: str | None = None) -> tuple[Peeked, ...]:
     """
     Look at the next messages of a subscriber without taking them.
 
@@ -254,7 +237,7 @@ def peek(config_pth: ConfigLike,
 
 def follow(config_pth: ConfigLike,
            queue_key: str,
-           last: int = 0) -> "Generator[list[Peeked], None, None]":
+           last: int = 0) -> Generator[list[Peeked], None, None]:
     """
     Look at the messages of a queue as they are sent, for ever; a look, and not a subscriber.
 
@@ -392,7 +375,7 @@ def dead_letters(config_pth: ConfigLike,
     :raise NotInitializedError: if a queue was not initialized, or as one for something else
     """
     config, keys = _select(config_pth, queue_key)
-    letters = importlib.import_module("persipubsub.letters")
+    letters = _load("letters")
     if queue_key is None:
         keys = letters.queues_of(config)
     return types.MappingProxyType({key: tuple(letters.look(config, key)) for key in keys})
@@ -416,8 +399,7 @@ def send_back(config_pth: ConfigLike,
     :raise NotInitializedError: if the queue of a letter does not have its subscriber any more
     """
     config, _ = _select(config_pth, queue_key)
-    letters = importlib.import_module("persipubsub.letters")
-    return tuple(letters.send_back(config, queue_key, numbers))
+    return tuple(_load("letters").send_back(config, queue_key, numbers))
 
 
 def drop_dead_letters(config_pth: ConfigLike,
@@ -433,8 +415,7 @@ def drop_dead_letters(config_pth: ConfigLike,
     :raise ConfigError: if the file is wrong, has no such queue, or it is no directory
     """
     config, _ = _select(config_pth, queue_key)
-    letters = importlib.import_module("persipubsub.letters")
-    return tuple(letters.drop(config, queue_key, numbers))
+    return tuple(_load("letters").drop(config, queue_key, numbers))
 
 
 # Maintenance
@@ -458,8 +439,8 @@ def verify(config_pth: ConfigLike,
     """
     shown = progress or Progress()
     return _for_each(
-        config_pth, queue_key,
-        lambda config, key: tuple(_maintenance().verify(*_directory(config, key), shown)))
+        config_pth, queue_key, lambda config, key: tuple(
+            _load("lmdb_engine.maintenance").verify(*_directory(config, key), shown)))
 
 
 def backup(config_pth: ConfigLike,
@@ -482,8 +463,9 @@ def backup(config_pth: ConfigLike,
     :raise DiskFullError: if there is no room for it
     """
     config, _ = _select(config_pth, queue_key)
-    return int(_maintenance().backup(*_directory(config, queue_key), os.fspath(target), progress
-                                     or Progress()))
+    return int(
+        _load("lmdb_engine.maintenance").backup(*_directory(config, queue_key), os.fspath(target),
+                                                progress or Progress()))
 
 
 def restore(config_pth: ConfigLike,
@@ -509,7 +491,8 @@ def restore(config_pth: ConfigLike,
     """
     config, _ = _select(config_pth, queue_key)
     source = os.path.realpath(os.fspath(source))
-    _maintenance().restore(*_directory(config, queue_key), source, progress or Progress())
+    _load("lmdb_engine.maintenance").restore(*_directory(config, queue_key), source, progress
+                                             or Progress())
     persipubsub.engine.of(config, queue_key).ensure_queue(config, queue_key)
 
 
@@ -535,7 +518,7 @@ def compact(config_pth: ConfigLike,
     def work(config: Config, key: str) -> Any:
         directory, queue = _directory(config, key)
         _with_queue(lambda opened: opened.delete_finished())(config, key)
-        return _maintenance().compact(directory, queue, shown)
+        return _load("lmdb_engine.maintenance").compact(directory, queue, shown)
 
     return _for_each(config_pth, queue_key, work)
 
@@ -594,7 +577,7 @@ def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
     """
     config, _ = _select(config_pth, queue_key)
     directory, queue = _directory(config, queue_key)
-    return tuple(_maintenance().drop(directory, queue.busy_timeout_secs))
+    return tuple(_load("lmdb_engine.maintenance").drop(directory, queue.busy_timeout_secs))
 
 
 def migrate(config_pth: ConfigLike,
@@ -620,9 +603,9 @@ def migrate(config_pth: ConfigLike,
     :raise UnavailableError: if no server answers in time
     """
     config, _ = _select(config_pth, queue_key)
-    migration = importlib.import_module("persipubsub.migration")
-    return migration.migrate(  # type: ignore[no-any-return]
-        config, queue_key, target, progress or Progress())
+    moved: Mapping[str, Moved] = _load("migration").migrate(config, queue_key, target, progress
+                                                            or Progress())
+    return moved
 
 
 def check_durability(config_pth: ConfigLike,

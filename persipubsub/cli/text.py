@@ -10,7 +10,7 @@ from typing import Final, TextIO
 
 __all__ = [
     "complain", "tell", "silence", "printable", "width_of", "shorten", "table", "count",
-    "show_bytes", "show_seconds", "show_share", "parse_seconds", "parse_time"
+    "show_bytes", "show_seconds", "parse_seconds", "parse_time"
 ]
 
 #: What changes a terminal, or looks like a line of ours, if a message or a name has it.
@@ -145,16 +145,6 @@ def show_seconds(seconds: float) -> str:
         if seconds >= limit:
             return f"{seconds / unit:,.1f} {name}"
     return f"{seconds:.1f} s"
-
-
-def show_share(share: float) -> str:
-    """
-    Show a share of 1.
-
-    >>> show_share(0.123)
-    '12 %'
-    """
-    return "<1 %" if 0 < share < 0.01 else f"{100 * share:,.0f} %"
 
 
 def parse_seconds(text: str) -> float:
