@@ -287,12 +287,12 @@ def read(config_pth: ConfigLike) -> Config:
         with open(path, "rb") as file:
             # Not by its size, which is 0 in /proc.
             return _parse(file.read(_MAX_FILE_SIZE + 1), path)
-    except FileNotFoundError as error:
-        fail(path, [f"Expected a file that can be read, but got: {error.strerror}"],
-             persipubsub.errors.ConfigNotFoundError)
     except (OSError, ValueError) as error:
+        kind = persipubsub.errors.ConfigError
+        if isinstance(error, FileNotFoundError):
+            kind = persipubsub.errors.ConfigNotFoundError
         reason = getattr(error, "strerror", None) or error
-        fail(path, [f"Expected a file that can be read, but got: {reason}"])
+        fail(path, [f"Expected a file that can be read, but got: {reason}"], kind)
 
 
 def parse(text: bytes, config_pth: str | os.PathLike[str]) -> Config:
@@ -639,15 +639,13 @@ class _Checker:
             size = len(msgspec.convert(found, Text).encode("utf-8"))
         except msgspec.ValidationError:
             size = 0
-        expected = "an identifier that is not reserved"
-        if not 0 < size <= _MAX_IDENTIFIER_SIZE:
+        # A subscriber with the name of another key of the file could not have an entry.
+        reserved = RESERVED_SUBSCRIBER_IDS | {"queues", "$schema"}
+        is_right = 0 < size <= _MAX_IDENTIFIER_SIZE and found not in reserved
+        if not is_right:
             limits = f"1 to {_MAX_IDENTIFIER_SIZE} bytes in UTF-8, no NUL, no lone surrogates"
-            expected = f"an identifier ({limits})"
-        elif found not in RESERVED_SUBSCRIBER_IDS | {"queues", "$schema"}:
-            # A subscriber with the name of such a key could not have an entry.
-            return True
-        self.add(place, expected, found)
-        return False
+            self.add(place, f"an identifier ({limits}, not reserved)", found)
+        return is_right
 
     def check_entry(self, identifier: str, entry: Any) -> None:
         """Check a publisher, a subscriber, or both in one."""
@@ -733,8 +731,6 @@ class _Checker:
         target = queues.get(letters)
         if queue and target and scheme_of(queue.path or "") != scheme_of(target.path or ""):
             self.add(place, "directories, or servers, for this queue and 'in_queue' alike", letters)
-        for publisher in self.publishers.values():
-            if publisher.out_queue == letters:
-                # Its messages would be taken for dead letters.
-                self.add(place, "a queue that nobody publishes to", letters,
-                         f" (which {_shown(publisher.identifier)} does)")
+        if any(publisher.out_queue == letters for publisher in self.publishers.values()):
+            # Its messages would be taken for dead letters.
+            self.add(place, "a queue that nobody publishes to", letters)

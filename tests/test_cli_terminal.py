@@ -309,7 +309,7 @@ def test_large_figures_fit_into_100_columns() -> None:
     }
     figures = figures_of({"archive-service-eu": large, "x" * 255: large}, path="/" + "y" * 500)
     lines = list(lines_of(figures))
-    assert max(map(text.width_of, lines)) <= 100
+    assert max(map(len, lines)) <= 100
     shown = "\n".join(lines)
     for figure in ("12,345,678 given up", "987,654,321,012", "paused", "1000000000000000 to",
                    "12.3 kB not yet safe", "archive-service-eu", "90 % of MAX_MSGS_NUM"):
@@ -366,13 +366,6 @@ def test_most_important_rows_are_kept() -> None:
     assert re.search(r"^  b .*\n  c .*\n  and 1 more, with less lag$", shown, re.MULTILINE)
     assert re.search(r"^  c +5 +\? +5\.0 s\n  c +4 .*\n  and 3 more, for less time$", shown,
                      re.MULTILINE)
-
-
-def test_wide_characters_keep_columns_straight() -> None:
-    figures = figures_of({"\u961f\u5217": {"lag": 1}, "abcdef": {"lag": 22}})
-    rows = [line for line in lines_of(figures) if re.match("  (\u961f|abc)", line)]
-    assert len({text.width_of(row) for row in rows}) == 1
-    assert "\u2026" in "".join(lines_of(figures_of({"\u961f" * 40: {}})))
 
 
 # Completion

@@ -28,14 +28,8 @@ def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
         persipubsub new config.json --queue greetings --subscriber print --subscriber archive
     """
     key = call.queue_key or "messages"
-    content: dict[str, Any] = {
-        "$schema": "./persipubsub.schema.json",
-        "queues": {
-            key: {
-                "subscribers": subscribers
-            }
-        }
-    }
+    queues = {key: {"subscribers": subscribers}}
+    content: dict[str, Any] = {"$schema": "./persipubsub.schema.json", "queues": queues}
     content.setdefault(publisher, {})["out_queue"] = key
     for one in subscribers:
         content.setdefault(one, {})["in_queue"] = key

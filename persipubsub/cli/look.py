@@ -174,7 +174,10 @@ def check(call: options.Call, **limits: tuple[float, float]) -> None:
             if severity:
                 most = critical if severity == 2 else warning
                 findings.append(f"{key}: {name} is {value:.10g}{unit}, more than {most:.10g}{unit}")
-            data.append(_performance(f"{key} {name}", value, unit, warning, critical))
+            # A label can not have every character.
+            label = f"{key} {name}".replace("'", "''").translate(str.maketrans("=|", "_/"))
+            shown = ["" if one == float("inf") else f"{one:.10g}" for one in (warning, critical)]
+            data.append(f"'{label}'={value:.10g}{unit};{';'.join(shown)};0")
         findings += [
             f"{key}: {one.subscriber} is paused" for one in figures.subscribers if one.is_paused
         ]
@@ -196,14 +199,6 @@ def _measures(figures: QueueStatistics) -> Iterator[tuple[str, float, str, str]]
             yield f"share of {name}", round(share, 6), "", "max_share"
 
 
-def _performance(label: str, value: float, unit: str, warning: float, critical: float) -> str:
-    """Write a value as performance data; its label can not have every character."""
-    for old, new in (("'", "''"), ("=", "_"), ("|", "/")):
-        label = label.replace(old, new)
-    shown = ["" if limit == float("inf") else f"{limit:.10g}" for limit in (warning, critical)]
-    return f"'{label}'={value:.10g}{unit};{';'.join(shown)};0"
-
-
 @options.command("Serve only this queue.")
 @options.option("--port", click.IntRange(0, 65535), 9464, "TCP port; 0: any that is free.")
 @options.option("--address", str, "127.0.0.1", "Where to listen; 0.0.0.0 or :: for all.")
@@ -221,9 +216,7 @@ def metrics(call: options.Call, port: int, address: str) -> None:
     try:
         module = importlib.import_module("persipubsub.metrics")
     except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"The command metrics needs {error.name}. Install it with: pip install "
-            f"'persipubsub[metrics]'") from None
+        raise click.ClickException(str(error)) from None
     try:
         with module.serve(call.path, call.queue_key, port=port, address=address) as url:
             if not module.is_loopback(address):

@@ -6,7 +6,6 @@ import datetime
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -66,10 +65,9 @@ def _print_look(call: options.Call, message: persipubsub.message.Peeked, style: 
 
 def _time_of(age_seconds: float, utc: bool) -> str:
     """Show when a message was sent: the time of the day, with the date unless it is today."""
-    zone = datetime.UTC if utc else None
-    now = time.time()
-    moment = datetime.datetime.fromtimestamp(max(0.0, now - age_seconds), zone)
-    day = "" if moment.date() == datetime.datetime.fromtimestamp(now, zone).date() else "%Y-%m-%d "
+    now = datetime.datetime.now(datetime.UTC if utc else None)
+    moment = now - datetime.timedelta(seconds=age_seconds)
+    day = "" if moment.date() == now.date() else "%Y-%m-%d "
     return f"{moment:{day}%H:%M:%S}.{moment.microsecond // 1000:03}{'Z' * utc}"
 
 

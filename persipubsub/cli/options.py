@@ -208,7 +208,7 @@ def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it
 def _complete(kind: str, ctx: click.Context, _: click.Parameter,
               incomplete: str) -> list[click.shell_completion.CompletionItem]:
     """Complete keys of the configuration file: of its publishers, subscribers or queues."""
-    path = ctx.params.get("config")
+    path = ctx.params.get("config") or os.environ.get(CONFIG_VARIABLE)
     try:
         found = getattr(persipubsub.config.read(path), kind) if path else []
     except persipubsub.errors.PersipubsubError:

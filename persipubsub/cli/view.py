@@ -78,7 +78,7 @@ def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, Hist
         name = _name(key, limit)
         path = text.printable(figures.path)
         if limit:
-            path = text.shorten(path, _WIDTH - text.width_of(name) - 2)
+            path = text.shorten(path, _WIDTH - len(name) - 2)
         lines += ["", f"{click.style(name, bold=True)}  {click.style(path, dim=True)}"]
         lines += _draw_queue(figures, histories[key].rates(lambda look: look.sent))
         lines += _draw_subscribers(figures, histories[key], limit)
@@ -98,31 +98,29 @@ def _bar(share: float | None, limit: str) -> str:
     color = next(color for least, color in _COLORS if share >= least)
     filled = min(_BAR_WIDTH, max(1, round(share * _BAR_WIDTH)))
     shown = "<1 %" if share < 0.01 else f"{100 * share:,.0f} %"
-    return (click.style("━" * filled, fg=color) + click.style("┄" *
-                                                              (_BAR_WIDTH - filled), dim=True) +
-            click.style(f" {shown:>5}", fg=color) + click.style(f" of {limit}", dim=True))
+    bar = click.style("━" * filled, fg=color) + click.style("┄" * (_BAR_WIDTH - filled), dim=True)
+    return f"{bar}{click.style(f' {shown:>5}', fg=color)}{click.style(f' of {limit}', dim=True)}"
 
 
 def _draw_queue(figures: QueueStatistics, rates: Sequence[float]) -> Iterator[str]:
     """Draw what is in a queue, and how much of its limits that is."""
-    behind = ""
-    if figures.journal_lag_bytes:
-        behind = f"{text.show_bytes(figures.journal_lag_bytes)} not yet safe from a power failure"
+    count, size = figures.messages, text.show_bytes
+    age = text.show_seconds(figures.oldest_age_seconds or 0.0)
+    behind = f"{size(figures.journal_lag_bytes)} not yet safe from a power failure"
     rate = f"{_sparkline(rates):<20} {rates[-1]:,.0f}/s" if rates else ""
-    rows = [
-        ("messages", figures.messages, f"{figures.messages:,}",
-         _bar(figures.message_share, "MAX_MSGS_NUM")),
-        ("bytes", figures.messages, text.show_bytes(figures.message_bytes),
+    # yapf: disable
+    rows: list[tuple[str, float, str, str]] = [
+        ("messages", count, f"{count:,}", _bar(figures.message_share, "MAX_MSGS_NUM")),
+        ("bytes", count, size(figures.message_bytes),
          _bar(figures.byte_share, "HWM_LMDB_SIZE_BYTES")),
-        ("oldest", figures.messages, text.show_seconds(figures.oldest_age_seconds or 0.0),
-         _bar(figures.age_share, "MSG_TIMEOUT_SECS")),
-        ("store", True, text.show_bytes(figures.file_bytes),
-         _bar(figures.file_share, "max_db_size_bytes")),
-        ("journal", figures.journal_bytes, text.show_bytes(figures.journal_bytes),
-         click.style(behind, fg="yellow")),
-        ("on disk", figures.disk_bytes, text.show_bytes(figures.disk_bytes), ""),
+        ("oldest", count, age, _bar(figures.age_share, "MSG_TIMEOUT_SECS")),
+        ("store", 1, size(figures.file_bytes), _bar(figures.file_share, "max_db_size_bytes")),
+        ("journal", figures.journal_bytes, size(figures.journal_bytes),
+         click.style(behind if figures.journal_lag_bytes else "", fg="yellow")),
+        ("on disk", figures.disk_bytes, size(figures.disk_bytes), ""),
         ("sent", figures.sent, f"{figures.sent:,}", click.style(rate, fg="cyan")),
     ]
+    # yapf: enable
     if not figures.messages:
         yield "  nothing waits"
     for name, is_shown, value, note in rows:
@@ -142,7 +140,7 @@ def _draw_subscribers(figures: QueueStatistics, history: History,
     rows = [_cells(one, history, limit) for one in shown]
     used = [column for column in zip(_HEAD, *rows) if any(column[1:])]
     head, *table = text.table([*zip(*used)])
-    width = max(map(text.width_of, [head, *table])) + 2
+    width = max(map(len, [head, *table])) + 2
     yield from ("", f"  {click.style(head, dim=True)}")
     for row, one in zip(table, shown):
         notes = [
@@ -154,11 +152,9 @@ def _draw_subscribers(figures: QueueStatistics, history: History,
         if one.is_paused:
             notes.insert(0, click.style("paused", fg="magenta"))
         told = "  ".join(notes)
-        if width + len(click.unstyle(told)) <= _WIDTH - 2:
-            yield f"  {row}{' ' * (width - text.width_of(row))}{told}".rstrip()
-            continue
-        yield f"  {row}"
-        for begin in range(0, len(notes), 3):
+        fits = width + len(click.unstyle(told)) <= _WIDTH - 2
+        yield f"  {row:<{width}}{told if fits else ''}".rstrip()
+        for begin in range(0, 0 if fits else len(notes), 3):
             yield f"    {'  '.join(notes[begin:begin + 3])}"
     if hidden := len(figures.subscribers) - len(shown):
         yield f"  {click.style(f'and {hidden:,} more, with less lag', dim=True)}"
