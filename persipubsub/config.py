@@ -731,6 +731,8 @@ class _Checker:
         target = queues.get(letters)
         if queue and target and scheme_of(queue.path or "") != scheme_of(target.path or ""):
             self.add(place, "directories, or servers, for this queue and 'in_queue' alike", letters)
-        if any(publisher.out_queue == letters for publisher in self.publishers.values()):
-            # Its messages would be taken for dead letters.
-            self.add(place, "a queue that nobody publishes to", letters)
+        for publisher in self.publishers.values():
+            if publisher.out_queue == letters:
+                # Its messages would be taken for dead letters.
+                self.add(place, "a queue that nobody publishes to", letters,
+                         f" (which {_shown(publisher.identifier)} does)")

@@ -9,6 +9,7 @@ subscribers are running. Those that need a queue for themselves say so: they rai
 :py:class:`persipubsub.config.Config`. The command ``persipubsub`` is a thin face of this module.
 """
 
+import contextlib
 import datetime
 import importlib
 import operator
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
     from persipubsub.migration import Moved
 
 __all__ = [
-    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics",
-    "statistics_of", "in_flight", "seek", "pause", "resume", "delete", "verify", "compact",
-    "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue", "peek", "follow",
-    "dead_letters", "send_back", "drop_dead_letters", "migrate", "check_durability",
-    "stored_settings", "ConfigPath", "Progress"
+    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "in_flight",
+    "seek", "pause", "resume", "delete", "verify", "compact", "backup", "restore", "add_subscriber",
+    "remove_subscriber", "drop_queue", "peek", "follow", "dead_letters", "send_back",
+    "drop_dead_letters", "migrate", "check_durability", "stored_settings", "ConfigPath", "Progress"
 ]
 
 ConfigPath = ConfigLike
@@ -66,11 +66,9 @@ def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], Resul
     """Have a queue open for something."""
 
     def run(config: Config, queue_key: str) -> ResultT:
-        queue = persipubsub.engine.of(config, queue_key).open_queue(config, queue_key)
-        try:
+        engine = persipubsub.engine.of(config, queue_key)
+        with contextlib.closing(engine.open_queue(config, queue_key)) as queue:
             return work(queue)
-        finally:
-            queue.close()
 
     return run
 
@@ -80,16 +78,16 @@ def _directory(config: Config, queue_key: str) -> tuple[str, persipubsub.config.
     return _load("queue").directory_of(config, queue_key), config.queues[queue_key]
 
 
-def _operation(config: Config, queue_key: str, name: str) -> Callable[..., Any]:
-    """Find what an engine offers for operators."""
-    found = getattr(persipubsub.engine.of(config, queue_key), name, None)
-    if found is None:
+def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
+    """Let an engine do something that not every engine offers."""
+    operation = getattr(persipubsub.engine.of(config, queue_key), name, None)
+    if operation is None:
+        place = persipubsub.config.at("queues", queue_key)
         persipubsub.config.fail(config.path, [
-            f"{persipubsub.config.at('queues', queue_key)}.path: Expected a queue that is a directory "
-            f"of this machine, but got: {config.queue_path(queue_key)!r}; there is no {name!r} on "
-            "servers"
+            f"{place}.path: Expected a queue that is a directory of this machine, but got: "
+            f"{config.queue_path(queue_key)!r}; there is no {name!r} on servers"
         ])
-    return found  # type: ignore[no-any-return]
+    return operation(config, queue_key, *arguments)
 
 
 def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> tuple[Config, str]:
@@ -181,19 +179,9 @@ def statistics(config_pth: ConfigLike,
     :raise ConfigError: if the configuration is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _for_each(config_pth, queue_key, statistics_of)
-
-
-def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
-    """
-    Count what is in one queue, as :py:func:`statistics` does.
-
-    :param config: configuration
-    :param queue_key: key in ``queues``
-    :return: figures
-    :raise NotInitializedError: if the queue was not initialized
-    """
-    return persipubsub.engine.of(config, queue_key).statistics_of(config, queue_key)
+    return _for_each(
+        config_pth, queue_key,
+        lambda config, key: persipubsub.engine.of(config, key).statistics_of(config, key))
 
 
 def in_flight(config_pth: ConfigLike,
@@ -232,7 +220,7 @@ def peek(config_pth: ConfigLike,
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
     count, start = _at_least("count", count, 1), _at_least("start", start, 0)
-    return tuple(_operation(config, key, "peek")(config, key, sub_id, count, start))
+    return tuple(_operate(config, key, "peek", sub_id, count, start))
 
 
 def follow(config_pth: ConfigLike,
@@ -252,7 +240,7 @@ def follow(config_pth: ConfigLike,
     """
     config, (key, ) = _select(config_pth, queue_key)
     last = _at_least("last", last, 0)
-    return _operation(config, key, "follow")(config, key, last)  # type: ignore[no-any-return]
+    return _operate(config, key, "follow", last)  # type: ignore[no-any-return]
 
 
 def seek(config_pth: ConfigLike,
@@ -286,7 +274,7 @@ def seek(config_pth: ConfigLike,
     :raise ValueError: if it is another text, or a time without a time zone
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return int(_operation(config, key, "seek")(config, key, sub_id, to))
+    return int(_operate(config, key, "seek", sub_id, to))
 
 
 def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -304,7 +292,7 @@ def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> 
     :raise NotInitializedError: if the queue has no such subscriber
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return bool(_operation(config, key, "pause")(config, key, sub_id, True))
+    return bool(_operate(config, key, "pause", sub_id, True))
 
 
 def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -319,7 +307,7 @@ def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) ->
     :raise NotInitializedError: if the queue has no such subscriber
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return bool(_operation(config, key, "pause")(config, key, sub_id, False))
+    return bool(_operate(config, key, "pause", sub_id, False))
 
 
 def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | None = None) -> bool:
@@ -339,7 +327,7 @@ def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | No
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
     number = _at_least("number", number, 0)
-    return bool(_operation(config, key, "delete")(config, key, sub_id, number))
+    return bool(_operate(config, key, "delete", sub_id, number))
 
 
 def stored_settings(config_pth: ConfigLike, queue_key: str) -> Mapping[str, tuple[Any, Any]]:
@@ -540,7 +528,7 @@ def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> b
     if not isinstance(subscriber, str):
         raise TypeError(f"Expected the id of a subscriber as str, but got: {subscriber!r}")
     persipubsub.config.check_identifier(subscriber, config.path)
-    return bool(_operation(config, queue_key, "add_subscriber")(config, queue_key, subscriber))
+    return bool(_operate(config, queue_key, "add_subscriber", subscriber))
 
 
 def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> int:
@@ -558,7 +546,7 @@ def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
     config, _ = _subscriber(config_pth, subscriber, queue_key)
-    return int(_operation(config, queue_key, "remove_subscriber")(config, queue_key, subscriber))
+    return int(_operate(config, queue_key, "remove_subscriber", subscriber))
 
 
 def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:

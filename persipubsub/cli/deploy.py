@@ -48,8 +48,8 @@ def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
               schema=str(schema))
 
 
-@options.command("Make only this queue ready.")
-def init(call: options.Call) -> None:
+@options.each_queue("Make only this queue ready.")
+def init(call: options.Call, key: str) -> tuple[str, object]:
     """
     Create the queues of CONFIG, add their subscribers, and store their settings.
 
@@ -58,13 +58,9 @@ def init(call: options.Call) -> None:
     Example:
         persipubsub init /etc/app/config.json
     """
-
-    def work(key: str) -> tuple[str, object]:
-        persipubsub.control.initialize_all_dbs(call.config, key)
-        path = call.config.queue_path(key)
-        return f"ready in {path}", {"path": path}
-
-    call.each(call.keys(), work)
+    persipubsub.control.initialize_all_dbs(call.config, key)
+    path = call.config.queue_path(key)
+    return f"ready in {path}", {"path": path}
 
 
 @options.command("Also check that there is this queue.", name="check-config")

@@ -118,8 +118,8 @@ def _progress(title: str) -> Iterator[control.Progress]:
             thread.join()
 
 
-@options.command("Prune only this queue.")
-def prune(call: options.Call) -> None:
+@options.each_queue("Prune only this queue.")
+def prune(call: options.Call, key: str) -> tuple[str, object]:
     """
     Drop messages that are too old, and delete those that everybody acknowledged.
 
@@ -128,13 +128,9 @@ def prune(call: options.Call) -> None:
     Example:
         persipubsub prune config.json
     """
-
-    def work(key: str) -> tuple[str, object]:
-        dropped = control.prune_dangling_messages(call.config, key)[key]
-        line = f"{text.count(dropped, 'delivery')} dropped for being too old"
-        return line, {"dropped": dropped}
-
-    call.each(call.keys(), work)
+    dropped = control.prune_dangling_messages(call.config, key)[key]
+    line = f"{text.count(dropped, 'delivery')} dropped for being too old"
+    return line, {"dropped": dropped}
 
 
 @options.command("Clear only this queue.")
@@ -159,8 +155,8 @@ def clear(call: options.Call, yes: bool) -> None:
     call.each(keys, work)
 
 
-@options.command("Verify only this queue.")
-def verify(call: options.Call) -> None:
+@options.each_queue("Verify only this queue.")
+def verify(call: options.Call, key: str) -> tuple[str, object]:
     """
     Verify every page, record and checksum of the queues of CONFIG, while they are in use.
 
@@ -170,19 +166,15 @@ def verify(call: options.Call) -> None:
     Example:
         persipubsub verify config.json --queue greetings
     """
-
-    def work(key: str) -> tuple[str, object]:
-        with _progress(key) as progress:
-            found = control.verify(call.config, key, progress)[key]
-        for finding in found:
-            call.fail(f"{key}: {finding}")
-        return text.count(len(found), "finding") if found else "sound", {"findings": found}
-
-    call.each(call.keys(), work)
+    with _progress(key) as progress:
+        found = control.verify(call.config, key, progress)[key]
+    for finding in found:
+        call.fail(f"{key}: {finding}")
+    return text.count(len(found), "finding") if found else "sound", {"findings": found}
 
 
-@options.command("Compact only this queue.")
-def compact(call: options.Call) -> None:
+@options.each_queue("Compact only this queue.")
+def compact(call: options.Call, key: str) -> tuple[str, object]:
     """
     Give the room on the disk back that the queues of CONFIG do not need any more.
 
@@ -191,14 +183,10 @@ def compact(call: options.Call) -> None:
     Example:
         persipubsub compact config.json --queue greetings
     """
-
-    def work(key: str) -> tuple[str, object]:
-        with _progress(key) as progress:
-            sizes = control.compact(call.config, key, progress)[key]
-        line = f"{text.show_bytes(sizes.after)}, was {text.show_bytes(sizes.before)}"
-        return line, {"before_bytes": sizes.before, "after_bytes": sizes.after}
-
-    call.each(call.keys(), work)
+    with _progress(key) as progress:
+        sizes = control.compact(call.config, key, progress)[key]
+    line = f"{text.show_bytes(sizes.after)}, was {text.show_bytes(sizes.before)}"
+    return line, {"before_bytes": sizes.before, "after_bytes": sizes.after}
 
 
 @options.command("Which queue; needed if CONFIG has several.")

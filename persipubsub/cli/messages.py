@@ -334,18 +334,18 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
     if number and call.queue_key is None and len(keys) != 1:
         raise click.UsageError("Expected --queue with --number: numbers are those of one queue.")
     if action == "list":
-        _list(call, keys)
+        if not keys and not call.as_json:
+            print("There are no queues of dead letters.")
+        call.each(keys, lambda key: _list(call, key))
         return
     done, change = "sent back", persipubsub.control.send_back
     if action == "drop":
         done, change = "dropped", persipubsub.control.drop_dead_letters
-        if not yes:
+        if keys and not yes:
             # An operator can not agree to what could not be counted.
-            found = _look(call, keys)
-            keys = list(found)
-            count = text.count(len(number) or sum(map(len, found.values())), "dead letter")
-            if keys:
-                call.ask(f"Drop {count} of {', '.join(keys)}?")
+            found = [persipubsub.control.dead_letters(call.config, key)[key] for key in keys]
+            count = text.count(len(number) or sum(map(len, found)), "dead letter")
+            call.ask(f"Drop {count} of {', '.join(keys)}?")
 
     def work(key: str) -> tuple[str, object]:
         changed = change(call.config, key, number or None)
@@ -356,30 +356,15 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
     call.each(keys, work)
 
 
-def _look(call: options.Call, keys: Sequence[str]) -> dict[str, Any]:
-    """Look at dead letters, and complain about queues that can not be looked at."""
-    found: dict[str, Any] = {}
-    for key in keys:
-        try:
-            found.update(persipubsub.control.dead_letters(call.config, key))
-        except persipubsub.errors.PersipubsubError as error:
-            call.fail(str(error))
-    return found
-
-
-def _list(call: options.Call, keys: Sequence[str]) -> None:
-    """List dead letters."""
-    if call.as_json:
-        call.each(keys, lambda key: ("", persipubsub.control.dead_letters(call.config, key)[key]))
-        return
+def _list(call: options.Call, key: str) -> tuple[str, object]:
+    """List the dead letters of a queue."""
+    listed = persipubsub.control.dead_letters(call.config, key)[key]
     rows = []
-    for key, letters in _look(call, keys).items():
-        for number, letter in ((one.number, one.letter) for one in letters):
-            moved = f"{letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}"
-            size = text.show_bytes(len(letter.data))
-            places = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
-            rows.append([key, str(number), *places, moved, size, letter.error])
-    if rows:
-        print("\n".join(text.table([_HEAD, *rows], left=(0, 2, 3, 8))))
-    elif not call.exit_code:
-        print("There are no dead letters.")
+    for number, letter in ((one.number, one.letter) for one in listed):
+        moved = f"{letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}"
+        size = text.show_bytes(len(letter.data))
+        places = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
+        rows.append([key, str(number), *places, moved, size, letter.error])
+    if rows and not call.as_json:
+        print("\n".join(text.table([_HEAD, *rows], left=(0, 2, 3, 8))), flush=True)
+    return "" if rows else "there are no dead letters", listed

@@ -20,8 +20,8 @@ import persipubsub.errors
 from persipubsub.cli import text
 
 __all__ = [
-    "ANY", "CONFIG_VARIABLE", "SOME", "Call", "Plain", "Command", "command", "option", "seconds",
-    "subscriber", "publisher", "yes", "to_json"
+    "ANY", "CONFIG_VARIABLE", "SOME", "Call", "Plain", "Command", "command", "each_queue", "option",
+    "seconds", "subscriber", "publisher", "yes", "to_json"
 ]
 
 #: The environment variable that names the configuration file.
@@ -201,6 +201,25 @@ def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it
                        callback=callback,
                        params=params,
                        help=function.__doc__)
+
+    return decorate
+
+
+def each_queue(queue: str) -> Callable[[Callable[[Call, str], tuple[str, object]]], click.Command]:
+    """
+    Make a function of a :py:class:`Call` and the key of a queue a command about several queues.
+
+    :param queue: help of --queue
+    :return: decorator of a function as :py:meth:`Call.each` takes it
+    """
+
+    def decorate(function: Callable[[Call, str], tuple[str, object]]) -> click.Command:
+
+        @functools.wraps(function)
+        def run(call: Call) -> None:
+            call.each(call.keys(), functools.partial(function, call))
+
+        return command(queue)(run)
 
     return decorate
 

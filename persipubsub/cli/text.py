@@ -108,13 +108,11 @@ def show_bytes(size: float) -> str:
     >>> show_bytes(1234567)
     '1.2 MB'
     """
-    if size < 1000:
-        return f"{size:.0f} B"
-    for unit in ("kB", "MB", "GB"):
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.95 and len(units) > 1:
         size /= 1000
-        if size < 999.95:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1000:,.1f} TB"
+        units.pop(0)
+    return f"{size:,.{int(units[0] != 'B')}f} {units[0]}"
 
 
 def show_seconds(seconds: float) -> str:
@@ -139,15 +137,14 @@ def parse_seconds(text: str) -> float:
 
     :raise ValueError: if it is none
     """
+    number = r"(\d+(?:\.\d*)?|\.\d+)"
     if text == "inf":
         return float("inf")
-    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|min|m|h|d|w)", text, re.ASCII)
-    if "".join(map("".join, parts)) != text or not parts:
-        if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text, re.ASCII):
-            raise ValueError(text)
-        parts = [(text, "s")]
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if seconds > _MAX_SECONDS:
+    if re.fullmatch(number, text, re.ASCII):
+        text += "s"
+    parts = re.findall(f"{number}(ms|s|min|m|h|d|w)", text, re.ASCII)
+    seconds = sum(float(count) * _UNITS[unit] for count, unit in parts)
+    if not parts or "".join(map("".join, parts)) != text or seconds > _MAX_SECONDS:
         raise ValueError(text)
     return seconds
 

@@ -98,8 +98,8 @@ def _bar(share: float | None, limit: str) -> str:
     color = next(color for least, color in _COLORS if share >= least)
     filled = min(_BAR_WIDTH, max(1, round(share * _BAR_WIDTH)))
     shown = "<1 %" if share < 0.01 else f"{100 * share:,.0f} %"
-    bar = click.style("━" * filled, fg=color) + click.style("┄" * (_BAR_WIDTH - filled), dim=True)
-    return f"{bar}{click.style(f' {shown:>5}', fg=color)}{click.style(f' of {limit}', dim=True)}"
+    drawn = click.style("━" * filled, fg=color) + click.style("┄" * (_BAR_WIDTH - filled), dim=True)
+    return f"{drawn}{click.style(f' {shown:>5}', fg=color)}{click.style(f' of {limit}', dim=True)}"
 
 
 def _draw_queue(figures: QueueStatistics, rates: Sequence[float]) -> Iterator[str]:
