@@ -598,8 +598,8 @@ def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["tail", "--number", "100"], ["stat"], ["stat", "--watch", "--interval", "0.1"],
-                  ["peek", "sub", "--number", "100"]])
+    "arguments", [["tail", "--number", "100"], ["tail", "--number", "1"], ["stat"],
+                  ["stat", "--watch", "--interval", "0.1"], ["peek", "sub", "--number", "100"]])
 def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: pathlib.Path,
                                                 arguments: list[str]) -> None:
     config_pth = make(tmp_path)

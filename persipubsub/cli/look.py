@@ -96,12 +96,12 @@ def _screen(is_drawn_over: bool) -> Iterator[bool]:
     """Draw over the other screen in the block; return whether keys can be pressed."""
     has_keys = is_drawn_over and sys.stdin is not None and sys.stdin.isatty()
     modes = termios.tcgetattr(sys.stdin) if has_keys else []
-    if has_keys:
-        tty.setcbreak(sys.stdin)
-    if is_drawn_over:
-        # Without a cursor, and lines that are too long are cut.
-        print("\x1b[?1049h\x1b[?25l\x1b[?7l", end="", flush=True)
     try:
+        if has_keys:
+            tty.setcbreak(sys.stdin)
+        if is_drawn_over:
+            # Without a cursor, and lines that are too long are cut.
+            print("\x1b[?1049h\x1b[?25l\x1b[?7l", end="", flush=True)
         yield has_keys
     finally:
         if has_keys:

@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import os
 import pathlib
+import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -107,6 +108,8 @@ def tail(call: options.Call, number: int, **looks: Any) -> None:
     """
     expected: int | None = None
     found = persipubsub.control.follow(call.config, call.key(), last=number)
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
     with contextlib.closing(found):
         for messages in found:
             for message in messages:
@@ -115,6 +118,9 @@ def tail(call: options.Call, number: int, **looks: Any) -> None:
                         f"{text.count(message.number - expected, 'number')} passed unseen")
                 expected = message.number + 1
                 _print_look(call, message, **looks)
+            if poll.poll(0):
+                # The reader of the output went away, although there is nothing to write.
+                raise BrokenPipeError()
 
 
 @options.command("Fail unless it is the queue of the publisher.")
