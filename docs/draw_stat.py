@@ -81,23 +81,21 @@ def main() -> None:
         for thread in threads:
             thread.start()
 
-        history = view.History()
+        histories = {"lines": view.History()}
         for _ in range(_LOOKS):
             found = persipubsub.control.statistics(config_pth)["lines"]
-            history.add(found)
+            histories["lines"].add(found)
             time.sleep(_INTERVAL_SECS)
         figures = msgspec.structs.replace(found, path="/srv/app/queues/lines")
         stop.set()
         for thread in threads:
             thread.join()
     console = rich.console.Console(record=True, width=100, file=io.StringIO())
-    for line in view.draw({"lines": figures}, {"lines": history}, limit=10):
-        drawn = rich.text.Text()
-        for piece, color in line:
-            # Spaces in front by themselves: some programs leave them out, and shift the rest.
-            drawn.append(" " * (len(piece) - len(piece.lstrip())), style="bold")
-            drawn.append(piece.lstrip(), style=color or "")
-        console.print(drawn)
+    for line in view.draw({"lines": figures}, histories, limit=10):
+        # Spaces in front by themselves: some programs leave them out, and shift the rest.
+        rest = line.lstrip(" ")
+        drawn = rich.text.Text(" " * (len(line) - len(rest)), style="bold")
+        console.print(drawn.append_text(rich.text.Text.from_ansi(rest)))
     target = _DOCS / "stat-watch.svg"
     console.save_svg(str(target), title="persipubsub stat --watch")
     # Fonts would be fetched from the network by whoever looks at the page.

@@ -15,10 +15,9 @@ import os
 import pathlib
 import re
 import reprlib
-import stat
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Final, NoReturn, TypeAlias, TypeVar, Union, get_args
+from typing import Annotated, Any, Final, NoReturn, TypeAlias, TypeVar, get_args
 
 import msgspec
 import msgspec.structs
@@ -47,8 +46,6 @@ _SCHEMA_KEY: Final = "$schema"
 _MAX_IDENTIFIER_SIZE: Final = 255  # bytes in UTF-8
 # In bytes. It stands between a wrong path and the memory of the machine.
 _MAX_FILE_SIZE: Final = 64 * 1024**2
-# A large file that is something else altogether would fill the memory with its problems.
-_MAX_PROBLEMS: Final = 1000
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 # Neither the operating system nor UTF-8 (and hence no C++ or Go program) takes any other.
@@ -192,7 +189,6 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 # yapf: enable
-_ENTRY_KINDS: Final = (Publisher, Subscriber)
 _REFERENCES: Final = frozenset({"out_queue", "in_queue", "dead_letter_queue"})
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
@@ -206,11 +202,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ('sub',)
     """
 
-    path: pathlib.Path  #: of the file; named in errors
+    path: pathlib.Path  #: of the file; named in errors, and relative paths start beside it
     publishers: Mapping[str, Publisher]
     subscribers: Mapping[str, Subscriber]
     queues: Mapping[str, Queue]
-    directory: pathlib.Path | None = None  #: where relative paths start; None: that of the file
 
     def publisher(self, identifier: str) -> Publisher:
         """
@@ -220,8 +215,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         :return: the publisher
         :raise ConfigError: if the file has no such publisher
         """
-        self._require("publisher", self.publishers, identifier)
-        return self.publishers[identifier]
+        return self._find("publisher", self.publishers, identifier)
 
     def subscriber(self, identifier: str) -> Subscriber:
         """
@@ -231,8 +225,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         :return: the subscriber
         :raise ConfigError: if the file has no such subscriber
         """
-        self._require("subscriber", self.subscribers, identifier)
-        return self.subscribers[identifier]
+        return self._find("subscriber", self.subscribers, identifier)
 
     def queue_path(self, queue_key: str) -> str:
         """
@@ -247,20 +240,20 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         :return: path, independent of the working directory
         :raise ConfigError: if the file has no such queue
         """
-        self._require("queue", self.queues, queue_key)
-        path = self.queues[queue_key].path or queue_key
-        return _resolve(self.directory or self.path.parent, path)
+        path = self._find("queue", self.queues, queue_key).path or queue_key
+        return path if scheme_of(path) else str(self.path.parent / path)
 
-    def _require(self, kind: str, known: Mapping[str, Any], key: str) -> None:
+    def _find(self, kind: str, known: Mapping[str, StructT], key: str) -> StructT:
         if key not in known:
             fail(self.path, [
                 f"Expected a {kind} of this file ({_listed(known)}), but got: {_shown(key)}"
                 f"{_meant(key, known)}"
             ])
+        return known[key]
 
 
 #: What every ``config_pth`` may be: the path of a file, the content of one, or what was read.
-ConfigLike: TypeAlias = Union[str, "os.PathLike[str]", Mapping[str, Any], Config]
+ConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
 def read(config_pth: ConfigLike) -> Config:
@@ -269,7 +262,7 @@ def read(config_pth: ConfigLike) -> Config:
 
     Any number of threads and processes may read at the same time; nothing is written. Replace the
     file by renaming: one that is overwritten in place may be read half. It blocks as long as the
-    disk takes. A FIFO or a device is refused, and never waited for.
+    disk, or who writes to a FIFO, takes.
 
     >>> config = read({"sub": {"in_queue": "q"}, "queues": {"q": {"subscribers": ["sub"]}}})
     >>> config.subscriber("sub").in_queue
@@ -287,14 +280,22 @@ def read(config_pth: ConfigLike) -> Config:
     path = _path_of(config_pth)
     if isinstance(config_pth, Mapping):
         try:
-            text = json.dumps(dict(config_pth), default=_plain)
+            return _parse(json.dumps(dict(config_pth), default=_plain).encode(), path)
         except (TypeError, ValueError, RecursionError) as error:
             fail(path, [f"Expected what JSON can express, but got: {error}"])
-        return _parse(text, path, directory=_absolute(""))
-    return _parse(_decode(_read_bytes(os.fspath(config_pth), path), path), path)
+    try:
+        with open(path, "rb") as file:
+            # Not by its size, which is 0 in /proc.
+            return _parse(file.read(_MAX_FILE_SIZE + 1), path)
+    except (OSError, ValueError) as error:
+        kind = persipubsub.errors.ConfigError
+        if isinstance(error, FileNotFoundError):
+            kind = persipubsub.errors.ConfigNotFoundError
+        reason = getattr(error, "strerror", None) or error
+        fail(path, [f"Expected a file that can be read, but got: {reason}"], kind)
 
 
-def parse(text: bytes, config_pth: Union[str, "os.PathLike[str]"]) -> Config:
+def parse(text: bytes, config_pth: str | os.PathLike[str]) -> Config:
     """
     Check the content of a configuration file. No file is touched.
 
@@ -315,8 +316,7 @@ def parse(text: bytes, config_pth: Union[str, "os.PathLike[str]"]) -> Config:
     """
     if not isinstance(text, bytes):
         raise TypeError(f"Expected text as bytes, but got: {_shown(text)}")
-    path = _absolute(config_pth)
-    return _parse(_decode(text, path), path)
+    return _parse(text, _path_of(config_pth))
 
 
 def schema() -> dict[str, Any]:
@@ -348,9 +348,9 @@ def schema() -> dict[str, Any]:
             "dead_letter_queue": ["in_queue", "max_deliveries"]}}
     queues = {"type": "object", "additionalProperties": {"$ref": "#/$defs/Queue"}}
     return {
-        _SCHEMA_KEY: "https://json-schema.org/draft/2020-12/schema",
-        "title": "Configuration of persipubsub", "type": "object", "required": [_QUEUES_KEY],
-        "properties": {_SCHEMA_KEY: {"type": "string"}, _QUEUES_KEY: queues},
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Configuration of persipubsub", "type": "object", "required": ["queues"],
+        "properties": {"$schema": {"type": "string"}, "queues": queues},
         "additionalProperties": {"$ref": "#/$defs/Entry"}, "$defs": parts}
     # yapf: enable
 
@@ -395,8 +395,8 @@ def at(place: str, key: str) -> str:
     :param key: in the object
     :return: place
     """
-    plain = 0 < len(key) <= 100 and key.isprintable() and not re.search(r"\s", key)
-    return f"{place}{'.' if place else ''}{key if plain else _shown(key, limit=100)}"
+    is_plain = 0 < len(key) <= 100 and key.isprintable() and " " not in key
+    return f"{place}{'.' if place else ''}{key if is_plain else _shown(key)}"
 
 
 def fail(path: pathlib.Path,
@@ -416,23 +416,26 @@ def fail(path: pathlib.Path,
     raise kind(f"{name}: {problems[0]}{tail}", problems=problems)
 
 
-def _shown(found: object, limit: int = 200) -> str:
-    """Return the value for a message: without control characters, and within the limit."""
+# What errors say
+
+
+def _shown(found: object) -> str:
+    """Show a value: without control characters, and cut in the middle if it is long."""
     shortener = reprlib.Repr()
-    shortener.maxstring, shortener.maxother = 150, 60
+    shortener.maxstring = shortener.maxother = 60
     text = shortener.repr(found)
-    return text if len(text) <= limit else f"{text[:limit - 3]}..."
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Return the first few of the names for a message."""
+    """List the first few of the names."""
     known = list(names)
     more = f" and {len(known) - 5} more" if len(known) > 5 else ""
-    return ", ".join(_shown(name, limit=60) for name in known[:5]) + more or "there is none"
+    return ", ".join(map(_shown, known[:5])) + more or "there is none"
 
 
 def _meant(found: object, known: Iterable[str]) -> str:
-    """Return the hint to the name that is most like the one that was found."""
+    """Suggest the name that is most like the one that was found."""
     if not isinstance(found, str):
         return ""
     # Imported late: few need it, and it would slow down each start of a program.
@@ -440,12 +443,14 @@ def _meant(found: object, known: Iterable[str]) -> str:
 
     alike = {name[:100].casefold().replace("-", "_"): name for name in known}
     closest = difflib.get_close_matches(found[:100].casefold().replace("-", "_"), alike, n=1)
-    return f" (did you mean {_shown(alike[closest[0]], limit=60)}?)" if closest else ""
+    return f" (did you mean {_shown(alike[closest[0]])}?)" if closest else ""
 
 
 def _expected(annotation: Any) -> str:
-    """Return what a value of the type has to be."""
+    """Tell what a value of the type has to be."""
     kind, meta = get_args(annotation)[:2]
+    if alternatives := get_args(kind):  # or None
+        return _expected(alternatives[0])
     if kind is str:
         return "a non-empty string without NUL and lone surrogates"
     if issubclass(kind, enum.Enum):
@@ -455,29 +460,21 @@ def _expected(annotation: Any) -> str:
     return f"{noun} {bounds} {meta.le}"
 
 
+# Reading
+
+
 def _plain(value: object) -> object:
     """Return what JSON can express of a value in a dictionary."""
     return value.value if isinstance(value, enum.Enum) else os.fspath(value)  # type: ignore
 
 
-def _resolve(directory: pathlib.Path, path: str) -> str:
-    """Return the path of a queue independent of the working directory."""
-    return path if scheme_of(path) else str(directory / path)
-
-
 def _path_of(config_pth: ConfigLike) -> pathlib.Path:
-    """Return what errors name."""
+    """Return what errors name, and beside which relative paths start."""
     if isinstance(config_pth, Config):
         return config_pth.path
-    return (pathlib.Path("<dictionary>")
-            if isinstance(config_pth, Mapping) else _absolute(config_pth))
-
-
-def _absolute(config_pth: object) -> pathlib.Path:
-    """Check the type of the path, and make it independent of the working directory."""
-    # An integer would be taken for a descriptor: 0 is the standard input.
-    name = os.fspath(config_pth) if isinstance(config_pth, (str, os.PathLike)) else None
-    if not isinstance(name, str):
+    name: object = "<dictionary>" if isinstance(config_pth, Mapping) else config_pth
+    if not isinstance(name, (str, os.PathLike)):
+        # An integer would be taken for a descriptor: 0 is the standard input.
         raise TypeError("Expected config_pth as a path, a dictionary or a persipubsub.config.Config"
                         f", but got: {_shown(config_pth)}")
     try:
@@ -487,75 +484,31 @@ def _absolute(config_pth: object) -> pathlib.Path:
         return pathlib.Path(name)
 
 
-def _read_bytes(name: str, path: pathlib.Path) -> bytes:
-    """Return the content of the file, or a bit more than is allowed of it."""
-    # Without O_NONBLOCK, opening a FIFO waits. Looking at the kind before opening is not enough,
-    # the file may be replaced in between.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-    kind = persipubsub.errors.ConfigError
-    try:
-        if not name:
-            raise ValueError("empty")  # the system would say that there is no such file
-        with open(name, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISREG(mode):
-                return file.read(_MAX_FILE_SIZE + 1)  # not by st_size, which is 0 in /proc
-            found = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
-            problem = f"Expected a regular file, but got: {found}"
-    except FileNotFoundError as error:
-        kind = persipubsub.errors.ConfigNotFoundError
-        problem = f"Expected a file that can be read, but got: {error.strerror}"
-    except OSError as error:
-        problem = f"Expected a file that can be read, but got: {error.strerror}"
-    except ValueError:
-        problem = f"Expected the path of a file, but got: {_shown(name)}"
-    fail(path, [problem], kind)
-
-
-def _decode(text: bytes, path: pathlib.Path) -> str:
-    """Return the text of the file."""
-    if len(text) > _MAX_FILE_SIZE:
-        fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        fail(path, [f"line {line}: Expected UTF-8, but got the byte 0x{text[error.start]:02x}"])
-
-
 class _Object(dict[str, Any]):
     """JSON object that remembers the keys that are there more than once."""
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        counts = collections.Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        counts = collections.Counter(key for key, _ in pairs)
         self.repeated = [key for key, count in counts.items() if count > 1]
 
 
-def _no_number(literal: str) -> NoReturn:
-    """Refuse what Python's parser takes, and other parsers do not."""
-    raise ValueError(f"{literal}, which JSON does not have")
-
-
-def _parse(text: str, path: pathlib.Path, directory: pathlib.Path | None = None) -> Config:
-    """Return the checked configuration."""
+def _parse(text: bytes, path: pathlib.Path) -> Config:
+    """Check the content of a file."""
+    if len(text) > _MAX_FILE_SIZE:
+        fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
     try:
-        found = json.loads(text, object_pairs_hook=_Object, parse_constant=_no_number)
-    except json.JSONDecodeError as error:
-        near = _shown(text[error.pos:error.pos + 40])
-        place = f"line {error.lineno}, column {error.colno}"
-        fail(path, [f"{place}: Expected JSON, but got: {near} ({error.msg})"])
-    except RecursionError:
-        fail(path, ["Expected JSON, but got: too many levels of nesting"])
-    except ValueError as error:
-        fail(path, [f"Expected JSON, but got: {error}"])
-    checker = _Checker(path, directory)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_Object)
+    except (ValueError, RecursionError) as error:
+        # It names line and column.
+        fail(path, [f"Expected JSON in UTF-8, but got: {error}"])
+    checker = _Checker(path)
     checker.check_file(found)
     if checker.problems:
         fail(path, checker.problems)
     frozen = types.MappingProxyType
     return Config(path, frozen(checker.publishers), frozen(checker.subscribers),
-                  frozen(checker.queues or {}), directory)
+                  frozen(checker.queues or {}))
 
 
 @functools.cache
@@ -569,11 +522,15 @@ def _fields(*kinds: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldI
 
 
 class _Checker:
-    """Collects the problems of a file, and what is right of it."""
+    """
+    Collects the problems of a file, and what is right of it.
 
-    def __init__(self, path: pathlib.Path, directory: pathlib.Path | None = None) -> None:
+    msgspec checks each value; the objects are walked through here, since it would stop at the first
+    problem.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self.directory = directory or path.parent
         self.problems: list[str] = []
         self.publishers: dict[str, Publisher] = {}
         self.subscribers: dict[str, Subscriber] = {}
@@ -581,12 +538,14 @@ class _Checker:
         # then each reference would be a problem that is not its own.
         self.queues: dict[str, Any] | None = None
 
-    def add(self, place: str, expected: str, found: str) -> None:
+    def add(self, place: str, expected: str, found: Any, hint: str = "") -> None:
         """Add a problem."""
         where = f"{place}: " if place else ""
-        self.problems.append(f"{where}Expected {expected}, but got: {found}")
-        if len(self.problems) == _MAX_PROBLEMS:
-            fail(self.path, self.problems + ["The rest of the file was not checked"])
+        self.problems.append(f"{where}Expected {expected}, but got: {_shown(found)}{hint}")
+
+    def miss(self, place: str, expected: str, hint: str = "") -> None:
+        """Add the problem that a key is not there."""
+        self.problems.append(f"{place}: Expected {expected}, but got: no such key{hint}")
 
     # What stands there
 
@@ -594,18 +553,19 @@ class _Checker:
         """Check the whole file."""
         if not self.is_object(found, ""):
             return
-        queues = found.get(_QUEUES_KEY)
-        if _QUEUES_KEY not in found:
-            self.add(_QUEUES_KEY, "an object", f"no such key{_meant(_QUEUES_KEY, found)}")
-        elif self.is_object(queues, _QUEUES_KEY):
-            self.queues = {}
-            for key, queue in queues.items():
-                self.queues[key] = self.convert(Queue, queue, at(_QUEUES_KEY, key), path=key)
+        queues = found.get("queues")
+        if "queues" not in found:
+            self.miss("queues", "an object", _meant("queues", found))
+        elif self.is_object(queues, "queues"):
+            self.queues = {
+                key: self.convert(Queue, queue, at("queues", key), path=key)
+                for key, queue in queues.items()
+            }
             self.check_paths(self.queues)
         for key, entry in found.items():
-            if key == _SCHEMA_KEY:
+            if key == "$schema":
                 self.check_value(Text, entry, key)
-            elif key != _QUEUES_KEY:
+            elif key != "queues":
                 self.check_entry(key, entry)
         for publisher in self.publishers.values():
             self.check_publisher(publisher)
@@ -615,9 +575,9 @@ class _Checker:
     def is_object(self, found: Any, place: str) -> bool:
         """Return whether it is an object; check that no key is repeated."""
         if not isinstance(found, dict):
-            self.add(place, "an object", _shown(found))
+            self.add(place, "an object", found)
         for key in getattr(found, "repeated", ()):
-            self.add(place, "each key once", f"{_shown(key)} more than once")
+            self.add(place, "each key once", key, " more than once")
         return isinstance(found, dict)
 
     def convert(self, kind: type[StructT], found: Any, place: str, **given: str) -> StructT | None:
@@ -627,63 +587,51 @@ class _Checker:
             self.check_keys(found, _fields(kind), place)
             for key, field in _fields(kind).items():
                 if key in _REFERENCES and key in found and self.queues is not None:
-                    self.check_reference(found[key], at(place, key), self.queues)
+                    self.check_name(found[key], self.queues, at(place, key), "a key of queues")
                 elif key in found:
                     self.check_value(field.type, found[key], at(place, key))
                 elif field.required:
-                    self.add(place, f"the key {key!r}", "no such key")
+                    self.miss(place, f"the key {key!r}")
         for key in given.values():
             self.check_value(Text, key, place)
-        if len(self.problems) > count:
-            return None
-        values = {key: value for key, value in found.items() if key != "path" or value}
-        return msgspec.convert({**given, **values}, kind)
-
-    def check_reference(self, found: Any, place: str, queues: Mapping[str, Any]) -> None:
-        """Check the key of a queue."""
-        if not isinstance(found, str) or found not in queues:
-            self.add(place, f"a key of queues ({_listed(queues)})",
-                     f"{_shown(found)}{_meant(found, queues)}")
+        return msgspec.convert({**given, **found}, kind) if len(self.problems) == count else None
 
     def check_keys(self, found: Mapping[str, Any], known: Iterable[str], place: str) -> None:
         """Check that there is no other key."""
         for key in found:
             if key not in known:
-                self.add(place, f"only the keys {', '.join(map(repr, known))}",
-                         f"{_shown(key)}{_meant(key, known)}")
+                self.add(place, f"only the keys {', '.join(map(repr, known))}", key,
+                         _meant(key, known))
+
+    def check_name(self, found: Any, known: Mapping[str, Any], place: str, kind: str) -> None:
+        """Check that something is one of the names that are known."""
+        if not isinstance(found, str) or found not in known:
+            self.add(place, f"{kind} ({_listed(known)})", found, _meant(found, known))
 
     def check_value(self, annotation: Any, found: Any, place: str) -> None:
         """Check a value."""
-        kind = get_args(annotation)[0]
-        if types.NoneType in get_args(kind):
-            if found is None:
-                return
-            annotation = get_args(kind)[0]
-            kind = get_args(annotation)[0]
+        kind, meta = get_args(annotation)[:2]
         if kind == Texts:
-            self.check_identifiers(found, place, at_least=get_args(annotation)[1].min_length or 0)
-        elif issubclass(kind, msgspec.Struct):
+            self.check_identifiers(found, place, at_least=meta.min_length or 0)
+        elif kind is HighWaterMark:
             self.convert(kind, found, place)
         else:
             try:
                 msgspec.convert(found, annotation)
             except (msgspec.ValidationError, UnicodeEncodeError):
                 # The latter for a string with a lone surrogate in the place of anything else.
-                self.add(place, _expected(annotation), _shown(found))
+                self.add(place, _expected(annotation), found)
 
     def check_identifiers(self, found: Any, place: str, at_least: int) -> None:
         """Check a list of subscribers."""
         if not isinstance(found, list) or len(found) < at_least:
             kind = "at least one subscriber" if found == [] else "a list of subscribers"
-            self.add(place, kind, _shown(found))
+            self.add(place, kind, found)
             return
-        seen: set[str] = set()
         for index, identifier in enumerate(found):
-            if self.check_identifier(identifier, f"{place}[{index}]"):
-                if identifier in seen:
-                    self.add(f"{place}[{index}]", "each subscriber once",
-                             f"{_shown(identifier)} again")
-                seen.add(identifier)
+            where = f"{place}[{index}]"
+            if self.check_identifier(identifier, where) and identifier in found[:index]:
+                self.add(where, "each subscriber once", identifier, " again")
 
     def check_identifier(self, found: Any, place: str) -> bool:
         """Check the identifier of a publisher or a subscriber, return True if it is right."""
@@ -691,33 +639,32 @@ class _Checker:
             size = len(msgspec.convert(found, Text).encode("utf-8"))
         except msgspec.ValidationError:
             size = 0
-        if not 0 < size <= _MAX_IDENTIFIER_SIZE:
+        # A subscriber with the name of another key of the file could not have an entry.
+        reserved = RESERVED_SUBSCRIBER_IDS | {"queues", "$schema"}
+        is_right = 0 < size <= _MAX_IDENTIFIER_SIZE and found not in reserved
+        if not is_right:
             limits = f"1 to {_MAX_IDENTIFIER_SIZE} bytes in UTF-8, no NUL, no lone surrogates"
-            self.add(place, f"an identifier ({limits})", _shown(found))
-        elif found in RESERVED_SUBSCRIBER_IDS or found in (_QUEUES_KEY, _SCHEMA_KEY):
-            # A subscriber with the name of such a key could not have an entry.
-            self.add(place, "an identifier that is not reserved", _shown(found))
-        else:
-            return True
-        return False
+            self.add(place, f"an identifier ({limits}, not reserved)", found)
+        return is_right
 
     def check_entry(self, identifier: str, entry: Any) -> None:
         """Check a publisher, a subscriber, or both in one."""
         place = at("", identifier)
         is_right = self.check_identifier(identifier, place)
+        known = _fields(Publisher, Subscriber)
         keys = entry.keys() if isinstance(entry, dict) else set()
-        if not keys & _fields(*_ENTRY_KINDS).keys():
+        if not keys & known.keys():
             kinds = "a publisher ('out_queue', 'subscribers'), a subscriber ('in_queue') or both"
-            self.add(place, kinds, _shown(entry))
+            self.add(place, kinds, entry)
         if not keys or not self.is_object(entry, place):
             return
-        self.check_keys(entry, _fields(*_ENTRY_KINDS), place)
+        self.check_keys(entry, known, place)
         built: Any
         for kind, built in ((Publisher, self.publishers), (Subscriber, self.subscribers)):
             part = {key: entry[key] for key in _fields(kind) if key in entry}
-            if part and (struct := self.convert(
-                    kind, part, place, identifier=identifier if is_right else "-")):
-                built[identifier] = struct
+            struct = part and self.convert(kind, part, place, identifier="-")
+            if struct and is_right:
+                built[identifier] = msgspec.structs.replace(struct, identifier=identifier)
 
     # What holds between entries
 
@@ -725,12 +672,11 @@ class _Checker:
         """Check that no two queues are at one place."""
         places: dict[str, str] = {}
         for key, queue in queues.items():
-            place = at(at(_QUEUES_KEY, key), "path")
-            path = queue.path if queue and queue.path else ""
-            for name in self.names_of(path, place) if path else ():
+            place = at("queues", key)
+            for name in self.names_of(queue.path or key, place) if queue else ():
                 if (other := places.setdefault(name, place)) != place:
-                    self.add(place, f"another path than that of {other.removesuffix('.path')}",
-                             _shown(path))
+                    expected = f"another path than that of {other}"
+                    self.add(f"{place}.path", expected, queue and queue.path)
                     break
 
     def names_of(self, path: str, place: str) -> Sequence[str]:
@@ -738,15 +684,15 @@ class _Checker:
         scheme = scheme_of(path)
         if not scheme:
             # By name: what is right must not depend on the links that are on the disk now.
-            return [f"/{os.path.normpath(_resolve(self.directory, path)).lstrip('/')}"]
+            return [f"/{os.path.normpath(self.path.parent / path).lstrip('/')}"]
         if scheme != "nats":
             # Nothing behind it is shown: it may be a password, and errors are logged.
-            self.add(place, "a directory or nats://...", f"'{scheme}://'")
+            self.add(f"{place}.path", "a directory or nats://...", f"{scheme}://")
             return []
         # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
         address: Any = importlib.import_module("persipubsub.jetstream.address")
         if problem := address.problem_of(path):
-            self.problems.append(f"{place}: {problem}")
+            self.problems.append(f"{place}.path: {problem}")
         return list(address.names_of(path))
 
     def check_publisher(self, publisher: Publisher) -> None:
@@ -754,18 +700,16 @@ class _Checker:
         queue = (self.queues or {}).get(publisher.out_queue)
         if queue is None:
             return
-        place, key = at("", publisher.identifier), publisher.identifier
+        place = at("", publisher.identifier)
         if not publisher.subscribers:
-            self.publishers[key] = msgspec.structs.replace(publisher, subscribers=queue.subscribers)
+            self.publishers[publisher.identifier] = msgspec.structs.replace(
+                publisher, subscribers=queue.subscribers)
             if not queue.subscribers:
-                self.add(f"{place}.out_queue", "a queue that has subscribers",
-                         _shown(publisher.out_queue))
+                self.add(f"{place}.out_queue", "a queue that has subscribers", publisher.out_queue)
         known = dict.fromkeys(queue.subscribers)
         for index, subscriber in enumerate(publisher.subscribers):
-            if subscriber not in known:
-                self.add(f"{place}.subscribers[{index}]",
-                         f"a subscriber of the queue ({_listed(known)})",
-                         f"{_shown(subscriber)}{_meant(subscriber, known)}")
+            self.check_name(subscriber, known, f"{place}.subscribers[{index}]",
+                            "a subscriber of the queue")
 
     def check_subscriber(self, subscriber: Subscriber) -> None:
         """Check that the queue has the subscriber, and where its dead letters go."""
@@ -774,22 +718,21 @@ class _Checker:
         queue = queues.get(subscriber.in_queue)
         if queue is not None and subscriber.identifier not in queue.subscribers:
             self.add(f"{place}.in_queue",
-                     f"a queue with the subscriber {_shown(subscriber.identifier, limit=100)}",
-                     f"{_shown(subscriber.in_queue)} ({_listed(queue.subscribers)})")
+                     f"a queue with the subscriber {_shown(subscriber.identifier)}",
+                     subscriber.in_queue, f" ({_listed(queue.subscribers)})")
         letters = subscriber.dead_letter_queue
         if not letters:
             return
-        there = f"{place}.dead_letter_queue"
         if not subscriber.max_deliveries:
-            self.add(place, "the key 'max_deliveries' beside 'dead_letter_queue'", "no such key")
+            self.miss(place, "the key 'max_deliveries' beside 'dead_letter_queue'")
+        place = f"{place}.dead_letter_queue"
         if letters == subscriber.in_queue:
-            self.add(there, "another queue than 'in_queue'", _shown(letters))
+            self.add(place, "another queue than 'in_queue'", letters)
         target = queues.get(letters)
-        if queue and target and scheme_of(queue.path) != scheme_of(target.path):
-            self.add(there, "directories, or servers, for this queue and 'in_queue' alike",
-                     _shown(letters))
+        if queue and target and scheme_of(queue.path or "") != scheme_of(target.path or ""):
+            self.add(place, "directories, or servers, for this queue and 'in_queue' alike", letters)
         for publisher in self.publishers.values():
             if publisher.out_queue == letters:
                 # Its messages would be taken for dead letters.
-                self.add(there, "a queue that nobody publishes to",
-                         f"{_shown(letters)} (which {_shown(publisher.identifier)} does)")
+                self.add(place, "a queue that nobody publishes to", letters,
+                         f" (which {_shown(publisher.identifier)} does)")

@@ -9,6 +9,7 @@ running. A function that needs a queue for itself says so: it raises
 :py:class:`persipubsub.config.Config`. The command ``persipubsub`` calls these functions.
 """
 
+import contextlib
 import datetime
 import importlib
 import operator
@@ -21,40 +22,29 @@ import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
 from persipubsub.config import Config, ConfigLike
+from persipubsub.message import Peeked
 from persipubsub.statistics import InFlight, Progress, QueueStatistics
 
 if TYPE_CHECKING:
     from persipubsub.letters import ListedDeadLetter
     from persipubsub.lmdb_engine.maintenance import Sizes
-    from persipubsub.message import Peeked
     from persipubsub.migration import Moved
 
 __all__ = [
-    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics",
-    "statistics_of", "in_flight", "seek", "pause", "resume", "delete", "verify", "compact",
-    "backup", "restore", "add_subscriber", "remove_subscriber", "drop_queue", "peek", "follow",
-    "dead_letters", "send_back", "drop_dead_letters", "migrate", "check_durability",
-    "stored_settings", "ConfigPath", "ListedDeadLetter", "Moved", "Peeked", "Progress", "Sizes"
+    "initialize_all_dbs", "prune_dangling_messages", "clear_all_subs", "statistics", "in_flight",
+    "seek", "pause", "resume", "delete", "verify", "compact", "backup", "restore", "add_subscriber",
+    "remove_subscriber", "drop_queue", "peek", "follow", "dead_letters", "send_back",
+    "drop_dead_letters", "migrate", "check_durability", "stored_settings", "ConfigPath", "Progress"
 ]
 
 ConfigPath = ConfigLike
 
 ResultT = TypeVar("ResultT")
 
-#: Names of this module that are in others, which are loaded when they are needed.
-_ELSEWHERE = {
-    "ListedDeadLetter": "persipubsub.letters",
-    "Peeked": "persipubsub.message",
-    "Moved": "persipubsub.migration",
-    "Sizes": "persipubsub.lmdb_engine.maintenance",
-}
 
-
-def __getattr__(name: str) -> Any:
-    """Load a name that is in another module."""
-    if name not in _ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ELSEWHERE[name]), name)
+def _load(name: str) -> Any:
+    """Import a module that only few of the functions need: some take longer than they run."""
+    return importlib.import_module(f"persipubsub.{name}")
 
 
 def _select(config_pth: ConfigLike, queue_key: str | None) -> tuple[Config, list[str]]:
@@ -76,37 +66,28 @@ def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], Resul
     """Have a queue open for something."""
 
     def run(config: Config, queue_key: str) -> ResultT:
-        queue = persipubsub.engine.of(config, queue_key).open_queue(config, queue_key)
-        try:
+        engine = persipubsub.engine.of(config, queue_key)
+        with contextlib.closing(engine.open_queue(config, queue_key)) as queue:
             return work(queue)
-        finally:
-            queue.close()
 
     return run
 
 
 def _directory(config: Config, queue_key: str) -> tuple[str, persipubsub.config.Queue]:
     """Return the directory and the settings of a queue on this machine."""
-    # Loaded only for what is done to directories.
-    queues = importlib.import_module("persipubsub.queue")
-    return queues.directory_of(config, queue_key), config.queues[queue_key]
+    return _load("queue").directory_of(config, queue_key), config.queues[queue_key]
 
 
-def _maintenance() -> Any:
-    """Load what is needed for maintenance only."""
-    return importlib.import_module("persipubsub.lmdb_engine.maintenance")
-
-
-def _operation(config: Config, queue_key: str, name: str) -> Callable[..., Any]:
-    """Find what an engine offers for operators."""
-    found = getattr(persipubsub.engine.of(config, queue_key), name, None)
-    if found is None:
+def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
+    """Let an engine do something that not every engine offers."""
+    operation = getattr(persipubsub.engine.of(config, queue_key), name, None)
+    if operation is None:
+        place = persipubsub.config.at("queues", queue_key)
         persipubsub.config.fail(config.path, [
-            f"{persipubsub.config.at('queues', queue_key)}.path: Expected a queue that is a directory "
-            f"of this machine, but got: {config.queue_path(queue_key)!r}; there is no {name!r} on "
-            "servers"
+            f"{place}.path: Expected a queue that is a directory of this machine, but got: "
+            f"{config.queue_path(queue_key)!r}; there is no {name!r} on servers"
         ])
-    return found  # type: ignore[no-any-return]
+    return operation(config, queue_key, *arguments)
 
 
 def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> tuple[Config, str]:
@@ -196,19 +177,9 @@ def statistics(config_pth: ConfigLike,
     :raise ConfigError: if the configuration is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _for_each(config_pth, queue_key, statistics_of)
-
-
-def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
-    """
-    Count what is in one queue, as :py:func:`statistics` does.
-
-    :param config: configuration
-    :param queue_key: key in ``queues``
-    :return: figures
-    :raise NotInitializedError: if the queue was not initialized
-    """
-    return persipubsub.engine.of(config, queue_key).statistics_of(config, queue_key)
+    return _for_each(
+        config_pth, queue_key,
+        lambda config, key: persipubsub.engine.of(config, key).statistics_of(config, key))
 
 
 def in_flight(config_pth: ConfigLike,
@@ -231,7 +202,7 @@ def peek(config_pth: ConfigLike,
          sub_id: str,
          count: int = 1,
          start: int = 0,
-         queue_key: str | None = None) -> "tuple[Peeked, ...]":
+         queue_key: str | None = None) -> tuple[Peeked, ...]:
     """
     Look at the next messages of a subscriber without taking them.
 
@@ -247,12 +218,12 @@ def peek(config_pth: ConfigLike,
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
     count, start = _at_least("count", count, 1), _at_least("start", start, 0)
-    return tuple(_operation(config, key, "peek")(config, key, sub_id, count, start))
+    return tuple(_operate(config, key, "peek", sub_id, count, start))
 
 
 def follow(config_pth: ConfigLike,
            queue_key: str,
-           last: int = 0) -> "Generator[list[Peeked], None, None]":
+           last: int = 0) -> Generator[list[Peeked], None, None]:
     """
     Look at the messages of a queue as they are sent, for ever, without being a subscriber.
 
@@ -267,7 +238,7 @@ def follow(config_pth: ConfigLike,
     """
     config, (key, ) = _select(config_pth, queue_key)
     last = _at_least("last", last, 0)
-    return _operation(config, key, "follow")(config, key, last)  # type: ignore[no-any-return]
+    return _operate(config, key, "follow", last)  # type: ignore[no-any-return]
 
 
 def seek(config_pth: ConfigLike,
@@ -301,7 +272,7 @@ def seek(config_pth: ConfigLike,
     :raise ValueError: if it is another text, or a time without a time zone
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return int(_operation(config, key, "seek")(config, key, sub_id, to))
+    return int(_operate(config, key, "seek", sub_id, to))
 
 
 def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -319,7 +290,7 @@ def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> 
     :raise NotInitializedError: if the queue has no such subscriber
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return bool(_operation(config, key, "pause")(config, key, sub_id, True))
+    return bool(_operate(config, key, "pause", sub_id, True))
 
 
 def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -334,7 +305,7 @@ def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) ->
     :raise NotInitializedError: if the queue has no such subscriber
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return bool(_operation(config, key, "pause")(config, key, sub_id, False))
+    return bool(_operate(config, key, "pause", sub_id, False))
 
 
 def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | None = None) -> bool:
@@ -354,7 +325,7 @@ def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | No
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
     number = _at_least("number", number, 0)
-    return bool(_operation(config, key, "delete")(config, key, sub_id, number))
+    return bool(_operate(config, key, "delete", sub_id, number))
 
 
 def stored_settings(config_pth: ConfigLike, queue_key: str) -> Mapping[str, tuple[Any, Any]]:
@@ -390,7 +361,7 @@ def dead_letters(config_pth: ConfigLike,
     :raise NotInitializedError: if a queue was not initialized as a queue of dead letters
     """
     config, keys = _select(config_pth, queue_key)
-    letters = importlib.import_module("persipubsub.letters")
+    letters = _load("letters")
     if queue_key is None:
         keys = letters.queues_of(config)
     return types.MappingProxyType({key: tuple(letters.look(config, key)) for key in keys})
@@ -414,8 +385,7 @@ def send_back(config_pth: ConfigLike,
     :raise NotInitializedError: if the queue of a letter does not have its subscriber any more
     """
     config, _ = _select(config_pth, queue_key)
-    letters = importlib.import_module("persipubsub.letters")
-    return tuple(letters.send_back(config, queue_key, numbers))
+    return tuple(_load("letters").send_back(config, queue_key, numbers))
 
 
 def drop_dead_letters(config_pth: ConfigLike,
@@ -431,8 +401,7 @@ def drop_dead_letters(config_pth: ConfigLike,
     :raise ConfigError: if the file is wrong, has no such queue, or the queue is no directory
     """
     config, _ = _select(config_pth, queue_key)
-    letters = importlib.import_module("persipubsub.letters")
-    return tuple(letters.drop(config, queue_key, numbers))
+    return tuple(_load("letters").drop(config, queue_key, numbers))
 
 
 # Maintenance
@@ -456,8 +425,8 @@ def verify(config_pth: ConfigLike,
     """
     shown = progress or Progress()
     return _for_each(
-        config_pth, queue_key,
-        lambda config, key: tuple(_maintenance().verify(*_directory(config, key), shown)))
+        config_pth, queue_key, lambda config, key: tuple(
+            _load("lmdb_engine.maintenance").verify(*_directory(config, key), shown)))
 
 
 def backup(config_pth: ConfigLike,
@@ -480,8 +449,9 @@ def backup(config_pth: ConfigLike,
     :raise DiskFullError: if there is no room for it
     """
     config, _ = _select(config_pth, queue_key)
-    return int(_maintenance().backup(*_directory(config, queue_key), os.fspath(target), progress
-                                     or Progress()))
+    return int(
+        _load("lmdb_engine.maintenance").backup(*_directory(config, queue_key), os.fspath(target),
+                                                progress or Progress()))
 
 
 def restore(config_pth: ConfigLike,
@@ -507,7 +477,8 @@ def restore(config_pth: ConfigLike,
     """
     config, _ = _select(config_pth, queue_key)
     source = os.path.realpath(os.fspath(source))
-    _maintenance().restore(*_directory(config, queue_key), source, progress or Progress())
+    _load("lmdb_engine.maintenance").restore(*_directory(config, queue_key), source, progress
+                                             or Progress())
     persipubsub.engine.of(config, queue_key).ensure_queue(config, queue_key)
 
 
@@ -533,7 +504,7 @@ def compact(config_pth: ConfigLike,
     def work(config: Config, key: str) -> Any:
         directory, queue = _directory(config, key)
         _with_queue(lambda opened: opened.delete_finished())(config, key)
-        return _maintenance().compact(directory, queue, shown)
+        return _load("lmdb_engine.maintenance").compact(directory, queue, shown)
 
     return _for_each(config_pth, queue_key, work)
 
@@ -555,7 +526,7 @@ def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> b
     if not isinstance(subscriber, str):
         raise TypeError(f"Expected the id of a subscriber as str, but got: {subscriber!r}")
     persipubsub.config.check_identifier(subscriber, config.path)
-    return bool(_operation(config, queue_key, "add_subscriber")(config, queue_key, subscriber))
+    return bool(_operate(config, queue_key, "add_subscriber", subscriber))
 
 
 def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> int:
@@ -573,7 +544,7 @@ def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
     config, _ = _subscriber(config_pth, subscriber, queue_key)
-    return int(_operation(config, queue_key, "remove_subscriber")(config, queue_key, subscriber))
+    return int(_operate(config, queue_key, "remove_subscriber", subscriber))
 
 
 def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
@@ -592,7 +563,7 @@ def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
     """
     config, _ = _select(config_pth, queue_key)
     directory, queue = _directory(config, queue_key)
-    return tuple(_maintenance().drop(directory, queue.busy_timeout_secs))
+    return tuple(_load("lmdb_engine.maintenance").drop(directory, queue.busy_timeout_secs))
 
 
 def migrate(config_pth: ConfigLike,
@@ -618,9 +589,9 @@ def migrate(config_pth: ConfigLike,
     :raise UnavailableError: if no server answers in time
     """
     config, _ = _select(config_pth, queue_key)
-    migration = importlib.import_module("persipubsub.migration")
-    return migration.migrate(  # type: ignore[no-any-return]
-        config, queue_key, target, progress or Progress())
+    moved: Mapping[str, Moved] = _load("migration").migrate(config, queue_key, target, progress
+                                                            or Progress())
+    return moved
 
 
 def check_durability(config_pth: ConfigLike,

@@ -30,25 +30,10 @@ Errors of ``lmdb``, ``msgspec`` and ``nats`` do not leave the library. A wrong a
 from collections.abc import Sequence
 
 __all__ = [
-    "PersipubsubError",
-    "ConfigError",
-    "ConfigNotFoundError",
-    "ClosedError",
-    "NotInitializedError",
-    "QueueInUseError",
-    "BusyTimeoutError",
-    "ReadersFullError",
-    "UnavailableError",
-    "AccessError",
-    "MessageError",
-    "MessageTooLargeError",
-    "CorruptMessageError",
-    "QueueFullError",
-    "DiskFullError",
-    "StoreError",
-    "FlushError",
-    "FormatError",
-    "StoreCorruptError",
+    "PersipubsubError", "ConfigError", "ConfigNotFoundError", "ClosedError", "NotInitializedError",
+    "QueueInUseError", "BusyTimeoutError", "ReadersFullError", "UnavailableError", "AccessError",
+    "MessageError", "MessageTooLargeError", "CorruptMessageError", "QueueFullError",
+    "DiskFullError", "StoreError", "FlushError", "FormatError", "StoreCorruptError"
 ]
 
 

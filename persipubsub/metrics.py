@@ -9,7 +9,7 @@ import contextlib
 import ipaddress
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec.structs
@@ -31,10 +31,8 @@ import persipubsub.statistics
 
 __all__ = ["Collector", "serve", "is_loopback"]
 
-#: Servers are waited for so long. By default, Prometheus waits for 10 seconds for all figures.
-_SERVER_SECS: Final = 5.0
-
-_Statistics: TypeAlias = Mapping[str, persipubsub.statistics.QueueStatistics]
+#: Queues are waited for so long. By default, Prometheus waits for 10 seconds for all figures.
+_LOOK_SECS: Final = 5.0
 
 _Metric: TypeAlias = prometheus_client.metrics_core.Metric
 
@@ -82,8 +80,8 @@ class Collector(prometheus_client.registry.Collector):
     """
     Collect the statistics of queues at each scrape. Any thread may call it.
 
-    Queues are open only as long as a scrape takes, so that maintenance finds them unused. Queues on
-    servers are looked at at the same time, for 5 seconds at most.
+    Queues are open only as long as a scrape takes, so that maintenance finds them unused. All are
+    looked at at the same time, for 5 seconds at most.
 
     >>> import prometheus_client
     >>> registry = prometheus_client.CollectorRegistry()
@@ -157,48 +155,42 @@ class Collector(prometheus_client.registry.Collector):
 def _metric(name: str, text: str, labels: Sequence[str],
             samples: Sequence[tuple[tuple[str, ...], float | None]]) -> _Metric:
     """Make a metric; figures that are not known are left out."""
-    kind: Any = prometheus_client.metrics_core.GaugeMetricFamily
-    if name.endswith("_total"):
-        kind = prometheus_client.metrics_core.CounterMetricFamily
-    family: Any = kind(f"persipubsub_{name}", text, labels=labels)
+    families = prometheus_client.metrics_core
+    kind: Any = (families.CounterMetricFamily
+                 if name.endswith("_total") else families.GaugeMetricFamily)
+    family: _Metric = kind(f"persipubsub_{name}", text, labels=labels)
     for values, value in samples:
         if value is not None:
-            family.add_metric(values, value)
-    made: _Metric = family
-    return made
+            family.add_metric(values, value)  # type: ignore[attr-defined]
+    return family
 
 
-def _look_at(config: persipubsub.config.Config, keys: Sequence[str]) -> _Statistics:
+def _look_at(config: persipubsub.config.Config,
+             keys: Sequence[str]) -> dict[str, persipubsub.statistics.QueueStatistics]:
     """
-    Count what is in queues: directories right here, queues on servers in a thread for each.
+    Count what is in queues, in a thread for each.
 
     One after the other, a few servers that are away would take longer than Prometheus waits, and
     the figures of all others would be missing, too.
     """
-    deadline = time.monotonic() + _SERVER_SECS
+    deadline = time.monotonic() + _LOOK_SECS
     found: dict[str, persipubsub.statistics.QueueStatistics] = {}
-    threads: list[threading.Thread] = []
 
-    def look(key: str, config: persipubsub.config.Config) -> None:
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
-            found[key] = persipubsub.control.statistics(config, key)[key]
-
-    for key in keys:
-        queue = config.queues.get(key)
-        if queue is None or "://" not in (queue.path or key):
-            continue
+    def look(key: str, queue: persipubsub.config.Queue) -> None:
         # It ends soon after the scrape: threads would add up.
         impatient = msgspec.structs.replace(queue,
                                             busy_timeout_secs=min(queue.busy_timeout_secs,
-                                                                  _SERVER_SECS))
-        threads.append(
-            threading.Thread(target=look,
-                             args=(key, msgspec.structs.replace(config, queues={key: impatient})),
-                             daemon=True))
-        threads[-1].start()
-    for key in keys:
-        if key in config.queues and "://" not in (config.queues[key].path or key):
-            look(key, config)
+                                                                  _LOOK_SECS))
+        alone = msgspec.structs.replace(config, queues={key: impatient})
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            found.update(persipubsub.control.statistics(alone))
+
+    threads = [
+        threading.Thread(target=look, args=(key, config.queues[key]), daemon=True) for key in keys
+        if key in config.queues
+    ]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     # A late thread may go on to add to it.

@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 import msgspec.structs
@@ -48,44 +48,6 @@ class Moved(NamedTuple):
     left: int  #: messages that are still here: others are receiving them, or sent them meanwhile
 
 
-def prepare(config: persipubsub.config.Config, queue_key: str,
-            target: str) -> persipubsub.config.Config:
-    """
-    Describe the queue where it is to be.
-
-    :param config: that describes it where it is
-    :param queue_key: of the queue in ``queues``
-    :param target: path of the queue where it is to be
-    :return: configuration; it has a publisher for each subscriber alone, beside those of the file,
-        and drops nothing at the mark: moving is no reason to lose messages
-    :raise ConfigError: if the target is none
-    """
-    persipubsub.queue.directory_of(config, queue_key)
-    # To look for room before each part was rejected: others may take it in between, and the
-    # strategy of the file would then drop messages for those that are moved.
-    mark = msgspec.structs.replace(config.queues[queue_key].high_water_mark,
-                                   strategy=persipubsub.config.Strategy.BLOCK)
-    queue = msgspec.structs.replace(config.queues[queue_key], path=target, high_water_mark=mark)
-    alone = {
-        name: persipubsub.config.Publisher(name, queue_key, (subscriber, ))
-        for subscriber in queue.subscribers
-        for name in (persipubsub.config.MADE_UP + subscriber, )
-    }
-    moved = msgspec.structs.replace(config,
-                                    queues=types.MappingProxyType({
-                                        **config.queues, queue_key: queue
-                                    }),
-                                    publishers=types.MappingProxyType({
-                                        **config.publishers,
-                                        **alone
-                                    }))
-    if not persipubsub.config.scheme_of(target):
-        raise persipubsub.errors.ConfigError(
-            f"Expected the other queue as nats://..., but got: {target!r}")
-    persipubsub.engine.of(moved, queue_key)
-    return moved
-
-
 def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
             progress: Progress) -> Mapping[str, Moved]:
     """
@@ -96,135 +58,102 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     :param target: path of the queue where it is to be
     :param progress: to be counted up
     :return: what became of the messages, by subscriber
+    :raise ConfigError: if the target is none
     """
-    moved = prepare(config, queue_key, target)
+    moved = _describe(config, queue_key, target)
+    described = moved.queues[queue_key]
     engine = persipubsub.engine.of(moved, queue_key)
+    counts: dict[str, int] = {}
     with persipubsub.queue.open_queue(config, queue_key) as source:
         lags = _lags(source)
         engine.ensure_queue(moved, queue_key)
         progress.begin("messages", total=sum(lags.values()))
         with contextlib.closing(engine.open_queue(moved, queue_key)) as destination:
-            mover = _Mover(source, destination, moved.queues[queue_key], progress)
-            counts = {subscriber: mover.move(subscriber) for subscriber in lags}
-        lags = _lags(source)
+            for subscriber in lags:
+                counts[subscriber] = 0
+                # One that was added by hand is in no configuration: nobody could receive there.
+                if subscriber in described.subscribers:
+                    for count in _move(source, destination, subscriber, described.high_water_mark):
+                        counts[subscriber] += count
+                        progress.done += count
+        left = _lags(source)
     return types.MappingProxyType({
-        subscriber: Moved(moved=count, left=lags.get(subscriber, 0))
-        for subscriber, count in counts.items()
+        name: Moved(moved=count, left=left.get(name, 0))
+        for name, count in counts.items()
     })
 
 
-def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
+def _describe(config: persipubsub.config.Config, queue_key: str,
+              target: str) -> persipubsub.config.Config:
     """
-    Count the messages that subscribers still have to acknowledge.
+    Describe the queue where it is to be.
 
-    :param queue: where they wait
-    :return: by id of the subscriber
+    It has a publisher for each subscriber alone, beside those of the file, and drops nothing at the
+    mark: moving is no reason to lose messages.
     """
+    if not persipubsub.config.scheme_of(target):
+        raise persipubsub.errors.ConfigError(
+            f"Expected the other queue as nats://..., but got: {target!r}")
+    here = config.queues[queue_key]
+    # To look for room before each part was rejected: others may take it in between, and the
+    # strategy of the file would then drop messages for those that are moved.
+    mark = msgspec.structs.replace(here.high_water_mark, strategy=persipubsub.config.Strategy.BLOCK)
+    there = msgspec.structs.replace(here, path=target, high_water_mark=mark)
+    publishers = dict(config.publishers)
+    for one in here.subscribers:
+        name = persipubsub.config.MADE_UP + one
+        publishers[name] = persipubsub.config.Publisher(name, queue_key, (one, ))
+    queues = {**config.queues, queue_key: there}
+    return msgspec.structs.replace(config, queues=queues, publishers=publishers)
+
+
+def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
+    """Count the messages that subscribers still have to acknowledge, by subscriber."""
     return {one.subscriber: one.lag for one in queue.statistics().subscribers}
 
 
-class _Mover:
-    """Move messages from one open queue to another."""
+def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue, subscriber: str,
+          mark: persipubsub.config.HighWaterMark) -> Iterator[int]:
+    """Move the messages of a subscriber, in order, and yield the sizes of the parts."""
+    # Killed or refused, it would use up what max_deliveries allows, and the next move would give up
+    # what nobody has seen.
+    consumer = source.consumer(subscriber, is_delivery=False)
+    most = max(1, min(_BATCH_MESSAGES, (mark.max_msgs_num or 2**48) // 4))
+    deadline = time.monotonic() + _PATIENCE_SECS
+    while True:
+        lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
+        if lease is not None:
+            try:
+                _put(destination, subscriber, lease, os.path.realpath(source.path), mark)
+            except BaseException:
+                # Without the error: it is none of a consumer.
+                lease.nack()
+                raise
+            lease.ack()
+            yield len(lease.messages)
+            deadline = time.monotonic() + _PATIENCE_SECS
+        elif not _lags(source).get(subscriber) or time.monotonic() >= deadline:
+            return
 
-    def __init__(self, source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue,
-                 described: persipubsub.config.Queue, progress: Progress) -> None:
-        """
-        Initialize without moving anything.
 
-        :param source: where they wait
-        :param destination: where they are to be
-        :param described: the queue of the configuration
-        :param progress: to be counted up
-        """
-        self._source = source
-        self._destination = destination
-        self._mark = described.high_water_mark
-        self._subscribers = described.subscribers
-        self._progress = progress
-        self._origin = os.path.realpath(source.path)
-
-    def move(self, subscriber: str) -> int:
-        """
-        Move the messages of a subscriber, in order.
-
-        :param subscriber: its id
-        :return: how many were moved
-        """
-        if subscriber not in self._subscribers:
-            # It was added by hand, and is in no configuration: nobody could receive them there.
-            return 0
-        # Killed or refused, it would use up what max_deliveries allows, and the next move would
-        # give up what nobody has seen.
-        consumer = self._source.consumer(subscriber, is_delivery=False)
-        most = max(1, min(_BATCH_MESSAGES, (self._mark.max_msgs_num or 2**48) // 4))
-        moved = 0
-        deadline = time.monotonic() + _PATIENCE_SECS
-        while True:
-            lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
-            if lease is not None:
-                self._move(subscriber, lease)
-                moved += len(lease.messages)
-                self._progress.done += len(lease.messages)
-                deadline = time.monotonic() + _PATIENCE_SECS
-            elif not _lags(self._source).get(subscriber) or time.monotonic() >= deadline:
-                return moved
-
-    def _move(self, subscriber: str, lease: consuming.Lease) -> None:
-        """
-        Move what was taken.
-
-        :param subscriber: whose it is
-        :param lease: messages
-        """
+def _put(destination: persipubsub.engine.Queue, subscriber: str, lease: consuming.Lease,
+         origin: str, mark: persipubsub.config.HighWaterMark) -> None:
+    """Put messages where they are to be, in parts that leave room for others, as there is room."""
+    # With the time: the same number in a queue that was dropped and created again, which the other
+    # engine may still know, is that of another message.
+    ids = [
+        os.fsencode(f"{origin}\0{subscriber}\0{number}\0{time_ns}")
+        for number, time_ns in zip(lease.numbers, lease.times_ns())
+    ]
+    largest = max(map(len, lease.messages)) + _FRAME_BYTES
+    count = max(1, (mark.size_bytes or 2**46) // 4 // largest)
+    for begin in range(0, len(ids), count):
+        part = slice(begin, begin + count)
         try:
-            begin = 0
-            # With the time: the same number in a queue that was dropped and created again, which
-            # the other engine may still know, is that of another message.
-            ids = [
-                os.fsencode(f"{self._origin}\0{subscriber}\0{number}\0{time_ns}")
-                for number, time_ns in zip(lease.numbers, lease.times_ns())
-            ]
-            for end in _cut(lease.messages, (self._mark.size_bytes or 2**46) // 4):
-                self._put(lease.messages[begin:end], subscriber, ids[begin:end])
-                begin = end
-        except BaseException:
-            # Without the error: it is none of a consumer.
-            lease.nack()
-            raise
-        lease.ack()
-
-    def _put(self, messages: Sequence[bytes], subscriber: str, ids: Sequence[bytes]) -> None:
-        """
-        Put messages where they are to be, as soon as there is room.
-
-        :param messages: to be put
-        :param subscriber: whose they are
-        :param ids: of the messages
-        :raise QueueFullError: if there is no room for too long
-        """
-        try:
-            self._destination.put(messages, (subscriber, ), timeout=_PATIENCE_SECS, msg_ids=ids)
+            destination.put(lease.messages[part], (subscriber, ),
+                            timeout=_PATIENCE_SECS,
+                            msg_ids=ids[part])
         except persipubsub.errors.QueueFullError as error:
             raise persipubsub.errors.QueueFullError(
                 f"{error}; start its subscribers there, or raise its high-water mark, and repeat"
             ) from error
-
-
-def _cut(messages: Sequence[bytes], size: int) -> list[int]:
-    """
-    Cut messages into parts that are not too large.
-
-    :param messages: to be cut
-    :param size: of a part with its frames, in bytes; a larger message is a part of its own
-    :return: index behind the last message of each part
-    """
-    ends = []
-    total = 0
-    for index, message in enumerate(messages):
-        taken = len(message) + _FRAME_BYTES
-        if total and total + taken > size:
-            ends.append(index)
-            total = 0
-        total += taken
-    ends.append(len(messages))
-    return ends

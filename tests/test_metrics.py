@@ -149,7 +149,7 @@ def test_they_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
 
 def test_servers_that_are_away_do_not_hold_up_other_figures(
         tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persipubsub.metrics, "_SERVER_SECS", 1.0)
+    monkeypatch.setattr(persipubsub.metrics, "_LOOK_SECS", 1.0)
     config_pth = test_cli.make(tmp_path)
     test_cli.send(config_pth, b"x")
     config = json.loads(config_pth.read_text())

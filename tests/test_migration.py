@@ -283,7 +283,7 @@ def test_move_that_is_killed_is_no_delivery(scene: Scene) -> None:
 
     def move(_: Connection) -> None:
         # Taken, and not put yet.
-        with unittest.mock.patch.object(migration, "_cut",
+        with unittest.mock.patch.object(migration, "_put",
                                         lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
             persipubsub.control.migrate(scene.old, "queue", scene.target)
 

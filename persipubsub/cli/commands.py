@@ -89,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_PERSIPUBSUB_COMPLETE" in os.environ:
         # A shell asks for completions; click answers and exits.
         commands.main(prog_name="persipubsub")
+    # Monitoring takes 1 for a warning and 2 for an alarm.
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    failed = 3 if words[:1] == ["check"] else 1
     if sys.stderr is None:
         # Closed: print would use the standard output instead.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
@@ -96,52 +99,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Checked before anything is done: a message that was received would be lost.
         text.complain(f"Expected an open standard output, but got: it is closed. To do without, "
                       f"send it to {os.devnull}.")
-        return 1
+        return failed
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal does not have is no reason to fail.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        # Not by commands.main: it exits with 1 for a closed pipe and for Ctrl-C.
+        with commands.make_context("persipubsub", words) as context:
+            code: int = commands.invoke(context) or 0
         sys.stdout.flush()
         return code
+    except click.exceptions.Exit as stop:
+        # Of --help and --version.
+        return stop.exit_code
+    except KeyboardInterrupt:
+        text.complain("interrupted")
+        return 130
     except BrokenPipeError:
         # The reader of our output has seen enough.
         text.silence(sys.stdout)
         return 0
-    except KeyboardInterrupt:
-        text.complain("interrupted")
-        return 130
-    except OSError as error:
-        # Of the output, or of a file that was named; those of queues are translated.
-        text.silence(sys.stdout)
-        text.complain(f"Expected to write the output, but got: {error}")
-        return 1
-
-
-def _run(arguments: list[str]) -> int:
-    """
-    Run a command, and turn what click and the library raise into a line and an exit code.
-
-    ``click.Command.main`` was rejected: it exits with 1 for a closed pipe and for Ctrl-C.
-    """
-    # Monitoring takes 1 for a warning and 2 for an alarm.
-    failed = 3 if arguments[:1] == ["check"] else 1
-    try:
-        with commands.make_context("persipubsub", arguments) as context:
-            commands.invoke(context)
-        return 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.Abort:
-        text.tell("")
-        text.complain("nothing was done")
     except click.UsageError as error:
         if error.ctx is not None:
             text.tell(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
         # It may name keys of the file.
         text.tell(f"Error: {text.printable(error.format_message())}")
-        return max(failed, error.exit_code)
+        failed = max(failed, error.exit_code)
+    except click.Abort:
+        text.tell("")
+        text.complain("nothing was done")
     except (click.ClickException, persipubsub.errors.PersipubsubError) as error:
         text.complain(str(error))
+    except OSError as error:
+        # Of the output, or of a file that was named; those of queues are translated.
+        text.silence(sys.stdout)
+        text.complain(f"Expected to write the output, but got: {error}")
     return failed

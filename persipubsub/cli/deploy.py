@@ -28,13 +28,11 @@ def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
         persipubsub new config.json --queue greetings --subscriber print --subscriber archive
     """
     key = call.queue_key or "messages"
-    entries: dict[str, dict[str, str]] = {publisher: {"out_queue": key}}
-    for one in subscribers:
-        entries.setdefault(one, {})["in_queue"] = key
-    for one in entries:
-        persipubsub.config.check_identifier(one, call.path)
     queues = {key: {"subscribers": subscribers}}
-    content = {"$schema": "./persipubsub.schema.json", **entries, "queues": queues}
+    content: dict[str, Any] = {"$schema": "./persipubsub.schema.json", "queues": queues}
+    content.setdefault(publisher, {})["out_queue"] = key
+    for one in subscribers:
+        content.setdefault(one, {})["in_queue"] = key
     written = json.dumps(content, indent=4) + "\n"
     persipubsub.config.parse(written.encode(), call.path)
     schema = call.path.with_name("persipubsub.schema.json")
@@ -45,12 +43,13 @@ def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
     except OSError as error:
         raise click.ClickException(f"Expected to write the new file {error.filename}, but got: "
                                    f"{error.strerror}") from None
-    line = f"{call.path}: written; run persipubsub init {call.path} next"
-    call.tell(line, path=str(call.path), schema=str(schema))
+    call.tell(f"{call.path}: written; run persipubsub init {call.path} next",
+              path=str(call.path),
+              schema=str(schema))
 
 
-@options.command("Initialize only this queue.")
-def init(call: options.Call) -> None:
+@options.each_queue("Initialize only this queue.")
+def init(call: options.Call, key: str) -> tuple[str, object]:
     """
     Create the queues of CONFIG, add their subscribers, and store their settings.
 
@@ -59,13 +58,9 @@ def init(call: options.Call) -> None:
     Example:
         persipubsub init /etc/app/config.json
     """
-
-    def work(key: str) -> tuple[str, object]:
-        persipubsub.control.initialize_all_dbs(call.config, key)
-        path = call.config.queue_path(key)
-        return f"{key}: ready in {path}", {"path": path}
-
-    call.each(call.keys(), work)
+    persipubsub.control.initialize_all_dbs(call.config, key)
+    path = call.config.queue_path(key)
+    return f"ready in {path}", {"path": path}
 
 
 @options.command("Compare only this queue with the file.", name="check-config")
@@ -87,21 +82,18 @@ def check_config(call: options.Call) -> None:
             warnings += [f"{key}: {warning}" for warning in _warnings(call, key)]
     except persipubsub.errors.ConfigError as error:
         problems = error.problems
-    if call.as_json:
-        call.tell("", problems=problems, warnings=warnings)
-    else:
-        for line in (*(f"warning: {warning}" for warning in warnings), *problems):
-            text.complain(line)
+    for line in (*(f"warning: {warning}" for warning in warnings), *problems):
+        text.complain(line)
+    counts = []
     if problems:
         call.fail(f"{text.count(len(problems), 'problem')} in {call.path}")
-    elif not call.as_json:
-        config = call.config
-        print(text.printable(str(call.path)), end=": fine: ")
-        print(text.count(len(config.queues), "queue"),
-              text.count(len(config.publishers), "publisher"),
-              text.count(len(config.subscribers), "subscriber"),
-              sep=", ")
-    call.end()
+    else:
+        counts = [
+            text.count(len(getattr(call.config, f"{noun}s")), noun)
+            for noun in ("queue", "publisher", "subscriber")
+        ]
+    if counts or call.as_json:
+        call.tell(f"{call.path}: fine: {', '.join(counts)}", problems=problems, warnings=warnings)
 
 
 def _warnings(call: options.Call, key: str) -> list[str]:
@@ -115,18 +107,13 @@ def _warnings(call: options.Call, key: str) -> list[str]:
     except persipubsub.errors.PersipubsubError as error:
         return [*warnings, str(error)]
     for name, (ours, stored) in differing.items():
-        if name == "subscribers":
-            warnings += [
-                f"the subscriber {one} is only in the file; init adds it"
-                for one in sorted({*ours} - {*stored})
-            ]
-            warnings += [
-                f"the subscriber {one} is only in the queue; remove-subscriber removes it"
-                for one in sorted({*stored} - {*ours})
-            ]
-        else:
+        if name != "subscribers":
             warnings.append(f"{name} is {ours!r} in the file, and {stored!r} in the queue; init "
                             f"applies that of the file")
+            continue
+        for one in sorted({*ours} ^ {*stored}):
+            place = "file; init adds it" if one in ours else "queue; remove-subscriber removes it"
+            warnings.append(f"the subscriber {one} is only in the {place}")
     return warnings
 
 
@@ -146,12 +133,8 @@ def add_subscriber(call: options.Call, subscriber: str) -> None:
     is_new = persipubsub.control.add_subscriber(call.config, key, subscriber)
     entry = json.dumps({subscriber: {"in_queue": key}})[1:-1]
     done = "was added" if is_new else "is there already, and stays as it is"
-    call.tell(
-        f"{key}: {subscriber} {done}. {call.path} has to name it in queues.{key}.subscribers, and "
-        f"in an entry {entry}.",
-        queue=key,
-        subscriber=subscriber,
-        added=is_new)
+    told = f"{call.path} has to name it in queues.{key}.subscribers, and in an entry {entry}."
+    call.tell_of(key, f"{subscriber} {done}. {told}", subscriber=subscriber, added=is_new)
 
 
 @options.command("Which queue; needed if CONFIG has several.", name="remove-subscriber")
@@ -174,11 +157,10 @@ def remove_subscriber(call: options.Call, subscriber: str, yes: bool) -> None:
         call.ask(f"Remove {subscriber} from {key}, with {text.count(lag, 'message')} that it did "
                  f"not acknowledge?")
     unread = persipubsub.control.remove_subscriber(call.config, key, subscriber)
-    call.tell(
-        f"{key}: {subscriber} was removed, with {text.count(unread, 'message')} that it did not "
+    call.tell_of(
+        key, f"{subscriber} was removed, with {text.count(unread, 'message')} that it did not "
         f"acknowledge. Remove it from {call.path}, too: from queues.{key}.subscribers, from those "
         f"of publishers, and its own entry. Otherwise init adds it again.",
-        queue=key,
         subscriber=subscriber,
         unread=unread)
 

@@ -1,35 +1,35 @@
 """Show what is in queues, check it for monitoring, serve it to Prometheus."""
 
+import collections
 import contextlib
 import importlib
+import itertools
 import os
 import select
 import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Final
 
 import click
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.statistics
 from persipubsub.cli import options, text, view
+from persipubsub.statistics import QueueStatistics
 
 __all__ = ["stat", "check", "metrics"]
 
-Found = tuple[dict[str, persipubsub.statistics.QueueStatistics], dict[str, str]]
 
-
-def _look(call: options.Call, keys: Sequence[str]) -> Found:
+def _look(call: options.Call) -> tuple[dict[str, QueueStatistics], dict[str, str]]:
     """Look at queues: figures and errors, by queue."""
-    statistics: dict[str, persipubsub.statistics.QueueStatistics] = {}
+    statistics: dict[str, QueueStatistics] = {}
     errors: dict[str, str] = {}
-    for key in keys:
+    for key in call.keys():
         try:
-            statistics[key] = persipubsub.control.statistics(call.config, key)[key]
+            statistics.update(persipubsub.control.statistics(call.config, key))
         except persipubsub.errors.PersipubsubError as error:
             errors[key] = str(error)
     return statistics, errors
@@ -53,129 +53,104 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     """
     if not 0.1 <= interval <= 3600:
         raise click.BadParameter("Expected from 0.1s to 1h.", param_hint="--interval")
-    histories: dict[str, view.History] = {}
-    looks = 0
-    with _Screen(is_watched=watch and not call.as_json) as screen:
-        while True:
-            statistics, errors = found = _look(call, call.keys())
-            if call.as_json:
-                failed = {key: {"error": error} for key, error in errors.items()}
-                found_all = {**statistics, **failed}
-                print(options.to_json(found_all, indent=None if watch else 2), flush=True)
-            else:
-                if watch:
-                    for key, figures in statistics.items():
-                        histories.setdefault(key, view.History()).add(figures)
-                screen.show(found, histories)
-            looks += 1
-            if not watch or looks == count or screen.wait(interval):
-                break
-            # The file may have changed.
-            call = options.Call(call.path, call.queue_key, call.as_json)
-    if errors:
-        raise click.exceptions.Exit(1)
+    is_dumb = not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown")
+    is_drawn_over = watch and not call.as_json and not is_dumb
+    has_color = not is_dumb and not os.environ.get("NO_COLOR")
+    histories: dict[str, view.History] = collections.defaultdict(view.History)
+    statistics: dict[str, QueueStatistics] = {}
+    errors: dict[str, str] = {}
+
+    def show() -> None:
+        lines = view.draw(statistics, histories, 1 << 30 if sys.stdout.isatty() else None)
+        if lines:
+            click.echo("\n".join(lines), color=has_color)
+        for error in errors.values():
+            text.complain(error)
+
+    try:
+        with _screen(is_drawn_over) as has_keys:
+            for looks in itertools.count(1):
+                statistics, errors = _look(call)
+                for key, figures in statistics.items():
+                    histories[key].add(figures)
+                if call.as_json:
+                    failed = {key: {"error": error} for key, error in errors.items()}
+                    found = {**statistics, **failed}
+                    print(options.to_json(found, indent=None if watch else 2), flush=True)
+                elif is_drawn_over:
+                    _draw_over(statistics, errors, histories, has_color)
+                else:
+                    show()
+                if not watch or looks == count or _is_over(interval, has_keys):
+                    break
+                # The file may have changed.
+                del call.config
+    finally:
+        if is_drawn_over:
+            show()
+    call.exit_code = 1 if errors else 0
 
 
-class _Screen:
-    """The output of ``stat``: a pipe, or a terminal that is drawn over while it is watched."""
-
-    def __init__(self, is_watched: bool) -> None:
-        """Initialize without touching the terminal."""
-        is_dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown")
-        self._is_terminal = sys.stdout.isatty()
-        self._has_color = self._is_terminal and not is_dumb and not os.environ.get("NO_COLOR")
-        self._is_watched = is_watched and self._is_terminal and not is_dumb
-        self._has_keys = self._is_watched and sys.stdin is not None and sys.stdin.isatty()
-        self._modes: list[Any] = []
-        self._last: tuple[list[str], Mapping[str, str]] = ([], {})
-
-    def __enter__(self) -> "_Screen":
-        if self._has_keys:
-            self._modes = termios.tcgetattr(sys.stdin)
+@contextlib.contextmanager
+def _screen(is_drawn_over: bool) -> Iterator[bool]:
+    """Draw over the other screen in the block; return whether keys can be pressed."""
+    has_keys = is_drawn_over and sys.stdin is not None and sys.stdin.isatty()
+    modes = termios.tcgetattr(sys.stdin) if has_keys else []
+    try:
+        if has_keys:
             tty.setcbreak(sys.stdin)
-        if self._is_watched:
-            # The other screen, without a cursor.
-            print("\x1b[?1049h\x1b[?25l", end="", flush=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._has_keys:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._modes)
-        if self._is_watched:
-            print("\x1b[?25h\x1b[?1049l", end="")
-            lines, errors = self._last
-            print("\n".join(lines), flush=True)
-            for error in errors.values():
-                text.complain(error)
-
-    def show(self, found: Found, histories: Mapping[str, view.History]) -> None:
-        """Show a look."""
-        statistics, errors = found
-        if not self._is_watched:
-            lines = view.draw(statistics, histories, 1 << 30 if self._is_terminal else None)
-            if lines:
-                print("\n".join(self._paint(line, 1 << 30) for line in lines), flush=True)
-            for error in errors.values():
-                text.complain(error)
-            return
-        size = os.get_terminal_size(sys.stdout.fileno())
-        lines = view.draw(statistics, histories, max(2, size.lines // max(1, len(statistics)) - 12))
-        self._last = [self._paint(line, size.columns) for line in lines], errors
-        lines += [[(text.printable(error), "red")] for error in errors.values()]
-        if len(lines) >= size.lines:
-            hidden = len(lines) - size.lines + 2
-            lines[-hidden:] = [[(f"{hidden} more lines; --queue shows one queue", "dim")]]
-        lines.append([("q ends", "dim")])
-        drawn = "\x1b[K\n".join(self._paint(line, size.columns) for line in lines)
-        print(f"\x1b[H{drawn}\x1b[J", end="", flush=True)
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for the next look; return True if q was pressed. Any other key looks at once."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            # In steps: a Ctrl-C that comes just before a system call does not end it.
-            if not self._has_keys:
-                time.sleep(min(left, 1.0))
-            elif select.select([sys.stdin], [], [], min(left, 1.0))[0]:
-                return os.read(sys.stdin.fileno(), 1) in (b"q", b"Q", b"")
-        return False
-
-    def _paint(self, line: view.Line, width: int) -> str:
-        """Color a line, and cut off what does not fit."""
-        shown = ""
-        for piece, color in line:
-            while text.width_of(piece) > width:
-                piece = piece[:-1]
-            width -= text.width_of(piece)
-            if piece and color and self._has_color:
-                is_color = color not in ("bold", "dim")
-                piece = click.style(piece, **({"fg": color} if is_color else {color: True}))
-            shown += piece
-        return shown
+        if is_drawn_over:
+            # Without a cursor, and lines that are too long are cut.
+            print("\x1b[?1049h\x1b[?25l\x1b[?7l", end="", flush=True)
+        yield has_keys
+    finally:
+        if has_keys:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+        if is_drawn_over:
+            print("\x1b[?7h\x1b[?25h\x1b[?1049l", end="", flush=True)
 
 
-def _limits(parse: Callable[[str], float]) -> Callable[[str], tuple[float, float]]:
-    """Let an option take the limit of an alarm, or those of a warning and of an alarm."""
+def _draw_over(statistics: Mapping[str, QueueStatistics], errors: Mapping[str, str],
+               histories: Mapping[str, view.History], has_color: bool) -> None:
+    """Draw a look over the last one, as much as fits."""
+    height = os.get_terminal_size(sys.stdout.fileno()).lines
+    lines = view.draw(statistics, histories, max(2, height // max(1, len(statistics)) - 12))
+    lines += [click.style(text.printable(error), fg="red") for error in errors.values()]
+    if (hidden := len(lines) - height + 2) > 1:
+        lines[-hidden:] = [click.style(f"{hidden} more lines; --queue shows one queue", dim=True)]
+    lines.append(click.style("q ends", dim=True))
+    drawn = "\x1b[K\n".join(lines if has_color else map(click.unstyle, lines))
+    print(f"\x1b[H{drawn}\x1b[J", end="", flush=True)
 
-    def convert(value: str) -> tuple[float, float]:
-        try:
-            *first, last = map(parse, value.split(","))
-            if len(first) <= 1 and 0 <= min([last, *first]) and last == max([last, *first]):
-                return first[0] if first else float("inf"), last
-        except ValueError:
-            pass
-        raise click.BadParameter(f"Expected a limit, or two that do not fall, but got: {value!r}")
 
-    return convert
+def _is_over(seconds: float, has_keys: bool) -> bool:
+    """Wait for the next look; return True if q was pressed. Any other key looks at once."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        # In steps: a Ctrl-C that comes just before a system call does not end it.
+        if select.select([sys.stdin] if has_keys else [], [], [], min(left, 1.0))[0]:
+            return os.read(sys.stdin.fileno(), 1) in (b"q", b"Q", b"")
+    return False
+
+
+def _limits(value: str) -> tuple[float, float]:
+    """Convert the limit of an alarm, or those of a warning and of an alarm."""
+    try:
+        *first, last = map(text.parse_seconds, value.split(","))
+        if len(first) <= 1 and last == max([last, *first]):
+            return first[0] if first else float("inf"), last
+    except ValueError:
+        pass
+    raise click.BadParameter(f"Expected a limit, or two that do not fall, but got: {value!r}")
 
 
 _SEVERITIES: Final = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 
 
 @options.command("Check only this queue.")
-@options.option("--max-lag", _limits(float), "inf", "Messages that may wait for a subscriber.")
-@options.option("--max-age", _limits(text.parse_seconds), "inf", "Age of the oldest message: 10m.")
-@options.option("--max-share", _limits(float), "inf", "Used share of each limit of a queue: 0.8.")
+@options.option("--max-lag", _limits, "inf", "Messages that may wait for a subscriber.")
+@options.option("--max-age", _limits, "inf", "Age of the oldest message: 10m.")
+@options.option("--max-share", _limits, "inf", "Used share of each limit of a queue: 0.8.")
 def check(call: options.Call, **limits: tuple[float, float]) -> None:
     """
     Check queues for monitoring: print a line with performance data, and set the exit code.
@@ -187,7 +162,7 @@ def check(call: options.Call, **limits: tuple[float, float]) -> None:
     Example:
         persipubsub check config.json --max-lag 500,1000 --max-age 10m --max-share 0.8
     """
-    statistics, errors = _look(call, call.keys())
+    statistics, errors = _look(call)
     worst = 3 if errors else 0
     findings = [f"{key}: {error}" for key, error in errors.items()]
     data: list[str] = []
@@ -199,7 +174,10 @@ def check(call: options.Call, **limits: tuple[float, float]) -> None:
             if severity:
                 most = critical if severity == 2 else warning
                 findings.append(f"{key}: {name} is {value:.10g}{unit}, more than {most:.10g}{unit}")
-            data.append(_performance(f"{key} {name}", value, unit, warning, critical))
+            # A label can not have every character.
+            label = f"{key} {name}".replace("'", "''").translate(str.maketrans("=|", "_/"))
+            shown = ["" if one == float("inf") else f"{one:.10g}" for one in (warning, critical)]
+            data.append(f"'{label}'={value:.10g}{unit};{';'.join(shown)};0")
         findings += [
             f"{key}: {one.subscriber} is paused" for one in figures.subscribers if one.is_paused
         ]
@@ -207,11 +185,10 @@ def check(call: options.Call, **limits: tuple[float, float]) -> None:
     line = f"PERSIPUBSUB {_SEVERITIES[worst]} - {told}".replace("|", "/")
     line = f"{line} | {' '.join(data)}" if data else line
     call.tell(line, status=_SEVERITIES[worst], findings=findings, performance=data)
-    raise click.exceptions.Exit(worst)
+    call.exit_code = worst
 
 
-def _measures(
-        figures: persipubsub.statistics.QueueStatistics) -> Iterator[tuple[str, float, str, str]]:
+def _measures(figures: QueueStatistics) -> Iterator[tuple[str, float, str, str]]:
     """Yield what is checked: name, value, unit, and the option with its limits."""
     for one in figures.subscribers:
         yield f"lag of {one.subscriber}", one.lag, "", "max_lag"
@@ -220,14 +197,6 @@ def _measures(
                         ("timeout", figures.age_share), ("store", figures.file_share)):
         if share is not None:
             yield f"share of {name}", round(share, 6), "", "max_share"
-
-
-def _performance(label: str, value: float, unit: str, warning: float, critical: float) -> str:
-    """Write a value as performance data; its label can not have every character."""
-    for old, new in (("'", "''"), ("=", "_"), ("|", "/")):
-        label = label.replace(old, new)
-    shown = ["" if limit == float("inf") else f"{limit:.10g}" for limit in (warning, critical)]
-    return f"'{label}'={value:.10g}{unit};{';'.join(shown)};0"
 
 
 @options.command("Serve only this queue.")
@@ -247,21 +216,17 @@ def metrics(call: options.Call, port: int, address: str) -> None:
     try:
         module = importlib.import_module("persipubsub.metrics")
     except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from None
+    try:
+        with module.serve(call.path, call.queue_key, port=port, address=address) as url:
+            if not module.is_loopback(address):
+                text.complain(f"warning: whoever reaches {address} can read ids and figures; there "
+                              f"is neither a password nor TLS")
+            call.tell(f"Serving {url}", url=url)
+            while True:
+                # In steps: a Ctrl-C that comes just before a system call does not end it.
+                time.sleep(1)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise click.ClickException(
-            f"The command metrics needs {error.name}. Install it with: pip install "
-            f"'persipubsub[metrics]'") from None
-    with contextlib.ExitStack() as stack:
-        try:
-            url = stack.enter_context(
-                module.serve(call.path, call.queue_key, port=port, address=address))
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise click.ClickException(
-                f"Expected to serve at {address}:{port}, but got: {reason}") from None
-        if not module.is_loopback(address):
-            text.complain(f"warning: whoever reaches {address} can read ids and figures; there is "
-                          f"neither a password nor TLS")
-        call.tell(f"Serving {url}", url=url)
-        while True:
-            # In steps: a Ctrl-C that comes just before a system call does not end it.
-            time.sleep(1)
+            f"Expected to serve at {address}:{port}, but got: {reason}") from None

@@ -5,12 +5,12 @@ import datetime
 import pathlib
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
-import persipubsub.control
+from persipubsub import control
 from persipubsub.cli import options, text
 
 __all__ = [
@@ -32,9 +32,9 @@ def pause(call: options.Call, subscriber: str) -> None:
         persipubsub pause config.json archive
     """
     key = call.key_of(subscriber)
-    is_new = persipubsub.control.pause(call.config, subscriber, key)
-    line = f"{key}: {subscriber} {'is paused' if is_new else 'was paused already'}"
-    call.tell(line, queue=key, subscriber=subscriber, paused=True, changed=is_new)
+    is_new = control.pause(call.config, subscriber, key)
+    line = f"{subscriber} {'is paused' if is_new else 'was paused already'}"
+    call.tell_of(key, line, subscriber=subscriber, paused=True, changed=is_new)
 
 
 @options.command()
@@ -47,13 +47,13 @@ def resume(call: options.Call, subscriber: str) -> None:
         persipubsub resume config.json archive
     """
     key = call.key_of(subscriber)
-    is_new = persipubsub.control.resume(call.config, subscriber, key)
-    line = f"{key}: {subscriber} {'goes on' if is_new else 'was not paused'}"
-    call.tell(line, queue=key, subscriber=subscriber, paused=False, changed=is_new)
+    is_new = control.resume(call.config, subscriber, key)
+    line = f"{subscriber} {'goes on' if is_new else 'was not paused'}"
+    call.tell_of(key, line, subscriber=subscriber, paused=False, changed=is_new)
 
 
 def _place(value: str) -> int | str | datetime.datetime:
-    """Convert a place to what :py:func:`persipubsub.control.seek` takes."""
+    """Convert a place to what :py:func:`control.seek` takes."""
     if value in ("beginning", "end"):
         return value
     try:
@@ -87,44 +87,39 @@ def seek(call: options.Call, subscriber: str, place: Any) -> None:
         persipubsub seek config.json archive --to 2026-11-30T06:00
     """
     key = call.key_of(subscriber)
-    position = persipubsub.control.seek(call.config, subscriber, to=place, queue_key=key)
-    found = persipubsub.control.statistics(call.config, key)[key].subscribers
+    position = control.seek(call.config, subscriber, to=place, queue_key=key)
+    found = control.statistics(call.config, key)[key].subscribers
     lag = sum(one.lag for one in found if one.subscriber == subscriber)
-    line = f"{key}: {subscriber} goes on from number {position}, with {text.count(lag, 'message')}"
-    call.tell(f"{line} to receive", queue=key, subscriber=subscriber, position=position, lag=lag)
+    line = f"{subscriber} goes on from number {position}, with {text.count(lag, 'message')}"
+    call.tell_of(key, f"{line} to receive", subscriber=subscriber, position=position, lag=lag)
 
 
-ResultT = TypeVar("ResultT")
-
-
-def _with_progress(title: str, work: Callable[[persipubsub.control.Progress], ResultT]) -> ResultT:
-    """Do something that takes long in this thread, and draw in another how far it has come."""
-    progress = persipubsub.control.Progress()
-    if not sys.stderr.isatty():
-        return work(progress)
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[control.Progress]:
+    """Show in another thread how far something has come, while the block does it."""
+    progress = control.Progress()
     is_done = threading.Event()
 
-    def draw() -> None:
-        # It never comes to the end of the bar, which click would not draw again.
-        drawing = click.progressbar(length=1001,
-                                    label=text.printable(title),
-                                    show_eta=False,
-                                    file=sys.stderr)
-        with contextlib.suppress(OSError), drawing as drawn:
+    def show() -> None:
+        with contextlib.suppress(OSError):
             while not is_done.wait(timeout=0.1):
-                drawn.update(int(1000 * progress.share()) - drawn.pos)
+                line = f"\r{text.printable(title)}: {progress.share():4.0%}"
+                print(line, end="", file=sys.stderr, flush=True)
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    drawer = threading.Thread(target=draw, name="persipubsub-progress", daemon=True)
-    drawer.start()
+    thread = threading.Thread(target=show, name="persipubsub-progress", daemon=True)
+    if sys.stderr.isatty():
+        thread.start()
     try:
-        return work(progress)
+        yield progress
     finally:
         is_done.set()
-        drawer.join()
+        if thread.is_alive():
+            thread.join()
 
 
-@options.command("Prune only this queue.")
-def prune(call: options.Call) -> None:
+@options.each_queue("Prune only this queue.")
+def prune(call: options.Call, key: str) -> tuple[str, object]:
     """
     Drop messages that are too old, and delete those that all subscribers acknowledged.
 
@@ -133,13 +128,9 @@ def prune(call: options.Call) -> None:
     Example:
         persipubsub prune config.json
     """
-
-    def work(key: str) -> tuple[str, object]:
-        dropped = persipubsub.control.prune_dangling_messages(call.config, key)[key]
-        line = f"{key}: {text.count(dropped, 'delivery')} dropped for being too old"
-        return line, {"dropped": dropped}
-
-    call.each(call.keys(), work)
+    dropped = control.prune_dangling_messages(call.config, key)[key]
+    line = f"{text.count(dropped, 'delivery')} dropped for being too old"
+    return line, {"dropped": dropped}
 
 
 @options.command("Clear only this queue.")
@@ -153,19 +144,19 @@ def clear(call: options.Call, yes: bool) -> None:
     """
     keys = call.keys()
     if not yes:
-        found = [persipubsub.control.statistics(call.config, key)[key] for key in keys]
+        found = [control.statistics(call.config, key)[key] for key in keys]
         waiting = text.count(sum(figures.messages for figures in found), "message")
         call.ask(f"Drop {waiting} of {', '.join(keys)}?")
 
     def work(key: str) -> tuple[str, object]:
-        dropped = persipubsub.control.clear_all_subs(call.config, key)[key]
-        return f"{key}: cleared, {text.count(dropped, 'delivery')} unread", {"dropped": dropped}
+        dropped = control.clear_all_subs(call.config, key)[key]
+        return f"cleared, {text.count(dropped, 'delivery')} unread", {"dropped": dropped}
 
     call.each(keys, work)
 
 
-@options.command("Verify only this queue.")
-def verify(call: options.Call) -> None:
+@options.each_queue("Verify only this queue.")
+def verify(call: options.Call, key: str) -> tuple[str, object]:
     """
     Verify every page, record and checksum of the queues of CONFIG, while they are in use.
 
@@ -175,20 +166,15 @@ def verify(call: options.Call) -> None:
     Example:
         persipubsub verify config.json --queue greetings
     """
-
-    def work(key: str) -> tuple[str, object]:
-        found = _with_progress(
-            key, lambda progress: persipubsub.control.verify(call.config, key, progress)[key])
-        for finding in found:
-            call.fail(f"{key}: {finding}")
-        told = text.count(len(found), "finding") if found else "sound"
-        return f"{key}: {told}", {"findings": found}
-
-    call.each(call.keys(), work)
+    with _progress(key) as progress:
+        found = control.verify(call.config, key, progress)[key]
+    for finding in found:
+        call.fail(f"{key}: {finding}")
+    return text.count(len(found), "finding") if found else "sound", {"findings": found}
 
 
-@options.command("Compact only this queue.")
-def compact(call: options.Call) -> None:
+@options.each_queue("Compact only this queue.")
+def compact(call: options.Call, key: str) -> tuple[str, object]:
     """
     Give back room on the disk that the queues of CONFIG do not need any more.
 
@@ -197,14 +183,10 @@ def compact(call: options.Call) -> None:
     Example:
         persipubsub compact config.json --queue greetings
     """
-
-    def work(key: str) -> tuple[str, object]:
-        sizes = _with_progress(
-            key, lambda progress: persipubsub.control.compact(call.config, key, progress)[key])
-        line = f"{key}: {text.show_bytes(sizes.after)}, was {text.show_bytes(sizes.before)}"
-        return line, {"before_bytes": sizes.before, "after_bytes": sizes.after}
-
-    call.each(call.keys(), work)
+    with _progress(key) as progress:
+        sizes = control.compact(call.config, key, progress)[key]
+    line = f"{text.show_bytes(sizes.after)}, was {text.show_bytes(sizes.before)}"
+    return line, {"before_bytes": sizes.before, "after_bytes": sizes.after}
 
 
 @options.command("Which queue; needed if CONFIG has several.")
@@ -220,10 +202,10 @@ def backup(call: options.Call, target: pathlib.Path) -> None:
         persipubsub backup config.json /backup/greetings.mdb --queue greetings
     """
     key = call.key()
-    size = _with_progress(
-        key, lambda progress: persipubsub.control.backup(call.config, key, target, progress))
-    line = f"{key}: {text.show_bytes(size)} in {target}, verified"
-    call.tell(line, queue=key, target=str(target), bytes=size)
+    with _progress(key) as progress:
+        size = control.backup(call.config, key, target, progress)
+    line = f"{text.show_bytes(size)} in {target}, verified"
+    call.tell_of(key, line, target=str(target), bytes=size)
 
 
 @options.command("Which queue; needed if CONFIG has several.")
@@ -242,11 +224,10 @@ def restore(call: options.Call, source: pathlib.Path, yes: bool) -> None:
     key = call.key()
     if not yes:
         call.ask(f"Replace all that is in the queue {key} by {source}?")
-    _with_progress(key,
-                   lambda progress: persipubsub.control.restore(call.config, key, source, progress))
-    count = persipubsub.control.statistics(call.config, key)[key].messages
-    line = f"{key}: restored, with {text.count(count, 'message')}"
-    call.tell(line, queue=key, messages=count)
+    with _progress(key) as progress:
+        control.restore(call.config, key, source, progress)
+    count = control.statistics(call.config, key)[key].messages
+    call.tell_of(key, f"restored, with {text.count(count, 'message')}", messages=count)
 
 
 @options.command("Which queue; needed if CONFIG has several.", name="drop-queue")
@@ -264,9 +245,9 @@ def drop_queue(call: options.Call, yes: bool) -> None:
     key = call.key()
     if not yes:
         call.ask(f"Remove the queue {key} with all its messages from the disk?")
-    others = persipubsub.control.drop_queue(call.config, key)
+    others = control.drop_queue(call.config, key)
     stays = f"; its directory stays, with files of others: {', '.join(others[:5])}"
-    call.tell(f"{key}: dropped{stays if others else ''}", queue=key, others=others)
+    call.tell_of(key, f"dropped{stays if others else ''}", others=others)
 
 
 @options.command("Move this queue.")
@@ -287,8 +268,8 @@ def migrate(call: options.Call, target: str) -> None:
         persipubsub migrate config.json --queue greetings --to nats://127.0.0.1:4222/greetings
     """
     key = call.key()
-    counts = _with_progress(
-        key, lambda progress: persipubsub.control.migrate(call.config, key, target, progress))
+    with _progress(key) as progress:
+        counts = control.migrate(call.config, key, target, progress)
     if call.as_json:
         call.tell("", **{name: one._asdict() for name, one in counts.items()})
     else:
@@ -296,4 +277,3 @@ def migrate(call: options.Call, target: str) -> None:
         print("\n".join(text.table([["SUBSCRIBER", "MOVED", "LEFT"], *rows])))
     if left := sum(one.left for one in counts.values()):
         call.fail(f"{text.count(left, 'delivery')} left in {key}; run it again")
-    call.end()

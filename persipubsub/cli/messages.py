@@ -3,15 +3,12 @@
 import base64
 import contextlib
 import datetime
-import functools
-import json
 import os
 import pathlib
 import select
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import click
 import msgspec
@@ -20,32 +17,30 @@ import msgspec.structs
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
+import persipubsub.message
 import persipubsub.publisher
 import persipubsub.subscriber
 from persipubsub.cli import options, text
+from persipubsub.lmdb_engine import files
 
 __all__ = ["send", "receive", "peek", "tail", "delete", "dead_letters"]
 
 #: So much of a stream of lines is read, and sent in one commit, at most.
 _CHUNK_BYTES: Final = 1 << 16
 
-_FORMATS: Final = ("text", "hex", "base64")
-
 _DIRECTORY: Final = click.Path(path_type=pathlib.Path, file_okay=False, exists=True)
 
-
-def _show(content: bytes, style: str) -> str:
-    """Show a message in one line."""
-    if style == "hex":
-        return content.hex()
-    if style == "base64":
-        return base64.b64encode(content).decode("ascii")
-    return text.printable(content.decode("utf-8", "backslashreplace"))
+#: How to show a message in one line.
+_FORMATS: Final[Mapping[str, Callable[[bytes], str]]] = {
+    "text": lambda content: text.printable(content.decode("utf-8", "backslashreplace")),
+    "hex": bytes.hex,
+    "base64": lambda content: base64.b64encode(content).decode("ascii")
+}
 
 
 def _format_option(*more: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a command take the format of messages."""
-    kinds = click.Choice(_FORMATS + more)
+    kinds = click.Choice([*_FORMATS, *more])
     return options.option("--format style", kinds, "text", "How to write messages.")
 
 
@@ -56,7 +51,7 @@ def _look_options(function: Callable[..., None]) -> Callable[..., None]:
     return _format_option()(function)
 
 
-def _print_look(call: options.Call, message: persipubsub.control.Peeked, style: str, utc: bool,
+def _print_look(call: options.Call, message: persipubsub.message.Peeked, style: str, utc: bool,
                 age: bool) -> None:
     """Print a message that was looked at: number, time, content."""
     if call.as_json:
@@ -65,16 +60,15 @@ def _print_look(call: options.Call, message: persipubsub.control.Peeked, style: 
         call.tell("", **found)
         return
     shown = text.show_seconds(message.age_seconds) if age else _time_of(message.age_seconds, utc)
-    content = "(damaged)" if message.content is None else _show(message.content, style)
+    content = "(damaged)" if message.content is None else _FORMATS[style](message.content)
     print(f"{message.number:>10}  {shown:>{9 if age else 12}}  {content}", flush=True)
 
 
 def _time_of(age_seconds: float, utc: bool) -> str:
     """Show when a message was sent: the time of the day, with the date unless it is today."""
-    zone = datetime.UTC if utc else None
-    now = time.time()
-    moment = datetime.datetime.fromtimestamp(max(0.0, now - age_seconds), zone)
-    day = "" if moment.date() == datetime.datetime.fromtimestamp(now, zone).date() else "%Y-%m-%d "
+    now = datetime.datetime.now(datetime.UTC if utc else None)
+    moment = now - datetime.timedelta(seconds=age_seconds)
+    day = "" if moment.date() == now.date() else "%Y-%m-%d "
     return f"{moment:{day}%H:%M:%S}.{moment.microsecond // 1000:03}{'Z' * utc}"
 
 
@@ -114,6 +108,8 @@ def tail(call: options.Call, number: int, **looks: Any) -> None:
     """
     expected: int | None = None
     found = persipubsub.control.follow(call.config, call.key(), last=number)
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
     with contextlib.closing(found):
         for messages in found:
             for message in messages:
@@ -122,23 +118,17 @@ def tail(call: options.Call, number: int, **looks: Any) -> None:
                         f"{text.count(message.number - expected, 'number')} passed unseen")
                 expected = message.number + 1
                 _print_look(call, message, **looks)
-            _fail_if_nobody_reads()
-
-
-def _fail_if_nobody_reads() -> None:
-    """Notice that the reader of the output went away, although there is nothing to write."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        raise BrokenPipeError()
+            if poll.poll(0):
+                # The reader of the output went away, although there is nothing to write.
+                raise BrokenPipeError()
 
 
 @options.command("Fail unless this is the queue of the publisher.")
 @options.publisher
-@click.argument("files", nargs=-1, metavar="[FILE]...", type=click.Path(allow_dash=True))
+@click.argument("paths", nargs=-1, metavar="[FILE]...", type=click.Path(allow_dash=True))
 @click.option("--message", "texts", multiple=True, help="Send this text; may be repeated.")
 @click.option("--lines", is_flag=True, help="Send each line as a message, without its end.")
-def send(call: options.Call, publisher: str, files: Sequence[str], texts: Sequence[str],
+def send(call: options.Call, publisher: str, paths: Sequence[str], texts: Sequence[str],
          lines: bool) -> None:
     """
     Send messages as PUBLISHER: files, texts, lines, or the standard input.
@@ -160,8 +150,15 @@ def send(call: options.Call, publisher: str, files: Sequence[str], texts: Sequen
     with persipubsub.publisher.Pub() as pub:
         pub.init(pub_id=publisher, config_pth=call.config)
         try:
-            for messages in _read_messages(files, texts, lines):
-                sent += _send(pub, messages)
+            for messages in _read_messages(paths, texts, lines):
+                try:
+                    pub.send_many(messages)
+                    sent += len(messages)
+                except persipubsub.errors.MessageTooLargeError:
+                    # The queue could never hold them together.
+                    for message in messages:
+                        pub.send(message)
+                        sent += 1
         finally:
             if call.as_json:
                 call.tell("", sent=sent)
@@ -169,49 +166,28 @@ def send(call: options.Call, publisher: str, files: Sequence[str], texts: Sequen
                 text.tell(f"{text.count(sent, 'message')} sent")
 
 
-def _send(pub: persipubsub.publisher.Pub, messages: Sequence[bytes]) -> int:
-    """Send messages in one commit, or in several if the queue could never hold them together."""
-    try:
-        pub.send_many(messages)
-    except persipubsub.errors.MessageTooLargeError:
-        if len(messages) == 1:
-            raise
-        half = len(messages) // 2
-        return _send(pub, messages[:half]) + _send(pub, messages[half:])
-    return len(messages)
-
-
-def _read_messages(files: Sequence[str], texts: Sequence[str],
+def _read_messages(paths: Sequence[str], texts: Sequence[str],
                    lines: bool) -> Iterator[list[bytes]]:
     """Read what is to be sent, each list in one commit."""
     if texts:
         yield [os.fsencode(one) for one in texts]
-    for name in files or ([] if texts else ["-"]):
+    for name in paths or ([] if texts else ["-"]):
         if name == "-" and sys.stdin is None:
             raise click.ClickException("Expected to read the standard input, but got: it is closed")
-        with contextlib.ExitStack() as stack:
-            try:
-                file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
-                chunks = iter(functools.partial(_read_some, file.fileno()), b"")
-                yield from _split(chunks) if lines else [[b"".join(chunks)]]
-            except OSError as error:
-                raise click.ClickException(
-                    f"Expected to read {name}, but got: {error.strerror}") from None
-
-
-def _read_some(descriptor: int) -> bytes:
-    """Read what is there; wait if there is nothing, also where the descriptor does not block."""
-    while True:
         try:
-            return os.read(descriptor, _CHUNK_BYTES)
-        except BlockingIOError:
-            select.select([descriptor], [], [])
+            with click.open_file(name, "rb") as file:
+                # What does not block would end where nothing is there yet.
+                os.set_blocking(file.fileno(), True)
+                yield from _split(file) if lines else [[file.read()]]
+        except OSError as error:
+            raise click.ClickException(
+                f"Expected to read {name}, but got: {error.strerror}") from None
 
 
-def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes]]:
+def _split(file: Any) -> Iterator[list[bytes]]:
     """Split a stream into lines without their ends: all that were there at once."""
     rest = b""
-    for chunk in chunks:
+    while chunk := file.read1(_CHUNK_BYTES):
         *complete, rest = (rest + chunk).split(b"\n")
         if complete:
             yield complete
@@ -242,63 +218,61 @@ def receive(call: options.Call, subscriber: str, number: int, timeout: float,
     if style == "raw" and sys.stdout.isatty():
         raise click.UsageError("Expected --format raw with a pipe or a file: a message could "
                                "change the terminal.")
-    config, key = call.config, call.key_of(subscriber)
-    entry = config.subscribers.get(subscriber)
+    key = call.key_of(subscriber)
+    entry = call.config.subscribers.get(subscriber)
     if entry is None or entry.in_queue != key:
         # The queue may have subscribers that the file has no entry for.
         persipubsub.config.check_identifier(subscriber, call.path)
         entry = persipubsub.config.Subscriber(identifier=subscriber, in_queue=key)
-        entries = {**config.subscribers, subscriber: entry}
-        config = msgspec.structs.replace(config, subscribers=entries)
+    entries = {**call.config.subscribers, subscriber: entry}
+    config = msgspec.structs.replace(call.config, subscribers=entries)
+    seconds = None if timeout == float("inf") else timeout
     received = 0
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=subscriber, config_pth=config)
+    os.set_blocking(sys.stdout.fileno(), True)
+    with persipubsub.subscriber.Sub(subscriber, config) as sub:
         while number == 0 or received < number:
             try:
-                with sub.receive(timeout=None if timeout == float("inf") else timeout,
-                                 details=True) as message:
+                with sub.receive(timeout=seconds, details=True) as message:
                     if message is None:
                         break
-                    _write(_line_of(call, message.number, message.data, directory, style))
+                    _write(_line_of(call, message, directory, style))
                 received += 1
             except persipubsub.errors.CorruptMessageError as error:
                 call.fail(str(error))
     if received < number:
         found = f"only {text.count(received, 'message')}" if received else "no message"
         call.fail(f"{found} for {subscriber} within {timeout:g} seconds")
-    call.end()
 
 
-def _line_of(call: options.Call, number: int, content: bytes, directory: pathlib.Path | None,
-             style: str) -> bytes:
+def _line_of(call: options.Call, message: persipubsub.message.Message,
+             directory: pathlib.Path | None, style: str) -> bytes:
     """Write a message to its file, if it is to have one; return what goes to the output."""
-    described = {"number": number, "base64": _show(content, "base64")}
-    line = "" if style == "raw" else _show(content, style)
+    described = {}
     if directory is not None:
-        path = directory / f"{number:020}"
-        _write_file(path, content)
-        described, line = {"number": number, "path": str(path)}, str(path)
-    elif style == "raw" and not call.as_json:
-        return content
-    return (json.dumps(described) if call.as_json else line).encode(
-        errors="surrogateescape") + b"\n"
+        path = directory / f"{message.number:020}"
+        _write_file(path, message.data)
+        described["path"] = line = str(path)
+    elif call.as_json:
+        described["base64"] = line = _FORMATS["base64"](message.data)
+    elif style == "raw":
+        return message.data
+    else:
+        line = _FORMATS[style](message.data)
+    if call.as_json:
+        line = options.to_json({"number": message.number, **described})
+    return line.encode(errors="surrogateescape") + b"\n"
 
 
 def _write(content: bytes) -> None:
     """
     Write all of it to the standard output, or fail.
 
-    Not through ``sys.stdout``: where that has no buffer (PYTHONUNBUFFERED) or does not block, it
-    leaves out without an error what the system did not take, and the message is lost.
+    Not through ``sys.stdout``: where that has no buffer (PYTHONUNBUFFERED), it leaves out without
+    an error what the system did not take, and the message is lost.
     """
-    sys.stdout.flush()
-    descriptor = sys.stdout.fileno()
     rest = memoryview(content)
     while rest:
-        try:
-            rest = rest[os.write(descriptor, rest):]
-        except BlockingIOError:
-            select.select([], [descriptor], [])
+        rest = rest[os.write(sys.stdout.fileno(), rest):]
 
 
 def _write_file(path: pathlib.Path, content: bytes) -> None:
@@ -309,11 +283,7 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.flush_directory(str(path.parent))
 
 
 @options.command()
@@ -336,13 +306,11 @@ def delete(call: options.Call, subscriber: str, number: int, yes: bool) -> None:
     if not persipubsub.control.delete(call.config, subscriber, number, key):
         raise click.ClickException(
             f"Expected a message {number} that waits for {subscriber} in {key}, but got: none")
-    line = f"{key}: message {number} of {subscriber} was deleted"
-    call.tell(line, queue=key, subscriber=subscriber, number=number)
+    line = f"message {number} of {subscriber} was deleted"
+    call.tell_of(key, line, subscriber=subscriber, number=number)
 
 
-Letters: TypeAlias = Sequence[persipubsub.control.ListedDeadLetter]
-
-_HEAD = [
+_HEAD: Final = [
     "DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBER", "ATTEMPTS", "MOVED", "SIZE",
     "ERROR"
 ]
@@ -372,63 +340,38 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
         raise click.UsageError("Expected --number only with send-back and drop.")
     if number and call.queue_key is None and len(keys) != 1:
         raise click.UsageError("Expected --queue with --number: numbers are those of one queue.")
-    if action == "list" and call.as_json:
-        call.each(keys, lambda key: ("", _of(call, key)))
-    elif action == "list":
-        _print(call, _look(call, keys))
-    elif action == "send-back":
-        _change(call, keys, number, persipubsub.control.send_back, "sent back")
-    else:
-        if not yes:
+    if action == "list":
+        if not keys and not call.as_json:
+            print("There are no queues of dead letters.")
+        call.each(keys, lambda key: _list(call, key))
+        return
+    done, change = "sent back", persipubsub.control.send_back
+    if action == "drop":
+        done, change = "dropped", persipubsub.control.drop_dead_letters
+        if keys and not yes:
             # An operator can not agree to what could not be counted.
-            found = _look(call, keys)
-            keys = list(found)
-            count = text.count(len(number) or sum(map(len, found.values())), "dead letter")
-            if keys:
-                call.ask(f"Drop {count} of {', '.join(keys)}?")
-        _change(call, keys, number, persipubsub.control.drop_dead_letters, "dropped")
-
-
-def _of(call: options.Call, key: str) -> Letters:
-    """Look at the dead letters of a queue."""
-    return persipubsub.control.dead_letters(call.config, key)[key]
-
-
-def _look(call: options.Call, keys: Sequence[str]) -> dict[str, Letters]:
-    """Look at dead letters, and complain about queues that can not be looked at."""
-    found = {}
-    for key in keys:
-        try:
-            found[key] = _of(call, key)
-        except persipubsub.errors.PersipubsubError as error:
-            call.fail(str(error))
-    return found
-
-
-def _print(call: options.Call, found: dict[str, Letters]) -> None:
-    """Print dead letters for people."""
-    rows = []
-    for key, letters in found.items():
-        for number, letter in ((one.number, one.letter) for one in letters):
-            moved = f"{letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}"
-            size = text.show_bytes(len(letter.data))
-            places = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
-            rows.append([key, str(number), *places, moved, size, letter.error])
-    if rows:
-        print("\n".join(text.table([_HEAD, *rows], left=(0, 2, 3, 8))))
-    elif not call.has_failed:
-        print("There are no dead letters.")
-    call.end()
-
-
-def _change(call: options.Call, keys: Sequence[str], numbers: Sequence[int],
-            change: Callable[..., Sequence[int]], done: str) -> None:
-    """Send dead letters back, or drop them: all of them, or those with these numbers."""
+            found = [persipubsub.control.dead_letters(call.config, key)[key] for key in keys]
+            count = text.count(len(number) or sum(map(len, found)), "dead letter")
+            call.ask(f"Drop {count} of {', '.join(keys)}?")
 
     def work(key: str) -> tuple[str, object]:
-        changed = change(call.config, key, numbers or None)
-        if not set(numbers) <= set(changed):
-            call.fail(f"not there, or in use: some of the numbers {', '.join(map(str, numbers))}")
-        return f"{key}: {text.count(len(changed), 'dead letter')} {done}", {"numbers": changed}
+        changed = change(call.config, key, number or None)
+        if not set(number) <= set(changed):
+            call.fail(f"not there, or in use: some of the numbers {', '.join(map(str, number))}")
+        return f"{text.count(len(changed), 'dead letter')} {done}", {"numbers": changed}
 
     call.each(keys, work)
+
+
+def _list(call: options.Call, key: str) -> tuple[str, object]:
+    """List the dead letters of a queue."""
+    listed = persipubsub.control.dead_letters(call.config, key)[key]
+    rows = []
+    for number, letter in ((one.number, one.letter) for one in listed):
+        moved = f"{letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}"
+        size = text.show_bytes(len(letter.data))
+        places = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
+        rows.append([key, str(number), *places, moved, size, letter.error])
+    if rows and not call.as_json:
+        print("\n".join(text.table([_HEAD, *rows], left=(0, 2, 3, 8))), flush=True)
+    return "" if rows else "there are no dead letters", listed

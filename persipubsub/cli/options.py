@@ -1,5 +1,6 @@
 """What the commands share: their options, and the call that the command line makes of them."""
 
+import contextlib
 import functools
 import inspect
 import json
@@ -19,15 +20,12 @@ import persipubsub.errors
 from persipubsub.cli import text
 
 __all__ = [
-    "ANY", "CONFIG_VARIABLE", "SOME", "Call", "Plain", "Command", "command", "option", "seconds",
-    "subscriber", "publisher", "yes", "to_json"
+    "ANY", "CONFIG_VARIABLE", "SOME", "Call", "Plain", "Command", "command", "each_queue", "option",
+    "seconds", "subscriber", "publisher", "yes", "to_json"
 ]
 
 #: The environment variable that names the configuration file.
 CONFIG_VARIABLE: Final = "PERSIPUBSUB_CONFIG"
-
-#: Where a context keeps the path that is no argument.
-_PATH: Final = "persipubsub.config"
 
 
 class Call:
@@ -38,7 +36,7 @@ class Call:
         self.path = path
         self.queue_key = queue_key
         self.as_json = as_json
-        self.has_failed = False
+        self.exit_code = 0
 
     @functools.cached_property
     def config(self) -> persipubsub.config.Config:
@@ -51,9 +49,9 @@ class Call:
         if self.queue_key is None:
             return list(queues)
         if self.queue_key not in queues:
-            known = f"are: {', '.join(queues)}" if queues else "is none"
             raise click.BadParameter(
-                f"{self.queue_key!r} is not a queue of {self.path}. There {known}.",
+                f"Expected a queue of {self.path} ({', '.join(queues) or 'there is none'}), but "
+                f"got: {self.queue_key!r}.",
                 param_hint="--queue")
         return [self.queue_key]
 
@@ -61,8 +59,8 @@ class Call:
         """Return the key of the only queue that the command can be about."""
         keys = self.keys()
         if len(keys) != 1:
-            raise click.UsageError(f"Expected --queue, since {self.path} has {len(keys)} queues"
-                                   f"{': ' if keys else ''}{', '.join(keys)}.")
+            raise click.UsageError(f"Expected --queue, since {self.path} has {len(keys)} queues: "
+                                   f"{', '.join(keys)}.")
         return keys[0]
 
     def key_of(self, identifier: str) -> str:
@@ -75,19 +73,18 @@ class Call:
         """Tell what came of the command: a line for people, or JSON for machines."""
         print(to_json(described) if self.as_json else text.printable(line), flush=True)
 
+    def tell_of(self, key: str, line: str, **described: object) -> None:
+        """Tell what came of the command with one queue."""
+        self.tell(f"{key}: {line}", queue=key, **described)
+
     def fail(self, line: str) -> None:
         """Complain, and let the command end with exit code 1."""
-        self.has_failed = True
+        self.exit_code = 1
         text.complain(line)
-
-    def end(self) -> None:
-        """End with exit code 1 if something failed."""
-        if self.has_failed:
-            raise click.exceptions.Exit(1)
 
     def each(self, keys: Sequence[str], work: Callable[[str], tuple[str, object]]) -> None:
         """
-        Do something with each queue, tell what came of it, and end.
+        Do something with each queue, and tell what came of it.
 
         One queue that fails does not stop the others. ``ConfigError`` is no exception: the file was
         read already, so that it is about one queue.
@@ -99,14 +96,13 @@ class Call:
         for key in keys:
             try:
                 line, results[key] = work(key)
-                if not self.as_json:
-                    print(text.printable(line), flush=True)
+                if line and not self.as_json:
+                    print(text.printable(f"{key}: {line}"), flush=True)
             except persipubsub.errors.PersipubsubError as error:
                 results[key] = {"error": str(error)}
                 self.fail(str(error))
         if self.as_json:
             print(to_json(results, indent=2), flush=True)
-        self.end()
 
     @staticmethod
     def ask(question: str) -> None:
@@ -115,21 +111,14 @@ class Call:
 
         :raise Abort: if the answer is no, or nobody could be asked
         """
-        if sys.stdin is None:
+        # click.confirm was rejected: it makes an answer of Ctrl-C, and does not notice that the
+        # question could not be written.
+        answer = ""
+        with contextlib.suppress(OSError, ValueError):
+            print(text.printable(f"{question} [y/N]: "), end="", file=sys.stderr, flush=True)
+            answer = sys.stdin.readline() if sys.stdin is not None else ""
+        if answer.strip().lower() not in ("y", "yes"):
             raise click.Abort()
-        try:
-            click.confirm(text.printable(question), abort=True, err=True)
-            # click ignores that the question could not be written.
-            sys.stderr.flush()
-        except click.Abort as error:
-            # click makes an answer of Ctrl-C.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                text.tell("")
-                raise KeyboardInterrupt from None
-            raise
-        except OSError:
-            text.silence(sys.stderr)
-            raise click.Abort() from None
 
 
 def to_json(value: object, indent: int | None = None) -> str:
@@ -152,16 +141,24 @@ class Plain(click.Command):
         return f"{paragraph.partition('. ')[0].rstrip('.')}."
 
 
+class _ConfigPath(click.Path):
+    """The path of the configuration file."""
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        """Tell how to name it."""
+        return f"Name the file as the first argument, with --config, or in {CONFIG_VARIABLE}."
+
+
 class Command(Plain):
     """A command that takes the configuration file as its first argument, or from elsewhere."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Find out whether the first argument is the configuration file, before click counts."""
+        """Put the configuration file in front if it is named elsewhere, before click counts."""
         names: list[click.Parameter] = [one for one in self.params if isinstance(one, click.Option)]
         found, words, _ = click.Command(None, params=names).make_parser(ctx).parse_args([*args])
-        arguments = [one for one in self.params if isinstance(one, click.Argument)][1:]
         path = found.get("other_config")
         if path is None and (variable := os.environ.get(CONFIG_VARIABLE)):
+            arguments = [one for one in self.params if isinstance(one, click.Argument)][1:]
             # The number of arguments tells nothing where some can be left out, or are typed later.
             is_fixed = all(one.required and one.nargs == 1 for one in arguments)
             if is_fixed and not ctx.resilient_parsing:
@@ -169,19 +166,7 @@ class Command(Plain):
             else:
                 is_named = bool(words) and os.path.isfile(words[0])
             path = None if is_named else variable
-        is_asked = ctx.resilient_parsing or not set(args).isdisjoint(ctx.help_option_names)
-        if path is None and not words and not is_asked:
-            raise click.UsageError(
-                f"Expected the configuration file: as the first argument, with --config, or in "
-                f"{CONFIG_VARIABLE}.",
-                ctx=ctx)
-        ctx.meta[_PATH] = path
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Leave the argument out that is not needed."""
-        params = super().get_params(ctx)
-        return [one for one in params if one.name != "config" or ctx.meta.get(_PATH) is None]
+        return super().parse_args(ctx, args if path is None else [path, *args])
 
 
 def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it.",
@@ -193,7 +178,7 @@ def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it
     :param name: of the command; that of the function if not given
     :return: decorator of a function that takes a :py:class:`Call` and its own parameters
     """
-    path_type = click.Path(path_type=pathlib.Path)
+    path_type = _ConfigPath(path_type=pathlib.Path)
     where = f"Use this file instead of CONFIG and {CONFIG_VARIABLE}."
     common: list[click.Parameter] = [
         click.Option(["--queue", "queue_key"], metavar="KEY", help=queue, shell_complete=_queues),
@@ -203,10 +188,12 @@ def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it
 
     def decorate(function: Callable[..., None]) -> click.Command:
 
-        def callback(queue_key: str | None, as_json: bool, **others: Any) -> None:
-            path = others.pop("other_config") or others.pop("config", None)
-            path = pathlib.Path(path or click.get_current_context().meta[_PATH])
-            function(Call(path, queue_key, as_json), **others)
+        def callback(config: pathlib.Path, queue_key: str | None, as_json: bool, other_config: Any,
+                     **others: Any) -> int:
+            del other_config  # It is in the place of CONFIG.
+            call = Call(config, queue_key, as_json)
+            function(call, **others)
+            return call.exit_code
 
         own = reversed(getattr(function, "__click_params__", []))
         params = [click.Argument(["config"], type=path_type), *own, *common]
@@ -218,10 +205,29 @@ def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it
     return decorate
 
 
+def each_queue(queue: str) -> Callable[[Callable[[Call, str], tuple[str, object]]], click.Command]:
+    """
+    Make a function of a :py:class:`Call` and the key of a queue a command about several queues.
+
+    :param queue: help of --queue
+    :return: decorator of a function as :py:meth:`Call.each` takes it
+    """
+
+    def decorate(function: Callable[[Call, str], tuple[str, object]]) -> click.Command:
+
+        @functools.wraps(function)
+        def run(call: Call) -> None:
+            call.each(call.keys(), functools.partial(function, call))
+
+        return command(queue)(run)
+
+    return decorate
+
+
 def _complete(kind: str, ctx: click.Context, _: click.Parameter,
               incomplete: str) -> list[click.shell_completion.CompletionItem]:
     """Complete keys of the configuration file: of its publishers, subscribers or queues."""
-    path = ctx.params.get("config") or ctx.meta.get(_PATH)
+    path = ctx.params.get("config") or os.environ.get(CONFIG_VARIABLE)
     try:
         found = getattr(persipubsub.config.read(path), kind) if path else []
     except persipubsub.errors.PersipubsubError:

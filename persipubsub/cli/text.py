@@ -4,13 +4,12 @@ import datetime
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from typing import Final, TextIO
 
 __all__ = [
-    "complain", "tell", "silence", "printable", "width_of", "shorten", "table", "count",
-    "show_bytes", "show_seconds", "show_share", "parse_seconds", "parse_time"
+    "complain", "tell", "silence", "printable", "shorten", "table", "count", "show_bytes",
+    "show_seconds", "parse_seconds", "parse_time"
 ]
 
 #: What changes a terminal, or looks like a line of ours, if a message or a name has it.
@@ -59,31 +58,15 @@ def printable(text: str) -> str:
                             text)
 
 
-def width_of(text: str) -> int:
-    """
-    Count the cells of a terminal that a text takes.
-
-    >>> width_of("größe"), width_of("队列")
-    (5, 4)
-    """
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(char) else 1 +
-               (unicodedata.east_asian_width(char) in "WF") for char in text)
-
-
 def shorten(text: str, width: int) -> str:
     """
-    Cut the middle out of a text that takes too many cells.
+    Cut the middle out of a text that is too long.
 
     >>> shorten("archive-service-eu", 12)
     'archiv…ce-eu'
     """
-    half = len(text) // 2
-    while width_of(text) > width and half:
-        text = text[:half] + "…" + text[-half + 1:] if half > 1 else "…"
-        half -= 1
-    return text
+    end = (width - 1) // 2
+    return text if len(text) <= width else f"{text[:width - 1 - end]}…{text[-end:]}"
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0, )) -> list[str]:
@@ -97,13 +80,13 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0, )) -> list[st
     :param left: columns with text
     :return: lines
     """
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(width_of, column)) for column in zip(*rows)]
-    return [
-        "  ".join(cell + pad if index in left else pad + cell for index, (cell, pad) in enumerate(
-            (cell, " " * (width - width_of(cell))) for cell, width in zip(row, widths))).rstrip()
-        for row in rows
-    ]
+    columns = []
+    for index, column in enumerate(zip(*rows)):
+        cells = list(map(printable, column))
+        width = max(map(len, cells))
+        columns.append(
+            [cell.ljust(width) if index in left else cell.rjust(width) for cell in cells])
+    return ["  ".join(row).rstrip() for row in zip(*columns)]
 
 
 def count(number: int, noun: str) -> str:
@@ -125,13 +108,11 @@ def show_bytes(size: float) -> str:
     >>> show_bytes(1234567)
     '1.2 MB'
     """
-    if size < 1000:
-        return f"{size:.0f} B"
-    for unit in ("kB", "MB", "GB"):
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.95 and len(units) > 1:
         size /= 1000
-        if size < 999.95:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1000:,.1f} TB"
+        units.pop(0)
+    return f"{size:,.{int(units[0] != 'B')}f} {units[0]}"
 
 
 def show_seconds(seconds: float) -> str:
@@ -147,16 +128,6 @@ def show_seconds(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def show_share(share: float) -> str:
-    """
-    Show a share of 1.
-
-    >>> show_share(0.123)
-    '12 %'
-    """
-    return "<1 %" if 0 < share < 0.01 else f"{100 * share:,.0f} %"
-
-
 def parse_seconds(text: str) -> float:
     """
     Read a time as people write it.
@@ -166,15 +137,14 @@ def parse_seconds(text: str) -> float:
 
     :raise ValueError: if it is none
     """
+    number = r"(\d+(?:\.\d*)?|\.\d+)"
     if text == "inf":
         return float("inf")
-    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|min|m|h|d|w)", text, re.ASCII)
-    if "".join(map("".join, parts)) != text or not parts:
-        if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text, re.ASCII):
-            raise ValueError(text)
-        parts = [(text, "s")]
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if seconds > _MAX_SECONDS:
+    if re.fullmatch(number, text, re.ASCII):
+        text += "s"
+    parts = re.findall(f"{number}(ms|s|min|m|h|d|w)", text, re.ASCII)
+    seconds = sum(float(count) * _UNITS[unit] for count, unit in parts)
+    if not parts or "".join(map("".join, parts)) != text or seconds > _MAX_SECONDS:
         raise ValueError(text)
     return seconds
 

@@ -4,15 +4,14 @@ import collections
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
-import persipubsub.statistics
+import click
+
 from persipubsub.cli import text
+from persipubsub.statistics import QueueStatistics, SubscriberStatistics
 
-__all__ = ["Line", "History", "draw"]
-
-#: Pieces of a line, each with its color for :py:func:`click.style`, or none.
-Line: TypeAlias = Sequence[tuple[str, str | None]]
+__all__ = ["History", "draw"]
 
 _WIDTH: Final = 100
 _NAME_WIDTH: Final = 32
@@ -41,14 +40,14 @@ class History:
 
     def __init__(self) -> None:
         """Initialize without a look."""
-        self._looks: collections.deque[tuple[float, persipubsub.statistics.QueueStatistics]]
+        self._looks: collections.deque[tuple[float, QueueStatistics]]
         self._looks = collections.deque(maxlen=_BAR_WIDTH + 1)
 
-    def add(self, statistics: persipubsub.statistics.QueueStatistics) -> None:
+    def add(self, statistics: QueueStatistics) -> None:
         """Remember a look that was made now."""
         self._looks.append((time.monotonic(), statistics))
 
-    def rates(self, total: Callable[[persipubsub.statistics.QueueStatistics], int]) -> list[float]:
+    def rates(self, total: Callable[[QueueStatistics], int]) -> list[float]:
         """Compute the growth a second of a total; one that went back was counted anew."""
         points = [(moment, total(look)) for moment, look in self._looks]
         return [
@@ -64,26 +63,25 @@ def _sparkline(values: Sequence[float]) -> str:
                    for value in values) if top else ""
 
 
-def draw(statistics: Mapping[str, persipubsub.statistics.QueueStatistics],
-         histories: Mapping[str, History], limit: int | None) -> list[Line]:
+def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, History],
+         limit: int | None) -> list[str]:
     """
     Lay out queues.
 
     :param statistics: by queue
-    :param histories: of the queues that are watched
+    :param histories: of the queues
     :param limit: so many subscribers and consumers of each queue; None: all, with their whole names
-    :return: lines
+    :return: lines, with the colors of :py:func:`click.style`
     """
-    lines: list[Line] = []
+    lines: list[str] = []
     for key, figures in statistics.items():
-        history = histories.get(key, History())
         name = _name(key, limit)
         path = text.printable(figures.path)
         if limit:
-            path = text.shorten(path, _WIDTH - text.width_of(name) - 2)
-        lines += [[], [(name, "bold"), (f"  {path}", "dim")]]
-        lines += _draw_queue(figures, history.rates(lambda look: look.sent))
-        lines += _draw_subscribers(figures, history, limit)
+            path = text.shorten(path, _WIDTH - len(name) - 2)
+        lines += ["", f"{click.style(name, bold=True)}  {click.style(path, dim=True)}"]
+        lines += _draw_queue(figures, histories[key].rates(lambda look: look.sent))
+        lines += _draw_subscribers(figures, histories[key], limit)
         lines += _draw_claims(figures, limit)
     return lines[1:]
 
@@ -93,70 +91,76 @@ def _name(name: str, limit: int | None) -> str:
     return text.shorten(text.printable(name), _NAME_WIDTH) if limit else text.printable(name)
 
 
-def _draw_queue(figures: persipubsub.statistics.QueueStatistics,
-                rates: Sequence[float]) -> Iterator[Line]:
+def _bar(share: float | None, limit: str) -> str:
+    """Draw how much of a limit is used."""
+    if not share:
+        return ""
+    color = next(color for least, color in _COLORS if share >= least)
+    filled = min(_BAR_WIDTH, max(1, round(share * _BAR_WIDTH)))
+    shown = "<1 %" if share < 0.01 else f"{100 * share:,.0f} %"
+    drawn = click.style("━" * filled, fg=color) + click.style("┄" * (_BAR_WIDTH - filled), dim=True)
+    return f"{drawn}{click.style(f' {shown:>5}', fg=color)}{click.style(f' of {limit}', dim=True)}"
+
+
+def _draw_queue(figures: QueueStatistics, rates: Sequence[float]) -> Iterator[str]:
     """Draw what is in a queue, and how much of its limits that is."""
-    age = figures.oldest_age_seconds
-    rows = [
-        ("messages", f"{figures.messages:,}", figures.message_share, "MAX_MSGS_NUM"),
-        ("bytes", text.show_bytes(figures.message_bytes), figures.byte_share,
-         "HWM_LMDB_SIZE_BYTES"),
-        ("oldest", text.show_seconds(age or 0.0), figures.age_share, "MSG_TIMEOUT_SECS"),
-        ("store", text.show_bytes(figures.file_bytes), figures.file_share, "max_db_size_bytes"),
+    count, size = figures.messages, text.show_bytes
+    age = text.show_seconds(figures.oldest_age_seconds or 0.0)
+    behind = f"{size(figures.journal_lag_bytes)} not yet safe from a power failure"
+    rate = f"{_sparkline(rates):<20} {rates[-1]:,.0f}/s" if rates else ""
+    # yapf: disable
+    rows: list[tuple[str, float, str, str]] = [
+        ("messages", count, f"{count:,}", _bar(figures.message_share, "MAX_MSGS_NUM")),
+        ("bytes", count, size(figures.message_bytes),
+         _bar(figures.byte_share, "HWM_LMDB_SIZE_BYTES")),
+        ("oldest", count, age, _bar(figures.age_share, "MSG_TIMEOUT_SECS")),
+        ("store", 1, size(figures.file_bytes), _bar(figures.file_share, "max_db_size_bytes")),
+        ("journal", figures.journal_bytes, size(figures.journal_bytes),
+         click.style(behind if figures.journal_lag_bytes else "", fg="yellow")),
+        ("on disk", figures.disk_bytes, size(figures.disk_bytes), ""),
+        ("sent", figures.sent, f"{figures.sent:,}", click.style(rate, fg="cyan")),
     ]
+    # yapf: enable
     if not figures.messages:
-        yield [("  nothing waits", None)]
-        rows = rows[3:]
-    for name, value, share, limit in rows:
-        line: list[tuple[str, str | None]] = [(f"  {name:<8} {value:>13}", None)]
-        if share:
-            color = [color for least, color in _COLORS if share >= least][0]
-            filled = min(_BAR_WIDTH, max(1, round(share * _BAR_WIDTH)))
-            line += [("  " + "━" * filled, color), ("┄" * (_BAR_WIDTH - filled), "dim"),
-                     (f" {text.show_share(share):>5}", color), (f" of {limit}", "dim")]
-        yield line
-    if figures.journal_bytes:
-        behind = text.show_bytes(figures.journal_lag_bytes)
-        yield [(f"  journal  {text.show_bytes(figures.journal_bytes):>13}", None),
-               (f"  {behind} not yet safe from a power failure" * bool(figures.journal_lag_bytes),
-                "yellow")]
-    if figures.disk_bytes:
-        yield [(f"  on disk  {text.show_bytes(figures.disk_bytes):>13}", None)]
-    if figures.sent:
-        rate = f"  {_sparkline(rates):<20} {rates[-1]:,.0f}/s" if rates else ""
-        yield [(f"  sent     {figures.sent:>13,}", None), (rate, "cyan")]
+        yield "  nothing waits"
+    for name, is_shown, value, note in rows:
+        if is_shown:
+            yield f"  {name:<8} {value:>13}{'  ' if click.unstyle(note) else ''}{note}"
 
 
-def _draw_subscribers(figures: persipubsub.statistics.QueueStatistics, history: History,
-                      limit: int | None) -> Iterator[Line]:
+def _draw_subscribers(figures: QueueStatistics, history: History,
+                      limit: int | None) -> Iterator[str]:
     """Draw the subscribers of a queue: a row for each, without columns of zeros."""
     # Those with most lag where not all can be seen.
     shown = sorted(figures.subscribers, key=lambda one: -one.lag)[:limit]
     shown.sort(key=lambda one: one.subscriber)
     behind = sorted(one.position for one in figures.subscribers if one.lag)
+    if not shown:
+        return
     rows = [_cells(one, history, limit) for one in shown]
     used = [column for column in zip(_HEAD, *rows) if any(column[1:])]
-    head, *table = text.table([*zip(*used)]) if rows else [""]
-    width = max(map(text.width_of, [head, *table])) + 2
-    yield from ([], [("  " + head, "dim")]) if rows else ()
+    head, *table = text.table([*zip(*used)])
+    width = max(map(len, [head, *table])) + 2
+    yield from ("", f"  {click.style(head, dim=True)}")
     for row, one in zip(table, shown):
-        is_slowest = len(behind) > 1 and one.lag and one.position == behind[0] < behind[1]
-        line: list[tuple[str, str | None]] = [(f"  {row}", None)]
-        gap = width - text.width_of(row)
-        end = width + 2
-        for note, color in _notes(one, bool(is_slowest)):
-            if end + len(note) > _WIDTH:
-                yield line
-                line, gap, end = [], 4, 6
-            line.append((" " * gap + note, color))
-            end, gap = end + len(note) + 2, 2
-        yield line
+        notes = [
+            click.style(f"{getattr(one, field):,} {note}", fg=color)
+            for field, (note, color) in _NOTES.items() if getattr(one, field)
+        ]
+        if len(behind) > 1 and one.lag and one.position == behind[0] < behind[1]:
+            notes.insert(0, click.style("slowest", fg="yellow"))
+        if one.is_paused:
+            notes.insert(0, click.style("paused", fg="magenta"))
+        told = "  ".join(notes)
+        fits = width + len(click.unstyle(told)) <= _WIDTH - 2
+        yield f"  {row:<{width}}{told if fits else ''}".rstrip()
+        for begin in range(0, 0 if fits else len(notes), 3):
+            yield f"    {'  '.join(notes[begin:begin + 3])}"
     if hidden := len(figures.subscribers) - len(shown):
-        yield [(f"  and {hidden:,} more, with less lag", "dim")]
+        yield f"  {click.style(f'and {hidden:,} more, with less lag', dim=True)}"
 
 
-def _cells(one: persipubsub.statistics.SubscriberStatistics, history: History,
-           limit: int | None) -> list[str]:
+def _cells(one: SubscriberStatistics, history: History, limit: int | None) -> list[str]:
     """Show the figures of a subscriber; nothing for a zero, but for the lag."""
     rates = history.rates(lambda look: sum(other.acknowledged for other in look.subscribers
                                            if other.subscriber == one.subscriber))
@@ -170,22 +174,11 @@ def _cells(one: persipubsub.statistics.SubscriberStatistics, history: History,
     ]
 
 
-def _notes(one: persipubsub.statistics.SubscriberStatistics,
-           is_slowest: bool) -> Iterator[tuple[str, str | None]]:
-    """Tell what else is to be known of a subscriber."""
-    if one.is_paused:
-        yield "paused", "magenta"
-    if is_slowest:
-        yield "slowest", "yellow"
-    for field, (note, color) in _NOTES.items():
-        if number := getattr(one, field):
-            yield f"{number:,} {note}", color
-
-
-def _draw_claims(figures: persipubsub.statistics.QueueStatistics,
-                 limit: int | None) -> Iterator[Line]:
+def _draw_claims(figures: QueueStatistics, limit: int | None) -> Iterator[str]:
     """Draw which process holds which messages, and since when: the longest first."""
     claims = [claim for one in figures.subscribers for claim in one.claims]
+    if not claims:
+        return
     claims.sort(key=lambda claim: -(claim.seconds or 0.0))
     rows = [["IN FLIGHT", "NUMBER", "PROCESS", "SINCE"]]
     for claim in claims[:limit]:
@@ -193,10 +186,7 @@ def _draw_claims(figures: persipubsub.statistics.QueueStatistics,
         process = "?" if claim.process_id is None else str(claim.process_id)
         seconds = "?" if claim.seconds is None else text.show_seconds(claim.seconds)
         rows.append([_name(claim.subscriber, limit), f"{claim.number}{last}", process, seconds])
-    if claims:
-        head, *table = text.table(rows)
-        yield from ([], [("  " + head, "dim")])
-        for row in table:
-            yield [("  " + row, None)]
-        if hidden := len(claims) - len(table):
-            yield [(f"  and {hidden:,} more, for less time", "dim")]
+    head, *table = text.table(rows)
+    yield from ("", f"  {click.style(head, dim=True)}", *(f"  {row}" for row in table))
+    if hidden := len(claims) - len(table):
+        yield f"  {click.style(f'and {hidden:,} more, for less time', dim=True)}"

@@ -23,6 +23,7 @@ import pytest
 
 import persipubsub.config
 import persipubsub.control
+import persipubsub.letters
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
@@ -66,7 +67,7 @@ def send(config_pth: pathlib.Path, *messages: bytes) -> None:
             pub.send(message)
 
 
-def letters(config_pth: pathlib.Path) -> list[persipubsub.control.ListedDeadLetter]:
+def letters(config_pth: pathlib.Path) -> list[persipubsub.letters.ListedDeadLetter]:
     return list(persipubsub.control.dead_letters(config_pth)["letters"])
 
 
