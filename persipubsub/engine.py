@@ -64,11 +64,13 @@ class Consumer(Protocol):
     def take(self,
              timeout: float | None,
              poll_secs: float = 1.0,
-             max_messages: int = 1) -> Lease | None:
-        """Take what is there, at least one message, or wait; None if none came in time."""
+             max_messages: int = 1,
+             is_newest: bool = False) -> Lease | None:
+        """
+        Take what is there, at least one message, or wait; None if none came in time.
 
-    def take_newest(self, timeout: float | None, poll_secs: float = 1.0) -> Lease | None:
-        """Take the newest message, and acknowledge all older ones as skipped, or wait."""
+        The newest message is taken alone, and all older ones are acknowledged as skipped.
+        """
 
     def front(self) -> bytes | None:
         """Return the next message that is neither acknowledged nor taken, and leave it there."""
