@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec.structs
@@ -21,6 +21,7 @@ import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
 import persipubsub.queue
+from persipubsub.config import Config, HighWaterMark
 from persipubsub.lmdb_engine import consuming
 from persipubsub.statistics import Progress
 
@@ -48,46 +49,7 @@ class Moved(NamedTuple):
     left: int  #: messages that are still here: others are receiving them, or sent them meanwhile
 
 
-def prepare(config: persipubsub.config.Config, queue_key: str,
-            target: str) -> persipubsub.config.Config:
-    """
-    Describe the queue where it is to be.
-
-    :param config: that describes it where it is
-    :param queue_key: of the queue in ``queues``
-    :param target: path of the queue where it is to be
-    :return: configuration; it has a publisher for each subscriber alone, beside those of the file,
-        and drops nothing at the mark: moving is no reason to lose messages
-    :raise ConfigError: if the target is none
-    """
-    persipubsub.queue.directory_of(config, queue_key)
-    # To look for room before each part was rejected: others may take it in between, and the
-    # strategy of the file would then drop messages for those that are moved.
-    mark = msgspec.structs.replace(config.queues[queue_key].high_water_mark,
-                                   strategy=persipubsub.config.Strategy.BLOCK)
-    queue = msgspec.structs.replace(config.queues[queue_key], path=target, high_water_mark=mark)
-    alone = {
-        name: persipubsub.config.Publisher(name, queue_key, (subscriber, ))
-        for subscriber in queue.subscribers
-        for name in (persipubsub.config.MADE_UP + subscriber, )
-    }
-    moved = msgspec.structs.replace(config,
-                                    queues=types.MappingProxyType({
-                                        **config.queues, queue_key: queue
-                                    }),
-                                    publishers=types.MappingProxyType({
-                                        **config.publishers,
-                                        **alone
-                                    }))
-    if not persipubsub.config.scheme_of(target):
-        raise persipubsub.errors.ConfigError(
-            f"Expected the other queue as nats://..., but got: {target!r}")
-    persipubsub.engine.of(moved, queue_key)
-    return moved
-
-
-def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
-            progress: Progress) -> Mapping[str, Moved]:
+def migrate(config: Config, queue_key: str, target: str, progress: Progress) -> Mapping[str, Moved]:
     """
     Move all waiting messages, subscriber by subscriber. It may be repeated.
 
@@ -96,16 +58,27 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     :param target: path of the queue where it is to be
     :param progress: to be counted up
     :return: what became of the messages, by subscriber
+    :raise ConfigError: if the queue is on servers, or the target is not
     """
-    moved = prepare(config, queue_key, target)
+    persipubsub.queue.directory_of(config, queue_key)
+    if not persipubsub.config.scheme_of(target):
+        raise persipubsub.errors.ConfigError(
+            f"Expected the other queue as nats://..., but got: {target!r}")
+    moved = _describe(config, queue_key, target)
     engine = persipubsub.engine.of(moved, queue_key)
+    described = moved.queues[queue_key]
+    counts = {}
     with persipubsub.queue.open_queue(config, queue_key) as source:
         lags = _lags(source)
         engine.ensure_queue(moved, queue_key)
         progress.begin("messages", total=sum(lags.values()))
         with contextlib.closing(engine.open_queue(moved, queue_key)) as destination:
-            mover = _Mover(source, destination, moved.queues[queue_key], progress)
-            counts = {subscriber: mover.move(subscriber) for subscriber in lags}
+            for subscriber in lags:
+                counts[subscriber] = 0
+                # One that was added by hand is in no configuration: nobody could receive there.
+                if subscriber in described.subscribers:
+                    counts[subscriber] = _move(source, destination, subscriber,
+                                               described.high_water_mark, progress)
         lags = _lags(source)
     return types.MappingProxyType({
         subscriber: Moved(moved=count, left=lags.get(subscriber, 0))
@@ -113,118 +86,95 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     })
 
 
-def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
+def _describe(config: Config, queue_key: str, target: str) -> Config:
     """
-    Count the messages that subscribers still have to acknowledge.
+    Describe the queue where it is to be.
 
-    :param queue: where they wait
-    :return: by id of the subscriber
+    There is a publisher for each subscriber alone, beside those of the file. Nothing is dropped at
+    the mark: moving is no reason to lose messages. To look for room before each part was rejected:
+    others may take it in between, and the strategy of the file would then drop messages for those
+    that are moved.
     """
+    queue = config.queues[queue_key]
+    mark = msgspec.structs.replace(queue.high_water_mark,
+                                   strategy=persipubsub.config.Strategy.BLOCK)
+    queue = msgspec.structs.replace(queue, path=target, high_water_mark=mark)
+    publishers = dict(config.publishers)
+    for one in queue.subscribers:
+        name = persipubsub.config.MADE_UP + one
+        publishers[name] = persipubsub.config.Publisher(name, queue_key, (one, ))
+    return msgspec.structs.replace(config,
+                                   queues={
+                                       **config.queues, queue_key: queue
+                                   },
+                                   publishers=publishers)
+
+
+def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
+    """Count the messages that subscribers still have to acknowledge."""
     return {one.subscriber: one.lag for one in queue.statistics().subscribers}
 
 
-class _Mover:
-    """Move messages from one open queue to another."""
-
-    def __init__(self, source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue,
-                 described: persipubsub.config.Queue, progress: Progress) -> None:
-        """
-        Initialize without moving anything.
-
-        :param source: where they wait
-        :param destination: where they are to be
-        :param described: the queue of the configuration
-        :param progress: to be counted up
-        """
-        self._source = source
-        self._destination = destination
-        self._mark = described.high_water_mark
-        self._subscribers = described.subscribers
-        self._progress = progress
-        self._origin = os.path.realpath(source.path)
-
-    def move(self, subscriber: str) -> int:
-        """
-        Move the messages of a subscriber, in order.
-
-        :param subscriber: its id
-        :return: how many were moved
-        """
-        if subscriber not in self._subscribers:
-            # It was added by hand, and is in no configuration: nobody could receive them there.
-            return 0
-        # Killed or refused, it would use up what max_deliveries allows, and the next move would
-        # give up what nobody has seen.
-        consumer = self._source.consumer(subscriber, is_delivery=False)
-        most = max(1, min(_BATCH_MESSAGES, (self._mark.max_msgs_num or 2**48) // 4))
-        moved = 0
-        deadline = time.monotonic() + _PATIENCE_SECS
-        while True:
-            lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
-            if lease is not None:
-                self._move(subscriber, lease)
-                moved += len(lease.messages)
-                self._progress.done += len(lease.messages)
-                deadline = time.monotonic() + _PATIENCE_SECS
-            elif not _lags(self._source).get(subscriber) or time.monotonic() >= deadline:
+def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue, subscriber: str,
+          mark: HighWaterMark, progress: Progress) -> int:
+    """Move the messages of a subscriber, in order; return how many it were."""
+    # Killed or refused, it would use up what max_deliveries allows, and the next move would give up
+    # what nobody has seen.
+    consumer = source.consumer(subscriber, is_delivery=False)
+    most = max(1, min(_BATCH_MESSAGES, (mark.max_msgs_num or 2**48) // 4))
+    moved = 0
+    deadline = time.monotonic() + _PATIENCE_SECS
+    while True:
+        lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
+        if lease is None:
+            if not _lags(source).get(subscriber) or time.monotonic() >= deadline:
                 return moved
-
-    def _move(self, subscriber: str, lease: consuming.Lease) -> None:
-        """
-        Move what was taken.
-
-        :param subscriber: whose it is
-        :param lease: messages
-        """
+            continue
         try:
-            begin = 0
-            # With the time: the same number in a queue that was dropped and created again, which
-            # the other engine may still know, is that of another message.
-            ids = [
-                os.fsencode(f"{self._origin}\0{subscriber}\0{number}\0{time_ns}")
-                for number, time_ns in zip(lease.numbers, lease.times_ns())
-            ]
-            for end in _cut(lease.messages, (self._mark.size_bytes or 2**46) // 4):
-                self._put(lease.messages[begin:end], subscriber, ids[begin:end])
-                begin = end
+            for part in _cut(lease, (mark.size_bytes or 2**46) // 4):
+                _put(destination, subscriber, lease.messages[part],
+                     _ids(source.path, subscriber, lease)[part])
         except BaseException:
             # Without the error: it is none of a consumer.
             lease.nack()
             raise
         lease.ack()
-
-    def _put(self, messages: Sequence[bytes], subscriber: str, ids: Sequence[bytes]) -> None:
-        """
-        Put messages where they are to be, as soon as there is room.
-
-        :param messages: to be put
-        :param subscriber: whose they are
-        :param ids: of the messages
-        :raise QueueFullError: if there is no room for too long
-        """
-        try:
-            self._destination.put(messages, (subscriber, ), timeout=_PATIENCE_SECS, msg_ids=ids)
-        except persipubsub.errors.QueueFullError as error:
-            raise persipubsub.errors.QueueFullError(
-                f"{error}; start its subscribers there, or raise its high-water mark, and repeat"
-            ) from error
+        moved += len(lease.messages)
+        progress.done += len(lease.messages)
+        deadline = time.monotonic() + _PATIENCE_SECS
 
 
-def _cut(messages: Sequence[bytes], size: int) -> list[int]:
+def _ids(path: str, subscriber: str, lease: consuming.Lease) -> list[bytes]:
     """
-    Cut messages into parts that are not too large.
+    Make the ids of messages at the other engine.
 
-    :param messages: to be cut
-    :param size: of a part with its frames, in bytes; a larger message is a part of its own
-    :return: index behind the last message of each part
+    With the time: the same number in a queue that was dropped and created again, which the other
+    engine may still know, is that of another message.
     """
-    ends = []
-    total = 0
-    for index, message in enumerate(messages):
+    return [
+        os.fsencode(f"{os.path.realpath(path)}\0{subscriber}\0{number}\0{time_ns}")
+        for number, time_ns in zip(lease.numbers, lease.times_ns())
+    ]
+
+
+def _put(destination: persipubsub.engine.Queue, subscriber: str, messages: Sequence[bytes],
+         ids: Sequence[bytes]) -> None:
+    """Put messages where they are to be, as soon as there is room."""
+    try:
+        destination.put(messages, (subscriber, ), timeout=_PATIENCE_SECS, msg_ids=ids)
+    except persipubsub.errors.QueueFullError as error:
+        raise persipubsub.errors.QueueFullError(
+            f"{error}; start its subscribers there, or raise its high-water mark, and repeat"
+        ) from error
+
+
+def _cut(lease: consuming.Lease, size: int) -> Iterator[slice]:
+    """Cut messages into parts of so many bytes with frames; a larger message is one of its own."""
+    begin = total = 0
+    for index, message in enumerate(lease.messages):
         taken = len(message) + _FRAME_BYTES
         if total and total + taken > size:
-            ends.append(index)
-            total = 0
+            yield slice(begin, index)
+            begin, total = index, 0
         total += taken
-    ends.append(len(messages))
-    return ends
+    yield slice(begin, None)

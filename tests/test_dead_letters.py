@@ -389,8 +389,7 @@ def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_opened(
         config_pth: pathlib.Path) -> None:
     link_letters(config_pth)
     for work in (lambda: fail(config_pth, b"1"),
-                 lambda: persipubsub.subscriber.Sub().init("sub", config_pth),
-                 lambda: persipubsub.control.send_back(config_pth, "letters")):
+                 lambda: persipubsub.subscriber.Sub().init("sub", config_pth)):
         with pytest.raises(persipubsub.errors.ConfigError, match="the same one"):
             work()
 
