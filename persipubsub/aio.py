@@ -29,7 +29,7 @@ import persipubsub.engine
 import persipubsub.errors
 import persipubsub.face
 import persipubsub.statistics
-from persipubsub.engine import Lease
+from persipubsub.engine import Lease, Sending
 from persipubsub.face import BytesLike, ContentT, Ending, MessageId
 from persipubsub.message import Message
 
@@ -55,26 +55,20 @@ _MOST_TAKEN: Final = 16
 #: Time between two attempts of a task that waits for room, in seconds.
 _ROOM_SECS: Final = 0.02
 
-_executor: concurrent.futures.ThreadPoolExecutor | None = None
 
-
-def _forget_executor() -> None:
-    global _executor  # pylint: disable=global-statement
-    _executor = None
-
-
-# A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_forget_executor)
+@functools.cache
+def _executor(process_id: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Return the threads of a process: a forked child has none of its parent's."""
+    del process_id
+    return concurrent.futures.ThreadPoolExecutor(_THREADS, "persipubsub")
 
 
 def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]":
     """Have a call made in a thread; in this one if none can be started, so that nothing is lost."""
-    global _executor  # pylint: disable=global-statement
-    if _executor is None:
-        _executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "persipubsub")
+    # Popped: a thread that can not be started leaves the call with the executor, which may make it.
     calls = [call]
     try:
-        return _executor.submit(lambda: calls.pop()())  # pylint: disable=unnecessary-lambda
+        return _executor(os.getpid()).submit(lambda: calls.pop()())
     except RuntimeError:  # no thread is left, or the interpreter is about to exit
         done: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
         try:
@@ -115,9 +109,6 @@ async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = 
 
 
 # Sending
-
-Sending: TypeAlias = tuple[Sequence[bytes], persipubsub.engine.Recipients,
-                           persipubsub.engine.MessageIds]
 
 
 class _Outbox:
@@ -214,7 +205,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise TypeError: if only one of id and configuration is given
         """
         super().__init__(pub_id, config_pth)
-        self._given = pub_id, config_pth, autosync
+        self._autosync = autosync
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
 
     async def init(self,
@@ -242,9 +233,8 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
 
         :return: itself
         """
-        pub_id, config_pth, autosync = self._given
-        if pub_id is not None and config_pth is not None:
-            await self.init(pub_id, config_pth, autosync)
+        if self._given is not None:
+            await self.init(*self._given, self._autosync)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -472,9 +462,9 @@ async def _end(endings: Sequence[Ending]) -> None:
     if not hasattr(endings[0].lease, "aack"):
         await _run(functools.partial(persipubsub.face.end, endings))
         return
-    for ending in endings:
-        lease = cast(persipubsub.engine.LoopLease, ending.lease)
-        await (lease.aack() if ending.is_ack else lease.anack(ending.error))
+    lease: Any
+    for lease, is_ack, error in endings:
+        await (lease.aack() if is_ack else lease.anack(error))
 
 
 class Receipt(persipubsub.face.Block[ContentT]):
@@ -645,7 +635,6 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise TypeError: if only one of id and configuration is given
         """
         super().__init__(sub_id, config_pth)
-        self._given = sub_id, config_pth
         #: By loop, and whether its tasks wait for the newest message.
         self._lines: dict[tuple[asyncio.AbstractEventLoop, bool], _Line] = {}
         self._endings: set["asyncio.Future[None]"] = set()
@@ -670,9 +659,8 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
         :return: itself
         """
-        sub_id, config_pth = self._given
-        if sub_id is not None and config_pth is not None:
-            await self.init(sub_id, config_pth)
+        if self._given is not None:
+            await self.init(*self._given)
         return self
 
     async def __aexit__(self, *_: object) -> None:

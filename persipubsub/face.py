@@ -107,11 +107,15 @@ class Handle(Generic[OpenT]):
     def __init__(self, identifier: str | None,
                  config_pth: persipubsub.config.ConfigLike | None) -> None:
         """Initialize without a queue."""
-        if (identifier is None) != (config_pth is None):
+        self._given = None
+        self._name = ""
+        self._opened: OpenT | None = None
+        if identifier is not None and config_pth is not None:
+            self._given = identifier, config_pth
+            self._name = f"{identifier!r}, "
+        elif identifier is not None or config_pth is not None:
             raise TypeError("Expected an id and a configuration, or neither of them, but got: "
                             f"{identifier!r}, {config_pth!r}")
-        self._opened: OpenT | None = None
-        self._name = "" if identifier is None else f"{identifier!r}, "
 
     def _require(self) -> OpenT:
         """Return what is open."""
@@ -169,10 +173,6 @@ def end(endings: Iterable[Ending]) -> None:
             lease.nack(error)
 
 
-def _contents(lease: Lease, details: bool) -> list[Any]:
-    return lease.details() if details else lease.messages
-
-
 def refuse() -> NoReturn:
     """Take the place of what takes messages for a block, once it did."""
     raise ValueError("Expected a receipt for one block, but got: a second one. Receive again.")
@@ -201,8 +201,12 @@ class Block(Generic[ContentT]):
     def _hold(self, lease: Lease | None) -> ContentT:
         """Return what the block gets of what was taken."""
         self._lease = lease
-        contents = [] if lease is None else _contents(lease, self._details)
-        return contents if self._is_batch else next(iter(contents), None)  # type: ignore
+        contents: Any = []
+        if lease is not None:
+            contents = lease.details() if self._details else lease.messages
+        if not self._is_batch:
+            contents = contents[0] if contents else None
+        return contents  # type: ignore[no-any-return]
 
     def _form(self) -> str:
         called = "receive_many(100) as msgs" if self._is_batch else "receive() as msg"
@@ -249,9 +253,9 @@ class Batch(Generic[ContentT]):
 
     def _begin(self, lease: Lease) -> ContentT:
         self._lease = lease
-        self._items = _contents(lease, self._details)
-        self._given = 1
-        return self._items[0]
+        items: list[Any] = lease.details() if self._details else lease.messages
+        self._items, self._given = items, 1
+        return items[0]  # type: ignore[no-any-return]
 
     def _acknowledged(self) -> list[Ending]:
         """End what the loop got so far, the message at hand included; the rest stays."""

@@ -61,7 +61,7 @@ def migrate(config: Config, queue_key: str, target: str, progress: Progress) -> 
     :raise ConfigError: if the queue is on servers, or the target is not
     """
     persipubsub.queue.directory_of(config, queue_key)
-    if not persipubsub.config.scheme_of(target):
+    if persipubsub.config.scheme_of(target) != "nats":
         raise persipubsub.errors.ConfigError(
             f"Expected the other queue as nats://..., but got: {target!r}")
     moved = _describe(config, queue_key, target)

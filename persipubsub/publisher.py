@@ -45,8 +45,8 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise TypeError: if only one of id and configuration is given
         """
         super().__init__(pub_id, config_pth)
-        if pub_id is not None and config_pth is not None:
-            self.init(pub_id, config_pth, autosync)
+        if self._given is not None:
+            self.init(*self._given, autosync)
 
     def init(self,
              pub_id: str,

@@ -169,8 +169,8 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise TypeError: if only one of id and configuration is given
         """
         super().__init__(sub_id, config_pth)
-        if sub_id is not None and config_pth is not None:
-            self.init(sub_id, config_pth)
+        if self._given is not None:
+            self.init(*self._given)
 
     def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
         """
