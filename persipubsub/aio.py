@@ -57,10 +57,12 @@ _ROOM_SECS: Final = 0.02
 
 
 @functools.cache
-def _executor(process_id: int) -> concurrent.futures.ThreadPoolExecutor:
-    """Return the threads of a process: a forked child has none of its parent's."""
-    del process_id
+def _executor() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(_THREADS, "persipubsub")
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]":
@@ -68,7 +70,8 @@ def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]"
     # Popped: a thread that can not be started leaves the call with the executor, which may make it.
     calls = [call]
     try:
-        return _executor(os.getpid()).submit(lambda: calls.pop()())
+        # pylint: disable-next=unnecessary-lambda
+        return _executor().submit(lambda: calls.pop()())
     except RuntimeError:  # no thread is left, or the interpreter is about to exit
         done: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
         try:
