@@ -19,9 +19,9 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.place
 from persipubsub.config import Config
-from persipubsub.lmdb_engine import (attempts, check, consuming, dead_letters, environment, figures,
-                                     locks, pending, positions, retention, sending)
+from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, figures
 from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import locks, pending, positions, retention, sending
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.place import Place
