@@ -29,14 +29,18 @@ import persipubsub.engine
 import persipubsub.errors
 import persipubsub.face
 import persipubsub.statistics
-from persipubsub.face import BytesLike, ContentT, MessageId
+from persipubsub.engine import Lease, Sending
+from persipubsub.face import BytesLike, ContentT, Ending, MessageId
 from persipubsub.message import Message
 
-__all__ = ["BatchReceipt", "Messages", "Pub", "Receipt", "Sub"]
+__all__ = ["Messages", "Pub", "Receipt", "Sub"]
 
 ResultT = TypeVar("ResultT")
 
-Take: TypeAlias = Callable[[], Awaitable[persipubsub.engine.Lease | None]]
+Take: TypeAlias = Callable[[], Awaitable[Lease | None]]
+
+#: Acknowledges and gives back, to the end even if the task is cancelled.
+End: TypeAlias = Callable[[Sequence[Ending]], Awaitable[None]]
 
 #: Threads of the process for all queues: a write may wait for another process for long.
 _THREADS: Final = 32
@@ -51,26 +55,23 @@ _MOST_TAKEN: Final = 16
 #: Time between two attempts of a task that waits for room, in seconds.
 _ROOM_SECS: Final = 0.02
 
-_executor: concurrent.futures.ThreadPoolExecutor | None = None
 
-
-def _forget_executor() -> None:
-    global _executor  # pylint: disable=global-statement
-    _executor = None
+@functools.cache
+def _executor() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(_THREADS, "persipubsub")
 
 
 # A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_forget_executor)
+os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]":
     """Have a call made in a thread; in this one if none can be started, so that nothing is lost."""
-    global _executor  # pylint: disable=global-statement
-    if _executor is None:
-        _executor = concurrent.futures.ThreadPoolExecutor(_THREADS, "persipubsub")
+    # Popped: a thread that can not be started leaves the call with the executor, which may make it.
     calls = [call]
     try:
-        return _executor.submit(lambda: calls.pop()())  # pylint: disable=unnecessary-lambda
+        # pylint: disable-next=unnecessary-lambda
+        return _executor().submit(lambda: calls.pop()())
     except RuntimeError:  # no thread is left, or the interpreter is about to exit
         done: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
         try:
@@ -80,13 +81,10 @@ def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]"
         return done
 
 
-def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> bool:
-    """Have a function called in the thread of a loop; False if that was closed."""
-    try:
+def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> None:
+    """Have a function called in the thread of a loop, unless that was closed."""
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *given)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _wake(woken: "asyncio.Future[None]") -> None:
@@ -94,13 +92,11 @@ def _wake(woken: "asyncio.Future[None]") -> None:
         woken.set_result(None)
 
 
-async def _run(call: Callable[[], ResultT],
-               undo: Callable[[ResultT], object] | None = None) -> ResultT:
+async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = None) -> ResultT:
     """
     Make a call in a thread. It is made to its end even if the task is cancelled; then it is undone.
 
-    Not ``asyncio.wrap_future``: a task that is cancelled in the moment in which its future is done
-    would forget a lease.
+    Not ``asyncio.shield`` around ``asyncio.wrap_future``, which takes up to twice as long.
     """
     loop = asyncio.get_running_loop()
     woken: "asyncio.Future[None]" = loop.create_future()
@@ -110,20 +106,12 @@ async def _run(call: Callable[[], ResultT],
         await woken
     except BaseException:
         if undo is not None:
-            done.add_done_callback(functools.partial(_undo, undo))
+            done.add_done_callback(lambda _: _submit(undo))
         raise
     return done.result()
 
 
-def _undo(undo: Callable[[ResultT], object], done: "concurrent.futures.Future[ResultT]") -> None:
-    if done.exception() is None:
-        _submit(functools.partial(undo, done.result()))
-
-
 # Sending
-
-Sending: TypeAlias = tuple[Sequence[bytes], persipubsub.engine.Recipients,
-                           persipubsub.engine.MessageIds]
 
 
 class _Outbox:
@@ -152,27 +140,30 @@ class _Outbox:
         await future
 
     def _start(self) -> None:
-        group: list[tuple[Sending, "asyncio.Future[None]"]] = []
+        sendings: list[Sending] = []
+        futures: list["asyncio.Future[None]"] = []
         count = size = 0
-        for sending, future in self._waiting:
+        while self._waiting:
+            sending, future = self._waiting[0]
             count += len(sending[0])
             size += sum(map(len, sending[0]))
-            if group and (count > _MOST_MESSAGES or size > _MOST_BYTES):
+            if sendings and (count > _MOST_MESSAGES or size > _MOST_BYTES):
                 break
-            group.append((sending, future))
-        del self._waiting[:len(group)]
-        # A task that was cancelled before its turn sends nothing.
-        group = [(sending, future) for sending, future in group if not future.done()]
-        self._is_busy = bool(group or self._waiting)
-        if self._is_busy:
-            _submit(lambda: self.queue.put_each([sending for sending, _ in group])
-                    ).add_done_callback(lambda done: _post(self._loop, self._end, group, done))
+            del self._waiting[0]
+            # A task that was cancelled before its turn sends nothing.
+            if not future.done():
+                sendings.append(sending)
+                futures.append(future)
+        self._is_busy = bool(sendings)
+        if sendings:
+            _submit(lambda: self.queue.put_each(sendings)).add_done_callback(
+                lambda done: _post(self._loop, self._end, futures, done))
 
-    def _end(self, group: "list[tuple[Sending, asyncio.Future[None]]]",
+    def _end(self, futures: "list[asyncio.Future[None]]",
              done: "concurrent.futures.Future[list[BaseException | None]]") -> None:
-        failed = done.exception()
-        errors = done.result() if failed is None else [failed] * len(group)
-        for (_, future), error in zip(group, errors):
+        failure = done.exception()
+        errors = done.result() if failure is None else [failure] * len(futures)
+        for future, error in zip(futures, errors):
             if future.done():
                 continue
             if error is None:
@@ -216,9 +207,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :param autosync: True to let ``send_many`` commit each message by itself
         :raise TypeError: if only one of id and configuration is given
         """
-        super().__init__()
-        self._given = persipubsub.face.arguments(pub_id, config_pth)
-        self._name = "" if pub_id is None else f"{pub_id!r}, "
+        super().__init__(pub_id, config_pth)
         self._autosync = autosync
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
 
@@ -238,8 +227,8 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise PersipubsubError: as :py:meth:`persipubsub.publisher.Pub.init` does
         """
         await _run(
-            lambda: self._open(pub_id, persipubsub.face.Target.open(pub_id, config_pth, autosync)),
-            undo=lambda _: self._put(None))
+            lambda: self._replace(persipubsub.face.Target.open(pub_id, config_pth, autosync)),
+            undo=lambda: self._replace(None))
 
     async def __aenter__(self) -> Self:
         """
@@ -248,7 +237,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :return: itself
         """
         if self._given is not None:
-            await self.init(*self._given, autosync=self._autosync)
+            await self.init(*self._given, self._autosync)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -261,7 +250,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
 
         Messages that other tasks are sending are sent, or these tasks get a ``ClosedError``.
         """
-        await _run(lambda: self._put(None))
+        await _run(lambda: self._replace(None))
 
     async def send(self,
                    msg: BytesLike,
@@ -288,10 +277,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
             most about twice ``busy_timeout_secs``
         :raise DiskFullError: if the disk, or the store, has no room
         """
-        target = self._get()
-        message = persipubsub.face.encode(msg)
-        await self._send(target, (message, ), persipubsub.face.encode_ids((msg_id, ), count=1),
-                         persipubsub.face.seconds_of(timeout))
+        await self.send_many([msg], timeout, None if msg_id is None else [msg_id])
 
     async def send_many(self,
                         msgs: Sequence[BytesLike],
@@ -311,17 +297,16 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise MessageTooLargeError: if the queue could never hold one of them, or all together
         :raise PersipubsubError: otherwise as :py:meth:`send` does
         """
-        target = self._get()
+        target = self._require()
         seconds = persipubsub.face.seconds_of(timeout)
         for messages, ids in target.batches(msgs, msg_ids):
-            await self._send(target, messages, ids, seconds)
+            if hasattr(target.queue, "aput"):
+                await target.queue.aput(messages, target.recipients, seconds, ids)
+            else:
+                await self._put(target.queue, (messages, target.recipients, ids), seconds)
 
-    async def _send(self, target: persipubsub.face.Target, messages: Sequence[bytes],
-                    ids: persipubsub.engine.MessageIds, timeout: float | None) -> None:
-        queue = target.queue
-        if hasattr(queue, "aput"):
-            await queue.aput(messages, target.recipients, timeout, ids)
-            return
+    async def _put(self, queue: persipubsub.engine.Queue, sending: Sending,
+                   timeout: float | None) -> None:
         loop = asyncio.get_running_loop()
         outbox = self._outboxes.get(loop)
         if outbox is None or outbox.queue is not queue:
@@ -329,44 +314,36 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
                 del self._outboxes[other]
             outbox = _Outbox(cast(persipubsub.engine.TaskQueue, queue), loop)
             self._outboxes[loop] = outbox
-        deadline = None if timeout is None else loop.time() + timeout
+        deadline = math.inf if timeout is None else loop.time() + timeout
         while True:
             try:
-                await outbox.put((messages, target.recipients, ids))
-                return
+                return await outbox.put(sending)
             except persipubsub.errors.QueueFullError:
-                left = _ROOM_SECS if deadline is None else deadline - loop.time()
-                if not outbox.queue.waits_for_room or left <= 0:
+                pause = min(_ROOM_SECS, deadline - loop.time())
+                if pause <= 0 or not outbox.queue.waits_for_room:
                     raise
             # Not in a thread: each task that waits would need one.
-            await asyncio.sleep(min(_ROOM_SECS, left))
+            await asyncio.sleep(pause)
 
 
 # Receiving
 
 
-class _Waiter:
+class _Waiter(NamedTuple):
     """One task that waits for messages."""
 
-    __slots__ = ("future", "deadline", "poll_secs", "max_messages", "is_newest")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float | None, poll_secs: float,
-                 max_messages: int, is_newest: bool) -> None:
-        self.future: "asyncio.Future[persipubsub.engine.Lease | None]" = loop.create_future()
-        self.deadline = math.inf if timeout is None else loop.time() + timeout
-        self.poll_secs = poll_secs
-        self.max_messages = max_messages
-        self.is_newest = is_newest
+    future: "asyncio.Future[Lease | None]"
+    deadline: float  #: on the clock of the loop
+    poll_secs: float
+    max_messages: int
 
 
 class _Look(NamedTuple):
-    """What a look at the queue came to."""
+    """What a look at the queue came to: for each waiter, a lease, then nothing or an error."""
 
-    waiters: list[_Waiter]  #: for which it was looked
-    taken: dict[_Waiter, persipubsub.engine.Lease]
-    #: Seconds until the next look for the newest message (True), or the next one, if there is none.
-    missed: dict[bool, float]
-    error: BaseException | None
+    leases: list[Lease]
+    pause: float | None = None  #: seconds until the next look, if there was no further message
+    error: BaseException | None = None
 
 
 class _Line:
@@ -378,30 +355,28 @@ class _Line:
     and 16 tasks received half as much.
     """
 
-    def __init__(self, consumer: persipubsub.engine.TaskConsumer,
+    def __init__(self, consumer: persipubsub.engine.TaskConsumer, is_newest: bool,
                  loop: asyncio.AbstractEventLoop) -> None:
         self.consumer = consumer
-        self.process_id = os.getpid()
+        self._is_newest = is_newest
         self._loop = loop
+        self._process_id = os.getpid()
         self._waiters: list[_Waiter] = []
         self._is_looking = False
         self._is_due = False  # something came since the look began
         self._listener: persipubsub.engine.Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._is_closed = False
 
-    async def take(self, timeout: float | None, poll_secs: float, max_messages: int,
-                   is_newest: bool) -> persipubsub.engine.Lease | None:
+    async def take(self, timeout: float | None, poll_secs: float,
+                   max_messages: int) -> Lease | None:
         """Wait for messages, and take them; None if none came in time."""
-        if self._is_closed:
-            raise _closed()
-        waiter = _Waiter(self._loop, timeout, poll_secs, max_messages, is_newest)
-        self._waiters.append(waiter)
+        future: "asyncio.Future[Lease | None]" = self._loop.create_future()
+        deadline = math.inf if timeout is None else self._loop.time() + timeout
+        self._waiters.append(_Waiter(future, deadline, poll_secs, max_messages))
         self._look()
         try:
-            return await waiter.future
+            return await future
         except BaseException:
-            future = waiter.future
             # Cancelled in the moment in which it got messages.
             if future.done() and not future.cancelled() and future.exception() is None:
                 _give_back(future.result())
@@ -415,185 +390,127 @@ class _Line:
         self._is_looking, self._is_due = True, False
         if self._timer is not None:
             self._timer.cancel()
-        _submit(functools.partial(self._take, list(self._waiters),
-                                  self._loop.time())).add_done_callback(self._finish)
+        waiters = list(self._waiters)
+        # If the loop is closed by then, the leases are dropped, which gives the messages back.
+        _submit(functools.partial(self._take, waiters[:_MOST_TAKEN])).add_done_callback(
+            lambda done: _post(self._loop, self._hand_out, waiters, done))
 
-    def _take(self, waiters: list[_Waiter], now: float) -> _Look:
-        look = _Look(waiters, {}, {}, None)
+    def _take(self, waiters: list[_Waiter]) -> _Look:
+        leases: list[Lease] = []
         try:
-            if self._listener is not None:
-                self._listener.arm()
             for waiter in waiters:
-                if len(look.taken) == _MOST_TAKEN or len(look.missed) == 2:
-                    break
-                if waiter.is_newest not in look.missed:
-                    lease, pause = self.consumer.try_take(waiter.max_messages, waiter.is_newest)
-                    if lease is None:
-                        look.missed[waiter.is_newest] = pause
-                    else:
-                        look.taken[waiter] = lease
-            if look.missed and self._listener is None and any(waiter.deadline > now
-                                                              for waiter in waiters):
-                self._listener = self.consumer.listen(lambda: _post(self._loop, self._look))
-                look.missed.update(dict.fromkeys(look.missed, 0.0))  # what came before it is armed
-                if self._is_closed:
-                    self._listener.close()
+                lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
+                if lease is None:
+                    listener = self._listener
+                    if listener is None:
+                        listener = self.consumer.listen(lambda: _post(self._loop, self._look))
+                        self._listener = listener
+                    listener.arm()
+                    # What came before it was armed.
+                    lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
+                if lease is None:
+                    return _Look(leases, pause=pause)
+                leases.append(lease)
         except BaseException as error:  # pylint: disable=broad-exception-caught
-            return look._replace(error=error)
-        return look
+            self._forget_listener()  # the queue may be closed
+            return _Look(leases, error=error)
+        return _Look(leases)
 
-    def _finish(self, done: "concurrent.futures.Future[_Look]") -> None:
-        look = done.result()
-        if not _post(self._loop, self._hand_out, look):
-            for lease in look.taken.values():
-                _give_back(lease)
+    def _forget_listener(self) -> None:
+        listener, self._listener = self._listener, None
+        # In a forked child, it is that of the parent.
+        if listener is not None and self._process_id == os.getpid():
+            listener.close()
 
-    def _hand_out(self, look: _Look) -> None:
+    def _hand_out(self, waiters: list[_Waiter], done: "concurrent.futures.Future[_Look]") -> None:
         self._is_looking = False
-        for waiter, lease in look.taken.items():
+        leases, pause, error = done.result()
+        for waiter, lease in zip(waiters, leases):
             if waiter.future.done():
                 _give_back(lease)
                 self._is_due = True
             else:
                 waiter.future.set_result(lease)
         now = self._loop.time()
-        error = look.error
-        for waiter in look.waiters:
+        for waiter in waiters[len(leases):]:
             if waiter.future.done():
                 continue
-            if waiter.is_newest not in look.missed and error is not None:
+            if error is not None:
                 waiter.future.set_exception(error)
                 if isinstance(error, persipubsub.errors.CorruptMessageError):
-                    error = None  # it was set aside, and concerns nobody else
-            elif waiter.is_newest in look.missed and waiter.deadline <= now:
+                    break  # it was set aside, and concerns nobody else
+            elif pause is not None and waiter.deadline <= now:
                 waiter.future.set_result(None)
         self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
-        if self._is_due or any(waiter.is_newest not in look.missed for waiter in self._waiters):
+        if pause is None or self._is_due:
             self._look()
         elif self._waiters:
-            pause = min(min(waiter.poll_secs, waiter.deadline - now) for waiter in self._waiters)
-            self._timer = self._loop.call_later(min(pause, *look.missed.values()), self._look)
+            pause = min(pause,
+                        *(min(waiter.poll_secs, waiter.deadline - now) for waiter in self._waiters))
+            self._timer = self._loop.call_later(pause, self._look)
 
     def close(self) -> None:
-        """Let all tasks fail. Any thread may call it."""
-        self._is_closed = True
-        if self.process_id == os.getpid():
-            if self._listener is not None:
-                self._listener.close()
-            _post(self._loop, self._fail)
-
-    def _fail(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.future.done():
-                waiter.future.set_exception(_closed())
-        self._waiters.clear()
+        """Let all tasks fail, once the queue is closed. Any thread may call it."""
+        self._forget_listener()
+        _post(self._loop, self._look)
 
 
-def _closed() -> persipubsub.errors.ClosedError:
-    return persipubsub.errors.ClosedError(
-        "Expected an open subscriber to receive from, but got: close() was called")
-
-
-def _give_back(lease: persipubsub.engine.Lease | None) -> None:
+def _give_back(lease: Lease | None) -> None:
     """Have messages given back that nobody waits for."""
     if lease is not None:
         _submit(lease.nack)  # which fails if the queue was closed: that gave them back
 
 
-async def _end(endings: Sequence[persipubsub.face.Ending]) -> None:
-    """End all leases, even if one can not be."""
+async def _end(endings: Sequence[Ending]) -> None:
     if not hasattr(endings[0].lease, "aack"):
         await _run(functools.partial(persipubsub.face.end, endings))
         return
-    async with contextlib.AsyncExitStack() as stack:
-        for ending in reversed(endings):
-            lease = cast(persipubsub.engine.LoopLease, ending.lease)
-            if ending.is_ack:
-                stack.push_async_callback(lease.aack)
-            else:
-                stack.push_async_callback(lease.anack, ending.error)
+    lease: Any
+    for lease, is_ack, error in endings:
+        await (lease.aack() if is_ack else lease.anack(error))
 
 
-class _Ends:
-    """Ends leases, to the end even if the task is cancelled; waited for before closing."""
+class Receipt(persipubsub.face.Block[ContentT]):
+    """
+    One message, or a list of several, in an ``async with`` block.
 
-    def __init__(self) -> None:
-        self._tasks: set["asyncio.Future[None]"] = set()
-
-    async def __call__(self, endings: Sequence[persipubsub.face.Ending]) -> None:
-        if endings:
-            task = asyncio.ensure_future(_end(endings))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await asyncio.shield(task)
-
-    async def wait(self) -> None:
-        """Wait for what tasks of this loop began that were cancelled."""
-        loop = asyncio.get_running_loop()
-        tasks = [task for task in self._tasks if task.get_loop() is loop]
-        if tasks:
-            await asyncio.wait(tasks)
-
-
-class _Receipt(persipubsub.face.Block[Take, ContentT]):
-    """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
+    Returned by :py:meth:`persipubsub.aio.Sub.receive` and
+    :py:meth:`persipubsub.aio.Sub.receive_many`; to be entered once.
+    """
 
     __slots__ = ("_end", )
 
-    def __init__(self, take: Take, contents: persipubsub.face.Contents[ContentT],
-                 end: "_Ends") -> None:
-        super().__init__(take, contents)
+    _prefix = "async "
+
+    def __init__(self, take: Take, end: End, details: bool, is_batch: bool = False) -> None:
+        """
+        Initialize without taking anything.
+
+        :param take: waits for messages and takes them
+        :param end: acknowledges and gives back
+        :param details: True if the block gets all that is known of messages, not only bytes
+        :param is_batch: True if it gets a list
+        """
+        super().__init__(take, details, is_batch)
         self._end = end
+
+    async def __aenter__(self) -> ContentT:
+        """
+        Wait for messages.
+
+        :return: message, None if none came in time; or a list, empty if none came in time
+        """
+        take, self._take = self._take, persipubsub.face.refuse
+        return self._hold(await take())
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            await self._end([persipubsub.face.Ending(lease, error is None, error)])
+        if self._lease is not None:
+            await self._end([Ending(self._lease, error is None, error)])
 
 
-class Receipt(_Receipt[ContentT]):
-    """
-    One message in an ``async with`` block.
-
-    Returned by :py:meth:`persipubsub.aio.Sub.receive`. Enter it once.
-    """
-
-    __slots__ = ()
-    _form = "async with sub.receive() as msg: ..."
-
-    async def __aenter__(self) -> ContentT | None:
-        """
-        Wait for a message.
-
-        :return: message; None if none came in time
-        """
-        lease = self._lease = await self._enter()()
-        return None if lease is None else self._contents(lease)[0]
-
-
-class BatchReceipt(_Receipt[ContentT]):
-    """
-    Several messages in an ``async with`` block.
-
-    Returned by :py:meth:`persipubsub.aio.Sub.receive_many`. Enter it once.
-    """
-
-    __slots__ = ()
-    _form = "async with sub.receive_many(100) as msgs: ..."
-
-    async def __aenter__(self) -> list[ContentT]:
-        """
-        Wait for messages.
-
-        :return: messages; empty if none came in time
-        """
-        lease = self._lease = await self._enter()()
-        return [] if lease is None else self._contents(lease)
-
-
-class Messages(persipubsub.face.Batch[Take, ContentT]):
+class Messages(persipubsub.face.Batch[ContentT]):
     """
     Iterate over messages, and acknowledge them when the next one is asked for.
 
@@ -612,16 +529,15 @@ class Messages(persipubsub.face.Batch[Take, ContentT]):
 
     __slots__ = ("_end", )
 
-    def __init__(self, take: Take, contents: persipubsub.face.Contents[ContentT],
-                 end: "_Ends") -> None:
+    def __init__(self, take: Take, end: End, details: bool) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
-        :param contents: turns them into what the loop gets
         :param end: acknowledges and gives back
+        :param details: True if the loop gets all that is known of messages, not only bytes
         """
-        super().__init__(take, contents)
+        super().__init__(take, details)
         self._end = end
 
     async def __aenter__(self) -> Self:
@@ -721,11 +637,10 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :param config_pth: see :py:meth:`init`
         :raise TypeError: if only one of id and configuration is given
         """
-        super().__init__()
-        self._given = persipubsub.face.arguments(sub_id, config_pth)
-        self._name = "" if sub_id is None else f"{sub_id!r}, "
-        self._lines: dict[asyncio.AbstractEventLoop, _Line] = {}
-        self._ends = _Ends()
+        super().__init__(sub_id, config_pth)
+        #: By loop, and whether its tasks wait for the newest message.
+        self._lines: dict[tuple[asyncio.AbstractEventLoop, bool], _Line] = {}
+        self._endings: set["asyncio.Future[None]"] = set()
 
     async def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
         """
@@ -738,9 +653,8 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
             :py:class:`persipubsub.config.Config`
         :raise PersipubsubError: as :py:meth:`persipubsub.subscriber.Sub.init` does
         """
-        await _run(lambda: self._open(sub_id, persipubsub.face.Source.open(sub_id, config_pth)),
-                   undo=lambda _: self._put(None))
-        self._leave(self._get().consumer)
+        await _run(lambda: self._replace(persipubsub.face.Source.open(sub_id, config_pth)),
+                   undo=lambda: self._replace(None))
 
     async def __aenter__(self) -> Self:
         """
@@ -763,26 +677,40 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         Tasks that wait for a message get a ``ClosedError``. A message that is being received is
         given back.
         """
-        self._leave(None)
+        loop = asyncio.get_running_loop()
         try:
-            await self._ends.wait()
+            # What tasks of this loop began that were cancelled.
+            if endings := [ending for ending in self._endings if ending.get_loop() is loop]:
+                await asyncio.wait(endings)
         finally:
-            await _run(lambda: self._put(None))
+            await _run(lambda: self._replace(None))
+
+    def _replace(self, opened: persipubsub.face.Source | None) -> None:
+        super()._replace(opened)
+        self._leave(None if opened is None else opened.consumer)
 
     def _leave(self, consumer: persipubsub.engine.Consumer | None) -> None:
         """Let those fail who wait for messages of another consumer, or in a closed loop."""
-        for loop, line in list(self._lines.items()):
-            if line.consumer is not consumer or loop.is_closed():
-                self._lines.pop(loop, None)
+        for key, line in list(self._lines.items()):
+            if line.consumer is not consumer or key[0].is_closed():
+                self._lines.pop(key, None)
                 line.close()
+
+    async def _end(self, endings: Sequence[Ending]) -> None:
+        """End leases, to the end even if the task is cancelled."""
+        if endings:
+            task = asyncio.ensure_future(_end(endings))
+            self._endings.add(task)
+            task.add_done_callback(self._endings.discard)
+            await asyncio.shield(task)
 
     # yapf: disable
     @overload
     def receive(self, timeout: float | None = 60, retries: int = 10,
-                details: Literal[False] = False) -> Receipt[bytes]:        ...
+                details: Literal[False] = False) -> Receipt[bytes | None]:        ...
     @overload
     def receive(self, timeout: float | None = 60, retries: int = 10, *,
-                details: Literal[True]) -> Receipt[Message]:        ...
+                details: Literal[True]) -> Receipt[Message | None]:        ...
     # yapf: enable
     def receive(self,
                 timeout: float | None = 60,
@@ -805,16 +733,15 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: from the ``async with`` statement if the next message is
             damaged; it is set aside, and the next call gives the one after it
         """
-        return Receipt(self._taker(timeout, retries), persipubsub.face.contents_of(details),
-                       self._ends)
+        return Receipt(self._taker(timeout, retries), self._end, details)
 
     # yapf: disable
     @overload
     def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
-                       details: Literal[False] = False) -> Receipt[bytes]:        ...
+                       details: Literal[False] = False) -> Receipt[bytes | None]:        ...
     @overload
     def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
-                       details: Literal[True]) -> Receipt[Message]:        ...
+                       details: Literal[True]) -> Receipt[Message | None]:        ...
     # yapf: enable
     def receive_to_top(self,
                        timeout: float | None = 60,
@@ -831,22 +758,21 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: context manager of the message, see :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        return Receipt(self._taker(timeout, retries, is_newest=True),
-                       persipubsub.face.contents_of(details), self._ends)
+        return Receipt(self._taker(timeout, retries, is_newest=True), self._end, details)
 
     # yapf: disable
     @overload
     def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
-                     details: Literal[False] = False) -> BatchReceipt[bytes]:        ...
+                     details: Literal[False] = False) -> Receipt[list[bytes]]:        ...
     @overload
     def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
-                     details: Literal[True]) -> BatchReceipt[Message]:        ...
+                     details: Literal[True]) -> Receipt[list[Message]]:        ...
     # yapf: enable
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
                      retries: int = 10,
-                     details: bool = False) -> BatchReceipt[Any]:
+                     details: bool = False) -> Receipt[Any]:
         """
         Receive several messages in an ``async with`` block.
 
@@ -862,8 +788,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         persipubsub.face.check_count("max_msgs", max_msgs)
-        return BatchReceipt(self._taker(timeout, retries, max_msgs),
-                            persipubsub.face.contents_of(details), self._ends)
+        return Receipt(self._taker(timeout, retries, max_msgs), self._end, details, is_batch=True)
 
     # yapf: disable
     @overload
@@ -892,8 +817,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: iterator that ends when no message comes in time
         """
         persipubsub.face.check_count("prefetch", prefetch)
-        return Messages(self._taker(timeout, 1, prefetch), persipubsub.face.contents_of(details),
-                        self._ends)
+        return Messages(self._taker(timeout, 1, prefetch), self._end, details)
 
     def __aiter__(self) -> Messages[bytes]:
         """
@@ -909,7 +833,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
         :return: message that is neither acknowledged nor being received; None if there is none
         """
-        return await _run(self._get().consumer.front)
+        return await _run(self._require().consumer.front)
 
     async def pop_to_top(self) -> None:
         """
@@ -917,7 +841,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
         It is done even if the task is cancelled.
         """
-        source = self._get()
+        source = self._require()
         await _run(lambda: source.queue.skip_to_newest(source.subscriber))
 
     async def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
@@ -926,7 +850,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
         :return: figures
         """
-        return await _run(self._get().statistics)
+        return await _run(self._require().statistics)
 
     def _taker(self,
                timeout: float | None,
@@ -935,13 +859,13 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
                is_newest: bool = False) -> Take:
         """Check how long to wait; return what waits and takes."""
         seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
-        consumer = self._get().consumer
+        consumer = self._require().consumer
         if hasattr(consumer, "atake"):
             return functools.partial(consumer.atake, seconds, max_messages, is_newest)
-        loop = asyncio.get_running_loop()
-        line = self._lines.get(loop)
-        if line is None or line.consumer is not consumer or line.process_id != os.getpid():
+        key = asyncio.get_running_loop(), is_newest
+        line = self._lines.get(key)
+        if line is None or line.consumer is not consumer:
             self._leave(consumer)
-            line = _Line(cast(persipubsub.engine.TaskConsumer, consumer), loop)
-            self._lines[loop] = line
-        return functools.partial(line.take, seconds, poll_secs, max_messages, is_newest)
+            line = _Line(cast(persipubsub.engine.TaskConsumer, consumer), is_newest, key[0])
+            self._lines[key] = line
+        return functools.partial(line.take, seconds, poll_secs, max_messages)

@@ -19,8 +19,8 @@ import persipubsub.message
 import persipubsub.statistics
 
 __all__ = [
-    "Lease", "Consumer", "Queue", "Engine", "Listener", "TaskConsumer", "TaskQueue", "LoopLease",
-    "LoopConsumer", "LoopQueue", "Recipients", "MessageIds", "MAX_ID_BYTES", "of"
+    "Lease", "Consumer", "Queue", "Engine", "Listener", "TaskConsumer", "TaskQueue", "Recipients",
+    "MessageIds", "Sending", "MAX_ID_BYTES", "of"
 ]
 
 #: Modules by the scheme of a queue's path; a directory has none.
@@ -34,6 +34,9 @@ Recipients = tuple[str, ...] | None
 
 #: Ids of messages, None for a message without one; None: no message has one.
 MessageIds = Sequence[bytes | None] | None
+
+#: What one put adds.
+Sending = tuple[Sequence[bytes], Recipients, MessageIds]
 
 
 class Lease(Protocol):
@@ -64,11 +67,13 @@ class Consumer(Protocol):
     def take(self,
              timeout: float | None,
              poll_secs: float = 1.0,
-             max_messages: int = 1) -> Lease | None:
-        """Take what is there, at least one message, or wait; None if none came in time."""
+             max_messages: int = 1,
+             is_newest: bool = False) -> Lease | None:
+        """
+        Take what is there, at least one message, or wait; None if none came in time.
 
-    def take_newest(self, timeout: float | None, poll_secs: float = 1.0) -> Lease | None:
-        """Take the newest message, and acknowledge all older ones as skipped, or wait."""
+        The newest message is taken alone, and all older ones are acknowledged as skipped.
+        """
 
     def front(self) -> bytes | None:
         """Return the next message that is neither acknowledged nor taken, and leave it there."""
@@ -159,45 +164,14 @@ class TaskQueue(Queue, Protocol):
     def waits_for_room(self) -> bool:
         """Return whether senders wait in a full queue (strategy "block")."""
 
-    def put_each(
-        self, sendings: Sequence[tuple[Sequence[bytes], Recipients, MessageIds]]
-    ) -> list[BaseException | None]:
+    def put_each(self, sendings: Sequence[Sending]) -> list[BaseException | None]:
         """Put each, all or nothing, in as few commits as can be; never wait for room."""
 
 
-# An engine with an event loop of its own offers coroutines, to be awaited in any loop. A take that
-# is cancelled keeps nothing; a put, an ack or a nack that is cancelled is carried out.
-
-
-class LoopLease(Lease, Protocol):
-    """Lease of an engine with a loop of its own."""
-
-    async def aack(self) -> None:
-        """Do what ``ack`` does."""
-
-    async def anack(self, error: BaseException | None = None) -> None:
-        """Do what ``nack`` does."""
-
-
-class LoopConsumer(Consumer, Protocol):
-    """Consumer of an engine with a loop of its own."""
-
-    async def atake(self,
-                    timeout: float | None,
-                    max_messages: int = 1,
-                    is_newest: bool = False) -> LoopLease | None:
-        """Do what ``take`` or ``take_newest`` does."""
-
-
-class LoopQueue(Queue, Protocol):
-    """Queue of an engine with a loop of its own."""
-
-    async def aput(self,
-                   messages: Sequence[bytes],
-                   recipients: Recipients = None,
-                   timeout: float | None = None,
-                   msg_ids: MessageIds = None) -> int:
-        """Do what ``put`` does."""
+# An engine with an event loop of its own offers coroutines beside put, take, ack and nack of the
+# same arguments, to be awaited in any loop: aput of a queue, atake of a consumer (which has no
+# poll_secs), aack and anack of a lease. A take that is cancelled keeps nothing; a put, an ack or a
+# nack that is cancelled is carried out.
 
 
 def of(config: persipubsub.config.Config, queue_key: str) -> Engine:
@@ -207,15 +181,10 @@ def of(config: persipubsub.config.Config, queue_key: str) -> Engine:
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
     :return: engine
-    :raise ConfigError: if there is no such queue, its path has an unknown scheme, or the engine
-        needs an extra that is not installed
+    :raise ConfigError: if there is no such queue, or the engine needs an extra that is not
+        installed
     """
     scheme = persipubsub.config.scheme_of(config.queue_path(queue_key))
-    place = persipubsub.config.at(persipubsub.config.at("queues", queue_key), "path")
-    if scheme not in _MODULES:
-        persipubsub.config.fail(
-            config.path,
-            [f"{place}: Expected a directory or nats://..., but got: the scheme {scheme!r}"])
     try:
         return cast(Engine, importlib.import_module(_MODULES[scheme]))
     except ModuleNotFoundError as error:
@@ -223,6 +192,7 @@ def of(config: persipubsub.config.Config, queue_key: str) -> Engine:
             raise
         missing = error.name
     # An extra has the name of its scheme.
+    place = persipubsub.config.at(persipubsub.config.at("queues", queue_key), "path")
     persipubsub.config.fail(config.path, [
         f"{place}: Expected what {scheme}:// needs (pip install 'persipubsub[{scheme}]'), but got: "
         f"no module {missing!r}"

@@ -5,25 +5,21 @@ What a user gives is checked here, once for both; so is what becomes of messages
 and that it handled, or did not.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Final, Generic, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
 
 import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
-import persipubsub.message
 import persipubsub.statistics
-
-__all__ = [
-    "BytesLike", "MessageId", "Target", "Source", "Handle", "Block", "Batch", "Ending", "end",
-    "contents_of", "encode", "encode_all", "encode_ids", "seconds_of", "waiting", "check_count"
-]
+from persipubsub.engine import Lease
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 MessageId: TypeAlias = str | bytes
+
+ContentT = TypeVar("ContentT")
 
 #: A timeout of more than 30 years is none; an integer may be too large for a float.
 _FOREVER_SECS: Final = 1e9
@@ -32,14 +28,14 @@ _FOREVER_SECS: Final = 1e9
 class Target(NamedTuple):
     """Where an open publisher sends to."""
 
+    name: str  #: of the publisher and its queue
     queue: persipubsub.engine.Queue
     recipients: persipubsub.engine.Recipients
     autosync: bool  #: each message of several has a commit of its own
 
     @classmethod
-    def open(cls, pub_id: str, config_pth: persipubsub.config.ConfigLike,
-             autosync: bool) -> tuple[str, Self]:
-        """Open the queue of a publisher; return its key, too."""
+    def open(cls, pub_id: str, config_pth: persipubsub.config.ConfigLike, autosync: bool) -> Self:
+        """Open the queue of a publisher."""
         config = persipubsub.config.read(config_pth)
         publisher = config.publisher(pub_id)
         key = publisher.out_queue
@@ -51,11 +47,7 @@ class Target(NamedTuple):
             raise
         is_everybody = set(publisher.subscribers) == set(config.queues[key].subscribers)
         recipients = None if is_everybody else tuple(sorted(publisher.subscribers))
-        return key, cls(queue, recipients, autosync)
-
-    def close(self) -> None:
-        """Close the queue."""
-        self.queue.close()
+        return cls(f"{pub_id!r} of the queue {key!r}", queue, recipients, autosync)
 
     def batches(
         self, msgs: Iterable[BytesLike], msg_ids: Sequence[MessageId | None] | None
@@ -74,25 +66,23 @@ class Target(NamedTuple):
 class Source(NamedTuple):
     """Where an open subscriber receives from."""
 
+    name: str  #: of the subscriber and its queue
     queue: persipubsub.engine.Queue
     consumer: persipubsub.engine.Consumer
     subscriber: str
 
     @classmethod
-    def open(cls, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> tuple[str, Self]:
-        """Open the queue of a subscriber; return its key, too."""
+    def open(cls, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> Self:
+        """Open the queue of a subscriber."""
         config = persipubsub.config.read(config_pth)
         key = config.subscriber(sub_id).in_queue
         queue = persipubsub.engine.of(config, key).open_queue(config, key)
         try:
-            return key, cls(queue, queue.consumer(sub_id), sub_id)
+            consumer = queue.consumer(sub_id)
         except BaseException:
             queue.close()
             raise
-
-    def close(self) -> None:
-        """Close the queue."""
-        self.queue.close()
+        return cls(f"{sub_id!r} of the queue {key!r}", queue, consumer, sub_id)
 
     def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
         """Return the figures of the subscriber."""
@@ -104,50 +94,44 @@ class Source(NamedTuple):
             "call persipubsub.control.initialize_all_dbs")
 
 
-class _Closable(Protocol):
-    """What a handle has open."""
-
-    def close(self) -> None:
-        """Close it."""
-
-
-OpenT = TypeVar("OpenT", bound=_Closable)
+OpenT = TypeVar("OpenT", Target, Source)
 
 
 class Handle(Generic[OpenT]):
     """
     Publisher or subscriber: at most one open queue, while any thread opens and closes it.
 
-    No lock: a forked child would wait for ever for one that another thread held. Single operations
-    of a dictionary are atomic.
+    No lock: a forked child would wait for ever for one that another thread held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, identifier: str | None,
+                 config_pth: persipubsub.config.ConfigLike | None) -> None:
         """Initialize without a queue."""
+        self._given = None
         self._name = ""
-        self._opened: dict[None, OpenT] = {}  # under the key None, if there is something
+        self._opened: OpenT | None = None
+        if identifier is not None and config_pth is not None:
+            self._given = identifier, config_pth
+            self._name = f"{identifier!r}, "
+        elif identifier is not None or config_pth is not None:
+            raise TypeError("Expected an id and a configuration, or neither of them, but got: "
+                            f"{identifier!r}, {config_pth!r}")
 
-    def _get(self) -> OpenT:
-        opened = self._opened.get(None)
+    def _require(self) -> OpenT:
+        """Return what is open."""
+        opened = self._opened
         if opened is None:
             raise persipubsub.errors.ClosedError(
                 f"Expected {self!r} to be open, but got: init() was not called, or close() was")
         return opened
 
-    def _put(self, opened: OpenT | None) -> None:
-        """Close what is open, put something in its place; each is closed by one thread."""
-        while True:
-            old = self._opened.pop(None, None)
-            if old is not None:
-                old.close()
-            # Another thread may have put something there meanwhile.
-            if opened is None or self._opened.setdefault(None, opened) is opened:
-                return
-
-    def _open(self, identifier: str, opened: tuple[str, OpenT]) -> None:
-        queue_key, content = opened
-        self._put(content)
-        self._name = f"{identifier!r} of the queue {queue_key!r}, "
+    def _replace(self, opened: OpenT | None) -> None:
+        """Close what is open, and use something else in its place."""
+        old, self._opened = self._opened, opened
+        if opened is not None:
+            self._name = f"{opened.name}, "
+        if old is not None:
+            old.queue.close()
 
     def __repr__(self) -> str:
         """
@@ -155,7 +139,7 @@ class Handle(Generic[OpenT]):
 
         :return: text
         """
-        state = "open" if self._opened else "closed"
+        state = "closed" if self._opened is None else "open"
         return f"<{type(self).__module__}.{type(self).__name__} {self._name}{state}>"
 
     def __reduce_ex__(self, protocol: object) -> str:
@@ -169,62 +153,64 @@ class Handle(Generic[OpenT]):
                         f"id and the configuration there), but got: a copy of {self!r}")
 
 
-def arguments(
-    identifier: str | None, config_pth: persipubsub.config.ConfigLike | None
-) -> tuple[str, persipubsub.config.ConfigLike] | None:
-    """Check what a constructor got; None if it is not to open anything."""
-    if identifier is None and config_pth is None:
-        return None
-    if identifier is None or config_pth is None:
-        raise TypeError("Expected an id and a configuration, or neither of them, but got: "
-                        f"{identifier!r}, {config_pth!r}")
-    return identifier, config_pth
-
-
 # Messages that were taken
 
-TakeT = TypeVar("TakeT")
-ContentT = TypeVar("ContentT")
 
-Contents: TypeAlias = Callable[[persipubsub.engine.Lease], list[ContentT]]
+class Ending(NamedTuple):
+    """How a lease ends."""
 
-
-def contents_of(details: bool) -> Contents[Any]:
-    """Return what makes of a lease what a block gets: all that is known of messages, or bytes."""
-    return _details_of if details else _bytes_of
+    lease: Lease
+    is_ack: bool
+    error: BaseException | None = None
 
 
-def _bytes_of(lease: persipubsub.engine.Lease) -> list[bytes]:
-    return lease.messages
+def end(endings: Iterable[Ending]) -> None:
+    """End leases, one after the other."""
+    for lease, is_ack, error in endings:
+        if is_ack:
+            lease.ack()
+        else:
+            lease.nack(error)
 
 
-def _details_of(lease: persipubsub.engine.Lease) -> list[persipubsub.message.Message]:
-    return lease.details()
+def refuse() -> NoReturn:
+    """Take the place of what takes messages for a block, once it did."""
+    raise ValueError("Expected a receipt for one block, but got: a second one. Receive again.")
 
 
-class Block(Generic[TakeT, ContentT]):
+class Block(Generic[ContentT]):
     """Messages that are taken when a block is entered, and ended when it is left."""
 
-    __slots__ = ("_take", "_contents", "_lease")
+    __slots__ = ("_take", "_details", "_is_batch", "_lease")
 
-    _form = ""  #: how to use it
+    _prefix = ""  #: of the statement in which it is used
 
-    def __init__(self, take: TakeT, contents: Contents[ContentT]) -> None:
+    def __init__(self, take: Callable[[], Any], details: bool, is_batch: bool = False) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
-        :param contents: makes of them what the block gets
+        :param details: True if the block gets all that is known of messages, not only bytes
+        :param is_batch: True if it gets a list
         """
-        self._take: TakeT | None = take
-        self._contents = contents
-        self._lease: persipubsub.engine.Lease | None = None
+        self._take = take
+        self._details = details
+        self._is_batch = is_batch
+        self._lease: Lease | None = None
 
-    def _enter(self) -> TakeT:
-        take, self._take = self._take, None
-        if take is None:
-            raise ValueError(f"Expected a receipt for one block ({self._form}), but got: a second")
-        return take
+    def _hold(self, lease: Lease | None) -> ContentT:
+        """Return what the block gets of what was taken."""
+        self._lease = lease
+        contents: Any = []
+        if lease is not None:
+            contents = lease.details() if self._details else lease.messages
+        if not self._is_batch:
+            contents = contents[0] if contents else None
+        return contents  # type: ignore[no-any-return]
+
+    def _form(self) -> str:
+        called = "receive_many(100) as msgs" if self._is_batch else "receive() as msg"
+        return f"{self._prefix}with sub.{called}: ..."
 
     def __bool__(self) -> bool:
         """
@@ -232,55 +218,54 @@ class Block(Generic[TakeT, ContentT]):
 
         :raise TypeError: always
         """
-        raise TypeError(f"Expected a receipt in a block ({self._form}), but got: its truth value, "
-                        "which tells nothing about a message")
+        raise TypeError(f"Expected a receipt in a block ({self._form()}), but got: its truth "
+                        "value, which tells nothing about a message")
 
     def __del__(self) -> None:
         """Warn if no message was ever received."""
-        if getattr(self, "_take", None) is not None:
+        if self._take is not refuse:
             warnings.warn(
-                f"Expected a receipt in a block ({self._form}), but got: it was never entered, "
+                f"Expected a receipt in a block ({self._form()}), but got: it was never entered, "
                 "and received nothing",
                 ResourceWarning,
                 stacklevel=2,
                 source=self)
 
 
-class Batch(Generic[TakeT, ContentT]):
+class Batch(Generic[ContentT]):
     """Messages of a loop: several are taken and ended at once, and handed out one by one."""
 
-    __slots__ = ("_take", "_contents", "_lease", "_items", "_given", "_is_done")
+    __slots__ = ("_take", "_details", "_lease", "_items", "_given", "_is_done")
 
-    def __init__(self, take: TakeT, contents: Contents[ContentT]) -> None:
+    def __init__(self, take: Callable[[], Any], details: bool) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
-        :param contents: makes of them what the loop gets
+        :param details: True if the loop gets all that is known of messages, not only bytes
         """
         self._take = take
-        self._contents = contents
-        self._lease: persipubsub.engine.Lease | None = None
+        self._details = details
+        self._lease: Lease | None = None
         self._items: list[ContentT] = []
         self._given = 0  # how many of the items the loop got
         self._is_done = False
 
-    def _begin(self, lease: persipubsub.engine.Lease) -> ContentT:
+    def _begin(self, lease: Lease) -> ContentT:
         self._lease = lease
-        self._items = self._contents(lease)
-        self._given = 1
-        return self._items[0]
+        items: list[Any] = lease.details() if self._details else lease.messages
+        self._items, self._given = items, 1
+        return items[0]  # type: ignore[no-any-return]
 
-    def _acknowledged(self) -> "list[Ending]":
+    def _acknowledged(self) -> list[Ending]:
         """End what the loop got so far, the message at hand included; the rest stays."""
-        lease = self._lease
-        if lease is None or self._given in (0, len(self._items)):
-            return self._finish(self._given)
-        given, self._given = self._given, 0
-        self._items = self._items[given:]  # a copy: the list may be the lease's own
+        lease, given = self._lease, self._given
+        if lease is None or not 0 < given < len(self._items):
+            return self._finish(given)
+        self._items, self._given = self._items[given:], 0  # a copy: it may be the lease's own list
         return [Ending(lease.split(given), True)]
 
-    def _finish(self, handled: int, error: BaseException | None = None) -> "list[Ending]":
+    def _finish(self, handled: int, error: BaseException | None = None) -> list[Ending]:
         """End all: what was handled, the message that the error is about, and the rest."""
         lease, count, given = self._lease, len(self._items), self._given
         self._lease, self._items, self._given = None, [], 0
@@ -288,40 +273,15 @@ class Batch(Generic[TakeT, ContentT]):
             return []
         if handled == count:
             return [Ending(lease, True)]
-        endings = []
-        if handled > 0:
-            endings.append(Ending(lease.split(handled), True))
+        handled_well = [Ending(lease.split(handled), True)] if handled > 0 else []
+        failed = []
         if given == 0:
             error = None  # the message that failed was acknowledged before
         elif error is not None and handled + 1 < count:
-            endings.append(Ending(lease.split(1), False, error))
+            failed = [Ending(lease.split(1), False, error)]
             error = None
-        return endings + [Ending(lease, False, error)]
-
-
-class Ending(NamedTuple):
-    """How a lease ends."""
-
-    lease: persipubsub.engine.Lease
-    is_ack: bool
-    error: BaseException | None = None
-
-    def run(self) -> None:
-        """End it."""
-        if self.is_ack:
-            self.lease.ack()
-        else:
-            self.lease.nack(self.error)
-
-
-def end(endings: Sequence[Ending]) -> None:
-    """End all leases, even if one can not be."""
-    if len(endings) == 1:
-        endings[0].run()
-        return
-    with contextlib.ExitStack() as stack:
-        for ending in reversed(endings):
-            stack.callback(ending.run)
+        # Acknowledging may raise, and comes last.
+        return [*failed, Ending(lease, False, error), *handled_well]
 
 
 # What a user gives
@@ -411,7 +371,7 @@ def seconds_of(timeout: object) -> float | None:
     return None if timeout > _FOREVER_SECS else timeout
 
 
-def waiting(timeout: float | None, retries: int) -> tuple[float | None, float]:
+def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     """
     Check how long a caller wants to wait for a message.
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import persipubsub.config
 import persipubsub.queue
-from persipubsub.lmdb_engine import consuming, dead_letters, maintenance
+from persipubsub.lmdb_engine import consuming, dead_letters
 from persipubsub.message import DeadLetter
 
 __all__ = ["ListedDeadLetter", "queues_of", "look", "drop", "send_back"]
@@ -34,16 +34,12 @@ def queues_of(config: persipubsub.config.Config) -> list[str]:
 
 def look(config: persipubsub.config.Config, queue_key: str) -> Iterator[ListedDeadLetter]:
     """Look at the dead letters of a queue, in order, without taking them."""
-    path = persipubsub.queue.directory_of(config, queue_key)
     start = 0
-    while True:
-        page = maintenance.peek(path, config.queues[queue_key], persipubsub.config.DEAD_LETTERS,
-                                _PAGE, start)
+    while page := persipubsub.queue.peek(config, queue_key, persipubsub.config.DEAD_LETTERS, _PAGE,
+                                         start):
         for message in page:
             if message.content is not None:
                 yield ListedDeadLetter(message.number, DeadLetter.decode(message.content))
-        if not page:
-            return
         start = page[-1].number + 1
 
 
@@ -57,23 +53,22 @@ def send_back(config: persipubsub.config.Config, queue_key: str,
               numbers: Sequence[int] | None) -> tuple[int, ...]:
     """Send dead letters to the subscriber that failed to work on them, and to nobody else."""
     path = os.path.realpath(config.queue_path(queue_key))
+    targets: dict[str, persipubsub.queue.Queue] = {}
+
+    def put(number: int, letter: DeadLetter) -> None:
+        if letter.queue not in targets:
+            targets[letter.queue] = stack.enter_context(
+                persipubsub.queue.open_queue(config, letter.queue))
+        target = targets[letter.queue]
+        target.require_subscribers([letter.subscriber])
+        msg_id = dead_letters.make_id("send back", path, number, letter.moved_at.isoformat())
+        target.put([letter.data], (letter.subscriber, ), timeout=0, msg_ids=[msg_id])
+
+    def secure() -> None:
+        for target in targets.values():
+            target.secure()
+
     with contextlib.ExitStack() as stack:
-        targets: dict[str, persipubsub.queue.Queue] = {}
-
-        def put(number: int, letter: DeadLetter) -> None:
-            target = targets.get(letter.queue)
-            if target is None:
-                config.queue_path(letter.queue)
-                target = stack.enter_context(persipubsub.queue.open_queue(config, letter.queue))
-                targets[letter.queue] = target
-            target.require_subscribers([letter.subscriber])
-            msg_id = dead_letters.make_id("send back", path, number, letter.moved_at.isoformat())
-            target.put([letter.data], (letter.subscriber, ), timeout=0, msg_ids=[msg_id])
-
-        def secure() -> None:
-            for target in targets.values():
-                target.secure()
-
         return _each(config, queue_key, numbers, put, secure)
 
 
@@ -81,45 +76,33 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Sequence[i
           work: Callable[[int, DeadLetter], None], secure: Callable[[], None]) -> tuple[int, ...]:
     """Do something with dead letters, and let each leave its queue afterwards."""
     done: list[int] = []
+    leases: list[consuming.Lease] = []
+
+    def finish() -> None:
+        if leases:
+            secure()
+        while leases:
+            lease = leases.pop(0)
+            lease.ack()
+            done.append(lease.numbers[0])
+
+    # After an error, closing the queue gives back what is left.
     with persipubsub.queue.open_queue(config, queue_key) as queue:
         consumer = queue.consumer(persipubsub.config.DEAD_LETTERS)
         # Those that come back meanwhile are not sent back again.
         end = queue.statistics().next_number
         if numbers is None:
             numbers = [listed.number for listed in look(config, queue_key)]
-        # No other can be there, and a claim has no room for any number.
-        numbers = [number for number in map(operator.index, numbers) if 0 < number < end]
-        leases: list[consuming.Lease] = []
         try:
-            for number in numbers:
-                lease = consumer.take_at(number)
+            for number in list(map(operator.index, numbers)):  # all of them are checked first
+                # No other can be there, and a claim has no room for any number.
+                lease = consumer.take_at(number) if 0 < number < end else None
                 if lease is not None:
+                    work(number, DeadLetter.decode(lease.messages[0]))
                     leases.append(lease)
-                    try:
-                        work(lease.numbers[0], DeadLetter.decode(lease.messages[0]))
-                    except BaseException:
-                        leases.pop().nack()
-                        raise
                 if len(leases) == _PAGE:
-                    done += _finish(leases, secure)
+                    finish()
         finally:
             # What came before an error leaves all the same.
-            done += _finish(leases, secure)
+            finish()
     return tuple(done)
-
-
-def _finish(leases: list[consuming.Lease], secure: Callable[[], None]) -> list[int]:
-    """Let dead letters leave their queue."""
-    numbers: list[int] = []
-    try:
-        if leases:
-            secure()
-        while leases:
-            lease = leases.pop(0)
-            lease.ack()
-            numbers.append(lease.numbers[0])
-    except BaseException:
-        while leases:
-            leases.pop().nack()
-        raise
-    return numbers

@@ -44,9 +44,9 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise PersipubsubError: as :py:meth:`init` does
         :raise TypeError: if only one of id and configuration is given
         """
-        super().__init__()
-        if (given := persipubsub.face.arguments(pub_id, config_pth)) is not None:
-            self.init(*given, autosync=autosync)
+        super().__init__(pub_id, config_pth)
+        if self._given is not None:
+            self.init(*self._given, autosync)
 
     def init(self,
              pub_id: str,
@@ -64,7 +64,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise FormatError: if the queue's directory holds something else
         :raise StoreCorruptError: if the store is damaged
         """
-        self._open(pub_id, persipubsub.face.Target.open(pub_id, config_pth, autosync))
+        self._replace(persipubsub.face.Target.open(pub_id, config_pth, autosync))
 
     def __enter__(self) -> Self:
         """
@@ -80,7 +80,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
 
     def close(self) -> None:
         """Close the queue; it may be closed twice. What was sent stays sent."""
-        self._put(None)
+        self._replace(None)
 
     def send(self,
              msg: BytesLike,
@@ -112,12 +112,14 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if the disk, or the store, has no room
         """
-        target = self._get()
-        message = persipubsub.face.encode(msg)
+        target = self._opened or self._require()
+        # Not isinstance: an object of a derived class might change.
+        if type(msg) is not bytes:  # pylint: disable=unidiomatic-typecheck
+            msg = persipubsub.face.encode(msg)
         if timeout is None and msg_id is None:
-            target.queue.put((message, ), target.recipients)
+            target.queue.put((msg, ), target.recipients)
         else:
-            target.queue.put((message, ), target.recipients, persipubsub.face.seconds_of(timeout),
+            target.queue.put((msg, ), target.recipients, persipubsub.face.seconds_of(timeout),
                              persipubsub.face.encode_ids((msg_id, ), count=1))
 
     def send_many(self,
@@ -154,7 +156,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise BusyTimeoutError: if another process is in the middle of a write for too long
         :raise DiskFullError: if the disk, or the store, has no room
         """
-        target = self._get()
+        target = self._require()
         seconds = persipubsub.face.seconds_of(timeout)
         for messages, ids in target.batches(msgs, msg_ids):
             target.queue.put(messages, target.recipients, seconds, ids)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, overload
+from typing import Any, Literal, Self, overload
 
 import persipubsub.config
 import persipubsub.engine
@@ -14,69 +14,40 @@ import persipubsub.statistics
 from persipubsub.face import ContentT
 from persipubsub.message import Message
 
-__all__ = ["BatchReceipt", "Messages", "Receipt", "Sub"]
-
-Take: TypeAlias = Callable[[], persipubsub.engine.Lease | None]
+__all__ = ["Messages", "Receipt", "Sub"]
 
 
-class _Receipt(persipubsub.face.Block[Take, ContentT]):
-    """Acknowledge on a clean exit what was taken on entry; give it back on an exception."""
+class Receipt(persipubsub.face.Block[ContentT]):
+    """
+    One message, or a list of several, in a ``with`` block.
+
+    Returned by :py:meth:`persipubsub.subscriber.Sub.receive` and
+    :py:meth:`persipubsub.subscriber.Sub.receive_many`; to be entered once.
+    """
 
     __slots__ = ()
+
+    def __enter__(self) -> ContentT:
+        """
+        Wait for messages.
+
+        :return: message, None if none came in time; or a list, empty if none came in time
+        """
+        take, self._take = self._take, persipubsub.face.refuse
+        return self._hold(take())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
-        lease, self._lease = self._lease, None
-        if lease is None:
-            return
-        if error is None:
-            lease.ack()
-        else:
-            lease.nack(error)
+        lease = self._lease
+        if lease is not None:
+            if error is None:
+                lease.ack()
+            else:
+                lease.nack(error)
 
 
-class Receipt(_Receipt[ContentT]):
-    """
-    One message in a ``with`` block.
-
-    Returned by :py:meth:`persipubsub.subscriber.Sub.receive`. Enter it once.
-    """
-
-    __slots__ = ()
-    _form = "with sub.receive() as msg: ..."
-
-    def __enter__(self) -> ContentT | None:
-        """
-        Wait for a message.
-
-        :return: message; None if none came in time
-        """
-        lease = self._lease = self._enter()()
-        return None if lease is None else self._contents(lease)[0]
-
-
-class BatchReceipt(_Receipt[ContentT]):
-    """
-    Several messages in a ``with`` block.
-
-    Returned by :py:meth:`persipubsub.subscriber.Sub.receive_many`. Enter it once.
-    """
-
-    __slots__ = ()
-    _form = "with sub.receive_many(100) as msgs: ..."
-
-    def __enter__(self) -> list[ContentT]:
-        """
-        Wait for messages.
-
-        :return: messages; empty if none came in time
-        """
-        lease = self._lease = self._enter()()
-        return [] if lease is None else self._contents(lease)
-
-
-class Messages(persipubsub.face.Batch[Take, ContentT]):
+class Messages(persipubsub.face.Batch[ContentT]):
     """
     Iterate over messages, and acknowledge them when the next one is asked for.
 
@@ -197,9 +168,9 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise PersipubsubError: as :py:meth:`init` does
         :raise TypeError: if only one of id and configuration is given
         """
-        super().__init__()
-        if (given := persipubsub.face.arguments(sub_id, config_pth)) is not None:
-            self.init(*given)
+        super().__init__(sub_id, config_pth)
+        if self._given is not None:
+            self.init(*self._given)
 
     def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
         """
@@ -213,7 +184,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise FormatError: if the queue's directory holds something else
         :raise StoreCorruptError: if the store is damaged
         """
-        self._open(sub_id, persipubsub.face.Source.open(sub_id, config_pth))
+        self._replace(persipubsub.face.Source.open(sub_id, config_pth))
 
     def __enter__(self) -> Self:
         """
@@ -233,15 +204,15 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
         A message that is being received is given back.
         """
-        self._put(None)
+        self._replace(None)
 
     # yapf: disable
     @overload
     def receive(self, timeout: float | None = 60, retries: int = 10,
-                details: Literal[False] = False) -> Receipt[bytes]:        ...
+                details: Literal[False] = False) -> Receipt[bytes | None]:        ...
     @overload
     def receive(self, timeout: float | None = 60, retries: int = 10, *,
-                details: Literal[True]) -> Receipt[Message]:        ...
+                details: Literal[True]) -> Receipt[Message | None]:        ...
     # yapf: enable
     def receive(self,
                 timeout: float | None = 60,
@@ -263,17 +234,15 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: from the ``with`` statement if the next message is damaged; it
             is set aside, and the next call gives the one after it
         """
-        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
-        return Receipt(functools.partial(self._get().consumer.take, seconds, poll_secs),
-                       persipubsub.face.contents_of(details))
+        return Receipt(self._taker(timeout, retries), details)
 
     # yapf: disable
     @overload
     def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
-                       details: Literal[False] = False) -> Receipt[bytes]:        ...
+                       details: Literal[False] = False) -> Receipt[bytes | None]:        ...
     @overload
     def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
-                       details: Literal[True]) -> Receipt[Message]:        ...
+                       details: Literal[True]) -> Receipt[Message | None]:        ...
     # yapf: enable
     def receive_to_top(self,
                        timeout: float | None = 60,
@@ -293,23 +262,21 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: context manager of the message, see :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
-        return Receipt(functools.partial(self._get().consumer.take_newest, seconds, poll_secs),
-                       persipubsub.face.contents_of(details))
+        return Receipt(self._taker(timeout, retries, is_newest=True), details)
 
     # yapf: disable
     @overload
     def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
-                     details: Literal[False] = False) -> BatchReceipt[bytes]:        ...
+                     details: Literal[False] = False) -> Receipt[list[bytes]]:        ...
     @overload
     def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
-                     details: Literal[True]) -> BatchReceipt[Message]:        ...
+                     details: Literal[True]) -> Receipt[list[Message]]:        ...
     # yapf: enable
     def receive_many(self,
                      max_msgs: int,
                      timeout: float | None = 60,
                      retries: int = 10,
-                     details: bool = False) -> BatchReceipt[Any]:
+                     details: bool = False) -> Receipt[Any]:
         """
         Receive several messages in a ``with`` block.
 
@@ -328,10 +295,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         persipubsub.face.check_count("max_msgs", max_msgs)
-        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
-        return BatchReceipt(
-            functools.partial(self._get().consumer.take, seconds, poll_secs, max_msgs),
-            persipubsub.face.contents_of(details))
+        return Receipt(self._taker(timeout, retries, max_msgs), details, is_batch=True)
 
     # yapf: disable
     @overload
@@ -366,9 +330,17 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: from the iteration, as :py:meth:`receive` does
         """
         persipubsub.face.check_count("prefetch", prefetch)
-        seconds, poll_secs = persipubsub.face.waiting(timeout, retries=1)
-        return Messages(functools.partial(self._get().consumer.take, seconds, poll_secs, prefetch),
-                        persipubsub.face.contents_of(details))
+        return Messages(self._taker(timeout, 1, prefetch), details)
+
+    def _taker(self,
+               timeout: float | None,
+               retries: int,
+               max_messages: int = 1,
+               is_newest: bool = False) -> Callable[[], persipubsub.engine.Lease | None]:
+        """Check how long to wait; return what waits and takes."""
+        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
+        source = self._opened or self._require()
+        return functools.partial(source.consumer.take, seconds, poll_secs, max_messages, is_newest)
 
     def __iter__(self) -> Messages[bytes]:
         """
@@ -384,11 +356,11 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
         :return: message that is neither acknowledged nor being received; None if there is none
         """
-        return self._get().consumer.front()
+        return self._require().consumer.front()
 
     def pop_to_top(self) -> None:
         """Acknowledge all messages of the subscriber but the newest one, in one transaction."""
-        source = self._get()
+        source = self._require()
         source.queue.skip_to_newest(source.subscriber)
 
     def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
@@ -397,4 +369,4 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
 
         :return: figures
         """
-        return self._get().statistics()
+        return self._require().statistics()

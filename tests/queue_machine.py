@@ -291,7 +291,7 @@ class QueueMachine(RuleBasedStateMachine):
         name = self.name(index)
         consumer = self.consumer(side, name)
         expected = self.twin.newest_of(name, self.claimed(name), self.clock.now_ns)
-        lease = consumer.take_newest(timeout=0)
+        lease = consumer.take(timeout=0, is_newest=True)
         self.expire(side)
         if expected is None:
             assert lease is None

@@ -309,7 +309,7 @@ def test_paused_consumers_get_nothing_and_end_what_they_have(tmp_path: pathlib.P
         for again in (consumer, queue.consumer("sub")):
             assert again.take(timeout=0) is None
             assert again.take(timeout=0, max_messages=9) is None
-            assert again.take_newest(timeout=0) is None
+            assert again.take(timeout=0, is_newest=True) is None
             assert again.front() is None
         assert stores.take_all(queue, "other") == [b"1", b"2", b"3"]
         assert stores.figures(queue).lag == 1

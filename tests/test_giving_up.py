@@ -196,13 +196,13 @@ def test_exhausted_newest_messages_are_moved_and_the_newest_of_the_rest_is_taken
         for messages in sends:
             queue.put(messages)
         die_in_the_last_delivery(queue, count=2)
-        lease = queue.consumer("sub").take_newest(timeout=0)
+        lease = queue.consumer("sub").take(timeout=0, is_newest=True)
         assert lease is not None and lease.messages == [b"2"]
         assert [letter.data for letter in letters_in(target)] == [b"4", b"3"]
         figures = stores.figures(queue)
         assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 2, 1)
         lease.ack()
-        assert queue.consumer("sub").take_newest(timeout=0) is None
+        assert queue.consumer("sub").take(timeout=0, is_newest=True) is None
 
 
 @pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
@@ -213,16 +213,16 @@ def test_exhausted_newest_messages_that_can_not_be_moved_are_passed_over(
         for messages in sends:
             queue.put(messages)
         die_in_the_last_delivery(queue, count=2)
-        lease = queue.consumer("sub").take_newest(timeout=0)
+        lease = queue.consumer("sub").take(timeout=0, is_newest=True)
         assert lease is not None and lease.messages == [b"2"]
         lease.ack()
-        assert queue.consumer("sub").take_newest(timeout=0) is None
+        assert queue.consumer("sub").take(timeout=0, is_newest=True) is None
         figures = stores.figures(queue)
         # They stay, and are moved when that is possible.
         assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 0, 2)
         make_letters(tmp_path).close()
-        support.until(lambda: queue.consumer("sub").take_newest(timeout=0) is None and stores.
-                      figures(queue).lag == 0,
+        support.until(lambda: queue.consumer("sub").take(timeout=0, is_newest=True) is None and
+                      stores.figures(queue).lag == 0,
                       what="the messages are moved at last")
         with make_letters(tmp_path) as target:
             # The pause after a refusal may end between the two.
@@ -236,7 +236,7 @@ def test_newest_message_that_is_in_its_last_delivery_is_not_passed_over(
         die_in_the_last_delivery(queue, count=1)
         held = queue.consumer("sub").take_at(queue.statistics().next_number - 2)
         assert held is not None and held.messages == [b"2"]
-        assert queue.consumer("sub").take_newest(timeout=0) is None
+        assert queue.consumer("sub").take(timeout=0, is_newest=True) is None
         assert [letter.data for letter in letters_in(target)] == [b"3"]
         assert stores.figures(queue).skipped == 0
         held.ack()
@@ -404,7 +404,8 @@ def test_position_passes_the_gap_in_front_of_what_leaves(tmp_path: pathlib.Path,
             fail(queue, times=1)
         else:
             consumer = queue.consumer("sub")
-            lease = consumer.take_newest(timeout=0) if how == "newest" else consumer.take_at(number)
+            lease = consumer.take(timeout=0,
+                                  is_newest=True) if how == "newest" else consumer.take_at(number)
             assert lease is not None
             lease.ack()
         assert (stores.ranges(queue), stores.figures(queue).position) == ([], number + 1)

@@ -560,9 +560,9 @@ def test_details(config_pth: pathlib.Path) -> None:
 def test_newest(config_pth: pathlib.Path) -> None:
     with open_queue(config_pth) as queue:
         consumer = queue.consumer("sub")
-        assert consumer.take_newest(timeout=0.05) is None
+        assert consumer.take(timeout=0.05, is_newest=True) is None
         queue.put(numbered(300))
-        lease = consumer.take_newest(timeout=HANG_SECS)
+        lease = consumer.take(timeout=HANG_SECS, is_newest=True)
         assert lease is not None and lease.messages == [b"299"]
         lease.ack()
         assert consumer.take(timeout=0.05) is None

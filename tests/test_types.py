@@ -84,8 +84,7 @@ async def tasks(config: dict[str, Any]) -> None:
 _ENGINES = '''
 import persipubsub.jetstream.engine
 import persipubsub.queue
-from persipubsub.engine import (Engine, Lease, LoopConsumer, LoopLease, LoopQueue, TaskConsumer,
-                                TaskQueue)
+from persipubsub.engine import Consumer, Engine, Lease, Queue, TaskConsumer, TaskQueue
 
 engines: list[Engine] = [persipubsub.queue, persipubsub.jetstream.engine]
 
@@ -93,13 +92,13 @@ engines: list[Engine] = [persipubsub.queue, persipubsub.jetstream.engine]
 def check(lmdb: persipubsub.queue.Queue, nats: persipubsub.jetstream.engine.Queue) -> None:
     task_queue: TaskQueue = lmdb
     task_consumer: TaskConsumer = lmdb.consumer("sub")
-    loop_queue: LoopQueue = nats
-    loop_consumer: LoopConsumer = nats.consumer("sub")
+    queue: Queue = nats
+    consumer: Consumer = nats.consumer("sub")
     lmdb_lease = lmdb.consumer("sub").take(0)
     nats_lease = nats.consumer("sub").take(0)
     assert lmdb_lease is not None and nats_lease is not None
     lease: Lease = lmdb_lease
-    loop_lease: LoopLease = nats_lease
+    lease = nats_lease
 '''
 
 _WRONG = '''

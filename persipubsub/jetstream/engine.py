@@ -377,15 +377,11 @@ class Consumer:
     def take(self,
              timeout: float | None,
              poll_secs: float = 1.0,
-             max_messages: int = 1) -> Lease | None:
-        """Take the next message, or several; wait if there is none. The server wakes us."""
+             max_messages: int = 1,
+             is_newest: bool = False) -> Lease | None:
+        """Take the next message, or several, or the newest one; or wait. The server wakes us."""
         del poll_secs
-        return self._queue.run(lambda: self._take(timeout, max_messages, False))
-
-    def take_newest(self, timeout: float | None, poll_secs: float = 1.0) -> Lease | None:
-        """Take the newest message, and acknowledge all older ones; wait if there is none."""
-        del poll_secs
-        return self._queue.run(lambda: self._take(timeout, 1, True))
+        return self._queue.run(lambda: self._take(timeout, max_messages, is_newest))
 
     async def atake(self,
                     timeout: float | None,

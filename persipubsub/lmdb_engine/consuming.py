@@ -186,26 +186,18 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
     def take(self,
              timeout: float | None,
              poll_secs: float = LONGEST_PAUSE_SECS,
-             max_messages: int = 1) -> Lease | None:
+             max_messages: int = 1,
+             is_newest: bool = False) -> Lease | None:
         """
-        Take the next message, or several; wait if there is none.
+        Take the next message, or several, or the newest one, skipping all older ones; or wait.
 
         :param timeout: seconds to wait at most; None: for ever
         :param poll_secs: look at the queue at least that often
         """
-        lease = self._take(max_messages)[0]
+        lease = (self._take_newest() if is_newest else self._take(max_messages))[0]
         if lease is not None or (timeout is not None and timeout <= 0):
             return lease
-        return self._wait(max_messages, False, timeout, poll_secs)
-
-    def take_newest(self,
-                    timeout: float | None,
-                    poll_secs: float = LONGEST_PAUSE_SECS) -> Lease | None:
-        """Take the newest message and skip all older ones; wait if there is none."""
-        lease = self._take_newest()[0]
-        if lease is not None or (timeout is not None and timeout <= 0):
-            return lease
-        return self._wait(1, True, timeout, poll_secs)
+        return self._wait(max_messages, is_newest, timeout, poll_secs)
 
     def take_at(self, number: int) -> Lease | None:
         """Take one certain message, whatever else is there. It does not wait."""
