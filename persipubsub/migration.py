@@ -91,7 +91,7 @@ def _describe(config: persipubsub.config.Config, queue_key: str,
     It has a publisher for each subscriber alone, beside those of the file, and drops nothing at the
     mark: moving is no reason to lose messages.
     """
-    if not persipubsub.config.scheme_of(target):
+    if persipubsub.config.scheme_of(target) != "nats":
         raise persipubsub.errors.ConfigError(
             f"Expected the other queue as nats://..., but got: {target!r}")
     here = config.queues[queue_key]
