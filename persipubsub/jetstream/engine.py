@@ -8,6 +8,7 @@ and by forked children. Each call waits for the servers for at most ``busy_timeo
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -82,13 +83,11 @@ class Queue:
 
     def close(self) -> None:
         """Close the queue; it may be closed twice. What is held is given back."""
-        if self._is_closed:
-            return
-        self._is_closed = True
         opened = self._open
-        if opened is not None and opened.loop.process_id == os.getpid():
+        if not self._is_closed and opened is not None and opened.loop.process_id == os.getpid():
             with contextlib.suppress(persipubsub.errors.ClosedError):  # the exit closes it
-                opened.loop.call(self.aclose())
+                opened.loop.call(self.aclose)
+        self._is_closed = True
 
     async def aclose(self) -> None:
         """Give back what is held, and the connection. Only for the loop's own thread."""
@@ -97,7 +96,7 @@ class Queue:
         if opened is None:
             return
         opened.publishing.drops.report()
-        opened.loop.open.discard(self)
+        opened.loop.queues.discard(self)
         try:
             async with asyncio.timeout(_CLOSE_SECS):
                 await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
@@ -105,47 +104,44 @@ class Queue:
             pass  # delivered again after ack_wait
         for target in opened.targets.values():
             await target.aclose()
-        await connection.release(opened.connection)
+        await opened.connection.release()
 
     # Running
 
-    def run(self, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
-        """Run a coroutine in the loop, and wait for it; no foreign error leaves."""
+    def run(self, work: loop.Work[ResultT]) -> ResultT:
+        """Do work in the loop, and wait for it; no foreign error leaves."""
         self._check_open()
-        return loop.current().call(self._translated(function))
+        return loop.current().call(functools.partial(self._translated, work))
 
-    async def arun(self, function: Callable[[], Coroutine[Any, Any, ResultT]],
-                   is_carried_out: bool) -> ResultT:
-        """Do what :py:meth:`run` does in a task of any loop."""
+    async def arun(self, work: loop.Work[ResultT], is_carried_out: bool = True) -> ResultT:
+        """Do what :py:meth:`run` does in a task of any loop; also if that is cancelled."""
         self._check_open()
-        return await loop.current().wait(self._translated(function), is_carried_out)
+        return await loop.current().wait(functools.partial(self._translated, work), is_carried_out)
 
-    def ask(self, function: Callable[[stream.Stream], Coroutine[Any, Any, ResultT]]) -> ResultT:
+    def ask(self, question: Callable[[stream.Stream], Coroutine[Any, Any, ResultT]]) -> ResultT:
         """Ask something of the stream, and wait for the answer."""
-        return self.run(lambda: function(self.opened().stream))
+        return self.run(lambda: question(self.opened().stream))
 
-    async def _translated(self, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+    async def _translated(self, work: loop.Work[ResultT]) -> ResultT:
         try:
-            return await function()
+            return await work()
         except _FOREIGN as error:
             raise errors.translate(error, self.settings.path) from None
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise persipubsub.errors.ClosedError(
-                f"Expected the queue {self.settings.path} to be open, but got: it was closed")
+            raise errors.closed(self.settings.path)
 
     def opened(self) -> _Open:
         """Open the queue in this process. Only for the loop's own thread."""
         found = self._open
         own = loop.current()
         if found is None or found.loop is not own:
-            if self._is_closed:
-                raise errors.closed(self.settings.path)
+            self._check_open()
             shared = connection.acquire(own, self.settings.address.servers, self.settings.path)
             kept = stream.Stream(shared, self.settings)
             found = self._open = _Open(own, shared, kept, publishing.Publishing(kept), {}, {})
-            own.open.add(self)
+            own.queues.add(self)
         return found
 
     async def connect(self) -> None:
@@ -198,9 +194,7 @@ class Queue:
         :raise UnavailableError: if no server answers in time; they may be there nevertheless
         :raise NotInitializedError: if a recipient has no consumer
         """
-        self.settings.check_size(messages)
-        return self.run(
-            lambda: self.opened().publishing.put(messages, recipients, timeout, msg_ids))
+        return self.run(self._putting(messages, recipients, timeout, msg_ids))
 
     async def aput(self,
                    messages: Sequence[bytes],
@@ -208,10 +202,11 @@ class Queue:
                    timeout: float | None = None,
                    msg_ids: Sequence[bytes | None] | None = None) -> int:
         """Do what :py:meth:`put` does, in a task; it is carried out even if that is cancelled."""
-        self.settings.check_size(messages)
-        return await self.arun(
-            lambda: self.opened().publishing.put(messages, recipients, timeout, msg_ids),
-            is_carried_out=True)
+        return await self.arun(self._putting(messages, recipients, timeout, msg_ids))
+
+    def _putting(self, messages: Sequence[bytes], *others: Any) -> loop.Work[int]:
+        self.check_sizes(messages)
+        return lambda: self.opened().publishing.put(messages, *others)
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """Check that the queue could hold messages if it were empty."""
@@ -317,12 +312,15 @@ class Lease:
         Several messages are acknowledged at the same time, but not in one transaction.
         """
         if self._end():
-            self._queue.run(lambda: self._delivery.ack(self._delivered))
+            self._queue.run(self._acking)
 
     async def aack(self) -> None:
         """Do what :py:meth:`ack` does, in a task; it is carried out even if that is cancelled."""
         if self._end():
-            await self._queue.arun(lambda: self._delivery.ack(self._delivered), is_carried_out=True)
+            await self._queue.arun(self._acking)
+
+    def _acking(self) -> Coroutine[Any, Any, None]:
+        return self._delivery.ack(self._delivered)
 
     def nack(self, error: BaseException | None = None) -> None:
         """
@@ -332,17 +330,18 @@ class Lease:
         delivered again after ``ack_wait``.
         """
         if self._end():
-            text = None if error is None else persipubsub.message.text_of(error)
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                self._queue.run(lambda: self._delivery.nack(self._delivered, text))
+                self._queue.run(self._nacking(error))
 
     async def anack(self, error: BaseException | None = None) -> None:
         """Do what :py:meth:`nack` does, in a task; it is carried out even if that is cancelled."""
         if self._end():
-            text = None if error is None else persipubsub.message.text_of(error)
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                await self._queue.arun(lambda: self._delivery.nack(self._delivered, text),
-                                       is_carried_out=True)
+                await self._queue.arun(self._nacking(error))
+
+    def _nacking(self, error: BaseException | None) -> loop.Work[None]:
+        text = None if error is None else persipubsub.message.text_of(error)
+        return lambda: self._delivery.nack(self._delivered, text)
 
     def split(self, count: int) -> "Lease":
         """Move the first messages into a lease of their own."""
@@ -409,10 +408,7 @@ class Consumer:
         is taken and given back, which counts as a delivery.
         """
 
-        async def work() -> bytes | None:
-            return await self._queue.delivery_to(self._subscriber).front()
-
-        return self._queue.run(work)
+        return self._queue.run(lambda: self._queue.delivery_to(self._subscriber).front())
 
 
 def _share(value: float, limit: float | None) -> float | None:
