@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import random
@@ -378,32 +377,6 @@ class Connection:
                 if time.monotonic() >= until:
                     raise errors.translate(error, self._path) from None
                 patience = min(2 * patience, LONGEST_ATTEMPT_SECS)
-            await asyncio.sleep(PAUSE_SECS)
-
-    async def api(self,
-                  verb: str,
-                  body: Mapping[str, Any] | None,
-                  deadline: float,
-                  confirms: bool = True) -> dict[str, Any]:
-        """
-        Ask the API of JetStream; raise ApiError at a refusal that waiting does not change.
-
-        Without ``confirms``, it is believed at once that a stream or a consumer is not there.
-        """
-        payload = b"" if body is None else json.dumps(body).encode("utf-8")
-        until = min(deadline, time.monotonic() + self.recovery_secs)
-        while True:
-            message = await self.ask(f"$JS.API.{verb}", payload, deadline)
-            answer: dict[str, Any] = json.loads(message.data)
-            if "error" not in answer:
-                return answer
-            error = errors.ApiError(answer["error"])
-            if error.is_temporary():
-                if time.monotonic() >= deadline:
-                    raise persipubsub.errors.UnavailableError(
-                        f"Expected the servers of {self._path} to be ready, but got: {error}")
-            elif not confirms or not error.is_missing() or time.monotonic() >= until:
-                raise error
             await asyncio.sleep(PAUSE_SECS)
 
     async def release(self) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final, NamedTuple
@@ -100,18 +101,23 @@ def to_delivered(data: bytes, reply: str) -> Delivered:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Taker:
-    """A call that waits for messages."""
+class _Pull:
+    """A pull request, and what it brought."""
 
+    name: str
     wanted: int
+    left: int  #: messages that the servers may still send for it
+    ends: float
+    heard: float  #: when the servers gave a sign that they have it, or will
     messages: list[Delivered] = dataclasses.field(default_factory=list)
-    pull: "_Pull | None" = None  #: pull request that was made for it
-    has_more: bool = False  #: that request ended before it brought all that is there
     is_over: bool = False
+    is_left: bool = False  #: by its call, which was cancelled or had no time to wait for its end
+    is_refused: bool = False
+    has_more: bool = False  #: it ended before it brought all that is there
     woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        """Let the call look again."""
+        """Let its call look again."""
         if self.woken is not None and not self.woken.done():
             self.woken.set_result(None)
 
@@ -127,19 +133,6 @@ class _Taker:
             timer.cancel()
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class _Pull:
-    """A pull request that is at the servers."""
-
-    name: str
-    left: int  #: messages that it may still bring
-    taker: _Taker | None  #: for which it was made, unless that left
-    ends: float
-    heard: float  #: when the servers gave a sign that they have it, or will
-    is_last: bool  #: its taker has no time for a further one
-    is_refused: bool = False
-
-
 class Inbox:
     """
     Take what the pull requests of one consumer bring over one connection.
@@ -153,8 +146,8 @@ class Inbox:
     def __init__(self, link: connection.Link, subject: str, owner: "Delivery") -> None:
         """Initialize without listening."""
         self.link = link
+        self.pulls: dict[str, _Pull] = {}  #: by the subject that is replied to
         self.is_retired = False
-        self._pulls: dict[str, _Pull] = {}
         self._subject = subject
         self._owner = owner
         self._prefix = link.client.new_inbox()
@@ -163,74 +156,79 @@ class Inbox:
 
     async def listen(self) -> None:
         """Begin to listen."""
+        self.link.lost.add_done_callback(lambda _: self._end_all())
         self._subscription = await self.link.client.subscribe(f"{self._prefix}.*", cb=self._come)
 
-    async def pull(self, taker: _Taker, deadline: float, max_bytes: int | None) -> _Pull:
-        """Make a pull request for a call, or take one over that was left."""
+    async def pull(self, wanted: int, deadline: float, max_bytes: int | None) -> _Pull:
+        """Make a pull request, or take one over that was left."""
         now = time.monotonic()
-        for pull in self._pulls.values():
-            if pull.taker is None and pull.left <= taker.wanted and now < pull.ends <= deadline:
-                pull.taker, pull.is_last, taker.pull = taker, False, pull
+        for pull in self.pulls.values():
+            if pull.is_left and pull.left == pull.wanted == wanted and now < pull.ends <= deadline:
+                pull.is_left = pull.is_over = pull.has_more = False
+                pull.messages = []
                 return pull
         # It ends as soon as it brought what is there; with a time, it waits if that is nothing.
-        request: dict[str, Any] = {"batch": taker.wanted, "no_wait": True}
+        request: dict[str, Any] = {"batch": wanted, "no_wait": True}
         secs = min(max(0.0, deadline - now), _LONGEST_PULL_SECS)
+        heard = ends = now + secs
         if secs > 0:
             request["expires"] = max(1_000_000, int(secs * 1e9))
         if secs > _LOST_SECS:
             request["idle_heartbeat"] = int(_HEARTBEAT_SECS * 1e9)
+            heard = now
         if max_bytes is not None:
             request["max_bytes"] = max_bytes
-        pull = _Pull(name=f"{self._prefix}.{next(self._tokens)}",
-                     left=taker.wanted,
-                     taker=taker,
-                     ends=now + secs,
-                     heard=now if secs > _LOST_SECS else now + secs,
-                     is_last=now + secs >= deadline)
-        self._pulls[pull.name] = taker.pull = pull
-        await self.link.client.publish(self._subject,
-                                       json.dumps(request).encode("utf-8"), pull.name)
+        pull = _Pull(f"{self._prefix}.{next(self._tokens)}", wanted, wanted, ends, heard)
+        self.pulls[pull.name] = pull
+        payload = json.dumps(request).encode("utf-8")
+        with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
+            await self.link.client.publish(self._subject, payload, pull.name)
         return pull
 
     async def _come(self, message: nats.aio.msg.Msg) -> None:
         now = self._owner.heard = time.monotonic()
         if message.reply:
-            one = to_delivered(message.data, message.reply)
-            is_wanted = self._owner.come(one)
-            pull = next(iter(self._pulls.values()), None)
-            if pull is not None:
-                # It counts for the oldest request.
-                pull.heard = now
-                pull.left -= 1
-                if not pull.left:
-                    self.end(pull, has_more=True)
-            if not is_wanted:
-                await self._reject(one)
-            return
-        pull = self._pulls.get(message.subject)
-        header = message.headers or {}
-        status = header.get("Status") or header.get(nats.js.api.Header.STATUS)
-        if pull is None:
-            return  # it has ended before
-        pull.heard = now
-        if status in ("404", "408"):
-            self.end(pull, is_over=pull.is_last)
-        elif status != "100":
+            await self._take(to_delivered(message.data, message.reply))
+        elif pull := self.pulls.get(message.subject):
+            pull.heard = now
+            header = message.headers or {}
+            status = header.get("Status") or header.get(nats.js.api.Header.STATUS)
             text = header.get("Description") or header.get(nats.js.api.Header.DESCRIPTION) or ""
-            is_full = status == "409" and "MaxBytes" in text
-            # Otherwise nobody leads the consumer, or there is none any more.
-            pull.is_refused = not is_full
-            self.end(pull, has_more=is_full)
+            if status != "100":
+                pull.has_more = status == "409" and "MaxBytes" in text
+                # Nobody leads the consumer, or there is none any more.
+                pull.is_refused = not pull.has_more and status not in ("404", "408")
+                self.end(pull)
 
-    def end(self, pull: _Pull, is_over: bool = False, has_more: bool = False) -> None:
-        """End a pull request; its call makes another one, unless it is over or has messages."""
-        self._pulls.pop(pull.name, None)
-        taker = pull.taker
-        if taker is not None and taker.pull is pull:
-            taker.pull = None
-            taker.has_more = has_more
-            taker.is_over = is_over or bool(taker.messages)
-            taker.wake()
+    async def _take(self, one: Delivered) -> None:
+        """Take a message for the first call that wants one, or give it back."""
+        self._owner.hold(one)
+        pulls = list(self.pulls.values())
+        taker = next((pull for pull in pulls if not (pull.is_left or pull.is_over)), None)
+        if taker is not None:
+            taker.messages.append(one)
+            if len(taker.messages) == taker.wanted:
+                taker.is_over = taker.has_more = True
+                taker.wake()
+        # It counts for the oldest request.
+        for pull in pulls[:1]:
+            pull.heard = one.arrived
+            pull.left -= 1
+            if not pull.left:
+                pull.has_more = True
+                self.end(pull)
+        if taker is None:
+            await self._reject(one)
+
+    def end(self, pull: _Pull) -> None:
+        """End a pull request, and let its call go on."""
+        self.pulls.pop(pull.name, None)
+        pull.is_over = True
+        pull.wake()
+
+    def _end_all(self) -> None:
+        for pull in list(self.pulls.values()):
+            self.end(pull)
 
     async def _reject(self, one: Delivered) -> None:
         """
@@ -253,12 +251,13 @@ class Inbox:
     def retire(self) -> None:
         """Begin to stop listening, but take what comes until the server knows."""
         self.is_retired = True
-        self._pulls.clear()
+        self._end_all()
         self._owner.begin_ending(self._drain())
 
     async def _drain(self) -> None:
         with contextlib.suppress(nats.errors.Error, OSError):
-            await self._subscription.drain()
+            if self._subscription is not None:
+                await self._subscription.drain()
 
 
 class Delivery:
@@ -276,7 +275,7 @@ class Delivery:
                          f"{address.durable_of(subscriber)}")
         self._letters = letters
         self._inbox: Inbox | None = None
-        self._takers: list[_Taker] = []
+        self._calls = 0  #: that wait
         self._turns = asyncio.Semaphore(_MOST_PULLS)
         # What came and was neither acknowledged nor given back, by the subject to reply at; and
         # those of them that are being acknowledged.
@@ -289,15 +288,15 @@ class Delivery:
         self._is_closed = False
         # How many take several messages at this moment; they share the bytes on the way.
         self._batches = 0
-        # Since when the consumer is missing, and when somebody listened last.
+        # Since when the consumer is missing, when that was checked, and when a call ended last.
         self._missing_since: float | None = None
-        self._listened = self.heard
+        self._checked = self._called = self.heard
 
     # Taking
 
     async def take(self, timeout: float | None, max_messages: int) -> list[Delivered]:
         """Take the next messages; wait for one if there is none."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             await self._settle(deadline)
             found = await self._pull(max_messages, deadline)
@@ -335,92 +334,90 @@ class Delivery:
         """Take what is there, or wait, with as many pull requests as its size needs."""
         taken: list[Delivered] = []
         found: list[Delivered] = []
+        size, has_more = 0, True
         patience_secs = self._stream.settings.address.ack_wait_secs / 4
         self._batches += wanted > 1
         try:
-            while True:
+            while has_more and len(taken) < wanted and size < _MOST_TAKEN_BYTES:
+                if taken and time.monotonic() - taken[0].arrived > patience_secs:
+                    break  # the caller has waited long enough for those
                 link = self._connection.ready()
                 limit = _MOST_BYTES // max(1, self._batches)
                 fitting = max(1, limit // (1 << 20 if link is None else link.client.max_payload))
-                size = sum(len(one.data) for one in taken)
-                taker, max_bytes = _Taker(wanted - len(taken)), min(limit, _MOST_TAKEN_BYTES - size)
-                if taker.wanted <= fitting or not found or found[-1].attempts > 1:
+                count, max_bytes = wanted - len(taken), min(limit, _MOST_TAKEN_BYTES - size)
+                if count <= fitting or not found or found[-1].attempts > 1:
                     # The servers have a limit by bytes put a message that does not fit behind all
                     # others that were given back; what was never delivered comes later.
-                    taker.wanted, max_bytes = min(taker.wanted, fitting), 0
-                await self._run(taker, deadline if not taken else 0.0, max_bytes or None)
-                found = taker.messages
+                    count, max_bytes = min(count, fitting), 0
+                found, has_more = await self._call(count, 0.0 if taken else deadline, max_bytes
+                                                   or None)
                 taken += found
-                # The caller does not wait too long for the rest.
-                if (not taker.has_more or len(taken) >= wanted
-                        or size + sum(len(one.data) for one in found) >= _MOST_TAKEN_BYTES
-                        or (taken and time.monotonic() - taken[0].arrived > patience_secs)):
-                    return taken
+                size += sum(len(one.data) for one in found)
         except BaseException:
             self.give_back(taken)
             raise
         finally:
             self._batches -= wanted > 1
+        return taken
 
-    async def _run(self, taker: _Taker, deadline: float, max_bytes: int | None) -> None:
-        """Let a call have messages, with further pull requests if one is lost or ends too early."""
+    async def _call(self, wanted: int, deadline: float,
+                    max_bytes: int | None) -> tuple[list[Delivered], bool]:
+        """Make pull requests until one brings something; tell whether there may be more."""
+        if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
+            self.heard = time.monotonic()
+        self._calls += 1
+        pull: _Pull | None = None
         try:
             async with asyncio.timeout_at(deadline if self._turns.locked() else None):
                 await self._turns.acquire()
+            try:
+                while True:
+                    inbox = await self._open(deadline)
+                    if inbox is not None:
+                        pull = await inbox.pull(wanted, deadline, max_bytes)
+                        await self._wait(inbox, pull, deadline)
+                        self._check_open()
+                        if pull.messages:
+                            return pull.messages, pull.has_more
+                    if time.monotonic() >= deadline:
+                        return [], pull is not None and pull.has_more
+                    if pull is not None and pull.is_refused:
+                        await self._check_consumer()
+            finally:
+                self._turns.release()
         except TimeoutError:
-            return
-        if not self._takers and time.monotonic() - self._listened > connection.PAUSE_SECS:
-            self.heard = time.monotonic()
-        self._takers.append(taker)
-        try:
-            while not taker.is_over:
-                if self._is_closed:
-                    raise errors.closed(self._stream.settings.path)
-                try:
-                    if await self._wait(taker, deadline, max_bytes):
-                        continue
-                except nats.errors.Error:
-                    await asyncio.sleep(connection.PAUSE_SECS)  # the connection was lost just now
-                if time.monotonic() >= deadline:
-                    return
+            return [], False
         except BaseException:
-            self.give_back(taker.messages)
+            self.give_back(pull.messages if pull is not None else [])
             raise
         finally:
-            self._turns.release()
-            self._takers.remove(taker)
-            self._listened = time.monotonic()
-            if taker.pull is not None:
-                taker.pull.taker = None  # for the next call
+            if pull is not None:
+                pull.is_left = True
+            self._calls -= 1
+            self._called = time.monotonic()
 
-    async def _wait(self, taker: _Taker, deadline: float, max_bytes: int | None) -> bool:
-        """Wait for what a pull request brings; return True if it is still at the servers."""
-        inbox = await self._open(deadline)
-        if inbox is None:
-            return False
-        pull = taker.pull or await inbox.pull(taker, deadline, max_bytes)
-        await taker.wait(pull.heard + _LOST_SECS)
-        if taker.pull is not pull:
-            if pull.is_refused:
-                if taker is self._takers[0]:
-                    await self._check_consumer()
-                await asyncio.sleep(connection.PAUSE_SECS)
-            return False
-        if taker.is_over or time.monotonic() < pull.heard + _LOST_SECS:
-            return True
-        if await inbox.link.ping(connection.FIRST_ATTEMPT_SECS):
-            if time.monotonic() >= pull.heard + _LOST_SECS:
-                inbox.end(pull)
-                self._connection.check_rights(self._subject)
-        elif time.monotonic() - self.heard > self._stream.settings.wait_secs + 2 * _LOST_SECS:
-            raise persipubsub.errors.UnavailableError(
-                f"Expected the servers of {self._stream.settings.path} to deliver, but got: no "
-                f"answer for {self._stream.settings.wait_secs:.0f} s")
-        return False
+    async def _wait(self, inbox: Inbox, pull: _Pull, deadline: float) -> None:
+        """Wait until a pull request is over, or may be lost and there is no time for another."""
+        settings = self._stream.settings
+        while not pull.is_over:
+            await pull.wait(pull.heard + _LOST_SECS)
+            if pull.is_over or time.monotonic() < pull.heard + _LOST_SECS:
+                continue
+            if await inbox.link.ping(connection.FIRST_ATTEMPT_SECS):
+                if time.monotonic() >= pull.heard + _LOST_SECS:
+                    inbox.end(pull)
+                    self._connection.check_rights(self._subject)
+            elif time.monotonic() - self.heard > settings.wait_secs + 2 * _LOST_SECS:
+                raise persipubsub.errors.UnavailableError(
+                    f"Expected the servers of {settings.path} to deliver, but got: no answer for "
+                    f"{settings.wait_secs:.0f} s")
+            elif time.monotonic() >= deadline:
+                return
 
     async def _open(self, deadline: float) -> Inbox | None:
         """Find an inbox of a connection that lives; None if there is none in time."""
         inbox = self._inbox
+        self._check_open()
         if inbox is not None and not inbox.is_retired and self._connection.ready() is inbox.link:
             return inbox
         now = time.monotonic()
@@ -435,37 +432,30 @@ class Delivery:
             return None
         if self._inbox is inbox:
             self._inbox = Inbox(link, self._subject, self)
-            link.lost.add_done_callback(lambda _: self._lose())
-            await self._inbox.listen()
+            with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
+                await self._inbox.listen()
         return self._inbox
 
-    def _lose(self) -> None:
-        """Let calls go on that wait for what was asked over a connection that is lost."""
-        for taker in self._takers:
-            taker.pull = None
-            taker.is_over = bool(taker.messages)
-            taker.wake()
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise errors.closed(self._stream.settings.path)
 
-    def come(self, one: Delivered) -> bool:
-        """Take a message that came, for the first call that wants one; return False if none."""
+    def hold(self, one: Delivered) -> None:
+        """Note a message that came."""
         self._missing_since = None
         self._held[one.reply] = one
         if self._telling is None or self._telling.done():
             self._telling = self.loop.start(self._keep_telling())
-        for taker in self._takers:
-            if not taker.is_over and len(taker.messages) < taker.wanted:
-                taker.messages.append(one)
-                if len(taker.messages) == taker.wanted:
-                    taker.is_over = taker.has_more = True
-                    taker.wake()
-                return True
-        return False
 
     async def _check_consumer(self) -> None:
         """Check that the consumer is still there, if somebody knows right now."""
+        await asyncio.sleep(connection.PAUSE_SECS)
+        if time.monotonic() - self._checked < connection.PAUSE_SECS:
+            return  # others did
+        self._checked = time.monotonic()
         with contextlib.suppress(persipubsub.errors.UnavailableError, TimeoutError):
             async with asyncio.timeout(_HEARTBEAT_SECS):
-                found = await self._stream.consumer_info(self._subscriber, confirms=False)
+                found = await self._stream.find_consumer(self._subscriber, confirms=False)
             if found is not None:
                 self._missing_since = None
                 return
@@ -558,8 +548,6 @@ class Delivery:
         Return those that are still to be acknowledged.
         """
         info = await self._stream.consumer_info(self._subscriber)
-        if info is None:
-            raise self._stream.missing(self._subscriber)
         # A leader that was elected just now may have noted our deliveries meanwhile, and act on
         # what it knew at its election: what it tells of both has to be asked. If it is merely slow,
         # nothing must be pulled. It may also have noted the acknowledgements, and have died before
@@ -646,9 +634,7 @@ class Delivery:
     async def close(self) -> None:
         """Stop listening, and give back what is held. Calls that wait fail."""
         self._is_closed = True
-        for taker in self._takers:
-            taker.wake()
-        if self._inbox is not None and not self._inbox.link.lost.done():
+        if self._inbox is not None:
             self._inbox.retire()
         self.give_back(list(self._held.values()))
         while self._endings:
@@ -700,8 +686,6 @@ class Delivery:
     async def front(self) -> bytes | None:
         """Find the next message that nobody acknowledged or has; None if there is none."""
         info = await self._stream.consumer_info(self._subscriber)
-        if info is None:
-            raise self._stream.missing(self._subscriber)
         if not info["num_ack_pending"]:
             start = int(info["delivered"]["stream_seq"]) + 1
             while True:

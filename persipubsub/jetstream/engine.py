@@ -47,6 +47,10 @@ _LOOK_MESSAGES: Final = 1000
 _FIRST_LOOK_SECS: Final = 0.05
 _LONGEST_LOOK_SECS: Final = 1.0
 
+#: What NATS does not count.
+_NOT_COUNTED: Final[dict[str, Any]] = dict.fromkeys(
+    ("dropped_by_timeout", "dropped_by_mark", "cleared", "skipped", "corrupt", "dead_lettered"), 0)
+
 #: The monitoring port of a server: how long it is waited for, and the largest page, in bytes.
 _PATIENCE_SECS: Final = 3.0
 _LARGEST_PAGE: Final = 1 << 20
@@ -426,12 +430,7 @@ def _figures_of(subscriber: str, info: stream.Info,
         position=int(floor["stream_seq"]) + 1,
         acknowledged=int(floor["consumer_seq"]),
         failed=int(info["num_redelivered"]),
-        dropped_by_timeout=0,
-        dropped_by_mark=0,
-        cleared=0,
-        skipped=0,
-        corrupt=0,
-        dead_lettered=0,
+        **_NOT_COUNTED,
         seconds_since_acknowledged=max(0, now_ns - stream.to_ns(last)) / 1e9 if last else None)
 
 
@@ -526,37 +525,14 @@ def seek(config: persipubsub.config.Config, queue_key: str, subscriber: str, to:
     :raise ValueError: if it is another text, or a time without a time zone
     """
     since_ns = persipubsub.place.since_ns(to)
+    start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
+    if since_ns is not None:
+        start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(since_ns)}
+    elif isinstance(to, int):
+        number = min(max(1, to), 2**63)
+        start = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}
     with open_queue(config, queue_key) as queue:
-
-        async def work(kept: stream.Stream) -> int:
-            state = await kept.state()
-            first, last = int(state["first_seq"]), int(state["last_seq"])
-            if since_ns is not None:
-                start = await _number_since(kept, since_ns, first, last)
-            elif to == "beginning":
-                start = first
-            else:
-                start = last + 1 if to == "end" else int(to)  # type: ignore[arg-type]
-            start = min(max(start, first, 1), last + 1)
-            await kept.seek(subscriber, start)
-            return start
-
-        return queue.ask(work)
-
-
-async def _number_since(kept: stream.Stream, since_ns: int, first: int, last: int) -> int:
-    """Find the first message that was stored then or later, by bisection."""
-    everything = [f"persipubsub.{kept.name}.>"]
-    while first <= last:
-        middle = (first + last) // 2
-        found = await kept.next_stored(everything, middle)
-        if found is None or found.number > last:
-            last = middle - 1  # nothing is stored from there on
-        elif found.time_ns >= since_ns:
-            last = middle - 1
-        else:
-            first = found.number + 1
-    return first
+        return queue.ask(lambda kept: kept.seek(subscriber, start))
 
 
 # Looking
@@ -585,8 +561,6 @@ def peek(config: persipubsub.config.Config,
 
         async def work(kept: stream.Stream) -> list[Peeked]:
             info = await kept.consumer_info(subscriber)
-            if info is None:
-                raise kept.missing(subscriber)
             number = max(start, int(info["ack_floor"]["stream_seq"]) + 1)
             filters = stream.filters_of(info["config"])
             return await _look(kept, filters, number, count, are_old_left_out=True)

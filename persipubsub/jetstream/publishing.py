@@ -11,7 +11,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 import persipubsub.drop_log
@@ -175,7 +175,10 @@ class Publishing:
         _, is_scarce = await self._make_room(len(items), sum(item.size for item in items))
         # Where room is scarce, others may fill the queue in between: one after the other, so that a
         # message that is refused does not come behind those that follow it.
-        for some in ([item] for item in items) if is_scarce else _groups(items):
+        largest = max(item.size for item in items)
+        at_once = 1 if is_scarce else max(1, min(_GROUP_MESSAGES, _GROUP_BYTES // largest))
+        for begin in range(0, len(items), at_once):
+            some = items[begin:begin + at_once]
             patience = connection.FIRST_ATTEMPT_SECS + _EACH_SECS * len(some)
             deadline = max(deadline, self._deadline(self._answered))
             await asyncio.gather(*(self._attempt(item, patience, deadline) for item in some
@@ -301,18 +304,6 @@ class Publishing:
             f"Expected room in the queue {self._settings.path} (MAX_MSGS_NUM, "
             f"HWM_LMDB_SIZE_BYTES), but got: {messages} messages wait in it, "
             f"{lags.get(slowest, 0)} of them for {slowest!r}")
-
-
-def _groups(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    """Cut a batch into what is written at once."""
-    begin = size = 0
-    for index, item in enumerate(items):
-        if index > begin and (index - begin >= _GROUP_MESSAGES
-                              or size + len(item.data) > _GROUP_BYTES):
-            yield items[begin:index]
-            begin, size = index, 0
-        size += len(item.data)
-    yield items[begin:]
 
 
 def _limit(found: int) -> float:

@@ -8,9 +8,10 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import json
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import persipubsub.errors
 from persipubsub.jetstream import address, connection, errors, settings
@@ -25,6 +26,7 @@ _INTEREST_SECS: Final = 1.0
 _MOST_STEPS: Final = 1000
 
 Info: TypeAlias = dict[str, Any]
+ResultT = TypeVar("ResultT")
 
 
 class Stored(NamedTuple):
@@ -47,7 +49,6 @@ class Stream:
         own.is_cluster |= described.address.replicas > 1
         # Time of the servers minus ours, in nanoseconds, as far as we know.
         self._offset_ns = 0
-        self._consumer_count = 0
         # By recipients: when it was seen last that each of them wants their subject.
         self._interest: dict[tuple[str, ...] | None, float] = {}
 
@@ -58,10 +59,31 @@ class Stream:
     async def _api(self,
                    verb: str,
                    body: Info | None = None,
-                   name: str = "",
+                   consumer: str = "",
                    confirms: bool = True) -> Info:
-        subject = f"{verb}.{self.name}" + (f".{name}" if name else "")
-        return await self.connection.api(subject, body, self.deadline(), confirms)
+        """
+        Ask the API of JetStream; raise ApiError at a refusal that waiting does not change.
+
+        Without ``confirms``, it is believed at once that a stream or a consumer is not there.
+        """
+        subject = f"$JS.API.{verb}.{self.name}" + (f".{consumer}" if consumer else "")
+        payload = b"" if body is None else json.dumps(body).encode("utf-8")
+        deadline = self.deadline()
+        until = min(deadline, time.monotonic() + self.connection.recovery_secs)
+        while True:
+            message = await self.connection.ask(subject, payload, deadline)
+            answer: Info = json.loads(message.data)
+            if "error" not in answer:
+                return answer
+            error = errors.ApiError(answer["error"])
+            if error.is_temporary():
+                if time.monotonic() >= deadline:
+                    raise persipubsub.errors.UnavailableError(
+                        f"Expected the servers of {self.settings.path} to be ready, but got: "
+                        f"{error}")
+            elif not confirms or not error.is_missing() or time.monotonic() >= until:
+                raise error
+            await asyncio.sleep(connection.PAUSE_SECS)
 
     # Making
 
@@ -91,7 +113,7 @@ class Stream:
     async def ensure_consumer(self, subscriber: str) -> bool:
         """Make the consumer of a subscriber, or update it; return True if it was not there."""
         wanted = self.settings.consumer_config(subscriber)
-        found = await self.consumer_info(subscriber, confirms=False)
+        found = await self.find_consumer(subscriber, confirms=False)
         if found is not None:
             config = found["config"]
             # What it was to get stays: messages may be under way that nobody else wants.
@@ -103,46 +125,43 @@ class Stream:
         await self._create_consumer(wanted)
         return found is None
 
-    async def _create_consumer(self, config: Info) -> None:
+    async def _create_consumer(self, config: Info) -> Info:
         wanted = {**config, "filter_subjects": filters_of(config)}
         wanted.pop("filter_subject", None)
-        await self._api("CONSUMER.CREATE", {
-            "stream_name": self.name,
-            "config": wanted
-        }, str(config["name"]))
+        body = {"stream_name": self.name, "config": wanted}
+        return await self._api("CONSUMER.CREATE", body, str(config["name"]))
 
     async def delete_consumer(self, subscriber: str) -> int:
         """Delete the consumer of a subscriber; return how many messages it did not acknowledge."""
         found = await self.consumer_info(subscriber)
-        if found is None:
-            raise self.missing(subscriber)
-        await self._api("CONSUMER.DELETE", name=address.durable_of(subscriber))
+        await self._api("CONSUMER.DELETE", consumer=address.durable_of(subscriber))
         return lag_of(found)
 
-    async def seek(self, subscriber: str, start: int) -> None:
+    async def seek(self, subscriber: str, start: Info) -> int:
         """
-        Let a subscriber go on from a number.
+        Let a subscriber go on from a place; return the number of the next message from there on.
 
         The start of a consumer can not be changed: it is deleted and made again. In between,
         another one keeps what nobody else wants, and what is published.
+
+        :param start: ``deliver_policy``, and what belongs to it
         """
         found = await self.consumer_info(subscriber)
-        if found is None:
-            raise self.missing(subscriber)
-        config: Info = {
-            **found["config"], "deliver_policy": "by_start_sequence",
-            "opt_start_seq": start
-        }
-        config.pop("opt_start_time", None)
+        config = {key: value for key, value in found["config"].items() if "opt_start" not in key}
         name = address.guard_of(subscriber)
-        guard: Info = {**config, "name": name, "durable_name": name, "metadata": {}}
+        guard = {**config, **start, "name": name, "durable_name": name, "metadata": {}}
         with contextlib.suppress(errors.ApiError):
             # Of a call that was killed.
-            await self._api("CONSUMER.DELETE", name=name, confirms=False)
-        await self._create_consumer(guard)
-        await self._api("CONSUMER.DELETE", name=address.durable_of(subscriber))
-        await self._create_consumer(config)
-        await self._api("CONSUMER.DELETE", name=name, confirms=False)
+            await self._api("CONSUMER.DELETE", consumer=name, confirms=False)
+        # The server finds the place.
+        number = int((await self._create_consumer(guard))["delivered"]["stream_seq"]) + 1
+        await self._api("CONSUMER.DELETE", consumer=address.durable_of(subscriber))
+        await self._create_consumer({
+            **config, "deliver_policy": "by_start_sequence",
+            "opt_start_seq": number
+        })
+        await self._api("CONSUMER.DELETE", consumer=name, confirms=False)
+        return number
 
     # Looking
 
@@ -160,7 +179,6 @@ class Stream:
                 f"{answer['config'].get('subjects')!r}")
         if answer.get("ts"):
             self._offset_ns = to_ns(answer["ts"]) - (before_ns + time.time_ns()) // 2
-        self._consumer_count = int(answer["state"].get("consumer_count", 0))
         return answer
 
     async def state(self) -> Info:
@@ -177,25 +195,28 @@ class Stream:
         timeout_ns = self.settings.timeout_ns
         return timeout_ns is not None and self.now_ns() - time_ns > timeout_ns
 
-    async def consumer_info(self, subscriber: str, confirms: bool = True) -> Info | None:
+    async def find_consumer(self, subscriber: str, confirms: bool = True) -> Info | None:
         """Ask for ``config``, ``num_pending`` and more of a subscriber; None if it is missing."""
+        return await self._consumer(address.durable_of(subscriber), confirms)
+
+    async def _consumer(self, name: str, confirms: bool = True) -> Info | None:
         try:
-            return await self._api("CONSUMER.INFO",
-                                   name=address.durable_of(subscriber),
-                                   confirms=confirms)
+            return await self._api("CONSUMER.INFO", consumer=name, confirms=confirms)
         except errors.ApiError as error:
             if error.err_code != errors.CONSUMER_NOT_FOUND:
                 raise
             return None
 
+    async def consumer_info(self, subscriber: str) -> Info:
+        """Do what :py:meth:`find_consumer` does; raise NotInitializedError if it is missing."""
+        found = await self.find_consumer(subscriber)
+        if found is None:
+            raise self.missing(subscriber)
+        return found
+
     async def require(self, subscribers: Iterable[str]) -> None:
         """Check that subscribers have consumers."""
-
-        async def check(subscriber: str) -> None:
-            if await self.consumer_info(subscriber) is None:
-                raise self.missing(subscriber)
-
-        await self._each(subscribers, check)
+        await self._each(subscribers, self.consumer_info)
 
     async def require_interest(self, recipients: tuple[str, ...] | None) -> None:
         """
@@ -209,34 +230,29 @@ class Stream:
         seen = self._interest.get(recipients)
         if seen is not None and now - seen < _INTEREST_SECS:
             return
+        self._interest.pop(recipients, None)
+        # What they want is asked for once.
+        names = await self._names() if seen is not None else ()
+        subject = self.settings.subject(recipients)
+
+        async def check(subscriber: str) -> None:
+            if subject not in filters_of((await self.consumer_info(subscriber))["config"]):
+                raise self.missing(subscriber)
+
         subscribers = self.settings.queue.subscribers if recipients is None else recipients
-        if seen is None:
-            subject = self.settings.subject(recipients)
-
-            async def check(subscriber: str) -> None:
-                found = await self.consumer_info(subscriber)
-                if found is None or subject not in filters_of(found["config"]):
-                    raise self.missing(subscriber)
-
-            await self._each(subscribers, check)
-        else:
-            names = set(await self._consumers("NAMES"))
-            for subscriber in subscribers:
-                if (address.durable_of(subscriber) not in names
-                        and await self.consumer_info(subscriber) is None):
-                    del self._interest[recipients]
-                    raise self.missing(subscriber)
+        await self._each((one for one in subscribers if address.durable_of(one) not in names),
+                         check)
         self._interest[recipients] = now
 
-    async def _consumers(self, verb: str) -> list[Any]:
-        """List ``NAMES`` of the consumers, or what is known of each (``LIST``), page by page."""
-        consumers: list[Any] = []
+    async def _names(self) -> list[str]:
+        """List the names of all consumers, page by page."""
+        names: list[str] = []
         while True:
-            answer = await self._api(f"CONSUMER.{verb}", {"offset": len(consumers)})
+            answer = await self._api("CONSUMER.NAMES", {"offset": len(names)})
             page = answer.get("consumers") or []
-            consumers += page
-            if not page or len(consumers) >= answer["total"]:
-                return consumers
+            names += page
+            if not page or len(names) >= answer["total"]:
+                return names
 
     def missing(self, subscriber: str) -> persipubsub.errors.NotInitializedError:
         """Describe a subscriber that is not there."""
@@ -251,21 +267,11 @@ class Stream:
         Those that were taken out of the configuration are among them: they hold messages as long as
         they have a consumer.
         """
-        found: dict[str, Info] = {}
-
-        async def ask(subscriber: str) -> None:
-            info = await self.consumer_info(subscriber)
-            if info is not None:
-                found[subscriber] = info
-
-        await self._each(self.settings.subscribers, ask)
-        if self._consumer_count > len(found):
-            # Not in the first place: a page of all takes the server longer than one of them.
-            for info in await self._consumers("LIST"):
-                subscriber = settings.subscriber_of(info["config"])
-                if subscriber is not None:
-                    found.setdefault(subscriber, info)
-        return found
+        names = [*map(address.durable_of, self.settings.subscribers), *await self._names()]
+        infos = await self._each(dict.fromkeys(names), self._consumer)
+        # None: of somebody else, or for a while.
+        found = {settings.subscriber_of(info["config"]): info for info in infos if info is not None}
+        return {subscriber: info for subscriber, info in found.items() if subscriber is not None}
 
     async def lags(self) -> dict[str, int]:
         """Count the messages that subscribers still have to acknowledge, by id."""
@@ -341,12 +347,14 @@ class Stream:
         after = await self.lags()
         return sum(max(0, before[key] - after.get(key, 0)) for key in before)
 
-    async def _each(self, subscribers: Iterable[str],
-                    work: Callable[[str], Coroutine[Any, Any, Any]]) -> None:
-        """Do something for many subscribers, some of them at the same time."""
-        pending = list(subscribers)
-        for begin in range(0, len(pending), _WINDOW):
-            await asyncio.gather(*map(work, pending[begin:begin + _WINDOW]))
+    async def _each(self, names: Iterable[str],
+                    work: Callable[[str], Coroutine[Any, Any, ResultT]]) -> list[ResultT]:
+        """Do something for many subscribers or consumers, some of them at the same time."""
+        pending = list(names)
+        done: list[ResultT] = []
+        while len(done) < len(pending):
+            done += await asyncio.gather(*map(work, pending[len(done):len(done) + _WINDOW]))
+        return done
 
 
 def filters_of(config: Info) -> list[str]:
@@ -370,3 +378,15 @@ def to_ns(text: str) -> int:
     whole, _, fraction = text.rstrip("Z").partition(".")
     moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
     return int(moment.timestamp()) * 10**9 + int(fraction.ljust(9, "0")[:9] or 0)
+
+
+def to_text(time_ns: int) -> str:
+    """
+    Write a time as the server reads it.
+
+    >>> to_text(1500000000)
+    '1970-01-01T00:00:01.500000000Z'
+    """
+    # What does not fit into 64 bits, the server does not take.
+    seconds, nanoseconds = divmod(min(max(0, time_ns), 2**63 - 1), 10**9)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09}Z"
