@@ -55,12 +55,6 @@ PAUSE_SECS: Final = 0.1
 #: This often it is looked whether requests are over, in seconds.
 _LOOK_SECS: Final = 0.2
 
-#: A cluster that was started again does not know all of its consumers for a moment, and says that
-#: they are not there; that is believed after so many seconds. The same while a consumer is being
-#: replaced (seek), on any server.
-_RECOVERY_SECS: Final = 5.0
-_REPLACED_SECS: Final = 1.0
-
 #: No answer at all of a server that has no JetStream is believed after so many seconds.
 _NO_JETSTREAM_SECS: Final = 2.0
 
@@ -106,11 +100,9 @@ class Link:
         self._heard = time.monotonic()
 
     async def connect(self, server: str, options: Mapping[str, Any]) -> None:
-        """Connect to one server, or raise what nats-py raised last."""
-        found: list[BaseException] = []
+        """Connect to one server."""
 
         async def complain(error: BaseException) -> None:
-            found.append(error)
             self._complain(error)
             if isinstance(error, nats.errors.UnexpectedEOF):
                 self.lose()
@@ -139,10 +131,6 @@ class Link:
                     pending_size=-1,
                     flusher_queue_size=0,
                     **options)
-        except (TimeoutError, nats.errors.NoServersError) as error:
-            self.lose()
-            # Either does not say why.
-            raise (found or [error])[-1] from None
         except BaseException:
             self.lose()
             raise
@@ -166,12 +154,10 @@ class Link:
         for transport in self._transports:
             if isinstance(transport, asyncio.WriteTransport):
                 transport.abort()
-        with contextlib.suppress(nats.errors.Error, OSError):
-            try:
-                async with asyncio.timeout(PAUSE_SECS):
-                    await self.client.close()
-            except (AttributeError, AssertionError):
-                pass  # it was never connected
+        # The last two: it was never connected.
+        with contextlib.suppress(nats.errors.Error, OSError, AttributeError, AssertionError):
+            async with asyncio.timeout(PAUSE_SECS):
+                await self.client.close()
 
     async def request(self,
                       subject: str,
@@ -194,10 +180,7 @@ class Link:
             self._looking = self._loop.call_later(_LOOK_SECS, self._look)
         try:
             async with request.scope:
-                return await self.client.request(subject,
-                                                 payload,
-                                                 timeout=_FOREVER_SECS,
-                                                 headers=headers)
+                return await self.client.request(subject, payload, _FOREVER_SECS, headers=headers)
         except TimeoutError:
             if self.lost.done():
                 raise _lost() from None
@@ -273,9 +256,10 @@ def _lost() -> ConnectionResetError:
 class Connection:
     """A connection that is made at its first use, and made again when it is lost."""
 
-    def __init__(self, own: loop.Loop, servers: tuple[str, ...], path: str) -> None:
+    def __init__(self, own: loop.Loop, servers: tuple[str, ...], path: str, key: Any) -> None:
         """Initialize without connecting."""
         self.users = 0
+        self._key = key
         self._loop = own
         self._path = path
         #: Whether there are several servers, as far as is known.
@@ -286,11 +270,6 @@ class Connection:
         self._connecting: asyncio.Task[None] | None = None
         self._is_closed = False
         self._complaint: BaseException | None = None
-
-    @property
-    def recovery_secs(self) -> float:
-        """So long, a stream or a consumer may seem to be missing though it is there."""
-        return _RECOVERY_SECS if self.is_cluster else _REPLACED_SECS
 
     # Connecting
 
@@ -329,9 +308,11 @@ class Connection:
             try:
                 await link.connect(server, options)
             except (nats.errors.Error, OSError) as error:
-                if isinstance(error, ssl.SSLError) or errors.is_refusal(error):
-                    raise errors.translate(error, self._path) from None
-                self._complaint = error
+                if self._complaint is None or not isinstance(
+                        error, (TimeoutError, nats.errors.NoServersError)):
+                    self._complaint = error  # the others do not say why
+                if isinstance(self._complaint, ssl.SSLError) or errors.is_refusal(self._complaint):
+                    raise errors.translate(self._complaint, self._path) from None
             except Exception as error:
                 # What it reads credentials with has errors of its own, and raises KeyError.
                 raise persipubsub.errors.AccessError(
@@ -384,9 +365,7 @@ class Connection:
         self.users -= 1
         if self.users == 0:
             self._is_closed = True
-            connections = self._loop.connections
-            for key in [key for key, other in connections.items() if other is self]:
-                del connections[key]
+            del self._loop.connections[self._key]
             link, self._link = self._link, None
             if link is not None:
                 link.lose()
@@ -395,9 +374,8 @@ class Connection:
 
 def acquire(own: loop.Loop, servers: tuple[str, ...], path: str) -> Connection:
     """Share a connection, which has to be released."""
-    variables = tuple(os.environ.get(name) for name in (*_ARGUMENTS, *_FILES))
-    found = own.connections.setdefault((servers, variables), Connection(own, servers, path))
-    assert isinstance(found, Connection)
+    key = (servers, *(os.environ.get(name) for name in (*_ARGUMENTS, *_FILES)))
+    found: Connection = own.connections.setdefault(key, Connection(own, servers, path, key))
     found.users += 1
     return found
 

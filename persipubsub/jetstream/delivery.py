@@ -62,8 +62,8 @@ _REFUSED: Final = b"{"
 #: A message that can not be given back within so many seconds is delivered again after ack_wait.
 _NAK_SECS: Final = 2.0
 
-#: A pull waits so long for what is given back, or as long as for a message, in seconds.
-_SETTLE_SECS: Final = 0.5
+#: A pull waits so long for what is given back, in seconds.
+_SETTLE_SECS: Final = 1.0
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -288,9 +288,7 @@ class Delivery:
         self._is_closed = False
         # How many take several messages at this moment; they share the bytes on the way.
         self._batches = 0
-        # Since when the consumer is missing, when that was checked, and when a call ended last.
-        self._missing_since: float | None = None
-        self._checked = self._called = self.heard
+        self._called = self.heard  # when a call ended last
 
     # Taking
 
@@ -298,7 +296,8 @@ class Delivery:
         """Take the next messages; wait for one if there is none."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            await self._settle(deadline)
+            if self._endings:
+                await asyncio.wait(list(self._endings), timeout=_SETTLE_SECS)
             found = await self._pull(max_messages, deadline)
             try:
                 found = await self._sift(found)
@@ -307,14 +306,6 @@ class Delivery:
                 raise
             if found or time.monotonic() >= deadline:
                 return found
-
-    async def _settle(self, deadline: float) -> None:
-        """Wait until what is given back is with the servers."""
-        while self._endings:
-            left = max(_SETTLE_SECS, deadline - time.monotonic())
-            _, late = await asyncio.wait(list(self._endings), timeout=min(left, _NAK_SECS))
-            if late:
-                break
 
     async def _sift(self, found: list[Delivered]) -> list[Delivered]:
         """Leave out what is too old, or was delivered too often."""
@@ -382,7 +373,10 @@ class Delivery:
                     if time.monotonic() >= deadline:
                         return [], pull is not None and pull.has_more
                     if pull is not None and pull.is_refused:
-                        await self._check_consumer()
+                        # Nobody leads the consumer at the moment, or it is there no more.
+                        await asyncio.sleep(connection.PAUSE_SECS)
+                        async with asyncio.timeout_at(deadline):
+                            await self._stream.consumer_info(self._subscriber)
             finally:
                 self._turns.release()
         except TimeoutError:
@@ -442,26 +436,9 @@ class Delivery:
 
     def hold(self, one: Delivered) -> None:
         """Note a message that came."""
-        self._missing_since = None
         self._held[one.reply] = one
         if self._telling is None or self._telling.done():
             self._telling = self.loop.start(self._keep_telling())
-
-    async def _check_consumer(self) -> None:
-        """Check that the consumer is still there, if somebody knows right now."""
-        await asyncio.sleep(connection.PAUSE_SECS)
-        if time.monotonic() - self._checked < connection.PAUSE_SECS:
-            return  # others did
-        self._checked = time.monotonic()
-        with contextlib.suppress(persipubsub.errors.UnavailableError, TimeoutError):
-            async with asyncio.timeout(_HEARTBEAT_SECS):
-                found = await self._stream.find_consumer(self._subscriber, confirms=False)
-            if found is not None:
-                self._missing_since = None
-                return
-            self._missing_since = self._missing_since or time.monotonic()
-            if time.monotonic() - self._missing_since >= self._connection.recovery_secs:
-                raise self._stream.missing(self._subscriber)
 
     # Telling
 
@@ -644,35 +621,19 @@ class Delivery:
 
     # Skipping
 
-    async def take_newest(self, timeout: float | None) -> list[Delivered]:
-        """Take the newest message, and acknowledge all older ones; wait if there is none."""
-        found = await self.take(timeout, 1)
-        return (await self._skip(found))[1] if found else []
-
-    async def skip_to_newest(self) -> int:
-        """Acknowledge all messages but the newest one; return how many."""
-        found = await self.take(0.0, _SKIPPED_AT_ONCE)
-        if not found:
-            return 0
-        count, newest = await self._skip(found)
-        await self.nack(newest, None)
-        return count
-
-    async def _skip(self, found: list[Delivered]) -> tuple[int, list[Delivered]]:
-        """Acknowledge all messages that are there now but the newest one."""
-        # What is published meanwhile may be too fast for us to come to an end.
+    async def take_newest(self, timeout: float | None) -> tuple[int, list[Delivered]]:
+        """Take the newest message, and acknowledge all older ones; tell how many these are."""
         count = 0
+        found = await self.take(timeout, _SKIPPED_AT_ONCE)
         try:
-            last = int((await self._stream.state())["last_seq"])
-            while True:
+            # What is published meanwhile may be too fast for us to come to an end.
+            last = int((await self._stream.state())["last_seq"]) if found else 0
+            while found:
                 found.sort(key=lambda one: one.number)
                 await self.ack(found[:-1])
                 count += len(found) - 1
                 found = found[-1:]
-                if found[0].number >= last:
-                    break
-                more = await self.take(0.0, _SKIPPED_AT_ONCE)
-                if not more:
+                if found[0].number >= last or not (more := await self.take(0.0, _SKIPPED_AT_ONCE)):
                     break
                 found += more
         except BaseException:
@@ -680,6 +641,12 @@ class Delivery:
             self.give_back(found)
             raise
         return count, found
+
+    async def skip_to_newest(self) -> int:
+        """Acknowledge all messages but the newest one; return how many."""
+        count, newest = await self.take_newest(0.0)
+        await self.nack(newest, None)
+        return count
 
     # Looking
 

@@ -240,15 +240,17 @@ class Queue:
 
     def prune(self) -> int:
         """Drop the messages that are too old; return how many deliveries were dropped."""
-        return self.ask(stream.Stream.drop_expired)
+        return self._drop(stream.Stream.drop_expired)
 
     def clear(self) -> int:
         """Drop all messages; subscribers and numbers stay. Return how many deliveries it were."""
 
+        return self._drop(stream.Stream.purge)
+
+    def _drop(self, drop: Callable[[stream.Stream], Coroutine[Any, Any, None]]) -> int:
+
         async def work(kept: stream.Stream) -> int:
-            lags = await kept.lags()
-            await kept.purge()
-            return sum(lags.values())
+            return sum((await kept.count_dropped(lambda: drop(kept))).values())
 
         return self.ask(work)
 
@@ -301,13 +303,12 @@ class Lease:
         self._queue = queue
         self._delivery = own
         self._delivered = delivered
-        self._process_id = os.getpid()
         self._is_over = False
 
     def _end(self) -> bool:
         """Note that the lease ends; return False in a forked child, whose parent has it."""
         self._is_over = True
-        return self._process_id == os.getpid()
+        return self._delivery.loop.process_id == os.getpid()
 
     def ack(self) -> None:
         """
@@ -360,7 +361,7 @@ class Lease:
     def __del__(self) -> None:
         """Have the messages given back that somebody forgot: a call that was cancelled, a loop."""
         # In any thread, in the middle of any code, at the exit: it only leaves word for the loop.
-        if not self._is_over and self._process_id == os.getpid():
+        if not self._is_over and self._end():
             own, delivered = self._delivery, self._delivered
             own.loop.post(lambda: own.give_back(delivered))
 
@@ -401,7 +402,10 @@ class Consumer:
     async def _take(self, timeout: float | None, max_messages: int,
                     is_newest: bool) -> Lease | None:
         own = self._queue.delivery_to(self._subscriber)
-        found = await (own.take_newest(timeout) if is_newest else own.take(timeout, max_messages))
+        if is_newest:
+            _, found = await own.take_newest(timeout)
+        else:
+            found = await own.take(timeout, max_messages)
         return Lease(self._queue, own, found) if found else None
 
     def front(self) -> bytes | None:
@@ -642,24 +646,17 @@ def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple
     if config.queues[queue_key].durability is not persipubsub.config.Durability.FSYNC:
         return ()
     found_at = settings.Settings(config, queue_key).address
+    monitor = found_at.monitor
     advice = (f"durability \"fsync\" needs \"sync_interval: always\" in the block jetstream of "
               f"each server of {','.join(found_at.servers)}")
-    if found_at.monitor is None:
+    if monitor is None:
         return (f"{advice} (not checked: the path has no monitor=http://host:8222)", )
-    found = _read_page(f"{found_at.monitor}/varz")
-    if found is None:
-        return (f"{advice} (not checked: {found_at.monitor} does not answer)", )
-    described = (found.get("jetstream") or {}).get("config") or {}
+    try:
+        with urllib.request.urlopen(f"{monitor}/varz", timeout=_PATIENCE_SECS) as answer:
+            described = (json.loads(answer.read(_LARGEST_PAGE)).get("jetstream") or {})["config"]
+    except (OSError, ValueError, AttributeError, LookupError, http.client.HTTPException):
+        return (f"{advice} (not checked: {monitor} does not answer)", )
     if described.get("sync_always"):
         return ()
-    return (f"{advice}, but {found_at.monitor} flushes every "
-            f"{described.get('sync_interval', 0) / 1000000000.0:g} s", )
-
-
-def _read_page(url: str) -> Any | None:
-    try:
-        with urllib.request.urlopen(url, timeout=_PATIENCE_SECS) as answer:
-            found = json.loads(answer.read(_LARGEST_PAGE))
-            return found if isinstance(found, dict) else None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
+    interval_secs = described.get("sync_interval", 0) / 1e9
+    return (f"{advice}, but {monitor} flushes every {interval_secs:g} s", )

@@ -77,8 +77,6 @@ class Publishing:
         self._calls = asyncio.Semaphore(_AT_ONCE)
         # When the servers answered to a message last, on the monotonic clock.
         self._answered = 0.0
-        # Guards the making of room: coroutines that find the queue full at once prune it once.
-        self._room = asyncio.Lock()
         self.drops = persipubsub.drop_log.DropLog(own.settings.path)
 
     async def put(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None,
@@ -253,48 +251,46 @@ class Publishing:
         """
         Make room for so many messages and bytes, as far as the strategy drops some for it.
 
-        Return whether some was made, and whether others could take it away.
+        In turn: of calls that find the queue full at once, one prunes it. Return whether some was made, and whether others could take it away.
         """
         was_made = False
-        async with self._room:
-            while True:
-                info = await self._stream.info()
-                # Not those of our configuration: init may have lowered them meanwhile, or somebody
-                # by hand, and room that the server does not see would be found for ever.
-                most_messages = _limit(info["config"]["max_msgs"])
-                most_bytes = _limit(info["config"]["max_bytes"])
-                if count > most_messages or size > most_bytes:
-                    raise persipubsub.errors.MessageTooLargeError(
-                        f"Expected at most {most_messages} messages (MAX_MSGS_NUM) and "
-                        f"{most_bytes} bytes (HWM_LMDB_SIZE_BYTES) at once for the queue "
-                        f"{self._settings.path}, which are the limits of its stream, but got: "
-                        f"{count} messages, {size} bytes with their frames and headers")
-                messages, stored = info["state"]["messages"], info["state"]["bytes"]
-                if not messages or (messages + count <= most_messages
-                                    and stored + size <= most_bytes):
-                    is_scarce = (messages + 2 * count + 1000 > most_messages
-                                 or stored + 2 * size > most_bytes)
-                    return was_made, is_scarce
-                if self._settings.retain_ns and not was_made:
-                    await self._stream.drop_finished()
-                elif self._settings.strategy.startswith("prune"):
-                    await self._prune(messages, count)
-                else:
-                    raise _FullError
-                was_made = True
+        while True:
+            info = await self._stream.info()
+            # Not those of our configuration: init may have lowered them meanwhile, or somebody
+            # by hand, and room that the server does not see would be found for ever.
+            most_messages = _limit(info["config"]["max_msgs"])
+            most_bytes = _limit(info["config"]["max_bytes"])
+            if count > most_messages or size > most_bytes:
+                raise persipubsub.errors.MessageTooLargeError(
+                    f"Expected at most {most_messages} messages (MAX_MSGS_NUM) and "
+                    f"{most_bytes} bytes (HWM_LMDB_SIZE_BYTES) at once for the queue "
+                    f"{self._settings.path}, which are the limits of its stream, but got: "
+                    f"{count} messages, {size} bytes with their frames and headers")
+            messages, stored = info["state"]["messages"], info["state"]["bytes"]
+            if not messages or (messages + count <= most_messages and stored + size <= most_bytes):
+                is_scarce = (messages + 2 * count + 1000 > most_messages
+                             or stored + 2 * size > most_bytes)
+                return was_made, is_scarce
+            if self._settings.retain_ns and not was_made:
+                await self._stream.drop_finished()
+            elif self._settings.strategy.startswith("prune"):
+                await self._prune(messages, count)
+            else:
+                raise _FullError
+            was_made = True
 
     async def _prune(self, messages: int, added: int) -> None:
         """Drop half of the messages, those that are to be added included."""
         # By what is to stay: if another process prunes as well, the second one does nothing.
         keep = max(0, (messages + added) // 2 - added)
-        before = await self._stream.lags()
-        if self._settings.strategy == "prune_last":
-            await self._stream.delete_newest(messages - keep)
-        else:
-            await self._stream.purge(**({"keep": keep} if keep else {}))
-        after = await self._stream.lags()
-        lost = ((subscriber, lag - after.get(subscriber, 0)) for subscriber, lag in before.items())
-        self.drops.add((subscriber, count) for subscriber, count in lost if count > 0)
+
+        async def drop() -> None:
+            if self._settings.strategy == "prune_last":
+                await self._stream.delete_newest(messages - keep)
+            else:
+                await self._stream.purge(**({"keep": keep} if keep else {}))
+
+        self.drops.add((await self._stream.count_dropped(drop)).items())
 
     async def _raise_full(self) -> NoReturn:
         messages = (await self._stream.state())["messages"]

@@ -24,12 +24,16 @@ class Settings:
     """Where a stream is, and what it does with its messages."""
 
     def __init__(self, config: persipubsub.config.Config, queue_key: str) -> None:
-        """Take the settings of a queue whose path is that of a stream."""
+        """Take the settings; raise ConfigError if the path is none of a stream."""
         self.config = config
         self.key = queue_key
         self.queue = config.queues[queue_key]
         self.path = config.queue_path(queue_key)
-        self.address = address.parse(self.path)
+        try:
+            self.address = address.parse(self.path)
+        except ValueError as error:
+            text = f"{config.path}: queues.{queue_key}.path: {error}"
+            raise persipubsub.errors.ConfigError(text) from None
         mark = self.queue.high_water_mark
         self.strategy = mark.strategy.value
         self.wait_secs = self.queue.busy_timeout_secs

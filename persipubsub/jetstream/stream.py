@@ -22,6 +22,12 @@ _WINDOW: Final = 128
 #: It is looked this often whether all consumers are still there, in seconds.
 _INTEREST_SECS: Final = 1.0
 
+#: A cluster that was started again does not know all of its consumers for a moment, and says that
+#: they are not there; that is believed after so many seconds. The same while a consumer is being
+#: replaced (seek), on any server.
+_RECOVERY_SECS: Final = 5.0
+_REPLACED_SECS: Final = 1.0
+
 #: Steps of :py:meth:`Stream.drop_expired`, at most.
 _MOST_STEPS: Final = 1000
 
@@ -69,7 +75,8 @@ class Stream:
         subject = f"$JS.API.{verb}.{self.name}" + (f".{consumer}" if consumer else "")
         payload = b"" if body is None else json.dumps(body).encode("utf-8")
         deadline = self.deadline()
-        until = min(deadline, time.monotonic() + self.connection.recovery_secs)
+        recovery_secs = _RECOVERY_SECS if self.connection.is_cluster else _REPLACED_SECS
+        until = min(deadline, time.monotonic() + recovery_secs)
         while True:
             message = await self.connection.ask(subject, payload, deadline)
             answer: Info = json.loads(message.data)
@@ -90,30 +97,20 @@ class Stream:
     async def ensure(self) -> None:
         """Make the stream and its consumers as far as they are not there, or update them."""
         wanted = self.settings.stream_config()
-        found = await self._find()
-        if found is None:
-            try:
-                await self._api("STREAM.CREATE", wanted)
-            except errors.ApiError as error:
-                # Another process may make it at the same time.
-                if error.err_code != errors.NAME_IN_USE:
-                    raise
-                found = await self._find()
-        if found is not None and any(found["config"].get(key) != value
-                                     for key, value in wanted.items() if key != "metadata"):
+        try:
+            await self._api("STREAM.CREATE", wanted)
+        except errors.ApiError as error:
+            if error.err_code != errors.NAME_IN_USE:
+                raise
+            # It is there, with other settings, or of somebody else.
+            found = await self.info()
             await self._api("STREAM.UPDATE", {**found["config"], **wanted})
         await self._each(self.settings.subscribers, self.ensure_consumer)
-
-    async def _find(self) -> Info | None:
-        try:
-            return await self.info(confirms=False)
-        except persipubsub.errors.NotInitializedError:
-            return None
 
     async def ensure_consumer(self, subscriber: str) -> bool:
         """Make the consumer of a subscriber, or update it; return True if it was not there."""
         wanted = self.settings.consumer_config(subscriber)
-        found = await self.find_consumer(subscriber, confirms=False)
+        found = await self._consumer(address.durable_of(subscriber), confirms=False)
         if found is not None:
             config = found["config"]
             # What it was to get stays: messages may be under way that nobody else wants.
@@ -156,20 +153,18 @@ class Stream:
         # The server finds the place.
         number = int((await self._create_consumer(guard))["delivered"]["stream_seq"]) + 1
         await self._api("CONSUMER.DELETE", consumer=address.durable_of(subscriber))
-        await self._create_consumer({
-            **config, "deliver_policy": "by_start_sequence",
-            "opt_start_seq": number
-        })
+        found_place = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}
+        await self._create_consumer({**config, **found_place})
         await self._api("CONSUMER.DELETE", consumer=name, confirms=False)
         return number
 
     # Looking
 
-    async def info(self, confirms: bool = True) -> Info:
+    async def info(self) -> Info:
         """Ask for ``config``, ``state`` and more of the stream; raise if there is none of ours."""
         before_ns = time.time_ns()
         try:
-            answer = await self._api("STREAM.INFO", confirms=confirms)
+            answer = await self._api("STREAM.INFO")
         except errors.ApiError as error:
             raise errors.translate(error, self.settings.path) from None
         if not settings.is_ours(answer["config"]):
@@ -195,11 +190,8 @@ class Stream:
         timeout_ns = self.settings.timeout_ns
         return timeout_ns is not None and self.now_ns() - time_ns > timeout_ns
 
-    async def find_consumer(self, subscriber: str, confirms: bool = True) -> Info | None:
-        """Ask for ``config``, ``num_pending`` and more of a subscriber; None if it is missing."""
-        return await self._consumer(address.durable_of(subscriber), confirms)
-
     async def _consumer(self, name: str, confirms: bool = True) -> Info | None:
+        """Ask for ``config``, ``num_pending`` and more of a consumer; None if it is missing."""
         try:
             return await self._api("CONSUMER.INFO", consumer=name, confirms=confirms)
         except errors.ApiError as error:
@@ -208,8 +200,8 @@ class Stream:
             return None
 
     async def consumer_info(self, subscriber: str) -> Info:
-        """Do what :py:meth:`find_consumer` does; raise NotInitializedError if it is missing."""
-        found = await self.find_consumer(subscriber)
+        """Ask for what is known of a subscriber; raise NotInitializedError if it is missing."""
+        found = await self._consumer(address.durable_of(subscriber))
         if found is None:
             raise self.missing(subscriber)
         return found
@@ -279,18 +271,9 @@ class Stream:
 
     async def next_stored(self, subjects: Sequence[str], start: int) -> Stored | None:
         """Find the first message from a number on that has one of the subjects."""
-        found: list[Info] = []
-        for subject in subjects:
-            try:
-                answer = await self._api("STREAM.MSG.GET", {
-                    "seq": max(1, start),
-                    "next_by_subj": subject
-                })
-            except errors.ApiError as error:
-                if error.err_code not in errors.MESSAGE_NOT_FOUND:
-                    raise
-                continue
-            found.append(answer["message"])
+        queries = [{"seq": max(1, start), "next_by_subj": subject} for subject in subjects]
+        answers = [await self._message("GET", query) for query in queries]
+        found = [answer["message"] for answer in answers if answer is not None]
         if not found:
             return None
         message = min(found, key=lambda one: int(one["seq"]))
@@ -298,6 +281,15 @@ class Stream:
                       subject=message["subject"],
                       data=base64.b64decode(message.get("data") or b""),
                       time_ns=to_ns(message["time"]))
+
+    async def _message(self, verb: str, query: Info) -> Info | None:
+        """Get or delete a message; None if it is not there."""
+        try:
+            return await self._api(f"STREAM.MSG.{verb}", query)
+        except errors.ApiError as error:
+            if error.err_code not in errors.MESSAGE_NOT_FOUND:
+                raise
+            return None
 
     # Dropping
 
@@ -308,8 +300,8 @@ class Stream:
     async def drop_finished(self) -> None:
         """Drop what everybody has acknowledged, where that is retained."""
         infos = (await self.infos()).values()
-        await self.purge(seq=1 +
-                         min((int(one["ack_floor"]["stream_seq"]) for one in infos), default=0))
+        floors = [int(info["ack_floor"]["stream_seq"]) for info in infos]
+        await self.purge(seq=1 + min(floors, default=0))
 
     async def delete_newest(self, count: int) -> None:
         """Drop messages from the newest one on, one after the other."""
@@ -317,26 +309,13 @@ class Stream:
         number, first = int(state["last_seq"]), int(state["first_seq"])
         while count > 0 and number >= first:
             numbers = range(number, max(first - 1, number - min(_WINDOW, count)), -1)
-            count -= sum(await asyncio.gather(*map(self._delete, numbers)))
+            queries: list[Info] = [{"seq": one, "no_erase": True} for one in numbers]
+            deleted = await asyncio.gather(*(self._message("DELETE", one) for one in queries))
+            count -= len(numbers) - deleted.count(None)
             number = numbers[-1] - 1
 
-    async def _delete(self, number: int) -> bool:
-        """Drop one message; return False if it was not there."""
-        try:
-            await self._api("STREAM.MSG.DELETE", {"seq": number, "no_erase": True})
-        except errors.ApiError as error:
-            if error.err_code not in errors.MESSAGE_NOT_FOUND:
-                raise
-            return False
-        return True
-
-    async def drop_expired(self) -> int:
-        """
-        Drop the messages that are too old, which the servers do as well, but not at once.
-
-        Return how many deliveries were dropped.
-        """
-        before = await self.lags()
+    async def drop_expired(self) -> None:
+        """Drop the messages that are too old, which the servers do as well, but not at once."""
         age_ns = self.settings.stream_config()["max_age"]
         for _ in range(_MOST_STEPS):
             state = await self.state()
@@ -344,8 +323,14 @@ class Stream:
                     or self.now_ns() - to_ns(state["first_ts"]) <= age_ns):
                 break
             await self.purge(seq=state["first_seq"] + 1)
+
+    async def count_dropped(self, drop: Callable[[], Coroutine[Any, Any, None]]) -> dict[str, int]:
+        """Drop messages; count those that subscribers still had to acknowledge, by id."""
+        before = await self.lags()
+        await drop()
         after = await self.lags()
-        return sum(max(0, before[key] - after.get(key, 0)) for key in before)
+        lost = {one: lag - after.get(one, 0) for one, lag in before.items()}
+        return {one: count for one, count in lost.items() if count > 0}
 
     async def _each(self, names: Iterable[str],
                     work: Callable[[str], Coroutine[Any, Any, ResultT]]) -> list[ResultT]:
