@@ -388,10 +388,8 @@ def _credentials(path: str) -> dict[str, Any]:
             raise persipubsub.errors.AccessError(
                 f"Expected a file that can be read in {name} for the queue {path}, but got: "
                 f"{found[name]!r}")
-    options: dict[str, Any] = {
-        _ARGUMENTS[name]: found[name]
-        for name in _ARGUMENTS if name in found
-    }
+    options: dict[str, Any] = {}
+    options |= {argument: found[name] for name, argument in _ARGUMENTS.items() if name in found}
     if "NATS_CA" in found or "NATS_CERT" in found:
         try:
             options["tls"] = ssl.create_default_context(cafile=found.get("NATS_CA"))

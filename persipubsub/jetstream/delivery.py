@@ -9,7 +9,6 @@ What does not say otherwise runs in the thread of :py:mod:`persipubsub.jetstream
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -92,12 +91,8 @@ def to_delivered(data: bytes, reply: str) -> Delivered:
     """
     parts = reply.split(".")
     first = 4 if len(parts) == 9 else 6
-    return Delivered(data=data,
-                     reply=reply,
-                     number=int(parts[first + 1]),
-                     attempts=int(parts[first]),
-                     time_ns=int(parts[first + 3]),
-                     arrived=time.monotonic())
+    deliveries, number, _, time_ns = map(int, parts[first:first + 4])
+    return Delivered(data, reply, number, deliveries, time_ns, time.monotonic())
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -561,7 +556,8 @@ class Delivery:
             if one.reply not in self._acking and self._held.pop(one.reply, None) is not None
         ]
         if found:
-            self.begin_ending(self._nak(sorted(found, key=lambda one: one.number), 0))
+            found.sort(key=lambda one: one.number)
+            self.begin_ending(self._nak([(one, 0) for one in found]))
 
     def begin_ending(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begin what a later pull waits for."""
@@ -572,7 +568,7 @@ class Delivery:
 
     async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
         """Let messages be delivered again, or give them up after their last delivery."""
-        delays: dict[int, list[Delivered]] = collections.defaultdict(list)
+        naks: list[tuple[Delivered, int]] = []
         for one in messages:
             if self._held.get(one.reply) is None:
                 continue
@@ -581,20 +577,25 @@ class Delivery:
             else:
                 self._held.pop(one.reply, None)
                 delay_ns = 0 if error is None else self._letters.retry_delay_ns(one.attempts)
-                delays[delay_ns].append(one)
-        for delay_ns, some in sorted(delays.items()):
-            await asyncio.shield(self.begin_ending(self._nak(some, delay_ns)))
+                naks.append((one, delay_ns))
+        if naks:
+            await asyncio.shield(self.begin_ending(self._nak(naks)))
 
-    async def _nak(self, messages: Sequence[Delivered], delay_ns: int) -> None:
-        """Tell the servers, and wait until they know; after a while, they deliver again anyhow."""
-        what = b'-NAK{"delay": %d}' % delay_ns if delay_ns else b"-NAK"
+    async def _nak(self, naks: Sequence[tuple[Delivered, int]]) -> None:
+        """
+        Tell the servers, and wait until they know; after a while, they deliver again anyhow.
+
+        :param naks: messages, and after how many nanoseconds each is delivered again
+        """
         deadline = time.monotonic() + _NAK_SECS
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             link = await self._connection.link(deadline)
+            calls = []
+            for one, delay_ns in naks:
+                what = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
+                calls.append(link.request(one.reply, what, _NAK_SECS, deadline))
             # In order: the first one is the next that is delivered again.
-            await asyncio.gather(*(link.request(one.reply, what, _NAK_SECS, deadline)
-                                   for one in messages),
-                                 return_exceptions=True)
+            await asyncio.gather(*calls, return_exceptions=True)
 
     async def _give_up(self, one: Delivered, deliveries: int, error: str) -> None:
         """Put a message into the queue of dead letters, and acknowledge it."""
@@ -606,7 +607,7 @@ class Delivery:
         except persipubsub.errors.PersipubsubError:
             pass  # it comes again, and is put again under the same id
         if self._held.pop(one.reply, None) is not None:
-            self.begin_ending(self._nak([one], dead_letters.POSTPONED_NS))
+            self.begin_ending(self._nak([(one, dead_letters.POSTPONED_NS)]))
 
     async def close(self) -> None:
         """Stop listening, and give back what is held. Calls that wait fail."""
@@ -668,8 +669,5 @@ class Delivery:
 
 def to_message(one: Delivered) -> persipubsub.message.Message:
     """Tell what is known of a message."""
-    return persipubsub.message.Message(data=one.data,
-                                       number=one.number,
-                                       sent_at=_EPOCH +
-                                       datetime.timedelta(microseconds=one.time_ns // 1000),
-                                       attempts=one.attempts)
+    sent_at = _EPOCH + datetime.timedelta(microseconds=one.time_ns // 1000)
+    return persipubsub.message.Message(one.data, one.number, sent_at, one.attempts)

@@ -45,7 +45,7 @@ _CLOSE_SECS: Final = 2.0
 #: A look at messages ends with so many; a stream is looked at for new ones this often, in seconds.
 _LOOK_MESSAGES: Final = 1000
 _FIRST_LOOK_SECS: Final = 0.05
-_LONGEST_LOOK_SECS: Final = 1.0
+_LONGEST_LOOK_SECS: Final = 0.5
 
 #: What NATS does not count.
 _NOT_COUNTED: Final[dict[str, Any]] = dict.fromkeys(
@@ -590,18 +590,16 @@ def follow(config: persipubsub.config.Config,
     with open_queue(config, queue_key) as queue:
         number = int(queue.ask(stream.Stream.state)["last_seq"]) + 1 - last
         everything = [f"persipubsub.{queue.settings.address.stream}.>"]
-        pause, told = _FIRST_LOOK_SECS, time.monotonic()
+        pause = _FIRST_LOOK_SECS
         while True:
             found = queue.ask(lambda kept: _look(kept, everything, number, _LOOK_MESSAGES))
-            if found or time.monotonic() - told > _LONGEST_LOOK_SECS / 2:
-                yield found
-                told = time.monotonic()
+            yield found
             if found:
                 number = found[-1].number + 1
                 pause = _FIRST_LOOK_SECS
             else:
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_LOOK_SECS / 2)
+                pause = min(2 * pause, _LONGEST_LOOK_SECS)
 
 
 async def _look(kept: stream.Stream,
@@ -619,12 +617,8 @@ async def _look(kept: stream.Stream,
         # With retain_secs, messages are stored that nobody wants.
         is_wanted = one.subject != address.nobodys_subject(kept.name)
         if is_wanted and not (are_old_left_out and kept.is_expired(one.time_ns)):
-            found.append(
-                Peeked(number=one.number,
-                       age_seconds=max(0,
-                                       kept.now_ns() - one.time_ns) / 1e9,
-                       subscribers=recipients.get(one.subject),
-                       content=one.data))
+            age_seconds = max(0, kept.now_ns() - one.time_ns) / 1e9
+            found.append(Peeked(one.number, age_seconds, recipients.get(one.subject), one.data))
     return found
 
 

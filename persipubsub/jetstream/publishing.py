@@ -251,7 +251,8 @@ class Publishing:
         """
         Make room for so many messages and bytes, as far as the strategy drops some for it.
 
-        In turn: of calls that find the queue full at once, one prunes it. Return whether some was made, and whether others could take it away.
+        Only in turn: of the calls that find the queue full at once, one prunes it. Return whether
+        some was made, and whether others could take it away.
         """
         was_made = False
         while True:

@@ -13,7 +13,9 @@ _DUPLICATE_WINDOW_SECS: Final = 120.0
 #: Subject, headers and frame of a message, which the server counts as its bytes, in bytes.
 _FRAME_BYTES: Final = 512
 
+#: What tells our streams and consumers from others.
 _MARK: Final = "persipubsub"
+_OURS: Final = {_MARK: "1"}
 
 #: Ids of publishers that the library makes up for itself begin with it: no file can have them.
 #: They name their subscribers even if these are all of the file.
@@ -97,14 +99,13 @@ class Settings:
             "max_consumers": -1,
             "num_replicas": self.address.replicas,
             "duplicate_window": min(age_ns or window_ns, window_ns),
-            "metadata": {
-                _MARK: "1"
-            },
+            "metadata": _OURS,
         }
 
     def consumer_config(self, subscriber: str) -> dict[str, Any]:
         """Describe the durable consumer of a subscriber for the server."""
         name = address.durable_of(subscriber)
+        metadata = {_MARK: subscriber}
         start_from = self.entry(subscriber).start_from
         is_from_beginning = start_from is persipubsub.config.StartFrom.BEGINNING
         return {
@@ -118,9 +119,7 @@ class Settings:
             "max_ack_pending": -1,
             "max_waiting": 4096,
             "filter_subjects": self.filters(subscriber),
-            "metadata": {
-                _MARK: subscriber
-            },
+            "metadata": metadata,
         }
 
     def check_size(self, messages: Sequence[bytes]) -> None:

@@ -277,10 +277,8 @@ class Stream:
         if not found:
             return None
         message = min(found, key=lambda one: int(one["seq"]))
-        return Stored(number=int(message["seq"]),
-                      subject=message["subject"],
-                      data=base64.b64decode(message.get("data") or b""),
-                      time_ns=to_ns(message["time"]))
+        data = base64.b64decode(message.get("data") or b"")
+        return Stored(int(message["seq"]), message["subject"], data, to_ns(message["time"]))
 
     async def _message(self, verb: str, query: Info) -> Info | None:
         """Get or delete a message; None if it is not there."""
