@@ -244,7 +244,6 @@ class Queue:
 
     def clear(self) -> int:
         """Drop all messages; subscribers and numbers stay. Return how many deliveries it were."""
-
         return self._drop(stream.Stream.purge)
 
     def _drop(self, drop: Callable[[stream.Stream], Coroutine[Any, Any, None]]) -> int:
@@ -415,7 +414,6 @@ class Consumer:
         While others of the same subscriber have messages, the server does not tell which: then it
         is taken and given back, which counts as a delivery.
         """
-
         return self._queue.run(lambda: self._queue.delivery_to(self._subscriber).front())
 
 
