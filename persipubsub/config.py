@@ -691,9 +691,11 @@ class _Checker:
             return []
         # Only here: it loads OpenSSL for its digests, which a queue in a directory has no use for.
         address: Any = importlib.import_module("persipubsub.jetstream.address")
-        if problem := address.problem_of(path):
-            self.problems.append(f"{place}.path: {problem}")
-        return list(address.names_of(path))
+        try:
+            return list(address.names_of(path))
+        except ValueError as error:
+            self.problems.append(f"{place}.path: {error}")
+            return []
 
     def check_publisher(self, publisher: Publisher) -> None:
         """Check that the queue has the subscribers of a publisher; without any, take all."""

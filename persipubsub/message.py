@@ -9,10 +9,13 @@ import msgspec
 
 import persipubsub.errors
 
-__all__ = ["Message", "Peeked", "DeadLetter", "text_of"]
+__all__ = ["Message", "Peeked", "DeadLetter", "text_of", "retry_delay_ns"]
 
 #: An error takes at most so many characters where it is stored.
 ERROR_CHARACTERS: Final = 500
+
+#: The delay between two deliveries does not grow further, in nanoseconds.
+_LONGEST_DELAY_NS: Final = 3600 * 10**9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,3 +115,18 @@ def text_of(error: BaseException) -> str:
         text = str(error)
     name = type(error).__qualname__
     return (f"{name}: {text}" if text else name)[:ERROR_CHARACTERS]
+
+
+def retry_delay_ns(first_ns: int, deliveries: int) -> int:
+    """
+    Compute how long a message that failed waits for its next delivery, in nanoseconds.
+
+    >>> hour_ns = 3600 * 10**9
+    >>> retry_delay_ns(10, 1), retry_delay_ns(10, 3), retry_delay_ns(2 * hour_ns, 2) // hour_ns
+    (10, 40, 2)
+
+    :param first_ns: delay after the first delivery; each further one doubles it, up to an hour
+    :param deliveries: so far
+    """
+    # Shifted no further than that any delay from a nanosecond on has reached the limit.
+    return min(first_ns << min(deliveries - 1, 42), max(_LONGEST_DELAY_NS, first_ns))

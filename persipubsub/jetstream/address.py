@@ -7,6 +7,7 @@ so that a configuration can be checked where the extra is not installed.
 
 import hashlib
 import re
+import socket
 import urllib.parse
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -17,6 +18,7 @@ _DEFAULT_PORT: Final = 4222
 _STREAM: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOST: Final = re.compile(r"(?P<host>(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|"
                           r"\[(?P<ip>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?")
+_OPTIONS: Final = ("replicas", "ack_wait", "monitor")
 _MONITOR: Final = re.compile(r"https?://[^\s/?#@]+/?")
 
 #: Longest name that is made of an id as it is; the server takes it for the name of a directory.
@@ -56,11 +58,14 @@ def parse(path: str) -> Address:
             f"Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, 0-9, '_' "
             f"and '-'), but got: {stream!r}")
     options = _parse_query(query)
+    monitor = options.get("monitor")
+    if monitor is not None and not _MONITOR.fullmatch(monitor):
+        raise ValueError(f"Expected monitor to be like http://host:8222, but got: {monitor!r}")
     return Address(servers=tuple(map(_parse_server, hosts.split(","))),
                    stream=stream,
                    replicas=int(_number(options, "replicas", 1, 1, 5)),
-                   ack_wait_secs=_number(options, "ack_wait", 30, 0.1, 86400),
-                   monitor=_parse_monitor(options.get("monitor")))
+                   ack_wait_secs=_number(options, "ack_wait", 30.0, 0.1, 86400),
+                   monitor=monitor and monitor.rstrip("/"))
 
 
 def names_of(path: str) -> Sequence[str]:
@@ -70,22 +75,8 @@ def names_of(path: str) -> Sequence[str]:
     >>> names_of("nats://one,two:4223/orders?replicas=3")
     ['nats://one:4222/orders', 'nats://two:4223/orders']
     """
-    try:
-        address = parse(path)
-    except ValueError:
-        return [path]
+    address = parse(path)
     return [f"{server.lower()}/{address.stream}" for server in address.servers]
-
-
-def problem_of(path: str) -> str | None:
-    """Say what is wrong with a path."""
-    if not path.startswith(_PREFIX):
-        return None
-    try:
-        parse(path)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _parse_server(text: str) -> str:
@@ -100,10 +91,9 @@ def _parse_server(text: str) -> str:
 
 def _is_ip(text: str) -> bool:
     """Tell whether an address in brackets is one."""
-    import ipaddress  # pylint: disable=import-outside-toplevel
     try:
-        ipaddress.IPv6Address(text)
-    except ValueError:
+        socket.inet_pton(socket.AF_INET6, text)
+    except OSError:
         return False
     return True
 
@@ -116,10 +106,9 @@ def _parse_query(query: str) -> dict[str, str]:
         raise ValueError(
             f"Expected name=value behind the question mark, but got: {query!r}") from None
     options = dict(pairs)
-    known = ("replicas", "ack_wait", "monitor")
     for name in options:
-        if name not in known:
-            raise ValueError(f"Expected only the options {', '.join(known)}, but got: {name!r}")
+        if name not in _OPTIONS:
+            raise ValueError(f"Expected only the options {', '.join(_OPTIONS)}, but got: {name!r}")
     if len(options) < len(pairs):
         raise ValueError(f"Expected each option once, but got: {query!r}")
     return options
@@ -127,22 +116,12 @@ def _parse_query(query: str) -> dict[str, str]:
 
 def _number(options: dict[str, str], name: str, default: float, least: float, most: float) -> float:
     """Read an option that is a number."""
-    text = options.get(name)
-    if text is None:
-        return default
-    is_integer = name == "replicas"
-    if not re.fullmatch(r"[0-9]{1,9}" if is_integer else r"[0-9]{1,9}(\.[0-9]{1,9})?", text) \
-            or not least <= float(text) <= most:
-        raise ValueError("Expected {} to be {} from {} to {}, but got: {!r}".format(
-            name, "an integer" if is_integer else "a number of seconds", least, most, text))
+    text = options.get(name, str(default))
+    digits, kind = ((r"[0-9]{1,9}", "an integer") if isinstance(default, int) else
+                    (r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds"))
+    if not re.fullmatch(digits, text) or not least <= float(text) <= most:
+        raise ValueError(f"Expected {name} to be {kind} from {least} to {most}, but got: {text!r}")
     return float(text)
-
-
-def _parse_monitor(text: str | None) -> str | None:
-    """Read the address of a monitoring port."""
-    if text is not None and not _MONITOR.fullmatch(text):
-        raise ValueError(f"Expected monitor to be like http://host:8222, but got: {text!r}")
-    return None if text is None else text.rstrip("/")
 
 
 # Names

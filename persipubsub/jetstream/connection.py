@@ -8,13 +8,14 @@ uses.
 
 import asyncio
 import contextlib
-import json
+import dataclasses
+import itertools
+import math
 import os
 import random
 import ssl
 import time
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import nats.aio.client
@@ -24,9 +25,15 @@ import nats.errors
 import persipubsub.errors
 from persipubsub.jetstream import errors, loop
 
-#: Variables of the environment that say who we are.
-_VARIABLES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_USER", "NATS_PASSWORD", "NATS_TOKEN",
-                     "NATS_CA", "NATS_CERT", "NATS_KEY")
+#: Variables of the environment that say who we are: what the client takes, and files.
+_ARGUMENTS: Final = {
+    "NATS_CREDS": "user_credentials",
+    "NATS_NKEY": "nkeys_seed",
+    "NATS_USER": "user",
+    "NATS_PASSWORD": "password",
+    "NATS_TOKEN": "token"
+}
+_FILES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT", "NATS_KEY")
 
 #: For what has a limit of its own, in seconds.
 _FOREVER_SECS: Final = 1 << 24
@@ -37,7 +44,7 @@ _FIRST_SECS: Final = 10.0
 
 #: A connection over which nothing came for so many seconds is given up; this often it is pinged.
 _SILENCE_SECS: Final = 15.0
-_PING_SECS: Final = 5.0
+_PING_SECS: Final = 5
 
 #: A request that is not answered is repeated after so many seconds, at first and at most.
 FIRST_ATTEMPT_SECS: Final = 1.0
@@ -45,11 +52,8 @@ LONGEST_ATTEMPT_SECS: Final = 5.0
 
 PAUSE_SECS: Final = 0.1
 
-#: A cluster that was started again does not know all of its consumers for a moment, and says that
-#: they are not there; that is believed after so many seconds. The same while a consumer is being
-#: replaced (seek), on any server.
-RECOVERY_SECS: Final = 5.0
-REPLACED_SECS: Final = 1.0
+#: This often it is looked whether requests are over, in seconds.
+_LOOK_SECS: Final = 0.2
 
 #: No answer at all of a server that has no JetStream is believed after so many seconds.
 _NO_JETSTREAM_SECS: Final = 2.0
@@ -58,6 +62,21 @@ _NO_JETSTREAM_SECS: Final = 2.0
 UNANSWERED: Final = (OSError, nats.errors.NoRespondersError, nats.errors.ConnectionClosedError,
                      nats.errors.ConnectionReconnectingError, nats.errors.ConnectionDrainingError,
                      nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Request:
+    """What a server was asked, and did not answer yet. Times are on the monotonic clock."""
+
+    scope: asyncio.Timeout  #: in which the answer is waited for
+    doubted_at: float  #: it may be lost
+    patience: float  #: after the server has read it, in seconds
+    deadline: float
+
+    def end(self) -> None:
+        """Let the call go on without an answer."""
+        if not self.scope.expired():
+            self.scope.reschedule(time.monotonic())
 
 
 class Link:
@@ -71,23 +90,19 @@ class Link:
     def __init__(self, own: loop.Loop, complain: Callable[[BaseException], None]) -> None:
         """Initialize without connecting; errors that come on the side are told to `complain`."""
         self.client = nats.aio.client.Client()
-        self.is_lost = False
-        self.rtt = 0.0  #: of the last ping, in seconds
-        #: To be called when the connection is lost.
-        self.losers: list[Callable[[], object]] = []
+        self.lost: asyncio.Future[None] = own.create_future()  #: done when it is lost
         self._loop = own
         self._complain = complain
         self._transports: list[asyncio.BaseTransport] = []
-        self._scopes: set[asyncio.Timeout] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._requests: set[_Request] = set()
+        self._looking: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[bool]] = set()
         self._heard = time.monotonic()
 
     async def connect(self, server: str, options: Mapping[str, Any]) -> None:
-        """Connect to one server, or raise what nats-py raised last."""
-        found: list[BaseException] = []
+        """Connect to one server."""
 
         async def complain(error: BaseException) -> None:
-            found.append(error)
             self._complain(error)
             if isinstance(error, nats.errors.UnexpectedEOF):
                 self.lose()
@@ -116,191 +131,201 @@ class Link:
                     pending_size=-1,
                     flusher_queue_size=0,
                     **options)
-        except (TimeoutError, nats.errors.NoServersError) as error:
-            self.lose()
-            # Either does not say why.
-            raise (found or [error])[-1] from None
         except BaseException:
             self.lose()
             raise
-        if self.is_lost:
-            raise ConnectionResetError("the connection was lost while it was made")
-        self._tasks.add(self._loop.start(self._watch()))
+        if self.lost.done():
+            raise _lost()
+        self._loop.start(self._watch())
 
     def lose(self) -> None:
         """Give the connection up: all who wait for an answer are told."""
-        if self.is_lost:
-            return
-        self.is_lost = True
-        for scope in self._scopes:
-            if not scope.expired():
-                scope.reschedule(time.monotonic())
-        losers, self.losers = self.losers, []
-        for loser in losers:
-            loser()
-        self._loop.start(self.close())
+        if not self.lost.done():
+            self.lost.set_result(None)
+            for request in self._requests:
+                request.end()
+            self._loop.start(self.close())
 
     async def close(self) -> None:
         """Close the connection; what was not written yet is lost."""
-        self.is_lost = True
-        for task in self._tasks - {asyncio.current_task()}:
+        for task in self._tasks:
             task.cancel()
         # Closing alone waits until the server has read what was written: for ever, perhaps.
         for transport in self._transports:
             if isinstance(transport, asyncio.WriteTransport):
                 transport.abort()
-        with contextlib.suppress(nats.errors.Error, OSError):
-            try:
-                async with asyncio.timeout(PAUSE_SECS):
-                    await self.client.close()
-            except (AttributeError, AssertionError):
-                pass  # it was never connected
+        # The last two: it was never connected.
+        with contextlib.suppress(nats.errors.Error, OSError, AttributeError, AssertionError):
+            async with asyncio.timeout(PAUSE_SECS):
+                await self.client.close()
 
     async def request(self,
                       subject: str,
                       payload: bytes,
-                      seconds: float,
+                      patience: float,
+                      deadline: float,
                       headers: dict[str, str] | None = None) -> nats.aio.msg.Msg:
-        """Ask once; raise one of UNANSWERED if no answer comes in time or over this connection."""
-        if self.is_lost:
-            raise ConnectionResetError("the connection was lost")
-        scope = asyncio.timeout(seconds)
-        self._scopes.add(scope)
+        """
+        Ask once; raise one of UNANSWERED if no answer comes in time or over this connection.
+
+        The patience, in seconds, does not count while what was asked is still on its way: over a
+        slow connection, an answer may take long, and asking again makes it slower.
+        """
+        if self.lost.done():
+            raise _lost()
+        request = _Request(asyncio.timeout(None),
+                           time.monotonic() + patience / 2, patience / 2, deadline)
+        self._requests.add(request)
+        if self._looking is None:
+            self._looking = self._loop.call_later(_LOOK_SECS, self._look)
         try:
-            async with scope:
-                return await self.client.request(subject,
-                                                 payload,
-                                                 timeout=_FOREVER_SECS,
-                                                 headers=headers)
+            async with request.scope:
+                return await self.client.request(subject, payload, _FOREVER_SECS, headers=headers)
         except TimeoutError:
-            if self.is_lost:
-                raise ConnectionResetError("the connection was lost") from None
+            if self.lost.done():
+                raise _lost() from None
             raise
         finally:
-            self._scopes.discard(scope)
+            self._requests.discard(request)
 
-    async def ping(self, deadline: float) -> None:
-        """Wait until the server has read what was written so far, or the time is over."""
-        await asyncio.wait((self._begin_ping(), ), timeout=max(0.0, deadline - time.monotonic()))
+    def _look(self) -> None:
+        """End requests whose time is over, and begin to doubt others."""
+        # All at once: with a timer for each, sending took a fifth longer.
+        now = time.monotonic()
+        doubted = [one for one in self._requests if one.doubted_at <= now]
+        for request in doubted:
+            request.doubted_at = math.inf
+        if doubted:
+            self._begin_ping().add_done_callback(lambda _: self._doubt(doubted))
+        for request in self._requests:
+            if request.deadline <= now:
+                request.end()
+        self._looking = None
+        if self._requests:
+            self._looking = self._loop.call_later(_LOOK_SECS, self._look)
 
-    def _begin_ping(self) -> asyncio.Task[None]:
+    def _doubt(self, requests: Sequence[_Request]) -> None:
+        """Bound the time of requests that the server has read by now."""
+        now = time.monotonic()
+        for request in requests:
+            request.deadline = min(request.deadline, now + request.patience)
+
+    async def ping(self, seconds: float) -> bool:
+        """Tell whether the server has read what was written so far, as soon as it has."""
+        done, _ = await asyncio.wait((self._begin_ping(), ), timeout=seconds)
+        return bool(done) and not self.lost.done()
+
+    def _begin_ping(self) -> asyncio.Task[bool]:
         # Never cancelled while the connection lives: nats-py stops reading at a late answer.
-        task = asyncio.ensure_future(self.client.flush(timeout=_FOREVER_SECS))
-        begin = time.monotonic()
-
-        def end(_: object) -> None:
-            self._tasks.discard(task)
-            if not task.cancelled() and task.exception() is None:
-                self._heard = time.monotonic()
-                self.rtt = self._heard - begin
-
-        def check() -> None:
-            if task.done():
-                self.lose()
-
+        task = self._loop.start(self._ping())
         self._tasks.add(task)
-        task.add_done_callback(end)
-        # Behind its first step: if that is the last one, nobody reads what comes.
-        asyncio.get_running_loop().call_soon(check)
+        task.add_done_callback(self._tasks.discard)
         return task
+
+    async def _ping(self) -> bool:
+        begun: list[bool] = []
+        self._loop.call_soon(begun.append, True)
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self.client.flush(timeout=_FOREVER_SECS)
+            if begun:
+                self._heard = time.monotonic()
+                return True
+        # It ended at once: nobody reads what comes.
+        self.lose()
+        return False
 
     async def _watch(self) -> None:
         """Give the connection up when nothing comes over it any more."""
-        received, pinged = 0, time.monotonic()
-        while not self.client.is_closed and time.monotonic() - self._heard < _SILENCE_SECS:
-            if time.monotonic() - pinged >= _PING_SECS:
-                pinged = time.monotonic()
-                self._begin_ping()
+        received = 0
+        for second in itertools.count(1):
             await asyncio.sleep(1.0)
             if self.client.stats["in_msgs"] != received:
                 received = self.client.stats["in_msgs"]
                 self._heard = time.monotonic()
-        self.lose()
+            if self.lost.done() or time.monotonic() - self._heard >= _SILENCE_SECS:
+                self.lose()
+                return
+            if second % _PING_SECS == 0:
+                self._begin_ping()
+
+
+def _lost() -> ConnectionResetError:
+    return ConnectionResetError("the connection was lost")
 
 
 class Connection:
     """A connection that is made at its first use, and made again when it is lost."""
 
-    def __init__(self, own: loop.Loop, servers: tuple[str, ...], path: str) -> None:
+    def __init__(self, own: loop.Loop, servers: tuple[str, ...], path: str, key: Any) -> None:
         """Initialize without connecting."""
-        self.loop = own
         self.users = 0
+        self._key = key
+        self._loop = own
         self._path = path
         #: Whether there are several servers, as far as is known.
         self.is_cluster = len(servers) > 1
         self._servers = servers
         self._link: Link | None = None
-        self._latest = ""
-        self._connecting = asyncio.Lock()
-        self._was_connected = self._is_closed = False
+        self._latest = ""  #: server that it was made to last
+        self._connecting: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._complaint: BaseException | None = None
-
-    async def close(self) -> None:
-        """Close the connection; what was asked for and not answered is lost."""
-        self._is_closed = True
-        link, self._link = self._link, None
-        if link is not None:
-            link.lose()
-            await link.close()
 
     # Connecting
 
     def ready(self) -> Link | None:
         """Return the connection if there is one."""
-        return None if self._link is None or self._link.is_lost else self._link
+        return None if self._link is None or self._link.lost.done() else self._link
 
     async def link(self, deadline: float) -> Link:
-        """Wait until there is a connection."""
-        link = self.ready()
-        if link is not None:
-            return link
-        try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                async with self._connecting:
-                    if self._is_closed:
-                        raise errors.closed(self._path)
-                    self._link = self.ready() or await self._connect(deadline)
-                    return self._link
-        except TimeoutError:
-            raise self._unreachable() from None
-
-    async def _connect(self, deadline: float) -> Link:
-        """Connect to any of the servers; try until the time is over, or one does not let us in."""
-        options = _credentials(self._path)
-        until = deadline
-        if not self._was_connected:
-            until = min(deadline, time.monotonic() + _FIRST_SECS)
-        while True:
-            # The one that was lost comes last.
-            for server in sorted(self._servers,
-                                 key=lambda one: (one == self._latest, random.random())):
-                link = Link(self.loop, self._complain)
-                try:
-                    # In a task of its own: what it opens is noted in its context.
-                    await self.loop.start(link.connect(server, options))
-                except (nats.errors.Error, OSError) as error:
-                    if isinstance(error, ssl.SSLError) or errors.is_refusal(error):
-                        raise errors.translate(error, self._path) from None
-                    self._complaint = error
-                except Exception as error:
-                    # What it reads credentials with has errors of its own, and raises KeyError.
-                    raise persipubsub.errors.AccessError(
-                        f"Expected credentials for {self._path} in NATS_CREDS or NATS_NKEY, but "
-                        f"got: {errors.describe(error)}") from None
-                else:
-                    self._latest, self._was_connected, self._complaint = server, True, None
-                    return link
-                if time.monotonic() >= until:
-                    raise self._unreachable()
+        """Wait until there is a connection, or until a server does not let us in."""
+        begin = time.monotonic()
+        while (link := self.ready()) is None:
+            if self._is_closed:
+                raise errors.closed(self._path)
+            # Not cancelled with the call: one that polls would never connect to a distant server.
+            if self._connecting is None or self._connecting.done():
+                self._connecting = self._loop.start(self._connect())
+            await asyncio.wait((self._connecting, ), timeout=max(0.0, deadline - time.monotonic()))
+            if self._connecting.done():
+                self._connecting.result()
+            if self.ready() is not None:
+                continue
+            until = deadline if self._latest else min(deadline, begin + _FIRST_SECS)
+            if time.monotonic() >= until:
+                found = "none" if self._complaint is None else errors.describe(self._complaint)
+                raise persipubsub.errors.UnavailableError(
+                    f"Expected a connection to the servers of {self._path}, but got: {found}")
             await asyncio.sleep(PAUSE_SECS)
+        return link
+
+    async def _connect(self) -> None:
+        """Connect to any of the servers, if one takes us."""
+        options = _credentials(self._path)
+        # The one that was lost comes last.
+        for server in sorted(self._servers, key=lambda one: (one == self._latest, random.random())):
+            link = Link(self._loop, self._complain)
+            try:
+                await link.connect(server, options)
+            except (nats.errors.Error, OSError) as error:
+                if self._complaint is None or not isinstance(
+                        error, (TimeoutError, nats.errors.NoServersError)):
+                    self._complaint = error  # the others do not say why
+                if isinstance(self._complaint, ssl.SSLError) or errors.is_refusal(self._complaint):
+                    raise errors.translate(self._complaint, self._path) from None
+            except Exception as error:
+                # What it reads credentials with has errors of its own, and raises KeyError.
+                raise persipubsub.errors.AccessError(
+                    f"Expected credentials for {self._path} in NATS_CREDS or NATS_NKEY, but "
+                    f"got: {errors.describe(error)}") from None
+            else:
+                self._link, self._latest, self._complaint = link, server, None
+                if self._is_closed:
+                    link.lose()
+                return
 
     def _complain(self, error: BaseException) -> None:
         self._complaint = error
-
-    def _unreachable(self) -> persipubsub.errors.UnavailableError:
-        found = "none" if self._complaint is None else errors.describe(self._complaint)
-        return persipubsub.errors.UnavailableError(
-            f"Expected a connection to the servers of {self._path}, but got: {found}")
 
     def check_rights(self, subject: str) -> None:
         """
@@ -317,112 +342,61 @@ class Connection:
 
     # Asking
 
-    async def ask(self,
-                  subject: str,
-                  payload: bytes,
-                  deadline: float,
-                  is_api: bool = False) -> nats.aio.msg.Msg:
+    async def ask(self, subject: str, payload: bytes, deadline: float) -> nats.aio.msg.Msg:
         """Ask until there is an answer. The request has to be one that may be repeated."""
-        attempt = FIRST_ATTEMPT_SECS
+        patience = FIRST_ATTEMPT_SECS
         begin = time.monotonic()
         while True:
             link = await self.link(deadline)
-            # Over a slow connection, an answer takes as long as that of a ping.
-            seconds = min(max(attempt, 2 * link.rtt), deadline - time.monotonic())
             try:
-                return await link.request(subject, payload, max(0.05, seconds))
+                return await link.request(subject, payload, patience, deadline)
             except UNANSWERED as error:
-                if time.monotonic() >= deadline:
+                self.check_rights(subject)
+                until = deadline
+                if isinstance(error, nats.errors.NoRespondersError) and subject.startswith("$JS."):
+                    until = min(deadline, begin + _NO_JETSTREAM_SECS)
+                if time.monotonic() >= until:
                     raise errors.translate(error, self._path) from None
-                if is_api and isinstance(error, nats.errors.NoRespondersError):
-                    if time.monotonic() - begin > _NO_JETSTREAM_SECS:
-                        raise persipubsub.errors.UnavailableError(
-                            f"Expected servers of {self._path} with JetStream (nats-server -js), "
-                            f"but got: a server without it") from None
-                elif isinstance(error, TimeoutError):
-                    self.check_rights(subject)
-                    # Before the server has read it, there is no use in asking again.
-                    await link.ping(deadline)
-                    attempt = min(2 * attempt, LONGEST_ATTEMPT_SECS)
+                patience = min(2 * patience, LONGEST_ATTEMPT_SECS)
             await asyncio.sleep(PAUSE_SECS)
 
-    async def api(self,
-                  verb: str,
-                  body: Mapping[str, Any] | None,
-                  deadline: float,
-                  confirms: bool = True) -> dict[str, Any]:
-        """
-        Ask the API of JetStream; raise ApiError at a refusal that waiting does not change.
-
-        Without ``confirms``, it is believed at once that a stream or a consumer is not there.
-        """
-        payload = b"" if body is None else json.dumps(body).encode("utf-8")
-        recovery = RECOVERY_SECS if self.is_cluster else REPLACED_SECS
-        until = min(deadline, time.monotonic() + recovery)
-        while True:
-            message = await self.ask(f"$JS.API.{verb}", payload, deadline, is_api=True)
-            answer: dict[str, Any] = json.loads(message.data)
-            if "error" not in answer:
-                return answer
-            error = errors.ApiError(answer["error"])
-            if error.is_temporary():
-                if time.monotonic() >= deadline:
-                    raise persipubsub.errors.UnavailableError(
-                        f"Expected the servers of {self._path} to be ready, but got: {error}")
-            elif not confirms or not error.is_missing() or time.monotonic() >= until:
-                raise error
-            await asyncio.sleep(PAUSE_SECS)
-
-
-def _credentials(path: str) -> dict[str, Any]:
-    """Take the arguments of the client that say who we are from the environment."""
-    found = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
-    options: dict[str, Any] = {}
-    for name, argument in (("NATS_CREDS", "user_credentials"), ("NATS_NKEY", "nkeys_seed"),
-                           ("NATS_USER", "user"), ("NATS_PASSWORD", "password"), ("NATS_TOKEN",
-                                                                                  "token")):
-        if name in found:
-            options[argument] = found[name]
-    for name in ("NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT", "NATS_KEY"):
-        if name in found and not os.access(found[name], os.R_OK):
-            raise persipubsub.errors.AccessError(
-                f"Expected a file that can be read in {name} for the queue {path}, but got: "
-                f"{found[name]!r}")
-    if "NATS_CA" in found or "NATS_CERT" in found:
-        try:
-            context = ssl.create_default_context(cafile=found.get("NATS_CA"))
-            if "NATS_CERT" in found:
-                context.load_cert_chain(found["NATS_CERT"], found.get("NATS_KEY"))
-        except (OSError, ssl.SSLError) as error:
-            raise persipubsub.errors.AccessError(
-                f"Expected certificates in NATS_CA, NATS_CERT and NATS_KEY for the queue "
-                f"{path}, but got: {error}") from None
-        options["tls"] = context
-    return options
-
-
-#: Connections by loop, servers and credentials. Only the loop's own thread changes it.
-_CONNECTIONS: weakref.WeakKeyDictionary[loop.Loop, dict[Any, Connection]]
-_CONNECTIONS = weakref.WeakKeyDictionary()
+    async def release(self) -> None:
+        """Give the connection up, and close it if nobody else uses it; what is asked is lost."""
+        self.users -= 1
+        if self.users == 0:
+            self._is_closed = True
+            del self._loop.connections[self._key]
+            link, self._link = self._link, None
+            if link is not None:
+                link.lose()
+                await link.close()
 
 
 def acquire(own: loop.Loop, servers: tuple[str, ...], path: str) -> Connection:
     """Share a connection, which has to be released."""
-    connections = _CONNECTIONS.setdefault(own, {})
-    key = (servers, tuple(os.environ.get(name) for name in _VARIABLES))
-    connection = connections.get(key)
-    if connection is None:
-        connection = connections[key] = Connection(own, servers, path)
-    connection.users += 1
-    return connection
+    key = (servers, *(os.environ.get(name) for name in (*_ARGUMENTS, *_FILES)))
+    found: Connection = own.connections.setdefault(key, Connection(own, servers, path, key))
+    found.users += 1
+    return found
 
 
-async def release(connection: Connection) -> None:
-    """Give a connection up, and close it if nobody else uses it."""
-    connection.users -= 1
-    if connection.users > 0:
-        return
-    connections = _CONNECTIONS.get(connection.loop, {})
-    for key in [key for key, other in connections.items() if other is connection]:
-        del connections[key]
-    await connection.close()
+def _credentials(path: str) -> dict[str, Any]:
+    """Take the arguments of the client that say who we are from the environment."""
+    found = {name: value for name in (*_ARGUMENTS, *_FILES) if (value := os.environ.get(name))}
+    for name in _FILES:
+        if name in found and not os.access(found[name], os.R_OK):
+            raise persipubsub.errors.AccessError(
+                f"Expected a file that can be read in {name} for the queue {path}, but got: "
+                f"{found[name]!r}")
+    options: dict[str, Any] = {}
+    options |= {argument: found[name] for name, argument in _ARGUMENTS.items() if name in found}
+    if "NATS_CA" in found or "NATS_CERT" in found:
+        try:
+            options["tls"] = ssl.create_default_context(cafile=found.get("NATS_CA"))
+            if "NATS_CERT" in found:
+                options["tls"].load_cert_chain(found["NATS_CERT"], found.get("NATS_KEY"))
+        except (OSError, ssl.SSLError) as error:
+            raise persipubsub.errors.AccessError(
+                f"Expected certificates in NATS_CA, NATS_CERT and NATS_KEY for the queue "
+                f"{path}, but got: {error}") from None
+    return options

@@ -21,11 +21,8 @@ from persipubsub.jetstream import errors, publishing, settings
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
-#: A failed message rests for an hour at most.
-_LONGEST_REST_SECS: Final = 3600.0
-
-#: What can not be given up is delivered again after so many seconds, and one warning is logged.
-POSTPONED_SECS: Final = 1.0
+#: What can not be given up is delivered again after so long, and one warning is logged.
+POSTPONED_NS: Final = 10**9
 _WARNING_SECS: Final = 60.0
 
 #: What is told of a delivery whose consumer did not say how it ended.
@@ -38,26 +35,24 @@ class Writer:
     def __init__(self, own: settings.Settings, subscriber: str,
                  open_target: Callable[[str], publishing.Publishing]) -> None:
         """Initialize for a subscriber; the queue of dead letters is opened at its first use."""
-        entry = own.entry(subscriber)
         self._settings = own
         self._subscriber = subscriber
-        self._most = 0 if entry is None else entry.max_deliveries or 0
-        self._delay_secs = 0.0 if entry is None else entry.retry_delay_secs
-        self._key = "" if entry is None else entry.dead_letter_queue or ""
+        self._entry = own.entry(subscriber)
         self._open_target = open_target
         self._warned = -_WARNING_SECS
 
     def is_exhausted(self, deliveries: int) -> bool:
         """Tell whether no further delivery is allowed behind so many."""
-        return 0 < self._most <= deliveries
+        return 0 < self._entry.max_deliveries <= deliveries
 
-    def rest_secs(self, deliveries: int) -> float:
-        """Tell how long a message rests after it failed: twice as long each time."""
-        return min(self._delay_secs * 2.0**min(deliveries - 1, 64), _LONGEST_REST_SECS)
+    def retry_delay_ns(self, deliveries: int) -> int:
+        """Tell how long a message waits for its next delivery after it failed."""
+        first_ns = int(self._entry.retry_delay_secs * 1e9)
+        return persipubsub.message.retry_delay_ns(first_ns, deliveries)
 
     async def write(self, message: persipubsub.message.Message, error: str) -> bool:
         """Put a message into the queue of dead letters; return True if it may be acknowledged."""
-        if not self._key:
+        if not self._entry.dead_letter_queue:
             _LOGGER.warning(
                 "The message %s of the queue %s was dropped for %s, which has no "
                 "dead_letter_queue, after %s deliveries: %s", message.number, self._settings.path,
@@ -77,7 +72,8 @@ class Writer:
         msg_id = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
         try:
             # No time to wait for room: the consumer has other messages to work on.
-            await self._open_target(self._key).put([letter.encode()], None, 0, [msg_id.digest()])
+            target = self._open_target(self._entry.dead_letter_queue)
+            await target.put([letter.encode()], None, 0, [msg_id.digest()])
         except (persipubsub.errors.PersipubsubError, errors.ApiError) as failure:
             if time.monotonic() >= self._warned + _WARNING_SECS:
                 self._warned = time.monotonic()

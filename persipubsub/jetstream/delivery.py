@@ -9,11 +9,12 @@ What does not say otherwise runs in the thread of :py:mod:`persipubsub.jetstream
 """
 
 import asyncio
-import collections
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
+import math
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final, NamedTuple
@@ -32,7 +33,7 @@ _LONGEST_PULL_SECS: Final = 5.0
 #: The server shows this often that it still has a pull request, in seconds.
 _HEARTBEAT_SECS: Final = 0.5
 
-#: A pull request without a sign of life for so many seconds is taken for lost.
+#: A pull request without a sign of life for so many seconds may be lost.
 _LOST_SECS: Final = 3 * _HEARTBEAT_SECS
 
 #: Pull requests of a consumer that wait at the servers, which refuse what is more than 4096 in all.
@@ -60,8 +61,8 @@ _REFUSED: Final = b"{"
 #: A message that can not be given back within so many seconds is delivered again after ack_wait.
 _NAK_SECS: Final = 2.0
 
-#: A pull waits so long for what is given back, or as long as for a message, in seconds.
-_SETTLE_SECS: Final = 0.5
+#: A pull waits so long for what is given back, in seconds.
+_SETTLE_SECS: Final = 1.0
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -90,64 +91,41 @@ def to_delivered(data: bytes, reply: str) -> Delivered:
     """
     parts = reply.split(".")
     first = 4 if len(parts) == 9 else 6
-    return Delivered(data=data,
-                     reply=reply,
-                     number=int(parts[first + 1]),
-                     attempts=int(parts[first]),
-                     time_ns=int(parts[first + 3]),
-                     arrived=time.monotonic())
+    deliveries, number, _, time_ns = map(int, parts[first:first + 4])
+    return Delivered(data, reply, number, deliveries, time_ns, time.monotonic())
 
 
-class _Taker:
-    """A call that waits for messages."""
+@dataclasses.dataclass(slots=True, eq=False)
+class _Pull:
+    """A pull request, and what it brought."""
 
-    __slots__ = ("wanted", "deadline", "messages", "request", "has_more", "is_over", "error",
-                 "_woken")
+    name: str
+    wanted: int
+    left: int  #: messages that the servers may still send for it
+    ends: float
+    heard: float  #: when the servers gave a sign that they have it, or will
+    messages: list[Delivered] = dataclasses.field(default_factory=list)
+    is_over: bool = False
+    is_left: bool = False  #: by its call, which was cancelled or had no time to wait for its end
+    is_refused: bool = False
+    has_more: bool = False  #: it ended before it brought all that is there
+    woken: asyncio.Future[None] | None = None
 
-    def __init__(self, wanted: int, deadline: float | None) -> None:
-        self.wanted = wanted
-        self.deadline = deadline  #: on the monotonic clock; None: it takes only what is there
-        self.messages: list[Delivered] = []
-        self.request: str | None = None  #: that was made for this call
-        self.has_more = False  #: its request ended before it brought all that is there
-        self.is_over = False
-        self.error: BaseException | None = None
-        self._woken: asyncio.Future[None] | None = None
-
-    def finish(self, error: BaseException | None = None) -> None:
-        """Let the call go on."""
-        self.is_over = True
-        self.error = self.error or error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
+    def wake(self) -> None:
+        """Let its call look again."""
+        if self.woken is not None and not self.woken.done():
+            self.woken.set_result(None)
 
     async def wait(self, until: float) -> None:
-        """Wait until the call is over, but not longer than that, on the monotonic clock."""
+        """Wait until it is woken, but not longer than that, on the monotonic clock."""
         # Not asyncio.wait, which takes longer than all the rest of a call.
         own_loop = asyncio.get_running_loop()
-        self._woken = own_loop.create_future()
-        timer = None if until == float("inf") else own_loop.call_at(until, self._wake)
+        self.woken = own_loop.create_future()
+        timer = own_loop.call_at(until, self.wake)
         try:
-            await self._woken
+            await self.woken
         finally:
-            if timer is not None:
-                timer.cancel()
-
-
-class _Pull:
-    """A pull request that is at the servers."""
-
-    __slots__ = ("left", "taker", "heard", "ends", "rtt")
-
-    def __init__(self, left: int, taker: _Taker, ends: float, rtt: float) -> None:
-        self.left = left  #: messages that it may still bring
-        self.taker: _Taker | None = taker  #: for which it was made, unless that left
-        self.heard = time.monotonic()
-        self.ends = ends
-        self.rtt = rtt  #: of the connection, in seconds
+            timer.cancel()
 
 
 class Inbox:
@@ -163,8 +141,7 @@ class Inbox:
     def __init__(self, link: connection.Link, subject: str, owner: "Delivery") -> None:
         """Initialize without listening."""
         self.link = link
-        self.heard = time.monotonic()
-        self.pulls: dict[str, _Pull] = {}
+        self.pulls: dict[str, _Pull] = {}  #: by the subject that is replied to
         self.is_retired = False
         self._subject = subject
         self._owner = owner
@@ -172,71 +149,81 @@ class Inbox:
         self._tokens = itertools.count()
         self._subscription: Any = None
 
-    async def listen(self) -> "Inbox":
+    async def listen(self) -> None:
         """Begin to listen."""
+        self.link.lost.add_done_callback(lambda _: self._end_all())
         self._subscription = await self.link.client.subscribe(f"{self._prefix}.*", cb=self._come)
-        return self
 
-    async def pull(self, taker: _Taker, **request: Any) -> None:
-        """Make a pull request for a call."""
-        name = f"{self._prefix}.{next(self._tokens)}"
-        ends = time.monotonic() + request.get("expires", 0) / 1e9
-        self.pulls[name] = _Pull(request["batch"], taker, ends, self.link.rtt)
-        if "idle_heartbeat" not in request:
-            self.pulls[name].heard = ends
-        taker.request = name
-        await self.link.client.publish(self._subject, json.dumps(request).encode("utf-8"), name)
+    async def pull(self, wanted: int, deadline: float, max_bytes: int | None) -> _Pull:
+        """Make a pull request, or take one over that was left."""
+        now = time.monotonic()
+        for pull in self.pulls.values():
+            if pull.is_left and pull.left == pull.wanted == wanted and now < pull.ends <= deadline:
+                pull.is_left = pull.is_over = pull.has_more = False
+                pull.messages = []
+                return pull
+        # It ends as soon as it brought what is there; with a time, it waits if that is nothing.
+        request: dict[str, Any] = {"batch": wanted, "no_wait": True}
+        secs = min(max(0.0, deadline - now), _LONGEST_PULL_SECS)
+        heard = ends = now + secs
+        if secs > 0:
+            request["expires"] = max(1_000_000, int(secs * 1e9))
+        if secs > _LOST_SECS:
+            request["idle_heartbeat"] = int(_HEARTBEAT_SECS * 1e9)
+            heard = now
+        if max_bytes is not None:
+            request["max_bytes"] = max_bytes
+        pull = _Pull(f"{self._prefix}.{next(self._tokens)}", wanted, wanted, ends, heard)
+        self.pulls[pull.name] = pull
+        payload = json.dumps(request).encode("utf-8")
+        with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
+            await self.link.client.publish(self._subject, payload, pull.name)
+        return pull
 
     async def _come(self, message: nats.aio.msg.Msg) -> None:
-        self.heard = time.monotonic()
+        now = self._owner.heard = time.monotonic()
         if message.reply:
-            # It counts for the oldest request.
-            for name, pull in self.pulls.items():
-                pull.heard = self.heard
-                pull.left -= 1
-                if not pull.left:
-                    self._end(name, has_more=True)
-                break
-            one = to_delivered(message.data, message.reply)
-            if not self._owner.come(one):
-                await self._reject(one)
-            return
-        header = message.headers or {}
-        status = header.get("Status") or header.get(nats.js.api.Header.STATUS)
-        found = self.pulls.get(message.subject)
-        if found is None:
-            return  # it has ended before
-        found.heard = self.heard
-        if status == "100":
-            return
-        text = header.get("Description") or header.get(nats.js.api.Header.DESCRIPTION) or ""
-        has_more = status == "409" and "MaxBytes" in text
-        if status in ("404", "408") or has_more:
-            self._end(message.subject, has_more)
-        else:
-            # Nobody leads the consumer, or there is none any more.
-            self.forget(message.subject)
-            self._owner.disturb()
+            await self._take(to_delivered(message.data, message.reply))
+        elif pull := self.pulls.get(message.subject):
+            pull.heard = now
+            header = message.headers or {}
+            status = header.get("Status") or header.get(nats.js.api.Header.STATUS)
+            text = header.get("Description") or header.get(nats.js.api.Header.DESCRIPTION) or ""
+            if status != "100":
+                pull.has_more = status == "409" and "MaxBytes" in text
+                # Nobody leads the consumer, or there is none any more.
+                pull.is_refused = not pull.has_more and status not in ("404", "408")
+                self.end(pull)
 
-    def _end(self, name: str, has_more: bool) -> None:
-        """End a pull request, and the call that waits for its end."""
-        pull = self.pulls.pop(name)
-        taker = pull.taker
-        if taker is None or taker.request != name:
-            return
-        taker.request = None
-        if taker.deadline is None:
-            taker.has_more = has_more
-            # The last message comes behind this.
-            asyncio.get_running_loop().call_soon(taker.finish)
-        elif pull.ends >= taker.deadline - 0.01 and not has_more:
-            taker.finish()
+    async def _take(self, one: Delivered) -> None:
+        """Take a message for the first call that wants one, or give it back."""
+        self._owner.hold(one)
+        pulls = list(self.pulls.values())
+        taker = next((pull for pull in pulls if not (pull.is_left or pull.is_over)), None)
+        if taker is not None:
+            taker.messages.append(one)
+            if len(taker.messages) == taker.wanted:
+                taker.is_over = taker.has_more = True
+                taker.wake()
+        # It counts for the oldest request.
+        for pull in pulls[:1]:
+            pull.heard = one.arrived
+            pull.left -= 1
+            if not pull.left:
+                pull.has_more = True
+                self.end(pull)
+        if taker is None:
+            await self._reject(one)
 
-    def forget(self, name: str) -> None:
-        """Forget a pull request that is lost; the call that it was made for makes another one."""
-        pull = self.pulls.pop(name, None)
-        if pull is not None and pull.taker is not None and pull.taker.request == name:
-            pull.taker.request = None
+    def end(self, pull: _Pull) -> None:
+        """End a pull request, and let its call go on."""
+        self.pulls.pop(pull.name, None)
+        pull.is_over = True
+        pull.wake()
+
+    def _end_all(self) -> None:
+        for pull in list(self.pulls.values()):
+            self.end(pull)
 
     async def _reject(self, one: Delivered) -> None:
         """
@@ -253,17 +240,19 @@ class Inbox:
         self._owner.give_back([one])
         if is_first:
             with contextlib.suppress(*connection.UNANSWERED):
-                await self.link.request(self._subject, _REFUSED, connection.FIRST_ATTEMPT_SECS)
+                await self.link.request(self._subject, _REFUSED, connection.FIRST_ATTEMPT_SECS,
+                                        time.monotonic() + connection.LONGEST_ATTEMPT_SECS)
 
     def retire(self) -> None:
         """Begin to stop listening, but take what comes until the server knows."""
         self.is_retired = True
-        self.pulls.clear()
+        self._end_all()
         self._owner.begin_ending(self._drain())
 
     async def _drain(self) -> None:
         with contextlib.suppress(nats.errors.Error, OSError):
-            await self._subscription.drain()
+            if self._subscription is not None:
+                await self._subscription.drain()
 
 
 class Delivery:
@@ -273,6 +262,7 @@ class Delivery:
                  own_loop: loop.Loop) -> None:
         """Initialize without pulling."""
         self.loop = own_loop
+        self.heard = time.monotonic()  #: when the servers were heard, or had not to be
         self._stream = own
         self._connection = own.connection
         self._subscriber = subscriber
@@ -280,8 +270,8 @@ class Delivery:
                          f"{address.durable_of(subscriber)}")
         self._letters = letters
         self._inbox: Inbox | None = None
-        self._opening: asyncio.Task[None] | None = None
-        self._takers: list[_Taker] = []
+        self._calls = 0  #: that wait
+        self._turns = asyncio.Semaphore(_MOST_PULLS)
         # What came and was neither acknowledged nor given back, by the subject to reply at; and
         # those of them that are being acknowledged.
         self._held: dict[str, Delivered] = {}
@@ -289,48 +279,28 @@ class Delivery:
         # What gives messages back, or stops to listen. A later pull waits for it, or later messages
         # would come first.
         self._endings: set[asyncio.Task[None]] = set()
-        self._tending: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
-        self._is_disturbed = self._is_closed = False
+        self._telling: asyncio.Task[None] | None = None
+        self._is_closed = False
         # How many take several messages at this moment; they share the bytes on the way.
         self._batches = 0
-        # Since when the consumer is missing, when the servers were heard, and when somebody
-        # listened last.
-        self._missing_since: float | None = None
-        self._heard = self._listened = time.monotonic()
+        self._called = self.heard  # when a call ended last
 
     # Taking
 
     async def take(self, timeout: float | None, max_messages: int) -> list[Delivered]:
         """Take the next messages; wait for one if there is none."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            await self._settle(deadline)
-            found: list[Delivered] = []
+            if self._endings:
+                await asyncio.wait(list(self._endings), timeout=_SETTLE_SECS)
+            found = await self._pull(max_messages, deadline)
             try:
-                if max_messages > 1 or deadline <= time.monotonic():
-                    found = await self._pull_batch(max_messages)
-                if not found and deadline > time.monotonic():
-                    found = await self._run(_Taker(1, deadline))
-                self._listened = time.monotonic()
                 found = await self._sift(found)
             except BaseException:
                 self.give_back(found)
                 raise
             if found or time.monotonic() >= deadline:
                 return found
-
-    async def _settle(self, deadline: float) -> None:
-        """Wait until what is given back is with the servers, and check that we may pull."""
-        while self._endings:
-            left = max(_SETTLE_SECS, deadline - time.monotonic())
-            _, late = await asyncio.wait(list(self._endings), timeout=min(left, _NAK_SECS))
-            if late:
-                break
-        if self._is_closed:
-            raise errors.closed(self._stream.settings.path)
-        if not self._takers and time.monotonic() - self._listened > connection.PAUSE_SECS:
-            self._heard = time.monotonic()
 
     async def _sift(self, found: list[Delivered]) -> list[Delivered]:
         """Leave out what is too old, or was delivered too often."""
@@ -346,241 +316,136 @@ class Delivery:
                 kept.append(one)
         return kept
 
-    async def _pull_batch(self, wanted: int) -> list[Delivered]:
-        """Take what is there, with as many pull requests as its size needs."""
+    async def _pull(self, wanted: int, deadline: float) -> list[Delivered]:
+        """Take what is there, or wait, with as many pull requests as its size needs."""
         taken: list[Delivered] = []
         found: list[Delivered] = []
         size, has_more = 0, True
         patience_secs = self._stream.settings.address.ack_wait_secs / 4
-        self._batches += 1
+        self._batches += wanted > 1
         try:
             while has_more and len(taken) < wanted and size < _MOST_TAKEN_BYTES:
                 if taken and time.monotonic() - taken[0].arrived > patience_secs:
                     break  # the caller has waited long enough for those
                 link = self._connection.ready()
-                limit = _MOST_BYTES // self._batches
+                limit = _MOST_BYTES // max(1, self._batches)
                 fitting = max(1, limit // (1 << 20 if link is None else link.client.max_payload))
-                taker = _Taker(wanted - len(taken), None)
-                if taker.wanted <= fitting or not found or found[-1].attempts > 1:
+                count, max_bytes = wanted - len(taken), min(limit, _MOST_TAKEN_BYTES - size)
+                if count <= fitting or not found or found[-1].attempts > 1:
                     # The servers have a limit by bytes put a message that does not fit behind all
                     # others that were given back; what was never delivered comes later.
-                    taker.wanted = min(taker.wanted, fitting)
-                    found = await self._run(taker)
-                else:
-                    found = await self._run(taker, min(limit, _MOST_TAKEN_BYTES - size))
-                has_more = taker.has_more
+                    count, max_bytes = min(count, fitting), 0
+                found, has_more = await self._call(count, 0.0 if taken else deadline, max_bytes
+                                                   or None)
                 taken += found
                 size += sum(len(one.data) for one in found)
         except BaseException:
             self.give_back(taken)
             raise
         finally:
-            self._batches -= 1
+            self._batches -= wanted > 1
         return taken
 
-    async def _run(self, taker: _Taker, max_bytes: int | None = None) -> list[Delivered]:
-        """Wait for a call's messages, for the end of its request, or of its time."""
-        self._takers.append(taker)
-        self._tend()
+    async def _call(self, wanted: int, deadline: float,
+                    max_bytes: int | None) -> tuple[list[Delivered], bool]:
+        """Make pull requests until one brings something; tell whether there may be more."""
+        if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
+            self.heard = time.monotonic()
+        self._calls += 1
+        pull: _Pull | None = None
         try:
-            inbox = await self._open(taker.deadline)
-            if inbox is None:
-                return []
-            if taker.deadline is not None:
-                await self._request(inbox, taker)
-            else:
-                request: dict[str, Any] = {"batch": taker.wanted, "no_wait": True}
-                if max_bytes is not None:
-                    request["max_bytes"] = max_bytes
-                await inbox.pull(taker, **request)
-            await self._until_done(taker)
-            if not taker.is_over and taker.deadline is None:
-                self._connection.check_rights(self._subject)
-            return taker.messages
-        except nats.errors.Error:
-            return taker.messages  # the connection was lost
+            async with asyncio.timeout_at(deadline if self._turns.locked() else None):
+                await self._turns.acquire()
+            try:
+                while True:
+                    inbox = await self._open(deadline)
+                    if inbox is not None:
+                        pull = await inbox.pull(wanted, deadline, max_bytes)
+                        await self._wait(inbox, pull, deadline)
+                        self._check_open()
+                        if pull.messages:
+                            return pull.messages, pull.has_more
+                    if time.monotonic() >= deadline:
+                        return [], pull is not None and pull.has_more
+                    if pull is not None and pull.is_refused:
+                        # Nobody leads the consumer at the moment, or it is there no more.
+                        await asyncio.sleep(connection.PAUSE_SECS)
+                        async with asyncio.timeout_at(deadline):
+                            await self._stream.consumer_info(self._subscriber)
+            finally:
+                self._turns.release()
+        except TimeoutError:
+            return [], False
         except BaseException:
-            self.give_back(taker.messages)
+            self.give_back(pull.messages if pull is not None else [])
             raise
         finally:
-            self._takers.remove(taker)
-            if self._inbox is not None and taker.request is not None:
-                pull = self._inbox.pulls.get(taker.request)
-                if pull is not None:
-                    pull.taker = None  # for the next call
+            if pull is not None:
+                pull.is_left = True
+            self._calls -= 1
+            self._called = time.monotonic()
 
-    async def _until_done(self, taker: _Taker) -> None:
-        """Wait until a call is done, or nothing can come for it any more."""
-        while not taker.is_over:
-            now = time.monotonic()
-            pull = None if self._inbox is None else self._inbox.pulls.get(taker.request or "")
-            if taker.deadline is None:
-                if pull is None:
-                    return  # it is lost
-                until = pull.heard + max(connection.FIRST_ATTEMPT_SECS, 2 * pull.rtt)
-            elif pull is not None and pull.ends <= taker.deadline + 0.01:
-                # A message may be on its way until the server says that it ended.
-                until = taker.deadline + max(connection.FIRST_ATTEMPT_SECS, 2 * pull.rtt)
-            else:
-                until = taker.deadline
-            if now >= until:
+    async def _wait(self, inbox: Inbox, pull: _Pull, deadline: float) -> None:
+        """Wait until a pull request is over, or may be lost and there is no time for another."""
+        settings = self._stream.settings
+        while not pull.is_over:
+            await pull.wait(pull.heard + _LOST_SECS)
+            if pull.is_over or time.monotonic() < pull.heard + _LOST_SECS:
+                continue
+            if await inbox.link.ping(connection.FIRST_ATTEMPT_SECS):
+                if time.monotonic() >= pull.heard + _LOST_SECS:
+                    inbox.end(pull)
+                    self._connection.check_rights(self._subject)
+            elif time.monotonic() - self.heard > settings.wait_secs + 2 * _LOST_SECS:
+                raise persipubsub.errors.UnavailableError(
+                    f"Expected the servers of {settings.path} to deliver, but got: no answer for "
+                    f"{settings.wait_secs:.0f} s")
+            elif time.monotonic() >= deadline:
                 return
-            await taker.wait(until)
-        if taker.error is not None:
-            raise taker.error
 
-    async def _open(self, deadline: float | None) -> Inbox | None:
+    async def _open(self, deadline: float) -> Inbox | None:
         """Find an inbox of a connection that lives; None if there is none in time."""
         inbox = self._inbox
+        self._check_open()
         if inbox is not None and not inbox.is_retired and self._connection.ready() is inbox.link:
             return inbox
-        # Not cancelled with the call: one that polls would never connect to a distant server.
-        if self._opening is None or self._opening.done():
-            self._opening = self.loop.start(self._listen())
-        settings = self._stream.settings
-        left = 0.0 if deadline is None else deadline - time.monotonic()
-        await asyncio.wait((self._opening, ),
-                           timeout=min(max(left, connection.PAUSE_SECS), settings.wait_secs))
-        if self._opening.done():
-            self._opening.result()
-            return self._inbox
-        # Servers come back: a call that receives in a loop does not fail for a moment without them.
-        self._check_heard()
-        return None
-
-    async def _listen(self) -> None:
-        """Connect, and make an inbox."""
-        link = await self._connection.link(self._stream.deadline())
-        inbox = self._inbox
-        if inbox is None or inbox.link is not link or inbox.is_retired:
-            for taker in self._takers:
-                taker.request = None
-            self._inbox = Inbox(link, self._subject, self)
-            link.losers.append(self._lose)
-            await self._inbox.listen()
-
-    def _lose(self) -> None:
-        """Let calls go on that wait for what was asked over a connection that is lost."""
-        for taker in self._takers:
-            taker.request = None
-            if taker.deadline is None:
-                taker.finish()
-        self._wake.set()
-
-    def disturb(self) -> None:
-        """Note that a pull request was refused."""
-        self._is_disturbed = True
-        for taker in self._takers:
-            if taker.deadline is None and taker.request is None:
-                taker.finish()
-        self._wake.set()
-
-    def come(self, one: Delivered) -> bool:
-        """Take a message that came, for the first call that wants one; return False if none."""
-        self._heard = time.monotonic()
-        self._missing_since = None
-        self._held[one.reply] = one
-        for taker in self._takers:
-            if not taker.is_over and len(taker.messages) < taker.wanted:
-                taker.messages.append(one)
-                if len(taker.messages) == taker.wanted:
-                    taker.finish()
-                if len(self._takers) > _MOST_PULLS:
-                    self._wake.set()  # others wait for their turn to ask
-                return True
-        return False
-
-    async def _request(self, inbox: Inbox, taker: _Taker) -> None:
-        """Make a pull request for a call that waits, or take one over that was left."""
         now = time.monotonic()
-        for name, pull in inbox.pulls.items():
-            if pull.taker is None and pull.ends > now:
-                pull.taker, taker.request = taker, name
-                return
-        assert taker.deadline is not None
-        left = min(taker.deadline - now, _LONGEST_PULL_SECS)
-        if len(inbox.pulls) >= _MOST_PULLS or left <= 0:
-            return
-        request: dict[str, Any] = {"batch": 1, "expires": max(1_000_000, int(left * 1e9))}
-        if left > _LOST_SECS:
-            request["idle_heartbeat"] = int(_HEARTBEAT_SECS * 1e9)
-        await inbox.pull(taker, **request)
+        try:
+            link = await self._connection.link(
+                min(max(deadline, now + connection.PAUSE_SECS), now + _HEARTBEAT_SECS))
+        except persipubsub.errors.UnavailableError:
+            # Servers come back: a call that receives in a loop does not fail for a moment without
+            # them.
+            if time.monotonic() >= self.heard + self._stream.settings.wait_secs:
+                raise
+            return None
+        if self._inbox is inbox:
+            self._inbox = Inbox(link, self._subject, self)
+            with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
+                await self._inbox.listen()
+        return self._inbox
 
-    def _check_heard(self) -> None:
-        """Check that the servers were there not long ago."""
-        settings = self._stream.settings
-        heard = max(self._heard, 0.0 if self._inbox is None else self._inbox.heard)
-        if time.monotonic() - heard > settings.wait_secs:
-            raise persipubsub.errors.UnavailableError(
-                f"Expected the servers of {settings.path} to deliver, but got: no answer for "
-                f"{settings.wait_secs:.0f} s")
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise errors.closed(self._stream.settings.path)
 
-    # Tending
+    def hold(self, one: Delivered) -> None:
+        """Note a message that came."""
+        self._held[one.reply] = one
+        if self._telling is None or self._telling.done():
+            self._telling = self.loop.start(self._keep_telling())
 
-    def _tend(self) -> None:
-        if self._tending is None or self._tending.done():
-            self._tending = self.loop.start(self._keep_tending())
+    # Telling
 
-    async def _keep_tending(self) -> None:
-        """Repair what calls wait for, and tell the servers what is at work, as long as needed."""
+    async def _keep_telling(self) -> None:
+        """Tell the servers what is in progress, as long as something is held."""
         # The first word comes when a message is 3/8 of ack_wait old at the latest.
         pause = self._stream.settings.address.ack_wait_secs / 4
-        told = used = time.monotonic()
-        while not self._is_closed and time.monotonic() - used < _LONGEST_PULL_SECS:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(_HEARTBEAT_SECS, pause / 4)):
-                    await self._wake.wait()
-            self._wake.clear()
+        while self._held:
+            await asyncio.sleep(pause)
             now = time.monotonic()
-            if self._takers or self._held:
-                used = now
-            if now - told >= pause:
-                told = now
-                await self._tell(
-                    [one for one in self._held.values() if now - one.arrived > pause / 2], b"+WPI")
-            if any(taker.deadline is not None for taker in self._takers):
-                try:
-                    await self._repair()
-                except (persipubsub.errors.PersipubsubError, errors.ApiError) as error:
-                    for taker in self._takers:
-                        taker.finish(error)
-                except connection.UNANSWERED:
-                    pass  # the connection was lost just now
-
-    async def _repair(self) -> None:
-        """Make the pull requests again that were lost."""
-        now = time.monotonic()
-        if self._inbox is not None:
-            for name, pull in list(self._inbox.pulls.items()):
-                if now - pull.heard > max(_LOST_SECS, 2 * pull.rtt):
-                    self._inbox.forget(name)
-                    self._connection.check_rights(self._subject)
-        if self._is_disturbed:
-            self._is_disturbed = False
-            await self._check_consumer()
-            await asyncio.sleep(connection.PAUSE_SECS)
-        self._check_heard()
-        inbox = await self._open(now + connection.PAUSE_SECS)
-        for taker in list(self._takers) if inbox is not None else ():
-            if taker.deadline is not None and taker.request is None and not taker.is_over:
-                assert inbox is not None
-                await self._request(inbox, taker)
-
-    async def _check_consumer(self) -> None:
-        """Check that the consumer is still there, if somebody knows right now."""
-        with contextlib.suppress(persipubsub.errors.UnavailableError, TimeoutError):
-            async with asyncio.timeout(_HEARTBEAT_SECS):
-                found = await self._stream.consumer_info(self._subscriber, confirms=False)
-            if found is not None:
-                self._missing_since = None
-                return
-            now = time.monotonic()
-            self._missing_since = self._missing_since or now
-            patience = (connection.RECOVERY_SECS
-                        if self._connection.is_cluster else connection.REPLACED_SECS)
-            if now - self._missing_since >= patience:
-                raise self._stream.missing(self._subscriber)
-            self._is_disturbed = True
+            await self._tell([one for one in self._held.values() if now - one.arrived > pause / 2],
+                             b"+WPI")
 
     async def _tell(self, messages: Sequence[Delivered], what: bytes) -> None:
         """Say something about messages without waiting for an answer, if a server is there."""
@@ -614,15 +479,12 @@ class Delivery:
             while left:
                 some, rest = left[:_ACKS_AT_ONCE], left[_ACKS_AT_ONCE:]
                 link = await self._connection.link(deadline)
-                seconds = max(patience + 0.01 * len(some), 2 * link.rtt)
-                seconds = max(0.05, min(seconds, deadline - time.monotonic()))
-                if len(some) == 1:
-                    failed = await self._ack_one(link, some[0], seconds)
-                else:
-                    # In order: the first one is the next that is delivered again.
-                    failed = sum(
-                        await asyncio.gather(*(self._ack_one(link, one, seconds) for one in some)),
-                        [])
+                calls = [
+                    self._ack_one(link, one, patience + 0.01 * len(some), deadline) for one in some
+                ]
+                # In order: the first one is the next that is delivered again.
+                answers = await asyncio.gather(*calls) if len(calls) > 1 else [await calls[0]]
+                failed = [one for one, is_answered in zip(some, answers) if not is_answered]
                 if not failed:
                     deadline = max(deadline, self._stream.deadline())
                     patience = connection.FIRST_ATTEMPT_SECS
@@ -641,15 +503,15 @@ class Delivery:
                 # What was not acknowledged is delivered again.
                 self._held.pop(reply, None)
 
-    async def _ack_one(self, link: connection.Link, one: Delivered,
-                       seconds: float) -> list[Delivered]:
-        """Acknowledge one message; return it if there was no answer."""
+    async def _ack_one(self, link: connection.Link, one: Delivered, patience: float,
+                       deadline: float) -> bool:
+        """Acknowledge one message; return False if there was no answer."""
         try:
-            await link.request(one.reply, b"+ACK", seconds)
+            await link.request(one.reply, b"+ACK", patience, deadline)
         except connection.UNANSWERED:
-            return [one]
+            return False
         self._held.pop(one.reply, None)
-        return []
+        return True
 
     async def _ask_again(self, messages: list[Delivered], deadline: float) -> list[Delivered]:
         """
@@ -658,8 +520,6 @@ class Delivery:
         Return those that are still to be acknowledged.
         """
         info = await self._stream.consumer_info(self._subscriber)
-        if info is None:
-            raise self._stream.missing(self._subscriber)
         # A leader that was elected just now may have noted our deliveries meanwhile, and act on
         # what it knew at its election: what it tells of both has to be asked. If it is merely slow,
         # nothing must be pulled. It may also have noted the acknowledgements, and have died before
@@ -673,7 +533,7 @@ class Delivery:
         others: list[Delivered] = []
         try:
             while floor < max(own) and time.monotonic() < deadline:
-                found = await self._pull_batch(min(len(own), max(own) - floor))
+                found = await self._pull(min(len(own), max(own) - floor), 0.0)
                 if not found:
                     break
                 floor = max(one.number for one in found)
@@ -696,7 +556,8 @@ class Delivery:
             if one.reply not in self._acking and self._held.pop(one.reply, None) is not None
         ]
         if found:
-            self.begin_ending(self._nak(sorted(found, key=lambda one: one.number), 0.0))
+            found.sort(key=lambda one: one.number)
+            self.begin_ending(self._nak([(one, 0) for one in found]))
 
     def begin_ending(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Begin what a later pull waits for."""
@@ -707,7 +568,7 @@ class Delivery:
 
     async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
         """Let messages be delivered again, or give them up after their last delivery."""
-        rests: dict[float, list[Delivered]] = collections.defaultdict(list)
+        naks: list[tuple[Delivered, int]] = []
         for one in messages:
             if self._held.get(one.reply) is None:
                 continue
@@ -715,21 +576,26 @@ class Delivery:
                 await self._give_up(one, one.attempts, error)
             else:
                 self._held.pop(one.reply, None)
-                rest_secs = 0.0 if error is None else self._letters.rest_secs(one.attempts)
-                rests[rest_secs].append(one)
-        for rest_secs, some in sorted(rests.items()):
-            await asyncio.shield(self.begin_ending(self._nak(some, rest_secs)))
+                delay_ns = 0 if error is None else self._letters.retry_delay_ns(one.attempts)
+                naks.append((one, delay_ns))
+        if naks:
+            await asyncio.shield(self.begin_ending(self._nak(naks)))
 
-    async def _nak(self, messages: Sequence[Delivered], rest_secs: float) -> None:
-        """Tell the servers, and wait until they know; after a while, they deliver again anyhow."""
-        what = b"-NAK"
-        if rest_secs:
-            what += json.dumps({"delay": int(rest_secs * 1e9)}).encode("ascii")
+    async def _nak(self, naks: Sequence[tuple[Delivered, int]]) -> None:
+        """
+        Tell the servers, and wait until they know; after a while, they deliver again anyhow.
+
+        :param naks: messages, and after how many nanoseconds each is delivered again
+        """
+        deadline = time.monotonic() + _NAK_SECS
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
-            link = await self._connection.link(time.monotonic() + _NAK_SECS)
+            link = await self._connection.link(deadline)
+            calls = []
+            for one, delay_ns in naks:
+                what = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
+                calls.append(link.request(one.reply, what, _NAK_SECS, deadline))
             # In order: the first one is the next that is delivered again.
-            await asyncio.gather(*(link.request(one.reply, what, _NAK_SECS) for one in messages),
-                                 return_exceptions=True)
+            await asyncio.gather(*calls, return_exceptions=True)
 
     async def _give_up(self, one: Delivered, deliveries: int, error: str) -> None:
         """Put a message into the queue of dead letters, and acknowledge it."""
@@ -741,52 +607,34 @@ class Delivery:
         except persipubsub.errors.PersipubsubError:
             pass  # it comes again, and is put again under the same id
         if self._held.pop(one.reply, None) is not None:
-            self.begin_ending(self._nak([one], dead_letters.POSTPONED_SECS))
+            self.begin_ending(self._nak([(one, dead_letters.POSTPONED_NS)]))
 
     async def close(self) -> None:
         """Stop listening, and give back what is held. Calls that wait fail."""
         self._is_closed = True
-        for taker in self._takers:
-            taker.finish(errors.closed(self._stream.settings.path))
-        if self._inbox is not None and not self._inbox.link.is_lost:
+        if self._inbox is not None:
             self._inbox.retire()
         self.give_back(list(self._held.values()))
         while self._endings:
             await asyncio.wait(list(self._endings))
-        if self._tending is not None:
-            self._tending.cancel()
+        if self._telling is not None:
+            self._telling.cancel()
 
     # Skipping
 
-    async def take_newest(self, timeout: float | None) -> list[Delivered]:
-        """Take the newest message, and acknowledge all older ones; wait if there is none."""
-        found = await self.take(timeout, 1)
-        return (await self._skip(found))[1] if found else []
-
-    async def skip_to_newest(self) -> int:
-        """Acknowledge all messages but the newest one; return how many."""
-        found = await self.take(0.0, _SKIPPED_AT_ONCE)
-        if not found:
-            return 0
-        count, newest = await self._skip(found)
-        await self.nack(newest, None)
-        return count
-
-    async def _skip(self, found: list[Delivered]) -> tuple[int, list[Delivered]]:
-        """Acknowledge all messages that are there now but the newest one."""
-        # What is published meanwhile may be too fast for us to come to an end.
+    async def take_newest(self, timeout: float | None) -> tuple[int, list[Delivered]]:
+        """Take the newest message, and acknowledge all older ones; tell how many these are."""
         count = 0
+        found = await self.take(timeout, _SKIPPED_AT_ONCE)
         try:
-            last = int((await self._stream.state())["last_seq"])
-            while True:
+            # What is published meanwhile may be too fast for us to come to an end.
+            last = int((await self._stream.state())["last_seq"]) if found else 0
+            while found:
                 found.sort(key=lambda one: one.number)
                 await self.ack(found[:-1])
                 count += len(found) - 1
                 found = found[-1:]
-                if found[0].number >= last:
-                    break
-                more = await self.take(0.0, _SKIPPED_AT_ONCE)
-                if not more:
+                if found[0].number >= last or not (more := await self.take(0.0, _SKIPPED_AT_ONCE)):
                     break
                 found += more
         except BaseException:
@@ -795,13 +643,17 @@ class Delivery:
             raise
         return count, found
 
+    async def skip_to_newest(self) -> int:
+        """Acknowledge all messages but the newest one; return how many."""
+        count, newest = await self.take_newest(0.0)
+        await self.nack(newest, None)
+        return count
+
     # Looking
 
     async def front(self) -> bytes | None:
         """Find the next message that nobody acknowledged or has; None if there is none."""
         info = await self._stream.consumer_info(self._subscriber)
-        if info is None:
-            raise self._stream.missing(self._subscriber)
         if not info["num_ack_pending"]:
             start = int(info["delivered"]["stream_seq"]) + 1
             while True:
@@ -817,8 +669,5 @@ class Delivery:
 
 def to_message(one: Delivered) -> persipubsub.message.Message:
     """Tell what is known of a message."""
-    return persipubsub.message.Message(data=one.data,
-                                       number=one.number,
-                                       sent_at=_EPOCH +
-                                       datetime.timedelta(microseconds=one.time_ns // 1000),
-                                       attempts=one.attempts)
+    sent_at = _EPOCH + datetime.timedelta(microseconds=one.time_ns // 1000)
+    return persipubsub.message.Message(one.data, one.number, sent_at, one.attempts)

@@ -8,6 +8,7 @@ and by forked children. Each call waits for the servers for at most ``busy_timeo
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -44,7 +45,11 @@ _CLOSE_SECS: Final = 2.0
 #: A look at messages ends with so many; a stream is looked at for new ones this often, in seconds.
 _LOOK_MESSAGES: Final = 1000
 _FIRST_LOOK_SECS: Final = 0.05
-_LONGEST_LOOK_SECS: Final = 1.0
+_LONGEST_LOOK_SECS: Final = 0.5
+
+#: What NATS does not count.
+_NOT_COUNTED: Final[dict[str, Any]] = dict.fromkeys(
+    ("dropped_by_timeout", "dropped_by_mark", "cleared", "skipped", "corrupt", "dead_lettered"), 0)
 
 #: The monitoring port of a server: how long it is waited for, and the largest page, in bytes.
 _PATIENCE_SECS: Final = 3.0
@@ -82,13 +87,11 @@ class Queue:
 
     def close(self) -> None:
         """Close the queue; it may be closed twice. What is held is given back."""
-        if self._is_closed:
-            return
-        self._is_closed = True
         opened = self._open
-        if opened is not None and opened.loop.process_id == os.getpid():
+        if not self._is_closed and opened is not None and opened.loop.process_id == os.getpid():
             with contextlib.suppress(persipubsub.errors.ClosedError):  # the exit closes it
-                opened.loop.call(self.aclose())
+                opened.loop.call(self.aclose)
+        self._is_closed = True
 
     async def aclose(self) -> None:
         """Give back what is held, and the connection. Only for the loop's own thread."""
@@ -97,7 +100,7 @@ class Queue:
         if opened is None:
             return
         opened.publishing.drops.report()
-        opened.loop.open.discard(self)
+        opened.loop.queues.discard(self)
         try:
             async with asyncio.timeout(_CLOSE_SECS):
                 await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
@@ -105,47 +108,44 @@ class Queue:
             pass  # delivered again after ack_wait
         for target in opened.targets.values():
             await target.aclose()
-        await connection.release(opened.connection)
+        await opened.connection.release()
 
     # Running
 
-    def run(self, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
-        """Run a coroutine in the loop, and wait for it; no foreign error leaves."""
+    def run(self, work: loop.Work[ResultT]) -> ResultT:
+        """Do work in the loop, and wait for it; no foreign error leaves."""
         self._check_open()
-        return loop.current().call(self._translated(function))
+        return loop.current().call(functools.partial(self._translated, work))
 
-    async def arun(self, function: Callable[[], Coroutine[Any, Any, ResultT]],
-                   is_carried_out: bool) -> ResultT:
-        """Do what :py:meth:`run` does in a task of any loop."""
+    async def arun(self, work: loop.Work[ResultT], is_carried_out: bool = True) -> ResultT:
+        """Do what :py:meth:`run` does in a task of any loop; also if that is cancelled."""
         self._check_open()
-        return await loop.current().wait(self._translated(function), is_carried_out)
+        return await loop.current().wait(functools.partial(self._translated, work), is_carried_out)
 
-    def ask(self, function: Callable[[stream.Stream], Coroutine[Any, Any, ResultT]]) -> ResultT:
+    def ask(self, question: Callable[[stream.Stream], Coroutine[Any, Any, ResultT]]) -> ResultT:
         """Ask something of the stream, and wait for the answer."""
-        return self.run(lambda: function(self.opened().stream))
+        return self.run(lambda: question(self.opened().stream))
 
-    async def _translated(self, function: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+    async def _translated(self, work: loop.Work[ResultT]) -> ResultT:
         try:
-            return await function()
+            return await work()
         except _FOREIGN as error:
             raise errors.translate(error, self.settings.path) from None
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise persipubsub.errors.ClosedError(
-                f"Expected the queue {self.settings.path} to be open, but got: it was closed")
+            raise errors.closed(self.settings.path)
 
     def opened(self) -> _Open:
         """Open the queue in this process. Only for the loop's own thread."""
         found = self._open
         own = loop.current()
         if found is None or found.loop is not own:
-            if self._is_closed:
-                raise errors.closed(self.settings.path)
+            self._check_open()
             shared = connection.acquire(own, self.settings.address.servers, self.settings.path)
             kept = stream.Stream(shared, self.settings)
             found = self._open = _Open(own, shared, kept, publishing.Publishing(kept), {}, {})
-            own.open.add(self)
+            own.queues.add(self)
         return found
 
     async def connect(self) -> None:
@@ -198,9 +198,7 @@ class Queue:
         :raise UnavailableError: if no server answers in time; they may be there nevertheless
         :raise NotInitializedError: if a recipient has no consumer
         """
-        self.settings.check_size(messages)
-        return self.run(
-            lambda: self.opened().publishing.put(messages, recipients, timeout, msg_ids))
+        return self.run(self._putting(messages, recipients, timeout, msg_ids))
 
     async def aput(self,
                    messages: Sequence[bytes],
@@ -208,10 +206,11 @@ class Queue:
                    timeout: float | None = None,
                    msg_ids: Sequence[bytes | None] | None = None) -> int:
         """Do what :py:meth:`put` does, in a task; it is carried out even if that is cancelled."""
-        self.settings.check_size(messages)
-        return await self.arun(
-            lambda: self.opened().publishing.put(messages, recipients, timeout, msg_ids),
-            is_carried_out=True)
+        return await self.arun(self._putting(messages, recipients, timeout, msg_ids))
+
+    def _putting(self, messages: Sequence[bytes], *others: Any) -> loop.Work[int]:
+        self.check_sizes(messages)
+        return lambda: self.opened().publishing.put(messages, *others)
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """Check that the queue could hold messages if it were empty."""
@@ -241,15 +240,16 @@ class Queue:
 
     def prune(self) -> int:
         """Drop the messages that are too old; return how many deliveries were dropped."""
-        return self.ask(stream.Stream.drop_expired)
+        return self._drop(stream.Stream.drop_expired)
 
     def clear(self) -> int:
         """Drop all messages; subscribers and numbers stay. Return how many deliveries it were."""
+        return self._drop(stream.Stream.purge)
+
+    def _drop(self, drop: Callable[[stream.Stream], Coroutine[Any, Any, None]]) -> int:
 
         async def work(kept: stream.Stream) -> int:
-            lags = await kept.lags()
-            await kept.purge()
-            return sum(lags.values())
+            return sum((await kept.count_dropped(lambda: drop(kept))).values())
 
         return self.ask(work)
 
@@ -302,13 +302,12 @@ class Lease:
         self._queue = queue
         self._delivery = own
         self._delivered = delivered
-        self._process_id = os.getpid()
         self._is_over = False
 
     def _end(self) -> bool:
         """Note that the lease ends; return False in a forked child, whose parent has it."""
         self._is_over = True
-        return self._process_id == os.getpid()
+        return self._delivery.loop.process_id == os.getpid()
 
     def ack(self) -> None:
         """
@@ -317,12 +316,15 @@ class Lease:
         Several messages are acknowledged at the same time, but not in one transaction.
         """
         if self._end():
-            self._queue.run(lambda: self._delivery.ack(self._delivered))
+            self._queue.run(self._acking)
 
     async def aack(self) -> None:
         """Do what :py:meth:`ack` does, in a task; it is carried out even if that is cancelled."""
         if self._end():
-            await self._queue.arun(lambda: self._delivery.ack(self._delivered), is_carried_out=True)
+            await self._queue.arun(self._acking)
+
+    def _acking(self) -> Coroutine[Any, Any, None]:
+        return self._delivery.ack(self._delivered)
 
     def nack(self, error: BaseException | None = None) -> None:
         """
@@ -332,17 +334,18 @@ class Lease:
         delivered again after ``ack_wait``.
         """
         if self._end():
-            text = None if error is None else persipubsub.message.text_of(error)
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                self._queue.run(lambda: self._delivery.nack(self._delivered, text))
+                self._queue.run(self._nacking(error))
 
     async def anack(self, error: BaseException | None = None) -> None:
         """Do what :py:meth:`nack` does, in a task; it is carried out even if that is cancelled."""
         if self._end():
-            text = None if error is None else persipubsub.message.text_of(error)
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                await self._queue.arun(lambda: self._delivery.nack(self._delivered, text),
-                                       is_carried_out=True)
+                await self._queue.arun(self._nacking(error))
+
+    def _nacking(self, error: BaseException | None) -> loop.Work[None]:
+        text = None if error is None else persipubsub.message.text_of(error)
+        return lambda: self._delivery.nack(self._delivered, text)
 
     def split(self, count: int) -> "Lease":
         """Move the first messages into a lease of their own."""
@@ -357,7 +360,7 @@ class Lease:
     def __del__(self) -> None:
         """Have the messages given back that somebody forgot: a call that was cancelled, a loop."""
         # In any thread, in the middle of any code, at the exit: it only leaves word for the loop.
-        if not self._is_over and self._process_id == os.getpid():
+        if not self._is_over and self._end():
             own, delivered = self._delivery, self._delivered
             own.loop.post(lambda: own.give_back(delivered))
 
@@ -394,7 +397,10 @@ class Consumer:
     async def _take(self, timeout: float | None, max_messages: int,
                     is_newest: bool) -> Lease | None:
         own = self._queue.delivery_to(self._subscriber)
-        found = await (own.take_newest(timeout) if is_newest else own.take(timeout, max_messages))
+        if is_newest:
+            _, found = await own.take_newest(timeout)
+        else:
+            found = await own.take(timeout, max_messages)
         return Lease(self._queue, own, found) if found else None
 
     def front(self) -> bytes | None:
@@ -404,11 +410,7 @@ class Consumer:
         While others of the same subscriber have messages, the server does not tell which: then it
         is taken and given back, which counts as a delivery.
         """
-
-        async def work() -> bytes | None:
-            return await self._queue.delivery_to(self._subscriber).front()
-
-        return self._queue.run(work)
+        return self._queue.run(lambda: self._queue.delivery_to(self._subscriber).front())
 
 
 def _share(value: float, limit: float | None) -> float | None:
@@ -426,12 +428,7 @@ def _figures_of(subscriber: str, info: stream.Info,
         position=int(floor["stream_seq"]) + 1,
         acknowledged=int(floor["consumer_seq"]),
         failed=int(info["num_redelivered"]),
-        dropped_by_timeout=0,
-        dropped_by_mark=0,
-        cleared=0,
-        skipped=0,
-        corrupt=0,
-        dead_lettered=0,
+        **_NOT_COUNTED,
         seconds_since_acknowledged=max(0, now_ns - stream.to_ns(last)) / 1e9 if last else None)
 
 
@@ -526,37 +523,14 @@ def seek(config: persipubsub.config.Config, queue_key: str, subscriber: str, to:
     :raise ValueError: if it is another text, or a time without a time zone
     """
     since_ns = persipubsub.place.since_ns(to)
+    start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
+    if since_ns is not None:
+        start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(since_ns)}
+    elif isinstance(to, int):
+        number = min(max(1, to), 2**63)
+        start = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}
     with open_queue(config, queue_key) as queue:
-
-        async def work(kept: stream.Stream) -> int:
-            state = await kept.state()
-            first, last = int(state["first_seq"]), int(state["last_seq"])
-            if since_ns is not None:
-                start = await _number_since(kept, since_ns, first, last)
-            elif to == "beginning":
-                start = first
-            else:
-                start = last + 1 if to == "end" else int(to)  # type: ignore[arg-type]
-            start = min(max(start, first, 1), last + 1)
-            await kept.seek(subscriber, start)
-            return start
-
-        return queue.ask(work)
-
-
-async def _number_since(kept: stream.Stream, since_ns: int, first: int, last: int) -> int:
-    """Find the first message that was stored then or later, by bisection."""
-    everything = [f"persipubsub.{kept.name}.>"]
-    while first <= last:
-        middle = (first + last) // 2
-        found = await kept.next_stored(everything, middle)
-        if found is None or found.number > last:
-            last = middle - 1  # nothing is stored from there on
-        elif found.time_ns >= since_ns:
-            last = middle - 1
-        else:
-            first = found.number + 1
-    return first
+        return queue.ask(lambda kept: kept.seek(subscriber, start))
 
 
 # Looking
@@ -585,8 +559,6 @@ def peek(config: persipubsub.config.Config,
 
         async def work(kept: stream.Stream) -> list[Peeked]:
             info = await kept.consumer_info(subscriber)
-            if info is None:
-                raise kept.missing(subscriber)
             number = max(start, int(info["ack_floor"]["stream_seq"]) + 1)
             filters = stream.filters_of(info["config"])
             return await _look(kept, filters, number, count, are_old_left_out=True)
@@ -612,18 +584,16 @@ def follow(config: persipubsub.config.Config,
     with open_queue(config, queue_key) as queue:
         number = int(queue.ask(stream.Stream.state)["last_seq"]) + 1 - last
         everything = [f"persipubsub.{queue.settings.address.stream}.>"]
-        pause, told = _FIRST_LOOK_SECS, time.monotonic()
+        pause = _FIRST_LOOK_SECS
         while True:
             found = queue.ask(lambda kept: _look(kept, everything, number, _LOOK_MESSAGES))
-            if found or time.monotonic() - told > _LONGEST_LOOK_SECS / 2:
-                yield found
-                told = time.monotonic()
+            yield found
             if found:
                 number = found[-1].number + 1
                 pause = _FIRST_LOOK_SECS
             else:
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_LOOK_SECS / 2)
+                pause = min(2 * pause, _LONGEST_LOOK_SECS)
 
 
 async def _look(kept: stream.Stream,
@@ -641,12 +611,8 @@ async def _look(kept: stream.Stream,
         # With retain_secs, messages are stored that nobody wants.
         is_wanted = one.subject != address.nobodys_subject(kept.name)
         if is_wanted and not (are_old_left_out and kept.is_expired(one.time_ns)):
-            found.append(
-                Peeked(number=one.number,
-                       age_seconds=max(0,
-                                       kept.now_ns() - one.time_ns) / 1e9,
-                       subscribers=recipients.get(one.subject),
-                       content=one.data))
+            age_seconds = max(0, kept.now_ns() - one.time_ns) / 1e9
+            found.append(Peeked(one.number, age_seconds, recipients.get(one.subject), one.data))
     return found
 
 
@@ -668,24 +634,17 @@ def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple
     if config.queues[queue_key].durability is not persipubsub.config.Durability.FSYNC:
         return ()
     found_at = settings.Settings(config, queue_key).address
+    monitor = found_at.monitor
     advice = (f"durability \"fsync\" needs \"sync_interval: always\" in the block jetstream of "
               f"each server of {','.join(found_at.servers)}")
-    if found_at.monitor is None:
+    if monitor is None:
         return (f"{advice} (not checked: the path has no monitor=http://host:8222)", )
-    found = _read_page(f"{found_at.monitor}/varz")
-    if found is None:
-        return (f"{advice} (not checked: {found_at.monitor} does not answer)", )
-    described = (found.get("jetstream") or {}).get("config") or {}
+    try:
+        with urllib.request.urlopen(f"{monitor}/varz", timeout=_PATIENCE_SECS) as answer:
+            described = (json.loads(answer.read(_LARGEST_PAGE)).get("jetstream") or {})["config"]
+    except (OSError, ValueError, AttributeError, LookupError, http.client.HTTPException):
+        return (f"{advice} (not checked: {monitor} does not answer)", )
     if described.get("sync_always"):
         return ()
-    return (f"{advice}, but {found_at.monitor} flushes every "
-            f"{described.get('sync_interval', 0) / 1000000000.0:g} s", )
-
-
-def _read_page(url: str) -> Any | None:
-    try:
-        with urllib.request.urlopen(url, timeout=_PATIENCE_SECS) as answer:
-            found = json.loads(answer.read(_LARGEST_PAGE))
-            return found if isinstance(found, dict) else None
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
+    interval_secs = described.get("sync_interval", 0) / 1e9
+    return (f"{advice}, but {monitor} flushes every {interval_secs:g} s", )

@@ -2,8 +2,7 @@
 
 import re
 import ssl
-from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import nats.errors
 
@@ -14,33 +13,37 @@ CONSUMER_NOT_FOUND: Final = 10014
 MESSAGE_NOT_FOUND: Final = (10037, 10057, 10043)
 NAME_IN_USE: Final = 10058
 LIMIT_REACHED: Final = 10077
-
-_NOT_ENABLED: Final = (10039, 10076)
-_OVERLAP: Final = 10065
-_TOO_LARGE: Final = 10054
-_NO_ROOM: Final = (10023, 10028, 10047)
 _NO_PEERS: Final = 10005
-_BAD_REPLICAS: Final = (_NO_PEERS, 10074)
 
-#: Answers with the code 503 that waiting does not change.
-_FINAL: Final[frozenset[int]] = frozenset((LIMIT_REACHED, ) + _NOT_ENABLED + _NO_ROOM +
-                                          _BAD_REPLICAS)
+_Kind: TypeAlias = type[persipubsub.errors.PersipubsubError]
+
+_NO_JETSTREAM: Final = "servers of {} with JetStream (nats-server -js)"
 
 #: What answers mean: their codes, the error, and what was expected of the path.
-_ANSWERS: Final[Sequence[tuple[tuple[
-    int, ...], type[persipubsub.errors.PersipubsubError], str]]] = (
-        ((STREAM_NOT_FOUND, CONSUMER_NOT_FOUND), persipubsub.errors.NotInitializedError,
-         "a queue at {} (persipubsub.control.initialize_all_dbs makes it)"),
-        (_NOT_ENABLED, persipubsub.errors.UnavailableError,
-         "servers of {} with JetStream (nats-server -js)"),
-        ((_OVERLAP, NAME_IN_USE), persipubsub.errors.FormatError,
-         "to make the stream of {}, and none of somebody else in its place"),
-        ((_TOO_LARGE, ), persipubsub.errors.MessageTooLargeError,
-         "a message that the servers of {} take"),
-        ((LIMIT_REACHED, ), persipubsub.errors.QueueFullError, "room in the queue {}"),
-        (_NO_ROOM, persipubsub.errors.DiskFullError, "room on the servers of {}"),
-        (_BAD_REPLICAS, persipubsub.errors.ConfigError, "as many servers as replicas of {}"),
-    )
+_ANSWERS: Final[tuple[tuple[tuple[int, ...], _Kind, str], ...]] = (
+    ((STREAM_NOT_FOUND, CONSUMER_NOT_FOUND), persipubsub.errors.NotInitializedError,
+     "a queue at {} (persipubsub.control.initialize_all_dbs makes it)"),
+    ((10039, 10076), persipubsub.errors.UnavailableError, _NO_JETSTREAM),
+    ((10065, NAME_IN_USE), persipubsub.errors.FormatError,
+     "to make the stream of {}, and none of somebody else in its place"),
+    ((10054, ), persipubsub.errors.MessageTooLargeError, "a message that the servers of {} take"),
+    ((LIMIT_REACHED, ), persipubsub.errors.QueueFullError, "room in the queue {}"),
+    ((10023, 10028, 10047), persipubsub.errors.DiskFullError, "room on the servers of {}"),
+    ((_NO_PEERS, 10074), persipubsub.errors.ConfigError, "as many servers as replicas of {}"),
+)
+
+#: Beside these, answers with the code 503 change when one waits.
+_FINAL: Final = frozenset(code for codes, _, _ in _ANSWERS for code in codes)
+
+#: What errors of the client mean, in the same way; the first that fits.
+_ERRORS: Final[tuple[tuple[type[BaseException], _Kind, str], ...]] = (
+    (ssl.SSLError, persipubsub.errors.AccessError,
+     "a TLS connection to {} (NATS_CA, NATS_CERT, NATS_KEY)"),
+    (nats.errors.MaxPayloadError, persipubsub.errors.MessageTooLargeError,
+     "a message within max_payload of the servers of {}"),
+    (nats.errors.NoRespondersError, persipubsub.errors.UnavailableError, _NO_JETSTREAM),
+    (BaseException, persipubsub.errors.UnavailableError, "an answer of the servers of {}"),
+)
 
 
 class ApiError(Exception):
@@ -69,47 +72,33 @@ def translate(error: BaseException, path: str) -> persipubsub.errors.Persipubsub
     """Translate an error."""
     if isinstance(error, persipubsub.errors.PersipubsubError):
         return error
+    kind: _Kind
     if isinstance(error, ApiError):
-        return _translate_answer(error, path)
-    if is_refusal(error):
-        return persipubsub.errors.AccessError(
-            "Expected servers of {} that let us in (NATS_CREDS, NATS_USER and NATS_PASSWORD, "
-            "NATS_TOKEN or NATS_NKEY), but got: {}".format(path, describe(error)))
-    if isinstance(error, ssl.SSLError):
-        return persipubsub.errors.AccessError(
-            f"Expected a TLS connection to {path} (NATS_CA, NATS_CERT, NATS_KEY), but got: "
-            f"{describe(error)}")
-    if isinstance(error, nats.errors.MaxPayloadError):
-        return persipubsub.errors.MessageTooLargeError(
-            f"Expected a message within max_payload of the servers of {path}, but got: "
-            f"{describe(error)}")
-    return persipubsub.errors.UnavailableError(
-        f"Expected an answer of the servers of {path}, but got: {describe(error)}")
+        kind, expected = persipubsub.errors.StoreError, "the servers of {} to do it"
+        for codes, kind_of_codes, text in _ANSWERS:
+            if error.err_code in codes:
+                kind, expected = kind_of_codes, text
+    elif is_refusal(error):
+        kind, expected = persipubsub.errors.AccessError, (
+            "servers of {} that let us in (NATS_CREDS, NATS_USER and NATS_PASSWORD, NATS_TOKEN or "
+            "NATS_NKEY)")
+    else:
+        kind, expected = next(one[1:] for one in _ERRORS if isinstance(error, one[0]))
+    return kind(f"Expected {expected.format(path)}, but got: {describe(error)}")
 
 
 def closed(path: str) -> persipubsub.errors.ClosedError:
     """Describe a queue that was closed while it was in use."""
     return persipubsub.errors.ClosedError(
-        f"Expected the queue {path} to be open, but got: it was closed meanwhile")
-
-
-def _translate_answer(error: ApiError, path: str) -> persipubsub.errors.PersipubsubError:
-    """Translate what a server answered."""
-    for codes, kind, text in _ANSWERS:
-        if error.err_code in codes:
-            break
-    else:
-        kind, text = persipubsub.errors.StoreError, "the servers of {} to do it"
-    return kind(f"Expected {text.format(path)}, but got: {error}")
+        f"Expected the queue {path} to be open, but got: it was closed")
 
 
 def is_refusal(error: BaseException) -> bool:
     """Tell whether a server does not let us in, so that there is no use in trying again."""
     # Most often the client raises its base class, with the words of the server.
-    return isinstance(
-        error, (nats.errors.AuthorizationError, nats.errors.InvalidUserCredentialsError)) or (
-            isinstance(error, nats.errors.Error)
-            and re.search("authorization|authentication", str(error), re.IGNORECASE) is not None)
+    kinds = (nats.errors.AuthorizationError, nats.errors.InvalidUserCredentialsError)
+    return isinstance(error, kinds) or (isinstance(error, nats.errors.Error) and re.search(
+        "authorization|authentication", str(error), re.IGNORECASE) is not None)
 
 
 def describe(error: BaseException) -> str:

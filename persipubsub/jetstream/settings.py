@@ -13,7 +13,9 @@ _DUPLICATE_WINDOW_SECS: Final = 120.0
 #: Subject, headers and frame of a message, which the server counts as its bytes, in bytes.
 _FRAME_BYTES: Final = 512
 
+#: What tells our streams and consumers from others.
 _MARK: Final = "persipubsub"
+_OURS: Final = {_MARK: "1"}
 
 #: Ids of publishers that the library makes up for itself begin with it: no file can have them.
 #: They name their subscribers even if these are all of the file.
@@ -55,10 +57,12 @@ class Settings:
         letters = (persipubsub.config.DEAD_LETTERS, ) if is_for_letters else ()
         return tuple(self.queue.subscribers) + letters
 
-    def entry(self, subscriber: str) -> persipubsub.config.Subscriber | None:
-        """Return the subscriber's entry in the file, if it has one for this queue."""
+    def entry(self, subscriber: str) -> persipubsub.config.Subscriber:
+        """Return the subscriber's entry in the file; that of any other if it has none."""
         found = self.config.subscribers.get(subscriber)
-        return found if found is not None and found.in_queue == self.key else None
+        if found is None or found.in_queue != self.key:
+            return persipubsub.config.Subscriber(subscriber, self.key)
+        return found
 
     def subject(self, recipients: Sequence[str] | None) -> str:
         """Name the subject of the messages for some subscribers; None for everybody."""
@@ -95,17 +99,15 @@ class Settings:
             "max_consumers": -1,
             "num_replicas": self.address.replicas,
             "duplicate_window": min(age_ns or window_ns, window_ns),
-            "metadata": {
-                _MARK: "1"
-            },
+            "metadata": _OURS,
         }
 
     def consumer_config(self, subscriber: str) -> dict[str, Any]:
         """Describe the durable consumer of a subscriber for the server."""
         name = address.durable_of(subscriber)
-        entry = self.entry(subscriber)
-        is_from_beginning = (entry is not None
-                             and entry.start_from is persipubsub.config.StartFrom.BEGINNING)
+        metadata = {_MARK: subscriber}
+        start_from = self.entry(subscriber).start_from
+        is_from_beginning = start_from is persipubsub.config.StartFrom.BEGINNING
         return {
             "name": name,
             "durable_name": name,
@@ -117,26 +119,20 @@ class Settings:
             "max_ack_pending": -1,
             "max_waiting": 4096,
             "filter_subjects": self.filters(subscriber),
-            "metadata": {
-                _MARK: subscriber
-            },
+            "metadata": metadata,
         }
 
     def check_size(self, messages: Sequence[bytes]) -> None:
         """Check that the queue could hold messages if it were empty."""
         mark = self.queue.high_water_mark
-        sizes = list(map(len, messages))
-        most = mark.size_bytes
-        if most is not None and max(sizes, default=0) > most:
+        size = sum(map(len, messages))
+        if (mark.size_bytes is not None
+                and size > mark.size_bytes) or (mark.max_msgs_num is not None
+                                                and len(messages) > mark.max_msgs_num):
             raise persipubsub.errors.MessageTooLargeError(
-                f"Expected a message of at most {most} bytes for the queue {self.path} "
-                f"(HWM_LMDB_SIZE_BYTES), but got: {max(sizes)} bytes")
-        if (most is not None and sum(sizes) > most) or (mark.max_msgs_num is not None
-                                                        and len(sizes) > mark.max_msgs_num):
-            raise persipubsub.errors.MessageTooLargeError(
-                f"Expected a batch of at most {mark.max_msgs_num} messages (MAX_MSGS_NUM) and "
-                f"{most} bytes (HWM_LMDB_SIZE_BYTES) for the queue {self.path}, but got: "
-                f"{len(sizes)} messages, {sum(sizes)} bytes")
+                f"Expected at most {mark.max_msgs_num} messages (MAX_MSGS_NUM) and "
+                f"{mark.size_bytes} bytes (HWM_LMDB_SIZE_BYTES) at once for the queue {self.path}, "
+                f"but got: {len(messages)} messages, {size} bytes")
 
 
 def _nanoseconds(seconds: float | None) -> int | None:

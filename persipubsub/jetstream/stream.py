@@ -8,9 +8,10 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import json
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import persipubsub.errors
 from persipubsub.jetstream import address, connection, errors, settings
@@ -21,10 +22,17 @@ _WINDOW: Final = 128
 #: It is looked this often whether all consumers are still there, in seconds.
 _INTEREST_SECS: Final = 1.0
 
+#: A cluster that was started again does not know all of its consumers for a moment, and says that
+#: they are not there; that is believed after so many seconds. The same while a consumer is being
+#: replaced (seek), on any server.
+_RECOVERY_SECS: Final = 5.0
+_REPLACED_SECS: Final = 1.0
+
 #: Steps of :py:meth:`Stream.drop_expired`, at most.
 _MOST_STEPS: Final = 1000
 
 Info: TypeAlias = dict[str, Any]
+ResultT = TypeVar("ResultT")
 
 
 class Stored(NamedTuple):
@@ -47,7 +55,6 @@ class Stream:
         own.is_cluster |= described.address.replicas > 1
         # Time of the servers minus ours, in nanoseconds, as far as we know.
         self._offset_ns = 0
-        self._consumer_count = 0
         # By recipients: when it was seen last that each of them wants their subject.
         self._interest: dict[tuple[str, ...] | None, float] = {}
 
@@ -58,40 +65,52 @@ class Stream:
     async def _api(self,
                    verb: str,
                    body: Info | None = None,
-                   name: str = "",
+                   consumer: str = "",
                    confirms: bool = True) -> Info:
-        subject = f"{verb}.{self.name}" + (f".{name}" if name else "")
-        return await self.connection.api(subject, body, self.deadline(), confirms)
+        """
+        Ask the API of JetStream; raise ApiError at a refusal that waiting does not change.
+
+        Without ``confirms``, it is believed at once that a stream or a consumer is not there.
+        """
+        subject = f"$JS.API.{verb}.{self.name}" + (f".{consumer}" if consumer else "")
+        payload = b"" if body is None else json.dumps(body).encode("utf-8")
+        deadline = self.deadline()
+        recovery_secs = _RECOVERY_SECS if self.connection.is_cluster else _REPLACED_SECS
+        until = min(deadline, time.monotonic() + recovery_secs)
+        while True:
+            message = await self.connection.ask(subject, payload, deadline)
+            answer: Info = json.loads(message.data)
+            if "error" not in answer:
+                return answer
+            error = errors.ApiError(answer["error"])
+            if error.is_temporary():
+                if time.monotonic() >= deadline:
+                    raise persipubsub.errors.UnavailableError(
+                        f"Expected the servers of {self.settings.path} to be ready, but got: "
+                        f"{error}")
+            elif not confirms or not error.is_missing() or time.monotonic() >= until:
+                raise error
+            await asyncio.sleep(connection.PAUSE_SECS)
 
     # Making
 
     async def ensure(self) -> None:
         """Make the stream and its consumers as far as they are not there, or update them."""
         wanted = self.settings.stream_config()
-        found = await self._find()
-        if found is None:
-            try:
-                await self._api("STREAM.CREATE", wanted)
-            except errors.ApiError as error:
-                # Another process may make it at the same time.
-                if error.err_code != errors.NAME_IN_USE:
-                    raise
-                found = await self._find()
-        if found is not None and any(found["config"].get(key) != value
-                                     for key, value in wanted.items() if key != "metadata"):
+        try:
+            await self._api("STREAM.CREATE", wanted)
+        except errors.ApiError as error:
+            if error.err_code != errors.NAME_IN_USE:
+                raise
+            # It is there, with other settings, or of somebody else.
+            found = await self.info()
             await self._api("STREAM.UPDATE", {**found["config"], **wanted})
         await self._each(self.settings.subscribers, self.ensure_consumer)
-
-    async def _find(self) -> Info | None:
-        try:
-            return await self.info(confirms=False)
-        except persipubsub.errors.NotInitializedError:
-            return None
 
     async def ensure_consumer(self, subscriber: str) -> bool:
         """Make the consumer of a subscriber, or update it; return True if it was not there."""
         wanted = self.settings.consumer_config(subscriber)
-        found = await self.consumer_info(subscriber, confirms=False)
+        found = await self._consumer(address.durable_of(subscriber), confirms=False)
         if found is not None:
             config = found["config"]
             # What it was to get stays: messages may be under way that nobody else wants.
@@ -103,54 +122,49 @@ class Stream:
         await self._create_consumer(wanted)
         return found is None
 
-    async def _create_consumer(self, config: Info) -> None:
+    async def _create_consumer(self, config: Info) -> Info:
         wanted = {**config, "filter_subjects": filters_of(config)}
         wanted.pop("filter_subject", None)
-        await self._api("CONSUMER.CREATE", {
-            "stream_name": self.name,
-            "config": wanted
-        }, str(config["name"]))
+        body = {"stream_name": self.name, "config": wanted}
+        return await self._api("CONSUMER.CREATE", body, str(config["name"]))
 
     async def delete_consumer(self, subscriber: str) -> int:
         """Delete the consumer of a subscriber; return how many messages it did not acknowledge."""
         found = await self.consumer_info(subscriber)
-        if found is None:
-            raise self.missing(subscriber)
-        await self._api("CONSUMER.DELETE", name=address.durable_of(subscriber))
+        await self._api("CONSUMER.DELETE", consumer=address.durable_of(subscriber))
         return lag_of(found)
 
-    async def seek(self, subscriber: str, start: int) -> None:
+    async def seek(self, subscriber: str, start: Info) -> int:
         """
-        Let a subscriber go on from a number.
+        Let a subscriber go on from a place; return the number of the next message from there on.
 
         The start of a consumer can not be changed: it is deleted and made again. In between,
         another one keeps what nobody else wants, and what is published.
+
+        :param start: ``deliver_policy``, and what belongs to it
         """
         found = await self.consumer_info(subscriber)
-        if found is None:
-            raise self.missing(subscriber)
-        config: Info = {
-            **found["config"], "deliver_policy": "by_start_sequence",
-            "opt_start_seq": start
-        }
-        config.pop("opt_start_time", None)
+        config = {key: value for key, value in found["config"].items() if "opt_start" not in key}
         name = address.guard_of(subscriber)
-        guard: Info = {**config, "name": name, "durable_name": name, "metadata": {}}
+        guard = {**config, **start, "name": name, "durable_name": name, "metadata": {}}
         with contextlib.suppress(errors.ApiError):
             # Of a call that was killed.
-            await self._api("CONSUMER.DELETE", name=name, confirms=False)
-        await self._create_consumer(guard)
-        await self._api("CONSUMER.DELETE", name=address.durable_of(subscriber))
-        await self._create_consumer(config)
-        await self._api("CONSUMER.DELETE", name=name, confirms=False)
+            await self._api("CONSUMER.DELETE", consumer=name, confirms=False)
+        # The server finds the place.
+        number = int((await self._create_consumer(guard))["delivered"]["stream_seq"]) + 1
+        await self._api("CONSUMER.DELETE", consumer=address.durable_of(subscriber))
+        found_place = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}
+        await self._create_consumer({**config, **found_place})
+        await self._api("CONSUMER.DELETE", consumer=name, confirms=False)
+        return number
 
     # Looking
 
-    async def info(self, confirms: bool = True) -> Info:
+    async def info(self) -> Info:
         """Ask for ``config``, ``state`` and more of the stream; raise if there is none of ours."""
         before_ns = time.time_ns()
         try:
-            answer = await self._api("STREAM.INFO", confirms=confirms)
+            answer = await self._api("STREAM.INFO")
         except errors.ApiError as error:
             raise errors.translate(error, self.settings.path) from None
         if not settings.is_ours(answer["config"]):
@@ -160,7 +174,6 @@ class Stream:
                 f"{answer['config'].get('subjects')!r}")
         if answer.get("ts"):
             self._offset_ns = to_ns(answer["ts"]) - (before_ns + time.time_ns()) // 2
-        self._consumer_count = int(answer["state"].get("consumer_count", 0))
         return answer
 
     async def state(self) -> Info:
@@ -177,25 +190,25 @@ class Stream:
         timeout_ns = self.settings.timeout_ns
         return timeout_ns is not None and self.now_ns() - time_ns > timeout_ns
 
-    async def consumer_info(self, subscriber: str, confirms: bool = True) -> Info | None:
-        """Ask for ``config``, ``num_pending`` and more of a subscriber; None if it is missing."""
+    async def _consumer(self, name: str, confirms: bool = True) -> Info | None:
+        """Ask for ``config``, ``num_pending`` and more of a consumer; None if it is missing."""
         try:
-            return await self._api("CONSUMER.INFO",
-                                   name=address.durable_of(subscriber),
-                                   confirms=confirms)
+            return await self._api("CONSUMER.INFO", consumer=name, confirms=confirms)
         except errors.ApiError as error:
             if error.err_code != errors.CONSUMER_NOT_FOUND:
                 raise
             return None
 
+    async def consumer_info(self, subscriber: str) -> Info:
+        """Ask for what is known of a subscriber; raise NotInitializedError if it is missing."""
+        found = await self._consumer(address.durable_of(subscriber))
+        if found is None:
+            raise self.missing(subscriber)
+        return found
+
     async def require(self, subscribers: Iterable[str]) -> None:
         """Check that subscribers have consumers."""
-
-        async def check(subscriber: str) -> None:
-            if await self.consumer_info(subscriber) is None:
-                raise self.missing(subscriber)
-
-        await self._each(subscribers, check)
+        await self._each(subscribers, self.consumer_info)
 
     async def require_interest(self, recipients: tuple[str, ...] | None) -> None:
         """
@@ -209,34 +222,29 @@ class Stream:
         seen = self._interest.get(recipients)
         if seen is not None and now - seen < _INTEREST_SECS:
             return
+        self._interest.pop(recipients, None)
+        # What they want is asked for once.
+        names = await self._names() if seen is not None else ()
+        subject = self.settings.subject(recipients)
+
+        async def check(subscriber: str) -> None:
+            if subject not in filters_of((await self.consumer_info(subscriber))["config"]):
+                raise self.missing(subscriber)
+
         subscribers = self.settings.queue.subscribers if recipients is None else recipients
-        if seen is None:
-            subject = self.settings.subject(recipients)
-
-            async def check(subscriber: str) -> None:
-                found = await self.consumer_info(subscriber)
-                if found is None or subject not in filters_of(found["config"]):
-                    raise self.missing(subscriber)
-
-            await self._each(subscribers, check)
-        else:
-            names = set(await self._consumers("NAMES"))
-            for subscriber in subscribers:
-                if (address.durable_of(subscriber) not in names
-                        and await self.consumer_info(subscriber) is None):
-                    del self._interest[recipients]
-                    raise self.missing(subscriber)
+        await self._each((one for one in subscribers if address.durable_of(one) not in names),
+                         check)
         self._interest[recipients] = now
 
-    async def _consumers(self, verb: str) -> list[Any]:
-        """List ``NAMES`` of the consumers, or what is known of each (``LIST``), page by page."""
-        consumers: list[Any] = []
+    async def _names(self) -> list[str]:
+        """List the names of all consumers, page by page."""
+        names: list[str] = []
         while True:
-            answer = await self._api(f"CONSUMER.{verb}", {"offset": len(consumers)})
+            answer = await self._api("CONSUMER.NAMES", {"offset": len(names)})
             page = answer.get("consumers") or []
-            consumers += page
-            if not page or len(consumers) >= answer["total"]:
-                return consumers
+            names += page
+            if not page or len(names) >= answer["total"]:
+                return names
 
     def missing(self, subscriber: str) -> persipubsub.errors.NotInitializedError:
         """Describe a subscriber that is not there."""
@@ -251,21 +259,11 @@ class Stream:
         Those that were taken out of the configuration are among them: they hold messages as long as
         they have a consumer.
         """
-        found: dict[str, Info] = {}
-
-        async def ask(subscriber: str) -> None:
-            info = await self.consumer_info(subscriber)
-            if info is not None:
-                found[subscriber] = info
-
-        await self._each(self.settings.subscribers, ask)
-        if self._consumer_count > len(found):
-            # Not in the first place: a page of all takes the server longer than one of them.
-            for info in await self._consumers("LIST"):
-                subscriber = settings.subscriber_of(info["config"])
-                if subscriber is not None:
-                    found.setdefault(subscriber, info)
-        return found
+        names = [*map(address.durable_of, self.settings.subscribers), *await self._names()]
+        infos = await self._each(dict.fromkeys(names), self._consumer)
+        # None: of somebody else, or for a while.
+        found = {settings.subscriber_of(info["config"]): info for info in infos if info is not None}
+        return {subscriber: info for subscriber, info in found.items() if subscriber is not None}
 
     async def lags(self) -> dict[str, int]:
         """Count the messages that subscribers still have to acknowledge, by id."""
@@ -273,25 +271,23 @@ class Stream:
 
     async def next_stored(self, subjects: Sequence[str], start: int) -> Stored | None:
         """Find the first message from a number on that has one of the subjects."""
-        found: list[Info] = []
-        for subject in subjects:
-            try:
-                answer = await self._api("STREAM.MSG.GET", {
-                    "seq": max(1, start),
-                    "next_by_subj": subject
-                })
-            except errors.ApiError as error:
-                if error.err_code not in errors.MESSAGE_NOT_FOUND:
-                    raise
-                continue
-            found.append(answer["message"])
+        queries = [{"seq": max(1, start), "next_by_subj": subject} for subject in subjects]
+        answers = [await self._message("GET", query) for query in queries]
+        found = [answer["message"] for answer in answers if answer is not None]
         if not found:
             return None
         message = min(found, key=lambda one: int(one["seq"]))
-        return Stored(number=int(message["seq"]),
-                      subject=message["subject"],
-                      data=base64.b64decode(message.get("data") or b""),
-                      time_ns=to_ns(message["time"]))
+        data = base64.b64decode(message.get("data") or b"")
+        return Stored(int(message["seq"]), message["subject"], data, to_ns(message["time"]))
+
+    async def _message(self, verb: str, query: Info) -> Info | None:
+        """Get or delete a message; None if it is not there."""
+        try:
+            return await self._api(f"STREAM.MSG.{verb}", query)
+        except errors.ApiError as error:
+            if error.err_code not in errors.MESSAGE_NOT_FOUND:
+                raise
+            return None
 
     # Dropping
 
@@ -302,8 +298,8 @@ class Stream:
     async def drop_finished(self) -> None:
         """Drop what everybody has acknowledged, where that is retained."""
         infos = (await self.infos()).values()
-        await self.purge(seq=1 +
-                         min((int(one["ack_floor"]["stream_seq"]) for one in infos), default=0))
+        floors = [int(info["ack_floor"]["stream_seq"]) for info in infos]
+        await self.purge(seq=1 + min(floors, default=0))
 
     async def delete_newest(self, count: int) -> None:
         """Drop messages from the newest one on, one after the other."""
@@ -311,26 +307,13 @@ class Stream:
         number, first = int(state["last_seq"]), int(state["first_seq"])
         while count > 0 and number >= first:
             numbers = range(number, max(first - 1, number - min(_WINDOW, count)), -1)
-            count -= sum(await asyncio.gather(*map(self._delete, numbers)))
+            queries: list[Info] = [{"seq": one, "no_erase": True} for one in numbers]
+            deleted = await asyncio.gather(*(self._message("DELETE", one) for one in queries))
+            count -= len(numbers) - deleted.count(None)
             number = numbers[-1] - 1
 
-    async def _delete(self, number: int) -> bool:
-        """Drop one message; return False if it was not there."""
-        try:
-            await self._api("STREAM.MSG.DELETE", {"seq": number, "no_erase": True})
-        except errors.ApiError as error:
-            if error.err_code not in errors.MESSAGE_NOT_FOUND:
-                raise
-            return False
-        return True
-
-    async def drop_expired(self) -> int:
-        """
-        Drop the messages that are too old, which the servers do as well, but not at once.
-
-        Return how many deliveries were dropped.
-        """
-        before = await self.lags()
+    async def drop_expired(self) -> None:
+        """Drop the messages that are too old, which the servers do as well, but not at once."""
         age_ns = self.settings.stream_config()["max_age"]
         for _ in range(_MOST_STEPS):
             state = await self.state()
@@ -338,15 +321,23 @@ class Stream:
                     or self.now_ns() - to_ns(state["first_ts"]) <= age_ns):
                 break
             await self.purge(seq=state["first_seq"] + 1)
-        after = await self.lags()
-        return sum(max(0, before[key] - after.get(key, 0)) for key in before)
 
-    async def _each(self, subscribers: Iterable[str],
-                    work: Callable[[str], Coroutine[Any, Any, Any]]) -> None:
-        """Do something for many subscribers, some of them at the same time."""
-        pending = list(subscribers)
-        for begin in range(0, len(pending), _WINDOW):
-            await asyncio.gather(*map(work, pending[begin:begin + _WINDOW]))
+    async def count_dropped(self, drop: Callable[[], Coroutine[Any, Any, None]]) -> dict[str, int]:
+        """Drop messages; count those that subscribers still had to acknowledge, by id."""
+        before = await self.lags()
+        await drop()
+        after = await self.lags()
+        lost = {one: lag - after.get(one, 0) for one, lag in before.items()}
+        return {one: count for one, count in lost.items() if count > 0}
+
+    async def _each(self, names: Iterable[str],
+                    work: Callable[[str], Coroutine[Any, Any, ResultT]]) -> list[ResultT]:
+        """Do something for many subscribers or consumers, some of them at the same time."""
+        pending = list(names)
+        done: list[ResultT] = []
+        while len(done) < len(pending):
+            done += await asyncio.gather(*map(work, pending[len(done):len(done) + _WINDOW]))
+        return done
 
 
 def filters_of(config: Info) -> list[str]:
@@ -370,3 +361,15 @@ def to_ns(text: str) -> int:
     whole, _, fraction = text.rstrip("Z").partition(".")
     moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
     return int(moment.timestamp()) * 10**9 + int(fraction.ljust(9, "0")[:9] or 0)
+
+
+def to_text(time_ns: int) -> str:
+    """
+    Write a time as the server reads it.
+
+    >>> to_text(1500000000)
+    '1970-01-01T00:00:01.500000000Z'
+    """
+    # What does not fit into 64 bits, the server does not take.
+    seconds, nanoseconds = divmod(min(max(0, time_ns), 2**63 - 1), 10**9)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09}Z"

@@ -9,15 +9,13 @@ when that is acknowledged, or when the position passes it.
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+import persipubsub.message
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine.format import Tx
 
 #: So many records are deleted in one transaction, so that clearing a queue in which everything
 #: failed does not hold up senders for long. What is left goes with the next ones.
 _MOST_DELETED: Final = 4096
-
-#: The delay between two deliveries does not grow further, in nanoseconds.
-LONGEST_DELAY_NS: Final = 3600 * 10**9
 
 
 class Policy(NamedTuple):
@@ -38,8 +36,7 @@ class Policy(NamedTuple):
 
     def delay_after(self, count: int) -> int:
         """Compute how long a message waits for its next delivery, in nanoseconds."""
-        # Shifted no further than that any delay from a nanosecond on has reached the limit.
-        return min(self.delay_ns << min(count - 1, 42), max(LONGEST_DELAY_NS, self.delay_ns))
+        return persipubsub.message.retry_delay_ns(self.delay_ns, count)
 
 
 def read(tx: Tx, ordinal: int, number: int) -> fmt.Attempts | None:
