@@ -487,10 +487,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             is_rebuilt = mark is not None and not is_shared
             if is_rebuilt:
                 self._rebuild(store)
-            elif files.missing_bytes(path) > 0:
-                raise persipubsub.errors.StoreCorruptError(
-                    f"Expected {path} to be whole, but got: a truncated file. Restore a backup with "
-                    "'persipubsub restore'.")
+            elif files.missing_bytes(path) > 0 and store.users.is_alone():
+                # It was truncated, or LMDB never wrote its last pages, as the transaction that needed
+                # them gave them back.
+                verify_pages(path)
             _reserve_lock_file(self.directory, self.queue.max_reader_num, store.users)
             self._open_lmdb(store, self.queue.max_db_size_bytes)
             self._use(store)

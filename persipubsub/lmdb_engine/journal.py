@@ -1005,9 +1005,13 @@ def _go_on_at(tx: Tx, number: int, total: int) -> None:
     """Give the log this total of messages, and let it go on at this number."""
     cursor = tx.cursor()
     log_end = log.read_end(cursor)
-    if log_end.total_count > total:
+    head = log.head(cursor)
+    if head is not None and head.block.total_count - head.block.messages > total:
+        # All of it was pruned, and messages before it that the journal has no more.
+        while cursor.first():
+            cursor.delete()
+    elif log_end.total_count > total:
         # Those at the end were pruned.
-        head = log.head(cursor)
         assert head is not None
         cut = log.number_at_count(cursor, head.first, log_end.next_number, total)
         log.truncate(cursor, log_end, cut)

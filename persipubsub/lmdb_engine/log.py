@@ -309,7 +309,11 @@ def _shorten_block(cursor: Cursor, found: Found, count: int) -> None:
     batch = fmt.truncate_body(value=value, block=block, count=count)
     record = fmt.pack_block(block.time_ns, place.messages, place.size, count, block.audience,
                             block.generation, place.totals)
-    cursor.put(fmt.pack_number(first), record + batch.body)
+    shorter = record + batch.body
+    # Not put in its place: LMDB would keep all pages of a large value of this transaction, which
+    # the verification of pages takes for damage.
+    cursor.delete()
+    cursor.put(fmt.pack_number(first), shorter)
 
 
 def read_audiences(tx: Tx) -> dict[int, tuple[str, ...]]:

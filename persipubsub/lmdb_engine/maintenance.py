@@ -254,9 +254,6 @@ def _verify_copy(path: str, progress: Progress, origin: str) -> None:
     """Verify a copy of a store that nobody writes to; errors name where it comes from."""
     try:
         _check_regular(path)
-        if files.missing_bytes(path) > 0:
-            raise persipubsub.errors.StoreCorruptError(
-                f"Expected {path} to be whole, but got: a truncated file")
         with files.translated(path=path, doing="read"), open(path, "rb", buffering=0) as file:
             _fail_if_any(_Pages(file.fileno(), progress).verify(), path)
         with _opened_file(path) as (opened, db), opened.begin(buffers=True) as txn:

@@ -336,6 +336,8 @@ class Recording:
     seed: int
     initial: pathlib.Path  #: directory with what was there before
     durability: str
+    mark: int  #: the queue drops messages if more of them wait
+    strategy: str  #: which of them it drops
     before: "Progress | None" = None  #: what was known at the power failure before it
 
 
@@ -346,6 +348,7 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         operations: int | Sequence[str] = 100,
         processes: int = 1,
         mark: int = 60,
+        strategy: str = "prune_first",
         prepare: Callable[[], None] = lambda: None,
         options: Sequence[str] = (),
         work: Callable[[pathlib.Path, pathlib.Path], None] | None = None) -> Recording:
@@ -358,13 +361,14 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     :param operations: how many in each process, or their names
     :param processes: how many
     :param mark: the queue drops messages if more of them wait
+    :param strategy: which of them it drops
     :param prepare: run in the recorded processes first
     :param options: of strace
     :param work: to be recorded instead; gets the directory and the configuration file
     """
     root = directory / "root"
     root.mkdir()
-    config_pth = write_config(root, durability, mark)
+    config_pth = write_config(root, durability, mark, strategy)
     initial = directory / "initial"
     shutil.copytree(root, initial)
 
@@ -379,7 +383,7 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
             run_workers(directory, config_pth, seed, operations, processes)
 
     events = disk.record(run, directory / "trace", options)
-    return Recording(root, events, seed, initial, durability)
+    return Recording(root, events, seed, initial, durability, mark, strategy)
 
 
 def run_workers(directory: pathlib.Path,
@@ -431,7 +435,7 @@ def record_recovery(directory: pathlib.Path, recording: Recording, image: "Image
     directory.mkdir()
     root = directory / "root"
     shutil.copytree(image.path, root)
-    config_pth = write_config(root, recording.durability)
+    config_pth = write_config(root, recording.durability, recording.mark, recording.strategy)
     initial = directory / "initial"
     shutil.copytree(root, initial)
     boot = int.from_bytes(os.urandom(3), "big") + 1000
@@ -442,8 +446,11 @@ def record_recovery(directory: pathlib.Path, recording: Recording, image: "Image
         run_workers(directory, config_pth, recording.seed, operations, 1, first=boot)
 
     events = disk.record(work, directory / "trace")
-    return Recording(root, events, recording.seed, initial, recording.durability,
-                     dataclasses.replace(image.progress))
+    return dataclasses.replace(recording,
+                               root=root,
+                               events=events,
+                               initial=initial,
+                               before=dataclasses.replace(image.progress))
 
 
 class Operation(NamedTuple):
@@ -593,7 +600,7 @@ def find_fault(image: Image, recording: Recording, boot: int) -> str:
     :return: what is wrong; empty if it is sound
     """
     new_boot(boot)
-    config_pth = write_config(image.path, recording.durability)
+    config_pth = write_config(image.path, recording.durability, recording.mark, recording.strategy)
     if not image.progress.is_initialized:
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     findings = find_damage(config_pth)

@@ -85,6 +85,16 @@ def test_operators(tmp_path: pathlib.Path, seed: int, durability: str, operation
     replay.survey(recording, replay.IMAGES // 2, random.Random(seed)).assert_sound()
 
 
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_newest_messages_are_dropped(tmp_path: pathlib.Path, seed: int, durability: str) -> None:
+    """No record says that they were: the rebuild finds it in the totals of the blocks."""
+    names = 4 * ["send_many", "send", "wait", "send_some", "send_many", "receive", "send_many"]
+    recording = replay.record(tmp_path, seed, durability, names, mark=20, strategy="prune_last")
+    last = replay.follow_to_end(recording).operations[-1].state
+    assert last.figures["other"][2] > 0, "Nothing was dropped."
+    replay.survey(recording, replay.IMAGES, random.Random(seed)).assert_sound()
+
+
 # Threads and processes that take no turns
 
 
