@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import persipubsub.errors
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import log, positions
+from persipubsub.lmdb_engine import log, meta, positions
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.statistics import Progress
 
@@ -14,8 +14,7 @@ def check(tx: Tx, progress: Progress | None = None) -> list[str]:
     """Walk through the store; return what is wrong."""
     findings: list[str] = []
     try:
-        value = tx.txn.get(fmt.HEADER_KEY, db=tx.db.meta)
-        header = fmt.unpack_header(bytes(value if value is not None else b""), "")
+        header = meta.read_header(tx)
         audiences = log.read_audiences(tx)
         _check_log(tx, audiences, findings, progress or Progress())
         _check_positions(tx, header, findings)
