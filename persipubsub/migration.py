@@ -21,7 +21,6 @@ import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub.lmdb_engine import consuming
 from persipubsub.statistics import Progress
 
 #: Messages that are moved at once, at most.
@@ -99,13 +98,18 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     """
     moved = prepare(config, queue_key, target)
     engine = persipubsub.engine.of(moved, queue_key)
+    queue = moved.queues[queue_key]
     with persipubsub.queue.open_queue(config, queue_key) as source:
         lags = _lags(source)
         engine.ensure_queue(moved, queue_key)
         progress.begin("messages", total=sum(lags.values()))
         with contextlib.closing(engine.open_queue(moved, queue_key)) as destination:
-            mover = _Mover(source, destination, moved.queues[queue_key], progress)
-            counts = {subscriber: mover.move(subscriber) for subscriber in lags}
+            counts = {
+                # One that was added by hand is in no configuration: nobody could receive there.
+                subscriber: _move(source, destination, subscriber, queue.high_water_mark, progress)
+                if subscriber in queue.subscribers else 0
+                for subscriber in lags
+            }
         lags = _lags(source)
     return types.MappingProxyType({
         subscriber: Moved(moved=count, left=lags.get(subscriber, 0))
@@ -123,91 +127,56 @@ def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
     return {one.subscriber: one.lag for one in queue.statistics().subscribers}
 
 
-class _Mover:
-    """Move messages from one open queue to another."""
+def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue, subscriber: str,
+          mark: persipubsub.config.HighWaterMark, progress: Progress) -> int:
+    """
+    Move the messages of a subscriber, in order.
 
-    def __init__(self, source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue,
-                 described: persipubsub.config.Queue, progress: Progress) -> None:
-        """
-        Initialize without moving anything.
-
-        :param source: where they wait
-        :param destination: where they are to be
-        :param described: the queue of the configuration
-        :param progress: to be counted up
-        """
-        self._source = source
-        self._destination = destination
-        self._mark = described.high_water_mark
-        self._subscribers = described.subscribers
-        self._progress = progress
-        self._origin = os.path.realpath(source.path)
-
-    def move(self, subscriber: str) -> int:
-        """
-        Move the messages of a subscriber, in order.
-
-        :param subscriber: its id
-        :return: how many were moved
-        """
-        if subscriber not in self._subscribers:
-            # It was added by hand, and is in no configuration: nobody could receive them there.
-            return 0
-        # Killed or refused, it would use up what max_deliveries allows, and the next move would
-        # give up what nobody has seen.
-        consumer = self._source.consumer(subscriber, is_delivery=False)
-        most = max(1, min(_BATCH_MESSAGES, (self._mark.max_msgs_num or 2**48) // 4))
-        moved = 0
-        deadline = time.monotonic() + _PATIENCE_SECS
-        while True:
-            lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
-            if lease is not None:
-                self._move(subscriber, lease)
-                moved += len(lease.messages)
-                self._progress.done += len(lease.messages)
-                deadline = time.monotonic() + _PATIENCE_SECS
-            elif not _lags(self._source).get(subscriber) or time.monotonic() >= deadline:
+    :param source: where they wait
+    :param destination: where they are to be
+    :param subscriber: its id
+    :param mark: of the destination
+    :param progress: to be counted up
+    :return: how many were moved
+    """
+    # Killed or refused, it would use up what max_deliveries allows, and the next move would give up
+    # what nobody has seen.
+    consumer = source.consumer(subscriber, is_delivery=False)
+    most = max(1, min(_BATCH_MESSAGES, (mark.max_msgs_num or 2**48) // 4))
+    origin = os.path.realpath(source.path)
+    moved = 0
+    deadline = time.monotonic() + _PATIENCE_SECS
+    while True:
+        lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
+        if lease is None:
+            if not _lags(source).get(subscriber) or time.monotonic() >= deadline:
                 return moved
-
-    def _move(self, subscriber: str, lease: consuming.Lease) -> None:
-        """
-        Move what was taken.
-
-        :param subscriber: whose it is
-        :param lease: messages
-        """
+            continue
         try:
-            begin = 0
-            # With the time: the same number in a queue that was dropped and created again, which
-            # the other engine may still know, is that of another message.
+            # With the time: the same number in a queue that was dropped and created again, which the
+            # other engine may still know, is that of another message.
             ids = [
-                os.fsencode(f"{self._origin}\0{subscriber}\0{number}\0{time_ns}")
+                os.fsencode(f"{origin}\0{subscriber}\0{number}\0{time_ns}")
                 for number, time_ns in zip(lease.numbers, lease.times_ns())
             ]
-            for end in _cut(lease.messages, (self._mark.size_bytes or 2**46) // 4):
-                self._put(lease.messages[begin:end], subscriber, ids[begin:end])
+            begin = 0
+            for end in _cut(lease.messages, (mark.size_bytes or 2**46) // 4):
+                destination.put(lease.messages[begin:end], (subscriber, ),
+                                timeout=_PATIENCE_SECS,
+                                msg_ids=ids[begin:end])
                 begin = end
-        except BaseException:
+        except BaseException as error:
             # Without the error: it is none of a consumer.
             lease.nack()
+            if isinstance(error, persipubsub.errors.QueueFullError):
+                raise persipubsub.errors.QueueFullError(
+                    f"{error}; start its subscribers there, or raise its high-water mark, and repeat"
+                ) from error
             raise
         lease.ack()
-
-    def _put(self, messages: Sequence[bytes], subscriber: str, ids: Sequence[bytes]) -> None:
-        """
-        Put messages where they are to be, as soon as there is room.
-
-        :param messages: to be put
-        :param subscriber: whose they are
-        :param ids: of the messages
-        :raise QueueFullError: if there is no room for too long
-        """
-        try:
-            self._destination.put(messages, (subscriber, ), timeout=_PATIENCE_SECS, msg_ids=ids)
-        except persipubsub.errors.QueueFullError as error:
-            raise persipubsub.errors.QueueFullError(
-                f"{error}; start its subscribers there, or raise its high-water mark, and repeat"
-            ) from error
+        moved += len(lease.messages)
+        progress.done += len(lease.messages)
+        deadline = time.monotonic() + _PATIENCE_SECS
 
 
 def _cut(messages: Sequence[bytes], size: int) -> list[int]:

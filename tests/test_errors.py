@@ -83,8 +83,7 @@ def test_errors_of_the_system_in_lmdb(code: int,
 
 
 def test_map_full_is_told_from_disk_full() -> None:
-    assert isinstance(datafile.translate(make(lmdb.MapFullError), "/q"),
-                      datafile.MapFullError)
+    assert isinstance(datafile.translate(make(lmdb.MapFullError), "/q"), datafile.MapFullError)
     assert not isinstance(datafile.translate(make(lmdb.Error, code=errno.ENOSPC), "/q"),
                           datafile.MapFullError)
 

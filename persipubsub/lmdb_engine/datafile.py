@@ -1,5 +1,5 @@
 """
-A data file of LMDB by itself: check it, open it without locks, translate LMDB's errors.
+LMDB's files: check them, open them, walk through their pages; LMDB's errors.
 
 LMDB trusts its file: it kills the process with SIGBUS on a truncated one and takes an empty one for
 new. What it is given is therefore checked here first.
@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
@@ -24,7 +25,11 @@ from persipubsub.statistics import Progress
 #: Sub-databases of a store, and some room for those of later versions. ``max_db_num`` is not used for
 #: it: LMDB copies the handles at every transaction (1,024 slow a read transaction from 0.6 to 1.1
 #: microseconds).
-MAX_DBS: Final = 16
+_MAX_DBS: Final = 16
+
+#: LMDB's lock file: the part in front of the second slot of the table of readers, and a slot.
+_LOCK_HEADER_BYTES: Final = 192
+_READER_BYTES: Final = 64
 
 #: Begins a transaction, which is committed at the end of the block.
 Begin: TypeAlias = Callable[[], contextlib.AbstractContextManager[Tx]]
@@ -95,16 +100,12 @@ def check_metas(path: str) -> int:
     :raise StoreCorruptError: if it is damaged or truncated
     :raise FormatError: if it is a file of another program
     """
-    descriptor = files.open_file(path, os.O_RDONLY)
-    try:
-        with files.translated(path=path, doing="read"):
-            head = os.pread(descriptor, _META.size, 0).ljust(_META.size, b"\0")
-            magic, version, page_bytes, *newest = _META.unpack(head)
-            other = os.pread(descriptor, _META.size, page_bytes).ljust(_META.size, b"\0")
-            # Behind the meta pages: the file may grow while we look, but never shrinks.
-            size = os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
+    with files.using(path, os.O_RDONLY) as descriptor, files.translated(path=path, doing="read"):
+        head = os.pread(descriptor, _META.size, 0).ljust(_META.size, b"\0")
+        magic, version, page_bytes, *newest = _META.unpack(head)
+        other = os.pread(descriptor, _META.size, page_bytes).ljust(_META.size, b"\0")
+        # Behind the meta pages: the file may grow while we look, but never shrinks.
+        size = os.fstat(descriptor).st_size
     if any(head) and (magic, version) != (_MAGIC, _DATA_VERSION):
         raise persipubsub.errors.FormatError(
             f"Expected {path} to be a data file of LMDB (magic {_MAGIC:#x}, version "
@@ -217,27 +218,25 @@ def opened(path: str,
     :return: LMDB's environment, and what begins a transaction
     """
     try:
-        with files.occupied_streams():
-            environment = lmdb.open(
+        files.occupy_streams()
+        with lmdb.open(
                 os.fsencode(path),
                 subdir=False,
                 map_size=size or 1 << 20,
-                max_dbs=MAX_DBS,
+                max_dbs=_MAX_DBS,
                 readonly=not size,
                 # LMDB makes its lock file with holes, which is SIGBUS on a full disk.
                 lock=False,
                 create=False,
                 sync=False,
                 readahead=False,
-                lib_version=0)
-        with environment:
+                lib_version=0) as environment:
             if not is_new:
                 # First of all: another version may have other sub-databases.
                 meta = environment.open_db(fmt.META_DB, create=False)
                 with environment.begin(db=meta) as txn:
                     fmt.unpack_header(txn.get(fmt.HEADER_KEY, b""), path)
-            db = Databases(*(environment.open_db(name, create=is_new)
-                             for name in fmt.DATABASE_NAMES))
+            db = _open_databases(environment, is_new)
 
             @contextlib.contextmanager
             def begin() -> Iterator[Tx]:
@@ -247,3 +246,61 @@ def opened(path: str,
             yield environment, begin
     except lmdb.Error as error:
         raise translate(error, path) from error
+
+
+def _open_databases(environment: lmdb.Environment, is_new: bool = False) -> Databases:
+    """Open all sub-databases."""
+    return Databases(*(environment.open_db(name, create=is_new) for name in fmt.DATABASE_NAMES))
+
+
+def open_shared(directory: str, size: int, max_readers: int,
+                deadline: float) -> tuple[lmdb.Environment, Databases]:
+    """Open a queue's data file together with others; wait if LMDB's table of readers is full."""
+    files.occupy_streams()
+    try:
+        while True:
+            try:
+                environment = lmdb.open(
+                    os.fsencode(directory),
+                    map_size=size,
+                    max_readers=max_readers,
+                    max_dbs=_MAX_DBS,
+                    # A cached read transaction owns a slot of the table of readers, which a forked
+                    # child would give back for its parent.
+                    max_spare_txns=0,
+                    sync=False,
+                    metasync=False,
+                    mode=files.FILE_MODE,
+                    create=False,
+                    readahead=False,
+                    lib_version=0)
+                break
+            except lmdb.ReadersFullError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.01)
+        try:
+            environment.reader_check()
+            return environment, _open_databases(environment)
+        except BaseException:
+            environment.close()
+            raise
+    except lmdb.Error as error:
+        raise translate(error, directory) from error
+
+
+def reserve_lock_file(directory: str, max_readers: int, is_alone: Callable[[], bool]) -> None:
+    """
+    Make LMDB's lock file as large as LMDB would make it, but without holes: SIGBUS on a full disk.
+
+    LMDB would follow a link in its place, and hang at a FIFO: both are refused here.
+
+    :param is_alone: tells that no other process has the queue open
+    """
+    path = os.path.join(directory, files.LOCK)
+    size = _LOCK_HEADER_BYTES + _READER_BYTES * (max_readers - 1)
+    # This process does not have it open; else closing it would give back LMDB's locks.
+    with files.using(path) as descriptor, files.translated(path=path, doing="reserve"):
+        begin = os.fstat(descriptor).st_size
+        if begin < size and is_alone():
+            files.extend(descriptor, begin, size)

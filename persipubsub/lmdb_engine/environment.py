@@ -39,10 +39,6 @@ ResultT = TypeVar("ResultT")
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
-#: LMDB's lock file: the part in front of the second slot of the table of readers, and a slot.
-_LOCK_HEADER_BYTES: Final = 192
-_READER_BYTES: Final = 64
-
 #: Numbers skip this far after a power failure: more can hardly have been sent in the last second,
 #: and the numbers last for 65,536 power failures.
 _SKIPPED_NUMBERS: Final = 1 << 32
@@ -59,6 +55,9 @@ _LEAVE_SECS: Final = 5.0
 
 #: One warning of the background thread in so many seconds.
 _WARNING_SECS: Final = 60.0
+
+#: Parts of what is open that are used directly.
+_PARTS: Final = ("page", "journal", "notifier")
 
 
 class _Store:
@@ -147,9 +146,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def __getattr__(self, name: str) -> Any:
         """Open the store again in a forked child, where it has no journal, notifier or page yet."""
-        if name in ("journal", "notifier", "page"):
-            self._require()
-            return self.__dict__[name]
+        # Not properties: with them a send takes 5 % longer.
+        if name in _PARTS:
+            return getattr(self._require(), name)
         raise AttributeError(name)
 
     def _engine(self) -> lmdb.Environment:
@@ -259,6 +258,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 if is_owner:
                     self._is_writing = False
                     store.write_lock.unlock()
+                    # Once: when the mutex is released, another thread may have the lock.
+                    is_owner = False
                 self._write_mutex.release()
             except RuntimeError:
                 pass  # an exception of a signal handler came before it was taken
@@ -336,21 +337,6 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         return self.now_ns() - int(self.queue.once_window_secs * 1e9)
 
     # The background thread
-
-    def _start_thread(self, store: _Store) -> None:
-        """
-        Let state records be written as long as the store is open.
-
-        In each process, whether it writes or not: the one that wrote may have been killed.
-        """
-        thread = threading.Thread(target=self._run,
-                                  args=(store, ),
-                                  name="persipubsub-journal",
-                                  daemon=True)
-        # No memory, or the end of the interpreter: other processes do it, and the close.
-        with contextlib.suppress(RuntimeError):
-            thread.start()
-            store.thread = thread
 
     def _run(self, store: _Store) -> None:
         """Write state records as long as something changes, and look after the store."""
@@ -431,11 +417,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     # Opening
 
-    def open(self, adopts_settings: bool = False, renews_journal: bool = False) -> None:
+    def open(self, renews_journal: bool = False) -> None:
         """
         Open the store; hold the registry's lock.
 
-        :param adopts_settings: True to store the settings of the configuration in the queue
         :param renews_journal: True to make the journal anew from the store
         """
         path = os.path.join(self.directory, files.DATA)
@@ -444,48 +429,54 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             datafile.check_pages(path)
             with datafile.opened(path):
                 pass
-        with locks.open_lock(self.directory, self.queue.busy_timeout_secs), files.translated(
-                path=self.directory, doing="open the queue"):
+        with self._opening():
             store = _Store(self.directory, self.read, self.queue.busy_timeout_secs)
             try:
-                self._open(store, path, adopts_settings, renews_journal)
+                store.users.share()
+                # Of a process that was killed while it made another store.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + ".new")
+                if files.read_mark(self.directory) in (None, files.boot_id()):
+                    datafile.check_metas(path)
+                else:
+                    self._rebuild(store, path)
+                    self.is_read_only = False
+                datafile.reserve_lock_file(self.directory, self.queue.max_reader_num,
+                                           store.users.is_alone)
+                self._open_lmdb(store)
+                self._use(store)
+                self.queue = self.read(meta.read_settings)
+                self.clock_offset_ns = self.read(meta.find_clock)
+                if not self.is_read_only:
+                    self._begin_work(store, renews_journal)
             except BaseException:
                 self._use(None)
                 store.close()
                 raise
 
-    def _open(self, store: _Store, path: str, adopts_settings: bool, renews_journal: bool) -> None:
-        """Open the store; hold the registry's lock and the open lock."""
-        store.users.share()
-        # Of a process that was killed while it made another store.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + ".new")
-        if files.read_mark(self.directory) in (None, files.boot_id()):
-            datafile.check_metas(path)
-        else:
-            self._rebuild(store, path)
-            self.is_read_only = False
-        _reserve_lock_file(self.directory, self.queue.max_reader_num, store.users)
-        self._open_lmdb(store)
-        self._use(store)
-        given, self.queue = self.queue, self.read(meta.read_settings)
-        self.clock_offset_ns = self.read(meta.find_clock)
-        if not self.is_read_only:
-            self.begin_work(renews_journal)
-        self.use_settings(given, adopts_settings)
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Keep other processes from opening and closing the queue."""
+        with locks.open_lock(self.directory, self.queue.busy_timeout_secs), files.translated(
+                path=self.directory, doing="open the queue"):
+            yield
 
     def _use(self, store: _Store | None) -> None:
         """Work with what is open, or with nothing."""
         self._store = store
-        for name in ("page", "journal", "notifier"):
-            if store is None:
-                self.__dict__.pop(name, None)
-            else:
+        for name in _PARTS:
+            self.__dict__.pop(name, None)
+            if store is not None:
                 setattr(self, name, getattr(store, name))
 
-    def begin_work(self, renews_journal: bool = False) -> None:
-        """Make the store ready to be written to; hold the registry's lock and the open lock."""
-        store = self._require()
+    def begin_work(self) -> None:
+        """Switch from read-only to read-write; hold the registry's lock."""
+        if self.is_read_only:
+            with self._opening():
+                self._begin_work(self._require(), renews_journal=False)
+
+    def _begin_work(self, store: _Store, renews_journal: bool) -> None:
+        """Make the store ready to be written to; hold the open lock."""
         header = self.read(meta.read_header, self.directory)
         mark = files.read_mark(self.directory)
         is_shared = mark == files.boot_id()
@@ -506,48 +497,27 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             self.write(meta.keep_clock, self.clock_offset_ns, makes_room=True)
         files.keep_reserve(self.directory)
         self.is_read_only = False
-        self._start_thread(store)
+        # In each process, whether it writes or not: the one that wrote may have been killed.
+        thread = threading.Thread(target=self._run,
+                                  args=(store, ),
+                                  name="persipubsub-journal",
+                                  daemon=True)
+        # No memory, or the end of the interpreter: other processes do it, and the close.
+        with contextlib.suppress(RuntimeError):
+            thread.start()
+            store.thread = thread
 
     def _open_lmdb(self, store: _Store) -> None:
-        """Open LMDB; wait a little for a slot if its table of readers is full."""
-        timeout = self.queue.busy_timeout_secs
-        deadline = time.monotonic() + timeout
+        """Open LMDB."""
+        deadline = time.monotonic() + self.queue.busy_timeout_secs
         # py-lmdb opens databases in a write transaction, and waits for it with the interpreter's lock
         # held: without our lock, a process stopped in the middle of a commit would freeze us.
         if not store.write_lock.lock(deadline):
             raise self._busy_error()
-        environment = None
         try:
-            while environment is None:
-                try:
-                    with files.occupied_streams():
-                        environment = lmdb.open(
-                            os.fsencode(self.directory),
-                            map_size=self._map_size(),
-                            max_readers=self.queue.max_reader_num,
-                            max_dbs=datafile.MAX_DBS,
-                            # A cached read transaction owns a slot of the table of readers, which a
-                            # forked child would give back for its parent.
-                            max_spare_txns=0,
-                            sync=False,
-                            metasync=False,
-                            mode=files.FILE_MODE,
-                            create=False,
-                            readahead=False,
-                            lib_version=0)
-                except lmdb.ReadersFullError:
-                    if time.monotonic() >= deadline:
-                        raise
-                    time.sleep(0.01)
-            store.db = Databases(*(environment.open_db(name, create=False)
-                                   for name in fmt.DATABASE_NAMES))
-            environment.reader_check()
-            store.lmdb = environment
-        except lmdb.Error as error:
-            raise datafile.translate(error, self.directory) from error
+            store.lmdb, store.db = datafile.open_shared(self.directory, self._map_size(),
+                                                        self.queue.max_reader_num, deadline)
         finally:
-            if environment is not None and store.lmdb is None:
-                environment.close()
             store.write_lock.unlock()
 
     def _map_size(self) -> int:
@@ -725,19 +695,18 @@ def acquire(directory: str,
         environment = REGISTRY.environments.get(files.identify_store(directory))
         if environment is None:
             environment = Environment(directory, queue, is_read_only)
-            environment.users = 1
-            environment.open(adopts_settings, renews_journal)
+            environment.open(renews_journal)
             # A rebuild may have put another file in the place.
             environment.identity = files.identify_store(directory)
             REGISTRY.environments[environment.identity] = environment
-            return environment
-        if environment.is_read_only and not is_read_only:
-            with locks.open_lock(directory,
-                                 queue.busy_timeout_secs), files.translated(path=directory,
-                                                                            doing="open the queue"):
-                environment.begin_work()
-        environment.use_settings(queue, adopts_settings)
         environment.users += 1
+        try:
+            if not is_read_only:
+                environment.begin_work()
+            environment.use_settings(queue, adopts_settings)
+        except BaseException:
+            release(environment)
+            raise
         return environment
 
 
@@ -790,7 +759,7 @@ def create(directory: str, queue: persipubsub.config.Queue) -> bool:
                     meta.write_settings(tx, queue)
                 # Of a queue whose data file was removed: it shall not come back in the place of this one.
                 remove_journal(directory)
-                files.remove_durably(os.path.join(directory, files.RUNNING))
+                files.mark_clean(directory)
                 # A store that lacks them is another program's, or of version 1, not one of ours.
                 for lock in (files.USERS, files.JOURNAL_LOCK):
                     os.close(files.open_file(os.path.join(directory, lock)))
@@ -807,25 +776,6 @@ def remove_journal(directory: str) -> None:
         os.unlink(os.path.join(path, name))
     os.rmdir(path)
     files.flush_directory(directory)
-
-
-def _reserve_lock_file(directory: str, max_readers: int, users: locks.LockFile) -> None:
-    """
-    Make LMDB's lock file as large as LMDB would make it, but without holes: SIGBUS on a full disk.
-
-    LMDB would follow a link in its place, and hang at a FIFO: both are refused here.
-    """
-    path = os.path.join(directory, files.LOCK)
-    size = _LOCK_HEADER_BYTES + _READER_BYTES * (max_readers - 1)
-    # This process does not have it open; else closing it would give back LMDB's locks.
-    descriptor = files.open_file(path)
-    try:
-        begin = os.fstat(descriptor).st_size
-        if begin < size and users.is_alone():
-            with files.translated(path=path, doing="reserve"):
-                files.extend(descriptor, begin, size)
-    finally:
-        os.close(descriptor)
 
 
 def _end_of_log(tx: Tx) -> int:

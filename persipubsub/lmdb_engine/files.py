@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import resource
@@ -114,33 +113,20 @@ def translate_os_error(error: OSError, path: str,
 
 # Opening
 
-# Whatever is printed, by a library in C or by a process that crashes, is written to the numbers 0,
-# 1 and 2. A store that has one of them, since they were closed when it was opened, is damaged by
-# the first line.
 
+def occupy_streams() -> None:
+    """
+    Occupy the numbers of standard streams that are closed: they are as good as closed afterwards.
 
-@contextlib.contextmanager
-def occupied_streams() -> Iterator[None]:
-    """Keep what is opened meanwhile, as LMDB and ``mmap`` do, from the numbers of the streams."""
-    opened = []
-    try:
-        while (number := os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) in _STREAMS:
-            opened.append(number)
-        os.close(number)
-        yield
-    finally:
-        for number in opened:
-            os.close(number)
-
-
-def above_streams(descriptor: int) -> int:
-    """Give a file that was just opened another number if it got that of a standard stream."""
-    if descriptor not in _STREAMS:
-        return descriptor
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, len(_STREAMS))
-    finally:
-        os.close(descriptor)
+    Whatever is printed, by a library in C or by a process that crashes, is written to the numbers 0, 1
+    and 2. A store that got one of them, since it was closed, would be damaged by the first line.
+    """
+    for number in _STREAMS:
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free; reading and writing fail there.
+            os.open("/", os.O_PATH | os.O_CLOEXEC)
 
 
 def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
@@ -151,15 +137,26 @@ def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
         and does not hang
     """
     with translated(path=path, doing="open"):
+        occupy_streams()
         # Without O_NONBLOCK, opening a FIFO waits.
         flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = above_streams(os.open(path, flags, FILE_MODE))
+        descriptor = os.open(path, flags, FILE_MODE)
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
             return descriptor
         os.close(descriptor)
     raise persipubsub.errors.AccessError(
         f"Expected {path} to be a regular file with a single name, but got: {_describe(status)}")
+
+
+@contextlib.contextmanager
+def using(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
+    """Have a file of a queue open; see :py:func:`open_file`."""
+    descriptor = open_file(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _describe(status: os.stat_result) -> str:
@@ -192,17 +189,12 @@ class SharedPage:
     def __init__(self, directory: str) -> None:
         """Map the file, and create it if it is missing."""
         path = os.path.join(directory, SHARED)
-        descriptor = open_file(path)
-        try:
-            with translated(path=path, doing="map"):
-                # Written, as a hole is SIGBUS on a full disk; never what is there already.
-                size = os.fstat(descriptor).st_size
-                if size < self.SIZE:
-                    extend(descriptor, size, self.SIZE)
-                with occupied_streams():
-                    self.map = mmap.mmap(descriptor, self.SIZE)
-        finally:
-            os.close(descriptor)
+        with using(path) as descriptor, translated(path=path, doing="map"):
+            # Written, as a hole is SIGBUS on a full disk; never what is there already.
+            size = os.fstat(descriptor).st_size
+            if size < self.SIZE:
+                extend(descriptor, size, self.SIZE)
+            self.map = mmap.mmap(descriptor, self.SIZE)
         self.words = memoryview(self.map)[:self.NOTES].cast("Q")
 
 
@@ -226,18 +218,15 @@ def flush_directory(path: str) -> None:
 
 def make_directories(path: str) -> None:
     """Create a directory with its parents, durably; those that are there are left as they are."""
-    missing: list[str] = []
-    current = os.path.abspath(path)
-    while not os.path.isdir(current):
-        missing.append(current)
-        current = os.path.dirname(current)
-    for directory in reversed(missing):
-        try:
-            os.mkdir(directory, mode=DIRECTORY_MODE)
-        except FileExistsError:
-            # Another process was faster; if it is a file, the next step fails.
-            continue
-        flush_directory(os.path.dirname(directory))
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(os.path.abspath(path))
+    make_directories(parent)
+    try:
+        os.mkdir(path, mode=DIRECTORY_MODE)
+    except FileExistsError:
+        return  # another process was faster; if it is a file, the next step fails
+    flush_directory(parent)
 
 
 @contextlib.contextmanager
@@ -287,29 +276,23 @@ def read_mark(directory: str) -> bytes | None:
     path = os.path.join(directory, RUNNING)
     if not os.path.lexists(path):
         return None
-    descriptor = open_file(path, os.O_RDONLY)
-    try:
+    with using(path, os.O_RDONLY) as descriptor:
         return os.read(descriptor, 16)
-    finally:
-        os.close(descriptor)
 
 
 def mark_running(directory: str) -> None:
     """Leave a durable mark, before anything is written, that LMDB's file is not to be trusted."""
-    path = os.path.join(directory, RUNNING)
-    with translated(path=path, doing="write"):
-        if read_mark(directory) != boot_id():
-            with replacing(path) as (_, descriptor):
-                os.write(descriptor, boot_id())
-        else:
-            # A process that wrote it may have been killed before it flushed the name.
-            flush_directory(directory)
+    if read_mark(directory) != boot_id():
+        with replacing(os.path.join(directory, RUNNING)) as (_, descriptor):
+            os.write(descriptor, boot_id())
+    else:
+        # A process that wrote it may have been killed before it flushed the name.
+        flush_directory(directory)
 
 
 def mark_clean(directory: str) -> None:
     """Take the mark away, after everything was flushed."""
-    with translated(path=directory, doing="write to"):
-        remove_durably(os.path.join(directory, RUNNING))
+    remove_durably(os.path.join(directory, RUNNING))
 
 
 # The disk
@@ -331,20 +314,16 @@ def is_full(path: str) -> bool:
 def keep_reserve(directory: str) -> None:
     """Keep some room on the disk aside, if there is that much."""
     path = os.path.join(directory, RESERVE)
-    try:
+    # No room for it, or the directory may not be written to.
+    with suppress(OSError, persipubsub.errors.PersipubsubError):
         # One that is too short is of a process that was killed, or of a power failure.
-        if os.path.lexists(path) and os.lstat(path).st_size < _RESERVE_BYTES:
-            os.unlink(path)
-        descriptor = above_streams(
-            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
-    except OSError:
-        return  # it is there already, or the directory may not be written to
-    try:
-        os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
-    except OSError:
-        os.unlink(path)
-    finally:
-        os.close(descriptor)
+        if os.path.lexists(path) and os.lstat(path).st_size >= _RESERVE_BYTES:
+            return
+        with using(path) as descriptor:
+            try:
+                os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+            except OSError:
+                os.unlink(path)
 
 
 def spend_reserve(directory: str) -> bool:
@@ -407,7 +386,7 @@ def identify_store(directory: str) -> Identity:
 def _explain_missing(directory: str) -> persipubsub.errors.PersipubsubError:
     """Choose the error for a directory without a data file."""
     if not os.path.lexists(directory):
-        found = "nothing there"
+        text = f"Expected the directory of a queue at {directory}, but got: nothing there"
     elif not os.path.isdir(directory):
         return persipubsub.errors.FormatError(
             f"Expected {directory} to be the directory of a queue, but got: not a directory")
@@ -416,10 +395,9 @@ def _explain_missing(directory: str) -> persipubsub.errors.PersipubsubError:
             f"Expected the directory {directory} to be a queue or to be empty, but got: "
             f"{', '.join(foreign[:3])}")
     else:
-        found = "an empty directory"
+        text = f"Expected an initialized queue in {directory}, but got: an empty directory"
     return persipubsub.errors.NotInitializedError(
-        f"Expected an initialized queue in {directory}, but got: {found}. Run "
-        "persipubsub.control.initialize_all_dbs with the configuration file first.")
+        f"{text}. Run persipubsub.control.initialize_all_dbs with the configuration file first.")
 
 
 def prepare_directory(directory: str) -> bool:

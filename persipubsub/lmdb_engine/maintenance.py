@@ -198,13 +198,10 @@ def backup(path: str, queue: persipubsub.config.Queue, target: str, progress: Pr
             raise persipubsub.errors.AccessError(
                 f"Expected to write {target}, but got: there is no such directory") from None
         try:
-            descriptor = files.above_streams(descriptor)
-            try:
+            with open(descriptor, "wb"):
                 datafile.fail_if_any(_verify_open(opened, progress), data)
                 opened.copy(descriptor)
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
             _verify_copy(copy, progress, origin=data)
             try:
                 # Not a renaming: that would replace what came there meanwhile.
@@ -284,25 +281,16 @@ def compact(path: str, queue: persipubsub.config.Queue, progress: Progress) -> S
     return Sizes(before=before, after=files.disk_bytes(path))
 
 
-class _Known(NamedTuple):
-    """What was used up in the life of a queue."""
-
-    next_number: int = 0
-    generation: int = 0
-    next_ordinal: int = 0
-
-
-def _read_known(store: str) -> _Known:
-    """Read what was used up by the store that is there, as far as it can be trusted."""
-    try:
-        # Without it, a damaged store could end the process.
-        datafile.check_pages(store)
-        with datafile.opened(store) as (_, begin), begin() as tx:
-            log_end = log.read_end(tx.cursor())
-            return _Known(log_end.next_number, log_end.generation,
-                          meta.read_header(tx).next_ordinal)
-    except persipubsub.errors.StoreCorruptError:
-        return _Known()
+def _read_used(store: str) -> tuple[int, int, int]:
+    """Read next number, generation, next ordinal of the store that is there, if it can be trusted."""
+    if os.path.lexists(store):
+        # Without the check, a damaged store could end the process.
+        with contextlib.suppress(persipubsub.errors.StoreCorruptError):
+            datafile.check_pages(store)
+            with datafile.opened(store) as (_, begin), begin() as tx:
+                log_end = log.read_end(tx.cursor())
+                return log_end.next_number, log_end.generation, meta.read_header(tx).next_ordinal
+    return 0, 0, 0
 
 
 def restore(path: str, queue: persipubsub.config.Queue, source: str, progress: Progress) -> None:
@@ -319,23 +307,23 @@ def restore(path: str, queue: persipubsub.config.Queue, source: str, progress: P
                   content, open(descriptor, "wb", closefd=False) as target):
                 shutil.copyfileobj(content, target)
             _verify_copy(made, progress, origin=source)
-            known = _read_known(store) if os.path.lexists(store) else _Known()
+            used = _read_used(store)
             size = 2 * os.stat(made).st_size + _ROOM_BYTES
             with datafile.opened(made, size) as (_, begin), begin() as tx:
-                _go_on_behind(tx, known)
+                _go_on_behind(tx, *used)
         files.mark_clean(path)
         os.close(files.open_file(os.path.join(path, files.JOURNAL_LOCK)))
     environment.release(environment.acquire(path, queue, renews_journal=True))
 
 
-def _go_on_behind(tx: Tx, known: _Known) -> None:
+def _go_on_behind(tx: Tx, next_number: int, generation: int, next_ordinal: int) -> None:
     """Take care that nothing of the store that was there is used again."""
     now_ns = max(log.read_end(tx.cursor()).time_ns, time.time_ns())
-    meta.skip_numbers(tx, _SKIPPED_NUMBERS, known.next_number, known.generation)
+    meta.skip_numbers(tx, _SKIPPED_NUMBERS, next_number, generation)
     header = meta.read_header(tx)
     meta.write_header(
         tx,
-        header._replace(next_ordinal=max(header.next_ordinal, known.next_ordinal),
+        header._replace(next_ordinal=max(header.next_ordinal, next_ordinal),
                         boot_id=files.boot_id(),
                         clock_offset_ns=now_ns - files.ticks_ns(),
                         journal_id=os.urandom(16)))
@@ -346,8 +334,13 @@ def _go_on_behind(tx: Tx, known: _Known) -> None:
 
 def drop(path: str, busy_timeout_secs: float) -> list[str]:
     """Remove a queue with all its messages; return the names of files that are not of this library."""
-    if not os.path.lexists(os.path.join(path, files.USERS)) and not _is_remnant(path):
-        files.identify_store(path)
+    if not os.path.lexists(os.path.join(path, files.USERS)):
+        try:
+            files.identify_store(path)
+        except persipubsub.errors.NotInitializedError:
+            # A process may have been killed at the end of this.
+            if not os.path.isdir(path):
+                raise
     with _alone(path, busy_timeout_secs), files.translated(path=path, doing="remove"):
         foreign = files.foreign_names(path)
         # The mark must not be gone before the store, which can not be trusted without it.
@@ -367,11 +360,3 @@ def drop(path: str, busy_timeout_secs: float) -> list[str]:
     with contextlib.suppress(OSError):
         files.flush_directory(os.path.dirname(path))
     return []
-
-
-def _is_remnant(path: str) -> bool:
-    """Tell whether a process was killed here at the end of removing a queue."""
-    try:
-        return set(os.listdir(path)) <= {files.OPEN_LOCK}
-    except OSError:
-        return False

@@ -61,12 +61,6 @@ def skip_numbers(tx: Tx, count: int, next_number: int = 0, generation: int = 0) 
 # Settings
 
 
-def encode_settings(queue: persipubsub.config.Queue) -> bytes:
-    """Encode the settings of a queue."""
-    stored = msgspec.structs.replace(queue, path=None, subscribers=())
-    return msgspec.json.encode({"queue": stored})
-
-
 def read_settings(tx: Tx) -> persipubsub.config.Queue:
     """Read the settings that are stored in the queue."""
     found = bytes(tx.txn.get(fmt.SETTINGS_KEY, b"{}", db=tx.db.meta))
@@ -75,7 +69,8 @@ def read_settings(tx: Tx) -> persipubsub.config.Queue:
 
 def write_settings(tx: Tx, queue: persipubsub.config.Queue) -> None:
     """Store the settings of a queue."""
-    tx.txn.put(fmt.SETTINGS_KEY, encode_settings(queue), db=tx.db.meta)
+    stored = {"queue": msgspec.structs.replace(queue, path=None, subscribers=())}
+    tx.txn.put(fmt.SETTINGS_KEY, msgspec.json.encode(stored), db=tx.db.meta)
 
 
 def differences(here: persipubsub.config.Queue,
