@@ -179,15 +179,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                         raise self._closed_error()
                     with store.lmdb.begin(None, None, False, True) as txn:
                         return work(Tx(txn, store.db), *args)
-            except lmdb.ReadersFullError as error:
-                deadline = deadline or time.monotonic() + self.queue.busy_timeout_secs
-                # Those of processes that were killed are freed; the living finish.
-                if self.check_readers() == 0:
-                    time.sleep(_SLOT_PAUSE_SECS)
-                    if time.monotonic() >= deadline:
-                        raise datafile.translate(error, self.directory) from error
             except lmdb.Error as error:
-                self._recover(store, error)
+                deadline = deadline or time.monotonic() + self.queue.busy_timeout_secs
+                self._recover(store, error, deadline=deadline)
             except persipubsub.errors.PersipubsubError as error:
                 _name_queue(error, self.directory)
                 raise
@@ -370,25 +364,35 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     # Trouble
 
-    def _recover(self, store: _Store, error: lmdb.Error, makes_room: bool = False) -> None:
-        """Do what lets a transaction that failed be repeated, or raise the error of this library."""
+    def _recover(self,
+                 store: _Store,
+                 error: lmdb.Error,
+                 makes_room: bool = False,
+                 deadline: float = 0.0) -> None:
+        """
+        Do what lets a transaction that failed be repeated, or raise the error of this library.
+
+        :param deadline: of a wait for a slot in LMDB's table of readers
+        """
+        translated = datafile.translate(error, self.directory)
         if isinstance(error, lmdb.MapResizedError):
             # As much as the process that raised max_db_size_bytes.
             with self._write_mutex, self._read_mutex:
                 if store.lmdb is not None:
                     store.lmdb.set_mapsize(0)
-            return
-        translated = datafile.translate(error, self.directory)
-        if makes_room and self._make_room(translated):
-            return
-        if not isinstance(error, lmdb.PanicError) or self._is_over:
+        elif isinstance(error, lmdb.ReadersFullError) and time.monotonic() < deadline:
+            # Those of processes that were killed are freed; the living finish.
+            if self.check_readers() == 0:
+                time.sleep(_SLOT_PAUSE_SECS)
+        elif isinstance(error, lmdb.PanicError) and not self._is_over:
+            # LMDB refuses to work since the disk had no room for a meta page.
+            with self._write_mutex, self._read_mutex:
+                if store.lmdb is not None:
+                    store.lmdb.close()
+                    store.lmdb = None
+                    self._open_lmdb(store)
+        elif not (makes_room and self._make_room(translated)):
             raise translated from error
-        # LMDB refuses to work since the disk had no room for a meta page.
-        with self._write_mutex, self._read_mutex:
-            if store.lmdb is not None:
-                store.lmdb.close()
-                store.lmdb = None
-                self._open_lmdb(store)
 
     def _busy_error(self) -> persipubsub.errors.BusyTimeoutError:
         """Describe a wait that was too long."""

@@ -124,7 +124,9 @@ def occupy_streams() -> None:
     for number in _STREAMS:
         try:
             os.fstat(number)
-        except OSError:
+        except OSError as error:
+            if error.errno is None:
+                raise  # by a signal handler
             # The lowest number that is free; reading and writing fail there.
             os.open("/", os.O_PATH | os.O_CLOEXEC)
 
@@ -324,6 +326,7 @@ def keep_reserve(directory: str) -> None:
                 os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
             except OSError:
                 os.unlink(path)
+                raise
 
 
 def spend_reserve(directory: str) -> bool:
