@@ -21,7 +21,7 @@ import persipubsub.place
 from persipubsub.config import Config
 from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, figures
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, pending, positions, retention, sending
+from persipubsub.lmdb_engine import locks, log, meta, pending, positions, retention, sending
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.place import Place
@@ -424,7 +424,7 @@ def stored_settings(config: Config, queue_key: str) -> Mapping[str, tuple[object
     """Compare the settings in the configuration with those that are stored in the queue."""
     here = config.queues[queue_key]
     with environment.opened(directory_of(config, queue_key), here, is_read_only=True) as opened:
-        found = dict(environment.differences(here, opened.stored_settings()))
+        found = dict(meta.differences(here, opened.read(meta.read_settings)))
         stored = [key.decode("utf-8") for key, _ in opened.read(positions.read_all)]
     known = [name for name in stored if name != persipubsub.config.DEAD_LETTERS]
     if sorted(known) != sorted(here.subscribers):

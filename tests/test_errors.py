@@ -18,7 +18,7 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.subscriber
-from persipubsub.lmdb_engine import environment
+from persipubsub.lmdb_engine import datafile
 from tests import support
 
 
@@ -57,7 +57,7 @@ def test_lmdb_has_errors() -> None:
 def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
     for error in (make(kind), kind("mdb_put: made up")):
         assert isinstance(error, lmdb.Error)
-        translated = environment.translate(error=error, directory="/some/queue")
+        translated = datafile.translate(error=error, path="/some/queue")
         assert isinstance(translated, persipubsub.errors.PersipubsubError)
         assert isinstance(translated, EXPECTED.get(kind.__name__, persipubsub.errors.StoreError))
         assert str(translated).startswith("Expected to work with the queue /some/queue, but got: "
@@ -79,14 +79,13 @@ def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
 ])
 def test_errors_of_the_system_in_lmdb(code: int,
                                       expected: type[persipubsub.errors.PersipubsubError]) -> None:
-    assert environment.translate(make(lmdb.Error, code=code), "/q").__class__ is expected
+    assert datafile.translate(make(lmdb.Error, code=code), "/q").__class__ is expected
 
 
 def test_map_full_is_told_from_disk_full() -> None:
-    assert isinstance(environment.translate(make(lmdb.MapFullError), "/q"),
-                      environment.MapFullError)
-    assert not isinstance(environment.translate(make(lmdb.Error, code=errno.ENOSPC), "/q"),
-                          environment.MapFullError)
+    assert isinstance(datafile.translate(make(lmdb.MapFullError), "/q"), datafile.MapFullError)
+    assert not isinstance(datafile.translate(make(lmdb.Error, code=errno.ENOSPC), "/q"),
+                          datafile.MapFullError)
 
 
 def make_own(name: str) -> persipubsub.errors.PersipubsubError:

@@ -7,9 +7,7 @@ consumer that comes across it puts it again, which changes nothing, and lets it 
 was rejected: the message would be in neither.
 """
 
-import contextlib
 import datetime
-import importlib
 import logging
 import os
 import time
@@ -118,15 +116,14 @@ class DeadLetterWriter:
 
     def close(self) -> None:
         """Close the queue of dead letters."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._targets.pop().close()
+        while self._targets:
+            self._targets.pop().close()
 
 
 def make_id(*parts: object) -> bytes:
     """Make the id under which a message is put once."""
     text = " ".join(str(part) for part in parts)
-    # Only here: it loads OpenSSL, which takes longer than all that `persipubsub stat` does.
-    hashlib = importlib.import_module("hashlib")
-    digest: str = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    return digest.encode("ascii")
+    # It loads OpenSSL, which takes longer than all that `persipubsub stat` does.
+    import hashlib  # pylint: disable=import-outside-toplevel
+
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest().encode("ascii")

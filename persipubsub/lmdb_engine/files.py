@@ -1,18 +1,11 @@
-"""
-The files of a queue's directory: names, checks, durable changes, and the page that all have mapped.
-
-LMDB trusts its file: it kills the process with SIGBUS on a truncated one and takes an empty one for
-new. What it is given is therefore checked here first.
-"""
+"""The files of a queue's directory: names, checks, durable changes, and the page that all have mapped."""
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import resource
 import stat
-import struct
 import time
 import types
 from collections.abc import Iterator
@@ -30,12 +23,11 @@ JOURNAL_LOCK: Final = "journal.lock"
 SHARED: Final = "shared"
 RUNNING: Final = "running"
 RESERVE: Final = "reserve"
-CREATING: Final = "creating"
 JOURNAL: Final = "journal"
 
 #: Everything that this library keeps in a queue's directory.
 OWN: Final = frozenset((DATA, LOCK, WRITE_LOCK, OPEN_LOCK, USERS, CLAIMS, JOURNAL_LOCK, SHARED,
-                        RUNNING, RESERVE, CREATING, JOURNAL))
+                        RUNNING, RESERVE, JOURNAL))
 
 #: What a file system or a mount puts into an empty directory by itself.
 _TOLERATED: Final = frozenset(("lost+found", ".nfs", "..data"))
@@ -48,11 +40,6 @@ _LITTLE_ROOM: Final = 1 << 16
 
 #: What is given back when the disk is full, so that messages can be acknowledged, in bytes.
 _RESERVE_BYTES: Final = 1 << 18
-
-_MDB_MAGIC: Final = 0xBEEFC0DE
-_MDB_DATA_VERSION: Final = 1
-_PAGE_HEADER_BYTES: Final = 16
-_META = struct.Struct("=IIQQ48s48sQQ")
 
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 
@@ -98,48 +85,50 @@ def translated(path: str, doing: str) -> Iterator[None]:
         raise translate_os_error(error=error, path=path, doing=doing) from error
 
 
+_KINDS: Final[dict[int, type[persipubsub.errors.PersipubsubError]]] = {
+    errno.EACCES: persipubsub.errors.AccessError,
+    errno.EPERM: persipubsub.errors.AccessError,
+    errno.EROFS: persipubsub.errors.AccessError,
+    errno.ELOOP: persipubsub.errors.AccessError,
+    errno.EISDIR: persipubsub.errors.AccessError,
+    errno.ENOSPC: persipubsub.errors.DiskFullError,
+    errno.EDQUOT: persipubsub.errors.DiskFullError,
+    errno.EFBIG: persipubsub.errors.DiskFullError,
+    errno.ENOENT: persipubsub.errors.NotInitializedError,
+    errno.ENOTDIR: persipubsub.errors.NotInitializedError,
+    errno.ESTALE: persipubsub.errors.NotInitializedError,
+}
+
+
+def kind_of(number: int | None) -> type[persipubsub.errors.PersipubsubError]:
+    """Choose the error of this library for an error number of the operating system."""
+    return _KINDS.get(number or 0, persipubsub.errors.StoreError)
+
+
 def translate_os_error(error: OSError, path: str,
                        doing: str) -> persipubsub.errors.PersipubsubError:
     """Choose the error of this library for an error of the operating system."""
-    text = f"Expected to {doing} {path}, but got: {error.strerror or error}"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EISDIR):
-        return persipubsub.errors.AccessError(text)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return persipubsub.errors.DiskFullError(text)
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-        return persipubsub.errors.NotInitializedError(text)
-    return persipubsub.errors.StoreError(text)
+    return kind_of(error.errno)(f"Expected to {doing} {path}, but got: {error.strerror or error}")
 
 
 # Opening
 
-# Whatever is printed, by a library in C or by a process that crashes, is written to the numbers 0,
-# 1 and 2. A store that has one of them, since they were closed when it was opened, is damaged by
-# the first line.
 
+def occupy_streams() -> None:
+    """
+    Occupy the numbers of standard streams that are closed: they are as good as closed afterwards.
 
-@contextlib.contextmanager
-def occupied_streams() -> Iterator[None]:
-    """Keep what is opened meanwhile, as LMDB and ``mmap`` do, from the numbers of the streams."""
-    opened = []
-    try:
-        while (number := os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) in _STREAMS:
-            opened.append(number)
-        os.close(number)
-        yield
-    finally:
-        for number in opened:
-            os.close(number)
-
-
-def above_streams(descriptor: int) -> int:
-    """Give a file that was just opened another number if it got that of a standard stream."""
-    if descriptor not in _STREAMS:
-        return descriptor
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, len(_STREAMS))
-    finally:
-        os.close(descriptor)
+    Whatever is printed, by a library in C or by a process that crashes, is written to the numbers 0, 1
+    and 2. A store that got one of them, since it was closed, would be damaged by the first line.
+    """
+    for number in _STREAMS:
+        try:
+            os.fstat(number)
+        except OSError as error:
+            if error.errno is None:
+                raise  # by a signal handler
+            # The lowest number that is free; reading and writing fail there.
+            os.open("/", os.O_PATH | os.O_CLOEXEC)
 
 
 def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
@@ -150,17 +139,33 @@ def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
         and does not hang
     """
     with translated(path=path, doing="open"):
+        occupy_streams()
         # Without O_NONBLOCK, opening a FIFO waits.
         flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = above_streams(os.open(path, flags, FILE_MODE))
+        descriptor = os.open(path, flags, FILE_MODE)
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
             return descriptor
         os.close(descriptor)
-    found = (f"{status.st_nlink} hard links"
-             if stat.S_ISREG(status.st_mode) else stat.filemode(status.st_mode))
     raise persipubsub.errors.AccessError(
-        f"Expected {path} to be a regular file with a single name, but got: {found}")
+        f"Expected {path} to be a regular file with a single name, but got: {_describe(status)}")
+
+
+@contextlib.contextmanager
+def using(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
+    """Have a file of a queue open; see :py:func:`open_file`."""
+    descriptor = open_file(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _describe(status: os.stat_result) -> str:
+    """Say what is in the place of a regular file with a single name."""
+    if stat.S_ISREG(status.st_mode):
+        return f"{status.st_nlink} hard links"
+    return f"something else ({stat.filemode(status.st_mode)})"
 
 
 class SharedPage:
@@ -186,17 +191,12 @@ class SharedPage:
     def __init__(self, directory: str) -> None:
         """Map the file, and create it if it is missing."""
         path = os.path.join(directory, SHARED)
-        descriptor = open_file(path)
-        try:
-            with translated(path=path, doing="map"):
-                # Written, as a hole is SIGBUS on a full disk; never what is there already.
-                size = os.fstat(descriptor).st_size
-                if size < self.SIZE:
-                    extend(descriptor, size, self.SIZE)
-                with occupied_streams():
-                    self.map = mmap.mmap(descriptor, self.SIZE)
-        finally:
-            os.close(descriptor)
+        with using(path) as descriptor, translated(path=path, doing="map"):
+            # Written, as a hole is SIGBUS on a full disk; never what is there already.
+            size = os.fstat(descriptor).st_size
+            if size < self.SIZE:
+                extend(descriptor, size, self.SIZE)
+            self.map = mmap.mmap(descriptor, self.SIZE)
         self.words = memoryview(self.map)[:self.NOTES].cast("Q")
 
 
@@ -220,34 +220,46 @@ def flush_directory(path: str) -> None:
 
 def make_directories(path: str) -> None:
     """Create a directory with its parents, durably; those that are there are left as they are."""
-    missing: list[str] = []
-    current = os.path.abspath(path)
-    while not os.path.isdir(current):
-        missing.append(current)
-        current = os.path.dirname(current)
-    for directory in reversed(missing):
-        try:
-            os.mkdir(directory, mode=DIRECTORY_MODE)
-        except FileExistsError:
-            # Another process was faster; if it is a file, the next step fails.
-            continue
-        flush_directory(os.path.dirname(directory))
-
-
-def write_durably(path: str, content: bytes) -> None:
-    """Write a small file so that after a power failure it is either as before or complete."""
-    temporary = path + ".new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    descriptor = above_streams(
-        os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(os.path.abspath(path))
+    make_directories(parent)
     try:
-        os.write(descriptor, content)
+        os.mkdir(path, mode=DIRECTORY_MODE)
+    except FileExistsError:
+        return  # another process was faster; if it is a file, the next step fails
+    flush_directory(parent)
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[tuple[str, int]]:
+    """
+    Make a file that takes the place of another one at the end of the block, durably.
+
+    Whatever happens before, the other is as it was; whatever happens after, it is the new one.
+
+    :return: path of the new file, and its descriptor
+    """
+    made = path + ".new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(made)  # of a process that was killed here
+    descriptor = open_file(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        if os.path.lexists(path):
+            os.fchmod(descriptor, stat.S_IMODE(os.lstat(path).st_mode))
+        if os.geteuid() == 0:
+            # An administrator must not lock the owner of the queue out.
+            owner = os.lstat(path if os.path.lexists(path) else os.path.dirname(path))
+            with suppress(OSError):
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        yield made, descriptor
         os.fsync(descriptor)
+        os.rename(made, path)
+        flush_directory(os.path.dirname(path))
     finally:
         os.close(descriptor)
-    os.rename(temporary, path)
-    flush_directory(os.path.dirname(path))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made)
 
 
 def remove_durably(path: str) -> None:
@@ -266,41 +278,34 @@ def read_mark(directory: str) -> bytes | None:
     path = os.path.join(directory, RUNNING)
     if not os.path.lexists(path):
         return None
-    descriptor = open_file(path, os.O_RDONLY)
-    try:
+    with using(path, os.O_RDONLY) as descriptor:
         return os.read(descriptor, 16)
-    finally:
-        os.close(descriptor)
 
 
 def mark_running(directory: str) -> None:
     """Leave a durable mark, before anything is written, that LMDB's file is not to be trusted."""
-    path = os.path.join(directory, RUNNING)
-    with translated(path=path, doing="write"):
-        if read_mark(directory) != boot_id():
-            write_durably(path, boot_id())
-        else:
-            # A process that wrote it may have been killed before it flushed the name.
-            flush_directory(directory)
+    if read_mark(directory) != boot_id():
+        with replacing(os.path.join(directory, RUNNING)) as (_, descriptor):
+            os.write(descriptor, boot_id())
+    else:
+        # A process that wrote it may have been killed before it flushed the name.
+        flush_directory(directory)
 
 
 def mark_clean(directory: str) -> None:
     """Take the mark away, after everything was flushed."""
-    with translated(path=directory, doing="write to"):
-        remove_durably(os.path.join(directory, RUNNING))
+    remove_durably(os.path.join(directory, RUNNING))
 
 
 # The disk
 
 
-def is_full(directory: str) -> bool:
-    """Tell whether the disk, or the limit on the size of this process's files, leaves no room."""
+def is_full(path: str) -> bool:
+    """Tell whether the disk of a file, or the limit on its size, leaves no room."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    path = os.path.join(directory, DATA)
     try:
-        # While a queue is being created, there is none yet.
-        size = os.stat(path).st_size if os.path.lexists(path) else 0
-        system = os.statvfs(directory)
+        size = os.stat(path).st_size
+        system = os.statvfs(path)
     except OSError:
         return False
     blocks = system.f_bavail if os.geteuid() else system.f_bfree
@@ -308,26 +313,20 @@ def is_full(directory: str) -> bool:
             or limit != resource.RLIM_INFINITY and limit - size < _LITTLE_ROOM)
 
 
-def keep_reserve(directory: str) -> bool:
-    """Keep some room on the disk aside, if there is that much; return False if there is not."""
+def keep_reserve(directory: str) -> None:
+    """Keep some room on the disk aside, if there is that much."""
     path = os.path.join(directory, RESERVE)
-    try:
+    # No room for it, or the directory may not be written to.
+    with suppress(OSError, persipubsub.errors.PersipubsubError):
         # One that is too short is of a process that was killed, or of a power failure.
-        if os.path.lexists(path) and os.lstat(path).st_size < _RESERVE_BYTES:
-            os.unlink(path)
-        descriptor = above_streams(
-            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
-    except OSError:
-        # It is there already, or the directory may not be written to.
-        return os.path.lexists(path)
-    try:
-        os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
-        return True
-    except OSError:
-        os.unlink(path)
-        return False
-    finally:
-        os.close(descriptor)
+        if os.path.lexists(path) and os.lstat(path).st_size >= _RESERVE_BYTES:
+            return
+        with using(path) as descriptor:
+            try:
+                os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+            except OSError:
+                os.unlink(path)
+                raise
 
 
 def spend_reserve(directory: str) -> bool:
@@ -374,108 +373,50 @@ def identify_store(directory: str) -> Identity:
     :raise FormatError: if it is no regular file with a single name, or the directory is none of a queue
     """
     path = os.path.join(directory, DATA)
-    try:
-        status = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise _explain_missing(directory=directory) from None
-    except OSError as error:
-        raise translate_os_error(error=error, path=path, doing="look at") from error
-
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+    with translated(path=path, doing="look at"):
+        try:
+            status = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _explain_missing(directory) from None
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        # LMDB's lock file stands beside the data file: another name would have other locks.
         raise persipubsub.errors.FormatError(
-            f"Expected {path} to be a regular file, but got: {kind}")
-    if status.st_nlink != 1:
-        # LMDB's lock file stands beside the data file: the other name would have other locks.
-        raise persipubsub.errors.FormatError(
-            f"Expected {path} to have a single name, but got: {status.st_nlink} hard links")
+            f"Expected {path} to be a regular file with a single name, but got: "
+            f"{_describe(status)}")
     return Identity(device=status.st_dev, inode=status.st_ino)
 
 
 def _explain_missing(directory: str) -> persipubsub.errors.PersipubsubError:
     """Choose the error for a directory without a data file."""
-    hint = "Run persipubsub.control.initialize_all_dbs with the configuration file first."
     if not os.path.lexists(directory):
-        return persipubsub.errors.NotInitializedError(
-            f"Expected the directory of a queue at {directory}, but got: nothing there. {hint}")
-    if not os.path.isdir(directory):
+        text = f"Expected the directory of a queue at {directory}, but got: nothing there"
+    elif not os.path.isdir(directory):
         return persipubsub.errors.FormatError(
             f"Expected {directory} to be the directory of a queue, but got: not a directory")
-    try:
-        foreign = foreign_names(directory)
-    except OSError as error:
-        return translate_os_error(error=error, path=directory, doing="list")
-    if foreign:
+    elif foreign := foreign_names(directory):
         return persipubsub.errors.FormatError(
             f"Expected the directory {directory} to be a queue or to be empty, but got: "
             f"{', '.join(foreign[:3])}")
+    else:
+        text = f"Expected an initialized queue in {directory}, but got: an empty directory"
     return persipubsub.errors.NotInitializedError(
-        f"Expected an initialized queue in {directory}, but got: an empty directory. {hint}")
+        f"{text}. Run persipubsub.control.initialize_all_dbs with the configuration file first.")
 
 
-# LMDB's file without LMDB
-
-
-def missing_bytes(path: str) -> int:
+def prepare_directory(directory: str) -> bool:
     """
-    Check the meta pages of a data file as LMDB does it, and compare its size with them.
+    Make the directory of a queue, unless it is there; return True if it holds a store already.
 
-    :return: how many bytes are missing at the end; 0 if the file is long enough
-    :raise StoreCorruptError: if it is damaged
-    :raise FormatError: if it is a file of another program
+    :raise FormatError: if it holds something else
     """
-    with translated(path=path, doing="read"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            # Before the meta pages: the file may grow while we look, but never shrinks.
-            size = os.fstat(descriptor).st_size
-            first = os.pread(descriptor, _PAGE_HEADER_BYTES + _META.size, 0)
-            page_size = _check_first_meta(path=path, size=size, head=first)
-            second = os.pread(descriptor, _PAGE_HEADER_BYTES + _META.size, page_size)
-            metas = (_parse_meta(path, first), _parse_meta(path, second))
-            size = max(size, os.fstat(descriptor).st_size)
-        finally:
-            os.close(descriptor)
-    last_page = max(metas)[1]
-    return max(0, (last_page + 1) * page_size - size)
-
-
-def _check_first_meta(path: str, size: int, head: bytes) -> int:
-    """Check the first meta page, and return the size of a page."""
-    if len(head) < _PAGE_HEADER_BYTES + _META.size:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected {path} to have at least two pages, but got: {size} bytes. It was truncated.")
-    fields = _META.unpack_from(head, _PAGE_HEADER_BYTES)
-    if fields[0] != _MDB_MAGIC:
-        if not any(head):
-            raise persipubsub.errors.StoreCorruptError(
-                f"Expected {path} to begin with a meta page, but got: only zeros")
-        raise persipubsub.errors.FormatError(
-            f"Expected {path} to be a data file of LMDB (magic {_MDB_MAGIC:#x}), but got: "
-            f"{fields[0]:#x}")
-    if fields[1] != _MDB_DATA_VERSION:
-        raise persipubsub.errors.FormatError(
-            f"Expected {path} to be of LMDB's data version {_MDB_DATA_VERSION}, but got: "
-            f"{fields[1]}")
-    page_size = int.from_bytes(fields[4][:4], "little" if struct.pack("=H", 1)[0] else "big")
-    if page_size < 256 or page_size > 65536 or page_size & (page_size - 1):
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected the page size of {path} to be a power of two, but got: {page_size}")
-    if size < 2 * page_size:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected {path} to have at least two pages of {page_size} bytes, but got: {size} "
-            "bytes. It was truncated.")
-    return page_size
-
-
-def _parse_meta(path: str, head: bytes) -> tuple[int, int]:
-    """Parse a meta page: number of its transaction, last page in use."""
-    if len(head) < _PAGE_HEADER_BYTES + _META.size:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected {path} to have two meta pages, but got: a truncated file")
-    fields = _META.unpack_from(head, _PAGE_HEADER_BYTES)
-    if fields[0] != _MDB_MAGIC or fields[1] != _MDB_DATA_VERSION:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected both meta pages of {path} to be valid, but got: the magic {fields[0]:#x}, "
-            f"version {fields[1]}")
-    return fields[7], fields[6]
+    try:
+        with translated(path=directory, doing="create"):
+            make_directories(directory)
+    except persipubsub.errors.NotInitializedError as error:
+        # In /proc, say, or below a file: it is not that somebody forgot to create it.
+        raise persipubsub.errors.AccessError(str(error)) from error
+    try:
+        identify_store(directory)
+    except persipubsub.errors.NotInitializedError:
+        return False
+    return True

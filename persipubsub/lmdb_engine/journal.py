@@ -416,7 +416,9 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     def bytes_on_disk(self) -> int:
         """Measure all segments."""
         total = 0
-        for index in self._indices():
+        with files.translated(self.directory, "list"):
+            indices = self._indices()
+        for index in indices:
             with files.suppress(OSError):
                 total += os.stat(self._path(index)).st_size
         return total

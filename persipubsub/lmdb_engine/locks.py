@@ -29,6 +29,7 @@ conflict with each other, so each claim in progress has a descriptor for itself,
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import io
@@ -56,10 +57,10 @@ class LockFile:
         self.path = path
         self.descriptor = files.open_file(path)
 
-    def try_lock(self, kind: int = fcntl.LOCK_EX) -> bool:
-        """Lock the file, exclusively or shared (``fcntl.LOCK_SH``), unless another process has it."""
+    def try_lock(self) -> bool:
+        """Lock the file, unless another process has it."""
         try:
-            fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -201,24 +202,17 @@ class Held:
         self.start = min(self.start, first)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Claim:
     """A range of messages that one consumer has."""
 
-    __slots__ = ("file", "ordinal", "first", "count", "parts", "held")
-
-    def __init__(self,
-                 ordinal: int,
-                 first: int,
-                 count: int,
-                 held: Held,
-                 parts: list[None] | None = None) -> None:
-        """Initialize with what to lock; parts has an entry for each claim that shares the file."""
-        self.file: io.FileIO | None = None
-        self.ordinal = ordinal
-        self.first = first
-        self.count = count
-        self.held = held
-        self.parts = [None] if parts is None else parts
+    ordinal: int
+    first: int
+    count: int
+    held: Held
+    file: io.FileIO | None = None  #: None: it is not locked
+    #: If it was split: an entry for each claim that shares the file.
+    parts: list[None] | None = None
 
 
 class Claims:
@@ -293,13 +287,12 @@ class Claims:
         start = ordinal * _NUMBERS + first
         try:
             while count > 0:
-                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
                 with files.translated(self._path, doing="query"):
-                    kind, _, found, _, _ = _FLOCK.unpack(fcntl.fcntl(file, _GETLK, asked))
-                if kind == fcntl.F_UNLCK:
+                    found = _find_lock(file, start, count)
+                if found is None:
                     break
                 # Any claim of the range, not always the first.
-                count = max(found, start) - start
+                count = max(found[0], start) - start
             return count
         finally:
             self._idle.append(file)
@@ -320,9 +313,9 @@ class Claims:
 
     def split(self, claim: Claim, count: int) -> Claim:
         """Make a claim of its own of the first messages of a claim; both share a descriptor."""
+        claim.parts = claim.parts or [None]
         claim.parts.append(None)
-        first = Claim(claim.ordinal, claim.first, count, claim.held, claim.parts)
-        first.file = claim.file
+        first = Claim(claim.ordinal, claim.first, count, claim.held, claim.file, claim.parts)
         claim.first, claim.count = claim.first + count, claim.count - count
         self._claims.add(first)
         return first
@@ -350,9 +343,10 @@ class Claims:
                 return
             raise
         claim.file = None
-        claim.parts.pop()
-        if claim.parts:
-            return  # another part of it is claimed
+        if claim.parts is not None:
+            claim.parts.pop()
+            if claim.parts:
+                return  # another part of it is claimed
         if len(self._idle) < _MOST_IDLE:
             self._idle.append(file)
         else:
@@ -409,6 +403,13 @@ class Claims:
             file, _ = self._all.popitem()
             with contextlib.suppress(OSError):
                 file.close()
+
+
+def _find_lock(file: io.FileIO | int, start: int, count: int) -> tuple[int, int] | None:
+    """Ask for a lock in a range; return its start and its length (0: to the end)."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
+    kind, _, begin, length, _ = _FLOCK.unpack(fcntl.fcntl(file, _GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else (begin, length)
 
 
 class Note(NamedTuple):
@@ -487,14 +488,13 @@ def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
     path = os.path.join(directory, files.CLAIMS)
     if not os.path.lexists(path):
         return {ordinal: [] for ordinal in spans}
-    descriptor = files.open_file(path, os.O_RDWR)
     claims: dict[int, list[Span]] = {}
     notes = _read_notes(page)
     questions = 0
-    try:
+    with files.using(path, os.O_RDWR) as descriptor:
         for ordinal, (first, end) in spans.items():
             base = ordinal * _NUMBERS
-            claimed = claims.setdefault(ordinal, [])
+            claimed = claims[ordinal] = []
             ranges = [(base + first, base + end)]
             while ranges:
                 begin, behind = ranges.pop()
@@ -503,18 +503,16 @@ def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
                 questions += 1
                 if questions > _MOST_QUESTIONS:
                     return None
-                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, begin, behind - begin, 0)
-                kind, _, start, length, _ = _FLOCK.unpack(fcntl.fcntl(descriptor, _GETLK, asked))
-                if kind != fcntl.F_UNLCK:
+                try:
+                    found = _find_lock(descriptor, begin, behind - begin)
+                except OSError:
+                    return None
+                if found is not None:
                     # It may begin in front of the range; the kernel names any, not the first.
+                    start, length = found
                     low = max(begin, start)
                     high = min(behind, start + length) if length else behind
-                    note = notes.get((ordinal, start - base))
-                    claimed.append(Span(low - base, high - low, note))
+                    claimed.append(Span(low - base, high - low, notes.get((ordinal, start - base))))
                     ranges += [(begin, low), (high, behind)]
             claimed.sort()
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
     return claims

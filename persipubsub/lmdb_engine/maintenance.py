@@ -6,27 +6,21 @@ it: whatever happens before, the store is as it was; whatever happens after, it 
 """
 
 import contextlib
-import fcntl
-import io
 import os
 import shutil
-import stat
-import struct
 import tempfile
 import time
 from collections.abc import Generator, Iterator
 from typing import Final, NamedTuple
 
 import icontract
-import lmdb
-import lmdb.verify
 
 import persipubsub.config
 import persipubsub.errors
-from persipubsub.lmdb_engine import attempts, check, environment, files
+from persipubsub.lmdb_engine import attempts, check, datafile, environment, files
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, positions
-from persipubsub.lmdb_engine.format import Databases, Tx
+from persipubsub.lmdb_engine import locks, log, meta, positions
+from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.statistics import Progress
 
@@ -41,35 +35,28 @@ _LOOK_MESSAGES: Final = 1000
 #: A follower looks at the queue this often whatever happens, in seconds.
 _LONGEST_PAUSE_SECS: Final = 1.0
 
+#: A message to be shown: the block in which it is, and its number.
+_Shown = tuple[log.Found, int]
 
-class _Look:
-    """Collects messages inside of a transaction, up to a limit."""
 
-    def __init__(self, tx: Tx, now_ns: int, limit: int) -> None:
-        """Initialize without messages."""
-        self.cursor = tx.cursor()
-        self.audiences = log.read_audiences(tx)
-        self.messages: list[Peeked] = []
-        self._now_ns = now_ns
-        self._limit = min(limit, _LOOK_MESSAGES)
-        self._size = 0
-
-    def is_full(self) -> bool:
-        """Tell whether the limit is reached."""
-        return len(self.messages) >= self._limit or self._size >= _LOOK_BYTES
-
-    def add(self, found: log.Found, number: int) -> None:
-        """Copy a message."""
-        first, block, value = found
+def _copy(tx: Tx, shown: Iterator[_Shown], limit: int, now_ns: int) -> list[Peeked]:
+    """Copy messages, up to a limit."""
+    audiences = log.read_audiences(tx)
+    messages: list[Peeked] = []
+    size = 0
+    for (first, block, value), number in shown:
         content: bytes | None = None
         with contextlib.suppress(persipubsub.errors.CorruptMessageError):
             content = fmt.copy_message(value, block, number - first, number)
-            self._size += len(content)
-        self.messages.append(
+            size += len(content)
+        messages.append(
             Peeked(number=number,
-                   age_seconds=max(0, self._now_ns - block.time_ns) / 1e9,
-                   subscribers=self.audiences.get(block.audience),
+                   age_seconds=max(0, now_ns - block.time_ns) / 1e9,
+                   subscribers=audiences.get(block.audience),
                    content=content))
+        if len(messages) >= min(limit, _LOOK_MESSAGES) or size >= _LOOK_BYTES:
+            break
+    return messages
 
 
 def peek(path: str, queue: persipubsub.config.Queue, subscriber: str, count: int,
@@ -91,26 +78,30 @@ def peek(path: str, queue: persipubsub.config.Queue, subscriber: str, count: int
 def _peek(tx: Tx, key: bytes, start: int, limit: int, now_ns: int,
           timeout_secs: float | None) -> list[Peeked]:
     """Copy messages that a subscriber still has to acknowledge."""
-    look = _Look(tx, now_ns, limit)
-    record = positions.require(tx, key)
-    own = positions.audiences_of(look.audiences, key)
     oldest_ns = 0 if timeout_secs is None else now_ns - int(timeout_secs * 1e9)
-    number = max(start, record.position)
-    found = log.seek(look.cursor, number)
-    while found is not None and not look.is_full():
+    return _copy(tx, _pending(tx, key, start, oldest_ns), limit, now_ns)
+
+
+def _pending(tx: Tx, key: bytes, number: int, oldest_ns: int) -> Iterator[_Shown]:
+    """Iterate over the messages from a number on that a subscriber still has to acknowledge."""
+    record = positions.require(tx, key)
+    own = positions.audiences_of(log.read_audiences(tx), key)
+    cursor = tx.cursor()
+    number = max(number, record.position)
+    found = log.seek(cursor, number)
+    while found is not None:
         first, block, _ = found
         number = max(number, first)
         end = first + block.messages
         if block.time_ns < oldest_ns or (block.audience and block.audience not in own):
             number = max(number, end)
-        while number < end and not look.is_full():
+        while number < end:
             behind = positions.skip_ahead(tx, record.ordinal, number)
             if behind == number:
-                look.add(found, number)
+                yield found, number
                 behind += 1
             number = behind
-        found = log.seek(look.cursor, number) if number > end else log.following(look.cursor)
-    return look.messages
+        found = log.seek(cursor, number) if number > end else log.following(cursor)
 
 
 def follow(path: str, queue: persipubsub.config.Queue,
@@ -140,81 +131,20 @@ def _begin_of_last(tx: Tx, last: int) -> int:
 
 def _read_on(tx: Tx, number: int, now_ns: int) -> list[Peeked]:
     """Copy messages from a number on."""
-    look = _Look(tx, now_ns, _LOOK_MESSAGES)
-    found = log.seek(look.cursor, number)
-    while found is not None and not look.is_full():
-        number = max(number, found.first)
-        end = found.first + found.block.messages
-        while number < end and not look.is_full():
-            look.add(found, number)
-            number += 1
-        found = log.following(look.cursor)
-    return look.messages
+    return _copy(tx, _from(tx, number), _LOOK_MESSAGES, now_ns)
+
+
+def _from(tx: Tx, number: int) -> Iterator[_Shown]:
+    """Iterate over the messages from a number on."""
+    cursor = tx.cursor()
+    found = log.seek(cursor, number)
+    while found is not None:
+        for shown in range(max(number, found.first), found.first + found.block.messages):
+            yield found, shown
+        found = log.following(cursor)
 
 
 # Verifying
-
-#: Where a meta page has the number of its transaction, and the size of a page.
-_TRANSACTION_OFFSET: Final = 144
-_PAGE_SIZE_OFFSET: Final = 40
-
-_TRANSACTION = struct.Struct("=Q")
-_PAGE_SIZE = struct.Struct("=I")
-
-#: Two pages of any size.
-_HEAD_BYTES: Final = 1 << 17
-
-
-class _Pages(io.RawIOBase):
-    """
-    The pages of a store; those of the beginning as they were when it was opened.
-
-    They are walked through without LMDB's engine, which trusts its file and would be killed by damage.
-    """
-
-    def __init__(self, descriptor: int, progress: Progress) -> None:
-        """Read the beginning."""
-        super().__init__()
-        self._descriptor = descriptor
-        self._progress = progress
-        self._position = 0
-        self._head = bytearray(os.pread(descriptor, _HEAD_BYTES, 0))
-        self._page_bytes = 0
-        if len(self._head) >= _PAGE_SIZE_OFFSET + _PAGE_SIZE.size:
-            self._page_bytes, = _PAGE_SIZE.unpack_from(self._head, _PAGE_SIZE_OFFSET)
-        del self._head[2 * self._page_bytes:]
-        self.size = os.fstat(descriptor).st_size
-        progress.begin("bytes", total=self.size)
-
-    def pin(self, transaction: int) -> bool:
-        """Show the store as of the transaction of a reader; return False if it is not there any more."""
-        is_there = False
-        for offset in (_TRANSACTION_OFFSET, self._page_bytes + _TRANSACTION_OFFSET):
-            found, = _TRANSACTION.unpack_from(self._head, offset)
-            is_there = is_there or found == transaction
-            if found > transaction:
-                # A commit later, in the other page: make it the one before.
-                _TRANSACTION.pack_into(self._head, offset, transaction - 1)
-        return is_there
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place."""
-        assert whence == os.SEEK_SET, "The verifier counts from the beginning only."
-        self._position = offset
-        return offset
-
-    def read(self, size: int = -1) -> bytes:
-        """Read from the place."""
-        begin = self._position
-        self._position += size
-        self._progress.done += size
-        if begin + size <= len(self._head):
-            return bytes(self._head[begin:begin + size])
-        return os.pread(self._descriptor, size, begin)
-
-    def verify(self) -> list[str]:
-        """Walk through all pages in use."""
-        return environment.find_damage(self, self.size)
 
 
 def verify(path: str, queue: persipubsub.config.Queue, progress: Progress) -> list[str]:
@@ -231,66 +161,20 @@ def verify(path: str, queue: persipubsub.config.Queue, progress: Progress) -> li
 def _verify_open(opened: environment.Environment, progress: Progress) -> list[str]:
     """Verify the pages of a store that is in use, in one snapshot."""
     path = os.path.join(opened.directory, files.DATA)
-
-    def work(tx: Tx) -> list[str] | None:
-        with files.translated(path=path, doing="read"), open(path, "rb", buffering=0) as file:
-            pages = _Pages(file.fileno(), progress)
-            return pages.verify() if pages.pin(tx.txn.id()) else None
-
-    while (findings := opened.read(work)) is None:
+    while (findings :=
+           opened.read(lambda tx: datafile.find_damage(path, progress, tx.txn.id()))) is None:
         pass
     return findings
-
-
-def _fail_if_any(findings: list[str], path: str) -> None:
-    """Raise what is wrong with a data file."""
-    if findings:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected {path} to be sound, but got {len(findings)} finding(s): "
-            f"{'; '.join(findings[:3])}")
 
 
 def _verify_copy(path: str, progress: Progress, origin: str) -> None:
     """Verify a copy of a store that nobody writes to; errors name where it comes from."""
     try:
-        _check_regular(path)
-        with files.translated(path=path, doing="read"), open(path, "rb", buffering=0) as file:
-            _fail_if_any(_Pages(file.fileno(), progress).verify(), path)
-        with _opened_file(path) as (opened, db), opened.begin(buffers=True) as txn:
-            _fail_if_any(check.check(Tx(txn, db), progress), path)
+        datafile.check_pages(path, progress)
+        with datafile.opened(path) as (_, begin), begin() as tx:
+            datafile.fail_if_any(check.check(tx, progress), path)
     except persipubsub.errors.StoreError as error:
         raise type(error)(str(error).replace(path, origin)) from error
-
-
-@contextlib.contextmanager
-def _opened_file(path: str,
-                 is_read_only: bool = True,
-                 size: int = 1 << 20) -> Iterator[tuple[lmdb.Environment, Databases]]:
-    """Open a data file that stands for itself, with its sub-databases."""
-    try:
-        with environment.opened_alone(path, is_read_only, size) as opened:
-            yield opened, Databases(*(opened.open_db(name, create=False)
-                                      for name in fmt.DATABASE_NAMES))
-    except (lmdb.NotFoundError, lmdb.IncompatibleError, lmdb.DbsFullError):
-        raise persipubsub.errors.FormatError(
-            f"Expected {path} to be the data file of a queue, but got: one of another program"
-        ) from None
-    except lmdb.Error as error:
-        raise environment.translate(error, path) from error
-
-
-def _check_regular(path: str) -> None:
-    """Check that a file can be read without waiting for somebody who writes it."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise persipubsub.errors.StoreError(
-            f"Expected a data file at {path}, but got: no such file") from None
-    except OSError as error:
-        raise files.translate_os_error(error=error, path=path, doing="look at") from error
-    if not stat.S_ISREG(mode):
-        raise persipubsub.errors.FormatError(
-            f"Expected {path} to be a regular file, but got: {stat.filemode(mode)}")
 
 
 # Backups
@@ -314,13 +198,10 @@ def backup(path: str, queue: persipubsub.config.Queue, target: str, progress: Pr
             raise persipubsub.errors.AccessError(
                 f"Expected to write {target}, but got: there is no such directory") from None
         try:
-            descriptor = files.above_streams(descriptor)
-            try:
-                _fail_if_any(_verify_open(opened, progress), data)
+            with open(descriptor, "wb"):
+                datafile.fail_if_any(_verify_open(opened, progress), data)
                 opened.copy(descriptor)
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
             _verify_copy(copy, progress, origin=data)
             try:
                 # Not a renaming: that would replace what came there meanwhile.
@@ -345,7 +226,7 @@ class Sizes(NamedTuple):
 _LOOK_SECS: Final = 0.5
 _PAUSE_SECS: Final = 0.005
 
-#: Room that a restored store needs beyond its own size for what is changed in it, in bytes.
+#: Room that a restored store needs beyond twice its size for what is changed in it, in bytes.
 _ROOM_BYTES: Final = 1 << 24
 
 #: A restored queue goes on so far behind the last number that is known to have been used.
@@ -362,11 +243,16 @@ def _alone(path: str, busy_timeout_secs: float) -> Iterator[None]:
             "LMDB environment of another program.")
     deadline = time.monotonic() + _LOOK_SECS
     while True:
-        with environment.alone(path, busy_timeout_secs) as lock:
-            if lock.try_lock(fcntl.LOCK_EX):
-                yield
-                return
-            found = locks.users_of(lock)
+        # This process can not open it meanwhile, either.
+        with environment.REGISTRY.lock, locks.open_lock(path, busy_timeout_secs):
+            lock = locks.LockFile(users)
+            try:
+                if lock.try_lock():
+                    yield
+                    return
+                found = locks.users_of(lock)
+            finally:
+                lock.close()
         if time.monotonic() >= deadline:
             names = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
             raise persipubsub.errors.QueueInUseError(
@@ -385,128 +271,62 @@ def compact(path: str, queue: persipubsub.config.Queue, progress: Progress) -> S
     store = os.path.join(path, files.DATA)
     before = files.disk_bytes(path)
     with _alone(path, queue.busy_timeout_secs), files.translated(path=path, doing="compact"):
-        with _beside(store) as copy:
-            with open(store, "rb", buffering=0) as file:
-                _fail_if_any(_Pages(file.fileno(), progress).verify(), store)
-            with _opened_file(store) as (opened, _):
-                descriptor = files.open_file(copy, os.O_WRONLY)
-                try:
-                    opened.copyfd(descriptor, compact=True)
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            _verify_copy(copy, progress, origin=store)
-            _take_place(path, copy)
+        with files.replacing(store) as (made, descriptor):
+            datafile.check_pages(store, progress)
+            with datafile.opened(store) as (opened, _):
+                opened.copyfd(descriptor, compact=True)
+            _verify_copy(made, progress, origin=store)
+        files.mark_clean(path)
     environment.release(environment.acquire(path, queue, renews_journal=True))
     return Sizes(before=before, after=files.disk_bytes(path))
 
 
-@contextlib.contextmanager
-def _beside(store: str) -> Iterator[str]:
-    """Make a file that is to take the place of a store; removed if it did not."""
-    path = store + ".new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    os.close(files.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-    try:
-        model = os.stat(store if os.path.exists(store) else os.path.dirname(store))
-        if os.path.exists(store):
-            os.chmod(path, model.st_mode & 0o777)
-        if os.geteuid() == 0:
-            # An administrator must not lock the owner of the queue out.
-            os.chown(path, model.st_uid, model.st_gid)
-        yield path
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _take_place(path: str, copy: str) -> None:
-    """Let a flushed file take the place of the store, durably. The journal is made anew at the opening."""
-    os.rename(copy, os.path.join(path, files.DATA))
-    files.flush_directory(path)
-    files.mark_clean(path)
-
-
-class _Known(NamedTuple):
-    """What was used up in the life of a queue."""
-
-    next_number: int
-    generation: int
-    next_ordinal: int
-
-
-def _read_known(path: str) -> _Known:
-    """Read what was used up by the store that is there, as far as it can be trusted."""
-    store = os.path.join(path, files.DATA)
-    if not os.path.lexists(store):
-        return _Known(0, 0, 0)
-    try:
-        # Without it, a damaged store could end the process.
-        files.missing_bytes(store)
-        environment.verify_pages(store)
-        with _opened_file(store) as (opened, db), opened.begin(buffers=True) as txn:
-            tx = Tx(txn, db)
-            header = fmt.unpack_header(bytes(txn.get(fmt.HEADER_KEY, b"", db=db.meta)), path)
-            log_end = log.read_end(tx.cursor())
-            return _Known(log_end.next_number, log_end.generation, header.next_ordinal)
-    except persipubsub.errors.StoreCorruptError:
-        return _Known(0, 0, 0)
+def _read_used(store: str) -> tuple[int, int, int]:
+    """Read next number, generation, next ordinal of the store that is there, if it can be trusted."""
+    if os.path.lexists(store):
+        # Without the check, a damaged store could end the process.
+        with contextlib.suppress(persipubsub.errors.StoreCorruptError):
+            datafile.check_pages(store)
+            with datafile.opened(store) as (_, begin), begin() as tx:
+                log_end = log.read_end(tx.cursor())
+                return log_end.next_number, log_end.generation, meta.read_header(tx).next_ordinal
+    return 0, 0, 0
 
 
 def restore(path: str, queue: persipubsub.config.Queue, source: str, progress: Progress) -> None:
     """Let a backup take the place of a queue's store; the queue need not be there."""
-    _check_regular(source)
-    with files.translated(path=path, doing="create"):
-        files.make_directories(path)
-        foreign = files.foreign_names(path)
+    if not os.path.isfile(source):
+        # A FIFO would be waited for.
+        raise persipubsub.errors.StoreError(
+            f"Expected a data file that can be read at {source}, but got: none")
+    files.prepare_directory(path)
     store = os.path.join(path, files.DATA)
-    if foreign and not os.path.lexists(store):
-        raise persipubsub.errors.FormatError(
-            f"Expected the directory {path} to be a queue or to be empty, but got: "
-            f"{', '.join(foreign[:3])}")
     with _alone(path, queue.busy_timeout_secs), files.translated(path=path, doing="restore"):
-        with _beside(store) as copy:
-            with files.translated(path=source, doing="copy"):
-                _copy_file(source, copy)
-            _verify_copy(copy, progress, origin=source)
-            known = _read_known(path)
-            size = os.stat(copy).st_size
-            with _opened_file(copy) as (opened, db), opened.begin() as txn:
-                size += _ROOM_BYTES + fmt.used_bytes(txn, db.attempts)
-            with _opened_file(copy, is_read_only=False, size=size) as (opened, db):
-                with opened.begin(write=True, buffers=True) as txn:
-                    _go_on_behind(Tx(txn, db), known)
-                opened.sync(True)
-            _take_place(path, copy)
-            os.close(files.open_file(os.path.join(path, files.JOURNAL_LOCK)))
+        with files.replacing(store) as (made, descriptor):
+            with (files.translated(path=source, doing="copy"), open(source, "rb") as
+                  content, open(descriptor, "wb", closefd=False) as target):
+                shutil.copyfileobj(content, target)
+            _verify_copy(made, progress, origin=source)
+            used = _read_used(store)
+            size = 2 * os.stat(made).st_size + _ROOM_BYTES
+            with datafile.opened(made, size) as (_, begin), begin() as tx:
+                _go_on_behind(tx, *used)
+        files.mark_clean(path)
+        os.close(files.open_file(os.path.join(path, files.JOURNAL_LOCK)))
     environment.release(environment.acquire(path, queue, renews_journal=True))
 
 
-def _copy_file(source: str, path: str) -> None:
-    """Copy the content of a file, and wait until it is on the disk."""
-    descriptor = files.open_file(path, os.O_WRONLY | os.O_TRUNC)
-    with open(descriptor, "wb") as target, open(source, "rb") as content:
-        shutil.copyfileobj(content, target)
-        target.flush()
-        os.fsync(descriptor)
-
-
-def _go_on_behind(tx: Tx, known: _Known) -> None:
+def _go_on_behind(tx: Tx, next_number: int, generation: int, next_ordinal: int) -> None:
     """Take care that nothing of the store that was there is used again."""
-    cursor = tx.cursor()
-    log_end = log.read_end(cursor)
-    log.put_placeholder(
-        cursor,
-        log_end._replace(next_number=max(log_end.next_number, known.next_number) + _SKIPPED_NUMBERS,
-                         generation=max(log_end.generation, known.generation) + 1 & 0xffffffff))
-    header = fmt.unpack_header(bytes(tx.txn.get(fmt.HEADER_KEY, b"", db=tx.db.meta)), "")
-    now_ns = max(log_end.time_ns, time.time_ns())
-    header = header._replace(next_ordinal=max(header.next_ordinal, known.next_ordinal),
-                             boot_id=files.boot_id(),
-                             clock_offset_ns=now_ns - files.ticks_ns(),
-                             journal_id=os.urandom(16))
-    tx.txn.put(fmt.HEADER_KEY, fmt.pack_header(header), db=tx.db.meta)
+    now_ns = max(log.read_end(tx.cursor()).time_ns, time.time_ns())
+    meta.skip_numbers(tx, _SKIPPED_NUMBERS, next_number, generation)
+    header = meta.read_header(tx)
+    meta.write_header(
+        tx,
+        header._replace(next_ordinal=max(header.next_ordinal, next_ordinal),
+                        boot_id=files.boot_id(),
+                        clock_offset_ns=now_ns - files.ticks_ns(),
+                        journal_id=os.urandom(16)))
     # A letter that left the queue of dead letters since the backup may be needed again: it is to be
     # another one, as the ids of those that were there are remembered.
     attempts.begin_anew(tx, now_ns)
@@ -514,22 +334,24 @@ def _go_on_behind(tx: Tx, known: _Known) -> None:
 
 def drop(path: str, busy_timeout_secs: float) -> list[str]:
     """Remove a queue with all its messages; return the names of files that are not of this library."""
-    if not os.path.lexists(os.path.join(path, files.USERS)) and not _is_remnant(path):
-        files.identify_store(path)
+    if not os.path.lexists(os.path.join(path, files.USERS)):
+        try:
+            files.identify_store(path)
+        except persipubsub.errors.NotInitializedError:
+            # A process may have been killed at the end of this.
+            if not os.path.isdir(path):
+                raise
     with _alone(path, busy_timeout_secs), files.translated(path=path, doing="remove"):
         foreign = files.foreign_names(path)
         # The mark must not be gone before the store, which can not be trusted without it.
         files.remove_durably(os.path.join(path, files.DATA))
         environment.remove_journal(path)
-        aside = os.path.join(path, files.CREATING)
-        if os.path.isdir(aside) and not os.path.islink(aside):
-            shutil.rmtree(aside)
         # The lock and what tells that it is used last: somebody may be waiting there.
-        names = set(os.listdir(path)) - set(foreign) - {files.OPEN_LOCK, files.USERS}
-        for name in sorted(names) + [files.USERS, files.OPEN_LOCK]:
-            if name in files.OWN or name.endswith(".new"):
+        last = (files.USERS, files.OPEN_LOCK)
+        for name in (*sorted(files.OWN - set(last)), *last):
+            for each in (name + ".new", name):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(path, name))
+                    os.unlink(os.path.join(path, each))
         files.flush_directory(path)
     try:
         os.rmdir(path)
@@ -538,11 +360,3 @@ def drop(path: str, busy_timeout_secs: float) -> list[str]:
     with contextlib.suppress(OSError):
         files.flush_directory(os.path.dirname(path))
     return []
-
-
-def _is_remnant(path: str) -> bool:
-    """Tell whether a process was killed here at the end of removing a queue."""
-    try:
-        return set(os.listdir(path)) <= {files.OPEN_LOCK}
-    except OSError:
-        return False

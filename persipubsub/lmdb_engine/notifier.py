@@ -87,9 +87,10 @@ class Notifier:
         self._words = page.words
         self._futex = Futex(page, SharedPage.STAMP)
         self.is_closed = False
-        # Guards the two below. Nothing is called and no lock is taken while it is held.
+        # Guards the two below, but for what is atomic: to take a listener out, and to copy all. Nothing
+        # is called and no lock is taken while it is held.
         self._lock = threading.Lock()
-        self._listeners: list[Listener] = []
+        self.listeners: dict[Listener, None] = {}
         self._thread: threading.Thread | None = None
 
     def notify(self, end: int = 0) -> None:
@@ -143,7 +144,7 @@ class Notifier:
         """
         listener = Listener(self, callback)
         with self._lock:
-            self._listeners.append(listener)
+            self.listeners[listener] = None
             if self._thread is None:
                 thread = threading.Thread(target=self._run,
                                           name="persipubsub-notifier",
@@ -157,29 +158,23 @@ class Notifier:
         while True:
             stamp = self._futex.load()
             with self._lock:
-                if not self._listeners or self.is_closed:
+                if not self.listeners or self.is_closed:
                     self._thread = None
                     return
-                called = [one for one in self._listeners if one.take(stamp)]
+                called = [one for one in list(self.listeners) if one.take(stamp)]
             for listener in called:
                 # A closed loop of asyncio: nobody waits there, but others do elsewhere.
                 with contextlib.suppress(RuntimeError):
                     listener.callback()
             self._futex.wait(stamp, 1.0)
 
-    def forget(self, listener: "Listener") -> None:
-        """Call a listener no longer."""
-        with self._lock:
-            with contextlib.suppress(ValueError):
-                self._listeners.remove(listener)
-
     def close(self) -> None:
         """Let all who wait in this process fail. Others wake up without a need, and look."""
         self.is_closed = True
-        for listener in self._listeners:
+        for listener in list(self.listeners):
             with contextlib.suppress(RuntimeError):
                 listener.callback()
-        self._listeners = []
+        self.listeners.clear()
         self._futex.wake_all()
 
 
@@ -205,4 +200,4 @@ class Listener:
 
     def close(self) -> None:
         """End; it may be repeated."""
-        self._notifier.forget(self)
+        self._notifier.listeners.pop(self, None)

@@ -15,7 +15,8 @@ from persipubsub.config import Durability, Strategy
 from persipubsub.drop_log import DropLog
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, once, retention
-from persipubsub.lmdb_engine.environment import Environment, MapFullError
+from persipubsub.lmdb_engine.datafile import MapFullError
+from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.journal import MESSAGE_COST
 from persipubsub.lmdb_engine.log import LogEnd

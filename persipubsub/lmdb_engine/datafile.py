@@ -1,0 +1,302 @@
+"""
+LMDB's files: check them, open them, walk through their pages; LMDB's errors.
+
+LMDB trusts its file: it kills the process with SIGBUS on a truncated one and takes an empty one for
+new. What it is given is therefore checked here first.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, TypeAlias
+
+import lmdb
+
+import persipubsub.errors
+from persipubsub.lmdb_engine import files
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine.format import Databases, Tx
+from persipubsub.statistics import Progress
+
+#: Sub-databases of a store, and some room for those of later versions. ``max_db_num`` is not used for
+#: it: LMDB copies the handles at every transaction (1,024 slow a read transaction from 0.6 to 1.1
+#: microseconds).
+_MAX_DBS: Final = 16
+
+#: LMDB's lock file: the part in front of the second slot of the table of readers, and a slot.
+_LOCK_HEADER_BYTES: Final = 192
+_READER_BYTES: Final = 64
+
+#: Begins a transaction, which is committed at the end of the block.
+Begin: TypeAlias = Callable[[], contextlib.AbstractContextManager[Tx]]
+
+# Errors
+
+
+class MapFullError(persipubsub.errors.DiskFullError):
+    """Report that the map is full, as opposed to the disk: dropping messages makes room."""
+
+
+_FLUSH_HINT: Final = (
+    ". Close all that this process has open of the queue and open it again; look at the disk.")
+
+_FOREIGN_HINT: Final = " (perhaps an LMDB environment of another program)"
+
+#: The first row that fits decides: classes of LMDB, error of this library, what is added to the text.
+_TRANSLATIONS: Final[tuple[tuple[tuple[type[lmdb.Error], ...],
+                                 type[persipubsub.errors.PersipubsubError], str], ...]] = (
+    ((lmdb.MapFullError, ), MapFullError, " (max_db_size_bytes)"),
+    ((lmdb.DiskError, ), persipubsub.errors.DiskFullError, ""),
+    ((lmdb.ReadersFullError, ), persipubsub.errors.ReadersFullError, " (max_reader_num)"),
+    ((lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError),
+     persipubsub.errors.StoreCorruptError, ""),
+    ((lmdb.VersionMismatchError, lmdb.InvalidError), persipubsub.errors.FormatError, ""),
+    ((lmdb.NotFoundError, lmdb.IncompatibleError, lmdb.DbsFullError),
+     persipubsub.errors.FormatError, _FOREIGN_HINT),
+    ((lmdb.PanicError, ), persipubsub.errors.FlushError, _FLUSH_HINT),
+    ((lmdb.ReadonlyError, ), persipubsub.errors.AccessError, ""),
+)  # yapf: disable
+
+
+def translate(error: lmdb.Error, path: str) -> persipubsub.errors.PersipubsubError:
+    """Choose the error of this library for an error of LMDB."""
+    text = f"Expected to work with the queue {path}, but got: {error}"
+    for classes, kind, hint in _TRANSLATIONS:
+        if isinstance(error, classes):
+            return kind(text + hint)
+    code = getattr(error, "code", 0)
+    if code == errno.EIO:
+        data = os.path.join(path, files.DATA) if os.path.isdir(path) else path
+        # What LMDB makes of a write that was cut short.
+        return (persipubsub.errors.DiskFullError(text + " (no room left)")
+                if files.is_full(data) else persipubsub.errors.FlushError(text + _FLUSH_HINT))
+    if code == errno.EAGAIN:
+        # LMDB locks a byte at the offset of the process id.
+        text += (
+            " (perhaps a process with the same process id has it open: containers that share a "
+            "queue have to share a namespace of process ids)")
+    return files.kind_of(code)(text)
+
+
+# Checking
+
+_MAGIC: Final = 0xBEEFC0DE
+_DATA_VERSION: Final = 1
+
+#: A meta page: magic, version, size of a page, last page in use, number of its transaction.
+_META = struct.Struct("=16xII16xI92xQQ")
+_TRANSACTION = struct.Struct("=Q")
+
+
+def check_metas(path: str) -> tuple[int, bool]:
+    """
+    Check the meta pages of a data file as LMDB does it, and compare its size with them.
+
+    :return: size of a page; whether the file is shorter than they say. Then it was truncated, or LMDB
+        never wrote its last pages, since the transaction that took them gave them back.
+    :raise StoreCorruptError: if they are damaged
+    :raise FormatError: if it is a file of another program
+    """
+    with files.using(path, os.O_RDONLY) as descriptor, files.translated(path=path, doing="read"):
+        head = os.pread(descriptor, _META.size, 0).ljust(_META.size, b"\0")
+        magic, version, page_bytes, *newest = _META.unpack(head)
+        other = os.pread(descriptor, _META.size, page_bytes).ljust(_META.size, b"\0")
+        # Behind the meta pages: the file may grow while we look, but never shrinks.
+        size = os.fstat(descriptor).st_size
+    if any(head) and (magic, version) != (_MAGIC, _DATA_VERSION):
+        raise persipubsub.errors.FormatError(
+            f"Expected {path} to be a data file of LMDB (magic {_MAGIC:#x}, version "
+            f"{_DATA_VERSION}), but got: {magic:#x}, {version}")
+    magic, version, _, *second = _META.unpack(other)
+    last_page, _ = max(newest, second, key=lambda meta: meta[1])
+    is_power = page_bytes >= 256 and page_bytes & (page_bytes - 1) == 0
+    if not is_power or (magic, version) != (_MAGIC, _DATA_VERSION):
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected {path} to begin with two meta pages of LMDB, but got: others. Restore a "
+            "backup with 'persipubsub restore'.")
+    return page_bytes, (last_page + 1) * page_bytes > size
+
+
+class _Pages(io.FileIO):
+    """The pages of a data file, the meta pages as they were when it was opened."""
+
+    def __init__(self, path: str, page_bytes: int, progress: Progress) -> None:
+        """Read the meta pages."""
+        super().__init__(path)
+        self._progress = progress
+        self._page_bytes = page_bytes
+        self._head = bytearray(os.pread(self.fileno(), 2 * page_bytes, 0))
+        self.size = os.fstat(self.fileno()).st_size
+        progress.begin("bytes", total=self.size)
+
+    def pin(self, txn_id: int) -> bool:
+        """Show the store as of the transaction of a reader; return False if it is not there any more."""
+        is_there = False
+        for page in (0, self._page_bytes):
+            offset = page + _META.size - _TRANSACTION.size
+            found, = _TRANSACTION.unpack_from(self._head, offset)
+            is_there = is_there or found == txn_id
+            if found > txn_id:
+                # A commit later, in the other page: make it the one before.
+                _TRANSACTION.pack_into(self._head, offset, txn_id - 1)
+        return is_there
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read from where the verifier went to; it does so before each read."""
+        assert size is not None, "The verifier says how much."
+        self._progress.done += size
+        begin = self.tell()
+        if begin + size <= len(self._head):
+            return bytes(self._head[begin:begin + size])
+        return super().read(size)
+
+
+def find_damage(path: str, progress: Progress, txn_id: int = 0) -> list[str] | None:
+    """
+    Walk through all pages in use, without LMDB's engine, which would be killed by damage.
+
+    :param txn_id: of a reader's transaction, if others write meanwhile
+    :return: what is wrong; None if the transaction is not in the meta pages any more
+    """
+    # Slow, and hardly ever needed.
+    import lmdb.verify  # pylint: disable=import-outside-toplevel,redefined-outer-name
+
+    with files.translated(path=path, doing="read"):
+        page_bytes, _ = check_metas(path)
+        with _Pages(path, page_bytes, progress) as pages:
+            if txn_id and not pages.pin(txn_id):
+                return None
+            # Not lmdb.verify.verify: it looks only at the first page of a large value, so that it finds
+            # nothing wrong with a file that was cut in the middle of one.
+            # pylint: disable-next=protected-access
+            verifier = lmdb.verify._Verifier(pages, pages.size)  # type: ignore[no-untyped-call]
+            try:
+                findings = list(verifier.verify())  # type: ignore[no-untyped-call]
+            except lmdb.verify.VerifyError as error:
+                return [str(error)]
+    lost = sum(verifier.live[pages.size // verifier.psize:])
+    return findings + ([f"{lost} pages in use are beyond the end of the file"] if lost else [])
+
+
+def check_pages(path: str, progress: Progress | None = None) -> None:
+    """
+    Walk through all pages of a data file that nobody writes to.
+
+    :raise StoreCorruptError: if it is not sound
+    """
+    fail_if_any(find_damage(path, progress or Progress()), path)
+
+
+def fail_if_any(findings: list[str] | None, path: str) -> None:
+    """Raise what is wrong with a data file."""
+    if findings:
+        raise persipubsub.errors.StoreCorruptError(
+            f"Expected {path} to be sound, but got {len(findings)} finding(s): "
+            f"{'; '.join(findings[:3])}")
+
+
+# Opening
+
+
+@contextlib.contextmanager
+def opened(path: str,
+           size: int = 0,
+           is_new: bool = False) -> Iterator[tuple[lmdb.Environment, Begin]]:
+    """
+    Open a data file that stands for itself and that nobody else uses.
+
+    :param size: that it may grow to, in bytes, if it is to be changed; what is changed is not flushed
+    :param is_new: True to create the sub-databases of a queue
+    :return: LMDB's environment, and what begins a transaction
+    """
+    try:
+        files.occupy_streams()
+        with lmdb.open(
+                os.fsencode(path),
+                subdir=False,
+                map_size=size or 1 << 20,
+                max_dbs=_MAX_DBS,
+                readonly=not size,
+                # LMDB makes its lock file with holes, which is SIGBUS on a full disk.
+                lock=False,
+                create=False,
+                sync=False,
+                readahead=False,
+                lib_version=0) as environment:
+            if not is_new:
+                # First of all: another version may have other sub-databases.
+                meta = environment.open_db(fmt.META_DB, create=False)
+                with environment.begin(db=meta) as txn:
+                    fmt.unpack_header(txn.get(fmt.HEADER_KEY, b""), path)
+            db = _open_databases(environment, is_new)
+
+            @contextlib.contextmanager
+            def begin() -> Iterator[Tx]:
+                with environment.begin(write=bool(size), buffers=True) as txn:
+                    yield Tx(txn, db)
+
+            yield environment, begin
+    except lmdb.Error as error:
+        raise translate(error, path) from error
+
+
+def _open_databases(environment: lmdb.Environment, is_new: bool = False) -> Databases:
+    """Open all sub-databases."""
+    return Databases(*(environment.open_db(name, create=is_new) for name in fmt.DATABASE_NAMES))
+
+
+def open_shared(directory: str, size: int, max_readers: int,
+                deadline: float) -> tuple[lmdb.Environment, Databases]:
+    """Open a queue's data file together with others; wait if LMDB's table of readers is full."""
+    files.occupy_streams()
+    try:
+        while True:
+            try:
+                environment = lmdb.open(
+                    os.fsencode(directory),
+                    map_size=size,
+                    max_readers=max_readers,
+                    max_dbs=_MAX_DBS,
+                    # A cached read transaction owns a slot of the table of readers, which a forked
+                    # child would give back for its parent.
+                    max_spare_txns=0,
+                    sync=False,
+                    metasync=False,
+                    mode=files.FILE_MODE,
+                    create=False,
+                    readahead=False,
+                    lib_version=0)
+                break
+            except lmdb.ReadersFullError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.01)
+        try:
+            environment.reader_check()
+            return environment, _open_databases(environment)
+        except BaseException:
+            environment.close()
+            raise
+    except lmdb.Error as error:
+        raise translate(error, directory) from error
+
+
+def reserve_lock_file(directory: str, max_readers: int, is_alone: Callable[[], bool]) -> None:
+    """
+    Make LMDB's lock file as large as LMDB would make it, but without holes: SIGBUS on a full disk.
+
+    LMDB would follow a link in its place, and hang at a FIFO: both are refused here.
+
+    :param is_alone: tells that no other process has the queue open
+    """
+    path = os.path.join(directory, files.LOCK)
+    size = _LOCK_HEADER_BYTES + _READER_BYTES * (max_readers - 1)
+    # This process does not have it open; else closing it would give back LMDB's locks.
+    with files.using(path) as descriptor, files.translated(path=path, doing="reserve"):
+        begin = os.fstat(descriptor).st_size
+        if begin < size and is_alone():
+            files.extend(descriptor, begin, size)
