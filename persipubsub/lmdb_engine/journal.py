@@ -364,11 +364,17 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                         self._wake()
                         continue
             finally:
-                # Here and not in the function: a signal handler may raise at its first instruction.
+                # Here and not in a function: a signal handler may raise at its first instruction.
                 try:
-                    self._unlock(is_owner)
+                    if is_owner:
+                        self._unlock_file()
+                        # Once: when the mutex is released, another thread may have the file's lock.
+                        is_owner = False
+                    locks.release(self._mutex)
                 except BaseException:
-                    self._unlock(is_owner)
+                    if is_owner:
+                        self._unlock_file()
+                    locks.release(self._mutex)
                     raise
             if time.monotonic() >= deadline:
                 raise persipubsub.errors.BusyTimeoutError(
@@ -825,18 +831,21 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             yield
         finally:
             try:
-                self._unlock(is_owner)
+                if is_owner:
+                    self._unlock_file()
+                    is_owner = False
+                locks.release(self._mutex)
             except BaseException:
                 # A signal handler raised in the middle of it; the others wait for this.
-                self._unlock(is_owner)
+                if is_owner:
+                    self._unlock_file()
+                locks.release(self._mutex)
                 raise
 
-    def _unlock(self, is_owner: bool) -> None:
-        """Let others have the journal; it may be repeated."""
-        if is_owner:
-            self._lock_file.unlock()
-            self._is_busy = False
-        locks.release(self._mutex)
+    def _unlock_file(self) -> None:
+        """Let other processes have the journal; it may be repeated while the mutex is held."""
+        self._lock_file.unlock()
+        self._is_busy = False
 
     def _check_handler(self) -> None:
         """Refuse what a signal handler does in the middle of this thread's work on the journal."""
