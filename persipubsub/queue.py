@@ -20,7 +20,7 @@ import persipubsub.errors
 import persipubsub.place
 from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, files
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, pending, positions, retention, sending
+from persipubsub.lmdb_engine import locks, log, pending, positions, retention, room, sending
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.place import Place
@@ -71,9 +71,10 @@ class Queue:
             self._claims = locks.Claims(path, self._environment.held)
             self._ending = consuming.Ending()
             self._writers: dict[str, dead_letters.DeadLetterWriter] = {}
-            self._sender = sending.Sender(self._environment, self._now_ns)
+            self._room = room.Room(self._environment, self._now_ns)
+            self._sender = sending.Sender(self._environment, self._room, self._now_ns)
             self._environment.members += [self._claims, self._ending]
-            self._environment.drop_logs.append(self._sender.drop_log)
+            self._environment.drop_logs.append(self._room.drop_log)
         except BaseException:
             environment.release(self._environment)
             raise
@@ -123,12 +124,12 @@ class Queue:
             self._ending.is_closed = True
             self._claims.close()
         try:
-            self._sender.drop_log.report()
+            self._room.drop_log.report()
             for writer in self._writers.values():
                 writer.close()
             self._environment.members.remove(self._claims)
             self._environment.members.remove(self._ending)
-            self._environment.drop_logs.remove(self._sender.drop_log)
+            self._environment.drop_logs.remove(self._room.drop_log)
             # Those who wait here notice that it is closed.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 self._environment.notifier.notify()
@@ -146,7 +147,7 @@ class Queue:
     @property
     def waits_for_room(self) -> bool:
         """Tell whether publishers wait for room in a full queue."""
-        return self._sender.strategy is persipubsub.config.Strategy.BLOCK
+        return self._room.strategy is persipubsub.config.Strategy.BLOCK
 
     def put(self,
             messages: Sequence[bytes],
@@ -165,7 +166,7 @@ class Queue:
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """Check that the queue could hold messages if it were empty."""
-        self._sender.check_sizes(messages)
+        self._room.check_sizes(messages)
 
     def require_subscribers(self, subscribers: Sequence[str]) -> None:
         """Check that subscribers were initialized."""
@@ -184,7 +185,7 @@ class Queue:
         self._check_open()
         retries = self._retries.get(subscriber)
         policy = attempts.Policy() if retries is None else retries.policy
-        looks = pending.Pending(subscriber, self._sender.timeout_ns, self._now_ns, policy)
+        looks = pending.Pending(subscriber, self._room.timeout_ns, self._now_ns, policy)
         consumer = consuming.Consumer(self._environment, self._claims,
                                       self._ending, looks, self.drop_expired,
                                       self._writer(subscriber, retries), self.waits_for_room)
@@ -208,7 +209,7 @@ class Queue:
     def skip_to_newest(self, subscriber: str) -> int:
         """Acknowledge all messages of a subscriber but the newest one; return how many it were."""
         self._check_open()
-        skipped = self._environment.write(pending.skip_to_newest,
+        skipped = self._environment.write(positions.skip_to_newest,
                                           subscriber.encode("utf-8"),
                                           makes_room=True)
         self._notify()
@@ -217,7 +218,7 @@ class Queue:
     def seek(self, subscriber: str, to: Place) -> int:
         """Let a subscriber go on from another place, in one transaction and durably."""
         self._check_open()
-        find = _chooser(to, self._sender.timeout_ns, self._now_ns)
+        find = _chooser(to, self._room.timeout_ns, self._now_ns)
 
         def work(tx: Tx) -> int:
             return positions.seek(tx, subscriber.encode("utf-8"), find(tx))
@@ -273,7 +274,7 @@ class Queue:
     def drop_expired(self) -> int:
         """Drop the messages that are older than the queue's timeout; return how many it were."""
         self._check_open()
-        dropped = self._sender.drop_expired()
+        dropped = self._room.drop_expired()
         if dropped:
             self._notify()
         return dropped
@@ -281,7 +282,7 @@ class Queue:
     def delete_finished(self) -> int:
         """Delete all messages that all subscribers acknowledged, in many short transactions."""
         self._check_open()
-        return self._sender.delete_finished()
+        return self._room.delete_finished()
 
     def prune(self) -> int:
         """Drop the messages that are too old, and delete those that are finished."""
@@ -294,7 +295,7 @@ class Queue:
         self._check_open()
         dropped = self._environment.write(retention.clear, makes_room=True)
         self._notify()
-        self._sender.delete_finished(keeps_retained=False)
+        self._room.delete_finished(keeps_retained=False)
         # The last block stays otherwise, since it keeps its numbers taken.
         self._environment.write(retention.empty_last, makes_room=True)
         self._environment.secure_now()
@@ -341,7 +342,7 @@ def _collect(opened: environment.Environment, now_ns: int) -> QueueStatistics:
     """Collect the figures in one snapshot."""
     queue, mark = opened.queue, opened.queue.high_water_mark
     end, sent, count, size, age_ns, commits, subscribers = opened.read(_figures, now_ns)
-    spans = {record.ordinal: (record.position, end) for _, record, _ in subscribers}
+    spans = {record.ordinal: (record.position, end) for record, _ in subscribers}
     claims = locks.find_claims(opened.directory, spans, opened.page)
     file_bytes = opened.file_bytes()
     age = None if age_ns is None else age_ns / 1e9
@@ -359,8 +360,8 @@ def _collect(opened: environment.Environment, now_ns: int) -> QueueStatistics:
         next_number=end,
         commits=commits,
         subscribers=tuple(
-            _subscriber(name, record, lag, now_ns, None if claims is
-                        None else claims[record.ordinal]) for name, record, lag in subscribers),
+            _subscriber(record, lag, now_ns, None if claims is None else claims[record.ordinal])
+            for record, lag in subscribers),
         sent=sent,
         journal_bytes=opened.journal.bytes_on_disk(),
         journal_lag_bytes=opened.journal.lag_bytes(),
@@ -368,20 +369,18 @@ def _collect(opened: environment.Environment, now_ns: int) -> QueueStatistics:
 
 
 def _figures(
-    tx: Tx, now_ns: int
-) -> tuple[int, int, int, int, int | None, int, list[tuple[str, fmt.Subscriber, int]]]:
+        tx: Tx, now_ns: int
+) -> tuple[int, int, int, int, int | None, int, list[tuple[fmt.Subscriber, int]]]:
     """Count in a transaction: end, sent, waiting messages and bytes, age, commits, subscribers."""
     cursor = tx.cursor()
     log_end = log.read_end(cursor)
-    audiences = log.read_audiences(tx)
     oldest = log_end.next_number
     subscribers = []
-    for key, record in positions.read_all(tx):
-        own = positions.audiences_of(audiences, key)
-        lag = positions.count_pending(tx, record, own, 0, log_end.next_number)
+    for record in positions.read_all(tx):
+        lag = positions.count_pending(tx, record, 0, log_end.next_number)
         if lag:
-            oldest = min(oldest, positions.first_pending(tx, record, own, log_end.next_number))
-        subscribers.append((key.decode("utf-8"), record, lag))
+            oldest = min(oldest, positions.first_pending(tx, record, log_end.next_number))
+        subscribers.append((record, lag))
     place = log.place_of(cursor, oldest)
     found = log.seek(cursor, oldest) if oldest < log_end.next_number else None
     age_ns = None if found is None else max(0, now_ns - found.block.time_ns)
@@ -389,13 +388,13 @@ def _figures(
             log_end.total_bytes - place.size, age_ns, tx.txn.id(), subscribers)
 
 
-def _subscriber(name: str, record: fmt.Subscriber, lag: int, now_ns: int,
+def _subscriber(record: fmt.Subscriber, lag: int, now_ns: int,
                 spans: Sequence[locks.Span] | None) -> SubscriberStatistics:
     """Describe one subscriber."""
     since_ns = now_ns - record.acknowledged_ns if record.acknowledged_ns else None
     ticks_ns = files.ticks_ns()
     return SubscriberStatistics(
-        subscriber=name,
+        subscriber=record.name,
         lag=lag,
         in_flight=None if spans is None else min(lag, sum(span.length for span in spans)),
         position=record.position,
@@ -409,7 +408,7 @@ def _subscriber(name: str, record: fmt.Subscriber, lag: int, now_ns: int,
         dead_lettered=record.dead_lettered,
         seconds_since_acknowledged=None if since_ns is None else max(0, since_ns) / 1e9,
         claims=tuple(
-            InFlight(subscriber=name,
+            InFlight(subscriber=record.name,
                      number=span.first,
                      count=span.length,
                      process_id=None if span.note is None else span.note.process_id,
@@ -558,7 +557,7 @@ def stored_settings(config: persipubsub.config.Config,
     here = config.queues[queue_key]
     with environment.opened(directory_of(config, queue_key), here, is_read_only=True) as opened:
         found = dict(environment.differences(here, opened.stored_settings()))
-        stored = [key.decode("utf-8") for key, _ in opened.read(positions.read_all)]
+        stored = [record.name for record in opened.read(positions.read_all)]
     known = [name for name in stored if name != persipubsub.config.DEAD_LETTERS]
     if sorted(known) != sorted(here.subscribers):
         found["subscribers"] = (tuple(here.subscribers), tuple(known))

@@ -93,23 +93,13 @@ def _peek(tx: Tx, key: bytes, start: int, limit: int, now_ns: int,
     """Copy messages that a subscriber still has to acknowledge."""
     look = _Look(tx, now_ns, limit)
     record = positions.require(tx, key)
-    own = positions.audiences_of(look.audiences, key)
     oldest_ns = 0 if timeout_secs is None else now_ns - int(timeout_secs * 1e9)
-    number = max(start, record.position)
-    found = log.seek(look.cursor, number)
-    while found is not None and not look.is_full():
-        first, block, _ = found
-        number = max(number, first)
-        end = first + block.messages
-        if block.time_ns < oldest_ns or (block.audience and block.audience not in own):
-            number = max(number, end)
-        while number < end and not look.is_full():
-            behind = positions.skip_ahead(tx, record.ordinal, number)
-            if behind == number:
-                look.add(found, number)
-                behind += 1
-            number = behind
-        found = log.seek(look.cursor, number) if number > end else log.following(look.cursor)
+    while (not look.is_full()
+           and (run := positions.next_run(tx, record, look.cursor, start)) is not None):
+        start = run.number if run.found.block.time_ns >= oldest_ns else run.stop
+        while start < run.stop and not look.is_full():
+            look.add(run.found, start)
+            start += 1
     return look.messages
 
 
