@@ -21,7 +21,7 @@ import persipubsub.place
 from persipubsub.config import Config
 from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, figures
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, meta, pending, positions, retention, sending
+from persipubsub.lmdb_engine import locks, log, meta, pending, positions, retention, room, sending
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.place import Place
@@ -69,14 +69,15 @@ class Queue:
             self._now_ns = clock if clock is not None else opened.now_ns
             self._claims = locks.Claims(path, opened.held)
             self._writers: dict[str, dead_letters.DeadLetterWriter] = {}
-            self._sender = sending.Sender(opened, self._now_ns)
+            self._room = room.Room(opened, self._now_ns)
+            self._sender = sending.Sender(opened, self._room, self._now_ns)
             opened.members += [self._claims, self._ending]
-            opened.drop_logs.append(self._sender.drop_log)
+            opened.drop_logs.append(self._room.drop_log)
         except BaseException:
             environment.release(opened)
             raise
         #: True if publishers wait for room in a full queue.
-        self.waits_for_room = self._sender.strategy is persipubsub.config.Strategy.BLOCK
+        self.waits_for_room = self._room.strategy is persipubsub.config.Strategy.BLOCK
         # A method less for each send.
         self._put = self._sender.put
 
@@ -124,12 +125,12 @@ class Queue:
             self._claims.close()
         opened = self._opened
         try:
-            self._sender.drop_log.report()
+            self._room.drop_log.report()
             for writer in self._writers.values():
                 writer.close()
             opened.members.remove(self._claims)
             opened.members.remove(self._ending)
-            opened.drop_logs.remove(self._sender.drop_log)
+            opened.drop_logs.remove(self._room.drop_log)
             # Those who wait here notice that it is closed.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 opened.notifier.notify()
@@ -167,7 +168,7 @@ class Queue:
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """Check that the queue could hold messages if it were empty."""
-        self._sender.check_sizes(messages)
+        self._room.check_sizes(messages)
 
     def require_subscribers(self, subscribers: Sequence[str]) -> None:
         """Check that subscribers were initialized."""
@@ -190,7 +191,7 @@ class Queue:
             dead_letters.DeadLetterWriter(
                 dead_letters.Origin(retries.queue_key, subscriber, self.path),
                 retries.open_dead_letters))
-        looks = pending.Pending(subscriber, self._sender.timeout_ns, self._now_ns, retries.policy)
+        looks = pending.Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
         consumer = consuming.Consumer(opened, self._claims, self._ending, looks, self.drop_expired,
                                       writer, self.waits_for_room)
         consumer.counts = consumer.counts and is_delivery
@@ -202,7 +203,7 @@ class Queue:
 
     def skip_to_newest(self, subscriber: str) -> int:
         """Acknowledge all messages of a subscriber but the newest one; return how many it were."""
-        skipped = self._environment.write(pending.skip_to_newest,
+        skipped = self._environment.write(positions.skip_to_newest,
                                           subscriber.encode("utf-8"),
                                           makes_room=True)
         self._environment.notifier.notify()
@@ -219,7 +220,7 @@ class Queue:
             else:
                 # Times are given on the wall clock, while the log has those of the queue's clock,
                 # which nobody sets: they are compared by age. What is too old would only be dropped.
-                age_ns = min(time.time_ns() - wall_ns, self._sender.timeout_ns)
+                age_ns = min(time.time_ns() - wall_ns, self._room.timeout_ns)
                 number = positions.beginning(tx, self._now_ns() - age_ns)
             return positions.seek(tx, subscriber.encode("utf-8"), number)
 
@@ -266,7 +267,7 @@ class Queue:
     def drop_expired(self) -> int:
         """Drop the messages that are older than the queue's timeout; return how many it were."""
         self._check_open()
-        dropped = self._sender.drop_expired()
+        dropped = self._room.drop_expired()
         if dropped:
             self._opened.notifier.notify()
         return dropped
@@ -274,7 +275,7 @@ class Queue:
     def delete_finished(self) -> int:
         """Delete all messages that all subscribers acknowledged, in many short transactions."""
         self._check_open()
-        return self._sender.delete_finished()
+        return self._room.delete_finished()
 
     def prune(self) -> int:
         """Drop the messages that are too old, and delete those that are finished."""
@@ -287,7 +288,7 @@ class Queue:
         opened = self._environment
         dropped = opened.write(retention.clear, makes_room=True)
         opened.notifier.notify()
-        self._sender.delete_finished(keeps_retained=False)
+        self._room.delete_finished(keeps_retained=False)
         # The last block stays otherwise, since it keeps its numbers taken.
         opened.write(retention.empty_last, makes_room=True)
         opened.secure_now()
@@ -425,7 +426,7 @@ def stored_settings(config: Config, queue_key: str) -> Mapping[str, tuple[object
     here = config.queues[queue_key]
     with environment.opened(directory_of(config, queue_key), here, is_read_only=True) as opened:
         found = dict(meta.differences(here, opened.read(meta.read_settings)))
-        stored = [key.decode("utf-8") for key, _ in opened.read(positions.read_all)]
+        stored = [one.name for one in opened.read(positions.read_all)]
     known = [name for name in stored if name != persipubsub.config.DEAD_LETTERS]
     if sorted(known) != sorted(here.subscribers):
         found["subscribers"] = (tuple(here.subscribers), tuple(known))

@@ -363,6 +363,6 @@ def test_check_finds_records_that_should_not_be(tmp_path: pathlib.Path, ordinal:
         findings = queue.check()
         assert len(findings) == 1 and finding in findings[0]
         if before is None or ordinal:
-            stores.write(queue, lambda tx: attempts.forget(tx, own + ordinal, number))
+            stores.write(queue, lambda tx: attempts.forget(tx, own + ordinal, number, number + 1))
         else:
             stores.write(queue, lambda tx: attempts.write(tx, own, number, before))

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
+import msgspec.structs
 import pytest
 
 import persipubsub.queue
@@ -86,8 +87,7 @@ def patch_block(tx: Tx, index: int, offset: int, changed: bytes) -> None:
 
 
 def change_subscriber(tx: Tx, **changes: int) -> None:
-    subscriber = positions.require(tx, NAME)
-    positions.write(tx, NAME, subscriber._replace(**changes))
+    positions.write(tx, msgspec.structs.replace(positions.require(tx, NAME), **changes))
 
 
 def ordinal_of(tx: Tx, key: bytes = NAME) -> int:

@@ -349,7 +349,7 @@ def test_every_sub_database_is_described() -> None:
 
 @pytest.mark.parametrize("name, packed", [
     ("meta_db", fmt._HEADER.size),
-    ("pending_db", fmt._SUBSCRIBER.size),
+    ("pending_db", fmt.SUBSCRIBER.size),
     ("Segments", journal._HEADER.size + journal._CRC.size),
     ("Records", journal._RECORD_HEAD_BYTES),
 ])

@@ -143,6 +143,25 @@ def test_drops_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixtu
     assert named == dropped > 20 and len(counts) <= 3
 
 
+def test_drops_for_messages_that_are_refused_are_logged(tmp_path: pathlib.Path,
+                                                        caplog: pytest.LogCaptureFixture) -> None:
+    clock = stores.Clock()
+    with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
+        with stores.opened(tmp_path,
+                           clock=clock,
+                           max_msgs_num=4,
+                           msg_timeout_secs=10,
+                           strategy=stores.REJECT) as queue:
+            queue.put([b"old"])
+            clock.advance(9)
+            queue.put([b"1", b"2"])
+            clock.advance(2)
+            outcomes = queue.put_each([(numbered(3), None, None), (numbered(3), None, None)])
+            assert [type(outcome).__name__ for outcome in outcomes] == 2 * ["QueueFullError"]
+            assert stores.figures(queue).dropped_by_timeout == 1
+    assert [record.getMessage().rsplit(": ", 1)[1] for record in caplog.records] == ["1 of sub"]
+
+
 def test_queue_without_a_mark_in_sight_drops_nothing(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path, max_msgs_num=1000, size_bytes=6000) as queue:
         for message in numbered(1000):

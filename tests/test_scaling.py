@@ -19,7 +19,7 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
-from persipubsub.lmdb_engine import attempts, environment, pending
+from persipubsub.lmdb_engine import attempts, environment, positions
 from tests import stores, support
 from tests.faults import tracing
 
@@ -118,7 +118,7 @@ def fixture_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     count(environment.Environment, "read", "reads")
     count(environment.Environment, "write", "writes")
-    count(pending.Pending, "is_addressed", "looks")
+    count(positions, "next_run", "looks")
     count(attempts, "skip_retries", "records")
     yield counts
 

@@ -40,6 +40,7 @@ _ROWS: list[set[str]] = [
     {"jetstream.address", "jetstream.errors", "jetstream.loop"},
     {"lmdb_engine.maintenance", "lmdb_engine.figures"},
     {"lmdb_engine.sending", "lmdb_engine.consuming"},
+    {"lmdb_engine.room"},
     {"lmdb_engine.environment"},
     {"lmdb_engine.check", "lmdb_engine.dead_letters", "lmdb_engine.deliveries"},
     {"lmdb_engine.journal", "lmdb_engine.pending"},

@@ -52,20 +52,19 @@ def write(tx: Tx, ordinal: int, number: int, attempts: fmt.Attempts) -> None:
                db=tx.db.attempts)
 
 
-def forget(tx: Tx, ordinal: int, number: int) -> None:
-    """Delete the record of a message, if there is one."""
-    tx.txn.delete(fmt.pack_attempts_key(ordinal, number), db=tx.db.attempts)
+def forget(tx: Tx, ordinal: int, begin: int, end: int) -> bool:
+    """
+    Delete the records of a range of messages, a bounded number of them.
 
-
-def forget_before(tx: Tx, ordinal: int, position: int) -> bool:
-    """Delete records of messages in front of a position, a bounded number of them."""
-    cursor = tx.txn.cursor(db=tx.db.attempts)
-    first = fmt.pack_attempts_key(ordinal, 0)
+    :return: True if the subscriber has more, in the range or behind it
+    """
+    cursor = tx.txn.cursor(tx.db.attempts)
+    first = fmt.pack_attempts_key(ordinal, begin)
     for _ in range(_MOST_DELETED):
         if not cursor.set_range(first):
             return False
         owner, number = fmt.unpack_attempts_key(cursor.key())
-        if owner != ordinal or number >= position:
+        if owner != ordinal or number >= end:
             return bool(owner == ordinal)
         cursor.delete()
     return True
@@ -74,7 +73,7 @@ def forget_before(tx: Tx, ordinal: int, position: int) -> bool:
 def forget_all(tx: Tx, ordinal: int, position: int = fmt.MAX_NUMBER + 1) -> None:
     """Delete all records of messages in front of a position, however many there are."""
     while next(between(tx, ordinal, 0, position), None) is not None:
-        forget_before(tx, ordinal, position)
+        forget(tx, ordinal, 0, position)
 
 
 def begin_anew(tx: Tx, time_ns: int) -> None:

@@ -77,8 +77,8 @@ def _check_positions(tx: Tx, log_end: int) -> Iterator[str]:
     """Check positions, and the ranges that were acknowledged ahead of them."""
     next_ordinal = meta.read_header(tx).next_ordinal
     ordinals: set[int] = set()
-    for key, subscriber in positions.read_all(tx):
-        where = f"the subscriber {key.decode('utf-8', 'replace')!r}"
+    for subscriber in positions.read_all(tx):
+        where = f"the subscriber {subscriber.key.decode('utf-8', 'replace')!r}"
         if subscriber.ordinal in ordinals or subscriber.ordinal >= next_ordinal:
             yield f"Expected {where} to have an ordinal of its own, but got: {subscriber.ordinal}"
         ordinals.add(subscriber.ordinal)
@@ -103,7 +103,7 @@ def _check_attempts(tx: Tx, log_end: int) -> Iterator[str]:
     """Check that there are records of attempts only of messages that may be delivered again."""
     flagged = {
         subscriber.ordinal
-        for _, subscriber in positions.read_all(tx) if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS
+        for subscriber in positions.read_all(tx) if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS
     }
     for key, value in tx.txn.cursor(db=tx.db.attempts):
         ordinal, number = fmt.unpack_attempts_key(key)

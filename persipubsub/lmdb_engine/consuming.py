@@ -12,16 +12,20 @@ are exhausted is moved away, by the consumer whose delivery failed, or by the ne
 """
 
 import contextlib
+import datetime
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import persipubsub.errors
-from persipubsub.lmdb_engine import dead_letters, deliveries, locks, pending, positions
+import persipubsub.message
+from persipubsub.lmdb_engine import dead_letters, deliveries
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import locks, positions
 from persipubsub.lmdb_engine.environment import Environment
-from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.notifier import Listener
+from persipubsub.lmdb_engine.pending import Copied, Pending
 from persipubsub.message import Message
 
 #: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may die
@@ -32,49 +36,48 @@ LONGEST_PAUSE_SECS: Final = 1.0
 #: Messages passed over are looked at again as often.
 CLAIMED_PAUSE_SECS: Final = 0.05
 
+ResultT = TypeVar("ResultT")
+
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
 
 class Lease:
     """Messages that one consumer holds and nobody else gets."""
 
-    __slots__ = ("messages", "numbers", "_consumer", "_begin", "_claim", "_copied",
-                 "_dropped_before")
+    __slots__ = ("messages", "numbers", "_consumer", "_claim", "_copied")
 
-    def __init__(self, consumer: "Consumer", claim: locks.Claim, begin: int, copied: pending.Copied,
-                 dropped_before: int) -> None:
+    def __init__(self, consumer: "Consumer", claim: locks.Claim, copied: Copied) -> None:
         """Initialize with what was claimed."""
         self.messages = copied.messages
         self.numbers = copied.numbers
         self._consumer = consumer
-        self._begin = begin
         self._claim: locks.Claim | None = claim
         self._copied = copied
-        self._dropped_before = dropped_before
 
     def __del__(self) -> None:
         """Give back what was dropped, as by a ``break``, without a word of how it ended."""
         claim, self._claim = self._claim, None
         if claim is not None:
             with contextlib.suppress(Exception):  # the interpreter may be about to end
-                self._consumer.release(claim)
+                self._consumer.claims.release(claim)
 
     def times_ns(self) -> list[int]:
         """Tell when the messages were sent, by the queue's clock: always the same of a message."""
-        return [time_ns for count, time_ns in self._copied.runs for _ in range(count)]
+        return self._copied.times_ns
 
     def details(self) -> list[Message]:
         """Tell what is known of the messages. No file is touched."""
-        return self._consumer.describe(self._copied, self._dropped_before)
+        return self._consumer.describe(self._copied)
 
     def split(self, count: int) -> "Lease":
         """Take the first messages out, as a lease of their own."""
         assert self._claim is not None and 0 < count < len(self.numbers)
-        behind = self.numbers[count]
-        first, rest = _split(self._copied, count)
-        lease = Lease(self._consumer,
-                      self._consumer.claims.split(self._claim, behind - self._claim.first),
-                      self._begin, first, self._dropped_before)
-        self._begin, self._copied, self._dropped_before = behind, rest, 0
-        self.messages, self.numbers = rest.messages, rest.numbers
+        claims = self._consumer.claims
+        first = claims.split(self._claim, self.numbers[count] - self._claim.first)
+        lease = Lease(self._consumer, first, self._copied.split(count))
+        self.messages, self.numbers = self._copied.messages, self._copied.numbers
+        environment = self._consumer.environment
+        locks.note_claim(environment.page, self._claim, environment.process_id)
         return lease
 
     def ack(self) -> None:
@@ -83,16 +86,31 @@ class Lease:
 
         :raise ClosedError: if the queue was closed, which gave them back
         """
-        claim = self._claim
-        if claim is not None:
-            try:
-                self._consumer.ack(claim, self._begin, self.numbers)
-            except BaseException:
-                # A signal handler may have raised in front of all that it does.
-                self._consumer.release(claim)
-                raise
-            finally:
-                self._claim = None
+        claim, consumer = self._claim, self._consumer
+        if claim is None:
+            return
+        looks = consumer.looks
+        try:
+            with consumer.ending.lock:
+                if consumer.ending.is_closed:
+                    raise consumer.closed_error()
+                # In a forked child, the messages are with its parent.
+                if claim.file is not None and not claim.file.closed:
+                    consumer.position = consumer.environment.write(positions.acknowledge,
+                                                                   looks.key,
+                                                                   looks.ordinal,
+                                                                   self.numbers,
+                                                                   looks.now_ns(),
+                                                                   makes_room=True)
+            consumer.claims.release(claim)
+        except BaseException:
+            # Also if a signal handler raised, wherever that was.
+            consumer.claims.release(claim)
+            raise
+        finally:
+            self._claim = None
+        if consumer.notifies:
+            consumer.environment.notifier.notify()
 
     def nack(self, error: BaseException | None = None) -> None:
         """
@@ -100,35 +118,19 @@ class Lease:
 
         :param error: with which the user's code ended; None: the delivery does not count
         """
-        claim = self._claim
-        if claim is not None:
-            try:
-                self._consumer.nack(claim, self._copied, error)
-            except BaseException:
-                self._consumer.release(claim)
-                raise
-            finally:
-                self._claim = None
-
-
-def _split(copied: pending.Copied, count: int) -> tuple[pending.Copied, pending.Copied]:
-    """Split messages that were copied."""
-    first: list[tuple[int, int]] = []
-    rest: list[tuple[int, int]] = []
-    left = count
-    for number, time_ns in copied.runs:
-        taken = min(left, number)
-        left -= taken
-        if taken:
-            first.append((taken, time_ns))
-        if number > taken:
-            rest.append((number - taken, time_ns))
-    return (copied._replace(numbers=copied.numbers[:count],
-                            messages=copied.messages[:count],
-                            runs=first),
-            copied._replace(numbers=copied.numbers[count:],
-                            messages=copied.messages[count:],
-                            runs=rest))
+        claim, consumer = self._claim, self._consumer
+        if claim is None:
+            return
+        try:
+            # Before the claim is released: the next delivery shall know what happened.
+            consumer.record(claim, self._copied, error)
+            consumer.claims.release(claim)
+        except BaseException:
+            consumer.claims.release(claim)
+            raise
+        finally:
+            self._claim = None
+        consumer.notify_free()
 
 
 class Ending:
@@ -146,17 +148,12 @@ class Ending:
         self.lock = threading.RLock()
 
 
-#: Result of a look: what was taken, whether messages that others have claimed were passed over,
-#: when the first failed one may be delivered again, on the queue's clock.
-_Taken = tuple[Lease | None, bool, int]
-
-
 class Consumer:  # pylint: disable=too-many-instance-attributes
     """Takes messages of one subscriber. Any thread may use it."""
 
     def __init__(self, environment: Environment, claims: locks.Claims, ending: Ending,
-                 looks: pending.Pending, expire: Callable[[], int],
-                 writer: dead_letters.DeadLetterWriter, notifies: bool) -> None:
+                 looks: Pending, expire: Callable[[], int], writer: dead_letters.DeadLetterWriter,
+                 notifies: bool) -> None:
         """
         Look the subscriber up.
 
@@ -165,21 +162,22 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         :param writer: moves what is exhausted
         :param notifies: True if publishers wait for room
         """
-        self._environment = environment
+        self.environment = environment
         self.claims = claims
-        self._ending = ending
-        self._looks = looks
+        self.ending = ending
+        self.looks = looks
         self._expire = expire
         self._writer = writer
-        self._notifies = notifies
+        self.notifies = notifies
         #: True to count each delivery before it begins.
         self.counts = looks.policy.max_deliveries > 0
 
-        # Where the last acknowledgement left the position; checked again before it counts.
-        self._next = 0
-        record = environment.read(positions.require, looks.key)
-        looks.ordinal = record.ordinal
-        self._dropped = record.dropped_by_timeout + record.dropped_by_mark
+        #: Where the last acknowledgement left the position; checked again before it counts.
+        self.position = 0
+        subscriber = environment.read(positions.require, looks.key)
+        looks.ordinal = subscriber.ordinal
+        # How many messages were dropped unread before the last one was taken.
+        self._dropped = subscriber.dropped
 
     # Taking
 
@@ -191,44 +189,12 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """
         Take the next message, or several, or the newest one, skipping all older ones; or wait.
 
-        :param timeout: seconds to wait at most; None: for ever
-        :param poll_secs: look at the queue at least that often
+        :param is_newest: True to take the newest message and skip all older ones
         """
-        lease = (self._take_newest() if is_newest else self._take(max_messages))[0]
-        if lease is not None or (timeout is not None and timeout <= 0):
-            return lease
-        return self._wait(max_messages, is_newest, timeout, poll_secs)
-
-    def take_at(self, number: int) -> Lease | None:
-        """Take one certain message, whatever else is there. It does not wait."""
-        return self._claim(0, number, 1)
-
-    def try_take(self,
-                 max_messages: int = 1,
-                 is_newest: bool = False) -> tuple[Lease | None, float]:
-        """Take without waiting; return the seconds after which to look again, too."""
-        lease, is_claimed, retry_at_ns = (self._take_newest()
-                                          if is_newest else self._take(max_messages))
-        return lease, self._pause(is_claimed, retry_at_ns)
-
-    def listen(self, callback: Callable[[], object]) -> Listener:
-        """Have a function called when there may be a message, see ``Notifier.listen``."""
-        return self._environment.notifier.listen(callback)
-
-    def _pause(self, is_claimed: bool, retry_at_ns: int) -> float:
-        """Choose when to look again without a notification, in seconds."""
-        pause = CLAIMED_PAUSE_SECS if is_claimed else LONGEST_PAUSE_SECS
-        if retry_at_ns:
-            pause = min(pause, max(0, retry_at_ns - self._looks.now_ns()) / 1e9)
-        return pause
-
-    def _wait(self, max_messages: int, is_newest: bool, timeout: float | None,
-              poll_secs: float) -> Lease | None:
-        """Take as soon as there is something."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        notifier = self._environment.notifier
+        notifier = self.environment.notifier
+        stamp: int | None = None
         while True:
-            stamp = notifier.arm()
             lease, pause = self.try_take(max_messages, is_newest)
             if lease is not None:
                 return lease
@@ -237,263 +203,221 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
                     return None
-            if notifier.wait(stamp, pause):
+            if stamp is not None and notifier.wait(stamp, pause):
                 # The sender says what is there, which spares a look.
-                self._looks.end = max(self._looks.end, notifier.end)
+                self.looks.end = max(self.looks.end, notifier.end)
+            # Between arming and waiting there is one more look.
+            stamp = notifier.arm()
 
-    def _take(self, max_messages: int) -> _Taken:
-        """Take what is there."""
-        number = self._next
+    def take_newest(self,
+                    timeout: float | None,
+                    poll_secs: float = LONGEST_PAUSE_SECS) -> Lease | None:
+        """Take the newest message and skip all older ones; wait if there is none."""
+        return self.take(timeout, poll_secs, is_newest=True)
+
+    def take_at(self, number: int) -> Lease | None:
+        """Take one certain message, whatever else is there. It does not wait."""
+        return self._claim(number, 1)
+
+    def try_take(self,
+                 max_messages: int = 1,
+                 is_newest: bool = False) -> tuple[Lease | None, float]:
+        """Take without waiting; return the seconds after which to look again, too."""
+        if is_newest:
+            return self._try_newest()
+        number = self.position
         # Only if it exists: if a number not yet in use were claimed, others would pass over the
         # message that gets it. Only one: if the position has moved on, others would pass over the
         # rest meanwhile.
-        if 0 < number < self._looks.end and max_messages == 1:
-            self._next = 0
-            lease = self._claim(number, number, 1, is_guess=True)
+        if 0 < number < self.looks.end and max_messages == 1:
+            self.position = 0
+            lease = self._claim(number, 1, is_guess=True)
             if lease is not None:
-                return lease, False, 0
+                return lease, LONGEST_PAUSE_SECS
 
-        if self._ending.is_closed:
-            raise self._closed_error()
-        held = self.claims.held(self._looks.ordinal)
+        if self.ending.is_closed:
+            raise self.closed_error()
+        held = self.claims.held(self.looks.ordinal)
         now = time.monotonic()
-        if now >= held.start_until or 0 < held.retry_at_ns <= self._looks.now_ns():
+        if now >= held.start_until or 0 < held.retry_at_ns <= self.looks.now_ns():
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
         # What lies in front of the start was passed over a moment ago.
         is_claimed = bool(held.numbers) or held.start > 0
         while True:
             start = held.start
-            candidate, count = self._environment.read(pending.search_batch, self._looks, start,
-                                                      max_messages, held.numbers)
-            if isinstance(candidate, pending.Expired):
+            look = self.environment.read(self.looks.find, start, max_messages, held.numbers)
+            if look.is_expired:
                 self._expire()
                 continue
-            if candidate is not None and candidate.retry_at_ns:
-                held.retry_at_ns = min(held.retry_at_ns or candidate.retry_at_ns,
-                                       candidate.retry_at_ns)
-            if not isinstance(candidate, pending.Candidate):
-                return None, is_claimed, held.retry_at_ns
-            lease = self._claim(candidate.begin, candidate.number, count)
+            if look.retry_at_ns:
+                held.retry_at_ns = min(held.retry_at_ns or look.retry_at_ns, look.retry_at_ns)
+            if not look.number:
+                return None, self._pause(is_claimed, held.retry_at_ns)
+            lease = self._claim(look.number, look.messages)
             # A message that was given back meanwhile lies in front of it, perhaps.
             if held.start == start:
-                held.start = candidate.number + 1
+                held.start = look.number + 1
             if lease is not None:
-                return lease, is_claimed, 0
+                return lease, LONGEST_PAUSE_SECS
             # Claimed by another process, acknowledged a moment ago, or just moved away.
             is_claimed = True
 
-    def _claim(self,
-               begin: int,
-               number: int,
-               max_messages: int,
-               is_guess: bool = False) -> Lease | None:
-        """Claim messages and look at them again."""
-        ordinal = self._looks.ordinal
-        claim = locks.Claim(ordinal, number, max_messages, self.claims.held(ordinal))
-        lease = None
-        try:
-            if not (self.claims.claim(claim)
-                    if max_messages == 1 else self.claims.claim_prefix(claim)):
-                return None
-            # Where deliveries are limited, this one is counted.
-            copied = (self._environment.write(deliveries.begin_delivery,
-                                              self._looks,
-                                              number,
-                                              number + claim.count,
-                                              is_guess,
-                                              makes_room=True)
-                      if self.counts else self._environment.read(self._looks.copy, number, number +
-                                                                 claim.count, is_guess))
-            if copied.is_exhausted:
-                self._move(copied)
-            elif copied.numbers:
-                if claim.count > 1:
-                    first = copied.numbers[0]
-                    self.claims.narrow(claim, first, copied.numbers[-1] + 1 - first)
-                lease = self._lease(claim, begin, copied)
-        except persipubsub.errors.CorruptMessageError as error:
-            raise self._set_aside(begin, error) from None
-        finally:
-            if lease is None:
-                self.release(claim)
-        return lease
-
-    def _lease(self, claim: locks.Claim, begin: int, copied: pending.Copied) -> Lease:
-        """Hold claimed messages."""
-        environment = self._environment
-        dropped_before, self._dropped = copied.dropped - self._dropped, copied.dropped
-        lease = Lease(self, claim, begin, copied, dropped_before)
-        locks.note_claim(environment.page, claim, environment.process_id)
-        return lease
-
-    def _set_aside(
-            self, begin: int, error: persipubsub.errors.CorruptMessageError
-    ) -> persipubsub.errors.CorruptMessageError:
-        """Acknowledge a damaged message that is claimed."""
-        self._environment.write(deliveries.set_aside,
-                                self._looks,
-                                begin,
-                                error.number,
-                                makes_room=True)
-        self._notify()
-        return persipubsub.errors.CorruptMessageError(f"{error}. It was set aside.",
-                                                      number=error.number)
-
-    # The newest message
-
-    def _take_newest(self) -> _Taken:
+    def _try_newest(self) -> tuple[Lease | None, float]:
         """Take the newest message if it is free."""
-        if self._ending.is_closed:
-            raise self._closed_error()
-        stuck: set[int] = set()
+        if self.ending.is_closed:
+            raise self.closed_error()
+        tried: set[int] = set()
         while True:
-            newest = self._environment.read(pending.find_newest, self._looks, stuck)
-            if isinstance(newest, pending.Expired):
+            newest = self.environment.read(self.looks.find_newest, tried)
+            if newest.is_expired:
                 self._expire()
                 continue
-            if not isinstance(newest, pending.Candidate):
-                return None, False, 0 if newest is None else newest.retry_at_ns
-            if self.claims.is_claimed(self._looks.ordinal, newest.number):
-                return None, True, 0
-            lease = self._skip_to_newest(stuck)
+            if not newest.number:
+                return None, self._pause(False, newest.retry_at_ns)
+            if self.claims.is_claimed(self.looks.ordinal, newest.number):
+                return None, self._pause(True, 0)
+            lease = self._claim(newest.number, 1, newest_but=tried)
             if lease is not None:
-                return lease, False, 0
+                self._notify_room()
+                return lease, LONGEST_PAUSE_SECS
+            tried.add(newest.number)
 
-    def _skip_to_newest(self, stuck: set[int]) -> Lease | None:
-        """
-        Claim the newest message, and skip all in front of it.
+    def _pause(self, is_claimed: bool, retry_at_ns: int) -> float:
+        """Choose when to look again without a notification, in seconds."""
+        pause = CLAIMED_PAUSE_SECS if is_claimed else LONGEST_PAUSE_SECS
+        if retry_at_ns:
+            pause = min(pause, max(0, retry_at_ns - self.looks.now_ns()) / 1e9)
+        return pause
 
-        It is claimed in the transaction that picks it. Claimed earlier, and given back because the
-        transaction finds a newer one, it would be passed over by others and come after later ones.
+    def _claim(self,
+               number: int,
+               count: int,
+               is_guess: bool = False,
+               newest_but: set[int] | None = None) -> Lease | None:
         """
-        claimed: list[locks.Claim] = []
+        Claim messages and look at them again.
+
+        :param is_guess: True if it is only worth it as long as the position is there
+        :param newest_but: if given: only if it is the newest one, but for these if they are exhausted
+        """
+        environment, looks, claims = self.environment, self.looks, self.claims
+        claim = locks.Claim(looks.ordinal, number, count, claims.held(looks.ordinal))
         lease = None
         try:
-            copied = self._environment.write(self._skip, stuck, claimed, makes_room=True)
-            if copied is not None and copied.is_exhausted:
-                stuck.add(copied.numbers[0])
-                self._move(copied)
-            elif copied is not None and copied.numbers:
-                self._notify()
-                lease = self._lease(claimed[-1], 0, copied)
+            if newest_but is not None:
+                # The transaction may be run again.
+                copied = self._write(deliveries.take_newest, number, newest_but,
+                                     lambda: claim.file is not None or claims.claim(claim))
+            elif not (claims.claim(claim) if count == 1 else claims.claim_prefix(claim)):
+                return None
+            elif self.counts:
+                # Where deliveries are limited, this one is counted.
+                copied = self._write(deliveries.begin_delivery, number, number + claim.count,
+                                     is_guess)
+            else:
+                copied = environment.read(looks.copy, number, number + claim.count, is_guess)
+            if copied is None or not copied.numbers:
+                return None
+            if copied.is_exhausted:
+                self._move(self.describe(copied)[0], copied.attempts[copied.numbers[0]])
+                return None
+            if claim.count > 1:
+                first = copied.numbers[0]
+                claims.narrow(claim, first, copied.numbers[-1] + 1 - first)
+            copied.dropped, self._dropped = copied.dropped - self._dropped, copied.dropped
+            lease = Lease(self, claim, copied)
+            locks.note_claim(environment.page, claim, environment.process_id)
+            return lease
         except persipubsub.errors.CorruptMessageError as error:
-            raise self._set_aside(0, error) from None
+            self._remove(error.number, "corrupt")
+            raise persipubsub.errors.CorruptMessageError(f"{error}. It was set aside.",
+                                                         number=error.number) from None
         finally:
             if lease is None:
-                for claim in claimed:
-                    self.release(claim)
-        return lease
-
-    def _skip(self, tx: Tx, stuck: set[int], claimed: list[locks.Claim]) -> pending.Copied | None:
-        """Claim and copy the newest message in a transaction."""
-        for claim in claimed:  # of an attempt that had to be repeated
-            self.claims.release(claim)
-        claimed.clear()
-
-        def claim_it(number: int) -> bool:
-            ordinal = self._looks.ordinal
-            claimed.append(locks.Claim(ordinal, number, 1, self.claims.held(ordinal)))
-            return self.claims.claim(claimed[-1])
-
-        return deliveries.take_newest(tx, self._looks, stuck, claim_it)
+                claims.release(claim)
 
     def front(self) -> bytes | None:
         """Look at the next message without taking it."""
         start = 0
         while True:
-            found = self._environment.read(self._looks.copy_next, start)
-            if found is None:
-                return None
-            if isinstance(found, pending.Expired):
+            look, message = self.environment.read(self.looks.copy_next, start)
+            if look.is_expired:
                 self._expire()
-                continue
-            number, message = found
-            if not self.claims.is_claimed(self._looks.ordinal, number):
+            elif not look.number or not self.claims.is_claimed(self.looks.ordinal, look.number):
                 return message
-            start = number + 1
+            else:
+                start = look.number + 1
 
-    def _closed_error(self) -> persipubsub.errors.ClosedError:
+    def closed_error(self) -> persipubsub.errors.ClosedError:
         """Describe that the queue was closed, which gives back what is claimed."""
         return persipubsub.errors.ClosedError(
-            f"Expected the queue {self._environment.directory} to be open until the messages are "
+            f"Expected the queue {self.environment.directory} to be open until the messages are "
             "acknowledged, but got: it was closed, which gave them back")
 
     # Ending a lease
 
-    def ack(self, claim: locks.Claim, begin: int, numbers: list[int]) -> None:
-        """Acknowledge messages that this consumer has claimed, in one transaction."""
-        try:
-            with self._ending.lock:
-                if self._ending.is_closed:
-                    raise self._closed_error()
-                if claim.file is None or claim.file.closed:
-                    return  # in a forked child: the messages are with its parent
-                looks = self._looks
-                self._next = self._environment.write(positions.acknowledge,
-                                                     looks.key,
-                                                     looks.ordinal,
-                                                     begin,
-                                                     numbers,
-                                                     looks.now_ns(),
-                                                     makes_room=True)
-        finally:
-            self.claims.release(claim)
-        if self._notifies:
-            self._environment.notifier.notify()
-
-    def nack(self, claim: locks.Claim, copied: pending.Copied, error: BaseException | None) -> None:
-        """Record how an unacknowledged delivery ended, and give the claim back."""
-        try:
-            # Before the claim is released: the next delivery shall know what happened. After a
-            # close others may have the messages, and that delivery must not be judged.
-            with self._ending.lock:
-                if claim.file is not None and not claim.file.closed:
-                    self._record(copied, error)
-        finally:
-            self.release(claim)
-        # Those that are not woken look once a second anyhow.
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
-            self._environment.notifier.notify()
-
-    def release(self, claim: locks.Claim) -> None:
-        """Give a claim back."""
-        self.claims.release(claim)
-
-    def _record(self, copied: pending.Copied, error: BaseException | None) -> None:
-        """Record a failure, or that a delivery does not count."""
+    def record(self, claim: locks.Claim, copied: Copied, error: BaseException | None) -> None:
+        """Record how an unacknowledged delivery ended: that it failed, or that it does not count."""
         # The message is where it was; the user's own exception matters more than the count.
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+        with self.ending.lock, contextlib.suppress(persipubsub.errors.PersipubsubError):
+            # After a close others may have the messages, and that delivery must not be judged.
+            if claim.file is None or claim.file.closed:
+                return
             if error is not None:
                 text = persipubsub.message.text_of(error)
-                for number in self._environment.write(deliveries.fail,
-                                                      self._looks,
-                                                      copied.numbers,
-                                                      text,
-                                                      makes_room=True):
-                    last = self._environment.read(deliveries.copy_exhausted, self._looks, number)
-                    if last is not None:
-                        self._move(last)
+                exhausted = self._write(deliveries.fail, copied.numbers, text)
+                for message in self.describe(copied) if exhausted else ():
+                    if message.number in exhausted:
+                        # It may have left while the one before it was moved.
+                        record = self.environment.read(deliveries.read_pending, self.looks,
+                                                       message.number)
+                        if record is not None:
+                            self._move(message, record)
             elif self.counts:
-                self._environment.write(deliveries.take_back,
-                                        self._looks,
-                                        copied.numbers,
-                                        makes_room=True)
+                self._write(deliveries.take_back, copied.numbers)
 
-    def _move(self, copied: pending.Copied) -> None:
+    def _move(self, message: Message, record: fmt.Attempts) -> None:
         """Move a claimed message away that is not delivered any more."""
-        message = self.describe(copied, 0)[0]
-        if self._writer.move(self._looks.ordinal, message, copied.attempts[message.number]):
-            self._environment.write(deliveries.give_up,
-                                    self._looks,
-                                    message.number,
-                                    makes_room=True)
-            self._notify()
+        if self._writer.move(self.looks.ordinal, message, record):
+            self._remove(message.number, "dead_lettered")
 
-    def _notify(self) -> None:
+    def _remove(self, number: int, counter: str) -> None:
+        """Let a claimed message leave unread."""
+        self._write(deliveries.remove, number, counter)
+        self._notify_room()
+
+    def _write(self, work: Callable[..., ResultT], *args: object) -> ResultT:
+        """Run one of the functions of ``deliveries`` that write."""
+        return self.environment.write(work, self.looks, *args, makes_room=True)
+
+    def _notify_room(self) -> None:
         """Wake publishers that wait for room."""
-        if self._notifies:
-            self._environment.notifier.notify()
+        if self.notifies:
+            self.environment.notifier.notify()
 
-    def describe(self, copied: pending.Copied, dropped_before: int) -> list[Message]:
+    def notify_free(self) -> None:
+        """Wake consumers: a message was given back. Without it they look once a second."""
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            self.environment.notifier.notify()
+
+    def listen(self, callback: Callable[[], object]) -> Listener:
+        """Have a function called when there may be a message, see ``Notifier.listen``."""
+        return self.environment.notifier.listen(callback)
+
+    def describe(self, copied: Copied) -> list[Message]:
         """Tell what is known of messages."""
-        return deliveries.describe(copied, self._looks, dropped_before)
+        # By their age: the queue's clock is not that of the wall, which somebody may have set.
+        offset_ns = time.time_ns() - self.looks.now_ns()
+        is_counted = self.looks.policy.max_deliveries > 0
+        described: list[Message] = []
+        for number, data, time_ns in zip(copied.numbers, copied.messages, copied.times_ns):
+            record = copied.attempts.get(number)
+            count = 0 if record is None else record.deliveries
+            sent_at = _EPOCH + datetime.timedelta(microseconds=(time_ns + offset_ns) // 1000)
+            described.append(
+                Message(data=data,
+                        number=number,
+                        sent_at=sent_at,
+                        attempts=count if is_counted else count + 1,
+                        dropped_before=0 if described else copied.dropped))
+        return described

@@ -56,7 +56,7 @@ import msgspec
 import persipubsub.errors
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, once, retention
+from persipubsub.lmdb_engine import locks, log, once, positions
 from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.notifier import Futex
@@ -1030,7 +1030,9 @@ def _go_on_at(tx: Tx, number: int, total: int) -> None:
         # Blocks are missing that were deleted before they were copied. They are deleted in order,
         # once all are finished with them: whatever precedes them is finished, too, though no state
         # record was written to say so.
-        retention.drop_before(tx, number, lambda subscriber, _: subscriber)
+        for subscriber in positions.read_all(tx):
+            positions.finish(tx, subscriber, 0, number)
+            positions.write(tx, subscriber)
         while cursor.first():
             cursor.delete()
 

@@ -442,8 +442,11 @@ def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
     so that a claim that is held for long keeps its note; two processes may have the same place.
     """
     since_ns = files.ticks_ns()
-    place = (process_id * 61 +
-             claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
+    try:
+        place = (process_id * 61 +
+                 claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
+    except ValueError:
+        return  # closed by another thread a moment ago
     total = claim.ordinal + process_id * 3 + claim.first * 5 + since_ns * 7 & _MASK
     _NOTE.pack_into(page.map, SharedPage.NOTES + place * _NOTE.size, claim.ordinal, process_id,
                     claim.first, since_ns, total)

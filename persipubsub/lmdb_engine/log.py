@@ -5,9 +5,9 @@ The log is ``data_db``: blocks of messages in the order of commits. A number bel
 not to a block. Dropped numbers leave gaps, so that every search ends at the next block.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+import bisect
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import persipubsub.errors
 from persipubsub.lmdb_engine import format as fmt
@@ -15,9 +15,6 @@ from persipubsub.lmdb_engine.format import Cursor, Tx
 
 #: Nothing was committed later than at this time: no finished message stays.
 RETAINS_NOTHING_NS: Final = 1 << 63
-
-#: Makes a named tuple of a tuple.
-_new: Callable[..., Any] = tuple.__new__
 
 
 class LogEnd(NamedTuple):
@@ -58,20 +55,19 @@ class Found(NamedTuple):
 
 def read_end(cursor: Cursor) -> LogEnd:
     """Read the end of the log."""
-    if not cursor.last():
+    found = last(cursor)
+    if found is None:
         return EMPTY
-    key, value = cursor.item()
-    number = int.from_bytes(key, "big")
-    block = fmt.unpack_block(value, number)
+    first, block, value = found
     time_ns, count, size, messages, _, audiences, generation, _ = block
     totals = fmt.unpack_totals(value, block) if audiences else ()
-    found: LogEnd = _new(LogEnd,
-                         (number + (messages or 1), time_ns, count, size, generation, totals))
-    return found
+    log_end: LogEnd = fmt.new(LogEnd,
+                              (first + (messages or 1), time_ns, count, size, generation, totals))
+    return log_end
 
 
 def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
-           batches: Sequence[tuple[int, int, bytes]]) -> LogEnd:
+           batches: Sequence[fmt.Batch]) -> LogEnd:
     """Add blocks at the end of the log."""
     number, last_ns, count, size, generation, totals = log_end
     # Not by max: a call of it takes as long as packing the record.
@@ -88,8 +84,7 @@ def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
             raise persipubsub.errors.StoreCorruptError(
                 f"Expected the log to end in front of message {number}, but got: one behind it")
         number += messages
-    # Past the constructor, which is a function in Python.
-    behind: LogEnd = _new(LogEnd, (number, time_ns, count, size, generation, totals))
+    behind: LogEnd = fmt.new(LogEnd, (number, time_ns, count, size, generation, totals))
     return behind
 
 
@@ -109,74 +104,57 @@ def put_placeholder(cursor: Cursor, log_end: LogEnd) -> None:
 
 def change_generation(cursor: Cursor) -> None:
     """Let every process forget, at its next write, what it remembers of positions."""
-    log_end = read_end(cursor)
-    log_end = log_end._replace(generation=(log_end.generation + 1) & 0xffffffff)
-    if log_end.next_number == fmt.FIRST_NUMBER:
+    found = last(cursor)
+    if found is None:
         # Of an empty log nothing wrong can be remembered, and there is no block to carry it.
         return
-    cursor.last()
-    value = bytes(cursor.value())
-    key = bytes(cursor.key())
-    block = fmt.unpack_block(memoryview(value), 0)
-    record = fmt.pack_block(block.time_ns, block.total_count, block.total_bytes, block.messages,
-                            block.audience, log_end.generation, log_end.totals)
-    cursor.put(key, record + value[len(record):])
+    first, block, value = found
+    record = fmt.pack_block(*block[:5], block.generation + 1 & 0xffffffff,
+                            fmt.unpack_totals(value, block))
+    cursor.put(fmt.pack_number(first), record + bytes(value[len(record):]))
 
 
 def seek(cursor: Cursor, number: int) -> Found | None:
     """Find the block that holds a number, or the next block behind it."""
     key = fmt.pack_number(number)
     if cursor.set_key(key):
-        return _found(cursor, number)
-    if cursor.set_range(key):
-        first = fmt.unpack_number(cursor.key())
-        if not cursor.prev():
-            cursor.first()
-            return _found(cursor, first)
-    elif not cursor.last():
-        return None
-    # The cursor stands at the last block that begins before the number.
-    first = fmt.unpack_number(cursor.key())
-    found = _found(cursor, first)
-    if fmt.end_of(first, found.block) > number:
+        # What is below would do, and takes twice as long for the message of a send.
+        value = cursor.value()
+        found: Found = fmt.new(Found, (number, fmt.unpack_block(value, number), value))
         return found
-    if not cursor.next():
-        return None
-    return _found(cursor, fmt.unpack_number(cursor.key()))
-
-
-def following(cursor: Cursor) -> Found | None:
-    """Go to the next block."""
-    if not cursor.next():
-        return None
-    return _found(cursor, fmt.unpack_number(cursor.key()))
-
-
-def preceding(cursor: Cursor) -> Found | None:
-    """Go to the previous block."""
-    if not cursor.prev():
-        return None
-    return _found(cursor, fmt.unpack_number(cursor.key()))
-
-
-def last(cursor: Cursor) -> Found | None:
-    """Go to the last block."""
-    if not cursor.last():
-        return None
-    return _found(cursor, fmt.unpack_number(cursor.key()))
+    # Perhaps it is inside of the last block that begins before it.
+    if not (cursor.prev() if cursor.set_range(key) else cursor.last()):
+        return head(cursor)
+    before = _at(cursor)
+    return before if fmt.end_of(before.first, before.block) > number else following(cursor)
 
 
 def head(cursor: Cursor) -> Found | None:
     """Go to the first block."""
-    if not cursor.first():
-        return None
-    return _found(cursor, fmt.unpack_number(cursor.key()))
+    return _at(cursor) if cursor.first() else None
 
 
-def _found(cursor: Cursor, first: int) -> Found:
+def last(cursor: Cursor) -> Found | None:
+    """Go to the last block."""
+    return _at(cursor) if cursor.last() else None
+
+
+def following(cursor: Cursor) -> Found | None:
+    """Go to the next block."""
+    return _at(cursor) if cursor.next() else None
+
+
+def preceding(cursor: Cursor) -> Found | None:
+    """Go to the previous block."""
+    return _at(cursor) if cursor.prev() else None
+
+
+def _at(cursor: Cursor) -> Found:
     """Decode the block at which a cursor stands."""
-    value = cursor.value()
-    return Found(first, fmt.unpack_block(value, first), value)
+    key, value = cursor.item()
+    first = fmt.unpack_number(key)
+    found: Found = fmt.new(Found, (first, fmt.unpack_block(value, first), value))
+    return found
 
 
 def place_of(cursor: Cursor, number: int) -> Place:
@@ -190,10 +168,11 @@ def place_of(cursor: Cursor, number: int) -> Place:
     count = block.total_count - block.messages + kept
     size = (block.total_bytes - fmt.size_before(value, block, block.messages) +
             fmt.size_before(value, block, kept))
-    totals = fmt.unpack_totals(value, block)
+    totals = fmt.unpack_totals(value, block) if block.audiences else ()
     if block.audience:
         totals = _add_to_audience(totals, block.audience, kept - block.messages)
-    return Place(count, size, totals, block.time_ns)
+    place: Place = fmt.new(Place, (count, size, totals, block.time_ns))
+    return place
 
 
 def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
@@ -207,78 +186,58 @@ def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
     return count
 
 
+# Searches by bisection. ``bisect`` returns how many numbers of the range come before.
+
+
 def number_at_count(cursor: Cursor, begin: int, end: int, count: int) -> int:
-    """Find the number in front of which the log has a given count of messages, by bisection."""
-    while begin < end:
-        middle = (begin + end) // 2
-        if place_of(cursor, middle).messages < count:
-            begin = middle + 1
-        else:
-            end = middle
-    return begin
+    """Find the number in front of which the log has a given count of messages."""
+    return begin + bisect.bisect_left(
+        range(begin, end), count, key=lambda number: place_of(cursor, number).messages)
 
 
 def number_at_time(cursor: Cursor, begin: int, end: int, time_ns: int) -> int:
-    """Find the first message that was committed at or after a time, by bisection."""
-    while begin < end:
-        middle = (begin + end) // 2
-        found = seek(cursor, middle)
-        if found is not None and found.block.time_ns < time_ns:
-            begin = max(middle, found.first) + 1
-        else:
-            end = middle
-    return begin
+    """Find the first message that was committed at or after a time."""
+    return begin + bisect.bisect_left(
+        range(begin, end), time_ns, key=lambda number: place_of(cursor, number).time_ns)
 
 
 def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[int]) -> int:
-    """Find the first message for everybody or for some lists, by bisection."""
+    """Find the first message for everybody or for some lists."""
     start = place_of(cursor, begin)
-    while begin < end:
-        middle = (begin + end) // 2
-        if count_between(start, place_of(cursor, middle + 1), audiences) == 0:
-            begin = middle + 1
-        else:
-            end = middle
-    return begin
+
+    def count_through(number: int) -> int:
+        return count_between(start, place_of(cursor, number + 1), audiences)
+
+    # Often it is near; more often there is none.
+    step = 16 if begin < end and count_through(end - 1) else end - begin
+    while begin + step < end and not count_through(begin + step - 1):
+        begin, step = begin + step, 2 * step
+    return begin + bisect.bisect_left(range(begin, min(begin + step, end)), 1, key=count_through)
 
 
-def delete_head(cursor: Cursor, lows: dict[int, int], everyone: int, budget: int,
-                retained_ns: int) -> int:
-    """Delete finished blocks at the beginning of the log; the last block stays."""
-    if budget <= 0 or not cursor.first():
-        return 0
-    if not lows and fmt.unpack_number(cursor.key()) >= everyone:
+def count_within(cursor: Cursor, begin: int, end: int, size: int) -> int:
+    """Count the numbers whose messages have no more bytes together."""
+    limit = place_of(cursor, begin).size + size
+    return bisect.bisect_right(range(begin + 1, end + 1),
+                               limit,
+                               key=lambda number: place_of(cursor, number).size)
+
+
+def delete_head(cursor: Cursor, low: int, budget: int, retained_ns: int) -> int:
+    """Delete the blocks in front of a number at the beginning of the log; the last block stays."""
+    if budget <= 0 or not cursor.first() or fmt.unpack_number(cursor.key()) >= low:
         return 0
     cursor.last()
     last_number = fmt.unpack_number(cursor.key())
     cursor.first()
     deleted = 0
-    if not lows and retained_ns == RETAINS_NOTHING_NS:
-        deleted = _delete_passed(cursor, everyone, budget)
-    while deleted < budget:
-        number = fmt.unpack_number(cursor.key())
-        if number == last_number:
-            break
-        block = fmt.unpack_block(cursor.value(), number)
-        low = lows.get(block.audience, everyone) if block.audience else everyone
-        if block.messages and (number + block.messages > low or block.time_ns > retained_ns):
+    while deleted < budget and (first := fmt.unpack_number(cursor.key())) != last_number:
+        block = fmt.unpack_block(cursor.value(), first)
+        if block.messages and (first + block.messages > low or block.time_ns > retained_ns):
             break
         cursor.delete()
         deleted += 1
     return deleted
-
-
-def _delete_passed(cursor: Cursor, everyone: int, budget: int) -> int:
-    """Delete the blocks whose next block is not needed in full either, by their keys alone."""
-    finished = -1
-    for key in itertools.islice(cursor.iternext(keys=True, values=False), budget + 1):
-        if int.from_bytes(key, "big") > everyone:
-            break
-        finished += 1
-    cursor.first()
-    for _ in range(finished):
-        cursor.delete()
-    return max(finished, 0)
 
 
 def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
@@ -286,44 +245,37 @@ def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
     place = place_of(cursor, cut)
     found = seek(cursor, cut)
     if found is not None and found.first < cut:
-        _shorten_block(cursor, found, cut - found.first)
+        # Its first messages stay.
+        first, block, value = found
+        record = fmt.pack_block(block.time_ns, place.messages, place.size, cut - first,
+                                block.audience, block.generation, place.totals)
+        body = fmt.truncate_body(value, block, cut - first)
+        shorter = record + body
+        # Not put in its place: LMDB would keep all pages of a large value of this transaction, which
+        # the verification of pages takes for damage.
+        cursor.delete()
+        cursor.put(fmt.pack_number(first), shorter)
         following(cursor)
     while True:
         # After a deletion the cursor stands at the next block; at the end its key is empty.
         key = cursor.key()
-        if not key or fmt.unpack_number(key) < cut:
+        if not key or fmt.unpack_number(key) < cut or not cursor.delete():
             break
-        if not cursor.delete():
-            break
-    shorter = log_end._replace(total_count=place.messages,
+    log_end = log_end._replace(total_count=place.messages,
                                total_bytes=place.size,
                                totals=place.totals)
-    put_placeholder(cursor, shorter)
-    return shorter
-
-
-def _shorten_block(cursor: Cursor, found: Found, count: int) -> None:
-    """Keep only the first messages of a block."""
-    first, block, value = found
-    place = place_of(cursor, first + count)
-    batch = fmt.truncate_body(value=value, block=block, count=count)
-    record = fmt.pack_block(block.time_ns, place.messages, place.size, count, block.audience,
-                            block.generation, place.totals)
-    shorter = record + batch.body
-    # Not put in its place: LMDB would keep all pages of a large value of this transaction, which
-    # the verification of pages takes for damage.
-    cursor.delete()
-    cursor.put(fmt.pack_number(first), shorter)
+    put_placeholder(cursor, log_end)
+    return log_end
 
 
 def read_audiences(tx: Tx) -> dict[int, tuple[str, ...]]:
-    """Read all lists of recipients, by their index from 1 on."""
-    audiences: dict[int, tuple[str, ...]] = {}
-    while True:
-        value = tx.txn.get(fmt.audience_key(len(audiences) + 1), db=tx.db.meta)
-        if value is None:
-            return audiences
-        audiences[len(audiences) + 1] = fmt.unpack_audience(value)
+    """Read all lists of recipients, by their index from 1 on; once in a transaction."""
+    if tx.audiences is None:
+        tx.audiences = {}
+        while (value := tx.txn.get(fmt.audience_key(len(tx.audiences) + 1),
+                                   db=tx.db.meta)) is not None:
+            tx.audiences[len(tx.audiences) + 1] = fmt.unpack_audience(bytes(value))
+    return tx.audiences
 
 
 def ensure_audience(tx: Tx, subscribers: Sequence[str]) -> int:
@@ -338,4 +290,5 @@ def ensure_audience(tx: Tx, subscribers: Sequence[str]) -> int:
         raise persipubsub.errors.StoreError(
             f"Expected at most {0xffff} different lists of subscribers, but got: one more")
     tx.txn.put(fmt.audience_key(audience), fmt.pack_audience(wanted), db=tx.db.meta)
+    audiences[audience] = wanted
     return audience

@@ -85,23 +85,12 @@ def _peek(tx: Tx, key: bytes, start: int, limit: int, now_ns: int,
 def _pending(tx: Tx, key: bytes, number: int, oldest_ns: int) -> Iterator[_Shown]:
     """Iterate over the messages from a number on that a subscriber still has to acknowledge."""
     record = positions.require(tx, key)
-    own = positions.audiences_of(log.read_audiences(tx), key)
     cursor = tx.cursor()
-    number = max(number, record.position)
-    found = log.seek(cursor, number)
-    while found is not None:
-        first, block, _ = found
-        number = max(number, first)
-        end = first + block.messages
-        if block.time_ns < oldest_ns or (block.audience and block.audience not in own):
-            number = max(number, end)
-        while number < end:
-            behind = positions.skip_ahead(tx, record.ordinal, number)
-            if behind == number:
-                yield found, number
-                behind += 1
-            number = behind
-        found = log.seek(cursor, number) if number > end else log.following(cursor)
+    while (run := positions.next_run(tx, record, cursor, number)) is not None:
+        if run.found.block.time_ns >= oldest_ns:
+            for pending in range(run.number, run.stop):
+                yield run.found, pending
+        number = run.stop
 
 
 def follow(path: str, queue: persipubsub.config.Queue,

@@ -6,14 +6,22 @@ than the queue's timeout, or to make room at a high-water mark; each subscriber 
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import operator
+from typing import Final, NamedTuple
 
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.log import LogEnd
+
+#: Counters of subscribers: dropped since they were too old, at a high-water mark, by an operator.
+BY_TIMEOUT: Final = "dropped_by_timeout"
+BY_MARK: Final = "dropped_by_mark"
+BY_OPERATOR: Final = "cleared"
+
+#: The smallest number of messages between two looks at positions. A look and the deletion behind
+#: it take as long as a send: with 8 of them between two looks it was a sixth of the time of all.
+_SMALLEST_INTERVAL: Final = 16
 
 
 # Not a named tuple, whose fields take five times as long to read: each send reads some.
@@ -29,23 +37,13 @@ class LowWatermark:
 
     generation: int
     number: int  #: the first number that anybody still needs
-    everyone: int  #: the same, only for what is addressed to everybody
-    audiences: dict[int, int]  #: the same, for each audience from 1 on
     messages: int  #: how many the log has in front of ``number``
     size: int  #: their bytes
-    subscribers: int  #: how many there are
     interval: int  #: how many messages are sent until the positions are looked at again
-    #: key (UTF-8) of a subscriber at ``everyone``; None if that position is not all that counts
-    slowest_key: bytes | None
+    #: key (UTF-8) of a subscriber at ``number``; empty if that is not all that counts
+    slowest_key: bytes
     #: all messages from ``number`` on were committed then or later, also those that are yet to come
     oldest_ns: int
-
-
-class Slowest(NamedTuple):
-    """The slowest subscriber."""
-
-    subscriber: str
-    lag: int  #: messages that it still has to acknowledge
 
 
 class Dropped(NamedTuple):
@@ -53,16 +51,6 @@ class Dropped(NamedTuple):
 
     subscriber: str
     messages: int
-
-
-#: The smallest number of messages between two looks at positions. A look and the deletion behind
-#: it take as long as a send: with 8 of them between two looks it was a sixth of the time of all.
-_SMALLEST_INTERVAL = 16
-
-
-def interval_of(subscribers: int) -> int:
-    """Choose how many messages are sent between two looks at the subscribers' positions."""
-    return max(_SMALLEST_INTERVAL, subscribers // 4)
 
 
 def find_low_watermark(tx: Tx,
@@ -75,153 +63,58 @@ def find_low_watermark(tx: Tx,
     :param is_read_only: True to move no position over messages of others
     :param known: an earlier one; it holds as long as the slowest subscriber has not moved
     """
-    if not log_end.totals:
-        if (known is not None and known.generation == log_end.generation
-                and known.slowest_key is not None
-                and known.everyone == positions.read_position(tx, known.slowest_key)):
-            return known
-        found = _find_slowest_key(tx)
-        if found is None:
-            return _low_watermark_at(tx, log_end, log_end.next_number, 0)
-        slowest_key, position, count = found
-        return _low_watermark_at(tx, log_end, position, count, slowest_key=slowest_key)
-
-    subscribers = positions.read_all(tx)
-    audiences = log.read_audiences(tx)
-    at: dict[str, int] = {}
-    for key, subscriber in subscribers:
-        own = positions.audiences_of(audiences, key)
-        if is_read_only:
-            position = positions.first_pending(tx, subscriber, own, log_end.next_number)
-        else:
-            position = _settle(tx, key, subscriber, log_end, own)
-        at[key.decode("utf-8")] = position
-    return _low_watermark_at(tx,
-                             log_end,
-                             everyone=min(at.values(), default=log_end.next_number),
-                             subscribers=len(subscribers),
-                             audiences={
-                                 audience: min((at[member] for member in members if member in at),
-                                               default=log_end.next_number)
-                                 for audience, members in audiences.items()
-                             })
-
-
-def _low_watermark_at(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        tx: Tx,
-        log_end: LogEnd,
-        everyone: int,
-        subscribers: int,
-        slowest_key: bytes | None = None,
-        audiences: dict[int, int] | None = None) -> LowWatermark:
-    """Count what lies in front of the first number that anybody still needs."""
-    number = min(everyone, log_end.next_number)
+    found: list[tuple[int, fmt.Buffer]] = []
+    if log_end.totals:
+        for subscriber in positions.read_all(tx):
+            number = positions.first_pending(tx, subscriber, log_end.next_number)
+            if number > subscriber.position and not is_read_only:
+                # Over messages for others: the next look begins there.
+                positions.finish(tx, subscriber, subscriber.position, number)
+                positions.write(tx, subscriber)
+            found.append((number, b""))
+    else:
+        if known is not None and known.generation == log_end.generation and known.slowest_key:
+            value = tx.txn.get(known.slowest_key, db=tx.db.pending)
+            if value is not None and fmt.unpack_position(value) == known.number:
+                return known
+        # In a tenth of the time of reading all records.
+        found = [(fmt.unpack_position(value), key) for key, value in tx.txn.cursor(tx.db.pending)]
+    number, slowest_key = min(found, key=operator.itemgetter(0), default=(log_end.next_number, b""))
     place = log.place_of(tx.cursor(), number)
     return LowWatermark(generation=log_end.generation,
                         number=number,
-                        everyone=everyone,
-                        audiences=audiences or {},
                         messages=place.messages,
                         size=place.size,
-                        subscribers=subscribers,
-                        interval=interval_of(subscribers),
-                        slowest_key=slowest_key if number == everyone else None,
+                        interval=max(_SMALLEST_INTERVAL,
+                                     len(found) // 4),
+                        slowest_key=bytes(slowest_key),
                         oldest_ns=place.time_ns)
 
 
-def _find_slowest_key(tx: Tx) -> tuple[bytes, int, int] | None:
-    """Find the smallest position, in a tenth of the time of reading all records."""
-    cursor = tx.txn.cursor(db=tx.db.pending)
-    at = fmt.unpack_positions(cursor.iternext(keys=False, values=True))
-    if not at:
-        return None
-    position = min(at)
-    cursor.first()
-    keys = cursor.iternext(keys=True, values=False)
-    key = bytes(next(itertools.islice(keys, at.index(position), None)))
-    return key, position, len(at)
-
-
-def _settle(tx: Tx, key: bytes, subscriber: fmt.Subscriber, log_end: LogEnd,
-            audiences: Sequence[int]) -> int:
-    """Move a position over messages that are not for the subscriber."""
-    position = positions.first_pending(tx, subscriber, audiences, log_end.next_number)
-    if position == subscriber.position:
-        return position
-    position = positions.trim_ranges(tx, subscriber.ordinal, position)
-    positions.write(tx, key, subscriber._replace(position=position))
-    return position
-
-
-def find_slowest(tx: Tx) -> Slowest | None:
-    """Find the subscriber that needs the oldest message."""
+def find_slowest(tx: Tx) -> tuple[str, int] | None:
+    """Find the subscriber that needs the oldest message, and how many it has to acknowledge."""
     end = log.read_end(tx.cursor()).next_number
-    audiences = log.read_audiences(tx)
-    oldest, slowest = end, None
-    for key, subscriber in positions.read_all(tx):
-        own = positions.audiences_of(audiences, key)
-        first = positions.first_pending(tx, subscriber, own, end)
-        if first < oldest:
-            lag = positions.count_pending(tx, subscriber, own, 0, end)
-            oldest, slowest = first, Slowest(key.decode("utf-8"), lag)
-    return slowest
+    slowest = min(positions.read_all(tx),
+                  key=lambda subscriber: positions.first_pending(tx, subscriber, end),
+                  default=None)
+    lag = 0 if slowest is None else positions.count_pending(tx, slowest, 0, end)
+    return (slowest.name, lag) if slowest is not None and lag else None
 
 
-Count = Callable[[fmt.Subscriber, int], fmt.Subscriber]
+# Dropping
 
 
-def count_timeout(subscriber: fmt.Subscriber, count: int) -> fmt.Subscriber:
-    """Count messages that were dropped because they were too old."""
-    return subscriber._replace(dropped_by_timeout=subscriber.dropped_by_timeout + count)
-
-
-def count_mark(subscriber: fmt.Subscriber, count: int) -> fmt.Subscriber:
-    """Count messages that were dropped at a high-water mark."""
-    return subscriber._replace(dropped_by_mark=subscriber.dropped_by_mark + count)
-
-
-def count_cleared(subscriber: fmt.Subscriber, count: int) -> fmt.Subscriber:
-    """Count messages that were cleared by an operator."""
-    return subscriber._replace(cleared=subscriber.cleared + count)
-
-
-def drop_before(tx: Tx, cut: int, count: Count) -> list[Dropped]:
-    """Drop everything in front of a number, for every subscriber."""
-    audiences = log.read_audiences(tx)
-    dropped: list[Dropped] = []
-    for key, subscriber in positions.read_all(tx):
-        if subscriber.position >= cut:
-            continue
-        count_lost = positions.count_pending(tx, subscriber, positions.audiences_of(audiences, key),
-                                             0, cut)
-        position = positions.trim_ranges(tx, subscriber.ordinal, cut)
-        positions.write(tx, key, count(subscriber, count_lost)._replace(position=position))
-        if count_lost:
-            dropped.append(Dropped(key.decode("utf-8"), count_lost))
+def drop(tx: Tx, begin: int, end: int, counter: str) -> list[Dropped]:
+    """Drop a range of messages for every subscriber, and count them in its record."""
+    dropped = []
+    for subscriber in positions.read_all(tx):
+        # A consumer may be at work on what is dropped: its acknowledgement shall find it done,
+        # or the same message would be counted twice.
+        if subscriber.position < end:
+            count = positions.leave(tx, subscriber, begin, end, counter)
+            if count:
+                dropped.append(Dropped(subscriber.name, count))
     return dropped
-
-
-def drop_from(tx: Tx, log_end: LogEnd, cut: int, count: Count) -> tuple[LogEnd, list[Dropped]]:
-    """Drop everything from a number on, for every subscriber."""
-    audiences = log.read_audiences(tx)
-    dropped: list[Dropped] = []
-    for key, subscriber in positions.read_all(tx):
-        count_lost = positions.count_pending(tx, subscriber, positions.audiences_of(audiences, key),
-                                             cut, log_end.next_number)
-        changed = count(subscriber, count_lost)
-        if subscriber.position >= cut:
-            positions.drop_ranges(tx, subscriber.ordinal, cut)
-            changed = changed._replace(position=log_end.next_number)
-        else:
-            # A consumer may be at work on what is dropped: its acknowledgement shall find it done,
-            # or the same message would be counted twice.
-            positions.add_range(tx, subscriber.ordinal, cut, log_end.next_number)
-            changed = changed._replace(flags=changed.flags | fmt.FLAG_MAY_HAVE_RANGES)
-        positions.write(tx, key, changed)
-        if count_lost:
-            dropped.append(Dropped(key.decode("utf-8"), count_lost))
-    shorter = log.truncate(tx.cursor(), log_end, cut)
-    return shorter, dropped
 
 
 def expired_before(tx: Tx, low: LowWatermark, log_end: LogEnd, time_ns: int) -> int:
@@ -242,40 +135,38 @@ def halve(tx: Tx, low: LowWatermark, log_end: LogEnd, added: int,
     kept = max(0, (waiting + added) // 2 - added)
     cursor = tx.cursor()
     if not drops_newest:
-        kept = waiting - kept
+        cut = log.number_at_count(cursor, low.number, log_end.next_number,
+                                  low.messages + waiting - kept)
+        return log_end, drop(tx, 0, cut, BY_MARK)
     cut = log.number_at_count(cursor, low.number, log_end.next_number, low.messages + kept)
-    if drops_newest:
-        return drop_from(tx, log_end, cut, count_mark)
-    return log_end, drop_before(tx, cut, count_mark)
+    dropped = drop(tx, cut, log_end.next_number, BY_MARK)
+    return log.truncate(cursor, log_end, cut), dropped
+
+
+def clear(tx: Tx) -> list[Dropped]:
+    """Let all subscribers begin at the end of the queue."""
+    return drop(tx, 0, log.read_end(tx.cursor()).next_number, BY_OPERATOR)
+
+
+# Deleting
 
 
 def is_any_finished(tx: Tx, retained_ns: int) -> bool:
     """Tell whether the first block may be deleted; the last one stays."""
-    cursor = tx.cursor()
-    found = log.head(cursor)
+    found = log.head(tx.cursor())
     if found is None or found.block.time_ns > retained_ns:
         return False
     log_end = log.read_end(tx.cursor())
     end = fmt.end_of(found.first, found.block)
-    low = find_low_watermark(tx, log_end, is_read_only=True)
-    return end < log_end.next_number and end <= low.number
+    return (end < log_end.next_number
+            and end <= find_low_watermark(tx, log_end, is_read_only=True).number)
 
 
 def delete_finished(tx: Tx, budget: int, retained_ns: int) -> int:
     """Delete blocks that everybody acknowledged."""
     cursor = tx.cursor()
     low = find_low_watermark(tx, log.read_end(cursor))
-    return log.delete_head(cursor,
-                           low.audiences,
-                           low.everyone,
-                           budget=budget,
-                           retained_ns=retained_ns)
-
-
-def clear(tx: Tx) -> list[Dropped]:
-    """Let all subscribers begin at the end of the queue."""
-    log_end = log.read_end(tx.cursor())
-    return drop_before(tx, log_end.next_number, count_cleared)
+    return log.delete_head(cursor, low.number, budget, retained_ns)
 
 
 def empty_last(tx: Tx) -> None:

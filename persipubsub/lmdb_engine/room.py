@@ -1,0 +1,222 @@
+"""
+What happens at a limit of a queue: a high-water mark, a full store, a full disk.
+
+A queue at a high-water mark refuses messages, lets senders wait, or drops messages, as its strategy
+says. A full store does so, too, once all that is finished is deleted. What is finished leaves bit by
+bit: each send deletes about twice what it adds, so that no send ever pays for the whole queue.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import persipubsub.errors
+from persipubsub.config import Strategy
+from persipubsub.drop_log import DropLog
+from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import log, once, retention
+from persipubsub.lmdb_engine.environment import Environment
+from persipubsub.lmdb_engine.format import Tx
+from persipubsub.lmdb_engine.log import LogEnd
+from persipubsub.lmdb_engine.retention import Dropped, LowWatermark
+
+#: How many blocks are deleted in one transaction while an operator prunes or clears a queue.
+_CHUNK_BLOCKS: Final = 256
+
+#: No limit.
+_UNLIMITED: Final = 1 << 62
+
+
+class Batch(Protocol):
+    """Messages that need room."""
+
+    count: int
+    size: int  #: their bytes
+
+
+class Room:
+    """Room for messages in one open queue. Any thread may use it."""
+
+    def __init__(self, environment: Environment, now_ns: Callable[[], int]) -> None:
+        """Initialize without looking at the store."""
+        queue, mark = environment.queue, environment.queue.high_water_mark
+        self._environment = environment
+        self._now_ns = now_ns
+        self.drop_log = DropLog(environment.directory)
+        self.timeout_ns = (_UNLIMITED
+                           if mark.msg_timeout_secs is None else int(mark.msg_timeout_secs * 1e9))
+        self.once_window_ns = int(queue.once_window_secs * 1e9)
+        self.strategy = mark.strategy
+        self._drops_unread = mark.strategy in (Strategy.PRUNE_FIRST, Strategy.PRUNE_LAST)
+        self._drops_newest = mark.strategy is Strategy.PRUNE_LAST
+        self.max_messages = mark.max_msgs_num or _UNLIMITED
+        self.max_size = mark.size_bytes or _UNLIMITED
+        self.max_bytes = queue.max_db_size_bytes
+        #: A single message of no more bytes needs no closer look.
+        self.surely_fitting = min(self.max_size, fmt.MAX_MESSAGE_BYTES,
+                                  self.max_bytes - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES)
+
+    def check_sizes(self, messages: Sequence[bytes]) -> None:
+        """
+        Check that the queue could hold messages if it were empty.
+
+        :raise MessageTooLargeError: if it could not
+        """
+        sizes = list(map(len, messages))
+        count, size, largest = len(sizes), sum(sizes), max(sizes, default=0)
+        directory = self._environment.directory
+        limit = min(self.max_size, fmt.MAX_MESSAGE_BYTES)
+        if largest > limit:
+            raise persipubsub.errors.MessageTooLargeError(
+                f"Expected a message of at most {limit} bytes for the queue {directory} "
+                f"(HWM_LMDB_SIZE_BYTES), but got: {largest} bytes")
+        if size > self.max_size or count > self.max_messages:
+            raise persipubsub.errors.MessageTooLargeError(
+                f"Expected a batch of at most {self.max_messages} messages (MAX_MSGS_NUM) and "
+                f"{self.max_size} bytes (HWM_LMDB_SIZE_BYTES) for the queue {directory}, but got: "
+                f"{count} messages, {size} bytes")
+        room = self.max_bytes - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES * count
+        if size > room:
+            raise persipubsub.errors.MessageTooLargeError(
+                f"Expected messages of at most {max(0, room)} bytes for the queue {directory} "
+                f"(max_db_size_bytes), but got: {size} bytes")
+
+    # High-water marks
+
+    def is_over(self, log_end: LogEnd, low: LowWatermark, batch: Batch) -> bool:
+        """Tell whether messages would pass a high-water mark."""
+        return (log_end.total_count - low.messages + batch.count > self.max_messages
+                or log_end.total_bytes - low.size + batch.size > self.max_size)
+
+    def is_still_over(self, tx: Tx, known: LowWatermark | None, batch: Batch) -> bool:
+        """Tell whether messages would pass a mark, also if what is too old were dropped."""
+        log_end = log.read_end(tx.cursor())
+        low = retention.find_low_watermark(tx, log_end, is_read_only=True, known=known)
+        oldest_ns = self._now_ns() - self.timeout_ns
+        return (self.is_over(log_end, low, batch)
+                and low.number == retention.expired_before(tx, low, log_end, oldest_ns))
+
+    def make(self, tx: Tx, log_end: LogEnd, low: LowWatermark,
+             batch: Batch) -> tuple[LogEnd, LowWatermark, list[Dropped]]:
+        """Check the high-water marks exactly; if one is passed, drop messages if asked to."""
+        dropped: list[Dropped] = []
+        low = retention.find_low_watermark(tx, log_end, known=low)
+        if self.is_over(log_end, low, batch):
+            low = self.tidy(tx, log_end, dropped, _CHUNK_BLOCKS, low)
+        while self._drops_unread and self.is_over(log_end, low, batch):
+            log_end, more = retention.halve(tx, low, log_end, batch.count, self._drops_newest)
+            dropped.extend(more)
+            low = retention.find_low_watermark(tx, log_end)
+        return log_end, low, dropped
+
+    def full_error(self, batch: Batch) -> persipubsub.errors.QueueFullError:
+        """Describe a full queue, and the slowest subscriber."""
+        count, size, slowest = self._environment.read(self._describe)
+        most, most_size = (limit if limit < _UNLIMITED else "any number of"
+                           for limit in (self.max_messages, self.max_size))
+        text = (
+            f"Expected room for {batch.count} more message(s) of {batch.size} bytes in the queue "
+            f"{self._environment.directory}, but got: {count} of {most} messages (MAX_MSGS_NUM) "
+            f"and {size} of {most_size} bytes (HWM_LMDB_SIZE_BYTES) wait in a store of at most "
+            f"{self.max_bytes} bytes (max_db_size_bytes).")
+        if slowest is not None:
+            text += " The slowest subscriber is {!r} with {} of them.".format(*slowest)
+        return persipubsub.errors.QueueFullError(text)
+
+    def _describe(self, tx: Tx) -> tuple[int, int, tuple[str, int] | None]:
+        """Count what waits, and find the slowest subscriber."""
+        log_end = log.read_end(tx.cursor())
+        low = retention.find_low_watermark(tx, log_end, is_read_only=True)
+        return (log_end.total_count - low.messages, log_end.total_bytes - low.size,
+                retention.find_slowest(tx))
+
+    # A full store, a full disk
+
+    def used(self, tx: Tx) -> int:
+        """Bytes of all pages in use."""
+        return sum(fmt.used_bytes(tx.txn, database) for database in tx.db)
+
+    def free_store(self, batch: Batch) -> bool:
+        """
+        Delete what is finished, then drop by the strategy, until messages fit into the store.
+
+        :return: False if they do not fit and nothing may be dropped
+        """
+        while True:
+            self.drop_expired()
+            self.delete_finished(keeps_retained=False)
+            self._environment.write(retention.empty_last, makes_room=True)
+            # LMDB reuses pages two commits after they were freed.
+            self._environment.write(retention.make_reusable, makes_room=True)
+            used = self._environment.read(self.used)
+            if used + batch.size <= self.max_bytes:
+                return True
+            if not self._environment.read(self._describe)[0]:
+                raise persipubsub.errors.DiskFullError(
+                    f"Expected room for {batch.size} bytes in the queue {self._environment.directory}, "
+                    f"but got: {used} of {self.max_bytes} bytes (max_db_size_bytes) are in use, though "
+                    "no message waits: by ids of messages (once_window_secs), or failed deliveries")
+            if not self._drops_unread:
+                return False
+            self.drop_log.add(self._environment.write(self._halve, batch.count, makes_room=True))
+
+    def _halve(self, tx: Tx, added: int) -> list[Dropped]:
+        """Drop half of the messages."""
+        log_end = log.read_end(tx.cursor())
+        low = retention.find_low_watermark(tx, log_end)
+        return retention.halve(tx, low, log_end, added, self._drops_newest)[1]
+
+    def free_disk(self) -> None:
+        """Delete what is finished, which a send that fails can not do by itself."""
+        self.delete_finished(keeps_retained=False)
+        self._environment.write(retention.make_reusable, makes_room=True)
+        # Segments of the journal that hold nothing else can be used again, too.
+        self._environment.secure_now()
+
+    # Tidying up
+
+    def tidy(self, tx: Tx, log_end: LogEnd, dropped: list[Dropped], budget: int,
+             known: LowWatermark | None) -> LowWatermark:
+        """Drop what is too old, and delete some finished blocks."""
+        low = retention.find_low_watermark(tx, log_end, known=known)
+        now_ns = self._now_ns()
+        cut = retention.expired_before(tx, low, log_end, now_ns - self.timeout_ns)
+        if cut > low.number:
+            dropped.extend(retention.drop(tx, 0, cut, retention.BY_TIMEOUT))
+            low = retention.find_low_watermark(tx, log_end)
+        log.delete_head(tx.cursor(), low.number, budget, self._retained_ns(now_ns))
+        return low
+
+    def _retained_ns(self, now_ns: int) -> int:
+        """Tell since when messages stay although they are finished."""
+        retain_secs = self._environment.queue.retain_secs
+        return now_ns - int(retain_secs * 1e9) if retain_secs else log.RETAINS_NOTHING_NS
+
+    def drop_expired(self) -> int:
+        """Drop the messages that are older than the queue's timeout; return how many it were."""
+        dropped = self._environment.write(self._drop_expired, makes_room=True)
+        self.drop_log.add(dropped)
+        return sum(one.messages for one in dropped)
+
+    def _drop_expired(self, tx: Tx) -> list[Dropped]:
+        """Drop what is too old."""
+        dropped: list[Dropped] = []
+        self.tidy(tx, log.read_end(tx.cursor()), dropped, _CHUNK_BLOCKS, None)
+        return dropped
+
+    def delete_finished(self, keeps_retained: bool = True) -> int:
+        """Delete all finished messages and old ids, in many short transactions; count the blocks."""
+        now_ns = self._now_ns()
+        oldest_ns = now_ns - self.once_window_ns
+        if self._environment.read(once.is_any_before, oldest_ns):
+            while self._environment.write(once.forget, oldest_ns, _CHUNK_BLOCKS,
+                                          makes_room=True) == _CHUNK_BLOCKS:
+                pass
+        retained_ns = self._retained_ns(now_ns) if keeps_retained else log.RETAINS_NOTHING_NS
+        total, deleted = 0, _CHUNK_BLOCKS
+        while deleted == _CHUNK_BLOCKS:
+            deleted = self._environment.write(retention.delete_finished,
+                                              _CHUNK_BLOCKS,
+                                              retained_ns,
+                                              makes_room=True)
+            total += deleted
+        return total
