@@ -312,8 +312,6 @@ _BLOCK = struct.Struct("<QQQIHHII")
 _BLOCK_WITHOUT_CRC = struct.Struct("<QQQIHHI")
 _BLOCK_CRC = struct.Struct("<I")
 _ENTRY = struct.Struct("<II")
-# Of a record without totals and its first entry: time, messages, audience, audiences, both CRC-32
-_SINGLE = struct.Struct("<Q16xIHH4xIII")
 _END = struct.Struct("<I")
 
 
@@ -436,21 +434,21 @@ def size_before(value: memoryview, block: Block, index: int) -> int:
     return int(_END.unpack_from(value, offset)[0])
 
 
-def copy_single(value: memoryview) -> tuple[int, bytes] | None:
-    """Copy the message of a block that has no other and is for everybody, and check it all."""
-    if len(value) < _SINGLE.size:
-        return None
-    time_ns, messages, audience, audiences, expected, size, crc = _SINGLE.unpack_from(value)
-    if messages != 1 or audience or audiences or zlib.crc32(value[:36]) != expected:
-        return None
-    # Not bytes(), which looks its argument over for longer than it copies a small message.
-    message = value[_SINGLE.size:_SINGLE.size + size].tobytes()
-    return None if zlib.crc32(message) != crc else (time_ns, message)
-
-
 def copy_message(value: memoryview, block: Block, index: int, number: int) -> bytes:
     """Copy a message out of its block and check it."""
-    return copy_messages(value, block, number - index, index, index + 1)[0]
+    start = size_before(value, block, index)
+    table = _BLOCK.size + 8 * block.audiences
+    end, expected = _ENTRY.unpack_from(value, table + _ENTRY.size * index)
+    body = table + _ENTRY.size * block.messages
+    # Not bytes(), which looks its argument over for longer than it copies a small message.
+    message = value[body + start:body + end].tobytes()
+    crc = zlib.crc32(message)
+    if crc != expected:
+        raise persipubsub.errors.CorruptMessageError(
+            f"Expected the message {number} ({len(message)} bytes) to have the checksum "
+            f"{expected:#010x}, but got: {crc:#010x}",
+            number=number)
+    return message
 
 
 def copy_messages(value: memoryview, block: Block, first: int, begin: int,
@@ -461,6 +459,8 @@ def copy_messages(value: memoryview, block: Block, first: int, begin: int,
     :return: those in front of the first damaged one, at least one
     :raise CorruptMessageError: if the first one is damaged
     """
+    if stop == begin + 1:
+        return [copy_message(value, block, begin, first + begin)]
     table = _BLOCK.size + 8 * block.audiences
     body = table + _ENTRY.size * block.messages
     entries = struct.unpack_from(f"<{2 * (stop - begin)}I", value, table + _ENTRY.size * begin)
@@ -474,12 +474,7 @@ def copy_messages(value: memoryview, block: Block, first: int, begin: int,
     if crcs == expected:
         return messages
     sound = [crc == other for crc, other in zip(crcs, expected)].index(False)
-    if sound:
-        return messages[:sound]
-    raise persipubsub.errors.CorruptMessageError(
-        f"Expected the message {first + begin} ({len(messages[0])} bytes) to have the checksum "
-        f"{expected[0]:#010x}, but got: {crcs[0]:#010x}",
-        number=first + begin)
+    return messages[:sound] or [copy_message(value, block, begin, first + begin)]
 
 
 def truncate_body(value: memoryview, block: Block, count: int) -> bytes:

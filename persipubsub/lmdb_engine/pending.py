@@ -133,7 +133,7 @@ class Pending:
             return 1
         if subscriber.flags:
             _, end = positions.free_part(tx, self.ordinal, number, end)
-            end, _ = self._limit(tx, subscriber, number, end)
+            end, _ = self._limit(tx, number, end)
         first = tx.txn.get(fmt.pack_number(number), None, tx.db.data)
         if first is None or (fmt.guess_total_bytes(value) - fmt.guess_total_bytes(first) +
                              len(first) > BATCH_BYTES):
@@ -190,13 +190,14 @@ class Pending:
         if subscriber.flags & fmt.FLAG_PAUSED or (is_guess and number != subscriber.position):
             return copied
         if not subscriber.flags and number + 1 == end and number >= subscriber.position:
-            # What is below would do, and takes three times as long for the message of a send.
-            value = tx.txn.get(fmt.pack_number(number), None, tx.db.data)
-            single = None if value is None else fmt.copy_single(value)
-            if single is not None and single[0] >= oldest_ns:
-                copied.numbers = [number]
-                copied.times_ns, copied.messages = [single[0]], [single[1]]
-                return copied
+            # What is below would do, and takes half as long again for a single message.
+            found = log.seek(tx.cursor(), number)
+            if found is not None and found.first <= number < fmt.end_of(found.first, found.block):
+                first, block, value = found
+                if not block.audience and block.time_ns >= oldest_ns:
+                    copied.numbers, copied.times_ns = [number], [block.time_ns]
+                    copied.messages = [fmt.copy_message(value, block, number - first, number)]
+                    return copied
         if subscriber.flags & fmt.FLAG_MAY_HAVE_RANGES:
             number, stop = positions.free_part(tx, self.ordinal, number, end)
             if stop == end:
@@ -214,7 +215,10 @@ class Pending:
     def _copy_run(self, tx: Tx, subscriber: Subscriber, run: positions.Run, copied: Copied) -> int:
         """Copy messages up to one that is damaged, or not to be delivered; return how many."""
         first, block, value = run.found
-        stop, records = self._limit(tx, subscriber, run.number, run.stop)
+        stop = run.stop
+        records: dict[int, fmt.Attempts] = {}
+        if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
+            stop, records = self._limit(tx, run.number, run.stop)
         if stop == run.number:
             record = attempts.read(tx, self.ordinal, stop)
             if copied.numbers or record is None or not self.policy.is_exhausted(record.deliveries):
@@ -234,14 +238,12 @@ class Pending:
         copied.attempts.update(records)
         return count
 
-    def _limit(self, tx: Tx, subscriber: Subscriber, number: int,
-               end: int) -> tuple[int, dict[int, fmt.Attempts]]:
+    def _limit(self, tx: Tx, number: int, end: int) -> tuple[int, dict[int, fmt.Attempts]]:
         """Cut a range in front of what may not be delivered yet, or is exhausted."""
         records: dict[int, fmt.Attempts] = {}
-        if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
-            now_ns = self.now_ns()
-            for other, record in attempts.between(tx, self.ordinal, number, end):
-                if record.retry_at_ns > now_ns or self.policy.is_exhausted(record.deliveries):
-                    return other, records
-                records[other] = record
+        now_ns = self.now_ns()
+        for other, record in attempts.between(tx, self.ordinal, number, end):
+            if record.retry_at_ns > now_ns or self.policy.is_exhausted(record.deliveries):
+                return other, records
+            records[other] = record
         return end, records
