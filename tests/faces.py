@@ -1,7 +1,5 @@
 """Give the blocking classes and those of ``persipubsub.aio`` one face, so that tests drive both."""
 
-# pylint: disable=missing-function-docstring
-
 import asyncio
 import concurrent.futures
 import contextlib

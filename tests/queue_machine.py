@@ -5,7 +5,6 @@ There are always two :py:class:`persipubsub.queue.Queue` on the store, as in two
 remember different things of what the other did.
 """
 
-# pylint: disable=missing-function-docstring
 # pylint: disable=attribute-defined-outside-init
 # pylint: disable=too-many-public-methods
 import contextlib

@@ -160,12 +160,12 @@ def until_somebody_waits(path: str | pathlib.Path) -> None:
 
 def read(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
     """Run a function in a read transaction."""
-    return queue._environment.read(work)  # pylint: disable=protected-access
+    return queue._environment.read(work)
 
 
 def write(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
     """Run a function in a write transaction, as a test that damages a store has to."""
-    return queue._environment.write(work)  # pylint: disable=protected-access
+    return queue._environment.write(work)
 
 
 def list_blocks(cursor: Cursor) -> list[log.Found]:

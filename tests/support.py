@@ -90,7 +90,7 @@ def queue_of(
         user: (persipubsub.publisher.Pub | persipubsub.subscriber.Sub),
 ) -> persipubsub.queue.Queue:
     """Return the queue on this machine that a publisher or a subscriber has open."""
-    queue = user._get().queue  # pylint: disable=protected-access
+    queue = user._get().queue
     assert isinstance(queue, persipubsub.queue.Queue)
     return queue
 

@@ -1,7 +1,5 @@
 """Test what only tasks can do: waiting without threads, sharing commits, being cancelled."""
 
-# pylint: disable=missing-function-docstring
-
 import asyncio
 import concurrent.futures
 import contextlib
@@ -11,7 +9,6 @@ import pathlib
 import random
 import re
 import signal
-import textwrap
 import threading
 import time
 from typing import Any, Final
@@ -19,10 +16,8 @@ from typing import Any, Final
 import pytest
 
 import persipubsub.aio
-import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
-import persipubsub.queue
 import persipubsub.subscriber
 from tests import faces, support
 from tests.faces import (commits, deploy, drain, figures, fixture_config_pth, fixture_lmdb_pth,
@@ -32,15 +27,6 @@ from tests.faults import tracing
 assert fixture_config_pth and fixture_lmdb_pth  # pytest finds them here
 
 ROUNDS: Final = int(os.environ.get("PERSIPUBSUB_AIO_ROUNDS", "300"))
-
-
-def test_example_of_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (pathlib.Path(__file__).parent.parent / "docs" / "asyncio.rst").read_text("utf-8")
-    match = re.search(r"code-block:: python\n\n((?:    .*\n|\n)+)", text)
-    assert match is not None
-    monkeypatch.chdir(tmp_path)  # where it makes its queue
-    done = support.run_python(textwrap.dedent(match.group(1)))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1000 messages\n", "")
 
 
 @on_loops
@@ -135,19 +121,6 @@ async def test_large_sends_are_not_put_together(face: faces.Face, lmdb_pth: path
         await asyncio.gather(*map(pub.send, msgs))
         assert 4 <= commits(lmdb_pth) - before <= 8
         assert await drain(sub) == msgs
-
-
-@on_loops
-@scenario
-async def test_sends_into_a_full_queue(face: faces.Face, tmp_path: pathlib.Path) -> None:
-    config_pth = deploy(tmp_path, MAX_MSGS_NUM=100, strategy="prune_first")
-    msgs = [b"%d" % number for number in range(950)]
-    async with opened(face, config_pth) as (pub, sub):
-        await asyncio.gather(*map(pub.send, msgs))
-        received = await drain(sub)
-    assert 50 <= len(received) <= 100
-    assert received == msgs[-len(received):]
-    assert figures(config_pth).dropped_by_mark == 950 - len(received)
 
 
 def stop_inside(pipe: support.Connection, config_pth: pathlib.Path) -> None:

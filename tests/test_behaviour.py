@@ -79,26 +79,11 @@ def numbered(count: int) -> list[bytes]:
     return [str(number).encode() for number in range(count)]
 
 
-def test_messages_come_in_order(deploy: Deploy) -> None:
-    config_pth = deploy()
-    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        for message in numbered(20):
-            pub.send(message)
-        pub.send_many([b"", b"batch", bytes(range(256))])
-        assert drain(sub) == numbered(20) + [b"", b"batch", bytes(range(256))]
-        assert not drain(sub)
-
-
-def test_messages_wait_for_subscribers_that_are_away(deploy: Deploy) -> None:
-    config_pth = deploy()
-    with open_pub(config_pth) as pub:
-        pub.send_many(numbered(10))
-    with open_sub(config_pth) as sub:
-        assert drain(sub) == numbered(10)
-
-
 def test_every_subscriber_gets_every_message(deploy: Deploy) -> None:
-    names = ["a", "b.with *> odd/\\name", "\xe4" * 100]
+    names = [
+        "a", "b.with *> odd/\\name", "\xe4" * 100, "ü" * 127, "..", "{}", "data", "\n", "漢字",
+        "x" * 255
+    ]
     config_pth = deploy(publishers={"pub": names}, subscribers=names)
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(5))
@@ -123,58 +108,6 @@ def test_publishers_address_some_subscribers(deploy: Deploy) -> None:
             ]
 
 
-def test_message_comes_again_after_an_exception(deploy: Deploy) -> None:
-    config_pth = deploy()
-    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        pub.send_many(numbered(3))
-        for _ in range(3):
-            with pytest.raises(KeyError), sub.receive(timeout=HANG_SECS) as msg:
-                assert msg == b"0"
-                raise KeyError
-        assert drain(sub) == numbered(3)
-
-
-def test_batch_comes_again_after_an_exception(deploy: Deploy) -> None:
-    config_pth = deploy()
-    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        pub.send_many(numbered(5))
-        with pytest.raises(KeyError), sub.receive_many(max_msgs=3, timeout=HANG_SECS) as msgs:
-            assert msgs == numbered(3)
-            raise KeyError
-        assert drain(sub) == numbered(5)
-
-
-def test_batches_are_not_waited_for(deploy: Deploy) -> None:
-    config_pth = deploy()
-    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        pub.send_many(numbered(5))
-        with sub.receive_many(max_msgs=2, timeout=HANG_SECS) as msgs:
-            assert msgs == numbered(2)
-        with sub.receive_many(max_msgs=100, timeout=HANG_SECS) as msgs:
-            assert msgs == numbered(5)[2:]
-        with sub.receive_many(max_msgs=100, timeout=0.05) as msgs:
-            assert msgs == []
-        with sub.receive(timeout=0) as msg:
-            assert msg is None
-
-
-def test_waiting_subscriber_is_woken(deploy: Deploy) -> None:
-    config_pth = deploy()
-    received = []
-
-    def work() -> None:
-        with open_sub(config_pth) as sub, sub.receive(timeout=HANG_SECS) as msg:
-            received.append(msg)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    with open_pub(config_pth) as pub:
-        time.sleep(0.2)
-        pub.send(b"hello")
-    thread.join(HANG_SECS)
-    assert received == [b"hello"]
-
-
 def test_competing_consumers_share(deploy: Deploy) -> None:
     config_pth = deploy()
     with open_pub(config_pth) as pub, open_sub(config_pth) as one, open_sub(config_pth) as two:
@@ -188,28 +121,6 @@ def test_competing_consumers_share(deploy: Deploy) -> None:
                 with one.receive(timeout=0.05) as nothing:
                     assert nothing is None
         assert not drain(one)
-
-
-def _hold(pipe: Connection, config_pth: pathlib.Path) -> None:
-    with open_sub(config_pth) as sub, sub.receive(timeout=HANG_SECS) as msg:
-        pipe.send(msg)
-        pipe.recv()
-
-
-def test_message_of_a_killed_consumer_goes_to_another(deploy: Deploy) -> None:
-    config_pth = deploy(ack_wait=1)
-    with open_pub(config_pth) as pub:
-        pub.send_many(numbered(2))
-    with Child(_hold, config_pth) as child:
-        assert child.get() == b"0"
-        child.kill(signal.SIGKILL)
-        child.end(exit_code=-signal.SIGKILL)
-    with open_sub(config_pth) as sub:
-        received = []
-        for _ in range(2):
-            with sub.receive(timeout=HANG_SECS) as msg:
-                received.append(msg)
-        assert sorted(map(bytes, filter(None, received))) == numbered(2)
 
 
 def test_message_stays_with_a_consumer_that_takes_its_time(deploy: Deploy) -> None:
@@ -383,42 +294,6 @@ def test_messages_that_can_not_be_held(deploy: Deploy) -> None:
                 pub.send_many(messages)
         pub.send(bytes(1000))
         assert drain(sub) == [bytes(1000)]
-
-
-def test_use_after_close(deploy: Deploy) -> None:
-    config_pth = deploy()
-    pub, sub = open_pub(config_pth), open_sub(config_pth)
-    for user in (pub, sub):
-        user.close()
-        user.close()
-    assert outcome(lambda: pub.send(b"late")) == "ClosedError"
-    assert outcome(sub.front) == "ClosedError"
-
-
-def test_many_threads_use_one_publisher_and_one_subscriber(deploy: Deploy) -> None:
-    config_pth = deploy()
-    received: list[bytes] = []
-    sent = {b"%d/%d" % (thread, number) for thread in range(8) for number in range(25)}
-    with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-
-        def send(thread: int) -> None:
-            for number in range(25):
-                pub.send(b"%d/%d" % (thread, number))
-
-        def receive() -> None:
-            while len(received) < len(sent):
-                with sub.receive(timeout=0.1) as msg:
-                    if msg is not None:
-                        received.append(msg)
-
-        threads = [threading.Thread(target=send, args=(thread, )) for thread in range(8)]
-        threads += [threading.Thread(target=receive) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(HANG_SECS)
-        assert len(received) == len(sent)
-        assert set(received) == sent
 
 
 def _use(pipe: Connection, pub: persipubsub.publisher.Pub, sub: persipubsub.subscriber.Sub) -> None:

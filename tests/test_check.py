@@ -1,7 +1,5 @@
 """Test that a check of the store finds each kind of damage."""
 
-# pylint: disable=missing-function-docstring
-
 import pathlib
 import shutil
 import struct

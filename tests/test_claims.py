@@ -1,14 +1,11 @@
 """Test the claims of competing consumers, with real processes."""
 
-# pylint: disable=missing-function-docstring
-
 import ast
 import contextlib
 import os
 import pathlib
 import random
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -126,71 +123,12 @@ def test_claim_excludes_others(claims: locks.Claims, spawn: Callable[[], Puppet]
     assert claimed(claims, range(10)) == [5, 6]
 
 
-def test_subscribers_do_not_disturb_each_other(claims: locks.Claims) -> None:
-    for ordinal in range(3):
-        assert lock(claims, ordinal, 2**40)
-    assert lock(claims, 1, 2**40) is None
-
-
-def test_range_is_claimed_as_a_whole(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    assert spawn().ask("take(12)")
-    assert lock(claims, 0, 10, 5) is None
-    assert claimed(claims, range(10, 15)) == [12]
-
-
-@pytest.mark.parametrize("taken, expected", [((), 5), ((14, ), 4), ((12, 11), 1), ((10, ), None)])
-def test_prefix(claims: locks.Claims, spawn: Callable[[], Puppet], taken: tuple[int, ...],
-                expected: int | None) -> None:
-    other = spawn()
-    for number in taken:
-        assert other.ask(f"take({number})")
-    claim = locks.Claim(0, 10, 5, claims.held(0))
-    assert (claim.count if claims.claim_prefix(claim) else None) == expected
-
-
-@pytest.mark.parametrize("first, count", [(10, 5), (10, 2), (12, 3), (11, 1)])
-def test_narrow(claims: locks.Claims, spawn: Callable[[], Puppet], first: int, count: int) -> None:
-    claim = take(claims, 10, 5)
-    claims.narrow(claim, first, count)
-    free = [number for number in range(10, 15) if not first <= number < first + count]
-    other = spawn()
-    assert [number for number in range(10, 15) if other.ask(f"take({number})")] == free
-
-
-def test_split(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    other = spawn()
-    rest = take(claims, 10, 5)
-    first = claims.split(rest, 2)
-    assert (first.first, first.count, rest.first, rest.count) == (10, 2, 12, 3)
-    claims.release(first)
-    assert [other.ask(f"take({number})")
-            for number in (10, 11, 12, 13)] == [True, True, False, False]
-    claims.release(rest)
-    assert other.ask("take(12)")
-
-
 def test_killed_holder(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
     holder = spawn()
     assert holder.ask("take(1, 3)")
     assert claimed(claims, range(5)) == [1, 2, 3]
     holder.end()
     assert not claimed(claims, range(5))
-
-
-def test_stopped_holder_keeps_its_claims(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    holder = spawn()
-    assert holder.ask("take(1)")
-    os.kill(holder.process.pid, signal.SIGSTOP)
-    assert claimed(claims, range(3)) == [1]
-
-
-def test_close_gives_everything_back(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    claim = take(claims, 1, 2)
-    claims.close()
-    claims.release(claim)
-    assert spawn().ask("take(1, 2)")
-    with pytest.raises(persipubsub.errors.ClosedError):
-        lock(claims, 0, 1)
 
 
 def test_descriptors_are_used_again_and_bounded(claims: locks.Claims) -> None:
@@ -204,12 +142,6 @@ def test_descriptors_are_used_again_and_bounded(claims: locks.Claims) -> None:
     assert count_descriptors() < before + 100
     claims.close()
     assert count_descriptors() == before
-
-
-def test_file_is_for_the_user_alone(claims: locks.Claims, tmp_path: pathlib.Path) -> None:
-    take(claims, 1)
-    status = os.stat(tmp_path / files.CLAIMS)
-    assert (stat.S_IMODE(status.st_mode), status.st_size) == (0o600, 0)
 
 
 def test_file_that_was_replaced(claims: locks.Claims, tmp_path: pathlib.Path) -> None:

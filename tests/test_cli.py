@@ -1,7 +1,5 @@
 """Test the command line, each command as a process of its own."""
 
-# pylint: disable=missing-function-docstring
-
 import base64
 import contextlib
 import datetime
@@ -161,27 +159,12 @@ def test_version_and_help_and_no_command() -> None:
     assert "check-config" in run(exit_code=2).stderr
 
 
-def test_console_script_is_there() -> None:
-    text = (_ROOT / "setup.py").read_text(encoding="utf-8")
-    assert '"persipubsub = persipubsub.__main__:main"' in text
-
-
 def test_without_the_extra_it_says_how_to_install_it() -> None:
     process = support.run_python("import sys, runpy; sys.modules['click'] = None\n"
                                  "runpy.run_module('persipubsub', run_name='__main__')")
     assert process.returncode == 1
     assert process.stderr == ("persipubsub: the command line needs click. Install it with: "
                               "pip install 'persipubsub[cli]'\n")
-
-
-def test_metrics_without_the_extra(tmp_path: pathlib.Path) -> None:
-    process = support.run_python(
-        "import sys, runpy; sys.modules['prometheus_client'] = None\n"
-        "runpy.run_module('persipubsub', run_name='__main__')", "metrics",
-        support.write_config(tmp_path))
-    assert process.returncode == 1
-    assert "pip install 'persipubsub[metrics]'" in process.stderr
-    assert "Traceback" not in process.stderr
 
 
 # Where the configuration file is

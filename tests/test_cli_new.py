@@ -1,7 +1,5 @@
 """Test the commands that new functions of the library are behind, each as a process of its own."""
 
-# pylint: disable=missing-function-docstring
-
 import json
 import os
 import pathlib

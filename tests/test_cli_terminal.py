@@ -1,7 +1,5 @@
 """Test what the command line shows, in pseudo-terminals, and that nothing changes a terminal."""
 
-# pylint: disable=missing-function-docstring
-
 import base64
 import functools
 import json

@@ -1,7 +1,6 @@
 """Test reading the configuration file."""
 
 import copy
-import doctest
 import json
 import math
 import os
@@ -11,8 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +22,6 @@ import pytest
 
 import persipubsub.config
 import persipubsub.errors
-from tests import support
 
 CONFIG_PTH = "/somewhere/config.json"
 
@@ -140,15 +136,6 @@ def read_error(config_pth: pathlib.Path) -> str:
     return text
 
 
-def test_doctest() -> None:
-    result = doctest.testmod(persipubsub.config)
-    assert result.attempted > 5 and result.failed == 0
-
-
-def test_all_is_there() -> None:
-    assert all(hasattr(persipubsub.config, name) for name in persipubsub.config.__all__)
-
-
 # --- correct files
 
 
@@ -190,14 +177,6 @@ def test_stage_of_a_pipeline_is_both() -> None:
     assert config.subscriber("sub").in_queue == "/q"
 
 
-def test_optional_keys() -> None:
-    content = make()
-    content["queues"]["/q"].update(durability="os", checkpoint_secs=0.25, busy_timeout_secs=0.5)
-    queue = parse(content).queues["/q"]
-    assert queue.durability is persipubsub.config.Durability.OS
-    assert (queue.checkpoint_secs, queue.busy_timeout_secs) == (0.25, 0.5)
-
-
 def test_queue_without_subscribers_and_subscriber_without_entry() -> None:
     content = make(subscribers=[])
     del content["pub"], content["sub"]
@@ -205,19 +184,6 @@ def test_queue_without_subscribers_and_subscriber_without_entry() -> None:
 
     content = make(subscribers=["elsewhere", "sub"])
     assert "elsewhere" not in parse(content).subscribers
-
-
-def test_nothing_changes() -> None:
-    config = parse(EXAMPLE)
-    for mapping in (config.publishers, config.subscribers, config.queues):
-        with pytest.raises(TypeError):
-            mapping["x"] = None  # type: ignore[index]
-    queue = next(iter(config.queues.values()))
-    for thing, name in ((config, "path"), (queue, "path"), (queue.high_water_mark, "strategy"),
-                        (config.publisher("pub"), "identifier"), (config.subscriber("sub"),
-                                                                  "identifier")):
-        with pytest.raises(AttributeError):
-            setattr(thing, name, None)
 
 
 def test_schema_describes_all_keys_and_accepts_what_is_right() -> None:
@@ -815,22 +781,10 @@ def test_large_file(tmp_path: pathlib.Path) -> None:
     assert problems(b" " * (64 * 1024**2 + 1)) == (expected, )
 
 
-def test_file_without_size() -> None:
-    assert "Expected JSON" in read_error(pathlib.Path("/proc/self/status"))
-
-
 @pytest.mark.parametrize("config_pth", ["a\0b", "\ud800"])
 def test_impossible_paths(config_pth: str) -> None:
     with pytest.raises(persipubsub.errors.ConfigError, match="Expected the path of a file"):
         persipubsub.config.read(config_pth)
-
-
-def test_working_directory_was_removed() -> None:
-    code = ("import os, tempfile, persipubsub.config, persipubsub.errors\n"
-            "directory = tempfile.mkdtemp(); os.chdir(directory); os.rmdir(directory)\n"
-            "try: persipubsub.config.read('config.json')\n"
-            "except persipubsub.errors.ConfigError as error: print(error)")
-    assert run(code).startswith("config.json: Expected a file that can be read")
 
 
 class BytesPath:
@@ -849,54 +803,7 @@ def test_config_pth_is_no_path(config_pth: Any) -> None:
         persipubsub.config.parse(b"{}", config_pth)
 
 
-@pytest.mark.parametrize("text", ["{}", None, bytearray(b"{}")])
-def test_text_is_no_bytes(text: Any) -> None:
-    with pytest.raises(TypeError, match="Expected text as bytes"):
-        persipubsub.config.parse(text=text, config_pth=CONFIG_PTH)
-
-
-def test_no_descriptor_is_left_open(tmp_path: pathlib.Path) -> None:
-    config_pth = tmp_path / "config.json"
-    config_pth.write_bytes(EXAMPLE)
-    before = support.count_descriptors()
-    for _ in range(10):
-        persipubsub.config.read(config_pth)
-        read_error(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) <= before
-
-
-def test_many_threads(tmp_path: pathlib.Path) -> None:
-    config_pth = tmp_path / "config.json"
-    config_pth.write_bytes(EXAMPLE)
-    results: list[persipubsub.config.Config] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(persipubsub.config.read(config_pth)))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 8 and all(result == results[0] for result in results)
-
-
 # --- speed, with generous bounds
-
-
-def test_small_file_is_read_fast(tmp_path: pathlib.Path) -> None:
-    config_pth = tmp_path / "config.json"
-    config_pth.write_bytes(EXAMPLE)
-    best = math.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        persipubsub.config.read(config_pth)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.05
-
-
-def test_difflib_is_not_imported_at_start() -> None:
-    assert run("import sys, persipubsub.config; print('difflib' in sys.modules)") == "False\n"
-
 
 # --- any content
 

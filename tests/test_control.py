@@ -1,7 +1,5 @@
 """Test deploying, pruning and clearing queues, also while they are used."""
 
-# pylint: disable=missing-function-docstring
-
 import json
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """Test what operators do with messages that were given up, in Python and on the command line."""
 
-# pylint: disable=missing-function-docstring
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """Test that all that goes wrong below comes out as an error of the tree, with a useful message."""
 
-# pylint: disable=missing-function-docstring
-
 import errno
 import os
 import pathlib

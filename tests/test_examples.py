@@ -1,8 +1,5 @@
 """Test the small examples as users run them: as programs."""
 
-# pylint: disable=missing-function-docstring
-
-import os
 import pathlib
 import signal
 import subprocess
@@ -30,15 +27,6 @@ def start(name: str, *arguments: object, cwd: pathlib.Path) -> "subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True)
-
-
-def test_hello(tmp_path: pathlib.Path) -> None:
-    assert len((_EXAMPLES / "hello.py").read_text(encoding="utf-8").splitlines()) <= 10
-    for _ in range(2):
-        process = start("hello.py", cwd=tmp_path)
-        assert process.communicate(timeout=support.HANG_SECS) == ("b'hello'\n", "")
-        assert process.returncode == 0
-    assert sorted(os.listdir(tmp_path)) == ["greetings"]
 
 
 @pytest.fixture(name="worker", params=["worker.py", "aio_worker.py"])

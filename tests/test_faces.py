@@ -1,12 +1,11 @@
 """Test what the blocking classes and those for tasks have in common, on both engines."""
 
-# pylint: disable=missing-function-docstring
-
 import asyncio
 import contextlib
 import copy
 import gc
 import json
+import math
 import pathlib
 import pickle
 import re
@@ -76,10 +75,12 @@ async def test_batches(face: faces.Face, config_pth: pathlib.Path) -> None:
         async with sub.receive_many(3, timeout=0) as msgs:
             assert msgs == []
         await pub.send_many([b"%d" % number for number in range(5)])
-        for expected in ([b"0", b"1", b"2"], [b"3", b"4"], []):
-            async with sub.receive_many(3, timeout=0) as msgs:
+        # A batch is not waited for until it is full.
+        for expected, timeout in (([b"0", b"1", b"2"], support.HANG_SECS),
+                                  ([b"3", b"4"], support.HANG_SECS), ([], 0)):
+            async with sub.receive_many(3, timeout=timeout) as msgs:
                 assert msgs == expected
-        for wrong in (0, -1, True, 1.5):
+        for wrong in (0, -1, True, 1.5, None, "1"):
             with pytest.raises(ValueError, match="max_msgs"):
                 sub.receive_many(wrong)
     assert figures(config_pth).lag == 0
@@ -96,14 +97,16 @@ async def test_pop_to_top(face: faces.Face, config_pth: pathlib.Path) -> None:
 @scenario
 async def test_wrong_arguments(face: faces.Face, config_pth: pathlib.Path) -> None:
     async with opened(face, config_pth) as (pub, sub):
-        for wrong in ("text", None, 1):
+        for wrong in ("text", None, 1, 5.0, True, [b"bytes"], (b"bytes", ), {}, object(), bytes):
             with pytest.raises(TypeError):
                 await pub.send(wrong)
+            for place in range(3):
+                with pytest.raises(TypeError):
+                    await pub.send_many([b"good"] * place + [wrong] + [b"good"] * (2 - place))
+        for wrong in (b"bytes", bytearray(b"b"), memoryview(b"b"), "text", 5, None):
             with pytest.raises(TypeError):
-                await pub.send_many([b"good", wrong])
-        with pytest.raises(TypeError):
-            await pub.send_many(b"bytes")
-        for timeout in (-1, "1", float("nan")):
+                await pub.send_many(wrong)
+        for timeout in (-1, -0.001, "1", b"1", [], 1j, math.nan, -math.inf):
             with pytest.raises(ValueError, match="timeout"):
                 sub.receive(timeout=timeout)
             with pytest.raises(ValueError, match="timeout"):
@@ -112,7 +115,7 @@ async def test_wrong_arguments(face: faces.Face, config_pth: pathlib.Path) -> No
                 await pub.send(b"", timeout=timeout, msg_id="1")
             with pytest.raises(ValueError, match="timeout"):
                 await pub.send_many([b""], timeout=timeout)
-        for retries in (0, True):
+        for retries in (0, -1, 1.5, "1", None, True, math.inf):
             with pytest.raises(ValueError, match="retries"):
                 sub.receive(retries=retries)
         assert await receive(sub) is None
@@ -511,16 +514,17 @@ async def test_pickling(face: faces.Face, lmdb_pth: pathlib.Path, protocol: int)
 @scenario
 async def test_receipt_tells_that_it_is_no_message(face: faces.Face,
                                                    lmdb_pth: pathlib.Path) -> None:
-    async with opened(face, lmdb_pth) as (_, sub):
-        with pytest.warns(ResourceWarning, match="never entered"):
-            for name, arguments in (("receive", ()), ("receive_to_top", ()), ("receive_many",
-                                                                              (1, ))):
+    async with opened(face, lmdb_pth) as (pub, sub):
+        await pub.send(b"message")
+        for name, arguments in (("receive", ()), ("receive_to_top", ()), ("receive_many", (1, ))):
+            with pytest.warns(ResourceWarning, match="never entered, and received nothing"):
                 with pytest.raises(TypeError, match=r"with sub\.receive") as caught:
                     bool(getattr(sub, name)(*arguments))
                 assert ("async with" in str(caught.value)) == (face is not faces.BLOCKING)
                 assert "\n" not in str(caught.value)
                 del caught
                 gc.collect()
+        assert await drain(sub) == [b"message"]
 
 
 @scenario

@@ -1,7 +1,5 @@
 """Test that one process shares what it has open, and that forks and multiprocessing harm nobody."""
 
-# pylint: disable=missing-function-docstring
-
 import collections
 import contextlib
 import gc
@@ -20,7 +18,6 @@ import pytest
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
-import persipubsub.queue
 import persipubsub.subscriber
 from tests import stores, support
 
@@ -90,22 +87,6 @@ def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: pathlib
     pub.close()
     sub.close()
     check(config_pth)
-
-
-def test_nothing_stays_open(config_pth: pathlib.Path) -> None:
-    with contextlib.ExitStack() as stack:
-        for user in open_pair(config_pth):
-            stack.enter_context(user)
-    before = support.count_descriptors()
-    for _ in range(5):
-        pub, sub = open_pair(config_pth)
-        pub.send(b"message")
-        assert receive(sub) == b"message"
-        assert str(config_pth.parent / "queue") in " ".join(support.open_files())
-        pub.close()
-        sub.close()
-    assert len(os.listdir("/proc/self/fd")) <= before
-    assert str(config_pth.parent / "queue") not in " ".join(support.open_files())
 
 
 def test_queue_that_was_made_anew_is_another_one(tmp_path: pathlib.Path) -> None:
@@ -276,24 +257,6 @@ def test_child_that_closes_all_descriptors_and_opens_its_own_keeps_them(
     pub.close()
     sub.close()
     check(config_pth)
-
-
-def test_fork_in_the_middle_of_a_receive_leaves_the_message_to_the_parent(
-        config_pth: pathlib.Path) -> None:
-    pub, sub = open_pair(config_pth)
-    pub.send(b"message")
-    with sub.receive(timeout=0) as message:
-        assert message == b"message"
-        process = os.fork()
-        if process == 0:
-            # It leaves the block as well, which acknowledges nothing.
-            with contextlib.ExitStack():
-                os._exit(0 if sub.front() is None else 1)
-        wait(process)
-        assert sub.front() is None
-    assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 1
-    pub.close()
-    sub.close()
 
 
 def fork_while_threads_work(pipe: support.Connection, config_pth: pathlib.Path) -> None:

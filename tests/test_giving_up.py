@@ -1,6 +1,5 @@
 """Test what becomes of messages whose deliveries are exhausted."""
 
-# pylint: disable=missing-function-docstring
 # pylint: disable=contextmanager-generator-missing-cleanup
 
 import contextlib
@@ -9,7 +8,7 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -92,80 +91,6 @@ def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: pathlib.Path) -
         assert stores.attempts(queue) == {}
 
 
-def test_those_of_a_batch_that_were_delivered_too_often_are_moved(tmp_path: pathlib.Path) -> None:
-    with opened(tmp_path) as (queue, target):
-        queue.put([b"1", b"2", b"3"])
-        take(queue, most=2).nack(ERROR)
-        take(queue, most=3).nack(ERROR)
-        assert [letter.data for letter in letters_in(target)] == [b"1", b"2"]
-        lease = take(queue, most=3)
-        assert [message.attempts for message in lease.details()] == [2]
-        lease.ack()
-
-
-@pytest.mark.parametrize("most", [1, 2])
-def test_message_that_got_too_old_in_its_last_delivery_is_moved(tmp_path: pathlib.Path,
-                                                                most: int) -> None:
-    clock = stores.Clock()
-    with opened(tmp_path, max_deliveries=1, clock=clock, msg_timeout_secs=10) as (queue, target):
-        number = queue.put([b"1", b"2"][:most])
-        lease = take(queue, most=most)
-        clock.advance(11)
-        lease.nack(ERROR)
-        assert [
-            (found.number, found.attempts, found.data, found.error) for found in letters_in(target)
-        ] == [(number + index, 1, msg, "ValueError: no greeting")
-              for index, msg in enumerate(lease.messages)]
-        figures = stores.figures(queue)
-        assert (figures.dead_lettered, figures.failed, figures.dropped_by_timeout,
-                figures.lag) == (most, most, 0, 0)
-        assert stores.attempts(queue) == {}
-
-
-CHANGES: Mapping[str, Callable[[persipubsub.queue.Queue], object]] = {
-    "clear": lambda queue: queue.clear(),
-    "skip": lambda queue: queue.seek("sub", "end"),
-    "seek back": lambda queue: (queue.seek("sub", "end"), queue.seek("sub", "beginning")),
-    "fill": lambda queue: queue.put([b"3"]),
-    "remove": lambda queue: queue.remove_subscriber("sub"),
-    "add again": lambda queue: (queue.remove_subscriber("sub"), queue.add_subscriber("sub")),
-}
-
-
-@pytest.mark.parametrize("change", sorted(CHANGES))
-def test_message_that_left_meanwhile_is_not_moved(tmp_path: pathlib.Path, change: str) -> None:
-    """All of a batch are counted at once, and then moved one by one."""
-    with make_letters(tmp_path) as target:
-        queues: list[persipubsub.queue.Queue] = []
-
-        class Target:
-            """Something happens to the queue while the first message is moved."""
-
-            def put(self, *arguments: Any, **named: Any) -> int:
-                if not target.statistics().messages:
-                    CHANGES[change](queues[0])
-                return target.put(*arguments, **named)
-
-            def secure(self) -> None:
-                """Flush what was put."""
-                target.secure()
-
-            def close(self) -> None:
-                """Leave the queue open."""
-
-        policy = attempts.Policy(max_deliveries=1)
-        found: Any = persipubsub.queue.Retries(policy, "greetings",
-                                               Target)  # type: ignore[arg-type]
-        with stores.opened(tmp_path,
-                           max_msgs_num=2,
-                           strategy=stores.PRUNE_LAST,
-                           retries={"sub": found}) as queue:
-            queues.append(queue)
-            queue.put([b"1", b"2"])
-            take(queue, most=2).nack(ERROR)
-            assert [letter.data for letter in letters_in(target)] == [b"1"]
-
-
 def test_consumer_that_dies_in_the_last_delivery(tmp_path: pathlib.Path) -> None:
     with opened(tmp_path) as (queue, target):
         queue.put([b"1", b"2"])
@@ -190,22 +115,6 @@ def die_in_the_last_delivery(queue: persipubsub.queue.Queue, count: int) -> None
 
 
 @pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
-def test_exhausted_newest_messages_are_moved_and_the_newest_of_the_rest_is_taken(
-        tmp_path: pathlib.Path, sends: list[list[bytes]]) -> None:
-    with opened(tmp_path, max_deliveries=1) as (queue, target):
-        for messages in sends:
-            queue.put(messages)
-        die_in_the_last_delivery(queue, count=2)
-        lease = queue.consumer("sub").take_newest(timeout=0)
-        assert lease is not None and lease.messages == [b"2"]
-        assert [letter.data for letter in letters_in(target)] == [b"4", b"3"]
-        figures = stores.figures(queue)
-        assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 2, 1)
-        lease.ack()
-        assert queue.consumer("sub").take_newest(timeout=0) is None
-
-
-@pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
 def test_exhausted_newest_messages_that_can_not_be_moved_are_passed_over(
         tmp_path: pathlib.Path, sends: list[list[bytes]]) -> None:
     # The queue of dead letters is not initialized.
@@ -227,19 +136,6 @@ def test_exhausted_newest_messages_that_can_not_be_moved_are_passed_over(
         with make_letters(tmp_path) as target:
             # The pause after a refusal may end between the two.
             assert {letter.data for letter in letters_in(target)} == {b"3", b"4"}
-
-
-def test_newest_message_that_is_in_its_last_delivery_is_not_passed_over(
-        tmp_path: pathlib.Path) -> None:
-    with opened(tmp_path, max_deliveries=1) as (queue, target):
-        queue.put([b"1", b"2", b"3"])
-        die_in_the_last_delivery(queue, count=1)
-        held = queue.consumer("sub").take_at(queue.statistics().next_number - 2)
-        assert held is not None and held.messages == [b"2"]
-        assert queue.consumer("sub").take_newest(timeout=0) is None
-        assert [letter.data for letter in letters_in(target)] == [b"3"]
-        assert stores.figures(queue).skipped == 0
-        held.ack()
 
 
 def die_behind_the_move(pipe: support.Connection, directory: pathlib.Path) -> None:
@@ -280,14 +176,6 @@ def test_process_that_is_killed_before_the_message_leaves(tmp_path: pathlib.Path
         assert (found.data, found.attempts, found.error) == (b"1", 2, "ValueError: no greeting")
 
 
-def test_message_that_fails_again_after_it_was_sent_back(tmp_path: pathlib.Path) -> None:
-    with opened(tmp_path) as (queue, target):
-        for _ in range(2):
-            queue.put([b"1"], ("sub", ))
-            fail(queue)
-        assert len(letters_in(target)) == 2
-
-
 def test_without_a_queue_of_dead_letters_it_is_dropped_with_a_warning(
         tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     with stores.opened(tmp_path, retries=retries(None, 2)) as queue:
@@ -316,21 +204,6 @@ def test_queue_of_dead_letters_that_takes_none_holds_up_nobody(
                       what="the message is moved at last")
         with make_letters(tmp_path) as target:
             assert [letter.data for letter in letters_in(target)] == [b"1"]
-
-
-def test_after_a_refusal_the_queue_is_left_alone_for_a_while(tmp_path: pathlib.Path) -> None:
-    opens = []
-
-    def refuse() -> dead_letters.Target:
-        opens.append(1)
-        raise persipubsub.errors.NotInitializedError("no")
-
-    policy = attempts.Policy(max_deliveries=1)
-    found: Any = persipubsub.queue.Retries(policy, "greetings", refuse)  # type: ignore[arg-type]
-    with stores.opened(tmp_path, retries={"sub": found}) as queue:
-        queue.put([b"1", b"2", b"3"])
-        fail(queue, times=3)
-        assert len(opens) == 1
 
 
 def test_dead_letter_writer_is_used_by_a_forked_child(tmp_path: pathlib.Path) -> None:
@@ -389,22 +262,3 @@ def test_letter_of_another_version_is_refused() -> None:
                         version=2)
     with pytest.raises(persipubsub.errors.CorruptMessageError, match="version 1, but got: 2"):
         DeadLetter.decode(letter.encode())
-
-
-@pytest.mark.parametrize("how", ["give up", "newest", "at"])
-def test_position_passes_the_gap_in_front_of_what_leaves(tmp_path: pathlib.Path, how: str) -> None:
-    """Numbers without messages are left by a power failure."""
-    make_letters(tmp_path).close()
-    with stores.opened(tmp_path) as queue:
-        stores.take(queue)
-    stores.lose_power(queue.path)
-    with stores.opened(tmp_path, retries=retries(tmp_path, 1)) as queue:
-        number = queue.put([b"1"])
-        if how == "give up":
-            fail(queue, times=1)
-        else:
-            consumer = queue.consumer("sub")
-            lease = consumer.take_newest(timeout=0) if how == "newest" else consumer.take_at(number)
-            assert lease is not None
-            lease.ack()
-        assert (stores.ranges(queue), stores.figures(queue).position) == ([], number + 1)

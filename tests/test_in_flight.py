@@ -1,7 +1,5 @@
 """Test what is told of messages in flight: which, in which process, and since when."""
 
-# pylint: disable=missing-function-docstring
-
 import os
 import pathlib
 import signal

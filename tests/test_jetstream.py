@@ -541,40 +541,6 @@ def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
         pub.send(b"2")
 
 
-# What the boundary has beside
-
-
-def test_details(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        assert queue.put([b"first", b"second"]) == 1
-        consumer = queue.consumer("sub")
-        for attempts in (1, 2):
-            lease = consumer.take(timeout=HANG_SECS)
-            assert lease is not None
-            found = lease.details()[0]
-            assert (found.data, found.number, found.attempts) == (b"first", 1, attempts)
-            assert abs(found.sent_at.timestamp() - time.time()) < HANG_SECS
-            lease.nack(KeyError("why"))
-
-
-def test_newest(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        consumer = queue.consumer("sub")
-        assert consumer.take_newest(timeout=0.05) is None
-        queue.put(numbered(300))
-        lease = consumer.take_newest(timeout=HANG_SECS)
-        assert lease is not None and lease.messages == [b"299"]
-        lease.ack()
-        assert consumer.take(timeout=0.05) is None
-
-
-def test_same_id_is_stored_once(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        first = queue.put([b"a", b"b"], msg_ids=[b"one\r\n", b"two"])
-        assert queue.put([b"a"], msg_ids=[b"one\r\n"]) == first
-        assert queue.put([b"c"]) == first + 2
-
-
 # Threads, fork, exit
 
 

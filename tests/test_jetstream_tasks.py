@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import pathlib
 import random
@@ -14,13 +13,12 @@ import pytest
 import uvloop
 
 import persipubsub.config
-import persipubsub.errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.faults.test_storm import choose_seed
 from tests.jetstream_server import ask
-from tests.support import HANG_SECS, Child, Connection, until
-from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
+from tests.support import HANG_SECS, until
+from tests.test_behaviour import lags, numbered
 
 pytestmark = jetstream_server.needs_server
 
@@ -78,31 +76,6 @@ async def until_waiting(queue: engine.Queue, count: int) -> None:
 
 
 @in_loop
-async def test_what_tasks_do(config_pth: pathlib.Path) -> None:
-    async with opened(config_pth) as (queue, consumer):
-        assert await consumer.atake(0.0) is None
-        assert await queue.aput(numbered(7)) == 1
-        assert await queue.aput([b"7"], msg_ids=[b"id"]) == 8
-        assert await queue.aput([b"7"], msg_ids=[b"id"]) == 8
-        for attempts in (1, 2):
-            lease = await consumer.atake(HANG_SECS)
-            assert lease is not None and lease.messages == [b"0"]
-            assert lease.details()[0].attempts == attempts
-            await lease.anack(KeyError())
-        assert await receive(consumer, count=3) == numbered(3)
-        lease = await consumer.atake(HANG_SECS, is_newest=True)
-        assert lease is not None and lease.messages == [b"7"]
-        await lease.aack()
-        assert await receive(consumer, timeout=0.05) == []
-        with pytest.raises(persipubsub.errors.MessageTooLargeError):
-            await queue.aput([bytes(1 << 21)])
-    for call in (queue.aput([b"late"]), consumer.atake(0.0)):
-        with pytest.raises(persipubsub.errors.ClosedError):
-            await call
-    assert lags(config_pth) == {"sub": 0}
-
-
-@in_loop
 async def test_waiting_and_sending_need_no_threads(config_pth: pathlib.Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         before = threading.active_count()
@@ -154,19 +127,6 @@ def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: pathlib.Path,
             assert await receive(consumer, count=4) == [b"a", b"b"]
 
     asyncio.run(asyncio.wait_for(main(), HANG_SECS))
-
-
-@in_loop
-async def test_closing_while_tasks_and_threads_wait(config_pth: pathlib.Path) -> None:
-    async with opened(config_pth) as (queue, consumer):
-        tasks: list[asyncio.Future[Any]]
-        tasks = [asyncio.ensure_future(receive(consumer, timeout=None)) for _ in range(3)]
-        tasks.append(asyncio.ensure_future(asyncio.to_thread(consumer.take, None)))
-        await until_waiting(queue, 4)
-        await asyncio.to_thread(queue.close)
-        for task in tasks:
-            with pytest.raises(persipubsub.errors.ClosedError):
-                await task
 
 
 @in_loop
@@ -260,86 +220,5 @@ async def send_slowly(queue: engine.Queue, count: int, rng: random.Random) -> No
 
 
 @in_loop
-async def test_cancellation_loses_nothing(config_pth: pathlib.Path) -> None:
-    await storm(config_pth, 1, False)
-
-
-@in_loop
-async def test_cancelled_batches_lose_nothing(config_pth: pathlib.Path) -> None:
-    await storm(config_pth, 10, False)
-
-
-@in_loop
 async def test_cancelled_skipping_forgets_nothing(config_pth: pathlib.Path) -> None:
     await storm(config_pth, 1, True)
-
-
-def test_loop_that_ends_leaves_nothing_taken(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue, open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        consumer = queue.consumer("sub")
-
-        async def leave() -> None:
-            tasks = [asyncio.ensure_future(consumer.atake(HANG_SECS)) for _ in range(3)]
-            await until_waiting(queue, 3)
-            pub.send_many(numbered(3))
-            del tasks
-
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(leave())
-        # Nobody runs it any more, and nobody keeps its tasks.
-        loop.close()
-        received: list[bytes] = []
-
-        def collect() -> bool:
-            gc.collect()
-            received.extend(drain(sub, timeout=0.1))
-            return len(received) == 3
-
-        until(collect, "the messages")
-        assert sorted(received) == numbered(3)
-
-
-def test_two_loops_at_once(config_pth: pathlib.Path) -> None:
-    received: list[bytes] = []
-    with open_queue(config_pth) as queue:
-        consumer = queue.consumer("sub")
-
-        async def work(name: bytes) -> None:
-            await asyncio.gather(*(queue.aput([name + one]) for one in numbered(100)))
-            for _ in range(100):
-                received.extend(await receive(consumer))
-
-        threads = [
-            threading.Thread(target=asyncio.run, args=(work(name), )) for name in (b"a", b"b")
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(HANG_SECS)
-    assert sorted(received) == sorted(name + one for name in (b"a", b"b") for one in numbered(100))
-
-
-def _use(pipe: Connection, queue: engine.Queue, consumer: Any) -> None:
-
-    async def work() -> list[bytes]:
-        await queue.aput([b"child"])
-        return await receive(consumer, count=9)
-
-    pipe.send(asyncio.run(work()))
-
-
-def test_tasks_of_a_forked_child(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        consumer = queue.consumer("sub")
-
-        async def work() -> None:
-            await queue.aput([b"parent"])
-            lease = await consumer.atake(HANG_SECS)
-            assert lease is not None
-            with Child(_use, queue, consumer) as child:
-                assert await asyncio.to_thread(child.get) == [b"child"]
-                await asyncio.to_thread(child.end)
-            await lease.aack()
-
-        asyncio.run(asyncio.wait_for(work(), HANG_SECS))
-    assert lags(config_pth) == {"sub": 0}

@@ -1,7 +1,5 @@
 """Test what control does to whole queues: verify, back up, restore, compact, drop, subscribers."""
 
-# pylint: disable=missing-function-docstring
-
 import os
 import pathlib
 import signal
@@ -12,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
@@ -67,22 +64,6 @@ def test_unknown_queue(tmp_path: pathlib.Path, function: Callable[..., object]) 
     config_pth = make(tmp_path)
     with pytest.raises(persipubsub.errors.ConfigError, match="nothing_of_this_name"):
         function(config_pth, "nothing_of_this_name")
-
-
-def test_results_can_not_be_changed(tmp_path: pathlib.Path) -> None:
-    statistics = persipubsub.control.statistics(make(tmp_path))
-    with pytest.raises(TypeError):
-        statistics["queue"] = statistics["queue"]  # type: ignore[index]
-    with pytest.raises(AttributeError):
-        statistics["queue"].messages = 1  # type: ignore[misc]
-
-
-def test_prune_and_clear_tell_how_many(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, subscribers=["sub", "other"], publishers={"pub": ["sub", "other"]})
-    send(config_pth, b"1", b"2")
-    assert persipubsub.control.prune_dangling_messages(config_pth) == {"queue": 0}
-    assert persipubsub.control.clear_all_subs(config_pth, "queue") == {"queue": 4}
-    assert not receive(config_pth)
 
 
 # Verifying
@@ -601,21 +582,6 @@ def test_identifier_that_nobody_may_have(tmp_path: pathlib.Path, identifier: str
     with pytest.raises(persipubsub.errors.ConfigError):
         persipubsub.control.add_subscriber(config_pth, "queue", identifier)
     assert len(persipubsub.control.statistics(config_pth)["queue"].subscribers) == 1
-
-
-def test_ranges_leave_with_their_subscriber(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1", b"2", b"3")
-    with support.open_queue(config_pth) as queue:
-        first = queue.consumer("sub").take(timeout=0)
-        second = queue.consumer("sub").take(timeout=0)
-        assert first is not None and second is not None
-        second.ack()
-        assert persipubsub.control.remove_subscriber(config_pth, "queue", "sub") == 2
-        first.nack()
-    assert_sound(config_pth)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    assert not receive(config_pth)
 
 
 # Looking

@@ -1,7 +1,5 @@
 """Test the metrics, and that what contrib/ has for them and for machines fits."""
 
-# pylint: disable=missing-function-docstring
-
 import contextlib
 import json
 import pathlib

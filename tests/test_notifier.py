@@ -1,22 +1,16 @@
 """Test waiting and waking between real processes and threads."""
 
-# pylint: disable=missing-function-docstring
-
 import mmap
 import os
 import pathlib
-import resource
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-import persipubsub.errors
 from persipubsub.lmdb_engine.files import SharedPage
-from persipubsub.lmdb_engine.notifier import Futex, Notifier
-from tests import support
+from persipubsub.lmdb_engine.notifier import Notifier
 from tests.support import HANG_SECS, Child, Connection, until
 
 ROUNDS = int(os.environ.get("PERSIPUBSUB_WAKEUP_ROUNDS", "5000"))
@@ -66,84 +60,6 @@ class Board:
         # A fence: the number is seen before the flag is read, as what a commit wrote is.
         with self._lock:
             pass
-
-
-def wait_once(pipe: Connection, directory: pathlib.Path, seconds: float) -> None:
-    notifier = open_notifier(directory)
-    stamp = notifier.arm()
-    pipe.send("armed")
-    pipe.send((notifier.wait(stamp, seconds), notifier.end))
-
-
-def test_notification_wakes_another_process(tmp_path: pathlib.Path, notifier: Notifier) -> None:
-    with Child(wait_once, tmp_path, HANG_SECS) as child:
-        assert child.get() == "armed"
-        notifier.notify(end=7)
-        assert child.get() == (True, 7)
-        child.end()
-
-
-def test_time_out_without_a_notification(notifier: Notifier) -> None:
-    assert not notifier.wait(notifier.arm(), 0.01)
-    assert not notifier.wait(notifier.arm(), 0)
-
-
-def test_notification_between_arm_and_wait_is_kept(notifier: Notifier) -> None:
-    stamp = notifier.arm()
-    notifier.notify()
-    assert notifier.wait(stamp, HANG_SECS)
-
-
-def test_notification_is_not_kept_for_those_who_arm_later(notifier: Notifier) -> None:
-    notifier.arm()
-    notifier.notify()
-    assert not notifier.wait(notifier.arm(), 0.01)
-
-
-def test_nothing_is_called_while_nobody_waits(notifier: Notifier,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    woken: list[Futex] = []
-    wake_all = Futex.wake_all
-
-    def counted(self: Futex) -> None:
-        woken.append(self)
-        wake_all(self)
-
-    monkeypatch.setattr(Futex, "wake_all", counted)
-    for _ in range(100):
-        notifier.notify()
-    assert not woken
-    notifier.arm()
-    for _ in range(100):
-        notifier.notify()
-    assert len(woken) == 1
-
-
-def ping_pong(pipe: Connection, directory: pathlib.Path, board: Board, me: int) -> None:
-    mine, other = (open_notifier(directory / str(index)) for index in (me, 1 - me))
-    numbers = board
-    for number in range(1, ROUNDS + 1):
-        if me == 0:
-            numbers[0] = number
-            other.notify()
-        # pylint: disable-next=cell-var-from-loop
-        if not wait_until(mine, lambda: numbers[1 - me] >= number):
-            break
-        if me == 1:
-            numbers[1] = number
-            other.notify()
-    pipe.send(numbers[me])
-
-
-def test_no_wake_up_is_lost_between_two(tmp_path: pathlib.Path) -> None:
-    board = Board(2)
-    for index in range(2):  # processes of a queue create its files one after the other
-        open_notifier(tmp_path / str(index))
-    with Child(ping_pong, tmp_path, board, 0) as one, Child(ping_pong, tmp_path, board, 1) as two:
-        until(lambda: one.pipe.poll() and two.pipe.poll(), what="all rounds")
-        assert (one.get(), two.get()) == (ROUNDS, ROUNDS)
-        one.end()
-        two.end()
 
 
 def publish(pipe: Connection, directory: pathlib.Path, board: Board, me: int, rounds: int) -> None:
@@ -205,17 +121,6 @@ def test_no_wake_up_is_lost_between_many(tmp_path: pathlib.Path) -> None:
         child.end()
 
 
-def test_killed_waiter_harms_nobody(tmp_path: pathlib.Path, notifier: Notifier) -> None:
-    with (Child(wait_once, tmp_path, HANG_SECS) as killed, Child(wait_once, tmp_path, HANG_SECS) as
-          child):
-        assert (killed.get(), child.get()) == ("armed", "armed")
-        killed.kill(signal.SIGKILL)
-        killed.end(-signal.SIGKILL)
-        notifier.notify()
-        assert child.get()[0] is True
-        child.end()
-
-
 def test_a_thousand_threads_wait(notifier: Notifier) -> None:
     woken = []
     ready = threading.Semaphore(0)
@@ -238,93 +143,3 @@ def test_a_thousand_threads_wait(notifier: Notifier) -> None:
     for thread in threads:
         thread.join(HANG_SECS)
     assert woken == [True] * 1000
-
-
-def idle(pipe: Connection, directory: pathlib.Path) -> None:
-    notifier = open_notifier(directory)
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    for _ in range(2):
-        notifier.wait(notifier.arm(), 1.0)
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    pipe.send(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-
-
-def test_idle_waiting_costs_nothing(tmp_path: pathlib.Path) -> None:
-    with Child(idle, tmp_path) as child:
-        assert child.get() < 0.05
-        child.end()
-
-
-# Closing
-
-
-def test_close_wakes_all_who_wait(notifier: Notifier) -> None:
-    outcomes: list[str] = []
-    ready = threading.Semaphore(0)
-
-    def wait() -> None:
-        stamp = notifier.arm()
-        ready.release()
-        outcomes.append(support.outcome(lambda: notifier.wait(stamp, HANG_SECS)))
-
-    threads = [threading.Thread(target=wait) for _ in range(10)]
-    for thread in threads:
-        thread.start()
-    for _ in threads:
-        assert ready.acquire(timeout=HANG_SECS)
-    notifier.close()
-    for thread in threads:
-        thread.join(HANG_SECS)
-    assert outcomes == ["ClosedError"] * 10
-    with pytest.raises(persipubsub.errors.ClosedError):
-        notifier.wait(notifier.arm(), HANG_SECS)
-
-
-# Functions that are called
-
-
-def test_listener_is_called_once_for_each_time_it_is_armed(notifier: Notifier) -> None:
-    calls: list[float] = []
-    listener = notifier.listen(lambda: calls.append(time.monotonic()))
-    for number in range(1, 4):
-        listener.arm()
-        notifier.notify()
-        until(lambda: len(calls) == number, what="the call")  # pylint: disable=cell-var-from-loop
-        notifier.notify()
-    listener.close()
-    assert len(calls) == 3
-
-
-def test_listeners_share_a_thread_that_ends_with_them(notifier: Notifier) -> None:
-    called = [threading.Event() for _ in range(10)]
-    listeners = [notifier.listen(event.set) for event in called]
-    names = [thread.name for thread in threading.enumerate()]
-    assert names.count("persipubsub-notifier") == 1
-    for listener in listeners:
-        listener.arm()
-    notifier.notify()
-    assert all(event.wait(HANG_SECS) for event in called)
-    for listener in listeners:
-        listener.close()
-        listener.close()
-    until(lambda: "persipubsub-notifier" not in [one.name for one in threading.enumerate()],
-          what="the end of the thread")
-
-
-def test_listener_whose_loop_is_closed_disturbs_nobody(notifier: Notifier) -> None:
-
-    def fail() -> None:
-        raise RuntimeError("Event loop is closed")
-
-    called = threading.Event()
-    for callback in (fail, called.set):
-        notifier.listen(callback).arm()
-    notifier.notify()
-    assert called.wait(HANG_SECS)
-
-
-def test_close_calls_all_listeners(notifier: Notifier) -> None:
-    called = threading.Event()
-    notifier.listen(called.set)
-    notifier.close()
-    assert called.wait(HANG_SECS)

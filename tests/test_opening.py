@@ -1,7 +1,5 @@
 """Test opening what is, was or never was a queue: nothing crashes, hangs, or is changed."""
 
-# pylint: disable=missing-function-docstring
-
 import logging
 import os
 import pathlib

@@ -1,8 +1,5 @@
 """Test publishing: what is taken, what is refused, and three processes that do the main job."""
 
-# pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
-
 import array
 import itertools
 import os
@@ -16,7 +13,6 @@ import pytest
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
-import persipubsub.queue
 import persipubsub.subscriber
 from tests import support
 
@@ -73,8 +69,7 @@ def fixture_pub(config_pth: pathlib.Path) -> Iterator[persipubsub.publisher.Pub]
         yield pub
 
 
-@pytest.mark.parametrize("durability, options", [("fsync", ()), ("os", ()), ("fsync", ("-OO", ))],
-                         ids=["fsync", "os", "-OO"])
+@pytest.mark.parametrize("durability, options", [("fsync", ()), ("os", ("-OO", ))])
 def test_three_processes(tmp_path: pathlib.Path, options: list[str], durability: str) -> None:
     config_pth = support.write_config(tmp_path,
                                       publishers={"pub": ["one", "two"]},
@@ -95,9 +90,7 @@ def test_three_processes(tmp_path: pathlib.Path, options: list[str], durability:
     assert not (tmp_path / "queue" / "running").exists()
 
 
-@pytest.mark.parametrize("options", [(), ("-O", )], ids=["", "-O"])
-def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path,
-                                                 options: list[str]) -> None:
+def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     done = support.run_python("""if True:
         import sys
@@ -130,9 +123,8 @@ def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path,
         print(assert_is_off, sub.front())
         """,
                               config_pth,
-                              options=options)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == [str(bool(options)), "None"]
+                              options=["-O"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True None\n", "")
 
 
 @pytest.mark.parametrize("message", [
@@ -153,43 +145,6 @@ def test_bytes_like_messages(config_pth: pathlib.Path, pub: persipubsub.publishe
 
 class Bytes(bytes):
     """Be bytes, and more."""
-
-
-def test_subclass_of_bytes_comes_back_as_bytes(config_pth: pathlib.Path,
-                                               pub: persipubsub.publisher.Pub) -> None:
-    pub.send(msg=Bytes(b"message"))
-    pub.send_many(msgs=(Bytes(b"message"), ))
-    assert [type(message) for message in receive_all(config_pth)] == [bytes, bytes]
-
-
-WRONG = ["text", 5, 5.0, None, True, [b"bytes"], (b"bytes", ), {}, object(), Bytes]
-
-
-@pytest.mark.parametrize("message", WRONG, ids=lambda message: type(message).__name__)
-@pytest.mark.parametrize("autosync", [False, True])
-def test_anything_else_is_a_type_error(config_pth: pathlib.Path, message: Any,
-                                       autosync: bool) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth, autosync=autosync)
-        with pytest.raises(TypeError):
-            pub.send(msg=message)
-        for place in range(3):
-            messages: list[Any] = [b"good"] * 3
-            messages[place] = message
-            with pytest.raises(TypeError):
-                pub.send_many(msgs=messages)
-    assert not receive_all(config_pth)
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [b"bytes", bytearray(b"b"), memoryview(b"b"), "text", 5, None],
-    ids=lambda messages: type(messages).__name__)
-def test_what_is_no_list_of_messages(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
-                                     messages: Any) -> None:
-    with pytest.raises(TypeError):
-        pub.send_many(msgs=messages)
-    assert not receive_all(config_pth)
 
 
 def test_any_iterable_of_messages(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub) -> None:
@@ -235,80 +190,7 @@ def test_commits_of_a_batch(config_pth: pathlib.Path, autosync: bool, commits: i
     assert receive_all(config_pth) == [b"0", b"1", b"2", b"3", b"4"]
 
 
-@pytest.mark.parametrize("autosync", [False, True])
-def test_too_large_leaves_the_queue_as_it_was(tmp_path: pathlib.Path, autosync: bool) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      HWM_LMDB_SIZE_BYTES=1000,
-                                      MAX_MSGS_NUM=10,
-                                      max_db_size_bytes=1 << 20)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth, autosync=autosync)
-        pub.send_many(msgs=[bytes(300), bytes(300)])
-        for messages in ([bytes(1001)], [b"good", bytes(1001)], [b"good", bytes(1 << 20)]):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError, match="but got: "):
-                pub.send_many(msgs=messages)
-            with pytest.raises(persipubsub.errors.MessageTooLargeError, match="but got: "):
-                pub.send(msg=messages[-1])
-        if not autosync:
-            for messages in ([bytes(600)] * 2, [b""] * 11):
-                with pytest.raises(persipubsub.errors.MessageTooLargeError, match="but got: "):
-                    pub.send_many(msgs=messages)
-    assert receive_all(config_pth) == [bytes(300)] * 2
-
-
-def test_message_as_large_as_it_may_be(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, HWM_LMDB_SIZE_BYTES=100000)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send(msg=bytes(100000))
-    assert receive_all(config_pth) == [bytes(100000)]
-
-
-def test_subset_of_the_subscribers(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      publishers={
-                                          "all": ["one", "two"],
-                                          "first": ["one"],
-                                          "second": ["two"]
-                                      },
-                                      subscribers=["one", "two"])
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    for name in ("all", "first", "second", "all"):
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id=name, config_pth=config_pth)
-            pub.send(msg=name.encode())
-    assert receive_all(config_pth, "one") == [b"all", b"first", b"all"]
-    assert receive_all(config_pth, "two") == [b"all", b"second", b"all"]
-
-
 # Life of a publisher
-
-
-def test_use_before_init_and_after_close(config_pth: pathlib.Path) -> None:
-    pub = persipubsub.publisher.Pub()
-    for _ in range(2):
-        with pytest.raises(persipubsub.errors.ClosedError, match="but got: init"):
-            pub.send(b"message")
-        for messages in ([], [b"message"]):
-            with pytest.raises(persipubsub.errors.ClosedError, match="but got: init"):
-                pub.send_many(messages)
-        pub.close()
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send(b"message")
-        pub.close()
-        pub.close()
-    assert receive_all(config_pth) == [b"message"] * 2
-
-
-def test_context_manager_closes(config_pth: pathlib.Path) -> None:
-    with pytest.raises(KeyError):
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            raise KeyError
-    with pytest.raises(persipubsub.errors.ClosedError):
-        pub.send(b"message")
 
 
 def test_init_again(tmp_path: pathlib.Path, config_pth: pathlib.Path,
@@ -328,20 +210,6 @@ def test_init_again(tmp_path: pathlib.Path, config_pth: pathlib.Path,
     assert receive_all(other) == [b"elsewhere"]
 
 
-@pytest.mark.parametrize("name", ["nobody", "sub", "queue", "queues", ""])
-def test_unknown_publisher(config_pth: pathlib.Path, name: str) -> None:
-    with pytest.raises(persipubsub.errors.ConfigError, match="config.json"):
-        persipubsub.publisher.Pub().init(pub_id=name, config_pth=config_pth)
-
-
-def test_init_while_another_thread_does_so(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    support.init_in_between(monkeypatch, lambda: pub.init(pub_id="pub", config_pth=config_pth))
-    pub.send(b"message")
-    pub.close()
-    persipubsub.control.compact(config_pth)  # nobody has it open
-
-
 def test_not_initialized(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     for _ in range(2):
@@ -352,17 +220,6 @@ def test_not_initialized(tmp_path: pathlib.Path) -> None:
     with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
         persipubsub.publisher.Pub().init(pub_id="pub", config_pth=config_pth)
     assert not os.listdir(tmp_path / "queue")
-
-
-def test_subscriber_that_was_not_initialized(tmp_path: pathlib.Path,
-                                             config_pth: pathlib.Path) -> None:
-    del config_pth
-    more = support.write_config(tmp_path,
-                                publishers={"pub": ["new"]},
-                                subscribers=["sub", "new"],
-                                name="more.json")
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="new"):
-        persipubsub.publisher.Pub().init(pub_id="pub", config_pth=more)
 
 
 def test_paths_of_any_kind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,16 +242,6 @@ def test_paths_of_any_kind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
             with sub.receive(timeout=0) as message:
                 assert message == b"%d" % path
     monkeypatch.chdir(tmp_path)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send(b"message")
-    assert receive_all(config_pth) == [b"message"]
-
-
-def test_unusable_bell_fails_no_send(tmp_path: pathlib.Path, config_pth: pathlib.Path) -> None:
-    bell = tmp_path / "queue" / "bell"
-    bell.unlink(missing_ok=True)
-    bell.mkdir()
     with persipubsub.publisher.Pub() as pub:
         pub.init(pub_id="pub", config_pth=config_pth)
         pub.send(b"message")

@@ -1,7 +1,5 @@
 """Test the strategies that drop nothing: refuse a message, or wait for room."""
 
-# pylint: disable=missing-function-docstring
-
 import pathlib
 import signal
 import threading
@@ -11,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
@@ -51,29 +48,6 @@ class Blocked:
         return self.outcome
 
 
-@pytest.mark.parametrize("strategy", [REJECT, BLOCK])
-@pytest.mark.parametrize("changes, messages", [({
-    "max_msgs_num": 3
-}, [b"3"]), ({
-    "max_msgs_num": 4
-}, [b"3", b"4"]), ({
-    "size_bytes": 4
-}, [b"34"])])
-def test_full_queue_refuses_and_keeps_all(tmp_path: pathlib.Path,
-                                          strategy: persipubsub.config.Strategy, changes: Any,
-                                          messages: list[bytes]) -> None:
-    with stores.opened(tmp_path, strategy=strategy, **changes) as queue:
-        queue.put([b"0", b"1", b"2"])
-        for _ in range(3):
-            with pytest.raises(persipubsub.errors.QueueFullError):
-                queue.put(messages, timeout=0)
-        assert stores.take(queue) == b"0"
-        # Numbers are not used up by what was refused.
-        assert queue.put(messages, timeout=0) == 4
-        assert stores.take_all(queue) == [b"1", b"2"] + messages
-        assert stores.figures(queue).dropped_by_mark == 0
-
-
 def test_error_names_the_slowest_subscriber(tmp_path: pathlib.Path) -> None:
     with stores.opened(tmp_path,
                        subscribers=["fast", "slow", "unaddressed"],
@@ -91,49 +65,6 @@ def test_error_names_the_slowest_subscriber(tmp_path: pathlib.Path) -> None:
             "messages (MAX_MSGS_NUM) and 3 of 1000 bytes (HWM_LMDB_SIZE_BYTES) wait in a store of "
             "at most 1048576 bytes (max_db_size_bytes). The slowest subscriber is 'slow' with 3 of "
             "them.".format(queue.path))
-
-
-@pytest.mark.parametrize("strategy", [REJECT, BLOCK])
-def test_message_that_never_fits_is_too_large(tmp_path: pathlib.Path,
-                                              strategy: persipubsub.config.Strategy) -> None:
-    with stores.opened(tmp_path, strategy=strategy, max_msgs_num=2, size_bytes=9) as queue:
-        for messages in ([bytes(10)], [b"", b"", b""]):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError):
-                queue.put(messages)
-
-
-@pytest.mark.parametrize("strategy", [REJECT, BLOCK])
-def test_what_is_too_old_makes_room(tmp_path: pathlib.Path,
-                                    strategy: persipubsub.config.Strategy) -> None:
-    clock = stores.Clock()
-    with stores.opened(tmp_path,
-                       clock=clock,
-                       strategy=strategy,
-                       max_msgs_num=2,
-                       msg_timeout_secs=10) as queue:
-        queue.put([b"0"])
-        clock.advance(6)
-        queue.put([b"1"])
-        clock.advance(6)
-        # What is dropped stays dropped although there is not room for both.
-        with pytest.raises(persipubsub.errors.QueueFullError):
-            queue.put([b"2", b"3"], timeout=0)
-        assert stores.figures(queue).dropped_by_timeout == 1
-        queue.put([b"2"], timeout=0)
-        assert stores.take_all(queue) == [b"1", b"2"]
-
-
-def test_known_id_needs_no_room(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, strategy=REJECT, max_msgs_num=2) as queue:
-        first = queue.put([b"0", b"1"], msg_ids=[b"a", b"b"])
-        for _ in range(2):
-            with pytest.raises(persipubsub.errors.QueueFullError):
-                queue.put([b"1", b"2"], msg_ids=[b"b", b"c"])
-            assert queue.put([b"1", b"0"], msg_ids=[b"b", b"a"]) == first + 1
-        stores.take_all(queue)
-        # Nothing was remembered of what was refused.
-        assert queue.put([b"1", b"2"], msg_ids=[b"b", b"c"]) == first + 1
-        assert stores.take_all(queue) == [b"2"]
 
 
 def take(queue: persipubsub.queue.Queue) -> None:

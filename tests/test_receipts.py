@@ -1,7 +1,5 @@
 """Test what a subscriber's loops and blocks do with what was received, on both engines."""
 
-# pylint: disable=missing-function-docstring
-
 import collections
 import datetime
 import gc
@@ -10,7 +8,7 @@ import pathlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,19 +40,6 @@ def drain(sub: persipubsub.subscriber.Sub) -> list[bytes]:
 
 
 # Iteration
-
-
-def test_message_is_acknowledged_when_the_next_one_is_asked_for(
-        config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
-        sub: persipubsub.subscriber.Sub) -> None:
-    pub.send_many([b"1", b"2", b"3"])
-    lags: list[int] = []
-    msgs: list[bytes] = []
-    for msg in sub.messages(timeout=0.1):
-        msgs.append(msg)
-        lags.append(figures(config_pth).lag)
-    assert (msgs, lags) == ([b"1", b"2", b"3"], [3, 2, 1])
-    assert figures(config_pth).lag == 0
 
 
 def test_nothing_is_taken_before_the_first_one_is_asked_for(
@@ -168,20 +153,6 @@ def test_loop_of_a_closed_subscriber(pub: persipubsub.publisher.Pub,
 
 
 # Several at once
-
-
-def test_several_are_acknowledged_together(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
-                                           sub: persipubsub.subscriber.Sub) -> None:
-    pub.send_many([b"%d" % index for index in range(7)])
-    lags: list[int] = []
-    in_flight: list[int | None] = []
-    for _ in sub.messages(timeout=0.1, prefetch=3):
-        found = figures(config_pth)
-        lags.append(found.lag)
-        in_flight.append(found.in_flight)
-    assert lags == [7, 7, 7, 4, 4, 4, 1]
-    assert in_flight == [3, 3, 3, 3, 3, 3, 1]
-    assert figures(config_pth).lag == 0
 
 
 def test_what_was_handled_is_acknowledged_before_the_loop_waits(
@@ -301,27 +272,6 @@ def test_child_that_was_forked_in_a_loop_has_no_say_in_it(config_pth: pathlib.Pa
 # Receipts that are not used as they should be
 
 
-def test_receipt_without_a_block(pub: persipubsub.publisher.Pub,
-                                 sub: persipubsub.subscriber.Sub) -> None:
-    pub.send(b"message")
-    calls: list[tuple[Callable[[], object], str]] = [
-        (sub.receive, "with sub.receive() as msg"),
-        (sub.receive_to_top, "with sub.receive() as msg"),
-        (lambda: sub.receive_many(2), "with sub.receive_many(100) as msgs"),
-    ]
-    for call, form in calls:
-        with pytest.warns(ResourceWarning, match="never entered"):
-            with pytest.raises(TypeError) as caught:
-                assert not call()
-            assert form in str(caught.value) and "\n" not in str(caught.value)
-            del caught
-            gc.collect()
-        with pytest.warns(ResourceWarning, match="never entered, and received nothing"):
-            call()
-            gc.collect()
-    assert drain(sub) == [b"message"]
-
-
 def test_receipt_that_is_used_warns_of_nothing(pub: persipubsub.publisher.Pub,
                                                sub: persipubsub.subscriber.Sub) -> None:
     pub.send(b"message")
@@ -379,23 +329,6 @@ def test_details_are_those_of_the_message(pub: persipubsub.publisher.Pub,
 # Only the latest
 
 
-def test_newest_message_is_received_and_older_ones_are_skipped(
-        config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
-        sub: persipubsub.subscriber.Sub) -> None:
-    pub.send_many([b"1", b"2"])
-    pub.send(b"3")
-    with persipubsub.publisher.Pub("pub_other", config_pth) as for_another:
-        for_another.send(b"for another")
-    with sub.receive_to_top(timeout=0.1, details=True) as message:
-        assert message is not None and message.data == b"3"
-        assert sub.statistics().lag == 1
-    assert sub.statistics().lag == 0
-    with persipubsub.subscriber.Sub("other", config_pth) as other:
-        assert other.statistics().lag == 4
-    with sub.receive_to_top(timeout=0) as msg:
-        assert msg is None
-
-
 def test_newest_message_that_fails_comes_again_unless_there_is_a_newer_one(
         pub: persipubsub.publisher.Pub, sub: persipubsub.subscriber.Sub) -> None:
     pub.send_many([b"1", b"2"])
@@ -423,15 +356,6 @@ def test_nothing_is_skipped_while_another_has_the_newest_message(lmdb_pth: pathl
         # What was skipped while it was being worked on stays skipped.
         found = sub.statistics()
         assert (found.acknowledged, found.skipped, found.lag) == (1, 2, 0)
-
-
-def test_newest_message_is_waited_for(pub: persipubsub.publisher.Pub,
-                                      sub: persipubsub.subscriber.Sub) -> None:
-    timer = threading.Timer(0.1, pub.send_many, [[b"1", b"2"]])
-    timer.start()
-    with sub.receive_to_top(timeout=support.HANG_SECS) as msg:
-        assert msg in (b"1", b"2")  # servers store one after the other
-    timer.join()
 
 
 def test_competitors_for_the_newest_message_never_have_an_older_one_later(

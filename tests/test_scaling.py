@@ -4,8 +4,6 @@ Test that costs do not grow: flushes with senders, takes with what is held, file
 Where it can be, things are counted: counts do not wobble as times do.
 """
 
-# pylint: disable=missing-function-docstring
-
 import os
 import pathlib
 import re

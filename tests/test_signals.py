@@ -6,8 +6,6 @@ reaches the caller; the call took effect or not; nothing is stored twice, nothin
 acknowledged is lost, and no other thread notices.
 """
 
-# pylint: disable=missing-function-docstring
-
 import collections
 import gc
 import pathlib

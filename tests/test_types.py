@@ -1,7 +1,5 @@
 """Test that users of a type checker see exact types, and their mistakes."""
 
-# pylint: disable=missing-function-docstring
-
 import pathlib
 import subprocess
 import sys

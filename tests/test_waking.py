@@ -1,7 +1,5 @@
 """Test that consumers are woken: at once, from all processes, and without polling."""
 
-# pylint: disable=missing-function-docstring
-
 import functools
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """Test that writers wait for each other with a limit, and that nobody is kept out for ever."""
 
-# pylint: disable=missing-function-docstring
-
 import contextlib
 import os
 import pathlib

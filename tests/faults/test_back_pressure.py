@@ -4,8 +4,6 @@ Kill publishers that wait for room and the subscribers that make it, and check t
 ``PERSIPUBSUB_STORM_SECS`` is how long each storm lasts, ``PERSIPUBSUB_SEED`` repeats its choices.
 """
 
-# pylint: disable=missing-function-docstring
-
 import os
 import pathlib
 import random

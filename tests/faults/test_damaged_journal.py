@@ -1,7 +1,5 @@
 """Remove, damage and replace what is in a journal: nothing is lost, or an error says what to do."""
 
-# pylint: disable=missing-function-docstring
-
 import logging
 import os
 import pathlib

@@ -6,8 +6,6 @@ scheduling of the machine); with ``PERSIPUBSUB_EVERY_CALL=1`` a process is kille
 call of a move, and not at a sample of them.
 """
 
-# pylint: disable=missing-function-docstring
-
 import collections
 import json
 import os

@@ -1,8 +1,5 @@
 """Test full disks, full maps and disks that fail: clear errors, nothing lost, no restart."""
 
-# pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
-
 import errno
 import functools
 import json

@@ -1,7 +1,5 @@
 """Test full stores: what makes room works, whatever else is full, and in another boot."""
 
-# pylint: disable=missing-function-docstring
-
 import pathlib
 import signal
 

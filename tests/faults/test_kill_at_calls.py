@@ -5,7 +5,6 @@ A sample of the calls is taken, chosen by ``PERSIPUBSUB_SEED``; with ``PERSIPUBS
 process is killed at each of them.
 """
 
-# pylint: disable=missing-function-docstring
 import collections
 import os
 import pathlib

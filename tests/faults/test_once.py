@@ -4,8 +4,6 @@ Kill publishers at random that repeat what they do not know to be sent: each mes
 ``PERSIPUBSUB_STORM_SECS`` is how long each storm lasts, ``PERSIPUBSUB_SEED`` repeats its choices.
 """
 
-# pylint: disable=missing-function-docstring
-
 import os
 import pathlib
 import random

@@ -4,7 +4,6 @@ Test power failures: record real sends and receives, cut at any place, open what
 ``PERSIPUBSUB_REPLAYS`` says how many images each test opens, ``PERSIPUBSUB_SEED`` repeats a run.
 """
 
-# pylint: disable=missing-function-docstring
 import contextlib
 import json
 import os

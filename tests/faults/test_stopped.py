@@ -296,7 +296,7 @@ def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
         tx.txn.stat(tx.db.data)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    queue._environment.read(work)  # pylint: disable=protected-access
+    queue._environment.read(work)
 
 
 # At the end of a small map the search is made anyhow; in a large one only now and then.
