@@ -66,12 +66,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(page: pathlib.Path) -> list[Block]:
-    """
-    Read the blocks of a page.
-
-    :param page: in reStructuredText
-    :return: blocks from top to bottom
-    """
+    """Read the blocks of a page."""
     lines = page.read_text(encoding="utf-8").splitlines()
     found: list[Block] = []
     index = 0
@@ -154,10 +149,6 @@ def matches(expected: str, found: str) -> bool:
     """
     Compare what was printed with what a page shows.
 
-    :param expected: with ellipses
-    :param found: that was printed
-    :return: True if it is as shown
-
     >>> matches("a\\n...\\nb", "a\\nany\\nthing\\nb")
     True
     >>> matches("took ... s", "took 0.3 ms")
@@ -237,13 +228,7 @@ class Interpreter:
         self._printed.close()
 
     def run(self, directory: pathlib.Path, code: str) -> tuple[str, bool]:
-        """
-        Run code.
-
-        :param directory: where to
-        :param code: to be run
-        :return: what it printed, whether it ended well
-        """
+        """Run code."""
         assert self._process.stdin is not None
         begin = self._printed.seek(0, os.SEEK_END)
         alarm = threading.Timer(2 * support.HANG_SECS, self._process.kill)
@@ -261,11 +246,7 @@ class Shell:
     """Type commands into one shell, as a reader does. Whatever it has started ends with it."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        """
-        Start the shell.
-
-        :param directory: where to
-        """
+        """Start the shell."""
         self._process = subprocess.Popen(["bash", "--noprofile", "--norc"],
                                          cwd=directory,
                                          env=_environment(),
@@ -286,12 +267,7 @@ class Shell:
         self._process.communicate()
 
     def type(self, command: str) -> tuple[str, int]:
-        """
-        Type a command and wait for its end.
-
-        :param command: to be run; one that ends with ``&`` is not waited for
-        :return: what it printed, its exit code
-        """
+        """Type a command and wait for its end."""
         assert self._process.stdin is not None and self._process.stdout is not None
         alarm = threading.Timer(2 * support.HANG_SECS, os.killpg, (self._process.pid, 9))
         alarm.start()
@@ -314,9 +290,6 @@ class Shell:
 def commands_of(block: Block) -> Iterator[tuple[str, str | None]]:
     """
     Split a block that is typed into a shell; lines that begin with ``>`` go on with a command.
-
-    :param block: whose first line begins with ``$``
-    :return: commands, each with what it prints; None if that is not shown
     """
     for part in re.split(r"^\$ ", block.code, flags=re.MULTILINE)[1:]:
         lines = part.splitlines()
@@ -346,21 +319,11 @@ class Reader:
     """Follow a page."""
 
     def __init__(self, shell: Shell) -> None:
-        """
-        Initialize with nothing done yet.
-
-        :param shell: into which everything is typed
-        """
+        """Initialize with nothing done yet."""
         self._shell = shell
 
     def follow(self, blocks: Sequence[Block], skipped: Sequence[str] = ()) -> int:
-        """
-        Do what the blocks say.
-
-        :param blocks: of a page
-        :param skipped: beginnings of commands and of blocks that are not run
-        :return: how many files were written, scripts run and commands typed
-        """
+        """Do what the blocks say."""
         interpreter = Interpreter()
         try:
             return self._follow(interpreter, blocks, skipped)

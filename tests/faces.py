@@ -119,12 +119,7 @@ UVLOOP = Face("uvloop", persipubsub.aio.Pub, persipubsub.aio.Sub, uvloop.run)
 
 
 def scenario(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """
-    Make a test of a coroutine function: it runs on the face it gets, and does not hang.
-
-    :param function: of the face and other fixtures
-    :return: test
-    """
+    """Make a test of a coroutine function: it runs on the face it gets, and does not hang."""
 
     @functools.wraps(function)
     def run(face: Face, **fixtures: Any) -> None:

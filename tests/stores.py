@@ -50,11 +50,7 @@ class Clock:
 
 
 def settings(**changes: Any) -> persipubsub.config.Queue:
-    """
-    Make settings of a queue, with the strategy ``prune_first`` and the durability ``os``.
-
-    :param changes: fields of the queue or of its high-water mark
-    """
+    """Make settings of a queue, with the strategy ``prune_first`` and the durability ``os``."""
     mark = {key: changes.pop(key) for key in _MARK if key in changes}
     mark.setdefault("strategy", PRUNE_FIRST)
     changes.setdefault("durability", OS)
@@ -91,15 +87,7 @@ def opened(directory: pathlib.Path,
            clock: Callable[[], int] | None = None,
            retries: Mapping[str, persipubsub.queue.Retries] | None = None,
            **changes: Any) -> Iterator[persipubsub.queue.Queue]:
-    """
-    Create a queue in ``directory/queue`` and open it; check the whole store at the end.
-
-    :param directory: where to
-    :param subscribers: of the queue
-    :param clock: of the queue; its own one if not given
-    :param retries: by subscriber
-    :param changes: of the settings
-    """
+    """Create a queue in ``directory/queue`` and open it; check the whole store at the end."""
     made, path = settings(**changes), path_of(directory)
     persipubsub.queue.Queue.ensure(path, made, subscribers)
     with persipubsub.queue.Queue(path, made, retries or {}, clock) as queue:
@@ -202,13 +190,6 @@ def attempts(queue: persipubsub.queue.Queue, name: str = "sub") -> dict[int, fmt
     found: dict[int, fmt.Attempts] = read(
         queue, lambda tx: dict(attempts_module.between(tx, _ordinal(tx, name), 0, 1 << 60)))
     return found
-
-
-def count_ids(queue: persipubsub.queue.Queue) -> int:
-    """Count the ids that a queue remembers."""
-    entries: int = read(queue, lambda tx: tx.txn.stat(db=tx.db.once)["entries"])
-    assert entries % 2 == 0, "Each id is there by itself and by its time."
-    return entries // 2
 
 
 def begin_to_clear(queue: persipubsub.queue.Queue) -> int:

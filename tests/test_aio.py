@@ -17,8 +17,7 @@ import pytest
 
 import persipubsub.aio
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import faces, support
 from tests.faces import (commits, deploy, drain, figures, fixture_config_pth, fixture_lmdb_pth,
                          in_flight, on_loops, opened, receive, scenario)
@@ -179,7 +178,7 @@ async def test_messages_that_come_while_a_task_begins_to_wait(face: faces.Face,
     """However the sends fall between looks and wake-ups: none waits for the look once a second."""
     rng = random.Random(tracing.seed())
     times: list[float] = []
-    with persipubsub.publisher.Pub("pub", config_pth) as blocking:
+    with Pub("pub", config_pth) as blocking:
         async with opened(face, config_pth) as (_, sub):
             for _ in range(100):
                 waiting = asyncio.ensure_future(receive(sub, None))
@@ -202,7 +201,7 @@ async def test_look_that_began_before_a_task_came_says_nothing_to_it(
         blocking.send(b"one")
         return await receive(sub)
 
-    with persipubsub.publisher.Pub("pub", lmdb_pth) as blocking:
+    with Pub("pub", lmdb_pth) as blocking:
         async with opened(face, lmdb_pth) as (_, sub):
             for _ in range(100):
                 found = await asyncio.gather(receive(sub), send_and_receive())
@@ -215,7 +214,7 @@ async def test_who_waits_for_the_newest_message_keeps_nobody_else_waiting(
         face: faces.Face, lmdb_pth: pathlib.Path) -> None:
     async with opened(face, lmdb_pth) as (pub, sub):
         await pub.send_many([b"one", b"two", b"three"])
-        with persipubsub.subscriber.Sub("sub", lmdb_pth) as other:
+        with Sub("sub", lmdb_pth) as other:
             with contextlib.ExitStack() as stack:
                 held = [stack.enter_context(other.receive(timeout=0)) for _ in range(2)]
                 with other.receive(timeout=0) as newest:
@@ -382,8 +381,7 @@ def test_objects_work_in_a_forked_child(face: faces.Face, config_pth: pathlib.Pa
 def test_loop_that_ends_leaves_no_claim(face: faces.Face, config_pth: pathlib.Path) -> None:
     sub = persipubsub.aio.Sub()
     face.run(sub.init("sub", config_pth))
-    with persipubsub.publisher.Pub() as pub:
-        pub.init("pub", config_pth)
+    with Pub("pub", config_pth) as pub:
         for number in range(30):
 
             async def leave(delay: float) -> None:

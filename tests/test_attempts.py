@@ -1,7 +1,7 @@
 """Test how deliveries are counted, when messages are retried, and that no record is left behind."""
 
+import functools
 import pathlib
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -116,11 +116,7 @@ def test_competing_consumers_share_what_is_due(tmp_path: pathlib.Path) -> None:
                     done.extend(lease.messages)
                     lease.ack()
 
-        threads = [threading.Thread(target=consume, args=(index, )) for index in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(support.HANG_SECS)
+        support.in_threads([functools.partial(consume, index) for index in range(3)])
         assert sorted(done) == [bytes((index, )) for index in range(20)]
         assert stores.attempts(queue) == {}
 

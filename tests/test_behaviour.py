@@ -21,10 +21,10 @@ import pytest
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, outcome, until, write_config
+from tests.support import HANG_SECS, Child, Connection, make_queue, outcome, until, write_config
 
 #: Writes a configuration file, initializes its queue, and returns the path of the file.
 Deploy: TypeAlias = Callable[..., pathlib.Path]
@@ -41,26 +41,23 @@ def _deploy(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Deploy:
             servers = request.getfixturevalue("servers")
             arguments.setdefault("busy_timeout_secs", 10)
             arguments["path"] = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
-        config_pth = write_config(tmp_path, **arguments)
-        persipubsub.control.initialize_all_dbs(config_pth)
+        config_pth = make_queue(tmp_path, **arguments)
         return config_pth
 
     return deploy
 
 
-def open_pub(config_pth: pathlib.Path, pub_id: str = "pub") -> persipubsub.publisher.Pub:
-    pub = persipubsub.publisher.Pub()
-    pub.init(pub_id=pub_id, config_pth=config_pth)
+def open_pub(config_pth: pathlib.Path, pub_id: str = "pub") -> Pub:
+    pub = Pub(pub_id, config_pth)
     return pub
 
 
-def open_sub(config_pth: pathlib.Path, sub_id: str = "sub") -> persipubsub.subscriber.Sub:
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id=sub_id, config_pth=config_pth)
+def open_sub(config_pth: pathlib.Path, sub_id: str = "sub") -> Sub:
+    sub = Sub(sub_id, config_pth)
     return sub
 
 
-def drain(sub: persipubsub.subscriber.Sub, timeout: float = 0.15) -> list[bytes]:
+def drain(sub: Sub, timeout: float = 0.15) -> list[bytes]:
     """Receive all that is there."""
     received: list[bytes] = []
     while True:
@@ -296,7 +293,7 @@ def test_messages_that_can_not_be_held(deploy: Deploy) -> None:
         assert drain(sub) == [bytes(1000)]
 
 
-def _use(pipe: Connection, pub: persipubsub.publisher.Pub, sub: persipubsub.subscriber.Sub) -> None:
+def _use(pipe: Connection, pub: Pub, sub: Sub) -> None:
     with sub.receive(timeout=HANG_SECS) as msg:
         pipe.send(msg)
     pub.send(b"child")

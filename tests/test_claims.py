@@ -2,13 +2,13 @@
 
 import ast
 import contextlib
+import functools
 import os
 import pathlib
 import random
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 import persipubsub.errors
 from persipubsub.lmdb_engine import files, locks
-from tests.support import HANG_SECS, count_descriptors, until
+from tests.support import HANG_SECS, count_descriptors, in_threads, until
 
 #: A process which does what the test tells it to, line by line. It knows the claims by first number.
 _PUPPET = """
@@ -170,11 +170,7 @@ def test_threads_exclude_each_other(claims: locks.Claims) -> None:
                 owners.pop(number)
                 claims.release(claim)
 
-    threads = [threading.Thread(target=work, args=(me, )) for me in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(HANG_SECS)
+    in_threads([functools.partial(work, me) for me in range(8)])
     assert not failures
     assert not claimed(claims, range(20))
 

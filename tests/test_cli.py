@@ -21,8 +21,7 @@ import pytest
 import persipubsub
 import persipubsub.cli.commands
 import persipubsub.control
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import jetstream_server, support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -85,23 +84,10 @@ def run(*arguments: object,
     return subprocess.CompletedProcess([], process.returncode, out.decode(), err.decode())
 
 
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
-
-
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send_many(messages)
-
-
 @contextlib.contextmanager
 def receiving(config_pth: pathlib.Path, count: int, name: str = "sub") -> Iterator[list[bytes]]:
     """Receive several messages; they are acknowledged at the end of the block."""
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=name, config_pth=config_pth)
+    with Sub(name, config_pth) as sub:
         with sub.receive_many(max_msgs=count, timeout=0) as messages:
             yield messages
 
@@ -171,8 +157,8 @@ def test_without_the_extra_it_says_how_to_install_it() -> None:
 
 
 def test_file_named_by_the_environment(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1", b"2")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"1", b"2")
     variables = {"PERSIPUBSUB_CONFIG": str(config_pth)}
     other_pth = tmp_path / "other.json"
     other_pth.write_text('{"queues": {}}', encoding="utf-8")
@@ -219,8 +205,8 @@ def closed(redirection: str) -> list[str]:
 @pytest.mark.parametrize("command",
                          ["stat", "init", "send pub --message x", "receive sub", "stat --json"])
 def test_closed_output(tmp_path: pathlib.Path, command: str) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"first")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"first")
     name, *rest = command.split()
     process = run(name, config_pth, *rest, prefix=closed(">&-"), exit_code=1)
     assert process.stderr == ("persipubsub: Expected an open standard output, but got: it is "
@@ -235,11 +221,11 @@ def test_closed_error_output(tmp_path: pathlib.Path) -> None:
 
 
 def test_closed_input(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     process = run("send", config_pth, "pub", prefix=closed("<&-"), exit_code=1)
     assert process.stderr == ("0 messages sent\npersipubsub: Expected to read the standard input, "
                               "but got: it is closed\n")
-    send(config_pth, b"first")
+    support.send(config_pth, b"first")
     for name in "clear", "drop-queue":
         process = run(name, config_pth, prefix=closed("<&-"), exit_code=1)
         assert process.stderr == "\npersipubsub: nothing was done\n"
@@ -249,7 +235,7 @@ def test_closed_input(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("options", [[], ["--lines"]])
 def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
                                                       options: list[str]) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     # The pipe ends first, whatever happens: the command would wait for more, and we for its end.
@@ -289,8 +275,8 @@ def unread(kind: str) -> Iterator[int]:
 def test_complaints_that_nobody_reads(tmp_path: pathlib.Path, command: str, exit_code: int,
                                       kind: str) -> None:
     """The exit code is as if they were read, and who was not asked did not agree."""
-    config_pth = make(tmp_path)
-    send(config_pth, b"first")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"first")
     with unread(kind) as descriptor:
         process = start(*command.replace("CONFIG", str(config_pth)).split(),
                         stdin=subprocess.PIPE,
@@ -313,7 +299,7 @@ def test_init_and_stat(tmp_path: pathlib.Path) -> None:
             "path": str(tmp_path / "queue")
         }
     }
-    send(config_pth, b"x" * 1000, b"y")
+    support.send(config_pth, b"x" * 1000, b"y")
     text = run("stat", config_pth).stdout
     assert re.match(r"queue  /.*/queue\n  messages +2 +.* <1 % of MAX_MSGS_NUM\n", text)
     assert re.search(r"^  bytes +1\.0 kB .* of HWM_LMDB_SIZE_BYTES$", text, re.MULTILINE)
@@ -327,8 +313,8 @@ def test_init_and_stat(tmp_path: pathlib.Path) -> None:
 
 
 def test_stat_counts_what_is_in_flight(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"x"] * 10)
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, *[b"x"] * 10)
     with receiving(config_pth, 1), receiving(config_pth, 3):
         found = json.loads(run("stat", config_pth, "--json").stdout)["queue"]
         assert found["subscribers"][0]["in_flight"] == 4
@@ -346,7 +332,7 @@ def test_stat_of_no_queues_and_of_an_empty_one(tmp_path: pathlib.Path) -> None:
     config_pth.write_text('{"queues": {}}', encoding="utf-8")
     assert run("stat", config_pth).stdout == ""
     assert run("stat", config_pth, "--json").stdout == "{}\n"
-    text = run("stat", make(tmp_path)).stdout
+    text = run("stat", support.make_queue(tmp_path)).stdout
     assert "\n  nothing waits\n" in text and "MAX_MSGS_NUM" not in text
 
 
@@ -364,8 +350,8 @@ def test_stat_of_no_queues_and_of_an_empty_one(tmp_path: pathlib.Path) -> None:
                           ("--max-share 0.2,0.8", 1, "share of messages is 0.3, more than 0.2"),
                           ("--max-lag 2 --max-share 0.1,0.9", 2, "; queue: share of messages")])
 def test_check(tmp_path: pathlib.Path, options: str, exit_code: int, finding: str) -> None:
-    config_pth = make(tmp_path, MAX_MSGS_NUM=10)
-    send(config_pth, *[b"x"] * 3)
+    config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10)
+    support.send(config_pth, *[b"x"] * 3)
     process = run("check", config_pth, *options.split(), exit_code=exit_code)
     status = ("OK", "WARNING", "CRITICAL")[exit_code]
     assert process.stdout.startswith(f"PERSIPUBSUB {status} - ") and process.stderr == ""
@@ -399,7 +385,7 @@ def test_check_of_what_can_not_be_looked_at(tmp_path: pathlib.Path) -> None:
 
 
 def test_one_queue_that_fails_does_not_hide_the_others(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     config = json.loads(config_pth.read_text())
     config["queues"]["missing"] = dict(config["queues"]["queue"], path=str(tmp_path / "missing"))
     config_pth.write_text(json.dumps(config))
@@ -427,7 +413,7 @@ def add_foreign_first(config_pth: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", ["stat", "verify", "prune"])
 def test_one_queue_that_can_not_be_read_does_not_hide_the_others(tmp_path: pathlib.Path,
                                                                  name: str) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     add_foreign_first(config_pth)
     process = run(name, config_pth, exit_code=1)
     assert re.search(r"^queue\b", process.stdout, re.MULTILINE)
@@ -438,7 +424,7 @@ def test_one_queue_that_can_not_be_read_does_not_hide_the_others(tmp_path: pathl
 
 @pytest.mark.parametrize("name", ["verify", "compact"])
 def test_queue_on_servers_does_not_hide_directories(tmp_path: pathlib.Path, name: str) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     config = json.loads(config_pth.read_text())
     first = dict(config["queues"]["queue"], path="nats://127.0.0.1:1/S")
     config["queues"] = {"first": first, **config["queues"]}
@@ -449,8 +435,8 @@ def test_queue_on_servers_does_not_hide_directories(tmp_path: pathlib.Path, name
 
 
 def test_prune_and_clear(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1", b"2")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"1", b"2")
     assert run("prune", config_pth).stdout.startswith("queue: 0 deliveries")
     process = run("clear", config_pth, stdin=b"n\n", exit_code=1)
     assert "Drop 2 messages of queue?" in process.stderr and process.stdout == ""
@@ -469,7 +455,7 @@ def test_prune_and_clear(tmp_path: pathlib.Path) -> None:
 
 
 def test_send_and_receive(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     (tmp_path / "file").write_bytes(b"\0\xff\n")
     assert run("send", config_pth, "pub", "--message", "hello", tmp_path / "file").stderr == \
         "2 messages sent\n"
@@ -508,18 +494,18 @@ def test_send_and_receive_on_servers(tmp_path: pathlib.Path,
 
 
 def test_receive_waits(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     with start("receive", config_pth, "sub", "--timeout", "inf", "--number", "2") as process:
         assert process.stdout is not None
-        send(config_pth, b"1")
+        support.send(config_pth, b"1")
         assert process.stdout.readline() == b"1\n"
-        send(config_pth, b"2")
+        support.send(config_pth, b"2")
         assert process.stdout.readline() == b"2\n"
         assert process.wait(timeout=support.HANG_SECS) == 0
 
 
 def test_lines_are_sent_as_they_come(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, MAX_MSGS_NUM=100)
+    config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=100)
     with start("send", config_pth, "pub", "--lines", stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write(b"1\n")
@@ -534,8 +520,8 @@ def test_lines_are_sent_as_they_come(tmp_path: pathlib.Path) -> None:
 
 
 def test_peek(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"hello", "w\xf6rld\n\x1b[2J".encode(), b"\xff")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"hello", "w\xf6rld\n\x1b[2J".encode(), b"\xff")
     lines = run("peek", config_pth, "sub").stdout.splitlines()
     assert [line.split("  ")[-1] for line in lines] == ["hello", "w\xf6rld\\n\\x1b[2J", "\\xff"]
     numbers = [int(line.split()[0]) for line in lines]
@@ -551,9 +537,9 @@ def test_peek(tmp_path: pathlib.Path) -> None:
 
 
 def test_times_of_messages(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     before = datetime.datetime.now(datetime.UTC)
-    send(config_pth, b"hello")
+    support.send(config_pth, b"hello")
     variables = {"TZ": "UTC-5:30"}
 
     def shown(*options: str) -> str:
@@ -573,7 +559,7 @@ def test_times_of_messages(tmp_path: pathlib.Path) -> None:
 
 
 def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     out = run("stat", config_pth, "--watch", "--count", "3", "--interval", "0.1", "--json").stdout
     assert [json.loads(line)["queue"]["messages"] for line in out.splitlines()] == [0, 0, 0]
 
@@ -586,8 +572,8 @@ def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:
                   ["peek", "sub", "--number", "100"]])
 def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: pathlib.Path,
                                                 arguments: list[str]) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"x" * 1000] * 200)
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, *[b"x" * 1000] * 200)
     with start(arguments[0], config_pth, *arguments[1:]) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline()
@@ -598,8 +584,8 @@ def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: pathlib.Path,
 
 
 def test_closed_pipe_leaves_what_was_not_written(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"%d" % index * 1000 for index in range(200)])
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, *[b"%d" % index * 1000 for index in range(200)])
     with start("receive", config_pth, "sub", "--number", "0") as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"0" * 1000 + b"\n"
@@ -613,8 +599,8 @@ def test_closed_pipe_leaves_what_was_not_written(tmp_path: pathlib.Path) -> None
 
 
 def test_full_output_leaves_the_message(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     with open("/dev/full", "wb") as full:
         for arguments in [["receive", config_pth, "sub"], ["stat", config_pth]]:
             process = start(*arguments, stdout=full)
@@ -632,8 +618,8 @@ UNBUFFERED = ["env", "PYTHONUNBUFFERED=1"]
 @pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
 def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options: list[str],
                                                 prefix: list[str]) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"x" * 1000000)
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x" * 1000000)
     with start("receive", config_pth, "sub", *options, prefix=prefix) as process:
         assert process.stdout is not None
         # A pipe that takes a part of a write, and no more.
@@ -647,8 +633,8 @@ def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options:
 @pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
 def test_output_that_does_not_block_gets_all(tmp_path: pathlib.Path, options: list[str],
                                              prefix: list[str]) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"x" * 5000] * 100)
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, *[b"x" * 5000] * 100)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with open(reader, "rb") as output:
@@ -674,7 +660,7 @@ def test_output_that_does_not_block_gets_all(tmp_path: pathlib.Path, options: li
 
 
 def test_each_line_is_written_at_once_without_buffers(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     with start("stat", config_pth, "--watch", "--interval", "3600", "--json",
                prefix=UNBUFFERED) as process:
         assert process.stdout is not None
@@ -687,8 +673,8 @@ def test_each_line_is_written_at_once_without_buffers(tmp_path: pathlib.Path) ->
     [["tail", "--number", "1"], ["receive", "sub", "--number", "2", "--timeout", "inf"],
      ["stat", "--watch", "--json"], ["metrics", "--port", "0"]])
 def test_interrupted(tmp_path: pathlib.Path, arguments: list[str]) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     with start(arguments[0], config_pth, *arguments[1:]) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline()
@@ -700,8 +686,8 @@ def test_interrupted(tmp_path: pathlib.Path, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments", [["clear"], ["drop-queue"], ["remove-subscriber", "sub"], ["restore", "backup"]])
 def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: list[str]) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     with start(arguments[0], config_pth, *arguments[1:], stdin=subprocess.PIPE) as process:
         assert process.stderr is not None
         question = b""
@@ -721,8 +707,8 @@ def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: list[str])
 
 
 def test_verify(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"some content that is easily found")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"some content that is easily found")
     assert run("verify", config_pth).stdout == "queue: sound\n"
     path = tmp_path / "queue" / "data.mdb"
     path.write_bytes(path.read_bytes().replace(b"some content", b"what content"))
@@ -733,14 +719,13 @@ def test_verify(tmp_path: pathlib.Path) -> None:
 
 
 def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"1")
     target = tmp_path / "backup"
     assert run("backup", config_pth, target).stdout.endswith(f"{target}, verified\n")
     assert "there already" in run("backup", config_pth, target, exit_code=1).stderr
-    send(config_pth, b"2")
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    support.send(config_pth, b"2")
+    with Sub("sub", config_pth):
         for arguments in [["compact"], ["restore", str(target), "--yes"], ["drop-queue", "--yes"]]:
             process = run(arguments[0], config_pth, *arguments[1:], exit_code=1)
             assert f"process {os.getpid()}" in process.stderr
@@ -759,8 +744,8 @@ def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
                                              ("2150-02-03 04:05+01:00", 4), ("-1h", 1),
                                              ("-1h30m", 1), ("-0.5ms", 4)])
 def test_seek(tmp_path: pathlib.Path, place: str, position: int) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1", b"2", b"3")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"1", b"2", b"3")
     count = 4 - position
     process = run("seek", config_pth, "sub", "--to", place)
     assert process.stdout == "queue: sub goes on from number {}, with {} to receive\n".format(
@@ -775,22 +760,22 @@ def test_seek(tmp_path: pathlib.Path, place: str, position: int) -> None:
     "24.11.2026", "25:00", "1h", "\u0663"
 ])
 def test_seek_to_no_place(tmp_path: pathlib.Path, place: str) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"1")
     process = run("seek", config_pth, "sub", "--to", place, exit_code=2)
     assert f"but got: {place!r}" in process.stderr
     assert lag(config_pth) == 1
 
 
 def test_subscribers_and_drop(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     process = run("add-subscriber", config_pth, "late")
     assert "late was added" in process.stdout and "queues.queue.subscribers" in process.stdout
     assert "there already" in run("add-subscriber", config_pth, "late").stdout
-    send(config_pth, b"1")
+    support.send(config_pth, b"1")
     assert run("peek", config_pth, "late", "--queue", "queue").stdout.endswith("  1\n")
     assert run("receive", config_pth, "late", "--queue", "queue").stdout == "1\n"
-    send(config_pth, b"2")
+    support.send(config_pth, b"2")
     process = run("remove-subscriber", config_pth, "late", stdin=b"y\n")
     assert "with 1 message that" in process.stderr and "late was removed" in process.stdout
     process = run("remove-subscriber", config_pth, "late", exit_code=1)
@@ -882,7 +867,7 @@ def test_init_where_nobody_may_write(tmp_path: pathlib.Path,
      ["send", "CONFIG", "pub", "--queue", "missing"]])
 def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
                      arguments: list[str]) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     replaced = [str(config_pth) if argument == "CONFIG" else argument for argument in arguments]
     assert outcome(capfd, *replaced) == 2
 
@@ -898,7 +883,7 @@ def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
      ["seek", "\udcff", "--to", "end", "--queue", "queue"], ["remove-subscriber", "\udcff"]])
 def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
                            arguments: list[str]) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     if arguments[:2] == ["send", "pub"]:
         code = persipubsub.cli.commands.main([arguments[0], str(config_pth), *arguments[1:]])
         err = capfd.readouterr().err.splitlines()
@@ -908,7 +893,7 @@ def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[
 
 
 def test_too_large_message(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, HWM_LMDB_SIZE_BYTES=100)
+    config_pth = support.make_queue(tmp_path, HWM_LMDB_SIZE_BYTES=100)
     process = run("send", config_pth, "pub", "--lines", stdin=b"1\n" + b"x" * 101, exit_code=1)
     assert process.stderr.splitlines()[0] == "1 message sent"
     assert "HWM_LMDB_SIZE_BYTES" in process.stderr
@@ -921,19 +906,17 @@ def test_too_large_message(tmp_path: pathlib.Path) -> None:
 def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:
     count = int(os.environ.get("PERSIPUBSUB_STAT_MESSAGES", "100000"))
     subscribers = [f"sub{index:03}" for index in range(100)]
-    config_pth = make(tmp_path,
-                      subscribers=subscribers,
-                      publishers={
-                          "pub": subscribers,
-                          "some": subscribers[:10]
-                      },
-                      MAX_MSGS_NUM=2 * count,
-                      HWM_LMDB_SIZE_BYTES=1 << 40,
-                      max_db_size_bytes=1 << 34,
-                      durability="os")
-    with persipubsub.publisher.Pub() as pub, persipubsub.publisher.Pub() as some:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        some.init(pub_id="some", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=subscribers,
+                                    publishers={
+                                        "pub": subscribers,
+                                        "some": subscribers[:10]
+                                    },
+                                    MAX_MSGS_NUM=2 * count,
+                                    HWM_LMDB_SIZE_BYTES=1 << 40,
+                                    max_db_size_bytes=1 << 34,
+                                    durability="os")
+    with Pub("pub", config_pth) as pub, Pub("some", config_pth) as some:
         for index in range(count // 1000):
             (some if index % 10 == 0 else pub).send_many([b"x" * 50] * 1000)
     seconds = []

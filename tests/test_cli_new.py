@@ -24,12 +24,12 @@ def figures(config_pth: pathlib.Path, name: str = "sub") -> dict[str, Any]:
 
 
 def test_paused_subscriber_gets_nothing_and_loses_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path,
-                               subscribers=["sub", "log"],
-                               publishers={"pub": ["sub", "log"]})
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "log"],
+                                    publishers={"pub": ["sub", "log"]})
     assert test_cli.run("pause", config_pth, "sub").stdout == "queue: sub is paused\n"
     assert test_cli.run("pause", config_pth, "sub").stdout == "queue: sub was paused already\n"
-    test_cli.send(config_pth, b"1", b"2")
+    support.send(config_pth, b"1", b"2")
     test_cli.run("receive", config_pth, "sub", "--timeout", "300ms", exit_code=1)
     assert test_cli.run("receive", config_pth, "log").stdout == "1\n"
     assert figures(config_pth)["is_paused"] and not figures(config_pth, "log")["is_paused"]
@@ -43,10 +43,10 @@ def test_paused_subscriber_gets_nothing_and_loses_nothing(tmp_path: pathlib.Path
 
 
 def test_waiting_consumer_goes_on_after_resume(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     test_cli.run("pause", config_pth, "sub")
     with test_cli.start("receive", config_pth, "sub", "--timeout", "1m") as process:
-        test_cli.send(config_pth, b"1")
+        support.send(config_pth, b"1")
         time.sleep(0.5)  # so long, it would have received it, and ended
         assert process.poll() is None
         test_cli.run("resume", config_pth, "sub")
@@ -55,7 +55,7 @@ def test_waiting_consumer_goes_on_after_resume(tmp_path: pathlib.Path) -> None:
 
 
 def test_pause_survives_init_and_later_processes(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     test_cli.run("pause", config_pth, "sub")
     test_cli.run("init", config_pth)
     assert figures(config_pth)["is_paused"]
@@ -63,7 +63,7 @@ def test_pause_survives_init_and_later_processes(tmp_path: pathlib.Path) -> None
 
 @pytest.mark.parametrize("name", ["pause", "resume"])
 def test_pause_of_nobody(tmp_path: pathlib.Path, name: str) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     for options in ([], ["--queue", "queue"]):
         process = test_cli.run(name, config_pth, "nobody", *options, exit_code=1)
         assert "'nobody'" in process.stderr and len(process.stderr.splitlines()) == 1
@@ -73,10 +73,10 @@ def test_pause_of_nobody(tmp_path: pathlib.Path, name: str) -> None:
 
 
 def test_delete_takes_one_message_from_one_subscriber(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path,
-                               subscribers=["sub", "log"],
-                               publishers={"pub": ["sub", "log"]})
-    test_cli.send(config_pth, b"1", b"poison", b"3")
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "log"],
+                                    publishers={"pub": ["sub", "log"]})
+    support.send(config_pth, b"1", b"poison", b"3")
     number = persipubsub.control.peek(config_pth, "sub", 2)[1].number
     process = test_cli.run("delete",
                            config_pth,
@@ -104,8 +104,8 @@ def test_delete_takes_one_message_from_one_subscriber(tmp_path: pathlib.Path) ->
 
 
 def test_delete_of_a_message_that_a_consumer_holds(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"poison", b"2")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"poison", b"2")
     with test_cli.receiving(config_pth, 1):
         test_cli.run("delete", config_pth, "sub", "--number", "1", "--yes")
         assert figures(config_pth)["lag"] == 1
@@ -180,7 +180,9 @@ def test_check_config_of_a_queue_that_is_not_there_or_as_it_should_be(
 
 
 def test_check_config_compares_with_what_is_stored(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path, subscribers=["sub", "old"], publishers={"pub": ["sub"]})
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "old"],
+                                    publishers={"pub": ["sub"]})
     support.write_config(tmp_path,
                          subscribers=["sub", "fresh"],
                          publishers={"pub": ["sub"]},
@@ -201,7 +203,7 @@ def test_check_config_compares_with_what_is_stored(tmp_path: pathlib.Path) -> No
 
 @pytest.mark.parametrize("name", ["pause", "resume", "delete", "check-config"])
 def test_damaged_store(tmp_path: pathlib.Path, name: str) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     os.truncate(tmp_path / "queue" / "data.mdb", 5000)
     exit_code = 0 if name == "check-config" else 1
     process = test_cli.run(name, config_pth, *test_cli.ARGUMENTS.get(name, []), exit_code=exit_code)
@@ -214,8 +216,8 @@ def test_damaged_store(tmp_path: pathlib.Path, name: str) -> None:
 ])
 def test_hostile_names(tmp_path: pathlib.Path, command: str) -> None:
     name = "\x1b[31m\u202e\n\x07"
-    config_pth = test_cli.make(tmp_path, subscribers=[name], publishers={"pub": [name]})
-    test_cli.send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path, subscribers=[name], publishers={"pub": [name]})
+    support.send(config_pth, b"x")
     support.write_config(tmp_path, subscribers=[f"2{name}"], publishers={"pub": [f"2{name}"]})
     variables = {"PERSIPUBSUB_CONFIG": str(config_pth)}
     words = [word.replace("NAME", name) for word in command.split(" ")]
@@ -242,7 +244,7 @@ SLOW = {
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_stat_loads_nothing_slow(tmp_path: pathlib.Path, options: list[str]) -> None:
     process = test_cli.run("stat",
-                           test_cli.make(tmp_path),
+                           support.make_queue(tmp_path),
                            *options,
                            variables={"PYTHONVERBOSE": "1"})
     names = set(re.findall(r"^import '([\w.]+)' #", process.stderr, re.MULTILINE))

@@ -102,8 +102,8 @@ def test_file_with_a_hostile_name(tmp_path: pathlib.Path) -> None:
 
 
 def test_numbers_that_no_message_has(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     huge = "9" * 30
     assert "from number 2" in test_cli.run("seek", config_pth, "sub", "--to", huge).stdout
     assert test_cli.run("peek", config_pth, "sub", "--from", huge).stdout == ""
@@ -119,12 +119,12 @@ def test_numbers_that_no_message_has(tmp_path: pathlib.Path) -> None:
 
 
 def test_tail_in_a_terminal(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"one", b"two")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"one", b"two")
     with terminal_of("tail", config_pth, "--number", "1") as terminal:
         terminal.wait_for("two")
         assert "one" not in terminal.text
-        test_cli.send(config_pth, HOSTILE.encode())
+        support.send(config_pth, HOSTILE.encode())
         terminal.wait_for(r"\\x1b\[31m.*\\u202e")
         terminal.type(b"\x03")
         shown = terminal.end(exit_code=130)
@@ -134,8 +134,8 @@ def test_tail_in_a_terminal(tmp_path: pathlib.Path) -> None:
 
 
 def test_raw_messages_are_for_pipes(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, HOSTILE.encode())
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, HOSTILE.encode())
     with terminal_of("receive", config_pth, "sub", "--format", "raw") as terminal:
         assert "pipe or a file" in terminal.end(exit_code=2)
     assert test_cli.lag(config_pth) == 1
@@ -144,8 +144,8 @@ def test_raw_messages_are_for_pipes(tmp_path: pathlib.Path) -> None:
 
 
 def test_question_in_a_terminal(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     for answer, exit_code in ((b"n\n", 1), (b"y\n", 0)):
         with terminal_of("clear", config_pth) as terminal:
             terminal.wait_for(r"\[y/N\]: ")
@@ -155,8 +155,8 @@ def test_question_in_a_terminal(tmp_path: pathlib.Path) -> None:
 
 
 def test_verify_shows_its_progress(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, *[b"x" * 100] * 20000)
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, *[b"x" * 100] * 20000)
     with terminal_of("verify", config_pth) as terminal:
         shown = terminal.end(exit_code=0)
     assert "queue: sound" in shown and "%" in shown
@@ -166,8 +166,8 @@ def test_verify_shows_its_progress(tmp_path: pathlib.Path) -> None:
 
 
 def test_stat_in_colors(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path, MAX_MSGS_NUM=10)
-    test_cli.send(config_pth, *[b"x"] * 9)
+    config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10)
+    support.send(config_pth, *[b"x"] * 9)
     for variables, is_colored in (({}, True), ({
             "NO_COLOR": "1"
     }, False), ({
@@ -181,10 +181,10 @@ def test_stat_in_colors(tmp_path: pathlib.Path) -> None:
 
 
 def test_stat_watch(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1s") as terminal:
         terminal.wait_for("nothing waits")
-        test_cli.send(config_pth, *[b"x"] * 777)
+        support.send(config_pth, *[b"x"] * 777)
         terminal.wait_for("777")
         terminal.wait_for("[\u2581-\u2588] [^\n]*/s")
         terminal.type(b"x")
@@ -199,7 +199,7 @@ def test_stat_watch(tmp_path: pathlib.Path) -> None:
 
 
 def test_stat_watch_is_interrupted(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "1h") as terminal:
         terminal.wait_for("q ends")
         terminal.type(b"\x03")
@@ -220,8 +220,10 @@ def test_stat_watch_shows_errors_and_goes_on(tmp_path: pathlib.Path) -> None:
 
 def test_stat_watch_fits_a_small_terminal(tmp_path: pathlib.Path) -> None:
     subscribers = [f"sub{index:02}" for index in range(40)]
-    config_pth = test_cli.make(tmp_path, publishers={"pub": subscribers}, subscribers=subscribers)
-    test_cli.send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": subscribers},
+                                    subscribers=subscribers)
+    support.send(config_pth, b"x")
     arguments = ("stat", config_pth, "--watch", "--count", "1")
     with terminal_of(*arguments, columns=40, lines=12) as terminal:
         shown = terminal.end(exit_code=0)
@@ -234,7 +236,7 @@ def test_stat_watch_fits_a_small_terminal(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
 def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: pathlib.Path,
                                                              term: str) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1",
                      variables={"TERM": term}) as terminal:
         terminal.wait_for("(?s)SUBSCRIBER.*SUBSCRIBER")
@@ -389,9 +391,9 @@ def completed(shell: str, line: str, **variables: str) -> list[str]:
 
 
 def test_completion(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path,
-                               subscribers=["sub", "archive", "a\nb"],
-                               publishers={"pub": ["sub"]})
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "archive", "a\nb"],
+                                    publishers={"pub": ["sub"]})
     config = {"PERSIPUBSUB_CONFIG": str(config_pth)}
     assert completed("bash", "persipubsub sta") == ["stat"]
     assert completed("bash", "persipubsub peek ", **config) == ["sub", "archive"]
@@ -414,7 +416,7 @@ def test_completion_scripts(shell: str) -> None:
 
 
 def test_bash_completes(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     script = test_cli.run("completion", "bash").stdout
     name = re.search(r"^(_\w+)\(\) \{", script, re.MULTILINE)
     assert name is not None

@@ -15,29 +15,14 @@ import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.statistics
 import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
+from tests.support import receive_all, send
 
 ALL: list[Callable[[persipubsub.control.ConfigPath], object]] = [
     persipubsub.control.initialize_all_dbs, persipubsub.control.prune_dangling_messages,
     persipubsub.control.clear_all_subs
 ]
-
-
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send_many(msgs=messages)
-
-
-def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
-    result: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=sub_id, config_pth=config_pth)
-        while True:
-            with sub.receive(timeout=0) as message:
-                if message is None:
-                    return result
-                result.append(message)
 
 
 def statistics(config_pth: pathlib.Path) -> persipubsub.statistics.QueueStatistics:
@@ -133,8 +118,7 @@ def test_three_programs(tmp_path: pathlib.Path) -> None:
 
 
 def test_initializing_is_idempotent(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     send(config_pth, b"one", b"two")
     before = support.snapshot(tmp_path / "queue")["data.mdb"]
     for _ in range(3):
@@ -144,17 +128,15 @@ def test_initializing_is_idempotent(tmp_path: pathlib.Path) -> None:
 
 
 def test_new_subscribers_get_what_comes_from_then_on(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
+    config_pth = support.make_queue(tmp_path)
+    with Pub() as pub:
         # Also while publishers are running; they address those who were there for them.
         pub.init(pub_id="pub", config_pth=config_pth)
         pub.send(b"early")
-        more = support.write_config(tmp_path,
-                                    publishers={"pub": ["sub", "new"]},
-                                    subscribers=["sub", "new"],
-                                    name="more.json")
-        persipubsub.control.initialize_all_dbs(config_pth=more)
+        more = support.make_queue(tmp_path,
+                                  publishers={"pub": ["sub", "new"]},
+                                  subscribers=["sub", "new"],
+                                  name="more.json")
         persipubsub.control.initialize_all_dbs(config_pth=more)
     send(more, b"late")
     assert receive_all(more, "new")[-1:] == [b"late"]
@@ -178,9 +160,7 @@ def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
 
     # A stage of a pipeline receives from one queue and sends to the other.
     send(config_pth, b"one", b"two")
-    with persipubsub.subscriber.Sub() as sub, persipubsub.publisher.Pub() as pub:
-        sub.init(sub_id="sub", config_pth=config_pth)
-        pub.init(pub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub, Pub("sub", config_pth) as pub:
         for _ in range(2):
             with sub.receive(timeout=0) as message:
                 assert message is not None
@@ -188,16 +168,14 @@ def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
     assert receive_all(config_pth, "sink") == [b"out of one", b"out of two"]
 
     send(config_pth, b"three")
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="sub", config_pth=config_pth)
+    with Pub("sub", config_pth) as pub:
         pub.send(b"four")
     persipubsub.control.clear_all_subs(config_pth=config_pth)
     assert not receive_all(config_pth) and not receive_all(config_pth, "sink")
 
 
 def test_directory_whose_name_is_like_an_address(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, path="queues/a://b")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(tmp_path, path="queues/a://b")
     send(config_pth, b"1")
     assert receive_all(config_pth) == [b"1"]
     assert (tmp_path / "queues" / "a:" / "b" / "data.mdb").is_file()
@@ -214,8 +192,7 @@ def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) ->
     config_pth.write_text(json.dumps(found), "utf-8")
     persipubsub.control.initialize_all_dbs(config_pth)
     send(config_pth, b"1", b"2")
-    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub, pytest.raises(ValueError):
         with sub.receive(timeout=0):
             raise ValueError("no")
     assert receive_all(config_pth) == [b"2"]
@@ -239,8 +216,7 @@ def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) ->
                          (persipubsub.config.DEAD_LETTERS, persipubsub.errors.NotInitializedError)])
 def test_ids_that_no_subscriber_has(tmp_path: pathlib.Path, sub_id: Any,
                                     expected: type[Exception]) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(tmp_path)
     for function in (lambda: persipubsub.control.peek(config_pth, sub_id, queue_key="queue"),
                      lambda: persipubsub.control.seek(config_pth, sub_id, "end", "queue"),
                      lambda: persipubsub.control.remove_subscriber(config_pth, "queue", sub_id)
@@ -255,8 +231,7 @@ def test_ids_that_no_subscriber_has(tmp_path: pathlib.Path, sub_id: Any,
 
 
 def test_numbers_that_are_none(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(tmp_path)
     number: Any = 1.5
     for function in (lambda: persipubsub.control.peek(config_pth, "sub", number),
                      lambda: persipubsub.control.peek(config_pth, "sub", 1, number),
@@ -267,8 +242,7 @@ def test_numbers_that_are_none(tmp_path: pathlib.Path) -> None:
 
 
 def test_no_queue_is_not_all_of_them(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(tmp_path)
     queue_key: Any = None
     for function in (lambda: persipubsub.control.drop_queue(config_pth, queue_key),
                      lambda: persipubsub.control.backup(config_pth, queue_key, tmp_path / "copy")
@@ -340,10 +314,8 @@ def test_pruning_drops_what_is_too_old(tmp_path: pathlib.Path) -> None:
 
 
 def test_pruning_frees_what_everybody_has(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         for _ in range(300):
             pub.send(bytes(2000))
     assert len(receive_all(config_pth)) == 300
@@ -355,14 +327,12 @@ def test_pruning_frees_what_everybody_has(tmp_path: pathlib.Path) -> None:
 
 
 def test_clearing_keeps_subscribers_and_numbers(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      publishers={"pub": ["one", "two"]},
-                                      subscribers=["one", "two"])
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": ["one", "two"]},
+                                    subscribers=["one", "two"])
     persipubsub.control.clear_all_subs(config_pth=config_pth)
     send(config_pth, *(b"%d" % number for number in range(10)))
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="one", config_pth=config_pth)
+    with Sub("one", config_pth) as sub:
         with sub.receive(timeout=0) as message:
             assert message == b"0"
             for _ in range(2):
@@ -377,9 +347,7 @@ def test_clearing_keeps_subscribers_and_numbers(tmp_path: pathlib.Path) -> None:
 
 def work(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
     """Send and receive as many messages, in two threads."""
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         received: list[bytes] = []
 
         def receive() -> None:
@@ -397,8 +365,7 @@ def work(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None
 
 
 def test_deploying_and_pruning_beside_the_work(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     with support.Child(work, config_pth, 500) as child:
         rounds = 0
         while not child.pipe.poll():

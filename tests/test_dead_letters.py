@@ -12,9 +12,8 @@ import pytest
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support, test_cli
 
 
@@ -34,9 +33,7 @@ def write_config(directory: pathlib.Path, **subscriber: Any) -> pathlib.Path:
 
 def fail(config_pth: pathlib.Path, *messages: bytes) -> None:
     """Send messages, and fail with them until they are given up."""
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         for message in messages:
             pub.send(message)
             with pytest.raises(ValueError):
@@ -92,8 +89,7 @@ def test_letters_are_sent_back_to_whom_they_failed(config_pth: pathlib.Path) -> 
 def test_message_that_fails_again_is_another_letter(config_pth: pathlib.Path) -> None:
     fail(config_pth, b"1")
     persipubsub.control.send_back(config_pth, "letters")
-    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub, pytest.raises(ValueError):
         with sub.receive(timeout=0, details=True) as message:
             assert message is not None and message.attempts == 1
             raise ValueError("again")
@@ -228,8 +224,7 @@ def test_queues_may_give_up_into_each_other(tmp_path: pathlib.Path) -> None:
     config_pth.write_text(json.dumps(found))
     persipubsub.control.initialize_all_dbs(config_pth)
     fail(config_pth, b"1")
-    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
-        sub.init(sub_id="reader", config_pth=config_pth)
+    with Sub("reader", config_pth) as sub, pytest.raises(ValueError):
         with sub.receive(timeout=0):
             raise ValueError("no")
     letters = persipubsub.control.dead_letters(config_pth)
@@ -322,8 +317,7 @@ def send_letters_back(config_pth: pathlib.Path) -> None:
 
 
 def fail_once_more(config_pth: pathlib.Path) -> None:
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with pytest.raises(ValueError):
             with sub.receive(timeout=0) as msg:
                 assert msg == b"1"
@@ -349,9 +343,7 @@ def test_what_fails_again_in_a_restored_queue_is_a_letter_again(
 def test_there_is_room_for_all_attempts_of_a_restored_queue(tmp_path: pathlib.Path) -> None:
     config_pth = write_config(tmp_path, max_deliveries=2)
     persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         pub.send_many([b"1"] * 1000)
         with pytest.raises(ValueError), sub.receive_many(1000, timeout=0):
             raise ValueError("\U0001f44b" * 500)
@@ -386,8 +378,7 @@ def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_made_ready(
 def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_opened(
         config_pth: pathlib.Path) -> None:
     link_letters(config_pth)
-    for work in (lambda: fail(config_pth, b"1"),
-                 lambda: persipubsub.subscriber.Sub().init("sub", config_pth),
+    for work in (lambda: fail(config_pth, b"1"), lambda: Sub("sub", config_pth),
                  lambda: persipubsub.control.send_back(config_pth, "letters")):
         with pytest.raises(persipubsub.errors.ConfigError, match="the same one"):
             work()

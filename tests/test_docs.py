@@ -13,8 +13,8 @@ import persipubsub
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import doc_pages, support
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -126,12 +126,10 @@ def _prepare_operations(directory: pathlib.Path) -> None:
             entry[key] = "greetings"
     config_pth.write_text(json.dumps(entries), encoding="utf-8")
     persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         pub.send_many(msgs=[b"gone", b"hello", b"again"])
     for name, count in (("sub", 1), ("log", 2)):
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             with sub.receive_many(max_msgs=count, timeout=0) as msgs:
                 assert len(msgs) == count
     (directory / "report.pb").write_bytes(b"report")

@@ -14,8 +14,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine import environment
 from tests import support
 
@@ -116,24 +115,20 @@ def uses(config_pth: pathlib.Path) -> list[Callable[[], object]]:
     """Return each thing that a user can do with a queue; all of them may be repeated."""
 
     def send() -> None:
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             pub.send(bytes(1000))
 
     def send_many() -> None:
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             pub.send_many([bytes(10000)] * 10)
 
     def receive() -> None:
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Sub("sub", config_pth) as sub:
             with sub.receive(timeout=0.01):
                 pass
 
     def look() -> None:
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Sub("sub", config_pth) as sub:
             sub.front()
             sub.pop_to_top()
 
@@ -158,13 +153,10 @@ ALLOWED = TREE | {"", "MapFullError"}
 @pytest.mark.parametrize("size", [1000, 5000, 100000])
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str, size: int) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=3600)
 
     def run(pipe: support.Connection) -> None:
-        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             before = os.stat(tmp_path / "queue" / "data.mdb").st_size
             sent = 0
             resource.setrlimit(resource.RLIMIT_FSIZE, (before + 250000, resource.RLIM_INFINITY))
@@ -201,8 +193,7 @@ def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str, siz
 
 @pytest.mark.parametrize("limit", [0, 1, 100, 4096, 10000, 50000])
 def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: int) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     fresh = support.write_config(tmp_path, name="fresh.json", path=str(tmp_path / "fresh"))
 
     def restrict() -> None:
@@ -218,8 +209,7 @@ def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: in
 
 @pytest.mark.parametrize("left", range(0, 14, 2))
 def test_nothing_but_the_tree_without_descriptors(tmp_path: pathlib.Path, left: int) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
 
     def restrict() -> None:
         # Modules that are imported when they are needed first want to be read.
@@ -236,8 +226,7 @@ def test_nothing_but_the_tree_without_descriptors(tmp_path: pathlib.Path, left: 
 
 
 def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 18)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, max_db_size_bytes=1 << 18)
     for _ in range(5):
         results = support.outcomes_in_child(*(uses(config_pth)[:3] * 10))
         assert set(results) <= ALLOWED, results
@@ -247,13 +236,10 @@ def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("what", ["directory", "data.mdb", "lock.mdb", "all files"])
 def test_nothing_but_the_tree_when_files_disappear(tmp_path: pathlib.Path, what: str) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
 
     def run(pipe: support.Connection) -> None:
-        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             if what == "directory":
                 shutil.rmtree(tmp_path / "queue")
             elif what == "all files":

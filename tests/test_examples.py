@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 from tests.faces import deploy, figures, fixture_config_pth
 
@@ -42,7 +41,7 @@ def test_worker_that_is_told_to_end_in_the_middle_of_its_work(worker: "subproces
                                                               config_pth: pathlib.Path,
                                                               number: signal.Signals) -> None:
     msgs = [b"%d" % index for index in range(500)]
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pub.send_many(msgs)
     assert worker.stdout is not None and worker.stderr is not None
     first = worker.stdout.readline()
@@ -52,7 +51,7 @@ def test_worker_that_is_told_to_end_in_the_middle_of_its_work(worker: "subproces
     assert (worker.wait(support.HANG_SECS), worker.stderr.read()) == (0, "")
     # All that is noted was acknowledged, and the rest is there at once.
     assert figures(config_pth).lag == 500 - len(done)
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+    with Sub("sub", config_pth) as sub:
         left = [msg.decode() for msg in sub.messages(timeout=1, prefetch=100)]
     assert len(left) > 100
     assert sorted(done + left, key=int) == [msg.decode() for msg in msgs]
@@ -62,7 +61,7 @@ def test_worker_that_is_told_to_end_in_the_middle_of_its_work(worker: "subproces
 def test_worker_that_is_told_to_end_while_it_waits(worker: "subprocess.Popen[str]",
                                                    config_pth: pathlib.Path,
                                                    number: signal.Signals) -> None:
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pub.send(b"only one")
     support.until(lambda: figures(config_pth).lag == 0, "the worker waits again")
     worker.send_signal(number)
@@ -74,14 +73,14 @@ def test_worker_that_is_told_to_end_while_it_waits(worker: "subprocess.Popen[str
 def test_worker_that_is_killed(tmp_path: pathlib.Path, name: str) -> None:
     config_pth = deploy(tmp_path)
     msgs = [b"%d" % index for index in range(200)]
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pub.send_many(msgs)
     with start(name, config_pth, cwd=tmp_path) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
         process.kill()
         done = (first + process.stdout.read()).split()
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+    with Sub("sub", config_pth) as sub:
         left = [msg.decode() for msg in sub.messages(timeout=0.2)]
     assert set(done + left) == {msg.decode() for msg in msgs}
     # Only what was at work came again.

@@ -106,7 +106,8 @@ async def test_wrong_arguments(face: faces.Face, config_pth: pathlib.Path) -> No
         for wrong in (b"bytes", bytearray(b"b"), memoryview(b"b"), "text", 5, None):
             with pytest.raises(TypeError):
                 await pub.send_many(wrong)
-        for timeout in (-1, -0.001, "1", b"1", [], 1j, math.nan, -math.inf):
+        timeouts: list[Any] = [-1, -0.001, "1", b"1", [], 1j, math.nan, -math.inf]
+        for timeout in timeouts:
             with pytest.raises(ValueError, match="timeout"):
                 sub.receive(timeout=timeout)
             with pytest.raises(ValueError, match="timeout"):

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -11,14 +12,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support
 
 FORKS = int(os.environ.get("PERSIPUBSUB_FORKS", "40"))
@@ -26,22 +25,14 @@ FORKS = int(os.environ.get("PERSIPUBSUB_FORKS", "40"))
 
 @pytest.fixture(name="config_pth", params=["fsync", "os"])
 def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
-    return make(tmp_path, durability=request.param)
+    return support.make_queue(tmp_path, durability=request.param)
 
 
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
+def open_pair(config_pth: pathlib.Path) -> tuple[Pub, Sub]:
+    return (Pub("pub", config_pth), Sub("sub", config_pth))
 
 
-def open_pair(
-        config_pth: pathlib.Path) -> tuple[persipubsub.publisher.Pub, persipubsub.subscriber.Sub]:
-    return (persipubsub.publisher.Pub("pub",
-                                      config_pth), persipubsub.subscriber.Sub("sub", config_pth))
-
-
-def receive_all(sub: persipubsub.subscriber.Sub) -> list[bytes]:
+def receive_all(sub: Sub) -> list[bytes]:
     received: list[bytes] = []
     while True:
         with sub.receive(timeout=0) as message:
@@ -50,7 +41,7 @@ def receive_all(sub: persipubsub.subscriber.Sub) -> list[bytes]:
             received.append(message)
 
 
-def receive(sub: persipubsub.subscriber.Sub) -> bytes | None:
+def receive(sub: Sub) -> bytes | None:
     with sub.receive(timeout=support.HANG_SECS) as message:
         return message
 
@@ -64,11 +55,11 @@ def check(config_pth: pathlib.Path) -> None:
 
 def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: pathlib.Path) -> None:
     """The locks of LMDB belong to the process: a second opening must not give them back."""
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "queue")
     by_link = support.write_config(tmp_path, name="link.json", path=str(tmp_path / "link"))
     pub, sub = open_pair(config_pth)
-    other = persipubsub.publisher.Pub("pub", by_link)
+    other = Pub("pub", by_link)
     pub.send(b"1")
     other.close()
     gc.collect()
@@ -90,14 +81,14 @@ def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: pathlib
 
 
 def test_queue_that_was_made_anew_is_another_one(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     pub, _ = open_pair(config_pth)
     pub.send(b"old")
     shutil.rmtree(tmp_path / "queue")
     persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub("pub", config_pth) as another:
+    with Pub("pub", config_pth) as another:
         another.send(b"new")
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+    with Sub("sub", config_pth) as sub:
         assert receive_all(sub) == [b"new"]
     with contextlib.suppress(persipubsub.errors.PersipubsubError):
         pub.close()
@@ -117,11 +108,7 @@ def test_threads_open_use_and_close(config_pth: pathlib.Path) -> None:
         except BaseException as error:  # pylint: disable=broad-exception-caught
             failed.append(repr(error))
 
-    threads = [threading.Thread(target=use, args=(name, )) for name in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(support.HANG_SECS)
+    support.in_threads([functools.partial(use, name) for name in range(8)])
     assert not failed
     assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 40
     check(config_pth)
@@ -187,7 +174,7 @@ def test_parent_and_child_go_on_when_the_other_one_ends(config_pth: pathlib.Path
         assert child.get() == "left"
         child.pipe.send("go on")
         assert child.get() == "done"
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+    with Sub("sub", config_pth) as sub:
         assert receive_all(sub) == [b"last"]
     check(config_pth)
 
@@ -216,7 +203,7 @@ def test_child_that_closes_what_it_inherited_takes_nothing_from_its_parent(
         pub.close()
         sub.close()
         assert support.outcome(lambda: pub.send(b"no")) == "ClosedError"
-        with persipubsub.publisher.Pub("pub", config_pth) as other:
+        with Pub("pub", config_pth) as other:
             other.send(b"2")
 
     wait(run_in_child(work))
@@ -341,7 +328,7 @@ def work_with(config_pth: pathlib.Path, name: str) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(tmp_path: pathlib.Path, method: str) -> None:
-    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
+    config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=3600)
     pub, sub = open_pair(config_pth)
     context = multiprocessing.get_context(method)
     processes = [

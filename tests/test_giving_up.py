@@ -15,7 +15,7 @@ import pytest
 
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub.lmdb_engine import attempts, consuming, dead_letters
+from persipubsub.lmdb_engine import attempts, consuming
 from persipubsub.message import DeadLetter
 from tests import stores, support
 

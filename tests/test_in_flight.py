@@ -8,7 +8,7 @@ import time
 import persipubsub.control
 import persipubsub.queue
 import persipubsub.statistics
-import persipubsub.subscriber
+from persipubsub import Sub
 from tests import stores, support
 
 
@@ -40,12 +40,10 @@ def test_claims_are_told_with_process_and_time(tmp_path: pathlib.Path) -> None:
 
 
 def test_hung_consumer_is_seen_and_ending_it_helps_at_once(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(tmp_path)
 
     def hang(pipe: support.Connection) -> None:
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Sub("sub", config_pth) as sub:
             with sub.receive(timeout=support.HANG_SECS) as msg:
                 pipe.send(msg)
                 pipe.recv()

@@ -23,9 +23,11 @@ import persipubsub.errors
 import persipubsub.jetstream
 import persipubsub.message
 import persipubsub.subscriber
+from persipubsub import Sub
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
+from tests.support import (HANG_SECS, Child, Connection, in_threads, outcome, run_python, until,
+                           write_config)
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
@@ -332,14 +334,7 @@ def test_what_needs_a_directory(config_pth: pathlib.Path, name: str) -> None:
 @contextlib.contextmanager
 def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
              answers: Sequence[bytes]) -> Iterator[list[tuple[str, str]]]:
-    """
-    Answer in place of a stream, which does not listen any more.
-
-    :param servers: of the stream
-    :param config_pth: of the queue
-    :param answers: one after the other; nothing at all where it is empty
-    :return: what was published so far: the last part of the subject, and the id
-    """
+    """Answer in place of a stream, which does not listen any more."""
     name = stream_of(config_pth)
     config = ask(servers, f"STREAM.INFO.{name}")["config"]
     ask(servers, f"STREAM.UPDATE.{name}", **{**config, "subjects": [f"elsewhere.{name}"]})
@@ -591,9 +586,8 @@ def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
         run = run_python(
             "import sys; SERVER = int(sys.argv[2])\n"
             "import persipubsub.publisher, persipubsub.subscriber\n"
-            "pub = persipubsub.publisher.Pub(); pub.init('pub', sys.argv[1])\n"
-            "sub = persipubsub.subscriber.Sub(); sub.init('sub', sys.argv[1])\n" + code, config_pth,
-            process.pid)
+            "pub = Pub(); pub.init('pub', sys.argv[1])\n"
+            "sub = Sub(); sub.init('sub', sys.argv[1])\n" + code, config_pth, process.pid)
         process.send_signal(signal.SIGCONT)
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
@@ -601,7 +595,7 @@ def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
 # What is forgotten
 
 
-def forget_batch(sub: persipubsub.subscriber.Sub, count: int) -> None:
+def forget_batch(sub: Sub, count: int) -> None:
     """Leave messages to the garbage collector."""
     batch = sub.receive_many(count, timeout=HANG_SECS)
     # pylint: disable-next=unnecessary-dunder-call
@@ -636,7 +630,7 @@ def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
         pub.send(b"0")
     run = run_python(
         "import sys, persipubsub.subscriber\n"
-        "sub = persipubsub.subscriber.Sub(); sub.init('sub', sys.argv[1])\n"
+        "sub = Sub(); sub.init('sub', sys.argv[1])\n"
         "for msg in sub.messages(timeout=60): break\n", config_pth)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     with open_sub(config_pth) as sub:
@@ -691,11 +685,7 @@ def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
 
         results.append(outcome(use))
 
-    threads = [threading.Thread(target=work) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(HANG_SECS)
+    in_threads([work] * 16)
     assert results == [""] * 16
 
 
@@ -780,7 +770,7 @@ def write_letters(tmp_path: pathlib.Path,
     return config_pth
 
 
-def fail(sub: persipubsub.subscriber.Sub, timeout: float = HANG_SECS) -> bytes | None:
+def fail(sub: Sub, timeout: float = HANG_SECS) -> bytes | None:
     """Receive a message, and fail to work on it."""
     received: list[bytes | None] = []
     with contextlib.suppress(KeyError), sub.receive(timeout=timeout) as msg:

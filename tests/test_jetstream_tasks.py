@@ -17,7 +17,7 @@ from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.faults.test_storm import choose_seed
 from tests.jetstream_server import ask
-from tests.support import HANG_SECS, until
+from tests.support import HANG_SECS
 from tests.test_behaviour import lags, numbered
 
 pytestmark = jetstream_server.needs_server

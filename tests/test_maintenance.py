@@ -6,42 +6,17 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support
 from tests.faults import tracing
+from tests.support import make_queue, receive_all, send_each
 
 BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
-
-
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
-
-
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        for message in messages:
-            pub.send(message)
-
-
-def receive(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
-    messages: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=sub_id, config_pth=config_pth)
-        while True:
-            with sub.receive(timeout=0) as message:
-                if message is None:
-                    return messages
-                messages.append(message)
 
 
 def next_number(config_pth: pathlib.Path) -> int:
@@ -61,7 +36,7 @@ def assert_sound(config_pth: pathlib.Path) -> None:
     persipubsub.control.compact
 ])
 def test_unknown_queue(tmp_path: pathlib.Path, function: Callable[..., object]) -> None:
-    config_pth = make(tmp_path)
+    config_pth = make_queue(tmp_path)
     with pytest.raises(persipubsub.errors.ConfigError, match="nothing_of_this_name"):
         function(config_pth, "nothing_of_this_name")
 
@@ -71,16 +46,15 @@ def test_unknown_queue(tmp_path: pathlib.Path, function: Callable[..., object]) 
 
 @BOTH
 def test_sound_queue_is_verified_while_it_is_used(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"x" * 10000, b"y")
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"x" * 10000, b"y")
     is_done = threading.Event()
 
     def publish() -> None:
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             while not is_done.is_set():
                 pub.send_many([b"z" * 1000] * 10)
-                receive(config_pth)
+                receive_all(config_pth)
 
     def run(pipe: support.Connection) -> None:
         thread = threading.Thread(target=publish)
@@ -99,8 +73,8 @@ def test_sound_queue_is_verified_while_it_is_used(tmp_path: pathlib.Path, durabi
 
 
 def test_damaged_message_is_found(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"before", b"some content that is easily found", b"behind")
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"before", b"some content that is easily found", b"behind")
     path = tmp_path / "queue" / "data.mdb"
     content = path.read_bytes()
     assert content.count(b"some content") >= 1
@@ -110,8 +84,8 @@ def test_damaged_message_is_found(tmp_path: pathlib.Path) -> None:
 
 
 def test_damaged_page_is_found_without_a_crash(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"x" * 2000] * 20)
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, *[b"x" * 2000] * 20)
     path = tmp_path / "queue" / "data.mdb"
     content = bytearray(path.read_bytes())
     # All pages behind the meta pages claim to be of another kind.
@@ -124,8 +98,8 @@ def test_damaged_page_is_found_without_a_crash(tmp_path: pathlib.Path) -> None:
 
 
 def test_truncated_store_is_found(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"x" * 2000] * 20)
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, *[b"x" * 2000] * 20)
     os.truncate(tmp_path / "queue" / "data.mdb", 3 * 4096)
     findings = persipubsub.control.verify(config_pth)["queue"]
     assert len(findings) == 1
@@ -136,45 +110,45 @@ def test_truncated_store_is_found(tmp_path: pathlib.Path) -> None:
 
 @BOTH
 def test_backup_is_restored(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"1", b"2")
-    receive(config_pth)
-    send(config_pth, b"3", b"4")
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"1", b"2")
+    receive_all(config_pth)
+    send_each(config_pth, b"3", b"4")
     target = tmp_path / "backup"
     size = persipubsub.control.backup(config_pth, "queue", target)
     assert target.stat().st_size == size
     assert target.stat().st_mode & 0o777 == 0o600
-    assert receive(config_pth) == [b"3", b"4"]
-    send(config_pth, b"5")
+    assert receive_all(config_pth) == [b"3", b"4"]
+    send_each(config_pth, b"5")
     used = next_number(config_pth)
 
     persipubsub.control.restore(config_pth, "queue", target)
     assert_sound(config_pth)
     # No number is used again, whatever happened since the backup.
     assert next_number(config_pth) > used
-    send(config_pth, b"6")
-    assert receive(config_pth) == [b"3", b"4", b"6"]
+    send_each(config_pth, b"6")
+    assert receive_all(config_pth) == [b"3", b"4", b"6"]
     assert_sound(config_pth)
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".new")] == []
 
 
 def test_no_number_is_used_twice_by_repeated_restoring(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     numbers = set()
     for _ in range(3):
-        send(config_pth, b"2")
+        send_each(config_pth, b"2")
         number = persipubsub.control.peek(config_pth, "sub", count=2)[-1].number
         assert number not in numbers
         numbers.add(number)
         persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-        assert receive(config_pth) == [b"1"]
+        assert receive_all(config_pth) == [b"1"]
 
 
 def test_backup_creates_a_queue_elsewhere(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     (tmp_path / "elsewhere").mkdir()
     # Another durability, and one more subscriber.
@@ -182,15 +156,15 @@ def test_backup_creates_a_queue_elsewhere(tmp_path: pathlib.Path) -> None:
                                      subscribers=["sub", "other"],
                                      durability="os")
     persipubsub.control.restore(other_pth, "queue", tmp_path / "backup")
-    send(other_pth, b"2")
-    assert receive(other_pth) == [b"1", b"2"]
+    send_each(other_pth, b"2")
+    assert receive_all(other_pth) == [b"1", b"2"]
     subscribers = persipubsub.control.statistics(other_pth)["queue"].subscribers
     assert [one.subscriber for one in subscribers] == ["other", "sub"]
     assert_sound(other_pth)
 
 
 def test_backup_replaces_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = make_queue(tmp_path)
     (tmp_path / "file").write_bytes(b"precious")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ["file", "link", "queue"]:
@@ -204,8 +178,8 @@ def test_backup_replaces_nothing(tmp_path: pathlib.Path) -> None:
 @BOTH
 def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: pathlib.Path,
                                                             durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"before", b"some content that is easily found", b"behind")
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"before", b"some content that is easily found", b"behind")
     path = tmp_path / "queue" / "data.mdb"
     path.write_bytes(path.read_bytes().replace(b"some content", b"what content"))
     with pytest.raises(persipubsub.errors.StoreCorruptError, match="checksum"):
@@ -215,8 +189,8 @@ def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: pathlib.Pa
 
 @pytest.mark.parametrize("action", ["backup", "compact"])
 def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: pathlib.Path, action: str) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"%d." % number * 300 for number in range(100)])
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, *[b"%d." % number * 300 for number in range(100)])
     path = tmp_path / "queue" / "data.mdb"
     content = bytearray(path.read_bytes())
     # The root of the newer of the two trees, behind the number of whose transaction it is.
@@ -245,8 +219,8 @@ def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: pathlib.Path, action
 
 
 def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"some content")
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"some content")
     before = support.snapshot(tmp_path / "queue")
     (tmp_path / "text").write_bytes(b"something else" * 10000)
     (tmp_path / "empty").touch()
@@ -260,13 +234,13 @@ def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: pathlib.Path
             persipubsub.control.restore(config_pth, "queue", tmp_path / name)
     after = support.snapshot(tmp_path / "queue")
     assert {**after, "lock.mdb": b"", "shared": b""} == {**before, "lock.mdb": b"", "shared": b""}
-    assert receive(config_pth) == [b"some content"]
+    assert receive_all(config_pth) == [b"some content"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
 def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
-    config_pth = make(tmp_path, durability="os")
-    send(config_pth, b"1")
+    config_pth = make_queue(tmp_path, durability="os")
+    send_each(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     path = tmp_path / "queue" / "data.mdb"
     if damage == "truncated":
@@ -281,26 +255,25 @@ def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
             persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
         path.unlink()
     persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-    assert receive(config_pth) == [b"1"]
+    assert receive_all(config_pth) == [b"1"]
     assert_sound(config_pth)
 
 
 def test_old_journal_never_takes_the_place_of_what_was_restored(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os")
-    send(config_pth, b"1")
+    config_pth = make_queue(tmp_path, durability="os")
+    send_each(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
-    receive(config_pth)
-    send(config_pth, b"2")
+    receive_all(config_pth)
+    send_each(config_pth, b"2")
     stores.lose_power(tmp_path / "queue")
     persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
     stores.lose_power(tmp_path / "queue")
-    assert receive(config_pth) == [b"1"]
+    assert receive_all(config_pth) == [b"1"]
     assert_sound(config_pth)
 
 
 def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         number = 0
         while True:
             pub.send_many([b"%d" % (number + index) for index in range(3)])
@@ -310,8 +283,7 @@ def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None
 
 def take_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     pipe.send("begun")
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="other", config_pth=config_pth)
+    with Sub("other", config_pth) as sub:
         while True:
             with sub.receive_many(max_msgs=10, timeout=10):
                 pass
@@ -327,10 +299,10 @@ def drain(child: support.Child) -> int:
 @BOTH
 def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.Path,
                                                               durability: str) -> None:
-    config_pth = make(tmp_path,
-                      subscribers=["sub", "other"],
-                      publishers={"pub": ["sub", "other"]},
-                      durability=durability)
+    config_pth = make_queue(tmp_path,
+                            subscribers=["sub", "other"],
+                            publishers={"pub": ["sub", "other"]},
+                            durability=durability)
     sent = []
     with support.Child(publish_for_ever, config_pth) as publisher, \
             support.Child(take_for_ever, config_pth) as taker:
@@ -346,7 +318,7 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.
     for index, count in enumerate(sent):
         persipubsub.control.restore(config_pth, "queue", tmp_path / f"backup{index}")
         assert_sound(config_pth)
-        messages = receive(config_pth)
+        messages = receive_all(config_pth)
         assert messages == [b"%d" % number for number in range(len(messages))]
         assert len(messages) >= count
 
@@ -356,29 +328,28 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.
 
 @BOTH
 def test_compact_gives_room_back_and_keeps_all(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"first")
-    receive(config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"first")
+    receive_all(config_pth)
+    with Pub("pub", config_pth) as pub:
         pub.send_many([os.urandom(1000) for _ in range(2000)])
     persipubsub.control.clear_all_subs(config_pth)
-    send(config_pth, b"last")
+    send_each(config_pth, b"last")
     number = next_number(config_pth)
     sizes = persipubsub.control.compact(config_pth)["queue"]
     assert sizes.before > 4000000 > 1000000 > sizes.after
     assert (tmp_path / "queue" / "data.mdb").stat().st_mode & 0o777 == 0o600
     assert next_number(config_pth) == number
     assert_sound(config_pth)
-    assert receive(config_pth) == [b"last"]
+    assert receive_all(config_pth) == [b"last"]
     assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
 
 
 @BOTH
 def test_compact_of_a_drained_queue_needs_no_prune(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, *[bytes(100000)] * 100)
-    assert len(receive(config_pth)) == 100
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, *[bytes(100000)] * 100)
+    assert len(receive_all(config_pth)) == 100
     sizes = persipubsub.control.compact(config_pth)["queue"]
     # What is left: a store with one finished block, the reserve, and two segments of the journal.
     assert sizes.before > 10000000 > 1500000 > sizes.after
@@ -394,15 +365,14 @@ def use(config_pth: pathlib.Path) -> list[Callable[[], object]]:
 
 
 def hold_open(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth):
         pipe.send("open")
         pipe.recv()
 
 
 def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     with support.Child(hold_open, config_pth) as child:
         child.get()
@@ -417,7 +387,7 @@ def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
         for function in use(config_pth):
             with pytest.raises(persipubsub.errors.QueueInUseError):
                 function()
-    assert receive(config_pth) == [b"1"]
+    assert receive_all(config_pth) == [b"1"]
 
 
 def look_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
@@ -429,7 +399,7 @@ def look_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = make_queue(tmp_path)
     with support.Child(look_for_ever, config_pth) as child:
         assert child.get() == "looked"
         for _ in range(60):
@@ -442,10 +412,10 @@ def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("action", ["compact", "restore"])
 def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -> None:
     tracing.require()
-    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
-    send(config_pth, b"old")
+    config_pth = make_queue(tmp_path, durability="os", checkpoint_secs=3600)
+    send_each(config_pth, b"old")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
-    send(config_pth, b"new")
+    send_each(config_pth, b"new")
 
     def work() -> None:
         use(config_pth)[action == "restore"]()
@@ -455,10 +425,10 @@ def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -
     assert tracing.run(lambda: work, options) in (0, -signal.SIGKILL)
     assert_sound(config_pth)
     assert not (tmp_path / "queue" / "data.mdb.new").exists()
-    messages = receive(config_pth)
+    messages = receive_all(config_pth)
     assert messages == [b"old", b"new"] or (action, messages) == ("restore", [b"old"])
-    send(config_pth, b"later")
-    assert receive(config_pth) == [b"later"]
+    send_each(config_pth, b"later")
+    assert receive_all(config_pth) == [b"later"]
     persipubsub.control.compact(config_pth)
     assert_sound(config_pth)
 
@@ -468,8 +438,7 @@ def test_lock_that_is_refused_is_an_error_of_the_library(tmp_path: pathlib.Path,
                                                          action: str) -> None:
     """As the kernel does it that has no memory for one more lock, and many file systems."""
     tracing.require()
-    config_pth = support.write_config(tmp_path, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(tmp_path, durability="os")
     backup = tmp_path / "backup.mdb"
     persipubsub.control.backup(config_pth, "queue", backup)
     functions: dict[str, Callable[[], object]] = {
@@ -490,15 +459,15 @@ def test_lock_that_is_refused_is_an_error_of_the_library(tmp_path: pathlib.Path,
 
 
 def test_store_of_another_program_is_left_alone(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1")
     persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
     # So far as can be told from outside: no process of this library ever opened it.
     (tmp_path / "queue" / "users.lock").unlink()
     for function in use(config_pth)[1:]:
         with pytest.raises(persipubsub.errors.FormatError, match="another program"):
             function()
-    assert receive(config_pth) == [b"1"]
+    assert receive_all(config_pth) == [b"1"]
 
 
 # Dropping
@@ -506,21 +475,21 @@ def test_store_of_another_program_is_left_alone(tmp_path: pathlib.Path) -> None:
 
 @BOTH
 def test_drop_removes_the_directory(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"1")
-    receive(config_pth)
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"1")
+    receive_all(config_pth)
     assert not persipubsub.control.drop_queue(config_pth, "queue")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
     with pytest.raises(persipubsub.errors.NotInitializedError):
         persipubsub.control.drop_queue(config_pth, "queue")
     persipubsub.control.initialize_all_dbs(config_pth)
-    assert not receive(config_pth)
+    assert not receive_all(config_pth)
 
 
 @pytest.mark.parametrize("call", ["unlink", "rmdir"])
 def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call: str) -> None:
     tracing.require()
-    config_pth = make(tmp_path)
+    config_pth = make_queue(tmp_path)
     lock = tmp_path / "queue" / "open.lock"
 
     def work() -> None:
@@ -537,7 +506,7 @@ def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call
 
 
 def test_drop_leaves_what_is_not_ours(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = make_queue(tmp_path)
     (tmp_path / "queue" / "notes.txt").write_text("precious")
     (tmp_path / "queue" / "data.mdb.bak").write_text("precious")
     assert persipubsub.control.drop_queue(config_pth, "queue") == ("data.mdb.bak", "notes.txt")
@@ -548,15 +517,14 @@ def test_drop_leaves_what_is_not_ours(tmp_path: pathlib.Path) -> None:
 
 
 def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         pub.send(b"1")
         assert persipubsub.control.add_subscriber(config_pth, "queue", "late")
         assert not persipubsub.control.add_subscriber(config_pth, "queue", "late")
         for index in range(100):
             pub.send(b"%d" % index)
-        assert len(receive(config_pth)) == 101
+        assert len(receive_all(config_pth)) == 101
         found = persipubsub.control.peek(config_pth, "late", count=1000, queue_key="queue")
         assert len(found) == 100
         with support.open_queue(config_pth) as queue:
@@ -578,7 +546,7 @@ def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: pathlib.Pat
 
 @pytest.mark.parametrize("identifier", ["", "data_db", "queues", "x" * 256, "a\0b", "\ud800"])
 def test_identifier_that_nobody_may_have(tmp_path: pathlib.Path, identifier: str) -> None:
-    config_pth = make(tmp_path)
+    config_pth = make_queue(tmp_path)
     with pytest.raises(persipubsub.errors.ConfigError):
         persipubsub.control.add_subscriber(config_pth, "queue", identifier)
     assert len(persipubsub.control.statistics(config_pth)["queue"].subscribers) == 1
@@ -588,15 +556,14 @@ def test_identifier_that_nobody_may_have(tmp_path: pathlib.Path, identifier: str
 
 
 def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path,
-                      subscribers=["sub", "other"],
-                      publishers={
-                          "pub": ["sub", "other"],
-                          "narrow": ["other"]
-                      })
-    send(config_pth, b"1", b"2", b"3")
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="narrow", config_pth=config_pth)
+    config_pth = make_queue(tmp_path,
+                            subscribers=["sub", "other"],
+                            publishers={
+                                "pub": ["sub", "other"],
+                                "narrow": ["other"]
+                            })
+    send_each(config_pth, b"1", b"2", b"3")
+    with Pub("narrow", config_pth) as pub:
         pub.send(b"not for sub")
         pub.init(pub_id="pub", config_pth=config_pth)
         pub.send_many([b"%d" % index for index in range(4, 1300)])
@@ -614,23 +581,23 @@ def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) ->
     for start in (10**6, 2**64 - 1, 2**64, 10**23):
         assert not persipubsub.control.peek(config_pth, "sub", start=start)
     assert persipubsub.control.peek(config_pth, "other", count=4)[3].subscribers == ("other", )
-    assert receive(config_pth) == expected
+    assert receive_all(config_pth) == expected
 
 
 def test_follow_sees_what_comes(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1", b"2", b"3")
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1", b"2", b"3")
     assert [one.content for one in next(persipubsub.control.follow(config_pth, "queue", last=2))
             ] == [b"2", b"3"]
     found = persipubsub.control.follow(config_pth, "queue")
     assert next(found) == []
-    send(config_pth, b"4")
+    send_each(config_pth, b"4")
     messages: list[bytes] = []
     while len(messages) < 1:
         messages += [one.content or b"" for one in next(found)]
     assert messages == [b"4"]
     found.close()
-    assert receive(config_pth) == [b"1", b"2", b"3", b"4"]
+    assert receive_all(config_pth) == [b"1", b"2", b"3", b"4"]
 
 
 #: Look twice, and tell which files were opened to write, renamed or removed, and what was called in
@@ -664,8 +631,8 @@ def state_of(directory: pathlib.Path) -> list[tuple[str, int, int]]:
 @BOTH
 def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: pathlib.Path,
                                                          durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability, checkpoint_secs=0.001)
-    send(config_pth, b"x")
+    config_pth = make_queue(tmp_path, durability=durability, checkpoint_secs=0.001)
+    send_each(config_pth, b"x")
     before = state_of(tmp_path / "queue")
     done = support.run_python(_AUDITED_LOOK, config_pth)
     assert (done.stdout.split(), done.stderr) == (["1", "1"], "")
@@ -673,7 +640,7 @@ def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: pathlib.Path,
 
 
 def test_look_at_a_queue_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
+    config_pth = make_queue(tmp_path, durability="os", checkpoint_secs=3600)
 
     def run(pipe: support.Connection) -> None:
         with support.open_queue(config_pth) as queue:
@@ -686,4 +653,4 @@ def test_look_at_a_queue_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
         child.kill(signal.SIGKILL)
         child.end(-signal.SIGKILL)
     assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
-    assert receive(config_pth) == [b"x"]
+    assert receive_all(config_pth) == [b"x"]

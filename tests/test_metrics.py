@@ -53,8 +53,8 @@ def collected(config_pth: pathlib.Path, queue_key: str | None = None) -> dict[st
 
 def busy(directory: pathlib.Path) -> pathlib.Path:
     """Make a queue in which something of everything has happened."""
-    config_pth = test_cli.make(directory, MAX_MSGS_NUM=100)
-    test_cli.send(config_pth, b"x" * 10, b"y", b"z")
+    config_pth = support.make_queue(directory, MAX_MSGS_NUM=100)
+    support.send(config_pth, b"x" * 10, b"y", b"z")
     with contextlib.suppress(ValueError), test_cli.receiving(config_pth, 1):
         raise ValueError()
     with test_cli.receiving(config_pth, 1):
@@ -91,7 +91,7 @@ def test_figures(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_is_not_known_is_left_out(tmp_path: pathlib.Path) -> None:
-    names = "".join(collected(test_cli.make(tmp_path)))
+    names = "".join(collected(support.make_queue(tmp_path)))
     for name in ("oldest_age", "longest_in_flight", "last_acknowledged"):
         assert name not in names
 
@@ -137,7 +137,8 @@ def test_they_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
         "persipubsub_config_valid": 1,
         'persipubsub_queue_up{queue="queue"}': 0
     }
-    assert collected(test_cli.make(tmp_path), "queue")['persipubsub_queue_up{queue="queue"}'] == 1
+    assert collected(support.make_queue(tmp_path),
+                     "queue")['persipubsub_queue_up{queue="queue"}'] == 1
     assert collected(config_pth, "missing")['persipubsub_queue_up{queue="missing"}'] == 0
     assert collected(tmp_path / "missing.json", "queue") == {
         "persipubsub_config_valid": 0,
@@ -148,8 +149,8 @@ def test_they_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
 def test_servers_that_are_away_do_not_hold_up_other_figures(
         tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(persipubsub.metrics, "_SERVER_SECS", 1.0)
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     config = json.loads(config_pth.read_text())
     with socket.socket() as silent, socket.socket() as away:
         silent.bind(("127.0.0.1", 0))
@@ -341,7 +342,7 @@ def test_metrics_unit_stops_as_it_says(tmp_path: pathlib.Path) -> None:
     command = re.search(r"^ExecStart=/opt/app/bin/persipubsub (.*)$", unit, re.MULTILINE)
     assert command is not None
     words = command.group(1).replace("9464", "0").split()
-    variables = {"PERSIPUBSUB_CONFIG": str(test_cli.make(tmp_path))}
+    variables = {"PERSIPUBSUB_CONFIG": str(support.make_queue(tmp_path))}
     with test_cli.start(*words, variables=variables) as process:
         assert process.stdout is not None and process.stdout.readline().startswith(b"Serving ")
         process.send_signal(2)

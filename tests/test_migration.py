@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 from persipubsub import migration
 from persipubsub.control import Progress
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
+from tests.support import (HANG_SECS, Child, Connection, make_queue, outcome, run_python, until,
+                           write_config)
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
@@ -133,12 +133,11 @@ def test_publishers_first(scene: Scene) -> None:
 def test_only_subscriber(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
     scene = Scene(tmp_path, servers, publishers={"pub": ("a", )}, subscribers=("a", ))
     # By now there is one more at the servers, which is not to get what was not sent to it.
-    more = write_config(tmp_path,
-                        path=scene.target,
-                        name="more.json",
-                        publishers={"pub": ("a", "b")},
-                        subscribers=("a", "b"))
-    persipubsub.control.initialize_all_dbs(more)
+    more = make_queue(tmp_path,
+                      path=scene.target,
+                      name="more.json",
+                      publishers={"pub": ("a", "b")},
+                      subscribers=("a", "b"))
     with open_pub(scene.old) as pub, open_pub(more) as new:
         pub.send_many(numbered(3))
         new.send(b"new")

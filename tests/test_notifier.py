@@ -1,5 +1,6 @@
 """Test waiting and waking between real processes and threads."""
 
+import functools
 import mmap
 import os
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 
 from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.notifier import Notifier
-from tests.support import HANG_SECS, Child, Connection, until
+from tests.support import HANG_SECS, Child, Connection, in_threads, until
 
 ROUNDS = int(os.environ.get("PERSIPUBSUB_WAKEUP_ROUNDS", "5000"))
 
@@ -97,13 +98,7 @@ def receive(pipe: Connection, directory: pathlib.Path, board: Board, me: int, ro
                 return
             acks.notify()
 
-    threads = [
-        threading.Thread(target=work, args=(me * THREADS + index, )) for index in range(THREADS)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads([functools.partial(work, me * THREADS + index) for index in range(THREADS)])
     pipe.send(lost)
 
 

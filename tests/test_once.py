@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
+from persipubsub import Pub
 from tests import stores, support
 
 WINDOW_SECS = 100
@@ -46,22 +45,15 @@ def test_threads_that_send_the_same_id_store_it_once(tmp_path: pathlib.Path) -> 
             numbers.append([queue.put([b"%d" % index], msg_ids=[b"%d" % index])
                             for index in range(50)])  # yapf: disable
 
-        threads = [threading.Thread(target=send) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(support.HANG_SECS)
+        support.in_threads([send] * 8)
         assert len(numbers) == 8
         assert all(found == numbers[0] for found in numbers)
         assert sorted(stores.take_all(queue)) == sorted(b"%d" % index for index in range(50))
 
 
 def test_publishers_of_a_queue_share_their_ids(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, {"pub": ["sub"], "other": ["sub"]})
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.publisher.Pub() as other:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        other.init(pub_id="other", config_pth=config_pth, autosync=True)
+    config_pth = support.make_queue(tmp_path, {"pub": ["sub"], "other": ["sub"]})
+    with Pub("pub", config_pth) as pub, Pub("other", config_pth, autosync=True) as other:
         pub.send(b"one", msg_id="ä")
         other.send(b"one", msg_id="ä".encode())
         other.send_many([b"one", b"two", b"three"], msg_ids=["ä", None, "b"])
@@ -75,10 +67,8 @@ def test_publishers_of_a_queue_share_their_ids(tmp_path: pathlib.Path) -> None:
                                            ("\ud800", ValueError), (1, TypeError),
                                            (bytearray(b"x"), TypeError), (["x"], TypeError)])
 def test_wrong_id(tmp_path: pathlib.Path, msg_id: Any, error: "type[Exception]") -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         with pytest.raises(error, match="Expected|surrogates"):
             pub.send(b"x", msg_id=msg_id)
         with pytest.raises(error, match="Expected|surrogates"):

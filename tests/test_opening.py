@@ -14,14 +14,15 @@ from typing import Any
 import lmdb
 import pytest
 
-import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support
 from tests.faults import tracing
+from tests.support import receive_all, send_each
 
 PAGE = 4096
 
@@ -34,32 +35,15 @@ FILES = [
 ]
 
 
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
-        for message in messages:
-            pub.send(message)
-
-
-def receive_all(config_pth: pathlib.Path) -> list[bytes]:
-    received: list[bytes] = []
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
-        while True:
-            with sub.receive(timeout=0) as message:
-                if message is None:
-                    return received
-                received.append(message)
-
-
 def make(directory: pathlib.Path, *messages: bytes, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    send(config_pth, *messages)
+    config_pth = support.make_queue(directory, **changes)
+    send_each(config_pth, *messages)
     return config_pth
 
 
 def every_use(config_pth: pathlib.Path) -> list[Callable[[], object]]:
     return [
-        lambda: send(config_pth, b"message"), lambda: receive_all(config_pth),
+        lambda: send_each(config_pth, b"message"), lambda: receive_all(config_pth),
         lambda: persipubsub.control.initialize_all_dbs(config_pth),
         lambda: persipubsub.control.statistics(config_pth),
         lambda: persipubsub.control.clear_all_subs(config_pth),
@@ -203,7 +187,7 @@ def test_damaged_journal_of_a_store_that_was_left_cleanly_is_made_anew(
     spoil_journal(tmp_path / "queue" / "journal", damage)
     assert receive_all(config_pth) == [b"message"]
     assert "journal" in caplog.text
-    send(config_pth, b"again")
+    send_each(config_pth, b"again")
     stores.lose_power(tmp_path / "queue")
     assert receive_all(config_pth) == [b"again"]
     assert persipubsub.control.verify(config_pth) == {"queue": ()}
@@ -315,7 +299,7 @@ def test_files_are_private(tmp_path: pathlib.Path) -> None:
     def use() -> None:
         os.umask(0)
         persipubsub.control.initialize_all_dbs(config_pth)
-        send(config_pth, b"message")
+        send_each(config_pth, b"message")
         receive_all(config_pth)
 
     assert support.outcomes_in_child(use) == [""]
@@ -332,7 +316,7 @@ def test_modes_of_what_is_there_stay(tmp_path: pathlib.Path) -> None:
     data = tmp_path / "queue" / "data.mdb"
     data.chmod(0o640)
     persipubsub.control.initialize_all_dbs(config_pth)
-    send(config_pth, b"message")
+    send_each(config_pth, b"message")
     assert stat.S_IMODE((tmp_path / "queue").stat().st_mode) == 0o755
     assert stat.S_IMODE(data.stat().st_mode) == 0o640
 
@@ -420,7 +404,7 @@ def test_many_processes_initialize_at_once(tmp_path: pathlib.Path, durability: s
         pipe.recv()
         pipe.send(
             support.outcome(lambda: persipubsub.control.initialize_all_dbs(config_pth=config_pth)))
-        pipe.send(support.outcome(lambda: send(config_pth, b"message")))
+        pipe.send(support.outcome(lambda: send_each(config_pth, b"message")))
 
     children = [support.Child(run) for _ in range(12)]
     try:
@@ -453,10 +437,11 @@ def test_creator_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
         options = ["-o", os.devnull, "-e", f"inject={calls}:signal=KILL:when={place}"]
         code = tracing.run(lambda work=work: work, options)  # type: ignore[misc]
         killed += code != 0
-        opened = support.outcomes_in_child(lambda path=config_pth: send(path, b"x"))  # type: ignore
+        opened = support.outcomes_in_child(
+            lambda path=config_pth: send_each(path, b"x"))  # type: ignore
         assert opened in ([""], ["NotInitializedError"])
         persipubsub.control.initialize_all_dbs(config_pth)
-        send(config_pth, b"message")
+        send_each(config_pth, b"message")
         assert receive_all(config_pth)[-1] == b"message"
         assert persipubsub.control.verify(config_pth) == {"queue": ()}
         shutil.rmtree(directory)
@@ -529,9 +514,9 @@ def test_stored_settings_count_and_the_warning_names_what_differs(
     config_pth = make(tmp_path, MAX_MSGS_NUM=5, strategy="reject")
     other = support.write_config(tmp_path, name="other.json", MAX_MSGS_NUM=1000, retain_secs=7)
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
-        send(other, *[b"x"] * 5)
+        send_each(other, *[b"x"] * 5)
         with pytest.raises(persipubsub.errors.QueueFullError):
-            send(other, b"x")
+            send_each(other, b"x")
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 1
     for name in ("high-water-mark.MAX_MSGS_NUM is 5, not 1000",
@@ -552,7 +537,7 @@ def test_init_stores_settings_also_while_others_use_the_queue(tmp_path: pathlib.
     other = support.write_config(tmp_path, name="other.json", durability="os", MAX_MSGS_NUM=3)
 
     def run(pipe: support.Connection) -> None:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             pipe.send("open")
             pipe.recv()
             # It keeps its own until it opens the queue again.
@@ -570,7 +555,7 @@ def test_init_stores_settings_also_while_others_use_the_queue(tmp_path: pathlib.
             assert child.get() == "QueueFullError"
             child.end()
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
-        send(other, b"2", b"3")
+        send_each(other, b"2", b"3")
         assert caplog.records == []
         assert receive_all(other) == [b"1", b"2", b"3"]
         assert not receive_all(config_pth)
@@ -590,7 +575,7 @@ def test_clock_goes_on_after_a_restart_of_the_machine(tmp_path: pathlib.Path) ->
     config_pth = make(tmp_path, b"message")
     before = persipubsub.control.statistics(config_pth)["queue"].oldest_age_seconds
     stores.lose_power(tmp_path / "queue")
-    send(config_pth, b"again")
+    send_each(config_pth, b"again")
     after = persipubsub.control.statistics(config_pth)["queue"].oldest_age_seconds
     assert before is not None and after is not None
     assert before <= after < before + support.HANG_SECS

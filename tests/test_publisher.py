@@ -1,10 +1,10 @@
 """Test publishing: what is taken, what is refused, and three processes that do the main job."""
 
 import array
+import functools
 import itertools
 import os
 import pathlib
-import threading
 from collections.abc import Iterator
 from typing import Any, Union
 
@@ -14,7 +14,9 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
+from tests.support import receive_all
 
 DEPLOY = """if True:
     import sys
@@ -44,28 +46,15 @@ RECEIVE = """if True:
     """
 
 
-def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
-    result: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=sub_id, config_pth=config_pth)
-        while True:
-            with sub.receive(timeout=0) as message:
-                if message is None:
-                    return result
-                result.append(message)
-
-
 @pytest.fixture(name="config_pth")
 def fixture_config_pth(tmp_path: pathlib.Path) -> pathlib.Path:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     return config_pth
 
 
 @pytest.fixture(name="pub")
-def fixture_pub(config_pth: pathlib.Path) -> Iterator[persipubsub.publisher.Pub]:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def fixture_pub(config_pth: pathlib.Path) -> Iterator[Pub]:
+    with Pub("pub", config_pth) as pub:
         yield pub
 
 
@@ -136,8 +125,7 @@ def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path) -> None
     bytes(range(256)) * 1000
 ],
                          ids=lambda message: type(message).__name__)
-def test_bytes_like_messages(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
-                             message: Any) -> None:
+def test_bytes_like_messages(config_pth: pathlib.Path, pub: Pub, message: Any) -> None:
     pub.send(msg=message)
     pub.send_many(msgs=[message, message])
     assert receive_all(config_pth) == [bytes(message)] * 3
@@ -147,7 +135,7 @@ class Bytes(bytes):
     """Be bytes, and more."""
 
 
-def test_any_iterable_of_messages(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub) -> None:
+def test_any_iterable_of_messages(config_pth: pathlib.Path, pub: Pub) -> None:
     pub.send_many(msgs=[])
     pub.send_many(msgs=())
     pub.send_many(msgs=(b"%d" % number for number in range(3)))  # type: ignore[arg-type]
@@ -155,8 +143,7 @@ def test_any_iterable_of_messages(config_pth: pathlib.Path, pub: persipubsub.pub
     assert receive_all(config_pth) == [b"0", b"1", b"2", b"3", b"4"]
 
 
-def test_iterable_that_fails_sends_nothing(config_pth: pathlib.Path,
-                                           pub: persipubsub.publisher.Pub) -> None:
+def test_iterable_that_fails_sends_nothing(config_pth: pathlib.Path, pub: Pub) -> None:
 
     def generate() -> Iterator[bytes]:
         yield b"good"
@@ -167,8 +154,7 @@ def test_iterable_that_fails_sends_nothing(config_pth: pathlib.Path,
     assert not receive_all(config_pth)
 
 
-def test_changed_buffer_changes_nothing(config_pth: pathlib.Path,
-                                        pub: persipubsub.publisher.Pub) -> None:
+def test_changed_buffer_changes_nothing(config_pth: pathlib.Path, pub: Pub) -> None:
     buffer = bytearray(b"before")
     pub.send(msg=buffer)
     pub.send_many(msgs=[buffer, memoryview(buffer)])
@@ -176,14 +162,13 @@ def test_changed_buffer_changes_nothing(config_pth: pathlib.Path,
     assert receive_all(config_pth) == [b"before"] * 3
 
 
-def last_transaction(pub: persipubsub.publisher.Pub) -> int:
+def last_transaction(pub: Pub) -> int:
     return support.queue_of(pub).statistics().commits
 
 
 @pytest.mark.parametrize("autosync, commits", [(False, 1), (True, 5)])
 def test_commits_of_a_batch(config_pth: pathlib.Path, autosync: bool, commits: int) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth, autosync=autosync)
+    with Pub("pub", config_pth, autosync=autosync) as pub:
         before = last_transaction(pub)
         pub.send_many(msgs=[b"%d" % number for number in range(5)])
         assert last_transaction(pub) - before == commits
@@ -193,8 +178,7 @@ def test_commits_of_a_batch(config_pth: pathlib.Path, autosync: bool, commits: i
 # Life of a publisher
 
 
-def test_init_again(tmp_path: pathlib.Path, config_pth: pathlib.Path,
-                    pub: persipubsub.publisher.Pub) -> None:
+def test_init_again(tmp_path: pathlib.Path, config_pth: pathlib.Path, pub: Pub) -> None:
     other = support.write_config(tmp_path,
                                  name="other.json",
                                  publishers={"other": ["sub"]},
@@ -214,11 +198,11 @@ def test_not_initialized(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     for _ in range(2):
         with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
-            persipubsub.publisher.Pub().init(pub_id="pub", config_pth=config_pth)
+            Pub("pub", config_pth)
     assert sorted(os.listdir(tmp_path)) == ["config.json"]
     (tmp_path / "queue").mkdir()
     with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
-        persipubsub.publisher.Pub().init(pub_id="pub", config_pth=config_pth)
+        Pub("pub", config_pth)
     assert not os.listdir(tmp_path / "queue")
 
 
@@ -235,22 +219,18 @@ def test_paths_of_any_kind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
         pathlib.Path("config.json")
     ]
     for path, (pub_path, sub_path) in enumerate(itertools.product(paths, paths)):
-        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-            pub.init(pub_id="pub", config_pth=pub_path)
-            sub.init(sub_id="sub", config_pth=sub_path)
+        with Pub("pub", pub_path) as pub, Sub("sub", sub_path) as sub:
             pub.send(b"%d" % path)
             with sub.receive(timeout=0) as message:
                 assert message == b"%d" % path
     monkeypatch.chdir(tmp_path)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         pub.send(b"message")
     assert receive_all(config_pth) == [b"message"]
 
 
 def test_leaving_the_interpreter(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=1000)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=1000)
     code = """if True:
         import os, sys, threading
         import persipubsub.errors, persipubsub.publisher
@@ -283,8 +263,7 @@ def test_leaving_the_interpreter(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_send_after_the_interpreter_was_left(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability)
     code = """if True:
         import atexit, sys
 
@@ -310,19 +289,13 @@ def test_send_after_the_interpreter_was_left(tmp_path: pathlib.Path, durability:
     assert receive_all(config_pth) == [b"in time"]
 
 
-def test_many_threads_send_batches(config_pth: pathlib.Path,
-                                   pub: persipubsub.publisher.Pub) -> None:
+def test_many_threads_send_batches(config_pth: pathlib.Path, pub: Pub) -> None:
 
     def send(name: int) -> None:
         for number in range(20):
             pub.send_many([b"%d-%d-%d" % (name, number, place) for place in range(5)])
 
-    threads = [threading.Thread(target=send, args=(name, )) for name in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(support.HANG_SECS)
-        assert not thread.is_alive()
+    support.in_threads([functools.partial(send, name) for name in range(8)])
 
     received = [
         tuple(int(part) for part in message.split(b"-")) for message in receive_all(config_pth)

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support
 
 REJECT = stores.REJECT
@@ -204,8 +202,7 @@ def test_full_map_makes_room_of_what_is_too_old(tmp_path: pathlib.Path) -> None:
 
 def interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         pipe.send("ready")
         try:
             pub.send(b"blocked")
@@ -217,8 +214,7 @@ def interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def test_interrupt_while_waiting_sends_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, strategy="block", MAX_MSGS_NUM=1)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, strategy="block", MAX_MSGS_NUM=1)
     with support.open_queue(config_pth) as queue:
         queue.put([b"first"])
         with support.Child(interrupted, config_pth) as child:
@@ -233,8 +229,7 @@ def test_interrupt_while_waiting_sends_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def send_in_child(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         pipe.send("ready")
         for index in range(100):
             pub.send_many([b"%d" % index, b""])
@@ -242,9 +237,8 @@ def send_in_child(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def test_subscriber_wakes_a_publisher_of_another_process(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, strategy="block", MAX_MSGS_NUM=2)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with support.Child(send_in_child, config_pth) as child, persipubsub.subscriber.Sub() as sub:
+    config_pth = support.make_queue(tmp_path, strategy="block", MAX_MSGS_NUM=2)
+    with support.Child(send_in_child, config_pth) as child, Sub() as sub:
         assert child.get() == "ready"
         sub.init(sub_id="sub", config_pth=config_pth)
         received: list[bytes] = []

@@ -1,12 +1,11 @@
 """Test putting, audiences, the timeout, numbers that survive everything, the file's size."""
 
+import functools
 import pathlib
 import random
-import threading
 
 import pytest
 
-import persipubsub.control
 import persipubsub.queue
 from tests import stores, support
 
@@ -71,8 +70,7 @@ def test_old_messages_are_dropped_by_a_send(tmp_path: pathlib.Path) -> None:
 
 
 def test_numbers_go_on_in_another_process(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(tmp_path)
     code = """
 import sys
 import persipubsub.config, persipubsub.queue
@@ -170,11 +168,7 @@ def test_threads_share_commits_and_lose_nothing(tmp_path: pathlib.Path) -> None:
             for index in range(100):
                 queue.put([b"%d %d" % (name, index)], audiences[name])
 
-        threads = [threading.Thread(target=send, args=(name, )) for name in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(support.HANG_SECS)
+        support.in_threads([functools.partial(send, name) for name in range(4)])
         for name, others in (("a", 2), ("b", 1)):
             found = stores.take_all(queue, name)
             for sender in range(4):
@@ -199,11 +193,7 @@ def test_threads_of_one_subscriber_share_its_messages(tmp_path: pathlib.Path) ->
                 mine.extend(lease.messages)
                 lease.ack()
 
-        threads = [threading.Thread(target=receive, args=(mine, )) for mine in found]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(support.HANG_SECS)
+        support.in_threads([functools.partial(receive, mine) for mine in found])
         assert sorted(message for mine in found for message in mine) == messages
         # Each one gets them in order.
         assert all(mine == sorted(mine) for mine in found)

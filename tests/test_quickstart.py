@@ -12,7 +12,7 @@ import time
 import pytest
 
 import persipubsub.control
-import persipubsub.subscriber
+from persipubsub import Sub
 from tests import jetstream_server
 
 _SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
@@ -89,8 +89,7 @@ def test_loss_is_found(tmp_path: pathlib.Path) -> None:
     config_pth.write_text(json.dumps({"index": {"in_queue": "q"}, "queues": {"q": queue}}))
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
 
-    with persipubsub.subscriber.Sub() as thief:
-        thief.init(sub_id="index", config_pth=config_pth)
+    with Sub("index", config_pth) as thief:
         process = _start(tmp_path, "--files", "20", "--patience", "3", "--queue", "queue")
         stolen = 0
         while process.poll() is None:

@@ -10,9 +10,8 @@ import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support
 
 
@@ -61,8 +60,7 @@ def test_finished_messages_go_first_when_the_map_is_full(tmp_path: pathlib.Path)
 
 
 def test_new_subscriber_begins_where_it_is_told(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, retain_secs=600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, retain_secs=600)
     with support.open_queue(config_pth) as queue:
         put_each(queue, numbered(20))
         assert len(stores.take_all(queue)) == 20
@@ -189,11 +187,8 @@ def test_seek_wakes_consumers_that_wait(tmp_path: pathlib.Path) -> None:
 
 
 def test_control(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, retain_secs=600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, retain_secs=600)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         pub.send_many(numbered(3))
         for to in ("beginning", 1, time.time() - 300):  # type: Any
             for expected in numbered(3):

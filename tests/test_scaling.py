@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
+from persipubsub import Pub
 from persipubsub.lmdb_engine import attempts, environment, pending
 from tests import stores, support
 from tests.faults import tracing
@@ -27,8 +26,7 @@ _FLUSH = re.compile(r"^\d+\s+(fsync|fdatasync|msync|sync_file_range|syncfs|sync)
 
 def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
     # No state record is written by the background thread within the time of a test.
-    config_pth = support.write_config(directory, checkpoint_secs=3600, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(directory, checkpoint_secs=3600, **changes)
     return config_pth
 
 
@@ -45,7 +43,7 @@ def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path)
 
     def start() -> Callable[[], None]:
-        pub = persipubsub.publisher.Pub("pub", config_pth)
+        pub = Pub("pub", config_pth)
         pub.send(b"first")
 
         def send() -> None:
@@ -53,11 +51,7 @@ def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
                 pub.send(b"x" * 256)
 
         def work() -> None:
-            threads = [threading.Thread(target=send) for _ in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            support.in_threads([send] * 8)
             os._exit(0)
 
         return work
@@ -71,7 +65,7 @@ def test_processes_share_flushes(tmp_path: pathlib.Path) -> None:
     config_pth = make(tmp_path)
 
     def send(ready: int, go: int) -> None:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             os.write(ready, b"x")
             os.read(go, 1)
             for _ in range(60):
@@ -180,11 +174,7 @@ def test_many_threads_that_hold_a_message_each(tmp_path: pathlib.Path) -> None:
                 done.extend(lease.messages)
                 lease.ack()
 
-        threads = [threading.Thread(target=work) for _ in range(100)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(support.HANG_SECS)
+        support.in_threads([work] * 100)
         assert sorted(done) == sorted(b"%d" % index for index in range(200))
 
 

@@ -15,14 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 import persipubsub.config
 import persipubsub.control
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support
 
 
@@ -31,12 +29,6 @@ class Interrupt(Exception):
 
 
 KINDS: list[type[BaseException]] = [Interrupt, KeyboardInterrupt, TimeoutError, OSError]
-
-
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
 
 
 class Timer:
@@ -94,7 +86,7 @@ class Timer:
 def publish(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseException],
             seconds: float, seed: int) -> None:
     """Send in the main thread, which is interrupted, and in two others, which are not."""
-    pub = persipubsub.publisher.Pub("pub", config_pth)
+    pub = Pub("pub", config_pth)
     is_over = threading.Event()
     sent: list[bytes] = []
     failed: list[str] = []
@@ -142,7 +134,7 @@ def test_interrupted_publisher_with_threads(tmp_path: pathlib.Path, kind: type[B
                                             durability: str) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
-    config_pth = make(tmp_path, durability=durability)
+    config_pth = support.make_queue(tmp_path, durability=durability)
     with support.Child(publish, config_pth, kind, 1.5, seed) as child:
         sent, unknown, failed, raised = child.get()
         # ... and close does not hang behind it.
@@ -160,7 +152,7 @@ def test_interrupted_publisher_with_threads(tmp_path: pathlib.Path, kind: type[B
 def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseException],
             seed: int) -> None:
     """Receive until there is nothing, interrupted all the time."""
-    sub = persipubsub.subscriber.Sub("sub", config_pth)
+    sub = Sub("sub", config_pth)
     timer = Timer(kind, seed)
     seen: list[bytes] = []
     acknowledged: list[bytes] = []
@@ -183,7 +175,7 @@ def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
 def test_interrupted_subscriber(tmp_path: pathlib.Path, kind: type[BaseException]) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
-    config_pth = make(tmp_path, durability="os")
+    config_pth = support.make_queue(tmp_path, durability="os")
     messages = [b"%d" % number for number in range(600)]
     with support.open_queue(config_pth) as queue:
         queue.put(messages[:300])
@@ -208,34 +200,34 @@ def open_and_close(pipe: support.Connection, config_pth: pathlib.Path, seed: int
     config = persipubsub.config.read(config_pth)
 
     def use() -> None:
-        with persipubsub.publisher.Pub("pub", config) as pub:
+        with Pub("pub", config) as pub:
             pub.send(b"message")
 
     for _ in range(150):
         timer.call(use)
     # Whatever was left open by that: it works, in the end.
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pub.send(b"last")
     pipe.send(timer.raised)
 
 
 def test_interrupted_opening_and_closing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os", busy_timeout_secs=10)
+    config_pth = support.make_queue(tmp_path, durability="os", busy_timeout_secs=10)
     with support.Child(open_and_close, config_pth, random.randrange(1 << 32)) as child:
         assert child.get() > 20
         child.end()
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+    with Sub("sub", config_pth) as sub:
         with sub.receive_many(max_msgs=1000, timeout=0) as messages:
             assert messages[-1] == b"last"
     assert persipubsub.control.verify(config_pth) == {"queue": ()}
 
 
 def test_interrupted_wait_ends_at_once(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
 
     def run(pipe: support.Connection) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+        with Sub("sub", config_pth) as sub:
             pipe.send("ready")
             try:
                 with sub.receive(timeout=None):
@@ -250,7 +242,7 @@ def test_interrupted_wait_ends_at_once(tmp_path: pathlib.Path) -> None:
         stores.until_somebody_waits(tmp_path / "queue")
         child.kill(signal.SIGINT)
         assert child.get() == "interrupted"
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             pub.send(b"message")
         assert child.get() == b"message"
         child.end()
@@ -259,10 +251,10 @@ def test_interrupted_wait_ends_at_once(tmp_path: pathlib.Path) -> None:
 def test_handler_that_uses_the_queue_in_the_middle_of_a_write_gets_an_error(
         tmp_path: pathlib.Path) -> None:
     """Or its message is sent; it is neither lost without a word, nor does anything hang."""
-    config_pth = make(tmp_path, durability="os")
+    config_pth = support.make_queue(tmp_path, durability="os")
 
     def run(pipe: support.Connection) -> None:
-        pub = persipubsub.publisher.Pub("pub", config_pth)
+        pub = Pub("pub", config_pth)
         outcomes: list[str] = []
 
         def handle(*_: object) -> None:

@@ -9,33 +9,29 @@ import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 
 
 @pytest.fixture(name="config_pth")
 def fixture_config_pth(tmp_path: pathlib.Path) -> pathlib.Path:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     return config_pth
 
 
 @pytest.fixture(name="pub")
-def fixture_pub(config_pth: pathlib.Path) -> Iterator[persipubsub.publisher.Pub]:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def fixture_pub(config_pth: pathlib.Path) -> Iterator[Pub]:
+    with Pub("pub", config_pth) as pub:
         yield pub
 
 
 @pytest.fixture(name="sub")
-def fixture_sub(config_pth: pathlib.Path) -> Iterator[persipubsub.subscriber.Sub]:
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+def fixture_sub(config_pth: pathlib.Path) -> Iterator[Sub]:
+    with Sub("sub", config_pth) as sub:
         yield sub
 
 
-def receive(sub: persipubsub.subscriber.Sub, timeout: float = 0) -> bytes | None:
+def receive(sub: Sub, timeout: float = 0) -> bytes | None:
     with sub.receive(timeout=timeout) as message:
         return message
 
@@ -56,8 +52,7 @@ class Own(BaseException):
     ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, Own,
     persipubsub.errors.ClosedError, AssertionError, MemoryError
 ])
-def test_any_exception_leaves_the_message(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
-                                          sub: persipubsub.subscriber.Sub,
+def test_any_exception_leaves_the_message(config_pth: pathlib.Path, pub: Pub, sub: Sub,
                                           kind: type[BaseException]) -> None:
     pub.send_many([b"one", b"two"])
     for _ in range(3):
@@ -71,8 +66,7 @@ def test_any_exception_leaves_the_message(config_pth: pathlib.Path, pub: persipu
     assert [receive(sub) for _ in range(3)] == [b"one", b"two", None]
 
 
-def test_generator_that_is_closed_leaves_the_message(pub: persipubsub.publisher.Pub,
-                                                     sub: persipubsub.subscriber.Sub) -> None:
+def test_generator_that_is_closed_leaves_the_message(pub: Pub, sub: Sub) -> None:
 
     def generate() -> Generator[bytes | None, None, None]:
         with sub.receive(timeout=0) as message:
@@ -89,8 +83,7 @@ def test_generator_that_is_closed_leaves_the_message(pub: persipubsub.publisher.
     assert sub.front() is None
 
 
-def test_leaving_early_acknowledges(pub: persipubsub.publisher.Pub,
-                                    sub: persipubsub.subscriber.Sub) -> None:
+def test_leaving_early_acknowledges(pub: Pub, sub: Sub) -> None:
     pub.send_many([b"one", b"two", b"three"])
     assert receive(sub) == b"one"
     for _ in range(1):
@@ -104,9 +97,8 @@ def test_leaving_early_acknowledges(pub: persipubsub.publisher.Pub,
     assert sub.front() is None
 
 
-def test_nested_receives_give_different_messages(config_pth: pathlib.Path,
-                                                 pub: persipubsub.publisher.Pub,
-                                                 sub: persipubsub.subscriber.Sub) -> None:
+def test_nested_receives_give_different_messages(config_pth: pathlib.Path, pub: Pub,
+                                                 sub: Sub) -> None:
     pub.send_many([b"%d" % number for number in range(4)])
     with sub.receive(timeout=0) as first:
         with sub.receive(timeout=0) as second:
@@ -122,7 +114,7 @@ def test_nested_receives_give_different_messages(config_pth: pathlib.Path,
     assert [receive(sub), receive(sub)] == [b"3", None]
 
 
-def test_exception_without_a_message(sub: persipubsub.subscriber.Sub) -> None:
+def test_exception_without_a_message(sub: Sub) -> None:
     with pytest.raises(KeyError):
         with sub.receive(timeout=0) as message:
             assert message is None
@@ -130,12 +122,11 @@ def test_exception_without_a_message(sub: persipubsub.subscriber.Sub) -> None:
 
 
 @pytest.mark.parametrize("raised", [None, KeyError])
-def test_close_inside_of_a_receive(config_pth: pathlib.Path, pub: persipubsub.publisher.Pub,
+def test_close_inside_of_a_receive(config_pth: pathlib.Path, pub: Pub,
                                    raised: type[Exception] | None) -> None:
     """An exception beside the close is the one that is seen."""
     pub.send(b"message")
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id="sub", config_pth=config_pth)
+    sub = Sub("sub", config_pth)
     pub.close()
     with pytest.raises(raised or persipubsub.errors.ClosedError):
         with sub.receive(timeout=0) as message:
@@ -148,14 +139,11 @@ def test_close_inside_of_a_receive(config_pth: pathlib.Path, pub: persipubsub.pu
     sub.close()
 
 
-def test_close_inside_of_a_receive_beside_another_user(config_pth: pathlib.Path,
-                                                       pub: persipubsub.publisher.Pub) -> None:
+def test_close_inside_of_a_receive_beside_another_user(config_pth: pathlib.Path, pub: Pub) -> None:
     """The store stays open for the publisher: what was given back must not be acknowledged."""
     pub.send(b"message")
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id="sub", config_pth=config_pth)
-    with persipubsub.subscriber.Sub() as other:
-        other.init(sub_id="sub", config_pth=config_pth)
+    sub = Sub("sub", config_pth)
+    with Sub("sub", config_pth) as other:
         with pytest.raises(persipubsub.errors.ClosedError, match="queue"):
             with sub.receive(timeout=0):
                 sub.close()
@@ -165,9 +153,7 @@ def test_close_inside_of_a_receive_beside_another_user(config_pth: pathlib.Path,
 
 
 @pytest.mark.parametrize("how", ["receive", "receive_many", "receive_to_top", "front", "wait"])
-def test_subscriber_that_was_removed_and_added_again(config_pth: pathlib.Path,
-                                                     pub: persipubsub.publisher.Pub,
-                                                     sub: persipubsub.subscriber.Sub,
+def test_subscriber_that_was_removed_and_added_again(config_pth: pathlib.Path, pub: Pub, sub: Sub,
                                                      how: str) -> None:
     """Who was there before is another subscriber: they would have the same message at once."""
 
@@ -211,8 +197,7 @@ def test_subscriber_that_was_removed_and_added_again(config_pth: pathlib.Path,
 
 
 @pytest.mark.parametrize("name", ["receive", "receive_to_top"])
-def test_subscriber_that_was_added_again_to_an_empty_queue(config_pth: pathlib.Path,
-                                                           sub: persipubsub.subscriber.Sub,
+def test_subscriber_that_was_added_again_to_an_empty_queue(config_pth: pathlib.Path, sub: Sub,
                                                            name: str) -> None:
     persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
     persipubsub.control.initialize_all_dbs(config_pth)
@@ -224,8 +209,7 @@ def test_subscriber_that_was_added_again_to_an_empty_queue(config_pth: pathlib.P
 # Waiting
 
 
-def test_message_that_is_there_is_not_waited_for(pub: persipubsub.publisher.Pub,
-                                                 sub: persipubsub.subscriber.Sub) -> None:
+def test_message_that_is_there_is_not_waited_for(pub: Pub, sub: Sub) -> None:
     for timeout in (0, 0.0, 1e-9, 1, 1e9, 1e300, 10**400, math.inf, None):
         for retries in (1, 10, 10**9):
             pub.send(b"message")
@@ -236,11 +220,9 @@ def test_message_that_is_there_is_not_waited_for(pub: persipubsub.publisher.Pub,
 # Life of a subscriber
 
 
-def test_receipt_of_a_closed_subscriber(config_pth: pathlib.Path,
-                                        pub: persipubsub.publisher.Pub) -> None:
+def test_receipt_of_a_closed_subscriber(config_pth: pathlib.Path, pub: Pub) -> None:
     pub.send(b"message")
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id="sub", config_pth=config_pth)
+    sub = Sub("sub", config_pth)
     receipt = sub.receive(timeout=support.HANG_SECS)
     sub.close()
     with pytest.raises(persipubsub.errors.ClosedError):
@@ -251,8 +233,7 @@ def test_receipt_of_a_closed_subscriber(config_pth: pathlib.Path,
     sub.close()
 
 
-def test_init_while_another_thread_does_so(config_pth: pathlib.Path,
-                                           sub: persipubsub.subscriber.Sub,
+def test_init_while_another_thread_does_so(config_pth: pathlib.Path, sub: Sub,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     support.init_in_between(monkeypatch, lambda: sub.init(sub_id="sub", config_pth=config_pth))
     assert sub.front() is None

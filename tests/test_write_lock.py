@@ -7,16 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import stores, support
 from tests.faults import tracing
 
@@ -40,16 +37,10 @@ def locked(directory: pathlib.Path, name: str) -> Iterator[support.Child]:
         yield child
 
 
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
-
-
 @pytest.mark.parametrize("name", LOCKS)
 def test_wait_ends_with_an_error_that_names_queue_and_key(tmp_path: pathlib.Path,
                                                           name: str) -> None:
-    config_pth = make(tmp_path, busy_timeout_secs=0.2)
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.2)
     with support.open_queue(config_pth) as queue:
         # So that the journal has room for the next one.
         queue.put([b"before"])
@@ -84,7 +75,7 @@ def open_in_child(config_pth: pathlib.Path) -> None:
 
 
 def send_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pipe.send("begun")
         while True:
             pub.send(b"x" * 100)
@@ -92,7 +83,7 @@ def send_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 def test_stopped_publisher_holds_nobody_up_for_ever(tmp_path: pathlib.Path) -> None:
     """Stopped at any moment: the others go on, or get the error; and all is well afterwards."""
-    config_pth = make(tmp_path, busy_timeout_secs=0.2, durability="os")
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.2, durability="os")
     with support.open_queue(config_pth) as queue:
         for _ in range(10):
             with support.Child(send_forever, config_pth) as child:
@@ -111,7 +102,7 @@ def test_stopped_publisher_holds_nobody_up_for_ever(tmp_path: pathlib.Path) -> N
 
 def test_writer_that_waits_gets_its_turn(tmp_path: pathlib.Path) -> None:
     """A process that writes without a pause comes back within microseconds."""
-    config_pth = make(tmp_path, durability="os", busy_timeout_secs=support.HANG_SECS)
+    config_pth = support.make_queue(tmp_path, durability="os", busy_timeout_secs=support.HANG_SECS)
     with support.open_queue(config_pth) as queue, support.Child(send_forever, config_pth) as child:
         child.get()
         before = queue.statistics().next_number
@@ -124,7 +115,7 @@ def test_writer_that_waits_gets_its_turn(tmp_path: pathlib.Path) -> None:
 
 
 def test_threads_wait_with_a_limit_as_well(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, busy_timeout_secs=0.3)
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.3)
     with support.open_queue(config_pth) as queue, locked(tmp_path, "write.lock"):
         outcomes: list[str] = []
         threads = [
@@ -142,7 +133,7 @@ def test_threads_wait_with_a_limit_as_well(tmp_path: pathlib.Path) -> None:
 
 
 def test_reading_waits_for_no_writer(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
     with support.open_queue(config_pth) as queue:
         queue.put([b"message"])
         consumer = queue.consumer("sub")
@@ -157,12 +148,12 @@ def test_reading_waits_for_no_writer(tmp_path: pathlib.Path) -> None:
 def test_each_lock_is_refused_once(tmp_path: pathlib.Path) -> None:
     """As by a kernel that has no memory for one more lock, and by many file systems."""
     tracing.require()
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
 
     def work() -> None:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             pub.send(b"message")
-        with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+        with Sub("sub", config_pth) as sub:
             with sub.receive(timeout=0):
                 pass
 

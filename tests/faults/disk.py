@@ -50,14 +50,7 @@ class Event(NamedTuple):
 
 def record(work: Callable[[], None], output: pathlib.Path,
            options: Sequence[str] = ()) -> list[Event]:
-    """
-    Run a function in a process of its own and record what it does to files.
-
-    :param work: to be run; threads and processes of its own are recorded as well
-    :param output: file for the trace
-    :param options: of strace, to inject errors
-    :return: events in order
-    """
+    """Run a function in a process of its own and record what it does to files."""
     code = tracing.run(lambda: work, [
         "-y", "-xx", "-s", "100000000", "-o",
         str(output), "-e", f"trace={_CALLS}", "-e", "signal=none", *options
@@ -233,12 +226,7 @@ class Disk:
     """
 
     def __init__(self, root: pathlib.Path, initial: pathlib.Path | None = None) -> None:
-        """
-        Initialize with a disk that is empty but for its root.
-
-        :param root: directory whose files are followed
-        :param initial: directory with what is on the disk at the beginning
-        """
+        """Initialize with a disk that is empty but for its root."""
         self.root = str(root)
         self.seen: dict[str, _File | None] = {}
         if initial is not None:
@@ -253,11 +241,7 @@ class Disk:
         self.places: dict[str, int] = {}
 
     def feed(self, event: Event) -> None:
-        """
-        Follow one event.
-
-        :param event: next one of the recording
-        """
+        """Follow one event."""
         call, key = event.call, event.key
         if event.result is None:
             self.running.add(key)
@@ -423,13 +407,7 @@ class Disk:
             self._change_names(key, None, (path, None))
 
     def materialize(self, target: pathlib.Path, chance: random.Random, how: Survival) -> None:
-        """
-        Write what a power failure leaves behind now.
-
-        :param target: directory that is made for it
-        :param chance: to choose with
-        :param how: to choose
-        """
+        """Write what a power failure leaves behind now."""
         names = dict(self.durable)
         for change in self.pending:
             if chance.random() < how.name_chance:

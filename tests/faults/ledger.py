@@ -30,12 +30,7 @@ class Books:
     """Hold what the ledger says."""
 
     def __init__(self, path: pathlib.Path, audiences: Mapping[str, Sequence[str]]) -> None:
-        """
-        Read the ledger.
-
-        :param path: of the file
-        :param audiences: the subscribers that each publisher addresses
-        """
+        """Read the ledger."""
         self.batches: list[Batch] = []
         self.received: DefaultDict[str, dict[str, list[Receipt]]] = collections.defaultdict(dict)
         self.lines: DefaultDict[str, DefaultDict[str, list[str]]] = collections.defaultdict(
@@ -158,10 +153,6 @@ class Books:
 
         What is delivered again does not count. Nor does what another process of the subscriber had
         claimed, and was killed (or stopped for a while) before it noted that.
-
-        :param subscriber: its id
-        :param is_shared: True if several processes are the subscriber at the same time
-        :return: messages and processes
         """
         found: list[str] = []
         everything = self.received[subscriber]
@@ -228,11 +219,5 @@ class Books:
 
 
 def percentile(values: Sequence[Any], percent: float) -> Any:
-    """
-    Return the value at a percentile.
-
-    :param values: in order
-    :param percent: from 0 to 100
-    :return: value; None if there is none
-    """
+    """Return the value at a percentile."""
     return values[min(len(values) - 1, int(len(values) * percent / 100))] if values else None

@@ -23,9 +23,8 @@ from typing import Any, Final, NamedTuple
 
 import persipubsub.config
 import persipubsub.control
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine import environment, files, journal
 from tests import support
 from tests.faults import disk, tracing
@@ -150,9 +149,9 @@ class _Worker:
         self.chance = random.Random(seed + number)
         # Workers number their messages apart from each other.
         self.sent = number * 100000
-        self.pub = persipubsub.publisher.Pub()
-        self.some = persipubsub.publisher.Pub()
-        self.subs = [persipubsub.subscriber.Sub() for _ in SUBSCRIBERS]
+        self.pub = Pub()
+        self.some = Pub()
+        self.subs = [Sub() for _ in SUBSCRIBERS]
         self.mark = 60
 
     def tell(self, **fields: Any) -> None:
@@ -202,7 +201,7 @@ class _Worker:
         self.sent += count
         return made
 
-    def any_sub(self) -> persipubsub.subscriber.Sub:
+    def any_sub(self) -> Sub:
         """Choose a subscriber; the second one is behind."""
         return self.chance.choice((self.subs[0], self.subs[0], self.subs[1]))
 
@@ -349,19 +348,7 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         prepare: Callable[[], None] = lambda: None,
         options: Sequence[str] = (),
         work: Callable[[pathlib.Path, pathlib.Path], None] | None = None) -> Recording:
-    """
-    Record a queue at work, from its creation to its end.
-
-    :param directory: to work in
-    :param seed: of what it does
-    :param durability: of the queue
-    :param operations: how many in each process, or their names
-    :param processes: how many
-    :param mark: the queue drops messages if more of them wait
-    :param prepare: run in the recorded processes first
-    :param options: of strace
-    :param work: to be recorded instead; gets the directory and the configuration file
-    """
+    """Record a queue at work, from its creation to its end."""
     root = directory / "root"
     root.mkdir()
     config_pth = write_config(root, durability, mark)
@@ -419,14 +406,7 @@ def in_processes(work: Callable[[int], None], count: int) -> None:
 
 def record_recovery(directory: pathlib.Path, recording: Recording, image: "Image",
                     operations: int | Sequence[str]) -> Recording:
-    """
-    Record a queue that goes on after a power failure.
-
-    :param directory: to work in, which is made
-    :param recording: that was cut
-    :param image: what the power failure left behind
-    :param operations: how many follow
-    """
+    """Record a queue that goes on after a power failure."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     root = directory / "root"
@@ -541,15 +521,7 @@ class Image(NamedTuple):
 
 def images(recording: Recording, target: pathlib.Path, count: int,
            chance: random.Random) -> Iterator[Image]:
-    """
-    Cut the power at many places.
-
-    :param recording: to be cut
-    :param target: directory for the images, one at a time
-    :param count: how many images
-    :param chance: to choose with
-    :return: images; each is removed when the next one is taken
-    """
+    """Cut the power at many places."""
     places = [
         index for index, event in enumerate(recording.events) if event.call.name in _SETTLING and (
             event.result is not None or event.call.name in _FLUSHES)
@@ -584,14 +556,7 @@ def follow_to_end(recording: Recording) -> Progress:
 
 
 def find_fault(image: Image, recording: Recording, boot: int) -> str:
-    """
-    Open an image after a power failure, and use it.
-
-    :param image: to be opened
-    :param recording: that it is of
-    :param boot: number of the boot
-    :return: what is wrong; empty if it is sound
-    """
+    """Open an image after a power failure, and use it."""
     new_boot(boot)
     config_pth = write_config(image.path, recording.durability)
     if not image.progress.is_initialized:
@@ -631,11 +596,7 @@ def find_damage(config_pth: pathlib.Path) -> str:
 
 
 def explain(found: State, progress: Progress, index: int, is_half: bool) -> str:
-    """
-    Tell why what was found is not the state behind an operation, with messages of later ones.
-
-    :param is_half: True for the state just before what the operation sent
-    """
+    """Tell why what was found is not the state behind an operation, with messages of later ones."""
     operations = [*progress.operations, *([progress.upcoming] if progress.upcoming else [])]
     base = operations[index]
     if not base.state.explains(found):
@@ -674,15 +635,12 @@ def _use(config_pth: pathlib.Path, recording: Recording, found: State, ids: Sequ
     """Receive all messages of an image, send those with ids again, and another one."""
     for name in found.waiting:
         persipubsub.control.resume(config_pth, name)
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             for index in (*found.waiting[name], None):
                 with sub.receive(timeout=0) as received:
                     if received != (None if index is None else content(recording.seed, index)):
                         return f"Expected the message {index}, but got: {(received or b'')[:20]!r}"
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id=SUBSCRIBERS[0], config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub(SUBSCRIBERS[0], config_pth) as sub:
         for index in ids:
             pub.send(b"again", msg_id=f"id {index}")
         pub.send(b"afterwards")
@@ -709,14 +667,7 @@ def survey(recording: Recording,
            count: int,
            chance: random.Random,
            find: Callable[[Image, Recording, int], str] = find_fault) -> Summary:
-    """
-    Open many images, in a process that may crash.
-
-    :param recording: to be cut
-    :param count: how many images
-    :param chance: to choose with
-    :param find: finds what is wrong with an image
-    """
+    """Open many images, in a process that may crash."""
 
     def run(pipe: support.Connection) -> None:
         logging.getLogger("persipubsub").setLevel(logging.CRITICAL)

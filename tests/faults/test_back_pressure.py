@@ -11,8 +11,6 @@ from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.queue
 from tests import support
 from tests.faults import ledger, test_storm, workers
 
@@ -37,14 +35,13 @@ ROLES: Final = {
 def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
                                                       durability: str) -> None:
     rng = random.Random(test_storm.choose_seed())
-    config_pth = support.write_config(tmp_path,
-                                      publishers=test_storm.AUDIENCES,
-                                      subscribers=("alpha", "beta"),
-                                      durability=durability,
-                                      checkpoint_secs=0.2,
-                                      strategy="block",
-                                      MAX_MSGS_NUM=MOST)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers=test_storm.AUDIENCES,
+                                    subscribers=("alpha", "beta"),
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    strategy="block",
+                                    MAX_MSGS_NUM=MOST)
     scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
     killed_ledger = workers.Ledger(scene.ledger_pth)
     places: dict[str, workers.Worker] = {}

@@ -21,12 +21,11 @@ import pytest
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.statistics
+from persipubsub import Pub
 from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.faults.test_storm import choose_seed
-from tests.support import Child, Connection, outcome, until, write_config
+from tests.support import Child, Connection, make_queue, outcome, until, write_config
 
 pytestmark = [jetstream_server.needs_server, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -59,8 +58,7 @@ class Ledger:
 def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
     ledger = Ledger(path)
     number = 0
-    with persipubsub.publisher.Pub() as pub:
-        pub.init("pub", config_pth)
+    with Pub("pub", config_pth) as pub:
         pipe.send("ready")
         while not pipe.poll():
             ids = [f"{name}:{number + index}" for index in range(BATCHES[name])]
@@ -207,12 +205,11 @@ def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
     ledger_pth = tmp_path / "ledger"
     nodes = 1 if victim == "single" else 3
     with jetstream_server.running(tmp_path, nodes=nodes) as cluster:
-        config_pth = write_config(tmp_path,
-                                  path=cluster.path("storm", replicas=nodes, ack_wait=3),
-                                  publishers={"pub": ("alpha", "beta")},
-                                  subscribers=("alpha", "beta"),
-                                  busy_timeout_secs=30)
-        persipubsub.control.initialize_all_dbs(config_pth)
+        config_pth = make_queue(tmp_path,
+                                path=cluster.path("storm", replicas=nodes, ack_wait=3),
+                                publishers={"pub": ("alpha", "beta")},
+                                subscribers=("alpha", "beta"),
+                                busy_timeout_secs=30)
         publishers = [Child(publish, config_pth, ledger_pth, name) for name in BATCHES]
         consumers = [Child(subscribe, config_pth, ledger_pth, name) for name in CONSUMERS]
         try:
@@ -252,8 +249,7 @@ def test_two_of_three_servers_are_enough(tmp_path: pathlib.Path) -> None:
         persipubsub.control.initialize_all_dbs(patient)
         cluster.servers[0].kill()
         # Two of three: everything works. One of three: nothing does, and it is told in time.
-        with persipubsub.publisher.Pub() as pub:
-            pub.init("pub", patient)
+        with Pub("pub", patient) as pub:
             pub.send(b"hello")
             pub.init("pub", hasty)
             cluster.servers[1].kill()
@@ -287,10 +283,7 @@ def initialize(pipe: Connection, config_pth: pathlib.Path) -> None:
 
 def test_seek_on_several_servers(tmp_path: pathlib.Path) -> None:
     with jetstream_server.running(tmp_path, nodes=3) as cluster:
-        config_pth = write_config(tmp_path,
-                                  path=cluster.path("places", replicas=3),
-                                  retain_secs=600)
-        persipubsub.control.initialize_all_dbs(config_pth)
+        config_pth = make_queue(tmp_path, path=cluster.path("places", replicas=3), retain_secs=600)
         config = persipubsub.config.read(config_pth)
         with engine.open_queue(config, "queue") as queue:
             queue.put([b"a", b"b"])

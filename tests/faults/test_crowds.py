@@ -8,10 +8,7 @@ from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 from tests.faults import workers
 
@@ -34,8 +31,7 @@ def receive_in_threads(pipe: support.Connection, config_pth: pathlib.Path) -> No
     """Receive a message in each of many threads."""
     workers.guard()
     received: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
 
         def receive(number: int) -> None:
@@ -51,12 +47,10 @@ def receive_in_threads(pipe: support.Connection, config_pth: pathlib.Path) -> No
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_thousand_threads(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability)
     with support.Child(receive_in_threads, config_pth) as child:
         assert child.get() == "ready"
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             workers.in_threads(THREADS, lambda number: pub.send(msg=b"%d" % number))
         received, rest = child.get()
         child.end()
@@ -72,13 +66,10 @@ def test_thousand_threads(tmp_path: pathlib.Path, durability: str) -> None:
 def test_many_subscribers(tmp_path: pathlib.Path) -> None:
     names = [f"sub{number:03}" for number in range(SUBSCRIBERS)]
     few = names[::7]
-    config_pth = support.write_config(tmp_path, publishers={"pub": names, "few": few},
+    config_pth = support.make_queue(tmp_path, publishers={"pub": names, "few": few},
                                       subscribers=names, durability="os")  # yapf: disable
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     expected: dict[str, list[bytes]] = {name: [] for name in names}
-    with persipubsub.publisher.Pub() as pub, persipubsub.publisher.Pub() as pub_few:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub_few.init(pub_id="few", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Pub("few", config_pth) as pub_few:
         for number in range(10):
             sent = b"%d" % number
             (pub_few if number % 3 == 1 else pub).send(msg=sent)
@@ -88,8 +79,7 @@ def test_many_subscribers(tmp_path: pathlib.Path) -> None:
         lags = {entry.subscriber: entry.lag for entry in queue.statistics().subscribers}
         assert lags == {name: len(msgs) for name, msgs in expected.items()}
         for name in names:
-            with persipubsub.subscriber.Sub() as sub:
-                sub.init(sub_id=name, config_pth=config_pth)
+            with Sub(name, config_pth) as sub:
                 with sub.receive(timeout=0) as msg:
                     assert msg == expected[name][0]
                 with sub.receive_many(max_msgs=100, timeout=0) as msgs:

@@ -11,8 +11,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay
@@ -28,7 +27,7 @@ def fill(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None
     """Send, and wait to be killed."""
     replay.small_segments()
     persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         for index in range(count):
             pub.send(message(index))
         pipe.send("filled")
@@ -41,7 +40,7 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     received: list[int] = []
 
     def work() -> None:
-        with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+        with Sub("sub", config_pth) as sub:
             while sub.front() is not None:
                 with sub.receive(timeout=0) as found:
                     assert found is not None
@@ -97,12 +96,11 @@ def test_nothing_is_wrong(tmp_path: pathlib.Path) -> None:
 
 def test_removed_where_the_store_was_left_cleanly(tmp_path: pathlib.Path,
                                                   caplog: pytest.LogCaptureFixture) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    config_pth = support.make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         pub.send(message(0))
     shutil.rmtree(tmp_path / "queue" / files.JOURNAL)
-    with caplog.at_level(logging.WARNING), persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with caplog.at_level(logging.WARNING), Pub("pub", config_pth) as pub:
         assert "made anew" in caplog.text
         pub.send(message(1))
         with support.Child(fill, config_pth, 0) as child:
@@ -212,7 +210,7 @@ def test_position_that_is_half_written(tmp_path: pathlib.Path) -> None:
     content[begin:begin + 48] = os.urandom(48)
     with open(shared, "r+b") as file:
         file.write(content)
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pub.send(message(COUNT))
         assert persipubsub.control.verify(config_pth) == {"queue": ()}
     (tmp_path / "queue" / files.RUNNING).write_bytes(bytes(16))

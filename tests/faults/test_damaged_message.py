@@ -5,11 +5,8 @@ from typing import Any, Final
 
 import pytest
 
-import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 from tests.faults import workers
 
@@ -22,8 +19,7 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path, name: str, count
     """Receive until there is nothing left; note errors in their place."""
     workers.guard()
     received: list[Any] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=name, config_pth=config_pth)
+    with Sub(name, config_pth) as sub:
         while not received or received[-1] is not None:
             try:
                 if count == 1:
@@ -40,15 +36,13 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path, name: str, count
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_large", [False, True])
 def test_flipped_byte(tmp_path: pathlib.Path, durability: str, is_large: bool) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      publishers={"pub": ["one", "two"]},
-                                      subscribers=["one", "two"],
-                                      durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": ["one", "two"]},
+                                    subscribers=["one", "two"],
+                                    durability=durability)
     # A large message has pages of its own.
     batch = [msg + bytes(20000) * (is_large and msg == MARK) for msg in BATCH]
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         pub.send(msg=b"before")
         pub.send_many(msgs=batch)
         pub.send(msg=b"behind")

@@ -19,11 +19,8 @@ from typing import Final
 
 import pytest
 
-import persipubsub.config
 import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Sub
 from tests import support
 from tests.faults import tracing
 
@@ -57,13 +54,6 @@ def make(directory: pathlib.Path, **changes: object) -> pathlib.Path:
     return config_pth
 
 
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        for message in messages:
-            pub.send(message)
-
-
 def letters(config_pth: pathlib.Path) -> list[persipubsub.control.ListedDeadLetter]:
     return list(persipubsub.control.dead_letters(config_pth)["letters"])
 
@@ -92,8 +82,7 @@ class Ledger:
 
 def consume(_: support.Connection, config_pth: pathlib.Path, ledger: Ledger, batch: int) -> None:
     """Work on messages: some fail, some kill their process, the others take a moment."""
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         while True:
             try:
                 with sub.receive_many(batch, timeout=support.HANG_SECS, details=True) as messages:
@@ -138,7 +127,7 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
     kinds = rng.choices([b"fail", b"kill", b"work"],
                         weights=[1, 1, 8],
                         k=int(60 * max(1.0, STORM_SECS)))
-    send(config_pth, *kinds)
+    support.send_each(config_pth, *kinds)
 
     def start(place: int) -> support.Child:
         # A batch fails as a whole: only one of the consumers takes more than a message.
@@ -201,9 +190,8 @@ def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) ->
 def prepare(directory: pathlib.Path) -> pathlib.Path:
     """Make a queue with a message of which one more delivery is allowed, and one behind it."""
     config_pth = make(directory)
-    send(config_pth, b"fail", b"work")
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    support.send_each(config_pth, b"fail", b"work")
+    with Sub("sub", config_pth) as sub:
         for _ in range(MAX_DELIVERIES - 1):
             with pytest.raises(ValueError):
                 with sub.receive(timeout=0):
@@ -213,8 +201,7 @@ def prepare(directory: pathlib.Path) -> pathlib.Path:
 
 def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
     """Fail with the message for the last time: strace comes when all but the end is done."""
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id="sub", config_pth=config_pth)
+    sub = Sub("sub", config_pth)
     receipt = sub.receive(timeout=0)
     assert receipt.__enter__() == b"fail"  # pylint: disable=unnecessary-dunder-call
     error = ValueError("no")
@@ -244,8 +231,7 @@ def kill_at(config_pth: pathlib.Path, place: tuple[str, int]) -> bool:
         "inject={}:signal=KILL:when={}".format(*place)
     ])
     assert code in (0, -signal.SIGKILL)
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=5, details=True) as message:
             assert message is not None
             assert (message.data, message.attempts) == (b"work", 1)

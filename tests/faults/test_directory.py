@@ -11,9 +11,8 @@ import pytest
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 from tests.faults import workers
 
@@ -23,9 +22,7 @@ MESSAGES: Final = 100
 def work(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Have the queue open, send when told to and tell what came of it."""
     workers.guard()
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         with sub.receive(timeout=0) as msg:
             assert msg == b"first"
         pipe.send("ready")
@@ -63,10 +60,8 @@ def is_ours(name: str) -> bool:
                          ids=["deleted", "renamed"])
 def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
                              change: Callable[[pathlib.Path], object]) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0.05)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=0.05)
+    with Pub("pub", config_pth) as pub:
         pub.send(msg=b"first")
     with support.Child(work, config_pth) as child:
         assert child.get() == "ready"
@@ -76,12 +71,10 @@ def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
         assert all(name == "" or is_ours(name) for name in errors), errors
         # Another process finds nothing, and says so.
         with pytest.raises(persipubsub.errors.NotInitializedError):
-            persipubsub.publisher.Pub().init(pub_id="pub", config_pth=config_pth)
+            Pub("pub", config_pth)
         # It can be made anew meanwhile.
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             pub.send(msg=b"new")
             with sub.receive(timeout=0) as msg:
                 assert msg == b"new"

@@ -14,10 +14,7 @@ from typing import Final
 import pytest
 
 import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay, tracing
@@ -27,14 +24,7 @@ _NAMESPACE: Final = ("unshare", "--map-root-user", "--mount")
 
 def on_small_disk(directory: pathlib.Path, function: Callable[..., None], size: str, *arguments:
                   object) -> None:
-    """
-    Run a function of a module on a small disk of its own.
-
-    :param directory: where the disk is mounted
-    :param function: gets the directory, and arguments as texts
-    :param size: of the disk, as mount understands it
-    :param arguments: of the function
-    """
+    """Run a function of a module on a small disk of its own."""
     if shutil.which("unshare") is None or subprocess.run(
         [*_NAMESPACE, "mount", "-t", "tmpfs", "none",
          str(directory)],
@@ -85,8 +75,8 @@ class Users:
 
     def __init__(self, config_pth: pathlib.Path) -> None:
         self.config_pth = config_pth
-        self.pub = persipubsub.publisher.Pub()
-        self.sub = persipubsub.subscriber.Sub()
+        self.pub = Pub()
+        self.sub = Sub()
         self.open()
 
     def open(self) -> None:
@@ -143,8 +133,7 @@ def hold_snapshot(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0.05)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=0.05)
     users = Users(config_pth)
     filler = Filler(directory)
     assert users.send(0) == ""
@@ -177,8 +166,7 @@ def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
 
 
 def fill_with_finished_messages(directory: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0.05)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=0.05)
     users = Users(config_pth)
     filler = Filler(directory)
     filler.fill(leaving=200)
@@ -237,8 +225,7 @@ def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
 
 def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None:
     """Use a queue whose small files a kill, or a power failure, left without their content."""
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
     queue = directory / "queue"
     users = Users(config_pth)
     assert users.send(0) == "" and users.receive() == 0
@@ -261,8 +248,7 @@ def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None
 
 def recover_without_room(directory: pathlib.Path, durability: str) -> None:
     """What can not be recovered for lack of room takes none from others."""
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
 
     def fill(pipe: support.Connection) -> None:
         users = Users(config_pth)
@@ -314,8 +300,7 @@ def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durab
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str) -> None:
     # While a checkpoint is being copied, no page is free: an acknowledgement would have to wait.
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=3600)
 
     def run(pipe: support.Connection) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -390,8 +375,7 @@ def test_calls_that_fail(tmp_path: pathlib.Path, durability: str, names: tuple[s
     for place in range(1, places + 1):
         directory = tmp_path / str(place)
         directory.mkdir()
-        config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
         output = directory / "output"
         paths = [option for name in names for option in ("-P", str(directory / "queue" / name))]
         code = tracing.run(functools.partial(start_under_errors, config_pth, output), [
@@ -430,8 +414,7 @@ def check_outcomes(outcomes: list[str], acknowledged: str, received: list[int],
 def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.Path) -> None:
     """LMDB refuses all further work with the open environment: it is opened again."""
     tracing.require()
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     output = tmp_path / "output"
 
     def start() -> Callable[[], None]:
@@ -463,10 +446,8 @@ def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.P
 def test_meta_page_that_never_finds_room_is_given_up(tmp_path: pathlib.Path) -> None:
     """To spend the reserve, open the store again and keep the reserve would go on for ever."""
     tracing.require()
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         pub.send_many([b"0 " + bytes(1000)] * 10)
     # No page is free: those of a transaction are at the end, and written with one other call.
     persipubsub.control.compact(config_pth, "queue")

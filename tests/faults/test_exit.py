@@ -6,8 +6,6 @@ from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.queue
 from tests import support
 from tests.faults import workers
 from tests.faults.test_storm import choose_seed
@@ -67,8 +65,7 @@ sys.exit(7)
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_exit_in_a_send_and_in_a_receive(tmp_path: pathlib.Path, durability: str) -> None:
     rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0.01)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=0.01)
     sent: set[str] = set()
     received: set[str] = set()
     for attempt in range(ATTEMPTS):

@@ -5,7 +5,6 @@ import signal
 
 import pytest
 
-import persipubsub.control
 import persipubsub.errors
 from persipubsub.lmdb_engine import files
 from tests import support
@@ -16,11 +15,10 @@ from tests.faults.test_disk_full import Filler, Users, hold_snapshot, on_small_d
 @pytest.mark.parametrize("strategy", ["prune_first", "prune_last"])
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_full_store(tmp_path: pathlib.Path, durability: str, strategy: str) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      strategy=strategy,
-                                      max_db_size_bytes=1 << 19)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    strategy=strategy,
+                                    max_db_size_bytes=1 << 19)
     users = Users(config_pth)
     count = 400
     for index in range(count):
@@ -41,11 +39,10 @@ def test_full_store(tmp_path: pathlib.Path, durability: str, strategy: str) -> N
 def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
                                     is_closed: bool) -> None:
     """What is written at the first opening then finds room, also in a store that is rebuilt."""
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      strategy="reject",
-                                      max_db_size_bytes=1 << 18)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    strategy="reject",
+                                    max_db_size_bytes=1 << 18)
 
     def fill(pipe: support.Connection) -> None:
         users = Users(config_pth)
@@ -80,8 +77,7 @@ def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
 
 
 def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 19)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, max_db_size_bytes=1 << 19)
     users = Users(config_pth)
     assert users.send(0) == ""
     assert users.send(1, size=1 << 20) == "MessageTooLargeError"
@@ -91,8 +87,7 @@ def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
 
 def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
     """Nothing is dropped in vain: the error names its process, and all goes on when it is gone."""
-    config_pth = support.write_config(tmp_path, durability="os", max_db_size_bytes=1 << 19)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability="os", max_db_size_bytes=1 << 19)
     users = Users(config_pth)
     with support.Child(hold_snapshot, config_pth) as child:
         assert child.get() == "reading"
@@ -118,12 +113,11 @@ def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
 
 def fill_store_and_disk(directory: pathlib.Path, durability: str) -> None:
     """What makes room in a full store needs room on the disk: the reserve is for that."""
-    config_pth = support.write_config(directory,
-                                      durability=durability,
-                                      checkpoint_secs=0.05,
-                                      strategy="reject",
-                                      max_db_size_bytes=1 << 18)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory,
+                                    durability=durability,
+                                    checkpoint_secs=0.05,
+                                    strategy="reject",
+                                    max_db_size_bytes=1 << 18)
     users = Users(config_pth)
     sent, error = users.send_until_error(0)
     assert error == "QueueFullError"

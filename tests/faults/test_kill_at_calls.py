@@ -19,9 +19,7 @@ from typing import Final
 import pytest
 
 import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay, tracing
@@ -63,16 +61,14 @@ class Scene:
             return 0
         return sum(line.startswith(word) for line in self.ledger.read_text("ascii").splitlines())
 
-    def publisher(self) -> persipubsub.publisher.Pub:
+    def publisher(self) -> Pub:
         """Open a publisher."""
-        pub = persipubsub.publisher.Pub()
-        pub.init(pub_id="pub", config_pth=self.config_pth)
+        pub = Pub("pub", self.config_pth)
         return pub
 
-    def subscriber(self) -> persipubsub.subscriber.Sub:
+    def subscriber(self) -> Sub:
         """Open a subscriber."""
-        sub = persipubsub.subscriber.Sub()
-        sub.init(sub_id="sub", config_pth=self.config_pth)
+        sub = Sub("sub", self.config_pth)
         return sub
 
 
@@ -225,14 +221,7 @@ def check_scene(scene: Scene) -> None:
 
 
 def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
-    """
-    Kill a process at a system call, and see that the others go on.
-
-    :param scene: with a queue, or without
-    :param start: the process
-    :param place: name of the call, and the how manieth such call of a thread
-    :return: False if it ended before
-    """
+    """Kill a process at a system call, and see that the others go on."""
     # Nobody else may have it open while it is rebuilt.
     is_there = scene.directory.exists() and start is not start_rebuild
     options = [

@@ -13,9 +13,7 @@ from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
+from persipubsub import Pub
 from tests import support
 from tests.faults import test_storm, workers
 
@@ -44,8 +42,7 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: path
     rng = random.Random(seed)
     _, sent = read(ledger_pth, place)
     number = max(0, len(sent) - rng.randint(0, 30))
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         while not pipe.poll():
             count = rng.choice((1, 1, rng.randint(2, 20)))
             ids = [f"{SOURCES[place]}:{number + index}" for index in range(count)]
@@ -64,11 +61,10 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: path
 def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
         tmp_path: pathlib.Path, durability: str) -> None:
     rng = random.Random(test_storm.choose_seed())
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      checkpoint_secs=0.2,
-                                      MAX_MSGS_NUM=10**8)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    MAX_MSGS_NUM=10**8)
     ledger_pth = tmp_path / "ledger"
     ledger_pth.touch()
 

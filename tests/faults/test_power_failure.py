@@ -18,8 +18,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine import environment, journal
 from tests import support
 from tests.faults import replay, tracing
@@ -101,15 +100,14 @@ def work_at_once(directory: pathlib.Path, config_pth: pathlib.Path, processes: i
     ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def receive(name: str, is_over: threading.Event) -> None:
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             while not is_over.is_set():
                 with sub.receive_many(max_msgs=3, timeout=0.01) as msgs:
                     ids = [list(map(int, msg.split(b" ", 2)[:2])) for msg in msgs]
                     tell(ledger, "take", name, ids)
                 tell(ledger, "took", name, ids)
 
-    def send(pub: persipubsub.publisher.Pub, source: int) -> None:
+    def send(pub: Pub, source: int) -> None:
         for index in range(count):
             tell(ledger, "send", [source, index])
             pub.send(name_of(source, index))
@@ -117,8 +115,7 @@ def work_at_once(directory: pathlib.Path, config_pth: pathlib.Path, processes: i
 
     def work(number: int) -> None:
         is_over = threading.Event()
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             receivers = [
                 threading.Thread(target=receive, args=(name, is_over))
                 for name in replay.SUBSCRIBERS
@@ -162,8 +159,7 @@ def find_lost(  # pylint: disable=too-many-locals
             for one in among if one[:2] == [kind, name] for message in one[2]
         } for kind, among in (("take", notes), ("took", recorded)))
         received: list[tuple[int, ...]] = []
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             while sub.front() is not None:
                 with sub.receive_many(max_msgs=100, timeout=0) as msgs:
                     ids = [tuple(map(int, msg.split(b" ", 2)[:2])) for msg in msgs]
@@ -202,7 +198,7 @@ def test_power_fails_after_a_flush_failed(tmp_path: pathlib.Path, seed: int, pla
 
     def work(directory: pathlib.Path, config_pth: pathlib.Path) -> None:
         ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        pub = persipubsub.publisher.Pub("pub", config_pth)
+        pub = Pub("pub", config_pth)
         failed = 0
         for index in range(12):
             tell(ledger, "send", [0, index])
@@ -213,7 +209,7 @@ def test_power_fails_after_a_flush_failed(tmp_path: pathlib.Path, seed: int, pla
                 failed += 1
                 with contextlib.suppress(persipubsub.errors.FlushError):
                     pub.close()
-                pub = persipubsub.publisher.Pub("pub", config_pth)
+                pub = Pub("pub", config_pth)
                 # It is stored, and the journal that was made anew has it.
                 tell(ledger, "sent", [0, index])
         pub.close()
@@ -236,7 +232,7 @@ def test_dropped_queue(tmp_path: pathlib.Path, seed: int) -> None:
 
     def work(directory: pathlib.Path, config_pth: pathlib.Path) -> None:
         ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             pub.send_many([b"1", b"2", b"3"])
             tell(ledger, "sent")
         persipubsub.control.drop_queue(config_pth, "queue")
@@ -292,9 +288,7 @@ def test_dead_letters(tmp_path: pathlib.Path, seed: int) -> None:
         ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         config = configure(directory / "root")
         persipubsub.control.initialize_all_dbs(config)
-        with persipubsub.publisher.Pub("pub",
-                                       config) as pub, persipubsub.subscriber.Sub("sub",
-                                                                                  config) as sub:
+        with Pub("pub", config) as pub, Sub("sub", config) as sub:
             for _round in range(2):
                 pub.send_many([b"%d" % index for index in range(5)])
                 support.queue_of(pub).secure()

@@ -9,9 +9,7 @@ from typing import Final
 import pytest
 
 import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 from tests.faults import workers
 
@@ -32,8 +30,7 @@ def available_memory() -> int:
 def receive_digest(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Receive one message, and tell what it is."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=support.HANG_SECS) as msg:
             assert msg is not None
             pipe.send((len(msg), hashlib.sha256(msg).hexdigest()))
@@ -43,18 +40,16 @@ def receive_digest(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
     """Send and receive a large message, and then another one into the same room."""
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      max_db_size_bytes=3 * size + (1 << 24),
-                                      HWM_LMDB_SIZE_BYTES=2 * size,
-                                      checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    max_db_size_bytes=3 * size + (1 << 24),
+                                    HWM_LMDB_SIZE_BYTES=2 * size,
+                                    checkpoint_secs=3600)
     pattern = bytes(range(251)) * 4177
     for number in range(2):
         msg = (b"%d" % number + pattern * (size // len(pattern) + 1))[:size]
         digest = hashlib.sha256(msg).hexdigest()
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             pub.send(msg=msg)
         del msg
         with support.Child(receive_digest, config_pth) as child:
@@ -83,11 +78,8 @@ def test_message_of_a_gigabyte(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_empty_messages(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         pub.send(msg=b"")
         pub.send_many(msgs=[b"", b"", b"x", b""])
         pub.send_many(msgs=[])
@@ -107,28 +99,24 @@ def test_empty_messages(tmp_path: pathlib.Path, durability: str) -> None:
 
 def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
     """Let many messages wait, and then receive them all, in order."""
-    config_pth = support.write_config(tmp_path,
-                                      publishers={"pub": ["one", "two"]},
-                                      subscribers=["one", "two"],
-                                      MAX_MSGS_NUM=2 * count,
-                                      max_db_size_bytes=1 << 30)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": ["one", "two"]},
+                                    subscribers=["one", "two"],
+                                    MAX_MSGS_NUM=2 * count,
+                                    max_db_size_bytes=1 << 30)
+    with Pub("pub", config_pth) as pub:
         for begin in range(0, count, BATCH):
             pub.send_many(msgs=[b"%d" % number for number in range(begin, begin + BATCH)])
         with support.open_queue(config_pth) as queue:
             assert {entry.lag for entry in queue.statistics().subscribers} == {count}
         # Sending and receiving one by one take no longer than with an empty queue.
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id="one", config_pth=config_pth)
+        with Sub("one", config_pth) as sub:
             for number in range(SINGLES):
                 pub.send(msg=b"%d" % (count + number))
                 with sub.receive(timeout=0) as msg:
                     assert msg == b"%d" % number
     for name, begin in (("one", SINGLES), ("two", 0)):
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             expected = begin
             while expected < count + SINGLES:
                 with sub.receive_many(max_msgs=1500, timeout=0) as msgs:

@@ -11,9 +11,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine.format import Tx
 from tests import support
 from tests.faults import workers
@@ -25,8 +23,7 @@ ATTEMPTS: Final = 2000
 def hold_one(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Receive a message, and acknowledge it when told to."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=support.HANG_SECS) as msg:
             pipe.send(msg)
             pipe.recv()
@@ -37,8 +34,7 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Receive until nothing comes any more."""
     workers.guard()
     received: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
         while True:
             with sub.receive(timeout=0.2) as msg:
@@ -57,15 +53,13 @@ def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark:
         count, mark = 5 * count, 5 * mark
     # A process that is stopped while it reads keeps all pages that are freed meanwhile. That is not
     # tested here: the one that is to be stopped records no states.
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      MAX_MSGS_NUM=mark,
-                                      checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    MAX_MSGS_NUM=mark,
+                                    checkpoint_secs=3600)
     data = tmp_path / "queue" / "data.mdb"
     expected = [b"%d " % number + bytes(1000) for number in range(count)]
-    with persipubsub.publisher.Pub() as pub, support.Child(hold_one, config_pth) as stopped:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, support.Child(hold_one, config_pth) as stopped:
         pub.send(msg=b"mine")
         assert stopped.get() == b"mine"
         stopped.kill(signal.SIGSTOP)
@@ -103,8 +97,7 @@ def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark:
 def send_always(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Send without end, and tell how many were sent."""
     workers.guard()
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         count = 0
         while not pipe.poll():
             pub.send(msg=b"%d" % count)
@@ -117,9 +110,7 @@ def send_always(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 def obey(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Do what is asked for, and tell what came of it: a process that may hang."""
     workers.guard()
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
 
         def send() -> None:
             pub.send(msg=b"mine")
@@ -145,8 +136,7 @@ def ask(child: support.Child, wish: str) -> object:
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
 def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, number: int) -> None:
     # With ``os``, as only the write lock shall keep the other one from going on.
-    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.2, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.2, durability="os")
     sent = 0
     with contextlib.ExitStack() as stack:
         other = stack.enter_context(support.Child(obey, config_pth))
@@ -183,8 +173,7 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, numbe
         other.end()
 
     received: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         while sub.front() is not None:
             with sub.receive_many(max_msgs=100, timeout=0) as msgs:
                 received.extend(msgs)
@@ -206,7 +195,7 @@ def is_stopped(child: support.Child) -> bool:
 def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Send, and be stopped in the middle of the flush, with the lock of the journal."""
     workers.guard()
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         flush = os.fdatasync
 
         def stop_and_flush(descriptor: int) -> None:
@@ -223,11 +212,9 @@ def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
 def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, number: int) -> None:
-    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.3, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.3, checkpoint_secs=3600)
     with support.Child(stop_in_a_flush, config_pth) as child:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub, persipubsub.subscriber.Sub(
-                "sub", config_pth) as sub:
+        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             assert child.get() == "ready"
             child.pipe.send("go")  # now that all is open here, which needs the journal, too
             support.until(lambda: is_stopped(child), what="the flush")
@@ -253,8 +240,7 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, numb
 def test_handler_that_interrupts_a_flush(tmp_path: pathlib.Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """What it sends is in the queue, and an error says that it is not safe; nothing is mixed up."""
-    config_pth = support.write_config(tmp_path, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, checkpoint_secs=3600)
     outcomes: list[str] = []
     flush = os.fdatasync
 
@@ -264,7 +250,7 @@ def test_handler_that_interrupts_a_flush(tmp_path: pathlib.Path,
             os.kill(os.getpid(), signal.SIGUSR1)
         flush(descriptor)
 
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
 
         def handle(*_: object) -> None:
             outcomes.append(support.outcome(lambda: pub.send(b"handler")))
@@ -278,7 +264,7 @@ def test_handler_that_interrupts_a_flush(tmp_path: pathlib.Path,
         pub.send(b"second")
         assert outcomes == ["interrupted", "StoreError"]
     assert persipubsub.control.verify(config_pth) == {"queue": ()}
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+    with Sub("sub", config_pth) as sub:
         with sub.receive_many(max_msgs=9, timeout=0) as msgs:
             assert list(msgs) == [b"first", b"handler", b"second"]
 
@@ -303,12 +289,9 @@ def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 @pytest.mark.parametrize("size, bound", [(1 << 22, 5 << 20), (1 << 28, 24 << 20)])
 def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: int,
                                                  bound: int) -> None:
-    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0.05,
+    config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=0.05,
                                       max_db_size_bytes=size)  # yapf: disable
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         # Whoever opens the queue looks for dead readers: all of them do it before one dies.
         with support.Child(die_reading, config_pth) as child:
             assert child.get() == "ready"
@@ -330,11 +313,8 @@ def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: i
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_table_full_of_killed_readers(tmp_path: pathlib.Path, slots: int) -> None:
-    config_pth = support.write_config(tmp_path, max_reader_num=slots, busy_timeout_secs=5)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, max_reader_num=slots, busy_timeout_secs=5)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         children = [support.Child(die_reading, config_pth) for _ in range(slots)]
         for child in children:
             assert child.get() == "ready"

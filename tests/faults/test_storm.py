@@ -15,8 +15,6 @@ from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.queue
 import persipubsub.statistics
 from tests import support
 from tests.faults import ledger, workers
@@ -47,15 +45,7 @@ def choose_seed() -> int:
 
 def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
          killed: workers.Ledger) -> tuple[int, int]:
-    """
-    Kill and stop workers at random.
-
-    :param places: workers
-    :param rng: makes the choices
-    :param seconds: how long
-    :param killed: where kills are noted
-    :return: how many were killed, how many were stopped for a while
-    """
+    """Kill and stop workers at random."""
     kills = stops = 0
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -78,13 +68,7 @@ def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
 
 def drain(places: dict[str, workers.Worker], board: workers.Board,
           config_pth: pathlib.Path) -> None:
-    """
-    Let publishers end, and subscribers when there is nothing left for them.
-
-    :param places: workers
-    :param board: that they share
-    :param config_pth: path to the configuration file
-    """
+    """Let publishers end, and subscribers when there is nothing left for them."""
     board.end_publishers()
     subscribers = [worker for worker in places.values() if worker.role.kind == "subscribe"]
     for worker in places.values():
@@ -111,23 +95,14 @@ def figures(
 
 def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
           roles: dict[str, workers.Role]) -> tuple[pathlib.Path, ledger.Books, int]:
-    """
-    Run a storm, and check what holds for each of them.
-
-    :param tmp_path: where to
-    :param durability: of the queue
-    :param seconds: how long
-    :param roles: of the workers
-    :return: path to the configuration file, what the ledger says, number of kills
-    """
+    """Run a storm, and check what holds for each of them."""
     rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path,
-                                      publishers=AUDIENCES,
-                                      subscribers=("alpha", "beta"),
-                                      durability=durability,
-                                      checkpoint_secs=0.2,
-                                      MAX_MSGS_NUM=10**8)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers=AUDIENCES,
+                                    subscribers=("alpha", "beta"),
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    MAX_MSGS_NUM=10**8)
     scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
     places: dict[str, workers.Worker] = {}
     try:

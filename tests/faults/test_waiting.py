@@ -13,9 +13,7 @@ from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine.notifier import Notifier
 from tests import support
 from tests.faults import ledger, workers
@@ -29,8 +27,7 @@ def receive_at(pipe: support.Connection, config_pth: pathlib.Path, count: int) -
     """Tell how long each message took to get here, in microseconds."""
     workers.guard()
     latencies: list[float] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
         for _ in range(count):
             with sub.receive(timeout=support.HANG_SECS) as msg:
@@ -40,7 +37,7 @@ def receive_at(pipe: support.Connection, config_pth: pathlib.Path, count: int) -
     pipe.send(sorted(latencies))
 
 
-def send_timed(pub: persipubsub.publisher.Pub, rng: random.Random, count: int) -> None:
+def send_timed(pub: Pub, rng: random.Random, count: int) -> None:
     """Send the time, each time to a subscriber that has gone to sleep."""
     for _ in range(count):
         time.sleep(rng.uniform(0.001, 0.003))
@@ -49,10 +46,8 @@ def send_timed(pub: persipubsub.publisher.Pub, rng: random.Random, count: int) -
 
 def test_latency(tmp_path: pathlib.Path) -> None:
     rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, support.Child(receive_at, config_pth, SENDS) as child:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability="os")
+    with Pub("pub", config_pth) as pub, support.Child(receive_at, config_pth, SENDS) as child:
         assert child.get() == "ready"
         send_timed(pub, rng, SENDS)
         latencies = child.get()
@@ -67,8 +62,7 @@ def test_latency(tmp_path: pathlib.Path) -> None:
 def idle(pipe: support.Connection, config_pth: pathlib.Path, seconds: float) -> None:
     """Wait in vain, and tell which part of a processor that took."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=0.05) as msg:
             assert msg is None
         pipe.send("ready")
@@ -79,8 +73,7 @@ def idle(pipe: support.Connection, config_pth: pathlib.Path, seconds: float) -> 
 
 
 def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability="os")
     with support.Child(idle, config_pth, 3) as child:
         assert child.get() == "ready"
         share = child.get()
@@ -92,8 +85,7 @@ def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
 def hold_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Receive, tell when, and never finish until told to."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
         while True:
             with sub.receive(timeout=support.HANG_SECS) as msg:
@@ -105,11 +97,9 @@ def hold_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -> None:
     rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path, durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability)
     takeovers: list[float] = []
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         one, two = (support.Child(hold_forever, config_pth) for _ in range(2))
         try:
             assert one.get() == two.get() == "ready"
@@ -148,16 +138,14 @@ def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -
 def die_before_it_notifies(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Be killed between the commit of a message and the notification."""
     workers.guard()
-    pub = persipubsub.publisher.Pub()
-    pub.init(pub_id="pub", config_pth=config_pth)
+    pub = Pub("pub", config_pth)
     setattr(Notifier, "notify", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     pub.send(msg=b"%d" % time.monotonic_ns())
     pipe.send("never")
 
 
 def test_publisher_killed_before_it_notifies(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     with support.Child(receive_at, config_pth, 1) as child:
         assert child.get() == "ready"
         time.sleep(0.2)  # asleep, most probably; it holds anyhow

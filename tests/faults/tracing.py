@@ -19,11 +19,7 @@ _ANY_PROCESS = ctypes.c_ulong(-1)
 
 
 def seed() -> int:
-    """
-    Choose the seed of a test, and print it.
-
-    :return: what the environment variable ``PERSIPUBSUB_SEED`` says, or something new
-    """
+    """Choose the seed of a test, and print it."""
     chosen = int(os.environ.get("PERSIPUBSUB_SEED", "") or int.from_bytes(os.urandom(4), "big"))
     print(f"PERSIPUBSUB_SEED={chosen}")
     return chosen
@@ -44,10 +40,6 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
     Run a function under strace.
 
     A fork costs a tenth of what a new interpreter does, and its calls are those of the function.
-
-    :param start: run before strace comes; returns what is run under it
-    :param options: of strace
-    :return: exit code of the process; negative: the signal that ended it
     """
     with support.Child(_child, start) as child:
         tracer = subprocess.Popen(
@@ -96,10 +88,6 @@ def require() -> None:
 
 
 def fast_directory() -> "tempfile.TemporaryDirectory[str]":
-    """
-    Make a directory in memory, if there is one, for the many images of a disk.
-
-    :return: to be used as a context manager
-    """
+    """Make a directory in memory, if there is one, for the many images of a disk."""
     memory = pathlib.Path("/dev/shm")
     return tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK | os.X_OK) else None)

@@ -12,10 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 
 #: No process of these tests lives longer than this, in seconds.
@@ -122,15 +119,7 @@ class _Refused(Exception):
 
 
 def run(pipe: Any, scene: Scene, role: Role, name: str, seed: int) -> None:
-    """
-    Be a worker of a storm until told to end.
-
-    :param pipe: not used
-    :param scene: of the storm
-    :param role: what to do
-    :param name: of this process; no other one ever has it
-    :param seed: of its random choices
-    """
+    """Be a worker of a storm until told to end."""
     del pipe
     guard()
     ledger = Ledger(scene.ledger_pth)
@@ -144,8 +133,7 @@ def run(pipe: Any, scene: Scene, role: Role, name: str, seed: int) -> None:
 
 def _publish(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
     """Send single messages and batches, and note each of them before and after."""
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id=role.id, config_pth=scene.config_pth)
+    with Pub(role.id, scene.config_pth) as pub:
 
         def send(thread: int) -> None:
             rng = random.Random(seed + thread)
@@ -173,8 +161,7 @@ def _publish(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
 def _subscribe(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
     """Receive single messages or batches; note each of them inside of the block and behind it."""
     rng = random.Random(seed)
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=role.id, config_pth=scene.config_pth)
+    with Sub(role.id, scene.config_pth) as sub:
         while not scene.board.subscribers_end:
             received: list[str] = []
             try:
@@ -226,20 +213,13 @@ def _clear(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> No
         if rng.random() < 0.5:
             persipubsub.control.clear_all_subs(config_pth=scene.config_pth)
         else:
-            with persipubsub.subscriber.Sub() as sub:
-                sub.init(sub_id=role.id, config_pth=scene.config_pth)
+            with Sub(role.id, scene.config_pth) as sub:
                 sub.pop_to_top()
         time.sleep(rng.uniform(0, 0.2))
 
 
 def in_threads(count: int, function: Callable[[int], None]) -> None:
-    """
-    Run a function in threads, and wait for all of them.
-
-    :param count: how many threads; a single one is this one
-    :param function: to be run with the number of the thread
-    :raise BaseException: that of a thread, if one failed
-    """
+    """Run a function in threads, and wait for all of them."""
     if count == 1:
         function(0)
         return
