@@ -139,9 +139,7 @@ def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -
         changes = {
             "path": request.getfixturevalue("servers").path(f"queue{next(_COUNTER)}",
                                                             ack_wait=30.0),
-            "busy_timeout_secs": 10,
-            # The server reserves it for each of the many queues.
-            "HWM_LMDB_SIZE_BYTES": 1 << 24
+            "busy_timeout_secs": 10
         }
     return deploy(tmp_path, **changes)
 
@@ -161,6 +159,13 @@ def deploy(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
                                       **changes)
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     return config_pth
+
+
+def shorten_ack_wait(config_pth: pathlib.Path) -> None:
+    """On servers, let messages of a killed consumer come again soon."""
+    text = config_pth.read_text(encoding="utf-8")
+    config_pth.write_text(text.replace("ack_wait=30", "ack_wait=2"), encoding="utf-8")
+    persipubsub.control.initialize_all_dbs(config_pth)
 
 
 #: Both faces.

@@ -45,7 +45,8 @@ def write_config(directory: pathlib.Path,
     mark: dict[str, Any] = {
         "MSG_TIMEOUT_SECS": 600,
         "MAX_MSGS_NUM": 1000000,
-        "HWM_LMDB_SIZE_BYTES": 1 << 30,
+        # A server reserves it for each of the many queues.
+        "HWM_LMDB_SIZE_BYTES": 1 << 26,
         "strategy": "prune_first"
     }
     queue: dict[str, Any] = {

@@ -121,13 +121,13 @@ def test_competing_consumers_share(deploy: Deploy) -> None:
 
 
 def test_message_stays_with_a_consumer_that_takes_its_time(deploy: Deploy) -> None:
-    config_pth = deploy(ack_wait=2)
+    config_pth = deploy(ack_wait=1)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
         pub.send(b"hello")
         with sub.receive(timeout=HANG_SECS) as msg:
             assert msg == b"hello"
             # Longer than ack_wait of the stream.
-            assert not drain(other, timeout=3.5)
+            assert not drain(other, timeout=2)
         assert not drain(other)
 
 

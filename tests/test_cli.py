@@ -84,6 +84,15 @@ def run(*arguments: object,
     return subprocess.CompletedProcess([], process.returncode, out.decode(), err.decode())
 
 
+def call(capfd: pytest.CaptureFixture[str], *arguments:
+         object) -> "subprocess.CompletedProcess[str]":
+    """Run a command in this process, which is faster."""
+    code = persipubsub.cli.commands.main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err, arguments
+    return subprocess.CompletedProcess([], code, out, err)
+
+
 @contextlib.contextmanager
 def receiving(config_pth: pathlib.Path, count: int, name: str = "sub") -> Iterator[list[bytes]]:
     """Receive several messages; they are acknowledged at the end of the block."""
@@ -338,32 +347,36 @@ def test_stat_of_no_queues_and_of_an_empty_one(tmp_path: pathlib.Path) -> None:
 
 # Monitoring
 
+CHECKS = [
+    ("", 0, "1 queue fine"),
+    ("--max-lag 3", 0, "1 queue fine"),
+    ("--max-lag 2", 2, "queue: lag of sub is 3, more than 2"),
+    ("--max-lag 2,3", 1, "queue: lag of sub is 3, more than 2"),
+    ("--max-lag 1,2", 2, "queue: lag of sub is 3, more than 2"),
+    ("--max-age 1h30m", 0, "1 queue fine"),
+    ("--max-age 0", 2, "queue: age is"),
+    ("--max-share 0.8", 0, "1 queue fine"),
+    ("--max-share 0.2,0.8", 1, "share of messages is 0.3, more than 0.2"),
+    ("--max-lag 2 --max-share 0.1,0.9", 2, "; queue: share of messages"),
+]
 
-@pytest.mark.parametrize("options, exit_code, finding",
-                         [("", 0, "1 queue fine"), ("--max-lag 3", 0, "1 queue fine"),
-                          ("--max-lag 2", 2, "queue: lag of sub is 3, more than 2"),
-                          ("--max-lag 2,3", 1, "queue: lag of sub is 3, more than 2"),
-                          ("--max-lag 1,2", 2, "queue: lag of sub is 3, more than 2"),
-                          ("--max-age 1h30m", 0, "1 queue fine"),
-                          ("--max-age 0", 2, "queue: age is"),
-                          ("--max-share 0.8", 0, "1 queue fine"),
-                          ("--max-share 0.2,0.8", 1, "share of messages is 0.3, more than 0.2"),
-                          ("--max-lag 2 --max-share 0.1,0.9", 2, "; queue: share of messages")])
-def test_check(tmp_path: pathlib.Path, options: str, exit_code: int, finding: str) -> None:
+
+def test_check(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10)
     support.send(config_pth, *[b"x"] * 3)
-    process = run("check", config_pth, *options.split(), exit_code=exit_code)
-    status = ("OK", "WARNING", "CRITICAL")[exit_code]
-    assert process.stdout.startswith(f"PERSIPUBSUB {status} - ") and process.stderr == ""
-    text, _, data = process.stdout.partition(" | ")
-    assert finding in text and process.stdout.count("\n") == 1
-    # As the guidelines for monitoring plugins have it
-    number = r"\d+(\.\d+)?(e-\d+)?"
-    assert re.fullmatch(fr"('[^'=|]+'={number}s?;({number})?;({number})?;0[ \n])+", data)
-    assert "'queue lag of sub'=3;" in data
-    found = json.loads(
-        run("check", config_pth, *options.split(), "--json", exit_code=exit_code).stdout)
-    assert found["status"] == status and len(found["performance"]) == data.count("=")
+    for options, exit_code, finding in CHECKS:
+        done = call(capfd, "check", config_pth, *options.split())
+        status = ("OK", "WARNING", "CRITICAL")[exit_code]
+        assert (done.returncode, done.stderr) == (exit_code, "")
+        assert done.stdout.startswith(f"PERSIPUBSUB {status} - ")
+        text, _, data = done.stdout.partition(" | ")
+        assert finding in text and done.stdout.count("\n") == 1
+        # As the guidelines for monitoring plugins have it
+        number = r"\d+(\.\d+)?(e-\d+)?"
+        assert re.fullmatch(fr"('[^'=|]+'={number}s?;({number})?;({number})?;0[ \n])+", data)
+        assert "'queue lag of sub'=3;" in data
+        found = json.loads(call(capfd, "check", config_pth, *options.split(), "--json").stdout)
+        assert found["status"] == status and len(found["performance"]) == data.count("=")
 
 
 def test_check_of_what_can_not_be_looked_at(tmp_path: pathlib.Path) -> None:
@@ -738,33 +751,38 @@ def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
     assert found["before_bytes"] >= found["after_bytes"] > 0
 
 
-@pytest.mark.parametrize("place, position", [("beginning", 1), ("end", 4), ("2", 2), ("0", 1),
-                                             ("99", 4), ("@0", 1), ("@4e9", 4), ("2001-02-03", 1),
-                                             ("2001-02-03T04:05:06Z", 1),
-                                             ("2150-02-03 04:05+01:00", 4), ("-1h", 1),
-                                             ("-1h30m", 1), ("-0.5ms", 4)])
-def test_seek(tmp_path: pathlib.Path, place: str, position: int) -> None:
+def test_seek(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"1", b"2", b"3")
-    count = 4 - position
-    process = run("seek", config_pth, "sub", "--to", place)
-    assert process.stdout == "queue: sub goes on from number {}, with {} to receive\n".format(
-        position, {1: "1 message"}.get(count, f"{count} messages"))
-    found = json.loads(run("seek", config_pth, "sub", "--to", place, "--json").stdout)
-    assert found == {"queue": "queue", "subscriber": "sub", "position": position, "lag": count}
-    assert lag(config_pth) == count
+    for position, places in {
+            1: ("beginning", "0", "@0", "2001-02-03", "2001-02-03T04:05:06Z", "-1h", "-1h30m"),
+            2: ("2", ),
+            4: ("end", "99", "@4e9", "2150-02-03 04:05+01:00", "-0.5ms")
+    }.items():
+        for place in places:
+            count = 4 - position
+            process = call(capfd, "seek", config_pth, "sub", "--to", place)
+            assert process.stdout == (
+                f"queue: sub goes on from number {position}, with {count} messages to receive\n")
+            found = json.loads(
+                call(capfd, "seek", config_pth, "sub", "--to", place, "--json").stdout)
+            assert found == {
+                "queue": "queue",
+                "subscriber": "sub",
+                "position": position,
+                "lag": count
+            }
+            assert lag(config_pth) == count
 
 
-@pytest.mark.parametrize("place", [
-    "", "start", "-", "--1h", "-1x", "-inf", "-99999999w", "1.5", "@", "@nan", "@1e99",
-    "24.11.2026", "25:00", "1h", "\u0663"
-])
-def test_seek_to_no_place(tmp_path: pathlib.Path, place: str) -> None:
+def test_seek_to_no_place(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"1")
-    process = run("seek", config_pth, "sub", "--to", place, exit_code=2)
-    assert f"but got: {place!r}" in process.stderr
-    assert lag(config_pth) == 1
+    for place in ("", "start", "-", "--1h", "-1x", "-inf", "-99999999w", "1.5", "@", "@nan",
+                  "@1e99", "24.11.2026", "25:00", "1h", "\u0663"):
+        done = call(capfd, "seek", config_pth, "sub", "--to", place)
+        assert done.returncode == 2 and f"but got: {place!r}" in done.stderr
+        assert lag(config_pth) == 1
 
 
 def test_subscribers_and_drop(tmp_path: pathlib.Path) -> None:
@@ -791,13 +809,12 @@ def test_subscribers_and_drop(tmp_path: pathlib.Path) -> None:
 
 def outcome(capfd: pytest.CaptureFixture[str], *arguments: object) -> int:
     """Run a command in this process: one line on stderr, no traceback, nothing on stdout."""
-    code = persipubsub.cli.commands.main([str(argument) for argument in arguments])
-    out, err = capfd.readouterr()
-    assert out == "", arguments
-    assert err and "Traceback" not in err, arguments
-    if code in (1, 3):
-        assert len(err.splitlines()) == 1 and err.startswith("persipubsub: "), (arguments, err)
-    return code
+    done = call(capfd, *arguments)
+    assert done.stdout == "" and done.stderr, arguments
+    if done.returncode in (1, 3):
+        assert len(done.stderr.splitlines()) == 1, (arguments, done.stderr)
+        assert done.stderr.startswith("persipubsub: ")
+    return done.returncode
 
 
 def wrong_files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -843,53 +860,48 @@ def test_queue_that_can_not_be_used(tmp_path: pathlib.Path, capfd: pytest.Captur
     assert outcome(capfd, name, config_pth, *arguments) == 1
 
 
-def test_init_where_nobody_may_write(tmp_path: pathlib.Path,
-                                     capfd: pytest.CaptureFixture[str]) -> None:
-    assert outcome(capfd, "init", support.write_config(tmp_path, path="/proc/queue")) == 1
+WRONG_USAGE = [
+    *(line.split() for line in
+      ("nothing-of-this-name", "stat", "stat CONFIG --queue missing", "stat CONFIG --nothing",
+       "peek CONFIG", "peek CONFIG sub --number 0", "peek CONFIG sub --number many",
+       "tail CONFIG --number -1", "receive CONFIG sub --timeout -1",
+       "receive CONFIG sub --format x", "receive CONFIG sub --directory /missing", "backup CONFIG",
+       "metrics CONFIG --port 65536", "stat CONFIG --interval 0", "stat CONFIG --interval nan",
+       "stat CONFIG --interval 2h", "stat CONFIG --interval 1e3", "receive CONFIG sub --timeout 1y",
+       "stat --config", "delete CONFIG sub", "completion tcsh", "completion",
+       "seek CONFIG sub --to end --queue missing", "send CONFIG pub --queue missing")),
+    ["receive", "CONFIG", "sub", "--timeout", "9" * 400],
+    ["tail", "CONFIG", "--number", "1" * 5000],
+    ["seek", "CONFIG", "sub", "--to", "end", "--queue", ""],
+]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["nothing-of-this-name"], ["stat"], ["stat", "CONFIG", "--queue", "missing"],
-     ["stat", "CONFIG", "--nothing"], ["peek", "CONFIG"], [
-         "peek", "CONFIG", "sub", "--number", "0"
-     ], ["peek", "CONFIG", "sub", "--number", "many"], ["tail", "CONFIG", "--number", "-1"],
-     ["receive", "CONFIG", "sub", "--timeout", "-1"], ["receive", "CONFIG", "sub", "--format", "x"],
-     ["receive", "CONFIG", "sub", "--directory", "/missing"], ["backup", "CONFIG"],
-     ["metrics", "CONFIG", "--port", "65536"], ["stat", "CONFIG", "--interval", "0"],
-     ["stat", "CONFIG", "--interval", "nan"], ["stat", "CONFIG", "--interval", "2h"],
-     ["stat", "CONFIG", "--interval", "1e3"], ["receive", "CONFIG", "sub", "--timeout", "1y"],
-     ["receive", "CONFIG", "sub", "--timeout", "9" * 400], ["stat", "--config"],
-     ["delete", "CONFIG", "sub"], ["completion", "tcsh"], ["completion"],
-     ["tail", "CONFIG", "--number", "1" * 5000],
-     ["seek", "CONFIG", "sub", "--to", "end", "--queue", "missing"],
-     ["seek", "CONFIG", "sub", "--to", "end", "--queue", ""],
-     ["send", "CONFIG", "pub", "--queue", "missing"]])
-def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
-                     arguments: list[str]) -> None:
+def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path)
-    replaced = [str(config_pth) if argument == "CONFIG" else argument for argument in arguments]
-    assert outcome(capfd, *replaced) == 2
+    for arguments in WRONG_USAGE:
+        assert outcome(capfd, *(config_pth if one == "CONFIG" else one for one in arguments)) == 2
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["peek", "nobody"], ["receive", "nobody"], ["receive", "nobody", "--queue", "queue"],
-     ["send", "nobody"], ["send", "pub", "/missing"], ["send", "pub", "/"],
-     ["remove-subscriber", "nobody"], ["restore", "/missing", "--yes"], ["restore", "/", "--yes"],
-     ["restore", "/dev/zero", "--yes"], ["backup", "/"], ["backup", "/missing/backup"],
-     ["add-subscriber", ""], ["add-subscriber", "queues"], ["add-subscriber", "\udcff"],
-     ["receive", "\udcff", "--queue", "queue"], ["peek", "\udcff", "--queue", "queue"],
-     ["seek", "\udcff", "--to", "end", "--queue", "queue"], ["remove-subscriber", "\udcff"]])
-def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
-                           arguments: list[str]) -> None:
+MISSING = [
+    "peek nobody", "receive nobody", "receive nobody --queue queue", "send nobody",
+    "remove-subscriber nobody", "restore /missing --yes", "restore / --yes",
+    "restore /dev/zero --yes", "backup /", "backup /missing/backup", "add-subscriber ",
+    "add-subscriber queues", "add-subscriber \udcff", "receive \udcff --queue queue",
+    "peek \udcff --queue queue", "seek \udcff --to end --queue queue", "remove-subscriber \udcff"
+]
+
+
+def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    nowhere = support.write_config(tmp_path, path="/proc/queue")
+    assert outcome(capfd, "init", nowhere) == 1
     config_pth = support.make_queue(tmp_path)
-    if arguments[:2] == ["send", "pub"]:
-        code = persipubsub.cli.commands.main([arguments[0], str(config_pth), *arguments[1:]])
-        err = capfd.readouterr().err.splitlines()
-        assert (code, err[0], len(err)) == (1, "0 messages sent", 2)
-        return
-    assert outcome(capfd, arguments[0], config_pth, *arguments[1:]) == 1
+    for line in MISSING:
+        name, *arguments = line.split(" ")
+        assert outcome(capfd, name, config_pth, *arguments) == 1
+    for path in ("/missing", "/"):
+        done = call(capfd, "send", config_pth, "pub", path)
+        err = done.stderr.splitlines()
+        assert (done.returncode, err[0], len(err)) == (1, "0 messages sent", 2)
 
 
 def test_too_large_message(tmp_path: pathlib.Path) -> None:

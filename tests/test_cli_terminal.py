@@ -15,6 +15,7 @@ import pytest
 
 import persipubsub.control
 import persipubsub.statistics
+from persipubsub import Pub
 from persipubsub.cli import text, view
 from tests import support, test_cli
 from tests.terminals import Terminal
@@ -64,27 +65,24 @@ def hostile_queue(directory: pathlib.Path) -> pathlib.Path:
     config.pop("sub")
     config_pth.write_text(json.dumps(config), encoding="utf-8")
     persipubsub.control.initialize_all_dbs(config_pth)
-    for message in (HOSTILE.encode(), b"\xff\xfe\x1b[2J", b"\xed\xa0\x80"):
-        (directory / "message").write_bytes(message)
-        test_cli.run("send", config_pth, f"p{name}", directory / "message")
+    with Pub(f"p{name}", config_pth) as pub:
+        pub.send_many([HOSTILE.encode(), b"\xff\xfe\x1b[2J", b"\xed\xa0\x80"])
     return config_pth
 
 
-@pytest.mark.parametrize("command, exit_code", [("stat", 0),
-                                                ("stat --watch --count 2 --interval 0.1", 0),
-                                                ("check", 0), ("verify", 0), ("peek NAME", 0),
-                                                ("peek nobody", 1), ("receive NAME --number 3", 0),
-                                                ("init", 0), ("prune", 0), ("clear --yes", 0),
-                                                ("seek NAME --to beginning", 0),
-                                                ("seek NAME --to NAME", 2),
-                                                ("stat --queue nobody", 2),
-                                                ("stat --queue NAME --json", 0), ("compact", 0),
-                                                ("remove-subscriber NAME --yes", 0),
-                                                ("drop-queue --yes", 0),
-                                                ("send pNAME --queue x", 2),
-                                                ("receive NAME --format raw", 2), ("NAME", 2),
-                                                ("stat --NAME", 2), ("dead-letters", 0)])
-def test_hostile_names_and_messages(tmp_path: pathlib.Path, command: str, exit_code: int) -> None:
+@pytest.mark.parametrize("exit_code, command", [
+    *((0, command)
+      for command in ("stat", "stat --watch --count 2 --interval 0.1", "check", "verify",
+                      "peek NAME", "receive NAME --number 3", "init", "prune", "clear --yes",
+                      "seek NAME --to beginning", "stat --queue NAME --json", "compact",
+                      "remove-subscriber NAME --yes", "drop-queue --yes",
+                      "send pNAME --message NAME", "dead-letters")),
+    (1, "peek nobody"),
+    *((2, command) for command in ("seek NAME --to NAME", "stat --queue nobody", "NAME",
+                                   "send pNAME --queue x", "receive NAME --format raw",
+                                   "stat --NAME")),
+])  # yapf: disable
+def test_hostile_names_and_messages(tmp_path: pathlib.Path, exit_code: int, command: str) -> None:
     config_pth = hostile_queue(tmp_path)
     name = HOSTILE.replace("\x00", "")
     words = [word.replace("NAME", name) for word in command.split()]

@@ -49,52 +49,25 @@ EXAMPLE = b"""{
 
 def make(subscribers: Sequence[str] = ("sub", )) -> dict[str, Any]:
     """Return the content of a small correct file."""
-    return {
-        "pub": {
-            "out_queue": "/q",
-            "subscribers": ["sub"]
-        },
-        "sub": {
-            "in_queue": "/q"
-        },
-        "queues": {
-            "/q": {
-                "path": "/q",
-                "max_reader_num": 1024,
-                "max_db_num": 1024,
-                "max_db_size_bytes": 1024**2,
-                "subscribers": list(subscribers),
-                "high-water-mark": {
-                    "MSG_TIMEOUT_SECS": 600,
-                    "MAX_MSGS_NUM": 10000,
-                    "HWM_LMDB_SIZE_BYTES": 1000000,
-                    "strategy": "prune_first"
-                }
-            }
-        }
-    }
+    text = EXAMPLE.replace(b"/home/user/queues/queue", b"/q").replace(b"34359738368", b"1048576")
+    content: dict[str, Any] = json.loads(text)
+    content["queues"]["/q"]["subscribers"] = list(subscribers)
+    return content
 
 
-SHORT = {
-    "pub": {
-        "out_queue": "greetings"
-    },
-    "sub": {
-        "in_queue": "greetings"
-    },
-    "queues": {
-        "greetings": {
-            "subscribers": ["sub", "other"]
-        }
-    }
-}
+SHORT = json.loads(b"""{
+    "pub": {"out_queue": "greetings"},
+    "sub": {"in_queue": "greetings"},
+    "queues": {"greetings": {"subscribers": ["sub", "other"]}}
+}""")
 
 ABSENT = object()
 
 
-def change(place: Sequence[str], value: Any) -> dict[str, Any]:
+def change(place: Sequence[str], value: Any,
+           subscribers: Sequence[str] = ("sub", )) -> dict[str, Any]:
     """Return a correct file with one value exchanged, added or (``ABSENT``) taken away."""
-    content = make()
+    content = make(subscribers)
     target = content
     for key in place[:-1]:
         target = target[key]
@@ -248,16 +221,8 @@ def test_half_a_high_water_mark() -> None:
 
 
 def test_publisher_without_anybody_to_send_to() -> None:
-    assert problems({
-        "pub": {
-            "out_queue": "q"
-        },
-        "queues": {
-            "q": {
-                "subscribers": []
-            }
-        }
-    }) == ("pub.out_queue: Expected a queue that has subscribers, but got: 'q'", )
+    assert problems(b'{"pub": {"out_queue": "q"}, "queues": {"q": {"subscribers": []}}}') == (
+        "pub.out_queue: Expected a queue that has subscribers, but got: 'q'", )
 
 
 def test_dictionary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,46 +303,37 @@ NOT_TEXTS: list[Any] = [True, 1, "", "a\0", "\ud800", "\udc80a", [], {}]
 QUEUE = ["queues", "/q"]
 MARK = [*QUEUE, "high-water-mark"]
 VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
-    ([*QUEUE,
-      "path"], NOT_TEXTS, ["a",
-                           "\U0001f600"], "a non-empty string without NUL and lone surrogates"),
-    ([*QUEUE, "max_reader_num"], [*NOT_INTEGERS, 65536], [1,
-                                                          65535], "an integer between 1 and 65535"),
-    ([*QUEUE, "max_db_num"], [*NOT_INTEGERS, 7, 32769], [8,
-                                                         32768], "an integer between 8 and 32768"),
-    ([*QUEUE,
-      "max_db_size_bytes"], [*NOT_INTEGERS, 2**18 - 1,
-                             2**46 + 1], [2**18,
-                                          2**46], "an integer between 262144 and 70368744177664"),
-    ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", "\ud800", []], ["fsync",
-                                                                          "os"], "'fsync' or 'os'"),
-    ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 0,
-                                   86400.5], [0.1,
-                                              86400], "a number greater than 0 and at most 86400"),
+    ([*QUEUE, "path"], NOT_TEXTS, ["a", "\U0001f600"],
+     "a non-empty string without NUL and lone surrogates"),
+    ([*QUEUE, "max_reader_num"], [*NOT_INTEGERS, 65536], [1, 65535],
+     "an integer between 1 and 65535"),
+    ([*QUEUE, "max_db_num"], [*NOT_INTEGERS, 7, 32769], [8, 32768],
+     "an integer between 8 and 32768"),
+    ([*QUEUE, "max_db_size_bytes"], [*NOT_INTEGERS, 2**18 - 1, 2**46 + 1], [2**18, 2**46],
+     "an integer between 262144 and 70368744177664"),
+    ([*QUEUE, "durability"], [None, True, 1, "FSYNC", "", "\ud800", []], ["fsync", "os"],
+     "'fsync' or 'os'"),
+    ([*QUEUE, "checkpoint_secs"], [*NOT_SECONDS, 0, 86400.5], [0.1, 86400],
+     "a number greater than 0 and at most 86400"),
     ([*QUEUE, "once_window_secs"], [*NOT_SECONDS, 0, 9e-10, 3_200_000_001],
      [1e-9, 0.1, 3_200_000_000], "a number between 1e-09 and 3200000000"),
-    ([*QUEUE,
-      "retain_secs"], [*NOT_SECONDS,
-                       3_200_000_001], [0, 1.5,
-                                        3_200_000_000], "a number between 0 and 3200000000"),
-    ([*QUEUE, "busy_timeout_secs"], [*NOT_SECONDS, 0,
-                                     86401], [0.1,
-                                              86400], "a number greater than 0 and at most 86400"),
+    ([*QUEUE, "retain_secs"], [*NOT_SECONDS, 3_200_000_001], [0, 1.5, 3_200_000_000],
+     "a number between 0 and 3200000000"),
+    ([*QUEUE, "busy_timeout_secs"], [*NOT_SECONDS, 0, 86401], [0.1, 86400],
+     "a number greater than 0 and at most 86400"),
     ([*QUEUE, "subscribers"], [None, "sub", {}, 1], [["sub"]], "a list of subscribers"),
     (MARK, [None, [], 1, "x"], [], "an object"),
-    ([*MARK, "MSG_TIMEOUT_SECS"], [*NOT_SECONDS, 0, 0.0, 1e-10,
-                                   3.2e9 + 1], [1e-9, 1,
-                                                3.2e9], "a number between 1e-09 and 3200000000"),
-    ([*MARK, "MAX_MSGS_NUM"], [*NOT_INTEGERS,
-                               2**48 + 1], [1, 2**48], "an integer between 1 and 281474976710656"),
-    ([*MARK,
-      "HWM_LMDB_SIZE_BYTES"], [*NOT_INTEGERS,
-                               2**46 + 1], [1, 2**46], "an integer between 1 and 70368744177664"),
-    ([*MARK, "strategy"], [None, 1, "PRUNE_FIRST", "wait", "\ud800",
-                           []], ["prune_first", "prune_last", "reject",
-                                 "block"], "'prune_first' or 'prune_last' or 'reject' or 'block'"),
+    ([*MARK, "MSG_TIMEOUT_SECS"], [*NOT_SECONDS, 0, 0.0, 1e-10, 3.2e9 + 1], [1e-9, 1, 3.2e9],
+     "a number between 1e-09 and 3200000000"),
+    ([*MARK, "MAX_MSGS_NUM"], [*NOT_INTEGERS, 2**48 + 1], [1, 2**48],
+     "an integer between 1 and 281474976710656"),
+    ([*MARK, "HWM_LMDB_SIZE_BYTES"], [*NOT_INTEGERS, 2**46 + 1], [1, 2**46],
+     "an integer between 1 and 70368744177664"),
+    ([*MARK, "strategy"], [None, 1, "PRUNE_FIRST", "wait", "\ud800", []],
+     ["prune_first", "prune_last", "reject", "block"],
+     "'prune_first' or 'prune_last' or 'reject' or 'block'"),
     (QUEUE, [None, [], 1], [], "an object"),
-]
+]  # yapf: disable
 
 
 def in_config(config: persipubsub.config.Config, place: Sequence[str]) -> Any:
@@ -447,31 +403,40 @@ def test_duplicate_keys(old: str, new: str, problem: str) -> None:
 
 ENTRY = "a publisher ('out_queue', 'subscribers'), a subscriber ('in_queue') or both"
 
+NO_KEY = "but got: no such key"
 
-@pytest.mark.parametrize("entry", [None, 1, "x", [], {}])
-def test_neither_publisher_nor_subscriber(entry: Any) -> None:
-    assert problems(change(["x"], entry)) == (f"x: Expected {ENTRY}, but got: {entry!r}", )
+NO_ENTRIES: list[Any] = [None, 1, "x", [], {}]
+
+#: What is wrong in a file whose queue has the subscribers "sub" and "b", and the only problem.
+REFERENCES: list[tuple[Sequence[str], Any, str]] = [
+    *((["x"], entry, f"x: Expected {ENTRY}, but got: {entry!r}") for entry in NO_ENTRIES),
+    *(([*place], value, f"{'.'.join(place)}: Expected a key of queues ('/q'), but got: ")
+      for place in (("pub", "out_queue"), ("sub", "in_queue"))
+      for value in ("/", "", None, 1, True, ["/q"], {"/q": 1})),
+    (["pub", "out_queue"], ABSENT, f"pub: Expected the key 'out_queue', {NO_KEY}"),
+    (["sub"], {"in_queue": "/q", "subscribers": ["sub"]},
+     f"sub: Expected the key 'out_queue', {NO_KEY}"),
+    (["x"], {"in_queue": "/q"},
+     "x.in_queue: Expected a queue with the subscriber 'x', but got: '/q' ('sub', 'b')"),
+    (["pub", "subscribers"], [], "pub.subscribers: Expected at least one subscriber, but got: []"),
+    (["pub", "subscribers"], "sub",
+     "pub.subscribers: Expected a list of subscribers, but got: 'sub'"),
+    (["pub", "subscribers"], ["sub", "x"],
+     "pub.subscribers[1]: Expected a subscriber of the queue ('sub', 'b'), but got: 'x'"),
+    (["pub", "subscribers"], ["sub", "b", "sub"],
+     "pub.subscribers[2]: Expected each subscriber once, but got: 'sub' again"),
+    ([*QUEUE, "subscribers"], ["sub", "a", "a"],
+     "queues./q.subscribers[2]: Expected each subscriber once, but got: 'a' again"),
+    # Without queues, references to them are no problem of their own.
+    (["queues"], ABSENT, f"queues: Expected an object, {NO_KEY}"),
+    (["queues"], [], "queues: Expected an object, but got: []"),
+]  # yapf: disable
 
 
-@pytest.mark.parametrize("name, key, missing", [("pub", "out_queue", "out_queue")])
-def test_half_a_publisher(name: str, key: str, missing: str) -> None:
-    assert problems(change(
-        [name, key], ABSENT)) == (f"{name}: Expected the key {missing!r}, but got: no such key", )
-
-
-def test_half_a_stage() -> None:
-    assert problems(change(["sub"], {
-        "in_queue": "/q",
-        "subscribers": ["sub"]
-    })) == ("sub: Expected the key 'out_queue', but got: no such key", )
-
-
-@pytest.mark.parametrize("place", [["pub", "out_queue"], ["sub", "in_queue"]])
-@pytest.mark.parametrize("value", ["/", "", None, 1, True, ["/q"], {"/q": 1}])
-def test_reference_to_no_queue(place: Sequence[str], value: Any) -> None:
-    problem, *others = problems(change(place, value))
-    assert problem.startswith(f"{'.'.join(place)}: Expected a key of queues ('/q'), but got: ")
-    assert not others
+@pytest.mark.parametrize("place, value, problem", REFERENCES, ids=lambda value: None)
+def test_references(place: Sequence[str], value: Any, problem: str) -> None:
+    found, = problems(change(place, value, subscribers=["sub", "b"]))
+    assert found.startswith(problem)
 
 
 def test_reference_to_no_queue_lists_few() -> None:
@@ -482,39 +447,7 @@ def test_reference_to_no_queue_lists_few() -> None:
     content["pub"]["out_queue"] = "x"
     assert problems(content) == ("pub.out_queue: Expected a key of queues ('/q', '/q0', '/q1', "
                                  "'/q2', '/q3' and 96 more), but got: 'x'", )
-
-
-def test_without_queues_references_are_no_problem_of_their_own() -> None:
-    assert problems(change(["queues"],
-                           ABSENT)) == ("queues: Expected an object, but got: no such key", )
-    assert problems(change(["queues"], [])) == ("queues: Expected an object, but got: []", )
     assert "there is none" in problems(change(["queues"], {}))[0]
-
-
-@pytest.mark.parametrize("value, problem", [
-    ([], "pub.subscribers: Expected at least one subscriber, but got: []"),
-    ("sub", "pub.subscribers: Expected a list of subscribers, but got: 'sub'"),
-    (["sub", "x"
-      ], "pub.subscribers[1]: Expected a subscriber of the queue ('sub', 'b'), but got: 'x'"),
-    (["sub", "b", "sub"
-      ], "pub.subscribers[2]: Expected each subscriber once, but got: 'sub' again"),
-])
-def test_subscribers_of_a_publisher(value: Any, problem: str) -> None:
-    content = make(subscribers=["sub", "b"])
-    content["pub"]["subscribers"] = value
-    assert problems(content) == (problem, )
-
-
-def test_subscribers_of_a_queue_only_once() -> None:
-    assert problems(make(subscribers=["sub", "a", "a"])) == (
-        "queues./q.subscribers[2]: Expected each subscriber once, but got: 'a' again", )
-
-
-def test_subscriber_that_its_queue_does_not_list() -> None:
-    content = make(subscribers=["sub", "a"])
-    content["x"] = {"in_queue": "/q"}
-    assert problems(content) == (
-        "x.in_queue: Expected a queue with the subscriber 'x', but got: '/q' ('sub', 'a')", )
 
 
 @pytest.mark.parametrize("other", ["/a/q", "/a/./q", "/a//q/", "//a/q", "/a/b/../q", "q", "../a/q"])
@@ -558,43 +491,28 @@ WRONG_IDENTIFIERS = [
 ]
 
 
-@pytest.mark.parametrize("identifier", WRONG_IDENTIFIERS + ["queues"])
-def test_wrong_identifiers_in_lists(identifier: str) -> None:
-    problem, = problems(make(subscribers=["sub", identifier]))
-    assert problem.startswith("queues./q.subscribers[1]: Expected an identifier ")
-
-
-@pytest.mark.parametrize("identifier", [None, 1, True, [], {}])
-def test_identifiers_that_are_no_strings(identifier: Any) -> None:
-    content = make()
-    content["pub"]["subscribers"].append(identifier)
-    problem, = problems(content)
-    assert problem.startswith("pub.subscribers[1]: Expected an identifier (1 to 255 bytes")
-
-
-@pytest.mark.parametrize("identifier", WRONG_IDENTIFIERS)
-def test_wrong_identifiers_of_entries(identifier: str) -> None:
-    problem, = problems(change([identifier], make()["pub"]))
-    assert ": Expected an identifier " in problem
-
-
-@pytest.mark.parametrize("identifier", [
-    "a", "a" * 255, "\xe9" * 127, "a b", "\x1b\n", ".", "/", "__class__", "\U0001f600", "data_db2"
-])
-def test_right_identifiers(identifier: str) -> None:
-    content = change(["sub"], ABSENT)
-    content["queues"]["/q"]["subscribers"] = [identifier]
-    content["pub"]["subscribers"] = [identifier]
-    content[identifier] = {"in_queue": "/q"}
-    assert parse(content).subscriber(identifier).identifier == identifier
-
-
-@pytest.mark.parametrize("key", ["", "a\0", "\ud800"])
-def test_wrong_keys_of_queues(key: str) -> None:
-    content = make()
-    content["queues"][key] = {**content["queues"]["/q"], "path": "/other"}
-    problem, = problems(content)
-    assert problem.startswith(f"queues.{key!r}: Expected a non-empty string")
+def test_identifiers() -> None:
+    for identifier in [*WRONG_IDENTIFIERS, "queues"]:
+        problem, = problems(make(subscribers=["sub", identifier]))
+        assert problem.startswith("queues./q.subscribers[1]: Expected an identifier ")
+    for identifier in WRONG_IDENTIFIERS:
+        problem, = problems(change([identifier], make()["pub"]))
+        assert ": Expected an identifier " in problem
+    no_strings: list[Any] = [None, 1, True, [], {}]
+    for no_string in no_strings:
+        problem, = problems(change(["pub", "subscribers"], ["sub", no_string]))
+        assert problem.startswith("pub.subscribers[1]: Expected an identifier (1 to 255 bytes")
+    for identifier in ("a", "a" * 255, "\xe9" * 127, "a b", "\x1b\n", ".", "/", "__class__",
+                       "\U0001f600", "data_db2"):
+        content = change(["sub"], ABSENT, subscribers=[identifier])
+        content["pub"]["subscribers"] = [identifier]
+        content[identifier] = {"in_queue": "/q"}
+        assert parse(content).subscriber(identifier).identifier == identifier
+    for key in ("", "a\0", "\ud800"):
+        content = make()
+        content["queues"][key] = {**content["queues"]["/q"], "path": "/other"}
+        problem, = problems(content)
+        assert problem.startswith(f"queues.{key!r}: Expected a non-empty string")
 
 
 # --- all problems, and how they are told

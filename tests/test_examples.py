@@ -52,7 +52,7 @@ def test_worker_that_is_told_to_end_in_the_middle_of_its_work(worker: "subproces
     # All that is noted was acknowledged, and the rest is there at once.
     assert figures(config_pth).lag == 500 - len(done)
     with Sub("sub", config_pth) as sub:
-        left = [msg.decode() for msg in sub.messages(timeout=1, prefetch=100)]
+        left = [msg.decode() for msg in sub.messages(timeout=0.3, prefetch=100)]
     assert len(left) > 100
     assert sorted(done + left, key=int) == [msg.decode() for msg in msgs]
 

@@ -272,10 +272,7 @@ async def test_closing_while_tasks_wait(face: faces.Face, config_pth: pathlib.Pa
 @scenario
 async def test_consumer_in_another_process_is_killed(face: faces.Face,
                                                      config_pth: pathlib.Path) -> None:
-    # On servers, a message comes again after ack_wait.
-    text = config_pth.read_text(encoding="utf-8")
-    config_pth.write_text(text.replace("ack_wait=30", "ack_wait=2"), encoding="utf-8")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    faces.shorten_ack_wait(config_pth)
 
     def hold(pipe: support.Connection) -> None:
         with persipubsub.subscriber.Sub() as sub:

@@ -128,14 +128,14 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
     pipe.send((sent, unknown, failed, timer.raised))
 
 
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind, durability",
+                         [*((kind, "fsync") for kind in KINDS), (Interrupt, "os")])
 def test_interrupted_publisher_with_threads(tmp_path: pathlib.Path, kind: type[BaseException],
                                             durability: str) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     config_pth = support.make_queue(tmp_path, durability=durability)
-    with support.Child(publish, config_pth, kind, 1.5, seed) as child:
+    with support.Child(publish, config_pth, kind, 1.0, seed) as child:
         sent, unknown, failed, raised = child.get()
         # ... and close does not hang behind it.
         child.end()

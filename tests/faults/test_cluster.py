@@ -5,7 +5,7 @@ Kill servers under load, start them again, and check an exact ledger at the end.
 killed, then all three servers, then a follower; then leaders are elected while none is killed; then
 a single server is killed, and so on. The enlarged form, which prints what it did:
 
-    PERSIPUBSUB_CLUSTER_RUNS=10 python -m pytest -s -n0 tests/faults/test_cluster.py
+    PERSIPUBSUB_CLUSTER_RUNS=10 PERSIPUBSUB_CLUSTER_KILLS=2 python -m pytest -s -n0 tests/faults/test_cluster.py
 """
 
 import collections
@@ -42,7 +42,7 @@ CONSUMERS: Final = {"a0": "alpha", "b0": "beta", "b1": "beta"}
 TAKEN_AT_ONCE: Final = 4
 
 #: How often servers are killed in a run.
-KILLS: Final = 2
+KILLS: Final = int(os.environ.get("PERSIPUBSUB_CLUSTER_KILLS", "1"))
 
 
 class Ledger:

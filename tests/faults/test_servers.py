@@ -71,7 +71,7 @@ class Calls:
 
 def test_server_that_dies_and_comes_back(server: jetstream_server.Servers,
                                          tmp_path: pathlib.Path) -> None:
-    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=3)
+    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=1.5)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send(b"before")
         server.servers[0].kill()
@@ -225,6 +225,14 @@ def test_calls_end_while_a_server_stands_still(server: jetstream_server.Servers,
         assert outcome(lambda: pub.send(b"again")) == ""
 
 
+@pytest.fixture(name="impatient")
+def fixture_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a silent connection up sooner than users want it."""
+    monkeypatch.setattr("persipubsub.jetstream.connection._SILENCE_SECS", 4.0)
+    monkeypatch.setattr("persipubsub.jetstream.connection._PING_SECS", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_server_that_reads_nothing_is_left_for_another_one(server: jetstream_server.Servers,
                                                            tmp_path: pathlib.Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=HANG_SECS / 2)
@@ -241,7 +249,7 @@ def test_server_that_reads_nothing_is_left_for_another_one(server: jetstream_ser
 
 def test_message_that_can_not_be_acknowledged_comes_again(server: jetstream_server.Servers,
                                                           tmp_path: pathlib.Path) -> None:
-    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=3, busy_timeout_secs=1)
+    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=1.5, busy_timeout_secs=1)
     with open_queue(config_pth) as queue:
         queue.put([b"hello"])
         lease = queue.consumer("sub").take(timeout=HANG_SECS)
@@ -250,7 +258,7 @@ def test_message_that_can_not_be_acknowledged_comes_again(server: jetstream_serv
             assert outcome(lease.ack) == "UnavailableError"
         # Or what the server reads at last is the acknowledgement.
         with open_sub(config_pth) as sub:
-            assert drain(sub, timeout=5) in ([b"hello"], [])
+            assert drain(sub, timeout=3) in ([b"hello"], [])
         assert queue.statistics().subscribers[0].lag == 0
 
 
@@ -278,7 +286,7 @@ def test_batch_whose_beginning_was_stored(server: jetstream_server.Servers, tmp_
     with proxy(server) as between:
         text = between.config(config_pth).read_text()
         hasty_pth = tmp_path / "hasty.json"
-        hasty_pth.write_text(text.replace('"busy_timeout_secs": 10', '"busy_timeout_secs": 2'))
+        hasty_pth.write_text(text.replace('"busy_timeout_secs": 10', '"busy_timeout_secs": 1'))
         with open_queue(hasty_pth) as queue:
             queue.consumer("sub")
             between.limits = [0] * 1000 + [50000]
@@ -308,26 +316,27 @@ def test_what_a_server_did_not_read_yet_is_not_sent_again(server: jetstream_serv
         assert server.servers[0].look("varz")["in_bytes"] - before < 2.5 * len(LARGE)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_slow_connection_is_not_taken_for_dead(server: jetstream_server.Servers,
                                                tmp_path: pathlib.Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
     with proxy(server) as between, open_pub(config_pth) as pub:
         with open_sub(between.config(config_pth)) as sub:
-            pub.send_many([bytes(5000)] * 2000)
+            pub.send_many([bytes(5000)] * 800)
             between.pause = 0.1
             received = 0
             # It takes longer than a silent connection is kept.
-            while received < 2000:
-                with sub.receive_many(2000, timeout=HANG_SECS) as msgs:
+            while received < 800:
+                with sub.receive_many(800, timeout=HANG_SECS) as msgs:
                     assert set(msgs) == {bytes(5000)}
                     received += len(msgs)
-            assert (received, between.count) == (2000, 1)
+            assert (received, between.count) == (800, 1)
             between.pause = 0.0
 
 
 def test_batch_that_comes_slowly_stays_with_its_consumer(server: jetstream_server.Servers,
                                                          tmp_path: pathlib.Path) -> None:
-    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=6)
+    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=3)
     is_over = threading.Event()
     others: list[bytes] = []
 
@@ -344,7 +353,7 @@ def test_batch_that_comes_slowly_stays_with_its_consumer(server: jetstream_serve
                 count = len(msgs)
                 calls = Calls(receive)
                 # Longer than ack_wait.
-                time.sleep(7)
+                time.sleep(4)
             between.pause = 0.0
             assert [int(msg[:4]) for msg in msgs] == list(range(count))
             until(lambda: len(others) == 400 - count, "the rest")
@@ -368,7 +377,7 @@ def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.
                 count += 200
 
         calls = Calls(publish)
-        between.limits = [rng.randrange(40000) for _ in range(60)]
+        between.limits = [rng.randrange(40000) for _ in range(20)]
         # Those of before have no limit.
         between.cut()
         until(lambda: not between.limits, "the last connection that is cut")

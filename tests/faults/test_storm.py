@@ -19,8 +19,8 @@ import persipubsub.statistics
 from tests import support
 from tests.faults import ledger, workers
 
-STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "8"))
-CLEAR_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "4"))
+STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "6"))
+CLEAR_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "3"))
 
 AUDIENCES: Final = {"pub": ("alpha", "beta"), "pub_alpha": ("alpha", )}
 
