@@ -127,27 +127,6 @@ def test_initializing_is_idempotent(tmp_path: pathlib.Path) -> None:
     assert receive_all(config_pth) == [b"one", b"two"]
 
 
-def test_new_subscribers_get_what_comes_from_then_on(tmp_path: pathlib.Path) -> None:
-    config_pth = support.make_queue(tmp_path)
-    with Pub() as pub:
-        # Also while publishers are running; they address those who were there for them.
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send(b"early")
-        more = support.make_queue(tmp_path,
-                                  publishers={"pub": ["sub", "new"]},
-                                  subscribers=["sub", "new"],
-                                  name="more.json")
-        persipubsub.control.initialize_all_dbs(config_pth=more)
-    send(more, b"late")
-    assert receive_all(more, "new")[-1:] == [b"late"]
-    assert b"early" not in receive_all(more, "new")
-    assert receive_all(more) == [b"early", b"late"]
-
-    # Those that are not in the file any more stay.
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    assert {each.subscriber for each in statistics(config_pth).subscribers} == {"sub", "new"}
-
-
 def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     entries = json.loads(config_pth.read_text("utf-8"))
@@ -324,25 +303,6 @@ def test_pruning_frees_what_everybody_has(tmp_path: pathlib.Path) -> None:
     send(config_pth, *(bytes(2000) for _ in range(200)))
     assert (tmp_path / "queue" / "data.mdb").stat().st_size == size
     assert statistics(config_pth).subscribers[0].dropped_by_timeout == 0
-
-
-def test_clearing_keeps_subscribers_and_numbers(tmp_path: pathlib.Path) -> None:
-    config_pth = support.make_queue(tmp_path,
-                                    publishers={"pub": ["one", "two"]},
-                                    subscribers=["one", "two"])
-    persipubsub.control.clear_all_subs(config_pth=config_pth)
-    send(config_pth, *(b"%d" % number for number in range(10)))
-    with Sub("one", config_pth) as sub:
-        with sub.receive(timeout=0) as message:
-            assert message == b"0"
-            for _ in range(2):
-                persipubsub.control.clear_all_subs(config_pth=config_pth)
-    found = statistics(config_pth)
-    assert found.messages == 0
-    assert [each.cleared for each in found.subscribers] == [10, 10]
-    send(config_pth, b"after")
-    assert receive_all(config_pth, "one") == receive_all(config_pth, "two") == [b"after"]
-    assert statistics(config_pth).next_number > 11
 
 
 def work(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:

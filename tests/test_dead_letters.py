@@ -86,16 +86,6 @@ def test_letters_are_sent_back_to_whom_they_failed(config_pth: pathlib.Path) -> 
     assert not persipubsub.control.send_back(config_pth, "letters", numbers)
 
 
-def test_message_that_fails_again_is_another_letter(config_pth: pathlib.Path) -> None:
-    fail(config_pth, b"1")
-    persipubsub.control.send_back(config_pth, "letters")
-    with Sub("sub", config_pth) as sub, pytest.raises(ValueError):
-        with sub.receive(timeout=0, details=True) as message:
-            assert message is not None and message.attempts == 1
-            raise ValueError("again")
-    assert list(listed(config_pth).values()) == [b"1"]
-
-
 def test_letters_are_dropped(config_pth: pathlib.Path) -> None:
     fail(config_pth, b"1", b"2", b"3")
     numbers = list(listed(config_pth))
@@ -202,17 +192,6 @@ def test_queue_on_servers_has_no_letters(tmp_path: pathlib.Path) -> None:
                      persipubsub.control.drop_dead_letters):
         with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
             function(config_pth, "queue")
-
-
-def test_letter_of_a_queue_that_was_moved_to_servers_stays(config_pth: pathlib.Path) -> None:
-    fail(config_pth, b"1")
-    found = json.loads(config_pth.read_text())
-    found["queues"]["queue"]["path"] = "nats://localhost/S"
-    del found["sub"]["max_deliveries"], found["sub"]["dead_letter_queue"]
-    config_pth.write_text(json.dumps(found))
-    with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
-        persipubsub.control.send_back(config_pth, "letters")
-    assert len(persipubsub.control.dead_letters(config_pth, "letters")["letters"]) == 1
 
 
 def test_queues_may_give_up_into_each_other(tmp_path: pathlib.Path) -> None:

@@ -149,48 +149,6 @@ TREE = set(persipubsub.errors.__all__)
 ALLOWED = TREE | {"", "MapFullError"}
 
 
-# The last write before the limit is cut short if the limit is no multiple of it: that is EIO.
-@pytest.mark.parametrize("size", [1000, 5000, 100000])
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str, size: int) -> None:
-    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=3600)
-
-    def run(pipe: support.Connection) -> None:
-        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
-            before = os.stat(tmp_path / "queue" / "data.mdb").st_size
-            sent = 0
-            resource.setrlimit(resource.RLIMIT_FSIZE, (before + 250000, resource.RLIM_INFINITY))
-            error = ""
-            while not error and sent < 10000:
-                error = support.outcome(lambda: pub.send(bytes(size)))
-                sent += not error
-            pipe.send((error, sent))
-            received = 0
-            while True:
-                with sub.receive(timeout=0) as message:
-                    if message is None:
-                        break
-                    received += 1
-            pipe.send(received)
-            # There is room now, without a larger limit; and more of it with one.
-            pipe.send(support.outcome(lambda: pub.send(b"again")))
-            resource.setrlimit(resource.RLIMIT_FSIZE,
-                               (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            pipe.send(support.outcome(lambda: pub.send(bytes(1 << 20))))
-            with sub.receive_many(max_msgs=10, timeout=0) as messages:
-                pipe.send([len(each) for each in messages])
-
-    with support.Child(run) as child:
-        error, sent = child.get()
-        assert error == "DiskFullError"
-        assert sent > 0
-        assert child.get() == sent
-        assert child.get() == ""
-        assert child.get() == ""
-        assert child.get() == [5, 1 << 20]
-        child.end()
-
-
 @pytest.mark.parametrize("limit", [0, 1, 100, 4096, 10000, 50000])
 def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: int) -> None:
     config_pth = support.make_queue(tmp_path)

@@ -167,14 +167,6 @@ def test_server_without_jetstream(tmp_path: pathlib.Path) -> None:
             persipubsub.control.initialize_all_dbs(config_pth)
 
 
-def test_account_without_jetstream(tmp_path: pathlib.Path) -> None:
-    lines = ["accounts { A { users: [{user: a, password: a}] } }", "no_auth_user: a"]
-    with jetstream_server.running(tmp_path, lines=lines) as servers:
-        config_pth = write_config(tmp_path, path=servers.path("S"))
-        with pytest.raises(persipubsub.errors.UnavailableError, match="nats-server -js"):
-            persipubsub.control.initialize_all_dbs(config_pth)
-
-
 def test_credentials(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         'authorization { users: [{user: "all", password: "pass"}, {user: "some", password: "pass", '
@@ -320,12 +312,6 @@ def test_without_the_extra(tmp_path: pathlib.Path) -> None:
         "try: persipubsub.control.initialize_all_dbs(sys.argv[1])\n"
         "except persipubsub.errors.ConfigError as error: print(error)", config_pth)
     assert "pip install 'persipubsub[nats]'" in run.stdout, run.stderr
-
-
-@pytest.mark.parametrize("name", ["compact", "verify"])
-def test_what_needs_a_directory(config_pth: pathlib.Path, name: str) -> None:
-    with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
-        getattr(persipubsub.control, name)(config_pth)
 
 
 # Traps
@@ -488,23 +474,6 @@ def test_limits_that_are_lowered_under_a_publisher(tmp_path: pathlib.Path,
         assert outcome(lambda: pub.send_many(numbered(5))) == "MessageTooLargeError"
         assert outcome(lambda: pub.send(bytes(5000))) == "MessageTooLargeError"
         assert drain(sub) == numbered(4)
-
-
-def test_limit_that_we_do_not_know(tmp_path: pathlib.Path,
-                                   servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, busy_timeout_secs=1)
-    name = stream_of(config_pth)
-    config = ask(servers, f"STREAM.INFO.{name}")["config"]
-    ask(servers, f"STREAM.UPDATE.{name}", **{
-        **config, "max_msgs_per_subject": 1,
-        "discard_new_per_subject": True
-    })
-    with open_pub(config_pth) as pub:
-        pub.send(b"hello")
-        begin = time.process_time()
-        # The latter if the server is slow in the end.
-        assert outcome(lambda: pub.send(b"more")) in ("QueueFullError", "UnavailableError")
-        assert time.process_time() - begin < 0.5
 
 
 def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,

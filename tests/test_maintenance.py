@@ -433,31 +433,6 @@ def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -
     assert_sound(config_pth)
 
 
-@pytest.mark.parametrize("action", ["compact", "restore", "drop"])
-def test_lock_that_is_refused_is_an_error_of_the_library(tmp_path: pathlib.Path,
-                                                         action: str) -> None:
-    """As the kernel does it that has no memory for one more lock, and many file systems."""
-    tracing.require()
-    config_pth = support.make_queue(tmp_path, durability="os")
-    backup = tmp_path / "backup.mdb"
-    persipubsub.control.backup(config_pth, "queue", backup)
-    functions: dict[str, Callable[[], object]] = {
-        "compact": lambda: persipubsub.control.compact(config_pth),
-        "restore": lambda: persipubsub.control.restore(config_pth, "queue", backup),
-        "drop": lambda: persipubsub.control.drop_queue(config_pth, "queue")
-    }
-
-    def work() -> None:
-        outcome = support.outcome(functions[action])
-        assert outcome in ("", "StoreError", "BusyTimeoutError"), outcome
-
-    for place in range(1, 8):
-        options = ["-o", os.devnull, "-e", f"inject=flock:error=ENOLCK:when={place}"]
-        assert tracing.run(lambda: work, options) == 0, f"Failed at lock {place}."
-        persipubsub.control.initialize_all_dbs(config_pth)
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
-
-
 def test_store_of_another_program_is_left_alone(tmp_path: pathlib.Path) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, b"1")

@@ -180,46 +180,6 @@ def test_damaged_lock_file_is_made_anew(tmp_path: pathlib.Path) -> None:
     assert receive_all(config_pth) == [b"message"] * 4
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "cut"])
-def test_damaged_journal_of_a_store_that_was_left_cleanly_is_made_anew(
-        tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
-    config_pth = make(tmp_path, b"message")
-    spoil_journal(tmp_path / "queue" / "journal", damage)
-    assert receive_all(config_pth) == [b"message"]
-    assert "journal" in caplog.text
-    send_each(config_pth, b"again")
-    stores.lose_power(tmp_path / "queue")
-    assert receive_all(config_pth) == [b"again"]
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "cut"])
-def test_damaged_journal_after_a_power_failure_is_refused(tmp_path: pathlib.Path,
-                                                          damage: str) -> None:
-    config_pth = make(tmp_path, b"message")
-    stores.lose_power(tmp_path / "queue")
-    spoil_journal(tmp_path / "queue" / "journal", damage)
-    before = support.snapshot(tmp_path / "queue")
-    for _ in range(2):
-        with pytest.raises(persipubsub.errors.StoreCorruptError, match="persipubsub restore"):
-            receive_all(config_pth)
-    assert support.snapshot(tmp_path / "queue")["data.mdb"] == before["data.mdb"]
-    # As the error says: the store may be accepted as it is.
-    (tmp_path / "queue" / "running").unlink()
-    assert receive_all(config_pth) == [b"message"]
-
-
-def spoil_journal(path: pathlib.Path, damage: str) -> None:
-    if damage == "missing":
-        shutil.rmtree(path)
-        return
-    for segment in path.iterdir():
-        if damage == "cut":
-            os.truncate(segment, 5000)
-        else:
-            segment.write_bytes(b"" if damage == "empty" else b"garbage" * 10000)
-
-
 # What is no queue of this version
 
 

@@ -58,27 +58,6 @@ def fixture_pub(config_pth: pathlib.Path) -> Iterator[Pub]:
         yield pub
 
 
-@pytest.mark.parametrize("durability, options", [("fsync", ()), ("os", ("-OO", ))])
-def test_three_processes(tmp_path: pathlib.Path, options: list[str], durability: str) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      publishers={"pub": ["one", "two"]},
-                                      subscribers=["one", "two", "three"],
-                                      durability=durability)
-
-    def run(code: str, *arguments: object) -> list[str]:
-        done = support.run_python(code, config_pth, *arguments, options=[*options, "-W", "error"])
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout.split()
-
-    run(DEPLOY)
-    run(PUBLISH)
-    assert run(RECEIVE, "one") == ["first", "second", "third"]
-    assert run(RECEIVE, "two") == ["first", "second", "third"]
-    assert run(RECEIVE, "three") == []
-    # No process closed it; leaving the interpreter is enough.
-    assert not (tmp_path / "queue" / "running").exists()
-
-
 def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path) -> None:
     config_pth = support.write_config(tmp_path)
     done = support.run_python("""if True:

@@ -81,25 +81,6 @@ def send_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
             pub.send(b"x" * 100)
 
 
-def test_stopped_publisher_holds_nobody_up_for_ever(tmp_path: pathlib.Path) -> None:
-    """Stopped at any moment: the others go on, or get the error; and all is well afterwards."""
-    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.2, durability="os")
-    with support.open_queue(config_pth) as queue:
-        for _ in range(10):
-            with support.Child(send_forever, config_pth) as child:
-                child.get()
-                for _ in range(5):
-                    child.kill(signal.SIGSTOP)
-                    outcome = support.outcome(lambda: queue.put([b"ours"]))
-                    assert outcome in ("", "BusyTimeoutError")
-                    child.kill(signal.SIGCONT)
-                child.kill(signal.SIGKILL)
-                child.end(-signal.SIGKILL)
-            queue.put([b"ours"])
-            assert b"ours" in stores.take_all(queue)
-        assert queue.check() == []
-
-
 def test_writer_that_waits_gets_its_turn(tmp_path: pathlib.Path) -> None:
     """A process that writes without a pause comes back within microseconds."""
     config_pth = support.make_queue(tmp_path, durability="os", busy_timeout_secs=support.HANG_SECS)

@@ -12,28 +12,6 @@ from tests.faults import replay
 from tests.faults.test_disk_full import Filler, Users, hold_snapshot, on_small_disk
 
 
-@pytest.mark.parametrize("strategy", ["prune_first", "prune_last"])
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_full_store(tmp_path: pathlib.Path, durability: str, strategy: str) -> None:
-    config_pth = support.make_queue(tmp_path,
-                                    durability=durability,
-                                    strategy=strategy,
-                                    max_db_size_bytes=1 << 19)
-    users = Users(config_pth)
-    count = 400
-    for index in range(count):
-        assert users.send(index) == ""
-    received = users.receive_all()
-    assert received == sorted(set(received)) and 20 < len(received) < count
-    assert (0 if strategy == "prune_last" else count - 1) in received
-    assert (0 in received) == (strategy == "prune_last")
-    statistics = support.queue_of(users.pub).statistics().subscribers[0]
-    assert statistics.dropped_by_mark == count - len(received)
-    assert users.send(count) == "" and users.receive() == count
-    assert users.check() == []
-    users.close()
-
-
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
@@ -74,15 +52,6 @@ def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
         assert child.get() == ["", 1000]
         assert child.get() == []
         child.end()
-
-
-def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
-    config_pth = support.make_queue(tmp_path, max_db_size_bytes=1 << 19)
-    users = Users(config_pth)
-    assert users.send(0) == ""
-    assert users.send(1, size=1 << 20) == "MessageTooLargeError"
-    assert users.receive_all() == [0]
-    users.close()
 
 
 def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:

@@ -237,38 +237,6 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, numb
     assert persipubsub.control.verify(config_pth) == {"queue": ()}
 
 
-def test_handler_that_interrupts_a_flush(tmp_path: pathlib.Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it sends is in the queue, and an error says that it is not safe; nothing is mixed up."""
-    config_pth = support.make_queue(tmp_path, checkpoint_secs=3600)
-    outcomes: list[str] = []
-    flush = os.fdatasync
-
-    def interrupt(descriptor: int) -> None:
-        if not outcomes:
-            outcomes.append("interrupted")
-            os.kill(os.getpid(), signal.SIGUSR1)
-        flush(descriptor)
-
-    with Pub("pub", config_pth) as pub:
-
-        def handle(*_: object) -> None:
-            outcomes.append(support.outcome(lambda: pub.send(b"handler")))
-
-        before = signal.signal(signal.SIGUSR1, handle)
-        monkeypatch.setattr(os, "fdatasync", interrupt)
-        try:
-            pub.send(b"first")
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-        pub.send(b"second")
-        assert outcomes == ["interrupted", "StoreError"]
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
-    with Sub("sub", config_pth) as sub:
-        with sub.receive_many(max_msgs=9, timeout=0) as msgs:
-            assert list(msgs) == [b"first", b"handler", b"second"]
-
-
 def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     """Open the queue, and when told to, be killed in the middle of a read."""
     workers.guard()
