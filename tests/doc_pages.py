@@ -56,7 +56,6 @@ class Block(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Return where it is."""
         return f"{self.page}:{self.line}"
 
     @property
@@ -66,7 +65,6 @@ class Block(NamedTuple):
 
 
 def blocks_of(page: pathlib.Path) -> list[Block]:
-    """Read the blocks of a page."""
     lines = page.read_text(encoding="utf-8").splitlines()
     found: list[Block] = []
     index = 0
@@ -206,7 +204,6 @@ class Interpreter:
     """Run the Python of a page in one process, which ends with it."""
 
     def __init__(self) -> None:
-        """Start the process."""
         answers, theirs = os.pipe()
         self._answers = open(answers, encoding="ascii")
         self._printed = tempfile.TemporaryFile()
@@ -221,14 +218,12 @@ class Interpreter:
         os.close(theirs)
 
     def close(self) -> None:
-        """End the process."""
         self._process.kill()
         self._process.communicate()
         self._answers.close()
         self._printed.close()
 
     def run(self, directory: pathlib.Path, code: str) -> tuple[str, bool]:
-        """Run code."""
         assert self._process.stdin is not None
         begin = self._printed.seek(0, os.SEEK_END)
         alarm = threading.Timer(2 * support.HANG_SECS, self._process.kill)
@@ -246,7 +241,6 @@ class Shell:
     """Type commands into one shell, as a reader does. Whatever it has started ends with it."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        """Start the shell."""
         self._process = subprocess.Popen(["bash", "--noprofile", "--norc"],
                                          cwd=directory,
                                          env=_environment(),
@@ -319,11 +313,9 @@ class Reader:
     """Follow a page."""
 
     def __init__(self, shell: Shell) -> None:
-        """Initialize with nothing done yet."""
         self._shell = shell
 
     def follow(self, blocks: Sequence[Block], skipped: Sequence[str] = ()) -> int:
-        """Do what the blocks say."""
         interpreter = Interpreter()
         try:
             return self._follow(interpreter, blocks, skipped)

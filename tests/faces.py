@@ -88,7 +88,6 @@ class _BlockingSub(_Blocking):
         return _BlockingReceipt(self.blocking.receive_many(*arguments, **named))
 
     async def messages(self, *arguments: Any, **named: Any) -> AsyncIterator[Any]:
-        """Receive one message after the other."""
         iterator: Iterator[Any] = iter(self.blocking.messages(*arguments, **named))
         end = object()
         # As at the end of a "for" statement, when the iterator is collected.

@@ -43,7 +43,6 @@ needs_server = pytest.mark.skipif(_PROGRAM is None,
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody listens on."""
     ports: list[int] = []
     # Below those that the system gives to connections, which could take one before it is used.
     for port in random.SystemRandom().sample(range(10000, 32768), 1000):
@@ -60,7 +59,6 @@ class Server:
 
     def __init__(self, directory: pathlib.Path, name: str, ports: Sequence[int],
                  lines: Sequence[str]) -> None:
-        """Write its configuration, and start nothing."""
         self.name = name
         self.port, self.monitor_port = ports
         self._log = directory / f"{name}.log"
@@ -100,7 +98,6 @@ class Server:
             return {}
 
     def is_ready(self) -> bool:
-        """Ask whether it is up."""
         assert self.process is not None and self.process.poll() is None, self._log.read_text()
         return bool(self.look("healthz").get("status") == "ok")
 
@@ -113,11 +110,9 @@ class Servers:
     """Be one server, or a cluster."""
 
     def __init__(self, servers: list[Server]) -> None:
-        """Initialize with servers that were started."""
         self.servers = servers
 
     def path(self, stream: str, **options: object) -> str:
-        """Make the path of a queue."""
         query = "&".join(f"{name}={value}" for name, value in options.items())
         hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
         return f"nats://{hosts}/{stream}" + (f"?{query}" if query else "")
@@ -255,7 +250,6 @@ class Proxy:
     """Stand between clients and a server."""
 
     def __init__(self, port: int) -> None:
-        """Initialize with everything passed on at once."""
         #: Cleared while nothing is passed on.
         self.is_open = threading.Event()
         self.is_open.set()
@@ -288,7 +282,6 @@ class Proxy:
                 one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the thread that accepts."""
         self.is_open.set()
         # Wakes it; closing alone does not.
         self._listener.shutdown(socket.SHUT_RDWR)

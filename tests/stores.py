@@ -37,15 +37,12 @@ class Clock:
     """A clock that a test advances."""
 
     def __init__(self) -> None:
-        """Initialize at a time that is not zero."""
         self.now_ns = START_NS
 
     def __call__(self) -> int:
-        """Return the time."""
         return self.now_ns
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
         self.now_ns += int(seconds * SECOND_NS)
 
 
@@ -77,7 +74,6 @@ def pruning(drops_newest: bool) -> persipubsub.config.Strategy:
 
 
 def path_of(directory: pathlib.Path) -> str:
-    """Tell where :py:func:`opened` puts its queue."""
     return os.path.join(directory, "queue")
 
 
@@ -122,7 +118,6 @@ def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> list[bytes]:
 
 def figures(queue: persipubsub.queue.Queue,
             name: str = "sub") -> persipubsub.statistics.SubscriberStatistics:
-    """Return the figures of a subscriber."""
     return next(entry for entry in queue.statistics().subscribers if entry.subscriber == name)
 
 
@@ -157,7 +152,6 @@ def write(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
 
 
 def list_blocks(cursor: Cursor) -> list[log.Found]:
-    """List all blocks of the log."""
     blocks: list[log.Found] = []
     found = log.head(cursor)
     while found is not None:

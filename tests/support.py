@@ -78,20 +78,17 @@ def make_queue(directory: pathlib.Path, *args: Any, **changes: Any) -> pathlib.P
 
 
 def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    """Send messages in one commit."""
     with persipubsub.Pub("pub", config_pth) as pub:
         pub.send_many(messages)
 
 
 def send_each(config_pth: pathlib.Path, *messages: bytes) -> None:
-    """Send messages one by one."""
     with persipubsub.Pub("pub", config_pth) as pub:
         for message in messages:
             pub.send(message)
 
 
 def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
-    """Receive all messages that wait."""
     with persipubsub.Sub(sub_id, config_pth) as sub:
         return list(sub.messages(timeout=0))
 
@@ -111,12 +108,10 @@ def queue_of(
 
 
 def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
-    """Read all files of a directory."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def until(condition: Callable[[], object], what: str) -> None:
-    """Wait until something has happened."""
     deadline = time.monotonic() + HANG_SECS
     while not condition():
         assert time.monotonic() < deadline, f"Waited in vain: {what}"
@@ -201,7 +196,6 @@ class Child:
     """
 
     def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Start the process."""
         self.pipe, theirs = FORK.Pipe()
         self.process = FORK.Process(target=function, args=(theirs, ) + arguments, daemon=True)
         self.process.start()
@@ -228,7 +222,6 @@ class Child:
             ) from None
 
     def kill(self, number: int) -> None:
-        """Send a signal to the child."""
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 

@@ -404,7 +404,6 @@ class Books:
     """Note what became of messages."""
 
     def __init__(self) -> None:
-        """Initialize as empty."""
         self.sent: set[bytes] = set()
         self.perhaps: set[bytes] = set()
         self.finished: list[bytes] = []

@@ -31,41 +31,6 @@ def attempts_of(lease: consuming.Lease) -> list[int]:
     return [message.attempts for message in lease.details()]
 
 
-# Counting
-
-
-def test_crash_under_a_limit_that_is_gone_is_not_taken_for_the_next_failure(
-        tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, retries=retries(max_deliveries=4)) as queue:
-        number = queue.put([b"1"])
-        take(queue)  # and drop the lease: as much is left of a consumer that is killed
-    with stores.opened(tmp_path) as queue:
-        for count in (2, 3):
-            lease = take(queue)
-            assert attempts_of(lease) == [count]
-            lease.nack(ERROR)
-            assert stores.attempts(queue)[number].deliveries == count
-
-
-def test_count_is_committed_before_the_message_is_seen(tmp_path: pathlib.Path) -> None:
-
-    def consume(pipe: support.Connection) -> None:
-        with persipubsub.queue.Queue(stores.path_of(tmp_path), stores.settings(),
-                                     retries(max_deliveries=4)) as queue:
-            lease = take(queue)
-            pipe.send(lease.numbers[0])
-            pipe.recv()
-
-    with stores.opened(tmp_path) as queue:
-        queue.put([b"1"])
-        for count in (1, 2):
-            with support.Child(consume) as child:
-                number = child.get()
-                assert stores.attempts(queue)[number].deliveries == count
-                child.kill(9)
-                child.end(-9)
-
-
 # Retrying
 
 

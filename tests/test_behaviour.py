@@ -58,7 +58,6 @@ def open_sub(config_pth: pathlib.Path, sub_id: str = "sub") -> Sub:
 
 
 def drain(sub: Sub, timeout: float = 0.15) -> list[bytes]:
-    """Receive all that is there."""
     received: list[bytes] = []
     while True:
         with sub.receive(timeout=timeout) as msg:

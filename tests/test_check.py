@@ -55,7 +55,6 @@ def test_sound_store_has_no_findings(copy: persipubsub.queue.Queue) -> None:
 
 
 def blocks_of(tx: Tx) -> list[log.Found]:
-    """List the blocks with messages."""
     return [found for found in stores.list_blocks(tx.cursor()) if found.block.messages]
 
 
@@ -72,7 +71,6 @@ def rewrite(tx: Tx, index: int, **changes: int) -> None:
 
 
 def patch_block(tx: Tx, index: int, offset: int, changed: bytes) -> None:
-    """Overwrite bytes of a block."""
     first, _, value = blocks_of(tx)[index]
     data = bytearray(value)
     offset %= len(data)

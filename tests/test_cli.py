@@ -31,9 +31,6 @@ COMMANDS: Mapping[str, click.Command] = persipubsub.cli.commands.commands.comman
 #: Those that are about a configuration file that has to be there.
 USERS = sorted(set(COMMANDS) - {"new", "completion"})
 
-#: Commands for which tests/test_cli_new.py has the tests.
-NEW = {"pause", "resume", "delete", "check-config"}
-
 #: Commands with what they need behind the configuration file.
 ARGUMENTS: dict[str, list[str]] = {
     "peek": ["sub"],
@@ -834,7 +831,7 @@ def test_wrong_configuration_file(tmp_path: pathlib.Path, capfd: pytest.CaptureF
         assert outcome(capfd, name, path, *ARGUMENTS.get(name, [])) == (3 if name == "check" else 1)
 
 
-@pytest.mark.parametrize("name", sorted(set(USERS) - NEW - {"check", "init", "metrics"}))
+@pytest.mark.parametrize("name", sorted(set(USERS) - {"check", "check-config", "init", "metrics"}))
 def test_queue_that_can_not_be_used(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
                                     name: str) -> None:
     arguments = [

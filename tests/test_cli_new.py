@@ -1,7 +1,6 @@
 """Test the commands that new functions of the library are behind, each as a process of its own."""
 
 import json
-import os
 import pathlib
 import re
 import time
@@ -11,7 +10,6 @@ import pytest
 
 import persipubsub.control
 from tests import support, test_cli
-from tests.terminals import Terminal
 
 
 def figures(config_pth: pathlib.Path, name: str = "sub") -> dict[str, Any]:
@@ -199,37 +197,6 @@ def test_check_config_compares_with_what_is_stored(tmp_path: pathlib.Path) -> No
     test_cli.run("init", config_pth)
     lines = test_cli.run("check-config", config_pth).stderr.splitlines()
     assert len(lines) == 1 and "old" in lines[0]
-
-
-@pytest.mark.parametrize("name", ["pause", "resume", "delete", "check-config"])
-def test_damaged_store(tmp_path: pathlib.Path, name: str) -> None:
-    config_pth = support.make_queue(tmp_path)
-    os.truncate(tmp_path / "queue" / "data.mdb", 5000)
-    exit_code = 0 if name == "check-config" else 1
-    process = test_cli.run(name, config_pth, *test_cli.ARGUMENTS.get(name, []), exit_code=exit_code)
-    assert len(process.stderr.splitlines()) == 1 and "data.mdb" in process.stderr
-
-
-@pytest.mark.parametrize("command", [
-    "pause NAME", "resume NAME", "delete NAME --number 1 --yes", "delete NAME --number 1",
-    "check-config", "stat"
-])
-def test_hostile_names(tmp_path: pathlib.Path, command: str) -> None:
-    name = "\x1b[31m\u202e\n\x07"
-    config_pth = support.make_queue(tmp_path, subscribers=[name], publishers={"pub": [name]})
-    support.send(config_pth, b"x")
-    support.write_config(tmp_path, subscribers=[f"2{name}"], publishers={"pub": [f"2{name}"]})
-    variables = {"PERSIPUBSUB_CONFIG": str(config_pth)}
-    words = [word.replace("NAME", name) for word in command.split(" ")]
-    if "NAME" in command:
-        words += ["--queue", "queue"]
-    with Terminal(test_cli.start, *words, variables=variables) as terminal:
-        if "--number 1" in command and "--yes" not in command:
-            terminal.wait_for(r"\[y/N\]: ")
-            terminal.type(b"y\n")
-        shown = terminal.end(exit_code=0)
-    assert "\x1b[31m\\" not in shown and "\u202e" not in shown and "\x07" not in shown
-    assert "\\x1b[31m\\u202e\\n\\x07" in shown
 
 
 # Speed

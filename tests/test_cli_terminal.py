@@ -76,7 +76,8 @@ def hostile_queue(directory: pathlib.Path) -> pathlib.Path:
                       "peek NAME", "receive NAME --number 3", "init", "prune", "clear --yes",
                       "seek NAME --to beginning", "stat --queue NAME --json", "compact",
                       "remove-subscriber NAME --yes", "drop-queue --yes",
-                      "send pNAME --message NAME", "dead-letters")),
+                      "send pNAME --message NAME", "dead-letters", "pause NAME", "resume NAME",
+                      "delete NAME --number 1 --yes", "check-config")),
     (1, "peek nobody"),
     *((2, command) for command in ("seek NAME --to NAME", "stat --queue nobody", "NAME",
                                    "send pNAME --queue x", "receive NAME --format raw",
@@ -363,13 +364,6 @@ def test_most_important_rows_are_kept() -> None:
     assert re.search(r"^  b .*\n  c .*\n  and 1 more, with less lag$", shown, re.MULTILINE)
     assert re.search(r"^  c +5 +\? +5\.0 s\n  c +4 .*\n  and 3 more, for less time$", shown,
                      re.MULTILINE)
-
-
-def test_wide_characters_keep_columns_straight() -> None:
-    figures = figures_of({"\u961f\u5217": {"lag": 1}, "abcdef": {"lag": 22}})
-    rows = [line for line in lines_of(figures) if re.match("  (\u961f|abc)", line)]
-    assert len({text.width_of(row) for row in rows}) == 1
-    assert "\u2026" in "".join(lines_of(figures_of({"\u961f" * 40: {}})))
 
 
 # Completion

@@ -337,7 +337,6 @@ VALUES: list[tuple[Sequence[str], list[Any], list[Any], str]] = [
 
 
 def in_config(config: persipubsub.config.Config, place: Sequence[str]) -> Any:
-    """Return what became of the value."""
     found: Any = config.queues["/q"]
     for key in place[2:]:
         fields = {field.encode_name: field.name for field in msgspec.structs.fields(found)}
@@ -605,7 +604,6 @@ def test_text_is_no_json(text: bytes, problem: str) -> None:
 
 
 def run(code: str, *arguments: str) -> str:
-    """Return the output of the program."""
     root = str(pathlib.Path(persipubsub.errors.__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", code, *arguments],
                           env={
@@ -709,7 +707,6 @@ class BytesPath:
     """Be a path of bytes."""
 
     def __fspath__(self) -> bytes:
-        """Return the path."""
         return b"/x"
 
 
@@ -763,67 +760,3 @@ def test_any_bytes(junk: bytes, start: int, length: int) -> None:
             assert isinstance(parse(text), persipubsub.config.Config)
         except persipubsub.errors.ConfigError as error:
             checked(error, CONFIG_PTH)
-
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
-               min_size=1,
-               max_size=20)
-IDENTIFIER = TEXT.filter(
-    lambda text: text not in persipubsub.config.RESERVED_SUBSCRIBER_IDS | {"queues"})
-
-
-@st.composite
-def correct_content(draw: st.DrawFn) -> dict[str, Any]:
-    """Generate a correct file."""
-    content: dict[str, Any] = {"queues": {}}
-    for number, key in enumerate(draw(st.lists(TEXT, unique=True, max_size=3))):
-        queue: dict[str, Any] = {
-            "path": f"/queues/{number}",
-            "max_reader_num": draw(st.integers(1, 65535)),
-            "max_db_num": draw(st.integers(8, 32768)),
-            "max_db_size_bytes": draw(st.integers(2**18, 2**46)),
-            "subscribers": draw(st.lists(IDENTIFIER, unique=True, max_size=4)),
-            "high-water-mark": {
-                "MSG_TIMEOUT_SECS": draw(
-                    st.one_of(st.integers(1, 3200000000), st.floats(0.001, 3.2e9))),
-                "MAX_MSGS_NUM": draw(st.integers(1, 2**48)),
-                "HWM_LMDB_SIZE_BYTES": draw(st.integers(1, 2**46)),
-                "strategy": draw(st.sampled_from(["prune_first", "prune_last", "reject", "block"])),
-            },
-            "durability": draw(st.sampled_from(["fsync", "os"])),
-            "checkpoint_secs": draw(st.floats(0.001, 86400)),
-            "busy_timeout_secs": draw(st.floats(0.001, 86400)),
-            "once_window_secs": draw(st.floats(0.001, 3.2e9)),
-            "retain_secs": draw(st.floats(0, 3.2e9)),
-        }
-        content["queues"][key] = queue
-        for identifier in queue["subscribers"]:
-            if draw(st.booleans()):
-                content.setdefault(identifier,
-                                   {}).update(in_queue=key,
-                                              start_from=draw(st.sampled_from(["end",
-                                                                               "beginning"])))
-        if queue["subscribers"]:
-            members = st.lists(st.sampled_from(queue["subscribers"]), unique=True, min_size=1)
-            entry = content.setdefault(draw(IDENTIFIER), {})
-            entry.update(out_queue=key, subscribers=draw(members))
-    return content
-
-
-@hypothesis.settings(max_examples=200, deadline=None)
-@hypothesis.given(correct_content())
-def test_round_trip(content: dict[str, Any]) -> None:
-    config = parse(content)
-    queues = {key: json.loads(msgspec.json.encode(queue)) for key, queue in config.queues.items()}
-    assert queues == content["queues"]
-
-    entries: dict[str, Any] = {}
-    for identifier, publisher in config.publishers.items():
-        assert publisher.identifier == identifier
-        entries.setdefault(identifier, {}).update(out_queue=publisher.out_queue,
-                                                  subscribers=list(publisher.subscribers))
-    for identifier, subscriber in config.subscribers.items():
-        assert subscriber.identifier == identifier
-        entries.setdefault(identifier, {}).update(in_queue=subscriber.in_queue,
-                                                  start_from=subscriber.start_from.value)
-    assert entries == {key: entry for key, entry in content.items() if key != "queues"}

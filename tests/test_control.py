@@ -16,7 +16,7 @@ import persipubsub.publisher
 import persipubsub.statistics
 import persipubsub.subscriber
 from persipubsub import Pub, Sub
-from tests import support
+from tests import support, test_config
 from tests.support import receive_all, send
 
 ALL: list[Callable[[persipubsub.control.ConfigPath], object]] = [
@@ -82,34 +82,9 @@ persipubsub.control.clear_all_subs(config_pth=sys.argv[1])
 
 
 def test_three_programs(tmp_path: pathlib.Path) -> None:
-    path = str(tmp_path / "queues" / "queue")
     config_pth = tmp_path / "config.json"
-    # A file with all keys that have to be there, and no more.
-    config_pth.write_text(
-        json.dumps({
-            "pub": {
-                "out_queue": path,
-                "subscribers": ["sub"]
-            },
-            "sub": {
-                "in_queue": path
-            },
-            "queues": {
-                path: {
-                    "path": path,
-                    "max_reader_num": 1024,
-                    "max_db_num": 1024,
-                    "max_db_size_bytes": 34359738368,
-                    "subscribers": ["sub"],
-                    "high-water-mark": {
-                        "MSG_TIMEOUT_SECS": 600,
-                        "MAX_MSGS_NUM": 10000,
-                        "HWM_LMDB_SIZE_BYTES": 1000000,
-                        "strategy": "prune_first"
-                    }
-                }
-            }
-        }))
+    path = str(tmp_path / "queues" / "queue").encode()
+    config_pth.write_bytes(test_config.EXAMPLE.replace(b"/home/user/queues/queue", path))
     received = "b'one'\nfailed b'two'\nb'two'\nb'five'\nb'five'\nNone\n"
     for program, expected in ((DEPLOY, ""), (PUBLISH, ""), (RECEIVE, received), (DEPLOY, ""),
                               (PUBLISH, ""), (CLEAR, ""), (PUBLISH, ""), (RECEIVE, received)):

@@ -219,14 +219,6 @@ def problems(config_pth: pathlib.Path) -> Sequence[str]:
     return info.value.problems
 
 
-def test_keys_are_read(tmp_path: pathlib.Path) -> None:
-    config = persipubsub.config.read(write_config(tmp_path, retry_delay_secs=1.5, max_deliveries=7))
-    sub = config.subscriber("sub")
-    assert (sub.max_deliveries, sub.dead_letter_queue, sub.retry_delay_secs) == (7, "letters", 1.5)
-    other = config.subscriber("other")
-    assert (other.max_deliveries, other.dead_letter_queue, other.retry_delay_secs) == (0, "", 0)
-
-
 @pytest.mark.parametrize("key, value, problem", [
     ("max_deliveries", 0, "sub.max_deliveries: Expected an integer between 1 and 2147483648"),
     ("max_deliveries", True, "sub.max_deliveries: Expected an integer"),
@@ -268,17 +260,6 @@ def test_queue_of_another_engine_takes_no_letters(tmp_path: pathlib.Path) -> Non
     config_pth.write_text(config_pth.read_text().replace(str(tmp_path / "letters"),
                                                          "nats://localhost/letters"))
     assert any("for this queue and 'in_queue' alike" in problem for problem in problems(config_pth))
-
-
-@pytest.mark.parametrize("key", ["queue", "letters"])
-@pytest.mark.parametrize("value", [None, [], "x", {}])
-def test_queue_that_is_wrong_is_the_only_problem(tmp_path: pathlib.Path, key: str,
-                                                 value: object) -> None:
-    config_pth = write_config(tmp_path)
-    found = json.loads(config_pth.read_text())
-    found["queues"][key] = value
-    config_pth.write_text(json.dumps(found))
-    assert {problem.split(":")[0] for problem in problems(config_pth)} == {f"queues.{key}"}
 
 
 def test_nobody_else_is_called_like_that(tmp_path: pathlib.Path) -> None:

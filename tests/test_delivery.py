@@ -4,7 +4,6 @@
 
 import contextlib
 import pathlib
-import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -14,7 +13,7 @@ import persipubsub.queue
 from persipubsub.lmdb_engine import attempts, consuming
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log
-from tests import stores, support
+from tests import stores
 
 
 def take(consumer: consuming.Consumer, most: int = 1) -> consuming.Lease:
@@ -28,35 +27,6 @@ def test_batch_of_large_messages_ends_early(tmp_path: pathlib.Path) -> None:
         for _ in range(4):
             queue.put([bytes(7 << 20)])
         assert len(take(queue.consumer("sub"), most=4).messages) == 2
-
-
-def test_paused_consumers_get_nothing_and_end_what_they_have(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, subscribers=["sub", "other"]) as queue:
-        for message in (b"1", b"2", b"3"):
-            queue.put([message])
-        consumer = queue.consumer("sub")
-        take(consumer).ack()
-        held = take(consumer)
-        assert queue.pause("sub") and not queue.pause("sub")
-        assert stores.figures(queue).is_paused and not stores.figures(queue, "other").is_paused
-        held.ack()
-        for again in (consumer, queue.consumer("sub")):
-            assert again.take(timeout=0) is None
-            assert again.take(timeout=0, max_messages=9) is None
-            assert again.take_newest(timeout=0) is None
-            assert again.front() is None
-        assert stores.take_all(queue, "other") == [b"1", b"2", b"3"]
-        assert stores.figures(queue).lag == 1
-        found: list[consuming.Lease | None] = []
-        thread = threading.Thread(
-            target=lambda: found.append(consumer.take(timeout=support.HANG_SECS)))
-        thread.start()
-        stores.until_somebody_waits(queue.path)
-        assert queue.pause("sub", False) and not queue.pause("sub", False)
-        thread.join(support.HANG_SECS)
-        lease, = found
-        assert lease is not None and lease.messages == [b"3"]
-        lease.ack()
 
 
 # Damage

@@ -13,7 +13,6 @@ import persipubsub
 import persipubsub.config
 import persipubsub.control
 import persipubsub.errors
-import persipubsub.subscriber
 from persipubsub import Pub, Sub
 from tests import doc_pages, support
 
@@ -180,32 +179,6 @@ def test_a_page_that_lies_is_found(tmp_path: pathlib.Path) -> None:
         page.write_text(text, encoding="utf-8")
         with doc_pages.Shell(tmp_path) as shell, pytest.raises(AssertionError, match="page.rst:"):
             doc_pages.Reader(shell).follow(doc_pages.blocks_of(page))
-
-
-def test_a_page_without_a_queue_means_that_of_start(tmp_path: pathlib.Path) -> None:
-    page = tmp_path / "page.rst"
-    page.write_text("""
-.. code-block:: python
-
-    import persipubsub.subscriber
-
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id="sub", config_pth="config.json")
-
-.. code-block:: python
-
-    for _ in range(2):
-        with sub.receive(timeout=60) as msg:
-            print(msg)
-
-It prints::
-
-    b'hello'
-    b'stop'
-""",
-                    encoding="utf-8")
-    with doc_pages.Shell(tmp_path) as shell:
-        assert doc_pages.Reader(shell).follow(doc_pages.blocks_of(page)) == 2
 
 
 def test_excuses_are_used() -> None:

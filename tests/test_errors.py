@@ -1,6 +1,5 @@
 """Test that all that goes wrong below comes out as an error of the tree, with a useful message."""
 
-import errno
 import os
 import pathlib
 import pickle
@@ -44,12 +43,6 @@ EXPECTED = {
 }
 
 
-def test_lmdb_has_errors() -> None:
-    names = {kind.__name__ for kind in subclasses(lmdb.Error)}
-    assert set(EXPECTED) < names
-    assert len(names) > 20
-
-
 @pytest.mark.parametrize("kind", subclasses(lmdb.Error), ids=lambda kind: kind.__name__)
 def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
     for error in (make(kind), kind("mdb_put: made up")):
@@ -59,31 +52,6 @@ def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
         assert isinstance(translated, EXPECTED.get(kind.__name__, persipubsub.errors.StoreError))
         assert str(translated).startswith("Expected to work with the queue /some/queue, but got: "
                                           "mdb_put: made up")
-
-
-@pytest.mark.parametrize("code, expected", [
-    (errno.ENOSPC, persipubsub.errors.DiskFullError),
-    (errno.EDQUOT, persipubsub.errors.DiskFullError),
-    (errno.EFBIG, persipubsub.errors.DiskFullError),
-    (errno.EIO, persipubsub.errors.FlushError),
-    (errno.EACCES, persipubsub.errors.AccessError),
-    (errno.EPERM, persipubsub.errors.AccessError),
-    (errno.EROFS, persipubsub.errors.AccessError),
-    (errno.ENOENT, persipubsub.errors.NotInitializedError),
-    (errno.ENOTDIR, persipubsub.errors.NotInitializedError),
-    (errno.EINVAL, persipubsub.errors.StoreError),
-    (errno.ENOMEM, persipubsub.errors.StoreError),
-])
-def test_errors_of_the_system_in_lmdb(code: int,
-                                      expected: type[persipubsub.errors.PersipubsubError]) -> None:
-    assert environment.translate(make(lmdb.Error, code=code), "/q").__class__ is expected
-
-
-def test_map_full_is_told_from_disk_full() -> None:
-    assert isinstance(environment.translate(make(lmdb.MapFullError), "/q"),
-                      environment.MapFullError)
-    assert not isinstance(environment.translate(make(lmdb.Error, code=errno.ENOSPC), "/q"),
-                          environment.MapFullError)
 
 
 def make_own(name: str) -> persipubsub.errors.PersipubsubError:

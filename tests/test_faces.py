@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import datetime
 import gc
 import json
 import math
@@ -295,9 +296,14 @@ async def test_consumer_in_another_process_is_killed(face: faces.Face,
 @scenario
 async def test_details(face: faces.Face, config_pth: pathlib.Path) -> None:
     async with opened(face, config_pth) as (pub, sub):
+        begin = datetime.datetime.now(datetime.UTC)
         await pub.send_many([b"one", b"two", b"three"])
         async with sub.receive(timeout=0, details=True) as message:
-            assert (message.data, message.attempts) == (b"one", 1)
+            assert (message.data, message.attempts, message.dropped_before) == (b"one", 1, 0)
+            slack = datetime.timedelta(milliseconds=100)
+            end = datetime.datetime.now(datetime.UTC)
+            assert message.sent_at.tzinfo is datetime.UTC
+            assert begin - slack <= message.sent_at <= end + slack
             number = message.number
         async with sub.receive_many(1, timeout=0, details=True) as messages:
             assert [(found.data, found.number) for found in messages] == [(b"two", number + 1)]
@@ -442,10 +448,11 @@ async def test_several_are_taken_at_once(face: faces.Face, config_pth: pathlib.P
             break
         assert [await receive(sub, support.HANG_SECS) for _ in range(2)] == [b"3", b"4"]
     assert figures(config_pth).lag == 0
-    with pytest.raises(ValueError, match="prefetch"):
-        async with opened(face, config_pth) as (_, sub):
-            async for _ in sub.messages(prefetch=0):
-                pass
+    async with opened(face, config_pth) as (_, sub):
+        for wrong in (0, -1, True, 1.5, "1", None):
+            with pytest.raises(ValueError, match="Expected prefetch to be an integer from 1 on"):
+                async for _ in sub.messages(prefetch=wrong):
+                    pass
 
 
 # What a new user tries

@@ -38,7 +38,6 @@ def _open(directory: pathlib.Path) -> persipubsub.queue.Queue:
 
 @pytest.fixture(name="queue_pth")
 def make_queue(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Make the queue that docs/format.rst shows."""
     with _open(tmp_path) as queue:
         queue.put([b"hello", b"", b"world"])
         queue.put([b"psst"], recipients=("alarm", ))

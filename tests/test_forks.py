@@ -179,21 +179,6 @@ def test_parent_and_child_go_on_when_the_other_one_ends(config_pth: pathlib.Path
     check(config_pth)
 
 
-def test_child_that_does_nothing_leaves_all_as_it_is(config_pth: pathlib.Path) -> None:
-    pub, sub = open_pair(config_pth)
-    pub.send(b"message")
-    with sub.receive(timeout=0) as message:
-        assert message == b"message"
-        for _ in range(5):
-            wait(run_in_child(lambda: None))
-            assert sub.front() is None, "Expected the parent to have the message still."
-    pub.send(b"again")
-    assert receive_all(sub) == [b"again"]
-    pub.close()
-    sub.close()
-    check(config_pth)
-
-
 def test_child_that_closes_what_it_inherited_takes_nothing_from_its_parent(
         config_pth: pathlib.Path) -> None:
     pub, sub = open_pair(config_pth)

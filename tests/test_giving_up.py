@@ -91,91 +91,6 @@ def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: pathlib.Path) -
         assert stores.attempts(queue) == {}
 
 
-def test_consumer_that_dies_in_the_last_delivery(tmp_path: pathlib.Path) -> None:
-    with opened(tmp_path) as (queue, target):
-        queue.put([b"1", b"2"])
-        fail(queue, times=1)
-        take(queue)  # and drop the lease, as much as a process that is killed
-        assert letters_in(target) == []
-        # The next one that comes across it moves it, and gets the one behind it.
-        assert stores.take(queue) == b"2"
-        found, = letters_in(target)
-        assert (found.data, found.attempts) == (b"1", 2)
-        assert "its process ended" in found.error
-
-
-def die_in_the_last_delivery(queue: persipubsub.queue.Queue, count: int) -> None:
-    """Let consumers die that have the last messages; those need not be blocks of their own."""
-    consumer = queue.consumer("sub")
-    end = queue.statistics().next_number
-    for number in range(end - count, end):
-        lease = consumer.take_at(number)
-        assert lease is not None
-        del lease
-
-
-@pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
-def test_exhausted_newest_messages_that_can_not_be_moved_are_passed_over(
-        tmp_path: pathlib.Path, sends: list[list[bytes]]) -> None:
-    # The queue of dead letters is not initialized.
-    with stores.opened(tmp_path, retries=retries(tmp_path, 1)) as queue:
-        for messages in sends:
-            queue.put(messages)
-        die_in_the_last_delivery(queue, count=2)
-        lease = queue.consumer("sub").take_newest(timeout=0)
-        assert lease is not None and lease.messages == [b"2"]
-        lease.ack()
-        assert queue.consumer("sub").take_newest(timeout=0) is None
-        figures = stores.figures(queue)
-        # They stay, and are moved when that is possible.
-        assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 0, 2)
-        make_letters(tmp_path).close()
-        support.until(lambda: queue.consumer("sub").take_newest(timeout=0) is None and stores.
-                      figures(queue).lag == 0,
-                      what="the messages are moved at last")
-        with make_letters(tmp_path) as target:
-            # The pause after a refusal may end between the two.
-            assert {letter.data for letter in letters_in(target)} == {b"3", b"4"}
-
-
-def die_behind_the_move(pipe: support.Connection, directory: pathlib.Path) -> None:
-    """End as by a kill when the letter is there and the message is still where it was."""
-
-    class Target:
-        """Ends the process behind a put."""
-
-        def put(self, *arguments: Any, **named: Any) -> int:
-            with make_letters(directory) as target:
-                target.put(*arguments, **named)
-            os._exit(7)
-
-        def secure(self) -> None:
-            """Never get here."""
-
-        def close(self) -> None:
-            """Never get here."""
-
-    policy = attempts.Policy(max_deliveries=2)
-    found: Any = persipubsub.queue.Retries(policy, "greetings", Target)  # type: ignore[arg-type]
-    with persipubsub.queue.Queue(stores.path_of(directory), stores.settings(),
-                                 {"sub": found}) as queue:
-        fail(queue)
-        pipe.send("Expected to end by now")
-
-
-def test_process_that_is_killed_before_the_message_leaves(tmp_path: pathlib.Path) -> None:
-    """Whatever was done before, there is exactly one letter in the end."""
-    with stores.opened(tmp_path) as queue:
-        queue.put([b"1", b"2"])
-    with support.Child(die_behind_the_move, tmp_path) as child:
-        child.end(exit_code=7)
-    with opened(tmp_path) as (queue, target):
-        assert (target.statistics().messages, stores.figures(queue).lag) == (1, 2)
-        assert stores.take(queue) == b"2"
-        found, = letters_in(target)
-        assert (found.data, found.attempts, found.error) == (b"1", 2, "ValueError: no greeting")
-
-
 def test_without_a_queue_of_dead_letters_it_is_dropped_with_a_warning(
         tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     with stores.opened(tmp_path, retries=retries(None, 2)) as queue:
@@ -204,21 +119,6 @@ def test_queue_of_dead_letters_that_takes_none_holds_up_nobody(
                       what="the message is moved at last")
         with make_letters(tmp_path) as target:
             assert [letter.data for letter in letters_in(target)] == [b"1"]
-
-
-def test_dead_letter_writer_is_used_by_a_forked_child(tmp_path: pathlib.Path) -> None:
-    with opened(tmp_path, max_deliveries=1) as (queue, target):
-        queue.put([b"1", b"2"])
-        consumer = queue.consumer("sub")
-
-        def work() -> None:
-            lease = consumer.take(timeout=0)
-            assert lease is not None
-            lease.nack(ERROR)
-
-        work()
-        assert support.outcomes_in_child(work) == [""]
-        assert [letter.data for letter in letters_in(target)] == [b"1", b"2"]
 
 
 class _Silent(Exception):

@@ -57,7 +57,6 @@ def ask(servers: jetstream_server.Servers, verb: str, **body: Any) -> dict[str, 
 
 
 def stream_of(config_pth: pathlib.Path) -> str:
-    """Return the name of the stream."""
     path = persipubsub.config.read(config_pth).queue_path("queue")
     return path.partition("?")[0].rpartition("/")[2]
 
@@ -565,7 +564,6 @@ def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
 
 
 def forget_batch(sub: Sub, count: int) -> None:
-    """Leave messages to the garbage collector."""
     batch = sub.receive_many(count, timeout=HANG_SECS)
     # pylint: disable-next=unnecessary-dunder-call
     assert len(batch.__enter__()) == count

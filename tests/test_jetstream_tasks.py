@@ -57,7 +57,6 @@ async def opened(config_pth: pathlib.Path) -> AsyncIterator[tuple[engine.Queue, 
 
 
 async def receive(consumer: Any, timeout: float | None = HANG_SECS, count: int = 1) -> list[bytes]:
-    """Take messages, and acknowledge them."""
     lease = await consumer.atake(timeout, count)
     if lease is None:
         return []

@@ -101,23 +101,6 @@ def test_everyone_gets_what_it_did_not_have_yet(scene: Scene) -> None:
     }
 
 
-def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path,
-                                     servers: jetstream_server.Servers) -> None:
-    directory = tmp_path / "d\udcffir"
-    directory.mkdir()
-    scene = Scene(tmp_path, servers)
-    # A path in the file is text: only the directory of the file may be of other bytes.
-    scene.old = write_config(directory,
-                             path="queue",
-                             publishers=PUBLISHERS,
-                             subscribers=("a", "b", "c"))
-    persipubsub.control.initialize_all_dbs(scene.old)
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(3))
-    persipubsub.control.migrate(scene.old, "queue", scene.target)
-    assert received(scene.new) == {name: numbered(3) for name in "abc"}
-
-
 def test_publishers_first(scene: Scene) -> None:
     with open_pub(scene.old) as pub:
         pub.send(b"old")

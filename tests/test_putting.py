@@ -22,7 +22,6 @@ class Blocked:
     """Put messages in a thread of their own, which is expected to wait."""
 
     def __init__(self, queue: persipubsub.queue.Queue, *args: Any, **kwargs: Any) -> None:
-        """Start the thread, and wait until it sleeps."""
         self.outcome: Any = None
         self._queue = queue
         self._thread = threading.Thread(target=self._run, args=args, kwargs=kwargs, daemon=True)

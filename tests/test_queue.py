@@ -13,7 +13,6 @@ MEGABYTE = 1000000
 
 
 def numbered(count: int, begin: int = 0) -> list[bytes]:
-    """Make messages that all differ."""
     return [b"%06d" % index for index in range(begin, begin + count)]
 
 

@@ -16,7 +16,6 @@ from tests import stores, support
 
 
 def numbered(count: int, begin: int = 0) -> list[bytes]:
-    """Make messages that all differ."""
     return [b"%06d" % index for index in range(begin, begin + count)]
 
 

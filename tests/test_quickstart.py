@@ -1,6 +1,5 @@
 """Test examples/quickstart.py as a user runs it: as a program."""
 
-import json
 import os
 import pathlib
 import re
@@ -72,21 +71,9 @@ def test_nothing_is_lost_on_servers(tmp_path: pathlib.Path, nodes: int) -> None:
 
 
 def test_loss_is_found(tmp_path: pathlib.Path) -> None:
-    queue = {
-        "path": "queue",
-        "max_reader_num": 64,
-        "max_db_num": 64,
-        "max_db_size_bytes": 2**32,
-        "subscribers": ["index"],
-        "high-water-mark": {
-            "MSG_TIMEOUT_SECS": 3600,
-            "MAX_MSGS_NUM": 10**6,
-            "HWM_LMDB_SIZE_BYTES": 2**32,
-            "strategy": "prune_first"
-        }
-    }
     config_pth = tmp_path / "config.json"
-    config_pth.write_text(json.dumps({"index": {"in_queue": "q"}, "queues": {"q": queue}}))
+    config_pth.write_text('{"index": {"in_queue": "queue"}, '
+                          '"queues": {"queue": {"subscribers": ["index"]}}}')
     persipubsub.control.initialize_all_dbs(config_pth=config_pth)
 
     with Sub("index", config_pth) as thief:

@@ -20,7 +20,6 @@ def _section(title: str) -> str:
 
 
 def _example() -> str:
-    """Return the example, without its indentation."""
     match = re.search(r"code-block:: python\n\n((?:    [^\n]*\n|\n)+)", _section("Example"))
     assert match is not None
     return f"{re.sub('^    ', '', match.group(1), flags=re.MULTILINE).strip()}\n"

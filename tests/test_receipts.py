@@ -1,7 +1,6 @@
 """Test what a subscriber's loops and blocks do with what was received, on both engines."""
 
 import collections
-import datetime
 import gc
 import itertools
 import pathlib
@@ -9,7 +8,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -184,12 +182,6 @@ def test_queue_that_was_closed_gave_several_back(config_pth: pathlib.Path, pub: 
         assert drain(sub) == [b"1", b"2", b"3"]
 
 
-@pytest.mark.parametrize("prefetch", [0, -1, True, 1.5, "1", None])
-def test_wrong_prefetch(sub: Sub, prefetch: Any) -> None:
-    with pytest.raises(ValueError, match="Expected prefetch to be an integer from 1 on, but got: "):
-        sub.messages(prefetch=prefetch)
-
-
 def test_several_at_once_are_faster(lmdb_pth: pathlib.Path) -> None:
 
     def measure(prefetch: int) -> float:
@@ -258,61 +250,7 @@ def test_receipt_is_for_one_block(pub: Pub, sub: Sub) -> None:
     assert drain(sub) == [b"two"]
 
 
-# Details
-
-
-def test_details_are_those_of_the_message(pub: Pub, sub: Sub) -> None:
-    begin = datetime.datetime.now(datetime.UTC)
-    pub.send_many([b"1", b"2"])
-    pub.send(b"3")
-    end = datetime.datetime.now(datetime.UTC)
-    with sub.receive_many(9, timeout=0.1, details=True) as messages:
-        first = messages[0].number
-        assert [message.number for message in messages] == [first, first + 1, first + 2]
-        assert [message.data for message in messages] == [b"1", b"2", b"3"]
-        assert [message.attempts for message in messages] == [1, 1, 1]
-        assert [message.dropped_before for message in messages] == [0, 0, 0]
-        slack = datetime.timedelta(milliseconds=100)
-        for message in messages:
-            assert message.sent_at.tzinfo is datetime.UTC
-            assert begin - slack <= message.sent_at <= end + slack
-        assert messages[0].sent_at <= messages[1].sent_at <= messages[2].sent_at
-    pub.send(b"4")
-    assert [message.number for message in sub.messages(timeout=0.1, details=True)] == [first + 3]
-    with sub.receive(timeout=0, details=True) as nothing:
-        assert nothing is None
-    with sub.receive_many(2, timeout=0, details=True) as none:
-        assert none == []
-
-
 # Only the latest
-
-
-def test_newest_message_that_fails_comes_again_unless_there_is_a_newer_one(pub: Pub,
-                                                                           sub: Sub) -> None:
-    pub.send_many([b"1", b"2"])
-    for newer in ([], [b"3"]):
-        pub.send_many(newer)
-        with pytest.raises(ValueError):
-            with sub.receive_to_top(timeout=support.HANG_SECS) as msg:
-                assert msg == (newer or [b"2"])[0]
-                raise ValueError("no")
-    assert drain(sub) == [b"3"]
-
-
-def test_nothing_is_skipped_while_another_has_the_newest_message(lmdb_pth: pathlib.Path) -> None:
-    with (Pub("pub", lmdb_pth) as pub, Sub("sub", lmdb_pth) as sub, Sub("sub", lmdb_pth) as other):
-        pub.send_many([b"1", b"2"])
-        with other.receive_to_top(timeout=0) as held:
-            assert held == b"2"
-            with sub.receive_to_top(timeout=0) as msg:
-                assert msg is None
-            pub.send(b"3")
-            with sub.receive_to_top(timeout=0) as msg:
-                assert msg == b"3"
-        # What was skipped while it was being worked on stays skipped.
-        found = sub.statistics()
-        assert (found.acknowledged, found.skipped, found.lag) == (1, 2, 0)
 
 
 def test_competitors_for_the_newest_message_never_have_an_older_one_later(

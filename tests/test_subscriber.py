@@ -196,16 +196,6 @@ def test_subscriber_that_was_removed_and_added_again(config_pth: pathlib.Path, p
     assert [receive(sub), receive(sub)] == [b"1", b"2"]
 
 
-@pytest.mark.parametrize("name", ["receive", "receive_to_top"])
-def test_subscriber_that_was_added_again_to_an_empty_queue(config_pth: pathlib.Path, sub: Sub,
-                                                           name: str) -> None:
-    persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
-    persipubsub.control.initialize_all_dbs(config_pth)
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="added again"):
-        with getattr(sub, name)(timeout=0):
-            pass
-
-
 # Waiting
 
 

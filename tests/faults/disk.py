@@ -60,7 +60,6 @@ def record(work: Callable[[], None], output: pathlib.Path,
 
 
 def _parse(lines: Sequence[bytes]) -> Iterator[Event]:
-    """Parse the lines of strace."""
     begun: dict[bytes, tuple[int, bytes]] = {}
     for key, line in enumerate(lines):
         match = _LINE.match(line)
@@ -111,7 +110,6 @@ class _Change:
         self.size = size  # of the file from now on; None: of a write
 
     def apply(self, content: bytearray) -> None:
-        """Change the content of a file."""
         if self.size is not None:
             _resize(content, self.size)
             return
@@ -122,7 +120,6 @@ class _Change:
 
 
 def _resize(content: bytearray, size: int) -> None:
-    """Cut, or extend by zeros."""
     del content[size:]
     content.extend(bytes(size - len(content)))
 
@@ -211,7 +208,6 @@ class _Names:
         self.added = added
 
     def apply(self, names: "dict[str, Optional[_File]]") -> None:
-        """Change names."""
         if self.removed is not None:
             names.pop(self.removed, None)
         if self.added is not None:
@@ -241,7 +237,6 @@ class Disk:
         self.places: dict[str, int] = {}
 
     def feed(self, event: Event) -> None:
-        """Follow one event."""
         call, key = event.call, event.key
         if event.result is None:
             self.running.add(key)
@@ -264,11 +259,9 @@ class Disk:
             f"Expected a call that is modelled, but got: {call}"
 
     def _below(self, path: str) -> bool:
-        """Tell whether a path is followed."""
         return path.startswith(f"{self.root}/")
 
     def _file(self, path: str) -> _File | None:
-        """Find a file that is followed."""
         return self.seen.get(path) if self._below(path) else None
 
     def _complete_keys(self, path: str) -> list[int]:
@@ -281,7 +274,6 @@ class Disk:
         return sorted(keys - self.running)
 
     def _write(self, key: int, call: Call) -> None:
-        """Begin a write."""
         file = self._file(call.paths[0])
         if file is None:
             return
@@ -296,14 +288,12 @@ class Disk:
         file.add(_Change(key, place, data, None))
 
     def _end_write(self, _: int, call: Call, result: int) -> None:
-        """End a write."""
         if self._file(call.paths[0]) is not None:
             assert result == len(b"".join(call.strings)), "Expected no short write"
 
     _end_pwrite64 = _end_writev = _end_pwritev = _end_pwritev2 = _end_write
 
     def _end_fsync(self, key: int, call: Call, _: int) -> None:
-        """End a flush."""
         keys = self.flushing.pop(key)
         file = self._file(call.paths[0])
         if file is not None:
@@ -340,7 +330,6 @@ class Disk:
 
     def _change_names(self, key: int, removed: str | None,
                       added: "Optional[tuple[str, Optional[_File]]]") -> None:
-        """Change names; not durable."""
         path = added[0] if added is not None else removed
         assert path is not None
         change = _Names(key, [path.rpartition("/")[0]], removed, added)
@@ -360,13 +349,11 @@ class Disk:
         target.add(_Change(key, 0, bytes(source.seen[:result]), None))
 
     def _end_ftruncate(self, key: int, call: Call, _: int) -> None:
-        """Change the size of a file."""
         file = self._file(call.paths[0])
         if file is not None:
             file.add(_Change(key, 0, b"", int(call.words[1])))
 
     def _end_fallocate(self, key: int, call: Call, _: int) -> None:
-        """Extend a file."""
         file = self._file(call.paths[0])
         if file is not None:
             assert call.words[1] == "0", call
@@ -378,7 +365,6 @@ class Disk:
         assert not any(self._below(string.decode("utf-8")) for string in call.strings), call
 
     def _end_rename(self, key: int, call: Call, _: int) -> None:
-        """Give a file another name."""
         old, new = (string.decode("utf-8") for string in call.strings)
         if not self._below(new):
             return
@@ -387,13 +373,11 @@ class Disk:
         self._change_names(key, old, (new, file))
 
     def _end_unlink(self, key: int, call: Call, _: int) -> None:
-        """Remove a name."""
         path = call.strings[0].decode("utf-8")
         if self._below(path):
             self._change_names(key, path, None)
 
     def _end_unlinkat(self, key: int, call: Call, _: int) -> None:
-        """Remove a name in a directory."""
         path = str(pathlib.PurePath(call.paths[0], call.strings[0].decode("utf-8")))
         if self._below(path):
             self._change_names(key, path, None)
@@ -401,7 +385,6 @@ class Disk:
     _end_rmdir = _end_unlink
 
     def _end_mkdir(self, key: int, call: Call, _: int) -> None:
-        """Make a directory."""
         path = call.strings[0].decode("utf-8")
         if self._below(path):
             self._change_names(key, None, (path, None))

@@ -30,7 +30,6 @@ class Books:
     """Hold what the ledger says."""
 
     def __init__(self, path: pathlib.Path, audiences: Mapping[str, Sequence[str]]) -> None:
-        """Read the ledger."""
         self.batches: list[Batch] = []
         self.received: DefaultDict[str, dict[str, list[Receipt]]] = collections.defaultdict(dict)
         self.lines: DefaultDict[str, DefaultDict[str, list[str]]] = collections.defaultdict(
@@ -53,7 +52,6 @@ class Books:
                 self.torn += 1
 
     def _enter(self, index: int, time_ns: int, kind: str, fields: list[str]) -> None:
-        """Enter one record."""
         if kind == "try":
             publisher, source, first, end = fields
             self._tries[source, int(first)] = len(self.batches)
@@ -219,5 +217,4 @@ class Books:
 
 
 def percentile(values: Sequence[Any], percent: float) -> Any:
-    """Return the value at a percentile."""
     return values[min(len(values) - 1, int(len(values) * percent / 100))] if values else None

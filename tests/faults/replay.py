@@ -65,7 +65,6 @@ class State(NamedTuple):
 
 
 def content(seed: int, index: int) -> bytes:
-    """Make the bytes of a message."""
     chance = random.Random(seed * 1000003 + index)
     size = chance.choice((0, 10, 100, 300, 1000, 3000, 5000, 20000))
     return b"%d " % index + chance.randbytes(chance.randrange(size + 1))
@@ -93,7 +92,6 @@ def write_config(directory: pathlib.Path,
 
 
 def state_of(config_pth: pathlib.Path) -> State:
-    """Look at a queue."""
     statistics = persipubsub.control.statistics(config_pth)["queue"]
     names = [one.subscriber for one in statistics.subscribers]
     known = [name for name in names if name in SUBSCRIBERS]
@@ -159,14 +157,12 @@ class _Worker:
         os.write(self.ledger, (f"{json.dumps(fields)}\n").encode("ascii"))
 
     def open(self) -> None:
-        """Open the queue."""
         self.pub.init(pub_id="pub", config_pth=self.config_pth)
         self.some.init(pub_id="some", config_pth=self.config_pth)
         for name, sub in zip(SUBSCRIBERS, self.subs):
             sub.init(sub_id=name, config_pth=self.config_pth)
 
     def close(self) -> None:
-        """Close the queue."""
         self.pub.close()
         self.some.close()
         for sub in self.subs:
@@ -196,7 +192,6 @@ class _Worker:
         self.do("close", self.close)
 
     def messages(self, count: int) -> list[bytes]:
-        """Make the next messages."""
         made = [content(self.seed, self.sent + index) for index in range(count)]
         self.sent += count
         return made
@@ -208,15 +203,12 @@ class _Worker:
     # Operations; those that are durable when they return say so
 
     def send(self) -> None:
-        """Send a message."""
         self.pub.send(self.messages(1)[0])
 
     def send_many(self) -> None:
-        """Send some messages in one commit."""
         self.pub.send_many(self.messages(self.chance.randrange(2, 15)))
 
     def send_some(self) -> None:
-        """Send a message to one subscriber."""
         self.some.send(self.messages(1)[0])
 
     def send_known(self) -> None:
@@ -230,12 +222,10 @@ class _Worker:
             pass
 
     def receive_many(self) -> None:
-        """Receive some messages."""
         with self.any_sub().receive_many(max_msgs=7, timeout=0):
             pass
 
     def fail(self) -> None:
-        """Fail while receiving."""
         try:
             with self.any_sub().receive(timeout=0):
                 raise KeyError("fails on purpose")
@@ -243,16 +233,13 @@ class _Worker:
             pass
 
     def skip(self) -> None:
-        """Skip to the newest message."""
         self.any_sub().pop_to_top()
 
     def clear(self) -> bool:
-        """Clear the queue."""
         persipubsub.control.clear_all_subs(config_pth=self.config_pth)
         return True
 
     def prune(self) -> None:
-        """Delete what is finished."""
         persipubsub.control.prune_dangling_messages(config_pth=self.config_pth)
 
     def seek(self) -> bool:
@@ -269,7 +256,6 @@ class _Worker:
         return True
 
     def delete(self) -> bool:
-        """Let a message leave one subscriber."""
         waiting = persipubsub.control.peek(self.config_pth, SUBSCRIBERS[0], count=5)
         if waiting:
             persipubsub.control.delete(self.config_pth, SUBSCRIBERS[0], waiting[-1].number)
@@ -282,7 +268,6 @@ class _Worker:
         return True
 
     def change(self) -> bool:
-        """Store other settings."""
         self.mark = 121 - self.mark
         changed = write_config(self.config_pth.parent,
                                self._durability(),
@@ -308,18 +293,15 @@ class _Worker:
         time.sleep(0.03)
 
     def compact(self) -> bool:
-        """Compact the queue."""
         self.close()
         persipubsub.control.compact(self.config_pth)
         self.open()
         return True
 
     def save(self) -> None:
-        """Make a backup."""
         persipubsub.control.backup(self.config_pth, "queue", self.backup)
 
     def restore(self) -> bool:
-        """Go back to the backup."""
         self.close()
         persipubsub.control.restore(self.config_pth, "queue", self.backup)
         self.open()
@@ -467,7 +449,6 @@ class _Follower:
         self.written: dict[int, tuple[int, int]] = {}
 
     def feed(self, event: disk.Event) -> None:
-        """Follow one event."""
         call, progress = event.call, self.progress
         self.disk.feed(event)
         if event.result is None or not call.paths or event.result < 0:
@@ -486,7 +467,6 @@ class _Follower:
             progress.states += 1
 
     def _read_ledger(self, line: dict[str, Any]) -> None:
-        """Read a line of the ledger."""
         progress = self.progress
         progress.lines.append(line)
         progress.is_initialized = True
@@ -504,7 +484,6 @@ class _Follower:
 
 
 def _operation(line: dict[str, Any]) -> Operation:
-    """Read an operation that ended."""
     only = SUBSCRIBERS[:1] if line["name"] == "send_some" else SUBSCRIBERS
     return Operation(State(*line["state"]), line["sent"], list(only),
                      line["sent"] if line["name"] == "send_known" else [])
@@ -521,7 +500,6 @@ class Image(NamedTuple):
 
 def images(recording: Recording, target: pathlib.Path, count: int,
            chance: random.Random) -> Iterator[Image]:
-    """Cut the power at many places."""
     places = [
         index for index, event in enumerate(recording.events) if event.call.name in _SETTLING and (
             event.result is not None or event.call.name in _FLUSHES)
@@ -548,7 +526,6 @@ def images(recording: Recording, target: pathlib.Path, count: int,
 
 
 def follow_to_end(recording: Recording) -> Progress:
-    """Follow a whole recording."""
     follower = _Follower(recording)
     for event in recording.events:
         follower.feed(event)

@@ -24,7 +24,6 @@ def message(index: int) -> bytes:
 
 
 def fill(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
-    """Send, and wait to be killed."""
     replay.small_segments()
     persipubsub.control.initialize_all_dbs(config_pth)
     with Pub("pub", config_pth) as pub:
@@ -66,7 +65,6 @@ def crash(directory: pathlib.Path, count: int = COUNT) -> pathlib.Path:
 
 
 def recover(config_pth: pathlib.Path) -> tuple[str, list[int]]:
-    """Open the queue in another boot."""
     with support.Child(receive, config_pth) as child:
         error, received = child.get()
         child.end()

@@ -70,13 +70,11 @@ class Ledger:
         self._path = path
 
     def note(self, *fields: object) -> None:
-        """Write a line."""
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
         os.close(descriptor)
 
     def lines(self) -> list[list[str]]:
-        """Read all lines."""
         return [line.split(" ") for line in self._path.read_text("ascii").splitlines()]
 
 

@@ -66,7 +66,6 @@ class Filler:
             os.ftruncate(fid.fileno(), max(0, fid.tell() - 4096 * leaving))
 
     def free(self) -> None:
-        """Free the disk."""
         self.path.unlink(missing_ok=True)
 
 
@@ -80,12 +79,10 @@ class Users:
         self.open()
 
     def open(self) -> None:
-        """Open both."""
         self.pub.init(pub_id="pub", config_pth=self.config_pth)
         self.sub.init(sub_id="sub", config_pth=self.config_pth)
 
     def close(self) -> None:
-        """Close both."""
         self.pub.close()
         self.sub.close()
 
@@ -102,19 +99,16 @@ class Users:
         raise AssertionError("Expected the disk to be full")
 
     def receive(self) -> int | None:
-        """Receive a message; return its number."""
         with self.sub.receive(timeout=0) as message:
             return None if message is None else int(message.split(b" ")[0])
 
     def receive_all(self) -> list[int]:
-        """Receive all messages; return their numbers."""
         numbers: list[int] = []
         while (number := self.receive()) is not None:
             numbers.append(number)
         return numbers
 
     def check(self) -> list[str]:
-        """Check the store."""
         return support.queue_of(self.pub).check()
 
 

@@ -50,7 +50,6 @@ class Scene:
                                                busy_timeout_secs=10)
 
     def note(self, *fields: object) -> None:
-        """Write a line into the ledger."""
         descriptor = os.open(self.ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
         os.close(descriptor)
@@ -62,12 +61,10 @@ class Scene:
         return sum(line.startswith(word) for line in self.ledger.read_text("ascii").splitlines())
 
     def publisher(self) -> Pub:
-        """Open a publisher."""
         pub = Pub("pub", self.config_pth)
         return pub
 
     def subscriber(self) -> Sub:
-        """Open a subscriber."""
         sub = Sub("sub", self.config_pth)
         return sub
 

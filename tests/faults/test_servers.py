@@ -37,7 +37,6 @@ def _server(tmp_path: pathlib.Path) -> Iterator[jetstream_server.Servers]:
 
 @contextlib.contextmanager
 def proxy(servers: jetstream_server.Servers) -> Iterator[jetstream_server.Proxy]:
-    """Stand in front of a server."""
     with contextlib.closing(jetstream_server.Proxy(servers.servers[0].port)) as one:
         yield one
 
@@ -439,7 +438,6 @@ def test_batches_larger_than_a_connection_bears(tmp_path: pathlib.Path) -> None:
 
 
 def _work(pipe: Connection, config_pth: pathlib.Path) -> None:
-    """Receive, and tell before the acknowledgement."""
     with open_sub(config_pth) as sub:
         for msg in sub.messages(timeout=None):
             pipe.send(msg)

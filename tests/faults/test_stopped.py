@@ -31,7 +31,6 @@ def hold_one(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    """Receive until nothing comes any more."""
     workers.guard()
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
@@ -187,7 +186,6 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, numbe
 
 
 def is_stopped(child: support.Child) -> bool:
-    """Tell whether a process stands still."""
     status = pathlib.Path(f"/proc/{child.process.pid}/stat").read_text(encoding="ascii")
     return status.rpartition(") ")[2].startswith("T")
 

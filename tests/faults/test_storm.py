@@ -45,7 +45,6 @@ def choose_seed() -> int:
 
 def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
          killed: workers.Ledger) -> tuple[int, int]:
-    """Kill and stop workers at random."""
     kills = stops = 0
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -47,11 +47,9 @@ class Ledger:
     END: Final = " ;"
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Open the file."""
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(self, *fields: object) -> None:
-        """Append one record, in one write."""
         line = f"\n{time.monotonic_ns()} {' '.join(map(str, fields))}{self.END}\n"
         os.write(self._descriptor, line.encode("ascii"))
 
@@ -60,7 +58,6 @@ class Board:
     """Share a few numbers between processes that may be killed at any time: no locks."""
 
     def __init__(self) -> None:
-        """Initialize with zeros."""
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
 
     def _get(self, index: int) -> int:
@@ -76,12 +73,10 @@ class Board:
 
     @property
     def subscribers_end(self) -> bool:
-        """Tell whether subscribers shall end."""
         return self._get(1) != 0
 
     @property
     def backlog(self) -> int:
-        """Tell how many messages wait, about."""
         return self._get(2)
 
     @backlog.setter
@@ -89,11 +84,9 @@ class Board:
         self._set(2, count)
 
     def end_publishers(self) -> None:
-        """Let publishers and controllers end."""
         self._set(0, 1)
 
     def end_subscribers(self) -> None:
-        """Let subscribers end."""
         self._set(1, 1)
 
 
@@ -206,7 +199,6 @@ def _control(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
 
 
 def _clear(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
-    """Throw messages away."""
     del name, ledger
     rng = random.Random(seed)
     while not scene.board.publishers_end:
@@ -246,7 +238,6 @@ class Worker:
     """Be one place in a storm: whoever is killed there is followed by another one."""
 
     def __init__(self, scene: Scene, role: Role, place: str, rng: random.Random) -> None:
-        """Start the first one."""
         self._scene = scene
         self.role = role
         self._place = place
@@ -257,7 +248,6 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """Start the next one."""
         self.name = f"{self._place}-{self._count}"
         self._count += 1
         self.child = support.Child(run, self._scene, self.role, self.name,
