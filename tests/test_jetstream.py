@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime
+import functools
 import gc
 import itertools
 import pathlib
@@ -11,8 +12,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import nats
 import pytest
@@ -26,6 +27,7 @@ import persipubsub.subscriber
 from persipubsub import Sub
 from persipubsub.jetstream import engine
 from tests import jetstream_server
+from tests.jetstream_server import Servers
 from tests.support import (HANG_SECS, Child, Connection, in_threads, outcome, run_python, until,
                            write_config)
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
@@ -36,12 +38,20 @@ _COUNTER = itertools.count()
 
 
 @pytest.fixture(name="config_pth")
-def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
-    return deploy(tmp_path, servers)
+def _config_pth(tmp_path: pathlib.Path, servers: Servers) -> pathlib.Path:
+    return make(tmp_path, servers)
 
 
-def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-           **changes: Any) -> pathlib.Path:
+#: Makes a queue that no other test has, with changes of its configuration.
+Deploy: TypeAlias = Callable[..., pathlib.Path]
+
+
+@pytest.fixture(name="deploy")
+def _deploy(tmp_path: pathlib.Path, servers: Servers) -> Deploy:
+    return functools.partial(make, tmp_path, servers)
+
+
+def make(tmp_path: pathlib.Path, servers: Servers, **changes: Any) -> pathlib.Path:
     changes.setdefault("busy_timeout_secs", 10)
     changes.setdefault("path", servers.path(f"stream{next(_COUNTER)}", ack_wait=1))
     return jetstream_server.create(tmp_path, **changes)
@@ -51,7 +61,7 @@ def open_queue(config_pth: pathlib.Path) -> engine.Queue:
     return engine.open_queue(persipubsub.config.read(config_pth), "queue")
 
 
-def ask(servers: jetstream_server.Servers, verb: str, **body: Any) -> dict[str, Any]:
+def ask(servers: Servers, verb: str, **body: Any) -> dict[str, Any]:
     """Ask the API of JetStream, behind the library's back."""
     return jetstream_server.ask(servers.servers[0].port, verb, **body)
 
@@ -130,11 +140,10 @@ def test_wrong_paths(path: str, what: str, tmp_path: pathlib.Path) -> None:
     assert "secret" not in str(info.value)
 
 
-def test_no_two_ids_have_one_name(tmp_path: pathlib.Path,
-                                  servers: jetstream_server.Servers) -> None:
+def test_no_two_ids_have_one_name(deploy: Deploy) -> None:
     ids = ["a", "A", "a.b", "a=2eb", "a b", "a/b", "a\\b", "a*", "a>", "=h", "\xe9", "\xe9" * 127]
     ids += ["a" * length for length in (119, 120, 121, 255)] + [f"{'a' * 254}b"]
-    config_pth = deploy(tmp_path, servers, publishers={"pub": ids}, subscribers=ids)
+    config_pth = deploy(publishers={"pub": ids}, subscribers=ids)
     with open_pub(config_pth) as pub:
         pub.send(b"hello")
     assert lags(config_pth) == dict.fromkeys(ids, 1)
@@ -235,7 +244,7 @@ def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.M
     monkeypatch.setenv("NATS_USER", "all")
     monkeypatch.setenv("NATS_PASSWORD", "x")
     with jetstream_server.running(tmp_path, lines=[users]) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         with open_pub(config_pth) as pub:
             pub.send(b"hello")
         monkeypatch.setenv("NATS_USER", "some")
@@ -261,7 +270,7 @@ def test_credentials_that_are_no_file(config_pth: pathlib.Path, name: str,
             open_pub(config_pth)
 
 
-def test_stream_of_somebody_else(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
+def test_stream_of_somebody_else(tmp_path: pathlib.Path, servers: Servers) -> None:
     ask(servers, "STREAM.CREATE.theirs", name="theirs", subjects=["their.subject"])
     config_pth = write_config(tmp_path, path=servers.path("theirs"))
     for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
@@ -272,16 +281,14 @@ def test_stream_of_somebody_else(tmp_path: pathlib.Path, servers: jetstream_serv
     assert ask(servers, "STREAM.INFO.theirs")["config"]["subjects"] == ["their.subject"]
 
 
-def test_subjects_of_somebody_else(tmp_path: pathlib.Path,
-                                   servers: jetstream_server.Servers) -> None:
+def test_subjects_of_somebody_else(tmp_path: pathlib.Path, servers: Servers) -> None:
     ask(servers, "STREAM.CREATE.taken", name="taken", subjects=["persipubsub.mine.>"])
     config_pth = write_config(tmp_path, path=servers.path("mine"))
     with pytest.raises(persipubsub.errors.FormatError, match="overlap"):
         persipubsub.control.initialize_all_dbs(config_pth)
 
 
-def test_more_replicas_than_servers(tmp_path: pathlib.Path,
-                                    servers: jetstream_server.Servers) -> None:
+def test_more_replicas_than_servers(tmp_path: pathlib.Path, servers: Servers) -> None:
     config_pth = write_config(tmp_path, path=servers.path("many", replicas=3))
     with pytest.raises(persipubsub.errors.ConfigError, match="replicas"):
         persipubsub.control.initialize_all_dbs(config_pth)
@@ -317,7 +324,7 @@ def test_without_the_extra(tmp_path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
+def impostor(servers: Servers, config_pth: pathlib.Path,
              answers: Sequence[bytes]) -> Iterator[list[tuple[str, str]]]:
     """Answer in place of a stream, which does not listen any more."""
     name = stream_of(config_pth)
@@ -352,8 +359,7 @@ def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
         thread.join(HANG_SECS)
 
 
-def test_answer_without_a_number_is_none(config_pth: pathlib.Path,
-                                         servers: jetstream_server.Servers) -> None:
+def test_answer_without_a_number_is_none(config_pth: pathlib.Path, servers: Servers) -> None:
     # After its leader died, a stream was seen to answer like this to a message that it lost.
     answers = [
         b'{"stream": "S", "seq": 0, "duplicate": true}', b'{"stream": "S", "seq": 0}',
@@ -367,9 +373,8 @@ def test_answer_without_a_number_is_none(config_pth: pathlib.Path,
     assert len(set(published)) == 1
 
 
-def test_message_that_nobody_wants_is_refused(tmp_path: pathlib.Path,
-                                              servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
+def test_message_that_nobody_wants_is_refused(deploy: Deploy, servers: Servers) -> None:
+    config_pth = deploy(publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
     name = stream_of(config_pth)
     with open_pub(config_pth) as pub:
         pub.send(b"hello")
@@ -379,9 +384,8 @@ def test_message_that_nobody_wants_is_refused(tmp_path: pathlib.Path,
         pub.send(b"again")
 
 
-def test_audience_that_consumers_do_not_know(tmp_path: pathlib.Path,
-                                             servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
+def test_audience_that_consumers_do_not_know(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+    config_pth = deploy(publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
     path = persipubsub.config.read(config_pth).queue_path("queue")
     changed = write_config(tmp_path,
                            path=path,
@@ -398,9 +402,8 @@ def test_audience_that_consumers_do_not_know(tmp_path: pathlib.Path,
         assert drain(sub) == [b"hello"]
 
 
-def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
-                                               servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, MSG_TIMEOUT_SECS=0.5)
+def test_old_message_that_the_server_still_has(deploy: Deploy, servers: Servers) -> None:
+    config_pth = deploy(MSG_TIMEOUT_SECS=0.5)
     name = stream_of(config_pth)
     config = ask(servers, f"STREAM.INFO.{name}")["config"]
     ask(servers, f"STREAM.UPDATE.{name}", **{**config, "max_age": 3600 * 10**9})
@@ -416,8 +419,7 @@ def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
         assert ask(servers, f"STREAM.INFO.{name}")["state"]["messages"] == 0
 
 
-def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path,
-                                                 servers: jetstream_server.Servers) -> None:
+def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path, servers: Servers) -> None:
     # A pull that ends right when a message comes: nobody may sit on it for ack_wait.
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
@@ -431,20 +433,18 @@ def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path,
         assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag == 0
 
 
-def test_dropped_messages_are_told(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-                                   caplog: pytest.LogCaptureFixture) -> None:
-    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=10)
+def test_dropped_messages_are_told(deploy: Deploy, caplog: pytest.LogCaptureFixture) -> None:
+    config_pth = deploy(MAX_MSGS_NUM=10)
     with caplog.at_level("WARNING", logger="persipubsub"), open_pub(config_pth) as pub:
         for message in numbered(11):
             pub.send(message)
     assert "dropped unread: 6 of sub" in caplog.text
 
 
-def test_limits_are_brought_up_to_date(tmp_path: pathlib.Path,
-                                       servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=10)
+def test_limits_are_brought_up_to_date(deploy: Deploy, servers: Servers) -> None:
+    config_pth = deploy(MAX_MSGS_NUM=10)
     path = persipubsub.config.read(config_pth).queue_path("queue")
-    deploy(tmp_path, servers, MAX_MSGS_NUM=20, path=path.replace("ack_wait=1", "ack_wait=2"))
+    deploy(MAX_MSGS_NUM=20, path=path.replace("ack_wait=1", "ack_wait=2"))
     name = stream_of(config_pth)
     assert ask(servers, f"STREAM.INFO.{name}")["config"]["max_msgs"] == 20
     assert ask(servers, f"CONSUMER.INFO.{name}.sub")["config"]["ack_wait"] == 2 * 10**9
@@ -453,17 +453,14 @@ def test_limits_are_brought_up_to_date(tmp_path: pathlib.Path,
 @pytest.mark.parametrize("strategy, expected", [("reject", "QueueFullError"),
                                                 ("block", "QueueFullError"), ("prune_first", ""),
                                                 ("prune_last", "")])
-def test_limits_that_are_lowered_under_a_publisher(tmp_path: pathlib.Path,
-                                                   servers: jetstream_server.Servers, strategy: str,
+def test_limits_that_are_lowered_under_a_publisher(deploy: Deploy, strategy: str,
                                                    expected: str) -> None:
-    config_pth = deploy(tmp_path, servers, strategy=strategy)
+    config_pth = deploy(strategy=strategy)
     path = persipubsub.config.read(config_pth).queue_path("queue")
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
         # Beside a new file, an edit of the stream by hand does the same.
-        deploy(tmp_path,
-               servers,
-               path=path,
+        deploy(path=path,
                name="lower.json",
                strategy=strategy,
                MAX_MSGS_NUM=4,
@@ -475,12 +472,11 @@ def test_limits_that_are_lowered_under_a_publisher(tmp_path: pathlib.Path,
         assert drain(sub) == numbered(4)
 
 
-def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
-                                                  servers: jetstream_server.Servers) -> None:
+def test_subscribers_that_are_in_the_file_no_more(deploy: Deploy, servers: Servers) -> None:
     gone = tuple(f"gone.{number}" for number in range(150))
     path = servers.path("gone")
-    deploy(tmp_path, servers, path=path, subscribers=("sub", ) + gone)
-    config_pth = deploy(tmp_path, servers, path=path, MAX_MSGS_NUM=2, strategy="reject")
+    deploy(path=path, subscribers=("sub", ) + gone)
+    config_pth = deploy(path=path, MAX_MSGS_NUM=2, strategy="reject")
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(2))
         assert drain(sub) == numbered(2)
@@ -514,7 +510,7 @@ def test_connections_end_with_the_parent(tmp_path: pathlib.Path) -> None:
         pipe.recv()
 
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         pub = open_pub(config_pth)
         pub.send(b"hello")
         server = servers.servers[0]
@@ -530,7 +526,7 @@ def test_connections_end_with_the_parent(tmp_path: pathlib.Path) -> None:
 
 def test_queues_share_a_connection_and_a_thread(tmp_path: pathlib.Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         with open_pub(config_pth), open_pub(config_pth), open_sub(config_pth):
             # A server may see the end of the one before after the beginning of this one.
             until(lambda: servers.servers[0].look("connz").get("num_connections") == 1,
@@ -548,14 +544,14 @@ def test_queues_share_a_connection_and_a_thread(tmp_path: pathlib.Path) -> None:
 ])
 def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         process = servers.servers[0].process
         assert process is not None
         run = run_python(
             "import sys; SERVER = int(sys.argv[2])\n"
-            "import persipubsub.publisher, persipubsub.subscriber\n"
-            "pub = Pub(); pub.init('pub', sys.argv[1])\n"
-            "sub = Sub(); sub.init('sub', sys.argv[1])\n" + code, config_pth, process.pid)
+            "from persipubsub import Pub, Sub\n"
+            "pub = Pub('pub', sys.argv[1])\n"
+            "sub = Sub('sub', sys.argv[1])\n" + code, config_pth, process.pid)
         process.send_signal(signal.SIGCONT)
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
@@ -572,8 +568,7 @@ def forget_batch(sub: Sub, count: int) -> None:
 
 
 @pytest.mark.parametrize("is_in_loop", [False, True])
-def test_forgotten_batch(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-                         is_in_loop: bool) -> None:
+def test_forgotten_batch(tmp_path: pathlib.Path, servers: Servers, is_in_loop: bool) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
 
     async def collect() -> None:
@@ -591,13 +586,13 @@ def test_forgotten_batch(tmp_path: pathlib.Path, servers: jetstream_server.Serve
 
 
 def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
-                                                         servers: jetstream_server.Servers) -> None:
+                                                         servers: Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_pub(config_pth) as pub:
         pub.send(b"0")
     run = run_python(
-        "import sys, persipubsub.subscriber\n"
-        "sub = Sub(); sub.init('sub', sys.argv[1])\n"
+        "import sys; from persipubsub import Sub\n"
+        "sub = Sub('sub', sys.argv[1])\n"
         "for msg in sub.messages(timeout=60): break\n", config_pth)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     with open_sub(config_pth) as sub:
@@ -626,7 +621,7 @@ def _forget_in_child(pipe: Connection, leases: list[Any]) -> None:
 
 
 def test_child_does_not_give_back_what_its_parent_has(tmp_path: pathlib.Path,
-                                                      servers: jetstream_server.Servers) -> None:
+                                                      servers: Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_queue(config_pth) as queue, open_sub(config_pth) as sub:
         queue.put(numbered(2))
@@ -687,9 +682,8 @@ def test_child_that_forks_in_the_middle(config_pth: pathlib.Path) -> None:
 # Full queues
 
 
-def test_full_queue_that_drops_nothing(tmp_path: pathlib.Path,
-                                       servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=3, strategy="reject")
+def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+    config_pth = deploy(MAX_MSGS_NUM=3, strategy="reject")
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(2))
         with pytest.raises(persipubsub.errors.QueueFullError, match="2 of them for 'sub'"):
@@ -717,7 +711,7 @@ def test_full_queue_that_drops_nothing(tmp_path: pathlib.Path,
 
 
 def write_letters(tmp_path: pathlib.Path,
-                  servers: jetstream_server.Servers,
+                  servers: Servers,
                   letters: str = "",
                   **entries: Any) -> pathlib.Path:
     """Write the configuration of a queue whose subscriber has limits, and initialize it."""
@@ -752,8 +746,8 @@ def letters_of(config_pth: pathlib.Path) -> list[persipubsub.message.DeadLetter]
         return list(map(persipubsub.message.DeadLetter.decode, drain(sub, timeout=1)))
 
 
-def test_message_that_fails_too_often_becomes_a_dead_letter(
-        tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
+def test_message_that_fails_too_often_becomes_a_dead_letter(tmp_path: pathlib.Path,
+                                                            servers: Servers) -> None:
     config_pth = write_letters(tmp_path,
                                servers,
                                max_deliveries=2,
@@ -781,8 +775,7 @@ def _receive_and_hang(pipe: Connection, config_pth: pathlib.Path) -> None:
                 pipe.recv()
 
 
-def test_kills_count_as_deliveries(tmp_path: pathlib.Path,
-                                   servers: jetstream_server.Servers) -> None:
+def test_kills_count_as_deliveries(tmp_path: pathlib.Path, servers: Servers) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=2, dead_letter_queue='"letters"')
     with open_pub(config_pth) as pub:
         pub.send_many([b"poison", b"fine"])
@@ -801,8 +794,7 @@ def test_kills_count_as_deliveries(tmp_path: pathlib.Path,
 
 
 def test_message_without_a_queue_of_dead_letters_is_dropped(
-        tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-        caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: pathlib.Path, servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=1)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"poison", b"fine"])
@@ -812,8 +804,7 @@ def test_message_without_a_queue_of_dead_letters_is_dropped(
     assert "The message 1 of the queue" in caplog.text and "KeyError" in caplog.text
 
 
-def test_failed_message_rests_longer_each_time(tmp_path: pathlib.Path,
-                                               servers: jetstream_server.Servers) -> None:
+def test_failed_message_rests_longer_each_time(tmp_path: pathlib.Path, servers: Servers) -> None:
     config_pth = write_letters(tmp_path, servers, retry_delay_secs=0.4)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"slow", b"fine"])
@@ -830,8 +821,7 @@ def test_failed_message_rests_longer_each_time(tmp_path: pathlib.Path,
         assert 0.7 < time.monotonic() - begin
 
 
-def test_dead_letter_that_can_not_be_written(tmp_path: pathlib.Path,
-                                             servers: jetstream_server.Servers,
+def test_dead_letter_that_can_not_be_written(tmp_path: pathlib.Path, servers: Servers,
                                              caplog: pytest.LogCaptureFixture) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=1, dead_letter_queue='"letters"')
     path = persipubsub.config.read(config_pth).queue_path("letters")
@@ -852,8 +842,7 @@ def test_dead_letter_that_can_not_be_written(tmp_path: pathlib.Path,
     assert [letter.data for letter in letters_of(config_pth)] == [b"poison"]
 
 
-def test_dead_letters_to_a_directory_are_refused(tmp_path: pathlib.Path,
-                                                 servers: jetstream_server.Servers) -> None:
+def test_dead_letters_to_a_directory_are_refused(tmp_path: pathlib.Path, servers: Servers) -> None:
     with pytest.raises(persipubsub.errors.ConfigError, match="dead_letter_queue: .*alike"):
         write_letters(tmp_path,
                       servers,
@@ -865,11 +854,8 @@ def test_dead_letters_to_a_directory_are_refused(tmp_path: pathlib.Path,
 # Places
 
 
-def test_seek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path,
-                        servers,
-                        publishers={"pub": ("sub", "b")},
-                        subscribers=("sub", "b"))
+def test_seek(deploy: Deploy) -> None:
+    config_pth = deploy(publishers={"pub": ("sub", "b")}, subscribers=("sub", "b"))
     config = persipubsub.config.read(config_pth)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth, "b") as b:
         pub.send_many(numbered(5))
@@ -896,9 +882,8 @@ def test_seek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None
     assert outcome(lambda: engine.seek(config, "queue", "nobody", 1)) == "NotInitializedError"
 
 
-def test_seek_while_everybody_is_at_work(tmp_path: pathlib.Path,
-                                         servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, retain_secs=600)
+def test_seek_while_everybody_is_at_work(deploy: Deploy) -> None:
+    config_pth = deploy(retain_secs=600)
     config = persipubsub.config.read(config_pth)
     ends: list[str] = []
     is_over = threading.Event()
@@ -930,9 +915,8 @@ def test_seek_while_everybody_is_at_work(tmp_path: pathlib.Path,
         assert drain(sub, timeout=2) == numbered(300)
 
 
-def test_finished_messages_are_retained(tmp_path: pathlib.Path,
-                                        servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, retain_secs=600, MAX_MSGS_NUM=5, strategy="reject")
+def test_finished_messages_are_retained(deploy: Deploy) -> None:
+    config_pth = deploy(retain_secs=600, MAX_MSGS_NUM=5, strategy="reject")
     config = persipubsub.config.read(config_pth)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
@@ -947,9 +931,8 @@ def test_finished_messages_are_retained(tmp_path: pathlib.Path,
         assert drain(sub) == numbered(5)
 
 
-def test_subscriber_that_starts_from_the_beginning(tmp_path: pathlib.Path,
-                                                   servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers)
+def test_subscriber_that_starts_from_the_beginning(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+    config_pth = deploy()
     path = persipubsub.config.read(config_pth).queue_path("queue")
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(3))
@@ -964,14 +947,8 @@ def test_subscriber_that_starts_from_the_beginning(tmp_path: pathlib.Path,
 # Looking, adding, removing
 
 
-def test_peek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path,
-                        servers,
-                        publishers={
-                            "pub": ("a", "b"),
-                            "one": ("b", )
-                        },
-                        subscribers=("a", "b"))
+def test_peek(deploy: Deploy) -> None:
+    config_pth = deploy(publishers={"pub": ("a", "b"), "one": ("b", )}, subscribers=("a", "b"))
     config = persipubsub.config.read(config_pth)
     assert engine.peek(config, "queue", "a", 9) == []
     with open_pub(config_pth) as pub, open_pub(config_pth, "one") as one:
@@ -1006,9 +983,8 @@ def test_follow(config_pth: pathlib.Path) -> None:
     assert lags(config_pth) == {"sub": 3}
 
 
-def test_subscribers_are_added_and_removed(tmp_path: pathlib.Path,
-                                           servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers)
+def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+    config_pth = deploy()
     both = write_config(tmp_path,
                         path=persipubsub.config.read(config_pth).queue_path("queue"),
                         subscribers=("sub", "new"),

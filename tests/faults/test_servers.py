@@ -335,7 +335,7 @@ def test_slow_connection_is_not_taken_for_dead(server: jetstream_server.Servers,
 
 def test_batch_that_comes_slowly_stays_with_its_consumer(server: jetstream_server.Servers,
                                                          tmp_path: pathlib.Path) -> None:
-    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=3)
+    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=6)
     is_over = threading.Event()
     others: list[bytes] = []
 
@@ -352,10 +352,10 @@ def test_batch_that_comes_slowly_stays_with_its_consumer(server: jetstream_serve
                 count = len(msgs)
                 calls = Calls(receive)
                 # Longer than ack_wait.
-                time.sleep(4)
+                time.sleep(7)
             between.pause = 0.0
             assert [int(msg[:4]) for msg in msgs] == list(range(count))
-            until(lambda: len(others) == 400 - count, "the rest")
+            until(lambda: len(others) >= 400 - count, "the rest")
             is_over.set()
             assert calls.join() == [""]
     assert sorted(int(msg[:4]) for msg in others) == list(range(count, 400))
