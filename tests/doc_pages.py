@@ -19,7 +19,6 @@ In what is printed, ``...`` stands for anything, also for several lines.
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -27,10 +26,11 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import persipubsub.config
-import persipubsub.errors
+from persipubsub import errors
 from tests import support
 
 _DIRECTIVE = re.compile(
@@ -64,7 +64,7 @@ class Block(NamedTuple):
         return self.code.startswith("$ ") and not self.caption
 
 
-def blocks_of(page: pathlib.Path) -> list[Block]:
+def blocks_of(page: Path) -> list[Block]:
     lines = page.read_text(encoding="utf-8").splitlines()
     found: list[Block] = []
     index = 0
@@ -130,7 +130,7 @@ def _check_config(block: Block) -> None:
     """Check a whole configuration, also one that the page goes on to do nothing with."""
     try:
         persipubsub.config.parse(block.code.encode("utf-8"), config_pth=_file_name(block))
-    except persipubsub.errors.ConfigError as error:
+    except errors.ConfigError as error:
         raise AssertionError(f"{block.place}: {error}") from error
 
 
@@ -165,8 +165,7 @@ def _environment() -> dict[str, str]:
     environment = dict(os.environ, LC_ALL="C.UTF-8", COLUMNS="120", TERM="dumb")
     # Of two programs that print a line at the same time, one line each would not be certain.
     environment.pop("PYTHONUNBUFFERED", None)
-    environment["PATH"] = os.pathsep.join(
-        [str(pathlib.Path(sys.executable).parent), environment["PATH"]])
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     environment["PYTHONPATH"] = os.pathsep.join(
         path for path in sys.path if "site-packages" not in path and path.startswith("/"))
     return environment
@@ -223,7 +222,7 @@ class Interpreter:
         self._answers.close()
         self._printed.close()
 
-    def run(self, directory: pathlib.Path, code: str) -> tuple[str, bool]:
+    def run(self, directory: Path, code: str) -> tuple[str, bool]:
         assert self._process.stdin is not None
         begin = self._printed.seek(0, os.SEEK_END)
         alarm = threading.Timer(2 * support.HANG_SECS, self._process.kill)
@@ -240,7 +239,7 @@ class Interpreter:
 class Shell:
     """Type commands into one shell, as a reader does. Whatever it has started ends with it."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: Path) -> None:
         self._process = subprocess.Popen(["bash", "--noprofile", "--norc"],
                                          cwd=directory,
                                          env=_environment(),
@@ -354,13 +353,13 @@ class Reader:
                 done += 1
         return done
 
-    def _directory(self) -> pathlib.Path:
+    def _directory(self) -> Path:
         """Ask where the page has gone to."""
-        return pathlib.Path(self._shell.type("pwd")[0].rstrip("\n"))
+        return Path(self._shell.type("pwd")[0].rstrip("\n"))
 
     def _start_publishing(self) -> None:
         """Make the queue of the page Start, and let somebody publish."""
-        start = blocks_of(pathlib.Path(__file__).parent.parent / "docs" / "start.rst")
+        start = blocks_of(Path(__file__).parent.parent / "docs" / "start.rst")
         config = next(block.code for block in start if block.caption == "config.json")
         (self._directory() / "config.json").write_text(config, encoding="utf-8")
         (self._directory() / ".publisher.py").write_text(_PUBLISHER, encoding="utf-8")

@@ -5,19 +5,18 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
-import pathlib
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import uvloop
 
 import persipubsub.aio
-import persipubsub.control
 import persipubsub.publisher
-import persipubsub.statistics
 import persipubsub.subscriber
+from persipubsub import control, statistics
 from tests import jetstream_server, support
 
 ResultT = TypeVar("ResultT")
@@ -132,7 +131,7 @@ _COUNTER = itertools.count()
 
 @pytest.fixture(name="config_pth",
                 params=["lmdb", pytest.param("nats", marks=jetstream_server.needs_server)])
-def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     changes: dict[str, Any] = {}
     if request.param == "nats":
         changes = {
@@ -144,11 +143,11 @@ def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -
 
 
 @pytest.fixture(name="lmdb_pth")
-def fixture_lmdb_pth(tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_lmdb_pth(tmp_path: Path) -> Path:
     return deploy(tmp_path)
 
 
-def deploy(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+def deploy(directory: Path, **changes: Any) -> Path:
     config_pth = support.write_config(directory,
                                       publishers={
                                           "pub": ("sub", "other"),
@@ -156,15 +155,15 @@ def deploy(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
                                       },
                                       subscribers=("sub", "other"),
                                       **changes)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    control.initialize_all_dbs(config_pth=config_pth)
     return config_pth
 
 
-def shorten_ack_wait(config_pth: pathlib.Path) -> None:
+def shorten_ack_wait(config_pth: Path) -> None:
     """On servers, let messages of a killed consumer come again soon."""
     text = config_pth.read_text(encoding="utf-8")
     config_pth.write_text(text.replace("ack_wait=30", "ack_wait=2"), encoding="utf-8")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
 
 
 #: Both faces.
@@ -175,7 +174,7 @@ on_loops = pytest.mark.parametrize("face", [ASYNCIO, UVLOOP], ids=lambda face: f
 
 
 @contextlib.asynccontextmanager
-async def opened(face: Face, config_pth: pathlib.Path) -> AsyncIterator[tuple[Any, Any]]:
+async def opened(face: Face, config_pth: Path) -> AsyncIterator[tuple[Any, Any]]:
     async with face.pub() as pub, face.sub() as sub:
         await pub.init(pub_id="pub", config_pth=config_pth)
         await sub.init(sub_id="sub", config_pth=config_pth)
@@ -195,14 +194,14 @@ async def drain(sub: Any) -> list[bytes]:
     return received
 
 
-def figures(config_pth: pathlib.Path) -> persipubsub.statistics.SubscriberStatistics:
-    found = persipubsub.control.statistics(config_pth)["queue"].subscribers
+def figures(config_pth: Path) -> statistics.SubscriberStatistics:
+    found = control.statistics(config_pth)["queue"].subscribers
     return next(entry for entry in found if entry.subscriber == "sub")
 
 
-def in_flight(config_pth: pathlib.Path) -> int | None:
+def in_flight(config_pth: Path) -> int | None:
     return figures(config_pth).in_flight
 
 
-def commits(config_pth: pathlib.Path) -> int:
-    return persipubsub.control.statistics(config_pth)["queue"].commits
+def commits(config_pth: Path) -> int:
+    return control.statistics(config_pth)["queue"].commits

@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec.structs
 
-import persipubsub.config
 import persipubsub.queue
-import persipubsub.statistics
+from persipubsub import config, statistics
 from persipubsub.lmdb_engine import attempts as attempts_module
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions, retention
@@ -25,12 +24,12 @@ SECOND_NS = 10**9
 
 _MARK = ("msg_timeout_secs", "max_msgs_num", "size_bytes", "strategy")
 
-REJECT = persipubsub.config.Strategy.REJECT
-BLOCK = persipubsub.config.Strategy.BLOCK
-PRUNE_FIRST = persipubsub.config.Strategy.PRUNE_FIRST
-PRUNE_LAST = persipubsub.config.Strategy.PRUNE_LAST
-FSYNC = persipubsub.config.Durability.FSYNC
-OS = persipubsub.config.Durability.OS
+REJECT = config.Strategy.REJECT
+BLOCK = config.Strategy.BLOCK
+PRUNE_FIRST = config.Strategy.PRUNE_FIRST
+PRUNE_LAST = config.Strategy.PRUNE_LAST
+FSYNC = config.Durability.FSYNC
+OS = config.Durability.OS
 
 
 class Clock:
@@ -46,7 +45,7 @@ class Clock:
         self.now_ns += int(seconds * SECOND_NS)
 
 
-def settings(**changes: Any) -> persipubsub.config.Queue:
+def settings(**changes: Any) -> config.Queue:
     """Make settings of a queue, with the strategy ``prune_first`` and the durability ``os``."""
     mark = {key: changes.pop(key) for key in _MARK if key in changes}
     mark.setdefault("strategy", PRUNE_FIRST)
@@ -54,12 +53,10 @@ def settings(**changes: Any) -> persipubsub.config.Queue:
     # Tests that want something of the background thread say so.
     changes.setdefault("checkpoint_secs", 3600)
     changes.setdefault("max_db_size_bytes", 1 << 28)
-    return persipubsub.config.Queue(subscribers=(),
-                                    high_water_mark=persipubsub.config.HighWaterMark(**mark),
-                                    **changes)
+    return config.Queue(subscribers=(), high_water_mark=config.HighWaterMark(**mark), **changes)
 
 
-def change(made: persipubsub.config.Queue, **changes: Any) -> persipubsub.config.Queue:
+def change(made: config.Queue, **changes: Any) -> config.Queue:
     """Change settings, those of the high-water mark included."""
     mark = {key: changes.pop(key) for key in _MARK if key in changes}
     return msgspec.structs.replace(made,
@@ -68,17 +65,17 @@ def change(made: persipubsub.config.Queue, **changes: Any) -> persipubsub.config
                                    **changes)
 
 
-def pruning(drops_newest: bool) -> persipubsub.config.Strategy:
+def pruning(drops_newest: bool) -> config.Strategy:
     """Choose the strategy that drops the newest messages, or the oldest."""
     return PRUNE_LAST if drops_newest else PRUNE_FIRST
 
 
-def path_of(directory: pathlib.Path) -> str:
+def path_of(directory: Path) -> str:
     return os.path.join(directory, "queue")
 
 
 @contextlib.contextmanager
-def opened(directory: pathlib.Path,
+def opened(directory: Path,
            subscribers: Sequence[str] = ("sub", ),
            clock: Callable[[], int] | None = None,
            retries: Mapping[str, persipubsub.queue.Retries] | None = None,
@@ -116,8 +113,7 @@ def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> list[bytes]:
     return messages
 
 
-def figures(queue: persipubsub.queue.Queue,
-            name: str = "sub") -> persipubsub.statistics.SubscriberStatistics:
+def figures(queue: persipubsub.queue.Queue, name: str = "sub") -> statistics.SubscriberStatistics:
     return next(entry for entry in queue.statistics().subscribers if entry.subscriber == name)
 
 
@@ -126,7 +122,7 @@ def commits(queue: persipubsub.queue.Queue) -> int:
     return queue.statistics().commits
 
 
-def until_somebody_waits(path: str | pathlib.Path) -> None:
+def until_somebody_waits(path: str | Path) -> None:
     """Wait until a thread or a process sleeps until a queue changes."""
     page = os.path.join(path, "shared")
 
@@ -192,7 +188,7 @@ def begin_to_clear(queue: persipubsub.queue.Queue) -> int:
     return sum(one.messages for one in dropped)
 
 
-def lose_power(path: str | pathlib.Path) -> None:
+def lose_power(path: str | Path) -> None:
     """Let a queue that nobody has open be found as after a power failure: it is rebuilt then."""
     with open(os.path.join(path, "running"), "wb") as mark:
         mark.write(bytes(range(16)))  # the id of another boot

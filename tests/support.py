@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -16,16 +15,16 @@ import threading
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
 import persipubsub
-import persipubsub.config
-import persipubsub.control
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub import config, control
 
 #: Catches hangs: nothing that a test waits for takes a tenth of it.
 HANG_SECS = 60.0
@@ -35,12 +34,12 @@ FORK = multiprocessing.get_context("fork")
 Connection: TypeAlias = "multiprocessing.connection.Connection[Any, Any]"
 
 
-def write_config(directory: pathlib.Path,
+def write_config(directory: Path,
                  publishers: Mapping[str,
                                      Sequence[str]] = types.MappingProxyType({"pub": ("sub", )}),
                  subscribers: Sequence[str] = ("sub", ),
                  name: str = "config.json",
-                 **changes: Any) -> pathlib.Path:
+                 **changes: Any) -> Path:
     """Write a configuration file with one queue, ``directory/queue``."""
     mark: dict[str, Any] = {
         "MSG_TIMEOUT_SECS": 600,
@@ -70,32 +69,32 @@ def write_config(directory: pathlib.Path,
     return path
 
 
-def make_queue(directory: pathlib.Path, *args: Any, **changes: Any) -> pathlib.Path:
+def make_queue(directory: Path, *args: Any, **changes: Any) -> Path:
     """Write a configuration file, as :py:func:`write_config` does, and initialize its queue."""
     config_pth = write_config(directory, *args, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     return config_pth
 
 
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
+def send(config_pth: Path, *messages: bytes) -> None:
     with persipubsub.Pub("pub", config_pth) as pub:
         pub.send_many(messages)
 
 
-def send_each(config_pth: pathlib.Path, *messages: bytes) -> None:
+def send_each(config_pth: Path, *messages: bytes) -> None:
     with persipubsub.Pub("pub", config_pth) as pub:
         for message in messages:
             pub.send(message)
 
 
-def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
+def receive_all(config_pth: Path, sub_id: str = "sub") -> list[bytes]:
     with persipubsub.Sub(sub_id, config_pth) as sub:
         return list(sub.messages(timeout=0))
 
 
-def open_queue(config_pth: pathlib.Path, queue_key: str = "queue") -> persipubsub.queue.Queue:
+def open_queue(config_pth: Path, queue_key: str = "queue") -> persipubsub.queue.Queue:
     """Open a queue on this machine as publishers and subscribers do."""
-    return persipubsub.queue.open_queue(persipubsub.config.read(config_pth), queue_key)
+    return persipubsub.queue.open_queue(config.read(config_pth), queue_key)
 
 
 def queue_of(
@@ -107,7 +106,7 @@ def queue_of(
     return queue
 
 
-def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
+def snapshot(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
@@ -167,7 +166,7 @@ def count_descriptors() -> int:
 def open_files(process: int | str = "self") -> list[str]:
     """List what a process has open, which may open and close more meanwhile."""
     found = []
-    for path in pathlib.Path("/proc", str(process), "fd").iterdir():
+    for path in Path("/proc", str(process), "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             found.append(os.readlink(path))
     return found

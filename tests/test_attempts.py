@@ -1,9 +1,9 @@
 """Test how deliveries are counted, when messages are retried, and that no record is left behind."""
 
 import functools
-import pathlib
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ def attempts_of(lease: consuming.Lease) -> list[int]:
 # Retrying
 
 
-def test_delay_doubles_up_to_an_hour(tmp_path: pathlib.Path) -> None:
+def test_delay_doubles_up_to_an_hour(tmp_path: Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path,
                        clock=clock,
@@ -50,7 +50,7 @@ def test_delay_doubles_up_to_an_hour(tmp_path: pathlib.Path) -> None:
         take(queue).ack()
 
 
-def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: pathlib.Path) -> None:
+def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: Path) -> None:
     delay_secs = 0.3
     with stores.opened(tmp_path,
                        retries=retries(delay_ns=int(delay_secs * stores.SECOND_NS))) as queue:
@@ -64,7 +64,7 @@ def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: pathlib.Path) ->
         lease.ack()
 
 
-def test_competing_consumers_share_what_is_due(tmp_path: pathlib.Path) -> None:
+def test_competing_consumers_share_what_is_due(tmp_path: Path) -> None:
     with stores.opened(tmp_path, retries=retries(max_deliveries=50, delay_ns=10**6)) as queue:
         queue.put([bytes((index, )) for index in range(20)])
         done: list[bytes] = []
@@ -111,7 +111,7 @@ RECORD = fmt.Attempts(1, 0, 0, 0, "")
     (0, 99, RECORD, "in front of"),
     (0, 1, RECORD._replace(deliveries=0), "count something"),
 ])
-def test_check_finds_records_that_should_not_be(tmp_path: pathlib.Path, ordinal: int, number: int,
+def test_check_finds_records_that_should_not_be(tmp_path: Path, ordinal: int, number: int,
                                                 record: fmt.Attempts, finding: str) -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"1", b"2"])

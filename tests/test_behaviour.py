@@ -9,34 +9,31 @@ Each test runs on a queue in a directory and on a stream of a real server.
 
 import itertools
 import os
-import pathlib
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
 import persipubsub.subscriber
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, config, control, errors
 from tests import jetstream_server
 from tests.support import HANG_SECS, Child, Connection, make_queue, outcome, until, write_config
 
 #: Writes a configuration file, initializes its queue, and returns the path of the file.
-Deploy: TypeAlias = Callable[..., pathlib.Path]
+Deploy: TypeAlias = Callable[..., Path]
 
 _COUNTER = itertools.count()
 
 
 @pytest.fixture(name="deploy",
                 params=["lmdb", pytest.param("nats", marks=jetstream_server.needs_server)])
-def _deploy(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Deploy:
+def _deploy(request: pytest.FixtureRequest, tmp_path: Path) -> Deploy:
 
-    def deploy(ack_wait: float = jetstream_server.FOR_EVER_SECS, **arguments: Any) -> pathlib.Path:
+    def deploy(ack_wait: float = jetstream_server.FOR_EVER_SECS, **arguments: Any) -> Path:
         if request.param == "nats":
             servers = request.getfixturevalue("servers")
             arguments.setdefault("busy_timeout_secs", 10)
@@ -47,12 +44,12 @@ def _deploy(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Deploy:
     return deploy
 
 
-def open_pub(config_pth: pathlib.Path, pub_id: str = "pub") -> Pub:
+def open_pub(config_pth: Path, pub_id: str = "pub") -> Pub:
     pub = Pub(pub_id, config_pth)
     return pub
 
 
-def open_sub(config_pth: pathlib.Path, sub_id: str = "sub") -> Sub:
+def open_sub(config_pth: Path, sub_id: str = "sub") -> Sub:
     sub = Sub(sub_id, config_pth)
     return sub
 
@@ -66,8 +63,8 @@ def drain(sub: Sub, timeout: float = 0.15) -> list[bytes]:
             received.append(msg)
 
 
-def lags(config_pth: pathlib.Path) -> dict[str, int]:
-    figures = persipubsub.control.statistics(config_pth)["queue"]
+def lags(config_pth: Path) -> dict[str, int]:
+    figures = control.statistics(config_pth)["queue"]
     return {one.subscriber: one.lag for one in figures.subscribers}
 
 
@@ -218,7 +215,7 @@ def test_old_messages_are_dropped(deploy: Deploy) -> None:
         assert received == [b"new"]
         pub.send(b"old")
         time.sleep(1.6)  # as old as that takes time
-        persipubsub.control.prune_dangling_messages(config_pth)
+        control.prune_dangling_messages(config_pth)
         assert lags(config_pth) == {"sub": 0}
 
 
@@ -228,14 +225,14 @@ def test_clear_drops_all(deploy: Deploy) -> None:
         pub.send_many(numbered(5))
         with sub.receive(timeout=HANG_SECS):
             pass
-        number = persipubsub.control.statistics(config_pth)["queue"].next_number
-        assert persipubsub.control.clear_all_subs(config_pth) == {"queue": 9}
+        number = control.statistics(config_pth)["queue"].next_number
+        assert control.clear_all_subs(config_pth) == {"queue": 9}
         assert not drain(sub)
         assert lags(config_pth) == {"a": 0, "b": 0}
         pub.send(b"after")
         assert drain(sub) == [b"after"]
     # No number is used twice.
-    assert persipubsub.control.statistics(config_pth)["queue"].next_number == number + 1
+    assert control.statistics(config_pth)["queue"].next_number == number + 1
 
 
 def test_statistics_tell_who_is_behind(deploy: Deploy) -> None:
@@ -245,19 +242,18 @@ def test_statistics_tell_who_is_behind(deploy: Deploy) -> None:
         with sub.receive_many(max_msgs=4, timeout=HANG_SECS):
             pass
         with sub.receive(timeout=HANG_SECS):
-            figures = persipubsub.control.statistics(config_pth)["queue"]
+            figures = control.statistics(config_pth)["queue"]
     assert (figures.messages, figures.message_share, figures.next_number) == (10, 0.5, 11)
     assert figures.oldest_age_seconds is not None and 0 <= figures.oldest_age_seconds < HANG_SECS
     assert [(one.subscriber, one.lag, one.position, one.in_flight)
             for one in figures.subscribers] == [("a", 6, 5, 1), ("b", 10, 1, 0)]
 
 
-def test_new_subscriber_gets_what_is_sent_from_then_on(deploy: Deploy,
-                                                       tmp_path: pathlib.Path) -> None:
+def test_new_subscriber_gets_what_is_sent_from_then_on(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy()
     with open_pub(config_pth) as pub:
         pub.send(b"before")
-    path = persipubsub.config.read(config_pth).queues["queue"].path
+    path = config.read(config_pth).queues["queue"].path
     both = write_config(tmp_path,
                         path=path,
                         publishers={"pub": ("sub", "new")},
@@ -265,20 +261,19 @@ def test_new_subscriber_gets_what_is_sent_from_then_on(deploy: Deploy,
                         name="both.json")
     assert outcome(lambda: open_pub(both)) == "NotInitializedError"
     assert outcome(lambda: open_sub(both, "new")) == "NotInitializedError"
-    persipubsub.control.initialize_all_dbs(both)
+    control.initialize_all_dbs(both)
     with open_pub(both) as pub, open_sub(both, "sub") as sub, open_sub(both, "new") as new:
         pub.send(b"after")
         assert drain(sub) == [b"before", b"after"]
         assert drain(new) == [b"after"]
 
 
-def test_queue_that_is_not_there(deploy: Deploy, tmp_path: pathlib.Path) -> None:
-    path = persipubsub.config.read(deploy()).queue_path("queue")
+def test_queue_that_is_not_there(deploy: Deploy, tmp_path: Path) -> None:
+    path = config.read(deploy()).queue_path("queue")
     scheme, _, rest = path.rpartition("queue")
     missing = write_config(tmp_path, path=f"{scheme}missing{rest}", name="missing.json")
     for function in (lambda: open_pub(missing), lambda: open_sub(missing),
-                     lambda: persipubsub.control.statistics(missing),
-                     lambda: persipubsub.control.clear_all_subs(missing)):
+                     lambda: control.statistics(missing), lambda: control.clear_all_subs(missing)):
         assert outcome(function) == "NotInitializedError"
 
 
@@ -286,7 +281,7 @@ def test_messages_that_can_not_be_held(deploy: Deploy) -> None:
     config_pth = deploy(MAX_MSGS_NUM=3, HWM_LMDB_SIZE_BYTES=1000)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         for messages in ([bytes(1001)], [b""] * 4, [bytes(400)] * 3, [b"fine", bytes(1001)]):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError):
+            with pytest.raises(errors.MessageTooLargeError):
                 pub.send_many(messages)
         pub.send(bytes(1000))
         assert drain(sub) == [bytes(1000)]
@@ -369,22 +364,6 @@ def test_killed_publisher_leaves_what_it_sent(deploy: Deploy) -> None:
         received = drain(sub)
     assert received == numbered(len(received))
     assert len(received) in (len(acknowledged), len(acknowledged) + 1)
-
-
-def test_crowd_gets_each_message_once(deploy: Deploy) -> None:
-    config_pth = deploy()
-
-    def work(pipe: Connection) -> None:
-        with open_sub(config_pth) as sub:
-            pipe.send(drain(sub, timeout=1))
-
-    with open_pub(config_pth) as pub:
-        pub.send_many(numbered(60))
-    with Child(work) as one, Child(work) as two:
-        received = one.get() + two.get()
-        one.end()
-        two.end()
-    assert sorted(received, key=int) == numbered(60)
 
 
 def test_nothing_is_left_behind(deploy: Deploy) -> None:

@@ -1,9 +1,9 @@
 """Test that a check of the store finds each kind of damage."""
 
-import pathlib
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +18,7 @@ NAME = b"sub"
 
 
 @pytest.fixture(name="store", scope="module")
-def fixture_store(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def fixture_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a store with blocks of several audiences, gaps, ranges ahead and two subscribers."""
     directory = tmp_path_factory.mktemp("sound")
     with stores.opened(directory, ["sub", "other"],
@@ -41,7 +41,7 @@ def fixture_store(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(name="copy")
-def fixture_copy(store: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[persipubsub.queue.Queue]:
+def fixture_copy(store: Path, tmp_path: Path) -> Iterator[persipubsub.queue.Queue]:
     """Open a copy of the store that may be damaged."""
     shutil.copytree(store / "queue", tmp_path / "queue")
     with persipubsub.queue.Queue(str(tmp_path / "queue"), stores.settings()) as queue:
@@ -199,7 +199,7 @@ def test_all_damaged_messages_are_named(copy: persipubsub.queue.Queue) -> None:
 
 def test_check_changes_nothing(copy: persipubsub.queue.Queue) -> None:
     before = copy.statistics()
-    path = pathlib.Path(copy.path) / "data.mdb"
+    path = Path(copy.path) / "data.mdb"
     content = path.read_bytes()
     copy.check()
     assert path.read_bytes() == content

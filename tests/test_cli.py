@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import json
 import os
-import pathlib
 import re
 import select
 import signal
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click.testing
@@ -20,11 +20,10 @@ import pytest
 
 import persipubsub
 import persipubsub.cli.commands
-import persipubsub.control
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from tests import jetstream_server, support
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS: Mapping[str, click.Command] = persipubsub.cli.commands.commands.commands
 
@@ -91,15 +90,15 @@ def call(capfd: pytest.CaptureFixture[str], *arguments:
 
 
 @contextlib.contextmanager
-def receiving(config_pth: pathlib.Path, count: int, name: str = "sub") -> Iterator[list[bytes]]:
+def receiving(config_pth: Path, count: int, name: str = "sub") -> Iterator[list[bytes]]:
     """Receive several messages; they are acknowledged at the end of the block."""
     with Sub(name, config_pth) as sub:
         with sub.receive_many(max_msgs=count, timeout=0) as messages:
             yield messages
 
 
-def lag(config_pth: pathlib.Path) -> int:
-    return persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag
+def lag(config_pth: Path) -> int:
+    return control.statistics(config_pth)["queue"].subscribers[0].lag
 
 
 # The commands as such
@@ -162,7 +161,7 @@ def test_without_the_extra_it_says_how_to_install_it() -> None:
 # Where the configuration file is
 
 
-def test_file_named_by_the_environment(tmp_path: pathlib.Path) -> None:
+def test_file_named_by_the_environment(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"1", b"2")
     variables = {"PERSIPUBSUB_CONFIG": str(config_pth)}
@@ -187,7 +186,7 @@ def test_file_named_by_the_environment(tmp_path: pathlib.Path) -> None:
     run("peek", config_pth, "sub", "more", variables=variables, exit_code=2)
 
 
-def test_file_that_is_not_named(tmp_path: pathlib.Path) -> None:
+def test_file_that_is_not_named(tmp_path: Path) -> None:
     for name in ("stat", "send", "init"):
         for variables in ({}, {"PERSIPUBSUB_CONFIG": ""}):
             process = run(name, variables=variables, exit_code=2)
@@ -210,7 +209,7 @@ def closed(redirection: str) -> list[str]:
 
 @pytest.mark.parametrize("command",
                          ["stat", "init", "send pub --message x", "receive sub", "stat --json"])
-def test_closed_output(tmp_path: pathlib.Path, command: str) -> None:
+def test_closed_output(tmp_path: Path, command: str) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"first")
     name, *rest = command.split()
@@ -218,15 +217,15 @@ def test_closed_output(tmp_path: pathlib.Path, command: str) -> None:
     assert process.stderr == ("persipubsub: Expected an open standard output, but got: it is "
                               "closed. To do without, send it to /dev/null.\n")
     # Nothing was sent, and nothing was received to be lost.
-    assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag == 1
+    assert control.statistics(config_pth)["queue"].subscribers[0].lag == 1
 
 
-def test_closed_error_output(tmp_path: pathlib.Path) -> None:
+def test_closed_error_output(tmp_path: Path) -> None:
     process = run("stat", tmp_path / "missing.json", prefix=closed("2>&-"), exit_code=1)
     assert (process.stdout, process.stderr) == ("", "")
 
 
-def test_closed_input(tmp_path: pathlib.Path) -> None:
+def test_closed_input(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     process = run("send", config_pth, "pub", prefix=closed("<&-"), exit_code=1)
     assert process.stderr == ("0 messages sent\npersipubsub: Expected to read the standard input, "
@@ -235,12 +234,11 @@ def test_closed_input(tmp_path: pathlib.Path) -> None:
     for name in "clear", "drop-queue":
         process = run(name, config_pth, prefix=closed("<&-"), exit_code=1)
         assert process.stderr == "\npersipubsub: nothing was done\n"
-    assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
+    assert control.statistics(config_pth)["queue"].messages == 1
 
 
 @pytest.mark.parametrize("options", [[], ["--lines"]])
-def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
-                                                      options: list[str]) -> None:
+def test_input_that_does_not_block_is_read_to_its_end(tmp_path: Path, options: list[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
@@ -257,7 +255,7 @@ def test_input_that_does_not_block_is_read_to_its_end(tmp_path: pathlib.Path,
         pipe.close()
         assert process.stderr is not None
         assert process.wait(timeout=support.HANG_SECS) == 0, process.stderr.read()
-    contents = [one.content for one in persipubsub.control.peek(config_pth, "sub", 3)]
+    contents = [one.content for one in control.peek(config_pth, "sub", 3)]
     assert contents == ([b"one", b"two", b"three"] if options else [b"one\ntwo\nthree"])
 
 
@@ -278,7 +276,7 @@ def unread(kind: str) -> Iterator[int]:
                                                 ("stat nowhere.json", 1), ("clear CONFIG", 1),
                                                 ("check nowhere.json", 3),
                                                 ("send CONFIG pub --message x", 0)])
-def test_complaints_that_nobody_reads(tmp_path: pathlib.Path, command: str, exit_code: int,
+def test_complaints_that_nobody_reads(tmp_path: Path, command: str, exit_code: int,
                                       kind: str) -> None:
     """The exit code is as if they were read, and who was not asked did not agree."""
     config_pth = support.make_queue(tmp_path)
@@ -290,13 +288,13 @@ def test_complaints_that_nobody_reads(tmp_path: pathlib.Path, command: str, exit
         process.communicate(b"y\n", timeout=support.HANG_SECS)
     assert process.returncode == exit_code
     expected = 2 if exit_code == 0 else 1
-    assert persipubsub.control.statistics(config_pth)["queue"].messages == expected
+    assert control.statistics(config_pth)["queue"].messages == expected
 
 
 # Queues
 
 
-def test_init_and_stat(tmp_path: pathlib.Path) -> None:
+def test_init_and_stat(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     expected = f"queue: ready in {tmp_path / 'queue'}\n"
     assert run("init", config_pth).stdout == expected
@@ -318,7 +316,7 @@ def test_init_and_stat(tmp_path: pathlib.Path) -> None:
     assert max(map(len, text.splitlines()[1:])) <= 100
 
 
-def test_stat_counts_what_is_in_flight(tmp_path: pathlib.Path) -> None:
+def test_stat_counts_what_is_in_flight(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, *[b"x"] * 10)
     with receiving(config_pth, 1), receiving(config_pth, 3):
@@ -333,7 +331,7 @@ def test_stat_counts_what_is_in_flight(tmp_path: pathlib.Path) -> None:
     assert "IN FLIGHT" not in run("stat", config_pth).stdout
 
 
-def test_stat_of_no_queues_and_of_an_empty_one(tmp_path: pathlib.Path) -> None:
+def test_stat_of_no_queues_and_of_an_empty_one(tmp_path: Path) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_text('{"queues": {}}', encoding="utf-8")
     assert run("stat", config_pth).stdout == ""
@@ -358,7 +356,7 @@ CHECKS = [
 ]
 
 
-def test_check(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_check(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10)
     support.send(config_pth, *[b"x"] * 3)
     for options, exit_code, finding in CHECKS:
@@ -376,14 +374,14 @@ def test_check(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> Non
         assert found["status"] == status and len(found["performance"]) == data.count("=")
 
 
-def test_check_of_what_can_not_be_looked_at(tmp_path: pathlib.Path) -> None:
+def test_check_of_what_can_not_be_looked_at(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     process = run("check", config_pth, exit_code=3)
     assert process.stdout.startswith("PERSIPUBSUB UNKNOWN - queue: Expected the directory")
     config = json.loads(config_pth.read_text())
     config["queues"]["sound|'="] = dict(config["queues"]["queue"], path=str(tmp_path / "sound"))
     config_pth.write_text(json.dumps(config))
-    persipubsub.control.initialize_all_dbs(config_pth, "sound|'=")
+    control.initialize_all_dbs(config_pth, "sound|'=")
     run("check", config_pth, exit_code=3)
     process = run("check", config_pth, "--queue", "sound|'=")
     assert "'sound/''_ lag of sub'=0;;;0 " in process.stdout and process.stdout.count("|") == 1
@@ -394,7 +392,7 @@ def test_check_of_what_can_not_be_looked_at(tmp_path: pathlib.Path) -> None:
         run("check", config_pth, *options, exit_code=3)
 
 
-def test_one_queue_that_fails_does_not_hide_the_others(tmp_path: pathlib.Path) -> None:
+def test_one_queue_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     config = json.loads(config_pth.read_text())
     config["queues"]["missing"] = dict(config["queues"]["queue"], path=str(tmp_path / "missing"))
@@ -410,7 +408,7 @@ def test_one_queue_that_fails_does_not_hide_the_others(tmp_path: pathlib.Path) -
     assert "--queue" in process.stderr
 
 
-def add_foreign_first(config_pth: pathlib.Path) -> None:
+def add_foreign_first(config_pth: Path) -> None:
     """Add a queue in front of the other one, in whose directory another program has its data."""
     config = json.loads(config_pth.read_text())
     first = dict(config["queues"]["queue"], path=str(config_pth.parent / "first"))
@@ -421,8 +419,7 @@ def add_foreign_first(config_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["stat", "verify", "prune"])
-def test_one_queue_that_can_not_be_read_does_not_hide_the_others(tmp_path: pathlib.Path,
-                                                                 name: str) -> None:
+def test_one_queue_that_can_not_be_read_does_not_hide_the_others(tmp_path: Path, name: str) -> None:
     config_pth = support.make_queue(tmp_path)
     add_foreign_first(config_pth)
     process = run(name, config_pth, exit_code=1)
@@ -433,7 +430,7 @@ def test_one_queue_that_can_not_be_read_does_not_hide_the_others(tmp_path: pathl
 
 
 @pytest.mark.parametrize("name", ["verify", "compact"])
-def test_queue_on_servers_does_not_hide_directories(tmp_path: pathlib.Path, name: str) -> None:
+def test_queue_on_servers_does_not_hide_directories(tmp_path: Path, name: str) -> None:
     config_pth = support.make_queue(tmp_path)
     config = json.loads(config_pth.read_text())
     first = dict(config["queues"]["queue"], path="nats://127.0.0.1:1/S")
@@ -444,7 +441,7 @@ def test_queue_on_servers_does_not_hide_directories(tmp_path: pathlib.Path, name
     assert "directory of this machine" in process.stderr and len(process.stderr.splitlines()) == 1
 
 
-def test_prune_and_clear(tmp_path: pathlib.Path) -> None:
+def test_prune_and_clear(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"1", b"2")
     assert run("prune", config_pth).stdout.startswith("queue: 0 deliveries")
@@ -464,7 +461,7 @@ def test_prune_and_clear(tmp_path: pathlib.Path) -> None:
 # Messages
 
 
-def test_send_and_receive(tmp_path: pathlib.Path) -> None:
+def test_send_and_receive(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     (tmp_path / "file").write_bytes(b"\0\xff\n")
     assert run("send", config_pth, "pub", "--message", "hello", tmp_path / "file").stderr == \
@@ -484,7 +481,7 @@ def test_send_and_receive(tmp_path: pathlib.Path) -> None:
     inbox = tmp_path / "inbox"
     inbox.mkdir()
     lines = run("receive", config_pth, "sub", "--number", "0", "--directory", inbox).stdout
-    paths = [pathlib.Path(line) for line in lines.splitlines()]
+    paths = [Path(line) for line in lines.splitlines()]
     assert [path.read_bytes() for path in paths] == [b"a", b"", b"last"]
     assert sorted(inbox.iterdir()) == paths
     process2 = run("receive", config_pth, "sub", exit_code=1)
@@ -492,8 +489,7 @@ def test_send_and_receive(tmp_path: pathlib.Path) -> None:
 
 
 @jetstream_server.needs_server
-def test_send_and_receive_on_servers(tmp_path: pathlib.Path,
-                                     servers: jetstream_server.Servers) -> None:
+def test_send_and_receive_on_servers(tmp_path: Path, servers: jetstream_server.Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
     run("send", config_pth, "pub", "--lines", stdin=b"a\nb")
     assert run("receive", config_pth, "sub").stdout == "a\n"
@@ -503,7 +499,7 @@ def test_send_and_receive_on_servers(tmp_path: pathlib.Path,
         "persipubsub: no message for sub within 0 seconds\n"
 
 
-def test_receive_waits(tmp_path: pathlib.Path) -> None:
+def test_receive_waits(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     with start("receive", config_pth, "sub", "--timeout", "inf", "--number", "2") as process:
         assert process.stdout is not None
@@ -514,7 +510,7 @@ def test_receive_waits(tmp_path: pathlib.Path) -> None:
         assert process.wait(timeout=support.HANG_SECS) == 0
 
 
-def test_lines_are_sent_as_they_come(tmp_path: pathlib.Path) -> None:
+def test_lines_are_sent_as_they_come(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=100)
     with start("send", config_pth, "pub", "--lines", stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -529,7 +525,7 @@ def test_lines_are_sent_as_they_come(tmp_path: pathlib.Path) -> None:
     assert run("receive", config_pth, "sub", "--number", "0").stdout.splitlines()[-1] == "999"
 
 
-def test_peek(tmp_path: pathlib.Path) -> None:
+def test_peek(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"hello", "w\xf6rld\n\x1b[2J".encode(), b"\xff")
     lines = run("peek", config_pth, "sub").stdout.splitlines()
@@ -546,7 +542,7 @@ def test_peek(tmp_path: pathlib.Path) -> None:
     assert lag(config_pth) == 3
 
 
-def test_times_of_messages(tmp_path: pathlib.Path) -> None:
+def test_times_of_messages(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     before = datetime.datetime.now(datetime.UTC)
     support.send(config_pth, b"hello")
@@ -568,7 +564,7 @@ def test_times_of_messages(tmp_path: pathlib.Path) -> None:
     assert re.fullmatch(r" *\d\.\d s", shown("--age"))
 
 
-def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:
+def test_stat_watch_for_machines(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     out = run("stat", config_pth, "--watch", "--count", "3", "--interval", "0.1", "--json").stdout
     assert [json.loads(line)["queue"]["messages"] for line in out.splitlines()] == [0, 0, 0]
@@ -580,8 +576,7 @@ def test_stat_watch_for_machines(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["tail", "--number", "100"], ["stat"], ["stat", "--watch", "--interval", "0.1"],
                   ["peek", "sub", "--number", "100"]])
-def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: pathlib.Path,
-                                                arguments: list[str]) -> None:
+def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: Path, arguments: list[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, *[b"x" * 1000] * 200)
     with start(arguments[0], config_pth, *arguments[1:]) as process:
@@ -593,7 +588,7 @@ def test_closed_pipe_is_quiet_and_loses_nothing(tmp_path: pathlib.Path,
     assert lag(config_pth) == 200
 
 
-def test_closed_pipe_leaves_what_was_not_written(tmp_path: pathlib.Path) -> None:
+def test_closed_pipe_leaves_what_was_not_written(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, *[b"%d" % index * 1000 for index in range(200)])
     with start("receive", config_pth, "sub", "--number", "0") as process:
@@ -605,10 +600,10 @@ def test_closed_pipe_leaves_what_was_not_written(tmp_path: pathlib.Path) -> None
     # A pipe holds some messages that were written and never read; all others are still there.
     rest = lag(config_pth)
     assert 0 < rest < 200
-    assert persipubsub.control.peek(config_pth, "sub")[0].content == b"%d" % (200 - rest) * 1000
+    assert control.peek(config_pth, "sub")[0].content == b"%d" % (200 - rest) * 1000
 
 
-def test_full_output_leaves_the_message(tmp_path: pathlib.Path) -> None:
+def test_full_output_leaves_the_message(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"x")
     with open("/dev/full", "wb") as full:
@@ -626,7 +621,7 @@ UNBUFFERED = ["env", "PYTHONUNBUFFERED=1"]
 
 @pytest.mark.parametrize("prefix", [[], UNBUFFERED])
 @pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
-def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options: list[str],
+def test_message_that_was_written_in_part_stays(tmp_path: Path, options: list[str],
                                                 prefix: list[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"x" * 1000000)
@@ -641,7 +636,7 @@ def test_message_that_was_written_in_part_stays(tmp_path: pathlib.Path, options:
 
 @pytest.mark.parametrize("prefix", [[], UNBUFFERED])
 @pytest.mark.parametrize("options", [[], ["--json"], ["--format", "raw"]])
-def test_output_that_does_not_block_gets_all(tmp_path: pathlib.Path, options: list[str],
+def test_output_that_does_not_block_gets_all(tmp_path: Path, options: list[str],
                                              prefix: list[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, *[b"x" * 5000] * 100)
@@ -669,7 +664,7 @@ def test_output_that_does_not_block_gets_all(tmp_path: pathlib.Path, options: li
     assert lag(config_pth) == 0
 
 
-def test_each_line_is_written_at_once_without_buffers(tmp_path: pathlib.Path) -> None:
+def test_each_line_is_written_at_once_without_buffers(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     with start("stat", config_pth, "--watch", "--interval", "3600", "--json",
                prefix=UNBUFFERED) as process:
@@ -682,7 +677,7 @@ def test_each_line_is_written_at_once_without_buffers(tmp_path: pathlib.Path) ->
     "arguments",
     [["tail", "--number", "1"], ["receive", "sub", "--number", "2", "--timeout", "inf"],
      ["stat", "--watch", "--json"], ["metrics", "--port", "0"]])
-def test_interrupted(tmp_path: pathlib.Path, arguments: list[str]) -> None:
+def test_interrupted(tmp_path: Path, arguments: list[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"x")
     with start(arguments[0], config_pth, *arguments[1:]) as process:
@@ -695,7 +690,7 @@ def test_interrupted(tmp_path: pathlib.Path, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments", [["clear"], ["drop-queue"], ["remove-subscriber", "sub"], ["restore", "backup"]])
-def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: list[str]) -> None:
+def test_interrupted_at_a_question(tmp_path: Path, arguments: list[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"x")
     with start(arguments[0], config_pth, *arguments[1:], stdin=subprocess.PIPE) as process:
@@ -705,7 +700,7 @@ def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: list[str])
         while not question.endswith(b"[y/N]:"):
             question += process.stderr.read(1)
         # A signal just before it waits would be seen when it has read something, and not before.
-        status = pathlib.Path("/proc", str(process.pid), "stat")
+        status = Path("/proc", str(process.pid), "stat")
         support.until(lambda: ") S " in status.read_text("ascii"), "it waits for the answer")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=support.HANG_SECS) == 130
@@ -716,7 +711,7 @@ def test_interrupted_at_a_question(tmp_path: pathlib.Path, arguments: list[str])
 # Maintenance
 
 
-def test_verify(tmp_path: pathlib.Path) -> None:
+def test_verify(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"some content that is easily found")
     assert run("verify", config_pth).stdout == "queue: sound\n"
@@ -728,7 +723,7 @@ def test_verify(tmp_path: pathlib.Path) -> None:
     assert len(found["queue"]["findings"]) == 1
 
 
-def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
+def test_compact_backup_and_restore(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"1")
     target = tmp_path / "backup"
@@ -748,7 +743,7 @@ def test_compact_backup_and_restore(tmp_path: pathlib.Path) -> None:
     assert found["before_bytes"] >= found["after_bytes"] > 0
 
 
-def test_seek(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_seek(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"1", b"2", b"3")
     for position, places in {
@@ -772,7 +767,7 @@ def test_seek(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None
             assert lag(config_pth) == count
 
 
-def test_seek_to_no_place(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_seek_to_no_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"1")
     for place in ("", "start", "-", "--1h", "-1x", "-inf", "-99999999w", "1.5", "@", "@nan",
@@ -782,7 +777,7 @@ def test_seek_to_no_place(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[s
         assert lag(config_pth) == 1
 
 
-def test_subscribers_and_drop(tmp_path: pathlib.Path) -> None:
+def test_subscribers_and_drop(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     process = run("add-subscriber", config_pth, "late")
     assert "late was added" in process.stdout and "queues.queue.subscribers" in process.stdout
@@ -814,7 +809,7 @@ def outcome(capfd: pytest.CaptureFixture[str], *arguments: object) -> int:
     return done.returncode
 
 
-def wrong_files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+def wrong_files(directory: Path) -> Iterator[Path]:
     yield directory / "missing.json"
     yield directory
     for name, content in [("empty", b""), ("list", b"[]"), ("binary", bytes(range(256))),
@@ -825,14 +820,14 @@ def wrong_files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @pytest.mark.parametrize("name", sorted(set(USERS) - {"check-config"}))
-def test_wrong_configuration_file(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
+def test_wrong_configuration_file(tmp_path: Path, capfd: pytest.CaptureFixture[str],
                                   name: str) -> None:
     for path in wrong_files(tmp_path):
         assert outcome(capfd, name, path, *ARGUMENTS.get(name, [])) == (3 if name == "check" else 1)
 
 
 @pytest.mark.parametrize("name", sorted(set(USERS) - {"check", "check-config", "init", "metrics"}))
-def test_queue_that_can_not_be_used(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str],
+def test_queue_that_can_not_be_used(tmp_path: Path, capfd: pytest.CaptureFixture[str],
                                     name: str) -> None:
     arguments = [
         str(tmp_path / argument) if argument in ("target", "backup") else argument
@@ -850,7 +845,7 @@ def test_queue_that_can_not_be_used(tmp_path: pathlib.Path, capfd: pytest.Captur
     assert outcome(capfd, name, config_pth, *arguments) == 1
     (tmp_path / "queue" / "notes").unlink()
     # Damaged
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     if name in ("verify", "drop-queue"):
         return
     os.truncate(tmp_path / "queue" / "data.mdb", 5000)
@@ -873,7 +868,7 @@ WRONG_USAGE = [
 ]
 
 
-def test_wrong_usage(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config_pth = support.make_queue(tmp_path)
     for arguments in WRONG_USAGE:
         assert outcome(capfd, *(config_pth if one == "CONFIG" else one for one in arguments)) == 2
@@ -888,7 +883,7 @@ MISSING = [
 ]
 
 
-def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     nowhere = support.write_config(tmp_path, path="/proc/queue")
     assert outcome(capfd, "init", nowhere) == 1
     config_pth = support.make_queue(tmp_path)
@@ -901,7 +896,7 @@ def test_what_is_not_there(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[
         assert (done.returncode, err[0], len(err)) == (1, "0 messages sent", 2)
 
 
-def test_too_large_message(tmp_path: pathlib.Path) -> None:
+def test_too_large_message(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, HWM_LMDB_SIZE_BYTES=100)
     process = run("send", config_pth, "pub", "--lines", stdin=b"1\n" + b"x" * 101, exit_code=1)
     assert process.stderr.splitlines()[0] == "1 message sent"
@@ -912,7 +907,7 @@ def test_too_large_message(tmp_path: pathlib.Path) -> None:
 # Speed
 
 
-def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:
+def test_stat_is_fast_however_much_waits(tmp_path: Path) -> None:
     count = int(os.environ.get("PERSIPUBSUB_STAT_MESSAGES", "100000"))
     subscribers = [f"sub{index:03}" for index in range(100)]
     config_pth = support.make_queue(tmp_path,
@@ -931,7 +926,7 @@ def test_stat_is_fast_however_much_waits(tmp_path: pathlib.Path) -> None:
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        statistics = persipubsub.control.statistics(config_pth)["queue"]
+        statistics = control.statistics(config_pth)["queue"]
         seconds.append(time.perf_counter() - begin)
     print(f"statistics of {count} messages and 100 subscribers: {1000.0 * min(seconds):.1f} ms")
     assert statistics.messages == count

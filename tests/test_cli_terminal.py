@@ -3,19 +3,17 @@
 import base64
 import functools
 import json
-import pathlib
 import re
 import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.control
-import persipubsub.statistics
-from persipubsub import Pub
+from persipubsub import Pub, control, statistics
 from persipubsub.cli import text, view
 from tests import support, test_cli
 from tests.terminals import Terminal
@@ -53,7 +51,7 @@ def test_what_would_change_a_terminal_is_escaped() -> None:
 # Hostile names and messages
 
 
-def hostile_queue(directory: pathlib.Path) -> pathlib.Path:
+def hostile_queue(directory: Path) -> Path:
     """Make a queue whose key, publisher and subscriber are hostile, with hostile messages."""
     name = HOSTILE.replace("\x00", "")
     config_pth = directory / "config.json"
@@ -64,7 +62,7 @@ def hostile_queue(directory: pathlib.Path) -> pathlib.Path:
     config.pop("pub")
     config.pop("sub")
     config_pth.write_text(json.dumps(config), encoding="utf-8")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     with Pub(f"p{name}", config_pth) as pub:
         pub.send_many([HOSTILE.encode(), b"\xff\xfe\x1b[2J", b"\xed\xa0\x80"])
     return config_pth
@@ -83,7 +81,7 @@ def hostile_queue(directory: pathlib.Path) -> pathlib.Path:
                                    "send pNAME --queue x", "receive NAME --format raw",
                                    "stat --NAME")),
 ])  # yapf: disable
-def test_hostile_names_and_messages(tmp_path: pathlib.Path, exit_code: int, command: str) -> None:
+def test_hostile_names_and_messages(tmp_path: Path, exit_code: int, command: str) -> None:
     config_pth = hostile_queue(tmp_path)
     name = HOSTILE.replace("\x00", "")
     words = [word.replace("NAME", name) for word in command.split()]
@@ -92,7 +90,7 @@ def test_hostile_names_and_messages(tmp_path: pathlib.Path, exit_code: int, comm
     assert shown and is_harmless(shown), shown
 
 
-def test_file_with_a_hostile_name(tmp_path: pathlib.Path) -> None:
+def test_file_with_a_hostile_name(tmp_path: Path) -> None:
     for name in ("\x1b[31m.json", "\udcff\n.json"):
         for words in (["stat"], ["check"], ["peek", "sub"]):
             with terminal_of(words[0], tmp_path / name, *words[1:]) as terminal:
@@ -100,7 +98,7 @@ def test_file_with_a_hostile_name(tmp_path: pathlib.Path) -> None:
             assert is_harmless(shown) and "31m" in shown or "udcff" in shown
 
 
-def test_numbers_that_no_message_has(tmp_path: pathlib.Path) -> None:
+def test_numbers_that_no_message_has(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"x")
     huge = "9" * 30
@@ -117,7 +115,7 @@ def test_numbers_that_no_message_has(tmp_path: pathlib.Path) -> None:
 # Messages
 
 
-def test_tail_in_a_terminal(tmp_path: pathlib.Path) -> None:
+def test_tail_in_a_terminal(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"one", b"two")
     with terminal_of("tail", config_pth, "--number", "1") as terminal:
@@ -132,7 +130,7 @@ def test_tail_in_a_terminal(tmp_path: pathlib.Path) -> None:
     assert test_cli.lag(config_pth) == 3
 
 
-def test_raw_messages_are_for_pipes(tmp_path: pathlib.Path) -> None:
+def test_raw_messages_are_for_pipes(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, HOSTILE.encode())
     with terminal_of("receive", config_pth, "sub", "--format", "raw") as terminal:
@@ -142,7 +140,7 @@ def test_raw_messages_are_for_pipes(tmp_path: pathlib.Path) -> None:
     assert base64.b64decode(found["base64"]) == HOSTILE.encode()
 
 
-def test_question_in_a_terminal(tmp_path: pathlib.Path) -> None:
+def test_question_in_a_terminal(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"x")
     for answer, exit_code in ((b"n\n", 1), (b"y\n", 0)):
@@ -153,7 +151,7 @@ def test_question_in_a_terminal(tmp_path: pathlib.Path) -> None:
     assert test_cli.lag(config_pth) == 0
 
 
-def test_verify_shows_its_progress(tmp_path: pathlib.Path) -> None:
+def test_verify_shows_its_progress(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, *[b"x" * 100] * 20000)
     with terminal_of("verify", config_pth) as terminal:
@@ -164,7 +162,7 @@ def test_verify_shows_its_progress(tmp_path: pathlib.Path) -> None:
 # stat
 
 
-def test_stat_in_colors(tmp_path: pathlib.Path) -> None:
+def test_stat_in_colors(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10)
     support.send(config_pth, *[b"x"] * 9)
     for variables, is_colored in (({}, True), ({
@@ -179,7 +177,7 @@ def test_stat_in_colors(tmp_path: pathlib.Path) -> None:
         assert "90 %" in shown and "MAX_MSGS_NUM" in shown and is_harmless(shown)
 
 
-def test_stat_watch(tmp_path: pathlib.Path) -> None:
+def test_stat_watch(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1s") as terminal:
         terminal.wait_for("nothing waits")
@@ -197,7 +195,7 @@ def test_stat_watch(tmp_path: pathlib.Path) -> None:
     assert "777" in shown[shown.index("\x1b[?1049l"):]
 
 
-def test_stat_watch_is_interrupted(tmp_path: pathlib.Path) -> None:
+def test_stat_watch_is_interrupted(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "1h") as terminal:
         terminal.wait_for("q ends")
@@ -207,17 +205,17 @@ def test_stat_watch_is_interrupted(tmp_path: pathlib.Path) -> None:
     assert "\x1b[?1049l" in shown and shown.rstrip().endswith("persipubsub: interrupted")
 
 
-def test_stat_watch_shows_errors_and_goes_on(tmp_path: pathlib.Path) -> None:
+def test_stat_watch_shows_errors_and_goes_on(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1") as terminal:
         terminal.wait_for("Expected the directory")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         terminal.wait_for("nothing waits")
         terminal.type(b"q")
         terminal.end(exit_code=0)
 
 
-def test_stat_watch_fits_a_small_terminal(tmp_path: pathlib.Path) -> None:
+def test_stat_watch_fits_a_small_terminal(tmp_path: Path) -> None:
     subscribers = [f"sub{index:02}" for index in range(40)]
     config_pth = support.make_queue(tmp_path,
                                     publishers={"pub": subscribers},
@@ -233,8 +231,7 @@ def test_stat_watch_fits_a_small_terminal(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
-def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: pathlib.Path,
-                                                             term: str) -> None:
+def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: Path, term: str) -> None:
     config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1",
                      variables={"TERM": term}) as terminal:
@@ -245,7 +242,7 @@ def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: pathlib.P
 
 
 def figures_of(names: Mapping[str, Mapping[str, Any]],
-               **changes: Any) -> persipubsub.statistics.QueueStatistics:
+               **changes: Any) -> statistics.QueueStatistics:
     """Make up figures that a queue of a test can not have soon."""
     nothing: dict[str, Any] = {
         field: 0
@@ -253,7 +250,7 @@ def figures_of(names: Mapping[str, Mapping[str, Any]],
                       "dropped_by_mark", "cleared", "skipped", "corrupt", "dead_lettered")
     }
     subscribers = tuple(
-        persipubsub.statistics.SubscriberStatistics(
+        statistics.SubscriberStatistics(
             **{
                 **nothing, "subscriber": name,
                 "position": 1,
@@ -278,11 +275,10 @@ def figures_of(names: Mapping[str, Mapping[str, Any]],
         "journal_lag_bytes": 12345,
         "disk_bytes": 10**10
     }
-    return persipubsub.statistics.QueueStatistics(**{**found, **changes}, subscribers=subscribers)
+    return statistics.QueueStatistics(**{**found, **changes}, subscribers=subscribers)
 
 
-def lines_of(figures: persipubsub.statistics.QueueStatistics,
-             limit: int | None = 10) -> Iterator[str]:
+def lines_of(figures: statistics.QueueStatistics, limit: int | None = 10) -> Iterator[str]:
     history = view.History()
     history.add(figures)
     history.add(figures)
@@ -303,7 +299,7 @@ def test_large_figures_fit_into_100_columns() -> None:
         "corrupt": 12345678,
         "dead_lettered": 12345678,
         "is_paused": True,
-        "claims": (persipubsub.statistics.InFlight("x" * 255, 10**15, 1000, 4194304, 1e7), )
+        "claims": (statistics.InFlight("x" * 255, 10**15, 1000, 4194304, 1e7), )
     }
     figures = figures_of({"archive-service-eu": large, "x" * 255: large}, path="/" + "y" * 500)
     lines = list(lines_of(figures))
@@ -347,8 +343,7 @@ def test_the_slowest_subscriber_is_named(positions: tuple[int, int], slowest: st
 
 def test_most_important_rows_are_kept() -> None:
     claims = tuple(
-        persipubsub.statistics.InFlight("c", number, 1, None, float(number))
-        for number in range(1, 6))
+        statistics.InFlight("c", number, 1, None, float(number)) for number in range(1, 6))
     figures = figures_of({
         **{
             name: {
@@ -382,7 +377,7 @@ def completed(shell: str, line: str, **variables: str) -> list[str]:
     return [one.partition(",")[2] for one in process.stdout.splitlines() if one]
 
 
-def test_completion(tmp_path: pathlib.Path) -> None:
+def test_completion(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path,
                                     subscribers=["sub", "archive", "a\nb"],
                                     publishers={"pub": ["sub"]})
@@ -407,7 +402,7 @@ def test_completion_scripts(shell: str) -> None:
     assert f"_PERSIPUBSUB_COMPLETE={shell}_complete" in script
 
 
-def test_bash_completes(tmp_path: pathlib.Path) -> None:
+def test_bash_completes(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     script = test_cli.run("completion", "bash").stdout
     name = re.search(r"^(_\w+)\(\) \{", script, re.MULTILINE)
@@ -421,7 +416,7 @@ def test_bash_completes(tmp_path: pathlib.Path) -> None:
         env={
             "PERSIPUBSUB_CONFIG": str(config_pth),
             "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)
+            "PYTHONPATH": str(Path(__file__).parent.parent)
         },
         capture_output=True,
         text=True,

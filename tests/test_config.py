@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import pathlib
 import pickle
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,7 +21,7 @@ import msgspec
 import pytest
 
 import persipubsub.config
-import persipubsub.errors
+from persipubsub import errors
 
 CONFIG_PTH = "/somewhere/config.json"
 
@@ -86,12 +86,12 @@ def parse(content: Any) -> persipubsub.config.Config:
 
 def problems(content: Any) -> tuple[str, ...]:
     """Return the problems of the content; check what is common to all errors."""
-    with pytest.raises(persipubsub.errors.ConfigError) as info:
+    with pytest.raises(errors.ConfigError) as info:
         parse(content)
     return checked(info.value, CONFIG_PTH)
 
 
-def checked(error: persipubsub.errors.ConfigError, config_pth: str) -> tuple[str, ...]:
+def checked(error: errors.ConfigError, config_pth: str) -> tuple[str, ...]:
     """Return the problems of the error; check what is common to all errors."""
     more = len(error.problems) - 1
     tail = f" (and {more} more problem{'s' if more > 1 else ''})" if more else ""
@@ -101,9 +101,9 @@ def checked(error: persipubsub.errors.ConfigError, config_pth: str) -> tuple[str
     return error.problems
 
 
-def read_error(config_pth: pathlib.Path) -> str:
+def read_error(config_pth: Path) -> str:
     """Return the only problem of a file."""
-    with pytest.raises(persipubsub.errors.ConfigError) as info:
+    with pytest.raises(errors.ConfigError) as info:
         persipubsub.config.read(config_pth)
     text, = checked(info.value, str(config_pth))
     return text
@@ -112,8 +112,8 @@ def read_error(config_pth: pathlib.Path) -> str:
 # --- correct files
 
 
-@pytest.mark.parametrize("as_path", [str, pathlib.Path])
-def test_example(tmp_path: pathlib.Path, as_path: Any) -> None:
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_example(tmp_path: Path, as_path: Any) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_bytes(EXAMPLE)
     config = persipubsub.config.read(config_pth=as_path(config_pth))
@@ -225,7 +225,7 @@ def test_publisher_without_anybody_to_send_to() -> None:
         "pub.out_queue: Expected a queue that has subscribers, but got: 'q'", )
 
 
-def test_dictionary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = persipubsub.config.read(SHORT)
     assert persipubsub.config.read(config) is config
@@ -251,7 +251,7 @@ def test_dictionary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> 
     ({"queues": {"q": {}}}, "queues.q: Expected the key 'subscribers', but got: no such key"),
 ])  # yapf: disable
 def test_wrong_dictionary(content: Any, problem: str) -> None:
-    with pytest.raises(persipubsub.errors.ConfigError) as info:
+    with pytest.raises(errors.ConfigError) as info:
         persipubsub.config.read(content)
     assert checked(info.value, "<dictionary>")[0].startswith(problem)
 
@@ -271,7 +271,7 @@ def test_queue_path(path: str, expected: str) -> None:
 
 
 def test_relative_config_pth_is_independent_of_working_directory(
-        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(change(["queues", "/q", "path"], "q")))
     monkeypatch.chdir(tmp_path)
     config = persipubsub.config.read("config.json")
@@ -287,11 +287,11 @@ def test_asking_for_what_is_not_there() -> None:
         config.queue_path: "Expected a queue of this file ('/q'), but got: 'x\\x1b'",
     }
     for method, text in expected.items():
-        with pytest.raises(persipubsub.errors.ConfigError) as info:
+        with pytest.raises(errors.ConfigError) as info:
             method("x\x1b")
         assert checked(info.value, CONFIG_PTH) == (text, )
 
-    with pytest.raises(persipubsub.errors.ConfigError, match="there is none"):
+    with pytest.raises(errors.ConfigError, match="there is none"):
         parse({"queues": {}}).publisher("pub")
 
 
@@ -356,7 +356,7 @@ def test_values(place: Sequence[str], wrong: list[Any], right: list[Any], expect
 
 
 def test_message_of_the_contract() -> None:
-    with pytest.raises(persipubsub.errors.ConfigError) as info:
+    with pytest.raises(errors.ConfigError) as info:
         parse(change([*QUEUE, "max_db_num"], True))
     assert str(info.value) == ("/somewhere/config.json: queues./q.max_db_num: "
                                "Expected an integer between 8 and 32768, but got: True")
@@ -453,7 +453,7 @@ def test_reference_to_no_queue_lists_few() -> None:
 def test_two_queues_at_one_path(other: str) -> None:
     content = change([*QUEUE, "path"], "/a/q")
     content["queues"]["other"] = {**content["queues"]["/q"], "path": other}
-    with pytest.raises(persipubsub.errors.ConfigError) as info:
+    with pytest.raises(errors.ConfigError) as info:
         persipubsub.config.parse(text=json.dumps(content).encode(), config_pth="/a/config.json")
     assert info.value.problems == (
         f"queues.other.path: Expected another path than that of queues./q, but got: {other!r}", )
@@ -560,7 +560,7 @@ def test_control_characters_in_places() -> None:
 
 
 def test_control_characters_in_the_name_of_the_file() -> None:
-    with pytest.raises(persipubsub.errors.ConfigError) as info:
+    with pytest.raises(errors.ConfigError) as info:
         persipubsub.config.parse(text=b"", config_pth="/a\x1b[2J")
     assert str(info.value).startswith("'/a\\x1b[2J': line 1, column 1: Expected")
 
@@ -604,7 +604,7 @@ def test_text_is_no_json(text: bytes, problem: str) -> None:
 
 
 def run(code: str, *arguments: str) -> str:
-    root = str(pathlib.Path(persipubsub.errors.__file__).parent.parent)
+    root = str(Path(errors.__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", code, *arguments],
                           env={
                               **os.environ, "PYTHONPATH": root
@@ -619,16 +619,16 @@ def run(code: str, *arguments: str) -> str:
 # --- files that can not be read
 
 
-def test_missing_file(tmp_path: pathlib.Path) -> None:
-    for config_pth in (tmp_path / "x.json", tmp_path / "x" / "y.json", pathlib.Path("/x.json")):
-        with pytest.raises(persipubsub.errors.ConfigNotFoundError) as info:
+def test_missing_file(tmp_path: Path) -> None:
+    for config_pth in (tmp_path / "x.json", tmp_path / "x" / "y.json", Path("/x.json")):
+        with pytest.raises(errors.ConfigNotFoundError) as info:
             persipubsub.config.read(config_pth)
         copied: Any = pickle.loads(pickle.dumps(info.value))
         for error in (info.value, copied):
             assert issubclass(type(error), FileNotFoundError)
             assert checked(error, str(config_pth)) == (
                 "Expected a file that can be read, but got: No such file or directory", )
-    with pytest.raises(persipubsub.errors.ConfigError, match="Expected the path of a file, .*''"):
+    with pytest.raises(errors.ConfigError, match="Expected the path of a file, .*''"):
         persipubsub.config.read("")
 
 
@@ -636,7 +636,7 @@ def test_file_without_rights() -> None:
     # In a process without privileges, as root may read everything.
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
-        config_pth = pathlib.Path(directory) / "config.json"
+        config_pth = Path(directory) / "config.json"
         config_pth.write_bytes(EXAMPLE)
         config_pth.chmod(0)
         code = ("import os, sys, persipubsub.config, persipubsub.errors\n"
@@ -647,9 +647,9 @@ def test_file_without_rights() -> None:
             f"{config_pth}: Expected a file that can be read, but got: Permission denied\n")
 
 
-def test_not_a_regular_file(tmp_path: pathlib.Path) -> None:
+def test_not_a_regular_file(tmp_path: Path) -> None:
     for path, found in ((tmp_path, "file that can be read, but got: Is a directory"),
-                        (pathlib.Path("/dev/null"), "regular file, but got: a device")):
+                        (Path("/dev/null"), "regular file, but got: a device")):
         assert read_error(path) == f"Expected a {found}"
 
     with socket.socket(socket.AF_UNIX) as sock:
@@ -659,12 +659,12 @@ def test_not_a_regular_file(tmp_path: pathlib.Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     assert "symbolic links" in read_error(loop)
-    with pytest.raises(persipubsub.errors.ConfigError, match="File name too long"):
+    with pytest.raises(errors.ConfigError, match="File name too long"):
         persipubsub.config.read("a" * 5000)
 
 
 @pytest.mark.parametrize("has_writer", [False, True])
-def test_nothing_is_waited_for(tmp_path: pathlib.Path, has_writer: bool) -> None:
+def test_nothing_is_waited_for(tmp_path: Path, has_writer: bool) -> None:
     # In a process of its own, which can be ended if it hangs.
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -688,7 +688,7 @@ def test_nothing_is_waited_for(tmp_path: pathlib.Path, has_writer: bool) -> None
     ]
 
 
-def test_large_file(tmp_path: pathlib.Path) -> None:
+def test_large_file(tmp_path: Path) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_bytes(EXAMPLE)
     os.truncate(config_pth, 10**12)  # sparse
@@ -699,7 +699,7 @@ def test_large_file(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("config_pth", ["a\0b", "\ud800"])
 def test_impossible_paths(config_pth: str) -> None:
-    with pytest.raises(persipubsub.errors.ConfigError, match="Expected the path of a file"):
+    with pytest.raises(errors.ConfigError, match="Expected the path of a file"):
         persipubsub.config.read(config_pth)
 
 
@@ -745,7 +745,7 @@ def test_any_json(value: Any, data: st.DataObject) -> None:
     content = change(place, value) if place else value
     try:
         assert isinstance(parse(content), persipubsub.config.Config)
-    except persipubsub.errors.ConfigError as error:
+    except errors.ConfigError as error:
         checked(error, CONFIG_PTH)
 
 
@@ -758,5 +758,5 @@ def test_any_bytes(junk: bytes, start: int, length: int) -> None:
     for text in (junk, EXAMPLE[:start] + junk + EXAMPLE[start + length:]):
         try:
             assert isinstance(parse(text), persipubsub.config.Config)
-        except persipubsub.errors.ConfigError as error:
+        except errors.ConfigError as error:
             checked(error, CONFIG_PTH)

@@ -8,10 +8,10 @@ change what an operation costs changes the table below, in the same commit.
 import collections
 import functools
 import os
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -111,7 +111,7 @@ def count_reads() -> list[None]:
     return reads
 
 
-def send_and_receive(config_pth: pathlib.Path) -> None:
+def send_and_receive(config_pth: Path) -> None:
     """Do everything that is counted. Between two operations a look for a file is left as a mark."""
     reads = count_reads()
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
@@ -148,7 +148,7 @@ def send_and_receive(config_pth: pathlib.Path) -> None:
         mark("end")
 
 
-def count(trace_pth: pathlib.Path) -> dict[str, Counter[str]]:
+def count(trace_pth: Path) -> dict[str, Counter[str]]:
     """Count the system calls between two marks, by the name of the first one."""
     counts: dict[str, Counter[str]] = {}
     before = transactions, reads = 0, 0

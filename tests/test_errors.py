@@ -1,19 +1,17 @@
 """Test that all that goes wrong below comes out as an error of the tree, with a useful message."""
 
 import os
-import pathlib
 import pickle
 import re
 import resource
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import lmdb
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine import environment
 from tests import support
 
@@ -30,16 +28,16 @@ def make(kind: type[Exception], text: str = "mdb_put: made up", code: int = 0) -
 
 
 EXPECTED = {
-    "MapFullError": persipubsub.errors.DiskFullError,
-    "DiskError": persipubsub.errors.DiskFullError,
-    "ReadersFullError": persipubsub.errors.ReadersFullError,
-    "CorruptedError": persipubsub.errors.StoreCorruptError,
-    "PageNotFoundError": persipubsub.errors.StoreCorruptError,
-    "VersionMismatchError": persipubsub.errors.FormatError,
-    "InvalidError": persipubsub.errors.FormatError,
-    "IncompatibleError": persipubsub.errors.FormatError,
-    "PanicError": persipubsub.errors.FlushError,
-    "ReadonlyError": persipubsub.errors.AccessError,
+    "MapFullError": errors.DiskFullError,
+    "DiskError": errors.DiskFullError,
+    "ReadersFullError": errors.ReadersFullError,
+    "CorruptedError": errors.StoreCorruptError,
+    "PageNotFoundError": errors.StoreCorruptError,
+    "VersionMismatchError": errors.FormatError,
+    "InvalidError": errors.FormatError,
+    "IncompatibleError": errors.FormatError,
+    "PanicError": errors.FlushError,
+    "ReadonlyError": errors.AccessError,
 }
 
 
@@ -48,27 +46,27 @@ def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
     for error in (make(kind), kind("mdb_put: made up")):
         assert isinstance(error, lmdb.Error)
         translated = environment.translate(error=error, directory="/some/queue")
-        assert isinstance(translated, persipubsub.errors.PersipubsubError)
-        assert isinstance(translated, EXPECTED.get(kind.__name__, persipubsub.errors.StoreError))
+        assert isinstance(translated, errors.PersipubsubError)
+        assert isinstance(translated, EXPECTED.get(kind.__name__, errors.StoreError))
         assert str(translated).startswith("Expected to work with the queue /some/queue, but got: "
                                           "mdb_put: made up")
 
 
-def make_own(name: str) -> persipubsub.errors.PersipubsubError:
+def make_own(name: str) -> errors.PersipubsubError:
     if name == "CorruptMessageError":
-        return persipubsub.errors.CorruptMessageError("what went wrong", number=5)
+        return errors.CorruptMessageError("what went wrong", number=5)
     if name == "ConfigError":
-        return persipubsub.errors.ConfigError("what went wrong", problems=["one", "two"])
-    error = getattr(persipubsub.errors, name)("what went wrong")
-    assert isinstance(error, persipubsub.errors.PersipubsubError)
+        return errors.ConfigError("what went wrong", problems=["one", "two"])
+    error = getattr(errors, name)("what went wrong")
+    assert isinstance(error, errors.PersipubsubError)
     return error
 
 
-@pytest.mark.parametrize("name", persipubsub.errors.__all__)
+@pytest.mark.parametrize("name", errors.__all__)
 def test_errors_can_be_caught_shown_and_copied(name: str) -> None:
     error = make_own(name)
     assert str(error) == "what went wrong"
-    with pytest.raises(persipubsub.errors.PersipubsubError):
+    with pytest.raises(errors.PersipubsubError):
         raise error
     # Processes hand errors to each other (multiprocessing, concurrent.futures).
     copy = pickle.loads(pickle.dumps(error))
@@ -79,7 +77,7 @@ def test_errors_can_be_caught_shown_and_copied(name: str) -> None:
 # What the whole library raises when something fails below it
 
 
-def uses(config_pth: pathlib.Path) -> list[Callable[[], object]]:
+def uses(config_pth: Path) -> list[Callable[[], object]]:
     """Return each thing that a user can do with a queue; all of them may be repeated."""
 
     def send() -> None:
@@ -106,19 +104,18 @@ def uses(config_pth: pathlib.Path) -> list[Callable[[], object]]:
             queue.check()
 
     return [
-        send, send_many, receive, look, inspect,
-        lambda: persipubsub.control.initialize_all_dbs(config_pth),
-        lambda: persipubsub.control.prune_dangling_messages(config_pth),
-        lambda: persipubsub.control.clear_all_subs(config_pth)
+        send, send_many, receive, look, inspect, lambda: control.initialize_all_dbs(config_pth),
+        lambda: control.prune_dangling_messages(config_pth),
+        lambda: control.clear_all_subs(config_pth)
     ]
 
 
-TREE = set(persipubsub.errors.__all__)
+TREE = set(errors.__all__)
 ALLOWED = TREE | {"", "MapFullError"}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 100, 4096, 10000, 50000])
-def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: int) -> None:
+def test_nothing_but_the_tree_with_small_files(tmp_path: Path, limit: int) -> None:
     config_pth = support.make_queue(tmp_path)
     fresh = support.write_config(tmp_path, name="fresh.json", path=str(tmp_path / "fresh"))
 
@@ -129,12 +126,12 @@ def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: in
     assert set(results) <= ALLOWED, results
     assert set(results) & TREE
     assert not set(support.outcomes_in_child(*uses(config_pth))) - {""}
-    persipubsub.control.initialize_all_dbs(config_pth=fresh)
+    control.initialize_all_dbs(config_pth=fresh)
     assert not set(support.outcomes_in_child(*uses(fresh))) - {""}
 
 
 @pytest.mark.parametrize("left", range(0, 14, 2))
-def test_nothing_but_the_tree_without_descriptors(tmp_path: pathlib.Path, left: int) -> None:
+def test_nothing_but_the_tree_without_descriptors(tmp_path: Path, left: int) -> None:
     config_pth = support.make_queue(tmp_path)
 
     def restrict() -> None:
@@ -151,7 +148,7 @@ def test_nothing_but_the_tree_without_descriptors(tmp_path: pathlib.Path, left: 
         assert set(results[1:]) & TREE
 
 
-def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: pathlib.Path) -> None:
+def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, max_db_size_bytes=1 << 18)
     for _ in range(5):
         results = support.outcomes_in_child(*(uses(config_pth)[:3] * 10))
@@ -161,7 +158,7 @@ def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["directory", "data.mdb", "lock.mdb", "all files"])
-def test_nothing_but_the_tree_when_files_disappear(tmp_path: pathlib.Path, what: str) -> None:
+def test_nothing_but_the_tree_when_files_disappear(tmp_path: Path, what: str) -> None:
     config_pth = support.make_queue(tmp_path)
 
     def run(pipe: support.Connection) -> None:
@@ -196,7 +193,7 @@ def test_nothing_but_the_tree_when_files_disappear(tmp_path: pathlib.Path, what:
 def test_texts_say_what_was_expected_and_what_was_found() -> None:
     """All texts of the package, as far as they can be read from its source."""
     texts: list[str] = []
-    package = pathlib.Path(persipubsub.errors.__file__).parent
+    package = Path(errors.__file__).parent
     pattern = re.compile(r"errors\.\w+Error\(\s*((?:f?\"[^\"]*\"\s*)+)")
     for path in sorted(package.rglob("*.py")):
         for match in pattern.finditer(path.read_text("utf-8")):

@@ -1,10 +1,10 @@
 """Test the small examples as users run them: as programs."""
 
-import pathlib
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +14,10 @@ from tests.faces import deploy, figures, fixture_config_pth
 
 assert fixture_config_pth  # pytest finds it here
 
-_EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+_EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def start(name: str, *arguments: object, cwd: pathlib.Path) -> "subprocess.Popen[str]":
+def start(name: str, *arguments: object, cwd: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable,
          str(_EXAMPLES / name), *[str(argument) for argument in arguments]],
@@ -29,8 +29,8 @@ def start(name: str, *arguments: object, cwd: pathlib.Path) -> "subprocess.Popen
 
 
 @pytest.fixture(name="worker", params=["worker.py", "aio_worker.py"])
-def fixture_worker(request: pytest.FixtureRequest, tmp_path: pathlib.Path,
-                   config_pth: pathlib.Path) -> Iterator["subprocess.Popen[str]"]:
+def fixture_worker(request: pytest.FixtureRequest, tmp_path: Path,
+                   config_pth: Path) -> Iterator["subprocess.Popen[str]"]:
     with start(request.param, config_pth, cwd=tmp_path) as process:
         yield process
         process.kill()
@@ -38,7 +38,7 @@ def fixture_worker(request: pytest.FixtureRequest, tmp_path: pathlib.Path,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_worker_that_is_told_to_end_in_the_middle_of_its_work(worker: "subprocess.Popen[str]",
-                                                              config_pth: pathlib.Path,
+                                                              config_pth: Path,
                                                               number: signal.Signals) -> None:
     msgs = [b"%d" % index for index in range(500)]
     with Pub("pub", config_pth) as pub:
@@ -59,7 +59,7 @@ def test_worker_that_is_told_to_end_in_the_middle_of_its_work(worker: "subproces
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_worker_that_is_told_to_end_while_it_waits(worker: "subprocess.Popen[str]",
-                                                   config_pth: pathlib.Path,
+                                                   config_pth: Path,
                                                    number: signal.Signals) -> None:
     with Pub("pub", config_pth) as pub:
         pub.send(b"only one")
@@ -70,7 +70,7 @@ def test_worker_that_is_told_to_end_while_it_waits(worker: "subprocess.Popen[str
 
 
 @pytest.mark.parametrize("name", ["worker.py", "aio_worker.py"])
-def test_worker_that_is_killed(tmp_path: pathlib.Path, name: str) -> None:
+def test_worker_that_is_killed(tmp_path: Path, name: str) -> None:
     config_pth = deploy(tmp_path)
     msgs = [b"%d" % index for index in range(200)]
     with Pub("pub", config_pth) as pub:

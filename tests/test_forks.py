@@ -6,29 +6,27 @@ import functools
 import gc
 import multiprocessing
 import os
-import pathlib
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control, errors
 from tests import stores, support
 
 FORKS = int(os.environ.get("PERSIPUBSUB_FORKS", "40"))
 
 
 @pytest.fixture(name="config_pth", params=["fsync", "os"])
-def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return support.make_queue(tmp_path, durability=request.param)
 
 
-def open_pair(config_pth: pathlib.Path) -> tuple[Pub, Sub]:
+def open_pair(config_pth: Path) -> tuple[Pub, Sub]:
     return (Pub("pub", config_pth), Sub("sub", config_pth))
 
 
@@ -46,14 +44,14 @@ def receive(sub: Sub) -> bytes | None:
         return message
 
 
-def check(config_pth: pathlib.Path) -> None:
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+def check(config_pth: Path) -> None:
+    assert control.verify(config_pth) == {"queue": ()}
 
 
 # One environment a process
 
 
-def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: pathlib.Path) -> None:
+def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: Path) -> None:
     """The locks of LMDB belong to the process: a second opening must not give them back."""
     config_pth = support.make_queue(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "queue")
@@ -80,21 +78,21 @@ def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: pathlib
     check(config_pth)
 
 
-def test_queue_that_was_made_anew_is_another_one(tmp_path: pathlib.Path) -> None:
+def test_queue_that_was_made_anew_is_another_one(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     pub, _ = open_pair(config_pth)
     pub.send(b"old")
     shutil.rmtree(tmp_path / "queue")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     with Pub("pub", config_pth) as another:
         another.send(b"new")
     with Sub("sub", config_pth) as sub:
         assert receive_all(sub) == [b"new"]
-    with contextlib.suppress(persipubsub.errors.PersipubsubError):
+    with contextlib.suppress(errors.PersipubsubError):
         pub.close()
 
 
-def test_threads_open_use_and_close(config_pth: pathlib.Path) -> None:
+def test_threads_open_use_and_close(config_pth: Path) -> None:
     failed: list[str] = []
 
     def use(name: int) -> None:
@@ -110,7 +108,7 @@ def test_threads_open_use_and_close(config_pth: pathlib.Path) -> None:
 
     support.in_threads([functools.partial(use, name) for name in range(8)])
     assert not failed
-    assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 40
+    assert control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 40
     check(config_pth)
 
 
@@ -136,7 +134,7 @@ def wait(process: int) -> None:
 
 @pytest.mark.parametrize("ends", ["_exit", "kill", "close"])
 @pytest.mark.parametrize("first", ["parent", "child"])
-def test_parent_and_child_go_on_when_the_other_one_ends(config_pth: pathlib.Path, ends: str,
+def test_parent_and_child_go_on_when_the_other_one_ends(config_pth: Path, ends: str,
                                                         first: str) -> None:
 
     def run(pipe: support.Connection) -> None:
@@ -180,7 +178,7 @@ def test_parent_and_child_go_on_when_the_other_one_ends(config_pth: pathlib.Path
 
 
 def test_child_that_closes_what_it_inherited_takes_nothing_from_its_parent(
-        config_pth: pathlib.Path) -> None:
+        config_pth: Path) -> None:
     pub, sub = open_pair(config_pth)
     pub.send(b"1")
 
@@ -201,7 +199,7 @@ def test_child_that_closes_what_it_inherited_takes_nothing_from_its_parent(
 
 @pytest.mark.parametrize("uses", [False, True])
 def test_child_that_closes_all_descriptors_and_opens_its_own_keeps_them(
-        config_pth: pathlib.Path, tmp_path: pathlib.Path, uses: bool) -> None:
+        config_pth: Path, tmp_path: Path, uses: bool) -> None:
     """Daemons do that. Descriptors of the library then have the numbers of other files."""
     pub, sub = open_pair(config_pth)
     pub.send(b"1")
@@ -231,7 +229,7 @@ def test_child_that_closes_all_descriptors_and_opens_its_own_keeps_them(
     check(config_pth)
 
 
-def fork_while_threads_work(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def fork_while_threads_work(pipe: support.Connection, config_pth: Path) -> None:
     """Fork many times while other threads send and receive."""
     pub, sub = open_pair(config_pth)
     is_over = threading.Event()
@@ -285,7 +283,7 @@ def fork_while_threads_work(pipe: support.Connection, config_pth: pathlib.Path) 
     sub.close()
 
 
-def test_forks_while_threads_work(config_pth: pathlib.Path) -> None:
+def test_forks_while_threads_work(config_pth: Path) -> None:
     with support.Child(fork_while_threads_work, config_pth) as child:
         sent, received, failed = child.get()
         assert not failed
@@ -303,7 +301,7 @@ def test_forks_while_threads_work(config_pth: pathlib.Path) -> None:
 # multiprocessing
 
 
-def work_with(config_pth: pathlib.Path, name: str) -> None:
+def work_with(config_pth: Path, name: str) -> None:
     """Use the queue in a process that multiprocessing started, and just end."""
     pub, sub = open_pair(config_pth)
     pub.send(name.encode())
@@ -312,7 +310,7 @@ def work_with(config_pth: pathlib.Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing(tmp_path: pathlib.Path, method: str) -> None:
+def test_multiprocessing(tmp_path: Path, method: str) -> None:
     config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=3600)
     pub, sub = open_pair(config_pth)
     context = multiprocessing.get_context(method)
@@ -333,5 +331,5 @@ def test_multiprocessing(tmp_path: pathlib.Path, method: str) -> None:
     sub.close()
     # What they sent was written when they ended, without a close.
     stores.lose_power(tmp_path / "queue")
-    assert persipubsub.control.statistics(config_pth)["queue"].sent == 9
+    assert control.statistics(config_pth)["queue"].sent == 9
     check(config_pth)

@@ -7,14 +7,14 @@ import datetime
 import functools
 import logging
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.errors
 import persipubsub.queue
+from persipubsub import errors
 from persipubsub.lmdb_engine import attempts, consuming
 from persipubsub.message import DeadLetter
 from tests import stores, support
@@ -22,12 +22,11 @@ from tests import stores, support
 ERROR = ValueError("no greeting")
 
 
-def letters_path(directory: pathlib.Path) -> str:
+def letters_path(directory: Path) -> str:
     return os.path.join(directory, "letters")
 
 
-def retries(directory: pathlib.Path | None,
-            max_deliveries: int) -> Mapping[str, persipubsub.queue.Retries]:
+def retries(directory: Path | None, max_deliveries: int) -> Mapping[str, persipubsub.queue.Retries]:
     """Give messages up after so many deliveries; without a directory, drop them."""
     target = None if directory is None else functools.partial(
         persipubsub.queue.Queue, letters_path(directory), stores.settings())
@@ -35,14 +34,14 @@ def retries(directory: pathlib.Path | None,
     return {"sub": persipubsub.queue.Retries(policy, "greetings", target)}
 
 
-def make_letters(directory: pathlib.Path) -> persipubsub.queue.Queue:
+def make_letters(directory: Path) -> persipubsub.queue.Queue:
     """Create and open the queue of dead letters."""
     persipubsub.queue.Queue.ensure(letters_path(directory), stores.settings(), ["dead_letters"])
     return persipubsub.queue.Queue(letters_path(directory), stores.settings())
 
 
 @contextlib.contextmanager
-def opened(directory: pathlib.Path,
+def opened(directory: Path,
            max_deliveries: int = 2,
            **changes: Any) -> Iterator[tuple[persipubsub.queue.Queue, persipubsub.queue.Queue]]:
     """Open a queue and that of its dead letters; check both at the end."""
@@ -70,7 +69,7 @@ def letters_in(target: persipubsub.queue.Queue) -> list[DeadLetter]:
     return [DeadLetter.decode(msg) for msg in stores.take_all(target, "dead_letters")]
 
 
-def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: pathlib.Path) -> None:
+def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: Path) -> None:
     with opened(tmp_path) as (queue, target):
         begin = datetime.datetime.now(datetime.UTC)
         number = queue.put([b"\x00hello", b"2"])
@@ -92,7 +91,7 @@ def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: pathlib.Path) -
 
 
 def test_without_a_queue_of_dead_letters_it_is_dropped_with_a_warning(
-        tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with stores.opened(tmp_path, retries=retries(None, 2)) as queue:
         number = queue.put([b"1", b"2"])
         fail(queue)
@@ -105,7 +104,7 @@ def test_without_a_queue_of_dead_letters_it_is_dropped_with_a_warning(
 
 
 def test_queue_of_dead_letters_that_takes_none_holds_up_nobody(
-        tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # The queue of dead letters is not initialized.
     with stores.opened(tmp_path, retries=retries(tmp_path, 1)) as queue:
         queue.put([b"1", b"2", b"3"])
@@ -134,7 +133,7 @@ class _Silent(Exception):
     (ValueError("ü" * 10**6), f"ValueError: {'ü' * 488}"),
     (ValueError("\ud800"), "ValueError: "),
 ])
-def test_whatever_the_error_is_the_message_is_moved(tmp_path: pathlib.Path, error: BaseException,
+def test_whatever_the_error_is_the_message_is_moved(tmp_path: Path, error: BaseException,
                                                     text: str) -> None:
     with opened(tmp_path, max_deliveries=1) as (queue, target):
         queue.put([b"1"])
@@ -145,7 +144,7 @@ def test_whatever_the_error_is_the_message_is_moved(tmp_path: pathlib.Path, erro
 
 @pytest.mark.parametrize("msg", [b"", b"hello", b"\xc1", b"\x80"])
 def test_what_is_no_letter_is_refused(msg: bytes) -> None:
-    with pytest.raises(persipubsub.errors.CorruptMessageError, match="Expected a dead letter"):
+    with pytest.raises(errors.CorruptMessageError, match="Expected a dead letter"):
         DeadLetter.decode(msg)
 
 
@@ -160,5 +159,5 @@ def test_letter_of_another_version_is_refused() -> None:
                         moved_at=now,
                         data=b"",
                         version=2)
-    with pytest.raises(persipubsub.errors.CorruptMessageError, match="version 1, but got: 2"):
+    with pytest.raises(errors.CorruptMessageError, match="version 1, but got: 2"):
         DeadLetter.decode(letter.encode())

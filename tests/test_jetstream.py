@@ -6,25 +6,23 @@ import datetime
 import functools
 import gc
 import itertools
-import pathlib
 import re
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import nats
 import pytest
 
 import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
 import persipubsub.jetstream
 import persipubsub.message
 import persipubsub.subscriber
-from persipubsub import Sub
+from persipubsub import Sub, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.jetstream_server import Servers
@@ -38,26 +36,26 @@ _COUNTER = itertools.count()
 
 
 @pytest.fixture(name="config_pth")
-def _config_pth(tmp_path: pathlib.Path, servers: Servers) -> pathlib.Path:
+def _config_pth(tmp_path: Path, servers: Servers) -> Path:
     return make(tmp_path, servers)
 
 
 #: Makes a queue that no other test has, with changes of its configuration.
-Deploy: TypeAlias = Callable[..., pathlib.Path]
+Deploy: TypeAlias = Callable[..., Path]
 
 
 @pytest.fixture(name="deploy")
-def _deploy(tmp_path: pathlib.Path, servers: Servers) -> Deploy:
+def _deploy(tmp_path: Path, servers: Servers) -> Deploy:
     return functools.partial(make, tmp_path, servers)
 
 
-def make(tmp_path: pathlib.Path, servers: Servers, **changes: Any) -> pathlib.Path:
+def make(tmp_path: Path, servers: Servers, **changes: Any) -> Path:
     changes.setdefault("busy_timeout_secs", 10)
     changes.setdefault("path", servers.path(f"stream{next(_COUNTER)}", ack_wait=1))
     return jetstream_server.create(tmp_path, **changes)
 
 
-def open_queue(config_pth: pathlib.Path) -> engine.Queue:
+def open_queue(config_pth: Path) -> engine.Queue:
     return engine.open_queue(persipubsub.config.read(config_pth), "queue")
 
 
@@ -66,14 +64,14 @@ def ask(servers: Servers, verb: str, **body: Any) -> dict[str, Any]:
     return jetstream_server.ask(servers.servers[0].port, verb, **body)
 
 
-def stream_of(config_pth: pathlib.Path) -> str:
+def stream_of(config_pth: Path) -> str:
     path = persipubsub.config.read(config_pth).queue_path("queue")
     return path.partition("?")[0].rpartition("/")[2]
 
 
 def test_no_private_name_of_nats_is_used() -> None:
     """Attributes of other objects that begin with one underscore are ours, or of nobody."""
-    directory = pathlib.Path(persipubsub.jetstream.__file__).parent
+    directory = Path(persipubsub.jetstream.__file__).parent
     for path in directory.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         found = set(re.findall(r"(?<!self)(?<!\bcls)\.(_[a-z]\w*)", text))
@@ -92,7 +90,7 @@ def test_no_private_name_of_nats_is_used() -> None:
      "nats://[::1]:2/a_B-9"),
     ("nats://a-1.b_c.D.,10.0.0.1,[::ffff:1.2.3.4]/S", "nats://10.0.0.1:4222/S"),
 ])
-def test_paths(path: str, same: str, tmp_path: pathlib.Path) -> None:
+def test_paths(path: str, same: str, tmp_path: Path) -> None:
     config_pth = write_config(tmp_path, path=path)
     assert persipubsub.config.read(config_pth).queue_path("queue") == path
     # Two queues can not be one stream.
@@ -101,7 +99,7 @@ def test_paths(path: str, same: str, tmp_path: pathlib.Path) -> None:
     both = config_pth.read_text().replace('"queues": {',
                                           '"queues": {' + found.replace(path, same) + "}}, ")
     config_pth.write_text(both)
-    with pytest.raises(persipubsub.errors.ConfigError, match="another path"):
+    with pytest.raises(errors.ConfigError, match="another path"):
         persipubsub.config.read(config_pth)
 
 
@@ -132,9 +130,9 @@ def test_paths(path: str, same: str, tmp_path: pathlib.Path) -> None:
     ("nats://host/S?monitor=file:///etc/passwd", "monitor"),
     ("nats://host/S?color=red", "color"),
 ])
-def test_wrong_paths(path: str, what: str, tmp_path: pathlib.Path) -> None:
+def test_wrong_paths(path: str, what: str, tmp_path: Path) -> None:
     config_pth = write_config(tmp_path, path=path)
-    with pytest.raises(persipubsub.errors.ConfigError, match=what) as info:
+    with pytest.raises(errors.ConfigError, match=what) as info:
         persipubsub.config.read(config_pth)
     assert "config.json: queues.queue.path: Expected" in str(info.value)
     assert "secret" not in str(info.value)
@@ -156,26 +154,25 @@ def test_no_two_ids_have_one_name(deploy: Deploy) -> None:
 # What bad input gets
 
 
-def test_server_that_is_down(tmp_path: pathlib.Path) -> None:
+def test_server_that_is_down(tmp_path: Path) -> None:
     port = jetstream_server.free_ports(1)[0]
     config_pth = write_config(tmp_path, path=f"nats://127.0.0.1:{port}/S", busy_timeout_secs=0.5)
-    for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
-                     lambda: open_pub(config_pth), lambda: open_sub(config_pth),
-                     lambda: persipubsub.control.statistics(config_pth)):
+    for function in (lambda: control.initialize_all_dbs(config_pth), lambda: open_pub(config_pth),
+                     lambda: open_sub(config_pth), lambda: control.statistics(config_pth)):
         begin = time.monotonic()
-        with pytest.raises(persipubsub.errors.UnavailableError, match="127.0.0.1"):
+        with pytest.raises(errors.UnavailableError, match="127.0.0.1"):
             function()
         assert time.monotonic() - begin < HANG_SECS / 4
 
 
-def test_server_without_jetstream(tmp_path: pathlib.Path) -> None:
+def test_server_without_jetstream(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, jetstream=["off"]) as servers:
         config_pth = write_config(tmp_path, path=servers.path("S"))
-        with pytest.raises(persipubsub.errors.UnavailableError, match="nats-server -js"):
-            persipubsub.control.initialize_all_dbs(config_pth)
+        with pytest.raises(errors.UnavailableError, match="nats-server -js"):
+            control.initialize_all_dbs(config_pth)
 
 
-def test_credentials(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         'authorization { users: [{user: "all", password: "pass"}, {user: "some", password: "pass", '
         'permissions: {publish: ["_INBOX.>"], subscribe: ">"}}] }'
@@ -186,16 +183,16 @@ def test_credentials(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
             for name, value in (("NATS_USER", user), ("NATS_PASSWORD", password)):
                 if value is not None:
                     monkeypatch.setenv(name, value)
-            with pytest.raises(persipubsub.errors.AccessError) as info:
-                persipubsub.control.initialize_all_dbs(config_pth)
+            with pytest.raises(errors.AccessError) as info:
+                control.initialize_all_dbs(config_pth)
             assert password is None or password not in str(info.value)
         monkeypatch.setenv("NATS_USER", "all")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         with open_pub(config_pth) as pub:
             pub.send(b"hello")
 
 
-def make_certificate(directory: pathlib.Path, name: str) -> tuple[pathlib.Path, pathlib.Path]:
+def make_certificate(directory: Path, name: str) -> tuple[Path, Path]:
     """Make a certificate for the loopback address that is its own authority, and its key."""
     certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
     subprocess.run([
@@ -208,7 +205,7 @@ def make_certificate(directory: pathlib.Path, name: str) -> tuple[pathlib.Path, 
     return certificate, key
 
 
-def test_tls(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate, key = make_certificate(tmp_path, "server")
     own_certificate, own_key = make_certificate(tmp_path, "client")
     lines = [
@@ -222,11 +219,11 @@ def test_tls(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setenv("NATS_CA", str(authority))
             # The server wants one of the client as well, and closes the connection without it.
             expected = ("AccessError", "UnavailableError") if is_known else ("AccessError", )
-            begin = outcome(lambda: persipubsub.control.initialize_all_dbs(config_pth))
+            begin = outcome(lambda: control.initialize_all_dbs(config_pth))
             assert begin in expected, authority
         monkeypatch.setenv("NATS_CERT", str(own_certificate))
         monkeypatch.setenv("NATS_KEY", str(own_key))
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             pub.send(b"hello")
             servers.servers[0].kill()
@@ -236,7 +233,7 @@ def test_tls(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0.0, 2.0])
-def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+def test_without_the_right_to_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                    timeout: float) -> None:
     """It does not look like an empty queue."""
     users = ('authorization { users: [{user: all, password: x}, {user: some, password: x, '
@@ -250,10 +247,10 @@ def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.M
         monkeypatch.setenv("NATS_USER", "some")
         with open_sub(config_pth) as sub:
             for take in (sub.receive, sub.receive_to_top):
-                with pytest.raises(persipubsub.errors.AccessError, match="rights"), \
+                with pytest.raises(errors.AccessError, match="rights"), \
                         take(timeout=timeout):
                     pass
-            with pytest.raises(persipubsub.errors.AccessError, match="rights"):
+            with pytest.raises(errors.AccessError, match="rights"):
                 sub.pop_to_top()
         monkeypatch.setenv("NATS_USER", "all")
         with open_sub(config_pth) as sub, sub.receive(timeout=HANG_SECS) as msg:
@@ -261,56 +258,55 @@ def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT"])
-def test_credentials_that_are_no_file(config_pth: pathlib.Path, name: str,
+def test_credentials_that_are_no_file(config_pth: Path, name: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     # A server that asks for none gets no credentials, and their file is not read.
     for value in ("/nonexistent", str(config_pth))[:1 if name == "NATS_CREDS" else 2]:
         monkeypatch.setenv(name, value)
-        with pytest.raises(persipubsub.errors.AccessError):
+        with pytest.raises(errors.AccessError):
             open_pub(config_pth)
 
 
-def test_stream_of_somebody_else(tmp_path: pathlib.Path, servers: Servers) -> None:
+def test_stream_of_somebody_else(tmp_path: Path, servers: Servers) -> None:
     ask(servers, "STREAM.CREATE.theirs", name="theirs", subjects=["their.subject"])
     config_pth = write_config(tmp_path, path=servers.path("theirs"))
-    for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
-                     lambda: open_pub(config_pth), lambda: open_sub(config_pth),
-                     lambda: persipubsub.control.clear_all_subs(config_pth)):
-        with pytest.raises(persipubsub.errors.FormatError, match="somebody else"):
+    for function in (lambda: control.initialize_all_dbs(config_pth), lambda: open_pub(config_pth),
+                     lambda: open_sub(config_pth), lambda: control.clear_all_subs(config_pth)):
+        with pytest.raises(errors.FormatError, match="somebody else"):
             function()
     assert ask(servers, "STREAM.INFO.theirs")["config"]["subjects"] == ["their.subject"]
 
 
-def test_subjects_of_somebody_else(tmp_path: pathlib.Path, servers: Servers) -> None:
+def test_subjects_of_somebody_else(tmp_path: Path, servers: Servers) -> None:
     ask(servers, "STREAM.CREATE.taken", name="taken", subjects=["persipubsub.mine.>"])
     config_pth = write_config(tmp_path, path=servers.path("mine"))
-    with pytest.raises(persipubsub.errors.FormatError, match="overlap"):
-        persipubsub.control.initialize_all_dbs(config_pth)
+    with pytest.raises(errors.FormatError, match="overlap"):
+        control.initialize_all_dbs(config_pth)
 
 
-def test_more_replicas_than_servers(tmp_path: pathlib.Path, servers: Servers) -> None:
+def test_more_replicas_than_servers(tmp_path: Path, servers: Servers) -> None:
     config_pth = write_config(tmp_path, path=servers.path("many", replicas=3))
-    with pytest.raises(persipubsub.errors.ConfigError, match="replicas"):
-        persipubsub.control.initialize_all_dbs(config_pth)
+    with pytest.raises(errors.ConfigError, match="replicas"):
+        control.initialize_all_dbs(config_pth)
 
 
-def test_server_without_room(tmp_path: pathlib.Path) -> None:
+def test_server_without_room(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, jetstream=["max_file_store: 1MB"]) as servers:
         config_pth = write_config(tmp_path, path=servers.path("S"), HWM_LMDB_SIZE_BYTES=1 << 30)
-        with pytest.raises(persipubsub.errors.DiskFullError):
-            persipubsub.control.initialize_all_dbs(config_pth)
+        with pytest.raises(errors.DiskFullError):
+            control.initialize_all_dbs(config_pth)
 
 
-def test_payload_limit_of_the_server(config_pth: pathlib.Path) -> None:
+def test_payload_limit_of_the_server(config_pth: Path) -> None:
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        with pytest.raises(persipubsub.errors.MessageTooLargeError, match="max_payload.* 1048576"):
+        with pytest.raises(errors.MessageTooLargeError, match="max_payload.* 1048576"):
             pub.send(bytes(1 << 20))
         largest = bytes((1 << 20) - 192)
         pub.send(largest)
         assert drain(sub, timeout=1) == [largest]
 
 
-def test_without_the_extra(tmp_path: pathlib.Path) -> None:
+def test_without_the_extra(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path, path="nats://localhost/S")
     run = run_python(
         "import sys; sys.modules['nats'] = None\n"
@@ -324,7 +320,7 @@ def test_without_the_extra(tmp_path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def impostor(servers: Servers, config_pth: pathlib.Path,
+def impostor(servers: Servers, config_pth: Path,
              answers: Sequence[bytes]) -> Iterator[list[tuple[str, str]]]:
     """Answer in place of a stream, which does not listen any more."""
     name = stream_of(config_pth)
@@ -359,7 +355,7 @@ def impostor(servers: Servers, config_pth: pathlib.Path,
         thread.join(HANG_SECS)
 
 
-def test_answer_without_a_number_is_none(config_pth: pathlib.Path, servers: Servers) -> None:
+def test_answer_without_a_number_is_none(config_pth: Path, servers: Servers) -> None:
     # After its leader died, a stream was seen to answer like this to a message that it lost.
     answers = [
         b'{"stream": "S", "seq": 0, "duplicate": true}', b'{"stream": "S", "seq": 0}',
@@ -380,11 +376,11 @@ def test_message_that_nobody_wants_is_refused(deploy: Deploy, servers: Servers) 
         pub.send(b"hello")
         ask(servers, f"CONSUMER.DELETE.{name}.b")
         until(lambda: outcome(lambda: pub.send(b"hello")) == "NotInitializedError", "an error")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         pub.send(b"again")
 
 
-def test_audience_that_consumers_do_not_know(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+def test_audience_that_consumers_do_not_know(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy(publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
     path = persipubsub.config.read(config_pth).queue_path("queue")
     changed = write_config(tmp_path,
@@ -394,9 +390,9 @@ def test_audience_that_consumers_do_not_know(deploy: Deploy, tmp_path: pathlib.P
                            name="changed.json")
     with open_pub(changed) as pub:
         # It would be acknowledged and dropped.
-        with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+        with pytest.raises(errors.NotInitializedError, match="initialize_all_dbs"):
             pub.send(b"hello")
-        persipubsub.control.initialize_all_dbs(changed)
+        control.initialize_all_dbs(changed)
         pub.send(b"hello")
     with open_sub(changed, "a") as sub:
         assert drain(sub) == [b"hello"]
@@ -415,11 +411,11 @@ def test_old_message_that_the_server_still_has(deploy: Deploy, servers: Servers)
         pub.send(b"old")
         time.sleep(0.6)
         assert ask(servers, f"STREAM.INFO.{name}")["state"]["messages"] == 1
-        assert persipubsub.control.prune_dangling_messages(config_pth) == {"queue": 1}
+        assert control.prune_dangling_messages(config_pth) == {"queue": 1}
         assert ask(servers, f"STREAM.INFO.{name}")["state"]["messages"] == 0
 
 
-def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path, servers: Servers) -> None:
+def test_late_message_is_not_kept_in_the_process(tmp_path: Path, servers: Servers) -> None:
     # A pull that ends right when a message comes: nobody may sit on it for ack_wait.
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
@@ -430,7 +426,7 @@ def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path, servers
             pub.send(b"hello")
             thread.join(HANG_SECS)
         assert all(message == b"hello" for message in drain(other, timeout=1))
-        assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag == 0
+        assert control.statistics(config_pth)["queue"].subscribers[0].lag == 0
 
 
 def test_dropped_messages_are_told(deploy: Deploy, caplog: pytest.LogCaptureFixture) -> None:
@@ -480,7 +476,7 @@ def test_subscribers_that_are_in_the_file_no_more(deploy: Deploy, servers: Serve
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(2))
         assert drain(sub) == numbered(2)
-        with pytest.raises(persipubsub.errors.QueueFullError, match="2 of them for 'gone"):
+        with pytest.raises(errors.QueueFullError, match="2 of them for 'gone"):
             pub.send(b"2")
     # Of somebody else: it is no subscriber.
     ask(servers,
@@ -491,7 +487,7 @@ def test_subscribers_that_are_in_the_file_no_more(deploy: Deploy, servers: Serve
             "durable_name": "other",
             "ack_policy": "explicit"
         })
-    figures = persipubsub.control.statistics(config_pth)["queue"].subscribers
+    figures = control.statistics(config_pth)["queue"].subscribers
     assert {one.subscriber: one.lag for one in figures} == {"sub": 0, **dict.fromkeys(gone, 2)}
     ask(servers, "CONSUMER.DELETE.gone.other")
     for name in gone:
@@ -503,7 +499,7 @@ def test_subscribers_that_are_in_the_file_no_more(deploy: Deploy, servers: Serve
 # Threads, fork, exit
 
 
-def test_connections_end_with_the_parent(tmp_path: pathlib.Path) -> None:
+def test_connections_end_with_the_parent(tmp_path: Path) -> None:
 
     def idle(pipe: Connection) -> None:
         pipe.send("there")
@@ -524,7 +520,7 @@ def test_connections_end_with_the_parent(tmp_path: pathlib.Path) -> None:
             child.end()
 
 
-def test_queues_share_a_connection_and_a_thread(tmp_path: pathlib.Path) -> None:
+def test_queues_share_a_connection_and_a_thread(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
         config_pth = make(tmp_path, servers)
         with open_pub(config_pth), open_pub(config_pth), open_sub(config_pth):
@@ -542,7 +538,7 @@ def test_queues_share_a_connection_and_a_thread(tmp_path: pathlib.Path) -> None:
     "daemon=True).start(); import time; time.sleep(0.2)",
     "import os, signal; os.kill(SERVER, signal.SIGSTOP)",
 ])
-def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
+def test_exit_without_close(tmp_path: Path, code: str) -> None:
     with jetstream_server.running(tmp_path) as servers:
         config_pth = make(tmp_path, servers)
         process = servers.servers[0].process
@@ -568,7 +564,7 @@ def forget_batch(sub: Sub, count: int) -> None:
 
 
 @pytest.mark.parametrize("is_in_loop", [False, True])
-def test_forgotten_batch(tmp_path: pathlib.Path, servers: Servers, is_in_loop: bool) -> None:
+def test_forgotten_batch(tmp_path: Path, servers: Servers, is_in_loop: bool) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
 
     async def collect() -> None:
@@ -585,8 +581,7 @@ def test_forgotten_batch(tmp_path: pathlib.Path, servers: Servers, is_in_loop: b
         assert drain(sub) == numbered(5)
 
 
-def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
-                                                         servers: Servers) -> None:
+def test_message_that_is_forgotten_right_before_the_exit(tmp_path: Path, servers: Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_pub(config_pth) as pub:
         pub.send(b"0")
@@ -600,7 +595,7 @@ def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
 
 
 @pytest.mark.parametrize("how", ["ack", "nack", "close"])
-def test_lease_that_ended_is_not_given_back_again(config_pth: pathlib.Path, how: str) -> None:
+def test_lease_that_ended_is_not_given_back_again(config_pth: Path, how: str) -> None:
     with open_queue(config_pth) as queue, open_queue(config_pth) as other:
         queue.put(numbered(2))
         lease = queue.consumer("sub").take(timeout=HANG_SECS)
@@ -620,8 +615,7 @@ def _forget_in_child(pipe: Connection, leases: list[Any]) -> None:
     pipe.send("forgotten")
 
 
-def test_child_does_not_give_back_what_its_parent_has(tmp_path: pathlib.Path,
-                                                      servers: Servers) -> None:
+def test_child_does_not_give_back_what_its_parent_has(tmp_path: Path, servers: Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_queue(config_pth) as queue, open_sub(config_pth) as sub:
         queue.put(numbered(2))
@@ -636,7 +630,7 @@ def test_child_does_not_give_back_what_its_parent_has(tmp_path: pathlib.Path,
         assert drain(sub) == [b"0"]
 
 
-def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
+def test_two_threads_begin_at_once(config_pth: Path) -> None:
     results: list[str] = []
 
     def work() -> None:
@@ -651,7 +645,7 @@ def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
     assert results == [""] * 16
 
 
-def test_child_that_forks_in_the_middle(config_pth: pathlib.Path) -> None:
+def test_child_that_forks_in_the_middle(config_pth: Path) -> None:
     # Another thread of the parent is inside of the library when it forks.
     is_over = threading.Event()
     results: list[str] = []
@@ -682,14 +676,14 @@ def test_child_that_forks_in_the_middle(config_pth: pathlib.Path) -> None:
 # Full queues
 
 
-def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy(MAX_MSGS_NUM=3, strategy="reject")
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(2))
-        with pytest.raises(persipubsub.errors.QueueFullError, match="2 of them for 'sub'"):
+        with pytest.raises(errors.QueueFullError, match="2 of them for 'sub'"):
             pub.send_many(numbered(2))
         pub.send(b"2")
-        with pytest.raises(persipubsub.errors.QueueFullError, match="3 of them for 'sub'"):
+        with pytest.raises(errors.QueueFullError, match="3 of them for 'sub'"):
             pub.send(b"3")
     blocking = write_config(tmp_path,
                             path=persipubsub.config.read(config_pth).queue_path("queue"),
@@ -710,10 +704,7 @@ def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: pathlib.Path) -
 # Retries and dead letters
 
 
-def write_letters(tmp_path: pathlib.Path,
-                  servers: Servers,
-                  letters: str = "",
-                  **entries: Any) -> pathlib.Path:
+def write_letters(tmp_path: Path, servers: Servers, letters: str = "", **entries: Any) -> Path:
     """Write the configuration of a queue whose subscriber has limits, and initialize it."""
     config_pth = write_config(tmp_path, path=servers.path(f"stream{next(_COUNTER)}", ack_wait=1))
     text = config_pth.read_text()
@@ -727,7 +718,7 @@ def write_letters(tmp_path: pathlib.Path,
         '{"queues": {',
         '{"operator": {"in_queue": "letters"}, "queues": {"letters": {' + other + "}}, ")
     config_pth.write_text(text)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     return config_pth
 
 
@@ -741,12 +732,12 @@ def fail(sub: Sub, timeout: float = HANG_SECS) -> bytes | None:
     return received[0]
 
 
-def letters_of(config_pth: pathlib.Path) -> list[persipubsub.message.DeadLetter]:
+def letters_of(config_pth: Path) -> list[persipubsub.message.DeadLetter]:
     with open_sub(config_pth, "operator") as sub:
         return list(map(persipubsub.message.DeadLetter.decode, drain(sub, timeout=1)))
 
 
-def test_message_that_fails_too_often_becomes_a_dead_letter(tmp_path: pathlib.Path,
+def test_message_that_fails_too_often_becomes_a_dead_letter(tmp_path: Path,
                                                             servers: Servers) -> None:
     config_pth = write_letters(tmp_path,
                                servers,
@@ -767,7 +758,7 @@ def test_message_that_fails_too_often_becomes_a_dead_letter(tmp_path: pathlib.Pa
     assert len(looked) == 1 and lags(config_pth) == {"sub": 0}
 
 
-def _receive_and_hang(pipe: Connection, config_pth: pathlib.Path) -> None:
+def _receive_and_hang(pipe: Connection, config_pth: Path) -> None:
     with open_sub(config_pth) as sub:
         while True:
             with sub.receive(timeout=HANG_SECS) as msg:
@@ -775,7 +766,7 @@ def _receive_and_hang(pipe: Connection, config_pth: pathlib.Path) -> None:
                 pipe.recv()
 
 
-def test_kills_count_as_deliveries(tmp_path: pathlib.Path, servers: Servers) -> None:
+def test_kills_count_as_deliveries(tmp_path: Path, servers: Servers) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=2, dead_letter_queue='"letters"')
     with open_pub(config_pth) as pub:
         pub.send_many([b"poison", b"fine"])
@@ -794,7 +785,7 @@ def test_kills_count_as_deliveries(tmp_path: pathlib.Path, servers: Servers) -> 
 
 
 def test_message_without_a_queue_of_dead_letters_is_dropped(
-        tmp_path: pathlib.Path, servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=1)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"poison", b"fine"])
@@ -804,7 +795,7 @@ def test_message_without_a_queue_of_dead_letters_is_dropped(
     assert "The message 1 of the queue" in caplog.text and "KeyError" in caplog.text
 
 
-def test_failed_message_rests_longer_each_time(tmp_path: pathlib.Path, servers: Servers) -> None:
+def test_failed_message_rests_longer_each_time(tmp_path: Path, servers: Servers) -> None:
     config_pth = write_letters(tmp_path, servers, retry_delay_secs=0.4)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"slow", b"fine"])
@@ -821,7 +812,7 @@ def test_failed_message_rests_longer_each_time(tmp_path: pathlib.Path, servers: 
         assert 0.7 < time.monotonic() - begin
 
 
-def test_dead_letter_that_can_not_be_written(tmp_path: pathlib.Path, servers: Servers,
+def test_dead_letter_that_can_not_be_written(tmp_path: Path, servers: Servers,
                                              caplog: pytest.LogCaptureFixture) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=1, dead_letter_queue='"letters"')
     path = persipubsub.config.read(config_pth).queue_path("letters")
@@ -837,13 +828,13 @@ def test_dead_letter_that_can_not_be_written(tmp_path: pathlib.Path, servers: Se
         assert not drain(sub, timeout=1.5)
         with open_queue(config_pth) as queue:
             assert queue.statistics().subscribers[0].lag == 1
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         until(lambda: not drain(sub) and lags(config_pth) == {"sub": 0}, "the dead letter")
     assert [letter.data for letter in letters_of(config_pth)] == [b"poison"]
 
 
-def test_dead_letters_to_a_directory_are_refused(tmp_path: pathlib.Path, servers: Servers) -> None:
-    with pytest.raises(persipubsub.errors.ConfigError, match="dead_letter_queue: .*alike"):
+def test_dead_letters_to_a_directory_are_refused(tmp_path: Path, servers: Servers) -> None:
+    with pytest.raises(errors.ConfigError, match="dead_letter_queue: .*alike"):
         write_letters(tmp_path,
                       servers,
                       letters=str(tmp_path / "letters"),
@@ -871,7 +862,7 @@ def test_seek(deploy: Deploy) -> None:
         assert engine.seek(config, "queue", "b", 8) == 8
         assert drain(b) == numbered(10)[7:]
         # What everybody passed is gone, and what is sent from now on comes to all.
-        assert persipubsub.control.statistics(config_pth)["queue"].messages == 0
+        assert control.statistics(config_pth)["queue"].messages == 0
         engine.seek(config, "queue", "sub", "beginning")
         pub.send(b"new")
         assert (drain(sub), drain(b)) == ([b"new"], [b"new"])
@@ -931,7 +922,7 @@ def test_finished_messages_are_retained(deploy: Deploy) -> None:
         assert drain(sub) == numbered(5)
 
 
-def test_subscriber_that_starts_from_the_beginning(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+def test_subscriber_that_starts_from_the_beginning(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy()
     path = persipubsub.config.read(config_pth).queue_path("queue")
     with open_pub(config_pth) as pub:
@@ -939,7 +930,7 @@ def test_subscriber_that_starts_from_the_beginning(deploy: Deploy, tmp_path: pat
     both = write_config(tmp_path, path=path, subscribers=("sub", "late"), name="both.json")
     both.write_text(both.read_text().replace('"late": {"in_queue"',
                                              '"late": {"start_from": "beginning", "in_queue"'))
-    persipubsub.control.initialize_all_dbs(both)
+    control.initialize_all_dbs(both)
     with open_sub(both, "late") as late:
         assert drain(late) == numbered(3)
 
@@ -967,7 +958,7 @@ def test_peek(deploy: Deploy) -> None:
     assert outcome(lambda: engine.peek(config, "queue", "nobody")) == "NotInitializedError"
 
 
-def test_follow(config_pth: pathlib.Path) -> None:
+def test_follow(config_pth: Path) -> None:
     config = persipubsub.config.read(config_pth)
     with open_pub(config_pth) as pub, \
             contextlib.closing(engine.follow(config, "queue", last=1)) as looks:
@@ -983,7 +974,7 @@ def test_follow(config_pth: pathlib.Path) -> None:
     assert lags(config_pth) == {"sub": 3}
 
 
-def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy()
     both = write_config(tmp_path,
                         path=persipubsub.config.read(config_pth).queue_path("queue"),
@@ -999,7 +990,7 @@ def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: pathlib.Pat
             assert drain(sub) == [b"after"]
             assert engine.remove_subscriber(config, "queue", "sub") == 2
             # Nobody else needs them.
-            assert persipubsub.control.statistics(both)["queue"].messages == 0
+            assert control.statistics(both)["queue"].messages == 0
             # What everybody is to get needs everybody that the file names.
             until(lambda: outcome(lambda: pub.send(b"lost")) == "NotInitializedError", "an error")
             assert outcome(lambda: drain(sub)) == ""

@@ -3,16 +3,16 @@
 import asyncio
 import contextlib
 import itertools
-import pathlib
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
-import persipubsub.config
+from persipubsub import config
 from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.faults.test_storm import choose_seed
@@ -22,32 +22,32 @@ from tests.test_behaviour import lags, numbered
 
 pytestmark = jetstream_server.needs_server
 
-Work = Callable[[pathlib.Path], Coroutine[Any, Any, None]]
+Work = Callable[[Path], Coroutine[Any, Any, None]]
 
 
 @pytest.fixture(name="config_pth")
-def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
+def _config_pth(tmp_path: Path, servers: jetstream_server.Servers) -> Path:
     return jetstream_server.deploy(tmp_path, servers)
 
 
-def in_loop(function: Work) -> Callable[[pathlib.Path], None]:
+def in_loop(function: Work) -> Callable[[Path], None]:
     """Make a test of a coroutine function that gets the path of a configuration."""
 
     @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-    def test(config_pth: pathlib.Path, run: Callable[[Any], None]) -> None:
+    def test(config_pth: Path, run: Callable[[Any], None]) -> None:
         run(asyncio.wait_for(function(config_pth), HANG_SECS))
 
     test.__doc__ = function.__doc__
-    made: Callable[[pathlib.Path], None] = test
+    made: Callable[[Path], None] = test
     return made
 
 
-def open_queue(config_pth: pathlib.Path) -> engine.Queue:
-    return engine.open_queue(persipubsub.config.read(config_pth), "queue")
+def open_queue(config_pth: Path) -> engine.Queue:
+    return engine.open_queue(config.read(config_pth), "queue")
 
 
 @contextlib.asynccontextmanager
-async def opened(config_pth: pathlib.Path) -> AsyncIterator[tuple[engine.Queue, Any]]:
+async def opened(config_pth: Path) -> AsyncIterator[tuple[engine.Queue, Any]]:
     """Open a queue and a consumer, without blocking the loop."""
     queue = await asyncio.to_thread(open_queue, config_pth)
     try:
@@ -75,7 +75,7 @@ async def until_waiting(queue: engine.Queue, count: int) -> None:
 
 
 @in_loop
-async def test_waiting_and_sending_need_no_threads(config_pth: pathlib.Path) -> None:
+async def test_waiting_and_sending_need_no_threads(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         before = threading.active_count()
         # More than pull requests that one consumer has at the servers.
@@ -91,7 +91,7 @@ async def test_waiting_and_sending_need_no_threads(config_pth: pathlib.Path) -> 
 
 
 @pytest.mark.parametrize("mark", [1000000, 2000])
-def test_batches_and_messages_are_in_the_order_of_the_calls(tmp_path: pathlib.Path,
+def test_batches_and_messages_are_in_the_order_of_the_calls(tmp_path: Path,
                                                             servers: jetstream_server.Servers,
                                                             mark: int) -> None:
     """With the lower mark, the server is asked for each message of the larger batch by itself."""
@@ -109,7 +109,7 @@ def test_batches_and_messages_are_in_the_order_of_the_calls(tmp_path: pathlib.Pa
     asyncio.run(asyncio.wait_for(main(), HANG_SECS))
 
 
-def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: pathlib.Path,
+def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: Path,
                                                    servers: jetstream_server.Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers, MAX_MSGS_NUM=4, strategy="block")
 
@@ -129,7 +129,7 @@ def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: pathlib.Path,
 
 
 @in_loop
-async def test_pull_request_of_a_cancelled_task_is_taken_over(config_pth: pathlib.Path) -> None:
+async def test_pull_request_of_a_cancelled_task_is_taken_over(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         for message in numbered(10):
             for _ in range(2):
@@ -146,7 +146,7 @@ async def test_pull_request_of_a_cancelled_task_is_taken_over(config_pth: pathli
 
 
 @in_loop
-async def test_message_does_not_stay_with_cancelled_tasks(config_pth: pathlib.Path) -> None:
+async def test_message_does_not_stay_with_cancelled_tasks(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer), opened(config_pth) as (_, other):
         tasks = [asyncio.ensure_future(receive(consumer)) for _ in range(20)]
         await until_waiting(queue, 20)
@@ -161,7 +161,7 @@ async def test_message_does_not_stay_with_cancelled_tasks(config_pth: pathlib.Pa
 
 
 @in_loop
-async def test_cancelled_calls_are_carried_out(config_pth: pathlib.Path) -> None:
+async def test_cancelled_calls_are_carried_out(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         for ending in ("aack", "anack"):
             putting = asyncio.ensure_future(queue.aput([b"hello"]))
@@ -179,7 +179,7 @@ async def test_cancelled_calls_are_carried_out(config_pth: pathlib.Path) -> None
     assert lags(config_pth) == {"sub": 0}
 
 
-async def storm(config_pth: pathlib.Path, count: int, is_newest: bool) -> None:
+async def storm(config_pth: Path, count: int, is_newest: bool) -> None:
     """Cancel tasks that take, at any moment, and check that each message comes once."""
     rng = random.Random(choose_seed())
     total = 400
@@ -219,5 +219,5 @@ async def send_slowly(queue: engine.Queue, count: int, rng: random.Random) -> No
 
 
 @in_loop
-async def test_cancelled_skipping_forgets_nothing(config_pth: pathlib.Path) -> None:
+async def test_cancelled_skipping_forgets_nothing(config_pth: Path) -> None:
     await storm(config_pth, 1, True)

@@ -1,17 +1,15 @@
 """Test what control does to whole queues: verify, back up, restore, compact, drop, subscribers."""
 
 import os
-import pathlib
 import signal
 import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control, errors
 from tests import stores, support
 from tests.faults import tracing
 from tests.support import make_queue, receive_all, send_each
@@ -19,25 +17,24 @@ from tests.support import make_queue, receive_all, send_each
 BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
 
 
-def next_number(config_pth: pathlib.Path) -> int:
-    return persipubsub.control.statistics(config_pth)["queue"].next_number
+def next_number(config_pth: Path) -> int:
+    return control.statistics(config_pth)["queue"].next_number
 
 
-def assert_sound(config_pth: pathlib.Path) -> None:
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+def assert_sound(config_pth: Path) -> None:
+    assert control.verify(config_pth) == {"queue": ()}
 
 
 # Choosing queues
 
 
 @pytest.mark.parametrize("function", [
-    persipubsub.control.initialize_all_dbs, persipubsub.control.prune_dangling_messages,
-    persipubsub.control.clear_all_subs, persipubsub.control.statistics, persipubsub.control.verify,
-    persipubsub.control.compact
+    control.initialize_all_dbs, control.prune_dangling_messages, control.clear_all_subs,
+    control.statistics, control.verify, control.compact
 ])
-def test_unknown_queue(tmp_path: pathlib.Path, function: Callable[..., object]) -> None:
+def test_unknown_queue(tmp_path: Path, function: Callable[..., object]) -> None:
     config_pth = make_queue(tmp_path)
-    with pytest.raises(persipubsub.errors.ConfigError, match="nothing_of_this_name"):
+    with pytest.raises(errors.ConfigError, match="nothing_of_this_name"):
         function(config_pth, "nothing_of_this_name")
 
 
@@ -45,7 +42,7 @@ def test_unknown_queue(tmp_path: pathlib.Path, function: Callable[..., object]) 
 
 
 @BOTH
-def test_sound_queue_is_verified_while_it_is_used(tmp_path: pathlib.Path, durability: str) -> None:
+def test_sound_queue_is_verified_while_it_is_used(tmp_path: Path, durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability)
     send_each(config_pth, b"x" * 10000, b"y")
     is_done = threading.Event()
@@ -72,7 +69,7 @@ def test_sound_queue_is_verified_while_it_is_used(tmp_path: pathlib.Path, durabi
         child.end()
 
 
-def test_damaged_page_is_found_without_a_crash(tmp_path: pathlib.Path) -> None:
+def test_damaged_page_is_found_without_a_crash(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, *[b"x" * 2000] * 20)
     path = tmp_path / "queue" / "data.mdb"
@@ -81,29 +78,29 @@ def test_damaged_page_is_found_without_a_crash(tmp_path: pathlib.Path) -> None:
     for page in range(2, len(content) // 4096):
         content[page * 4096 + 10] ^= 0x0f
     path.write_bytes(content)
-    outcomes = support.outcomes_in_child(lambda: persipubsub.control.verify(config_pth))
+    outcomes = support.outcomes_in_child(lambda: control.verify(config_pth))
     assert outcomes == [""]
-    assert persipubsub.control.verify(config_pth)["queue"]
+    assert control.verify(config_pth)["queue"]
 
 
 # Backups
 
 
 @BOTH
-def test_backup_is_restored(tmp_path: pathlib.Path, durability: str) -> None:
+def test_backup_is_restored(tmp_path: Path, durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability)
     send_each(config_pth, b"1", b"2")
     receive_all(config_pth)
     send_each(config_pth, b"3", b"4")
     target = tmp_path / "backup"
-    size = persipubsub.control.backup(config_pth, "queue", target)
+    size = control.backup(config_pth, "queue", target)
     assert target.stat().st_size == size
     assert target.stat().st_mode & 0o777 == 0o600
     assert receive_all(config_pth) == [b"3", b"4"]
     send_each(config_pth, b"5")
     used = next_number(config_pth)
 
-    persipubsub.control.restore(config_pth, "queue", target)
+    control.restore(config_pth, "queue", target)
     assert_sound(config_pth)
     # No number is used again, whatever happened since the backup.
     assert next_number(config_pth) > used
@@ -113,63 +110,63 @@ def test_backup_is_restored(tmp_path: pathlib.Path, durability: str) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".new")] == []
 
 
-def test_no_number_is_used_twice_by_repeated_restoring(tmp_path: pathlib.Path) -> None:
+def test_no_number_is_used_twice_by_repeated_restoring(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     numbers = set()
     for _ in range(3):
         send_each(config_pth, b"2")
-        number = persipubsub.control.peek(config_pth, "sub", count=2)[-1].number
+        number = control.peek(config_pth, "sub", count=2)[-1].number
         assert number not in numbers
         numbers.add(number)
-        persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+        control.restore(config_pth, "queue", tmp_path / "backup")
         assert receive_all(config_pth) == [b"1"]
 
 
-def test_backup_creates_a_queue_elsewhere(tmp_path: pathlib.Path) -> None:
+def test_backup_creates_a_queue_elsewhere(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     (tmp_path / "elsewhere").mkdir()
     # Another durability, and one more subscriber.
     other_pth = support.write_config(tmp_path / "elsewhere",
                                      subscribers=["sub", "other"],
                                      durability="os")
-    persipubsub.control.restore(other_pth, "queue", tmp_path / "backup")
+    control.restore(other_pth, "queue", tmp_path / "backup")
     send_each(other_pth, b"2")
     assert receive_all(other_pth) == [b"1", b"2"]
-    subscribers = persipubsub.control.statistics(other_pth)["queue"].subscribers
+    subscribers = control.statistics(other_pth)["queue"].subscribers
     assert [one.subscriber for one in subscribers] == ["other", "sub"]
     assert_sound(other_pth)
 
 
-def test_backup_replaces_nothing(tmp_path: pathlib.Path) -> None:
+def test_backup_replaces_nothing(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     (tmp_path / "file").write_bytes(b"precious")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ["file", "link", "queue"]:
-        with pytest.raises(persipubsub.errors.StoreError, match="there already"):
-            persipubsub.control.backup(config_pth, "queue", tmp_path / name)
+        with pytest.raises(errors.StoreError, match="there already"):
+            control.backup(config_pth, "queue", tmp_path / name)
     assert (tmp_path / "file").read_bytes() == b"precious"
-    with pytest.raises(persipubsub.errors.AccessError, match="no such directory"):
-        persipubsub.control.backup(config_pth, "queue", tmp_path / "missing" / "backup")
+    with pytest.raises(errors.AccessError, match="no such directory"):
+        control.backup(config_pth, "queue", tmp_path / "missing" / "backup")
 
 
 @BOTH
-def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: pathlib.Path,
+def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: Path,
                                                             durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability)
     send_each(config_pth, b"before", b"some content that is easily found", b"behind")
     path = tmp_path / "queue" / "data.mdb"
     path.write_bytes(path.read_bytes().replace(b"some content", b"what content"))
-    with pytest.raises(persipubsub.errors.StoreCorruptError, match="checksum"):
-        persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    with pytest.raises(errors.StoreCorruptError, match="checksum"):
+        control.backup(config_pth, "queue", tmp_path / "backup")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "queue"]
 
 
 @pytest.mark.parametrize("action", ["backup", "compact"])
-def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: pathlib.Path, action: str) -> None:
+def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: Path, action: str) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, *[b"%d." % number * 300 for number in range(100)])
     path = tmp_path / "queue" / "data.mdb"
@@ -188,41 +185,41 @@ def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: pathlib.Path, action
 
     def copy() -> None:
         if action == "backup":
-            persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+            control.backup(config_pth, "queue", tmp_path / "backup")
         else:
-            persipubsub.control.compact(config_pth, "queue")
+            control.compact(config_pth, "queue")
 
     assert support.outcomes_in_child(copy) == ["StoreCorruptError"]
-    with pytest.raises(persipubsub.errors.StoreCorruptError, match="data.mdb to be sound"):
+    with pytest.raises(errors.StoreCorruptError, match="data.mdb to be sound"):
         copy()
     assert support.snapshot(tmp_path / "queue")["data.mdb"] == before["data.mdb"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "queue"]
 
 
-def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: pathlib.Path) -> None:
+def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, b"some content")
     before = support.snapshot(tmp_path / "queue")
     (tmp_path / "text").write_bytes(b"something else" * 10000)
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "fifo")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     whole = (tmp_path / "backup").read_bytes()
     (tmp_path / "cut").write_bytes(whole[:-4096])
     (tmp_path / "damaged").write_bytes(whole.replace(b"some content", b"what content"))
     for name in ["text", "empty", "fifo", "cut", "damaged", "queue", "missing"]:
-        with pytest.raises(persipubsub.errors.StoreError, match=name):
-            persipubsub.control.restore(config_pth, "queue", tmp_path / name)
+        with pytest.raises(errors.StoreError, match=name):
+            control.restore(config_pth, "queue", tmp_path / name)
     after = support.snapshot(tmp_path / "queue")
     assert {**after, "lock.mdb": b"", "shared": b""} == {**before, "lock.mdb": b"", "shared": b""}
     assert receive_all(config_pth) == [b"some content"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
-def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
+def test_damaged_queue_is_restored(tmp_path: Path, damage: str) -> None:
     config_pth = make_queue(tmp_path, durability="os")
     send_each(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     path = tmp_path / "queue" / "data.mdb"
     if damage == "truncated":
         os.truncate(path, 4096)
@@ -232,28 +229,28 @@ def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
         path.unlink()
     if damage == "garbage":
         # It is not ours to decide what that file is.
-        with pytest.raises(persipubsub.errors.FormatError):
-            persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+        with pytest.raises(errors.FormatError):
+            control.restore(config_pth, "queue", tmp_path / "backup")
         path.unlink()
-    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+    control.restore(config_pth, "queue", tmp_path / "backup")
     assert receive_all(config_pth) == [b"1"]
     assert_sound(config_pth)
 
 
-def test_old_journal_never_takes_the_place_of_what_was_restored(tmp_path: pathlib.Path) -> None:
+def test_old_journal_never_takes_the_place_of_what_was_restored(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path, durability="os")
     send_each(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     receive_all(config_pth)
     send_each(config_pth, b"2")
     stores.lose_power(tmp_path / "queue")
-    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+    control.restore(config_pth, "queue", tmp_path / "backup")
     stores.lose_power(tmp_path / "queue")
     assert receive_all(config_pth) == [b"1"]
     assert_sound(config_pth)
 
 
-def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def publish_for_ever(pipe: support.Connection, config_pth: Path) -> None:
     with Pub("pub", config_pth) as pub:
         number = 0
         while True:
@@ -262,7 +259,7 @@ def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None
             pipe.send(number)
 
 
-def take_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def take_for_ever(pipe: support.Connection, config_pth: Path) -> None:
     pipe.send("begun")
     with Sub("other", config_pth) as sub:
         while True:
@@ -278,7 +275,7 @@ def drain(child: support.Child) -> int:
 
 
 @BOTH
-def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.Path,
+def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: Path,
                                                               durability: str) -> None:
     config_pth = make_queue(tmp_path,
                             subscribers=["sub", "other"],
@@ -291,13 +288,13 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.
         publisher.get()
         for index in range(5):
             sent.append(drain(publisher) or publisher.get())
-            persipubsub.control.backup(config_pth, "queue", tmp_path / f"backup{index}")
+            control.backup(config_pth, "queue", tmp_path / f"backup{index}")
         publisher.kill(signal.SIGKILL)
         taker.kill(signal.SIGKILL)
         publisher.process.join()
         taker.process.join()
     for index, count in enumerate(sent):
-        persipubsub.control.restore(config_pth, "queue", tmp_path / f"backup{index}")
+        control.restore(config_pth, "queue", tmp_path / f"backup{index}")
         assert_sound(config_pth)
         messages = receive_all(config_pth)
         assert messages == [b"%d" % number for number in range(len(messages))]
@@ -308,94 +305,93 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.
 
 
 @BOTH
-def test_compact_gives_room_back_and_keeps_all(tmp_path: pathlib.Path, durability: str) -> None:
+def test_compact_gives_room_back_and_keeps_all(tmp_path: Path, durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability)
     send_each(config_pth, b"first")
     receive_all(config_pth)
     with Pub("pub", config_pth) as pub:
         pub.send_many([os.urandom(1000) for _ in range(2000)])
-    persipubsub.control.clear_all_subs(config_pth)
+    control.clear_all_subs(config_pth)
     send_each(config_pth, b"last")
     number = next_number(config_pth)
-    sizes = persipubsub.control.compact(config_pth)["queue"]
+    sizes = control.compact(config_pth)["queue"]
     assert sizes.before > 4000000 > 1000000 > sizes.after
     assert (tmp_path / "queue" / "data.mdb").stat().st_mode & 0o777 == 0o600
     assert next_number(config_pth) == number
     assert_sound(config_pth)
     assert receive_all(config_pth) == [b"last"]
-    assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
+    assert control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
 
 
 @BOTH
-def test_compact_of_a_drained_queue_needs_no_prune(tmp_path: pathlib.Path, durability: str) -> None:
+def test_compact_of_a_drained_queue_needs_no_prune(tmp_path: Path, durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability)
     send_each(config_pth, *[bytes(100000)] * 100)
     assert len(receive_all(config_pth)) == 100
-    sizes = persipubsub.control.compact(config_pth)["queue"]
+    sizes = control.compact(config_pth)["queue"]
     # What is left: a store with one finished block, the reserve, and two segments of the journal.
     assert sizes.before > 10000000 > 1500000 > sizes.after
-    assert sizes.after == persipubsub.control.statistics(config_pth)["queue"].disk_bytes
+    assert sizes.after == control.statistics(config_pth)["queue"].disk_bytes
 
 
-def use(config_pth: pathlib.Path) -> list[Callable[[], object]]:
+def use(config_pth: Path) -> list[Callable[[], object]]:
     return [
-        lambda: persipubsub.control.compact(config_pth),
-        lambda: persipubsub.control.restore(config_pth, "queue", config_pth.parent / "backup"),
-        lambda: persipubsub.control.drop_queue(config_pth, "queue")
+        lambda: control.compact(config_pth),
+        lambda: control.restore(config_pth, "queue", config_pth.parent / "backup"),
+        lambda: control.drop_queue(config_pth, "queue")
     ]
 
 
-def hold_open(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def hold_open(pipe: support.Connection, config_pth: Path) -> None:
     with Sub("sub", config_pth):
         pipe.send("open")
         pipe.recv()
 
 
-def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
+def test_queue_in_use_is_left_alone(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     with support.Child(hold_open, config_pth) as child:
         child.get()
         for function in use(config_pth):
-            with pytest.raises(persipubsub.errors.QueueInUseError,
-                               match=f"process {child.process.pid}"):
+            with pytest.raises(errors.QueueInUseError, match=f"process {child.process.pid}"):
                 function()
         child.pipe.send("end")
         child.end()
     # This process counts, too.
     with support.open_queue(config_pth):
         for function in use(config_pth):
-            with pytest.raises(persipubsub.errors.QueueInUseError):
+            with pytest.raises(errors.QueueInUseError):
                 function()
     assert receive_all(config_pth) == [b"1"]
 
 
-def look_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def look_for_ever(pipe: support.Connection, config_pth: Path) -> None:
     """Look at the queue again and again, as scrapes of metrics do."""
-    persipubsub.control.statistics(config_pth)
+    control.statistics(config_pth)
     pipe.send("looked")
     while not pipe.poll(0.005):
-        persipubsub.control.statistics(config_pth)
+        control.statistics(config_pth)
 
 
-def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
+def test_who_looks_is_waited_for(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     with support.Child(look_for_ever, config_pth) as child:
         assert child.get() == "looked"
         for _ in range(60):
-            persipubsub.control.compact(config_pth)
+            control.compact(config_pth)
         child.pipe.send("end")
         child.end()
 
 
 @pytest.mark.parametrize("place", range(1, 10))
 @pytest.mark.parametrize("action", ["compact", "restore"])
-def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -> None:
+def test_killed_in_the_middle(tmp_path: Path, action: str, place: int) -> None:
     tracing.require()
     config_pth = make_queue(tmp_path, durability="os", checkpoint_secs=3600)
     send_each(config_pth, b"old")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     send_each(config_pth, b"new")
 
     def work() -> None:
@@ -410,7 +406,7 @@ def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -
     assert messages == [b"old", b"new"] or (action, messages) == ("restore", [b"old"])
     send_each(config_pth, b"later")
     assert receive_all(config_pth) == [b"later"]
-    persipubsub.control.compact(config_pth)
+    control.compact(config_pth)
     assert_sound(config_pth)
 
 
@@ -418,80 +414,80 @@ def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -
 
 
 @BOTH
-def test_drop_removes_the_directory(tmp_path: pathlib.Path, durability: str) -> None:
+def test_drop_removes_the_directory(tmp_path: Path, durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability)
     send_each(config_pth, b"1")
     receive_all(config_pth)
-    assert not persipubsub.control.drop_queue(config_pth, "queue")
+    assert not control.drop_queue(config_pth, "queue")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
-    with pytest.raises(persipubsub.errors.NotInitializedError):
-        persipubsub.control.drop_queue(config_pth, "queue")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    with pytest.raises(errors.NotInitializedError):
+        control.drop_queue(config_pth, "queue")
+    control.initialize_all_dbs(config_pth)
     assert not receive_all(config_pth)
 
 
 @pytest.mark.parametrize("call", ["unlink", "rmdir"])
-def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call: str) -> None:
+def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: Path, call: str) -> None:
     tracing.require()
     config_pth = make_queue(tmp_path)
     lock = tmp_path / "queue" / "open.lock"
 
     def work() -> None:
-        persipubsub.control.drop_queue(config_pth, "queue")
+        control.drop_queue(config_pth, "queue")
 
     options = ["-P", str(lock if call == "unlink" else lock.parent), "-o", os.devnull]
     assert tracing.run(lambda: work,
                        options + ["-e", f"inject={call}:signal=KILL"]) == -signal.SIGKILL
     assert set(os.listdir(lock.parent)) <= {"open.lock"}
-    assert not persipubsub.control.drop_queue(config_pth, "queue")
+    assert not control.drop_queue(config_pth, "queue")
     assert not lock.parent.exists()
-    with pytest.raises(persipubsub.errors.NotInitializedError):
-        persipubsub.control.drop_queue(config_pth, "queue")
+    with pytest.raises(errors.NotInitializedError):
+        control.drop_queue(config_pth, "queue")
 
 
-def test_drop_leaves_what_is_not_ours(tmp_path: pathlib.Path) -> None:
+def test_drop_leaves_what_is_not_ours(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     (tmp_path / "queue" / "notes.txt").write_text("precious")
     (tmp_path / "queue" / "data.mdb.bak").write_text("precious")
-    assert persipubsub.control.drop_queue(config_pth, "queue") == ("data.mdb.bak", "notes.txt")
+    assert control.drop_queue(config_pth, "queue") == ("data.mdb.bak", "notes.txt")
     assert sorted(os.listdir(tmp_path / "queue")) == ["data.mdb.bak", "notes.txt"]
 
 
 # Subscribers
 
 
-def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: pathlib.Path) -> None:
+def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     with Pub("pub", config_pth) as pub:
         pub.send(b"1")
-        assert persipubsub.control.add_subscriber(config_pth, "queue", "late")
-        assert not persipubsub.control.add_subscriber(config_pth, "queue", "late")
+        assert control.add_subscriber(config_pth, "queue", "late")
+        assert not control.add_subscriber(config_pth, "queue", "late")
         for index in range(100):
             pub.send(b"%d" % index)
         assert len(receive_all(config_pth)) == 101
-        found = persipubsub.control.peek(config_pth, "late", count=1000, queue_key="queue")
+        found = control.peek(config_pth, "late", count=1000, queue_key="queue")
         assert len(found) == 100
         with support.open_queue(config_pth) as queue:
             lease = queue.consumer("late").take(timeout=0)
             assert lease is not None
-            assert persipubsub.control.remove_subscriber(config_pth, "queue", "late") == 100
+            assert control.remove_subscriber(config_pth, "queue", "late") == 100
             # It had a message in hand: that is acknowledged into the void.
             lease.ack()
-            with pytest.raises(persipubsub.errors.NotInitializedError):
+            with pytest.raises(errors.NotInitializedError):
                 queue.front("late")
-        assert persipubsub.control.statistics(config_pth)["queue"].messages == 0
+        assert control.statistics(config_pth)["queue"].messages == 0
         for index in range(100):
             pub.send(b"%d" % index)
-        assert persipubsub.control.statistics(config_pth)["queue"].messages == 100
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="'late'"):
-        persipubsub.control.remove_subscriber(config_pth, "queue", "late")
+        assert control.statistics(config_pth)["queue"].messages == 100
+    with pytest.raises(errors.NotInitializedError, match="'late'"):
+        control.remove_subscriber(config_pth, "queue", "late")
     assert_sound(config_pth)
 
 
 # Looking
 
 
-def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) -> None:
+def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path,
                             subscribers=["sub", "other"],
                             publishers={
@@ -508,24 +504,24 @@ def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) ->
         second = queue.consumer("sub").take(timeout=0)
         assert first is not None and second is not None
         second.ack()
-        found = persipubsub.control.peek(config_pth, "sub", count=4000)
+        found = control.peek(config_pth, "sub", count=4000)
         expected = [b"%d" % index for index in range(1, 1300) if index != 2]
         assert [message.content for message in found] == expected
-        again = persipubsub.control.peek(config_pth, "sub", count=2, start=found[500].number)
+        again = control.peek(config_pth, "sub", count=2, start=found[500].number)
         assert [one.content for one in again] == [one.content for one in found[500:502]]
         first.nack()
     for start in (10**6, 2**64 - 1, 2**64, 10**23):
-        assert not persipubsub.control.peek(config_pth, "sub", start=start)
-    assert persipubsub.control.peek(config_pth, "other", count=4)[3].subscribers == ("other", )
+        assert not control.peek(config_pth, "sub", start=start)
+    assert control.peek(config_pth, "other", count=4)[3].subscribers == ("other", )
     assert receive_all(config_pth) == expected
 
 
-def test_follow_sees_what_comes(tmp_path: pathlib.Path) -> None:
+def test_follow_sees_what_comes(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path)
     send_each(config_pth, b"1", b"2", b"3")
-    assert [one.content for one in next(persipubsub.control.follow(config_pth, "queue", last=2))
-            ] == [b"2", b"3"]
-    found = persipubsub.control.follow(config_pth, "queue")
+    assert [one.content
+            for one in next(control.follow(config_pth, "queue", last=2))] == [b"2", b"3"]
+    found = control.follow(config_pth, "queue")
     assert next(found) == []
     send_each(config_pth, b"4")
     messages: list[bytes] = []
@@ -555,7 +551,7 @@ _AUDITED_LOOK = """if True:
 """
 
 
-def state_of(directory: pathlib.Path) -> list[tuple[str, int, int]]:
+def state_of(directory: Path) -> list[tuple[str, int, int]]:
     """List the files of a queue with what changes when they are written, and the directory."""
     return [
         (path.name, path.stat().st_ino, path.stat().st_mtime_ns)
@@ -565,8 +561,7 @@ def state_of(directory: pathlib.Path) -> list[tuple[str, int, int]]:
 
 
 @BOTH
-def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: pathlib.Path,
-                                                         durability: str) -> None:
+def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: Path, durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability, checkpoint_secs=0.001)
     send_each(config_pth, b"x")
     before = state_of(tmp_path / "queue")
@@ -575,7 +570,7 @@ def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: pathlib.Path,
     assert state_of(tmp_path / "queue") == before
 
 
-def test_look_at_a_queue_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
+def test_look_at_a_queue_that_was_left_unclean(tmp_path: Path) -> None:
     config_pth = make_queue(tmp_path, durability="os", checkpoint_secs=3600)
 
     def run(pipe: support.Connection) -> None:
@@ -588,5 +583,5 @@ def test_look_at_a_queue_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
         child.get()
         child.kill(signal.SIGKILL)
         child.end(-signal.SIGKILL)
-    assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
+    assert control.statistics(config_pth)["queue"].messages == 1
     assert receive_all(config_pth) == [b"x"]

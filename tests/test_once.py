@@ -1,7 +1,7 @@
 """Test that a message with an id is stored once."""
 
-import pathlib
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +14,7 @@ WINDOW_NS = WINDOW_SECS * stores.SECOND_NS
 
 
 @pytest.mark.parametrize("durability", [stores.FSYNC, stores.OS])
-def test_id_is_remembered_when_the_queue_is_opened_again(tmp_path: pathlib.Path,
-                                                         durability: Any) -> None:
+def test_id_is_remembered_when_the_queue_is_opened_again(tmp_path: Path, durability: Any) -> None:
     with stores.opened(tmp_path, durability=durability) as queue:
         first = queue.put([b"one"], msg_ids=[b"a"])
     stores.lose_power(queue.path)
@@ -24,7 +23,7 @@ def test_id_is_remembered_when_the_queue_is_opened_again(tmp_path: pathlib.Path,
 
 
 @pytest.mark.parametrize("size", [1 << 18, 1 << 20])
-def test_full_map(tmp_path: pathlib.Path, size: int) -> None:
+def test_full_map(tmp_path: Path, size: int) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=size) as queue:
         count = 3 * size // 4000
         for index in range(count):
@@ -35,7 +34,7 @@ def test_full_map(tmp_path: pathlib.Path, size: int) -> None:
         assert figures.dropped_by_mark + figures.lag == count
 
 
-def test_threads_that_send_the_same_id_store_it_once(tmp_path: pathlib.Path) -> None:
+def test_threads_that_send_the_same_id_store_it_once(tmp_path: Path) -> None:
     numbers: list[list[int]] = []
     with stores.opened(tmp_path) as queue:
         barrier = threading.Barrier(8)
@@ -51,7 +50,7 @@ def test_threads_that_send_the_same_id_store_it_once(tmp_path: pathlib.Path) -> 
         assert sorted(stores.take_all(queue)) == sorted(b"%d" % index for index in range(50))
 
 
-def test_publishers_of_a_queue_share_their_ids(tmp_path: pathlib.Path) -> None:
+def test_publishers_of_a_queue_share_their_ids(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, {"pub": ["sub"], "other": ["sub"]})
     with Pub("pub", config_pth) as pub, Pub("other", config_pth, autosync=True) as other:
         pub.send(b"one", msg_id="ä")
@@ -66,7 +65,7 @@ def test_publishers_of_a_queue_share_their_ids(tmp_path: pathlib.Path) -> None:
                                            ("x" * 256, ValueError), ("ä" * 128, ValueError),
                                            ("\ud800", ValueError), (1, TypeError),
                                            (bytearray(b"x"), TypeError), (["x"], TypeError)])
-def test_wrong_id(tmp_path: pathlib.Path, msg_id: Any, error: "type[Exception]") -> None:
+def test_wrong_id(tmp_path: Path, msg_id: Any, error: "type[Exception]") -> None:
     config_pth = support.make_queue(tmp_path)
     with Pub("pub", config_pth) as pub:
         with pytest.raises(error, match="Expected|surrogates"):

@@ -4,17 +4,15 @@ import array
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Union
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.subscriber
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control, errors
 from tests import support
 from tests.support import receive_all
 
@@ -47,18 +45,18 @@ RECEIVE = """if True:
 
 
 @pytest.fixture(name="config_pth")
-def fixture_config_pth(tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_config_pth(tmp_path: Path) -> Path:
     config_pth = support.make_queue(tmp_path)
     return config_pth
 
 
 @pytest.fixture(name="pub")
-def fixture_pub(config_pth: pathlib.Path) -> Iterator[Pub]:
+def fixture_pub(config_pth: Path) -> Iterator[Pub]:
     with Pub("pub", config_pth) as pub:
         yield pub
 
 
-def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path) -> None:
+def test_wrong_use_is_refused_without_assertions(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     done = support.run_python("""if True:
         import sys
@@ -104,7 +102,7 @@ def test_wrong_use_is_refused_without_assertions(tmp_path: pathlib.Path) -> None
     bytes(range(256)) * 1000
 ],
                          ids=lambda message: type(message).__name__)
-def test_bytes_like_messages(config_pth: pathlib.Path, pub: Pub, message: Any) -> None:
+def test_bytes_like_messages(config_pth: Path, pub: Pub, message: Any) -> None:
     pub.send(msg=message)
     pub.send_many(msgs=[message, message])
     assert receive_all(config_pth) == [bytes(message)] * 3
@@ -114,7 +112,7 @@ class Bytes(bytes):
     """Be bytes, and more."""
 
 
-def test_any_iterable_of_messages(config_pth: pathlib.Path, pub: Pub) -> None:
+def test_any_iterable_of_messages(config_pth: Path, pub: Pub) -> None:
     pub.send_many(msgs=[])
     pub.send_many(msgs=())
     pub.send_many(msgs=(b"%d" % number for number in range(3)))  # type: ignore[arg-type]
@@ -122,7 +120,7 @@ def test_any_iterable_of_messages(config_pth: pathlib.Path, pub: Pub) -> None:
     assert receive_all(config_pth) == [b"0", b"1", b"2", b"3", b"4"]
 
 
-def test_iterable_that_fails_sends_nothing(config_pth: pathlib.Path, pub: Pub) -> None:
+def test_iterable_that_fails_sends_nothing(config_pth: Path, pub: Pub) -> None:
 
     def generate() -> Iterator[bytes]:
         yield b"good"
@@ -133,7 +131,7 @@ def test_iterable_that_fails_sends_nothing(config_pth: pathlib.Path, pub: Pub) -
     assert not receive_all(config_pth)
 
 
-def test_changed_buffer_changes_nothing(config_pth: pathlib.Path, pub: Pub) -> None:
+def test_changed_buffer_changes_nothing(config_pth: Path, pub: Pub) -> None:
     buffer = bytearray(b"before")
     pub.send(msg=buffer)
     pub.send_many(msgs=[buffer, memoryview(buffer)])
@@ -146,7 +144,7 @@ def last_transaction(pub: Pub) -> int:
 
 
 @pytest.mark.parametrize("autosync, commits", [(False, 1), (True, 5)])
-def test_commits_of_a_batch(config_pth: pathlib.Path, autosync: bool, commits: int) -> None:
+def test_commits_of_a_batch(config_pth: Path, autosync: bool, commits: int) -> None:
     with Pub("pub", config_pth, autosync=autosync) as pub:
         before = last_transaction(pub)
         pub.send_many(msgs=[b"%d" % number for number in range(5)])
@@ -157,46 +155,46 @@ def test_commits_of_a_batch(config_pth: pathlib.Path, autosync: bool, commits: i
 # Life of a publisher
 
 
-def test_init_again(tmp_path: pathlib.Path, config_pth: pathlib.Path, pub: Pub) -> None:
+def test_init_again(tmp_path: Path, config_pth: Path, pub: Pub) -> None:
     other = support.write_config(tmp_path,
                                  name="other.json",
                                  publishers={"other": ["sub"]},
                                  path=str(tmp_path / "other"))
     pub.init(pub_id="pub", config_pth=config_pth)
-    with pytest.raises(persipubsub.errors.NotInitializedError):
+    with pytest.raises(errors.NotInitializedError):
         pub.init(pub_id="other", config_pth=other)
     pub.send(b"still there")
-    persipubsub.control.initialize_all_dbs(config_pth=other)
+    control.initialize_all_dbs(config_pth=other)
     pub.init(pub_id="other", config_pth=other)
     pub.send(b"elsewhere")
     assert receive_all(config_pth) == [b"still there"]
     assert receive_all(other) == [b"elsewhere"]
 
 
-def test_not_initialized(tmp_path: pathlib.Path) -> None:
+def test_not_initialized(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     for _ in range(2):
-        with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+        with pytest.raises(errors.NotInitializedError, match="initialize_all_dbs"):
             Pub("pub", config_pth)
     assert sorted(os.listdir(tmp_path)) == ["config.json"]
     (tmp_path / "queue").mkdir()
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+    with pytest.raises(errors.NotInitializedError, match="initialize_all_dbs"):
         Pub("pub", config_pth)
     assert not os.listdir(tmp_path / "queue")
 
 
-def test_paths_of_any_kind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "with spaces and ümläuts"
     directory.mkdir()
     config_pth = support.write_config(directory, path="queues/queue of mine")
-    persipubsub.control.initialize_all_dbs(config_pth=str(config_pth))
+    control.initialize_all_dbs(config_pth=str(config_pth))
     assert (directory / "queues" / "queue of mine" / "data.mdb").exists()
     monkeypatch.chdir(directory)
     # A relative path of a queue belongs to the file, not to the working directory.
-    paths: list[Union[str, pathlib.Path]] = [
-        config_pth, str(config_pth), "config.json",
-        pathlib.Path("config.json")
-    ]
+    paths: list[Union[str,
+                      Path]] = [config_pth,
+                                str(config_pth), "config.json",
+                                Path("config.json")]
     for path, (pub_path, sub_path) in enumerate(itertools.product(paths, paths)):
         with Pub("pub", pub_path) as pub, Sub("sub", sub_path) as sub:
             pub.send(b"%d" % path)
@@ -208,7 +206,7 @@ def test_paths_of_any_kind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
     assert receive_all(config_pth) == [b"message"]
 
 
-def test_leaving_the_interpreter(tmp_path: pathlib.Path) -> None:
+def test_leaving_the_interpreter(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=1000)
     code = """if True:
         import os, sys, threading
@@ -241,7 +239,7 @@ def test_leaving_the_interpreter(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_send_after_the_interpreter_was_left(tmp_path: pathlib.Path, durability: str) -> None:
+def test_send_after_the_interpreter_was_left(tmp_path: Path, durability: str) -> None:
     config_pth = support.make_queue(tmp_path, durability=durability)
     code = """if True:
         import atexit, sys
@@ -268,7 +266,7 @@ def test_send_after_the_interpreter_was_left(tmp_path: pathlib.Path, durability:
     assert receive_all(config_pth) == [b"in time"]
 
 
-def test_many_threads_send_batches(config_pth: pathlib.Path, pub: Pub) -> None:
+def test_many_threads_send_batches(config_pth: Path, pub: Pub) -> None:
 
     def send(name: int) -> None:
         for number in range(20):

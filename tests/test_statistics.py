@@ -1,12 +1,12 @@
 """Test the figures of a queue."""
 
 import os
-import pathlib
+from pathlib import Path
 
 from tests import stores
 
 
-def test_new_queue_has_nothing(tmp_path: pathlib.Path) -> None:
+def test_new_queue_has_nothing(tmp_path: Path) -> None:
     with stores.opened(tmp_path,
                        subscribers=["b", "a"],
                        msg_timeout_secs=600,
@@ -24,7 +24,7 @@ def test_new_queue_has_nothing(tmp_path: pathlib.Path) -> None:
                     entry.dropped_by_mark, entry.cleared, entry.skipped, entry.corrupt) == (0, ) * 8
 
 
-def test_shares_are_those_of_the_settings(tmp_path: pathlib.Path) -> None:
+def test_shares_are_those_of_the_settings(tmp_path: Path) -> None:
     with stores.opened(tmp_path, max_msgs_num=8, size_bytes=100,
                        max_db_size_bytes=1 << 24) as queue:
         queue.put([bytes(25), b""])
@@ -34,7 +34,7 @@ def test_shares_are_those_of_the_settings(tmp_path: pathlib.Path) -> None:
         assert statistics.file_share == statistics.file_bytes / (1 << 24)
 
 
-def test_queue_without_limits_has_no_shares(tmp_path: pathlib.Path) -> None:
+def test_queue_without_limits_has_no_shares(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"x"])
         statistics = queue.statistics()
@@ -42,7 +42,7 @@ def test_queue_without_limits_has_no_shares(tmp_path: pathlib.Path) -> None:
                 statistics.age_share) == (None, ) * 3
 
 
-def test_journal_and_disk_are_measured(tmp_path: pathlib.Path) -> None:
+def test_journal_and_disk_are_measured(tmp_path: Path) -> None:
     with stores.opened(tmp_path, durability=stores.FSYNC) as queue:
         for _ in range(10):
             queue.put([bytes(100000)])
@@ -54,7 +54,7 @@ def test_journal_and_disk_are_measured(tmp_path: pathlib.Path) -> None:
         assert queue.statistics().sent == 10
 
 
-def test_journal_lags_behind_with_the_durability_os(tmp_path: pathlib.Path) -> None:
+def test_journal_lags_behind_with_the_durability_os(tmp_path: Path) -> None:
     with stores.opened(tmp_path, checkpoint_secs=3600) as queue:
         queue.put([bytes(100000)])
         assert queue.statistics().journal_lag_bytes >= 100000

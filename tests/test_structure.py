@@ -3,18 +3,18 @@
 import ast
 import importlib
 import inspect
-import pathlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import persipubsub
 import persipubsub.errors
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = _ROOT / "persipubsub"
 
 # A module imports only from rows below its own. A package stands for all its modules, unless they

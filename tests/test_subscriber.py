@@ -1,32 +1,31 @@
 """Test receiving: what stays, what goes, what waits."""
 
 import math
-import pathlib
 import threading
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
-import persipubsub.control
 import persipubsub.errors
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from tests import support
 
 
 @pytest.fixture(name="config_pth")
-def fixture_config_pth(tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_config_pth(tmp_path: Path) -> Path:
     config_pth = support.make_queue(tmp_path)
     return config_pth
 
 
 @pytest.fixture(name="pub")
-def fixture_pub(config_pth: pathlib.Path) -> Iterator[Pub]:
+def fixture_pub(config_pth: Path) -> Iterator[Pub]:
     with Pub("pub", config_pth) as pub:
         yield pub
 
 
 @pytest.fixture(name="sub")
-def fixture_sub(config_pth: pathlib.Path) -> Iterator[Sub]:
+def fixture_sub(config_pth: Path) -> Iterator[Sub]:
     with Sub("sub", config_pth) as sub:
         yield sub
 
@@ -36,7 +35,7 @@ def receive(sub: Sub, timeout: float = 0) -> bytes | None:
         return message
 
 
-def acknowledged(config_pth: pathlib.Path) -> int:
+def acknowledged(config_pth: Path) -> int:
     with support.open_queue(config_pth) as queue:
         return queue.statistics().subscribers[0].acknowledged
 
@@ -52,7 +51,7 @@ class Own(BaseException):
     ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, Own,
     persipubsub.errors.ClosedError, AssertionError, MemoryError
 ])
-def test_any_exception_leaves_the_message(config_pth: pathlib.Path, pub: Pub, sub: Sub,
+def test_any_exception_leaves_the_message(config_pth: Path, pub: Pub, sub: Sub,
                                           kind: type[BaseException]) -> None:
     pub.send_many([b"one", b"two"])
     for _ in range(3):
@@ -97,8 +96,7 @@ def test_leaving_early_acknowledges(pub: Pub, sub: Sub) -> None:
     assert sub.front() is None
 
 
-def test_nested_receives_give_different_messages(config_pth: pathlib.Path, pub: Pub,
-                                                 sub: Sub) -> None:
+def test_nested_receives_give_different_messages(config_pth: Path, pub: Pub, sub: Sub) -> None:
     pub.send_many([b"%d" % number for number in range(4)])
     with sub.receive(timeout=0) as first:
         with sub.receive(timeout=0) as second:
@@ -122,7 +120,7 @@ def test_exception_without_a_message(sub: Sub) -> None:
 
 
 @pytest.mark.parametrize("raised", [None, KeyError])
-def test_close_inside_of_a_receive(config_pth: pathlib.Path, pub: Pub,
+def test_close_inside_of_a_receive(config_pth: Path, pub: Pub,
                                    raised: type[Exception] | None) -> None:
     """An exception beside the close is the one that is seen."""
     pub.send(b"message")
@@ -139,7 +137,7 @@ def test_close_inside_of_a_receive(config_pth: pathlib.Path, pub: Pub,
     sub.close()
 
 
-def test_close_inside_of_a_receive_beside_another_user(config_pth: pathlib.Path, pub: Pub) -> None:
+def test_close_inside_of_a_receive_beside_another_user(config_pth: Path, pub: Pub) -> None:
     """The store stays open for the publisher: what was given back must not be acknowledged."""
     pub.send(b"message")
     sub = Sub("sub", config_pth)
@@ -153,13 +151,13 @@ def test_close_inside_of_a_receive_beside_another_user(config_pth: pathlib.Path,
 
 
 @pytest.mark.parametrize("how", ["receive", "receive_many", "receive_to_top", "front", "wait"])
-def test_subscriber_that_was_removed_and_added_again(config_pth: pathlib.Path, pub: Pub, sub: Sub,
+def test_subscriber_that_was_removed_and_added_again(config_pth: Path, pub: Pub, sub: Sub,
                                                      how: str) -> None:
     """Who was there before is another subscriber: they would have the same message at once."""
 
     def again() -> None:
-        persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.remove_subscriber(config_pth, "queue", "sub")
+        control.initialize_all_dbs(config_pth)
 
     errors: list[BaseException] = []
 
@@ -210,7 +208,7 @@ def test_message_that_is_there_is_not_waited_for(pub: Pub, sub: Sub) -> None:
 # Life of a subscriber
 
 
-def test_receipt_of_a_closed_subscriber(config_pth: pathlib.Path, pub: Pub) -> None:
+def test_receipt_of_a_closed_subscriber(config_pth: Path, pub: Pub) -> None:
     pub.send(b"message")
     sub = Sub("sub", config_pth)
     receipt = sub.receive(timeout=support.HANG_SECS)
@@ -223,9 +221,9 @@ def test_receipt_of_a_closed_subscriber(config_pth: pathlib.Path, pub: Pub) -> N
     sub.close()
 
 
-def test_init_while_another_thread_does_so(config_pth: pathlib.Path, sub: Sub,
+def test_init_while_another_thread_does_so(config_pth: Path, sub: Sub,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     support.init_in_between(monkeypatch, lambda: sub.init(sub_id="sub", config_pth=config_pth))
     assert sub.front() is None
     sub.close()
-    persipubsub.control.compact(config_pth)  # nobody has it open
+    control.compact(config_pth)  # nobody has it open

@@ -2,17 +2,17 @@
 
 import functools
 import os
-import pathlib
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-import persipubsub.errors
 import persipubsub.queue
+from persipubsub import errors
 from persipubsub.lmdb_engine import consuming
 from tests import stores, support
 from tests.faults import tracing
@@ -53,7 +53,7 @@ def wait_in_thread(work: Callable[[], object], path: str) -> tuple[threading.Thr
     def run() -> None:
         try:
             outcome.append(work())
-        except persipubsub.errors.PersipubsubError as error:
+        except errors.PersipubsubError as error:
             outcome.append(type(error).__name__)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -62,7 +62,7 @@ def wait_in_thread(work: Callable[[], object], path: str) -> tuple[threading.Thr
     return thread, outcome
 
 
-def test_send_wakes_a_process_that_sleeps(tmp_path: pathlib.Path) -> None:
+def test_send_wakes_a_process_that_sleeps(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue, support.Child(receive_in_child, queue.path) as child:
         assert child.get() == "ready"
         for number in range(50):
@@ -73,7 +73,7 @@ def test_send_wakes_a_process_that_sleeps(tmp_path: pathlib.Path) -> None:
         child.end(-signal.SIGKILL)
 
 
-def test_no_wake_up_is_lost_however_the_two_meet(tmp_path: pathlib.Path) -> None:
+def test_no_wake_up_is_lost_however_the_two_meet(tmp_path: Path) -> None:
     """A ball goes back and forth, so that each process begins to wait while the other one sends."""
 
     def play(pipe: support.Connection, path: str) -> None:
@@ -93,7 +93,7 @@ def test_no_wake_up_is_lost_however_the_two_meet(tmp_path: pathlib.Path) -> None
             child.end()
 
 
-def test_all_who_wait_are_woken(tmp_path: pathlib.Path) -> None:
+def test_all_who_wait_are_woken(tmp_path: Path) -> None:
     names = [f"sub{index}" for index in range(6)]
     with stores.opened(tmp_path, subscribers=names) as queue:
         threads = []
@@ -115,7 +115,7 @@ def test_all_who_wait_are_woken(tmp_path: pathlib.Path) -> None:
                 child.__exit__()
 
 
-def test_waiter_that_is_killed_harms_nobody(tmp_path: pathlib.Path) -> None:
+def test_waiter_that_is_killed_harms_nobody(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue:
         for number in range(5):
             with support.Child(receive_in_child, queue.path) as child:
@@ -129,7 +129,7 @@ def test_waiter_that_is_killed_harms_nobody(tmp_path: pathlib.Path) -> None:
             assert outcome == [b"%d" % number]
 
 
-def test_nobody_is_woken_where_nobody_waits(tmp_path: pathlib.Path) -> None:
+def test_nobody_is_woken_where_nobody_waits(tmp_path: Path) -> None:
     """A notification is a look at the page then, and no system call."""
     tracing.require()
     with stores.opened(tmp_path):
@@ -156,7 +156,7 @@ def _is_called(calls: list[int], times: int) -> bool:
     return len(calls) == times
 
 
-def test_listener_is_called_once_for_each_time_it_is_armed(tmp_path: pathlib.Path) -> None:
+def test_listener_is_called_once_for_each_time_it_is_armed(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue:
         consumer = queue.consumer("sub")
         calls: list[int] = []

@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 from tests.faults import tracing
@@ -48,8 +49,7 @@ class Event(NamedTuple):
     result: int | None  #: None at the beginning
 
 
-def record(work: Callable[[], None], output: pathlib.Path,
-           options: Sequence[str] = ()) -> list[Event]:
+def record(work: Callable[[], None], output: Path, options: Sequence[str] = ()) -> list[Event]:
     """Run a function in a process of its own and record what it does to files."""
     code = tracing.run(lambda: work, [
         "-y", "-xx", "-s", "100000000", "-o",
@@ -221,7 +221,7 @@ class Disk:
     Paths are those of a directory and of what is below it; everything else is ignored.
     """
 
-    def __init__(self, root: pathlib.Path, initial: pathlib.Path | None = None) -> None:
+    def __init__(self, root: Path, initial: Path | None = None) -> None:
         """Initialize with a disk that is empty but for its root."""
         self.root = str(root)
         self.seen: dict[str, _File | None] = {}
@@ -389,7 +389,7 @@ class Disk:
         if self._below(path):
             self._change_names(key, None, (path, None))
 
-    def materialize(self, target: pathlib.Path, chance: random.Random, how: Survival) -> None:
+    def materialize(self, target: Path, chance: random.Random, how: Survival) -> None:
         """Write what a power failure leaves behind now."""
         names = dict(self.durable)
         for change in self.pending:

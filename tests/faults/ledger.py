@@ -1,8 +1,8 @@
 """Check the ledger of a storm exactly."""
 
 import collections
-import pathlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, DefaultDict, Final, NamedTuple
 
 from tests.faults import workers
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 class Books:
     """Hold what the ledger says."""
 
-    def __init__(self, path: pathlib.Path, audiences: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, path: Path, audiences: Mapping[str, Sequence[str]]) -> None:
         self.batches: list[Batch] = []
         self.received: DefaultDict[str, dict[str, list[Receipt]]] = collections.defaultdict(dict)
         self.lines: DefaultDict[str, DefaultDict[str, list[str]]] = collections.defaultdict(

@@ -13,18 +13,17 @@ import fcntl
 import json
 import logging
 import os
-import pathlib
 import random
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import persipubsub.config
-import persipubsub.control
 import persipubsub.queue
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import environment, files, journal
 from tests import support
 from tests.faults import disk, tracing
@@ -70,11 +69,11 @@ def content(seed: int, index: int) -> bytes:
     return b"%d " % index + chance.randbytes(chance.randrange(size + 1))
 
 
-def write_config(directory: pathlib.Path,
+def write_config(directory: Path,
                  durability: str,
                  mark: int = 60,
                  strategy: str = "prune_first",
-                 name: str = "config.json") -> pathlib.Path:
+                 name: str = "config.json") -> Path:
     """Write the configuration of a queue that drops messages from time to time."""
     return support.write_config(directory,
                                 publishers={
@@ -91,22 +90,21 @@ def write_config(directory: pathlib.Path,
                                 strategy=strategy)
 
 
-def state_of(config_pth: pathlib.Path) -> State:
-    statistics = persipubsub.control.statistics(config_pth)["queue"]
+def state_of(config_pth: Path) -> State:
+    statistics = control.statistics(config_pth)["queue"]
     names = [one.subscriber for one in statistics.subscribers]
     known = [name for name in names if name in SUBSCRIBERS]
     waiting = {
         name: [
             int(message.content.split(b" ", 1)[0])
-            for message in persipubsub.control.peek(config_pth, name, count=1000)
-            if message.content is not None
+            for message in control.peek(config_pth, name, count=1000) if message.content is not None
         ]
         for name in known
     }
     for one in statistics.subscribers:
         assert one.subscriber not in waiting or one.lag == len(waiting[one.subscriber]), \
             f"Expected {one.lag} waiting messages, but got: {waiting}"
-    stored = persipubsub.control.stored_settings(config_pth, "queue")
+    stored = control.stored_settings(config_pth, "queue")
     return State(
         statistics.next_number, [str(dict(stored))], {
             one.subscriber: [int(getattr(one, name)) for name in _FIGURES]
@@ -137,8 +135,7 @@ class _Worker:
         "reopen": 3, "wait": 8, "subscribe": 2, "change": 2, "prune": 1
     }  # yapf: disable
 
-    def __init__(self, directory: pathlib.Path, config_pth: pathlib.Path, seed: int,
-                 number: int) -> None:
+    def __init__(self, directory: Path, config_pth: Path, seed: int, number: int) -> None:
         self.config_pth = config_pth
         self.ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.turn = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
@@ -236,35 +233,35 @@ class _Worker:
         self.any_sub().pop_to_top()
 
     def clear(self) -> bool:
-        persipubsub.control.clear_all_subs(config_pth=self.config_pth)
+        control.clear_all_subs(config_pth=self.config_pth)
         return True
 
     def prune(self) -> None:
-        persipubsub.control.prune_dangling_messages(config_pth=self.config_pth)
+        control.prune_dangling_messages(config_pth=self.config_pth)
 
     def seek(self) -> bool:
         """Let a subscriber go on from another place."""
-        end = persipubsub.control.statistics(self.config_pth)["queue"].next_number
+        end = control.statistics(self.config_pth)["queue"].next_number
         to = self.chance.choice(("beginning", "end", max(0, end - self.chance.randrange(10))))
-        persipubsub.control.seek(self.config_pth, SUBSCRIBERS[0], to)
+        control.seek(self.config_pth, SUBSCRIBERS[0], to)
         return True
 
     def pause(self) -> bool:
         """Let the consumers of a subscriber wait, or go on."""
-        if not persipubsub.control.pause(self.config_pth, SUBSCRIBERS[1]):
-            persipubsub.control.resume(self.config_pth, SUBSCRIBERS[1])
+        if not control.pause(self.config_pth, SUBSCRIBERS[1]):
+            control.resume(self.config_pth, SUBSCRIBERS[1])
         return True
 
     def delete(self) -> bool:
-        waiting = persipubsub.control.peek(self.config_pth, SUBSCRIBERS[0], count=5)
+        waiting = control.peek(self.config_pth, SUBSCRIBERS[0], count=5)
         if waiting:
-            persipubsub.control.delete(self.config_pth, SUBSCRIBERS[0], waiting[-1].number)
+            control.delete(self.config_pth, SUBSCRIBERS[0], waiting[-1].number)
         return bool(waiting)
 
     def subscribe(self) -> bool:
         """Add a subscriber to whom nothing is sent, or remove it."""
-        if not persipubsub.control.add_subscriber(self.config_pth, "queue", "third"):
-            persipubsub.control.remove_subscriber(self.config_pth, "queue", "third")
+        if not control.add_subscriber(self.config_pth, "queue", "third"):
+            control.remove_subscriber(self.config_pth, "queue", "third")
         return True
 
     def change(self) -> bool:
@@ -274,7 +271,7 @@ class _Worker:
                                mark=self.mark,
                                name="changed.json")
         before = state_of(self.config_pth).settings
-        persipubsub.control.initialize_all_dbs(config_pth=changed)
+        control.initialize_all_dbs(config_pth=changed)
         return bool(state_of(self.config_pth).settings != before)
 
     def _durability(self) -> str:
@@ -294,16 +291,16 @@ class _Worker:
 
     def compact(self) -> bool:
         self.close()
-        persipubsub.control.compact(self.config_pth)
+        control.compact(self.config_pth)
         self.open()
         return True
 
     def save(self) -> None:
-        persipubsub.control.backup(self.config_pth, "queue", self.backup)
+        control.backup(self.config_pth, "queue", self.backup)
 
     def restore(self) -> bool:
         self.close()
-        persipubsub.control.restore(self.config_pth, "queue", self.backup)
+        control.restore(self.config_pth, "queue", self.backup)
         self.open()
         return True
 
@@ -312,16 +309,16 @@ class _Worker:
 class Recording:
     """What processes did to the files of a queue, and what they say that they did."""
 
-    root: pathlib.Path  #: directory that was recorded
+    root: Path  #: directory that was recorded
     events: list[disk.Event]
     seed: int
-    initial: pathlib.Path  #: directory with what was there before
+    initial: Path  #: directory with what was there before
     durability: str
     before: "Progress | None" = None  #: what was known at the power failure before it
 
 
 def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        directory: pathlib.Path,
+        directory: Path,
         seed: int,
         durability: str,
         operations: int | Sequence[str] = 100,
@@ -329,7 +326,7 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         mark: int = 60,
         prepare: Callable[[], None] = lambda: None,
         options: Sequence[str] = (),
-        work: Callable[[pathlib.Path, pathlib.Path], None] | None = None) -> Recording:
+        work: Callable[[Path, Path], None] | None = None) -> Recording:
     """Record a queue at work, from its creation to its end."""
     root = directory / "root"
     root.mkdir()
@@ -341,7 +338,7 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         new_boot(0)
         prepare()
         small_segments()
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
         if work is not None:
             work(directory, config_pth)
         else:
@@ -351,8 +348,8 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     return Recording(root, events, seed, initial, durability)
 
 
-def run_workers(directory: pathlib.Path,
-                config_pth: pathlib.Path,
+def run_workers(directory: Path,
+                config_pth: Path,
                 seed: int,
                 operations: int | Sequence[str],
                 processes: int,
@@ -386,7 +383,7 @@ def in_processes(work: Callable[[int], None], count: int) -> None:
         assert os.waitpid(other, 0)[1] == 0
 
 
-def record_recovery(directory: pathlib.Path, recording: Recording, image: "Image",
+def record_recovery(directory: Path, recording: Recording, image: "Image",
                     operations: int | Sequence[str]) -> Recording:
     """Record a queue that goes on after a power failure."""
     shutil.rmtree(directory, ignore_errors=True)
@@ -442,7 +439,7 @@ class _Follower:
         self.progress = Progress(is_initialized=recording.before is not None,
                                  before=recording.before)
         self.ledger = str(recording.root.parent / "ledger")
-        lines = pathlib.Path(self.ledger).read_text("ascii").splitlines()
+        lines = Path(self.ledger).read_text("ascii").splitlines()
         self.following = [_operation(line) for line in map(json.loads, lines) if "state" in line]
         # By thread: what the ledger said when it locked the journal, and whether it wrote a state.
         self.locked: dict[int, tuple[int, int]] = {}
@@ -493,12 +490,12 @@ class Image(NamedTuple):
     """One cut: what was known at it, and where its image is."""
 
     place: int
-    path: pathlib.Path
+    path: Path
     progress: Progress
     how: disk.Survival
 
 
-def images(recording: Recording, target: pathlib.Path, count: int,
+def images(recording: Recording, target: Path, count: int,
            chance: random.Random) -> Iterator[Image]:
     places = [
         index for index, event in enumerate(recording.events) if event.call.name in _SETTLING and (
@@ -537,7 +534,7 @@ def find_fault(image: Image, recording: Recording, boot: int) -> str:
     new_boot(boot)
     config_pth = write_config(image.path, recording.durability)
     if not image.progress.is_initialized:
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
     findings = find_damage(config_pth)
     if findings:
         return findings
@@ -564,12 +561,12 @@ def find_fault(image: Image, recording: Recording, boot: int) -> str:
     return _use(config_pth, recording, found, [index for one in kept for index in one.ids])
 
 
-def find_damage(config_pth: pathlib.Path) -> str:
+def find_damage(config_pth: Path) -> str:
     """Open a queue to write to it, and verify it."""
     config = persipubsub.config.read(config_pth)
     with persipubsub.queue.open_queue(config, "queue") as queue:
         findings = queue.check()
-    return "; ".join([*findings, *persipubsub.control.verify(config_pth)["queue"]])
+    return "; ".join([*findings, *control.verify(config_pth)["queue"]])
 
 
 def explain(found: State, progress: Progress, index: int, is_half: bool) -> str:
@@ -608,10 +605,10 @@ def explain(found: State, progress: Progress, index: int, is_half: bool) -> str:
     return ""
 
 
-def _use(config_pth: pathlib.Path, recording: Recording, found: State, ids: Sequence[int]) -> str:
+def _use(config_pth: Path, recording: Recording, found: State, ids: Sequence[int]) -> str:
     """Receive all messages of an image, send those with ids again, and another one."""
     for name in found.waiting:
-        persipubsub.control.resume(config_pth, name)
+        control.resume(config_pth, name)
         with Sub(name, config_pth) as sub:
             for index in (*found.waiting[name], None):
                 with sub.receive(timeout=0) as received:
@@ -654,7 +651,7 @@ def survey(recording: Recording,
         faults: list[str] = []
         done = 0
         with tracing.fast_directory() as name:
-            for image in images(recording, pathlib.Path(name), count, chance):
+            for image in images(recording, Path(name), count, chance):
                 # Said before it is opened: what kills this process is what was said last.
                 pipe.send(f"image {image.place} {image.how}")
                 try:

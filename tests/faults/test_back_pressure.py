@@ -5,8 +5,8 @@ Kill publishers that wait for room and the subscribers that make it, and check t
 """
 
 import os
-import pathlib
 import random
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -32,8 +32,7 @@ ROLES: Final = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
-                                                      durability: str) -> None:
+def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: Path, durability: str) -> None:
     rng = random.Random(test_storm.choose_seed())
     config_pth = support.make_queue(tmp_path,
                                     publishers=test_storm.AUDIENCES,

@@ -1,14 +1,13 @@
 """Set the clock one year forward or back while the queue is used: nobody notices."""
 
-import pathlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-import persipubsub.control
-from persipubsub import Sub
+from persipubsub import Sub, control
 from tests import support
 from tests.faults import workers
 
@@ -31,15 +30,15 @@ def at(seconds: int, function: Callable[..., object], *arguments: Any) -> Any:
     return result
 
 
-def initialize(config_pth: pathlib.Path) -> None:
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def initialize(config_pth: Path) -> None:
+    control.initialize_all_dbs(config_pth=config_pth)
 
 
-def prune(config_pth: pathlib.Path) -> None:
-    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+def prune(config_pth: Path) -> None:
+    control.prune_dangling_messages(config_pth=config_pth)
 
 
-def receive(config_pth: pathlib.Path, count: int) -> list[bytes]:
+def receive(config_pth: Path, count: int) -> list[bytes]:
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
         while len(received) < count:
@@ -50,7 +49,7 @@ def receive(config_pth: pathlib.Path, count: int) -> list[bytes]:
     return received
 
 
-def wait_until_dropped(config_pth: pathlib.Path) -> int:
+def wait_until_dropped(config_pth: Path) -> int:
     with support.open_queue(config_pth) as queue:
         support.until(lambda: queue.front("sub") is None, what="messages are too old")
         assert not queue.check()
@@ -59,7 +58,7 @@ def wait_until_dropped(config_pth: pathlib.Path) -> int:
 
 @pytest.mark.parametrize("maker", [-YEAR_SECS, 0, YEAR_SECS])
 @pytest.mark.parametrize("user", [-YEAR_SECS, YEAR_SECS])
-def test_wall_clock(tmp_path: pathlib.Path, maker: int, user: int) -> None:
+def test_wall_clock(tmp_path: Path, maker: int, user: int) -> None:
     config_pth = support.write_config(tmp_path, durability="os")
     at(maker, initialize, config_pth)
     support.send(config_pth, b"0")

@@ -10,18 +10,16 @@ a single server is killed, and so on. The enlarged form, which prints what it di
 
 import collections
 import os
-import pathlib
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-from persipubsub import Pub
+from persipubsub import Pub, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.faults.test_storm import choose_seed
@@ -48,14 +46,14 @@ KILLS: Final = int(os.environ.get("PERSIPUBSUB_CLUSTER_KILLS", "1"))
 class Ledger:
     """Note what happened, each time in one write."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def note(self, *fields: object) -> None:
         os.write(self._descriptor, (f"{' '.join(map(str, fields))}\n").encode("ascii"))
 
 
-def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
+def publish(pipe: Connection, config_pth: Path, path: Path, name: str) -> None:
     ledger = Ledger(path)
     number = 0
     with Pub("pub", config_pth) as pub:
@@ -66,14 +64,14 @@ def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name
             ledger.note("try", *ids)
             try:
                 pub.send_many([one.encode("ascii") for one in ids])
-            except persipubsub.errors.UnavailableError:
+            except errors.UnavailableError:
                 ledger.note("unknown", *ids)
             else:
                 ledger.note("sent", *ids)
     pipe.send("done")
 
 
-def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
+def subscribe(pipe: Connection, config_pth: Path, path: Path, name: str) -> None:
     ledger = Ledger(path)
     # Not by Sub: the attempts are needed.
     with engine.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
@@ -88,15 +86,15 @@ def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, na
                     ledger.note("received", name, message.number, message.attempts,
                                 message.data.decode("ascii"))
                 lease.ack()
-            except persipubsub.errors.UnavailableError:
+            except errors.UnavailableError:
                 ledger.note("disturbed", name)
     pipe.send("done")
 
 
-def lags(config_pth: pathlib.Path) -> list[int]:
+def lags(config_pth: Path) -> list[int]:
     try:
-        figures = persipubsub.control.statistics(config_pth)["queue"]
-    except persipubsub.errors.UnavailableError:
+        figures = control.statistics(config_pth)["queue"]
+    except errors.UnavailableError:
         return [-1]
     return [one.lag for one in figures.subscribers]
 
@@ -104,7 +102,7 @@ def lags(config_pth: pathlib.Path) -> list[int]:
 class Books:
     """Hold what the ledger says."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Path) -> None:
         self.sent: set[str] = set()
         self.tried: set[str] = set()
         self.disturbances = 0
@@ -199,7 +197,7 @@ def kill(cluster: jetstream_server.Servers, victim: str, rng: random.Random) -> 
 
 
 @pytest.mark.parametrize("run", range(RUNS))
-def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
+def test_killed_servers_lose_nothing(tmp_path: Path, run: int) -> None:
     rng = random.Random(choose_seed())
     victim = VICTIMS[run % len(VICTIMS)]
     ledger_pth = tmp_path / "ledger"
@@ -241,12 +239,12 @@ def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
     assert len(books.sent) > 100
 
 
-def test_two_of_three_servers_are_enough(tmp_path: pathlib.Path) -> None:
+def test_two_of_three_servers_are_enough(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, nodes=3) as cluster:
         path = cluster.path("few", replicas=3)
         patient = write_config(tmp_path, path=path, name="patient.json")
         hasty = write_config(tmp_path, path=path, busy_timeout_secs=2, name="hasty.json")
-        persipubsub.control.initialize_all_dbs(patient)
+        control.initialize_all_dbs(patient)
         cluster.servers[0].kill()
         # Two of three: everything works. One of three: nothing does, and it is told in time.
         with Pub("pub", patient) as pub:
@@ -256,7 +254,7 @@ def test_two_of_three_servers_are_enough(tmp_path: pathlib.Path) -> None:
             assert outcome(lambda: pub.send(b"lost")) == "UnavailableError"
 
 
-def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: pathlib.Path) -> None:
+def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, nodes=3) as cluster:
         path = cluster.path("away", replicas=3)
         patient = write_config(tmp_path, path=path, name="patient.json")
@@ -268,20 +266,19 @@ def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: pathlib.Path) 
               "the others to miss it")
         # It is no error of the configuration: 2.10 does not choose a server that is away, and 2.12
         # does.
-        assert outcome(lambda: persipubsub.control.initialize_all_dbs(hasty)) in (
-            "UnavailableError", "")
+        assert outcome(lambda: control.initialize_all_dbs(hasty)) in ("UnavailableError", "")
         with Child(initialize, patient) as child:
             server.start()
             assert child.get() == "done"
             child.end()
 
 
-def initialize(pipe: Connection, config_pth: pathlib.Path) -> None:
-    persipubsub.control.initialize_all_dbs(config_pth)
+def initialize(pipe: Connection, config_pth: Path) -> None:
+    control.initialize_all_dbs(config_pth)
     pipe.send("done")
 
 
-def test_seek_on_several_servers(tmp_path: pathlib.Path) -> None:
+def test_seek_on_several_servers(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, nodes=3) as cluster:
         config_pth = make_queue(tmp_path, path=cluster.path("places", replicas=3), retain_secs=600)
         config = persipubsub.config.read(config_pth)

@@ -2,9 +2,9 @@
 
 import collections
 import os
-import pathlib
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -28,7 +28,7 @@ def fixture_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def receive_in_threads(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def receive_in_threads(pipe: support.Connection, config_pth: Path) -> None:
     """Receive a message in each of many threads."""
     workers.guard()
     received: list[bytes] = []
@@ -47,7 +47,7 @@ def receive_in_threads(pipe: support.Connection, config_pth: pathlib.Path) -> No
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_thousand_threads(tmp_path: pathlib.Path, durability: str) -> None:
+def test_thousand_threads(tmp_path: Path, durability: str) -> None:
     config_pth = support.make_queue(tmp_path, durability=durability)
     with support.Child(receive_in_threads, config_pth) as child:
         assert child.get() == "ready"
@@ -64,7 +64,7 @@ def test_thousand_threads(tmp_path: pathlib.Path, durability: str) -> None:
         assert (found.messages, found.subscribers[0].acknowledged) == (0, THREADS)
 
 
-def test_many_subscribers(tmp_path: pathlib.Path) -> None:
+def test_many_subscribers(tmp_path: Path) -> None:
     names = [f"sub{number:03}" for number in range(SUBSCRIBERS)]
     few = names[::7]
     config_pth = support.make_queue(tmp_path, publishers={"pub": names, "few": few},

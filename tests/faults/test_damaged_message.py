@@ -1,12 +1,11 @@
 """Flip a byte of a message on the disk: that one is reported, all others are delivered."""
 
-import pathlib
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-import persipubsub.errors
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, errors
 from tests import support
 from tests.faults import workers
 
@@ -15,7 +14,7 @@ BATCH: Final = [b"zero", b"one", MARK, b"three", b"four"]
 EXPECTED: Final = [b"before", b"zero", b"one", b"three", b"four", b"behind"]
 
 
-def receive(pipe: support.Connection, config_pth: pathlib.Path, name: str, count: int) -> None:
+def receive(pipe: support.Connection, config_pth: Path, name: str, count: int) -> None:
     """Receive until there is nothing left; note errors in their place."""
     workers.guard()
     received: list[Any] = []
@@ -28,14 +27,14 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path, name: str, count
                 else:
                     with sub.receive_many(max_msgs=count, timeout=0) as msgs:
                         received.extend(msgs or [None])
-            except persipubsub.errors.CorruptMessageError as error:
+            except errors.CorruptMessageError as error:
                 received.append(error.number)
     pipe.send(received[:-1])
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_large", [False, True])
-def test_flipped_byte(tmp_path: pathlib.Path, durability: str, is_large: bool) -> None:
+def test_flipped_byte(tmp_path: Path, durability: str, is_large: bool) -> None:
     config_pth = support.make_queue(tmp_path,
                                     publishers={"pub": ["one", "two"]},
                                     subscribers=["one", "two"],

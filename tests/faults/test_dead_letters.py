@@ -9,18 +9,17 @@ call of a move, and not at a sample of them.
 import collections
 import json
 import os
-import pathlib
 import random
 import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-from persipubsub import Sub
+from persipubsub import Sub, control
 from tests import support
 from tests.faults import tracing
 
@@ -36,7 +35,7 @@ MAX_DELIVERIES: Final = 3
 CONSUMERS: Final = 3
 
 
-def make(directory: pathlib.Path, **changes: object) -> pathlib.Path:
+def make(directory: Path, **changes: object) -> Path:
     """Make a queue ready, and that of its dead letters."""
     directory.mkdir(exist_ok=True)
     config_pth = support.write_config(directory)
@@ -50,23 +49,23 @@ def make(directory: pathlib.Path, **changes: object) -> pathlib.Path:
                                       path=str(directory / "letters"),
                                       subscribers=[])
     config_pth.write_text(json.dumps(found))
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     return config_pth
 
 
-def letters(config_pth: pathlib.Path) -> list[persipubsub.control.ListedDeadLetter]:
-    return list(persipubsub.control.dead_letters(config_pth)["letters"])
+def letters(config_pth: Path) -> list[control.ListedDeadLetter]:
+    return list(control.dead_letters(config_pth)["letters"])
 
 
-def check_stores(config_pth: pathlib.Path) -> None:
-    for key, findings in persipubsub.control.verify(config_pth).items():
+def check_stores(config_pth: Path) -> None:
+    for key, findings in control.verify(config_pth).items():
         assert findings == (), key
 
 
 class Ledger:
     """Note what consumers do, whatever happens to them."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
 
     def note(self, *fields: object) -> None:
@@ -78,7 +77,7 @@ class Ledger:
         return [line.split(" ") for line in self._path.read_text("ascii").splitlines()]
 
 
-def consume(_: support.Connection, config_pth: pathlib.Path, ledger: Ledger, batch: int) -> None:
+def consume(_: support.Connection, config_pth: Path, ledger: Ledger, batch: int) -> None:
     """Work on messages: some fail, some kill their process, the others take a moment."""
     with Sub("sub", config_pth) as sub:
         while True:
@@ -116,8 +115,7 @@ def rage(places: dict[int, support.Child], start: Callable[[int], support.Child]
 
 
 @pytest.mark.parametrize("delay_secs", [0, 0.02])
-def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
-                                                        delay_secs: float) -> None:
+def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: Path, delay_secs: float) -> None:
     seed = tracing.seed()
     rng = random.Random(seed)
     config_pth = make(tmp_path, retry_delay_secs=delay_secs)
@@ -143,11 +141,11 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
     print(f"{len(kinds)} messages, {kills} kills, {len(found)} dead letters")
 
 
-def lag(config_pth: pathlib.Path) -> int:
-    return persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0].lag
+def lag(config_pth: Path) -> int:
+    return control.statistics(config_pth, "queue")["queue"].subscribers[0].lag
 
 
-def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) -> None:
+def check_books(config_pth: Path, ledger: Ledger, kinds: list[bytes]) -> None:
     """Compare the ledger, the statistics and the dead letters."""
     taken: dict[int, list[int]] = collections.defaultdict(list)
     done: dict[int, int] = collections.Counter()
@@ -163,7 +161,7 @@ def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) ->
     assert len(found) == len(given_up)
     assert max(done.values(), default=1) == 1
     assert not given_up & set(done)
-    figures = persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0]
+    figures = control.statistics(config_pth, "queue")["queue"].subscribers[0]
     assert figures.dead_lettered == len(found)
     assert figures.acknowledged == len(kinds) - len(found)
     for letter in found:
@@ -185,7 +183,7 @@ def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) ->
 # Each system call of a move
 
 
-def prepare(directory: pathlib.Path) -> pathlib.Path:
+def prepare(directory: Path) -> Path:
     """Make a queue with a message of which one more delivery is allowed, and one behind it."""
     config_pth = make(directory)
     support.send_each(config_pth, b"fail", b"work")
@@ -197,7 +195,7 @@ def prepare(directory: pathlib.Path) -> pathlib.Path:
     return config_pth
 
 
-def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
+def start_last_delivery(config_pth: Path) -> Callable[[], None]:
     """Fail with the message for the last time: strace comes when all but the end is done."""
     sub = Sub("sub", config_pth)
     receipt = sub.receive(timeout=0)
@@ -206,7 +204,7 @@ def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
     return lambda: receipt.__exit__(ValueError, error, None)
 
 
-def list_calls(directory: pathlib.Path) -> list[tuple[str, int]]:
+def list_calls(directory: Path) -> list[tuple[str, int]]:
     """List the system calls of a move: name, and which one of that name."""
     config_pth = prepare(directory)
     trace_pth = directory / "trace"
@@ -222,7 +220,7 @@ def list_calls(directory: pathlib.Path) -> list[tuple[str, int]]:
     return places
 
 
-def kill_at(config_pth: pathlib.Path, place: tuple[str, int]) -> bool:
+def kill_at(config_pth: Path, place: tuple[str, int]) -> bool:
     """Kill a move at a system call; the next consumer finishes what is left of it."""
     code = tracing.run(lambda: start_last_delivery(config_pth), [
         "-o", os.devnull, "-e", f"trace={place[0]}", "-e",
@@ -237,13 +235,13 @@ def kill_at(config_pth: pathlib.Path, place: tuple[str, int]) -> bool:
             assert nothing is None
     found, = letters(config_pth)
     assert (found.letter.data, found.letter.attempts) == (b"fail", MAX_DELIVERIES)
-    figures = persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0]
+    figures = control.statistics(config_pth, "queue")["queue"].subscribers[0]
     assert (figures.dead_lettered, figures.acknowledged, figures.lag) == (1, 1, 0)
     check_stores(config_pth)
     return code != 0
 
 
-def test_move_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
+def test_move_that_is_killed_at_any_call(tmp_path: Path) -> None:
     tracing.require()
     chance = random.Random(tracing.seed())
     places = list_calls(tmp_path / "count")

@@ -1,25 +1,23 @@
 """Delete or rename the directory of a queue while processes use it: no hang, no crash, no loss."""
 
 import os
-import pathlib
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
 import persipubsub.errors
 import persipubsub.queue
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, config, control
 from tests import support
 from tests.faults import workers
 
 MESSAGES: Final = 100
 
 
-def work(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def work(pipe: support.Connection, config_pth: Path) -> None:
     """Have the queue open, send when told to and tell what came of it."""
     workers.guard()
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
@@ -58,8 +56,8 @@ def is_ours(name: str) -> bool:
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("change", [shutil.rmtree, lambda path: os.rename(path, f"{path!s}2")],
                          ids=["deleted", "renamed"])
-def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
-                             change: Callable[[pathlib.Path], object]) -> None:
+def test_directory_goes_away(tmp_path: Path, durability: str, change: Callable[[Path],
+                                                                               object]) -> None:
     config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=0.05)
     with Pub("pub", config_pth) as pub:
         pub.send(msg=b"first")
@@ -73,7 +71,7 @@ def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
         with pytest.raises(persipubsub.errors.NotInitializedError):
             Pub("pub", config_pth)
         # It can be made anew meanwhile.
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
         with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             pub.send(msg=b"new")
             with sub.receive(timeout=0) as msg:
@@ -86,7 +84,7 @@ def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
     if renamed.exists():
         # What was sent or received before or after the rename is in the books.
         with persipubsub.queue.Queue(str(renamed),
-                                     persipubsub.config.read(config_pth).queues["queue"]) as queue:
+                                     config.read(config_pth).queues["queue"]) as queue:
             assert not queue.check()
             assert queue.statistics().next_number >= len(sent) + 2
             rest: list[bytes] = []

@@ -4,17 +4,16 @@ import errno
 import functools
 import json
 import os
-import pathlib
 import resource
 import shutil
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay, tracing
@@ -22,7 +21,7 @@ from tests.faults import replay, tracing
 _NAMESPACE: Final = ("unshare", "--map-root-user", "--mount")
 
 
-def on_small_disk(directory: pathlib.Path, function: Callable[..., None], size: str, *arguments:
+def on_small_disk(directory: Path, function: Callable[..., None], size: str, *arguments:
                   object) -> None:
     """Run a function of a module on a small disk of its own."""
     if shutil.which("unshare") is None or subprocess.run(
@@ -52,7 +51,7 @@ def on_small_disk(directory: pathlib.Path, function: Callable[..., None], size: 
 class Filler:
     """Fill a disk with a file, and free it again."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: Path) -> None:
         self.path = directory / "filler"
 
     def fill(self, leaving: int = 0) -> None:
@@ -72,7 +71,7 @@ class Filler:
 class Users:
     """Hold an open publisher and subscriber."""
 
-    def __init__(self, config_pth: pathlib.Path) -> None:
+    def __init__(self, config_pth: Path) -> None:
         self.config_pth = config_pth
         self.pub = Pub()
         self.sub = Sub()
@@ -112,7 +111,7 @@ class Users:
         return support.queue_of(self.pub).check()
 
 
-def hold_snapshot(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def hold_snapshot(pipe: support.Connection, config_pth: Path) -> None:
     """Be in the middle of a read until killed."""
     with support.open_queue(config_pth) as queue:
 
@@ -126,7 +125,7 @@ def hold_snapshot(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 # Small disks
 
 
-def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
+def fill_while_messages_wait(directory: Path, durability: str) -> None:
     config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=0.05)
     users = Users(config_pth)
     filler = Filler(directory)
@@ -159,7 +158,7 @@ def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
     users.close()
 
 
-def fill_with_finished_messages(directory: pathlib.Path, durability: str) -> None:
+def fill_with_finished_messages(directory: Path, durability: str) -> None:
     config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=0.05)
     users = Users(config_pth)
     filler = Filler(directory)
@@ -176,7 +175,7 @@ def fill_with_finished_messages(directory: pathlib.Path, durability: str) -> Non
     users.close()
 
 
-def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
+def open_with_few_pages(directory: Path, durability: str) -> None:
     """Use a queue with so little room that one file after the other can not be made."""
     config_pth = support.write_config(directory,
                                       durability=durability,
@@ -194,10 +193,9 @@ def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
     seen: list[str] = []
     for pages in (*range(0, 24, 4), *range(24, 240, 24)):
         filler.fill(leaving=pages)
-        seen += support.outcomes_in_child(
-            lambda: persipubsub.control.initialize_all_dbs(config_pth=config_pth))
+        seen += support.outcomes_in_child(lambda: control.initialize_all_dbs(config_pth=config_pth))
         filler.free()
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
         for name in os.listdir(queue):
             # As after a restore of the data file by hand; these are the files that are made anew.
             # By the lock of the journal, a queue is told from a store of another program.
@@ -217,7 +215,7 @@ def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
     assert set(seen) == {"", "DiskFullError"}, seen
 
 
-def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None:
+def open_with_unfinished_files(directory: Path, durability: str) -> None:
     """Use a queue whose small files a kill, or a power failure, left without their content."""
     config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
     queue = directory / "queue"
@@ -240,7 +238,7 @@ def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None
         assert (queue / files.LOCK).stat().st_blocks * 512 >= slots, name
 
 
-def recover_without_room(directory: pathlib.Path, durability: str) -> None:
+def recover_without_room(directory: Path, durability: str) -> None:
     """What can not be recovered for lack of room takes none from others."""
     config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
 
@@ -268,7 +266,7 @@ def recover_without_room(directory: pathlib.Path, durability: str) -> None:
     assert support.outcomes_in_child(recover) == [""]
 
 
-def use_once(config_pth: pathlib.Path) -> None:
+def use_once(config_pth: Path) -> None:
     users = Users(config_pth)
     try:
         users.pub.send(b"1")
@@ -284,7 +282,7 @@ def use_once(config_pth: pathlib.Path) -> None:
     open_with_unfinished_files, recover_without_room
 ],
                          ids=lambda function: str(function.__name__))
-def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durability: str) -> None:
+def test_small_disk(tmp_path: Path, function: Callable[..., None], durability: str) -> None:
     on_small_disk(tmp_path, function, "2m", durability)
 
 
@@ -292,7 +290,7 @@ def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durab
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str) -> None:
+def test_limit_on_the_size_of_files(tmp_path: Path, durability: str) -> None:
     # While a checkpoint is being copied, no page is free: an acknowledgement would have to wait.
     config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=3600)
 
@@ -323,7 +321,7 @@ def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str) -> 
 _SENDS: Final = 5
 
 
-def start_under_errors(config_pth: pathlib.Path, output: pathlib.Path) -> Callable[[], None]:
+def start_under_errors(config_pth: Path, output: Path) -> Callable[[], None]:
     """Open the queue; return what is done while calls fail."""
     users = Users(config_pth)
     assert users.send(0) == ""
@@ -362,7 +360,7 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("durability, names, call, error, places", INJECTIONS)
-def test_calls_that_fail(tmp_path: pathlib.Path, durability: str, names: tuple[str, ...], call: str,
+def test_calls_that_fail(tmp_path: Path, durability: str, names: tuple[str, ...], call: str,
                          error: str, places: int) -> None:
     tracing.require()
     failures = set()
@@ -405,7 +403,7 @@ def check_outcomes(outcomes: list[str], acknowledged: str, received: list[int],
         assert set(outcomes[place:]) == {"FlushError"} and acknowledged == "FlushError"
 
 
-def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.Path) -> None:
+def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: Path) -> None:
     """LMDB refuses all further work with the open environment: it is opened again."""
     tracing.require()
     config_pth = support.make_queue(tmp_path)
@@ -437,14 +435,14 @@ def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.P
         assert received == [0, *sent] and not findings
 
 
-def test_meta_page_that_never_finds_room_is_given_up(tmp_path: pathlib.Path) -> None:
+def test_meta_page_that_never_finds_room_is_given_up(tmp_path: Path) -> None:
     """To spend the reserve, open the store again and keep the reserve would go on for ever."""
     tracing.require()
     config_pth = support.make_queue(tmp_path)
     with Pub("pub", config_pth) as pub:
         pub.send_many([b"0 " + bytes(1000)] * 10)
     # No page is free: those of a transaction are at the end, and written with one other call.
-    persipubsub.control.compact(config_pth, "queue")
+    control.compact(config_pth, "queue")
     output = tmp_path / "output"
 
     def start() -> Callable[[], None]:

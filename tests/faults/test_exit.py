@@ -1,7 +1,7 @@
 """Leave the interpreter while other threads are in the middle of a send or a receive."""
 
-import pathlib
 import random
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -63,7 +63,7 @@ sys.exit(7)
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_exit_in_a_send_and_in_a_receive(tmp_path: pathlib.Path, durability: str) -> None:
+def test_exit_in_a_send_and_in_a_receive(tmp_path: Path, durability: str) -> None:
     rng = random.Random(choose_seed())
     config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=0.01)
     sent: set[str] = set()

@@ -1,11 +1,11 @@
 """Test full stores: what makes room works, whatever else is full, and in another boot."""
 
-import pathlib
 import signal
+from pathlib import Path
 
 import pytest
 
-import persipubsub.errors
+from persipubsub import errors
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay
@@ -14,8 +14,7 @@ from tests.faults.test_disk_full import Filler, Users, hold_snapshot, on_small_d
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_closed", [True, False])
-def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
-                                    is_closed: bool) -> None:
+def test_full_store_in_another_boot(tmp_path: Path, durability: str, is_closed: bool) -> None:
     """What is written at the first opening then finds room, also in a store that is rebuilt."""
     config_pth = support.make_queue(tmp_path,
                                     durability=durability,
@@ -54,7 +53,7 @@ def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
         child.end()
 
 
-def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
+def test_reader_that_is_stopped_keeps_the_pages(tmp_path: Path) -> None:
     """Nothing is dropped in vain: the error names its process, and all goes on when it is gone."""
     config_pth = support.make_queue(tmp_path, durability="os", max_db_size_bytes=1 << 19)
     users = Users(config_pth)
@@ -62,7 +61,7 @@ def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
         assert child.get() == "reading"
         child.kill(signal.SIGSTOP)
         sent = 0
-        with pytest.raises(persipubsub.errors.DiskFullError, match=f"{child.process.pid}"):
+        with pytest.raises(errors.DiskFullError, match=f"{child.process.pid}"):
             while True:
                 users.pub.send(b"%d " % sent + bytes(3000))
                 sent += 1
@@ -80,7 +79,7 @@ def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
 # Nor room on the disk
 
 
-def fill_store_and_disk(directory: pathlib.Path, durability: str) -> None:
+def fill_store_and_disk(directory: Path, durability: str) -> None:
     """What makes room in a full store needs room on the disk: the reserve is for that."""
     config_pth = support.make_queue(directory,
                                     durability=durability,
@@ -106,5 +105,5 @@ def fill_store_and_disk(directory: pathlib.Path, durability: str) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_full_store_on_a_full_disk(tmp_path: pathlib.Path, durability: str) -> None:
+def test_full_store_on_a_full_disk(tmp_path: Path, durability: str) -> None:
     on_small_disk(tmp_path, fill_store_and_disk, "2m", durability)

@@ -7,19 +7,18 @@ process is killed at each of them.
 
 import collections
 import os
-import pathlib
 import random
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay, tracing
@@ -40,7 +39,7 @@ FIRST: Final = (b"first", BIG, b"third")
 class Scene:
     """Be a queue that a process is killed on, and its ledger."""
 
-    def __init__(self, directory: pathlib.Path, durability: str) -> None:
+    def __init__(self, directory: Path, durability: str) -> None:
         directory.mkdir()
         self.directory = directory / "queue"
         self.ledger = directory / "ledger"
@@ -101,7 +100,7 @@ def start_receive(scene: Scene) -> Callable[[], None]:
 
 
 def start_initialize(scene: Scene) -> Callable[[], None]:
-    return lambda: persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+    return lambda: control.initialize_all_dbs(config_pth=scene.config_pth)
 
 
 def start_open(scene: Scene) -> Callable[[], None]:
@@ -206,7 +205,7 @@ def check_received(scene: Scene, received: Sequence[bytes]) -> None:
 
 def check_scene(scene: Scene) -> None:
     """Check that nothing hinders anybody: no repair is needed."""
-    persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+    control.initialize_all_dbs(config_pth=scene.config_pth)
     with scene.publisher() as pub, scene.subscriber() as sub:
         pub.send(b"afterwards")
         with sub.receive(timeout=5) as message:
@@ -247,7 +246,7 @@ def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
     return code != 0
 
 
-def list_calls(scene: Scene, start: Start, output: pathlib.Path) -> list[tuple[str, int]]:
+def list_calls(scene: Scene, start: Start, output: Path) -> list[tuple[str, int]]:
     """List the system calls of a process: name, and the how manieth of that name in a thread."""
     assert tracing.run(lambda: start(scene), ["-o", str(output)]) == 0
     counts: dict[tuple[str, str], int] = collections.Counter()
@@ -263,7 +262,7 @@ def list_calls(scene: Scene, start: Start, output: pathlib.Path) -> list[tuple[s
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("case", CASES)
-def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) -> None:
+def test_killed_at_any_call(tmp_path: Path, case: str, durability: str) -> None:
     tracing.require()
     start = CASES[case]
     chance = random.Random(tracing.seed())
@@ -271,7 +270,7 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
     def make(name: str) -> Scene:
         scene = Scene(tmp_path / name, durability)
         if case != "initialize":
-            persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+            control.initialize_all_dbs(config_pth=scene.config_pth)
             with scene.publisher() as pub:
                 pub.send_many(FIRST)
         return scene

@@ -5,10 +5,10 @@ Kill publishers at random that repeat what they do not know to be sent: each mes
 """
 
 import os
-import pathlib
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -23,7 +23,7 @@ STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
 SOURCES: Final = ("shared", "shared", "own")
 
 
-def read(ledger_pth: pathlib.Path, place: int) -> tuple[set[str], set[str]]:
+def read(ledger_pth: Path, place: int) -> tuple[set[str], set[str]]:
     """Read what the processes of a place, or of all places, tried to send, and sent for certain."""
     found: dict[str, set[str]] = {"try": set(), "sent": set()}
     for line in ledger_pth.read_text(encoding="ascii").split("\n"):
@@ -34,8 +34,8 @@ def read(ledger_pth: pathlib.Path, place: int) -> tuple[set[str], set[str]]:
     return found["try"], found["sent"]
 
 
-def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: pathlib.Path,
-            place: int, seed: int) -> None:
+def publish(pipe: support.Connection, config_pth: Path, ledger_pth: Path, place: int,
+            seed: int) -> None:
     """Go on where the process before was killed, and repeat some of what it sent."""
     workers.guard()
     ledger = workers.Ledger(ledger_pth)
@@ -59,7 +59,7 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: path
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
-        tmp_path: pathlib.Path, durability: str) -> None:
+        tmp_path: Path, durability: str) -> None:
     rng = random.Random(test_storm.choose_seed())
     config_pth = support.make_queue(tmp_path,
                                     durability=durability,

@@ -2,15 +2,14 @@
 
 import hashlib
 import os
-import pathlib
 import resource
 import shutil
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from tests import support
 from tests.faults import workers
 
@@ -26,13 +25,13 @@ SINGLES: Final = 300
 
 def available_memory() -> int:
     """Return how many bytes of memory can be used."""
-    for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def receive_digest(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def receive_digest(pipe: support.Connection, config_pth: Path) -> None:
     """Receive one message, and tell what it is."""
     workers.guard()
     with Sub("sub", config_pth) as sub:
@@ -43,7 +42,7 @@ def receive_digest(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
+def check_size(tmp_path: Path, size: int, durability: str) -> None:
     """Send and receive a large message, and then another one into the same room."""
     config_pth = support.make_queue(tmp_path,
                                     durability=durability,
@@ -70,13 +69,13 @@ def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_large_message(tmp_path: pathlib.Path, durability: str) -> None:
+def test_large_message(tmp_path: Path, durability: str) -> None:
     if available_memory() < 8 * LARGE or shutil.disk_usage(tmp_path).free < 8 * LARGE:
         pytest.skip("Not enough memory, or room on the disk")
     check_size(tmp_path, size=LARGE, durability=durability)
 
 
-def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
+def check_backlog(tmp_path: Path, count: int) -> None:
     """Let many messages wait, and then receive them all, in order."""
     config_pth = support.make_queue(tmp_path,
                                     publishers={"pub": ["one", "two"]},
@@ -104,7 +103,7 @@ def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
                     expected += len(msgs)
             assert expected == count + SINGLES
             assert sub.front() is None
-    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+    control.prune_dangling_messages(config_pth=config_pth)
     with support.open_queue(config_pth) as queue:
         assert not queue.check()
         found = queue.statistics()
@@ -113,5 +112,5 @@ def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
             assert (entry.acknowledged, entry.dropped_by_mark) == (count + SINGLES, 0)
 
 
-def test_backlog(tmp_path: pathlib.Path) -> None:
+def test_backlog(tmp_path: Path) -> None:
     check_backlog(tmp_path, count=BACKLOG)

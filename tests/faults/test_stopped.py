@@ -2,16 +2,14 @@
 
 import contextlib
 import os
-import pathlib
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine.format import Tx
 from tests import support
 from tests.faults import workers
@@ -20,7 +18,7 @@ from tests.faults import workers
 ATTEMPTS: Final = 2000
 
 
-def hold_one(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def hold_one(pipe: support.Connection, config_pth: Path) -> None:
     """Receive a message, and acknowledge it when told to."""
     workers.guard()
     with Sub("sub", config_pth) as sub:
@@ -30,7 +28,7 @@ def hold_one(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     pipe.send("done")
 
 
-def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def receive(pipe: support.Connection, config_pth: Path) -> None:
     workers.guard()
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
@@ -46,7 +44,7 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_over_mark", [False, True])
-def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark: bool) -> None:
+def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -> None:
     count, mark = (600, 200) if is_over_mark else (400, 1000)
     if durability == "os":
         count, mark = 5 * count, 5 * mark
@@ -93,7 +91,7 @@ def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark:
         assert queue.front("sub") is None
 
 
-def send_always(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def send_always(pipe: support.Connection, config_pth: Path) -> None:
     """Send without end, and tell how many were sent."""
     workers.guard()
     with Pub("pub", config_pth) as pub:
@@ -106,7 +104,7 @@ def send_always(pipe: support.Connection, config_pth: pathlib.Path) -> None:
         pipe.send(count)
 
 
-def obey(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def obey(pipe: support.Connection, config_pth: Path) -> None:
     """Do what is asked for, and tell what came of it: a process that may hang."""
     workers.guard()
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
@@ -133,7 +131,7 @@ def ask(child: support.Child, wish: str) -> object:
 
 
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
-def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, number: int) -> None:
+def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: Path, number: int) -> None:
     # With ``os``, as only the write lock shall keep the other one from going on.
     config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.2, durability="os")
     sent = 0
@@ -186,11 +184,11 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, numbe
 
 
 def is_stopped(child: support.Child) -> bool:
-    status = pathlib.Path(f"/proc/{child.process.pid}/stat").read_text(encoding="ascii")
+    status = Path(f"/proc/{child.process.pid}/stat").read_text(encoding="ascii")
     return status.rpartition(") ")[2].startswith("T")
 
 
-def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def stop_in_a_flush(pipe: support.Connection, config_pth: Path) -> None:
     """Send, and be stopped in the middle of the flush, with the lock of the journal."""
     workers.guard()
     with Pub("pub", config_pth) as pub:
@@ -209,7 +207,7 @@ def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
-def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, number: int) -> None:
+def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: Path, number: int) -> None:
     config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.3, checkpoint_secs=3600)
     with support.Child(stop_in_a_flush, config_pth) as child:
         with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
@@ -217,7 +215,7 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, numb
             child.pipe.send("go")  # now that all is open here, which needs the journal, too
             support.until(lambda: is_stopped(child), what="the flush")
             assert sub.front() == b"first"
-            with pytest.raises(persipubsub.errors.BusyTimeoutError, match="not yet safe"):
+            with pytest.raises(errors.BusyTimeoutError, match="not yet safe"):
                 pub.send(b"second")
             # It is in the queue, and consumers go on.
             for message in (b"first", b"second"):
@@ -232,10 +230,10 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, numb
             pub.send(b"third")
             with sub.receive(timeout=0) as received:
                 assert received == b"third"
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
 
 
-def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def die_reading(pipe: support.Connection, config_pth: Path) -> None:
     """Open the queue, and when told to, be killed in the middle of a read."""
     workers.guard()
     queue = support.open_queue(config_pth)
@@ -253,8 +251,7 @@ def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 # At the end of a small map the search is made anyhow; in a large one only now and then.
 @pytest.mark.parametrize("size, bound", [(1 << 22, 5 << 20), (1 << 28, 24 << 20)])
-def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: int,
-                                                 bound: int) -> None:
+def test_killed_readers_do_not_let_the_file_grow(tmp_path: Path, size: int, bound: int) -> None:
     config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=0.05,
                                       max_db_size_bytes=size)  # yapf: disable
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
@@ -278,7 +275,7 @@ def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: i
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_table_full_of_killed_readers(tmp_path: pathlib.Path, slots: int) -> None:
+def test_table_full_of_killed_readers(tmp_path: Path, slots: int) -> None:
     config_pth = support.make_queue(tmp_path, max_reader_num=slots, busy_timeout_secs=5)
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         children = [support.Child(die_reading, config_pth) for _ in range(slots)]

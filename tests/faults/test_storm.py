@@ -8,14 +8,14 @@ Kill publishers and subscribers at random, again and again, and check an exact l
 """
 
 import os
-import pathlib
 import random
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.statistics
+from persipubsub import statistics
 from tests import support
 from tests.faults import ledger, workers
 
@@ -65,8 +65,7 @@ def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
     return kills, stops
 
 
-def drain(places: dict[str, workers.Worker], board: workers.Board,
-          config_pth: pathlib.Path) -> None:
+def drain(places: dict[str, workers.Worker], board: workers.Board, config_pth: Path) -> None:
     """Let publishers end, and subscribers when there is nothing left for them."""
     board.end_publishers()
     subscribers = [worker for worker in places.values() if worker.role.kind == "subscribe"]
@@ -82,9 +81,8 @@ def drain(places: dict[str, workers.Worker], board: workers.Board,
 
 
 def figures(
-    config_pth: pathlib.Path
-) -> tuple[persipubsub.statistics.QueueStatistics, dict[
-        str, persipubsub.statistics.SubscriberStatistics]]:
+    config_pth: Path
+) -> tuple[statistics.QueueStatistics, dict[str, statistics.SubscriberStatistics]]:
     """Check the store, and return its figures."""
     with support.open_queue(config_pth) as queue:
         assert not queue.check()
@@ -92,8 +90,8 @@ def figures(
     return found, {entry.subscriber: entry for entry in found.subscribers}
 
 
-def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
-          roles: dict[str, workers.Role]) -> tuple[pathlib.Path, ledger.Books, int]:
+def storm(tmp_path: Path, durability: str, seconds: float,
+          roles: dict[str, workers.Role]) -> tuple[Path, ledger.Books, int]:
     """Run a storm, and check what holds for each of them."""
     rng = random.Random(choose_seed())
     config_pth = support.make_queue(tmp_path,
@@ -130,7 +128,7 @@ def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
+def test_nothing_is_lost(tmp_path: Path, durability: str) -> None:
     config_pth, books, kills = storm(tmp_path, durability, STORM_SECS, ROLES)
     assert not books.lost()
     assert not books.unfinished()
@@ -152,7 +150,7 @@ def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_clearing_beside(tmp_path: pathlib.Path, durability: str) -> None:
+def test_clearing_beside(tmp_path: Path, durability: str) -> None:
     roles = {**ROLES, "x0": workers.Role(kind="clear", id="alpha", batch=1)}
     config_pth, books, _ = storm(tmp_path, durability, CLEAR_SECS, roles)
     _, subscribers = figures(config_pth)

@@ -5,10 +5,10 @@ The bounds are far off what is measured on any machine: they find what hangs or 
 """
 
 import os
-import pathlib
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -23,7 +23,7 @@ SENDS: Final = 1000
 TAKEOVERS: Final = int(os.environ.get("PERSIPUBSUB_TAKEOVERS", "12"))
 
 
-def receive_at(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
+def receive_at(pipe: support.Connection, config_pth: Path, count: int) -> None:
     """Tell how long each message took to get here, in microseconds."""
     workers.guard()
     latencies: list[float] = []
@@ -44,7 +44,7 @@ def send_timed(pub: Pub, rng: random.Random, count: int) -> None:
         pub.send(msg=b"%d" % time.monotonic_ns())
 
 
-def test_latency(tmp_path: pathlib.Path) -> None:
+def test_latency(tmp_path: Path) -> None:
     rng = random.Random(choose_seed())
     config_pth = support.make_queue(tmp_path, durability="os")
     with Pub("pub", config_pth) as pub, support.Child(receive_at, config_pth, SENDS) as child:
@@ -59,7 +59,7 @@ def test_latency(tmp_path: pathlib.Path) -> None:
     assert median < 50000
 
 
-def idle(pipe: support.Connection, config_pth: pathlib.Path, seconds: float) -> None:
+def idle(pipe: support.Connection, config_pth: Path, seconds: float) -> None:
     """Wait in vain, and tell which part of a processor that took."""
     workers.guard()
     with Sub("sub", config_pth) as sub:
@@ -72,7 +72,7 @@ def idle(pipe: support.Connection, config_pth: pathlib.Path, seconds: float) -> 
         pipe.send((time.process_time() - cpu) / (time.monotonic() - begin))
 
 
-def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
+def test_idle_costs_nothing(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, durability="os")
     with support.Child(idle, config_pth, 3) as child:
         assert child.get() == "ready"
@@ -82,7 +82,7 @@ def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
     assert share < 0.02
 
 
-def hold_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def hold_forever(pipe: support.Connection, config_pth: Path) -> None:
     """Receive, tell when, and never finish until told to."""
     workers.guard()
     with Sub("sub", config_pth) as sub:
@@ -95,7 +95,7 @@ def hold_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -> None:
+def test_message_of_a_killed_consumer(tmp_path: Path, durability: str) -> None:
     rng = random.Random(choose_seed())
     config_pth = support.make_queue(tmp_path, durability=durability)
     takeovers: list[float] = []
@@ -135,7 +135,7 @@ def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -
     assert ledger.percentile(takeovers, 50) < 300
 
 
-def die_before_it_notifies(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def die_before_it_notifies(pipe: support.Connection, config_pth: Path) -> None:
     """Be killed between the commit of a message and the notification."""
     workers.guard()
     pub = Pub("pub", config_pth)
@@ -144,7 +144,7 @@ def die_before_it_notifies(pipe: support.Connection, config_pth: pathlib.Path) -
     pipe.send("never")
 
 
-def test_publisher_killed_before_it_notifies(tmp_path: pathlib.Path) -> None:
+def test_publisher_killed_before_it_notifies(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
     with support.Child(receive_at, config_pth, 1) as child:
         assert child.get() == "ready"

@@ -4,11 +4,11 @@ import contextlib
 import ctypes
 import functools
 import os
-import pathlib
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -89,5 +89,5 @@ def require() -> None:
 
 def fast_directory() -> "tempfile.TemporaryDirectory[str]":
     """Make a directory in memory, if there is one, for the many images of a disk."""
-    memory = pathlib.Path("/dev/shm")
+    memory = Path("/dev/shm")
     return tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK | os.X_OK) else None)

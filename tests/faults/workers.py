@@ -3,16 +3,15 @@
 import ctypes
 import mmap
 import os
-import pathlib
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import persipubsub.control
-from persipubsub import Pub, Sub
+from persipubsub import Pub, Sub, control
 from tests import support
 
 #: No process of these tests lives longer than this, in seconds.
@@ -46,7 +45,7 @@ class Ledger:
 
     END: Final = " ;"
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(self, *fields: object) -> None:
@@ -93,8 +92,8 @@ class Board:
 class Scene(NamedTuple):
     """Hold what all workers of a storm need."""
 
-    config_pth: pathlib.Path
-    ledger_pth: pathlib.Path
+    config_pth: Path
+    ledger_pth: Path
     board: Board
 
 
@@ -189,8 +188,8 @@ def _control(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
     del role, name, ledger
     rng = random.Random(seed)
     while not scene.board.publishers_end:
-        rng.choice((persipubsub.control.initialize_all_dbs,
-                    persipubsub.control.prune_dangling_messages))(config_pth=scene.config_pth)
+        rng.choice((control.initialize_all_dbs,
+                    control.prune_dangling_messages))(config_pth=scene.config_pth)
         with support.open_queue(scene.config_pth) as queue:
             findings = queue.check()
             assert not findings, findings
@@ -203,7 +202,7 @@ def _clear(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> No
     rng = random.Random(seed)
     while not scene.board.publishers_end:
         if rng.random() < 0.5:
-            persipubsub.control.clear_all_subs(config_pth=scene.config_pth)
+            control.clear_all_subs(config_pth=scene.config_pth)
         else:
             with Sub(role.id, scene.config_pth) as sub:
                 sub.pop_to_top()
