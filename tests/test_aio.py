@@ -27,24 +27,6 @@ assert fixture_config_pth and fixture_lmdb_pth  # pytest finds them here
 ROUNDS: Final = int(os.environ.get("PERSIPUBSUB_AIO_ROUNDS", "150"))
 
 
-@on_loops
-@scenario
-async def test_iteration_over_the_subscriber(face: faces.Face, config_pth: Path) -> None:
-    received: list[bytes] = []
-    async with opened(face, config_pth) as (pub, sub):
-
-        async def consume() -> None:
-            async for msg in sub:
-                received.append(msg)
-                if len(received) == 20:
-                    return
-
-        consuming = asyncio.ensure_future(consume())
-        await asyncio.gather(*(pub.send(b"%d" % number) for number in range(20)))
-        await consuming
-    assert received == [b"%d" % number for number in range(20)]
-
-
 @pytest.mark.parametrize("is_busy", [False, True])
 @on_loops
 @scenario

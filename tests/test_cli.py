@@ -392,22 +392,6 @@ def test_check_of_what_can_not_be_looked_at(tmp_path: Path) -> None:
         run("check", config_pth, *options, exit_code=3)
 
 
-def test_one_queue_that_fails_does_not_hide_the_others(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path)
-    config = json.loads(config_pth.read_text())
-    config["queues"]["missing"] = dict(config["queues"]["queue"], path=str(tmp_path / "missing"))
-    config_pth.write_text(json.dumps(config))
-    process = run("stat", config_pth, exit_code=1)
-    assert process.stdout.startswith("queue  /")
-    assert "persipubsub init" in process.stderr and len(process.stderr.splitlines()) == 1
-    process = run("stat", config_pth, "--json", exit_code=1)
-    assert set(json.loads(process.stdout)) == {"queue", "missing"}
-    assert json.loads(process.stdout)["missing"]["error"].startswith("Expected")
-    run("stat", config_pth, "--queue", "queue")
-    process = run("tail", config_pth, exit_code=2)
-    assert "--queue" in process.stderr
-
-
 def add_foreign_first(config_pth: Path) -> None:
     """Add a queue in front of the other one, in whose directory another program has its data."""
     config = json.loads(config_pth.read_text())

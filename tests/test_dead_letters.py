@@ -190,22 +190,6 @@ def test_queue_on_servers_has_no_letters(tmp_path: Path) -> None:
             function(config_pth, "queue")
 
 
-def test_queues_may_give_up_into_each_other(tmp_path: Path) -> None:
-    config_pth = write_config(tmp_path)
-    found = json.loads(config_pth.read_text())
-    found["queues"]["letters"]["subscribers"] = ["reader"]
-    found["reader"] = {"in_queue": "letters", "max_deliveries": 1, "dead_letter_queue": "last"}
-    found["queues"]["last"] = dict(found["queues"]["letters"], path="last", subscribers=[])
-    config_pth.write_text(json.dumps(found))
-    control.initialize_all_dbs(config_pth)
-    fail(config_pth, b"1")
-    with Sub("reader", config_pth) as sub, pytest.raises(ValueError):
-        with sub.receive(timeout=0):
-            raise ValueError("no")
-    letters = control.dead_letters(config_pth)
-    assert [len(letters[key]) for key in ("letters", "last")] == [1, 1]
-
-
 # The configuration file
 
 
@@ -376,35 +360,6 @@ def test_command_sends_back_and_drops(config_pth: Path) -> None:
     out = test_cli.run("dead-letters", config_pth, "drop", "--yes", "--json")
     assert json.loads(out.stdout) == {"letters": {"numbers": [1, 3]}}
     assert listed(config_pth) == {}
-
-
-def with_other_letters(config_pth: Path) -> None:
-    """Add a queue of dead letters, in front of the other one, that is not initialized."""
-    found = json.loads(config_pth.read_text())
-    queues = found["queues"]
-    found["queues"] = {"missing": dict(queues["letters"], path="missing"), **queues}
-    found["other"].update({"max_deliveries": 1, "dead_letter_queue": "missing"})
-    config_pth.write_text(json.dumps(found))
-
-
-def test_command_goes_on_when_a_queue_fails(config_pth: Path) -> None:
-    fail(config_pth, b"1")
-    with_other_letters(config_pth)
-    process = test_cli.run("dead-letters", config_pth, exit_code=1)
-    assert process.stdout.splitlines()[1].endswith("ValueError: not 1")
-    assert "persipubsub init" in process.stderr and len(process.stderr.splitlines()) == 1
-    process = test_cli.run("dead-letters", config_pth, "--json", exit_code=1)
-    listed_json = json.loads(process.stdout)
-    assert [one["number"] for one in listed_json["letters"]] == [1]
-    assert listed_json["missing"]["error"].startswith("Expected")
-    # What could not be counted is not asked for.
-    process = test_cli.run("dead-letters", config_pth, "drop", stdin=b"y\n", exit_code=1)
-    assert process.stderr.count("persipubsub init") == 1
-    assert "Drop 1 dead letter of letters?" in process.stderr
-    assert process.stdout == "letters: 1 dead letter dropped\n"
-    # Nothing is left to be asked for.
-    process = test_cli.run("dead-letters", config_pth, "drop", "--queue", "missing", exit_code=1)
-    assert "Drop" not in process.stderr and process.stdout == ""
 
 
 def test_command_of_wrong_usage(config_pth: Path) -> None:

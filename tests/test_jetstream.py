@@ -21,7 +21,6 @@ import pytest
 import persipubsub.config
 import persipubsub.jetstream
 import persipubsub.message
-import persipubsub.subscriber
 from persipubsub import Sub, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
@@ -643,34 +642,6 @@ def test_two_threads_begin_at_once(config_pth: Path) -> None:
 
     in_threads([work] * 16)
     assert results == [""] * 16
-
-
-def test_child_that_forks_in_the_middle(config_pth: Path) -> None:
-    # Another thread of the parent is inside of the library when it forks.
-    is_over = threading.Event()
-    results: list[str] = []
-
-    def send_on() -> None:
-        with open_pub(config_pth) as pub:
-            while not is_over.is_set():
-                results.append(outcome(lambda: pub.send(b"parent")))
-
-    def use(pipe: Connection) -> None:
-        with open_pub(config_pth) as pub:
-            pub.send(b"child")
-        pipe.send("sent")
-
-    thread = threading.Thread(target=send_on)
-    thread.start()
-    try:
-        for _ in range(5):
-            with Child(use) as child:
-                assert child.get() == "sent"
-                child.end()
-    finally:
-        is_over.set()
-        thread.join(HANG_SECS)
-    assert set(results) == {""}
 
 
 # Full queues

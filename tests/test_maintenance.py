@@ -25,19 +25,6 @@ def assert_sound(config_pth: Path) -> None:
     assert control.verify(config_pth) == {"queue": ()}
 
 
-# Choosing queues
-
-
-@pytest.mark.parametrize("function", [
-    control.initialize_all_dbs, control.prune_dangling_messages, control.clear_all_subs,
-    control.statistics, control.verify, control.compact
-])
-def test_unknown_queue(tmp_path: Path, function: Callable[..., object]) -> None:
-    config_pth = make_queue(tmp_path)
-    with pytest.raises(errors.ConfigError, match="nothing_of_this_name"):
-        function(config_pth, "nothing_of_this_name")
-
-
 # Verifying
 
 

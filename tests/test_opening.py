@@ -14,9 +14,7 @@ from typing import Any
 import lmdb
 import pytest
 
-import persipubsub.publisher
-import persipubsub.subscriber
-from persipubsub import Pub, Sub, control, errors, queue
+from persipubsub import Pub, control, errors
 from tests import stores, support
 from tests.faults import tracing
 from tests.support import receive_all, send_each
@@ -413,7 +411,7 @@ def test_what_is_printed_never_gets_into_a_queue(tmp_path: Path, numbers: list[i
     code = """if True:
         import os, pathlib, sys
         import persipubsub.control
-        from tests import support, test_opening
+        from tests import support
         directory, *numbers = sys.argv[1:]
         directory, numbers = pathlib.Path(directory), [int(number) for number in numbers]
         config_pth = directory / "config.json"
@@ -435,8 +433,8 @@ def test_what_is_printed_never_gets_into_a_queue(tmp_path: Path, numbers: list[i
         for number in numbers:
             os.close(number)
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-        with test_opening.persipubsub.publisher.Pub("pub", config_pth) as pub:
-            with test_opening.persipubsub.subscriber.Sub("sub", config_pth) as sub:
+        with persipubsub.Pub("pub", config_pth) as pub:
+            with persipubsub.Sub("sub", config_pth) as sub:
                 pub.send(b"first")
                 pub.send(b"second")
                 with sub.receive(timeout=0) as message:

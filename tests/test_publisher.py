@@ -10,8 +10,6 @@ from typing import Any, Union
 
 import pytest
 
-import persipubsub.publisher
-import persipubsub.subscriber
 from persipubsub import Pub, Sub, control, errors
 from tests import support
 from tests.support import receive_all

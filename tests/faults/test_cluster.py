@@ -1,11 +1,12 @@
-"""
+r"""
 Kill servers under load, start them again, and check an exact ledger at the end.
 
 ``PERSIPUBSUB_CLUSTER_RUNS`` is how many runs there are; the leader of a stream on three servers is
 killed, then all three servers, then a follower; then leaders are elected while none is killed; then
 a single server is killed, and so on. The enlarged form, which prints what it did:
 
-    PERSIPUBSUB_CLUSTER_RUNS=10 PERSIPUBSUB_CLUSTER_KILLS=2 python -m pytest -s -n0 tests/faults/test_cluster.py
+    PERSIPUBSUB_CLUSTER_RUNS=10 PERSIPUBSUB_CLUSTER_KILLS=2 \
+        python -m pytest -s -n0 tests/faults/test_cluster.py
 """
 
 import collections
