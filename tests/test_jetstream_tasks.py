@@ -15,7 +15,7 @@ import uvloop
 from persipubsub import config
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.faults.test_storm import choose_seed
+from tests.faults import tracing
 from tests.jetstream_server import ask
 from tests.support import HANG_SECS
 from tests.test_behaviour import lags, numbered
@@ -181,7 +181,7 @@ async def test_cancelled_calls_are_carried_out(config_pth: Path) -> None:
 
 async def storm(config_pth: Path, count: int, is_newest: bool) -> None:
     """Cancel tasks that take, at any moment, and check that each message comes once."""
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     total = 400
     received: list[bytes] = []
     async with opened(config_pth) as (queue, consumer):

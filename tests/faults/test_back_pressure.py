@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from tests import support
-from tests.faults import ledger, test_storm, workers
+from tests.faults import ledger, test_storm, tracing, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "3"))
 
@@ -33,7 +33,7 @@ ROLES: Final = {
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: Path, durability: str) -> None:
-    rng = random.Random(test_storm.choose_seed())
+    rng = random.Random(tracing.seed())
     config_pth = support.make_queue(tmp_path,
                                     publishers=test_storm.AUDIENCES,
                                     subscribers=("alpha", "beta"),

@@ -23,7 +23,7 @@ import persipubsub.config
 from persipubsub import Pub, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.faults.test_storm import choose_seed
+from tests.faults import tracing
 from tests.support import Child, Connection, make_queue, outcome, until, write_config
 
 pytestmark = [jetstream_server.needs_server, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -199,7 +199,7 @@ def kill(cluster: jetstream_server.Servers, victim: str, rng: random.Random) -> 
 
 @pytest.mark.parametrize("run", range(RUNS))
 def test_killed_servers_lose_nothing(tmp_path: Path, run: int) -> None:
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     victim = VICTIMS[run % len(VICTIMS)]
     ledger_pth = tmp_path / "ledger"
     nodes = 1 if victim == "single" else 3

@@ -10,7 +10,6 @@ import collections
 import json
 import os
 import random
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -204,28 +203,9 @@ def start_last_delivery(config_pth: Path) -> Callable[[], None]:
     return lambda: receipt.__exit__(ValueError, error, None)
 
 
-def list_calls(directory: Path) -> list[tuple[str, int]]:
-    """List the system calls of a move: name, and which one of that name."""
-    config_pth = prepare(directory)
-    trace_pth = directory / "trace"
-    assert tracing.run(lambda: start_last_delivery(config_pth), ["-o", str(trace_pth)]) == 0
-    assert [one.letter.data for one in letters(config_pth)] == [b"fail"]
-    counts: dict[str, int] = collections.Counter()
-    places: list[tuple[str, int]] = []
-    for line in trace_pth.read_text("utf-8", "replace").splitlines():
-        match = re.match(r"\d+ +(\w+)\(", line)
-        if match is not None and match.group(1) not in ("exit", "exit_group", "restart_syscall"):
-            counts[match.group(1)] += 1
-            places.append((match.group(1), counts[match.group(1)]))
-    return places
-
-
 def kill_at(config_pth: Path, place: tuple[str, int]) -> bool:
     """Kill a move at a system call; the next consumer finishes what is left of it."""
-    code = tracing.run(lambda: start_last_delivery(config_pth), [
-        "-o", os.devnull, "-e", f"trace={place[0]}", "-e",
-        "inject={}:signal=KILL:when={}".format(*place)
-    ])
+    code = tracing.kill_at(lambda: start_last_delivery(config_pth), place)
     assert code in (0, -signal.SIGKILL)
     with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=5, details=True) as message:
@@ -244,7 +224,9 @@ def kill_at(config_pth: Path, place: tuple[str, int]) -> bool:
 def test_move_that_is_killed_at_any_call(tmp_path: Path) -> None:
     tracing.require()
     chance = random.Random(tracing.seed())
-    places = list_calls(tmp_path / "count")
+    config_pth = prepare(tmp_path / "count")
+    places = tracing.list_calls(lambda: start_last_delivery(config_pth), tmp_path / "trace")
+    assert [one.letter.data for one in letters(config_pth)] == [b"fail"]
     total = len(places)
     if not IS_EVERY:
         places = chance.sample(places, min(SAMPLE, total))

@@ -5,10 +5,8 @@ A sample of the calls is taken, chosen by ``PERSIPUBSUB_SEED``; with ``PERSIPUBS
 process is killed at each of them.
 """
 
-import collections
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -220,19 +218,15 @@ def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
     """Kill a process at a system call, and see that the others go on."""
     # Nobody else may have it open while it is rebuilt.
     is_there = scene.directory.exists() and start is not start_rebuild
-    options = [
-        "-o", os.devnull, "-e", f"trace={place[0]}", "-e",
-        "inject={}:signal=KILL:when={}".format(*place)
-    ]
     if is_there:
         with support.Child(neighbour, scene) as child:
             assert child.get() == "open"
-            code = tracing.run(lambda: start(scene), options)
+            code = tracing.kill_at(lambda: start(scene), place)
             child.pipe.send("go")
             check_received(scene, child.get())
             child.end()
     else:
-        code = tracing.run(lambda: start(scene), options)
+        code = tracing.kill_at(lambda: start(scene), place)
         # Those who come too early are told so.
         expected = ("", ) if start is start_rebuild else ("", "NotInitializedError")
         assert support.outcome(lambda: scene.subscriber().close()) in expected
@@ -244,20 +238,6 @@ def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
     check_scene(scene)
     assert code in (0, -signal.SIGKILL)
     return code != 0
-
-
-def list_calls(scene: Scene, start: Start, output: Path) -> list[tuple[str, int]]:
-    """List the system calls of a process: name, and the how manieth of that name in a thread."""
-    assert tracing.run(lambda: start(scene), ["-o", str(output)]) == 0
-    counts: dict[tuple[str, str], int] = collections.Counter()
-    places: dict[tuple[str, int], None] = {}
-    for line in output.read_text("utf-8", "replace").splitlines():
-        match = re.match(r"(\d+) +(\w+)\(", line)
-        if match is not None and match.group(2) not in ("exit", "exit_group", "restart_syscall"):
-            thread, name = match.groups()
-            counts[thread, name] += 1
-            places[name, counts[thread, name]] = None
-    return list(places)
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
@@ -275,11 +255,14 @@ def test_killed_at_any_call(tmp_path: Path, case: str, durability: str) -> None:
                 pub.send_many(FIRST)
         return scene
 
-    places = list_calls(make("count"), start, tmp_path / "trace")
+    def list_calls(scene: Scene) -> list[tuple[str, int]]:
+        return tracing.list_calls(lambda: start(scene), tmp_path / "trace")
+
+    places = list_calls(make("count"))
     total = len(places)
     if not IS_EVERY:
         # On a busy machine the background thread works many times more in one run than in another.
-        again = set(list_calls(make("again"), start, tmp_path / "trace"))
+        again = set(list_calls(make("again")))
         places = [place for place in places if place in again]
         places = chance.sample(places, min(SAMPLE, len(places)))
     killed = done = 0

@@ -15,7 +15,7 @@ import pytest
 
 from persipubsub import Pub
 from tests import support
-from tests.faults import test_storm, workers
+from tests.faults import tracing, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
 
@@ -60,7 +60,7 @@ def publish(pipe: support.Connection, config_pth: Path, ledger_pth: Path, place:
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
         tmp_path: Path, durability: str) -> None:
-    rng = random.Random(test_storm.choose_seed())
+    rng = random.Random(tracing.seed())
     config_pth = support.make_queue(tmp_path,
                                     durability=durability,
                                     checkpoint_secs=0.2,

@@ -19,7 +19,7 @@ import pytest
 from persipubsub import config, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.faults.test_storm import choose_seed
+from tests.faults import tracing
 from tests.support import HANG_SECS, Child, Connection, outcome, until, write_config
 from tests.test_behaviour import drain, numbered, open_pub, open_sub
 
@@ -360,7 +360,7 @@ def test_batch_that_comes_slowly_stays_with_its_consumer(server: jetstream_serve
 def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.Servers,
                                                        tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=HANG_SECS / 2)
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     is_over = threading.Event()
     count = 0
     with proxy(server) as between, open_pub(between.config(config_pth)) as pub:
@@ -385,7 +385,7 @@ def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.
 def test_connections_that_are_cut_lose_nothing_of_subscribers(server: jetstream_server.Servers,
                                                               tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=1)
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     received: list[bytes] = []
     with proxy(server) as between, open_pub(config_pth) as pub:
         with open_sub(between.config(config_pth)) as sub:
@@ -441,7 +441,7 @@ def _work(pipe: Connection, config_pth: Path) -> None:
 
 def test_killed_consumers_lose_nothing(server: jetstream_server.Servers, tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=0.5)
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     received: set[bytes] = set()
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(1000))

@@ -17,7 +17,7 @@ import pytest
 
 from persipubsub import statistics
 from tests import support
-from tests.faults import ledger, workers
+from tests.faults import ledger, tracing, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "6"))
 CLEAR_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "3"))
@@ -34,13 +34,6 @@ ROLES: Final = {
     "b0": workers.Role(kind="subscribe", id="beta", batch=10),
     "c0": workers.Role(kind="control", id="", batch=1),
 }
-
-
-def choose_seed() -> int:
-    """Choose a seed, and print it so that a failure can be repeated."""
-    seed = int(os.environ.get("PERSIPUBSUB_SEED", random.SystemRandom().randrange(1 << 32)))
-    print(f"PERSIPUBSUB_SEED={seed}")
-    return seed
 
 
 def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
@@ -93,7 +86,7 @@ def figures(
 def storm(tmp_path: Path, durability: str, seconds: float,
           roles: dict[str, workers.Role]) -> tuple[Path, ledger.Books, int]:
     """Run a storm, and check what holds for each of them."""
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     config_pth = support.make_queue(tmp_path,
                                     publishers=AUDIENCES,
                                     subscribers=("alpha", "beta"),

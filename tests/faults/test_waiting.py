@@ -16,8 +16,7 @@ import pytest
 from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine.notifier import Notifier
 from tests import support
-from tests.faults import ledger, workers
-from tests.faults.test_storm import choose_seed
+from tests.faults import ledger, tracing, workers
 
 SENDS: Final = 1000
 TAKEOVERS: Final = int(os.environ.get("PERSIPUBSUB_TAKEOVERS", "12"))
@@ -45,7 +44,7 @@ def send_timed(pub: Pub, rng: random.Random, count: int) -> None:
 
 
 def test_latency(tmp_path: Path) -> None:
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     config_pth = support.make_queue(tmp_path, durability="os")
     with Pub("pub", config_pth) as pub, support.Child(receive_at, config_pth, SENDS) as child:
         assert child.get() == "ready"
@@ -96,7 +95,7 @@ def hold_forever(pipe: support.Connection, config_pth: Path) -> None:
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_message_of_a_killed_consumer(tmp_path: Path, durability: str) -> None:
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     config_pth = support.make_queue(tmp_path, durability=durability)
     takeovers: list[float] = []
     with Pub("pub", config_pth) as pub:

@@ -1,9 +1,11 @@
 """Run a function in a process of its own under strace, from its first instruction on."""
 
+import collections
 import contextlib
 import ctypes
 import functools
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -66,6 +68,28 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
             if tracer.poll() is None:
                 tracer.kill()
                 tracer.wait()
+
+
+def list_calls(start: Callable[[], Callable[[], None]], output: Path) -> list[tuple[str, int]]:
+    """List the system calls of a process: name, and the how manieth of that name in a thread."""
+    assert run(start, ["-o", str(output)]) == 0
+    counts: dict[tuple[str, str], int] = collections.Counter()
+    places: dict[tuple[str, int], None] = {}
+    for line in output.read_text("utf-8", "replace").splitlines():
+        match = re.match(r"(\d+) +(\w+)\(", line)
+        if match is not None and match.group(2) not in ("exit", "exit_group", "restart_syscall"):
+            thread, name = match.groups()
+            counts[thread, name] += 1
+            places[name, counts[thread, name]] = None
+    return list(places)
+
+
+def kill_at(start: Callable[[], Callable[[], None]], place: tuple[str, int]) -> int:
+    """Kill a process at a system call, and return its exit code: 0 if it ended before."""
+    name, count = place
+    return run(
+        start,
+        ["-o", os.devnull, "-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={count}"])
 
 
 @functools.cache
