@@ -91,8 +91,13 @@ def test_wrong_use_is_refused_without_assertions(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "True None\n", "")
 
 
+class Bytes(bytes):
+    """Be bytes, and more."""
+
+
 @pytest.mark.parametrize("message", [
     b"", b"\x00", b"bytes",
+    Bytes(b"bytes"),
     bytearray(b"bytes"),
     memoryview(b"bytes"),
     memoryview(b"b-y-t-e-s")[::2],
@@ -103,11 +108,8 @@ def test_wrong_use_is_refused_without_assertions(tmp_path: Path) -> None:
 def test_bytes_like_messages(config_pth: Path, pub: Pub, message: Any) -> None:
     pub.send(msg=message)
     pub.send_many(msgs=[message, message])
-    assert receive_all(config_pth) == [bytes(message)] * 3
-
-
-class Bytes(bytes):
-    """Be bytes, and more."""
+    received = receive_all(config_pth)
+    assert received == [bytes(message)] * 3 and {type(one) for one in received} == {bytes}
 
 
 def test_any_iterable_of_messages(config_pth: Path, pub: Pub) -> None:
