@@ -8,48 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import lmdb
 import pytest
 
 from persipubsub import Pub, Sub, control, errors
-from persipubsub.lmdb_engine import environment
 from tests import support
-
-
-def subclasses(kind: type[Exception]) -> list[type[Exception]]:
-    return [kind] + [each for below in kind.__subclasses__() for each in subclasses(below)]
-
-
-def make(kind: type[Exception], text: str = "mdb_put: made up", code: int = 0) -> lmdb.Error:
-    error = kind(text)
-    assert isinstance(error, lmdb.Error)
-    setattr(error, "code", code)
-    return error
-
-
-EXPECTED = {
-    "MapFullError": errors.DiskFullError,
-    "DiskError": errors.DiskFullError,
-    "ReadersFullError": errors.ReadersFullError,
-    "CorruptedError": errors.StoreCorruptError,
-    "PageNotFoundError": errors.StoreCorruptError,
-    "VersionMismatchError": errors.FormatError,
-    "InvalidError": errors.FormatError,
-    "IncompatibleError": errors.FormatError,
-    "PanicError": errors.FlushError,
-    "ReadonlyError": errors.AccessError,
-}
-
-
-@pytest.mark.parametrize("kind", subclasses(lmdb.Error), ids=lambda kind: kind.__name__)
-def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
-    for error in (make(kind), kind("mdb_put: made up")):
-        assert isinstance(error, lmdb.Error)
-        translated = environment.translate(error=error, directory="/some/queue")
-        assert isinstance(translated, errors.PersipubsubError)
-        assert isinstance(translated, EXPECTED.get(kind.__name__, errors.StoreError))
-        assert str(translated).startswith("Expected to work with the queue /some/queue, but got: "
-                                          "mdb_put: made up")
 
 
 def make_own(name: str) -> errors.PersipubsubError:
