@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 _RIGHT = '''
-from pathlib import Path
+import pathlib
 from typing import Any, assert_type
 
 import persipubsub
@@ -16,7 +16,7 @@ import persipubsub.aio
 import persipubsub.config
 import persipubsub.publisher
 import persipubsub.subscriber
-from persipubsub import AsyncPub, AsyncSub, Pub, Sub, config, queue
+from persipubsub import AsyncPub, AsyncSub, Pub, Sub
 from persipubsub.message import Message
 from persipubsub.statistics import SubscriberStatistics
 
