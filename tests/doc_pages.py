@@ -19,7 +19,6 @@ In what is printed, ``...`` stands for anything, also for several lines.
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -27,10 +26,11 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import persipubsub.config
-import persipubsub.errors
+from persipubsub import errors
 from tests import support
 
 _DIRECTIVE = re.compile(
@@ -56,7 +56,6 @@ class Block(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Return where it is."""
         return f"{self.page}:{self.line}"
 
     @property
@@ -65,13 +64,7 @@ class Block(NamedTuple):
         return self.code.startswith("$ ") and not self.caption
 
 
-def blocks_of(page: pathlib.Path) -> list[Block]:
-    """
-    Read the blocks of a page.
-
-    :param page: in reStructuredText
-    :return: blocks from top to bottom
-    """
+def blocks_of(page: Path) -> list[Block]:
     lines = page.read_text(encoding="utf-8").splitlines()
     found: list[Block] = []
     index = 0
@@ -137,7 +130,7 @@ def _check_config(block: Block) -> None:
     """Check a whole configuration, also one that the page goes on to do nothing with."""
     try:
         persipubsub.config.parse(block.code.encode("utf-8"), config_pth=_file_name(block))
-    except persipubsub.errors.ConfigError as error:
+    except errors.ConfigError as error:
         raise AssertionError(f"{block.place}: {error}") from error
 
 
@@ -153,10 +146,6 @@ def _check_json(block: Block) -> None:
 def matches(expected: str, found: str) -> bool:
     """
     Compare what was printed with what a page shows.
-
-    :param expected: with ellipses
-    :param found: that was printed
-    :return: True if it is as shown
 
     >>> matches("a\\n...\\nb", "a\\nany\\nthing\\nb")
     True
@@ -176,8 +165,7 @@ def _environment() -> dict[str, str]:
     environment = dict(os.environ, LC_ALL="C.UTF-8", COLUMNS="120", TERM="dumb")
     # Of two programs that print a line at the same time, one line each would not be certain.
     environment.pop("PYTHONUNBUFFERED", None)
-    environment["PATH"] = os.pathsep.join(
-        [str(pathlib.Path(sys.executable).parent), environment["PATH"]])
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     environment["PYTHONPATH"] = os.pathsep.join(
         path for path in sys.path if "site-packages" not in path and path.startswith("/"))
     return environment
@@ -215,7 +203,6 @@ class Interpreter:
     """Run the Python of a page in one process, which ends with it."""
 
     def __init__(self) -> None:
-        """Start the process."""
         answers, theirs = os.pipe()
         self._answers = open(answers, encoding="ascii")
         self._printed = tempfile.TemporaryFile()
@@ -230,20 +217,12 @@ class Interpreter:
         os.close(theirs)
 
     def close(self) -> None:
-        """End the process."""
         self._process.kill()
         self._process.communicate()
         self._answers.close()
         self._printed.close()
 
-    def run(self, directory: pathlib.Path, code: str) -> tuple[str, bool]:
-        """
-        Run code.
-
-        :param directory: where to
-        :param code: to be run
-        :return: what it printed, whether it ended well
-        """
+    def run(self, directory: Path, code: str) -> tuple[str, bool]:
         assert self._process.stdin is not None
         begin = self._printed.seek(0, os.SEEK_END)
         alarm = threading.Timer(2 * support.HANG_SECS, self._process.kill)
@@ -260,12 +239,7 @@ class Interpreter:
 class Shell:
     """Type commands into one shell, as a reader does. Whatever it has started ends with it."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        """
-        Start the shell.
-
-        :param directory: where to
-        """
+    def __init__(self, directory: Path) -> None:
         self._process = subprocess.Popen(["bash", "--noprofile", "--norc"],
                                          cwd=directory,
                                          env=_environment(),
@@ -286,12 +260,7 @@ class Shell:
         self._process.communicate()
 
     def type(self, command: str) -> tuple[str, int]:
-        """
-        Type a command and wait for its end.
-
-        :param command: to be run; one that ends with ``&`` is not waited for
-        :return: what it printed, its exit code
-        """
+        """Type a command and wait for its end."""
         assert self._process.stdin is not None and self._process.stdout is not None
         alarm = threading.Timer(2 * support.HANG_SECS, os.killpg, (self._process.pid, 9))
         alarm.start()
@@ -314,9 +283,6 @@ class Shell:
 def commands_of(block: Block) -> Iterator[tuple[str, str | None]]:
     """
     Split a block that is typed into a shell; lines that begin with ``>`` go on with a command.
-
-    :param block: whose first line begins with ``$``
-    :return: commands, each with what it prints; None if that is not shown
     """
     for part in re.split(r"^\$ ", block.code, flags=re.MULTILINE)[1:]:
         lines = part.splitlines()
@@ -346,21 +312,9 @@ class Reader:
     """Follow a page."""
 
     def __init__(self, shell: Shell) -> None:
-        """
-        Initialize with nothing done yet.
-
-        :param shell: into which everything is typed
-        """
         self._shell = shell
 
     def follow(self, blocks: Sequence[Block], skipped: Sequence[str] = ()) -> int:
-        """
-        Do what the blocks say.
-
-        :param blocks: of a page
-        :param skipped: beginnings of commands and of blocks that are not run
-        :return: how many files were written, scripts run and commands typed
-        """
         interpreter = Interpreter()
         try:
             return self._follow(interpreter, blocks, skipped)
@@ -399,13 +353,13 @@ class Reader:
                 done += 1
         return done
 
-    def _directory(self) -> pathlib.Path:
+    def _directory(self) -> Path:
         """Ask where the page has gone to."""
-        return pathlib.Path(self._shell.type("pwd")[0].rstrip("\n"))
+        return Path(self._shell.type("pwd")[0].rstrip("\n"))
 
     def _start_publishing(self) -> None:
         """Make the queue of the page Start, and let somebody publish."""
-        start = blocks_of(pathlib.Path(__file__).parent.parent / "docs" / "start.rst")
+        start = blocks_of(Path(__file__).parent.parent / "docs" / "start.rst")
         config = next(block.code for block in start if block.caption == "config.json")
         (self._directory() / "config.json").write_text(config, encoding="utf-8")
         (self._directory() / ".publisher.py").write_text(_PUBLISHER, encoding="utf-8")

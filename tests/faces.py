@@ -1,25 +1,22 @@
 """Give the blocking classes and those of ``persipubsub.aio`` one face, so that tests drive both."""
 
-# pylint: disable=missing-function-docstring
-
 import asyncio
 import concurrent.futures
 import contextlib
 import functools
 import itertools
-import pathlib
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import uvloop
 
 import persipubsub.aio
-import persipubsub.control
 import persipubsub.publisher
-import persipubsub.statistics
 import persipubsub.subscriber
+from persipubsub import control, statistics
 from tests import jetstream_server, support
 
 ResultT = TypeVar("ResultT")
@@ -90,7 +87,6 @@ class _BlockingSub(_Blocking):
         return _BlockingReceipt(self.blocking.receive_many(*arguments, **named))
 
     async def messages(self, *arguments: Any, **named: Any) -> AsyncIterator[Any]:
-        """Receive one message after the other."""
         iterator: Iterator[Any] = iter(self.blocking.messages(*arguments, **named))
         end = object()
         # As at the end of a "for" statement, when the iterator is collected.
@@ -121,12 +117,7 @@ UVLOOP = Face("uvloop", persipubsub.aio.Pub, persipubsub.aio.Sub, uvloop.run)
 
 
 def scenario(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """
-    Make a test of a coroutine function: it runs on the face it gets, and does not hang.
-
-    :param function: of the face and other fixtures
-    :return: test
-    """
+    """Make a test of a coroutine function: it runs on the face it gets, and does not hang."""
 
     @functools.wraps(function)
     def run(face: Face, **fixtures: Any) -> None:
@@ -140,25 +131,23 @@ _COUNTER = itertools.count()
 
 @pytest.fixture(name="config_pth",
                 params=["lmdb", pytest.param("nats", marks=jetstream_server.needs_server)])
-def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_config_pth(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     changes: dict[str, Any] = {}
     if request.param == "nats":
         changes = {
             "path": request.getfixturevalue("servers").path(f"queue{next(_COUNTER)}",
                                                             ack_wait=30.0),
-            "busy_timeout_secs": 10,
-            # The server reserves it for each of the many queues.
-            "HWM_LMDB_SIZE_BYTES": 1 << 24
+            "busy_timeout_secs": 10
         }
     return deploy(tmp_path, **changes)
 
 
 @pytest.fixture(name="lmdb_pth")
-def fixture_lmdb_pth(tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_lmdb_pth(tmp_path: Path) -> Path:
     return deploy(tmp_path)
 
 
-def deploy(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+def deploy(directory: Path, **changes: Any) -> Path:
     config_pth = support.write_config(directory,
                                       publishers={
                                           "pub": ("sub", "other"),
@@ -166,8 +155,15 @@ def deploy(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
                                       },
                                       subscribers=("sub", "other"),
                                       **changes)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    control.initialize_all_dbs(config_pth=config_pth)
     return config_pth
+
+
+def shorten_ack_wait(config_pth: Path) -> None:
+    """On servers, let messages of a killed consumer come again soon."""
+    text = config_pth.read_text(encoding="utf-8")
+    config_pth.write_text(text.replace("ack_wait=30", "ack_wait=2"), encoding="utf-8")
+    control.initialize_all_dbs(config_pth)
 
 
 #: Both faces.
@@ -178,7 +174,7 @@ on_loops = pytest.mark.parametrize("face", [ASYNCIO, UVLOOP], ids=lambda face: f
 
 
 @contextlib.asynccontextmanager
-async def opened(face: Face, config_pth: pathlib.Path) -> AsyncIterator[tuple[Any, Any]]:
+async def opened(face: Face, config_pth: Path) -> AsyncIterator[tuple[Any, Any]]:
     async with face.pub() as pub, face.sub() as sub:
         await pub.init(pub_id="pub", config_pth=config_pth)
         await sub.init(sub_id="sub", config_pth=config_pth)
@@ -198,14 +194,14 @@ async def drain(sub: Any) -> list[bytes]:
     return received
 
 
-def figures(config_pth: pathlib.Path) -> persipubsub.statistics.SubscriberStatistics:
-    found = persipubsub.control.statistics(config_pth)["queue"].subscribers
+def figures(config_pth: Path) -> statistics.SubscriberStatistics:
+    found = control.statistics(config_pth)["queue"].subscribers
     return next(entry for entry in found if entry.subscriber == "sub")
 
 
-def in_flight(config_pth: pathlib.Path) -> int | None:
+def in_flight(config_pth: Path) -> int | None:
     return figures(config_pth).in_flight
 
 
-def commits(config_pth: pathlib.Path) -> int:
-    return persipubsub.control.statistics(config_pth)["queue"].commits
+def commits(config_pth: Path) -> int:
+    return control.statistics(config_pth)["queue"].commits

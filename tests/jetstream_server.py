@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -20,11 +19,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-import persipubsub.control
+from persipubsub import control
 from tests.support import until, write_config
 
 #: Another version than the installed one: PERSIPUBSUB_NATS_SERVER is the path of its program.
@@ -43,7 +43,6 @@ needs_server = pytest.mark.skipif(_PROGRAM is None,
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports that nobody listens on."""
     ports: list[int] = []
     # Below those that the system gives to connections, which could take one before it is used.
     for port in random.SystemRandom().sample(range(10000, 32768), 1000):
@@ -58,9 +57,8 @@ def free_ports(count: int) -> list[int]:
 class Server:
     """Be one server, which can be killed and started again with the same store."""
 
-    def __init__(self, directory: pathlib.Path, name: str, ports: Sequence[int],
+    def __init__(self, directory: Path, name: str, ports: Sequence[int],
                  lines: Sequence[str]) -> None:
-        """Write its configuration, and start nothing."""
         self.name = name
         self.port, self.monitor_port = ports
         self._log = directory / f"{name}.log"
@@ -100,7 +98,6 @@ class Server:
             return {}
 
     def is_ready(self) -> bool:
-        """Ask whether it is up."""
         assert self.process is not None and self.process.poll() is None, self._log.read_text()
         return bool(self.look("healthz").get("status") == "ok")
 
@@ -113,11 +110,9 @@ class Servers:
     """Be one server, or a cluster."""
 
     def __init__(self, servers: list[Server]) -> None:
-        """Initialize with servers that were started."""
         self.servers = servers
 
     def path(self, stream: str, **options: object) -> str:
-        """Make the path of a queue."""
         query = "&".join(f"{name}={value}" for name, value in options.items())
         hosts = ",".join(f"127.0.0.1:{server.port}" for server in self.servers)
         return f"nats://{hosts}/{stream}" + (f"?{query}" if query else "")
@@ -138,11 +133,10 @@ class Servers:
 
 
 @contextlib.contextmanager
-def running(
-    directory: pathlib.Path,
-    nodes: int = 1,
-    lines: Sequence[str] = (),
-    jetstream: Sequence[str] = ()) -> Iterator[Servers]:
+def running(directory: Path,
+            nodes: int = 1,
+            lines: Sequence[str] = (),
+            jetstream: Sequence[str] = ()) -> Iterator[Servers]:
     """Run servers as long as the ``with`` block."""
     ports = free_ports(3 * nodes)
     servers = []
@@ -171,7 +165,7 @@ def running(
             server.kill()
 
 
-def _start_together(directory: pathlib.Path, servers: list[Server]) -> bool:
+def _start_together(directory: Path, servers: list[Server]) -> bool:
     """Start servers, and wait until they are ready."""
     for server in servers:
         # One after the other: servers that find each other at the same moment were seen to lose one
@@ -192,19 +186,19 @@ def _start_together(directory: pathlib.Path, servers: list[Server]) -> bool:
     return False
 
 
-def deploy(directory: pathlib.Path,
+def deploy(directory: Path,
            servers: Servers,
            ack_wait: float = FOR_EVER_SECS,
-           **changes: Any) -> pathlib.Path:
+           **changes: Any) -> Path:
     """Create a queue that no other test has."""
     path = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
     return create(directory, path=path, **{"busy_timeout_secs": 10, **changes})
 
 
-def create(directory: pathlib.Path, **described: Any) -> pathlib.Path:
+def create(directory: Path, **described: Any) -> Path:
     """Create a queue, however soon those who use it give up."""
     patient = {**described, "busy_timeout_secs": 30}
-    persipubsub.control.initialize_all_dbs(write_config(directory, **patient))
+    control.initialize_all_dbs(write_config(directory, **patient))
     return write_config(directory, **described)
 
 
@@ -241,7 +235,7 @@ def stopped(server: Server) -> Iterator[None]:
     assert process is not None
     process.send_signal(signal.SIGSTOP)
     # Its threads stop one after the other.
-    tasks = pathlib.Path(f"/proc/{process.pid}/task")
+    tasks = Path(f"/proc/{process.pid}/task")
     until(
         lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
                     for task in tasks.iterdir()), "all threads to stop")
@@ -255,7 +249,6 @@ class Proxy:
     """Stand between clients and a server."""
 
     def __init__(self, port: int) -> None:
-        """Initialize with everything passed on at once."""
         #: Cleared while nothing is passed on.
         self.is_open = threading.Event()
         self.is_open.set()
@@ -272,7 +265,7 @@ class Proxy:
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def config(self, config_pth: pathlib.Path, *others: "Proxy") -> pathlib.Path:
+    def config(self, config_pth: Path, *others: "Proxy") -> Path:
         """Write a configuration of the same queue that leads through this proxy, or others."""
         path = config_pth.with_name("proxy.json")
         new = ",127.0.0.1".join(f":{proxy.port}" for proxy in (self, *others))
@@ -288,7 +281,6 @@ class Proxy:
                 one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the thread that accepts."""
         self.is_open.set()
         # Wakes it; closing alone does not.
         self._listener.shutdown(socket.SHUT_RDWR)

@@ -5,7 +5,6 @@ There are always two :py:class:`persipubsub.queue.Queue` on the store, as in two
 remember different things of what the other did.
 """
 
-# pylint: disable=missing-function-docstring
 # pylint: disable=attribute-defined-outside-init
 # pylint: disable=too-many-public-methods
 import contextlib
@@ -19,11 +18,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import persipubsub.config
-import persipubsub.errors
 import persipubsub.message
 import persipubsub.queue
 import persipubsub.statistics
+from persipubsub import config, errors
 from persipubsub.lmdb_engine import attempts, consuming
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import maintenance
@@ -67,15 +65,14 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize(subscribers=st.integers(min_value=1, max_value=3),
                 max_messages=st.sampled_from([1, 4, 5, 8, 9, 20]),
                 max_message_bytes=st.sampled_from([20, 100, 1000, 1000]),
-                strategy=st.sampled_from(persipubsub.config.Strategy),
+                strategy=st.sampled_from(config.Strategy),
                 retain_ns=st.sampled_from([0, 0, 3, TIMEOUT_NS // 2]),
-                durability=st.sampled_from(persipubsub.config.Durability),
+                durability=st.sampled_from(config.Durability),
                 block_bytes=st.sampled_from([24, 60, 1 << 20]),
                 policies=st.tuples(*[st.sampled_from(POLICIES)] * len(NAMES)))
     def create(self, subscribers: int, max_messages: int, max_message_bytes: int,
-               strategy: persipubsub.config.Strategy, retain_ns: int,
-               durability: persipubsub.config.Durability, block_bytes: int,
-               policies: tuple[attempts.Policy, ...]) -> None:
+               strategy: config.Strategy, retain_ns: int, durability: config.Durability,
+               block_bytes: int, policies: tuple[attempts.Policy, ...]) -> None:
         self.patch.setattr(fmt, "BLOCK_BYTES", block_bytes)
         self.policies = dict(zip(NAMES, policies))
         letters_path = os.path.join(self.directory, "letters")
@@ -201,11 +198,11 @@ class QueueMachine(RuleBasedStateMachine):
             ids: list[bytes | None] | None = None) -> None:
         queue = self.queues[side]
         if self.twin.is_too_large(messages):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError):
+            with pytest.raises(errors.MessageTooLargeError):
                 queue.put(messages, audience, timeout=0, msg_ids=ids)
             return
         number: int | None = None
-        with contextlib.suppress(persipubsub.errors.QueueFullError):
+        with contextlib.suppress(errors.QueueFullError):
             number = queue.put(messages, audience, timeout=0, msg_ids=ids)
         assert number == self.twin.send(messages, audience, self.clock.now_ns, ids)
         self.expire(side)
@@ -223,10 +220,10 @@ class QueueMachine(RuleBasedStateMachine):
         outcomes = self.queues[side].put_each([(messages, None, None) for messages in sendings])
         for messages, outcome in zip(sendings, outcomes):
             if self.twin.is_too_large(messages):
-                assert isinstance(outcome, persipubsub.errors.MessageTooLargeError)
+                assert isinstance(outcome, errors.MessageTooLargeError)
                 continue
             number = self.twin.send(messages, None, self.clock.now_ns)
-            assert isinstance(outcome, persipubsub.errors.QueueFullError) == (number is None)
+            assert isinstance(outcome, errors.QueueFullError) == (number is None)
         self.expire(side)
 
     # Receiving

@@ -88,7 +88,6 @@ class Twin:
         return [message for message in self.log if message.number >= oldest]
 
     def message(self, number: int) -> Message:
-        """Return a message."""
         return next(message for message in self.log if message.number == number)
 
     def is_expired(self, message: Message, now_ns: int) -> bool:
@@ -237,7 +236,6 @@ class Twin:
 
     def _append(self, messages: Sequence[bytes], audience: Sequence[str] | None,
                 now_ns: int) -> None:
-        """Add messages at the end."""
         names = list(self.subscribers if audience is None else audience)
         for data in messages:
             message = Message(self.next_number, data,

@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec.structs
 
-import persipubsub.config
 import persipubsub.queue
-import persipubsub.statistics
+from persipubsub import config, statistics
 from persipubsub.lmdb_engine import attempts as attempts_module
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions, retention
@@ -25,48 +24,39 @@ SECOND_NS = 10**9
 
 _MARK = ("msg_timeout_secs", "max_msgs_num", "size_bytes", "strategy")
 
-REJECT = persipubsub.config.Strategy.REJECT
-BLOCK = persipubsub.config.Strategy.BLOCK
-PRUNE_FIRST = persipubsub.config.Strategy.PRUNE_FIRST
-PRUNE_LAST = persipubsub.config.Strategy.PRUNE_LAST
-FSYNC = persipubsub.config.Durability.FSYNC
-OS = persipubsub.config.Durability.OS
+REJECT = config.Strategy.REJECT
+BLOCK = config.Strategy.BLOCK
+PRUNE_FIRST = config.Strategy.PRUNE_FIRST
+PRUNE_LAST = config.Strategy.PRUNE_LAST
+FSYNC = config.Durability.FSYNC
+OS = config.Durability.OS
 
 
 class Clock:
     """A clock that a test advances."""
 
     def __init__(self) -> None:
-        """Initialize at a time that is not zero."""
         self.now_ns = START_NS
 
     def __call__(self) -> int:
-        """Return the time."""
         return self.now_ns
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
         self.now_ns += int(seconds * SECOND_NS)
 
 
-def settings(**changes: Any) -> persipubsub.config.Queue:
-    """
-    Make settings of a queue, with the strategy ``prune_first`` and the durability ``os``.
-
-    :param changes: fields of the queue or of its high-water mark
-    """
+def settings(**changes: Any) -> config.Queue:
+    """Make settings of a queue, with the strategy ``prune_first`` and the durability ``os``."""
     mark = {key: changes.pop(key) for key in _MARK if key in changes}
     mark.setdefault("strategy", PRUNE_FIRST)
     changes.setdefault("durability", OS)
     # Tests that want something of the background thread say so.
     changes.setdefault("checkpoint_secs", 3600)
     changes.setdefault("max_db_size_bytes", 1 << 28)
-    return persipubsub.config.Queue(subscribers=(),
-                                    high_water_mark=persipubsub.config.HighWaterMark(**mark),
-                                    **changes)
+    return config.Queue(subscribers=(), high_water_mark=config.HighWaterMark(**mark), **changes)
 
 
-def change(made: persipubsub.config.Queue, **changes: Any) -> persipubsub.config.Queue:
+def change(made: config.Queue, **changes: Any) -> config.Queue:
     """Change settings, those of the high-water mark included."""
     mark = {key: changes.pop(key) for key in _MARK if key in changes}
     return msgspec.structs.replace(made,
@@ -75,31 +65,22 @@ def change(made: persipubsub.config.Queue, **changes: Any) -> persipubsub.config
                                    **changes)
 
 
-def pruning(drops_newest: bool) -> persipubsub.config.Strategy:
+def pruning(drops_newest: bool) -> config.Strategy:
     """Choose the strategy that drops the newest messages, or the oldest."""
     return PRUNE_LAST if drops_newest else PRUNE_FIRST
 
 
-def path_of(directory: pathlib.Path) -> str:
-    """Tell where :py:func:`opened` puts its queue."""
+def path_of(directory: Path) -> str:
     return os.path.join(directory, "queue")
 
 
 @contextlib.contextmanager
-def opened(directory: pathlib.Path,
+def opened(directory: Path,
            subscribers: Sequence[str] = ("sub", ),
            clock: Callable[[], int] | None = None,
            retries: Mapping[str, persipubsub.queue.Retries] | None = None,
            **changes: Any) -> Iterator[persipubsub.queue.Queue]:
-    """
-    Create a queue in ``directory/queue`` and open it; check the whole store at the end.
-
-    :param directory: where to
-    :param subscribers: of the queue
-    :param clock: of the queue; its own one if not given
-    :param retries: by subscriber
-    :param changes: of the settings
-    """
+    """Create a queue in ``directory/queue`` and open it; check the whole store at the end."""
     made, path = settings(**changes), path_of(directory)
     persipubsub.queue.Queue.ensure(path, made, subscribers)
     with persipubsub.queue.Queue(path, made, retries or {}, clock) as queue:
@@ -132,9 +113,7 @@ def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> list[bytes]:
     return messages
 
 
-def figures(queue: persipubsub.queue.Queue,
-            name: str = "sub") -> persipubsub.statistics.SubscriberStatistics:
-    """Return the figures of a subscriber."""
+def figures(queue: persipubsub.queue.Queue, name: str = "sub") -> statistics.SubscriberStatistics:
     return next(entry for entry in queue.statistics().subscribers if entry.subscriber == name)
 
 
@@ -143,7 +122,7 @@ def commits(queue: persipubsub.queue.Queue) -> int:
     return queue.statistics().commits
 
 
-def until_somebody_waits(path: str | pathlib.Path) -> None:
+def until_somebody_waits(path: str | Path) -> None:
     """Wait until a thread or a process sleeps until a queue changes."""
     page = os.path.join(path, "shared")
 
@@ -160,16 +139,15 @@ def until_somebody_waits(path: str | pathlib.Path) -> None:
 
 def read(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
     """Run a function in a read transaction."""
-    return queue._environment.read(work)  # pylint: disable=protected-access
+    return queue._environment.read(work)
 
 
 def write(queue: persipubsub.queue.Queue, work: Callable[[fmt.Tx], Any]) -> Any:
     """Run a function in a write transaction, as a test that damages a store has to."""
-    return queue._environment.write(work)  # pylint: disable=protected-access
+    return queue._environment.write(work)
 
 
 def list_blocks(cursor: Cursor) -> list[log.Found]:
-    """List all blocks of the log."""
     blocks: list[log.Found] = []
     found = log.head(cursor)
     while found is not None:
@@ -204,20 +182,13 @@ def attempts(queue: persipubsub.queue.Queue, name: str = "sub") -> dict[int, fmt
     return found
 
 
-def count_ids(queue: persipubsub.queue.Queue) -> int:
-    """Count the ids that a queue remembers."""
-    entries: int = read(queue, lambda tx: tx.txn.stat(db=tx.db.once)["entries"])
-    assert entries % 2 == 0, "Each id is there by itself and by its time."
-    return entries // 2
-
-
 def begin_to_clear(queue: persipubsub.queue.Queue) -> int:
     """Do what is left of a ``clear`` that was killed behind its transaction."""
     dropped: list[retention.Dropped] = write(queue, retention.clear)
     return sum(one.messages for one in dropped)
 
 
-def lose_power(path: str | pathlib.Path) -> None:
+def lose_power(path: str | Path) -> None:
     """Let a queue that nobody has open be found as after a power failure: it is rebuilt then."""
     with open(os.path.join(path, "running"), "wb") as mark:
         mark.write(bytes(range(16)))  # the id of another boot

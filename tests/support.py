@@ -1,5 +1,6 @@
 """Help the tests with queues in temporary directories and with processes of their own."""
 
+import concurrent.futures
 import contextlib
 import fcntl
 import gc
@@ -7,7 +8,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -15,14 +15,16 @@ import threading
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-import persipubsub.config
+import persipubsub
 import persipubsub.publisher
 import persipubsub.queue
 import persipubsub.subscriber
+from persipubsub import config, control
 
 #: Catches hangs: nothing that a test waits for takes a tenth of it.
 HANG_SECS = 60.0
@@ -32,26 +34,18 @@ FORK = multiprocessing.get_context("fork")
 Connection: TypeAlias = "multiprocessing.connection.Connection[Any, Any]"
 
 
-def write_config(directory: pathlib.Path,
+def write_config(directory: Path,
                  publishers: Mapping[str,
                                      Sequence[str]] = types.MappingProxyType({"pub": ("sub", )}),
                  subscribers: Sequence[str] = ("sub", ),
                  name: str = "config.json",
-                 **changes: Any) -> pathlib.Path:
-    """
-    Write a configuration file with one queue, ``directory/queue``.
-
-    :param directory: where to write it
-    :param publishers: publisher ids, each with the subscribers it addresses
-    :param subscribers: all subscribers of the queue
-    :param name: of the file
-    :param changes: keys of the queue, or of its high-water mark (``MSG_TIMEOUT_SECS``)
-    :return: path to the file
-    """
+                 **changes: Any) -> Path:
+    """Write a configuration file with one queue, ``directory/queue``."""
     mark: dict[str, Any] = {
         "MSG_TIMEOUT_SECS": 600,
         "MAX_MSGS_NUM": 1000000,
-        "HWM_LMDB_SIZE_BYTES": 1 << 30,
+        # A server reserves it for each of the many queues.
+        "HWM_LMDB_SIZE_BYTES": 1 << 26,
         "strategy": "prune_first"
     }
     queue: dict[str, Any] = {
@@ -75,56 +69,63 @@ def write_config(directory: pathlib.Path,
     return path
 
 
-def open_queue(config_pth: pathlib.Path, queue_key: str = "queue") -> persipubsub.queue.Queue:
-    """
-    Open a queue on this machine as publishers and subscribers do.
+def make_queue(directory: Path, *args: Any, **changes: Any) -> Path:
+    """Write a configuration file, as :py:func:`write_config` does, and initialize its queue."""
+    config_pth = write_config(directory, *args, **changes)
+    control.initialize_all_dbs(config_pth)
+    return config_pth
 
-    :param config_pth: path to the configuration file
-    :param queue_key: key in ``queues``
-    :return: queue, to be closed
-    """
-    return persipubsub.queue.open_queue(persipubsub.config.read(config_pth), queue_key)
+
+def send(config_pth: Path, *messages: bytes) -> None:
+    with persipubsub.Pub("pub", config_pth) as pub:
+        pub.send_many(messages)
+
+
+def send_each(config_pth: Path, *messages: bytes) -> None:
+    with persipubsub.Pub("pub", config_pth) as pub:
+        for message in messages:
+            pub.send(message)
+
+
+def receive_all(config_pth: Path, sub_id: str = "sub") -> list[bytes]:
+    with persipubsub.Sub(sub_id, config_pth) as sub:
+        return list(sub.messages(timeout=0))
+
+
+def open_queue(config_pth: Path, queue_key: str = "queue") -> persipubsub.queue.Queue:
+    """Open a queue on this machine as publishers and subscribers do."""
+    return persipubsub.queue.open_queue(config.read(config_pth), queue_key)
 
 
 def queue_of(
         user: (persipubsub.publisher.Pub | persipubsub.subscriber.Sub),
 ) -> persipubsub.queue.Queue:
     """Return the queue on this machine that a publisher or a subscriber has open."""
-    queue = user._require().queue  # pylint: disable=protected-access
+    queue = user._require().queue
     assert isinstance(queue, persipubsub.queue.Queue)
     return queue
 
 
-def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
-    """
-    Read all files of a directory.
-
-    :param directory: to be read, without its subdirectories
-    :return: content by name
-    """
+def snapshot(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def until(condition: Callable[[], object], what: str) -> None:
-    """
-    Wait until something has happened.
-
-    :param condition: true as soon as it happened
-    :param what: was waited for
-    """
     deadline = time.monotonic() + HANG_SECS
     while not condition():
         assert time.monotonic() < deadline, f"Waited in vain: {what}"
         time.sleep(0.001)
 
 
-def init_in_between(monkeypatch: pytest.MonkeyPatch, init: Callable[[], None]) -> None:
-    """
-    Open a queue again, and let another thread do so while that closes what was open before.
+def in_threads(works: Sequence[Callable[[], object]]) -> None:
+    """Call each function in a thread of its own, wait for all, and raise what one of them raised."""
+    with concurrent.futures.ThreadPoolExecutor(len(works)) as executor:
+        for future in [executor.submit(work) for work in works]:
+            future.result(HANG_SECS)
 
-    :param monkeypatch: to be used
-    :param init: opens it
-    """
+
+def init_in_between(monkeypatch: pytest.MonkeyPatch, init: Callable[[], None]) -> None:
+    """Open a queue again, and let another thread do so while that closes what was open before."""
     closing = persipubsub.queue.Queue.close
     others = [init]
 
@@ -157,22 +158,15 @@ def count_descriptors() -> int:
     What tests before this one left to the garbage collector is closed first: otherwise a leak of
     the test might be made up for. What their threads still close later on is no fault of the test:
     there may be fewer in the end, but not more.
-
-    :return: number of descriptors
     """
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
 
 
 def open_files(process: int | str = "self") -> list[str]:
-    """
-    List what a process has open, which may open and close more meanwhile.
-
-    :param process: its id; "self" for this one
-    :return: path, or what the kernel calls it, of each descriptor
-    """
+    """List what a process has open, which may open and close more meanwhile."""
     found = []
-    for path in pathlib.Path("/proc", str(process), "fd").iterdir():
+    for path in Path("/proc", str(process), "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             found.append(os.readlink(path))
     return found
@@ -181,15 +175,7 @@ def open_files(process: int | str = "self") -> list[str]:
 def run_python(
     code: str, *arguments: object, options: Sequence[str] = (), prefix: Sequence[str] = ()
 ) -> "subprocess.CompletedProcess[str]":
-    """
-    Run code in a Python process of its own that finds the modules this one has.
-
-    :param code: to be run
-    :param arguments: its ``sys.argv[1:]``
-    :param options: of the interpreter
-    :param prefix: command that starts the interpreter, such as strace with its options
-    :return: its end
-    """
+    """Run code in a Python process of its own that finds the modules this one has."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path != "")
     command: list[str] = [*prefix, sys.executable, *options, "-c", code]
@@ -209,12 +195,6 @@ class Child:
     """
 
     def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
-        """
-        Start the process.
-
-        :param function: to be run
-        :param arguments: of the function, behind the pipe
-        """
         self.pipe, theirs = FORK.Pipe()
         self.process = FORK.Process(target=function, args=(theirs, ) + arguments, daemon=True)
         self.process.start()
@@ -230,11 +210,7 @@ class Child:
         self.pipe.close()
 
     def get(self) -> Any:
-        """
-        Wait for what the child sends next.
-
-        :return: what it sent
-        """
+        """Wait for what the child sends next."""
         assert self.pipe.poll(HANG_SECS), "Expected the child to answer, but it hangs."
         try:
             return self.pipe.recv()
@@ -245,31 +221,17 @@ class Child:
             ) from None
 
     def kill(self, number: int) -> None:
-        """
-        Send a signal to the child.
-
-        :param number: of the signal
-        """
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     def end(self, exit_code: int = 0) -> None:
-        """
-        Wait for the end of the child.
-
-        :param exit_code: expected; negative: the signal that ended it
-        """
+        """Wait for the end of the child."""
         self.process.join(HANG_SECS)
         assert self.process.exitcode == exit_code
 
 
 def outcome(function: Callable[[], object]) -> str:
-    """
-    Call a function and tell what came of it.
-
-    :param function: to be called
-    :return: name of the class of the error; "" if there was none
-    """
+    """Call a function and tell what came of it."""
     try:
         function()
     except BaseException as error:  # pylint: disable=broad-exception-caught
@@ -278,12 +240,7 @@ def outcome(function: Callable[[], object]) -> str:
 
 
 def outcomes_in_child(*functions: Callable[[], object]) -> list[str]:
-    """
-    Call functions one after the other in a process that may crash.
-
-    :param functions: to be called
-    :return: name of the class of each one's error; "" if there was none
-    """
+    """Call functions one after the other in a process that may crash."""
 
     def run(pipe: Connection) -> None:
         for function in functions:

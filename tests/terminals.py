@@ -26,7 +26,6 @@ class Terminal:
                  columns: int = 100,
                  lines: int = 40,
                  **options: Any) -> None:
-        """Start the command with a function such as ``test_cli.start``."""
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.modes = termios.tcgetattr(slave)
@@ -54,11 +53,9 @@ class Terminal:
         os.close(self._master)
 
     def type(self, keys: bytes) -> None:
-        """Press keys."""
         os.write(self._master, keys)
 
     def modes_now(self) -> list[Any]:
-        """Return how the terminal is set."""
         return termios.tcgetattr(self._slave)
 
     def _read(self, timeout: float) -> bool:
@@ -69,7 +66,6 @@ class Terminal:
         return True
 
     def wait_for(self, pattern: str) -> None:
-        """Read until something was shown."""
         deadline = time.monotonic() + support.HANG_SECS
         while not re.search(pattern, self.text):
             assert time.monotonic() < deadline, f"Waited in vain for {pattern!r} in {self.text!r}"

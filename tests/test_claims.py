@@ -1,25 +1,22 @@
 """Test the claims of competing consumers, with real processes."""
 
-# pylint: disable=missing-function-docstring
-
 import ast
 import contextlib
+import functools
 import os
-import pathlib
 import random
 import signal
-import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.errors
+from persipubsub import errors
 from persipubsub.lmdb_engine import files, locks
-from tests.support import HANG_SECS, count_descriptors, until
+from tests.support import HANG_SECS, count_descriptors, in_threads, until
 
 #: A process which does what the test tells it to, line by line. It knows the claims by first number.
 _PUPPET = """
@@ -47,7 +44,7 @@ for line in iter(sys.stdin.readline, ""):
 class Puppet:
     """Drive another process."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: Path) -> None:
         # pylint: disable=consider-using-with
         self.process = subprocess.Popen(
             [sys.executable, "-c", _PUPPET, str(directory)],
@@ -71,13 +68,13 @@ class Puppet:
 
 
 @pytest.fixture(name="claims")
-def _claims(tmp_path: pathlib.Path) -> Iterator[locks.Claims]:
+def _claims(tmp_path: Path) -> Iterator[locks.Claims]:
     with contextlib.closing(locks.Claims(str(tmp_path), {})) as claims:
         yield claims
 
 
 @pytest.fixture(name="spawn")
-def _spawn(tmp_path: pathlib.Path) -> Iterator[Callable[[], Puppet]]:
+def _spawn(tmp_path: Path) -> Iterator[Callable[[], Puppet]]:
     with contextlib.ExitStack() as stack:
 
         def start() -> Puppet:
@@ -113,86 +110,6 @@ def take(claims: locks.Claims, first: int, count: int = 1) -> locks.Claim:
     return claim
 
 
-def test_claim_excludes_others(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    other = spawn()
-    claim = take(claims, 5)
-    assert lock(claims, 0, 5) is None
-    assert not other.ask("take(5)")
-    assert other.ask("take(6)")
-    assert claimed(claims, range(10)) == [5, 6]
-    claims.release(claim)
-    claims.release(claim)
-    assert other.ask("take(5)")
-    assert claimed(claims, range(10)) == [5, 6]
-
-
-def test_subscribers_do_not_disturb_each_other(claims: locks.Claims) -> None:
-    for ordinal in range(3):
-        assert lock(claims, ordinal, 2**40)
-    assert lock(claims, 1, 2**40) is None
-
-
-def test_range_is_claimed_as_a_whole(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    assert spawn().ask("take(12)")
-    assert lock(claims, 0, 10, 5) is None
-    assert claimed(claims, range(10, 15)) == [12]
-
-
-@pytest.mark.parametrize("taken, expected", [((), 5), ((14, ), 4), ((12, 11), 1), ((10, ), None)])
-def test_prefix(claims: locks.Claims, spawn: Callable[[], Puppet], taken: tuple[int, ...],
-                expected: int | None) -> None:
-    other = spawn()
-    for number in taken:
-        assert other.ask(f"take({number})")
-    claim = locks.Claim(0, 10, 5, claims.held(0))
-    assert (claim.count if claims.claim_prefix(claim) else None) == expected
-
-
-@pytest.mark.parametrize("first, count", [(10, 5), (10, 2), (12, 3), (11, 1)])
-def test_narrow(claims: locks.Claims, spawn: Callable[[], Puppet], first: int, count: int) -> None:
-    claim = take(claims, 10, 5)
-    claims.narrow(claim, first, count)
-    free = [number for number in range(10, 15) if not first <= number < first + count]
-    other = spawn()
-    assert [number for number in range(10, 15) if other.ask(f"take({number})")] == free
-
-
-def test_split(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    other = spawn()
-    rest = take(claims, 10, 5)
-    first = claims.split(rest, 2)
-    assert (first.first, first.count, rest.first, rest.count) == (10, 2, 12, 3)
-    claims.release(first)
-    assert [other.ask(f"take({number})")
-            for number in (10, 11, 12, 13)] == [True, True, False, False]
-    claims.release(rest)
-    assert other.ask("take(12)")
-
-
-def test_killed_holder(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    holder = spawn()
-    assert holder.ask("take(1, 3)")
-    assert claimed(claims, range(5)) == [1, 2, 3]
-    holder.end()
-    assert not claimed(claims, range(5))
-
-
-def test_stopped_holder_keeps_its_claims(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    holder = spawn()
-    assert holder.ask("take(1)")
-    os.kill(holder.process.pid, signal.SIGSTOP)
-    assert claimed(claims, range(3)) == [1]
-
-
-def test_close_gives_everything_back(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    claim = take(claims, 1, 2)
-    claims.close()
-    claims.release(claim)
-    assert spawn().ask("take(1, 2)")
-    with pytest.raises(persipubsub.errors.ClosedError):
-        lock(claims, 0, 1)
-
-
 def test_descriptors_are_used_again_and_bounded(claims: locks.Claims) -> None:
     before = count_descriptors()
     for _ in range(100):
@@ -206,18 +123,12 @@ def test_descriptors_are_used_again_and_bounded(claims: locks.Claims) -> None:
     assert count_descriptors() == before
 
 
-def test_file_is_for_the_user_alone(claims: locks.Claims, tmp_path: pathlib.Path) -> None:
-    take(claims, 1)
-    status = os.stat(tmp_path / files.CLAIMS)
-    assert (stat.S_IMODE(status.st_mode), status.st_size) == (0o600, 0)
-
-
-def test_file_that_was_replaced(claims: locks.Claims, tmp_path: pathlib.Path) -> None:
+def test_file_that_was_replaced(claims: locks.Claims, tmp_path: Path) -> None:
     take(claims, 1)
     (tmp_path / files.CLAIMS).unlink()
     (tmp_path / files.CLAIMS).touch(mode=0o600)
     # Locks on the new file exclude nobody that has the one before.
-    with pytest.raises(persipubsub.errors.StoreError, match="another file"):
+    with pytest.raises(errors.StoreError, match="another file"):
         lock(claims, 0, 2)
 
 
@@ -238,11 +149,7 @@ def test_threads_exclude_each_other(claims: locks.Claims) -> None:
                 owners.pop(number)
                 claims.release(claim)
 
-    threads = [threading.Thread(target=work, args=(me, )) for me in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(HANG_SECS)
+    in_threads([functools.partial(work, me) for me in range(8)])
     assert not failures
     assert not claimed(claims, range(20))
 

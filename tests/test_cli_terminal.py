@@ -1,23 +1,20 @@
 """Test what the command line shows, in pseudo-terminals, and that nothing changes a terminal."""
 
-# pylint: disable=missing-function-docstring
-
 import base64
 import functools
 import json
-import pathlib
 import re
 import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-import persipubsub.control
-import persipubsub.statistics
+from persipubsub import Pub, control, statistics
 from persipubsub.cli import text, view
 from tests import support, test_cli
 from tests.terminals import Terminal
@@ -55,7 +52,7 @@ def test_what_would_change_a_terminal_is_escaped() -> None:
 # Hostile names and messages
 
 
-def hostile_queue(directory: pathlib.Path) -> pathlib.Path:
+def hostile_queue(directory: Path) -> Path:
     """Make a queue whose key, publisher and subscriber are hostile, with hostile messages."""
     name = HOSTILE.replace("\x00", "")
     config_pth = directory / "config.json"
@@ -66,28 +63,26 @@ def hostile_queue(directory: pathlib.Path) -> pathlib.Path:
     config.pop("pub")
     config.pop("sub")
     config_pth.write_text(json.dumps(config), encoding="utf-8")
-    persipubsub.control.initialize_all_dbs(config_pth)
-    for message in (HOSTILE.encode(), b"\xff\xfe\x1b[2J", b"\xed\xa0\x80"):
-        (directory / "message").write_bytes(message)
-        test_cli.run("send", config_pth, f"p{name}", directory / "message")
+    control.initialize_all_dbs(config_pth)
+    with Pub(f"p{name}", config_pth) as pub:
+        pub.send_many([HOSTILE.encode(), b"\xff\xfe\x1b[2J", b"\xed\xa0\x80"])
     return config_pth
 
 
-@pytest.mark.parametrize("command, exit_code", [("stat", 0),
-                                                ("stat --watch --count 2 --interval 0.1", 0),
-                                                ("check", 0), ("verify", 0), ("peek NAME", 0),
-                                                ("peek nobody", 1), ("receive NAME --number 3", 0),
-                                                ("init", 0), ("prune", 0), ("clear --yes", 0),
-                                                ("seek NAME --to beginning", 0),
-                                                ("seek NAME --to NAME", 2),
-                                                ("stat --queue nobody", 2),
-                                                ("stat --queue NAME --json", 0), ("compact", 0),
-                                                ("remove-subscriber NAME --yes", 0),
-                                                ("drop-queue --yes", 0),
-                                                ("send pNAME --queue x", 2),
-                                                ("receive NAME --format raw", 2), ("NAME", 2),
-                                                ("stat --NAME", 2), ("dead-letters", 0)])
-def test_hostile_names_and_messages(tmp_path: pathlib.Path, command: str, exit_code: int) -> None:
+@pytest.mark.parametrize("exit_code, command", [
+    *((0, command)
+      for command in ("stat", "stat --watch --count 2 --interval 0.1", "check", "verify",
+                      "peek NAME", "receive NAME --number 3", "init", "prune", "clear --yes",
+                      "seek NAME --to beginning", "stat --queue NAME --json", "compact",
+                      "remove-subscriber NAME --yes", "drop-queue --yes",
+                      "send pNAME --message NAME", "dead-letters", "pause NAME", "resume NAME",
+                      "delete NAME --number 1 --yes", "check-config")),
+    (1, "peek nobody"),
+    *((2, command) for command in ("seek NAME --to NAME", "stat --queue nobody", "NAME",
+                                   "send pNAME --queue x", "receive NAME --format raw",
+                                   "stat --NAME")),
+])  # yapf: disable
+def test_hostile_names_and_messages(tmp_path: Path, exit_code: int, command: str) -> None:
     config_pth = hostile_queue(tmp_path)
     name = HOSTILE.replace("\x00", "")
     words = [word.replace("NAME", name) for word in command.split()]
@@ -96,7 +91,7 @@ def test_hostile_names_and_messages(tmp_path: pathlib.Path, command: str, exit_c
     assert shown and is_harmless(shown), shown
 
 
-def test_file_with_a_hostile_name(tmp_path: pathlib.Path) -> None:
+def test_file_with_a_hostile_name(tmp_path: Path) -> None:
     for name in ("\x1b[31m.json", "\udcff\n.json"):
         for words in (["stat"], ["check"], ["peek", "sub"]):
             with terminal_of(words[0], tmp_path / name, *words[1:]) as terminal:
@@ -104,29 +99,32 @@ def test_file_with_a_hostile_name(tmp_path: pathlib.Path) -> None:
             assert is_harmless(shown) and "31m" in shown or "udcff" in shown
 
 
-def test_numbers_that_no_message_has(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"x")
+def test_numbers_that_no_message_has(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     huge = "9" * 30
-    assert "from number 2" in test_cli.run("seek", config_pth, "sub", "--to", huge).stdout
-    assert test_cli.run("peek", config_pth, "sub", "--from", huge).stdout == ""
-    test_cli.run("seek", config_pth, "sub", "--to", f"-{huge}h", exit_code=2)
-    test_cli.run("seek", config_pth, "sub", "--to", f"@{huge}", exit_code=2)
-    test_cli.run("seek", config_pth, "sub", "--to", "9" * 5000, exit_code=2)
-    test_cli.run("receive", config_pth, "sub", "--timeout", huge, exit_code=2)
-    test_cli.run("check", config_pth, "--max-age", huge, exit_code=3)
+    for exit_code, shown, line in ((0, "from number 2",
+                                    f"seek sub --to {huge}"), (0, "", f"peek sub --from {huge}"),
+                                   (2, "", f"seek sub --to -{huge}h"), (2, "",
+                                                                        f"seek sub --to @{huge}"),
+                                   (2, "", f"seek sub --to {'9' * 5000}"),
+                                   (2, "", f"receive sub --timeout {huge}"),
+                                   (3, "", f"check --max-age {huge}")):
+        name, *arguments = line.split()
+        done = test_cli.call(capfd, name, config_pth, *arguments)
+        assert done.returncode == exit_code and shown in done.stdout, line
 
 
 # Messages
 
 
-def test_tail_in_a_terminal(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"one", b"two")
+def test_tail_in_a_terminal(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"one", b"two")
     with terminal_of("tail", config_pth, "--number", "1") as terminal:
         terminal.wait_for("two")
         assert "one" not in terminal.text
-        test_cli.send(config_pth, HOSTILE.encode())
+        support.send(config_pth, HOSTILE.encode())
         terminal.wait_for(r"\\x1b\[31m.*\\u202e")
         terminal.type(b"\x03")
         shown = terminal.end(exit_code=130)
@@ -135,9 +133,9 @@ def test_tail_in_a_terminal(tmp_path: pathlib.Path) -> None:
     assert test_cli.lag(config_pth) == 3
 
 
-def test_raw_messages_are_for_pipes(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, HOSTILE.encode())
+def test_raw_messages_are_for_pipes(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, HOSTILE.encode())
     with terminal_of("receive", config_pth, "sub", "--format", "raw") as terminal:
         assert "pipe or a file" in terminal.end(exit_code=2)
     assert test_cli.lag(config_pth) == 1
@@ -145,9 +143,9 @@ def test_raw_messages_are_for_pipes(tmp_path: pathlib.Path) -> None:
     assert base64.b64decode(found["base64"]) == HOSTILE.encode()
 
 
-def test_question_in_a_terminal(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"x")
+def test_question_in_a_terminal(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     for answer, exit_code in ((b"n\n", 1), (b"y\n", 0)):
         with terminal_of("clear", config_pth) as terminal:
             terminal.wait_for(r"\[y/N\]: ")
@@ -156,9 +154,9 @@ def test_question_in_a_terminal(tmp_path: pathlib.Path) -> None:
     assert test_cli.lag(config_pth) == 0
 
 
-def test_verify_shows_its_progress(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, *[b"x" * 100] * 20000)
+def test_verify_shows_its_progress(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, *[b"x" * 100] * 20000)
     with terminal_of("verify", config_pth) as terminal:
         shown = terminal.end(exit_code=0)
     assert "queue: sound" in shown and "%" in shown
@@ -167,9 +165,9 @@ def test_verify_shows_its_progress(tmp_path: pathlib.Path) -> None:
 # stat
 
 
-def test_stat_in_colors(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path, MAX_MSGS_NUM=10)
-    test_cli.send(config_pth, *[b"x"] * 9)
+def test_stat_in_colors(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10)
+    support.send(config_pth, *[b"x"] * 9)
     for variables, is_colored in (({}, True), ({
             "NO_COLOR": "1"
     }, False), ({
@@ -182,11 +180,11 @@ def test_stat_in_colors(tmp_path: pathlib.Path) -> None:
         assert "90 %" in shown and "MAX_MSGS_NUM" in shown and is_harmless(shown)
 
 
-def test_stat_watch(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+def test_stat_watch(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1s") as terminal:
         terminal.wait_for("nothing waits")
-        test_cli.send(config_pth, *[b"x"] * 777)
+        support.send(config_pth, *[b"x"] * 777)
         terminal.wait_for("777")
         terminal.wait_for("[\u2581-\u2588] [^\n]*/s")
         terminal.type(b"x")
@@ -200,8 +198,8 @@ def test_stat_watch(tmp_path: pathlib.Path) -> None:
     assert "777" in shown[shown.index("\x1b[?1049l"):]
 
 
-def test_stat_watch_is_interrupted(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+def test_stat_watch_is_interrupted(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "1h") as terminal:
         terminal.wait_for("q ends")
         terminal.type(b"\x03")
@@ -210,20 +208,22 @@ def test_stat_watch_is_interrupted(tmp_path: pathlib.Path) -> None:
     assert "\x1b[?1049l" in shown and shown.rstrip().endswith("persipubsub: interrupted")
 
 
-def test_stat_watch_shows_errors_and_goes_on(tmp_path: pathlib.Path) -> None:
+def test_stat_watch_shows_errors_and_goes_on(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1") as terminal:
         terminal.wait_for("Expected the directory")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         terminal.wait_for("nothing waits")
         terminal.type(b"q")
         terminal.end(exit_code=0)
 
 
-def test_stat_watch_fits_a_small_terminal(tmp_path: pathlib.Path) -> None:
+def test_stat_watch_fits_a_small_terminal(tmp_path: Path) -> None:
     subscribers = [f"sub{index:02}" for index in range(40)]
-    config_pth = test_cli.make(tmp_path, publishers={"pub": subscribers}, subscribers=subscribers)
-    test_cli.send(config_pth, b"x")
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": subscribers},
+                                    subscribers=subscribers)
+    support.send(config_pth, b"x")
     arguments = ("stat", config_pth, "--watch", "--count", "1")
     with terminal_of(*arguments, columns=40, lines=12) as terminal:
         shown = terminal.end(exit_code=0)
@@ -236,9 +236,8 @@ def test_stat_watch_fits_a_small_terminal(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
-def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: pathlib.Path,
-                                                             term: str) -> None:
-    config_pth = test_cli.make(tmp_path)
+def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: Path, term: str) -> None:
+    config_pth = support.make_queue(tmp_path)
     with terminal_of("stat", config_pth, "--watch", "--interval", "0.1",
                      variables={"TERM": term}) as terminal:
         terminal.wait_for("(?s)SUBSCRIBER.*SUBSCRIBER")
@@ -248,7 +247,7 @@ def test_stat_watch_in_a_terminal_that_can_not_be_drawn_over(tmp_path: pathlib.P
 
 
 def figures_of(names: Mapping[str, Mapping[str, Any]],
-               **changes: Any) -> persipubsub.statistics.QueueStatistics:
+               **changes: Any) -> statistics.QueueStatistics:
     """Make up figures that a queue of a test can not have soon."""
     nothing: dict[str, Any] = {
         field: 0
@@ -256,7 +255,7 @@ def figures_of(names: Mapping[str, Mapping[str, Any]],
                       "dropped_by_mark", "cleared", "skipped", "corrupt", "dead_lettered")
     }
     subscribers = tuple(
-        persipubsub.statistics.SubscriberStatistics(
+        statistics.SubscriberStatistics(
             **{
                 **nothing, "subscriber": name,
                 "position": 1,
@@ -281,11 +280,10 @@ def figures_of(names: Mapping[str, Mapping[str, Any]],
         "journal_lag_bytes": 12345,
         "disk_bytes": 10**10
     }
-    return persipubsub.statistics.QueueStatistics(**{**found, **changes}, subscribers=subscribers)
+    return statistics.QueueStatistics(**{**found, **changes}, subscribers=subscribers)
 
 
-def lines_of(figures: persipubsub.statistics.QueueStatistics,
-             limit: int | None = 10) -> Iterator[str]:
+def lines_of(figures: statistics.QueueStatistics, limit: int | None = 10) -> Iterator[str]:
     history = view.History()
     history.add(figures)
     history.add(figures)
@@ -305,7 +303,7 @@ def test_large_figures_fit_into_100_columns() -> None:
         "corrupt": 12345678,
         "dead_lettered": 12345678,
         "is_paused": True,
-        "claims": (persipubsub.statistics.InFlight("x" * 255, 10**15, 1000, 4194304, 1e7), )
+        "claims": (statistics.InFlight("x" * 255, 10**15, 1000, 4194304, 1e7), )
     }
     figures = figures_of({"archive-service-eu": large, "x" * 255: large}, path="/" + "y" * 500)
     lines = list(lines_of(figures))
@@ -349,8 +347,7 @@ def test_the_slowest_subscriber_is_named(positions: tuple[int, int], slowest: st
 
 def test_most_important_rows_are_kept() -> None:
     claims = tuple(
-        persipubsub.statistics.InFlight("c", number, 1, None, float(number))
-        for number in range(1, 6))
+        statistics.InFlight("c", number, 1, None, float(number)) for number in range(1, 6))
     figures = figures_of({
         **{
             name: {
@@ -384,10 +381,10 @@ def completed(shell: str, line: str, **variables: str) -> list[str]:
     return [one.partition(",")[2] for one in process.stdout.splitlines() if one]
 
 
-def test_completion(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path,
-                               subscribers=["sub", "archive", "a\nb"],
-                               publishers={"pub": ["sub"]})
+def test_completion(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "archive", "a\nb"],
+                                    publishers={"pub": ["sub"]})
     config = {"PERSIPUBSUB_CONFIG": str(config_pth)}
     assert completed("bash", "persipubsub sta") == ["stat"]
     assert completed("bash", "persipubsub peek ", **config) == ["sub", "archive"]
@@ -409,8 +406,8 @@ def test_completion_scripts(shell: str) -> None:
     assert f"_PERSIPUBSUB_COMPLETE={shell}_complete" in script
 
 
-def test_bash_completes(tmp_path: pathlib.Path) -> None:
-    config_pth = test_cli.make(tmp_path)
+def test_bash_completes(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     script = test_cli.run("completion", "bash").stdout
     name = re.search(r"^(_\w+)\(\) \{", script, re.MULTILINE)
     assert name is not None
@@ -423,7 +420,7 @@ def test_bash_completes(tmp_path: pathlib.Path) -> None:
         env={
             "PERSIPUBSUB_CONFIG": str(config_pth),
             "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)
+            "PYTHONPATH": str(Path(__file__).parent.parent)
         },
         capture_output=True,
         text=True,

@@ -1,48 +1,26 @@
 """Test deploying, pruning and clearing queues, also while they are used."""
 
-# pylint: disable=missing-function-docstring
-
 import json
 import os
-import pathlib
-import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
 import persipubsub.publisher
 import persipubsub.statistics
 import persipubsub.subscriber
-from tests import support
+from persipubsub import Pub, Sub, config, control, errors
+from tests import support, test_config
+from tests.support import receive_all, send
 
-ALL: list[Callable[[persipubsub.control.ConfigPath], object]] = [
-    persipubsub.control.initialize_all_dbs, persipubsub.control.prune_dangling_messages,
-    persipubsub.control.clear_all_subs
+ALL: list[Callable[[control.ConfigPath], object]] = [
+    control.initialize_all_dbs, control.prune_dangling_messages, control.clear_all_subs
 ]
 
 
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send_many(msgs=messages)
-
-
-def receive_all(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
-    result: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=sub_id, config_pth=config_pth)
-        while True:
-            with sub.receive(timeout=0) as message:
-                if message is None:
-                    return result
-                result.append(message)
-
-
-def statistics(config_pth: pathlib.Path) -> persipubsub.statistics.QueueStatistics:
+def statistics(config_pth: Path) -> persipubsub.statistics.QueueStatistics:
     with support.open_queue(config_pth) as queue:
         assert not queue.check()
         return queue.statistics()
@@ -98,35 +76,10 @@ persipubsub.control.clear_all_subs(config_pth=sys.argv[1])
 """
 
 
-def test_three_programs(tmp_path: pathlib.Path) -> None:
-    path = str(tmp_path / "queues" / "queue")
+def test_three_programs(tmp_path: Path) -> None:
     config_pth = tmp_path / "config.json"
-    # A file with all keys that have to be there, and no more.
-    config_pth.write_text(
-        json.dumps({
-            "pub": {
-                "out_queue": path,
-                "subscribers": ["sub"]
-            },
-            "sub": {
-                "in_queue": path
-            },
-            "queues": {
-                path: {
-                    "path": path,
-                    "max_reader_num": 1024,
-                    "max_db_num": 1024,
-                    "max_db_size_bytes": 34359738368,
-                    "subscribers": ["sub"],
-                    "high-water-mark": {
-                        "MSG_TIMEOUT_SECS": 600,
-                        "MAX_MSGS_NUM": 10000,
-                        "HWM_LMDB_SIZE_BYTES": 1000000,
-                        "strategy": "prune_first"
-                    }
-                }
-            }
-        }))
+    path = str(tmp_path / "queues" / "queue").encode()
+    config_pth.write_bytes(test_config.EXAMPLE.replace(b"/home/user/queues/queue", path))
     received = "b'one'\nfailed b'two'\nb'two'\nb'five'\nb'five'\nNone\n"
     for program, expected in ((DEPLOY, ""), (PUBLISH, ""), (RECEIVE, received), (DEPLOY, ""),
                               (PUBLISH, ""), (CLEAR, ""), (PUBLISH, ""), (RECEIVE, received)):
@@ -134,41 +87,17 @@ def test_three_programs(tmp_path: pathlib.Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
-def test_initializing_is_idempotent(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_initializing_is_idempotent(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     send(config_pth, b"one", b"two")
     before = support.snapshot(tmp_path / "queue")["data.mdb"]
     for _ in range(3):
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
     assert support.snapshot(tmp_path / "queue")["data.mdb"] == before
     assert receive_all(config_pth) == [b"one", b"two"]
 
 
-def test_new_subscribers_get_what_comes_from_then_on(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        # Also while publishers are running; they address those who were there for them.
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send(b"early")
-        more = support.write_config(tmp_path,
-                                    publishers={"pub": ["sub", "new"]},
-                                    subscribers=["sub", "new"],
-                                    name="more.json")
-        persipubsub.control.initialize_all_dbs(config_pth=more)
-        persipubsub.control.initialize_all_dbs(config_pth=more)
-    send(more, b"late")
-    assert receive_all(more, "new")[-1:] == [b"late"]
-    assert b"early" not in receive_all(more, "new")
-    assert receive_all(more) == [b"early", b"late"]
-
-    # Those that are not in the file any more stay.
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    assert {each.subscriber for each in statistics(config_pth).subscribers} == {"sub", "new"}
-
-
-def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
+def test_all_queues_of_a_file(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     entries = json.loads(config_pth.read_text("utf-8"))
     other = dict(entries["queues"]["queue"], path="deep/below/other", subscribers=["sink"])
@@ -176,13 +105,11 @@ def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
     entries["sub"].update({"out_queue": "other", "subscribers": ["sink"]})
     entries["sink"] = {"in_queue": "other"}
     config_pth.write_text(json.dumps(entries), "utf-8")
-    persipubsub.control.initialize_all_dbs(config_pth=str(config_pth))
+    control.initialize_all_dbs(config_pth=str(config_pth))
 
     # A stage of a pipeline receives from one queue and sends to the other.
     send(config_pth, b"one", b"two")
-    with persipubsub.subscriber.Sub() as sub, persipubsub.publisher.Pub() as pub:
-        sub.init(sub_id="sub", config_pth=config_pth)
-        pub.init(pub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub, Pub("sub", config_pth) as pub:
         for _ in range(2):
             with sub.receive(timeout=0) as message:
                 assert message is not None
@@ -190,23 +117,21 @@ def test_all_queues_of_a_file(tmp_path: pathlib.Path) -> None:
     assert receive_all(config_pth, "sink") == [b"out of one", b"out of two"]
 
     send(config_pth, b"three")
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="sub", config_pth=config_pth)
+    with Pub("sub", config_pth) as pub:
         pub.send(b"four")
-    persipubsub.control.clear_all_subs(config_pth=config_pth)
+    control.clear_all_subs(config_pth=config_pth)
     assert not receive_all(config_pth) and not receive_all(config_pth, "sink")
 
 
-def test_directory_whose_name_is_like_an_address(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, path="queues/a://b")
-    persipubsub.control.initialize_all_dbs(config_pth)
+def test_directory_whose_name_is_like_an_address(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, path="queues/a://b")
     send(config_pth, b"1")
     assert receive_all(config_pth) == [b"1"]
     assert (tmp_path / "queues" / "a:" / "b" / "data.mdb").is_file()
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) -> None:
+def test_directory_that_is_not_utf_8(tmp_path: Path, durability: str) -> None:
     directory = tmp_path / "d\udcffir"
     directory.mkdir()
     config_pth = support.write_config(directory, path="queue", durability=durability)
@@ -214,72 +139,66 @@ def test_directory_that_is_not_utf_8(tmp_path: pathlib.Path, durability: str) ->
     found["queues"]["letters"] = dict(found["queues"]["queue"], path="letters", subscribers=[])
     found["sub"].update({"max_deliveries": 1, "dead_letter_queue": "letters"})
     config_pth.write_text(json.dumps(found), "utf-8")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     send(config_pth, b"1", b"2")
-    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub, pytest.raises(ValueError):
         with sub.receive(timeout=0):
             raise ValueError("no")
     assert receive_all(config_pth) == [b"2"]
-    assert persipubsub.control.send_back(config_pth, "letters") == (1, )
+    assert control.send_back(config_pth, "letters") == (1, )
     target = directory / "\udcfe"
-    persipubsub.control.backup(config_pth, "queue", target)
+    control.backup(config_pth, "queue", target)
     assert receive_all(config_pth) == [b"1"]
-    persipubsub.control.compact(config_pth)
-    persipubsub.control.restore(config_pth, "queue", target)
+    control.compact(config_pth)
+    control.restore(config_pth, "queue", target)
     assert receive_all(config_pth) == [b"1"]
-    assert set(persipubsub.control.verify(config_pth).values()) == {()}
-    assert not persipubsub.control.drop_queue(config_pth, "queue")
+    assert set(control.verify(config_pth).values()) == {()}
+    assert not control.drop_queue(config_pth, "queue")
 
 
-@pytest.mark.parametrize(
-    "sub_id, expected", [(None, TypeError), (1, TypeError), (b"sub", TypeError),
-                         ("\ud800", persipubsub.errors.ConfigError),
-                         ("", persipubsub.errors.ConfigError),
-                         ("a" * 600, persipubsub.errors.ConfigError),
-                         ("new", persipubsub.errors.NotInitializedError),
-                         (persipubsub.config.DEAD_LETTERS, persipubsub.errors.NotInitializedError)])
-def test_ids_that_no_subscriber_has(tmp_path: pathlib.Path, sub_id: Any,
-                                    expected: type[Exception]) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    for function in (lambda: persipubsub.control.peek(config_pth, sub_id, queue_key="queue"),
-                     lambda: persipubsub.control.seek(config_pth, sub_id, "end", "queue"),
-                     lambda: persipubsub.control.remove_subscriber(config_pth, "queue", sub_id)
+@pytest.mark.parametrize("sub_id, expected", [(None, TypeError), (1, TypeError),
+                                              (b"sub", TypeError), ("\ud800", errors.ConfigError),
+                                              ("", errors.ConfigError),
+                                              ("a" * 600, errors.ConfigError),
+                                              ("new", errors.NotInitializedError),
+                                              (config.DEAD_LETTERS, errors.NotInitializedError)])
+def test_ids_that_no_subscriber_has(tmp_path: Path, sub_id: Any, expected: type[Exception]) -> None:
+    config_pth = support.make_queue(tmp_path)
+    for function in (lambda: control.peek(config_pth, sub_id, queue_key="queue"),
+                     lambda: control.seek(config_pth, sub_id, "end", "queue"),
+                     lambda: control.remove_subscriber(config_pth, "queue", sub_id)
                      ):  # type: Callable[[], object]
         with pytest.raises(expected, match="Expected"):
             function()
     if expected is TypeError:
-        for function in (lambda: persipubsub.control.peek(config_pth, sub_id),
-                         lambda: persipubsub.control.add_subscriber(config_pth, "queue", sub_id)):
+        for function in (lambda: control.peek(config_pth, sub_id),
+                         lambda: control.add_subscriber(config_pth, "queue", sub_id)):
             with pytest.raises(TypeError, match="Expected"):
                 function()
 
 
-def test_numbers_that_are_none(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     number: Any = 1.5
-    for function in (lambda: persipubsub.control.peek(config_pth, "sub", number),
-                     lambda: persipubsub.control.peek(config_pth, "sub", 1, number),
-                     lambda: persipubsub.control.follow(config_pth, "queue", number)
-                     ):  # type: Callable[[], object]
+    for function in (
+            lambda: control.peek(config_pth, "sub", number),
+            lambda: control.peek(config_pth, "sub", 1, number),
+            lambda: control.follow(config_pth, "queue", number)):  # type: Callable[[], object]
         with pytest.raises(TypeError, match="integer"):
             function()
 
 
-def test_no_queue_is_not_all_of_them(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+def test_no_queue_is_not_all_of_them(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     queue_key: Any = None
-    for function in (lambda: persipubsub.control.drop_queue(config_pth, queue_key),
-                     lambda: persipubsub.control.backup(config_pth, queue_key, tmp_path / "copy")
+    for function in (lambda: control.drop_queue(config_pth, queue_key),
+                     lambda: control.backup(config_pth, queue_key, tmp_path / "copy")
                      ):  # type: Callable[[], object]
-        with pytest.raises(persipubsub.errors.ConfigError, match="Expected a queue of this file"):
+        with pytest.raises(errors.ConfigError, match="Expected a queue of this file"):
             function()
 
 
-def test_empty_file(tmp_path: pathlib.Path) -> None:
+def test_empty_file(tmp_path: Path) -> None:
     config_pth = tmp_path / "config.json"
     config_pth.write_text('{"queues": {}}', "utf-8")
     for function in ALL:
@@ -288,126 +207,52 @@ def test_empty_file(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("function", ALL, ids=lambda function: function.__name__)
-def test_wrong_file(tmp_path: pathlib.Path, function: Callable[[persipubsub.control.ConfigPath],
-                                                               None]) -> None:
+def test_wrong_file(tmp_path: Path, function: Callable[[control.ConfigPath], None]) -> None:
     config_pth = tmp_path / "config.json"
-    with pytest.raises(persipubsub.errors.ConfigError, match="config.json"):
+    with pytest.raises(errors.ConfigError, match="config.json"):
         function(config_pth)
     config_pth.write_text("{", "utf-8")
-    with pytest.raises(persipubsub.errors.ConfigError, match="config.json"):
+    with pytest.raises(errors.ConfigError, match="config.json"):
         function(str(config_pth))
     for wrong in (None, 5, b"config.json", ["config.json"]):
-        with pytest.raises((persipubsub.errors.ConfigError, TypeError)):
+        with pytest.raises((errors.ConfigError, TypeError)):
             function(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("function", ALL[1:], ids=lambda function: function.__name__)
-def test_not_initialized(tmp_path: pathlib.Path,
-                         function: Callable[[persipubsub.control.ConfigPath], object]) -> None:
+def test_not_initialized(tmp_path: Path, function: Callable[[control.ConfigPath], object]) -> None:
     config_pth = support.write_config(tmp_path)
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+    with pytest.raises(errors.NotInitializedError, match="initialize_all_dbs"):
         function(config_pth)
     assert os.listdir(tmp_path) == ["config.json"]
 
 
-def test_queues_before_a_wrong_one_are_ready(tmp_path: pathlib.Path) -> None:
+def test_queues_before_a_wrong_one_are_ready(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     entries = json.loads(config_pth.read_text("utf-8"))
     entries["queues"]["other"] = dict(entries["queues"]["queue"], path="other")
     config_pth.write_text(json.dumps(entries), "utf-8")
     (tmp_path / "other").write_text("text", "utf-8")
-    with pytest.raises(persipubsub.errors.FormatError, match="other"):
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    with pytest.raises(errors.FormatError, match="other"):
+        control.initialize_all_dbs(config_pth=config_pth)
     send(config_pth, b"message")
     assert receive_all(config_pth) == [b"message"]
 
 
-def test_pruning_drops_what_is_too_old(tmp_path: pathlib.Path) -> None:
+def test_pruning_drops_what_is_too_old(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     soon = support.write_config(tmp_path, name="soon.json", MSG_TIMEOUT_SECS=1e-9)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    control.initialize_all_dbs(config_pth=config_pth)
     send(config_pth, *(b"%d" % number for number in range(100)))
-    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+    control.prune_dangling_messages(config_pth=config_pth)
     assert statistics(config_pth).messages == 100
     # The settings that are stored in the queue count, until they are stored anew.
-    assert persipubsub.control.prune_dangling_messages(config_pth=soon) == {"queue": 0}
-    persipubsub.control.initialize_all_dbs(config_pth=soon)
-    assert persipubsub.control.prune_dangling_messages(config_pth=soon) == {"queue": 100}
+    assert control.prune_dangling_messages(config_pth=soon) == {"queue": 0}
+    control.initialize_all_dbs(config_pth=soon)
+    assert control.prune_dangling_messages(config_pth=soon) == {"queue": 100}
     found = statistics(config_pth)
     assert (found.messages, found.subscribers[0].dropped_by_timeout) == (0, 100)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    control.initialize_all_dbs(config_pth=config_pth)
     send(config_pth, b"after")
     assert receive_all(config_pth) == [b"after"]
     assert statistics(config_pth).next_number > 101
-
-
-def test_pruning_frees_what_everybody_has(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        for _ in range(300):
-            pub.send(bytes(2000))
-    assert len(receive_all(config_pth)) == 300
-    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
-    size = (tmp_path / "queue" / "data.mdb").stat().st_size
-    send(config_pth, *(bytes(2000) for _ in range(200)))
-    assert (tmp_path / "queue" / "data.mdb").stat().st_size == size
-    assert statistics(config_pth).subscribers[0].dropped_by_timeout == 0
-
-
-def test_clearing_keeps_subscribers_and_numbers(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      publishers={"pub": ["one", "two"]},
-                                      subscribers=["one", "two"])
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    persipubsub.control.clear_all_subs(config_pth=config_pth)
-    send(config_pth, *(b"%d" % number for number in range(10)))
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="one", config_pth=config_pth)
-        with sub.receive(timeout=0) as message:
-            assert message == b"0"
-            for _ in range(2):
-                persipubsub.control.clear_all_subs(config_pth=config_pth)
-    found = statistics(config_pth)
-    assert found.messages == 0
-    assert [each.cleared for each in found.subscribers] == [10, 10]
-    send(config_pth, b"after")
-    assert receive_all(config_pth, "one") == receive_all(config_pth, "two") == [b"after"]
-    assert statistics(config_pth).next_number > 11
-
-
-def work(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
-    """Send and receive as many messages, in two threads."""
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
-        received: list[bytes] = []
-
-        def receive() -> None:
-            while not received or received[-1] != b"%d" % (count - 1):
-                with sub.receive(timeout=support.HANG_SECS) as message:
-                    assert message is not None
-                    received.append(message)
-
-        thread = threading.Thread(target=receive)
-        thread.start()
-        for number in range(count):
-            pub.send(b"%d" % number)
-        thread.join(support.HANG_SECS)
-        pipe.send(received)
-
-
-def test_deploying_and_pruning_beside_the_work(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with support.Child(work, config_pth, 500) as child:
-        rounds = 0
-        while not child.pipe.poll():
-            persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-            persipubsub.control.prune_dangling_messages(config_pth=config_pth)
-            rounds += 1
-        assert child.get() == [b"%d" % number for number in range(500)]
-        child.end()
-    assert rounds > 0
-    statistics(config_pth)

@@ -8,17 +8,15 @@ change what an operation costs changes the table below, in the same commit.
 import collections
 import functools
 import os
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine import environment
 from tests import support
 from tests.faults import tracing
@@ -96,7 +94,7 @@ _COSTS: Final = {
 }
 
 
-def last_transaction(sub: persipubsub.subscriber.Sub) -> int:
+def last_transaction(sub: Sub) -> int:
     return support.queue_of(sub)._environment.committed
 
 
@@ -113,12 +111,10 @@ def count_reads() -> list[None]:
     return reads
 
 
-def send_and_receive(config_pth: pathlib.Path) -> None:
+def send_and_receive(config_pth: Path) -> None:
     """Do everything that is counted. Between two operations a look for a file is left as a mark."""
     reads = count_reads()
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
 
         def mark(name: str) -> None:
             os.access(f"/mark/{name}/{last_transaction(sub)}/{len(reads)}", os.F_OK)
@@ -152,7 +148,7 @@ def send_and_receive(config_pth: pathlib.Path) -> None:
         mark("end")
 
 
-def count(trace_pth: pathlib.Path) -> dict[str, Counter[str]]:
+def count(trace_pth: Path) -> dict[str, Counter[str]]:
     """Count the system calls between two marks, by the name of the first one."""
     counts: dict[str, Counter[str]] = {}
     before = transactions, reads = 0, 0
@@ -199,8 +195,7 @@ def fixture_trace(
     def trace(durability: str) -> dict[str, Counter[str]]:
         directory = tmp_path_factory.mktemp("costs")
         # The background thread works by the clock.
-        config_pth = support.write_config(directory, durability=durability, checkpoint_secs=86400)
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=86400)
         trace_pth = directory / "trace"
         work = functools.partial(send_and_receive, config_pth)
         assert tracing.run(lambda: work, ["-o", str(trace_pth)]) == 0

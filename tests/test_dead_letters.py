@@ -1,26 +1,20 @@
 """Test what operators do with messages that were given up, in Python and on the command line."""
 
-# pylint: disable=missing-function-docstring
-
 import base64
 import json
 import os
-import pathlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, config, control, errors
 from tests import stores, support, test_cli
 
 
-def write_config(directory: pathlib.Path, **subscriber: Any) -> pathlib.Path:
+def write_config(directory: Path, **subscriber: Any) -> Path:
     """Write a file with a queue, its two subscribers and a queue of dead letters."""
     config_pth = support.write_config(directory,
                                       publishers={"pub": ("sub", "other")},
@@ -34,11 +28,9 @@ def write_config(directory: pathlib.Path, **subscriber: Any) -> pathlib.Path:
     return config_pth
 
 
-def fail(config_pth: pathlib.Path, *messages: bytes) -> None:
+def fail(config_pth: Path, *messages: bytes) -> None:
     """Send messages, and fail with them until they are given up."""
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         for message in messages:
             pub.send(message)
             with pytest.raises(ValueError):
@@ -48,73 +40,62 @@ def fail(config_pth: pathlib.Path, *messages: bytes) -> None:
 
 
 @pytest.fixture(name="config_pth")
-def fixture_config_pth(tmp_path: pathlib.Path) -> pathlib.Path:
+def fixture_config_pth(tmp_path: Path) -> Path:
     config_pth = write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     return config_pth
 
 
-def listed(config_pth: pathlib.Path) -> dict[int, bytes]:
-    found = persipubsub.control.dead_letters(config_pth)
+def listed(config_pth: Path) -> dict[int, bytes]:
+    found = control.dead_letters(config_pth)
     assert list(found) == ["letters"]
     return {one.number: one.letter.data for one in found["letters"]}
 
 
-def received(config_pth: pathlib.Path, name: str) -> list[bytes]:
-    with persipubsub.queue.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
+def received(config_pth: Path, name: str) -> list[bytes]:
+    with persipubsub.queue.open_queue(config.read(config_pth), "queue") as queue:
         assert queue.check() == []
         return stores.take_all(queue, name)
 
 
-def test_letters_are_listed_without_taking_them(config_pth: pathlib.Path) -> None:
+def test_letters_are_listed_without_taking_them(config_pth: Path) -> None:
     assert listed(config_pth) == {}
     fail(config_pth, b"1", b"2")
     for _ in range(2):
         assert list(listed(config_pth).values()) == [b"1", b"2"]
-    one = persipubsub.control.dead_letters(config_pth, "letters")["letters"][0]
+    one = control.dead_letters(config_pth, "letters")["letters"][0]
     assert (one.letter.queue, one.letter.subscriber, one.letter.error) == ("queue", "sub",
                                                                            "ValueError: not 1")
-    figures = persipubsub.control.statistics(config_pth)["letters"]
+    figures = control.statistics(config_pth)["letters"]
     assert [entry.subscriber for entry in figures.subscribers] == ["dead_letters"]
 
 
-def test_letters_are_sent_back_to_whom_they_failed(config_pth: pathlib.Path) -> None:
+def test_letters_are_sent_back_to_whom_they_failed(config_pth: Path) -> None:
     fail(config_pth, b"1", b"2", b"3")
     numbers = list(listed(config_pth))
-    assert persipubsub.control.send_back(config_pth, "letters", numbers[1:2]) == (numbers[1], )
+    assert control.send_back(config_pth, "letters", numbers[1:2]) == (numbers[1], )
     assert received(config_pth, "sub") == [b"2"]
-    assert persipubsub.control.send_back(config_pth, "letters") == (numbers[0], numbers[2])
+    assert control.send_back(config_pth, "letters") == (numbers[0], numbers[2])
     assert received(config_pth, "sub") == [b"1", b"3"]
     # The other one had all of them once.
     assert received(config_pth, "other") == [b"1", b"2", b"3"]
     assert listed(config_pth) == {}
-    assert not persipubsub.control.send_back(config_pth, "letters", numbers)
+    assert not control.send_back(config_pth, "letters", numbers)
 
 
-def test_message_that_fails_again_is_another_letter(config_pth: pathlib.Path) -> None:
-    fail(config_pth, b"1")
-    persipubsub.control.send_back(config_pth, "letters")
-    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
-        sub.init(sub_id="sub", config_pth=config_pth)
-        with sub.receive(timeout=0, details=True) as message:
-            assert message is not None and message.attempts == 1
-            raise ValueError("again")
-    assert list(listed(config_pth).values()) == [b"1"]
-
-
-def test_letters_are_dropped(config_pth: pathlib.Path) -> None:
+def test_letters_are_dropped(config_pth: Path) -> None:
     fail(config_pth, b"1", b"2", b"3")
     numbers = list(listed(config_pth))
-    dropped = persipubsub.control.drop_dead_letters(config_pth, "letters", [numbers[0], 99])
+    dropped = control.drop_dead_letters(config_pth, "letters", [numbers[0], 99])
     assert dropped == (numbers[0], )
     assert list(listed(config_pth).values()) == [b"2", b"3"]
-    assert persipubsub.control.drop_dead_letters(config_pth, "letters") == tuple(numbers[1:])
+    assert control.drop_dead_letters(config_pth, "letters") == tuple(numbers[1:])
     assert not received(config_pth, "sub")
 
 
-def test_numbers_that_are_not_there(config_pth: pathlib.Path) -> None:
+def test_numbers_that_are_not_there(config_pth: Path) -> None:
     fail(config_pth, b"1")
-    for function in (persipubsub.control.send_back, persipubsub.control.drop_dead_letters):
+    for function in (control.send_back, control.drop_dead_letters):
         assert not function(config_pth, "letters", [0, -1, 2, 2**48, 2**70])
         number: Any = 1.5
         with pytest.raises(TypeError, match="integer"):
@@ -122,17 +103,17 @@ def test_numbers_that_are_not_there(config_pth: pathlib.Path) -> None:
     assert listed(config_pth) == {1: b"1"}
 
 
-def test_many_letters_are_read_in_pages(config_pth: pathlib.Path) -> None:
+def test_many_letters_are_read_in_pages(config_pth: Path) -> None:
     messages = [b"%d" % index for index in range(250)]
     fail(config_pth, *messages)
     assert list(listed(config_pth).values()) == messages
-    assert len(persipubsub.control.send_back(config_pth, "letters")) == 250
+    assert len(control.send_back(config_pth, "letters")) == 250
     assert received(config_pth, "sub") == messages
 
 
 @pytest.mark.parametrize("name", ["Queue.put", "Lease.ack"])
-def test_letter_is_in_one_of_the_queues_whenever_the_process_is_killed(
-        config_pth: pathlib.Path, name: str) -> None:
+def test_letter_is_in_one_of_the_queues_whenever_the_process_is_killed(config_pth: Path,
+                                                                       name: str) -> None:
     fail(config_pth, b"1")
     code = """if True:
         import os, sys
@@ -145,114 +126,77 @@ def test_letter_is_in_one_of_the_queues_whenever_the_process_is_killed(
     """
     assert support.run_python(code, config_pth, name).returncode == 7
     assert list(listed(config_pth).values()) == [b"1"]
-    assert len(persipubsub.control.send_back(config_pth, "letters")) == 1
+    assert len(control.send_back(config_pth, "letters")) == 1
     assert listed(config_pth) == {}
     assert received(config_pth, "sub") == [b"1"]
 
 
-def test_letters_that_are_sent_back_survive_a_power_failure(config_pth: pathlib.Path) -> None:
+def test_letters_that_are_sent_back_survive_a_power_failure(config_pth: Path) -> None:
     """Also in a queue of the durability os: they left the other one for good."""
     found = json.loads(config_pth.read_text())
     found["queues"]["queue"].update(durability="os", checkpoint_secs=3600)
     config_pth.write_text(json.dumps(found))
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     fail(config_pth, b"1", b"2", b"3")
     # Another user of the queue keeps it from being closed, which would write all of it.
     with support.open_queue(config_pth) as queue:
-        assert len(persipubsub.control.send_back(config_pth, "letters")) == 3
+        assert len(control.send_back(config_pth, "letters")) == 3
         assert queue.statistics().journal_lag_bytes == 0
 
 
-def test_letters_before_one_that_fails_are_sent_back(config_pth: pathlib.Path) -> None:
+def test_letters_before_one_that_fails_are_sent_back(config_pth: Path) -> None:
     fail(config_pth, b"1", b"2", b"3")
     assert received(config_pth, "other") == [b"1", b"2", b"3"]
     found = json.loads(config_pth.read_text())
     found["queues"]["queue"]["high-water-mark"].update(MAX_MSGS_NUM=1, strategy="reject")
     config_pth.write_text(json.dumps(found))
-    persipubsub.control.initialize_all_dbs(config_pth)
-    with pytest.raises(persipubsub.errors.QueueFullError):
-        persipubsub.control.send_back(config_pth, "letters")
+    control.initialize_all_dbs(config_pth)
+    with pytest.raises(errors.QueueFullError):
+        control.send_back(config_pth, "letters")
     assert list(listed(config_pth).values()) == [b"2", b"3"]
     assert received(config_pth, "sub") == [b"1"]
 
 
-def test_letter_of_a_subscriber_that_is_gone_stays(config_pth: pathlib.Path) -> None:
+def test_letter_of_a_subscriber_that_is_gone_stays(config_pth: Path) -> None:
     fail(config_pth, b"1")
-    persipubsub.control.remove_subscriber(config_pth, "queue", "sub")
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="'sub'"):
-        persipubsub.control.send_back(config_pth, "letters")
+    control.remove_subscriber(config_pth, "queue", "sub")
+    with pytest.raises(errors.NotInitializedError, match="'sub'"):
+        control.send_back(config_pth, "letters")
     assert list(listed(config_pth).values()) == [b"1"]
 
 
-def test_letter_of_a_queue_that_is_gone_stays(config_pth: pathlib.Path) -> None:
+def test_letter_of_a_queue_that_is_gone_stays(config_pth: Path) -> None:
     fail(config_pth, b"1")
     text = config_pth.read_text()
     config_pth.write_text(
         text.replace('"queue":', '"renamed":').replace('": "queue"', '": "renamed"'))
-    with pytest.raises(persipubsub.errors.ConfigError, match="'queue'"):
-        persipubsub.control.send_back(config_pth, "letters")
+    with pytest.raises(errors.ConfigError, match="'queue'"):
+        control.send_back(config_pth, "letters")
     config_pth.write_text(text)
     assert list(listed(config_pth).values()) == [b"1"]
 
 
-def test_queue_of_something_else_has_no_letters(config_pth: pathlib.Path) -> None:
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="dead_letters"):
-        persipubsub.control.dead_letters(config_pth, "queue")
-    with pytest.raises(persipubsub.errors.ConfigError):
-        persipubsub.control.drop_dead_letters(config_pth, "nothing")
+def test_queue_of_something_else_has_no_letters(config_pth: Path) -> None:
+    with pytest.raises(errors.NotInitializedError, match="dead_letters"):
+        control.dead_letters(config_pth, "queue")
+    with pytest.raises(errors.ConfigError):
+        control.drop_dead_letters(config_pth, "nothing")
 
 
-def test_queue_on_servers_has_no_letters(tmp_path: pathlib.Path) -> None:
+def test_queue_on_servers_has_no_letters(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path, path="nats://localhost/S")
-    for function in (persipubsub.control.dead_letters, persipubsub.control.send_back,
-                     persipubsub.control.drop_dead_letters):
-        with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
+    for function in (control.dead_letters, control.send_back, control.drop_dead_letters):
+        with pytest.raises(errors.ConfigError, match="is a directory of this machine"):
             function(config_pth, "queue")
-
-
-def test_letter_of_a_queue_that_was_moved_to_servers_stays(config_pth: pathlib.Path) -> None:
-    fail(config_pth, b"1")
-    found = json.loads(config_pth.read_text())
-    found["queues"]["queue"]["path"] = "nats://localhost/S"
-    del found["sub"]["max_deliveries"], found["sub"]["dead_letter_queue"]
-    config_pth.write_text(json.dumps(found))
-    with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
-        persipubsub.control.send_back(config_pth, "letters")
-    assert len(persipubsub.control.dead_letters(config_pth, "letters")["letters"]) == 1
-
-
-def test_queues_may_give_up_into_each_other(tmp_path: pathlib.Path) -> None:
-    config_pth = write_config(tmp_path)
-    found = json.loads(config_pth.read_text())
-    found["queues"]["letters"]["subscribers"] = ["reader"]
-    found["reader"] = {"in_queue": "letters", "max_deliveries": 1, "dead_letter_queue": "last"}
-    found["queues"]["last"] = dict(found["queues"]["letters"], path="last", subscribers=[])
-    config_pth.write_text(json.dumps(found))
-    persipubsub.control.initialize_all_dbs(config_pth)
-    fail(config_pth, b"1")
-    with persipubsub.subscriber.Sub() as sub, pytest.raises(ValueError):
-        sub.init(sub_id="reader", config_pth=config_pth)
-        with sub.receive(timeout=0):
-            raise ValueError("no")
-    letters = persipubsub.control.dead_letters(config_pth)
-    assert [len(letters[key]) for key in ("letters", "last")] == [1, 1]
 
 
 # The configuration file
 
 
-def problems(config_pth: pathlib.Path) -> Sequence[str]:
-    with pytest.raises(persipubsub.errors.ConfigError) as info:
-        persipubsub.config.read(config_pth)
+def problems(config_pth: Path) -> Sequence[str]:
+    with pytest.raises(errors.ConfigError) as info:
+        config.read(config_pth)
     return info.value.problems
-
-
-def test_keys_are_read(tmp_path: pathlib.Path) -> None:
-    config = persipubsub.config.read(write_config(tmp_path, retry_delay_secs=1.5, max_deliveries=7))
-    sub = config.subscriber("sub")
-    assert (sub.max_deliveries, sub.dead_letter_queue, sub.retry_delay_secs) == (7, "letters", 1.5)
-    other = config.subscriber("other")
-    assert (other.max_deliveries, other.dead_letter_queue, other.retry_delay_secs) == (0, "", 0)
 
 
 @pytest.mark.parametrize("key, value, problem", [
@@ -265,12 +209,11 @@ def test_keys_are_read(tmp_path: pathlib.Path) -> None:
     ("dead_letter_queue", 1, "sub.dead_letter_queue: Expected"),
     ("dead_letter_queue", "queue", "sub.dead_letter_queue: Expected another queue than 'in_queue'"),
 ])
-def test_wrong_value_is_a_problem(tmp_path: pathlib.Path, key: str, value: object,
-                                  problem: str) -> None:
+def test_wrong_value_is_a_problem(tmp_path: Path, key: str, value: object, problem: str) -> None:
     assert any(problem in found for found in problems(write_config(tmp_path, **{key: value})))
 
 
-def test_queue_of_dead_letters_needs_a_limit(tmp_path: pathlib.Path) -> None:
+def test_queue_of_dead_letters_needs_a_limit(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
     found = json.loads(config_pth.read_text())
     del found["sub"]["max_deliveries"]
@@ -280,7 +223,7 @@ def test_queue_of_dead_letters_needs_a_limit(tmp_path: pathlib.Path) -> None:
         "but got: no such key", )
 
 
-def test_nobody_else_publishes_to_a_queue_of_dead_letters(tmp_path: pathlib.Path) -> None:
+def test_nobody_else_publishes_to_a_queue_of_dead_letters(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
     found = json.loads(config_pth.read_text())
     found["queues"]["letters"]["subscribers"] = ["reader"]
@@ -291,41 +234,29 @@ def test_nobody_else_publishes_to_a_queue_of_dead_letters(tmp_path: pathlib.Path
     assert "a queue that nobody publishes to" in problem and "writer" in problem
 
 
-def test_queue_of_another_engine_takes_no_letters(tmp_path: pathlib.Path) -> None:
+def test_queue_of_another_engine_takes_no_letters(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
     config_pth.write_text(config_pth.read_text().replace(str(tmp_path / "letters"),
                                                          "nats://localhost/letters"))
     assert any("for this queue and 'in_queue' alike" in problem for problem in problems(config_pth))
 
 
-@pytest.mark.parametrize("key", ["queue", "letters"])
-@pytest.mark.parametrize("value", [None, [], "x", {}])
-def test_queue_that_is_wrong_is_the_only_problem(tmp_path: pathlib.Path, key: str,
-                                                 value: object) -> None:
-    config_pth = write_config(tmp_path)
-    found = json.loads(config_pth.read_text())
-    found["queues"][key] = value
-    config_pth.write_text(json.dumps(found))
-    assert {problem.split(":")[0] for problem in problems(config_pth)} == {f"queues.{key}"}
-
-
-def test_nobody_else_is_called_like_that(tmp_path: pathlib.Path) -> None:
+def test_nobody_else_is_called_like_that(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
     config_pth.write_text(config_pth.read_text().replace('"other"', '"dead_letters"'))
     assert any("not reserved" in problem for problem in problems(config_pth))
 
 
-def drop_letters(config_pth: pathlib.Path) -> None:
-    assert len(persipubsub.control.drop_dead_letters(config_pth, "letters")) == 1
+def drop_letters(config_pth: Path) -> None:
+    assert len(control.drop_dead_letters(config_pth, "letters")) == 1
 
 
-def send_letters_back(config_pth: pathlib.Path) -> None:
-    assert len(persipubsub.control.send_back(config_pth, "letters")) == 1
+def send_letters_back(config_pth: Path) -> None:
+    assert len(control.send_back(config_pth, "letters")) == 1
 
 
-def fail_once_more(config_pth: pathlib.Path) -> None:
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+def fail_once_more(config_pth: Path) -> None:
+    with Sub("sub", config_pth) as sub:
         with pytest.raises(ValueError):
             with sub.receive(timeout=0) as msg:
                 assert msg == b"1"
@@ -334,39 +265,37 @@ def fail_once_more(config_pth: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("leave", [drop_letters, send_letters_back])
 def test_what_fails_again_in_a_restored_queue_is_a_letter_again(
-        tmp_path: pathlib.Path, leave: Callable[[pathlib.Path], None]) -> None:
+        tmp_path: Path, leave: Callable[[Path], None]) -> None:
     config_pth = write_config(tmp_path, max_deliveries=2)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     fail(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     for _ in range(3):
         fail_once_more(config_pth)
         assert list(listed(config_pth).values()) == [b"1"]
         leave(config_pth)
-        persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+        control.restore(config_pth, "queue", tmp_path / "backup")
         assert listed(config_pth) == {}
-        assert persipubsub.control.verify(config_pth, "queue") == {"queue": ()}
+        assert control.verify(config_pth, "queue") == {"queue": ()}
 
 
-def test_there_is_room_for_all_attempts_of_a_restored_queue(tmp_path: pathlib.Path) -> None:
+def test_there_is_room_for_all_attempts_of_a_restored_queue(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path, max_deliveries=2)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    control.initialize_all_dbs(config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         pub.send_many([b"1"] * 1000)
         with pytest.raises(ValueError), sub.receive_many(1000, timeout=0):
             raise ValueError("\U0001f44b" * 500)
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
-    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-    assert persipubsub.control.verify(config_pth, "queue") == {"queue": ()}
-    with persipubsub.queue.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
+    control.backup(config_pth, "queue", tmp_path / "backup")
+    control.restore(config_pth, "queue", tmp_path / "backup")
+    assert control.verify(config_pth, "queue") == {"queue": ()}
+    with persipubsub.queue.open_queue(config.read(config_pth), "queue") as queue:
         records = list(stores.attempts(queue).values())
     assert [record.deliveries for record in records] == [1] * 1000
     assert all(len(record.error) > 400 for record in records)
 
 
-def link_letters(config_pth: pathlib.Path) -> None:
+def link_letters(config_pth: Path) -> None:
     """Let the queue of dead letters be the queue itself, by a link."""
     found = json.loads(config_pth.read_text())
     (config_pth.parent / "link").symlink_to(found["queues"]["queue"]["path"])
@@ -376,29 +305,28 @@ def link_letters(config_pth: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("queue_key", [None, "queue", "letters"])
 def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_made_ready(
-        tmp_path: pathlib.Path, queue_key: str | None) -> None:
+        tmp_path: Path, queue_key: str | None) -> None:
     config_pth = write_config(tmp_path)
     link_letters(config_pth)
-    with pytest.raises(persipubsub.errors.ConfigError,
-                       match="queues.letters.path: .*queues.queue.path.*'sub'"):
-        persipubsub.control.initialize_all_dbs(config_pth, queue_key)
-    assert not os.path.exists(persipubsub.config.read(config_pth).queue_path("queue"))
+    with pytest.raises(errors.ConfigError, match="queues.letters.path: .*queues.queue.path.*'sub'"):
+        control.initialize_all_dbs(config_pth, queue_key)
+    assert not os.path.exists(config.read(config_pth).queue_path("queue"))
 
 
 def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_opened(
-        config_pth: pathlib.Path) -> None:
+        config_pth: Path) -> None:
     link_letters(config_pth)
-    with pytest.raises(persipubsub.errors.ConfigError, match="the same one"):
+    with pytest.raises(errors.ConfigError, match="the same one"):
         fail(config_pth, b"1")
-    with pytest.raises(persipubsub.errors.ConfigError, match="the same one"):
-        persipubsub.subscriber.Sub("sub", config_pth)
+    with pytest.raises(errors.ConfigError, match="the same one"):
+        Sub("sub", config_pth)
 
 
-def test_queue_of_dead_letters_may_be_behind_a_link(tmp_path: pathlib.Path) -> None:
+def test_queue_of_dead_letters_may_be_behind_a_link(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
     (tmp_path / "disk").mkdir()
     (tmp_path / "letters").symlink_to(tmp_path / "disk")
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     fail(config_pth, b"1")
     assert list(listed(config_pth).values()) == [b"1"]
 
@@ -406,7 +334,7 @@ def test_queue_of_dead_letters_may_be_behind_a_link(tmp_path: pathlib.Path) -> N
 # The command
 
 
-def test_command_lists(config_pth: pathlib.Path) -> None:
+def test_command_lists(config_pth: Path) -> None:
     assert test_cli.run("dead-letters", config_pth).stdout == "letters: there are no dead letters\n"
     fail(config_pth, b"\x00\xff".decode("latin-1").encode(), b"2")
     head, first, second = test_cli.run("dead-letters", config_pth).stdout.splitlines()
@@ -418,7 +346,7 @@ def test_command_lists(config_pth: pathlib.Path) -> None:
     assert [one["number"] for one in found["letters"]] == [1, 2]
 
 
-def test_command_sends_back_and_drops(config_pth: pathlib.Path) -> None:
+def test_command_sends_back_and_drops(config_pth: Path) -> None:
     fail(config_pth, b"1", b"2", b"3")
     options = ("--queue", "letters", "--number")
     out = test_cli.run("dead-letters", config_pth, "send-back", *options, 2)
@@ -434,33 +362,7 @@ def test_command_sends_back_and_drops(config_pth: pathlib.Path) -> None:
     assert listed(config_pth) == {}
 
 
-def with_other_letters(config_pth: pathlib.Path) -> None:
-    """Add a queue of dead letters, in front of the other one, that is not initialized."""
-    found = json.loads(config_pth.read_text())
-    queues = found["queues"]
-    found["queues"] = {"missing": dict(queues["letters"], path="missing"), **queues}
-    found["other"].update({"max_deliveries": 1, "dead_letter_queue": "missing"})
-    config_pth.write_text(json.dumps(found))
-
-
-def test_command_goes_on_when_a_queue_fails(config_pth: pathlib.Path) -> None:
-    fail(config_pth, b"1")
-    with_other_letters(config_pth)
-    process = test_cli.run("dead-letters", config_pth, exit_code=1)
-    assert process.stdout.splitlines()[1].endswith("ValueError: not 1")
-    assert "persipubsub init" in process.stderr and len(process.stderr.splitlines()) == 1
-    process = test_cli.run("dead-letters", config_pth, "--json", exit_code=1)
-    listed_json = json.loads(process.stdout)
-    assert [one["number"] for one in listed_json["letters"]] == [1]
-    assert listed_json["missing"]["error"].startswith("Expected")
-    # An operator can not agree to what could not be counted.
-    process = test_cli.run("dead-letters", config_pth, "drop", stdin=b"y\n", exit_code=1)
-    assert process.stderr.count("persipubsub init") == 1 and "Drop" not in process.stderr
-    process = test_cli.run("dead-letters", config_pth, "drop", "--yes", exit_code=1)
-    assert process.stdout == "letters: 1 dead letter dropped\n"
-
-
-def test_command_of_wrong_usage(config_pth: pathlib.Path) -> None:
+def test_command_of_wrong_usage(config_pth: Path) -> None:
     test_cli.run("dead-letters", config_pth, "burn", exit_code=2)
     test_cli.run("dead-letters", config_pth, "--number", 1, exit_code=2)
     test_cli.run("dead-letters", config_pth, "--queue", "nothing", exit_code=2)

@@ -3,21 +3,17 @@
 import doctest
 import importlib.util
 import json
-import pathlib
 import re
 import types
+from pathlib import Path
 
 import pytest
 
 import persipubsub
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, config, control, errors
 from tests import doc_pages, support
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 _DOCS = _ROOT / "docs"
 _ABOUT = "".join(
     pth.read_text(encoding="utf-8")
@@ -74,7 +70,7 @@ _ENDLESS: dict[str, str] = {
 }
 
 
-def _name(page: pathlib.Path) -> str:
+def _name(page: Path) -> str:
     return str(page.relative_to(_ROOT))
 
 
@@ -83,7 +79,7 @@ def _name(page: pathlib.Path) -> str:
                                    for block in doc_pages.blocks_of(page))
 ],
                          ids=_name)
-def test_page_works_word_for_word(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_page_works_word_for_word(page: Path, tmp_path: Path) -> None:
     blocks = doc_pages.blocks_of(page)
     unknown = {
         block.place: block.language
@@ -112,7 +108,7 @@ _BEFORE = {
 }
 
 
-def _prepare_operations(directory: pathlib.Path) -> None:
+def _prepare_operations(directory: Path) -> None:
     """Make the queue that operations.rst is about: two messages wait, one of them for one only."""
     config_pth = support.write_config(directory, {
         "pub": ("sub", "log"),
@@ -125,13 +121,11 @@ def _prepare_operations(directory: pathlib.Path) -> None:
         for key in {"in_queue", "out_queue"} & set(entry):
             entry[key] = "greetings"
     config_pth.write_text(json.dumps(entries), encoding="utf-8")
-    persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    control.initialize_all_dbs(config_pth)
+    with Pub("pub", config_pth) as pub:
         pub.send_many(msgs=[b"gone", b"hello", b"again"])
     for name, count in (("sub", 1), ("log", 2)):
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             with sub.receive_many(max_msgs=count, timeout=0) as msgs:
                 assert len(msgs) == count
     (directory / "report.pb").write_bytes(b"report")
@@ -144,7 +138,7 @@ def _as_on_page(printed: str) -> str:
 
 
 @pytest.mark.parametrize("place", sorted(_OPERATIONS))
-def test_commands_of_operations_work(place: str, tmp_path: pathlib.Path) -> None:
+def test_commands_of_operations_work(place: str, tmp_path: Path) -> None:
     _prepare_operations(tmp_path)
     with doc_pages.Shell(tmp_path) as shell:
         for command, shown in doc_pages.commands_of(_OPERATIONS[place]):
@@ -166,7 +160,7 @@ def test_commands_of_operations_work(place: str, tmp_path: pathlib.Path) -> None
                 assert doc_pages.matches(shown, printed), (command, printed)
 
 
-def test_a_page_that_lies_is_found(tmp_path: pathlib.Path) -> None:
+def test_a_page_that_lies_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.rst"
     for text in [
             ".. code-block:: console\n\n    $ echo yes\n    no\n",
@@ -182,32 +176,6 @@ def test_a_page_that_lies_is_found(tmp_path: pathlib.Path) -> None:
         page.write_text(text, encoding="utf-8")
         with doc_pages.Shell(tmp_path) as shell, pytest.raises(AssertionError, match="page.rst:"):
             doc_pages.Reader(shell).follow(doc_pages.blocks_of(page))
-
-
-def test_a_page_without_a_queue_means_that_of_start(tmp_path: pathlib.Path) -> None:
-    page = tmp_path / "page.rst"
-    page.write_text("""
-.. code-block:: python
-
-    import persipubsub.subscriber
-
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id="sub", config_pth="config.json")
-
-.. code-block:: python
-
-    for _ in range(2):
-        with sub.receive(timeout=60) as msg:
-            print(msg)
-
-It prints::
-
-    b'hello'
-    b'stop'
-""",
-                    encoding="utf-8")
-    with doc_pages.Shell(tmp_path) as shell:
-        assert doc_pages.Reader(shell).follow(doc_pages.blocks_of(page)) == 2
 
 
 def test_excuses_are_used() -> None:
@@ -253,7 +221,7 @@ def test_every_key_of_the_configuration_is_explained() -> None:
     text = _config_keys().expand(page)
     rows = re.findall(r"^    \* - ``(.+)``\n      - (.+)\n      - (.+)\n      - (.+)$", text,
                       re.MULTILINE)
-    parts = persipubsub.config.schema()["$defs"]
+    parts = config.schema()["$defs"]
     keys = [key for part in parts.values() for key in part.get("properties", ())]
     assert sorted(row[0] for row in rows) == sorted(keys)
     found = {row[0]: row[1:] for row in rows}
@@ -262,7 +230,7 @@ def test_every_key_of_the_configuration_is_explained() -> None:
     assert found["MAX_MSGS_NUM"][:2] == ("integer from 1 to 2\\ :sup:`48` or null", "none")
     assert found["checkpoint_secs"][:2] == ("number more than 0 to 86,400", "``1``")
     assert found["durability"][:2] == ("``fsync``, ``os``", "``fsync``")
-    for kind in (persipubsub.config.Strategy, persipubsub.config.Durability):
+    for kind in (config.Strategy, config.Durability):
         for member in kind:
             assert f"``{member.value}``" in text
 
@@ -278,7 +246,7 @@ def test_every_error_is_explained() -> None:
     text = (_DOCS / "errors.rst").read_text(encoding="utf-8")
     explained = re.findall(r"^    \* - :py:class:`~persipubsub\.errors\.(\w+)`$", text,
                            re.MULTILINE)
-    assert sorted(explained) == sorted(persipubsub.errors.__all__)
+    assert sorted(explained) == sorted(errors.__all__)
     # A row without the reason, or without what to do, explains nothing.
     rows = re.findall(r"^    \* - :py:class:.*\n      - \S.*(?:\n        .*)*\n      - \S", text,
                       re.MULTILINE)
@@ -345,4 +313,4 @@ def test_every_variable_of_the_library_is_named() -> None:
 
 def test_named_errors_are_there() -> None:
     named = set(re.findall(r"``(\w+Error)``", _ABOUT)) - {"TypeError", "ValueError"}
-    assert named <= set(persipubsub.errors.__all__)
+    assert named <= set(errors.__all__)

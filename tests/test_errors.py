@@ -1,108 +1,34 @@
 """Test that all that goes wrong below comes out as an error of the tree, with a useful message."""
 
-# pylint: disable=missing-function-docstring
-
-import errno
 import os
-import pathlib
 import pickle
 import re
 import resource
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
-import lmdb
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
-from persipubsub.lmdb_engine import datafile
+from persipubsub import Pub, Sub, control, errors
 from tests import support
 
 
-def subclasses(kind: type[Exception]) -> list[type[Exception]]:
-    return [kind] + [each for below in kind.__subclasses__() for each in subclasses(below)]
-
-
-def make(kind: type[Exception], text: str = "mdb_put: made up", code: int = 0) -> lmdb.Error:
-    error = kind(text)
-    assert isinstance(error, lmdb.Error)
-    setattr(error, "code", code)
-    return error
-
-
-EXPECTED = {
-    "MapFullError": persipubsub.errors.DiskFullError,
-    "DiskError": persipubsub.errors.DiskFullError,
-    "ReadersFullError": persipubsub.errors.ReadersFullError,
-    "CorruptedError": persipubsub.errors.StoreCorruptError,
-    "PageNotFoundError": persipubsub.errors.StoreCorruptError,
-    "VersionMismatchError": persipubsub.errors.FormatError,
-    "InvalidError": persipubsub.errors.FormatError,
-    "IncompatibleError": persipubsub.errors.FormatError,
-    "PanicError": persipubsub.errors.FlushError,
-    "ReadonlyError": persipubsub.errors.AccessError,
-}
-
-
-def test_lmdb_has_errors() -> None:
-    names = {kind.__name__ for kind in subclasses(lmdb.Error)}
-    assert set(EXPECTED) < names
-    assert len(names) > 20
-
-
-@pytest.mark.parametrize("kind", subclasses(lmdb.Error), ids=lambda kind: kind.__name__)
-def test_each_error_of_lmdb_is_translated(kind: type[Exception]) -> None:
-    for error in (make(kind), kind("mdb_put: made up")):
-        assert isinstance(error, lmdb.Error)
-        translated = datafile.translate(error=error, path="/some/queue")
-        assert isinstance(translated, persipubsub.errors.PersipubsubError)
-        assert isinstance(translated, EXPECTED.get(kind.__name__, persipubsub.errors.StoreError))
-        assert str(translated).startswith("Expected to work with the queue /some/queue, but got: "
-                                          "mdb_put: made up")
-
-
-@pytest.mark.parametrize("code, expected", [
-    (errno.ENOSPC, persipubsub.errors.DiskFullError),
-    (errno.EDQUOT, persipubsub.errors.DiskFullError),
-    (errno.EFBIG, persipubsub.errors.DiskFullError),
-    (errno.EIO, persipubsub.errors.FlushError),
-    (errno.EACCES, persipubsub.errors.AccessError),
-    (errno.EPERM, persipubsub.errors.AccessError),
-    (errno.EROFS, persipubsub.errors.AccessError),
-    (errno.ENOENT, persipubsub.errors.NotInitializedError),
-    (errno.ENOTDIR, persipubsub.errors.NotInitializedError),
-    (errno.EINVAL, persipubsub.errors.StoreError),
-    (errno.ENOMEM, persipubsub.errors.StoreError),
-])
-def test_errors_of_the_system_in_lmdb(code: int,
-                                      expected: type[persipubsub.errors.PersipubsubError]) -> None:
-    assert datafile.translate(make(lmdb.Error, code=code), "/q").__class__ is expected
-
-
-def test_map_full_is_told_from_disk_full() -> None:
-    assert isinstance(datafile.translate(make(lmdb.MapFullError), "/q"), datafile.MapFullError)
-    assert not isinstance(datafile.translate(make(lmdb.Error, code=errno.ENOSPC), "/q"),
-                          datafile.MapFullError)
-
-
-def make_own(name: str) -> persipubsub.errors.PersipubsubError:
+def make_own(name: str) -> errors.PersipubsubError:
     if name == "CorruptMessageError":
-        return persipubsub.errors.CorruptMessageError("what went wrong", number=5)
+        return errors.CorruptMessageError("what went wrong", number=5)
     if name == "ConfigError":
-        return persipubsub.errors.ConfigError("what went wrong", problems=["one", "two"])
-    error = getattr(persipubsub.errors, name)("what went wrong")
-    assert isinstance(error, persipubsub.errors.PersipubsubError)
+        return errors.ConfigError("what went wrong", problems=["one", "two"])
+    error = getattr(errors, name)("what went wrong")
+    assert isinstance(error, errors.PersipubsubError)
     return error
 
 
-@pytest.mark.parametrize("name", persipubsub.errors.__all__)
+@pytest.mark.parametrize("name", errors.__all__)
 def test_errors_can_be_caught_shown_and_copied(name: str) -> None:
     error = make_own(name)
     assert str(error) == "what went wrong"
-    with pytest.raises(persipubsub.errors.PersipubsubError):
+    with pytest.raises(errors.PersipubsubError):
         raise error
     # Processes hand errors to each other (multiprocessing, concurrent.futures).
     copy = pickle.loads(pickle.dumps(error))
@@ -113,28 +39,24 @@ def test_errors_can_be_caught_shown_and_copied(name: str) -> None:
 # What the whole library raises when something fails below it
 
 
-def uses(config_pth: pathlib.Path) -> list[Callable[[], object]]:
+def uses(config_pth: Path) -> list[Callable[[], object]]:
     """Return each thing that a user can do with a queue; all of them may be repeated."""
 
     def send() -> None:
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             pub.send(bytes(1000))
 
     def send_many() -> None:
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             pub.send_many([bytes(10000)] * 10)
 
     def receive() -> None:
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Sub("sub", config_pth) as sub:
             with sub.receive(timeout=0.01):
                 pass
 
     def look() -> None:
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Sub("sub", config_pth) as sub:
             sub.front()
             sub.pop_to_top()
 
@@ -144,66 +66,19 @@ def uses(config_pth: pathlib.Path) -> list[Callable[[], object]]:
             queue.check()
 
     return [
-        send, send_many, receive, look, inspect,
-        lambda: persipubsub.control.initialize_all_dbs(config_pth),
-        lambda: persipubsub.control.prune_dangling_messages(config_pth),
-        lambda: persipubsub.control.clear_all_subs(config_pth)
+        send, send_many, receive, look, inspect, lambda: control.initialize_all_dbs(config_pth),
+        lambda: control.prune_dangling_messages(config_pth),
+        lambda: control.clear_all_subs(config_pth)
     ]
 
 
-TREE = set(persipubsub.errors.__all__)
+TREE = set(errors.__all__)
 ALLOWED = TREE | {"", "MapFullError"}
 
 
-# The last write before the limit is cut short if the limit is no multiple of it: that is EIO.
-@pytest.mark.parametrize("size", [1000, 5000, 100000])
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str, size: int) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-
-    def run(pipe: support.Connection) -> None:
-        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            sub.init(sub_id="sub", config_pth=config_pth)
-            before = os.stat(tmp_path / "queue" / "data.mdb").st_size
-            sent = 0
-            resource.setrlimit(resource.RLIMIT_FSIZE, (before + 250000, resource.RLIM_INFINITY))
-            error = ""
-            while not error and sent < 10000:
-                error = support.outcome(lambda: pub.send(bytes(size)))
-                sent += not error
-            pipe.send((error, sent))
-            received = 0
-            while True:
-                with sub.receive(timeout=0) as message:
-                    if message is None:
-                        break
-                    received += 1
-            pipe.send(received)
-            # There is room now, without a larger limit; and more of it with one.
-            pipe.send(support.outcome(lambda: pub.send(b"again")))
-            resource.setrlimit(resource.RLIMIT_FSIZE,
-                               (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            pipe.send(support.outcome(lambda: pub.send(bytes(1 << 20))))
-            with sub.receive_many(max_msgs=10, timeout=0) as messages:
-                pipe.send([len(each) for each in messages])
-
-    with support.Child(run) as child:
-        error, sent = child.get()
-        assert error == "DiskFullError"
-        assert sent > 0
-        assert child.get() == sent
-        assert child.get() == ""
-        assert child.get() == ""
-        assert child.get() == [5, 1 << 20]
-        child.end()
-
-
 @pytest.mark.parametrize("limit", [0, 1, 100, 4096, 10000, 50000])
-def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: int) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_nothing_but_the_tree_with_small_files(tmp_path: Path, limit: int) -> None:
+    config_pth = support.make_queue(tmp_path)
     fresh = support.write_config(tmp_path, name="fresh.json", path=str(tmp_path / "fresh"))
 
     def restrict() -> None:
@@ -213,14 +88,13 @@ def test_nothing_but_the_tree_with_small_files(tmp_path: pathlib.Path, limit: in
     assert set(results) <= ALLOWED, results
     assert set(results) & TREE
     assert not set(support.outcomes_in_child(*uses(config_pth))) - {""}
-    persipubsub.control.initialize_all_dbs(config_pth=fresh)
+    control.initialize_all_dbs(config_pth=fresh)
     assert not set(support.outcomes_in_child(*uses(fresh))) - {""}
 
 
 @pytest.mark.parametrize("left", range(0, 14, 2))
-def test_nothing_but_the_tree_without_descriptors(tmp_path: pathlib.Path, left: int) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_nothing_but_the_tree_without_descriptors(tmp_path: Path, left: int) -> None:
+    config_pth = support.make_queue(tmp_path)
 
     def restrict() -> None:
         # Modules that are imported when they are needed first want to be read.
@@ -236,9 +110,8 @@ def test_nothing_but_the_tree_without_descriptors(tmp_path: pathlib.Path, left: 
         assert set(results[1:]) & TREE
 
 
-def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 18)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, max_db_size_bytes=1 << 18)
     for _ in range(5):
         results = support.outcomes_in_child(*(uses(config_pth)[:3] * 10))
         assert set(results) <= ALLOWED, results
@@ -247,14 +120,11 @@ def test_nothing_but_the_tree_with_a_tiny_map(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["directory", "data.mdb", "lock.mdb", "all files"])
-def test_nothing_but_the_tree_when_files_disappear(tmp_path: pathlib.Path, what: str) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_nothing_but_the_tree_when_files_disappear(tmp_path: Path, what: str) -> None:
+    config_pth = support.make_queue(tmp_path)
 
     def run(pipe: support.Connection) -> None:
-        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            sub.init(sub_id="sub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             if what == "directory":
                 shutil.rmtree(tmp_path / "queue")
             elif what == "all files":
@@ -285,7 +155,7 @@ def test_nothing_but_the_tree_when_files_disappear(tmp_path: pathlib.Path, what:
 def test_texts_say_what_was_expected_and_what_was_found() -> None:
     """All texts of the package, as far as they can be read from its source."""
     texts: list[str] = []
-    package = pathlib.Path(persipubsub.errors.__file__).parent
+    package = Path(errors.__file__).parent
     pattern = re.compile(r"errors\.\w+Error\(\s*((?:f?\"[^\"]*\"\s*)+)")
     for path in sorted(package.rglob("*.py")):
         for match in pattern.finditer(path.read_text("utf-8")):

@@ -3,7 +3,6 @@
 import fcntl
 import importlib.util
 import os
-import pathlib
 import re
 import shutil
 import struct
@@ -11,34 +10,34 @@ import subprocess
 import sys
 import types
 import zlib
+from pathlib import Path
 
 import lmdb
 import pytest
 
-import persipubsub.config
 import persipubsub.queue
+from persipubsub import config
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import journal
 from tests import support
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 _FOREIGN = _ROOT / "examples" / "foreign"
 _DUMP = _ROOT / "docs" / "format-dump.txt"
 _FORMAT = (_ROOT / "docs" / "format.rst").read_text(encoding="utf-8")
 
 
-def _open(directory: pathlib.Path) -> persipubsub.queue.Queue:
+def _open(directory: Path) -> persipubsub.queue.Queue:
     """Open a queue with a clock that stands still, and create it if it is not there."""
-    settings = persipubsub.config.Queue(subscribers=())
+    settings = config.Queue(subscribers=())
     path = str(directory / "queue")
     persipubsub.queue.Queue.ensure(path, settings, ("alarm", "archive"))
     return persipubsub.queue.Queue(path, settings, clock=lambda: 10**18)
 
 
 @pytest.fixture(name="queue_pth")
-def make_queue(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Make the queue that docs/format.rst shows."""
+def make_queue(tmp_path: Path) -> Path:
     with _open(tmp_path) as queue:
         queue.put([b"hello", b"", b"world"])
         queue.put([b"psst"], recipients=("alarm", ))
@@ -63,13 +62,12 @@ def _take_all(queue: persipubsub.queue.Queue) -> list[bytes]:
                 params=[("list_queue", "list_queue.c", "cc", "gcc"),
                         ("list_queue_cpp", "list_queue.cpp", "g++", "g++")],
                 ids=["c", "cpp"])
-def build_program(request: pytest.FixtureRequest,
-                  tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def build_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a program as its Makefile says: what one of them does, the other has to do, too."""
     name, source, compiler, package = request.param
     if shutil.which(compiler) is None or shutil.which("make") is None:
         pytest.skip(f"no {compiler} or no make: install {package} and make")
-    if not pathlib.Path("/usr/include/lmdb.h").exists():
+    if not Path("/usr/include/lmdb.h").exists():
         pytest.skip("no header of LMDB: install liblmdb-dev")
     directory = tmp_path_factory.mktemp("foreign")
     for copied in ("Makefile", source):
@@ -82,11 +80,11 @@ def build_program(request: pytest.FixtureRequest,
                              check=False)
     assert process.returncode == 0, process.stderr
     built = directory / name
-    assert isinstance(built, pathlib.Path)
+    assert isinstance(built, Path)
     return built
 
 
-def _run(program: pathlib.Path, *arguments: object) -> tuple[int, str, str]:
+def _run(program: Path, *arguments: object) -> tuple[int, str, str]:
     process = subprocess.run([program, *map(str, arguments)],
                              capture_output=True,
                              text=True,
@@ -95,7 +93,7 @@ def _run(program: pathlib.Path, *arguments: object) -> tuple[int, str, str]:
     return process.returncode, process.stdout, process.stderr
 
 
-def test_program_reads_a_queue(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
+def test_program_reads_a_queue(program: Path, queue_pth: Path) -> None:
     expected = """\
 format 2
 subscriber alarm: position 1, acknowledged 0
@@ -108,8 +106,7 @@ message 4 for audience 1, 4 bytes, sound: psst
     assert _run(program, queue_pth) == (0, expected, "")
 
 
-def test_program_reads_while_the_queue_is_used(program: pathlib.Path,
-                                               tmp_path: pathlib.Path) -> None:
+def test_program_reads_while_the_queue_is_used(program: Path, tmp_path: Path) -> None:
     with _open(tmp_path) as queue:
         queue.put([b"one"])
         code, out, err = _run(program, tmp_path / "queue")
@@ -119,7 +116,7 @@ def test_program_reads_while_the_queue_is_used(program: pathlib.Path,
         assert _take_all(queue) == [b"one", b"two"]
 
 
-def test_program_counts_as_a_user(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_program_counts_as_a_user(program: Path, tmp_path: Path) -> None:
     with _open(tmp_path) as queue:
         queue.put([b"x" * 1000] * 1000)
     with subprocess.Popen([program, tmp_path / "queue"], stdout=subprocess.PIPE) as process:
@@ -135,7 +132,7 @@ def test_program_counts_as_a_user(program: pathlib.Path, tmp_path: pathlib.Path)
         assert len(_take_all(queue)) == 1000
 
 
-def test_program_refuses_another_format(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
+def test_program_refuses_another_format(program: Path, queue_pth: Path) -> None:
     with lmdb.open(str(queue_pth), max_dbs=16, lib_version=0) as environment:
         meta = environment.open_db(b"meta_db", create=False)
         with environment.begin(write=True, db=meta) as txn:
@@ -147,8 +144,8 @@ def test_program_refuses_another_format(program: pathlib.Path, queue_pth: pathli
                                "list_queue: header: a format that this program does not know\n")
 
 
-def test_program_refuses_what_was_in_use_when_the_machine_went_down(program: pathlib.Path,
-                                                                    tmp_path: pathlib.Path) -> None:
+def test_program_refuses_what_was_in_use_when_the_machine_went_down(program: Path,
+                                                                    tmp_path: Path) -> None:
     """Pages may be missing, and LMDB may crash on what is in their place."""
     mark = tmp_path / "queue" / files.RUNNING
     with _open(tmp_path) as queue:
@@ -161,14 +158,14 @@ def test_program_refuses_what_was_in_use_when_the_machine_went_down(program: pat
             1, "", f"list_queue: {mark}: of another boot: let the library open the queue first\n")
 
 
-def test_program_refuses_what_is_not_a_queue(program: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_program_refuses_what_is_not_a_queue(program: Path, tmp_path: Path) -> None:
     code, out, err = _run(program, tmp_path)
     assert (code, out) == (1, "")
     assert "not a queue, or no rights" in err
     assert sorted(tmp_path.iterdir()) == []
 
 
-def test_program_finds_damage(program: pathlib.Path, queue_pth: pathlib.Path) -> None:
+def test_program_finds_damage(program: Path, queue_pth: Path) -> None:
     data = queue_pth / "data.mdb"
     data.write_bytes(data.read_bytes().replace(b"helloworld", b"jelloworld"))
     code, out, _ = _run(program, queue_pth)
@@ -194,9 +191,8 @@ def test_program_finds_damage(program: pathlib.Path, queue_pth: pathlib.Path) ->
                  "message: damaged",
                  id="end before the start"),
 ])
-def test_program_stops_at_a_damaged_block(program: pathlib.Path, queue_pth: pathlib.Path,
-                                          sound: bytes, damaged: bytes, listed: int,
-                                          reason: str) -> None:
+def test_program_stops_at_a_damaged_block(program: Path, queue_pth: Path, sound: bytes,
+                                          damaged: bytes, listed: int, reason: str) -> None:
     data = queue_pth / "data.mdb"
     content = data.read_bytes()
     assert sound in content
@@ -206,8 +202,7 @@ def test_program_stops_at_a_damaged_block(program: pathlib.Path, queue_pth: path
     assert out.count("\nmessage ") == listed, out
 
 
-def test_program_does_not_take_a_damaged_page_for_the_end(program: pathlib.Path,
-                                                          tmp_path: pathlib.Path) -> None:
+def test_program_does_not_take_a_damaged_page_for_the_end(program: Path, tmp_path: Path) -> None:
     with _open(tmp_path) as queue:
         for _ in range(12):
             queue.put([b"x" * 1000])
@@ -229,8 +224,7 @@ def test_program_does_not_take_a_damaged_page_for_the_end(program: pathlib.Path,
     assert "message 1 for" in out and "message 12 for" not in out
 
 
-def test_program_shows_all_bytes_of_a_message(program: pathlib.Path,
-                                              tmp_path: pathlib.Path) -> None:
+def test_program_shows_all_bytes_of_a_message(program: Path, tmp_path: Path) -> None:
     with _open(tmp_path) as queue:
         queue.put([b"zero\0byte"])
     code, out, err = _run(program, tmp_path / "queue")
@@ -238,20 +232,19 @@ def test_program_shows_all_bytes_of_a_message(program: pathlib.Path,
     assert out.endswith("message 1 for audience 0, 9 bytes, sound: zero\0byte\n")
 
 
-def test_program_says_how_it_is_used(program: pathlib.Path) -> None:
+def test_program_says_how_it_is_used(program: Path) -> None:
     assert _run(program) == (2, "", "usage: list_queue QUEUE_DIRECTORY\n")
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
-def test_program_refuses_a_truncated_store(program: pathlib.Path, queue_pth: pathlib.Path,
-                                           size: int) -> None:
+def test_program_refuses_a_truncated_store(program: Path, queue_pth: Path, size: int) -> None:
     data = queue_pth / "data.mdb"
     os.truncate(data, size if size >= 0 else data.stat().st_size + size)
     assert _run(program, queue_pth) == (1, "", f"list_queue: {data}: truncated\n")
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
-def test_dump_refuses_a_truncated_store(queue_pth: pathlib.Path, size: int) -> None:
+def test_dump_refuses_a_truncated_store(queue_pth: Path, size: int) -> None:
     data = queue_pth / "data.mdb"
     os.truncate(data, size if size >= 0 else data.stat().st_size + size)
     # In a process of its own: without the look at the size, LMDB kills it.
@@ -273,7 +266,7 @@ def _import(name: str) -> types.ModuleType:
     return module
 
 
-def test_dump_is_that_of_the_docs(queue_pth: pathlib.Path) -> None:
+def test_dump_is_that_of_the_docs(queue_pth: Path) -> None:
     found = "\n".join(_import("dump_queue").dump(queue_pth)) + "\n"
     if os.environ.get("PERSIPUBSUB_WRITE_DUMP"):
         _DUMP.write_text(found, encoding="utf-8")
@@ -307,7 +300,7 @@ def test_dump_knows_what_only_some_queues_have() -> None:
     ] == ["key: 't'", "time: 9", "id: 'order'"]
 
 
-def test_journal_is_read(tmp_path: pathlib.Path) -> None:
+def test_journal_is_read(tmp_path: Path) -> None:
     with _open(tmp_path) as queue:
         queue.put([b"hello", b"", b"world"])
         queue.put([b"psst"], recipients=("alarm", ), msg_ids=[b"an id"])
@@ -326,7 +319,7 @@ def test_journal_is_read(tmp_path: pathlib.Path) -> None:
     assert sum(line.startswith("segment") for line in lines) > 2
 
 
-def test_journal_that_is_not_there(tmp_path: pathlib.Path) -> None:
+def test_journal_that_is_not_there(tmp_path: Path) -> None:
     process = subprocess.run([sys.executable, _FOREIGN / "list_journal.py", tmp_path],
                              capture_output=True,
                              text=True,

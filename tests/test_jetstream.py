@@ -3,29 +3,30 @@
 import asyncio
 import contextlib
 import datetime
+import functools
 import gc
 import itertools
-import pathlib
 import re
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import nats
 import pytest
 
 import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
 import persipubsub.jetstream
 import persipubsub.message
-import persipubsub.subscriber
+from persipubsub import Sub, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, outcome, run_python, until, write_config
+from tests.jetstream_server import Servers
+from tests.support import (HANG_SECS, Child, Connection, in_threads, outcome, run_python, until,
+                           write_config)
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
@@ -34,35 +35,42 @@ _COUNTER = itertools.count()
 
 
 @pytest.fixture(name="config_pth")
-def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
-    return deploy(tmp_path, servers)
+def _config_pth(tmp_path: Path, servers: Servers) -> Path:
+    return make(tmp_path, servers)
 
 
-def deploy(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-           **changes: Any) -> pathlib.Path:
+#: Makes a queue that no other test has, with changes of its configuration.
+Deploy: TypeAlias = Callable[..., Path]
+
+
+@pytest.fixture(name="deploy")
+def _deploy(tmp_path: Path, servers: Servers) -> Deploy:
+    return functools.partial(make, tmp_path, servers)
+
+
+def make(tmp_path: Path, servers: Servers, **changes: Any) -> Path:
     changes.setdefault("busy_timeout_secs", 10)
     changes.setdefault("path", servers.path(f"stream{next(_COUNTER)}", ack_wait=1))
     return jetstream_server.create(tmp_path, **changes)
 
 
-def open_queue(config_pth: pathlib.Path) -> engine.Queue:
+def open_queue(config_pth: Path) -> engine.Queue:
     return engine.open_queue(persipubsub.config.read(config_pth), "queue")
 
 
-def ask(servers: jetstream_server.Servers, verb: str, **body: Any) -> dict[str, Any]:
+def ask(servers: Servers, verb: str, **body: Any) -> dict[str, Any]:
     """Ask the API of JetStream, behind the library's back."""
     return jetstream_server.ask(servers.servers[0].port, verb, **body)
 
 
-def stream_of(config_pth: pathlib.Path) -> str:
-    """Return the name of the stream."""
+def stream_of(config_pth: Path) -> str:
     path = persipubsub.config.read(config_pth).queue_path("queue")
     return path.partition("?")[0].rpartition("/")[2]
 
 
 def test_no_private_name_of_nats_is_used() -> None:
     """Attributes of other objects that begin with one underscore are ours, or of nobody."""
-    directory = pathlib.Path(persipubsub.jetstream.__file__).parent
+    directory = Path(persipubsub.jetstream.__file__).parent
     for path in directory.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         found = set(re.findall(r"(?<!self)(?<!\bcls)\.(_[a-z]\w*)", text))
@@ -81,7 +89,7 @@ def test_no_private_name_of_nats_is_used() -> None:
      "nats://[::1]:2/a_B-9"),
     ("nats://a-1.b_c.D.,10.0.0.1,[::ffff:1.2.3.4]/S", "nats://10.0.0.1:4222/S"),
 ])
-def test_paths(path: str, same: str, tmp_path: pathlib.Path) -> None:
+def test_paths(path: str, same: str, tmp_path: Path) -> None:
     config_pth = write_config(tmp_path, path=path)
     assert persipubsub.config.read(config_pth).queue_path("queue") == path
     # Two queues can not be one stream.
@@ -90,7 +98,7 @@ def test_paths(path: str, same: str, tmp_path: pathlib.Path) -> None:
     both = config_pth.read_text().replace('"queues": {',
                                           '"queues": {' + found.replace(path, same) + "}}, ")
     config_pth.write_text(both)
-    with pytest.raises(persipubsub.errors.ConfigError, match="another path"):
+    with pytest.raises(errors.ConfigError, match="another path"):
         persipubsub.config.read(config_pth)
 
 
@@ -121,19 +129,18 @@ def test_paths(path: str, same: str, tmp_path: pathlib.Path) -> None:
     ("nats://host/S?monitor=file:///etc/passwd", "monitor"),
     ("nats://host/S?color=red", "color"),
 ])
-def test_wrong_paths(path: str, what: str, tmp_path: pathlib.Path) -> None:
+def test_wrong_paths(path: str, what: str, tmp_path: Path) -> None:
     config_pth = write_config(tmp_path, path=path)
-    with pytest.raises(persipubsub.errors.ConfigError, match=what) as info:
+    with pytest.raises(errors.ConfigError, match=what) as info:
         persipubsub.config.read(config_pth)
     assert "config.json: queues.queue.path: Expected" in str(info.value)
     assert "secret" not in str(info.value)
 
 
-def test_no_two_ids_have_one_name(tmp_path: pathlib.Path,
-                                  servers: jetstream_server.Servers) -> None:
+def test_no_two_ids_have_one_name(deploy: Deploy) -> None:
     ids = ["a", "A", "a.b", "a=2eb", "a b", "a/b", "a\\b", "a*", "a>", "=h", "\xe9", "\xe9" * 127]
     ids += ["a" * length for length in (119, 120, 121, 255)] + [f"{'a' * 254}b"]
-    config_pth = deploy(tmp_path, servers, publishers={"pub": ids}, subscribers=ids)
+    config_pth = deploy(publishers={"pub": ids}, subscribers=ids)
     with open_pub(config_pth) as pub:
         pub.send(b"hello")
     assert lags(config_pth) == dict.fromkeys(ids, 1)
@@ -146,34 +153,25 @@ def test_no_two_ids_have_one_name(tmp_path: pathlib.Path,
 # What bad input gets
 
 
-def test_server_that_is_down(tmp_path: pathlib.Path) -> None:
+def test_server_that_is_down(tmp_path: Path) -> None:
     port = jetstream_server.free_ports(1)[0]
     config_pth = write_config(tmp_path, path=f"nats://127.0.0.1:{port}/S", busy_timeout_secs=0.5)
-    for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
-                     lambda: open_pub(config_pth), lambda: open_sub(config_pth),
-                     lambda: persipubsub.control.statistics(config_pth)):
+    for function in (lambda: control.initialize_all_dbs(config_pth), lambda: open_pub(config_pth),
+                     lambda: open_sub(config_pth), lambda: control.statistics(config_pth)):
         begin = time.monotonic()
-        with pytest.raises(persipubsub.errors.UnavailableError, match="127.0.0.1"):
+        with pytest.raises(errors.UnavailableError, match="127.0.0.1"):
             function()
         assert time.monotonic() - begin < HANG_SECS / 4
 
 
-def test_server_without_jetstream(tmp_path: pathlib.Path) -> None:
+def test_server_without_jetstream(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, jetstream=["off"]) as servers:
         config_pth = write_config(tmp_path, path=servers.path("S"))
-        with pytest.raises(persipubsub.errors.UnavailableError, match="nats-server -js"):
-            persipubsub.control.initialize_all_dbs(config_pth)
+        with pytest.raises(errors.UnavailableError, match="nats-server -js"):
+            control.initialize_all_dbs(config_pth)
 
 
-def test_account_without_jetstream(tmp_path: pathlib.Path) -> None:
-    lines = ["accounts { A { users: [{user: a, password: a}] } }", "no_auth_user: a"]
-    with jetstream_server.running(tmp_path, lines=lines) as servers:
-        config_pth = write_config(tmp_path, path=servers.path("S"))
-        with pytest.raises(persipubsub.errors.UnavailableError, match="nats-server -js"):
-            persipubsub.control.initialize_all_dbs(config_pth)
-
-
-def test_credentials(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         'authorization { users: [{user: "all", password: "pass"}, {user: "some", password: "pass", '
         'permissions: {publish: ["_INBOX.>"], subscribe: ">"}}] }'
@@ -184,16 +182,16 @@ def test_credentials(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
             for name, value in (("NATS_USER", user), ("NATS_PASSWORD", password)):
                 if value is not None:
                     monkeypatch.setenv(name, value)
-            with pytest.raises(persipubsub.errors.AccessError) as info:
-                persipubsub.control.initialize_all_dbs(config_pth)
+            with pytest.raises(errors.AccessError) as info:
+                control.initialize_all_dbs(config_pth)
             assert password is None or password not in str(info.value)
         monkeypatch.setenv("NATS_USER", "all")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         with open_pub(config_pth) as pub:
             pub.send(b"hello")
 
 
-def make_certificate(directory: pathlib.Path, name: str) -> tuple[pathlib.Path, pathlib.Path]:
+def make_certificate(directory: Path, name: str) -> tuple[Path, Path]:
     """Make a certificate for the loopback address that is its own authority, and its key."""
     certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
     subprocess.run([
@@ -206,7 +204,7 @@ def make_certificate(directory: pathlib.Path, name: str) -> tuple[pathlib.Path, 
     return certificate, key
 
 
-def test_tls(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate, key = make_certificate(tmp_path, "server")
     own_certificate, own_key = make_certificate(tmp_path, "client")
     lines = [
@@ -220,11 +218,11 @@ def test_tls(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setenv("NATS_CA", str(authority))
             # The server wants one of the client as well, and closes the connection without it.
             expected = ("AccessError", "UnavailableError") if is_known else ("AccessError", )
-            begin = outcome(lambda: persipubsub.control.initialize_all_dbs(config_pth))
+            begin = outcome(lambda: control.initialize_all_dbs(config_pth))
             assert begin in expected, authority
         monkeypatch.setenv("NATS_CERT", str(own_certificate))
         monkeypatch.setenv("NATS_KEY", str(own_key))
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             pub.send(b"hello")
             servers.servers[0].kill()
@@ -234,7 +232,7 @@ def test_tls(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0.0, 2.0])
-def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+def test_without_the_right_to_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                    timeout: float) -> None:
     """It does not look like an empty queue."""
     users = ('authorization { users: [{user: all, password: x}, {user: some, password: x, '
@@ -242,16 +240,16 @@ def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.M
     monkeypatch.setenv("NATS_USER", "all")
     monkeypatch.setenv("NATS_PASSWORD", "x")
     with jetstream_server.running(tmp_path, lines=[users]) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         with open_pub(config_pth) as pub:
             pub.send(b"hello")
         monkeypatch.setenv("NATS_USER", "some")
         with open_sub(config_pth) as sub:
             for take in (sub.receive, sub.receive_to_top):
-                with pytest.raises(persipubsub.errors.AccessError, match="rights"), \
+                with pytest.raises(errors.AccessError, match="rights"), \
                         take(timeout=timeout):
                     pass
-            with pytest.raises(persipubsub.errors.AccessError, match="rights"):
+            with pytest.raises(errors.AccessError, match="rights"):
                 sub.pop_to_top()
         monkeypatch.setenv("NATS_USER", "all")
         with open_sub(config_pth) as sub, sub.receive(timeout=HANG_SECS) as msg:
@@ -259,58 +257,55 @@ def test_without_the_right_to_pull(tmp_path: pathlib.Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT"])
-def test_credentials_that_are_no_file(config_pth: pathlib.Path, name: str,
+def test_credentials_that_are_no_file(config_pth: Path, name: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     # A server that asks for none gets no credentials, and their file is not read.
     for value in ("/nonexistent", str(config_pth))[:1 if name == "NATS_CREDS" else 2]:
         monkeypatch.setenv(name, value)
-        with pytest.raises(persipubsub.errors.AccessError):
+        with pytest.raises(errors.AccessError):
             open_pub(config_pth)
 
 
-def test_stream_of_somebody_else(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
+def test_stream_of_somebody_else(tmp_path: Path, servers: Servers) -> None:
     ask(servers, "STREAM.CREATE.theirs", name="theirs", subjects=["their.subject"])
     config_pth = write_config(tmp_path, path=servers.path("theirs"))
-    for function in (lambda: persipubsub.control.initialize_all_dbs(config_pth),
-                     lambda: open_pub(config_pth), lambda: open_sub(config_pth),
-                     lambda: persipubsub.control.clear_all_subs(config_pth)):
-        with pytest.raises(persipubsub.errors.FormatError, match="somebody else"):
+    for function in (lambda: control.initialize_all_dbs(config_pth), lambda: open_pub(config_pth),
+                     lambda: open_sub(config_pth), lambda: control.clear_all_subs(config_pth)):
+        with pytest.raises(errors.FormatError, match="somebody else"):
             function()
     assert ask(servers, "STREAM.INFO.theirs")["config"]["subjects"] == ["their.subject"]
 
 
-def test_subjects_of_somebody_else(tmp_path: pathlib.Path,
-                                   servers: jetstream_server.Servers) -> None:
+def test_subjects_of_somebody_else(tmp_path: Path, servers: Servers) -> None:
     ask(servers, "STREAM.CREATE.taken", name="taken", subjects=["persipubsub.mine.>"])
     config_pth = write_config(tmp_path, path=servers.path("mine"))
-    with pytest.raises(persipubsub.errors.FormatError, match="overlap"):
-        persipubsub.control.initialize_all_dbs(config_pth)
+    with pytest.raises(errors.FormatError, match="overlap"):
+        control.initialize_all_dbs(config_pth)
 
 
-def test_more_replicas_than_servers(tmp_path: pathlib.Path,
-                                    servers: jetstream_server.Servers) -> None:
+def test_more_replicas_than_servers(tmp_path: Path, servers: Servers) -> None:
     config_pth = write_config(tmp_path, path=servers.path("many", replicas=3))
-    with pytest.raises(persipubsub.errors.ConfigError, match="replicas"):
-        persipubsub.control.initialize_all_dbs(config_pth)
+    with pytest.raises(errors.ConfigError, match="replicas"):
+        control.initialize_all_dbs(config_pth)
 
 
-def test_server_without_room(tmp_path: pathlib.Path) -> None:
+def test_server_without_room(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, jetstream=["max_file_store: 1MB"]) as servers:
         config_pth = write_config(tmp_path, path=servers.path("S"), HWM_LMDB_SIZE_BYTES=1 << 30)
-        with pytest.raises(persipubsub.errors.DiskFullError):
-            persipubsub.control.initialize_all_dbs(config_pth)
+        with pytest.raises(errors.DiskFullError):
+            control.initialize_all_dbs(config_pth)
 
 
-def test_payload_limit_of_the_server(config_pth: pathlib.Path) -> None:
+def test_payload_limit_of_the_server(config_pth: Path) -> None:
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        with pytest.raises(persipubsub.errors.MessageTooLargeError, match="max_payload.* 1048576"):
+        with pytest.raises(errors.MessageTooLargeError, match="max_payload.* 1048576"):
             pub.send(bytes(1 << 20))
         largest = bytes((1 << 20) - 192)
         pub.send(largest)
         assert drain(sub, timeout=1) == [largest]
 
 
-def test_without_the_extra(tmp_path: pathlib.Path) -> None:
+def test_without_the_extra(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path, path="nats://localhost/S")
     run = run_python(
         "import sys; sys.modules['nats'] = None\n"
@@ -320,26 +315,13 @@ def test_without_the_extra(tmp_path: pathlib.Path) -> None:
     assert "pip install 'persipubsub[nats]'" in run.stdout, run.stderr
 
 
-@pytest.mark.parametrize("name", ["compact", "verify"])
-def test_what_needs_a_directory(config_pth: pathlib.Path, name: str) -> None:
-    with pytest.raises(persipubsub.errors.ConfigError, match="is a directory of this machine"):
-        getattr(persipubsub.control, name)(config_pth)
-
-
 # Traps
 
 
 @contextlib.contextmanager
-def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
+def impostor(servers: Servers, config_pth: Path,
              answers: Sequence[bytes]) -> Iterator[list[tuple[str, str]]]:
-    """
-    Answer in place of a stream, which does not listen any more.
-
-    :param servers: of the stream
-    :param config_pth: of the queue
-    :param answers: one after the other; nothing at all where it is empty
-    :return: what was published so far: the last part of the subject, and the id
-    """
+    """Answer in place of a stream, which does not listen any more."""
     name = stream_of(config_pth)
     config = ask(servers, f"STREAM.INFO.{name}")["config"]
     ask(servers, f"STREAM.UPDATE.{name}", **{**config, "subjects": [f"elsewhere.{name}"]})
@@ -372,8 +354,7 @@ def impostor(servers: jetstream_server.Servers, config_pth: pathlib.Path,
         thread.join(HANG_SECS)
 
 
-def test_answer_without_a_number_is_none(config_pth: pathlib.Path,
-                                         servers: jetstream_server.Servers) -> None:
+def test_answer_without_a_number_is_none(config_pth: Path, servers: Servers) -> None:
     # After its leader died, a stream was seen to answer like this to a message that it lost.
     answers = [
         b'{"stream": "S", "seq": 0, "duplicate": true}', b'{"stream": "S", "seq": 0}',
@@ -387,21 +368,19 @@ def test_answer_without_a_number_is_none(config_pth: pathlib.Path,
     assert len(set(published)) == 1
 
 
-def test_message_that_nobody_wants_is_refused(tmp_path: pathlib.Path,
-                                              servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
+def test_message_that_nobody_wants_is_refused(deploy: Deploy, servers: Servers) -> None:
+    config_pth = deploy(publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
     name = stream_of(config_pth)
     with open_pub(config_pth) as pub:
         pub.send(b"hello")
         ask(servers, f"CONSUMER.DELETE.{name}.b")
         until(lambda: outcome(lambda: pub.send(b"hello")) == "NotInitializedError", "an error")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         pub.send(b"again")
 
 
-def test_audience_that_consumers_do_not_know(tmp_path: pathlib.Path,
-                                             servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
+def test_audience_that_consumers_do_not_know(deploy: Deploy, tmp_path: Path) -> None:
+    config_pth = deploy(publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
     path = persipubsub.config.read(config_pth).queue_path("queue")
     changed = write_config(tmp_path,
                            path=path,
@@ -410,17 +389,16 @@ def test_audience_that_consumers_do_not_know(tmp_path: pathlib.Path,
                            name="changed.json")
     with open_pub(changed) as pub:
         # It would be acknowledged and dropped.
-        with pytest.raises(persipubsub.errors.NotInitializedError, match="initialize_all_dbs"):
+        with pytest.raises(errors.NotInitializedError, match="initialize_all_dbs"):
             pub.send(b"hello")
-        persipubsub.control.initialize_all_dbs(changed)
+        control.initialize_all_dbs(changed)
         pub.send(b"hello")
     with open_sub(changed, "a") as sub:
         assert drain(sub) == [b"hello"]
 
 
-def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
-                                               servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, MSG_TIMEOUT_SECS=0.5)
+def test_old_message_that_the_server_still_has(deploy: Deploy, servers: Servers) -> None:
+    config_pth = deploy(MSG_TIMEOUT_SECS=0.5)
     name = stream_of(config_pth)
     config = ask(servers, f"STREAM.INFO.{name}")["config"]
     ask(servers, f"STREAM.UPDATE.{name}", **{**config, "max_age": 3600 * 10**9})
@@ -432,12 +410,11 @@ def test_old_message_that_the_server_still_has(tmp_path: pathlib.Path,
         pub.send(b"old")
         time.sleep(0.6)
         assert ask(servers, f"STREAM.INFO.{name}")["state"]["messages"] == 1
-        assert persipubsub.control.prune_dangling_messages(config_pth) == {"queue": 1}
+        assert control.prune_dangling_messages(config_pth) == {"queue": 1}
         assert ask(servers, f"STREAM.INFO.{name}")["state"]["messages"] == 0
 
 
-def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path,
-                                                 servers: jetstream_server.Servers) -> None:
+def test_late_message_is_not_kept_in_the_process(tmp_path: Path, servers: Servers) -> None:
     # A pull that ends right when a message comes: nobody may sit on it for ack_wait.
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth) as other:
@@ -448,23 +425,21 @@ def test_late_message_is_not_kept_in_the_process(tmp_path: pathlib.Path,
             pub.send(b"hello")
             thread.join(HANG_SECS)
         assert all(message == b"hello" for message in drain(other, timeout=1))
-        assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].lag == 0
+        assert control.statistics(config_pth)["queue"].subscribers[0].lag == 0
 
 
-def test_dropped_messages_are_told(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-                                   caplog: pytest.LogCaptureFixture) -> None:
-    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=10)
+def test_dropped_messages_are_told(deploy: Deploy, caplog: pytest.LogCaptureFixture) -> None:
+    config_pth = deploy(MAX_MSGS_NUM=10)
     with caplog.at_level("WARNING", logger="persipubsub"), open_pub(config_pth) as pub:
         for message in numbered(11):
             pub.send(message)
     assert "dropped unread: 6 of sub" in caplog.text
 
 
-def test_limits_are_brought_up_to_date(tmp_path: pathlib.Path,
-                                       servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=10)
+def test_limits_are_brought_up_to_date(deploy: Deploy, servers: Servers) -> None:
+    config_pth = deploy(MAX_MSGS_NUM=10)
     path = persipubsub.config.read(config_pth).queue_path("queue")
-    deploy(tmp_path, servers, MAX_MSGS_NUM=20, path=path.replace("ack_wait=1", "ack_wait=2"))
+    deploy(MAX_MSGS_NUM=20, path=path.replace("ack_wait=1", "ack_wait=2"))
     name = stream_of(config_pth)
     assert ask(servers, f"STREAM.INFO.{name}")["config"]["max_msgs"] == 20
     assert ask(servers, f"CONSUMER.INFO.{name}.sub")["config"]["ack_wait"] == 2 * 10**9
@@ -473,17 +448,14 @@ def test_limits_are_brought_up_to_date(tmp_path: pathlib.Path,
 @pytest.mark.parametrize("strategy, expected", [("reject", "QueueFullError"),
                                                 ("block", "QueueFullError"), ("prune_first", ""),
                                                 ("prune_last", "")])
-def test_limits_that_are_lowered_under_a_publisher(tmp_path: pathlib.Path,
-                                                   servers: jetstream_server.Servers, strategy: str,
+def test_limits_that_are_lowered_under_a_publisher(deploy: Deploy, strategy: str,
                                                    expected: str) -> None:
-    config_pth = deploy(tmp_path, servers, strategy=strategy)
+    config_pth = deploy(strategy=strategy)
     path = persipubsub.config.read(config_pth).queue_path("queue")
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
         # Beside a new file, an edit of the stream by hand does the same.
-        deploy(tmp_path,
-               servers,
-               path=path,
+        deploy(path=path,
                name="lower.json",
                strategy=strategy,
                MAX_MSGS_NUM=4,
@@ -495,33 +467,15 @@ def test_limits_that_are_lowered_under_a_publisher(tmp_path: pathlib.Path,
         assert drain(sub) == numbered(4)
 
 
-def test_limit_that_we_do_not_know(tmp_path: pathlib.Path,
-                                   servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, busy_timeout_secs=1)
-    name = stream_of(config_pth)
-    config = ask(servers, f"STREAM.INFO.{name}")["config"]
-    ask(servers, f"STREAM.UPDATE.{name}", **{
-        **config, "max_msgs_per_subject": 1,
-        "discard_new_per_subject": True
-    })
-    with open_pub(config_pth) as pub:
-        pub.send(b"hello")
-        begin = time.process_time()
-        # The latter if the server is slow in the end.
-        assert outcome(lambda: pub.send(b"more")) in ("QueueFullError", "UnavailableError")
-        assert time.process_time() - begin < 0.5
-
-
-def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
-                                                  servers: jetstream_server.Servers) -> None:
+def test_subscribers_that_are_in_the_file_no_more(deploy: Deploy, servers: Servers) -> None:
     gone = tuple(f"gone.{number}" for number in range(150))
     path = servers.path("gone")
-    deploy(tmp_path, servers, path=path, subscribers=("sub", ) + gone)
-    config_pth = deploy(tmp_path, servers, path=path, MAX_MSGS_NUM=2, strategy="reject")
+    deploy(path=path, subscribers=("sub", ) + gone)
+    config_pth = deploy(path=path, MAX_MSGS_NUM=2, strategy="reject")
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(2))
         assert drain(sub) == numbered(2)
-        with pytest.raises(persipubsub.errors.QueueFullError, match="2 of them for 'gone"):
+        with pytest.raises(errors.QueueFullError, match="2 of them for 'gone"):
             pub.send(b"2")
     # Of somebody else: it is no subscriber.
     ask(servers,
@@ -532,7 +486,7 @@ def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
             "durable_name": "other",
             "ack_policy": "explicit"
         })
-    figures = persipubsub.control.statistics(config_pth)["queue"].subscribers
+    figures = control.statistics(config_pth)["queue"].subscribers
     assert {one.subscriber: one.lag for one in figures} == {"sub": 0, **dict.fromkeys(gone, 2)}
     ask(servers, "CONSUMER.DELETE.gone.other")
     for name in gone:
@@ -541,51 +495,17 @@ def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
         pub.send(b"2")
 
 
-# What the boundary has beside
-
-
-def test_details(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        assert queue.put([b"first", b"second"]) == 1
-        consumer = queue.consumer("sub")
-        for attempts in (1, 2):
-            lease = consumer.take(timeout=HANG_SECS)
-            assert lease is not None
-            found = lease.details()[0]
-            assert (found.data, found.number, found.attempts) == (b"first", 1, attempts)
-            assert abs(found.sent_at.timestamp() - time.time()) < HANG_SECS
-            lease.nack(KeyError("why"))
-
-
-def test_newest(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        consumer = queue.consumer("sub")
-        assert consumer.take(timeout=0.05, is_newest=True) is None
-        queue.put(numbered(300))
-        lease = consumer.take(timeout=HANG_SECS, is_newest=True)
-        assert lease is not None and lease.messages == [b"299"]
-        lease.ack()
-        assert consumer.take(timeout=0.05) is None
-
-
-def test_same_id_is_stored_once(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        first = queue.put([b"a", b"b"], msg_ids=[b"one\r\n", b"two"])
-        assert queue.put([b"a"], msg_ids=[b"one\r\n"]) == first
-        assert queue.put([b"c"]) == first + 2
-
-
 # Threads, fork, exit
 
 
-def test_connections_end_with_the_parent(tmp_path: pathlib.Path) -> None:
+def test_connections_end_with_the_parent(tmp_path: Path) -> None:
 
     def idle(pipe: Connection) -> None:
         pipe.send("there")
         pipe.recv()
 
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         pub = open_pub(config_pth)
         pub.send(b"hello")
         server = servers.servers[0]
@@ -599,9 +519,9 @@ def test_connections_end_with_the_parent(tmp_path: pathlib.Path) -> None:
             child.end()
 
 
-def test_queues_share_a_connection_and_a_thread(tmp_path: pathlib.Path) -> None:
+def test_queues_share_a_connection_and_a_thread(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         with open_pub(config_pth), open_pub(config_pth), open_sub(config_pth):
             # A server may see the end of the one before after the beginning of this one.
             until(lambda: servers.servers[0].look("connz").get("num_connections") == 1,
@@ -617,17 +537,16 @@ def test_queues_share_a_connection_and_a_thread(tmp_path: pathlib.Path) -> None:
     "daemon=True).start(); import time; time.sleep(0.2)",
     "import os, signal; os.kill(SERVER, signal.SIGSTOP)",
 ])
-def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
+def test_exit_without_close(tmp_path: Path, code: str) -> None:
     with jetstream_server.running(tmp_path) as servers:
-        config_pth = deploy(tmp_path, servers)
+        config_pth = make(tmp_path, servers)
         process = servers.servers[0].process
         assert process is not None
         run = run_python(
             "import sys; SERVER = int(sys.argv[2])\n"
-            "import persipubsub.publisher, persipubsub.subscriber\n"
-            "pub = persipubsub.publisher.Pub(); pub.init('pub', sys.argv[1])\n"
-            "sub = persipubsub.subscriber.Sub(); sub.init('sub', sys.argv[1])\n" + code, config_pth,
-            process.pid)
+            "from persipubsub import Pub, Sub\n"
+            "pub = Pub('pub', sys.argv[1])\n"
+            "sub = Sub('sub', sys.argv[1])\n" + code, config_pth, process.pid)
         process.send_signal(signal.SIGCONT)
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
@@ -635,8 +554,7 @@ def test_exit_without_close(tmp_path: pathlib.Path, code: str) -> None:
 # What is forgotten
 
 
-def forget_batch(sub: persipubsub.subscriber.Sub, count: int) -> None:
-    """Leave messages to the garbage collector."""
+def forget_batch(sub: Sub, count: int) -> None:
     batch = sub.receive_many(count, timeout=HANG_SECS)
     # pylint: disable-next=unnecessary-dunder-call
     assert len(batch.__enter__()) == count
@@ -645,8 +563,7 @@ def forget_batch(sub: persipubsub.subscriber.Sub, count: int) -> None:
 
 
 @pytest.mark.parametrize("is_in_loop", [False, True])
-def test_forgotten_batch(tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-                         is_in_loop: bool) -> None:
+def test_forgotten_batch(tmp_path: Path, servers: Servers, is_in_loop: bool) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
 
     async def collect() -> None:
@@ -663,14 +580,13 @@ def test_forgotten_batch(tmp_path: pathlib.Path, servers: jetstream_server.Serve
         assert drain(sub) == numbered(5)
 
 
-def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
-                                                         servers: jetstream_server.Servers) -> None:
+def test_message_that_is_forgotten_right_before_the_exit(tmp_path: Path, servers: Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_pub(config_pth) as pub:
         pub.send(b"0")
     run = run_python(
-        "import sys, persipubsub.subscriber\n"
-        "sub = persipubsub.subscriber.Sub(); sub.init('sub', sys.argv[1])\n"
+        "import sys; from persipubsub import Sub\n"
+        "sub = Sub('sub', sys.argv[1])\n"
         "for msg in sub.messages(timeout=60): break\n", config_pth)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     with open_sub(config_pth) as sub:
@@ -678,7 +594,7 @@ def test_message_that_is_forgotten_right_before_the_exit(tmp_path: pathlib.Path,
 
 
 @pytest.mark.parametrize("how", ["ack", "nack", "close"])
-def test_lease_that_ended_is_not_given_back_again(config_pth: pathlib.Path, how: str) -> None:
+def test_lease_that_ended_is_not_given_back_again(config_pth: Path, how: str) -> None:
     with open_queue(config_pth) as queue, open_queue(config_pth) as other:
         queue.put(numbered(2))
         lease = queue.consumer("sub").take(timeout=HANG_SECS)
@@ -698,8 +614,7 @@ def _forget_in_child(pipe: Connection, leases: list[Any]) -> None:
     pipe.send("forgotten")
 
 
-def test_child_does_not_give_back_what_its_parent_has(tmp_path: pathlib.Path,
-                                                      servers: jetstream_server.Servers) -> None:
+def test_child_does_not_give_back_what_its_parent_has(tmp_path: Path, servers: Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
     with open_queue(config_pth) as queue, open_sub(config_pth) as sub:
         queue.put(numbered(2))
@@ -714,7 +629,7 @@ def test_child_does_not_give_back_what_its_parent_has(tmp_path: pathlib.Path,
         assert drain(sub) == [b"0"]
 
 
-def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
+def test_two_threads_begin_at_once(config_pth: Path) -> None:
     results: list[str] = []
 
     def work() -> None:
@@ -725,54 +640,21 @@ def test_two_threads_begin_at_once(config_pth: pathlib.Path) -> None:
 
         results.append(outcome(use))
 
-    threads = [threading.Thread(target=work) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(HANG_SECS)
+    in_threads([work] * 16)
     assert results == [""] * 16
-
-
-def test_child_that_forks_in_the_middle(config_pth: pathlib.Path) -> None:
-    # Another thread of the parent is inside of the library when it forks.
-    is_over = threading.Event()
-    results: list[str] = []
-
-    def send_on() -> None:
-        with open_pub(config_pth) as pub:
-            while not is_over.is_set():
-                results.append(outcome(lambda: pub.send(b"parent")))
-
-    def use(pipe: Connection) -> None:
-        with open_pub(config_pth) as pub:
-            pub.send(b"child")
-        pipe.send("sent")
-
-    thread = threading.Thread(target=send_on)
-    thread.start()
-    try:
-        for _ in range(5):
-            with Child(use) as child:
-                assert child.get() == "sent"
-                child.end()
-    finally:
-        is_over.set()
-        thread.join(HANG_SECS)
-    assert set(results) == {""}
 
 
 # Full queues
 
 
-def test_full_queue_that_drops_nothing(tmp_path: pathlib.Path,
-                                       servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, MAX_MSGS_NUM=3, strategy="reject")
+def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: Path) -> None:
+    config_pth = deploy(MAX_MSGS_NUM=3, strategy="reject")
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(2))
-        with pytest.raises(persipubsub.errors.QueueFullError, match="2 of them for 'sub'"):
+        with pytest.raises(errors.QueueFullError, match="2 of them for 'sub'"):
             pub.send_many(numbered(2))
         pub.send(b"2")
-        with pytest.raises(persipubsub.errors.QueueFullError, match="3 of them for 'sub'"):
+        with pytest.raises(errors.QueueFullError, match="3 of them for 'sub'"):
             pub.send(b"3")
     blocking = write_config(tmp_path,
                             path=persipubsub.config.read(config_pth).queue_path("queue"),
@@ -793,10 +675,7 @@ def test_full_queue_that_drops_nothing(tmp_path: pathlib.Path,
 # Retries and dead letters
 
 
-def write_letters(tmp_path: pathlib.Path,
-                  servers: jetstream_server.Servers,
-                  letters: str = "",
-                  **entries: Any) -> pathlib.Path:
+def write_letters(tmp_path: Path, servers: Servers, letters: str = "", **entries: Any) -> Path:
     """Write the configuration of a queue whose subscriber has limits, and initialize it."""
     config_pth = write_config(tmp_path, path=servers.path(f"stream{next(_COUNTER)}", ack_wait=1))
     text = config_pth.read_text()
@@ -810,11 +689,11 @@ def write_letters(tmp_path: pathlib.Path,
         '{"queues": {',
         '{"operator": {"in_queue": "letters"}, "queues": {"letters": {' + other + "}}, ")
     config_pth.write_text(text)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     return config_pth
 
 
-def fail(sub: persipubsub.subscriber.Sub, timeout: float = HANG_SECS) -> bytes | None:
+def fail(sub: Sub, timeout: float = HANG_SECS) -> bytes | None:
     """Receive a message, and fail to work on it."""
     received: list[bytes | None] = []
     with contextlib.suppress(KeyError), sub.receive(timeout=timeout) as msg:
@@ -824,13 +703,13 @@ def fail(sub: persipubsub.subscriber.Sub, timeout: float = HANG_SECS) -> bytes |
     return received[0]
 
 
-def letters_of(config_pth: pathlib.Path) -> list[persipubsub.message.DeadLetter]:
+def letters_of(config_pth: Path) -> list[persipubsub.message.DeadLetter]:
     with open_sub(config_pth, "operator") as sub:
         return list(map(persipubsub.message.DeadLetter.decode, drain(sub, timeout=1)))
 
 
-def test_message_that_fails_too_often_becomes_a_dead_letter(
-        tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
+def test_message_that_fails_too_often_becomes_a_dead_letter(tmp_path: Path,
+                                                            servers: Servers) -> None:
     config_pth = write_letters(tmp_path,
                                servers,
                                max_deliveries=2,
@@ -850,7 +729,7 @@ def test_message_that_fails_too_often_becomes_a_dead_letter(
     assert len(looked) == 1 and lags(config_pth) == {"sub": 0}
 
 
-def _receive_and_hang(pipe: Connection, config_pth: pathlib.Path) -> None:
+def _receive_and_hang(pipe: Connection, config_pth: Path) -> None:
     with open_sub(config_pth) as sub:
         while True:
             with sub.receive(timeout=HANG_SECS) as msg:
@@ -858,8 +737,7 @@ def _receive_and_hang(pipe: Connection, config_pth: pathlib.Path) -> None:
                 pipe.recv()
 
 
-def test_kills_count_as_deliveries(tmp_path: pathlib.Path,
-                                   servers: jetstream_server.Servers) -> None:
+def test_kills_count_as_deliveries(tmp_path: Path, servers: Servers) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=2, dead_letter_queue='"letters"')
     with open_pub(config_pth) as pub:
         pub.send_many([b"poison", b"fine"])
@@ -878,8 +756,7 @@ def test_kills_count_as_deliveries(tmp_path: pathlib.Path,
 
 
 def test_message_without_a_queue_of_dead_letters_is_dropped(
-        tmp_path: pathlib.Path, servers: jetstream_server.Servers,
-        caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=1)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"poison", b"fine"])
@@ -889,8 +766,7 @@ def test_message_without_a_queue_of_dead_letters_is_dropped(
     assert "The message 1 of the queue" in caplog.text and "KeyError" in caplog.text
 
 
-def test_failed_message_rests_longer_each_time(tmp_path: pathlib.Path,
-                                               servers: jetstream_server.Servers) -> None:
+def test_failed_message_rests_longer_each_time(tmp_path: Path, servers: Servers) -> None:
     config_pth = write_letters(tmp_path, servers, retry_delay_secs=0.4)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"slow", b"fine"])
@@ -907,8 +783,7 @@ def test_failed_message_rests_longer_each_time(tmp_path: pathlib.Path,
         assert 0.7 < time.monotonic() - begin
 
 
-def test_dead_letter_that_can_not_be_written(tmp_path: pathlib.Path,
-                                             servers: jetstream_server.Servers,
+def test_dead_letter_that_can_not_be_written(tmp_path: Path, servers: Servers,
                                              caplog: pytest.LogCaptureFixture) -> None:
     config_pth = write_letters(tmp_path, servers, max_deliveries=1, dead_letter_queue='"letters"')
     path = persipubsub.config.read(config_pth).queue_path("letters")
@@ -924,14 +799,13 @@ def test_dead_letter_that_can_not_be_written(tmp_path: pathlib.Path,
         assert not drain(sub, timeout=1.5)
         with open_queue(config_pth) as queue:
             assert queue.statistics().subscribers[0].lag == 1
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         until(lambda: not drain(sub) and lags(config_pth) == {"sub": 0}, "the dead letter")
     assert [letter.data for letter in letters_of(config_pth)] == [b"poison"]
 
 
-def test_dead_letters_to_a_directory_are_refused(tmp_path: pathlib.Path,
-                                                 servers: jetstream_server.Servers) -> None:
-    with pytest.raises(persipubsub.errors.ConfigError, match="dead_letter_queue: .*alike"):
+def test_dead_letters_to_a_directory_are_refused(tmp_path: Path, servers: Servers) -> None:
+    with pytest.raises(errors.ConfigError, match="dead_letter_queue: .*alike"):
         write_letters(tmp_path,
                       servers,
                       letters=str(tmp_path / "letters"),
@@ -942,11 +816,8 @@ def test_dead_letters_to_a_directory_are_refused(tmp_path: pathlib.Path,
 # Places
 
 
-def test_seek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path,
-                        servers,
-                        publishers={"pub": ("sub", "b")},
-                        subscribers=("sub", "b"))
+def test_seek(deploy: Deploy) -> None:
+    config_pth = deploy(publishers={"pub": ("sub", "b")}, subscribers=("sub", "b"))
     config = persipubsub.config.read(config_pth)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub, open_sub(config_pth, "b") as b:
         pub.send_many(numbered(5))
@@ -962,7 +833,7 @@ def test_seek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None
         assert engine.seek(config, "queue", "b", 8) == 8
         assert drain(b) == numbered(10)[7:]
         # What everybody passed is gone, and what is sent from now on comes to all.
-        assert persipubsub.control.statistics(config_pth)["queue"].messages == 0
+        assert control.statistics(config_pth)["queue"].messages == 0
         engine.seek(config, "queue", "sub", "beginning")
         pub.send(b"new")
         assert (drain(sub), drain(b)) == ([b"new"], [b"new"])
@@ -973,9 +844,8 @@ def test_seek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None
     assert outcome(lambda: engine.seek(config, "queue", "nobody", 1)) == "NotInitializedError"
 
 
-def test_seek_while_everybody_is_at_work(tmp_path: pathlib.Path,
-                                         servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, retain_secs=600)
+def test_seek_while_everybody_is_at_work(deploy: Deploy) -> None:
+    config_pth = deploy(retain_secs=600)
     config = persipubsub.config.read(config_pth)
     ends: list[str] = []
     is_over = threading.Event()
@@ -1007,9 +877,8 @@ def test_seek_while_everybody_is_at_work(tmp_path: pathlib.Path,
         assert drain(sub, timeout=2) == numbered(300)
 
 
-def test_finished_messages_are_retained(tmp_path: pathlib.Path,
-                                        servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers, retain_secs=600, MAX_MSGS_NUM=5, strategy="reject")
+def test_finished_messages_are_retained(deploy: Deploy) -> None:
+    config_pth = deploy(retain_secs=600, MAX_MSGS_NUM=5, strategy="reject")
     config = persipubsub.config.read(config_pth)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
@@ -1024,16 +893,15 @@ def test_finished_messages_are_retained(tmp_path: pathlib.Path,
         assert drain(sub) == numbered(5)
 
 
-def test_subscriber_that_starts_from_the_beginning(tmp_path: pathlib.Path,
-                                                   servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers)
+def test_subscriber_that_starts_from_the_beginning(deploy: Deploy, tmp_path: Path) -> None:
+    config_pth = deploy()
     path = persipubsub.config.read(config_pth).queue_path("queue")
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(3))
     both = write_config(tmp_path, path=path, subscribers=("sub", "late"), name="both.json")
     both.write_text(both.read_text().replace('"late": {"in_queue"',
                                              '"late": {"start_from": "beginning", "in_queue"'))
-    persipubsub.control.initialize_all_dbs(both)
+    control.initialize_all_dbs(both)
     with open_sub(both, "late") as late:
         assert drain(late) == numbered(3)
 
@@ -1041,14 +909,8 @@ def test_subscriber_that_starts_from_the_beginning(tmp_path: pathlib.Path,
 # Looking, adding, removing
 
 
-def test_peek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path,
-                        servers,
-                        publishers={
-                            "pub": ("a", "b"),
-                            "one": ("b", )
-                        },
-                        subscribers=("a", "b"))
+def test_peek(deploy: Deploy) -> None:
+    config_pth = deploy(publishers={"pub": ("a", "b"), "one": ("b", )}, subscribers=("a", "b"))
     config = persipubsub.config.read(config_pth)
     assert engine.peek(config, "queue", "a", 9) == []
     with open_pub(config_pth) as pub, open_pub(config_pth, "one") as one:
@@ -1067,7 +929,7 @@ def test_peek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None
     assert outcome(lambda: engine.peek(config, "queue", "nobody")) == "NotInitializedError"
 
 
-def test_follow(config_pth: pathlib.Path) -> None:
+def test_follow(config_pth: Path) -> None:
     config = persipubsub.config.read(config_pth)
     with open_pub(config_pth) as pub, \
             contextlib.closing(engine.follow(config, "queue", last=1)) as looks:
@@ -1083,9 +945,8 @@ def test_follow(config_pth: pathlib.Path) -> None:
     assert lags(config_pth) == {"sub": 3}
 
 
-def test_subscribers_are_added_and_removed(tmp_path: pathlib.Path,
-                                           servers: jetstream_server.Servers) -> None:
-    config_pth = deploy(tmp_path, servers)
+def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: Path) -> None:
+    config_pth = deploy()
     both = write_config(tmp_path,
                         path=persipubsub.config.read(config_pth).queue_path("queue"),
                         subscribers=("sub", "new"),
@@ -1100,7 +961,7 @@ def test_subscribers_are_added_and_removed(tmp_path: pathlib.Path,
             assert drain(sub) == [b"after"]
             assert engine.remove_subscriber(config, "queue", "sub") == 2
             # Nobody else needs them.
-            assert persipubsub.control.statistics(both)["queue"].messages == 0
+            assert control.statistics(both)["queue"].messages == 0
             # What everybody is to get needs everybody that the file names.
             until(lambda: outcome(lambda: pub.send(b"lost")) == "NotInitializedError", "an error")
             assert outcome(lambda: drain(sub)) == ""

@@ -2,54 +2,52 @@
 
 import asyncio
 import contextlib
-import gc
 import itertools
-import pathlib
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
-import persipubsub.config
-import persipubsub.errors
+from persipubsub import config
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.faults.test_storm import choose_seed
+from tests.faults import tracing
 from tests.jetstream_server import ask
-from tests.support import HANG_SECS, Child, Connection, until
-from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
+from tests.support import HANG_SECS
+from tests.test_behaviour import lags, numbered
 
 pytestmark = jetstream_server.needs_server
 
-Work = Callable[[pathlib.Path], Coroutine[Any, Any, None]]
+Work = Callable[[Path], Coroutine[Any, Any, None]]
 
 
 @pytest.fixture(name="config_pth")
-def _config_pth(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> pathlib.Path:
+def _config_pth(tmp_path: Path, servers: jetstream_server.Servers) -> Path:
     return jetstream_server.deploy(tmp_path, servers)
 
 
-def in_loop(function: Work) -> Callable[[pathlib.Path], None]:
+def in_loop(function: Work) -> Callable[[Path], None]:
     """Make a test of a coroutine function that gets the path of a configuration."""
 
     @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-    def test(config_pth: pathlib.Path, run: Callable[[Any], None]) -> None:
+    def test(config_pth: Path, run: Callable[[Any], None]) -> None:
         run(asyncio.wait_for(function(config_pth), HANG_SECS))
 
     test.__doc__ = function.__doc__
-    made: Callable[[pathlib.Path], None] = test
+    made: Callable[[Path], None] = test
     return made
 
 
-def open_queue(config_pth: pathlib.Path) -> engine.Queue:
-    return engine.open_queue(persipubsub.config.read(config_pth), "queue")
+def open_queue(config_pth: Path) -> engine.Queue:
+    return engine.open_queue(config.read(config_pth), "queue")
 
 
 @contextlib.asynccontextmanager
-async def opened(config_pth: pathlib.Path) -> AsyncIterator[tuple[engine.Queue, Any]]:
+async def opened(config_pth: Path) -> AsyncIterator[tuple[engine.Queue, Any]]:
     """Open a queue and a consumer, without blocking the loop."""
     queue = await asyncio.to_thread(open_queue, config_pth)
     try:
@@ -59,7 +57,6 @@ async def opened(config_pth: pathlib.Path) -> AsyncIterator[tuple[engine.Queue, 
 
 
 async def receive(consumer: Any, timeout: float | None = HANG_SECS, count: int = 1) -> list[bytes]:
-    """Take messages, and acknowledge them."""
     lease = await consumer.atake(timeout, count)
     if lease is None:
         return []
@@ -78,32 +75,7 @@ async def until_waiting(queue: engine.Queue, count: int) -> None:
 
 
 @in_loop
-async def test_what_tasks_do(config_pth: pathlib.Path) -> None:
-    async with opened(config_pth) as (queue, consumer):
-        assert await consumer.atake(0.0) is None
-        assert await queue.aput(numbered(7)) == 1
-        assert await queue.aput([b"7"], msg_ids=[b"id"]) == 8
-        assert await queue.aput([b"7"], msg_ids=[b"id"]) == 8
-        for attempts in (1, 2):
-            lease = await consumer.atake(HANG_SECS)
-            assert lease is not None and lease.messages == [b"0"]
-            assert lease.details()[0].attempts == attempts
-            await lease.anack(KeyError())
-        assert await receive(consumer, count=3) == numbered(3)
-        lease = await consumer.atake(HANG_SECS, is_newest=True)
-        assert lease is not None and lease.messages == [b"7"]
-        await lease.aack()
-        assert await receive(consumer, timeout=0.05) == []
-        with pytest.raises(persipubsub.errors.MessageTooLargeError):
-            await queue.aput([bytes(1 << 21)])
-    for call in (queue.aput([b"late"]), consumer.atake(0.0)):
-        with pytest.raises(persipubsub.errors.ClosedError):
-            await call
-    assert lags(config_pth) == {"sub": 0}
-
-
-@in_loop
-async def test_waiting_and_sending_need_no_threads(config_pth: pathlib.Path) -> None:
+async def test_waiting_and_sending_need_no_threads(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         before = threading.active_count()
         # More than pull requests that one consumer has at the servers.
@@ -119,7 +91,7 @@ async def test_waiting_and_sending_need_no_threads(config_pth: pathlib.Path) -> 
 
 
 @pytest.mark.parametrize("mark", [1000000, 2000])
-def test_batches_and_messages_are_in_the_order_of_the_calls(tmp_path: pathlib.Path,
+def test_batches_and_messages_are_in_the_order_of_the_calls(tmp_path: Path,
                                                             servers: jetstream_server.Servers,
                                                             mark: int) -> None:
     """With the lower mark, the server is asked for each message of the larger batch by itself."""
@@ -137,7 +109,7 @@ def test_batches_and_messages_are_in_the_order_of_the_calls(tmp_path: pathlib.Pa
     asyncio.run(asyncio.wait_for(main(), HANG_SECS))
 
 
-def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: pathlib.Path,
+def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: Path,
                                                    servers: jetstream_server.Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers, MAX_MSGS_NUM=4, strategy="block")
 
@@ -157,20 +129,7 @@ def test_batch_that_waits_for_room_holds_nobody_up(tmp_path: pathlib.Path,
 
 
 @in_loop
-async def test_closing_while_tasks_and_threads_wait(config_pth: pathlib.Path) -> None:
-    async with opened(config_pth) as (queue, consumer):
-        tasks: list[asyncio.Future[Any]]
-        tasks = [asyncio.ensure_future(receive(consumer, timeout=None)) for _ in range(3)]
-        tasks.append(asyncio.ensure_future(asyncio.to_thread(consumer.take, None)))
-        await until_waiting(queue, 4)
-        await asyncio.to_thread(queue.close)
-        for task in tasks:
-            with pytest.raises(persipubsub.errors.ClosedError):
-                await task
-
-
-@in_loop
-async def test_pull_request_of_a_cancelled_task_is_taken_over(config_pth: pathlib.Path) -> None:
+async def test_pull_request_of_a_cancelled_task_is_taken_over(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         for message in numbered(10):
             for _ in range(2):
@@ -187,7 +146,7 @@ async def test_pull_request_of_a_cancelled_task_is_taken_over(config_pth: pathli
 
 
 @in_loop
-async def test_message_does_not_stay_with_cancelled_tasks(config_pth: pathlib.Path) -> None:
+async def test_message_does_not_stay_with_cancelled_tasks(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer), opened(config_pth) as (_, other):
         tasks = [asyncio.ensure_future(receive(consumer)) for _ in range(20)]
         await until_waiting(queue, 20)
@@ -202,7 +161,7 @@ async def test_message_does_not_stay_with_cancelled_tasks(config_pth: pathlib.Pa
 
 
 @in_loop
-async def test_cancelled_calls_are_carried_out(config_pth: pathlib.Path) -> None:
+async def test_cancelled_calls_are_carried_out(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         for ending in ("aack", "anack"):
             putting = asyncio.ensure_future(queue.aput([b"hello"]))
@@ -220,9 +179,9 @@ async def test_cancelled_calls_are_carried_out(config_pth: pathlib.Path) -> None
     assert lags(config_pth) == {"sub": 0}
 
 
-async def storm(config_pth: pathlib.Path, count: int, is_newest: bool) -> None:
+async def storm(config_pth: Path, count: int, is_newest: bool) -> None:
     """Cancel tasks that take, at any moment, and check that each message comes once."""
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     total = 400
     received: list[bytes] = []
     async with opened(config_pth) as (queue, consumer):
@@ -260,86 +219,5 @@ async def send_slowly(queue: engine.Queue, count: int, rng: random.Random) -> No
 
 
 @in_loop
-async def test_cancellation_loses_nothing(config_pth: pathlib.Path) -> None:
-    await storm(config_pth, 1, False)
-
-
-@in_loop
-async def test_cancelled_batches_lose_nothing(config_pth: pathlib.Path) -> None:
-    await storm(config_pth, 10, False)
-
-
-@in_loop
-async def test_cancelled_skipping_forgets_nothing(config_pth: pathlib.Path) -> None:
+async def test_cancelled_skipping_forgets_nothing(config_pth: Path) -> None:
     await storm(config_pth, 1, True)
-
-
-def test_loop_that_ends_leaves_nothing_taken(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue, open_pub(config_pth) as pub, open_sub(config_pth) as sub:
-        consumer = queue.consumer("sub")
-
-        async def leave() -> None:
-            tasks = [asyncio.ensure_future(consumer.atake(HANG_SECS)) for _ in range(3)]
-            await until_waiting(queue, 3)
-            pub.send_many(numbered(3))
-            del tasks
-
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(leave())
-        # Nobody runs it any more, and nobody keeps its tasks.
-        loop.close()
-        received: list[bytes] = []
-
-        def collect() -> bool:
-            gc.collect()
-            received.extend(drain(sub, timeout=0.1))
-            return len(received) == 3
-
-        until(collect, "the messages")
-        assert sorted(received) == numbered(3)
-
-
-def test_two_loops_at_once(config_pth: pathlib.Path) -> None:
-    received: list[bytes] = []
-    with open_queue(config_pth) as queue:
-        consumer = queue.consumer("sub")
-
-        async def work(name: bytes) -> None:
-            await asyncio.gather(*(queue.aput([name + one]) for one in numbered(100)))
-            for _ in range(100):
-                received.extend(await receive(consumer))
-
-        threads = [
-            threading.Thread(target=asyncio.run, args=(work(name), )) for name in (b"a", b"b")
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(HANG_SECS)
-    assert sorted(received) == sorted(name + one for name in (b"a", b"b") for one in numbered(100))
-
-
-def _use(pipe: Connection, queue: engine.Queue, consumer: Any) -> None:
-
-    async def work() -> list[bytes]:
-        await queue.aput([b"child"])
-        return await receive(consumer, count=9)
-
-    pipe.send(asyncio.run(work()))
-
-
-def test_tasks_of_a_forked_child(config_pth: pathlib.Path) -> None:
-    with open_queue(config_pth) as queue:
-        consumer = queue.consumer("sub")
-
-        async def work() -> None:
-            await queue.aput([b"parent"])
-            lease = await consumer.atake(HANG_SECS)
-            assert lease is not None
-            with Child(_use, queue, consumer) as child:
-                assert await asyncio.to_thread(child.get) == [b"child"]
-                await asyncio.to_thread(child.end)
-            await lease.aack()
-
-        asyncio.run(asyncio.wait_for(work(), HANG_SECS))
-    assert lags(config_pth) == {"sub": 0}

@@ -1,105 +1,44 @@
 """Test what control does to whole queues: verify, back up, restore, compact, drop, subscribers."""
 
-# pylint: disable=missing-function-docstring
-
 import os
-import pathlib
 import signal
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control, errors
 from tests import stores, support
 from tests.faults import tracing
+from tests.support import make_queue, receive_all, send_each
 
 BOTH = pytest.mark.parametrize("durability", ["fsync", "os"])
 
 
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
+def next_number(config_pth: Path) -> int:
+    return control.statistics(config_pth)["queue"].next_number
 
 
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        for message in messages:
-            pub.send(message)
-
-
-def receive(config_pth: pathlib.Path, sub_id: str = "sub") -> list[bytes]:
-    messages: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=sub_id, config_pth=config_pth)
-        while True:
-            with sub.receive(timeout=0) as message:
-                if message is None:
-                    return messages
-                messages.append(message)
-
-
-def next_number(config_pth: pathlib.Path) -> int:
-    return persipubsub.control.statistics(config_pth)["queue"].next_number
-
-
-def assert_sound(config_pth: pathlib.Path) -> None:
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
-
-
-# Choosing queues
-
-
-@pytest.mark.parametrize("function", [
-    persipubsub.control.initialize_all_dbs, persipubsub.control.prune_dangling_messages,
-    persipubsub.control.clear_all_subs, persipubsub.control.statistics, persipubsub.control.verify,
-    persipubsub.control.compact
-])
-def test_unknown_queue(tmp_path: pathlib.Path, function: Callable[..., object]) -> None:
-    config_pth = make(tmp_path)
-    with pytest.raises(persipubsub.errors.ConfigError, match="nothing_of_this_name"):
-        function(config_pth, "nothing_of_this_name")
-
-
-def test_results_can_not_be_changed(tmp_path: pathlib.Path) -> None:
-    statistics = persipubsub.control.statistics(make(tmp_path))
-    with pytest.raises(TypeError):
-        statistics["queue"] = statistics["queue"]  # type: ignore[index]
-    with pytest.raises(AttributeError):
-        statistics["queue"].messages = 1  # type: ignore[misc]
-
-
-def test_prune_and_clear_tell_how_many(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, subscribers=["sub", "other"], publishers={"pub": ["sub", "other"]})
-    send(config_pth, b"1", b"2")
-    assert persipubsub.control.prune_dangling_messages(config_pth) == {"queue": 0}
-    assert persipubsub.control.clear_all_subs(config_pth, "queue") == {"queue": 4}
-    assert not receive(config_pth)
+def assert_sound(config_pth: Path) -> None:
+    assert control.verify(config_pth) == {"queue": ()}
 
 
 # Verifying
 
 
 @BOTH
-def test_sound_queue_is_verified_while_it_is_used(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"x" * 10000, b"y")
+def test_sound_queue_is_verified_while_it_is_used(tmp_path: Path, durability: str) -> None:
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"x" * 10000, b"y")
     is_done = threading.Event()
 
     def publish() -> None:
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             while not is_done.is_set():
                 pub.send_many([b"z" * 1000] * 10)
-                receive(config_pth)
+                receive_all(config_pth)
 
     def run(pipe: support.Connection) -> None:
         thread = threading.Thread(target=publish)
@@ -117,125 +56,106 @@ def test_sound_queue_is_verified_while_it_is_used(tmp_path: pathlib.Path, durabi
         child.end()
 
 
-def test_damaged_message_is_found(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"before", b"some content that is easily found", b"behind")
-    path = tmp_path / "queue" / "data.mdb"
-    content = path.read_bytes()
-    assert content.count(b"some content") >= 1
-    path.write_bytes(content.replace(b"some content", b"what content"))
-    findings = persipubsub.control.verify(config_pth)["queue"]
-    assert len(findings) == 1 and "message 2 (33 bytes) to have the checksum" in findings[0]
-
-
-def test_damaged_page_is_found_without_a_crash(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"x" * 2000] * 20)
+def test_damaged_page_is_found_without_a_crash(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, *[b"x" * 2000] * 20)
     path = tmp_path / "queue" / "data.mdb"
     content = bytearray(path.read_bytes())
     # All pages behind the meta pages claim to be of another kind.
     for page in range(2, len(content) // 4096):
         content[page * 4096 + 10] ^= 0x0f
     path.write_bytes(content)
-    outcomes = support.outcomes_in_child(lambda: persipubsub.control.verify(config_pth))
+    outcomes = support.outcomes_in_child(lambda: control.verify(config_pth))
     assert outcomes == [""]
-    assert persipubsub.control.verify(config_pth)["queue"]
-
-
-def test_truncated_store_is_found(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"x" * 2000] * 20)
-    os.truncate(tmp_path / "queue" / "data.mdb", 3 * 4096)
-    findings = persipubsub.control.verify(config_pth)["queue"]
-    assert len(findings) == 1
+    assert control.verify(config_pth)["queue"]
 
 
 # Backups
 
 
 @BOTH
-def test_backup_is_restored(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"1", b"2")
-    receive(config_pth)
-    send(config_pth, b"3", b"4")
+def test_backup_is_restored(tmp_path: Path, durability: str) -> None:
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"1", b"2")
+    receive_all(config_pth)
+    send_each(config_pth, b"3", b"4")
     target = tmp_path / "backup"
-    size = persipubsub.control.backup(config_pth, "queue", target)
+    size = control.backup(config_pth, "queue", target)
     assert target.stat().st_size == size
     assert target.stat().st_mode & 0o777 == 0o600
-    assert receive(config_pth) == [b"3", b"4"]
-    send(config_pth, b"5")
+    assert receive_all(config_pth) == [b"3", b"4"]
+    send_each(config_pth, b"5")
     used = next_number(config_pth)
 
-    persipubsub.control.restore(config_pth, "queue", target)
+    control.restore(config_pth, "queue", target)
     assert_sound(config_pth)
     # No number is used again, whatever happened since the backup.
     assert next_number(config_pth) > used
-    send(config_pth, b"6")
-    assert receive(config_pth) == [b"3", b"4", b"6"]
+    send_each(config_pth, b"6")
+    assert receive_all(config_pth) == [b"3", b"4", b"6"]
     assert_sound(config_pth)
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".new")] == []
 
 
-def test_no_number_is_used_twice_by_repeated_restoring(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+def test_no_number_is_used_twice_by_repeated_restoring(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     numbers = set()
     for _ in range(3):
-        send(config_pth, b"2")
-        number = persipubsub.control.peek(config_pth, "sub", count=2)[-1].number
+        send_each(config_pth, b"2")
+        number = control.peek(config_pth, "sub", count=2)[-1].number
         assert number not in numbers
         numbers.add(number)
-        persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-        assert receive(config_pth) == [b"1"]
+        control.restore(config_pth, "queue", tmp_path / "backup")
+        assert receive_all(config_pth) == [b"1"]
 
 
-def test_backup_creates_a_queue_elsewhere(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+def test_backup_creates_a_queue_elsewhere(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     (tmp_path / "elsewhere").mkdir()
     # Another durability, and one more subscriber.
     other_pth = support.write_config(tmp_path / "elsewhere",
                                      subscribers=["sub", "other"],
                                      durability="os")
-    persipubsub.control.restore(other_pth, "queue", tmp_path / "backup")
-    send(other_pth, b"2")
-    assert receive(other_pth) == [b"1", b"2"]
-    subscribers = persipubsub.control.statistics(other_pth)["queue"].subscribers
+    control.restore(other_pth, "queue", tmp_path / "backup")
+    send_each(other_pth, b"2")
+    assert receive_all(other_pth) == [b"1", b"2"]
+    subscribers = control.statistics(other_pth)["queue"].subscribers
     assert [one.subscriber for one in subscribers] == ["other", "sub"]
     assert_sound(other_pth)
 
 
-def test_backup_replaces_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+def test_backup_replaces_nothing(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
     (tmp_path / "file").write_bytes(b"precious")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ["file", "link", "queue"]:
-        with pytest.raises(persipubsub.errors.StoreError, match="there already"):
-            persipubsub.control.backup(config_pth, "queue", tmp_path / name)
+        with pytest.raises(errors.StoreError, match="there already"):
+            control.backup(config_pth, "queue", tmp_path / name)
     assert (tmp_path / "file").read_bytes() == b"precious"
-    with pytest.raises(persipubsub.errors.AccessError, match="no such directory"):
-        persipubsub.control.backup(config_pth, "queue", tmp_path / "missing" / "backup")
+    with pytest.raises(errors.AccessError, match="no such directory"):
+        control.backup(config_pth, "queue", tmp_path / "missing" / "backup")
 
 
 @BOTH
-def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: pathlib.Path,
+def test_backup_of_a_damaged_store_fails_and_leaves_nothing(tmp_path: Path,
                                                             durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"before", b"some content that is easily found", b"behind")
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"before", b"some content that is easily found", b"behind")
     path = tmp_path / "queue" / "data.mdb"
     path.write_bytes(path.read_bytes().replace(b"some content", b"what content"))
-    with pytest.raises(persipubsub.errors.StoreCorruptError, match="checksum"):
-        persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    with pytest.raises(errors.StoreCorruptError, match="checksum"):
+        control.backup(config_pth, "queue", tmp_path / "backup")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "queue"]
 
 
 @pytest.mark.parametrize("action", ["backup", "compact"])
-def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: pathlib.Path, action: str) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, *[b"%d." % number * 300 for number in range(100)])
+def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: Path, action: str) -> None:
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, *[b"%d." % number * 300 for number in range(100)])
     path = tmp_path / "queue" / "data.mdb"
     content = bytearray(path.read_bytes())
     # The root of the newer of the two trees, behind the number of whose transaction it is.
@@ -252,41 +172,41 @@ def test_copy_of_damaged_pages_ends_with_an_error(tmp_path: pathlib.Path, action
 
     def copy() -> None:
         if action == "backup":
-            persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+            control.backup(config_pth, "queue", tmp_path / "backup")
         else:
-            persipubsub.control.compact(config_pth, "queue")
+            control.compact(config_pth, "queue")
 
     assert support.outcomes_in_child(copy) == ["StoreCorruptError"]
-    with pytest.raises(persipubsub.errors.StoreCorruptError, match="data.mdb to be sound"):
+    with pytest.raises(errors.StoreCorruptError, match="data.mdb to be sound"):
         copy()
     assert support.snapshot(tmp_path / "queue")["data.mdb"] == before["data.mdb"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "queue"]
 
 
-def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"some content")
+def test_what_is_no_backup_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"some content")
     before = support.snapshot(tmp_path / "queue")
     (tmp_path / "text").write_bytes(b"something else" * 10000)
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "fifo")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     whole = (tmp_path / "backup").read_bytes()
     (tmp_path / "cut").write_bytes(whole[:-4096])
     (tmp_path / "damaged").write_bytes(whole.replace(b"some content", b"what content"))
     for name in ["text", "empty", "fifo", "cut", "damaged", "queue", "missing"]:
-        with pytest.raises(persipubsub.errors.StoreError, match=name):
-            persipubsub.control.restore(config_pth, "queue", tmp_path / name)
+        with pytest.raises(errors.StoreError, match=name):
+            control.restore(config_pth, "queue", tmp_path / name)
     after = support.snapshot(tmp_path / "queue")
     assert {**after, "lock.mdb": b"", "shared": b""} == {**before, "lock.mdb": b"", "shared": b""}
-    assert receive(config_pth) == [b"some content"]
+    assert receive_all(config_pth) == [b"some content"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
-def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
-    config_pth = make(tmp_path, durability="os")
-    send(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+def test_damaged_queue_is_restored(tmp_path: Path, damage: str) -> None:
+    config_pth = make_queue(tmp_path, durability="os")
+    send_each(config_pth, b"1")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     path = tmp_path / "queue" / "data.mdb"
     if damage == "truncated":
         os.truncate(path, 4096)
@@ -296,30 +216,29 @@ def test_damaged_queue_is_restored(tmp_path: pathlib.Path, damage: str) -> None:
         path.unlink()
     if damage == "garbage":
         # It is not ours to decide what that file is.
-        with pytest.raises(persipubsub.errors.FormatError):
-            persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+        with pytest.raises(errors.FormatError):
+            control.restore(config_pth, "queue", tmp_path / "backup")
         path.unlink()
-    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-    assert receive(config_pth) == [b"1"]
+    control.restore(config_pth, "queue", tmp_path / "backup")
+    assert receive_all(config_pth) == [b"1"]
     assert_sound(config_pth)
 
 
-def test_old_journal_never_takes_the_place_of_what_was_restored(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os")
-    send(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
-    receive(config_pth)
-    send(config_pth, b"2")
+def test_old_journal_never_takes_the_place_of_what_was_restored(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path, durability="os")
+    send_each(config_pth, b"1")
+    control.backup(config_pth, "queue", tmp_path / "backup")
+    receive_all(config_pth)
+    send_each(config_pth, b"2")
     stores.lose_power(tmp_path / "queue")
-    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
+    control.restore(config_pth, "queue", tmp_path / "backup")
     stores.lose_power(tmp_path / "queue")
-    assert receive(config_pth) == [b"1"]
+    assert receive_all(config_pth) == [b"1"]
     assert_sound(config_pth)
 
 
-def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def publish_for_ever(pipe: support.Connection, config_pth: Path) -> None:
+    with Pub("pub", config_pth) as pub:
         number = 0
         while True:
             pub.send_many([b"%d" % (number + index) for index in range(3)])
@@ -327,10 +246,9 @@ def publish_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None
             pipe.send(number)
 
 
-def take_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def take_for_ever(pipe: support.Connection, config_pth: Path) -> None:
     pipe.send("begun")
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="other", config_pth=config_pth)
+    with Sub("other", config_pth) as sub:
         while True:
             with sub.receive_many(max_msgs=10, timeout=10):
                 pass
@@ -344,12 +262,12 @@ def drain(child: support.Child) -> int:
 
 
 @BOTH
-def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.Path,
+def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: Path,
                                                               durability: str) -> None:
-    config_pth = make(tmp_path,
-                      subscribers=["sub", "other"],
-                      publishers={"pub": ["sub", "other"]},
-                      durability=durability)
+    config_pth = make_queue(tmp_path,
+                            subscribers=["sub", "other"],
+                            publishers={"pub": ["sub", "other"]},
+                            durability=durability)
     sent = []
     with support.Child(publish_for_ever, config_pth) as publisher, \
             support.Child(take_for_ever, config_pth) as taker:
@@ -357,15 +275,15 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.
         publisher.get()
         for index in range(5):
             sent.append(drain(publisher) or publisher.get())
-            persipubsub.control.backup(config_pth, "queue", tmp_path / f"backup{index}")
+            control.backup(config_pth, "queue", tmp_path / f"backup{index}")
         publisher.kill(signal.SIGKILL)
         taker.kill(signal.SIGKILL)
         publisher.process.join()
         taker.process.join()
     for index, count in enumerate(sent):
-        persipubsub.control.restore(config_pth, "queue", tmp_path / f"backup{index}")
+        control.restore(config_pth, "queue", tmp_path / f"backup{index}")
         assert_sound(config_pth)
-        messages = receive(config_pth)
+        messages = receive_all(config_pth)
         assert messages == [b"%d" % number for number in range(len(messages))]
         assert len(messages) >= count
 
@@ -374,97 +292,94 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: pathlib.
 
 
 @BOTH
-def test_compact_gives_room_back_and_keeps_all(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"first")
-    receive(config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def test_compact_gives_room_back_and_keeps_all(tmp_path: Path, durability: str) -> None:
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"first")
+    receive_all(config_pth)
+    with Pub("pub", config_pth) as pub:
         pub.send_many([os.urandom(1000) for _ in range(2000)])
-    persipubsub.control.clear_all_subs(config_pth)
-    send(config_pth, b"last")
+    control.clear_all_subs(config_pth)
+    send_each(config_pth, b"last")
     number = next_number(config_pth)
-    sizes = persipubsub.control.compact(config_pth)["queue"]
+    sizes = control.compact(config_pth)["queue"]
     assert sizes.before > 4000000 > 1000000 > sizes.after
     assert (tmp_path / "queue" / "data.mdb").stat().st_mode & 0o777 == 0o600
     assert next_number(config_pth) == number
     assert_sound(config_pth)
-    assert receive(config_pth) == [b"last"]
-    assert persipubsub.control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
+    assert receive_all(config_pth) == [b"last"]
+    assert control.statistics(config_pth)["queue"].subscribers[0].acknowledged == 2
 
 
 @BOTH
-def test_compact_of_a_drained_queue_needs_no_prune(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, *[bytes(100000)] * 100)
-    assert len(receive(config_pth)) == 100
-    sizes = persipubsub.control.compact(config_pth)["queue"]
+def test_compact_of_a_drained_queue_needs_no_prune(tmp_path: Path, durability: str) -> None:
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, *[bytes(100000)] * 100)
+    assert len(receive_all(config_pth)) == 100
+    sizes = control.compact(config_pth)["queue"]
     # What is left: a store with one finished block, the reserve, and two segments of the journal.
     assert sizes.before > 10000000 > 1500000 > sizes.after
-    assert sizes.after == persipubsub.control.statistics(config_pth)["queue"].disk_bytes
+    assert sizes.after == control.statistics(config_pth)["queue"].disk_bytes
 
 
-def use(config_pth: pathlib.Path) -> list[Callable[[], object]]:
+def use(config_pth: Path) -> list[Callable[[], object]]:
     return [
-        lambda: persipubsub.control.compact(config_pth),
-        lambda: persipubsub.control.restore(config_pth, "queue", config_pth.parent / "backup"),
-        lambda: persipubsub.control.drop_queue(config_pth, "queue")
+        lambda: control.compact(config_pth),
+        lambda: control.restore(config_pth, "queue", config_pth.parent / "backup"),
+        lambda: control.drop_queue(config_pth, "queue")
     ]
 
 
-def hold_open(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+def hold_open(pipe: support.Connection, config_pth: Path) -> None:
+    with Sub("sub", config_pth):
         pipe.send("open")
         pipe.recv()
 
 
-def test_queue_in_use_is_left_alone(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
+def test_queue_in_use_is_left_alone(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1")
+    control.backup(config_pth, "queue", tmp_path / "backup")
     with support.Child(hold_open, config_pth) as child:
         child.get()
         for function in use(config_pth):
-            with pytest.raises(persipubsub.errors.QueueInUseError,
-                               match=f"process {child.process.pid}"):
+            with pytest.raises(errors.QueueInUseError, match=f"process {child.process.pid}"):
                 function()
         child.pipe.send("end")
         child.end()
     # This process counts, too.
     with support.open_queue(config_pth):
         for function in use(config_pth):
-            with pytest.raises(persipubsub.errors.QueueInUseError):
+            with pytest.raises(errors.QueueInUseError):
                 function()
-    assert receive(config_pth) == [b"1"]
+    assert receive_all(config_pth) == [b"1"]
 
 
-def look_for_ever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def look_for_ever(pipe: support.Connection, config_pth: Path) -> None:
     """Look at the queue again and again, as scrapes of metrics do."""
-    persipubsub.control.statistics(config_pth)
+    control.statistics(config_pth)
     pipe.send("looked")
     while not pipe.poll(0.005):
-        persipubsub.control.statistics(config_pth)
+        control.statistics(config_pth)
 
 
-def test_who_looks_is_waited_for(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+def test_who_looks_is_waited_for(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
     with support.Child(look_for_ever, config_pth) as child:
         assert child.get() == "looked"
         for _ in range(60):
-            persipubsub.control.compact(config_pth)
+            control.compact(config_pth)
         child.pipe.send("end")
         child.end()
 
 
 @pytest.mark.parametrize("place", range(1, 10))
 @pytest.mark.parametrize("action", ["compact", "restore"])
-def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -> None:
+def test_killed_in_the_middle(tmp_path: Path, action: str, place: int) -> None:
     tracing.require()
-    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
-    send(config_pth, b"old")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
-    send(config_pth, b"new")
+    config_pth = make_queue(tmp_path, durability="os", checkpoint_secs=3600)
+    send_each(config_pth, b"old")
+    control.backup(config_pth, "queue", tmp_path / "backup")
+    send_each(config_pth, b"new")
 
     def work() -> None:
         use(config_pth)[action == "restore"]()
@@ -474,163 +389,100 @@ def test_killed_in_the_middle(tmp_path: pathlib.Path, action: str, place: int) -
     assert tracing.run(lambda: work, options) in (0, -signal.SIGKILL)
     assert_sound(config_pth)
     assert not (tmp_path / "queue" / "data.mdb.new").exists()
-    messages = receive(config_pth)
+    messages = receive_all(config_pth)
     assert messages == [b"old", b"new"] or (action, messages) == ("restore", [b"old"])
-    send(config_pth, b"later")
-    assert receive(config_pth) == [b"later"]
-    persipubsub.control.compact(config_pth)
+    send_each(config_pth, b"later")
+    assert receive_all(config_pth) == [b"later"]
+    control.compact(config_pth)
     assert_sound(config_pth)
-
-
-@pytest.mark.parametrize("action", ["compact", "restore", "drop"])
-def test_lock_that_is_refused_is_an_error_of_the_library(tmp_path: pathlib.Path,
-                                                         action: str) -> None:
-    """As the kernel does it that has no memory for one more lock, and many file systems."""
-    tracing.require()
-    config_pth = support.write_config(tmp_path, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth)
-    backup = tmp_path / "backup.mdb"
-    persipubsub.control.backup(config_pth, "queue", backup)
-    functions: dict[str, Callable[[], object]] = {
-        "compact": lambda: persipubsub.control.compact(config_pth),
-        "restore": lambda: persipubsub.control.restore(config_pth, "queue", backup),
-        "drop": lambda: persipubsub.control.drop_queue(config_pth, "queue")
-    }
-
-    def work() -> None:
-        outcome = support.outcome(functions[action])
-        assert outcome in ("", "StoreError", "BusyTimeoutError"), outcome
-
-    for place in range(1, 8):
-        options = ["-o", os.devnull, "-e", f"inject=flock:error=ENOLCK:when={place}"]
-        assert tracing.run(lambda: work, options) == 0, f"Failed at lock {place}."
-        persipubsub.control.initialize_all_dbs(config_pth)
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
-
-
-def test_store_of_another_program_is_left_alone(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1")
-    persipubsub.control.backup(config_pth, "queue", tmp_path / "backup")
-    # So far as can be told from outside: no process of this library ever opened it.
-    (tmp_path / "queue" / "users.lock").unlink()
-    for function in use(config_pth)[1:]:
-        with pytest.raises(persipubsub.errors.FormatError, match="another program"):
-            function()
-    assert receive(config_pth) == [b"1"]
 
 
 # Dropping
 
 
 @BOTH
-def test_drop_removes_the_directory(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability)
-    send(config_pth, b"1")
-    receive(config_pth)
-    assert not persipubsub.control.drop_queue(config_pth, "queue")
+def test_drop_removes_the_directory(tmp_path: Path, durability: str) -> None:
+    config_pth = make_queue(tmp_path, durability=durability)
+    send_each(config_pth, b"1")
+    receive_all(config_pth)
+    assert not control.drop_queue(config_pth, "queue")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
-    with pytest.raises(persipubsub.errors.NotInitializedError):
-        persipubsub.control.drop_queue(config_pth, "queue")
-    persipubsub.control.initialize_all_dbs(config_pth)
-    assert not receive(config_pth)
+    with pytest.raises(errors.NotInitializedError):
+        control.drop_queue(config_pth, "queue")
+    control.initialize_all_dbs(config_pth)
+    assert not receive_all(config_pth)
 
 
 @pytest.mark.parametrize("call", ["unlink", "rmdir"])
-def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: pathlib.Path, call: str) -> None:
+def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: Path, call: str) -> None:
     tracing.require()
-    config_pth = make(tmp_path)
+    config_pth = make_queue(tmp_path)
     lock = tmp_path / "queue" / "open.lock"
 
     def work() -> None:
-        persipubsub.control.drop_queue(config_pth, "queue")
+        control.drop_queue(config_pth, "queue")
 
     options = ["-P", str(lock if call == "unlink" else lock.parent), "-o", os.devnull]
     assert tracing.run(lambda: work,
                        options + ["-e", f"inject={call}:signal=KILL"]) == -signal.SIGKILL
     assert set(os.listdir(lock.parent)) <= {"open.lock"}
-    assert not persipubsub.control.drop_queue(config_pth, "queue")
+    assert not control.drop_queue(config_pth, "queue")
     assert not lock.parent.exists()
-    with pytest.raises(persipubsub.errors.NotInitializedError):
-        persipubsub.control.drop_queue(config_pth, "queue")
+    with pytest.raises(errors.NotInitializedError):
+        control.drop_queue(config_pth, "queue")
 
 
-def test_drop_leaves_what_is_not_ours(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+def test_drop_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
     (tmp_path / "queue" / "notes.txt").write_text("precious")
     (tmp_path / "queue" / "data.mdb.bak").write_text("precious")
-    assert persipubsub.control.drop_queue(config_pth, "queue") == ("data.mdb.bak", "notes.txt")
+    assert control.drop_queue(config_pth, "queue") == ("data.mdb.bak", "notes.txt")
     assert sorted(os.listdir(tmp_path / "queue")) == ["data.mdb.bak", "notes.txt"]
 
 
 # Subscribers
 
 
-def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         pub.send(b"1")
-        assert persipubsub.control.add_subscriber(config_pth, "queue", "late")
-        assert not persipubsub.control.add_subscriber(config_pth, "queue", "late")
+        assert control.add_subscriber(config_pth, "queue", "late")
+        assert not control.add_subscriber(config_pth, "queue", "late")
         for index in range(100):
             pub.send(b"%d" % index)
-        assert len(receive(config_pth)) == 101
-        found = persipubsub.control.peek(config_pth, "late", count=1000, queue_key="queue")
+        assert len(receive_all(config_pth)) == 101
+        found = control.peek(config_pth, "late", count=1000, queue_key="queue")
         assert len(found) == 100
         with support.open_queue(config_pth) as queue:
             lease = queue.consumer("late").take(timeout=0)
             assert lease is not None
-            assert persipubsub.control.remove_subscriber(config_pth, "queue", "late") == 100
+            assert control.remove_subscriber(config_pth, "queue", "late") == 100
             # It had a message in hand: that is acknowledged into the void.
             lease.ack()
-            with pytest.raises(persipubsub.errors.NotInitializedError):
+            with pytest.raises(errors.NotInitializedError):
                 queue.front("late")
-        assert persipubsub.control.statistics(config_pth)["queue"].messages == 0
+        assert control.statistics(config_pth)["queue"].messages == 0
         for index in range(100):
             pub.send(b"%d" % index)
-        assert persipubsub.control.statistics(config_pth)["queue"].messages == 100
-    with pytest.raises(persipubsub.errors.NotInitializedError, match="'late'"):
-        persipubsub.control.remove_subscriber(config_pth, "queue", "late")
+        assert control.statistics(config_pth)["queue"].messages == 100
+    with pytest.raises(errors.NotInitializedError, match="'late'"):
+        control.remove_subscriber(config_pth, "queue", "late")
     assert_sound(config_pth)
-
-
-@pytest.mark.parametrize("identifier", ["", "data_db", "queues", "x" * 256, "a\0b", "\ud800"])
-def test_identifier_that_nobody_may_have(tmp_path: pathlib.Path, identifier: str) -> None:
-    config_pth = make(tmp_path)
-    with pytest.raises(persipubsub.errors.ConfigError):
-        persipubsub.control.add_subscriber(config_pth, "queue", identifier)
-    assert len(persipubsub.control.statistics(config_pth)["queue"].subscribers) == 1
-
-
-def test_ranges_leave_with_their_subscriber(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1", b"2", b"3")
-    with support.open_queue(config_pth) as queue:
-        first = queue.consumer("sub").take(timeout=0)
-        second = queue.consumer("sub").take(timeout=0)
-        assert first is not None and second is not None
-        second.ack()
-        assert persipubsub.control.remove_subscriber(config_pth, "queue", "sub") == 2
-        first.nack()
-    assert_sound(config_pth)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    assert not receive(config_pth)
 
 
 # Looking
 
 
-def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path,
-                      subscribers=["sub", "other"],
-                      publishers={
-                          "pub": ["sub", "other"],
-                          "narrow": ["other"]
-                      })
-    send(config_pth, b"1", b"2", b"3")
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="narrow", config_pth=config_pth)
+def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path,
+                            subscribers=["sub", "other"],
+                            publishers={
+                                "pub": ["sub", "other"],
+                                "narrow": ["other"]
+                            })
+    send_each(config_pth, b"1", b"2", b"3")
+    with Pub("narrow", config_pth) as pub:
         pub.send(b"not for sub")
         pub.init(pub_id="pub", config_pth=config_pth)
         pub.send_many([b"%d" % index for index in range(4, 1300)])
@@ -639,32 +491,32 @@ def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: pathlib.Path) ->
         second = queue.consumer("sub").take(timeout=0)
         assert first is not None and second is not None
         second.ack()
-        found = persipubsub.control.peek(config_pth, "sub", count=4000)
+        found = control.peek(config_pth, "sub", count=4000)
         expected = [b"%d" % index for index in range(1, 1300) if index != 2]
         assert [message.content for message in found] == expected
-        again = persipubsub.control.peek(config_pth, "sub", count=2, start=found[500].number)
+        again = control.peek(config_pth, "sub", count=2, start=found[500].number)
         assert [one.content for one in again] == [one.content for one in found[500:502]]
         first.nack()
     for start in (10**6, 2**64 - 1, 2**64, 10**23):
-        assert not persipubsub.control.peek(config_pth, "sub", start=start)
-    assert persipubsub.control.peek(config_pth, "other", count=4)[3].subscribers == ("other", )
-    assert receive(config_pth) == expected
+        assert not control.peek(config_pth, "sub", start=start)
+    assert control.peek(config_pth, "other", count=4)[3].subscribers == ("other", )
+    assert receive_all(config_pth) == expected
 
 
-def test_follow_sees_what_comes(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-    send(config_pth, b"1", b"2", b"3")
-    assert [one.content for one in next(persipubsub.control.follow(config_pth, "queue", last=2))
-            ] == [b"2", b"3"]
-    found = persipubsub.control.follow(config_pth, "queue")
+def test_follow_sees_what_comes(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path)
+    send_each(config_pth, b"1", b"2", b"3")
+    assert [one.content
+            for one in next(control.follow(config_pth, "queue", last=2))] == [b"2", b"3"]
+    found = control.follow(config_pth, "queue")
     assert next(found) == []
-    send(config_pth, b"4")
+    send_each(config_pth, b"4")
     messages: list[bytes] = []
     while len(messages) < 1:
         messages += [one.content or b"" for one in next(found)]
     assert messages == [b"4"]
     found.close()
-    assert receive(config_pth) == [b"1", b"2", b"3", b"4"]
+    assert receive_all(config_pth) == [b"1", b"2", b"3", b"4"]
 
 
 #: Look twice, and tell which files were opened to write, renamed or removed, and what was called in
@@ -686,7 +538,7 @@ _AUDITED_LOOK = """if True:
 """
 
 
-def state_of(directory: pathlib.Path) -> list[tuple[str, int, int]]:
+def state_of(directory: Path) -> list[tuple[str, int, int]]:
     """List the files of a queue with what changes when they are written, and the directory."""
     return [
         (path.name, path.stat().st_ino, path.stat().st_mtime_ns)
@@ -696,18 +548,17 @@ def state_of(directory: pathlib.Path) -> list[tuple[str, int, int]]:
 
 
 @BOTH
-def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: pathlib.Path,
-                                                         durability: str) -> None:
-    config_pth = make(tmp_path, durability=durability, checkpoint_secs=0.001)
-    send(config_pth, b"x")
+def test_look_at_a_queue_that_nobody_uses_writes_nothing(tmp_path: Path, durability: str) -> None:
+    config_pth = make_queue(tmp_path, durability=durability, checkpoint_secs=0.001)
+    send_each(config_pth, b"x")
     before = state_of(tmp_path / "queue")
     done = support.run_python(_AUDITED_LOOK, config_pth)
     assert (done.stdout.split(), done.stderr) == (["1", "1"], "")
     assert state_of(tmp_path / "queue") == before
 
 
-def test_look_at_a_queue_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os", checkpoint_secs=3600)
+def test_look_at_a_queue_that_was_left_unclean(tmp_path: Path) -> None:
+    config_pth = make_queue(tmp_path, durability="os", checkpoint_secs=3600)
 
     def run(pipe: support.Connection) -> None:
         with support.open_queue(config_pth) as queue:
@@ -719,5 +570,5 @@ def test_look_at_a_queue_that_was_left_unclean(tmp_path: pathlib.Path) -> None:
         child.get()
         child.kill(signal.SIGKILL)
         child.end(-signal.SIGKILL)
-    assert persipubsub.control.statistics(config_pth)["queue"].messages == 1
-    assert receive(config_pth) == [b"x"]
+    assert control.statistics(config_pth)["queue"].messages == 1
+    assert receive_all(config_pth) == [b"x"]

@@ -1,10 +1,7 @@
 """Test the metrics, and that what contrib/ has for them and for machines fits."""
 
-# pylint: disable=missing-function-docstring
-
 import contextlib
 import json
-import pathlib
 import re
 import shutil
 import socket
@@ -12,20 +9,20 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import prometheus_client
 import pytest
 
-import persipubsub.control
-import persipubsub.metrics
+from persipubsub import control, metrics
 from tests import support, test_cli
 
-_CONTRIB = pathlib.Path(__file__).resolve().parent.parent / "contrib"
+_CONTRIB = Path(__file__).resolve().parent.parent / "contrib"
 
 
 @contextlib.contextmanager
-def serving(config_pth: pathlib.Path, *options: object) -> Iterator[str]:
+def serving(config_pth: Path, *options: object) -> Iterator[str]:
     with test_cli.start("metrics", config_pth, "--port", "0", "--json", *options) as process:
         assert process.stdout is not None
         try:
@@ -47,16 +44,16 @@ def samples_of(text: str) -> dict[str, float]:
     }
 
 
-def collected(config_pth: pathlib.Path, queue_key: str | None = None) -> dict[str, float]:
+def collected(config_pth: Path, queue_key: str | None = None) -> dict[str, float]:
     registry = prometheus_client.CollectorRegistry()
-    registry.register(persipubsub.metrics.Collector(config_pth, queue_key))
+    registry.register(metrics.Collector(config_pth, queue_key))
     return samples_of(prometheus_client.generate_latest(registry).decode())
 
 
-def busy(directory: pathlib.Path) -> pathlib.Path:
+def busy(directory: Path) -> Path:
     """Make a queue in which something of everything has happened."""
-    config_pth = test_cli.make(directory, MAX_MSGS_NUM=100)
-    test_cli.send(config_pth, b"x" * 10, b"y", b"z")
+    config_pth = support.make_queue(directory, MAX_MSGS_NUM=100)
+    support.send(config_pth, b"x" * 10, b"y", b"z")
     with contextlib.suppress(ValueError), test_cli.receiving(config_pth, 1):
         raise ValueError()
     with test_cli.receiving(config_pth, 1):
@@ -64,7 +61,7 @@ def busy(directory: pathlib.Path) -> pathlib.Path:
     return config_pth
 
 
-def test_figures(tmp_path: pathlib.Path) -> None:
+def test_figures(tmp_path: Path) -> None:
     config_pth = busy(tmp_path)
     with test_cli.receiving(config_pth, 2):
         time.sleep(0.01)
@@ -92,20 +89,20 @@ def test_figures(tmp_path: pathlib.Path) -> None:
         assert found[f"persipubsub_{name}"] > 0, name
 
 
-def test_what_is_not_known_is_left_out(tmp_path: pathlib.Path) -> None:
-    names = "".join(collected(test_cli.make(tmp_path)))
+def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
+    names = "".join(collected(support.make_queue(tmp_path)))
     for name in ("oldest_age", "longest_in_flight", "last_acknowledged"):
         assert name not in names
 
 
-def test_they_are_served_on_the_loopback_address_only(tmp_path: pathlib.Path) -> None:
+def test_they_are_served_on_the_loopback_address_only(tmp_path: Path) -> None:
     config_pth = busy(tmp_path)
     with serving(config_pth) as url:
         found = samples_of(scrape(url))
         port = int(url.rpartition(":")[2].partition("/")[0])
         assert listening(port) == {"0100007F"}
         # It has the queue open only while it answers.
-        persipubsub.control.compact(config_pth)
+        control.compact(config_pth)
         process = test_cli.run("metrics", config_pth, "--port", port, exit_code=1)
         assert f"127.0.0.1:{port}" in process.stderr
     assert found['persipubsub_queue_messages{queue="queue"}'] == 2
@@ -114,13 +111,13 @@ def test_they_are_served_on_the_loopback_address_only(tmp_path: pathlib.Path) ->
 def listening(port: int) -> set[str]:
     return {
         line.split()[1].partition(":")[0]
-        for name in ("tcp", "tcp6") if pathlib.Path("/proc/net", name).exists()
-        for line in pathlib.Path("/proc/net", name).read_text("ascii").splitlines()[1:]
+        for name in ("tcp", "tcp6") if Path("/proc/net", name).exists()
+        for line in Path("/proc/net", name).read_text("ascii").splitlines()[1:]
         if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
     }
 
 
-def test_other_addresses_are_warned_of(tmp_path: pathlib.Path) -> None:
+def test_other_addresses_are_warned_of(tmp_path: Path) -> None:
     config_pth = busy(tmp_path)
     with test_cli.start("metrics", config_pth, "--port", "0", "--address", "0.0.0.0") as process:
         assert process.stdout is not None and process.stderr is not None
@@ -133,13 +130,14 @@ def test_other_addresses_are_warned_of(tmp_path: pathlib.Path) -> None:
         assert process2.stderr.startswith("persipubsub: Expected to serve at ")
 
 
-def test_they_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
+def test_they_tell_which_queue_is_not_there(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     assert collected(config_pth) == {
         "persipubsub_config_valid": 1,
         'persipubsub_queue_up{queue="queue"}': 0
     }
-    assert collected(test_cli.make(tmp_path), "queue")['persipubsub_queue_up{queue="queue"}'] == 1
+    assert collected(support.make_queue(tmp_path),
+                     "queue")['persipubsub_queue_up{queue="queue"}'] == 1
     assert collected(config_pth, "missing")['persipubsub_queue_up{queue="missing"}'] == 0
     assert collected(tmp_path / "missing.json", "queue") == {
         "persipubsub_config_valid": 0,
@@ -148,10 +146,10 @@ def test_they_tell_which_queue_is_not_there(tmp_path: pathlib.Path) -> None:
 
 
 def test_servers_that_are_away_do_not_hold_up_other_figures(
-        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persipubsub.metrics, "_LOOK_SECS", 1.0)
-    config_pth = test_cli.make(tmp_path)
-    test_cli.send(config_pth, b"x")
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_LOOK_SECS", 1.0)
+    config_pth = support.make_queue(tmp_path)
+    support.send(config_pth, b"x")
     config = json.loads(config_pth.read_text())
     with socket.socket() as silent, socket.socket() as away:
         silent.bind(("127.0.0.1", 0))
@@ -201,7 +199,7 @@ def promtool(*arguments: object, stdin: str = "") -> None:
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-def exposed(directory: pathlib.Path) -> dict[str, set[str]]:
+def exposed(directory: Path) -> dict[str, set[str]]:
     """Return the labels of all metrics, by name."""
     config_pth = busy(directory)
     with test_cli.receiving(config_pth, 1):
@@ -213,9 +211,9 @@ def exposed(directory: pathlib.Path) -> dict[str, set[str]]:
     return labels
 
 
-def test_names_and_help_are_those_of_prometheus(tmp_path: pathlib.Path) -> None:
+def test_names_and_help_are_those_of_prometheus(tmp_path: Path) -> None:
     registry = prometheus_client.CollectorRegistry()
-    registry.register(persipubsub.metrics.Collector(busy(tmp_path)))
+    registry.register(metrics.Collector(busy(tmp_path)))
     text = prometheus_client.generate_latest(registry).decode()
     promtool("check", "metrics", stdin=text)
     for name, labels in exposed(tmp_path).items():
@@ -226,7 +224,7 @@ def test_names_and_help_are_those_of_prometheus(tmp_path: pathlib.Path) -> None:
             re.match("persipubsub_(subscriber|deliveries|messages_(?!sent))", name))
 
 
-def test_every_metric_is_in_the_docs(tmp_path: pathlib.Path) -> None:
+def test_every_metric_is_in_the_docs(tmp_path: Path) -> None:
     text = (_CONTRIB.parent / "docs" / "operations.rst").read_text(encoding="utf-8")
     documented = set(re.findall(r"^``(persipubsub_\w+)``", text, re.MULTILINE))
     assert documented == set(exposed(tmp_path))
@@ -246,7 +244,7 @@ def expressions() -> Iterator[tuple[str, str]]:
             yield target["expr"], target["legendFormat"]
 
 
-def test_rules_and_dashboard_speak_of_what_is_exposed(tmp_path: pathlib.Path) -> None:
+def test_rules_and_dashboard_speak_of_what_is_exposed(tmp_path: Path) -> None:
     known = exposed(tmp_path)
     used: set[str] = set()
     for expression, shown in expressions():
@@ -269,7 +267,7 @@ def test_rules_and_dashboard_speak_of_what_is_exposed(tmp_path: pathlib.Path) ->
     }
 
 
-def test_rules_are_right(tmp_path: pathlib.Path) -> None:
+def test_rules_are_right(tmp_path: Path) -> None:
     promtool("check", "rules", _CONTRIB / "prometheus" / "rules.yml")
     promtool("test", "rules", _CONTRIB / "prometheus" / "rules-test.yml")
     lines = ["groups:", "- name: dashboard", "  rules:"]
@@ -283,7 +281,7 @@ def test_rules_are_right(tmp_path: pathlib.Path) -> None:
 # What machines are set up with
 
 
-def test_units_are_right(tmp_path: pathlib.Path) -> None:
+def test_units_are_right(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is missing (Debian: apt-get install systemd)")
     for unit in (_CONTRIB / "systemd").iterdir():
@@ -317,7 +315,7 @@ def test_compose_file_is_right() -> None:
         assert name == "queues" or service["pid"] == "service:queues"
 
 
-def commands_of(path: pathlib.Path) -> list[list[str]]:
+def commands_of(path: Path) -> list[list[str]]:
     """Return the commands ``persipubsub`` of a file, as words."""
     text = path.read_text(encoding="utf-8").replace('", "', " ")
     found = re.findall(r"(?:[=/ ]|\")persipubsub ([a-z][\w./ :-]*)", text)
@@ -329,7 +327,7 @@ def commands_of(path: pathlib.Path) -> list[list[str]]:
     _CONTRIB / "prometheus" / "rules.yml"
 ],
                          ids=lambda path: str(path.name))
-def test_commands_of_contrib_are_there(path: pathlib.Path) -> None:
+def test_commands_of_contrib_are_there(path: Path) -> None:
     commands = commands_of(path)
     assert commands or "worker" in path.name
     for name, *words in commands:
@@ -337,13 +335,13 @@ def test_commands_of_contrib_are_there(path: pathlib.Path) -> None:
         assert {word for word in words if word.startswith("--")} <= known, (path, words)
 
 
-def test_metrics_unit_stops_as_it_says(tmp_path: pathlib.Path) -> None:
+def test_metrics_unit_stops_as_it_says(tmp_path: Path) -> None:
     unit = (_CONTRIB / "systemd" / "persipubsub-metrics.service").read_text(encoding="utf-8")
     assert "KillSignal=SIGINT\nSuccessExitStatus=130\n" in unit
     command = re.search(r"^ExecStart=/opt/app/bin/persipubsub (.*)$", unit, re.MULTILINE)
     assert command is not None
     words = command.group(1).replace("9464", "0").split()
-    variables = {"PERSIPUBSUB_CONFIG": str(test_cli.make(tmp_path))}
+    variables = {"PERSIPUBSUB_CONFIG": str(support.make_queue(tmp_path))}
     with test_cli.start(*words, variables=variables) as process:
         assert process.stdout is not None and process.stdout.readline().startswith(b"Serving ")
         process.send_signal(2)

@@ -1,29 +1,23 @@
 """Test opening what is, was or never was a queue: nothing crashes, hangs, or is changed."""
 
-# pylint: disable=missing-function-docstring
-
 import logging
 import os
-import pathlib
 import random
 import shutil
 import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lmdb
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, control, errors
 from tests import stores, support
 from tests.faults import tracing
+from tests.support import receive_all, send_each
 
 PAGE = 4096
 
@@ -36,64 +30,45 @@ FILES = [
 ]
 
 
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
-        for message in messages:
-            pub.send(message)
-
-
-def receive_all(config_pth: pathlib.Path) -> list[bytes]:
-    received: list[bytes] = []
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
-        while True:
-            with sub.receive(timeout=0) as message:
-                if message is None:
-                    return received
-                received.append(message)
-
-
-def make(directory: pathlib.Path, *messages: bytes, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    send(config_pth, *messages)
+def make(directory: Path, *messages: bytes, **changes: Any) -> Path:
+    config_pth = support.make_queue(directory, **changes)
+    send_each(config_pth, *messages)
     return config_pth
 
 
-def every_use(config_pth: pathlib.Path) -> list[Callable[[], object]]:
+def every_use(config_pth: Path) -> list[Callable[[], object]]:
     return [
-        lambda: send(config_pth, b"message"), lambda: receive_all(config_pth),
-        lambda: persipubsub.control.initialize_all_dbs(config_pth),
-        lambda: persipubsub.control.statistics(config_pth),
-        lambda: persipubsub.control.clear_all_subs(config_pth),
-        lambda: persipubsub.control.compact(config_pth)
+        lambda: send_each(config_pth, b"message"), lambda: receive_all(config_pth),
+        lambda: control.initialize_all_dbs(config_pth), lambda: control.statistics(config_pth),
+        lambda: control.clear_all_subs(config_pth), lambda: control.compact(config_pth)
     ]
 
 
 # What is in the place of a file
 
 
-def symbolic_link(path: pathlib.Path, outside: pathlib.Path) -> None:
+def symbolic_link(path: Path, outside: Path) -> None:
     path.symlink_to(outside)
 
 
-def dangling_link(path: pathlib.Path, outside: pathlib.Path) -> None:
+def dangling_link(path: Path, outside: Path) -> None:
     path.symlink_to(outside.parent / "nothing")
 
 
-def link_to_a_directory(path: pathlib.Path, outside: pathlib.Path) -> None:
+def link_to_a_directory(path: Path, outside: Path) -> None:
     path.symlink_to(outside.parent)
 
 
-def hard_link(path: pathlib.Path, outside: pathlib.Path) -> None:
+def hard_link(path: Path, outside: Path) -> None:
     os.link(outside, path)
 
 
-def fifo(path: pathlib.Path, outside: pathlib.Path) -> None:
+def fifo(path: Path, outside: Path) -> None:
     del outside
     os.mkfifo(path)
 
 
-def directory_with_a_file(path: pathlib.Path, outside: pathlib.Path) -> None:
+def directory_with_a_file(path: Path, outside: Path) -> None:
     del outside
     path.mkdir()
     (path / "precious").write_bytes(b"precious")
@@ -105,8 +80,7 @@ def directory_with_a_file(path: pathlib.Path, outside: pathlib.Path) -> None:
     ids=lambda put: put.__name__)
 @pytest.mark.parametrize("name", FILES)
 def test_whatever_is_in_the_place_of_a_file_is_not_followed(
-        tmp_path: pathlib.Path, name: str, put: Callable[[pathlib.Path, pathlib.Path],
-                                                         None]) -> None:
+        tmp_path: Path, name: str, put: Callable[[Path, Path], None]) -> None:
     config_pth = make(tmp_path, b"message")
     receive_all(config_pth)
     path = tmp_path / "queue" / name
@@ -134,19 +108,19 @@ def test_whatever_is_in_the_place_of_a_file_is_not_followed(
 # Damage
 
 
-def overwrite(path: pathlib.Path, start: int, content: bytes) -> None:
+def overwrite(path: Path, start: int, content: bytes) -> None:
     with open(path, "r+b") as file:
         file.seek(start)
         file.write(content)
 
 
-def claim_too_much(path: pathlib.Path) -> None:
+def claim_too_much(path: Path) -> None:
     # The last page that is in use, in both meta pages.
     for page in (0, PAGE):
         overwrite(path, page + 16 + 24 + 96, struct.pack("=Q", 1 << 40))
 
 
-DAMAGES: Mapping[str, Callable[[pathlib.Path], object]] = {
+DAMAGES: Mapping[str, Callable[[Path], object]] = {
     "empty": lambda path: os.truncate(path, 0),
     "a byte": lambda path: os.truncate(path, 1),
     "a page": lambda path: os.truncate(path, PAGE),
@@ -163,7 +137,7 @@ DAMAGES: Mapping[str, Callable[[pathlib.Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGES))
-def test_damaged_store_is_refused_and_left_alone(tmp_path: pathlib.Path, damage: str) -> None:
+def test_damaged_store_is_refused_and_left_alone(tmp_path: Path, damage: str) -> None:
     config_pth = make(tmp_path, *[bytes(3000)] * 20)
     path = tmp_path / "queue" / "data.mdb"
     DAMAGES[damage](path)
@@ -174,7 +148,7 @@ def test_damaged_store_is_refused_and_left_alone(tmp_path: pathlib.Path, damage:
 
 
 @pytest.mark.parametrize("page", [0, 1])
-def test_any_damaged_byte_of_a_meta_page_crashes_nothing(tmp_path: pathlib.Path, page: int) -> None:
+def test_any_damaged_byte_of_a_meta_page_crashes_nothing(tmp_path: Path, page: int) -> None:
     config_pth = make(tmp_path, b"message")
     path = tmp_path / "queue" / "data.mdb"
     content = path.read_bytes()
@@ -184,10 +158,10 @@ def test_any_damaged_byte_of_a_meta_page_crashes_nothing(tmp_path: pathlib.Path,
         damaged[offset] ^= 1 << offset % 8
         path.write_bytes(damaged)
         outcome, = support.outcomes_in_child(lambda: receive_all(config_pth))
-        assert outcome in ("", *persipubsub.errors.__all__), f"byte {offset}"
+        assert outcome in ("", *errors.__all__), f"byte {offset}"
 
 
-def test_damaged_lock_file_is_made_anew(tmp_path: pathlib.Path) -> None:
+def test_damaged_lock_file_is_made_anew(tmp_path: Path) -> None:
     config_pth = make(tmp_path, b"message")
     for content in (None, b"", b"garbage" * 10000):
         path = tmp_path / "queue" / "lock.mdb"
@@ -198,50 +172,10 @@ def test_damaged_lock_file_is_made_anew(tmp_path: pathlib.Path) -> None:
     assert receive_all(config_pth) == [b"message"] * 4
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "cut"])
-def test_damaged_journal_of_a_store_that_was_left_cleanly_is_made_anew(
-        tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
-    config_pth = make(tmp_path, b"message")
-    spoil_journal(tmp_path / "queue" / "journal", damage)
-    assert receive_all(config_pth) == [b"message"]
-    assert "journal" in caplog.text
-    send(config_pth, b"again")
-    stores.lose_power(tmp_path / "queue")
-    assert receive_all(config_pth) == [b"again"]
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "cut"])
-def test_damaged_journal_after_a_power_failure_is_refused(tmp_path: pathlib.Path,
-                                                          damage: str) -> None:
-    config_pth = make(tmp_path, b"message")
-    stores.lose_power(tmp_path / "queue")
-    spoil_journal(tmp_path / "queue" / "journal", damage)
-    before = support.snapshot(tmp_path / "queue")
-    for _ in range(2):
-        with pytest.raises(persipubsub.errors.StoreCorruptError, match="persipubsub restore"):
-            receive_all(config_pth)
-    assert support.snapshot(tmp_path / "queue")["data.mdb"] == before["data.mdb"]
-    # As the error says: the store may be accepted as it is.
-    (tmp_path / "queue" / "running").unlink()
-    assert receive_all(config_pth) == [b"message"]
-
-
-def spoil_journal(path: pathlib.Path, damage: str) -> None:
-    if damage == "missing":
-        shutil.rmtree(path)
-        return
-    for segment in path.iterdir():
-        if damage == "cut":
-            os.truncate(segment, 5000)
-        else:
-            segment.write_bytes(b"" if damage == "empty" else b"garbage" * 10000)
-
-
 # What is no queue of this version
 
 
-def as_of_version_1(directory: pathlib.Path) -> None:
+def as_of_version_1(directory: Path) -> None:
     with lmdb.open(str(directory), max_dbs=16, lib_version=0) as environment:
         meta = environment.open_db(b"meta_db", create=False)
         with environment.begin(write=True, db=meta) as txn:
@@ -254,14 +188,14 @@ def as_of_version_1(directory: pathlib.Path) -> None:
     (directory / "bell").write_bytes(bytes(PAGE))
 
 
-def of_another_program(directory: pathlib.Path) -> None:
+def of_another_program(directory: Path) -> None:
     shutil.rmtree(directory)
     directory.mkdir()
     with lmdb.open(str(directory)) as environment, environment.begin(write=True) as txn:
         txn.put(b"key", b"value")
 
 
-def of_another_program_with_its_databases(directory: pathlib.Path) -> None:
+def of_another_program_with_its_databases(directory: Path) -> None:
     shutil.rmtree(directory)
     directory.mkdir()
     with lmdb.open(str(directory), max_dbs=16) as environment:
@@ -270,13 +204,13 @@ def of_another_program_with_its_databases(directory: pathlib.Path) -> None:
             txn.put(b"header", b"something else")
 
 
-def with_other_files(directory: pathlib.Path) -> None:
+def with_other_files(directory: Path) -> None:
     shutil.rmtree(directory)
     directory.mkdir()
     (directory / "notes.txt").write_text("precious")
 
 
-def a_file(directory: pathlib.Path) -> None:
+def a_file(directory: Path) -> None:
     shutil.rmtree(directory)
     directory.write_text("precious")
 
@@ -286,8 +220,8 @@ def a_file(directory: pathlib.Path) -> None:
     a_file
 ],
                          ids=lambda change: change.__name__)
-def test_something_else_is_refused_and_left_alone(tmp_path: pathlib.Path,
-                                                  change: Callable[[pathlib.Path], None]) -> None:
+def test_something_else_is_refused_and_left_alone(tmp_path: Path, change: Callable[[Path],
+                                                                                   None]) -> None:
     config_pth = make(tmp_path, b"message")
     directory = tmp_path / "queue"
     change(directory)
@@ -297,12 +231,12 @@ def test_something_else_is_refused_and_left_alone(tmp_path: pathlib.Path,
     assert (support.snapshot(directory) if directory.is_dir() else directory.read_bytes()) == before
 
 
-def test_queue_whose_data_file_was_removed_is_not_made_again_unseen(tmp_path: pathlib.Path) -> None:
+def test_queue_whose_data_file_was_removed_is_not_made_again_unseen(tmp_path: Path) -> None:
     config_pth = make(tmp_path, b"message")
     (tmp_path / "queue" / "data.mdb").unlink()
-    with pytest.raises(persipubsub.errors.NotInitializedError):
+    with pytest.raises(errors.NotInitializedError):
         receive_all(config_pth)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     # Nothing of the journal comes back, not even after a power failure.
     stores.lose_power(tmp_path / "queue")
     assert not receive_all(config_pth)
@@ -311,13 +245,13 @@ def test_queue_whose_data_file_was_removed_is_not_made_again_unseen(tmp_path: pa
 # Rights
 
 
-def test_files_are_private(tmp_path: pathlib.Path) -> None:
+def test_files_are_private(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path, path=str(tmp_path / "new" / "q"))
 
     def use() -> None:
         os.umask(0)
-        persipubsub.control.initialize_all_dbs(config_pth)
-        send(config_pth, b"message")
+        control.initialize_all_dbs(config_pth)
+        send_each(config_pth, b"message")
         receive_all(config_pth)
 
     assert support.outcomes_in_child(use) == [""]
@@ -326,31 +260,31 @@ def test_files_are_private(tmp_path: pathlib.Path) -> None:
     assert {path.name for path in (tmp_path / "new" / "q").iterdir()} <= set(FILES)
 
 
-def test_modes_of_what_is_there_stay(tmp_path: pathlib.Path) -> None:
+def test_modes_of_what_is_there_stay(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     (tmp_path / "queue").mkdir()
     (tmp_path / "queue").chmod(0o755)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     data = tmp_path / "queue" / "data.mdb"
     data.chmod(0o640)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    send(config_pth, b"message")
+    control.initialize_all_dbs(config_pth)
+    send_each(config_pth, b"message")
     assert stat.S_IMODE((tmp_path / "queue").stat().st_mode) == 0o755
     assert stat.S_IMODE(data.stat().st_mode) == 0o640
 
 
 @pytest.fixture(name="open_path")
-def fixture_open_path() -> Iterator[pathlib.Path]:
+def fixture_open_path() -> Iterator[Path]:
     """Give a directory whose parents everybody may enter."""
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
     with tempfile.TemporaryDirectory() as name:
-        path = pathlib.Path(name)
+        path = Path(name)
         path.chmod(0o755)
         yield path
 
 
-def uses_of_another_user(config_pth: pathlib.Path) -> list[str]:
+def uses_of_another_user(config_pth: Path) -> list[str]:
 
     def drop() -> None:
         os.setgroups([])
@@ -362,7 +296,7 @@ def uses_of_another_user(config_pth: pathlib.Path) -> list[str]:
     return outcomes[1:]
 
 
-def give(path: pathlib.Path) -> None:
+def give(path: Path) -> None:
     for each in [path, *path.rglob("*")]:
         os.chown(each, NOBODY, NOBODY)
 
@@ -372,7 +306,7 @@ def give(path: pathlib.Path) -> None:
     ".", "data.mdb", "lock.mdb", "write.lock", "open.lock", "users.lock", "journal.lock", "shared",
     "journal", "claims.lock"
 ])
-def test_missing_rights(open_path: pathlib.Path, name: str, mode: int) -> None:
+def test_missing_rights(open_path: Path, name: str, mode: int) -> None:
     config_pth = make(open_path, b"message")
     receive_all(config_pth)
     give(open_path / "queue")
@@ -389,7 +323,7 @@ def test_missing_rights(open_path: pathlib.Path, name: str, mode: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755])
-def test_queue_of_another_user(open_path: pathlib.Path, mode: int) -> None:
+def test_queue_of_another_user(open_path: Path, mode: int) -> None:
     config_pth = make(open_path, b"message")
     (open_path / "queue").chmod(mode)
     assert set(uses_of_another_user(config_pth)) == {"AccessError"}
@@ -399,7 +333,7 @@ def test_queue_of_another_user(open_path: pathlib.Path, mode: int) -> None:
     assert receive_all(config_pth) == [b"message"]
 
 
-def test_directory_that_can_not_be_made(open_path: pathlib.Path) -> None:
+def test_directory_that_can_not_be_made(open_path: Path) -> None:
     above = open_path / "above"
     above.mkdir()
     above.chmod(0o555)
@@ -413,16 +347,15 @@ def test_directory_that_can_not_be_made(open_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_many_processes_initialize_at_once(tmp_path: pathlib.Path, durability: str) -> None:
+def test_many_processes_initialize_at_once(tmp_path: Path, durability: str) -> None:
     config_pth = support.write_config(tmp_path,
                                       path=str(tmp_path / "a" / "b" / "queue"),
                                       durability=durability)
 
     def run(pipe: support.Connection) -> None:
         pipe.recv()
-        pipe.send(
-            support.outcome(lambda: persipubsub.control.initialize_all_dbs(config_pth=config_pth)))
-        pipe.send(support.outcome(lambda: send(config_pth, b"message")))
+        pipe.send(support.outcome(lambda: control.initialize_all_dbs(config_pth=config_pth)))
+        pipe.send(support.outcome(lambda: send_each(config_pth, b"message")))
 
     children = [support.Child(run) for _ in range(12)]
     try:
@@ -436,10 +369,10 @@ def test_many_processes_initialize_at_once(tmp_path: pathlib.Path, durability: s
             child.__exit__()
     # The subscriber was added only once: afterwards it would miss what was sent before.
     assert receive_all(config_pth) == [b"message"] * 12
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
 
 
-def test_creator_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
+def test_creator_that_is_killed_at_any_call(tmp_path: Path) -> None:
     tracing.require()
     stride = int(os.environ.get("PERSIPUBSUB_CREATION_STRIDE", "5"))
     calls = "mkdir,rename,fsync,fdatasync,pwrite64,unlink,rmdir,flock"
@@ -449,18 +382,19 @@ def test_creator_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
         directory.mkdir()
         config_pth = support.write_config(directory)
 
-        def work(path: pathlib.Path = config_pth) -> None:
-            persipubsub.control.initialize_all_dbs(path)
+        def work(path: Path = config_pth) -> None:
+            control.initialize_all_dbs(path)
 
         options = ["-o", os.devnull, "-e", f"inject={calls}:signal=KILL:when={place}"]
         code = tracing.run(lambda work=work: work, options)  # type: ignore[misc]
         killed += code != 0
-        opened = support.outcomes_in_child(lambda path=config_pth: send(path, b"x"))  # type: ignore
+        opened = support.outcomes_in_child(
+            lambda path=config_pth: send_each(path, b"x"))  # type: ignore
         assert opened in ([""], ["NotInitializedError"])
-        persipubsub.control.initialize_all_dbs(config_pth)
-        send(config_pth, b"message")
+        control.initialize_all_dbs(config_pth)
+        send_each(config_pth, b"message")
         assert receive_all(config_pth)[-1] == b"message"
-        assert persipubsub.control.verify(config_pth) == {"queue": ()}
+        assert control.verify(config_pth) == {"queue": ()}
         shutil.rmtree(directory)
         if code == 0:
             break
@@ -471,14 +405,13 @@ def test_creator_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("numbers", [[0], [1, 2], [0, 1, 2]])
-def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path,
-                                                 numbers: list[int]) -> None:
+def test_what_is_printed_never_gets_into_a_queue(tmp_path: Path, numbers: list[int]) -> None:
     """Daemons close their standard streams, and the next file that is opened gets their numbers."""
     config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0.01)
     code = """if True:
         import os, pathlib, sys
         import persipubsub.control
-        from tests import support, test_opening
+        from tests import support
         directory, *numbers = sys.argv[1:]
         directory, numbers = pathlib.Path(directory), [int(number) for number in numbers]
         config_pth = directory / "config.json"
@@ -500,8 +433,8 @@ def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path,
         for number in numbers:
             os.close(number)
         persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-        with test_opening.persipubsub.publisher.Pub("pub", config_pth) as pub:
-            with test_opening.persipubsub.subscriber.Sub("sub", config_pth) as sub:
+        with persipubsub.Pub("pub", config_pth) as pub:
+            with persipubsub.Sub("sub", config_pth) as sub:
                 pub.send(b"first")
                 pub.send(b"second")
                 with sub.receive(timeout=0) as message:
@@ -516,45 +449,45 @@ def test_what_is_printed_never_gets_into_a_queue(tmp_path: pathlib.Path,
     done = support.run_python(code, tmp_path, *numbers)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "found").read_text() == "[]"
-    assert persipubsub.control.verify(config_pth)["queue"] == ()
+    assert control.verify(config_pth)["queue"] == ()
     stores.lose_power(tmp_path / "queue")
     assert receive_all(config_pth) == [b"second"]
-    persipubsub.control.restore(config_pth, "queue", tmp_path / "backup")
-    assert persipubsub.control.verify(config_pth)["queue"] == ()
+    control.restore(config_pth, "queue", tmp_path / "backup")
+    assert control.verify(config_pth)["queue"] == ()
 
 
 # Settings
 
 
 def test_stored_settings_count_and_the_warning_names_what_differs(
-        tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config_pth = make(tmp_path, MAX_MSGS_NUM=5, strategy="reject")
     other = support.write_config(tmp_path, name="other.json", MAX_MSGS_NUM=1000, retain_secs=7)
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
-        send(other, *[b"x"] * 5)
-        with pytest.raises(persipubsub.errors.QueueFullError):
-            send(other, b"x")
+        send_each(other, *[b"x"] * 5)
+        with pytest.raises(errors.QueueFullError):
+            send_each(other, b"x")
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 1
     for name in ("high-water-mark.MAX_MSGS_NUM is 5, not 1000",
                  "high-water-mark.strategy is 'reject', not 'prune_first'",
                  "retain_secs is 0.0, not 7.0", "persipubsub init"):
         assert name in texts[0], name
-    assert not persipubsub.control.stored_settings(config_pth, "queue")
-    found = persipubsub.control.stored_settings(other, "queue")
+    assert not control.stored_settings(config_pth, "queue")
+    found = control.stored_settings(other, "queue")
     assert set(found) == {"high-water-mark.MAX_MSGS_NUM", "high-water-mark.strategy", "retain_secs"}
     assert found["retain_secs"] == (7, 0)
 
 
 @pytest.mark.parametrize("is_open", [False, True])
-def test_init_stores_settings_also_while_others_use_the_queue(tmp_path: pathlib.Path,
+def test_init_stores_settings_also_while_others_use_the_queue(tmp_path: Path,
                                                               caplog: pytest.LogCaptureFixture,
                                                               is_open: bool) -> None:
     config_pth = make(tmp_path, b"1", MAX_MSGS_NUM=1, strategy="reject")
     other = support.write_config(tmp_path, name="other.json", durability="os", MAX_MSGS_NUM=3)
 
     def run(pipe: support.Connection) -> None:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             pipe.send("open")
             pipe.recv()
             # It keeps its own until it opens the queue again.
@@ -566,34 +499,34 @@ def test_init_stores_settings_also_while_others_use_the_queue(tmp_path: pathlib.
             child.pipe.send("go")
             assert child.get() == "QueueFullError"
             child.end()
-        persipubsub.control.initialize_all_dbs(other)
+        control.initialize_all_dbs(other)
         if is_open:
             child.pipe.send("go")
             assert child.get() == "QueueFullError"
             child.end()
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
-        send(other, b"2", b"3")
+        send_each(other, b"2", b"3")
         assert caplog.records == []
         assert receive_all(other) == [b"1", b"2", b"3"]
         assert not receive_all(config_pth)
         assert "durability is 'os', not 'fsync'" in caplog.text
-    assert persipubsub.control.verify(other) == {"queue": ()}
+    assert control.verify(other) == {"queue": ()}
 
 
-def test_subscribers_that_are_only_in_one_place_are_told(tmp_path: pathlib.Path) -> None:
+def test_subscribers_that_are_only_in_one_place_are_told(tmp_path: Path) -> None:
     config_pth = make(tmp_path)
-    persipubsub.control.add_subscriber(config_pth, "queue", "late")
-    found = persipubsub.control.stored_settings(config_pth, "queue")
+    control.add_subscriber(config_pth, "queue", "late")
+    found = control.stored_settings(config_pth, "queue")
     assert dict(found) == {"subscribers": (("sub", ), ("late", "sub"))}
 
 
-def test_clock_goes_on_after_a_restart_of_the_machine(tmp_path: pathlib.Path) -> None:
+def test_clock_goes_on_after_a_restart_of_the_machine(tmp_path: Path) -> None:
     """The clock of the kernel begins at zero then; ages must neither jump nor become negative."""
     config_pth = make(tmp_path, b"message")
-    before = persipubsub.control.statistics(config_pth)["queue"].oldest_age_seconds
+    before = control.statistics(config_pth)["queue"].oldest_age_seconds
     stores.lose_power(tmp_path / "queue")
-    send(config_pth, b"again")
-    after = persipubsub.control.statistics(config_pth)["queue"].oldest_age_seconds
+    send_each(config_pth, b"again")
+    after = control.statistics(config_pth)["queue"].oldest_age_seconds
     assert before is not None and after is not None
     assert before <= after < before + support.HANG_SECS
     assert receive_all(config_pth) == [b"message", b"again"]

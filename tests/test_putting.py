@@ -1,22 +1,16 @@
 """Test the strategies that drop nothing: refuse a message, or wait for room."""
 
-# pylint: disable=missing-function-docstring
-
-import pathlib
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, errors
 from tests import stores, support
 
 REJECT = stores.REJECT
@@ -27,7 +21,6 @@ class Blocked:
     """Put messages in a thread of their own, which is expected to wait."""
 
     def __init__(self, queue: persipubsub.queue.Queue, *args: Any, **kwargs: Any) -> None:
-        """Start the thread, and wait until it sleeps."""
         self.outcome: Any = None
         self._queue = queue
         self._thread = threading.Thread(target=self._run, args=args, kwargs=kwargs, daemon=True)
@@ -37,7 +30,7 @@ class Blocked:
     def _run(self, *args: Any, **kwargs: Any) -> None:
         try:
             self.outcome = self._queue.put(*args, **kwargs)
-        except persipubsub.errors.PersipubsubError as error:
+        except errors.PersipubsubError as error:
             self.outcome = error
 
     def is_waiting(self) -> bool:
@@ -51,30 +44,7 @@ class Blocked:
         return self.outcome
 
 
-@pytest.mark.parametrize("strategy", [REJECT, BLOCK])
-@pytest.mark.parametrize("changes, messages", [({
-    "max_msgs_num": 3
-}, [b"3"]), ({
-    "max_msgs_num": 4
-}, [b"3", b"4"]), ({
-    "size_bytes": 4
-}, [b"34"])])
-def test_full_queue_refuses_and_keeps_all(tmp_path: pathlib.Path,
-                                          strategy: persipubsub.config.Strategy, changes: Any,
-                                          messages: list[bytes]) -> None:
-    with stores.opened(tmp_path, strategy=strategy, **changes) as queue:
-        queue.put([b"0", b"1", b"2"])
-        for _ in range(3):
-            with pytest.raises(persipubsub.errors.QueueFullError):
-                queue.put(messages, timeout=0)
-        assert stores.take(queue) == b"0"
-        # Numbers are not used up by what was refused.
-        assert queue.put(messages, timeout=0) == 4
-        assert stores.take_all(queue) == [b"1", b"2"] + messages
-        assert stores.figures(queue).dropped_by_mark == 0
-
-
-def test_error_names_the_slowest_subscriber(tmp_path: pathlib.Path) -> None:
+def test_error_names_the_slowest_subscriber(tmp_path: Path) -> None:
     with stores.opened(tmp_path,
                        subscribers=["fast", "slow", "unaddressed"],
                        max_msgs_num=4,
@@ -84,56 +54,13 @@ def test_error_names_the_slowest_subscriber(tmp_path: pathlib.Path) -> None:
         queue.put([b"0", b"1", b"2", b"3"], ("fast", "slow"))
         assert len(stores.take_all(queue, "fast")) == 4
         assert stores.take(queue, "slow") == b"0"
-        with pytest.raises(persipubsub.errors.QueueFullError) as info:
+        with pytest.raises(errors.QueueFullError) as info:
             queue.put([b"four", b"five"])
         assert str(info.value) == (
             "Expected room for 2 more message(s) of 8 bytes in the queue {}, but got: 3 of 4 "
             "messages (MAX_MSGS_NUM) and 3 of 1000 bytes (HWM_LMDB_SIZE_BYTES) wait in a store of "
             "at most 1048576 bytes (max_db_size_bytes). The slowest subscriber is 'slow' with 3 of "
             "them.".format(queue.path))
-
-
-@pytest.mark.parametrize("strategy", [REJECT, BLOCK])
-def test_message_that_never_fits_is_too_large(tmp_path: pathlib.Path,
-                                              strategy: persipubsub.config.Strategy) -> None:
-    with stores.opened(tmp_path, strategy=strategy, max_msgs_num=2, size_bytes=9) as queue:
-        for messages in ([bytes(10)], [b"", b"", b""]):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError):
-                queue.put(messages)
-
-
-@pytest.mark.parametrize("strategy", [REJECT, BLOCK])
-def test_what_is_too_old_makes_room(tmp_path: pathlib.Path,
-                                    strategy: persipubsub.config.Strategy) -> None:
-    clock = stores.Clock()
-    with stores.opened(tmp_path,
-                       clock=clock,
-                       strategy=strategy,
-                       max_msgs_num=2,
-                       msg_timeout_secs=10) as queue:
-        queue.put([b"0"])
-        clock.advance(6)
-        queue.put([b"1"])
-        clock.advance(6)
-        # What is dropped stays dropped although there is not room for both.
-        with pytest.raises(persipubsub.errors.QueueFullError):
-            queue.put([b"2", b"3"], timeout=0)
-        assert stores.figures(queue).dropped_by_timeout == 1
-        queue.put([b"2"], timeout=0)
-        assert stores.take_all(queue) == [b"1", b"2"]
-
-
-def test_known_id_needs_no_room(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, strategy=REJECT, max_msgs_num=2) as queue:
-        first = queue.put([b"0", b"1"], msg_ids=[b"a", b"b"])
-        for _ in range(2):
-            with pytest.raises(persipubsub.errors.QueueFullError):
-                queue.put([b"1", b"2"], msg_ids=[b"b", b"c"])
-            assert queue.put([b"1", b"0"], msg_ids=[b"b", b"a"]) == first + 1
-        stores.take_all(queue)
-        # Nothing was remembered of what was refused.
-        assert queue.put([b"1", b"2"], msg_ids=[b"b", b"c"]) == first + 1
-        assert stores.take_all(queue) == [b"2"]
 
 
 def take(queue: persipubsub.queue.Queue) -> None:
@@ -149,8 +76,8 @@ MAKES_ROOM = {
 
 
 @pytest.mark.parametrize("name", sorted(MAKES_ROOM))
-def test_whoever_makes_room_wakes_the_publisher(tmp_path: pathlib.Path,
-                                                monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_whoever_makes_room_wakes_the_publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                name: str) -> None:
     # Nobody looks without a notification within the time of this test.
     monkeypatch.setattr("persipubsub.lmdb_engine.sending._LONGEST_PAUSE_SECS",
                         10 * support.HANG_SECS)
@@ -164,7 +91,7 @@ def test_whoever_makes_room_wakes_the_publisher(tmp_path: pathlib.Path,
         assert stores.take_all(queue)[-1] == b"2"
 
 
-def test_removal_of_a_subscriber_wakes_the_publisher(tmp_path: pathlib.Path,
+def test_removal_of_a_subscriber_wakes_the_publisher(tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persipubsub.lmdb_engine.sending._LONGEST_PAUSE_SECS",
                         10 * support.HANG_SECS)
@@ -179,7 +106,7 @@ def test_removal_of_a_subscriber_wakes_the_publisher(tmp_path: pathlib.Path,
         assert stores.take_all(queue) == [b"2"]
 
 
-def test_timeout_of_messages_wakes_the_publisher(tmp_path: pathlib.Path,
+def test_timeout_of_messages_wakes_the_publisher(tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persipubsub.lmdb_engine.sending._LONGEST_PAUSE_SECS",
                         10 * support.HANG_SECS)
@@ -194,27 +121,14 @@ def test_timeout_of_messages_wakes_the_publisher(tmp_path: pathlib.Path,
         assert blocked.end() == 3
 
 
-def test_publisher_sees_by_himself_that_messages_are_too_old(tmp_path: pathlib.Path) -> None:
+def test_publisher_sees_by_himself_that_messages_are_too_old(tmp_path: Path) -> None:
     with stores.opened(tmp_path, strategy=BLOCK, max_msgs_num=1, msg_timeout_secs=0.5) as queue:
         queue.put([b"0"])
         # It would wait for ever if it did not look: there is nobody else.
         assert queue.put([b"1"], timeout=support.HANG_SECS) == 2
 
 
-def test_time_is_over(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, strategy=BLOCK, max_msgs_num=1) as queue:
-        queue.put([b"0"])
-        begin = time.monotonic()
-        with pytest.raises(persipubsub.errors.QueueFullError, match="'sub' with 1 of them"):
-            queue.put([b"1"], timeout=0.2)
-        assert 0.2 <= time.monotonic() - begin < support.HANG_SECS
-        for timeout in (0, -1):
-            with pytest.raises(persipubsub.errors.QueueFullError):
-                queue.put([b"1"], timeout=timeout)
-        assert stores.take_all(queue) == [b"0"]
-
-
-def test_large_batch_waits_for_all_its_room(tmp_path: pathlib.Path) -> None:
+def test_large_batch_waits_for_all_its_room(tmp_path: Path) -> None:
     with stores.opened(tmp_path, strategy=BLOCK, max_msgs_num=4) as queue:
         queue.put([b"0", b"1", b"2", b"3"])
         blocked = Blocked(queue, [b"4", b"5", b"6"])
@@ -226,26 +140,7 @@ def test_large_batch_waits_for_all_its_room(tmp_path: pathlib.Path) -> None:
         assert stores.take_all(queue) == [b"3", b"4", b"5", b"6"]
 
 
-def test_many_publishers_wait(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, strategy=BLOCK, max_msgs_num=2) as queue:
-        threads = [
-            threading.Thread(target=lambda: [queue.put([b"x"]) for _ in range(20)], daemon=True)
-            for _ in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        consumer = queue.consumer("sub")
-        for _ in range(160):
-            lease = consumer.take(timeout=support.HANG_SECS)
-            assert lease is not None
-            lease.ack()
-        for thread in threads:
-            thread.join(support.HANG_SECS)
-            assert not thread.is_alive()
-        assert stores.take(queue) is None
-
-
-def test_full_map_is_waited_for(tmp_path: pathlib.Path) -> None:
+def test_full_map_is_waited_for(tmp_path: Path) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 20, strategy=BLOCK) as queue:
         while support.outcome(lambda: queue.put([bytes(20000)], timeout=0)) == "":
             pass
@@ -257,7 +152,7 @@ def test_full_map_is_waited_for(tmp_path: pathlib.Path) -> None:
         assert len(stores.take_all(queue)) == lag - 10 + 1
 
 
-def test_full_map_makes_room_of_what_is_too_old(tmp_path: pathlib.Path) -> None:
+def test_full_map_makes_room_of_what_is_too_old(tmp_path: Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path,
                        clock=clock,
@@ -271,10 +166,9 @@ def test_full_map_makes_room_of_what_is_too_old(tmp_path: pathlib.Path) -> None:
         assert stores.take_all(queue) == [bytes(20000)]
 
 
-def interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def interrupted(pipe: support.Connection, config_pth: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         pipe.send("ready")
         try:
             pub.send(b"blocked")
@@ -285,9 +179,8 @@ def interrupted(pipe: support.Connection, config_pth: pathlib.Path) -> None:
         pipe.send("sent")
 
 
-def test_interrupt_while_waiting_sends_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, strategy="block", MAX_MSGS_NUM=1)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_interrupt_while_waiting_sends_nothing(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, strategy="block", MAX_MSGS_NUM=1)
     with support.open_queue(config_pth) as queue:
         queue.put([b"first"])
         with support.Child(interrupted, config_pth) as child:
@@ -301,19 +194,17 @@ def test_interrupt_while_waiting_sends_nothing(tmp_path: pathlib.Path) -> None:
         assert stores.take_all(queue) == [b"sent"]
 
 
-def send_in_child(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def send_in_child(pipe: support.Connection, config_pth: Path) -> None:
+    with Pub("pub", config_pth) as pub:
         pipe.send("ready")
         for index in range(100):
             pub.send_many([b"%d" % index, b""])
         pipe.send("sent")
 
 
-def test_subscriber_wakes_a_publisher_of_another_process(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, strategy="block", MAX_MSGS_NUM=2)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with support.Child(send_in_child, config_pth) as child, persipubsub.subscriber.Sub() as sub:
+def test_subscriber_wakes_a_publisher_of_another_process(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, strategy="block", MAX_MSGS_NUM=2)
+    with support.Child(send_in_child, config_pth) as child, Sub() as sub:
         assert child.get() == "ready"
         sub.init(sub_id="sub", config_pth=config_pth)
         received: list[bytes] = []

@@ -1,135 +1,28 @@
 """Test what a queue does at its limits: high-water marks, too large messages, a full map."""
 
-# pylint: disable=missing-function-docstring
-
 import contextlib
 import itertools
 import logging
-import pathlib
 import random
 import threading
+from pathlib import Path
 
 import pytest
 
-import persipubsub.errors
 import persipubsub.queue
+from persipubsub import errors
 from persipubsub.lmdb_engine import format as fmt
 from tests import stores, support
 
 
 def numbered(count: int, begin: int = 0) -> list[bytes]:
-    """Make messages that all differ."""
     return [b"%06d" % index for index in range(begin, begin + count)]
 
 
 # High-water marks
 
 
-@pytest.mark.parametrize("drops_newest", [False, True])
-@pytest.mark.parametrize("most", [1, 2, 3, 10, 11])
-def test_half_is_left_at_the_mark_of_messages(tmp_path: pathlib.Path, most: int,
-                                              drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_msgs_num=most, strategy=stores.pruning(drops_newest)) as queue:
-        messages = numbered(most)
-        for message in messages:
-            queue.put([message])
-        assert stores.figures(queue).dropped_by_mark == 0
-        queue.put([b"one more"])
-        # As the original: of the 11 messages of a mark of 10, 5 are left.
-        left = (most + 1) // 2 - 1
-        kept = messages[:left] if drops_newest else messages[most - left:]
-        assert stores.figures(queue).dropped_by_mark == most - left
-        assert stores.take_all(queue) == kept + [b"one more"]
-
-
-@pytest.mark.parametrize("drops_newest", [False, True])
-def test_half_is_left_at_the_mark_of_bytes(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, size_bytes=100, strategy=stores.pruning(drops_newest)) as queue:
-        messages = [b"a" * 10, b"b" * 20, b"c" * 30, b"d" * 40]
-        for message in messages:
-            queue.put([message])
-        queue.put([b""])
-        assert stores.figures(queue).dropped_by_mark == 0
-        queue.put([b"e"])
-        # Three of six messages: half of them, whatever their bytes are.
-        assert stores.figures(queue).dropped_by_mark == 3
-        assert stores.take_all(queue) == (messages[:2]
-                                          if drops_newest else [messages[3], b""]) + [b"e"]
-
-
-def test_messages_are_dropped_until_a_batch_fits(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_msgs_num=16) as queue:
-        queue.put(numbered(16))
-        queue.put(numbered(13, begin=16))
-        # Half of 29 are 14, of which 13 are new.
-        assert stores.figures(queue).dropped_by_mark == 15
-        assert stores.take_all(queue) == numbered(14, begin=15)
-
-
-@pytest.mark.parametrize("drops_newest", [False, True])
-def test_single_block_is_cut_in_its_middle(tmp_path: pathlib.Path, drops_newest: bool) -> None:
-    with stores.opened(tmp_path, max_msgs_num=10001,
-                       strategy=stores.pruning(drops_newest)) as queue:
-        messages = numbered(10001)
-        first = queue.put(messages)
-        assert len([block for block in stores.blocks(queue) if block]) == 1
-        assert queue.put([b"next"]) == first + 10001
-        assert queue.check() == []
-        kept = messages[:5000] if drops_newest else messages[5001:]
-        assert queue.statistics().message_bytes == 6 * 5000 + 4
-        assert stores.take_all(queue) == kept + [b"next"]
-
-
-def test_finished_messages_do_not_count(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_msgs_num=3, size_bytes=3) as queue:
-        for message in numbered(100):
-            queue.put([message[:1]])
-            queue.put([b"", b""])
-            assert len(stores.take_all(queue)) == 3
-        assert stores.figures(queue).dropped_by_mark == 0
-
-
-def test_drops_are_counted_for_each_subscriber(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b", "c"], max_msgs_num=4) as queue:
-        queue.put([b"1", b"2"])
-        queue.put([b"3"], ("c", ))
-        queue.put([b"4"])
-        stores.take(queue, "a")
-        queue.put([b"5"])
-        assert [stores.figures(queue, name).dropped_by_mark for name in "abc"] == [1, 2, 3]
-        assert stores.take_all(queue, "a") == stores.take_all(queue, "b") == [b"4", b"5"]
-        assert stores.take_all(queue, "c") == [b"4", b"5"]
-
-
-def test_consumer_is_told_how_many_were_dropped_before(tmp_path: pathlib.Path) -> None:
-    clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, max_msgs_num=4, msg_timeout_secs=10) as queue:
-        consumer = queue.consumer("sub")
-
-        def dropped_before() -> list[int]:
-            lease = consumer.take(timeout=0, max_messages=9)
-            assert lease is not None
-            found = [message.dropped_before for message in lease.details()]
-            lease.ack()
-            return found
-
-        queue.put(numbered(4))
-        queue.put(numbered(2))
-        assert dropped_before() == [3, 0, 0]
-        queue.put([b"old"])
-        clock.advance(11)
-        queue.put([b"new"])
-        assert dropped_before() == [1]
-        queue.put([b"no more"])
-        assert dropped_before() == [0]
-        # A consumer that comes later was not there when they were dropped.
-        queue.put(numbered(9)[:4])
-        queue.put([b"next"])
-        lease = queue.consumer("sub").take(timeout=0)
-        assert lease is not None and lease.details()[0].dropped_before == 0
-
-
-def test_drops_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_drops_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
         with stores.opened(tmp_path, subscribers=["a", "b"], max_msgs_num=4) as queue:
             stores.take(queue, "a")
@@ -143,7 +36,7 @@ def test_drops_are_logged(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixtu
     assert named == dropped > 20 and len(counts) <= 3
 
 
-def test_drops_for_messages_that_are_refused_are_logged(tmp_path: pathlib.Path,
+def test_drops_for_messages_that_are_refused_are_logged(tmp_path: Path,
                                                         caplog: pytest.LogCaptureFixture) -> None:
     clock = stores.Clock()
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
@@ -160,13 +53,6 @@ def test_drops_for_messages_that_are_refused_are_logged(tmp_path: pathlib.Path,
             assert [type(outcome).__name__ for outcome in outcomes] == 2 * ["QueueFullError"]
             assert stores.figures(queue).dropped_by_timeout == 1
     assert [record.getMessage().rsplit(": ", 1)[1] for record in caplog.records] == ["1 of sub"]
-
-
-def test_queue_without_a_mark_in_sight_drops_nothing(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_msgs_num=1000, size_bytes=6000) as queue:
-        for message in numbered(1000):
-            queue.put([message])
-        assert stores.take_all(queue) == numbered(1000)
 
 
 # Too large
@@ -189,45 +75,30 @@ def test_queue_without_a_mark_in_sight_drops_nothing(tmp_path: pathlib.Path) -> 
         "max_db_size_bytes": 1 << 20
     }, [b""] * (1 << 17)),
 ])
-def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: pathlib.Path, changes: object,
+def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: Path, changes: object,
                                                         messages: list[bytes]) -> None:
     assert isinstance(changes, dict)
     with stores.opened(tmp_path, clock=stores.Clock(), **changes) as queue:
         queue.put([b"a", b"b"])
         before, content = queue.statistics(), support.snapshot(tmp_path / "queue")["data.mdb"]
         for _ in range(2):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError, match=str(tmp_path)):
+            with pytest.raises(errors.MessageTooLargeError, match=str(tmp_path)):
                 queue.put(messages)
         assert queue.statistics() == before
         assert support.snapshot(tmp_path / "queue")["data.mdb"] == content
         assert stores.take_all(queue) == [b"a", b"b"]
 
 
-def test_what_just_fits_is_taken(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_msgs_num=3, size_bytes=10) as queue:
-        queue.put([bytes(10)])
-        queue.put([bytes(5), b"", bytes(5)])
-        assert stores.take_all(queue) == [bytes(5), b"", bytes(5)]
-
-
-def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: pathlib.Path) -> None:
+def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: Path) -> None:
     try:
         # Untouched pages of zeros take no memory.
         message = bytes(1 << 32)
     except MemoryError:
         pytest.skip("no room for a message of 4 GiB")
     with stores.opened(tmp_path, size_bytes=1 << 40, max_db_size_bytes=1 << 40) as queue:
-        with pytest.raises(persipubsub.errors.MessageTooLargeError, match="4294967296"):
+        with pytest.raises(errors.MessageTooLargeError, match="4294967296"):
             queue.put([b"x", message])
         assert queue.statistics().messages == 0
-
-
-def test_sizes_are_checked_before_anything_is_put(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_msgs_num=2, size_bytes=10) as queue:
-        queue.check_sizes([bytes(4), bytes(6)])
-        for messages in ([bytes(5), bytes(6)], [b""] * 3, [bytes(11)]):
-            with pytest.raises(persipubsub.errors.MessageTooLargeError):
-                queue.check_sizes(messages)
 
 
 # A full store
@@ -235,8 +106,7 @@ def test_sizes_are_checked_before_anything_is_put(tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.parametrize("drops_newest", [False, True])
 @pytest.mark.parametrize("size", [3000, 50000])
-def test_full_store_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: bool,
-                                         size: int) -> None:
+def test_full_store_is_a_high_water_mark(tmp_path: Path, drops_newest: bool, size: int) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 20,
                        strategy=stores.pruning(drops_newest)) as queue:
         sent: list[bytes] = []
@@ -252,11 +122,11 @@ def test_full_store_is_a_high_water_mark(tmp_path: pathlib.Path, drops_newest: b
 
 
 @pytest.mark.parametrize("strategy", [stores.REJECT, stores.BLOCK])
-def test_full_store_refuses_what_is_sent_and_drops_nothing(tmp_path: pathlib.Path,
+def test_full_store_refuses_what_is_sent_and_drops_nothing(tmp_path: Path,
                                                            strategy: object) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 20, strategy=strategy) as queue:
         count = 0
-        with pytest.raises(persipubsub.errors.QueueFullError, match="max_db_size_bytes.*'sub'"):
+        with pytest.raises(errors.QueueFullError, match="max_db_size_bytes.*'sub'"):
             while True:
                 queue.put([b"%06d" % count + bytes(900)], timeout=0)
                 count += 1
@@ -273,21 +143,7 @@ def test_full_store_refuses_what_is_sent_and_drops_nothing(tmp_path: pathlib.Pat
         assert queue.clear() == 1
 
 
-def test_full_store_of_finished_messages_drops_nothing(tmp_path: pathlib.Path) -> None:
-    with stores.opened(tmp_path, max_db_size_bytes=1 << 20) as queue:
-        for _ in range(7):
-            queue.put([bytes(100000)])
-        stores.take_all(queue)
-        queue.put([b"waits"])
-        for _ in range(5):
-            queue.put([bytes(500000)])
-            assert stores.take(queue) == b"waits"
-            queue.put([b"waits"])
-            assert stores.take(queue) == bytes(500000)
-        assert stores.figures(queue).dropped_by_mark == 0
-
-
-def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) -> None:
+def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: Path) -> None:
     limit = 1 << 20
     with stores.opened(tmp_path, max_db_size_bytes=limit) as queue:
         largest = limit - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES
@@ -301,22 +157,21 @@ def test_any_message_that_is_not_too_large_fits_at_last(tmp_path: pathlib.Path) 
         assert queue.statistics().file_bytes <= limit + (1 << 20)
 
 
-def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: pathlib.Path) -> None:
+def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: Path) -> None:
     """Else there is none left some time later."""
     limit = 1 << 20
     generator = random.Random(1)
     with stores.opened(tmp_path, max_db_size_bytes=limit, strategy=stores.REJECT) as queue:
         msg_ids = (b"%0250d" % number for number in itertools.count())
-        with pytest.raises(persipubsub.errors.DiskFullError):
+        with pytest.raises(errors.DiskFullError):
             while True:
                 try:
                     queue.put([b"m"] * 50, timeout=0, msg_ids=list(itertools.islice(msg_ids, 50)))
-                except persipubsub.errors.QueueFullError:
+                except errors.QueueFullError:
                     stores.take_all(queue)
         for _ in range(300):
             for given in ([next(msg_ids)], None):
-                with contextlib.suppress(persipubsub.errors.QueueFullError,
-                                         persipubsub.errors.DiskFullError):
+                with contextlib.suppress(errors.QueueFullError, errors.DiskFullError):
                     queue.put([bytes(generator.choice([0, 500, 5000, 60000]))], None, 0, given)
             stores.take(queue)
         stores.take_all(queue)
@@ -325,7 +180,7 @@ def test_nothing_is_sent_into_the_room_of_acknowledgements(tmp_path: pathlib.Pat
         assert queue.statistics().file_bytes <= limit + (1 << 20)
 
 
-def test_limit_that_is_set_far_below_what_is_written(tmp_path: pathlib.Path) -> None:
+def test_limit_that_is_set_far_below_what_is_written(tmp_path: Path) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 28) as queue:
         for _ in range(80):
             queue.put([bytes(1 << 20)])
@@ -353,8 +208,7 @@ class _Sender(logging.Handler):
 
 
 @pytest.mark.parametrize("changes", [{"max_msgs_num": 10}, {"max_db_size_bytes": 1 << 20}])
-def test_warnings_are_given_outside_of_transactions(tmp_path: pathlib.Path,
-                                                    changes: object) -> None:
+def test_warnings_are_given_outside_of_transactions(tmp_path: Path, changes: object) -> None:
     assert isinstance(changes, dict)
     with stores.opened(tmp_path, **changes) as queue:
         handler = _Sender(queue)

@@ -5,8 +5,6 @@ Drive a queue and its twin through random steps.
 test, which printed it.
 """
 
-# pylint: disable=missing-function-docstring
-
 import os
 import random
 

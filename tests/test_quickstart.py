@@ -1,27 +1,25 @@
 """Test examples/quickstart.py as a user runs it: as a program."""
 
-import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-import persipubsub.control
-import persipubsub.subscriber
+from persipubsub import Sub, control
 from tests import jetstream_server
 
-_SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
+_SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
 
 # Catches a hang, and nothing else: the example gives up by itself before that.
 _TIMEOUT_SECS = 400
 
 
-def _start(tmp_path: pathlib.Path, *arguments: str) -> "subprocess.Popen[str]":
+def _start(tmp_path: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Start the example with a directory of its own for everything temporary."""
     (tmp_path / "tmp").mkdir()
     env: dict[str, str] = dict(os.environ, TMPDIR=str(tmp_path / "tmp"))
@@ -34,12 +32,12 @@ def _start(tmp_path: pathlib.Path, *arguments: str) -> "subprocess.Popen[str]":
                             text=True)
 
 
-def _left(tmp_path: pathlib.Path) -> list[pathlib.Path]:
+def _left(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
+def test_nothing_is_lost(tmp_path: Path, durability: str) -> None:
     process = _start(tmp_path, "--files", "300", "--durability", durability)
     out, err = process.communicate(timeout=_TIMEOUT_SECS)
 
@@ -59,7 +57,7 @@ def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
 
 @jetstream_server.needs_server
 @pytest.mark.parametrize("nodes", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_nothing_is_lost_on_servers(tmp_path: pathlib.Path, nodes: int) -> None:
+def test_nothing_is_lost_on_servers(tmp_path: Path, nodes: int) -> None:
     with jetstream_server.running(tmp_path, nodes=nodes) as servers:
         options = {"ack_wait": 2, **({"replicas": nodes} if nodes > 1 else {})}
         process = _start(tmp_path, "--files", "200", "--queue",
@@ -71,26 +69,13 @@ def test_nothing_is_lost_on_servers(tmp_path: pathlib.Path, nodes: int) -> None:
     assert not _left(tmp_path)
 
 
-def test_loss_is_found(tmp_path: pathlib.Path) -> None:
-    queue = {
-        "path": "queue",
-        "max_reader_num": 64,
-        "max_db_num": 64,
-        "max_db_size_bytes": 2**32,
-        "subscribers": ["index"],
-        "high-water-mark": {
-            "MSG_TIMEOUT_SECS": 3600,
-            "MAX_MSGS_NUM": 10**6,
-            "HWM_LMDB_SIZE_BYTES": 2**32,
-            "strategy": "prune_first"
-        }
-    }
+def test_loss_is_found(tmp_path: Path) -> None:
     config_pth = tmp_path / "config.json"
-    config_pth.write_text(json.dumps({"index": {"in_queue": "q"}, "queues": {"q": queue}}))
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth.write_text('{"index": {"in_queue": "queue"}, '
+                          '"queues": {"queue": {"subscribers": ["index"]}}}')
+    control.initialize_all_dbs(config_pth=config_pth)
 
-    with persipubsub.subscriber.Sub() as thief:
-        thief.init(sub_id="index", config_pth=config_pth)
+    with Sub("index", config_pth) as thief:
         process = _start(tmp_path, "--files", "20", "--patience", "3", "--queue", "queue")
         stolen = 0
         while process.poll() is None:
@@ -111,7 +96,7 @@ def test_loss_is_found(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted(tmp_path: pathlib.Path, number: signal.Signals, code: int) -> None:
+def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
     # Whoever starts us may ignore the signal, and a program inherits that; handlers it does not.
     before = signal.signal(number, signal.default_int_handler)
     try:
@@ -130,11 +115,11 @@ def test_interrupted(tmp_path: pathlib.Path, number: signal.Signals, code: int) 
     assert not _left(tmp_path)
 
 
-def test_children_end_with_their_parent(tmp_path: pathlib.Path) -> None:
+def test_children_end_with_their_parent(tmp_path: Path) -> None:
     process = _start(tmp_path, "--files", "100000", "--queue", "queue")
     assert process.stdout is not None
     deadline = time.monotonic() + _TIMEOUT_SECS
-    ledgers: list[pathlib.Path] = []
+    ledgers: list[Path] = []
     while not ledgers and time.monotonic() < deadline and process.poll() is None:
         ledgers = list((tmp_path / "tmp").glob("*/index"))
         time.sleep(0.01)
@@ -146,7 +131,7 @@ def test_children_end_with_their_parent(tmp_path: pathlib.Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_wrong_arguments(tmp_path: pathlib.Path) -> None:
+def test_wrong_arguments(tmp_path: Path) -> None:
     process = _start(tmp_path, "--files", "0")
     _, err = process.communicate(timeout=_TIMEOUT_SECS)
     assert process.returncode == 2

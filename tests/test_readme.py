@@ -1,13 +1,13 @@
 """Test that what README.rst shows and says is true."""
 
-import pathlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 _TEXT = (_ROOT / "README.rst").read_text(encoding="utf-8")
 
 
@@ -20,7 +20,6 @@ def _section(title: str) -> str:
 
 
 def _example() -> str:
-    """Return the example, without its indentation."""
     match = re.search(r"code-block:: python\n\n((?:    [^\n]*\n|\n)+)", _section("Example"))
     assert match is not None
     return f"{re.sub('^    ', '', match.group(1), flags=re.MULTILINE).strip()}\n"
@@ -53,7 +52,7 @@ def test_example_is_the_one_in_the_examples() -> None:
     assert len(_example().splitlines()) <= 10
 
 
-def test_example_runs(tmp_path: pathlib.Path) -> None:
+def test_example_runs(tmp_path: Path) -> None:
     for _ in range(2):
         # Twice: the message was acknowledged, and initializing may be repeated.
         process = subprocess.run([sys.executable, "-c", _example()],

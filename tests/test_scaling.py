@@ -4,21 +4,17 @@ Test that costs do not grow: flushes with senders, takes with what is held, file
 Where it can be, things are counted: counts do not wobble as times do.
 """
 
-# pylint: disable=missing-function-docstring
-
 import os
-import pathlib
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
+from persipubsub import Pub, errors
 from persipubsub.lmdb_engine import attempts, environment, positions
 from tests import stores, support
 from tests.faults import tracing
@@ -27,14 +23,13 @@ _FLUSH = re.compile(r"^\d+\s+(fsync|fdatasync|msync|sync_file_range|syncfs|sync)
                     r"^(?:\[pid +\d+\] )?(fsync|fdatasync|msync|sync_file_range|syncfs|sync)\(")
 
 
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
+def make(directory: Path, **changes: Any) -> Path:
     # No state record is written by the background thread within the time of a test.
-    config_pth = support.write_config(directory, checkpoint_secs=3600, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
+    config_pth = support.make_queue(directory, checkpoint_secs=3600, **changes)
     return config_pth
 
 
-def count_flushes(directory: pathlib.Path, start: Callable[[], Callable[[], None]]) -> int:
+def count_flushes(directory: Path, start: Callable[[], Callable[[], None]]) -> int:
     """Count how often a function waits for the disk."""
     trace = directory / "trace"
     options = ["-o", str(trace), "-e", "trace=fsync,fdatasync,msync,sync_file_range,syncfs,sync"]
@@ -42,12 +37,12 @@ def count_flushes(directory: pathlib.Path, start: Callable[[], Callable[[], None
     return sum(1 for line in trace.read_text("utf-8").splitlines() if _FLUSH.match(line))
 
 
-def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
+def test_threads_share_flushes(tmp_path: Path) -> None:
     tracing.require()
     config_pth = make(tmp_path)
 
     def start() -> Callable[[], None]:
-        pub = persipubsub.publisher.Pub("pub", config_pth)
+        pub = Pub("pub", config_pth)
         pub.send(b"first")
 
         def send() -> None:
@@ -55,11 +50,7 @@ def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
                 pub.send(b"x" * 256)
 
         def work() -> None:
-            threads = [threading.Thread(target=send) for _ in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            support.in_threads([send] * 8)
             os._exit(0)
 
         return work
@@ -68,12 +59,12 @@ def test_threads_share_flushes(tmp_path: pathlib.Path) -> None:
     assert 25 <= count_flushes(tmp_path, start) < 190
 
 
-def test_processes_share_flushes(tmp_path: pathlib.Path) -> None:
+def test_processes_share_flushes(tmp_path: Path) -> None:
     tracing.require()
     config_pth = make(tmp_path)
 
     def send(ready: int, go: int) -> None:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             os.write(ready, b"x")
             os.read(go, 1)
             for _ in range(60):
@@ -124,7 +115,7 @@ def fixture_counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize("held", [10, 300])
-def test_take_does_not_cost_more_the_more_is_held(tmp_path: pathlib.Path, counts: dict[str, int],
+def test_take_does_not_cost_more_the_more_is_held(tmp_path: Path, counts: dict[str, int],
                                                   held: int) -> None:
     with stores.opened(tmp_path) as queue:
         consumer = queue.consumer("sub")
@@ -143,7 +134,7 @@ def test_take_does_not_cost_more_the_more_is_held(tmp_path: pathlib.Path, counts
             lease.ack()
 
 
-def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: pathlib.Path,
+def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: Path,
                                                                     counts: dict[str, int]) -> None:
     policy = attempts.Policy(delay_ns=3600 * stores.SECOND_NS)
     with stores.opened(tmp_path, retries={"sub": persipubsub.queue.Retries(policy, "q")}) as queue:
@@ -164,7 +155,7 @@ def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: pa
             lease.ack()
 
 
-def test_many_threads_that_hold_a_message_each(tmp_path: pathlib.Path) -> None:
+def test_many_threads_that_hold_a_message_each(tmp_path: Path) -> None:
     """As many as wait for something else, such as a service, while they have a message."""
     with stores.opened(tmp_path) as queue:
         for index in range(200):
@@ -182,18 +173,14 @@ def test_many_threads_that_hold_a_message_each(tmp_path: pathlib.Path) -> None:
                 done.extend(lease.messages)
                 lease.ack()
 
-        threads = [threading.Thread(target=work) for _ in range(100)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(support.HANG_SECS)
+        support.in_threads([work] * 100)
         assert sorted(done) == sorted(b"%d" % index for index in range(200))
 
 
 # Room
 
 
-def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: pathlib.Path) -> None:
+def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: Path) -> None:
     limit = 1 << 20
     clock = stores.Clock()
     with stores.opened(tmp_path,
@@ -206,7 +193,7 @@ def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: pathlib.Path) -> N
             for index in range(50):
                 try:
                     queue.put([bytes(500)], msg_ids=[b"%d-%d" % (round_, index)])
-                except persipubsub.errors.DiskFullError:
+                except errors.DiskFullError:
                     break  # full of ids
             stores.take_all(queue)
             if round_ % 3 == 0:
@@ -216,40 +203,3 @@ def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: pathlib.Path) -> N
         # Mapped is an eighth more than the limit, at least 1 MiB.
         assert max(sizes) <= 2 * limit
         assert queue.statistics().disk_bytes < 6 * limit
-
-
-def read_and_stop(pipe: support.Connection, path: str) -> None:
-    """Stop in the middle of a read, as a process does that is stopped by a signal or a debugger."""
-    with persipubsub.queue.Queue(path, stores.settings()) as queue:
-
-        def work(_: object) -> None:
-            pipe.send(os.getpid())
-            pipe.recv()
-
-        stores.read(queue, work)
-
-
-@pytest.mark.parametrize("strategy", [stores.PRUNE_FIRST, stores.PRUNE_LAST, stores.REJECT])
-def test_reader_that_is_stopped_makes_nobody_drop_messages(tmp_path: pathlib.Path,
-                                                           strategy: object) -> None:
-    with stores.opened(tmp_path, max_db_size_bytes=1 << 20, strategy=strategy) as queue:
-        for _ in range(5):
-            queue.put([bytes(50000)])
-        with support.Child(read_and_stop, queue.path) as child:
-            process = child.get()
-            # No page that is freed from now on can be used again.
-            error = ""
-            for _ in range(2000):
-                stores.take(queue)
-                try:
-                    queue.put([bytes(50000)])
-                except persipubsub.errors.DiskFullError as found:
-                    error = str(found)
-                    break
-            assert str(process) in error
-            assert stores.figures(queue).dropped_by_mark == 0
-            assert 1 <= stores.figures(queue).lag <= 5
-            child.kill(9)
-            child.end(-9)
-        queue.put([bytes(50000)])
-        assert stores.figures(queue).dropped_by_mark == 0

@@ -6,25 +6,20 @@ reaches the caller; the call took effect or not; nothing is stored twice, nothin
 acknowledged is lost, and no other thread notices.
 """
 
-# pylint: disable=missing-function-docstring
-
 import collections
 import gc
-import pathlib
 import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 import persipubsub.config
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control
 from tests import stores, support
 
 
@@ -33,12 +28,6 @@ class Interrupt(Exception):
 
 
 KINDS: list[type[BaseException]] = [Interrupt, KeyboardInterrupt, TimeoutError, OSError]
-
-
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
 
 
 class Timer:
@@ -93,10 +82,10 @@ class Timer:
         return True
 
 
-def publish(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseException],
-            seconds: float, seed: int) -> None:
+def publish(pipe: support.Connection, config_pth: Path, kind: type[BaseException], seconds: float,
+            seed: int) -> None:
     """Send in the main thread, which is interrupted, and in two others, which are not."""
-    pub = persipubsub.publisher.Pub("pub", config_pth)
+    pub = Pub("pub", config_pth)
     is_over = threading.Event()
     sent: list[bytes] = []
     failed: list[str] = []
@@ -138,14 +127,14 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
     pipe.send((sent, unknown, failed, timer.raised))
 
 
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_interrupted_publisher_with_threads(tmp_path: pathlib.Path, kind: type[BaseException],
+@pytest.mark.parametrize("kind, durability",
+                         [*((kind, "fsync") for kind in KINDS), (Interrupt, "os")])
+def test_interrupted_publisher_with_threads(tmp_path: Path, kind: type[BaseException],
                                             durability: str) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
-    config_pth = make(tmp_path, durability=durability)
-    with support.Child(publish, config_pth, kind, 1.5, seed) as child:
+    config_pth = support.make_queue(tmp_path, durability=durability)
+    with support.Child(publish, config_pth, kind, 1.0, seed) as child:
         sent, unknown, failed, raised = child.get()
         # ... and close does not hang behind it.
         child.end()
@@ -156,13 +145,13 @@ def test_interrupted_publisher_with_threads(tmp_path: pathlib.Path, kind: type[B
         counts = collections.Counter(stores.take_all(queue))
     assert [message for message, count in counts.items() if count > 1] == []
     assert set(sent) <= set(counts) <= set(sent) | set(unknown)
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
 
 
-def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseException],
+def consume(pipe: support.Connection, config_pth: Path, kind: type[BaseException],
             seed: int) -> None:
     """Receive until there is nothing, interrupted all the time."""
-    sub = persipubsub.subscriber.Sub("sub", config_pth)
+    sub = Sub("sub", config_pth)
     timer = Timer(kind, seed)
     seen: list[bytes] = []
     acknowledged: list[bytes] = []
@@ -174,7 +163,7 @@ def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
         if message is not None:
             acknowledged.append(message)
 
-    while persipubsub.control.statistics(config_pth)["queue"].messages:
+    while control.statistics(config_pth)["queue"].messages:
         for _ in range(20):
             timer.call(receive)
     sub.close()
@@ -182,10 +171,10 @@ def consume(pipe: support.Connection, config_pth: pathlib.Path, kind: type[BaseE
 
 
 @pytest.mark.parametrize("kind", KINDS[:3], ids=lambda kind: kind.__name__)
-def test_interrupted_subscriber(tmp_path: pathlib.Path, kind: type[BaseException]) -> None:
+def test_interrupted_subscriber(tmp_path: Path, kind: type[BaseException]) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
-    config_pth = make(tmp_path, durability="os")
+    config_pth = support.make_queue(tmp_path, durability="os")
     messages = [b"%d" % number for number in range(600)]
     with support.open_queue(config_pth) as queue:
         queue.put(messages[:300])
@@ -203,68 +192,41 @@ def test_interrupted_subscriber(tmp_path: pathlib.Path, kind: type[BaseException
         assert stores.figures(queue).lag == 0
 
 
-def open_and_close(pipe: support.Connection, config_pth: pathlib.Path, seed: int) -> None:
+def open_and_close(pipe: support.Connection, config_pth: Path, seed: int) -> None:
     timer = Timer(Interrupt, seed)
 
     # Read before: msgspec, in C, swallows what comes out of functions of Python that it calls.
     config = persipubsub.config.read(config_pth)
 
     def use() -> None:
-        with persipubsub.publisher.Pub("pub", config) as pub:
+        with Pub("pub", config) as pub:
             pub.send(b"message")
 
     for _ in range(150):
         timer.call(use)
     # Whatever was left open by that: it works, in the end.
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pub.send(b"last")
     pipe.send(timer.raised)
 
 
-def test_interrupted_opening_and_closing(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, durability="os", busy_timeout_secs=10)
+def test_interrupted_opening_and_closing(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, durability="os", busy_timeout_secs=10)
     with support.Child(open_and_close, config_pth, random.randrange(1 << 32)) as child:
         assert child.get() > 20
         child.end()
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+    with Sub("sub", config_pth) as sub:
         with sub.receive_many(max_msgs=1000, timeout=0) as messages:
             assert messages[-1] == b"last"
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
 
 
-def test_interrupted_wait_ends_at_once(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
-
-    def run(pipe: support.Connection) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with persipubsub.subscriber.Sub("sub", config_pth) as sub:
-            pipe.send("ready")
-            try:
-                with sub.receive(timeout=None):
-                    pass
-            except KeyboardInterrupt:
-                pipe.send("interrupted")
-            with sub.receive(timeout=support.HANG_SECS) as message:
-                pipe.send(message)
-
-    with support.Child(run) as child:
-        assert child.get() == "ready"
-        stores.until_somebody_waits(tmp_path / "queue")
-        child.kill(signal.SIGINT)
-        assert child.get() == "interrupted"
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
-            pub.send(b"message")
-        assert child.get() == b"message"
-        child.end()
-
-
-def test_handler_that_uses_the_queue_in_the_middle_of_a_write_gets_an_error(
-        tmp_path: pathlib.Path) -> None:
+def test_handler_that_uses_the_queue_in_the_middle_of_a_write_gets_an_error(tmp_path: Path) -> None:
     """Or its message is sent; it is neither lost without a word, nor does anything hang."""
-    config_pth = make(tmp_path, durability="os")
+    config_pth = support.make_queue(tmp_path, durability="os")
 
     def run(pipe: support.Connection) -> None:
-        pub = persipubsub.publisher.Pub("pub", config_pth)
+        pub = Pub("pub", config_pth)
         outcomes: list[str] = []
 
         def handle(*_: object) -> None:

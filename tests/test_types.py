@@ -1,11 +1,9 @@
 """Test that users of a type checker see exact types, and their mistakes."""
 
-# pylint: disable=missing-function-docstring
-
-import pathlib
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -114,7 +112,7 @@ async def main() -> None:
 '''
 
 
-def check(directory: pathlib.Path, code: str) -> list[str]:
+def check(directory: Path, code: str) -> list[str]:
     path = directory / "used.py"
     path.write_text(textwrap.dedent(code))
     done = subprocess.run([
@@ -122,7 +120,7 @@ def check(directory: pathlib.Path, code: str) -> list[str]:
         str(directory / "cache"),
         str(path)
     ],
-                          cwd=pathlib.Path(__file__).parent.parent,
+                          cwd=Path(__file__).parent.parent,
                           capture_output=True,
                           text=True,
                           timeout=200,
@@ -132,16 +130,16 @@ def check(directory: pathlib.Path, code: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_types_are_exact(tmp_path: pathlib.Path) -> None:
+def test_types_are_exact(tmp_path: Path) -> None:
     assert check(tmp_path, _RIGHT) == []
 
 
 @pytest.mark.slow
-def test_engines_offer_what_the_faces_use(tmp_path: pathlib.Path) -> None:
+def test_engines_offer_what_the_faces_use(tmp_path: Path) -> None:
     assert check(tmp_path, _ENGINES) == []
 
 
 @pytest.mark.slow
-def test_mistakes_are_found(tmp_path: pathlib.Path) -> None:
+def test_mistakes_are_found(tmp_path: Path) -> None:
     lines = sorted({int(line.split(":")[1]) for line in check(tmp_path, _WRONG)})
     assert lines == [2, 4, 5, 6, 9, 10]

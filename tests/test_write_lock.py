@@ -1,24 +1,17 @@
 """Test that writers wait for each other with a limit, and that nobody is kept out for ever."""
 
-# pylint: disable=missing-function-docstring
-
 import contextlib
 import os
-import pathlib
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control, errors
 from tests import stores, support
 from tests.faults import tracing
 
@@ -36,22 +29,15 @@ def hold(pipe: support.Connection, path: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: pathlib.Path, name: str) -> Iterator[support.Child]:
+def locked(directory: Path, name: str) -> Iterator[support.Child]:
     with support.Child(hold, str(directory / "queue" / name)) as child:
         assert child.get() == "locked"
         yield child
 
 
-def make(directory: pathlib.Path, **changes: Any) -> pathlib.Path:
-    config_pth = support.write_config(directory, **changes)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    return config_pth
-
-
 @pytest.mark.parametrize("name", LOCKS)
-def test_wait_ends_with_an_error_that_names_queue_and_key(tmp_path: pathlib.Path,
-                                                          name: str) -> None:
-    config_pth = make(tmp_path, busy_timeout_secs=0.2)
+def test_wait_ends_with_an_error_that_names_queue_and_key(tmp_path: Path, name: str) -> None:
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.2)
     with support.open_queue(config_pth) as queue:
         # So that the journal has room for the next one.
         queue.put([b"before"])
@@ -59,11 +45,11 @@ def test_wait_ends_with_an_error_that_names_queue_and_key(tmp_path: pathlib.Path
         check_busy(tmp_path, config_pth, queue, name)
 
 
-def check_busy(directory: pathlib.Path, config_pth: pathlib.Path, queue: persipubsub.queue.Queue,
+def check_busy(directory: Path, config_pth: Path, queue: persipubsub.queue.Queue,
                name: str) -> None:
     with locked(directory, name) as child:
         begin = time.monotonic()
-        with pytest.raises(persipubsub.errors.BusyTimeoutError, match="queue.*busy_timeout_secs"):
+        with pytest.raises(errors.BusyTimeoutError, match="queue.*busy_timeout_secs"):
             if name == "open.lock":
                 open_in_child(config_pth)
             else:
@@ -78,42 +64,23 @@ def check_busy(directory: pathlib.Path, config_pth: pathlib.Path, queue: persipu
         assert stores.take_all(queue) == expected
 
 
-def open_in_child(config_pth: pathlib.Path) -> None:
+def open_in_child(config_pth: Path) -> None:
     """Open the queue in another process, and raise what that raised."""
     outcome, = support.outcomes_in_child(lambda: support.open_queue(config_pth).close())
     if outcome:
         raise getattr(persipubsub.errors, outcome)("queue: busy_timeout_secs")
 
 
-def send_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+def send_forever(pipe: support.Connection, config_pth: Path) -> None:
+    with Pub("pub", config_pth) as pub:
         pipe.send("begun")
         while True:
             pub.send(b"x" * 100)
 
 
-def test_stopped_publisher_holds_nobody_up_for_ever(tmp_path: pathlib.Path) -> None:
-    """Stopped at any moment: the others go on, or get the error; and all is well afterwards."""
-    config_pth = make(tmp_path, busy_timeout_secs=0.2, durability="os")
-    with support.open_queue(config_pth) as queue:
-        for _ in range(10):
-            with support.Child(send_forever, config_pth) as child:
-                child.get()
-                for _ in range(5):
-                    child.kill(signal.SIGSTOP)
-                    outcome = support.outcome(lambda: queue.put([b"ours"]))
-                    assert outcome in ("", "BusyTimeoutError")
-                    child.kill(signal.SIGCONT)
-                child.kill(signal.SIGKILL)
-                child.end(-signal.SIGKILL)
-            queue.put([b"ours"])
-            assert b"ours" in stores.take_all(queue)
-        assert queue.check() == []
-
-
-def test_writer_that_waits_gets_its_turn(tmp_path: pathlib.Path) -> None:
+def test_writer_that_waits_gets_its_turn(tmp_path: Path) -> None:
     """A process that writes without a pause comes back within microseconds."""
-    config_pth = make(tmp_path, durability="os", busy_timeout_secs=support.HANG_SECS)
+    config_pth = support.make_queue(tmp_path, durability="os", busy_timeout_secs=support.HANG_SECS)
     with support.open_queue(config_pth) as queue, support.Child(send_forever, config_pth) as child:
         child.get()
         before = queue.statistics().next_number
@@ -125,8 +92,8 @@ def test_writer_that_waits_gets_its_turn(tmp_path: pathlib.Path) -> None:
         child.end(-signal.SIGKILL)
 
 
-def test_threads_wait_with_a_limit_as_well(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path, busy_timeout_secs=0.3)
+def test_threads_wait_with_a_limit_as_well(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.3)
     with support.open_queue(config_pth) as queue, locked(tmp_path, "write.lock"):
         outcomes: list[str] = []
         threads = [
@@ -143,8 +110,8 @@ def test_threads_wait_with_a_limit_as_well(tmp_path: pathlib.Path) -> None:
         assert time.monotonic() - begin < support.HANG_SECS
 
 
-def test_reading_waits_for_no_writer(tmp_path: pathlib.Path) -> None:
-    config_pth = make(tmp_path)
+def test_reading_waits_for_no_writer(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     with support.open_queue(config_pth) as queue:
         queue.put([b"message"])
         consumer = queue.consumer("sub")
@@ -156,15 +123,15 @@ def test_reading_waits_for_no_writer(tmp_path: pathlib.Path) -> None:
         lease.ack()
 
 
-def test_each_lock_is_refused_once(tmp_path: pathlib.Path) -> None:
+def test_each_lock_is_refused_once(tmp_path: Path) -> None:
     """As by a kernel that has no memory for one more lock, and by many file systems."""
     tracing.require()
-    config_pth = make(tmp_path)
+    config_pth = support.make_queue(tmp_path)
 
     def work() -> None:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             pub.send(b"message")
-        with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+        with Sub("sub", config_pth) as sub:
             with sub.receive(timeout=0):
                 pass
 
@@ -180,4 +147,4 @@ def test_each_lock_is_refused_once(tmp_path: pathlib.Path) -> None:
         assert code in (0, 3, 4), f"Failed at lock {place}: {code}"
         refused += code == 3
     assert refused
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}

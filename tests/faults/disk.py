@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 from tests.faults import tracing
@@ -48,16 +49,8 @@ class Event(NamedTuple):
     result: int | None  #: None at the beginning
 
 
-def record(work: Callable[[], None], output: pathlib.Path,
-           options: Sequence[str] = ()) -> list[Event]:
-    """
-    Run a function in a process of its own and record what it does to files.
-
-    :param work: to be run; threads and processes of its own are recorded as well
-    :param output: file for the trace
-    :param options: of strace, to inject errors
-    :return: events in order
-    """
+def record(work: Callable[[], None], output: Path, options: Sequence[str] = ()) -> list[Event]:
+    """Run a function in a process of its own and record what it does to files."""
     code = tracing.run(lambda: work, [
         "-y", "-xx", "-s", "100000000", "-o",
         str(output), "-e", f"trace={_CALLS}", "-e", "signal=none", *options
@@ -67,7 +60,6 @@ def record(work: Callable[[], None], output: pathlib.Path,
 
 
 def _parse(lines: Sequence[bytes]) -> Iterator[Event]:
-    """Parse the lines of strace."""
     begun: dict[bytes, tuple[int, bytes]] = {}
     for key, line in enumerate(lines):
         match = _LINE.match(line)
@@ -118,7 +110,6 @@ class _Change:
         self.size = size  # of the file from now on; None: of a write
 
     def apply(self, content: bytearray) -> None:
-        """Change the content of a file."""
         if self.size is not None:
             _resize(content, self.size)
             return
@@ -129,7 +120,6 @@ class _Change:
 
 
 def _resize(content: bytearray, size: int) -> None:
-    """Cut, or extend by zeros."""
     del content[size:]
     content.extend(bytes(size - len(content)))
 
@@ -218,7 +208,6 @@ class _Names:
         self.added = added
 
     def apply(self, names: "dict[str, Optional[_File]]") -> None:
-        """Change names."""
         if self.removed is not None:
             names.pop(self.removed, None)
         if self.added is not None:
@@ -232,13 +221,8 @@ class Disk:
     Paths are those of a directory and of what is below it; everything else is ignored.
     """
 
-    def __init__(self, root: pathlib.Path, initial: pathlib.Path | None = None) -> None:
-        """
-        Initialize with a disk that is empty but for its root.
-
-        :param root: directory whose files are followed
-        :param initial: directory with what is on the disk at the beginning
-        """
+    def __init__(self, root: Path, initial: Path | None = None) -> None:
+        """Initialize with a disk that is empty but for its root."""
         self.root = str(root)
         self.seen: dict[str, _File | None] = {}
         if initial is not None:
@@ -253,11 +237,6 @@ class Disk:
         self.places: dict[str, int] = {}
 
     def feed(self, event: Event) -> None:
-        """
-        Follow one event.
-
-        :param event: next one of the recording
-        """
         call, key = event.call, event.key
         if event.result is None:
             self.running.add(key)
@@ -280,11 +259,9 @@ class Disk:
             f"Expected a call that is modelled, but got: {call}"
 
     def _below(self, path: str) -> bool:
-        """Tell whether a path is followed."""
         return path.startswith(f"{self.root}/")
 
     def _file(self, path: str) -> _File | None:
-        """Find a file that is followed."""
         return self.seen.get(path) if self._below(path) else None
 
     def _complete_keys(self, path: str) -> list[int]:
@@ -297,7 +274,6 @@ class Disk:
         return sorted(keys - self.running)
 
     def _write(self, key: int, call: Call) -> None:
-        """Begin a write."""
         file = self._file(call.paths[0])
         if file is None:
             return
@@ -312,14 +288,12 @@ class Disk:
         file.add(_Change(key, place, data, None))
 
     def _end_write(self, _: int, call: Call, result: int) -> None:
-        """End a write."""
         if self._file(call.paths[0]) is not None:
             assert result == len(b"".join(call.strings)), "Expected no short write"
 
     _end_pwrite64 = _end_writev = _end_pwritev = _end_pwritev2 = _end_write
 
     def _end_fsync(self, key: int, call: Call, _: int) -> None:
-        """End a flush."""
         keys = self.flushing.pop(key)
         file = self._file(call.paths[0])
         if file is not None:
@@ -356,7 +330,6 @@ class Disk:
 
     def _change_names(self, key: int, removed: str | None,
                       added: "Optional[tuple[str, Optional[_File]]]") -> None:
-        """Change names; not durable."""
         path = added[0] if added is not None else removed
         assert path is not None
         change = _Names(key, [path.rpartition("/")[0]], removed, added)
@@ -376,13 +349,11 @@ class Disk:
         target.add(_Change(key, 0, bytes(source.seen[:result]), None))
 
     def _end_ftruncate(self, key: int, call: Call, _: int) -> None:
-        """Change the size of a file."""
         file = self._file(call.paths[0])
         if file is not None:
             file.add(_Change(key, 0, b"", int(call.words[1])))
 
     def _end_fallocate(self, key: int, call: Call, _: int) -> None:
-        """Extend a file."""
         file = self._file(call.paths[0])
         if file is not None:
             assert call.words[1] == "0", call
@@ -394,7 +365,6 @@ class Disk:
         assert not any(self._below(string.decode("utf-8")) for string in call.strings), call
 
     def _end_rename(self, key: int, call: Call, _: int) -> None:
-        """Give a file another name."""
         old, new = (string.decode("utf-8") for string in call.strings)
         if not self._below(new):
             return
@@ -403,13 +373,11 @@ class Disk:
         self._change_names(key, old, (new, file))
 
     def _end_unlink(self, key: int, call: Call, _: int) -> None:
-        """Remove a name."""
         path = call.strings[0].decode("utf-8")
         if self._below(path):
             self._change_names(key, path, None)
 
     def _end_unlinkat(self, key: int, call: Call, _: int) -> None:
-        """Remove a name in a directory."""
         path = str(pathlib.PurePath(call.paths[0], call.strings[0].decode("utf-8")))
         if self._below(path):
             self._change_names(key, path, None)
@@ -417,19 +385,12 @@ class Disk:
     _end_rmdir = _end_unlink
 
     def _end_mkdir(self, key: int, call: Call, _: int) -> None:
-        """Make a directory."""
         path = call.strings[0].decode("utf-8")
         if self._below(path):
             self._change_names(key, None, (path, None))
 
-    def materialize(self, target: pathlib.Path, chance: random.Random, how: Survival) -> None:
-        """
-        Write what a power failure leaves behind now.
-
-        :param target: directory that is made for it
-        :param chance: to choose with
-        :param how: to choose
-        """
+    def materialize(self, target: Path, chance: random.Random, how: Survival) -> None:
+        """Write what a power failure leaves behind now."""
         names = dict(self.durable)
         for change in self.pending:
             if chance.random() < how.name_chance:

@@ -1,8 +1,8 @@
 """Check the ledger of a storm exactly."""
 
 import collections
-import pathlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, DefaultDict, Final, NamedTuple
 
 from tests.faults import workers
@@ -29,13 +29,7 @@ class Batch(NamedTuple):
 class Books:
     """Hold what the ledger says."""
 
-    def __init__(self, path: pathlib.Path, audiences: Mapping[str, Sequence[str]]) -> None:
-        """
-        Read the ledger.
-
-        :param path: of the file
-        :param audiences: the subscribers that each publisher addresses
-        """
+    def __init__(self, path: Path, audiences: Mapping[str, Sequence[str]]) -> None:
         self.batches: list[Batch] = []
         self.received: DefaultDict[str, dict[str, list[Receipt]]] = collections.defaultdict(dict)
         self.lines: DefaultDict[str, DefaultDict[str, list[str]]] = collections.defaultdict(
@@ -58,7 +52,6 @@ class Books:
                 self.torn += 1
 
     def _enter(self, index: int, time_ns: int, kind: str, fields: list[str]) -> None:
-        """Enter one record."""
         if kind == "try":
             publisher, source, first, end = fields
             self._tries[source, int(first)] = len(self.batches)
@@ -158,10 +151,6 @@ class Books:
 
         What is delivered again does not count. Nor does what another process of the subscriber had
         claimed, and was killed (or stopped for a while) before it noted that.
-
-        :param subscriber: its id
-        :param is_shared: True if several processes are the subscriber at the same time
-        :return: messages and processes
         """
         found: list[str] = []
         everything = self.received[subscriber]
@@ -228,11 +217,4 @@ class Books:
 
 
 def percentile(values: Sequence[Any], percent: float) -> Any:
-    """
-    Return the value at a percentile.
-
-    :param values: in order
-    :param percent: from 0 to 100
-    :return: value; None if there is none
-    """
     return values[min(len(values) - 1, int(len(values) * percent / 100))] if values else None

@@ -13,25 +13,23 @@ import fcntl
 import json
 import logging
 import os
-import pathlib
 import random
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import persipubsub.config
-import persipubsub.control
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import environment, files, journal
 from tests import support
 from tests.faults import disk, tracing
 
 #: So many images a test; the enlarged form takes every place and many images of each.
-IMAGES: Final = int(os.environ.get("PERSIPUBSUB_REPLAYS", "60"))
+IMAGES: Final = int(os.environ.get("PERSIPUBSUB_REPLAYS", "40"))
 
 _SETTLING = ("write", "pwrite64", "writev", "pwritev", "pwritev2", "fsync", "fdatasync", "rename",
              "unlink", "unlinkat", "mkdir", "rmdir", "ftruncate", "fallocate", "sendfile")
@@ -66,17 +64,16 @@ class State(NamedTuple):
 
 
 def content(seed: int, index: int) -> bytes:
-    """Make the bytes of a message."""
     chance = random.Random(seed * 1000003 + index)
     size = chance.choice((0, 10, 100, 300, 1000, 3000, 5000, 20000))
     return b"%d " % index + chance.randbytes(chance.randrange(size + 1))
 
 
-def write_config(directory: pathlib.Path,
+def write_config(directory: Path,
                  durability: str,
                  mark: int = 60,
                  strategy: str = "prune_first",
-                 name: str = "config.json") -> pathlib.Path:
+                 name: str = "config.json") -> Path:
     """Write the configuration of a queue that drops messages from time to time."""
     return support.write_config(directory,
                                 publishers={
@@ -93,23 +90,21 @@ def write_config(directory: pathlib.Path,
                                 strategy=strategy)
 
 
-def state_of(config_pth: pathlib.Path) -> State:
-    """Look at a queue."""
-    statistics = persipubsub.control.statistics(config_pth)["queue"]
+def state_of(config_pth: Path) -> State:
+    statistics = control.statistics(config_pth)["queue"]
     names = [one.subscriber for one in statistics.subscribers]
     known = [name for name in names if name in SUBSCRIBERS]
     waiting = {
         name: [
             int(message.content.split(b" ", 1)[0])
-            for message in persipubsub.control.peek(config_pth, name, count=1000)
-            if message.content is not None
+            for message in control.peek(config_pth, name, count=1000) if message.content is not None
         ]
         for name in known
     }
     for one in statistics.subscribers:
         assert one.subscriber not in waiting or one.lag == len(waiting[one.subscriber]), \
             f"Expected {one.lag} waiting messages, but got: {waiting}"
-    stored = persipubsub.control.stored_settings(config_pth, "queue")
+    stored = control.stored_settings(config_pth, "queue")
     return State(
         statistics.next_number, [str(dict(stored))], {
             one.subscriber: [int(getattr(one, name)) for name in _FIGURES]
@@ -140,8 +135,7 @@ class _Worker:
         "reopen": 3, "wait": 8, "subscribe": 2, "change": 2, "prune": 1
     }  # yapf: disable
 
-    def __init__(self, directory: pathlib.Path, config_pth: pathlib.Path, seed: int,
-                 number: int) -> None:
+    def __init__(self, directory: Path, config_pth: Path, seed: int, number: int) -> None:
         self.config_pth = config_pth
         self.ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.turn = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
@@ -150,9 +144,9 @@ class _Worker:
         self.chance = random.Random(seed + number)
         # Workers number their messages apart from each other.
         self.sent = number * 100000
-        self.pub = persipubsub.publisher.Pub()
-        self.some = persipubsub.publisher.Pub()
-        self.subs = [persipubsub.subscriber.Sub() for _ in SUBSCRIBERS]
+        self.pub = Pub()
+        self.some = Pub()
+        self.subs = [Sub() for _ in SUBSCRIBERS]
         self.mark = 60
 
     def tell(self, **fields: Any) -> None:
@@ -160,14 +154,12 @@ class _Worker:
         os.write(self.ledger, (f"{json.dumps(fields)}\n").encode("ascii"))
 
     def open(self) -> None:
-        """Open the queue."""
         self.pub.init(pub_id="pub", config_pth=self.config_pth)
         self.some.init(pub_id="some", config_pth=self.config_pth)
         for name, sub in zip(SUBSCRIBERS, self.subs):
             sub.init(sub_id=name, config_pth=self.config_pth)
 
     def close(self) -> None:
-        """Close the queue."""
         self.pub.close()
         self.some.close()
         for sub in self.subs:
@@ -197,27 +189,23 @@ class _Worker:
         self.do("close", self.close)
 
     def messages(self, count: int) -> list[bytes]:
-        """Make the next messages."""
         made = [content(self.seed, self.sent + index) for index in range(count)]
         self.sent += count
         return made
 
-    def any_sub(self) -> persipubsub.subscriber.Sub:
+    def any_sub(self) -> Sub:
         """Choose a subscriber; the second one is behind."""
         return self.chance.choice((self.subs[0], self.subs[0], self.subs[1]))
 
     # Operations; those that are durable when they return say so
 
     def send(self) -> None:
-        """Send a message."""
         self.pub.send(self.messages(1)[0])
 
     def send_many(self) -> None:
-        """Send some messages in one commit."""
         self.pub.send_many(self.messages(self.chance.randrange(2, 15)))
 
     def send_some(self) -> None:
-        """Send a message to one subscriber."""
         self.some.send(self.messages(1)[0])
 
     def send_known(self) -> None:
@@ -231,12 +219,10 @@ class _Worker:
             pass
 
     def receive_many(self) -> None:
-        """Receive some messages."""
         with self.any_sub().receive_many(max_msgs=7, timeout=0):
             pass
 
     def fail(self) -> None:
-        """Fail while receiving."""
         try:
             with self.any_sub().receive(timeout=0):
                 raise KeyError("fails on purpose")
@@ -244,53 +230,48 @@ class _Worker:
             pass
 
     def skip(self) -> None:
-        """Skip to the newest message."""
         self.any_sub().pop_to_top()
 
     def clear(self) -> bool:
-        """Clear the queue."""
-        persipubsub.control.clear_all_subs(config_pth=self.config_pth)
+        control.clear_all_subs(config_pth=self.config_pth)
         return True
 
     def prune(self) -> None:
-        """Delete what is finished."""
-        persipubsub.control.prune_dangling_messages(config_pth=self.config_pth)
+        control.prune_dangling_messages(config_pth=self.config_pth)
 
     def seek(self) -> bool:
         """Let a subscriber go on from another place."""
-        end = persipubsub.control.statistics(self.config_pth)["queue"].next_number
+        end = control.statistics(self.config_pth)["queue"].next_number
         to = self.chance.choice(("beginning", "end", max(0, end - self.chance.randrange(10))))
-        persipubsub.control.seek(self.config_pth, SUBSCRIBERS[0], to)
+        control.seek(self.config_pth, SUBSCRIBERS[0], to)
         return True
 
     def pause(self) -> bool:
         """Let the consumers of a subscriber wait, or go on."""
-        if not persipubsub.control.pause(self.config_pth, SUBSCRIBERS[1]):
-            persipubsub.control.resume(self.config_pth, SUBSCRIBERS[1])
+        if not control.pause(self.config_pth, SUBSCRIBERS[1]):
+            control.resume(self.config_pth, SUBSCRIBERS[1])
         return True
 
     def delete(self) -> bool:
-        """Let a message leave one subscriber."""
-        waiting = persipubsub.control.peek(self.config_pth, SUBSCRIBERS[0], count=5)
+        waiting = control.peek(self.config_pth, SUBSCRIBERS[0], count=5)
         if waiting:
-            persipubsub.control.delete(self.config_pth, SUBSCRIBERS[0], waiting[-1].number)
+            control.delete(self.config_pth, SUBSCRIBERS[0], waiting[-1].number)
         return bool(waiting)
 
     def subscribe(self) -> bool:
         """Add a subscriber to whom nothing is sent, or remove it."""
-        if not persipubsub.control.add_subscriber(self.config_pth, "queue", "third"):
-            persipubsub.control.remove_subscriber(self.config_pth, "queue", "third")
+        if not control.add_subscriber(self.config_pth, "queue", "third"):
+            control.remove_subscriber(self.config_pth, "queue", "third")
         return True
 
     def change(self) -> bool:
-        """Store other settings."""
         self.mark = 121 - self.mark
         changed = write_config(self.config_pth.parent,
                                self._durability(),
                                mark=self.mark,
                                name="changed.json")
         before = state_of(self.config_pth).settings
-        persipubsub.control.initialize_all_dbs(config_pth=changed)
+        control.initialize_all_dbs(config_pth=changed)
         return bool(state_of(self.config_pth).settings != before)
 
     def _durability(self) -> str:
@@ -309,20 +290,17 @@ class _Worker:
         time.sleep(0.03)
 
     def compact(self) -> bool:
-        """Compact the queue."""
         self.close()
-        persipubsub.control.compact(self.config_pth)
+        control.compact(self.config_pth)
         self.open()
         return True
 
     def save(self) -> None:
-        """Make a backup."""
-        persipubsub.control.backup(self.config_pth, "queue", self.backup)
+        control.backup(self.config_pth, "queue", self.backup)
 
     def restore(self) -> bool:
-        """Go back to the backup."""
         self.close()
-        persipubsub.control.restore(self.config_pth, "queue", self.backup)
+        control.restore(self.config_pth, "queue", self.backup)
         self.open()
         return True
 
@@ -331,10 +309,10 @@ class _Worker:
 class Recording:
     """What processes did to the files of a queue, and what they say that they did."""
 
-    root: pathlib.Path  #: directory that was recorded
+    root: Path  #: directory that was recorded
     events: list[disk.Event]
     seed: int
-    initial: pathlib.Path  #: directory with what was there before
+    initial: Path  #: directory with what was there before
     durability: str
     mark: int  #: the queue drops messages if more of them wait
     strategy: str  #: which of them it drops
@@ -342,7 +320,7 @@ class Recording:
 
 
 def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        directory: pathlib.Path,
+        directory: Path,
         seed: int,
         durability: str,
         operations: int | Sequence[str] = 100,
@@ -351,21 +329,8 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         strategy: str = "prune_first",
         prepare: Callable[[], None] = lambda: None,
         options: Sequence[str] = (),
-        work: Callable[[pathlib.Path, pathlib.Path], None] | None = None) -> Recording:
-    """
-    Record a queue at work, from its creation to its end.
-
-    :param directory: to work in
-    :param seed: of what it does
-    :param durability: of the queue
-    :param operations: how many in each process, or their names
-    :param processes: how many
-    :param mark: the queue drops messages if more of them wait
-    :param strategy: which of them it drops
-    :param prepare: run in the recorded processes first
-    :param options: of strace
-    :param work: to be recorded instead; gets the directory and the configuration file
-    """
+        work: Callable[[Path, Path], None] | None = None) -> Recording:
+    """Record a queue at work, from its creation to its end."""
     root = directory / "root"
     root.mkdir()
     config_pth = write_config(root, durability, mark, strategy)
@@ -376,7 +341,7 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         new_boot(0)
         prepare()
         small_segments()
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
         if work is not None:
             work(directory, config_pth)
         else:
@@ -386,8 +351,8 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     return Recording(root, events, seed, initial, durability, mark, strategy)
 
 
-def run_workers(directory: pathlib.Path,
-                config_pth: pathlib.Path,
+def run_workers(directory: Path,
+                config_pth: Path,
                 seed: int,
                 operations: int | Sequence[str],
                 processes: int,
@@ -421,16 +386,9 @@ def in_processes(work: Callable[[int], None], count: int) -> None:
         assert os.waitpid(other, 0)[1] == 0
 
 
-def record_recovery(directory: pathlib.Path, recording: Recording, image: "Image",
+def record_recovery(directory: Path, recording: Recording, image: "Image",
                     operations: int | Sequence[str]) -> Recording:
-    """
-    Record a queue that goes on after a power failure.
-
-    :param directory: to work in, which is made
-    :param recording: that was cut
-    :param image: what the power failure left behind
-    :param operations: how many follow
-    """
+    """Record a queue that goes on after a power failure."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     root = directory / "root"
@@ -487,14 +445,13 @@ class _Follower:
         self.progress = Progress(is_initialized=recording.before is not None,
                                  before=recording.before)
         self.ledger = str(recording.root.parent / "ledger")
-        lines = pathlib.Path(self.ledger).read_text("ascii").splitlines()
+        lines = Path(self.ledger).read_text("ascii").splitlines()
         self.following = [_operation(line) for line in map(json.loads, lines) if "state" in line]
         # By thread: what the ledger said when it locked the journal, and whether it wrote a state.
         self.locked: dict[int, tuple[int, int]] = {}
         self.written: dict[int, tuple[int, int]] = {}
 
     def feed(self, event: disk.Event) -> None:
-        """Follow one event."""
         call, progress = event.call, self.progress
         self.disk.feed(event)
         if event.result is None or not call.paths or event.result < 0:
@@ -513,7 +470,6 @@ class _Follower:
             progress.states += 1
 
     def _read_ledger(self, line: dict[str, Any]) -> None:
-        """Read a line of the ledger."""
         progress = self.progress
         progress.lines.append(line)
         progress.is_initialized = True
@@ -531,7 +487,6 @@ class _Follower:
 
 
 def _operation(line: dict[str, Any]) -> Operation:
-    """Read an operation that ended."""
     only = SUBSCRIBERS[:1] if line["name"] == "send_some" else SUBSCRIBERS
     return Operation(State(*line["state"]), line["sent"], list(only),
                      line["sent"] if line["name"] == "send_known" else [])
@@ -541,22 +496,13 @@ class Image(NamedTuple):
     """One cut: what was known at it, and where its image is."""
 
     place: int
-    path: pathlib.Path
+    path: Path
     progress: Progress
     how: disk.Survival
 
 
-def images(recording: Recording, target: pathlib.Path, count: int,
+def images(recording: Recording, target: Path, count: int,
            chance: random.Random) -> Iterator[Image]:
-    """
-    Cut the power at many places.
-
-    :param recording: to be cut
-    :param target: directory for the images, one at a time
-    :param count: how many images
-    :param chance: to choose with
-    :return: images; each is removed when the next one is taken
-    """
     places = [
         index for index, event in enumerate(recording.events) if event.call.name in _SETTLING and (
             event.result is not None or event.call.name in _FLUSHES)
@@ -583,7 +529,6 @@ def images(recording: Recording, target: pathlib.Path, count: int,
 
 
 def follow_to_end(recording: Recording) -> Progress:
-    """Follow a whole recording."""
     follower = _Follower(recording)
     for event in recording.events:
         follower.feed(event)
@@ -591,18 +536,11 @@ def follow_to_end(recording: Recording) -> Progress:
 
 
 def find_fault(image: Image, recording: Recording, boot: int) -> str:
-    """
-    Open an image after a power failure, and use it.
-
-    :param image: to be opened
-    :param recording: that it is of
-    :param boot: number of the boot
-    :return: what is wrong; empty if it is sound
-    """
+    """Open an image after a power failure, and use it."""
     new_boot(boot)
     config_pth = write_config(image.path, recording.durability, recording.mark, recording.strategy)
     if not image.progress.is_initialized:
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
     findings = find_damage(config_pth)
     if findings:
         return findings
@@ -629,20 +567,16 @@ def find_fault(image: Image, recording: Recording, boot: int) -> str:
     return _use(config_pth, recording, found, [index for one in kept for index in one.ids])
 
 
-def find_damage(config_pth: pathlib.Path) -> str:
+def find_damage(config_pth: Path) -> str:
     """Open a queue to write to it, and verify it."""
     config = persipubsub.config.read(config_pth)
     with persipubsub.queue.open_queue(config, "queue") as queue:
         findings = queue.check()
-    return "; ".join([*findings, *persipubsub.control.verify(config_pth)["queue"]])
+    return "; ".join([*findings, *control.verify(config_pth)["queue"]])
 
 
 def explain(found: State, progress: Progress, index: int, is_half: bool) -> str:
-    """
-    Tell why what was found is not the state behind an operation, with messages of later ones.
-
-    :param is_half: True for the state just before what the operation sent
-    """
+    """Tell why what was found is not the state behind an operation, with messages of later ones."""
     operations = [*progress.operations, *([progress.upcoming] if progress.upcoming else [])]
     base = operations[index]
     if not base.state.explains(found):
@@ -677,19 +611,16 @@ def explain(found: State, progress: Progress, index: int, is_half: bool) -> str:
     return ""
 
 
-def _use(config_pth: pathlib.Path, recording: Recording, found: State, ids: Sequence[int]) -> str:
+def _use(config_pth: Path, recording: Recording, found: State, ids: Sequence[int]) -> str:
     """Receive all messages of an image, send those with ids again, and another one."""
     for name in found.waiting:
-        persipubsub.control.resume(config_pth, name)
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        control.resume(config_pth, name)
+        with Sub(name, config_pth) as sub:
             for index in (*found.waiting[name], None):
                 with sub.receive(timeout=0) as received:
                     if received != (None if index is None else content(recording.seed, index)):
                         return f"Expected the message {index}, but got: {(received or b'')[:20]!r}"
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id=SUBSCRIBERS[0], config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub(SUBSCRIBERS[0], config_pth) as sub:
         for index in ids:
             pub.send(b"again", msg_id=f"id {index}")
         pub.send(b"afterwards")
@@ -715,15 +646,9 @@ class Summary(NamedTuple):
 def survey(recording: Recording,
            count: int,
            chance: random.Random,
-           find: Callable[[Image, Recording, int], str] = find_fault) -> Summary:
-    """
-    Open many images, in a process that may crash.
-
-    :param recording: to be cut
-    :param count: how many images
-    :param chance: to choose with
-    :param find: finds what is wrong with an image
-    """
+           find: Callable[[Image, Recording, int], str] = find_fault,
+           is_over_at_first: bool = False) -> Summary:
+    """Open many images, in a process that may crash."""
 
     def run(pipe: support.Connection) -> None:
         logging.getLogger("persipubsub").setLevel(logging.CRITICAL)
@@ -732,16 +657,18 @@ def survey(recording: Recording,
         faults: list[str] = []
         done = 0
         with tracing.fast_directory() as name:
-            for image in images(recording, pathlib.Path(name), count, chance):
+            for image in images(recording, Path(name), count, chance):
                 # Said before it is opened: what kills this process is what was said last.
                 pipe.send(f"image {image.place} {image.how}")
                 try:
                     fault = find(image, recording, FIRST_BOOT + done)
                 except Exception:  # pylint: disable=broad-exception-caught
                     fault = traceback.format_exc()
+                done += 1
                 if fault:
                     faults.append(f"image {image.place} {image.how}: {fault}")
-                done += 1
+                    if is_over_at_first:
+                        break
         pipe.send(Summary(done, faults))
 
     with support.Child(run) as child:

@@ -4,19 +4,15 @@ Kill publishers that wait for room and the subscribers that make it, and check t
 ``PERSIPUBSUB_STORM_SECS`` is how long each storm lasts, ``PERSIPUBSUB_SEED`` repeats its choices.
 """
 
-# pylint: disable=missing-function-docstring
-
 import os
-import pathlib
 import random
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.queue
 from tests import support
-from tests.faults import ledger, test_storm, workers
+from tests.faults import ledger, test_storm, tracing, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "3"))
 
@@ -36,17 +32,15 @@ ROLES: Final = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: pathlib.Path,
-                                                      durability: str) -> None:
-    rng = random.Random(test_storm.choose_seed())
-    config_pth = support.write_config(tmp_path,
-                                      publishers=test_storm.AUDIENCES,
-                                      subscribers=("alpha", "beta"),
-                                      durability=durability,
-                                      checkpoint_secs=0.2,
-                                      strategy="block",
-                                      MAX_MSGS_NUM=MOST)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: Path, durability: str) -> None:
+    rng = random.Random(tracing.seed())
+    config_pth = support.make_queue(tmp_path,
+                                    publishers=test_storm.AUDIENCES,
+                                    subscribers=("alpha", "beta"),
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    strategy="block",
+                                    MAX_MSGS_NUM=MOST)
     scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
     killed_ledger = workers.Ledger(scene.ledger_pth)
     places: dict[str, workers.Worker] = {}

@@ -1,16 +1,13 @@
 """Set the clock one year forward or back while the queue is used: nobody notices."""
 
-import pathlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Sub, control
 from tests import support
 from tests.faults import workers
 
@@ -18,14 +15,7 @@ YEAR_SECS: Final = 366 * 86400
 
 
 def at(seconds: int, function: Callable[..., object], *arguments: Any) -> Any:
-    """
-    Call a function in a process whose wall clock is wrong.
-
-    :param seconds: how wrong
-    :param function: to be called
-    :param arguments: of the function
-    :return: what it returned
-    """
+    """Call a function in a process whose wall clock is wrong."""
 
     def run(pipe: support.Connection) -> None:
         workers.guard()
@@ -40,24 +30,17 @@ def at(seconds: int, function: Callable[..., object], *arguments: Any) -> Any:
     return result
 
 
-def initialize(config_pth: pathlib.Path) -> None:
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def initialize(config_pth: Path) -> None:
+    control.initialize_all_dbs(config_pth=config_pth)
 
 
-def prune(config_pth: pathlib.Path) -> None:
-    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+def prune(config_pth: Path) -> None:
+    control.prune_dangling_messages(config_pth=config_pth)
 
 
-def send(config_pth: pathlib.Path, *msgs: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub.send_many(msgs=msgs)
-
-
-def receive(config_pth: pathlib.Path, count: int) -> list[bytes]:
+def receive(config_pth: Path, count: int) -> list[bytes]:
     received: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         while len(received) < count:
             with sub.receive(timeout=0) as msg:
                 if msg is None:
@@ -66,7 +49,7 @@ def receive(config_pth: pathlib.Path, count: int) -> list[bytes]:
     return received
 
 
-def wait_until_dropped(config_pth: pathlib.Path) -> int:
+def wait_until_dropped(config_pth: Path) -> int:
     with support.open_queue(config_pth) as queue:
         support.until(lambda: queue.front("sub") is None, what="messages are too old")
         assert not queue.check()
@@ -75,12 +58,12 @@ def wait_until_dropped(config_pth: pathlib.Path) -> int:
 
 @pytest.mark.parametrize("maker", [-YEAR_SECS, 0, YEAR_SECS])
 @pytest.mark.parametrize("user", [-YEAR_SECS, YEAR_SECS])
-def test_wall_clock(tmp_path: pathlib.Path, maker: int, user: int) -> None:
+def test_wall_clock(tmp_path: Path, maker: int, user: int) -> None:
     config_pth = support.write_config(tmp_path, durability="os")
     at(maker, initialize, config_pth)
-    send(config_pth, b"0")
-    at(user, send, config_pth, b"1", b"2")
-    send(config_pth, b"3")
+    support.send(config_pth, b"0")
+    at(user, support.send, config_pth, b"1", b"2")
+    support.send(config_pth, b"3")
     # Nobody drops anything as too old, and the order is that of the commits.
     at(user, prune, config_pth)
     prune(config_pth)
@@ -92,7 +75,7 @@ def test_wall_clock(tmp_path: pathlib.Path, maker: int, user: int) -> None:
     short_pth = support.write_config(tmp_path, name="short.json", durability="os",
                                      MSG_TIMEOUT_SECS=0.05)  # yapf: disable
     initialize(short_pth)
-    at(user, send, short_pth, b"4", b"5")
+    at(user, support.send, short_pth, b"4", b"5")
     assert wait_until_dropped(short_pth) == 2
-    send(short_pth, b"6")
+    support.send(short_pth, b"6")
     assert at(user, wait_until_dropped, short_pth) == 3

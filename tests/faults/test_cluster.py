@@ -1,32 +1,30 @@
-"""
+r"""
 Kill servers under load, start them again, and check an exact ledger at the end.
 
 ``PERSIPUBSUB_CLUSTER_RUNS`` is how many runs there are; the leader of a stream on three servers is
 killed, then all three servers, then a follower; then leaders are elected while none is killed; then
 a single server is killed, and so on. The enlarged form, which prints what it did:
 
-    PERSIPUBSUB_CLUSTER_RUNS=10 python -m pytest -s -n0 tests/faults/test_cluster.py
+    PERSIPUBSUB_CLUSTER_RUNS=10 PERSIPUBSUB_CLUSTER_KILLS=2 \
+        python -m pytest -s -n0 tests/faults/test_cluster.py
 """
 
 import collections
 import os
-import pathlib
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.statistics
+from persipubsub import Pub, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.faults.test_storm import choose_seed
-from tests.support import Child, Connection, outcome, until, write_config
+from tests.faults import tracing
+from tests.support import Child, Connection, make_queue, outcome, until, write_config
 
 pytestmark = [jetstream_server.needs_server, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -43,24 +41,23 @@ CONSUMERS: Final = {"a0": "alpha", "b0": "beta", "b1": "beta"}
 TAKEN_AT_ONCE: Final = 4
 
 #: How often servers are killed in a run.
-KILLS: Final = 2
+KILLS: Final = int(os.environ.get("PERSIPUBSUB_CLUSTER_KILLS", "1"))
 
 
 class Ledger:
     """Note what happened, each time in one write."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def note(self, *fields: object) -> None:
         os.write(self._descriptor, (f"{' '.join(map(str, fields))}\n").encode("ascii"))
 
 
-def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
+def publish(pipe: Connection, config_pth: Path, path: Path, name: str) -> None:
     ledger = Ledger(path)
     number = 0
-    with persipubsub.publisher.Pub() as pub:
-        pub.init("pub", config_pth)
+    with Pub("pub", config_pth) as pub:
         pipe.send("ready")
         while not pipe.poll():
             ids = [f"{name}:{number + index}" for index in range(BATCHES[name])]
@@ -68,14 +65,14 @@ def publish(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name
             ledger.note("try", *ids)
             try:
                 pub.send_many([one.encode("ascii") for one in ids])
-            except persipubsub.errors.UnavailableError:
+            except errors.UnavailableError:
                 ledger.note("unknown", *ids)
             else:
                 ledger.note("sent", *ids)
     pipe.send("done")
 
 
-def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, name: str) -> None:
+def subscribe(pipe: Connection, config_pth: Path, path: Path, name: str) -> None:
     ledger = Ledger(path)
     # Not by Sub: the attempts are needed.
     with engine.open_queue(persipubsub.config.read(config_pth), "queue") as queue:
@@ -90,15 +87,15 @@ def subscribe(pipe: Connection, config_pth: pathlib.Path, path: pathlib.Path, na
                     ledger.note("received", name, message.number, message.attempts,
                                 message.data.decode("ascii"))
                 lease.ack()
-            except persipubsub.errors.UnavailableError:
+            except errors.UnavailableError:
                 ledger.note("disturbed", name)
     pipe.send("done")
 
 
-def lags(config_pth: pathlib.Path) -> list[int]:
+def lags(config_pth: Path) -> list[int]:
     try:
-        figures = persipubsub.control.statistics(config_pth)["queue"]
-    except persipubsub.errors.UnavailableError:
+        figures = control.statistics(config_pth)["queue"]
+    except errors.UnavailableError:
         return [-1]
     return [one.lag for one in figures.subscribers]
 
@@ -106,7 +103,7 @@ def lags(config_pth: pathlib.Path) -> list[int]:
 class Books:
     """Hold what the ledger says."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Path) -> None:
         self.sent: set[str] = set()
         self.tried: set[str] = set()
         self.disturbances = 0
@@ -201,18 +198,17 @@ def kill(cluster: jetstream_server.Servers, victim: str, rng: random.Random) -> 
 
 
 @pytest.mark.parametrize("run", range(RUNS))
-def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
-    rng = random.Random(choose_seed())
+def test_killed_servers_lose_nothing(tmp_path: Path, run: int) -> None:
+    rng = random.Random(tracing.seed())
     victim = VICTIMS[run % len(VICTIMS)]
     ledger_pth = tmp_path / "ledger"
     nodes = 1 if victim == "single" else 3
     with jetstream_server.running(tmp_path, nodes=nodes) as cluster:
-        config_pth = write_config(tmp_path,
-                                  path=cluster.path("storm", replicas=nodes, ack_wait=3),
-                                  publishers={"pub": ("alpha", "beta")},
-                                  subscribers=("alpha", "beta"),
-                                  busy_timeout_secs=30)
-        persipubsub.control.initialize_all_dbs(config_pth)
+        config_pth = make_queue(tmp_path,
+                                path=cluster.path("storm", replicas=nodes, ack_wait=3),
+                                publishers={"pub": ("alpha", "beta")},
+                                subscribers=("alpha", "beta"),
+                                busy_timeout_secs=30)
         publishers = [Child(publish, config_pth, ledger_pth, name) for name in BATCHES]
         consumers = [Child(subscribe, config_pth, ledger_pth, name) for name in CONSUMERS]
         try:
@@ -244,23 +240,22 @@ def test_killed_servers_lose_nothing(tmp_path: pathlib.Path, run: int) -> None:
     assert len(books.sent) > 100
 
 
-def test_two_of_three_servers_are_enough(tmp_path: pathlib.Path) -> None:
+def test_two_of_three_servers_are_enough(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, nodes=3) as cluster:
         path = cluster.path("few", replicas=3)
         patient = write_config(tmp_path, path=path, name="patient.json")
         hasty = write_config(tmp_path, path=path, busy_timeout_secs=2, name="hasty.json")
-        persipubsub.control.initialize_all_dbs(patient)
+        control.initialize_all_dbs(patient)
         cluster.servers[0].kill()
         # Two of three: everything works. One of three: nothing does, and it is told in time.
-        with persipubsub.publisher.Pub() as pub:
-            pub.init("pub", patient)
+        with Pub("pub", patient) as pub:
             pub.send(b"hello")
             pub.init("pub", hasty)
             cluster.servers[1].kill()
             assert outcome(lambda: pub.send(b"lost")) == "UnavailableError"
 
 
-def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: pathlib.Path) -> None:
+def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, nodes=3) as cluster:
         path = cluster.path("away", replicas=3)
         patient = write_config(tmp_path, path=path, name="patient.json")
@@ -272,25 +267,21 @@ def test_replicas_on_servers_that_are_away_for_a_moment(tmp_path: pathlib.Path) 
               "the others to miss it")
         # It is no error of the configuration: 2.10 does not choose a server that is away, and 2.12
         # does.
-        assert outcome(lambda: persipubsub.control.initialize_all_dbs(hasty)) in (
-            "UnavailableError", "")
+        assert outcome(lambda: control.initialize_all_dbs(hasty)) in ("UnavailableError", "")
         with Child(initialize, patient) as child:
             server.start()
             assert child.get() == "done"
             child.end()
 
 
-def initialize(pipe: Connection, config_pth: pathlib.Path) -> None:
-    persipubsub.control.initialize_all_dbs(config_pth)
+def initialize(pipe: Connection, config_pth: Path) -> None:
+    control.initialize_all_dbs(config_pth)
     pipe.send("done")
 
 
-def test_seek_on_several_servers(tmp_path: pathlib.Path) -> None:
+def test_seek_on_several_servers(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, nodes=3) as cluster:
-        config_pth = write_config(tmp_path,
-                                  path=cluster.path("places", replicas=3),
-                                  retain_secs=600)
-        persipubsub.control.initialize_all_dbs(config_pth)
+        config_pth = make_queue(tmp_path, path=cluster.path("places", replicas=3), retain_secs=600)
         config = persipubsub.config.read(config_pth)
         with engine.open_queue(config, "queue") as queue:
             queue.put([b"a", b"b"])

@@ -1,22 +1,20 @@
 """Use one queue with very many threads and subscribers."""
 
 import collections
-import pathlib
+import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from tests import support
 from tests.faults import workers
 
 THREADS: Final = 1000
-SUBSCRIBERS: Final = 512
+SUBSCRIBERS: Final = int(os.environ.get("PERSIPUBSUB_SUBSCRIBERS", "200"))
 
 
 @pytest.fixture(name="files")
@@ -30,12 +28,11 @@ def fixture_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def receive_in_threads(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def receive_in_threads(pipe: support.Connection, config_pth: Path) -> None:
     """Receive a message in each of many threads."""
     workers.guard()
     received: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
 
         def receive(number: int) -> None:
@@ -50,13 +47,11 @@ def receive_in_threads(pipe: support.Connection, config_pth: pathlib.Path) -> No
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_thousand_threads(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_thousand_threads(tmp_path: Path, durability: str) -> None:
+    config_pth = support.make_queue(tmp_path, durability=durability)
     with support.Child(receive_in_threads, config_pth) as child:
         assert child.get() == "ready"
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             workers.in_threads(THREADS, lambda number: pub.send(msg=b"%d" % number))
         received, rest = child.get()
         child.end()
@@ -69,16 +64,13 @@ def test_thousand_threads(tmp_path: pathlib.Path, durability: str) -> None:
         assert (found.messages, found.subscribers[0].acknowledged) == (0, THREADS)
 
 
-def test_many_subscribers(tmp_path: pathlib.Path) -> None:
+def test_many_subscribers(tmp_path: Path) -> None:
     names = [f"sub{number:03}" for number in range(SUBSCRIBERS)]
     few = names[::7]
-    config_pth = support.write_config(tmp_path, publishers={"pub": names, "few": few},
+    config_pth = support.make_queue(tmp_path, publishers={"pub": names, "few": few},
                                       subscribers=names, durability="os")  # yapf: disable
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
     expected: dict[str, list[bytes]] = {name: [] for name in names}
-    with persipubsub.publisher.Pub() as pub, persipubsub.publisher.Pub() as pub_few:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        pub_few.init(pub_id="few", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Pub("few", config_pth) as pub_few:
         for number in range(10):
             sent = b"%d" % number
             (pub_few if number % 3 == 1 else pub).send(msg=sent)
@@ -88,8 +80,7 @@ def test_many_subscribers(tmp_path: pathlib.Path) -> None:
         lags = {entry.subscriber: entry.lag for entry in queue.statistics().subscribers}
         assert lags == {name: len(msgs) for name, msgs in expected.items()}
         for name in names:
-            with persipubsub.subscriber.Sub() as sub:
-                sub.init(sub_id=name, config_pth=config_pth)
+            with Sub(name, config_pth) as sub:
                 with sub.receive(timeout=0) as msg:
                     assert msg == expected[name][0]
                 with sub.receive_many(max_msgs=100, timeout=0) as msgs:

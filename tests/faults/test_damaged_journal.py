@@ -1,20 +1,15 @@
 """Remove, damage and replace what is in a journal: nothing is lost, or an error says what to do."""
 
-# pylint: disable=missing-function-docstring
-
 import logging
 import os
-import pathlib
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay
@@ -26,38 +21,37 @@ def message(index: int) -> bytes:
     return b"%d " % index + bytes(3000)
 
 
-def fill(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
-    """Send, and wait to be killed."""
+def fill(pipe: support.Connection, config_pth: Path, count: int) -> None:
     replay.small_segments()
-    persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    control.initialize_all_dbs(config_pth)
+    with Pub("pub", config_pth) as pub:
         for index in range(count):
             pub.send(message(index))
         pipe.send("filled")
         pipe.recv()
 
 
-def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def receive(pipe: support.Connection, config_pth: Path) -> None:
     """Receive all messages in another boot; tell the error, and their numbers."""
     replay.new_boot(1)
     received: list[int] = []
 
     def work() -> None:
-        with persipubsub.subscriber.Sub("sub", config_pth) as sub:
+        with Sub("sub", config_pth) as sub:
             while sub.front() is not None:
                 with sub.receive(timeout=0) as found:
                     assert found is not None
                     received.append(int(found.split(b" ")[0]))
-        assert persipubsub.control.verify(config_pth) == {"queue": ()}
+        assert control.verify(config_pth) == {"queue": ()}
 
     try:
         work()
         pipe.send(("", received))
-    except persipubsub.errors.PersipubsubError as error:
+    except errors.PersipubsubError as error:
         pipe.send((f"{type(error).__name__}: {error}", received))
 
 
-def crash(directory: pathlib.Path, count: int = COUNT) -> pathlib.Path:
+def crash(directory: Path, count: int = COUNT) -> Path:
     """Make a queue with messages that was not left cleanly."""
     directory.mkdir(exist_ok=True)
     config_pth = support.write_config(directory)
@@ -68,15 +62,14 @@ def crash(directory: pathlib.Path, count: int = COUNT) -> pathlib.Path:
     return config_pth
 
 
-def recover(config_pth: pathlib.Path) -> tuple[str, list[int]]:
-    """Open the queue in another boot."""
+def recover(config_pth: Path) -> tuple[str, list[int]]:
     with support.Child(receive, config_pth) as child:
         error, received = child.get()
         child.end()
     return error, received
 
 
-def segments(directory: pathlib.Path) -> list[pathlib.Path]:
+def segments(directory: Path) -> list[Path]:
     """List the segments in the order in which they are used."""
     found = (directory / "queue" / files.JOURNAL).iterdir()
     # The number of a segment, see docs/format.rst.
@@ -84,38 +77,37 @@ def segments(directory: pathlib.Path) -> list[pathlib.Path]:
                   key=lambda path: int.from_bytes(path.read_bytes()[20:28], "little"))
 
 
-def flip(path: pathlib.Path, place: int) -> None:
+def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     with open(path, "r+b") as file:
         file.write(content)
 
 
-def test_nothing_is_wrong(tmp_path: pathlib.Path) -> None:
+def test_nothing_is_wrong(tmp_path: Path) -> None:
     config_pth = crash(tmp_path)
     assert len(segments(tmp_path)) > 3
     assert recover(config_pth) == ("", list(range(COUNT)))
 
 
-def test_removed_where_the_store_was_left_cleanly(tmp_path: pathlib.Path,
+def test_removed_where_the_store_was_left_cleanly(tmp_path: Path,
                                                   caplog: pytest.LogCaptureFixture) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth)
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    config_pth = support.make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         pub.send(message(0))
     shutil.rmtree(tmp_path / "queue" / files.JOURNAL)
-    with caplog.at_level(logging.WARNING), persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with caplog.at_level(logging.WARNING), Pub("pub", config_pth) as pub:
         assert "made anew" in caplog.text
         pub.send(message(1))
         with support.Child(fill, config_pth, 0) as child:
             assert child.get() == "filled"
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
     # It is whole: after a power failure all is rebuilt from it.
     (tmp_path / "queue" / files.RUNNING).write_bytes(bytes(16))
     assert recover(config_pth) == ("", [0, 1])
 
 
-def test_removed_where_the_store_was_not_left_cleanly(tmp_path: pathlib.Path) -> None:
+def test_removed_where_the_store_was_not_left_cleanly(tmp_path: Path) -> None:
     config_pth = crash(tmp_path)
     shutil.rmtree(tmp_path / "queue" / files.JOURNAL)
     error, received = recover(config_pth)
@@ -125,7 +117,7 @@ def test_removed_where_the_store_was_not_left_cleanly(tmp_path: pathlib.Path) ->
     running = tmp_path / "queue" / files.RUNNING
     assert f"remove {running} and run 'persipubsub verify'" in error
     running.unlink()
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
     assert recover(config_pth) == ("", list(range(COUNT)))
 
 
@@ -137,8 +129,7 @@ def test_removed_where_the_store_was_not_left_cleanly(tmp_path: pathlib.Path) ->
     (lambda path: path.write_bytes(bytes(1 << 15)), "is missing"),
     (lambda path: path.write_bytes(b"x" * (1 << 15)), "is missing"),
 ], ids=["missing", "flipped", "truncated", "header", "zeros", "foreign"])  # yapf: disable
-def test_damaged_segment(tmp_path: pathlib.Path, damage: Callable[[pathlib.Path], object],
-                         found: str) -> None:
+def test_damaged_segment(tmp_path: Path, damage: Callable[[Path], object], found: str) -> None:
     config_pth = crash(tmp_path)
     damage(segments(tmp_path)[2])
     before = support.snapshot(tmp_path / "queue")
@@ -149,14 +140,14 @@ def test_damaged_segment(tmp_path: pathlib.Path, damage: Callable[[pathlib.Path]
             } == {name: before[name] for name in (files.DATA, files.RUNNING)}  # yapf: disable
 
 
-def test_damage_is_found_while_the_queue_is_used(tmp_path: pathlib.Path) -> None:
+def test_damage_is_found_while_the_queue_is_used(tmp_path: Path) -> None:
     config_pth = crash(tmp_path)
     flip(segments(tmp_path)[2], 4096 + 100)
-    findings = persipubsub.control.verify(config_pth)["queue"]
+    findings = control.verify(config_pth)["queue"]
     assert findings and all("journal" in finding for finding in findings), findings
 
 
-def test_torn_end(tmp_path: pathlib.Path) -> None:
+def test_torn_end(tmp_path: Path) -> None:
     """Of a record that is not whole at the end nobody was told that it is safe."""
     config_pth = crash(tmp_path)
     last = segments(tmp_path)[-1]
@@ -168,13 +159,13 @@ def test_torn_end(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["00000099", "journal.txt", "00000001.new"])
 @pytest.mark.parametrize("size", [0, 100, 1 << 15])
-def test_foreign_file(tmp_path: pathlib.Path, name: str, size: int) -> None:
+def test_foreign_file(tmp_path: Path, name: str, size: int) -> None:
     config_pth = crash(tmp_path)
     (tmp_path / "queue" / files.JOURNAL / name).write_bytes(b"x" * size)
     assert recover(config_pth) == ("", list(range(COUNT)))
 
 
-def test_segment_of_another_queue(tmp_path: pathlib.Path) -> None:
+def test_segment_of_another_queue(tmp_path: Path) -> None:
     config_pth = crash(tmp_path / "one")
     crash(tmp_path / "two", count=150)
     other = segments(tmp_path / "two")[-1]
@@ -184,7 +175,7 @@ def test_segment_of_another_queue(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)],
                          ids=["fifo", "directory", "link"])
-def test_no_regular_file(tmp_path: pathlib.Path, make: Callable[[pathlib.Path], None]) -> None:
+def test_no_regular_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
     config_pth = crash(tmp_path)
     path = segments(tmp_path)[2]
     path.unlink()
@@ -193,7 +184,7 @@ def test_no_regular_file(tmp_path: pathlib.Path, make: Callable[[pathlib.Path], 
     assert error.startswith("AccessError") and not received
 
 
-def test_other_format(tmp_path: pathlib.Path) -> None:
+def test_other_format(tmp_path: Path) -> None:
     import zlib  # pylint: disable=import-outside-toplevel
     config_pth = crash(tmp_path)
     path = segments(tmp_path)[2]
@@ -205,7 +196,7 @@ def test_other_format(tmp_path: pathlib.Path) -> None:
     assert recover(config_pth)[0].startswith("FormatError")
 
 
-def test_position_that_is_half_written(tmp_path: pathlib.Path) -> None:
+def test_position_that_is_half_written(tmp_path: Path) -> None:
     """A process that is killed while it writes into the shared page: the others find it again."""
     config_pth = crash(tmp_path)
     shared = tmp_path / "queue" / files.SHARED
@@ -214,8 +205,8 @@ def test_position_that_is_half_written(tmp_path: pathlib.Path) -> None:
     content[begin:begin + 48] = os.urandom(48)
     with open(shared, "r+b") as file:
         file.write(content)
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         pub.send(message(COUNT))
-        assert persipubsub.control.verify(config_pth) == {"queue": ()}
+        assert control.verify(config_pth) == {"queue": ()}
     (tmp_path / "queue" / files.RUNNING).write_bytes(bytes(16))
     assert recover(config_pth) == ("", list(range(COUNT + 1)))

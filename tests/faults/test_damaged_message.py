@@ -1,15 +1,11 @@
 """Flip a byte of a message on the disk: that one is reported, all others are delivered."""
 
-import pathlib
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, errors
 from tests import support
 from tests.faults import workers
 
@@ -18,12 +14,11 @@ BATCH: Final = [b"zero", b"one", MARK, b"three", b"four"]
 EXPECTED: Final = [b"before", b"zero", b"one", b"three", b"four", b"behind"]
 
 
-def receive(pipe: support.Connection, config_pth: pathlib.Path, name: str, count: int) -> None:
+def receive(pipe: support.Connection, config_pth: Path, name: str, count: int) -> None:
     """Receive until there is nothing left; note errors in their place."""
     workers.guard()
     received: list[Any] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=name, config_pth=config_pth)
+    with Sub(name, config_pth) as sub:
         while not received or received[-1] is not None:
             try:
                 if count == 1:
@@ -32,23 +27,21 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path, name: str, count
                 else:
                     with sub.receive_many(max_msgs=count, timeout=0) as msgs:
                         received.extend(msgs or [None])
-            except persipubsub.errors.CorruptMessageError as error:
+            except errors.CorruptMessageError as error:
                 received.append(error.number)
     pipe.send(received[:-1])
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_large", [False, True])
-def test_flipped_byte(tmp_path: pathlib.Path, durability: str, is_large: bool) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      publishers={"pub": ["one", "two"]},
-                                      subscribers=["one", "two"],
-                                      durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_flipped_byte(tmp_path: Path, durability: str, is_large: bool) -> None:
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": ["one", "two"]},
+                                    subscribers=["one", "two"],
+                                    durability=durability)
     # A large message has pages of its own.
     batch = [msg + bytes(20000) * (is_large and msg == MARK) for msg in BATCH]
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         pub.send(msg=b"before")
         pub.send_many(msgs=batch)
         pub.send(msg=b"behind")

@@ -6,27 +6,20 @@ scheduling of the machine); with ``PERSIPUBSUB_EVERY_CALL=1`` a process is kille
 call of a move, and not at a sample of them.
 """
 
-# pylint: disable=missing-function-docstring
-
 import collections
 import json
 import os
-import pathlib
 import random
-import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.letters
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Sub, control
+from persipubsub.letters import ListedDeadLetter
 from tests import support
 from tests.faults import tracing
 
@@ -42,7 +35,7 @@ MAX_DELIVERIES: Final = 3
 CONSUMERS: Final = 3
 
 
-def make(directory: pathlib.Path, **changes: object) -> pathlib.Path:
+def make(directory: Path, **changes: object) -> Path:
     """Make a queue ready, and that of its dead letters."""
     directory.mkdir(exist_ok=True)
     config_pth = support.write_config(directory)
@@ -56,47 +49,37 @@ def make(directory: pathlib.Path, **changes: object) -> pathlib.Path:
                                       path=str(directory / "letters"),
                                       subscribers=[])
     config_pth.write_text(json.dumps(found))
-    persipubsub.control.initialize_all_dbs(config_pth)
+    control.initialize_all_dbs(config_pth)
     return config_pth
 
 
-def send(config_pth: pathlib.Path, *messages: bytes) -> None:
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        for message in messages:
-            pub.send(message)
+def letters(config_pth: Path) -> list[ListedDeadLetter]:
+    return list(control.dead_letters(config_pth)["letters"])
 
 
-def letters(config_pth: pathlib.Path) -> list[persipubsub.letters.ListedDeadLetter]:
-    return list(persipubsub.control.dead_letters(config_pth)["letters"])
-
-
-def check_stores(config_pth: pathlib.Path) -> None:
-    for key, findings in persipubsub.control.verify(config_pth).items():
+def check_stores(config_pth: Path) -> None:
+    for key, findings in control.verify(config_pth).items():
         assert findings == (), key
 
 
 class Ledger:
     """Note what consumers do, whatever happens to them."""
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
 
     def note(self, *fields: object) -> None:
-        """Write a line."""
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
         os.close(descriptor)
 
     def lines(self) -> list[list[str]]:
-        """Read all lines."""
         return [line.split(" ") for line in self._path.read_text("ascii").splitlines()]
 
 
-def consume(_: support.Connection, config_pth: pathlib.Path, ledger: Ledger, batch: int) -> None:
+def consume(_: support.Connection, config_pth: Path, ledger: Ledger, batch: int) -> None:
     """Work on messages: some fail, some kill their process, the others take a moment."""
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         while True:
             try:
                 with sub.receive_many(batch, timeout=support.HANG_SECS, details=True) as messages:
@@ -132,8 +115,7 @@ def rage(places: dict[int, support.Child], start: Callable[[int], support.Child]
 
 
 @pytest.mark.parametrize("delay_secs", [0, 0.02])
-def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
-                                                        delay_secs: float) -> None:
+def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: Path, delay_secs: float) -> None:
     seed = tracing.seed()
     rng = random.Random(seed)
     config_pth = make(tmp_path, retry_delay_secs=delay_secs)
@@ -141,7 +123,7 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
     kinds = rng.choices([b"fail", b"kill", b"work"],
                         weights=[1, 1, 8],
                         k=int(60 * max(1.0, STORM_SECS)))
-    send(config_pth, *kinds)
+    support.send_each(config_pth, *kinds)
 
     def start(place: int) -> support.Child:
         # A batch fails as a whole: only one of the consumers takes more than a message.
@@ -159,11 +141,11 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: pathlib.Path,
     print(f"{len(kinds)} messages, {kills} kills, {len(found)} dead letters")
 
 
-def lag(config_pth: pathlib.Path) -> int:
-    return persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0].lag
+def lag(config_pth: Path) -> int:
+    return control.statistics(config_pth, "queue")["queue"].subscribers[0].lag
 
 
-def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) -> None:
+def check_books(config_pth: Path, ledger: Ledger, kinds: list[bytes]) -> None:
     """Compare the ledger, the statistics and the dead letters."""
     taken: dict[int, list[int]] = collections.defaultdict(list)
     done: dict[int, int] = collections.Counter()
@@ -179,7 +161,7 @@ def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) ->
     assert len(found) == len(given_up)
     assert max(done.values(), default=1) == 1
     assert not given_up & set(done)
-    figures = persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0]
+    figures = control.statistics(config_pth, "queue")["queue"].subscribers[0]
     assert figures.dead_lettered == len(found)
     assert figures.acknowledged == len(kinds) - len(found)
     for letter in found:
@@ -201,12 +183,11 @@ def check_books(config_pth: pathlib.Path, ledger: Ledger, kinds: list[bytes]) ->
 # Each system call of a move
 
 
-def prepare(directory: pathlib.Path) -> pathlib.Path:
+def prepare(directory: Path) -> Path:
     """Make a queue with a message of which one more delivery is allowed, and one behind it."""
     config_pth = make(directory)
-    send(config_pth, b"fail", b"work")
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    support.send_each(config_pth, b"fail", b"work")
+    with Sub("sub", config_pth) as sub:
         for _ in range(MAX_DELIVERIES - 1):
             with pytest.raises(ValueError):
                 with sub.receive(timeout=0):
@@ -214,41 +195,20 @@ def prepare(directory: pathlib.Path) -> pathlib.Path:
     return config_pth
 
 
-def start_last_delivery(config_pth: pathlib.Path) -> Callable[[], None]:
+def start_last_delivery(config_pth: Path) -> Callable[[], None]:
     """Fail with the message for the last time: strace comes when all but the end is done."""
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id="sub", config_pth=config_pth)
+    sub = Sub("sub", config_pth)
     receipt = sub.receive(timeout=0)
     assert receipt.__enter__() == b"fail"  # pylint: disable=unnecessary-dunder-call
     error = ValueError("no")
     return lambda: receipt.__exit__(ValueError, error, None)
 
 
-def list_calls(directory: pathlib.Path) -> list[tuple[str, int]]:
-    """List the system calls of a move: name, and which one of that name."""
-    config_pth = prepare(directory)
-    trace_pth = directory / "trace"
-    assert tracing.run(lambda: start_last_delivery(config_pth), ["-o", str(trace_pth)]) == 0
-    assert [one.letter.data for one in letters(config_pth)] == [b"fail"]
-    counts: dict[str, int] = collections.Counter()
-    places: list[tuple[str, int]] = []
-    for line in trace_pth.read_text("utf-8", "replace").splitlines():
-        match = re.match(r"\d+ +(\w+)\(", line)
-        if match is not None and match.group(1) not in ("exit", "exit_group", "restart_syscall"):
-            counts[match.group(1)] += 1
-            places.append((match.group(1), counts[match.group(1)]))
-    return places
-
-
-def kill_at(config_pth: pathlib.Path, place: tuple[str, int]) -> bool:
+def kill_at(config_pth: Path, place: tuple[str, int]) -> bool:
     """Kill a move at a system call; the next consumer finishes what is left of it."""
-    code = tracing.run(lambda: start_last_delivery(config_pth), [
-        "-o", os.devnull, "-e", f"trace={place[0]}", "-e",
-        "inject={}:signal=KILL:when={}".format(*place)
-    ])
+    code = tracing.kill_at(lambda: start_last_delivery(config_pth), place)
     assert code in (0, -signal.SIGKILL)
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=5, details=True) as message:
             assert message is not None
             assert (message.data, message.attempts) == (b"work", 1)
@@ -256,16 +216,18 @@ def kill_at(config_pth: pathlib.Path, place: tuple[str, int]) -> bool:
             assert nothing is None
     found, = letters(config_pth)
     assert (found.letter.data, found.letter.attempts) == (b"fail", MAX_DELIVERIES)
-    figures = persipubsub.control.statistics(config_pth, "queue")["queue"].subscribers[0]
+    figures = control.statistics(config_pth, "queue")["queue"].subscribers[0]
     assert (figures.dead_lettered, figures.acknowledged, figures.lag) == (1, 1, 0)
     check_stores(config_pth)
     return code != 0
 
 
-def test_move_that_is_killed_at_any_call(tmp_path: pathlib.Path) -> None:
+def test_move_that_is_killed_at_any_call(tmp_path: Path) -> None:
     tracing.require()
     chance = random.Random(tracing.seed())
-    places = list_calls(tmp_path / "count")
+    config_pth = prepare(tmp_path / "count")
+    places = tracing.list_calls(lambda: start_last_delivery(config_pth), tmp_path / "trace")
+    assert [one.letter.data for one in letters(config_pth)] == [b"fail"]
     total = len(places)
     if not IS_EVERY:
         places = chance.sample(places, min(SAMPLE, total))

@@ -1,31 +1,26 @@
 """Delete or rename the directory of a queue while processes use it: no hang, no crash, no loss."""
 
 import os
-import pathlib
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.config
-import persipubsub.control
 import persipubsub.errors
-import persipubsub.publisher
 import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, config, control
 from tests import support
 from tests.faults import workers
 
 MESSAGES: Final = 100
 
 
-def work(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def work(pipe: support.Connection, config_pth: Path) -> None:
     """Have the queue open, send when told to and tell what came of it."""
     workers.guard()
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         with sub.receive(timeout=0) as msg:
             assert msg == b"first"
         pipe.send("ready")
@@ -61,12 +56,10 @@ def is_ours(name: str) -> bool:
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("change", [shutil.rmtree, lambda path: os.rename(path, f"{path!s}2")],
                          ids=["deleted", "renamed"])
-def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
-                             change: Callable[[pathlib.Path], object]) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0.05)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def test_directory_goes_away(tmp_path: Path, durability: str, change: Callable[[Path],
+                                                                               object]) -> None:
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=0.05)
+    with Pub("pub", config_pth) as pub:
         pub.send(msg=b"first")
     with support.Child(work, config_pth) as child:
         assert child.get() == "ready"
@@ -76,12 +69,10 @@ def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
         assert all(name == "" or is_ours(name) for name in errors), errors
         # Another process finds nothing, and says so.
         with pytest.raises(persipubsub.errors.NotInitializedError):
-            persipubsub.publisher.Pub().init(pub_id="pub", config_pth=config_pth)
+            Pub("pub", config_pth)
         # It can be made anew meanwhile.
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-        with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-            pub.init(pub_id="pub", config_pth=config_pth)
-            sub.init(sub_id="sub", config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
+        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             pub.send(msg=b"new")
             with sub.receive(timeout=0) as msg:
                 assert msg == b"new"
@@ -93,7 +84,7 @@ def test_directory_goes_away(tmp_path: pathlib.Path, durability: str,
     if renamed.exists():
         # What was sent or received before or after the rename is in the books.
         with persipubsub.queue.Queue(str(renamed),
-                                     persipubsub.config.read(config_pth).queues["queue"]) as queue:
+                                     config.read(config_pth).queues["queue"]) as queue:
             assert not queue.check()
             assert queue.statistics().next_number >= len(sent) + 2
             rest: list[bytes] = []

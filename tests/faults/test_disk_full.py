@@ -1,26 +1,19 @@
 """Test full disks, full maps and disks that fail: clear errors, nothing lost, no restart."""
 
-# pylint: disable=missing-function-docstring
-# pylint: disable=protected-access
-
 import errno
 import functools
 import json
 import os
-import pathlib
 import resource
 import shutil
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay, tracing
@@ -28,16 +21,9 @@ from tests.faults import replay, tracing
 _NAMESPACE: Final = ("unshare", "--map-root-user", "--mount")
 
 
-def on_small_disk(directory: pathlib.Path, function: Callable[..., None], size: str, *arguments:
+def on_small_disk(directory: Path, function: Callable[..., None], size: str, *arguments:
                   object) -> None:
-    """
-    Run a function of a module on a small disk of its own.
-
-    :param directory: where the disk is mounted
-    :param function: gets the directory, and arguments as texts
-    :param size: of the disk, as mount understands it
-    :param arguments: of the function
-    """
+    """Run a function of a module on a small disk of its own."""
     if shutil.which("unshare") is None or subprocess.run(
         [*_NAMESPACE, "mount", "-t", "tmpfs", "none",
          str(directory)],
@@ -65,7 +51,7 @@ def on_small_disk(directory: pathlib.Path, function: Callable[..., None], size: 
 class Filler:
     """Fill a disk with a file, and free it again."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: Path) -> None:
         self.path = directory / "filler"
 
     def fill(self, leaving: int = 0) -> None:
@@ -79,26 +65,23 @@ class Filler:
             os.ftruncate(fid.fileno(), max(0, fid.tell() - 4096 * leaving))
 
     def free(self) -> None:
-        """Free the disk."""
         self.path.unlink(missing_ok=True)
 
 
 class Users:
     """Hold an open publisher and subscriber."""
 
-    def __init__(self, config_pth: pathlib.Path) -> None:
+    def __init__(self, config_pth: Path) -> None:
         self.config_pth = config_pth
-        self.pub = persipubsub.publisher.Pub()
-        self.sub = persipubsub.subscriber.Sub()
+        self.pub = Pub()
+        self.sub = Sub()
         self.open()
 
     def open(self) -> None:
-        """Open both."""
         self.pub.init(pub_id="pub", config_pth=self.config_pth)
         self.sub.init(sub_id="sub", config_pth=self.config_pth)
 
     def close(self) -> None:
-        """Close both."""
         self.pub.close()
         self.sub.close()
 
@@ -115,23 +98,20 @@ class Users:
         raise AssertionError("Expected the disk to be full")
 
     def receive(self) -> int | None:
-        """Receive a message; return its number."""
         with self.sub.receive(timeout=0) as message:
             return None if message is None else int(message.split(b" ")[0])
 
     def receive_all(self) -> list[int]:
-        """Receive all messages; return their numbers."""
         numbers: list[int] = []
         while (number := self.receive()) is not None:
             numbers.append(number)
         return numbers
 
     def check(self) -> list[str]:
-        """Check the store."""
         return support.queue_of(self.pub).check()
 
 
-def hold_snapshot(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def hold_snapshot(pipe: support.Connection, config_pth: Path) -> None:
     """Be in the middle of a read until killed."""
     with support.open_queue(config_pth) as queue:
 
@@ -145,9 +125,8 @@ def hold_snapshot(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 # Small disks
 
 
-def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0.05)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def fill_while_messages_wait(directory: Path, durability: str) -> None:
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=0.05)
     users = Users(config_pth)
     filler = Filler(directory)
     assert users.send(0) == ""
@@ -179,9 +158,8 @@ def fill_while_messages_wait(directory: pathlib.Path, durability: str) -> None:
     users.close()
 
 
-def fill_with_finished_messages(directory: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=0.05)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def fill_with_finished_messages(directory: Path, durability: str) -> None:
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=0.05)
     users = Users(config_pth)
     filler = Filler(directory)
     filler.fill(leaving=200)
@@ -197,7 +175,7 @@ def fill_with_finished_messages(directory: pathlib.Path, durability: str) -> Non
     users.close()
 
 
-def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
+def open_with_few_pages(directory: Path, durability: str) -> None:
     """Use a queue with so little room that one file after the other can not be made."""
     config_pth = support.write_config(directory,
                                       durability=durability,
@@ -215,10 +193,9 @@ def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
     seen: list[str] = []
     for pages in (*range(0, 24, 4), *range(24, 240, 24)):
         filler.fill(leaving=pages)
-        seen += support.outcomes_in_child(
-            lambda: persipubsub.control.initialize_all_dbs(config_pth=config_pth))
+        seen += support.outcomes_in_child(lambda: control.initialize_all_dbs(config_pth=config_pth))
         filler.free()
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
         for name in os.listdir(queue):
             # As after a restore of the data file by hand; these are the files that are made anew.
             # By the lock of the journal, a queue is told from a store of another program.
@@ -238,10 +215,9 @@ def open_with_few_pages(directory: pathlib.Path, durability: str) -> None:
     assert set(seen) == {"", "DiskFullError"}, seen
 
 
-def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None:
+def open_with_unfinished_files(directory: Path, durability: str) -> None:
     """Use a queue whose small files a kill, or a power failure, left without their content."""
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
     queue = directory / "queue"
     users = Users(config_pth)
     assert users.send(0) == "" and users.receive() == 0
@@ -262,10 +238,9 @@ def open_with_unfinished_files(directory: pathlib.Path, durability: str) -> None
         assert (queue / files.LOCK).stat().st_blocks * 512 >= slots, name
 
 
-def recover_without_room(directory: pathlib.Path, durability: str) -> None:
+def recover_without_room(directory: Path, durability: str) -> None:
     """What can not be recovered for lack of room takes none from others."""
-    config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
 
     def fill(pipe: support.Connection) -> None:
         users = Users(config_pth)
@@ -291,7 +266,7 @@ def recover_without_room(directory: pathlib.Path, durability: str) -> None:
     assert support.outcomes_in_child(recover) == [""]
 
 
-def use_once(config_pth: pathlib.Path) -> None:
+def use_once(config_pth: Path) -> None:
     users = Users(config_pth)
     try:
         users.pub.send(b"1")
@@ -307,7 +282,7 @@ def use_once(config_pth: pathlib.Path) -> None:
     open_with_unfinished_files, recover_without_room
 ],
                          ids=lambda function: str(function.__name__))
-def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durability: str) -> None:
+def test_small_disk(tmp_path: Path, function: Callable[..., None], durability: str) -> None:
     on_small_disk(tmp_path, function, "2m", durability)
 
 
@@ -315,10 +290,9 @@ def test_small_disk(tmp_path: pathlib.Path, function: Callable[..., None], durab
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str) -> None:
+def test_limit_on_the_size_of_files(tmp_path: Path, durability: str) -> None:
     # While a checkpoint is being copied, no page is free: an acknowledgement would have to wait.
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=3600)
 
     def run(pipe: support.Connection) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -347,7 +321,7 @@ def test_limit_on_the_size_of_files(tmp_path: pathlib.Path, durability: str) -> 
 _SENDS: Final = 5
 
 
-def start_under_errors(config_pth: pathlib.Path, output: pathlib.Path) -> Callable[[], None]:
+def start_under_errors(config_pth: Path, output: Path) -> Callable[[], None]:
     """Open the queue; return what is done while calls fail."""
     users = Users(config_pth)
     assert users.send(0) == ""
@@ -386,15 +360,14 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("durability, names, call, error, places", INJECTIONS)
-def test_calls_that_fail(tmp_path: pathlib.Path, durability: str, names: tuple[str, ...], call: str,
+def test_calls_that_fail(tmp_path: Path, durability: str, names: tuple[str, ...], call: str,
                          error: str, places: int) -> None:
     tracing.require()
     failures = set()
     for place in range(1, places + 1):
         directory = tmp_path / str(place)
         directory.mkdir()
-        config_pth = support.write_config(directory, durability=durability, checkpoint_secs=3600)
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
         output = directory / "output"
         paths = [option for name in names for option in ("-P", str(directory / "queue" / name))]
         code = tracing.run(functools.partial(start_under_errors, config_pth, output), [
@@ -430,11 +403,10 @@ def check_outcomes(outcomes: list[str], acknowledged: str, received: list[int],
         assert set(outcomes[place:]) == {"FlushError"} and acknowledged == "FlushError"
 
 
-def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.Path) -> None:
+def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: Path) -> None:
     """LMDB refuses all further work with the open environment: it is opened again."""
     tracing.require()
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
     output = tmp_path / "output"
 
     def start() -> Callable[[], None]:
@@ -463,16 +435,14 @@ def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: pathlib.P
         assert received == [0, *sent] and not findings
 
 
-def test_meta_page_that_never_finds_room_is_given_up(tmp_path: pathlib.Path) -> None:
+def test_meta_page_that_never_finds_room_is_given_up(tmp_path: Path) -> None:
     """To spend the reserve, open the store again and keep the reserve would go on for ever."""
     tracing.require()
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path)
+    with Pub("pub", config_pth) as pub:
         pub.send_many([b"0 " + bytes(1000)] * 10)
     # No page is free: those of a transaction are at the end, and written with one other call.
-    persipubsub.control.compact(config_pth, "queue")
+    control.compact(config_pth, "queue")
     output = tmp_path / "output"
 
     def start() -> Callable[[], None]:

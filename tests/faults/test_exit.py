@@ -1,23 +1,20 @@
 """Leave the interpreter while other threads are in the middle of a send or a receive."""
 
-import pathlib
 import random
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.queue
 from tests import support
-from tests.faults import workers
-from tests.faults.test_storm import choose_seed
+from tests.faults import tracing, workers
 
 ATTEMPTS: Final = 8
 
 PROGRAM: Final = """
 import sys, threading, time
 import persipubsub.errors, persipubsub.publisher, persipubsub.subscriber
-from tests.faults import workers
+from tests.faults import tracing, workers
 
 config_pth, ledger_pth, seconds, is_closed = sys.argv[1:]
 workers.guard()
@@ -65,10 +62,9 @@ sys.exit(7)
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_exit_in_a_send_and_in_a_receive(tmp_path: pathlib.Path, durability: str) -> None:
-    rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path, durability=durability, checkpoint_secs=0.01)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_exit_in_a_send_and_in_a_receive(tmp_path: Path, durability: str) -> None:
+    rng = random.Random(tracing.seed())
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=0.01)
     sent: set[str] = set()
     received: set[str] = set()
     for attempt in range(ATTEMPTS):

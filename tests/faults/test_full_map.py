@@ -1,53 +1,25 @@
 """Test full stores: what makes room works, whatever else is full, and in another boot."""
 
-# pylint: disable=missing-function-docstring
-
-import pathlib
 import signal
+from pathlib import Path
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
+from persipubsub import errors
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay
 from tests.faults.test_disk_full import Filler, Users, hold_snapshot, on_small_disk
 
 
-@pytest.mark.parametrize("strategy", ["prune_first", "prune_last"])
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_full_store(tmp_path: pathlib.Path, durability: str, strategy: str) -> None:
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      strategy=strategy,
-                                      max_db_size_bytes=1 << 19)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    users = Users(config_pth)
-    count = 400
-    for index in range(count):
-        assert users.send(index) == ""
-    received = users.receive_all()
-    assert received == sorted(set(received)) and 20 < len(received) < count
-    assert (0 if strategy == "prune_last" else count - 1) in received
-    assert (0 in received) == (strategy == "prune_last")
-    statistics = support.queue_of(users.pub).statistics().subscribers[0]
-    assert statistics.dropped_by_mark == count - len(received)
-    assert users.send(count) == "" and users.receive() == count
-    assert users.check() == []
-    users.close()
-
-
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_closed", [True, False])
-def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
-                                    is_closed: bool) -> None:
+def test_full_store_in_another_boot(tmp_path: Path, durability: str, is_closed: bool) -> None:
     """What is written at the first opening then finds room, also in a store that is rebuilt."""
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      strategy="reject",
-                                      max_db_size_bytes=1 << 18)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    strategy="reject",
+                                    max_db_size_bytes=1 << 18)
 
     def fill(pipe: support.Connection) -> None:
         users = Users(config_pth)
@@ -81,26 +53,15 @@ def test_full_store_in_another_boot(tmp_path: pathlib.Path, durability: str,
         child.end()
 
 
-def test_message_that_never_fits(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, max_db_size_bytes=1 << 19)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    users = Users(config_pth)
-    assert users.send(0) == ""
-    assert users.send(1, size=1 << 20) == "MessageTooLargeError"
-    assert users.receive_all() == [0]
-    users.close()
-
-
-def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
+def test_reader_that_is_stopped_keeps_the_pages(tmp_path: Path) -> None:
     """Nothing is dropped in vain: the error names its process, and all goes on when it is gone."""
-    config_pth = support.write_config(tmp_path, durability="os", max_db_size_bytes=1 << 19)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, durability="os", max_db_size_bytes=1 << 19)
     users = Users(config_pth)
     with support.Child(hold_snapshot, config_pth) as child:
         assert child.get() == "reading"
         child.kill(signal.SIGSTOP)
         sent = 0
-        with pytest.raises(persipubsub.errors.DiskFullError, match=f"{child.process.pid}"):
+        with pytest.raises(errors.DiskFullError, match=f"{child.process.pid}"):
             while True:
                 users.pub.send(b"%d " % sent + bytes(3000))
                 sent += 1
@@ -118,14 +79,13 @@ def test_reader_that_is_stopped_keeps_the_pages(tmp_path: pathlib.Path) -> None:
 # Nor room on the disk
 
 
-def fill_store_and_disk(directory: pathlib.Path, durability: str) -> None:
+def fill_store_and_disk(directory: Path, durability: str) -> None:
     """What makes room in a full store needs room on the disk: the reserve is for that."""
-    config_pth = support.write_config(directory,
-                                      durability=durability,
-                                      checkpoint_secs=0.05,
-                                      strategy="reject",
-                                      max_db_size_bytes=1 << 18)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(directory,
+                                    durability=durability,
+                                    checkpoint_secs=0.05,
+                                    strategy="reject",
+                                    max_db_size_bytes=1 << 18)
     users = Users(config_pth)
     sent, error = users.send_until_error(0)
     assert error == "QueueFullError"
@@ -145,5 +105,5 @@ def fill_store_and_disk(directory: pathlib.Path, durability: str) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_full_store_on_a_full_disk(tmp_path: pathlib.Path, durability: str) -> None:
+def test_full_store_on_a_full_disk(tmp_path: Path, durability: str) -> None:
     on_small_disk(tmp_path, fill_store_and_disk, "2m", durability)

@@ -5,24 +5,18 @@ A sample of the calls is taken, chosen by ``PERSIPUBSUB_SEED``; with ``PERSIPUBS
 process is killed at each of them.
 """
 
-# pylint: disable=missing-function-docstring
-import collections
 import os
-import pathlib
 import random
-import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay, tracing
@@ -43,7 +37,7 @@ FIRST: Final = (b"first", BIG, b"third")
 class Scene:
     """Be a queue that a process is killed on, and its ledger."""
 
-    def __init__(self, directory: pathlib.Path, durability: str) -> None:
+    def __init__(self, directory: Path, durability: str) -> None:
         directory.mkdir()
         self.directory = directory / "queue"
         self.ledger = directory / "ledger"
@@ -53,7 +47,6 @@ class Scene:
                                                busy_timeout_secs=10)
 
     def note(self, *fields: object) -> None:
-        """Write a line into the ledger."""
         descriptor = os.open(self.ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
         os.close(descriptor)
@@ -64,16 +57,12 @@ class Scene:
             return 0
         return sum(line.startswith(word) for line in self.ledger.read_text("ascii").splitlines())
 
-    def publisher(self) -> persipubsub.publisher.Pub:
-        """Open a publisher."""
-        pub = persipubsub.publisher.Pub()
-        pub.init(pub_id="pub", config_pth=self.config_pth)
+    def publisher(self) -> Pub:
+        pub = Pub("pub", self.config_pth)
         return pub
 
-    def subscriber(self) -> persipubsub.subscriber.Sub:
-        """Open a subscriber."""
-        sub = persipubsub.subscriber.Sub()
-        sub.init(sub_id="sub", config_pth=self.config_pth)
+    def subscriber(self) -> Sub:
+        sub = Sub("sub", self.config_pth)
         return sub
 
 
@@ -109,7 +98,7 @@ def start_receive(scene: Scene) -> Callable[[], None]:
 
 
 def start_initialize(scene: Scene) -> Callable[[], None]:
-    return lambda: persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+    return lambda: control.initialize_all_dbs(config_pth=scene.config_pth)
 
 
 def start_open(scene: Scene) -> Callable[[], None]:
@@ -214,7 +203,7 @@ def check_received(scene: Scene, received: Sequence[bytes]) -> None:
 
 def check_scene(scene: Scene) -> None:
     """Check that nothing hinders anybody: no repair is needed."""
-    persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+    control.initialize_all_dbs(config_pth=scene.config_pth)
     with scene.publisher() as pub, scene.subscriber() as sub:
         pub.send(b"afterwards")
         with sub.receive(timeout=5) as message:
@@ -226,29 +215,18 @@ def check_scene(scene: Scene) -> None:
 
 
 def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
-    """
-    Kill a process at a system call, and see that the others go on.
-
-    :param scene: with a queue, or without
-    :param start: the process
-    :param place: name of the call, and the how manieth such call of a thread
-    :return: False if it ended before
-    """
+    """Kill a process at a system call, and see that the others go on."""
     # Nobody else may have it open while it is rebuilt.
     is_there = scene.directory.exists() and start is not start_rebuild
-    options = [
-        "-o", os.devnull, "-e", f"trace={place[0]}", "-e",
-        "inject={}:signal=KILL:when={}".format(*place)
-    ]
     if is_there:
         with support.Child(neighbour, scene) as child:
             assert child.get() == "open"
-            code = tracing.run(lambda: start(scene), options)
+            code = tracing.kill_at(lambda: start(scene), place)
             child.pipe.send("go")
             check_received(scene, child.get())
             child.end()
     else:
-        code = tracing.run(lambda: start(scene), options)
+        code = tracing.kill_at(lambda: start(scene), place)
         # Those who come too early are told so.
         expected = ("", ) if start is start_rebuild else ("", "NotInitializedError")
         assert support.outcome(lambda: scene.subscriber().close()) in expected
@@ -262,23 +240,9 @@ def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
     return code != 0
 
 
-def list_calls(scene: Scene, start: Start, output: pathlib.Path) -> list[tuple[str, int]]:
-    """List the system calls of a process: name, and the how manieth of that name in a thread."""
-    assert tracing.run(lambda: start(scene), ["-o", str(output)]) == 0
-    counts: dict[tuple[str, str], int] = collections.Counter()
-    places: dict[tuple[str, int], None] = {}
-    for line in output.read_text("utf-8", "replace").splitlines():
-        match = re.match(r"(\d+) +(\w+)\(", line)
-        if match is not None and match.group(2) not in ("exit", "exit_group", "restart_syscall"):
-            thread, name = match.groups()
-            counts[thread, name] += 1
-            places[name, counts[thread, name]] = None
-    return list(places)
-
-
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("case", CASES)
-def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) -> None:
+def test_killed_at_any_call(tmp_path: Path, case: str, durability: str) -> None:
     tracing.require()
     start = CASES[case]
     chance = random.Random(tracing.seed())
@@ -286,16 +250,19 @@ def test_killed_at_any_call(tmp_path: pathlib.Path, case: str, durability: str) 
     def make(name: str) -> Scene:
         scene = Scene(tmp_path / name, durability)
         if case != "initialize":
-            persipubsub.control.initialize_all_dbs(config_pth=scene.config_pth)
+            control.initialize_all_dbs(config_pth=scene.config_pth)
             with scene.publisher() as pub:
                 pub.send_many(FIRST)
         return scene
 
-    places = list_calls(make("count"), start, tmp_path / "trace")
+    def list_calls(scene: Scene) -> list[tuple[str, int]]:
+        return tracing.list_calls(lambda: start(scene), tmp_path / "trace")
+
+    places = list_calls(make("count"))
     total = len(places)
     if not IS_EVERY:
         # On a busy machine the background thread works many times more in one run than in another.
-        again = set(list_calls(make("again"), start, tmp_path / "trace"))
+        again = set(list_calls(make("again")))
         places = [place for place in places if place in again]
         chance.shuffle(places)
     killed = done = 0

@@ -4,22 +4,18 @@ Kill publishers at random that repeat what they do not know to be sent: each mes
 ``PERSIPUBSUB_STORM_SECS`` is how long each storm lasts, ``PERSIPUBSUB_SEED`` repeats its choices.
 """
 
-# pylint: disable=missing-function-docstring
-
 import os
-import pathlib
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
+from persipubsub import Pub
 from tests import support
-from tests.faults import test_storm, workers
+from tests.faults import tracing, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
 
@@ -27,7 +23,7 @@ STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
 SOURCES: Final = ("shared", "shared", "own")
 
 
-def read(ledger_pth: pathlib.Path, place: int) -> tuple[set[str], set[str]]:
+def read(ledger_pth: Path, place: int) -> tuple[set[str], set[str]]:
     """Read what the processes of a place, or of all places, tried to send, and sent for certain."""
     found: dict[str, set[str]] = {"try": set(), "sent": set()}
     for line in ledger_pth.read_text(encoding="ascii").split("\n"):
@@ -38,16 +34,15 @@ def read(ledger_pth: pathlib.Path, place: int) -> tuple[set[str], set[str]]:
     return found["try"], found["sent"]
 
 
-def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: pathlib.Path,
-            place: int, seed: int) -> None:
+def publish(pipe: support.Connection, config_pth: Path, ledger_pth: Path, place: int,
+            seed: int) -> None:
     """Go on where the process before was killed, and repeat some of what it sent."""
     workers.guard()
     ledger = workers.Ledger(ledger_pth)
     rng = random.Random(seed)
     _, sent = read(ledger_pth, place)
     number = max(0, len(sent) - rng.randint(0, 30))
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         while not pipe.poll():
             count = rng.choice((1, 1, rng.randint(2, 20)))
             ids = [f"{SOURCES[place]}:{number + index}" for index in range(count)]
@@ -64,13 +59,12 @@ def publish(pipe: support.Connection, config_pth: pathlib.Path, ledger_pth: path
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
-        tmp_path: pathlib.Path, durability: str) -> None:
-    rng = random.Random(test_storm.choose_seed())
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      checkpoint_secs=0.2,
-                                      MAX_MSGS_NUM=10**8)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        tmp_path: Path, durability: str) -> None:
+    rng = random.Random(tracing.seed())
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    MAX_MSGS_NUM=10**8)
     ledger_pth = tmp_path / "ledger"
     ledger_pth.touch()
 

@@ -4,23 +4,19 @@ Test power failures: record real sends and receives, cut at any place, open what
 ``PERSIPUBSUB_REPLAYS`` says how many images each test opens, ``PERSIPUBSUB_SEED`` repeats a run.
 """
 
-# pylint: disable=missing-function-docstring
 import contextlib
 import json
 import os
-import pathlib
 import random
 import threading
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine import environment, journal
 from tests import support
 from tests.faults import replay, tracing
@@ -36,7 +32,7 @@ def fixture_seed() -> int:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("durability", DURABILITIES)
-def test_nothing_promised_is_lost(tmp_path: pathlib.Path, seed: int, durability: str,
+def test_nothing_promised_is_lost(tmp_path: Path, seed: int, durability: str,
                                   processes: int) -> None:
     recording = replay.record(tmp_path, seed, durability, operations=60, processes=processes)
     assert replay.follow_to_end(recording).states >= 3
@@ -44,8 +40,7 @@ def test_nothing_promised_is_lost(tmp_path: pathlib.Path, seed: int, durability:
 
 
 @pytest.mark.parametrize("durability", DURABILITIES)
-def test_power_fails_again_during_a_rebuild(tmp_path: pathlib.Path, seed: int,
-                                            durability: str) -> None:
+def test_power_fails_again_during_a_rebuild(tmp_path: Path, seed: int, durability: str) -> None:
     """Three times: in the use, in a rebuild, and in the rebuild or use behind that."""
     chance = random.Random(seed)
     recording = replay.record(tmp_path, seed, durability, operations=30)
@@ -76,7 +71,7 @@ OPERATIONS: Final = {
 
 @pytest.mark.parametrize("durability", DURABILITIES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operators(tmp_path: pathlib.Path, seed: int, durability: str, operation: str) -> None:
+def test_operators(tmp_path: Path, seed: int, durability: str, operation: str) -> None:
     names = [
         "send_many", "send_known", "receive_many", "send_some", *OPERATIONS[operation], "send",
         "receive"
@@ -86,7 +81,7 @@ def test_operators(tmp_path: pathlib.Path, seed: int, durability: str, operation
 
 
 @pytest.mark.parametrize("durability", DURABILITIES)
-def test_newest_messages_are_dropped(tmp_path: pathlib.Path, seed: int, durability: str) -> None:
+def test_newest_messages_are_dropped(tmp_path: Path, seed: int, durability: str) -> None:
     """No record says that they were: the rebuild finds it in the totals of the blocks."""
     names = 4 * ["send_many", "send", "wait", "send_some", "send_many", "receive", "send_many"]
     recording = replay.record(tmp_path, seed, durability, names, mark=20, strategy="prune_last")
@@ -106,21 +101,20 @@ def name_of(source: int, index: int) -> bytes:
     return b"%d %d " % (source, index) + bytes(100 * (source + index) % 3000)
 
 
-def work_at_once(directory: pathlib.Path, config_pth: pathlib.Path, processes: int, threads: int,
+def work_at_once(directory: Path, config_pth: Path, processes: int, threads: int,
                  count: int) -> None:
     """Send and receive in threads of processes."""
     ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def receive(name: str, is_over: threading.Event) -> None:
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             while not is_over.is_set():
                 with sub.receive_many(max_msgs=3, timeout=0.01) as msgs:
                     ids = [list(map(int, msg.split(b" ", 2)[:2])) for msg in msgs]
                     tell(ledger, "take", name, ids)
                 tell(ledger, "took", name, ids)
 
-    def send(pub: persipubsub.publisher.Pub, source: int) -> None:
+    def send(pub: Pub, source: int) -> None:
         for index in range(count):
             tell(ledger, "send", [source, index])
             pub.send(name_of(source, index))
@@ -128,8 +122,7 @@ def work_at_once(directory: pathlib.Path, config_pth: pathlib.Path, processes: i
 
     def work(number: int) -> None:
         is_over = threading.Event()
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             receivers = [
                 threading.Thread(target=receive, args=(name, is_over))
                 for name in replay.SUBSCRIBERS
@@ -156,7 +149,7 @@ def find_lost(  # pylint: disable=too-many-locals
     config_pth = replay.write_config(image.path, recording.durability, mark=1000)
     progress = image.progress
     if not progress.is_initialized:
-        persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+        control.initialize_all_dbs(config_pth=config_pth)
     findings = replay.find_damage(config_pth)
     if findings:
         return findings
@@ -173,8 +166,7 @@ def find_lost(  # pylint: disable=too-many-locals
             for one in among if one[:2] == [kind, name] for message in one[2]
         } for kind, among in (("take", notes), ("took", recorded)))
         received: list[tuple[int, ...]] = []
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             while sub.front() is not None:
                 with sub.receive_many(max_msgs=100, timeout=0) as msgs:
                     ids = [tuple(map(int, msg.split(b" ", 2)[:2])) for msg in msgs]
@@ -193,7 +185,7 @@ def find_lost(  # pylint: disable=too-many-locals
 
 
 @pytest.mark.parametrize("durability", DURABILITIES)
-def test_threads_and_processes_at_once(tmp_path: pathlib.Path, seed: int, durability: str) -> None:
+def test_threads_and_processes_at_once(tmp_path: Path, seed: int, durability: str) -> None:
     recording = replay.record(tmp_path,
                               seed,
                               durability,
@@ -208,23 +200,23 @@ def test_threads_and_processes_at_once(tmp_path: pathlib.Path, seed: int, durabi
 
 
 @pytest.mark.parametrize("place", [8, 11])
-def test_power_fails_after_a_flush_failed(tmp_path: pathlib.Path, seed: int, place: int) -> None:
+def test_power_fails_after_a_flush_failed(tmp_path: Path, seed: int, place: int) -> None:
     """What it should have flushed may be lost for ever; the queue is opened again and goes on."""
 
-    def work(directory: pathlib.Path, config_pth: pathlib.Path) -> None:
+    def work(directory: Path, config_pth: Path) -> None:
         ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        pub = persipubsub.publisher.Pub("pub", config_pth)
+        pub = Pub("pub", config_pth)
         failed = 0
         for index in range(12):
             tell(ledger, "send", [0, index])
             try:
                 pub.send(name_of(0, index))
                 tell(ledger, "sent", [0, index])
-            except persipubsub.errors.FlushError:
+            except errors.FlushError:
                 failed += 1
-                with contextlib.suppress(persipubsub.errors.FlushError):
+                with contextlib.suppress(errors.FlushError):
                     pub.close()
-                pub = persipubsub.publisher.Pub("pub", config_pth)
+                pub = Pub("pub", config_pth)
                 # It is stored, and the journal that was made anew has it.
                 tell(ledger, "sent", [0, index])
         pub.close()
@@ -243,31 +235,30 @@ def test_power_fails_after_a_flush_failed(tmp_path: pathlib.Path, seed: int, pla
 # Removing a queue
 
 
-def test_dropped_queue(tmp_path: pathlib.Path, seed: int) -> None:
+def test_dropped_queue(tmp_path: Path, seed: int) -> None:
 
-    def work(directory: pathlib.Path, config_pth: pathlib.Path) -> None:
+    def work(directory: Path, config_pth: Path) -> None:
         ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with persipubsub.publisher.Pub("pub", config_pth) as pub:
+        with Pub("pub", config_pth) as pub:
             pub.send_many([b"1", b"2", b"3"])
             tell(ledger, "sent")
-        persipubsub.control.drop_queue(config_pth, "queue")
+        control.drop_queue(config_pth, "queue")
         tell(ledger, "dropped")
-        persipubsub.control.initialize_all_dbs(config_pth)
+        control.initialize_all_dbs(config_pth)
         tell(ledger, "new")
 
     def find(image: replay.Image, _: replay.Recording, boot: int) -> str:
         replay.new_boot(boot)
         config_pth = replay.write_config(image.path, "fsync")
         told = len(image.progress.lines)
-        outcome = support.outcome(
-            lambda: persipubsub.control.statistics(config_pth)["queue"].messages)
+        outcome = support.outcome(lambda: control.statistics(config_pth)["queue"].messages)
         if outcome not in ({
                 0: ("", "NotInitializedError"),
                 3: ("", )
         }.get(told, ("", "NotInitializedError"))):
             return f"Expected a queue or none, but got: {outcome}"
-        persipubsub.control.initialize_all_dbs(config_pth)
-        messages = persipubsub.control.statistics(config_pth)["queue"].messages
+        control.initialize_all_dbs(config_pth)
+        messages = control.statistics(config_pth)["queue"].messages
         if messages not in ((0, 3) if told == 1 else (0, ) if told > 1 else (0, 3)):
             return f"Expected all messages or none, but got: {messages}"
         return replay.find_damage(config_pth)
@@ -279,10 +270,10 @@ def test_dropped_queue(tmp_path: pathlib.Path, seed: int) -> None:
 # Messages that are given up, and sent back
 
 
-def test_dead_letters(tmp_path: pathlib.Path, seed: int) -> None:
+def test_dead_letters(tmp_path: Path, seed: int) -> None:
     """Moved with ``os``: a letter is safe before its message leaves."""
 
-    def configure(directory: pathlib.Path) -> dict[str, object]:
+    def configure(directory: Path) -> dict[str, object]:
         queues = {
             key: {
                 "path": str(directory / key),
@@ -299,13 +290,11 @@ def test_dead_letters(tmp_path: pathlib.Path, seed: int) -> None:
             "queues": queues
         }  # yapf: disable
 
-    def work(directory: pathlib.Path, _: pathlib.Path) -> None:
+    def work(directory: Path, _: Path) -> None:
         ledger = os.open(directory / "ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         config = configure(directory / "root")
-        persipubsub.control.initialize_all_dbs(config)
-        with persipubsub.publisher.Pub("pub",
-                                       config) as pub, persipubsub.subscriber.Sub("sub",
-                                                                                  config) as sub:
+        control.initialize_all_dbs(config)
+        with Pub("pub", config) as pub, Sub("sub", config) as sub:
             for _round in range(2):
                 pub.send_many([b"%d" % index for index in range(5)])
                 support.queue_of(pub).secure()
@@ -313,21 +302,21 @@ def test_dead_letters(tmp_path: pathlib.Path, seed: int) -> None:
                 for _message in range(5):
                     with contextlib.suppress(KeyError), sub.receive(timeout=0):
                         raise KeyError("fails on purpose")
-                persipubsub.control.send_back(config, "letters")
+                control.send_back(config, "letters")
                 tell(ledger, "clear")
-                persipubsub.control.clear_all_subs(config, "queue")
+                control.clear_all_subs(config, "queue")
 
     def find(image: replay.Image, _: replay.Recording, boot: int) -> str:
         replay.new_boot(boot)
         config = configure(image.path)
-        persipubsub.control.initialize_all_dbs(config)
-        waiting = {message.content for message in persipubsub.control.peek(config, "sub", 100)}
-        for letters in persipubsub.control.dead_letters(config).values():
+        control.initialize_all_dbs(config)
+        waiting = {message.content for message in control.peek(config, "sub", 100)}
+        for letters in control.dead_letters(config).values():
             waiting.update(listed.letter.data for listed in letters)
         notes = [line["note"][0] for line in image.progress.lines]
         if notes and notes[-1] == "sent" and waiting != {b"%d" % index for index in range(5)}:
             return f"Expected five messages, but got: {waiting}"
-        return "; ".join(sum(persipubsub.control.verify(config).values(), ()))
+        return "; ".join(sum(control.verify(config).values(), ()))
 
     recording = replay.record(tmp_path, seed, "os", work=work)
     replay.survey(recording, 2 * replay.IMAGES, random.Random(seed), find=find).assert_sound()
@@ -373,7 +362,7 @@ TAKEN_OUT: Final = {
 def take_out(changes: Sequence[tuple[types.ModuleType, str, str]]) -> None:
     """Take a protection out, in a process that lives no longer than the test."""
     for module, old, new in changes:
-        path = pathlib.Path(str(module.__file__))
+        path = Path(str(module.__file__))
         source = path.read_text("utf-8")
         assert old in source, old
         path = path.with_suffix(".changed")
@@ -382,8 +371,7 @@ def take_out(changes: Sequence[tuple[types.ModuleType, str, str]]) -> None:
 
 
 @pytest.mark.parametrize("protection", TAKEN_OUT)
-def test_replay_notices_what_is_taken_out(tmp_path: pathlib.Path, seed: int,
-                                          protection: str) -> None:
+def test_replay_notices_what_is_taken_out(tmp_path: Path, seed: int, protection: str) -> None:
     durability, changes = TAKEN_OUT[protection]
 
     def find(image: replay.Image, recording: replay.Recording, boot: int) -> str:
@@ -399,14 +387,17 @@ def test_replay_notices_what_is_taken_out(tmp_path: pathlib.Path, seed: int,
                                   durability,
                                   prepare=lambda: take_out(changes))
         try:
-            summary = replay.survey(recording, 100, random.Random(seed + attempt), find=find)
+            summary = replay.survey(recording,
+                                    100,
+                                    random.Random(seed + attempt),
+                                    find=find,
+                                    is_over_at_first=True)
         except AssertionError as error:
             # LMDB kills the process that opens a damaged file.
             assert "it ended with -" in str(error)
             print(f"crash in recording {attempt + 1}")
             return
         if summary.faults:
-            print(f"{len(summary.faults)} faults in {summary.images} images of recording "
-                  f"{attempt + 1}: {summary.faults[0][-300:]}")
+            print(f"image {summary.images} of recording {attempt + 1}: {summary.faults[0][-300:]}")
             return
     raise AssertionError(f"Expected faults without the {protection}")

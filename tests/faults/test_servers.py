@@ -5,22 +5,21 @@ Let a server die, forget, stand still, or be reached over a bad connection.
 """
 
 import contextlib
-import pathlib
 import random
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-import persipubsub.config
-import persipubsub.errors
+from persipubsub import config, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
-from tests.faults.test_storm import choose_seed
+from tests.faults import tracing
 from tests.support import HANG_SECS, Child, Connection, outcome, until, write_config
 from tests.test_behaviour import drain, numbered, open_pub, open_sub
 
@@ -30,20 +29,19 @@ LARGE: Final = bytes(900_000)
 
 
 @pytest.fixture(name="server")
-def _server(tmp_path: pathlib.Path) -> Iterator[jetstream_server.Servers]:
+def _server(tmp_path: Path) -> Iterator[jetstream_server.Servers]:
     with jetstream_server.running(tmp_path) as servers:
         yield servers
 
 
 @contextlib.contextmanager
 def proxy(servers: jetstream_server.Servers) -> Iterator[jetstream_server.Proxy]:
-    """Stand in front of a server."""
     with contextlib.closing(jetstream_server.Proxy(servers.servers[0].port)) as one:
         yield one
 
 
-def open_queue(config_pth: pathlib.Path) -> engine.Queue:
-    return engine.open_queue(persipubsub.config.read(config_pth), "queue")
+def open_queue(config_pth: Path) -> engine.Queue:
+    return engine.open_queue(config.read(config_pth), "queue")
 
 
 class Calls:
@@ -69,9 +67,8 @@ class Calls:
 # Servers that die
 
 
-def test_server_that_dies_and_comes_back(server: jetstream_server.Servers,
-                                         tmp_path: pathlib.Path) -> None:
-    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=3)
+def test_server_that_dies_and_comes_back(server: jetstream_server.Servers, tmp_path: Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=1.5)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send(b"before")
         server.servers[0].kill()
@@ -99,8 +96,7 @@ def test_server_that_dies_and_comes_back(server: jetstream_server.Servers,
     assert [one for one in received if one != b"lost"] == [b"before", b"after"]
 
 
-def test_closing_while_a_server_is_away(server: jetstream_server.Servers,
-                                        tmp_path: pathlib.Path) -> None:
+def test_closing_while_a_server_is_away(server: jetstream_server.Servers, tmp_path: Path) -> None:
     """That the messages at work can not be given back is no reason to let others wait."""
     config_pth = jetstream_server.deploy(tmp_path, server)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
@@ -122,7 +118,7 @@ def test_closing_while_a_server_is_away(server: jetstream_server.Servers,
 
 
 @contextlib.contextmanager
-def forgetting(servers: jetstream_server.Servers, store: pathlib.Path) -> Iterator[None]:
+def forgetting(servers: jetstream_server.Servers, store: Path) -> Iterator[None]:
     """
     Let a server forget what it delivered in the ``with`` block, as killed servers do.
 
@@ -143,7 +139,7 @@ def forgetting(servers: jetstream_server.Servers, store: pathlib.Path) -> Iterat
 
 
 @pytest.mark.parametrize("is_worked_on", [True, False])
-def test_server_that_forgot_its_deliveries(server: jetstream_server.Servers, tmp_path: pathlib.Path,
+def test_server_that_forgot_its_deliveries(server: jetstream_server.Servers, tmp_path: Path,
                                            is_worked_on: bool) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=15)
     with open_pub(config_pth) as pub:
@@ -175,8 +171,7 @@ def test_server_that_forgot_its_deliveries(server: jetstream_server.Servers, tmp
         assert one.statistics().messages == 0
 
 
-def test_acknowledging_what_a_server_lost(server: jetstream_server.Servers,
-                                          tmp_path: pathlib.Path) -> None:
+def test_acknowledging_what_a_server_lost(server: jetstream_server.Servers, tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
     with open_queue(config_pth) as queue, open_pub(config_pth) as pub:
         with forgetting(server, tmp_path / "node0"):
@@ -190,13 +185,13 @@ def test_acknowledging_what_a_server_lost(server: jetstream_server.Servers,
 
 
 def test_acknowledgement_of_a_removed_subscriber(server: jetstream_server.Servers,
-                                                 tmp_path: pathlib.Path) -> None:
+                                                 tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server)
     with open_queue(config_pth) as queue:
         queue.put([b"hello"])
         lease = queue.consumer("sub").take(timeout=HANG_SECS)
         assert lease is not None
-        engine.remove_subscriber(persipubsub.config.read(config_pth), "queue", "sub")
+        engine.remove_subscriber(config.read(config_pth), "queue", "sub")
         begin = time.monotonic()
         assert outcome(lease.ack) == "NotInitializedError"
         assert outcome(lambda: queue.consumer("sub")) == "NotInitializedError"
@@ -207,7 +202,7 @@ def test_acknowledgement_of_a_removed_subscriber(server: jetstream_server.Server
 
 
 def test_calls_end_while_a_server_stands_still(server: jetstream_server.Servers,
-                                               tmp_path: pathlib.Path) -> None:
+                                               tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send(b"")
@@ -225,8 +220,16 @@ def test_calls_end_while_a_server_stands_still(server: jetstream_server.Servers,
         assert outcome(lambda: pub.send(b"again")) == ""
 
 
+@pytest.fixture(name="impatient")
+def fixture_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a silent connection up sooner than users want it."""
+    monkeypatch.setattr("persipubsub.jetstream.connection._SILENCE_SECS", 4.0)
+    monkeypatch.setattr("persipubsub.jetstream.connection._PING_SECS", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_server_that_reads_nothing_is_left_for_another_one(server: jetstream_server.Servers,
-                                                           tmp_path: pathlib.Path) -> None:
+                                                           tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=HANG_SECS / 2)
     with proxy(server) as used, proxy(server) as other:
         with open_pub(used.config(config_pth, other)) as pub:
@@ -240,8 +243,8 @@ def test_server_that_reads_nothing_is_left_for_another_one(server: jetstream_ser
 
 
 def test_message_that_can_not_be_acknowledged_comes_again(server: jetstream_server.Servers,
-                                                          tmp_path: pathlib.Path) -> None:
-    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=3, busy_timeout_secs=1)
+                                                          tmp_path: Path) -> None:
+    config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=1.5, busy_timeout_secs=1)
     with open_queue(config_pth) as queue:
         queue.put([b"hello"])
         lease = queue.consumer("sub").take(timeout=HANG_SECS)
@@ -250,7 +253,7 @@ def test_message_that_can_not_be_acknowledged_comes_again(server: jetstream_serv
             assert outcome(lease.ack) == "UnavailableError"
         # Or what the server reads at last is the acknowledgement.
         with open_sub(config_pth) as sub:
-            assert drain(sub, timeout=5) in ([b"hello"], [])
+            assert drain(sub, timeout=3) in ([b"hello"], [])
         assert queue.statistics().subscribers[0].lag == 0
 
 
@@ -258,7 +261,7 @@ def test_message_that_can_not_be_acknowledged_comes_again(server: jetstream_serv
 
 
 def test_connections_that_are_reset_while_they_are_made(server: jetstream_server.Servers,
-                                                        tmp_path: pathlib.Path) -> None:
+                                                        tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server)
     with proxy(server) as between:
         between.resets = 20
@@ -270,7 +273,7 @@ def test_connections_that_are_reset_while_they_are_made(server: jetstream_server
 
 
 @pytest.mark.parametrize("has_ids", [True, False])
-def test_batch_whose_beginning_was_stored(server: jetstream_server.Servers, tmp_path: pathlib.Path,
+def test_batch_whose_beginning_was_stored(server: jetstream_server.Servers, tmp_path: Path,
                                           has_ids: bool) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server)
     messages = [b"%03d" % number + bytes(1000) for number in range(100)]
@@ -278,7 +281,7 @@ def test_batch_whose_beginning_was_stored(server: jetstream_server.Servers, tmp_
     with proxy(server) as between:
         text = between.config(config_pth).read_text()
         hasty_pth = tmp_path / "hasty.json"
-        hasty_pth.write_text(text.replace('"busy_timeout_secs": 10', '"busy_timeout_secs": 2'))
+        hasty_pth.write_text(text.replace('"busy_timeout_secs": 10', '"busy_timeout_secs": 1'))
         with open_queue(hasty_pth) as queue:
             queue.consumer("sub")
             between.limits = [0] * 1000 + [50000]
@@ -294,7 +297,7 @@ def test_batch_whose_beginning_was_stored(server: jetstream_server.Servers, tmp_
 
 
 def test_what_a_server_did_not_read_yet_is_not_sent_again(server: jetstream_server.Servers,
-                                                          tmp_path: pathlib.Path) -> None:
+                                                          tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server)
     with proxy(server) as between, open_pub(between.config(config_pth)) as pub:
         pub.send(b"before")
@@ -308,25 +311,26 @@ def test_what_a_server_did_not_read_yet_is_not_sent_again(server: jetstream_serv
         assert server.servers[0].look("varz")["in_bytes"] - before < 2.5 * len(LARGE)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_slow_connection_is_not_taken_for_dead(server: jetstream_server.Servers,
-                                               tmp_path: pathlib.Path) -> None:
+                                               tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=2)
     with proxy(server) as between, open_pub(config_pth) as pub:
         with open_sub(between.config(config_pth)) as sub:
-            pub.send_many([bytes(5000)] * 2000)
+            pub.send_many([bytes(5000)] * 800)
             between.pause = 0.1
             received = 0
             # It takes longer than a silent connection is kept.
-            while received < 2000:
-                with sub.receive_many(2000, timeout=HANG_SECS) as msgs:
+            while received < 800:
+                with sub.receive_many(800, timeout=HANG_SECS) as msgs:
                     assert set(msgs) == {bytes(5000)}
                     received += len(msgs)
-            assert (received, between.count) == (2000, 1)
+            assert (received, between.count) == (800, 1)
             between.pause = 0.0
 
 
 def test_batch_that_comes_slowly_stays_with_its_consumer(server: jetstream_server.Servers,
-                                                         tmp_path: pathlib.Path) -> None:
+                                                         tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=6)
     is_over = threading.Event()
     others: list[bytes] = []
@@ -347,16 +351,16 @@ def test_batch_that_comes_slowly_stays_with_its_consumer(server: jetstream_serve
                 time.sleep(7)
             between.pause = 0.0
             assert [int(msg[:4]) for msg in msgs] == list(range(count))
-            until(lambda: len(others) == 400 - count, "the rest")
+            until(lambda: len(others) >= 400 - count, "the rest")
             is_over.set()
             assert calls.join() == [""]
     assert sorted(int(msg[:4]) for msg in others) == list(range(count, 400))
 
 
 def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.Servers,
-                                                       tmp_path: pathlib.Path) -> None:
+                                                       tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, busy_timeout_secs=HANG_SECS / 2)
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     is_over = threading.Event()
     count = 0
     with proxy(server) as between, open_pub(between.config(config_pth)) as pub:
@@ -368,7 +372,7 @@ def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.
                 count += 200
 
         calls = Calls(publish)
-        between.limits = [rng.randrange(40000) for _ in range(60)]
+        between.limits = [rng.randrange(40000) for _ in range(20)]
         # Those of before have no limit.
         between.cut()
         until(lambda: not between.limits, "the last connection that is cut")
@@ -379,9 +383,9 @@ def test_what_is_lost_with_a_connection_stays_in_front(server: jetstream_server.
 
 
 def test_connections_that_are_cut_lose_nothing_of_subscribers(server: jetstream_server.Servers,
-                                                              tmp_path: pathlib.Path) -> None:
+                                                              tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=1)
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     received: list[bytes] = []
     with proxy(server) as between, open_pub(config_pth) as pub:
         with open_sub(between.config(config_pth)) as sub:
@@ -389,7 +393,7 @@ def test_connections_that_are_cut_lose_nothing_of_subscribers(server: jetstream_
 
             def receive() -> None:
                 while len(set(received)) < 2000:
-                    with contextlib.suppress(persipubsub.errors.UnavailableError):
+                    with contextlib.suppress(errors.UnavailableError):
                         with sub.receive_many(rng.choice((1, 7)), timeout=0.5) as msgs:
                             received.extend(msgs)
 
@@ -402,7 +406,7 @@ def test_connections_that_are_cut_lose_nothing_of_subscribers(server: jetstream_
 
 
 def test_thousands_of_acknowledgements_are_not_repeated(server: jetstream_server.Servers,
-                                                        tmp_path: pathlib.Path) -> None:
+                                                        tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(5000))
@@ -413,7 +417,7 @@ def test_thousands_of_acknowledgements_are_not_repeated(server: jetstream_server
         assert not drain(sub)
 
 
-def test_batches_larger_than_a_connection_bears(tmp_path: pathlib.Path) -> None:
+def test_batches_larger_than_a_connection_bears(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path, lines=["max_pending: 12MB"]) as server:
         config_pth = jetstream_server.deploy(tmp_path, server)
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
@@ -429,17 +433,15 @@ def test_batches_larger_than_a_connection_bears(tmp_path: pathlib.Path) -> None:
 # Processes that die
 
 
-def _work(pipe: Connection, config_pth: pathlib.Path) -> None:
-    """Receive, and tell before the acknowledgement."""
+def _work(pipe: Connection, config_pth: Path) -> None:
     with open_sub(config_pth) as sub:
         for msg in sub.messages(timeout=None):
             pipe.send(msg)
 
 
-def test_killed_consumers_lose_nothing(server: jetstream_server.Servers,
-                                       tmp_path: pathlib.Path) -> None:
+def test_killed_consumers_lose_nothing(server: jetstream_server.Servers, tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server, ack_wait=0.5)
-    rng = random.Random(choose_seed())
+    rng = random.Random(tracing.seed())
     received: set[bytes] = set()
     with open_pub(config_pth) as pub:
         pub.send_many(numbered(1000))
@@ -457,7 +459,7 @@ def test_killed_consumers_lose_nothing(server: jetstream_server.Servers,
     assert received == set(numbered(1000))
 
 
-def test_hosts_that_are_not_there(server: jetstream_server.Servers, tmp_path: pathlib.Path) -> None:
+def test_hosts_that_are_not_there(server: jetstream_server.Servers, tmp_path: Path) -> None:
     config_pth = jetstream_server.deploy(tmp_path, server)
     port = server.servers[0].port
     free = jetstream_server.free_ports(1)[0]

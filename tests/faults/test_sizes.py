@@ -1,21 +1,23 @@
-"""Send what is very large, empty, or very many."""
+"""Send what is very large, or very many."""
 
 import hashlib
-import pathlib
+import os
 import resource
 import shutil
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control
 from tests import support
 from tests.faults import workers
 
-GIGABYTE: Final = 1 << 30
+#: Of one message, in bytes; a gigabyte (1 << 30) takes a minute.
+LARGE: Final = int(os.environ.get("PERSIPUBSUB_LARGE_BYTES", "40000000"))
+
+#: So many messages wait; a million takes some seconds.
+BACKLOG: Final = int(os.environ.get("PERSIPUBSUB_BACKLOG", "100000"))
 
 BATCH: Final = 1000
 SINGLES: Final = 300
@@ -23,17 +25,16 @@ SINGLES: Final = 300
 
 def available_memory() -> int:
     """Return how many bytes of memory can be used."""
-    for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def receive_digest(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def receive_digest(pipe: support.Connection, config_pth: Path) -> None:
     """Receive one message, and tell what it is."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=support.HANG_SECS) as msg:
             assert msg is not None
             pipe.send((len(msg), hashlib.sha256(msg).hexdigest()))
@@ -41,20 +42,18 @@ def receive_digest(pipe: support.Connection, config_pth: pathlib.Path) -> None:
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
+def check_size(tmp_path: Path, size: int, durability: str) -> None:
     """Send and receive a large message, and then another one into the same room."""
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      max_db_size_bytes=3 * size + (1 << 24),
-                                      HWM_LMDB_SIZE_BYTES=2 * size,
-                                      checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    max_db_size_bytes=3 * size + (1 << 24),
+                                    HWM_LMDB_SIZE_BYTES=2 * size,
+                                    checkpoint_secs=3600)
     pattern = bytes(range(251)) * 4177
     for number in range(2):
         msg = (b"%d" % number + pattern * (size // len(pattern) + 1))[:size]
         digest = hashlib.sha256(msg).hexdigest()
-        with persipubsub.publisher.Pub() as pub:
-            pub.init(pub_id="pub", config_pth=config_pth)
+        with Pub("pub", config_pth) as pub:
             pub.send(msg=msg)
         del msg
         with support.Child(receive_digest, config_pth) as child:
@@ -70,65 +69,32 @@ def check_size(tmp_path: pathlib.Path, size: int, durability: str) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_large_message(tmp_path: pathlib.Path, durability: str) -> None:
-    check_size(tmp_path, size=40_000_000, durability=durability)
-
-
-@pytest.mark.slow
-def test_message_of_a_gigabyte(tmp_path: pathlib.Path) -> None:
-    if available_memory() < 8 * GIGABYTE or shutil.disk_usage(tmp_path).free < 8 * GIGABYTE:
+def test_large_message(tmp_path: Path, durability: str) -> None:
+    if available_memory() < 8 * LARGE or shutil.disk_usage(tmp_path).free < 8 * LARGE:
         pytest.skip("Not enough memory, or room on the disk")
-    check_size(tmp_path, size=GIGABYTE, durability="fsync")
+    check_size(tmp_path, size=LARGE, durability=durability)
 
 
-@pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_empty_messages(tmp_path: pathlib.Path, durability: str) -> None:
-    config_pth = support.write_config(tmp_path, durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
-        pub.send(msg=b"")
-        pub.send_many(msgs=[b"", b"", b"x", b""])
-        pub.send_many(msgs=[])
-        pub.send(msg=b"")
-        assert sub.front() == b""
-        # An empty message is a message, and not that none came.
-        with sub.receive(timeout=0) as msg:
-            assert msg == b""
-        with sub.receive_many(max_msgs=10, timeout=0) as msgs:
-            assert msgs == [b"", b"", b"x", b"", b""]
-        with sub.receive(timeout=0) as msg:
-            assert msg is None
-    with support.open_queue(config_pth) as queue:
-        assert not queue.check()
-        assert queue.statistics().subscribers[0].acknowledged == 6
-
-
-def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
+def check_backlog(tmp_path: Path, count: int) -> None:
     """Let many messages wait, and then receive them all, in order."""
-    config_pth = support.write_config(tmp_path,
-                                      publishers={"pub": ["one", "two"]},
-                                      subscribers=["one", "two"],
-                                      MAX_MSGS_NUM=2 * count,
-                                      max_db_size_bytes=1 << 30)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": ["one", "two"]},
+                                    subscribers=["one", "two"],
+                                    MAX_MSGS_NUM=2 * count,
+                                    max_db_size_bytes=1 << 30)
+    with Pub("pub", config_pth) as pub:
         for begin in range(0, count, BATCH):
             pub.send_many(msgs=[b"%d" % number for number in range(begin, begin + BATCH)])
         with support.open_queue(config_pth) as queue:
             assert {entry.lag for entry in queue.statistics().subscribers} == {count}
         # Sending and receiving one by one take no longer than with an empty queue.
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id="one", config_pth=config_pth)
+        with Sub("one", config_pth) as sub:
             for number in range(SINGLES):
                 pub.send(msg=b"%d" % (count + number))
                 with sub.receive(timeout=0) as msg:
                     assert msg == b"%d" % number
     for name, begin in (("one", SINGLES), ("two", 0)):
-        with persipubsub.subscriber.Sub() as sub:
-            sub.init(sub_id=name, config_pth=config_pth)
+        with Sub(name, config_pth) as sub:
             expected = begin
             while expected < count + SINGLES:
                 with sub.receive_many(max_msgs=1500, timeout=0) as msgs:
@@ -137,7 +103,7 @@ def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
                     expected += len(msgs)
             assert expected == count + SINGLES
             assert sub.front() is None
-    persipubsub.control.prune_dangling_messages(config_pth=config_pth)
+    control.prune_dangling_messages(config_pth=config_pth)
     with support.open_queue(config_pth) as queue:
         assert not queue.check()
         found = queue.statistics()
@@ -146,10 +112,5 @@ def check_backlog(tmp_path: pathlib.Path, count: int) -> None:
             assert (entry.acknowledged, entry.dropped_by_mark) == (count + SINGLES, 0)
 
 
-def test_backlog(tmp_path: pathlib.Path) -> None:
-    check_backlog(tmp_path, count=100_000)
-
-
-@pytest.mark.slow
-def test_backlog_of_a_million(tmp_path: pathlib.Path) -> None:
-    check_backlog(tmp_path, count=1_000_000)
+def test_backlog(tmp_path: Path) -> None:
+    check_backlog(tmp_path, count=BACKLOG)

@@ -2,18 +2,14 @@
 
 import contextlib
 import os
-import pathlib
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine.format import Tx
 from tests import support
 from tests.faults import workers
@@ -22,23 +18,20 @@ from tests.faults import workers
 ATTEMPTS: Final = 2000
 
 
-def hold_one(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def hold_one(pipe: support.Connection, config_pth: Path) -> None:
     """Receive a message, and acknowledge it when told to."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=support.HANG_SECS) as msg:
             pipe.send(msg)
             pipe.recv()
     pipe.send("done")
 
 
-def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
-    """Receive until nothing comes any more."""
+def receive(pipe: support.Connection, config_pth: Path) -> None:
     workers.guard()
     received: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
         while True:
             with sub.receive(timeout=0.2) as msg:
@@ -51,21 +44,19 @@ def receive(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_over_mark", [False, True])
-def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark: bool) -> None:
+def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -> None:
     count, mark = (600, 200) if is_over_mark else (400, 1000)
     if durability == "os":
         count, mark = 5 * count, 5 * mark
     # A process that is stopped while it reads keeps all pages that are freed meanwhile. That is not
     # tested here: the one that is to be stopped records no states.
-    config_pth = support.write_config(tmp_path,
-                                      durability=durability,
-                                      MAX_MSGS_NUM=mark,
-                                      checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    MAX_MSGS_NUM=mark,
+                                    checkpoint_secs=3600)
     data = tmp_path / "queue" / "data.mdb"
     expected = [b"%d " % number + bytes(1000) for number in range(count)]
-    with persipubsub.publisher.Pub() as pub, support.Child(hold_one, config_pth) as stopped:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, support.Child(hold_one, config_pth) as stopped:
         pub.send(msg=b"mine")
         assert stopped.get() == b"mine"
         stopped.kill(signal.SIGSTOP)
@@ -100,11 +91,10 @@ def test_stopped_consumer(tmp_path: pathlib.Path, durability: str, is_over_mark:
         assert queue.front("sub") is None
 
 
-def send_always(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def send_always(pipe: support.Connection, config_pth: Path) -> None:
     """Send without end, and tell how many were sent."""
     workers.guard()
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         count = 0
         while not pipe.poll():
             pub.send(msg=b"%d" % count)
@@ -114,12 +104,10 @@ def send_always(pipe: support.Connection, config_pth: pathlib.Path) -> None:
         pipe.send(count)
 
 
-def obey(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def obey(pipe: support.Connection, config_pth: Path) -> None:
     """Do what is asked for, and tell what came of it: a process that may hang."""
     workers.guard()
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
 
         def send() -> None:
             pub.send(msg=b"mine")
@@ -143,10 +131,9 @@ def ask(child: support.Child, wish: str) -> object:
 
 
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
-def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, number: int) -> None:
+def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: Path, number: int) -> None:
     # With ``os``, as only the write lock shall keep the other one from going on.
-    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.2, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.2, durability="os")
     sent = 0
     with contextlib.ExitStack() as stack:
         other = stack.enter_context(support.Child(obey, config_pth))
@@ -183,8 +170,7 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, numbe
         other.end()
 
     received: list[bytes] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         while sub.front() is not None:
             with sub.receive_many(max_msgs=100, timeout=0) as msgs:
                 received.extend(msgs)
@@ -198,15 +184,14 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: pathlib.Path, numbe
 
 
 def is_stopped(child: support.Child) -> bool:
-    """Tell whether a process stands still."""
-    status = pathlib.Path(f"/proc/{child.process.pid}/stat").read_text(encoding="ascii")
+    status = Path(f"/proc/{child.process.pid}/stat").read_text(encoding="ascii")
     return status.rpartition(") ")[2].startswith("T")
 
 
-def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def stop_in_a_flush(pipe: support.Connection, config_pth: Path) -> None:
     """Send, and be stopped in the middle of the flush, with the lock of the journal."""
     workers.guard()
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
+    with Pub("pub", config_pth) as pub:
         flush = os.fdatasync
 
         def stop_and_flush(descriptor: int) -> None:
@@ -222,17 +207,15 @@ def stop_in_a_flush(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
-def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, number: int) -> None:
-    config_pth = support.write_config(tmp_path, busy_timeout_secs=0.3, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: Path, number: int) -> None:
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.3, checkpoint_secs=3600)
     with support.Child(stop_in_a_flush, config_pth) as child:
-        with persipubsub.publisher.Pub("pub", config_pth) as pub, persipubsub.subscriber.Sub(
-                "sub", config_pth) as sub:
+        with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
             assert child.get() == "ready"
             child.pipe.send("go")  # now that all is open here, which needs the journal, too
             support.until(lambda: is_stopped(child), what="the flush")
             assert sub.front() == b"first"
-            with pytest.raises(persipubsub.errors.BusyTimeoutError, match="not yet safe"):
+            with pytest.raises(errors.BusyTimeoutError, match="not yet safe"):
                 pub.send(b"second")
             # It is in the queue, and consumers go on.
             for message in (b"first", b"second"):
@@ -247,43 +230,10 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: pathlib.Path, numb
             pub.send(b"third")
             with sub.receive(timeout=0) as received:
                 assert received == b"third"
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
+    assert control.verify(config_pth) == {"queue": ()}
 
 
-def test_handler_that_interrupts_a_flush(tmp_path: pathlib.Path,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it sends is in the queue, and an error says that it is not safe; nothing is mixed up."""
-    config_pth = support.write_config(tmp_path, checkpoint_secs=3600)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    outcomes: list[str] = []
-    flush = os.fdatasync
-
-    def interrupt(descriptor: int) -> None:
-        if not outcomes:
-            outcomes.append("interrupted")
-            os.kill(os.getpid(), signal.SIGUSR1)
-        flush(descriptor)
-
-    with persipubsub.publisher.Pub("pub", config_pth) as pub:
-
-        def handle(*_: object) -> None:
-            outcomes.append(support.outcome(lambda: pub.send(b"handler")))
-
-        before = signal.signal(signal.SIGUSR1, handle)
-        monkeypatch.setattr(os, "fdatasync", interrupt)
-        try:
-            pub.send(b"first")
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-        pub.send(b"second")
-        assert outcomes == ["interrupted", "StoreError"]
-    assert persipubsub.control.verify(config_pth) == {"queue": ()}
-    with persipubsub.subscriber.Sub("sub", config_pth) as sub:
-        with sub.receive_many(max_msgs=9, timeout=0) as msgs:
-            assert list(msgs) == [b"first", b"handler", b"second"]
-
-
-def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def die_reading(pipe: support.Connection, config_pth: Path) -> None:
     """Open the queue, and when told to, be killed in the middle of a read."""
     workers.guard()
     queue = support.open_queue(config_pth)
@@ -296,19 +246,15 @@ def die_reading(pipe: support.Connection, config_pth: pathlib.Path) -> None:
         tx.txn.stat(tx.db.data)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    queue._environment.read(work)  # pylint: disable=protected-access
+    queue._environment.read(work)
 
 
 # At the end of a small map the search is made anyhow; in a large one only now and then.
 @pytest.mark.parametrize("size, bound", [(1 << 22, 5 << 20), (1 << 28, 24 << 20)])
-def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: int,
-                                                 bound: int) -> None:
-    config_pth = support.write_config(tmp_path, durability="os", checkpoint_secs=0.05,
+def test_killed_readers_do_not_let_the_file_grow(tmp_path: Path, size: int, bound: int) -> None:
+    config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=0.05,
                                       max_db_size_bytes=size)  # yapf: disable
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         # Whoever opens the queue looks for dead readers: all of them do it before one dies.
         with support.Child(die_reading, config_pth) as child:
             assert child.get() == "ready"
@@ -329,12 +275,9 @@ def test_killed_readers_do_not_let_the_file_grow(tmp_path: pathlib.Path, size: i
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_table_full_of_killed_readers(tmp_path: pathlib.Path, slots: int) -> None:
-    config_pth = support.write_config(tmp_path, max_reader_num=slots, busy_timeout_secs=5)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, persipubsub.subscriber.Sub() as sub:
-        pub.init(pub_id="pub", config_pth=config_pth)
-        sub.init(sub_id="sub", config_pth=config_pth)
+def test_table_full_of_killed_readers(tmp_path: Path, slots: int) -> None:
+    config_pth = support.make_queue(tmp_path, max_reader_num=slots, busy_timeout_secs=5)
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         children = [support.Child(die_reading, config_pth) for _ in range(slots)]
         for child in children:
             assert child.get() == "ready"

@@ -8,21 +8,19 @@ Kill publishers and subscribers at random, again and again, and check an exact l
 """
 
 import os
-import pathlib
 import random
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.queue
-import persipubsub.statistics
+from persipubsub import statistics
 from tests import support
-from tests.faults import ledger, workers
+from tests.faults import ledger, tracing, workers
 
-STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "8"))
-CLEAR_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "4"))
+STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "6"))
+CLEAR_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "3"))
 
 AUDIENCES: Final = {"pub": ("alpha", "beta"), "pub_alpha": ("alpha", )}
 
@@ -38,24 +36,8 @@ ROLES: Final = {
 }
 
 
-def choose_seed() -> int:
-    """Choose a seed, and print it so that a failure can be repeated."""
-    seed = int(os.environ.get("PERSIPUBSUB_SEED", random.SystemRandom().randrange(1 << 32)))
-    print(f"PERSIPUBSUB_SEED={seed}")
-    return seed
-
-
 def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
          killed: workers.Ledger) -> tuple[int, int]:
-    """
-    Kill and stop workers at random.
-
-    :param places: workers
-    :param rng: makes the choices
-    :param seconds: how long
-    :param killed: where kills are noted
-    :return: how many were killed, how many were stopped for a while
-    """
     kills = stops = 0
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -76,15 +58,8 @@ def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
     return kills, stops
 
 
-def drain(places: dict[str, workers.Worker], board: workers.Board,
-          config_pth: pathlib.Path) -> None:
-    """
-    Let publishers end, and subscribers when there is nothing left for them.
-
-    :param places: workers
-    :param board: that they share
-    :param config_pth: path to the configuration file
-    """
+def drain(places: dict[str, workers.Worker], board: workers.Board, config_pth: Path) -> None:
+    """Let publishers end, and subscribers when there is nothing left for them."""
     board.end_publishers()
     subscribers = [worker for worker in places.values() if worker.role.kind == "subscribe"]
     for worker in places.values():
@@ -99,9 +74,8 @@ def drain(places: dict[str, workers.Worker], board: workers.Board,
 
 
 def figures(
-    config_pth: pathlib.Path
-) -> tuple[persipubsub.statistics.QueueStatistics, dict[
-        str, persipubsub.statistics.SubscriberStatistics]]:
+    config_pth: Path
+) -> tuple[statistics.QueueStatistics, dict[str, statistics.SubscriberStatistics]]:
     """Check the store, and return its figures."""
     with support.open_queue(config_pth) as queue:
         assert not queue.check()
@@ -109,25 +83,16 @@ def figures(
     return found, {entry.subscriber: entry for entry in found.subscribers}
 
 
-def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
-          roles: dict[str, workers.Role]) -> tuple[pathlib.Path, ledger.Books, int]:
-    """
-    Run a storm, and check what holds for each of them.
-
-    :param tmp_path: where to
-    :param durability: of the queue
-    :param seconds: how long
-    :param roles: of the workers
-    :return: path to the configuration file, what the ledger says, number of kills
-    """
-    rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path,
-                                      publishers=AUDIENCES,
-                                      subscribers=("alpha", "beta"),
-                                      durability=durability,
-                                      checkpoint_secs=0.2,
-                                      MAX_MSGS_NUM=10**8)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def storm(tmp_path: Path, durability: str, seconds: float,
+          roles: dict[str, workers.Role]) -> tuple[Path, ledger.Books, int]:
+    """Run a storm, and check what holds for each of them."""
+    rng = random.Random(tracing.seed())
+    config_pth = support.make_queue(tmp_path,
+                                    publishers=AUDIENCES,
+                                    subscribers=("alpha", "beta"),
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    MAX_MSGS_NUM=10**8)
     scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
     places: dict[str, workers.Worker] = {}
     try:
@@ -156,7 +121,7 @@ def storm(tmp_path: pathlib.Path, durability: str, seconds: float,
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
+def test_nothing_is_lost(tmp_path: Path, durability: str) -> None:
     config_pth, books, kills = storm(tmp_path, durability, STORM_SECS, ROLES)
     assert not books.lost()
     assert not books.unfinished()
@@ -178,7 +143,7 @@ def test_nothing_is_lost(tmp_path: pathlib.Path, durability: str) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_clearing_beside(tmp_path: pathlib.Path, durability: str) -> None:
+def test_clearing_beside(tmp_path: Path, durability: str) -> None:
     roles = {**ROLES, "x0": workers.Role(kind="clear", id="alpha", batch=1)}
     config_pth, books, _ = storm(tmp_path, durability, CLEAR_SECS, roles)
     _, subscribers = figures(config_pth)

@@ -5,32 +5,28 @@ The bounds are far off what is measured on any machine: they find what hangs or 
 """
 
 import os
-import pathlib
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Final
 
 import pytest
 
-import persipubsub.control
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine.notifier import Notifier
 from tests import support
-from tests.faults import ledger, workers
-from tests.faults.test_storm import choose_seed
+from tests.faults import ledger, tracing, workers
 
 SENDS: Final = 1000
 TAKEOVERS: Final = int(os.environ.get("PERSIPUBSUB_TAKEOVERS", "12"))
 
 
-def receive_at(pipe: support.Connection, config_pth: pathlib.Path, count: int) -> None:
+def receive_at(pipe: support.Connection, config_pth: Path, count: int) -> None:
     """Tell how long each message took to get here, in microseconds."""
     workers.guard()
     latencies: list[float] = []
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
         for _ in range(count):
             with sub.receive(timeout=support.HANG_SECS) as msg:
@@ -40,19 +36,17 @@ def receive_at(pipe: support.Connection, config_pth: pathlib.Path, count: int) -
     pipe.send(sorted(latencies))
 
 
-def send_timed(pub: persipubsub.publisher.Pub, rng: random.Random, count: int) -> None:
+def send_timed(pub: Pub, rng: random.Random, count: int) -> None:
     """Send the time, each time to a subscriber that has gone to sleep."""
     for _ in range(count):
         time.sleep(rng.uniform(0.001, 0.003))
         pub.send(msg=b"%d" % time.monotonic_ns())
 
 
-def test_latency(tmp_path: pathlib.Path) -> None:
-    rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
-    with persipubsub.publisher.Pub() as pub, support.Child(receive_at, config_pth, SENDS) as child:
-        pub.init(pub_id="pub", config_pth=config_pth)
+def test_latency(tmp_path: Path) -> None:
+    rng = random.Random(tracing.seed())
+    config_pth = support.make_queue(tmp_path, durability="os")
+    with Pub("pub", config_pth) as pub, support.Child(receive_at, config_pth, SENDS) as child:
         assert child.get() == "ready"
         send_timed(pub, rng, SENDS)
         latencies = child.get()
@@ -64,11 +58,10 @@ def test_latency(tmp_path: pathlib.Path) -> None:
     assert median < 50000
 
 
-def idle(pipe: support.Connection, config_pth: pathlib.Path, seconds: float) -> None:
+def idle(pipe: support.Connection, config_pth: Path, seconds: float) -> None:
     """Wait in vain, and tell which part of a processor that took."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=0.05) as msg:
             assert msg is None
         pipe.send("ready")
@@ -78,9 +71,8 @@ def idle(pipe: support.Connection, config_pth: pathlib.Path, seconds: float) -> 
         pipe.send((time.process_time() - cpu) / (time.monotonic() - begin))
 
 
-def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path, durability="os")
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_idle_costs_nothing(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path, durability="os")
     with support.Child(idle, config_pth, 3) as child:
         assert child.get() == "ready"
         share = child.get()
@@ -89,11 +81,10 @@ def test_idle_costs_nothing(tmp_path: pathlib.Path) -> None:
     assert share < 0.02
 
 
-def hold_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def hold_forever(pipe: support.Connection, config_pth: Path) -> None:
     """Receive, tell when, and never finish until told to."""
     workers.guard()
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id="sub", config_pth=config_pth)
+    with Sub("sub", config_pth) as sub:
         pipe.send("ready")
         while True:
             with sub.receive(timeout=support.HANG_SECS) as msg:
@@ -103,13 +94,11 @@ def hold_forever(pipe: support.Connection, config_pth: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
-def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -> None:
-    rng = random.Random(choose_seed())
-    config_pth = support.write_config(tmp_path, durability=durability)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_message_of_a_killed_consumer(tmp_path: Path, durability: str) -> None:
+    rng = random.Random(tracing.seed())
+    config_pth = support.make_queue(tmp_path, durability=durability)
     takeovers: list[float] = []
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id="pub", config_pth=config_pth)
+    with Pub("pub", config_pth) as pub:
         one, two = (support.Child(hold_forever, config_pth) for _ in range(2))
         try:
             assert one.get() == two.get() == "ready"
@@ -145,19 +134,17 @@ def test_message_of_a_killed_consumer(tmp_path: pathlib.Path, durability: str) -
     assert ledger.percentile(takeovers, 50) < 300
 
 
-def die_before_it_notifies(pipe: support.Connection, config_pth: pathlib.Path) -> None:
+def die_before_it_notifies(pipe: support.Connection, config_pth: Path) -> None:
     """Be killed between the commit of a message and the notification."""
     workers.guard()
-    pub = persipubsub.publisher.Pub()
-    pub.init(pub_id="pub", config_pth=config_pth)
+    pub = Pub("pub", config_pth)
     setattr(Notifier, "notify", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     pub.send(msg=b"%d" % time.monotonic_ns())
     pipe.send("never")
 
 
-def test_publisher_killed_before_it_notifies(tmp_path: pathlib.Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    persipubsub.control.initialize_all_dbs(config_pth=config_pth)
+def test_publisher_killed_before_it_notifies(tmp_path: Path) -> None:
+    config_pth = support.make_queue(tmp_path)
     with support.Child(receive_at, config_pth, 1) as child:
         assert child.get() == "ready"
         time.sleep(0.2)  # asleep, most probably; it holds anyhow

@@ -1,14 +1,16 @@
 """Run a function in a process of its own under strace, from its first instruction on."""
 
+import collections
 import contextlib
 import ctypes
 import functools
 import os
-import pathlib
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -19,11 +21,7 @@ _ANY_PROCESS = ctypes.c_ulong(-1)
 
 
 def seed() -> int:
-    """
-    Choose the seed of a test, and print it.
-
-    :return: what the environment variable ``PERSIPUBSUB_SEED`` says, or something new
-    """
+    """Choose the seed of a test, and print it."""
     chosen = int(os.environ.get("PERSIPUBSUB_SEED", "") or int.from_bytes(os.urandom(4), "big"))
     print(f"PERSIPUBSUB_SEED={chosen}")
     return chosen
@@ -44,10 +42,6 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
     Run a function under strace.
 
     A fork costs a tenth of what a new interpreter does, and its calls are those of the function.
-
-    :param start: run before strace comes; returns what is run under it
-    :param options: of strace
-    :return: exit code of the process; negative: the signal that ended it
     """
     with support.Child(_child, start) as child:
         tracer = subprocess.Popen(
@@ -76,6 +70,28 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
                 tracer.wait()
 
 
+def list_calls(start: Callable[[], Callable[[], None]], output: Path) -> list[tuple[str, int]]:
+    """List the system calls of a process: name, and the how manieth of that name in a thread."""
+    assert run(start, ["-o", str(output)]) == 0
+    counts: dict[tuple[str, str], int] = collections.Counter()
+    places: dict[tuple[str, int], None] = {}
+    for line in output.read_text("utf-8", "replace").splitlines():
+        match = re.match(r"(\d+) +(\w+)\(", line)
+        if match is not None and match.group(2) not in ("exit", "exit_group", "restart_syscall"):
+            thread, name = match.groups()
+            counts[thread, name] += 1
+            places[name, counts[thread, name]] = None
+    return list(places)
+
+
+def kill_at(start: Callable[[], Callable[[], None]], place: tuple[str, int]) -> int:
+    """Kill a process at a system call, and return its exit code: 0 if it ended before."""
+    name, count = place
+    return run(
+        start,
+        ["-o", os.devnull, "-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={count}"])
+
+
 @functools.cache
 def _why_not() -> str:
     """Tell why nothing can be traced here; empty if it can."""
@@ -96,10 +112,6 @@ def require() -> None:
 
 
 def fast_directory() -> "tempfile.TemporaryDirectory[str]":
-    """
-    Make a directory in memory, if there is one, for the many images of a disk.
-
-    :return: to be used as a context manager
-    """
-    memory = pathlib.Path("/dev/shm")
+    """Make a directory in memory, if there is one, for the many images of a disk."""
+    memory = Path("/dev/shm")
     return tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK | os.X_OK) else None)

@@ -3,19 +3,15 @@
 import ctypes
 import mmap
 import os
-import pathlib
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.publisher
-import persipubsub.queue
-import persipubsub.subscriber
+from persipubsub import Pub, Sub, control
 from tests import support
 
 #: No process of these tests lives longer than this, in seconds.
@@ -49,12 +45,10 @@ class Ledger:
 
     END: Final = " ;"
 
-    def __init__(self, path: pathlib.Path) -> None:
-        """Open the file."""
+    def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(self, *fields: object) -> None:
-        """Append one record, in one write."""
         line = f"\n{time.monotonic_ns()} {' '.join(map(str, fields))}{self.END}\n"
         os.write(self._descriptor, line.encode("ascii"))
 
@@ -63,7 +57,6 @@ class Board:
     """Share a few numbers between processes that may be killed at any time: no locks."""
 
     def __init__(self) -> None:
-        """Initialize with zeros."""
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
 
     def _get(self, index: int) -> int:
@@ -79,12 +72,10 @@ class Board:
 
     @property
     def subscribers_end(self) -> bool:
-        """Tell whether subscribers shall end."""
         return self._get(1) != 0
 
     @property
     def backlog(self) -> int:
-        """Tell how many messages wait, about."""
         return self._get(2)
 
     @backlog.setter
@@ -92,19 +83,17 @@ class Board:
         self._set(2, count)
 
     def end_publishers(self) -> None:
-        """Let publishers and controllers end."""
         self._set(0, 1)
 
     def end_subscribers(self) -> None:
-        """Let subscribers end."""
         self._set(1, 1)
 
 
 class Scene(NamedTuple):
     """Hold what all workers of a storm need."""
 
-    config_pth: pathlib.Path
-    ledger_pth: pathlib.Path
+    config_pth: Path
+    ledger_pth: Path
     board: Board
 
 
@@ -122,15 +111,7 @@ class _Refused(Exception):
 
 
 def run(pipe: Any, scene: Scene, role: Role, name: str, seed: int) -> None:
-    """
-    Be a worker of a storm until told to end.
-
-    :param pipe: not used
-    :param scene: of the storm
-    :param role: what to do
-    :param name: of this process; no other one ever has it
-    :param seed: of its random choices
-    """
+    """Be a worker of a storm until told to end."""
     del pipe
     guard()
     ledger = Ledger(scene.ledger_pth)
@@ -144,8 +125,7 @@ def run(pipe: Any, scene: Scene, role: Role, name: str, seed: int) -> None:
 
 def _publish(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
     """Send single messages and batches, and note each of them before and after."""
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id=role.id, config_pth=scene.config_pth)
+    with Pub(role.id, scene.config_pth) as pub:
 
         def send(thread: int) -> None:
             rng = random.Random(seed + thread)
@@ -173,8 +153,7 @@ def _publish(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
 def _subscribe(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
     """Receive single messages or batches; note each of them inside of the block and behind it."""
     rng = random.Random(seed)
-    with persipubsub.subscriber.Sub() as sub:
-        sub.init(sub_id=role.id, config_pth=scene.config_pth)
+    with Sub(role.id, scene.config_pth) as sub:
         while not scene.board.subscribers_end:
             received: list[str] = []
             try:
@@ -209,8 +188,8 @@ def _control(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
     del role, name, ledger
     rng = random.Random(seed)
     while not scene.board.publishers_end:
-        rng.choice((persipubsub.control.initialize_all_dbs,
-                    persipubsub.control.prune_dangling_messages))(config_pth=scene.config_pth)
+        rng.choice((control.initialize_all_dbs,
+                    control.prune_dangling_messages))(config_pth=scene.config_pth)
         with support.open_queue(scene.config_pth) as queue:
             findings = queue.check()
             assert not findings, findings
@@ -219,27 +198,19 @@ def _control(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
 
 
 def _clear(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
-    """Throw messages away."""
     del name, ledger
     rng = random.Random(seed)
     while not scene.board.publishers_end:
         if rng.random() < 0.5:
-            persipubsub.control.clear_all_subs(config_pth=scene.config_pth)
+            control.clear_all_subs(config_pth=scene.config_pth)
         else:
-            with persipubsub.subscriber.Sub() as sub:
-                sub.init(sub_id=role.id, config_pth=scene.config_pth)
+            with Sub(role.id, scene.config_pth) as sub:
                 sub.pop_to_top()
         time.sleep(rng.uniform(0, 0.2))
 
 
 def in_threads(count: int, function: Callable[[int], None]) -> None:
-    """
-    Run a function in threads, and wait for all of them.
-
-    :param count: how many threads; a single one is this one
-    :param function: to be run with the number of the thread
-    :raise BaseException: that of a thread, if one failed
-    """
+    """Run a function in threads, and wait for all of them."""
     if count == 1:
         function(0)
         return
@@ -266,7 +237,6 @@ class Worker:
     """Be one place in a storm: whoever is killed there is followed by another one."""
 
     def __init__(self, scene: Scene, role: Role, place: str, rng: random.Random) -> None:
-        """Start the first one."""
         self._scene = scene
         self.role = role
         self._place = place
@@ -277,7 +247,6 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """Start the next one."""
         self.name = f"{self._place}-{self._count}"
         self._count += 1
         self.child = support.Child(run, self._scene, self.role, self.name,
