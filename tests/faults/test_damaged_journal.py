@@ -196,6 +196,39 @@ def test_other_format(tmp_path: Path) -> None:
     assert recover(config_pth)[0].startswith("FormatError")
 
 
+def send_in_boot(pipe: support.Connection, config_pth: Path, boot: int, sizes: list[int]) -> None:
+    replay.new_boot(boot)
+    with Pub("pub", config_pth) as pub:
+        for size in sizes:
+            pub.send(b"9 ".ljust(size))
+        pipe.send("sent")
+        pipe.recv()
+
+
+def test_whole_record_behind_lost_ones(tmp_path: Path) -> None:
+    """Of the records of one flush only the last is on the disk: nothing may make it count later."""
+    config_pth = support.write_config(tmp_path, checkpoint_secs=3600)
+    control.initialize_all_dbs(config_pth)
+    mark = tmp_path / "queue" / files.RUNNING
+    begin = end = 4096
+    # A rebuild writes two records. Two messages take as much, a third one stands behind them.
+    for boot, count in ((1, 0), (2, 3), (3, 0)):
+        half = (end - begin) // 16 * 8
+        mark.write_bytes(bytes(16))
+        with support.Child(send_in_boot, config_pth, boot,
+                           [half - 104, end - begin - half - 104, 9][:count]) as child:
+            assert child.get() == "sent"
+            child.kill(signal.SIGKILL)
+            child.end(-signal.SIGKILL)
+        last = segments(tmp_path)[-1]
+        if boot == 1:
+            end = len(last.read_bytes().rstrip(b"\0")) + 7 & ~7
+        if boot == 2:
+            flip(last, end + 40)
+    mark.write_bytes(bytes(16))
+    assert recover(config_pth) == ("", [])
+
+
 def test_position_that_is_half_written(tmp_path: Path) -> None:
     """A process that is killed while it writes into the shared page: the others find it again."""
     config_pth = crash(tmp_path)
