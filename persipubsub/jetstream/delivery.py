@@ -5,6 +5,11 @@ The server gives a message to one consumer and expects an acknowledgement within
 long as a message is held, the server is told that it is being worked on; when its process dies,
 nobody tells it any more, and the message is delivered to another.
 
+A message that was delivered as often as ``max_deliveries`` allows is given up. First it is put into
+the queue of dead letters, under an id that is the same in every process; then it is acknowledged. A
+process that is killed between the two leaves it in both: the next consumer that gets it puts it
+again, which changes nothing, and acknowledges it.
+
 What does not say otherwise runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 """
 
@@ -12,11 +17,13 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import json
+import logging
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
 import nats.aio.msg
@@ -25,7 +32,9 @@ import nats.js.api
 
 import persipubsub.errors
 import persipubsub.message
-from persipubsub.jetstream import address, connection, dead_letters, errors, loop, stream
+from persipubsub.jetstream import address, connection, errors, publishing, stream
+
+_LOGGER = logging.getLogger("persipubsub.queue")
 
 #: A pull request is made again after so many seconds: it is lost with the server that has it.
 _LONGEST_PULL_SECS: Final = 5.0
@@ -63,6 +72,10 @@ _NAK_SECS: Final = 2.0
 
 #: A pull waits so long for what is given back, in seconds.
 _SETTLE_SECS: Final = 1.0
+
+#: What can not be given up is delivered again after so long, and one warning is logged.
+_POSTPONED_NS: Final = 10**9
+_WARNING_SECS: Final = 60.0
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -258,17 +271,19 @@ class Inbox:
 class Delivery:
     """Take messages of one subscriber for any number of coroutines."""
 
-    def __init__(self, own: stream.Stream, subscriber: str, letters: dead_letters.Writer,
-                 own_loop: loop.Loop) -> None:
-        """Initialize without pulling."""
-        self.loop = own_loop
+    def __init__(self, own: stream.Stream, subscriber: str,
+                 open_target: Callable[[str], publishing.Publishing]) -> None:
+        """Initialize without pulling; the queue of dead letters is opened at its first use."""
+        self.loop = own.connection.loop
         self.heard = time.monotonic()  #: when the servers were heard, or had not to be
         self._stream = own
         self._connection = own.connection
         self._subscriber = subscriber
         self._subject = (f"$JS.API.CONSUMER.MSG.NEXT.{own.name}."
                          f"{address.durable_of(subscriber)}")
-        self._letters = letters
+        self._entry = own.settings.entry(subscriber)
+        self._open_target = open_target
+        self._warned = -_WARNING_SECS
         self._inbox: Inbox | None = None
         self._calls = 0  #: that wait
         self._turns = asyncio.Semaphore(_MOST_PULLS)
@@ -310,8 +325,9 @@ class Delivery:
                 # The server drops it a bit late.
                 self._held.pop(one.reply, None)
                 await self._tell([one], b"+ACK")
-            elif self._letters.is_exhausted(one.attempts - 1):
-                await self._give_up(one, one.attempts - 1, dead_letters.NO_WORD)
+            elif self._is_exhausted(one.attempts - 1):
+                await self._give_up(one._replace(attempts=one.attempts - 1),
+                                    "its process ended, or dropped it, before it was done")
             else:
                 kept.append(one)
         return kept
@@ -449,15 +465,11 @@ class Delivery:
 
     async def _tell(self, messages: Sequence[Delivered], what: bytes) -> None:
         """Say something about messages without waiting for an answer, if a server is there."""
-        for begin in range(0, len(messages), _ACKS_AT_ONCE):
-            link = self._connection.ready()
-            if link is None:
-                return
-            for one in messages[begin:begin + _ACKS_AT_ONCE]:
+        for one in messages:
+            if (link := self._connection.ready()) is not None:
                 with contextlib.suppress(nats.errors.Error, OSError):
                     await link.client.publish(one.reply, what)
-            # Nothing of that suspends us.
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # nothing of that suspends us
 
     # Ending
 
@@ -568,16 +580,17 @@ class Delivery:
 
     async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
         """Let messages be delivered again, or give them up after their last delivery."""
+        first_ns = int(self._entry.retry_delay_secs * 1e9)
         naks: list[tuple[Delivered, int]] = []
         for one in messages:
-            if self._held.get(one.reply) is None:
+            if one.reply not in self._held:
                 continue
-            if error is not None and self._letters.is_exhausted(one.attempts):
-                await self._give_up(one, one.attempts, error)
+            if error is not None and self._is_exhausted(one.attempts):
+                await self._give_up(one, error)
             else:
                 self._held.pop(one.reply, None)
-                delay_ns = 0 if error is None else self._letters.retry_delay_ns(one.attempts)
-                naks.append((one, delay_ns))
+                naks.append((one, 0 if error is None else persipubsub.message.retry_delay_ns(
+                    first_ns, one.attempts)))
         if naks:
             await asyncio.shield(self.begin_ending(self._nak(naks)))
 
@@ -597,17 +610,51 @@ class Delivery:
             # In order: the first one is the next that is delivered again.
             await asyncio.gather(*calls, return_exceptions=True)
 
-    async def _give_up(self, one: Delivered, deliveries: int, error: str) -> None:
+    def _is_exhausted(self, deliveries: int) -> bool:
+        """Tell whether no further delivery is allowed behind so many."""
+        return 0 < self._entry.max_deliveries <= deliveries
+
+    async def _give_up(self, one: Delivered, error: str) -> None:
         """Put a message into the queue of dead letters, and acknowledge it."""
-        message = to_message(one._replace(attempts=deliveries))
+        path = self._stream.settings.path
         try:
-            if await self._letters.write(message, error):
+            if self._entry.dead_letter_queue:
+                await self._put_dead_letter(to_message(one), error)
+            else:
+                _LOGGER.warning(
+                    "The message %s of the queue %s was dropped for %s, which has no "
+                    "dead_letter_queue, after %s deliveries: %s", one.number, path,
+                    self._subscriber, one.attempts, error)
+        except (persipubsub.errors.PersipubsubError, errors.ApiError) as failure:
+            if time.monotonic() >= self._warned + _WARNING_SECS:
+                self._warned = time.monotonic()
+                _LOGGER.warning(
+                    "The message %s of the queue %s stays with %s, since it can not be moved into "
+                    "the dead_letter_queue: %s", one.number, path, self._subscriber, failure)
+        else:
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 await self.ack([one])
-                return
-        except persipubsub.errors.PersipubsubError:
-            pass  # it comes again, and is put again under the same id
+        # Not acknowledged: it comes again, and is put again under the same id.
         if self._held.pop(one.reply, None) is not None:
-            self.begin_ending(self._nak([(one, dead_letters.POSTPONED_NS)]))
+            self.begin_ending(self._nak([(one, _POSTPONED_NS)]))
+
+    async def _put_dead_letter(self, message: persipubsub.message.Message, error: str) -> None:
+        settings = self._stream.settings
+        letter = persipubsub.message.DeadLetter(queue=settings.key,
+                                                subscriber=self._subscriber,
+                                                number=message.number,
+                                                sent_at=message.sent_at,
+                                                attempts=message.attempts,
+                                                error=error,
+                                                moved_at=datetime.datetime.now(datetime.UTC),
+                                                data=message.data)
+        # The time tells it from the same number of a stream that was deleted and made again.
+        parts = ("dead letter", self._stream.name, self._subscriber, message.number,
+                 message.sent_at)
+        msg_id = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
+        # No time to wait for room: the consumer has other messages to work on.
+        await self._open_target(self._entry.dead_letter_queue).put([letter.encode()], None, 0,
+                                                                   [msg_id.digest()])
 
     async def close(self) -> None:
         """Stop listening, and give back what is held. Calls that wait fail."""

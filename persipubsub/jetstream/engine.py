@@ -24,8 +24,8 @@ import persipubsub.errors
 import persipubsub.message
 import persipubsub.place
 import persipubsub.statistics
-from persipubsub.jetstream import (address, connection, dead_letters, delivery, errors, loop,
-                                   publishing, settings, stream)
+from persipubsub.jetstream import (address, connection, delivery, errors, loop, publishing,
+                                   settings, stream)
 from persipubsub.message import Peeked
 from persipubsub.place import Place
 
@@ -59,8 +59,6 @@ _LARGEST_PAGE: Final = 1 << 20
 class _Open(NamedTuple):
     """What is open in one process."""
 
-    loop: loop.Loop
-    connection: connection.Connection
     stream: stream.Stream
     publishing: publishing.Publishing
     deliveries: dict[str, delivery.Delivery]  #: by subscriber
@@ -88,9 +86,10 @@ class Queue:
     def close(self) -> None:
         """Close the queue; it may be closed twice. What is held is given back."""
         opened = self._open
-        if not self._is_closed and opened is not None and opened.loop.process_id == os.getpid():
+        own = None if opened is None else opened.stream.connection.loop
+        if not self._is_closed and own is not None and own.process_id == os.getpid():
             with contextlib.suppress(persipubsub.errors.ClosedError):  # the exit closes it
-                opened.loop.call(self.aclose)
+                own.call(self.aclose)
         self._is_closed = True
 
     async def aclose(self) -> None:
@@ -100,7 +99,7 @@ class Queue:
         if opened is None:
             return
         opened.publishing.drops.report()
-        opened.loop.queues.discard(self)
+        opened.stream.connection.loop.queues.discard(self)
         try:
             async with asyncio.timeout(_CLOSE_SECS):
                 await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
@@ -108,7 +107,7 @@ class Queue:
             pass  # delivered again after ack_wait
         for target in opened.targets.values():
             await target.aclose()
-        await opened.connection.release()
+        await opened.stream.connection.release()
 
     # Running
 
@@ -140,29 +139,20 @@ class Queue:
         """Open the queue in this process. Only for the loop's own thread."""
         found = self._open
         own = loop.current()
-        if found is None or found.loop is not own:
+        if found is None or found.stream.connection.loop is not own:
             self._check_open()
             shared = connection.acquire(own, self.settings.address.servers, self.settings.path)
             kept = stream.Stream(shared, self.settings)
-            found = self._open = _Open(own, shared, kept, publishing.Publishing(kept), {}, {})
+            found = self._open = _Open(kept, publishing.Publishing(kept), {}, {})
             own.queues.add(self)
         return found
-
-    async def connect(self) -> None:
-        """Connect, and check that the stream is there. Only for the loop's own thread."""
-        try:
-            await self.opened().stream.info()
-        except BaseException:
-            await self.aclose()
-            raise
 
     def delivery_to(self, subscriber: str) -> delivery.Delivery:
         """Return what delivers to a subscriber in this process. Only for the loop's own thread."""
         opened = self.opened()
         if subscriber not in opened.deliveries:
-            writer = dead_letters.Writer(self.settings, subscriber, self._target)
-            opened.deliveries[subscriber] = delivery.Delivery(opened.stream, subscriber, writer,
-                                                              opened.loop)
+            opened.deliveries[subscriber] = delivery.Delivery(opened.stream, subscriber,
+                                                              self._target)
         return opened.deliveries[subscriber]
 
     def _target(self, key: str) -> publishing.Publishing:
@@ -460,7 +450,11 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     :raise UnavailableError: if no server answers in time
     """
     queue = Queue(config, queue_key)
-    queue.run(queue.connect)
+    try:
+        queue.ask(stream.Stream.info)
+    except BaseException:
+        queue.close()
+        raise
     return queue
 
 
