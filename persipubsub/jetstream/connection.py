@@ -102,22 +102,20 @@ class Link:
     async def connect(self, server: str, options: Mapping[str, Any]) -> None:
         """Connect to one server."""
 
-        async def complain(error: BaseException) -> None:
-            self._complain(error)
-            if isinstance(error, nats.errors.UnexpectedEOF):
+        async def tell(error: BaseException | None = None) -> None:
+            if error is not None:
+                self._complain(error)
+            if error is None or isinstance(error, nats.errors.UnexpectedEOF):
                 self.lose()
-
-        async def lose() -> None:
-            self.lose()
 
         loop.opened.set(self._transports)
         try:
             async with asyncio.timeout(_SERVER_SECS + 0.5):
                 await self.client.connect(
                     servers=[server],
-                    error_cb=complain,
-                    disconnected_cb=lose,
-                    closed_cb=lose,
+                    error_cb=tell,
+                    disconnected_cb=tell,
+                    closed_cb=tell,
                     name="persipubsub",
                     allow_reconnect=False,
                     # Twice: then it gives up.
@@ -181,10 +179,6 @@ class Link:
         try:
             async with request.scope:
                 return await self.client.request(subject, payload, _FOREVER_SECS, headers=headers)
-        except TimeoutError:
-            if self.lost.done():
-                raise _lost() from None
-            raise
         finally:
             self._requests.discard(request)
 

@@ -28,7 +28,6 @@ from typing import Any, Final, NamedTuple
 
 import nats.aio.msg
 import nats.errors
-import nats.js.api
 
 import persipubsub.errors
 import persipubsub.message
@@ -200,8 +199,7 @@ class Inbox:
         elif pull := self.pulls.get(message.subject):
             pull.heard = now
             header = message.headers or {}
-            status = header.get("Status") or header.get(nats.js.api.Header.STATUS)
-            text = header.get("Description") or header.get(nats.js.api.Header.DESCRIPTION) or ""
+            status, text = header.get("Status"), header.get("Description") or ""
             if status != "100":
                 pull.has_more = status == "409" and "MaxBytes" in text
                 # Nobody leads the consumer, or there is none any more.
@@ -305,17 +303,18 @@ class Delivery:
     async def take(self, timeout: float | None, max_messages: int) -> list[Delivered]:
         """Take the next messages; wait for one if there is none."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            if self._endings:
-                await asyncio.wait(list(self._endings), timeout=_SETTLE_SECS)
-            found = await self._pull(max_messages, deadline)
-            try:
-                found = await self._sift(found)
-            except BaseException:
-                self.give_back(found)
-                raise
-            if found or time.monotonic() >= deadline:
-                return found
+        taken: list[Delivered] = []
+        try:
+            while True:
+                if self._endings:
+                    await asyncio.wait(list(self._endings), timeout=_SETTLE_SECS)
+                await self._pull(taken, max_messages, deadline)
+                taken = await self._sift(taken)
+                if taken or time.monotonic() >= deadline:
+                    return taken
+        except BaseException:
+            self.give_back(taken)
+            raise
 
     async def _sift(self, found: list[Delivered]) -> list[Delivered]:
         """Leave out what is too old, or was delivered too often."""
@@ -332,38 +331,38 @@ class Delivery:
                 kept.append(one)
         return kept
 
-    async def _pull(self, wanted: int, deadline: float) -> list[Delivered]:
-        """Take what is there, or wait, with as many pull requests as its size needs."""
-        taken: list[Delivered] = []
-        found: list[Delivered] = []
-        size, has_more = 0, True
+    async def _pull(self, taken: list[Delivered], most: int, deadline: float) -> None:
+        """
+        Add what is there to the list, or wait, with as many pull requests as its size needs.
+
+        :param most: length of the list, at most
+        """
         patience_secs = self._stream.settings.address.ack_wait_secs / 4
-        self._batches += wanted > 1
+        size, has_more = 0, True
+        is_new = False  # the last request brought messages that were never delivered before
+        self._batches += most > 1
         try:
-            while has_more and len(taken) < wanted and size < _MOST_TAKEN_BYTES:
+            while has_more and len(taken) < most and size < _MOST_TAKEN_BYTES:
                 if taken and time.monotonic() - taken[0].arrived > patience_secs:
                     break  # the caller has waited long enough for those
                 link = self._connection.ready()
                 limit = _MOST_BYTES // max(1, self._batches)
                 fitting = max(1, limit // (1 << 20 if link is None else link.client.max_payload))
-                count, max_bytes = wanted - len(taken), min(limit, _MOST_TAKEN_BYTES - size)
-                if count <= fitting or not found or found[-1].attempts > 1:
+                count = most - len(taken)
+                max_bytes: int | None = min(limit, _MOST_TAKEN_BYTES - size)
+                if count <= fitting or not is_new:
                     # The servers have a limit by bytes put a message that does not fit behind all
                     # others that were given back; what was never delivered comes later.
-                    count, max_bytes = min(count, fitting), 0
-                found, has_more = await self._call(count, 0.0 if taken else deadline, max_bytes
-                                                   or None)
-                taken += found
-                size += sum(len(one.data) for one in found)
-        except BaseException:
-            self.give_back(taken)
-            raise
+                    count, max_bytes = min(count, fitting), None
+                before = len(taken)
+                has_more = await self._call(taken, count, 0.0 if taken else deadline, max_bytes)
+                is_new = len(taken) > before and taken[-1].attempts == 1
+                size = sum(len(one.data) for one in taken)
         finally:
-            self._batches -= wanted > 1
-        return taken
+            self._batches -= most > 1
 
-    async def _call(self, wanted: int, deadline: float,
-                    max_bytes: int | None) -> tuple[list[Delivered], bool]:
+    async def _call(self, taken: list[Delivered], wanted: int, deadline: float,
+                    max_bytes: int | None) -> bool:
         """Make pull requests until one brings something; tell whether there may be more."""
         if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
             self.heard = time.monotonic()
@@ -379,10 +378,8 @@ class Delivery:
                         pull = await inbox.pull(wanted, deadline, max_bytes)
                         await self._wait(inbox, pull, deadline)
                         self._check_open()
-                        if pull.messages:
-                            return pull.messages, pull.has_more
-                    if time.monotonic() >= deadline:
-                        return [], pull is not None and pull.has_more
+                    if (pull is not None and pull.messages) or time.monotonic() >= deadline:
+                        return pull is not None and pull.has_more
                     if pull is not None and pull.is_refused:
                         # Nobody leads the consumer at the moment, or it is there no more.
                         await asyncio.sleep(connection.PAUSE_SECS)
@@ -391,13 +388,11 @@ class Delivery:
             finally:
                 self._turns.release()
         except TimeoutError:
-            return [], False
-        except BaseException:
-            self.give_back(pull.messages if pull is not None else [])
-            raise
+            return False
         finally:
             if pull is not None:
                 pull.is_left = True
+                taken += pull.messages
             self._calls -= 1
             self._called = time.monotonic()
 
@@ -465,11 +460,16 @@ class Delivery:
 
     async def _tell(self, messages: Sequence[Delivered], what: bytes) -> None:
         """Say something about messages without waiting for an answer, if a server is there."""
-        for one in messages:
-            if (link := self._connection.ready()) is not None:
+        # Many of them in one write: one by one, they would take a slow connection for themselves.
+        for begin in range(0, len(messages), _ACKS_AT_ONCE):
+            link = self._connection.ready()
+            if link is None:
+                return
+            for one in messages[begin:begin + _ACKS_AT_ONCE]:
                 with contextlib.suppress(nats.errors.Error, OSError):
                     await link.client.publish(one.reply, what)
-            await asyncio.sleep(0)  # nothing of that suspends us
+            # Nothing of that suspends us.
+            await asyncio.sleep(0)
 
     # Ending
 
@@ -504,9 +504,7 @@ class Delivery:
                     continue
                 self._connection.check_rights(failed[0].reply)
                 if time.monotonic() >= deadline:
-                    raise persipubsub.errors.UnavailableError(
-                        f"Expected an answer of the servers of {self._stream.settings.path} to an "
-                        f"acknowledgement, but got: none in time")
+                    raise errors.translate(TimeoutError(), self._stream.settings.path)
                 left = await self._ask_again([*failed, *rest], deadline)
                 patience = min(2 * patience, connection.LONGEST_ATTEMPT_SECS)
         finally:
@@ -542,23 +540,22 @@ class Delivery:
         if not own or (int(info["delivered"]["stream_seq"]) >= max(own)
                        and int(info["num_ack_pending"]) >= len(own)):
             return messages
-        others: list[Delivered] = []
+        pulled: list[Delivered] = []
         try:
             while floor < max(own) and time.monotonic() < deadline:
-                found = await self._pull(min(len(own), max(own) - floor), 0.0)
-                if not found:
+                before = len(pulled)
+                await self._pull(pulled, before + min(len(own), max(own) - floor), 0.0)
+                if len(pulled) == before:
                     break
-                floor = max(one.number for one in found)
-                for one in found:
-                    if one.number in own:
-                        self._held.pop(one.reply, None)
-                    else:
-                        others.append(one)
+                floor = max(one.number for one in pulled[before:])
         finally:
             # Others wait for an answer to their acknowledgements as well: those get it now, and
             # only what nobody has is delivered again. Not sooner: it would come back at once,
             # before what we ask for.
-            self.give_back(others)
+            for one in pulled:
+                if one.number in own:
+                    self._held.pop(one.reply, None)
+            self.give_back(pulled)
         return messages
 
     def give_back(self, messages: Sequence[Delivered]) -> None:
