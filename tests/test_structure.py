@@ -33,7 +33,6 @@ _ROWS: list[set[str]] = [
     {"engine"},
     {"queue", "jetstream.engine"},
     {"jetstream.delivery"},
-    {"jetstream.dead_letters"},
     {"jetstream.publishing"},
     {"jetstream.stream"},
     {"jetstream.connection", "jetstream.settings"},

@@ -6,8 +6,8 @@ so that a configuration can be checked where the extra is not installed.
 """
 
 import hashlib
+import ipaddress
 import re
-import socket
 import urllib.parse
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -18,8 +18,14 @@ _DEFAULT_PORT: Final = 4222
 _STREAM: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOST: Final = re.compile(r"(?P<host>(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|"
                           r"\[(?P<ip>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?")
-_OPTIONS: Final = ("replicas", "ack_wait", "monitor")
-_MONITOR: Final = re.compile(r"https?://[^\s/?#@]+/?")
+
+#: Options of a path: what fits, and how it is described.
+_OPTIONS: Final = {
+    "replicas": (r"[1-5]", "an integer from 1 to 5"),
+    "ack_wait": (r"0\.[1-9][0-9]{0,8}|[1-9][0-9]{0,4}(\.[0-9]{1,9})?",
+                 "a number of seconds from 0.1 to 99999"),
+    "monitor": (r"https?://[^\s/?#@]+/?", "like http://host:8222"),
+}
 
 #: Longest name that is made of an id as it is; the server takes it for the name of a directory.
 _LONGEST_NAME: Final = 120
@@ -58,14 +64,11 @@ def parse(path: str) -> Address:
             f"Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, 0-9, '_' "
             f"and '-'), but got: {stream!r}")
     options = _parse_query(query)
-    monitor = options.get("monitor")
-    if monitor is not None and not _MONITOR.fullmatch(monitor):
-        raise ValueError(f"Expected monitor to be like http://host:8222, but got: {monitor!r}")
     return Address(servers=tuple(map(_parse_server, hosts.split(","))),
                    stream=stream,
-                   replicas=int(_number(options, "replicas", 1, 1, 5)),
-                   ack_wait_secs=_number(options, "ack_wait", 30.0, 0.1, 86400),
-                   monitor=monitor and monitor.rstrip("/"))
+                   replicas=int(options.get("replicas", "1")),
+                   ack_wait_secs=float(options.get("ack_wait", "30")),
+                   monitor=options.get("monitor", "").rstrip("/") or None)
 
 
 def names_of(path: str) -> Sequence[str]:
@@ -82,20 +85,15 @@ def names_of(path: str) -> Sequence[str]:
 def _parse_server(text: str) -> str:
     """Read one server."""
     match = _HOST.fullmatch(text)
-    port = int(match["port"] or _DEFAULT_PORT) if match is not None else 0
-    if match is None or not 0 < port < 65536 or not (match["ip"] is None or _is_ip(match["ip"])):
-        raise ValueError(
-            f"Expected servers as host or host:port, with commas between them, but got: {text!r}")
-    return f"nats://{match['host']}:{port}"
-
-
-def _is_ip(text: str) -> bool:
-    """Tell whether an address in brackets is one."""
     try:
-        socket.inet_pton(socket.AF_INET6, text)
-    except OSError:
-        return False
-    return True
+        if match is None or not 0 < int(match["port"] or _DEFAULT_PORT) < 65536:
+            raise ValueError
+        if match["ip"] is not None:
+            ipaddress.IPv6Address(match["ip"])
+    except ValueError:
+        raise ValueError(f"Expected servers as host or host:port, with commas between them, but "
+                         f"got: {text!r}") from None
+    return f"nats://{match['host']}:{int(match['port'] or _DEFAULT_PORT)}"
 
 
 def _parse_query(query: str) -> dict[str, str]:
@@ -105,23 +103,16 @@ def _parse_query(query: str) -> dict[str, str]:
     except ValueError:
         raise ValueError(
             f"Expected name=value behind the question mark, but got: {query!r}") from None
-    options = dict(pairs)
-    for name in options:
+    for name, value in pairs:
         if name not in _OPTIONS:
             raise ValueError(f"Expected only the options {', '.join(_OPTIONS)}, but got: {name!r}")
+        pattern, described = _OPTIONS[name]
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"Expected {name} to be {described}, but got: {value!r}")
+    options = dict(pairs)
     if len(options) < len(pairs):
         raise ValueError(f"Expected each option once, but got: {query!r}")
     return options
-
-
-def _number(options: dict[str, str], name: str, default: float, least: float, most: float) -> float:
-    """Read an option that is a number."""
-    text = options.get(name, str(default))
-    digits, kind = ((r"[0-9]{1,9}", "an integer") if isinstance(default, int) else
-                    (r"[0-9]{1,9}(\.[0-9]{1,9})?", "a number of seconds"))
-    if not re.fullmatch(digits, text) or not least <= float(text) <= most:
-        raise ValueError(f"Expected {name} to be {kind} from {least} to {most}, but got: {text!r}")
-    return float(text)
 
 
 # Names

@@ -102,22 +102,20 @@ class Link:
     async def connect(self, server: str, options: Mapping[str, Any]) -> None:
         """Connect to one server."""
 
-        async def complain(error: BaseException) -> None:
-            self._complain(error)
-            if isinstance(error, nats.errors.UnexpectedEOF):
+        async def tell(error: BaseException | None = None) -> None:
+            if error is not None:
+                self._complain(error)
+            if error is None or isinstance(error, nats.errors.UnexpectedEOF):
                 self.lose()
-
-        async def lose() -> None:
-            self.lose()
 
         loop.opened.set(self._transports)
         try:
             async with asyncio.timeout(_SERVER_SECS + 0.5):
                 await self.client.connect(
                     servers=[server],
-                    error_cb=complain,
-                    disconnected_cb=lose,
-                    closed_cb=lose,
+                    error_cb=tell,
+                    disconnected_cb=tell,
+                    closed_cb=tell,
                     name="persipubsub",
                     allow_reconnect=False,
                     # Twice: then it gives up.
@@ -181,10 +179,6 @@ class Link:
         try:
             async with request.scope:
                 return await self.client.request(subject, payload, _FOREVER_SECS, headers=headers)
-        except TimeoutError:
-            if self.lost.done():
-                raise _lost() from None
-            raise
         finally:
             self._requests.discard(request)
 
@@ -260,7 +254,7 @@ class Connection:
         """Initialize without connecting."""
         self.users = 0
         self._key = key
-        self._loop = own
+        self.loop = own
         self._path = path
         #: Whether there are several servers, as far as is known.
         self.is_cluster = len(servers) > 1
@@ -285,7 +279,7 @@ class Connection:
                 raise errors.closed(self._path)
             # Not cancelled with the call: one that polls would never connect to a distant server.
             if self._connecting is None or self._connecting.done():
-                self._connecting = self._loop.start(self._connect())
+                self._connecting = self.loop.start(self._connect())
             await asyncio.wait((self._connecting, ), timeout=max(0.0, deadline - time.monotonic()))
             if self._connecting.done():
                 self._connecting.result()
@@ -304,7 +298,7 @@ class Connection:
         options = _credentials(self._path)
         # The one that was lost comes last.
         for server in sorted(self._servers, key=lambda one: (one == self._latest, random.random())):
-            link = Link(self._loop, self._complain)
+            link = Link(self.loop, self._complain)
             try:
                 await link.connect(server, options)
             except (nats.errors.Error, OSError) as error:
@@ -365,7 +359,7 @@ class Connection:
         self.users -= 1
         if self.users == 0:
             self._is_closed = True
-            del self._loop.connections[self._key]
+            del self.loop.connections[self._key]
             link, self._link = self._link, None
             if link is not None:
                 link.lose()

@@ -5,6 +5,11 @@ The server gives a message to one consumer and expects an acknowledgement within
 long as a message is held, the server is told that it is being worked on; when its process dies,
 nobody tells it any more, and the message is delivered to another.
 
+A message that was delivered as often as ``max_deliveries`` allows is given up. First it is put into
+the queue of dead letters, under an id that is the same in every process; then it is acknowledged. A
+process that is killed between the two leaves it in both: the next consumer that gets it puts it
+again, which changes nothing, and acknowledges it.
+
 What does not say otherwise runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 """
 
@@ -12,20 +17,23 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import json
+import logging
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
 import nats.aio.msg
 import nats.errors
-import nats.js.api
 
 import persipubsub.errors
 import persipubsub.message
-from persipubsub.jetstream import address, connection, dead_letters, errors, loop, stream
+from persipubsub.jetstream import address, connection, errors, publishing, stream
+
+_LOGGER = logging.getLogger("persipubsub.queue")
 
 #: A pull request is made again after so many seconds: it is lost with the server that has it.
 _LONGEST_PULL_SECS: Final = 5.0
@@ -63,6 +71,10 @@ _NAK_SECS: Final = 2.0
 
 #: A pull waits so long for what is given back, in seconds.
 _SETTLE_SECS: Final = 1.0
+
+#: What can not be given up is delivered again after so long, and one warning is logged.
+_POSTPONED_NS: Final = 10**9
+_WARNING_SECS: Final = 60.0
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -187,8 +199,7 @@ class Inbox:
         elif pull := self.pulls.get(message.subject):
             pull.heard = now
             header = message.headers or {}
-            status = header.get("Status") or header.get(nats.js.api.Header.STATUS)
-            text = header.get("Description") or header.get(nats.js.api.Header.DESCRIPTION) or ""
+            status, text = header.get("Status"), header.get("Description") or ""
             if status != "100":
                 pull.has_more = status == "409" and "MaxBytes" in text
                 # Nobody leads the consumer, or there is none any more.
@@ -258,17 +269,19 @@ class Inbox:
 class Delivery:
     """Take messages of one subscriber for any number of coroutines."""
 
-    def __init__(self, own: stream.Stream, subscriber: str, letters: dead_letters.Writer,
-                 own_loop: loop.Loop) -> None:
-        """Initialize without pulling."""
-        self.loop = own_loop
+    def __init__(self, own: stream.Stream, subscriber: str,
+                 open_target: Callable[[str], publishing.Publishing]) -> None:
+        """Initialize without pulling; the queue of dead letters is opened at its first use."""
+        self.loop = own.connection.loop
         self.heard = time.monotonic()  #: when the servers were heard, or had not to be
         self._stream = own
         self._connection = own.connection
         self._subscriber = subscriber
         self._subject = (f"$JS.API.CONSUMER.MSG.NEXT.{own.name}."
                          f"{address.durable_of(subscriber)}")
-        self._letters = letters
+        self._entry = own.settings.entry(subscriber)
+        self._open_target = open_target
+        self._warned = -_WARNING_SECS
         self._inbox: Inbox | None = None
         self._calls = 0  #: that wait
         self._turns = asyncio.Semaphore(_MOST_PULLS)
@@ -290,17 +303,18 @@ class Delivery:
     async def take(self, timeout: float | None, max_messages: int) -> list[Delivered]:
         """Take the next messages; wait for one if there is none."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            if self._endings:
-                await asyncio.wait(list(self._endings), timeout=_SETTLE_SECS)
-            found = await self._pull(max_messages, deadline)
-            try:
-                found = await self._sift(found)
-            except BaseException:
-                self.give_back(found)
-                raise
-            if found or time.monotonic() >= deadline:
-                return found
+        taken: list[Delivered] = []
+        try:
+            while True:
+                if self._endings:
+                    await asyncio.wait(list(self._endings), timeout=_SETTLE_SECS)
+                await self._pull(taken, max_messages, deadline)
+                taken = await self._sift(taken)
+                if taken or time.monotonic() >= deadline:
+                    return taken
+        except BaseException:
+            self.give_back(taken)
+            raise
 
     async def _sift(self, found: list[Delivered]) -> list[Delivered]:
         """Leave out what is too old, or was delivered too often."""
@@ -310,44 +324,45 @@ class Delivery:
                 # The server drops it a bit late.
                 self._held.pop(one.reply, None)
                 await self._tell([one], b"+ACK")
-            elif self._letters.is_exhausted(one.attempts - 1):
-                await self._give_up(one, one.attempts - 1, dead_letters.NO_WORD)
+            elif self._is_exhausted(one.attempts - 1):
+                await self._give_up(one._replace(attempts=one.attempts - 1),
+                                    "its process ended, or dropped it, before it was done")
             else:
                 kept.append(one)
         return kept
 
-    async def _pull(self, wanted: int, deadline: float) -> list[Delivered]:
-        """Take what is there, or wait, with as many pull requests as its size needs."""
-        taken: list[Delivered] = []
-        found: list[Delivered] = []
-        size, has_more = 0, True
+    async def _pull(self, taken: list[Delivered], most: int, deadline: float) -> None:
+        """
+        Add what is there to the list, or wait, with as many pull requests as its size needs.
+
+        :param most: length of the list, at most
+        """
         patience_secs = self._stream.settings.address.ack_wait_secs / 4
-        self._batches += wanted > 1
+        size, has_more = 0, True
+        is_new = False  # the last request brought messages that were never delivered before
+        self._batches += most > 1
         try:
-            while has_more and len(taken) < wanted and size < _MOST_TAKEN_BYTES:
+            while has_more and len(taken) < most and size < _MOST_TAKEN_BYTES:
                 if taken and time.monotonic() - taken[0].arrived > patience_secs:
                     break  # the caller has waited long enough for those
                 link = self._connection.ready()
                 limit = _MOST_BYTES // max(1, self._batches)
                 fitting = max(1, limit // (1 << 20 if link is None else link.client.max_payload))
-                count, max_bytes = wanted - len(taken), min(limit, _MOST_TAKEN_BYTES - size)
-                if count <= fitting or not found or found[-1].attempts > 1:
+                count = most - len(taken)
+                max_bytes: int | None = min(limit, _MOST_TAKEN_BYTES - size)
+                if count <= fitting or not is_new:
                     # The servers have a limit by bytes put a message that does not fit behind all
                     # others that were given back; what was never delivered comes later.
-                    count, max_bytes = min(count, fitting), 0
-                found, has_more = await self._call(count, 0.0 if taken else deadline, max_bytes
-                                                   or None)
-                taken += found
-                size += sum(len(one.data) for one in found)
-        except BaseException:
-            self.give_back(taken)
-            raise
+                    count, max_bytes = min(count, fitting), None
+                before = len(taken)
+                has_more = await self._call(taken, count, 0.0 if taken else deadline, max_bytes)
+                is_new = len(taken) > before and taken[-1].attempts == 1
+                size = sum(len(one.data) for one in taken)
         finally:
-            self._batches -= wanted > 1
-        return taken
+            self._batches -= most > 1
 
-    async def _call(self, wanted: int, deadline: float,
-                    max_bytes: int | None) -> tuple[list[Delivered], bool]:
+    async def _call(self, taken: list[Delivered], wanted: int, deadline: float,
+                    max_bytes: int | None) -> bool:
         """Make pull requests until one brings something; tell whether there may be more."""
         if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
             self.heard = time.monotonic()
@@ -363,10 +378,8 @@ class Delivery:
                         pull = await inbox.pull(wanted, deadline, max_bytes)
                         await self._wait(inbox, pull, deadline)
                         self._check_open()
-                        if pull.messages:
-                            return pull.messages, pull.has_more
-                    if time.monotonic() >= deadline:
-                        return [], pull is not None and pull.has_more
+                    if (pull is not None and pull.messages) or time.monotonic() >= deadline:
+                        return pull is not None and pull.has_more
                     if pull is not None and pull.is_refused:
                         # Nobody leads the consumer at the moment, or it is there no more.
                         await asyncio.sleep(connection.PAUSE_SECS)
@@ -375,13 +388,11 @@ class Delivery:
             finally:
                 self._turns.release()
         except TimeoutError:
-            return [], False
-        except BaseException:
-            self.give_back(pull.messages if pull is not None else [])
-            raise
+            return False
         finally:
             if pull is not None:
                 pull.is_left = True
+                taken += pull.messages
             self._calls -= 1
             self._called = time.monotonic()
 
@@ -449,6 +460,7 @@ class Delivery:
 
     async def _tell(self, messages: Sequence[Delivered], what: bytes) -> None:
         """Say something about messages without waiting for an answer, if a server is there."""
+        # Many of them in one write: one by one, they would take a slow connection for themselves.
         for begin in range(0, len(messages), _ACKS_AT_ONCE):
             link = self._connection.ready()
             if link is None:
@@ -492,9 +504,7 @@ class Delivery:
                     continue
                 self._connection.check_rights(failed[0].reply)
                 if time.monotonic() >= deadline:
-                    raise persipubsub.errors.UnavailableError(
-                        f"Expected an answer of the servers of {self._stream.settings.path} to an "
-                        f"acknowledgement, but got: none in time")
+                    raise errors.translate(TimeoutError(), self._stream.settings.path)
                 left = await self._ask_again([*failed, *rest], deadline)
                 patience = min(2 * patience, connection.LONGEST_ATTEMPT_SECS)
         finally:
@@ -530,23 +540,22 @@ class Delivery:
         if not own or (int(info["delivered"]["stream_seq"]) >= max(own)
                        and int(info["num_ack_pending"]) >= len(own)):
             return messages
-        others: list[Delivered] = []
+        pulled: list[Delivered] = []
         try:
             while floor < max(own) and time.monotonic() < deadline:
-                found = await self._pull(min(len(own), max(own) - floor), 0.0)
-                if not found:
+                before = len(pulled)
+                await self._pull(pulled, before + min(len(own), max(own) - floor), 0.0)
+                if len(pulled) == before:
                     break
-                floor = max(one.number for one in found)
-                for one in found:
-                    if one.number in own:
-                        self._held.pop(one.reply, None)
-                    else:
-                        others.append(one)
+                floor = max(one.number for one in pulled[before:])
         finally:
             # Others wait for an answer to their acknowledgements as well: those get it now, and
             # only what nobody has is delivered again. Not sooner: it would come back at once,
             # before what we ask for.
-            self.give_back(others)
+            for one in pulled:
+                if one.number in own:
+                    self._held.pop(one.reply, None)
+            self.give_back(pulled)
         return messages
 
     def give_back(self, messages: Sequence[Delivered]) -> None:
@@ -568,16 +577,17 @@ class Delivery:
 
     async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
         """Let messages be delivered again, or give them up after their last delivery."""
+        first_ns = int(self._entry.retry_delay_secs * 1e9)
         naks: list[tuple[Delivered, int]] = []
         for one in messages:
-            if self._held.get(one.reply) is None:
+            if one.reply not in self._held:
                 continue
-            if error is not None and self._letters.is_exhausted(one.attempts):
-                await self._give_up(one, one.attempts, error)
+            if error is not None and self._is_exhausted(one.attempts):
+                await self._give_up(one, error)
             else:
                 self._held.pop(one.reply, None)
-                delay_ns = 0 if error is None else self._letters.retry_delay_ns(one.attempts)
-                naks.append((one, delay_ns))
+                naks.append((one, 0 if error is None else persipubsub.message.retry_delay_ns(
+                    first_ns, one.attempts)))
         if naks:
             await asyncio.shield(self.begin_ending(self._nak(naks)))
 
@@ -597,17 +607,51 @@ class Delivery:
             # In order: the first one is the next that is delivered again.
             await asyncio.gather(*calls, return_exceptions=True)
 
-    async def _give_up(self, one: Delivered, deliveries: int, error: str) -> None:
+    def _is_exhausted(self, deliveries: int) -> bool:
+        """Tell whether no further delivery is allowed behind so many."""
+        return 0 < self._entry.max_deliveries <= deliveries
+
+    async def _give_up(self, one: Delivered, error: str) -> None:
         """Put a message into the queue of dead letters, and acknowledge it."""
-        message = to_message(one._replace(attempts=deliveries))
+        path = self._stream.settings.path
         try:
-            if await self._letters.write(message, error):
+            if self._entry.dead_letter_queue:
+                await self._put_dead_letter(to_message(one), error)
+            else:
+                _LOGGER.warning(
+                    "The message %s of the queue %s was dropped for %s, which has no "
+                    "dead_letter_queue, after %s deliveries: %s", one.number, path,
+                    self._subscriber, one.attempts, error)
+        except (persipubsub.errors.PersipubsubError, errors.ApiError) as failure:
+            if time.monotonic() >= self._warned + _WARNING_SECS:
+                self._warned = time.monotonic()
+                _LOGGER.warning(
+                    "The message %s of the queue %s stays with %s, since it can not be moved into "
+                    "the dead_letter_queue: %s", one.number, path, self._subscriber, failure)
+        else:
+            with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 await self.ack([one])
-                return
-        except persipubsub.errors.PersipubsubError:
-            pass  # it comes again, and is put again under the same id
+        # Not acknowledged: it comes again, and is put again under the same id.
         if self._held.pop(one.reply, None) is not None:
-            self.begin_ending(self._nak([(one, dead_letters.POSTPONED_NS)]))
+            self.begin_ending(self._nak([(one, _POSTPONED_NS)]))
+
+    async def _put_dead_letter(self, message: persipubsub.message.Message, error: str) -> None:
+        settings = self._stream.settings
+        letter = persipubsub.message.DeadLetter(queue=settings.key,
+                                                subscriber=self._subscriber,
+                                                number=message.number,
+                                                sent_at=message.sent_at,
+                                                attempts=message.attempts,
+                                                error=error,
+                                                moved_at=datetime.datetime.now(datetime.UTC),
+                                                data=message.data)
+        # The time tells it from the same number of a stream that was deleted and made again.
+        parts = ("dead letter", self._stream.name, self._subscriber, message.number,
+                 message.sent_at)
+        msg_id = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
+        # No time to wait for room: the consumer has other messages to work on.
+        await self._open_target(self._entry.dead_letter_queue).put([letter.encode()], None, 0,
+                                                                   [msg_id.digest()])
 
     async def close(self) -> None:
         """Stop listening, and give back what is held. Calls that wait fail."""

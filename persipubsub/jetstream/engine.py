@@ -11,6 +11,7 @@ import contextlib
 import functools
 import http.client
 import json
+import math
 import os
 import time
 import urllib.request
@@ -19,15 +20,15 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import nats.errors
 
-import persipubsub.config
 import persipubsub.errors
 import persipubsub.message
 import persipubsub.place
-import persipubsub.statistics
-from persipubsub.jetstream import (address, connection, dead_letters, delivery, errors, loop,
-                                   publishing, settings, stream)
+from persipubsub.config import Config, Durability
+from persipubsub.jetstream import (address, connection, delivery, errors, loop, publishing,
+                                   settings, stream)
 from persipubsub.message import Peeked
 from persipubsub.place import Place
+from persipubsub.statistics import QueueStatistics, SubscriberStatistics
 
 __all__ = [
     "Queue", "Consumer", "Lease", "ensure_queue", "open_queue", "statistics_of", "check_durability",
@@ -44,8 +45,7 @@ _CLOSE_SECS: Final = 2.0
 
 #: A look at messages ends with so many; a stream is looked at for new ones this often, in seconds.
 _LOOK_MESSAGES: Final = 1000
-_FIRST_LOOK_SECS: Final = 0.05
-_LONGEST_LOOK_SECS: Final = 0.5
+_LOOK_SECS: Final = 0.05
 
 #: What NATS does not count.
 _NOT_COUNTED: Final[dict[str, Any]] = dict.fromkeys(
@@ -59,27 +59,21 @@ _LARGEST_PAGE: Final = 1 << 20
 class _Open(NamedTuple):
     """What is open in one process."""
 
-    loop: loop.Loop
-    connection: connection.Connection
     stream: stream.Stream
     publishing: publishing.Publishing
     deliveries: dict[str, delivery.Delivery]  #: by subscriber
     targets: "dict[str, Queue]"  #: queues of dead letters, by key
 
 
-class Queue:
+class Queue(contextlib.AbstractContextManager["Queue"]):
     """Put messages into a stream, and look after them. Any thread may call it."""
 
-    def __init__(self, config: persipubsub.config.Config, queue_key: str) -> None:
+    def __init__(self, config: Config, queue_key: str) -> None:
         """Initialize without connecting."""
         self.settings = settings.Settings(config, queue_key)
         # Only the loop's own thread changes it.
         self._open: _Open | None = None
         self._is_closed = False
-
-    def __enter__(self) -> "Queue":
-        """Return the queue itself."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close the queue."""
@@ -88,9 +82,10 @@ class Queue:
     def close(self) -> None:
         """Close the queue; it may be closed twice. What is held is given back."""
         opened = self._open
-        if not self._is_closed and opened is not None and opened.loop.process_id == os.getpid():
+        own = None if opened is None else opened.stream.connection.loop
+        if not self._is_closed and own is not None and own.process_id == os.getpid():
             with contextlib.suppress(persipubsub.errors.ClosedError):  # the exit closes it
-                opened.loop.call(self.aclose)
+                own.call(self.aclose)
         self._is_closed = True
 
     async def aclose(self) -> None:
@@ -100,7 +95,7 @@ class Queue:
         if opened is None:
             return
         opened.publishing.drops.report()
-        opened.loop.queues.discard(self)
+        opened.stream.connection.loop.queues.discard(self)
         try:
             async with asyncio.timeout(_CLOSE_SECS):
                 await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
@@ -108,7 +103,7 @@ class Queue:
             pass  # delivered again after ack_wait
         for target in opened.targets.values():
             await target.aclose()
-        await opened.connection.release()
+        await opened.stream.connection.release()
 
     # Running
 
@@ -140,37 +135,26 @@ class Queue:
         """Open the queue in this process. Only for the loop's own thread."""
         found = self._open
         own = loop.current()
-        if found is None or found.loop is not own:
+        if found is None or found.stream.connection.loop is not own:
             self._check_open()
             shared = connection.acquire(own, self.settings.address.servers, self.settings.path)
             kept = stream.Stream(shared, self.settings)
-            found = self._open = _Open(own, shared, kept, publishing.Publishing(kept), {}, {})
+            found = self._open = _Open(kept, publishing.Publishing(kept), {}, {})
             own.queues.add(self)
         return found
-
-    async def connect(self) -> None:
-        """Connect, and check that the stream is there. Only for the loop's own thread."""
-        try:
-            await self.opened().stream.info()
-        except BaseException:
-            await self.aclose()
-            raise
 
     def delivery_to(self, subscriber: str) -> delivery.Delivery:
         """Return what delivers to a subscriber in this process. Only for the loop's own thread."""
         opened = self.opened()
         if subscriber not in opened.deliveries:
-            writer = dead_letters.Writer(self.settings, subscriber, self._target)
-            opened.deliveries[subscriber] = delivery.Delivery(opened.stream, subscriber, writer,
-                                                              opened.loop)
+            opened.deliveries[subscriber] = delivery.Delivery(opened.stream, subscriber,
+                                                              self._target)
         return opened.deliveries[subscriber]
 
     def _target(self, key: str) -> publishing.Publishing:
         """Open the queue of dead letters. Only for the loop's own thread."""
-        targets = self.opened().targets
-        if key not in targets:
-            targets[key] = Queue(self.settings.config, key)
-        return targets[key].opened().publishing
+        target = self.opened().targets.setdefault(key, Queue(self.settings.config, key))
+        return target.opened().publishing
 
     # Putting
 
@@ -214,7 +198,14 @@ class Queue:
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """Check that the queue could hold messages if it were empty."""
-        self.settings.check_size(messages)
+        mark = self.settings.queue.high_water_mark
+        size = sum(map(len, messages))
+        if (size > (math.inf if mark.size_bytes is None else mark.size_bytes)
+                or len(messages) > (math.inf if mark.max_msgs_num is None else mark.max_msgs_num)):
+            raise persipubsub.errors.MessageTooLargeError(
+                f"Expected at most {mark.max_msgs_num} messages (MAX_MSGS_NUM) and "
+                f"{mark.size_bytes} bytes (HWM_LMDB_SIZE_BYTES) at once for the queue "
+                f"{self.settings.path}, but got: {len(messages)} messages, {size} bytes")
 
     def require_subscribers(self, subscribers: Sequence[str]) -> None:
         """Check that subscribers were initialized."""
@@ -253,7 +244,7 @@ class Queue:
 
         return self.ask(work)
 
-    def statistics(self) -> persipubsub.statistics.QueueStatistics:
+    def statistics(self) -> QueueStatistics:
         """
         Count what is in the queue, by what the servers know.
 
@@ -261,31 +252,27 @@ class Queue:
         or skipped is not counted by NATS, and is 0.
         """
 
-        async def work(kept: stream.Stream) -> persipubsub.statistics.QueueStatistics:
-            infos = await kept.infos()
-            return self._figures(await kept.state(), infos, kept.now_ns())
+        async def look(kept: stream.Stream) -> tuple[dict[str, stream.Info], stream.Info, int]:
+            return await kept.infos(), await kept.state(), kept.now_ns()
 
-        return self.ask(work)
-
-    def _figures(self, state: stream.Info, infos: dict[str, stream.Info],
-                 now_ns: int) -> persipubsub.statistics.QueueStatistics:
+        infos, state, now_ns = self.ask(look)
         mark = self.settings.queue.high_water_mark
         messages, size = int(state["messages"]), int(state["bytes"])
         age = max(0, now_ns - stream.to_ns(state["first_ts"])) / 1e9 if messages else None
-        return persipubsub.statistics.QueueStatistics(
-            path=self.settings.path,
-            messages=messages,
-            message_share=_share(messages, mark.max_msgs_num),
-            message_bytes=size,
-            byte_share=_share(size, mark.size_bytes),
-            file_bytes=size,
-            file_share=_share(size, mark.size_bytes),
-            oldest_age_seconds=age,
-            age_share=_share(age or 0.0, mark.msg_timeout_secs),
-            next_number=int(state["last_seq"]) + 1,
-            commits=int(state["last_seq"]),
-            sent=int(state["last_seq"]),
-            subscribers=tuple(_figures_of(*one, now_ns) for one in sorted(infos.items())))
+        subscribers = tuple(_figures_of(*one, now_ns) for one in sorted(infos.items()))
+        return QueueStatistics(path=self.settings.path,
+                               messages=messages,
+                               message_share=_share(messages, mark.max_msgs_num),
+                               message_bytes=size,
+                               byte_share=_share(size, mark.size_bytes),
+                               file_bytes=size,
+                               file_share=_share(size, mark.size_bytes),
+                               oldest_age_seconds=age,
+                               age_share=_share(age or 0.0, mark.msg_timeout_secs),
+                               next_number=int(state["last_seq"]) + 1,
+                               commits=int(state["last_seq"]),
+                               sent=int(state["last_seq"]),
+                               subscribers=subscribers)
 
 
 class Lease:
@@ -417,11 +404,10 @@ def _share(value: float, limit: float | None) -> float | None:
     return None if limit is None else value / limit
 
 
-def _figures_of(subscriber: str, info: stream.Info,
-                now_ns: int) -> persipubsub.statistics.SubscriberStatistics:
+def _figures_of(subscriber: str, info: stream.Info, now_ns: int) -> SubscriberStatistics:
     floor = info["ack_floor"]
-    last = floor.get("last_active")
-    return persipubsub.statistics.SubscriberStatistics(
+    idle_ns = now_ns - stream.to_ns(floor["last_active"]) if floor.get("last_active") else None
+    return SubscriberStatistics(
         subscriber=subscriber,
         lag=stream.lag_of(info),
         in_flight=int(info["num_ack_pending"]),
@@ -429,10 +415,10 @@ def _figures_of(subscriber: str, info: stream.Info,
         acknowledged=int(floor["consumer_seq"]),
         failed=int(info["num_redelivered"]),
         **_NOT_COUNTED,
-        seconds_since_acknowledged=max(0, now_ns - stream.to_ns(last)) / 1e9 if last else None)
+        seconds_since_acknowledged=None if idle_ns is None else max(0, idle_ns) / 1e9)
 
 
-def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
+def ensure_queue(config: Config, queue_key: str) -> None:
     """
     Create a stream and its consumers, as far as they are not there. It may be repeated.
 
@@ -448,7 +434,7 @@ def ensure_queue(config: persipubsub.config.Config, queue_key: str) -> None:
         queue.ask(stream.Stream.ensure)
 
 
-def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
+def open_queue(config: Config, queue_key: str) -> Queue:
     """
     Open a queue that was initialized.
 
@@ -460,12 +446,15 @@ def open_queue(config: persipubsub.config.Config, queue_key: str) -> Queue:
     :raise UnavailableError: if no server answers in time
     """
     queue = Queue(config, queue_key)
-    queue.run(queue.connect)
+    try:
+        queue.ask(stream.Stream.info)
+    except BaseException:
+        queue.close()
+        raise
     return queue
 
 
-def statistics_of(config: persipubsub.config.Config,
-                  queue_key: str) -> persipubsub.statistics.QueueStatistics:
+def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
     """Count what is in a queue, without taking part in it."""
     with open_queue(config, queue_key) as queue:
         return queue.statistics()
@@ -474,7 +463,7 @@ def statistics_of(config: persipubsub.config.Config,
 # Subscribers
 
 
-def add_subscriber(config: persipubsub.config.Config, queue_key: str, subscriber: str) -> bool:
+def add_subscriber(config: Config, queue_key: str, subscriber: str) -> bool:
     """
     Add a subscriber to a queue; it gets what is sent to everybody from now on.
 
@@ -488,7 +477,7 @@ def add_subscriber(config: persipubsub.config.Config, queue_key: str, subscriber
         return queue.ask(lambda kept: kept.ensure_consumer(subscriber))
 
 
-def remove_subscriber(config: persipubsub.config.Config, queue_key: str, subscriber: str) -> int:
+def remove_subscriber(config: Config, queue_key: str, subscriber: str) -> int:
     """
     Remove a subscriber from a queue, and with it the messages that nobody else needs.
 
@@ -504,7 +493,7 @@ def remove_subscriber(config: persipubsub.config.Config, queue_key: str, subscri
         return queue.ask(lambda kept: kept.delete_consumer(subscriber))
 
 
-def seek(config: persipubsub.config.Config, queue_key: str, subscriber: str, to: Place) -> int:
+def seek(config: Config, queue_key: str, subscriber: str, to: Place) -> int:
     """
     Let a subscriber go on from another place of the queue: back, to receive again, or forward.
 
@@ -536,7 +525,7 @@ def seek(config: persipubsub.config.Config, queue_key: str, subscriber: str, to:
 # Looking
 
 
-def peek(config: persipubsub.config.Config,
+def peek(config: Config,
          queue_key: str,
          subscriber: str,
          count: int = 1,
@@ -566,9 +555,7 @@ def peek(config: persipubsub.config.Config,
         return queue.ask(work)
 
 
-def follow(config: persipubsub.config.Config,
-           queue_key: str,
-           last: int = 0) -> Generator[list[Peeked], None, None]:
+def follow(config: Config, queue_key: str, last: int = 0) -> Generator[list[Peeked], None, None]:
     """
     Look at messages as they are sent, for ever; a look, not a subscriber.
 
@@ -584,16 +571,13 @@ def follow(config: persipubsub.config.Config,
     with open_queue(config, queue_key) as queue:
         number = int(queue.ask(stream.Stream.state)["last_seq"]) + 1 - last
         everything = [f"persipubsub.{queue.settings.address.stream}.>"]
-        pause = _FIRST_LOOK_SECS
         while True:
             found = queue.ask(lambda kept: _look(kept, everything, number, _LOOK_MESSAGES))
             yield found
             if found:
                 number = found[-1].number + 1
-                pause = _FIRST_LOOK_SECS
             else:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_LOOK_SECS)
+                time.sleep(_LOOK_SECS)
 
 
 async def _look(kept: stream.Stream,
@@ -619,7 +603,7 @@ async def _look(kept: stream.Stream,
 # Durability
 
 
-def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple[str, ...]:
+def check_durability(config: Config, queue_key: str) -> tuple[str, ...]:
     """
     Look whether the servers flush each message, as durability ``fsync`` promises.
 
@@ -631,7 +615,7 @@ def check_durability(config: persipubsub.config.Config, queue_key: str) -> tuple
     :param queue_key: of the queue in ``queues``
     :return: warnings
     """
-    if config.queues[queue_key].durability is not persipubsub.config.Durability.FSYNC:
+    if config.queues[queue_key].durability is not Durability.FSYNC:
         return ()
     found_at = settings.Settings(config, queue_key).address
     monitor = found_at.monitor

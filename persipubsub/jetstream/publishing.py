@@ -5,6 +5,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 """
 
 import asyncio
+import functools
 import hashlib
 import itertools
 import json
@@ -239,9 +240,7 @@ class Publishing:
                 return
             if not item.is_refused:
                 if time.monotonic() >= deadline:
-                    raise persipubsub.errors.UnavailableError(
-                        f"Expected an answer of the servers of {self._settings.path}, but got: "
-                        f"none in time")
+                    raise errors.translate(TimeoutError(), self._settings.path)
                 await asyncio.sleep(connection.PAUSE_SECS)
                 patience = min(2 * patience, connection.LONGEST_ATTEMPT_SECS)
 
@@ -285,12 +284,9 @@ class Publishing:
         # By what is to stay: if another process prunes as well, the second one does nothing.
         keep = max(0, (messages + added) // 2 - added)
 
-        async def drop() -> None:
-            if self._settings.strategy == "prune_last":
-                await self._stream.delete_newest(messages - keep)
-            else:
-                await self._stream.purge(**({"keep": keep} if keep else {}))
-
+        drop = functools.partial(self._stream.purge, keep=keep)
+        if self._settings.strategy == "prune_last":
+            drop = functools.partial(self._stream.delete_newest, messages - keep)
         self.drops.add((await self._stream.count_dropped(drop)).items())
 
     async def _raise_full(self) -> NoReturn:

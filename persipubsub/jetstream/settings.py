@@ -122,18 +122,6 @@ class Settings:
             "metadata": metadata,
         }
 
-    def check_size(self, messages: Sequence[bytes]) -> None:
-        """Check that the queue could hold messages if it were empty."""
-        mark = self.queue.high_water_mark
-        size = sum(map(len, messages))
-        if (mark.size_bytes is not None
-                and size > mark.size_bytes) or (mark.max_msgs_num is not None
-                                                and len(messages) > mark.max_msgs_num):
-            raise persipubsub.errors.MessageTooLargeError(
-                f"Expected at most {mark.max_msgs_num} messages (MAX_MSGS_NUM) and "
-                f"{mark.size_bytes} bytes (HWM_LMDB_SIZE_BYTES) at once for the queue {self.path}, "
-                f"but got: {len(messages)} messages, {size} bytes")
-
 
 def _nanoseconds(seconds: float | None) -> int | None:
     return None if seconds is None else int(seconds * 1e9)

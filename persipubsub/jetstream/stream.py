@@ -6,7 +6,6 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 
 import asyncio
 import base64
-import contextlib
 import datetime
 import json
 import time
@@ -110,7 +109,8 @@ class Stream:
     async def ensure_consumer(self, subscriber: str) -> bool:
         """Make the consumer of a subscriber, or update it; return True if it was not there."""
         wanted = self.settings.consumer_config(subscriber)
-        found = await self._consumer(address.durable_of(subscriber), confirms=False)
+        name = address.durable_of(subscriber)
+        found = await self._find("CONSUMER.INFO", consumer=name, confirms=False)
         if found is not None:
             config = found["config"]
             # What it was to get stays: messages may be under way that nobody else wants.
@@ -147,9 +147,8 @@ class Stream:
         config = {key: value for key, value in found["config"].items() if "opt_start" not in key}
         name = address.guard_of(subscriber)
         guard = {**config, **start, "name": name, "durable_name": name, "metadata": {}}
-        with contextlib.suppress(errors.ApiError):
-            # Of a call that was killed.
-            await self._api("CONSUMER.DELETE", consumer=name, confirms=False)
+        # Of a call that was killed.
+        await self._find("CONSUMER.DELETE", consumer=name, confirms=False)
         # The server finds the place.
         number = int((await self._create_consumer(guard))["delivered"]["stream_seq"]) + 1
         await self._api("CONSUMER.DELETE", consumer=address.durable_of(subscriber))
@@ -163,10 +162,7 @@ class Stream:
     async def info(self) -> Info:
         """Ask for ``config``, ``state`` and more of the stream; raise if there is none of ours."""
         before_ns = time.time_ns()
-        try:
-            answer = await self._api("STREAM.INFO")
-        except errors.ApiError as error:
-            raise errors.translate(error, self.settings.path) from None
+        answer = await self._api("STREAM.INFO")
         if not settings.is_ours(answer["config"]):
             raise persipubsub.errors.FormatError(
                 f"Expected the stream {self.name} of {self.settings.path} to be made by "
@@ -190,18 +186,18 @@ class Stream:
         timeout_ns = self.settings.timeout_ns
         return timeout_ns is not None and self.now_ns() - time_ns > timeout_ns
 
-    async def _consumer(self, name: str, confirms: bool = True) -> Info | None:
-        """Ask for ``config``, ``num_pending`` and more of a consumer; None if it is missing."""
+    async def _find(self, verb: str, body: Info | None = None, **named: Any) -> Info | None:
+        """Ask for a consumer or a message; None if it is not there."""
         try:
-            return await self._api("CONSUMER.INFO", consumer=name, confirms=confirms)
+            return await self._api(verb, body, **named)
         except errors.ApiError as error:
-            if error.err_code != errors.CONSUMER_NOT_FOUND:
+            if error.err_code not in errors.NOTHING_FOUND:
                 raise
             return None
 
     async def consumer_info(self, subscriber: str) -> Info:
         """Ask for what is known of a subscriber; raise NotInitializedError if it is missing."""
-        found = await self._consumer(address.durable_of(subscriber))
+        found = await self._find("CONSUMER.INFO", consumer=address.durable_of(subscriber))
         if found is None:
             raise self.missing(subscriber)
         return found
@@ -260,7 +256,8 @@ class Stream:
         they have a consumer.
         """
         names = [*map(address.durable_of, self.settings.subscribers), *await self._names()]
-        infos = await self._each(dict.fromkeys(names), self._consumer)
+        infos = await self._each(dict.fromkeys(names),
+                                 lambda name: self._find("CONSUMER.INFO", consumer=name))
         # None: of somebody else, or for a while.
         found = {settings.subscriber_of(info["config"]): info for info in infos if info is not None}
         return {subscriber: info for subscriber, info in found.items() if subscriber is not None}
@@ -272,22 +269,13 @@ class Stream:
     async def next_stored(self, subjects: Sequence[str], start: int) -> Stored | None:
         """Find the first message from a number on that has one of the subjects."""
         queries = [{"seq": max(1, start), "next_by_subj": subject} for subject in subjects]
-        answers = [await self._message("GET", query) for query in queries]
+        answers = [await self._find("STREAM.MSG.GET", query) for query in queries]
         found = [answer["message"] for answer in answers if answer is not None]
         if not found:
             return None
         message = min(found, key=lambda one: int(one["seq"]))
         data = base64.b64decode(message.get("data") or b"")
         return Stored(int(message["seq"]), message["subject"], data, to_ns(message["time"]))
-
-    async def _message(self, verb: str, query: Info) -> Info | None:
-        """Get or delete a message; None if it is not there."""
-        try:
-            return await self._api(f"STREAM.MSG.{verb}", query)
-        except errors.ApiError as error:
-            if error.err_code not in errors.MESSAGE_NOT_FOUND:
-                raise
-            return None
 
     # Dropping
 
@@ -308,7 +296,8 @@ class Stream:
         while count > 0 and number >= first:
             numbers = range(number, max(first - 1, number - min(_WINDOW, count)), -1)
             queries: list[Info] = [{"seq": one, "no_erase": True} for one in numbers]
-            deleted = await asyncio.gather(*(self._message("DELETE", one) for one in queries))
+            deleted = await asyncio.gather(*(self._find("STREAM.MSG.DELETE", one)
+                                             for one in queries))
             count -= len(numbers) - deleted.count(None)
             number = numbers[-1] - 1
 
