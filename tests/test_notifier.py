@@ -72,7 +72,8 @@ def wait_once(pipe: Connection, directory: pathlib.Path, seconds: float) -> None
     notifier = open_notifier(directory)
     stamp = notifier.arm()
     pipe.send("armed")
-    pipe.send((notifier.wait(stamp, seconds), notifier.end))
+    woken = notifier.wait(stamp, seconds)
+    pipe.send((woken, SharedPage(str(directory)).words[SharedPage.END]))
 
 
 def test_notification_wakes_another_process(tmp_path: pathlib.Path, notifier: Notifier) -> None:

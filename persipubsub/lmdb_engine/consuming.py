@@ -24,6 +24,7 @@ from persipubsub.lmdb_engine import dead_letters, deliveries
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, positions
 from persipubsub.lmdb_engine.environment import Environment
+from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.notifier import Listener
 from persipubsub.lmdb_engine.pending import Copied, Pending
 from persipubsub.message import Message
@@ -203,9 +204,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
                     return None
-            if stamp is not None and notifier.wait(stamp, pause):
-                # The sender says what is there, which spares a look.
-                self.looks.end = max(self.looks.end, notifier.end)
+            if stamp is not None:
+                notifier.wait(stamp, pause)
             # Between arming and waiting there is one more look.
             stamp = notifier.arm()
 
@@ -228,8 +228,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         number = self.position
         # Only if it exists: if a number not yet in use were claimed, others would pass over the
         # message that gets it. Only one: if the position has moved on, others would pass over the
-        # rest meanwhile.
-        if 0 < number < self.looks.end and max_messages == 1:
+        # rest meanwhile. The sender says what is there, which spares a search.
+        if (number and max_messages == 1
+                and (number < self.looks.end
+                     or number < self.environment.page.words[SharedPage.END])):
             self.position = 0
             lease = self._claim(number, 1, is_guess=True)
             if lease is not None:
