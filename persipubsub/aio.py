@@ -465,9 +465,9 @@ async def _end(endings: Sequence[Ending]) -> None:
     if not hasattr(endings[0].lease, "aack"):
         await _run(functools.partial(persipubsub.face.end, endings))
         return
-    lease: Any
-    for lease, is_ack, error in endings:
-        await (lease.aack() if is_ack else lease.anack(error))
+    async with contextlib.AsyncExitStack() as stack:
+        for lease, method, given in reversed(endings):
+            stack.push_async_callback(getattr(lease, f"a{method}"), *given)
 
 
 class Receipt(persipubsub.face.Block[ContentT]):
@@ -507,7 +507,8 @@ class Receipt(persipubsub.face.Block[ContentT]):
                         traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         if self._lease is not None:
-            await self._end([Ending(self._lease, error is None, error)])
+            method, given = ("ack", []) if error is None else ("nack", [error])
+            await self._end([Ending(self._lease, method, given)])
 
 
 class Messages(persipubsub.face.Batch[ContentT]):

@@ -41,21 +41,18 @@ Sending = tuple[Sequence[bytes], Recipients, MessageIds]
 
 class Lease(Protocol):
     """
-    Messages that one consumer has, and no other gets. Ended once: by ``ack`` or ``nack``.
+    Messages that one consumer has, and no other gets. Each is ended once: by ``ack`` or ``nack``.
 
-    A lease that is dropped gives the messages back, without a word of how their delivery ended.
+    Both end all messages, or the first ``count`` of those that are not ended yet. A lease that is dropped gives the messages back, without a word of how their delivery ended.
     """
 
-    messages: list[bytes]  #: at least one
+    messages: list[bytes]  #: all that were taken, at least one
 
-    def ack(self) -> None:
-        """Acknowledge: all messages leave the queue for this subscriber, at once."""
+    def ack(self, count: int | None = None) -> None:
+        """Acknowledge: the messages leave the queue for this subscriber, at once."""
 
-    def nack(self, error: BaseException | None = None) -> None:
+    def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """Give the messages back; they are delivered again. None: they were not worked on."""
-
-    def split(self, count: int) -> "Lease":
-        """Move the first messages, not all, into a lease of their own. Both are ended apart."""
 
     def details(self) -> list[persipubsub.message.Message]:
         """Return the messages with all that is known of them."""

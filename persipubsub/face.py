@@ -5,6 +5,7 @@ What a user gives is checked here, once for both; so is what becomes of messages
 and that it handled, or did not.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Generic, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
@@ -157,20 +158,18 @@ class Handle(Generic[OpenT]):
 
 
 class Ending(NamedTuple):
-    """How a lease ends."""
+    """How the next messages of a lease are ended: the method of the lease, its arguments."""
 
     lease: Lease
-    is_ack: bool
-    error: BaseException | None = None
+    method: str
+    given: Sequence[Any]
 
 
-def end(endings: Iterable[Ending]) -> None:
-    """End leases, one after the other."""
-    for lease, is_ack, error in endings:
-        if is_ack:
-            lease.ack()
-        else:
-            lease.nack(error)
+def end(endings: Sequence[Ending]) -> None:
+    """End messages, one part after the other, each whatever becomes of the one before."""
+    with contextlib.ExitStack() as stack:
+        for lease, method, given in reversed(endings):
+            stack.callback(getattr(lease, method), *given)
 
 
 def refuse() -> NoReturn:
@@ -263,25 +262,21 @@ class Batch(Generic[ContentT]):
         if lease is None or not 0 < given < len(self._items):
             return self._finish(given)
         self._items, self._given = self._items[given:], 0  # a copy: it may be the lease's own list
-        return [Ending(lease.split(given), True)]
+        return [Ending(lease, "ack", [given])]
 
     def _finish(self, handled: int, error: BaseException | None = None) -> list[Ending]:
         """End all: what was handled, the message that the error is about, and the rest."""
         lease, count, given = self._lease, len(self._items), self._given
         self._lease, self._items, self._given = None, [], 0
-        if lease is None:
-            return []
-        if handled == count:
-            return [Ending(lease, True)]
-        handled_well = [Ending(lease.split(handled), True)] if handled > 0 else []
-        failed = []
-        if given == 0:
-            error = None  # the message that failed was acknowledged before
-        elif error is not None and handled + 1 < count:
-            failed = [Ending(lease.split(1), False, error)]
-            error = None
-        # Acknowledging may raise, and comes last.
-        return [*failed, Ending(lease, False, error), *handled_well]
+        endings = []
+        if lease is not None and handled > 0:
+            endings.append(Ending(lease, "ack", [handled]))
+        # Without any given, the message that failed was acknowledged before.
+        if lease is not None and error is not None and given > 0:
+            endings.append(Ending(lease, "nack", [error, 1]))
+        if lease is not None and handled < count:
+            endings.append(Ending(lease, "nack", []))
+        return endings
 
 
 # What a user gives

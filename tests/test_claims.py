@@ -157,18 +157,6 @@ def test_narrow(claims: locks.Claims, spawn: Callable[[], Puppet], first: int, c
     assert [number for number in range(10, 15) if other.ask(f"take({number})")] == free
 
 
-def test_split(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
-    other = spawn()
-    rest = take(claims, 10, 5)
-    first = claims.split(rest, 2)
-    assert (first.first, first.count, rest.first, rest.count) == (10, 2, 12, 3)
-    claims.release(first)
-    assert [other.ask(f"take({number})")
-            for number in (10, 11, 12, 13)] == [True, True, False, False]
-    claims.release(rest)
-    assert other.ask("take(12)")
-
-
 def test_killed_holder(claims: locks.Claims, spawn: Callable[[], Puppet]) -> None:
     holder = spawn()
     assert holder.ask("take(1, 3)")

@@ -263,20 +263,17 @@ def test_part_of_a_batch_is_acknowledged(tmp_path: pathlib.Path) -> None:
         for message in (b"1", b"2", b"3", b"4"):
             queue.put([message])
         lease = take(queue.consumer("sub"), most=9)
-        first = lease.split(2)
-        assert (first.messages, lease.messages) == ([b"1", b"2"], [b"3", b"4"])
-        first.ack()
+        lease.ack(2)
         assert stores.figures(queue).lag == 2
         # Nobody else gets what is left of it.
         assert queue.consumer("sub").take(timeout=0) is None
-        second = lease.split(1)
-        lease.nack(ValueError("no"))
-        assert stores.take_all(queue) == [b"4"]
-        second.ack()
+        lease.nack(ValueError("no"), 1)
+        assert stores.take_all(queue) == [b"3"]
+        lease.ack()
         assert (stores.figures(queue).acknowledged, stores.figures(queue).failed) == (4, 1)
 
 
-def test_parts_of_a_batch_tell_what_is_known_of_each(tmp_path: pathlib.Path) -> None:
+def test_batch_tells_what_is_known_of_each_message(tmp_path: pathlib.Path) -> None:
     clock = stores.Clock()
     with stores.opened(tmp_path, clock=clock, max_msgs_num=4) as queue:
         consumer = queue.consumer("sub")
@@ -285,14 +282,12 @@ def test_parts_of_a_batch_tell_what_is_known_of_each(tmp_path: pathlib.Path) -> 
         clock.advance(100)
         queue.put([b"2", b"3"])
         lease = take(consumer, most=9)
-        part = lease.split(2)
-        told = part.details() + lease.details()
+        told = lease.details()
         assert [message.number for message in told] == list(range(first, first + 4))
         assert [message.data for message in told] == [b"0", b"1", b"2", b"3"]
         assert [message.dropped_before for message in told] == [3, 0, 0, 0]
         ages = [(told[-1].sent_at - message.sent_at).total_seconds() for message in told]
         assert ages == pytest.approx([100, 100, 0, 0], abs=1)
-        part.ack()
         lease.ack()
 
 

@@ -302,56 +302,50 @@ class Lease:
         self._queue = queue
         self._delivery = own
         self._delivered = delivered
-        self._is_over = False
 
-    def _end(self) -> bool:
-        """Note that the lease ends; return False in a forked child, whose parent has it."""
-        self._is_over = True
-        return self._delivery.loop.process_id == os.getpid()
+    def _end(self, count: int | None) -> list[delivery.Delivered]:
+        """Take out the first messages, or all; none in a forked child, whose parent has them."""
+        ended = self._delivered[:count]
+        self._delivered = self._delivered[len(ended):]
+        return ended if self._delivery.loop.process_id == os.getpid() else []
 
-    def ack(self) -> None:
+    def ack(self, count: int | None = None) -> None:
         """
         Let the messages leave the queue for this subscriber, and wait until the server has it.
 
         Several messages are acknowledged at the same time, but not in one transaction.
         """
-        if self._end():
-            self._queue.run(self._acking)
+        if ended := self._end(count):
+            self._queue.run(lambda: self._delivery.ack(ended))
 
-    async def aack(self) -> None:
+    async def aack(self, count: int | None = None) -> None:
         """Do what :py:meth:`ack` does, in a task; it is carried out even if that is cancelled."""
-        if self._end():
-            await self._queue.arun(self._acking)
+        if ended := self._end(count):
+            await self._queue.arun(lambda: self._delivery.ack(ended))
 
-    def _acking(self) -> Coroutine[Any, Any, None]:
-        return self._delivery.ack(self._delivered)
-
-    def nack(self, error: BaseException | None = None) -> None:
+    def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """
         Let the messages be delivered again, perhaps to another.
 
         It raises nothing: what the user raised matters more. If no server answers, they are
         delivered again after ``ack_wait``.
         """
-        if self._end():
+        if ended := self._end(count):
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                self._queue.run(self._nacking(error))
+                self._queue.run(self._nacking(ended, error))
 
-    async def anack(self, error: BaseException | None = None) -> None:
+    async def anack(self,
+                    error: BaseException | None = None,
+                    count: int | None = None) -> None:
         """Do what :py:meth:`nack` does, in a task; it is carried out even if that is cancelled."""
-        if self._end():
+        if ended := self._end(count):
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                await self._queue.arun(self._nacking(error))
+                await self._queue.arun(self._nacking(ended, error))
 
-    def _nacking(self, error: BaseException | None) -> loop.Work[None]:
+    def _nacking(self, ended: list[delivery.Delivered],
+                 error: BaseException | None) -> loop.Work[None]:
         text = None if error is None else persipubsub.message.text_of(error)
-        return lambda: self._delivery.nack(self._delivered, text)
-
-    def split(self, count: int) -> "Lease":
-        """Move the first messages into a lease of their own."""
-        first = Lease(self._queue, self._delivery, self._delivered[:count])
-        self.messages, self._delivered = self.messages[count:], self._delivered[count:]
-        return first
+        return lambda: self._delivery.nack(ended, text)
 
     def details(self) -> list[persipubsub.message.Message]:
         """Tell what is known of the messages, in the same order."""
@@ -360,9 +354,9 @@ class Lease:
     def __del__(self) -> None:
         """Have the messages given back that somebody forgot: a call that was cancelled, a loop."""
         # In any thread, in the middle of any code, at the exit: it only leaves word for the loop.
-        if not self._is_over and self._end():
-            own, delivered = self._delivery, self._delivered
-            own.loop.post(lambda: own.give_back(delivered))
+        own = self._delivery
+        if forgotten := self._end(None):
+            own.loop.post(lambda: own.give_back(forgotten))
 
 
 class Consumer:

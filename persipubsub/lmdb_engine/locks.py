@@ -211,8 +211,6 @@ class Claim:
     count: int
     held: Held
     file: io.FileIO | None = None  #: None: it is not locked
-    #: If it was split: an entry for each claim that shares the file.
-    parts: list[None] | None = None
 
 
 class Claims:
@@ -311,15 +309,6 @@ class Claims:
                 claim.held.give_back(begin, behind)
         claim.first, claim.count = first, count
 
-    def split(self, claim: Claim, count: int) -> Claim:
-        """Make a claim of its own of the first messages of a claim; both share a descriptor."""
-        claim.parts = claim.parts or [None]
-        claim.parts.append(None)
-        first = Claim(claim.ordinal, claim.first, count, claim.held, claim.file, claim.parts)
-        claim.first, claim.count = claim.first + count, claim.count - count
-        self._claims.add(first)
-        return first
-
     def release(self, claim: Claim) -> None:
         """Give a claim back, if it was locked; nothing happens after a close, nor in a forked child."""
         file = claim.file
@@ -343,10 +332,6 @@ class Claims:
                 return
             raise
         claim.file = None
-        if claim.parts is not None:
-            claim.parts.pop()
-            if claim.parts:
-                return  # another part of it is claimed
         if len(self._idle) < _MOST_IDLE:
             self._idle.append(file)
         else:
