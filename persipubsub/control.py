@@ -79,15 +79,16 @@ def _directory(config: Config, queue_key: str) -> tuple[str, persipubsub.config.
 
 
 def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
-    """Let an engine do something that not every engine offers."""
-    operation = getattr(persipubsub.engine.of(config, queue_key), name, None)
+    """Do something with a queue that the queues of not every engine offer."""
+    engine: Any = persipubsub.engine.of(config, queue_key)
+    operation = getattr(engine.Queue, name, None)
     if operation is None:
         place = persipubsub.config.at("queues", queue_key)
         persipubsub.config.fail(config.path, [
             f"{place}.path: Expected a queue that is a directory of this machine, but got: "
             f"{config.queue_path(queue_key)!r}; there is no {name!r} on servers"
         ])
-    return operation(config, queue_key, *arguments)
+    return _with_queue(lambda queue: operation(queue, *arguments))(config, queue_key)
 
 
 def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> tuple[Config, str]:
@@ -218,7 +219,7 @@ def peek(config_pth: ConfigLike,
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
     count, start = _at_least("count", count, 1), _at_least("start", start, 0)
-    return tuple(_operate(config, key, "peek", sub_id, count, start))
+    return tuple(persipubsub.engine.of(config, key).peek(config, key, sub_id, count, start))
 
 
 def follow(config_pth: ConfigLike,
@@ -238,7 +239,7 @@ def follow(config_pth: ConfigLike,
     """
     config, (key, ) = _select(config_pth, queue_key)
     last = _at_least("last", last, 0)
-    return _operate(config, key, "follow", last)  # type: ignore[no-any-return]
+    return persipubsub.engine.of(config, key).follow(config, key, last)
 
 
 def seek(config_pth: ConfigLike,

@@ -11,7 +11,7 @@ Timeouts are in seconds; None waits for ever.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Final, Protocol, cast
 
 import persipubsub.config
@@ -112,7 +112,11 @@ class Queue(Protocol):
 
 
 class Engine(Protocol):
-    """Keeps queues. A module."""
+    """
+    Keeps queues. A module.
+
+    Its class ``Queue`` may have further methods for operators, see :py:mod:`persipubsub.control`.
+    """
 
     def ensure_queue(self, config: persipubsub.config.Config, queue_key: str) -> None:
         """Create a queue and its subscribers, as far as they are not there."""
@@ -123,6 +127,14 @@ class Engine(Protocol):
     def statistics_of(self, config: persipubsub.config.Config,
                       queue_key: str) -> persipubsub.statistics.QueueStatistics:
         """Count what is in a queue without taking part in it."""
+
+    def peek(self, config: persipubsub.config.Config, queue_key: str, subscriber: str, count: int,
+             start: int) -> Sequence[persipubsub.message.Peeked]:
+        """Look at the next messages of a subscriber without taking them."""
+
+    def follow(self, config: persipubsub.config.Config, queue_key: str,
+               last: int) -> Generator[list[persipubsub.message.Peeked], None, None]:
+        """Look at the messages of a queue as they are sent, for ever."""
 
     def check_durability(self, config: persipubsub.config.Config,
                          queue_key: str) -> tuple[str, ...]:

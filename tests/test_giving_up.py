@@ -155,7 +155,7 @@ def test_message_that_left_meanwhile_is_not_moved(tmp_path: pathlib.Path, change
 
         policy = attempts.Policy(max_deliveries=1)
         found: Any = persipubsub.queue.Retries(policy, "greetings",
-                                               Target)  # type: ignore[arg-type]
+                                               Target)
         with stores.opened(tmp_path,
                            max_msgs_num=2,
                            strategy=stores.PRUNE_LAST,
@@ -260,7 +260,7 @@ def die_behind_the_move(pipe: support.Connection, directory: pathlib.Path) -> No
             """Never get here."""
 
     policy = attempts.Policy(max_deliveries=2)
-    found: Any = persipubsub.queue.Retries(policy, "greetings", Target)  # type: ignore[arg-type]
+    found: Any = persipubsub.queue.Retries(policy, "greetings", Target)
     with persipubsub.queue.Queue(stores.path_of(directory), stores.settings(),
                                  {"sub": found}) as queue:
         fail(queue)
@@ -326,7 +326,7 @@ def test_after_a_refusal_the_queue_is_left_alone_for_a_while(tmp_path: pathlib.P
         raise persipubsub.errors.NotInitializedError("no")
 
     policy = attempts.Policy(max_deliveries=1)
-    found: Any = persipubsub.queue.Retries(policy, "greetings", refuse)  # type: ignore[arg-type]
+    found: Any = persipubsub.queue.Retries(policy, "greetings", refuse)
     with stores.opened(tmp_path, retries={"sub": found}) as queue:
         queue.put([b"1", b"2", b"3"])
         fail(queue, times=3)

@@ -536,7 +536,8 @@ def test_subscribers_that_are_in_the_file_no_more(tmp_path: pathlib.Path,
     assert {one.subscriber: one.lag for one in figures} == {"sub": 0, **dict.fromkeys(gone, 2)}
     ask(servers, "CONSUMER.DELETE.gone.other")
     for name in gone:
-        assert engine.remove_subscriber(persipubsub.config.read(config_pth), "queue", name) == 2
+        assert persipubsub.control.remove_subscriber(persipubsub.config.read(config_pth), "queue",
+                                                     name) == 2
     with open_pub(config_pth) as pub:
         pub.send(b"2")
 
@@ -957,20 +958,21 @@ def test_seek(tmp_path: pathlib.Path, servers: jetstream_server.Servers) -> None
         # The other one keeps them.
         for to, expected in (("beginning", 1), (4, 4), (middle, 6), ("end", 11), (1000, 11), (0, 1),
                              (datetime.datetime.fromtimestamp(middle, datetime.UTC), 6)):
-            assert engine.seek(config, "queue", "sub", to) == expected
+            assert persipubsub.control.seek(config, "sub", to) == expected
             assert drain(sub, timeout=0.3) == numbered(10)[expected - 1:], to
-        assert engine.seek(config, "queue", "b", 8) == 8
+        assert persipubsub.control.seek(config, "b", 8) == 8
         assert drain(b) == numbered(10)[7:]
         # What everybody passed is gone, and what is sent from now on comes to all.
         assert persipubsub.control.statistics(config_pth)["queue"].messages == 0
-        engine.seek(config, "queue", "sub", "beginning")
+        persipubsub.control.seek(config, "sub", "beginning")
         pub.send(b"new")
         assert (drain(sub), drain(b)) == ([b"new"], [b"new"])
     for to, kind in (("middle", ValueError), (True, TypeError), (float("nan"), ValueError),
                      (datetime.datetime(2026, 1, 1), ValueError)):
         with pytest.raises(kind):
-            engine.seek(config, "queue", "sub", to)
-    assert outcome(lambda: engine.seek(config, "queue", "nobody", 1)) == "NotInitializedError"
+            persipubsub.control.seek(config, "sub", to)
+    assert outcome(
+        lambda: persipubsub.control.seek(config, "nobody", 1, "queue")) == "NotInitializedError"
 
 
 def test_seek_while_everybody_is_at_work(tmp_path: pathlib.Path,
@@ -996,13 +998,13 @@ def test_seek_while_everybody_is_at_work(tmp_path: pathlib.Path,
     receiving.start()
     sending.start()
     while sending.is_alive():
-        engine.seek(config, "queue", "sub", "beginning")
+        persipubsub.control.seek(config, "sub", "beginning")
     sending.join(HANG_SECS)
     until(lambda: set(received) == set(numbered(300)), "all messages")
     is_over.set()
     receiving.join(HANG_SECS)
     assert ends == ["", ""]
-    engine.seek(config, "queue", "sub", "beginning")
+    persipubsub.control.seek(config, "sub", "beginning")
     with open_sub(config_pth) as sub:
         assert drain(sub, timeout=2) == numbered(300)
 
@@ -1014,7 +1016,7 @@ def test_finished_messages_are_retained(tmp_path: pathlib.Path,
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
         assert drain(sub) == numbered(4)
-        assert engine.seek(config, "queue", "sub", 2) == 2
+        assert persipubsub.control.seek(config, "sub", 2) == 2
         assert drain(sub) == numbered(4)[1:]
         # At the mark, they are dropped first.
         pub.send_many(numbered(4))
@@ -1093,16 +1095,16 @@ def test_subscribers_are_added_and_removed(tmp_path: pathlib.Path,
     config = persipubsub.config.read(both)
     with open_pub(config_pth) as pub:
         pub.send(b"before")
-        assert engine.add_subscriber(config, "queue", "new")
-        assert not engine.add_subscriber(config, "queue", "new")
+        assert persipubsub.control.add_subscriber(config, "queue", "new")
+        assert not persipubsub.control.add_subscriber(config, "queue", "new")
         pub.send(b"after")
         with open_sub(both, "new") as sub:
             assert drain(sub) == [b"after"]
-            assert engine.remove_subscriber(config, "queue", "sub") == 2
+            assert persipubsub.control.remove_subscriber(config, "queue", "sub") == 2
             # Nobody else needs them.
             assert persipubsub.control.statistics(both)["queue"].messages == 0
             # What everybody is to get needs everybody that the file names.
             until(lambda: outcome(lambda: pub.send(b"lost")) == "NotInitializedError", "an error")
             assert outcome(lambda: drain(sub)) == ""
-    assert outcome(
-        lambda: engine.remove_subscriber(config, "queue", "sub")) == "NotInitializedError"
+    assert outcome(lambda: persipubsub.control.remove_subscriber(config, "queue", "sub")
+                   ) == "NotInitializedError"

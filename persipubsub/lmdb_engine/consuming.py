@@ -209,12 +209,6 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             # Between arming and waiting there is one more look.
             stamp = notifier.arm()
 
-    def take_newest(self,
-                    timeout: float | None,
-                    poll_secs: float = LONGEST_PAUSE_SECS) -> Lease | None:
-        """Take the newest message and skip all older ones; wait if there is none."""
-        return self.take(timeout, poll_secs, is_newest=True)
-
     def take_at(self, number: int) -> Lease | None:
         """Take one certain message, whatever else is there. It does not wait."""
         return self._claim(number, 1)
@@ -229,9 +223,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         # Only if it exists: if a number not yet in use were claimed, others would pass over the
         # message that gets it. Only one: if the position has moved on, others would pass over the
         # rest meanwhile. The sender says what is there, which spares a search.
-        if (number and max_messages == 1
-                and (number < self.looks.end
-                     or number < self.environment.page.words[SharedPage.END])):
+        if (number and max_messages == 1 and
+            (number < self.looks.end or number < self.environment.page.words[SharedPage.END])):
             self.position = 0
             lease = self._claim(number, 1, is_guess=True)
             if lease is not None:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import pytest
 
 import persipubsub.config
+import persipubsub.control
 import persipubsub.errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
@@ -196,7 +197,7 @@ def test_acknowledgement_of_a_removed_subscriber(server: jetstream_server.Server
         queue.put([b"hello"])
         lease = queue.consumer("sub").take(timeout=HANG_SECS)
         assert lease is not None
-        engine.remove_subscriber(persipubsub.config.read(config_pth), "queue", "sub")
+        persipubsub.control.remove_subscriber(persipubsub.config.read(config_pth), "queue", "sub")
         begin = time.monotonic()
         assert outcome(lease.ack) == "NotInitializedError"
         assert outcome(lambda: queue.consumer("sub")) == "NotInitializedError"
