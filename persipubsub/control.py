@@ -73,9 +73,11 @@ def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], Resul
     return run
 
 
-def _directory(config: Config, queue_key: str) -> tuple[str, persipubsub.config.Queue]:
-    """Return the directory and the settings of a queue on this machine."""
-    return _load("queue").directory_of(config, queue_key), config.queues[queue_key]
+def _maintain(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
+    """Do something with the files of a queue on this machine."""
+    directory = _load("queue").directory_of(config, queue_key)
+    work = getattr(_load("lmdb_engine.maintenance"), name)
+    return work(directory, config.queues[queue_key], *arguments)
 
 
 def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
@@ -425,9 +427,8 @@ def verify(config_pth: ConfigLike,
     :raise NotInitializedError: if a queue was not initialized
     """
     shown = progress or Progress()
-    return _for_each(
-        config_pth, queue_key, lambda config, key: tuple(
-            _load("lmdb_engine.maintenance").verify(*_directory(config, key), shown)))
+    return _for_each(config_pth, queue_key,
+                     lambda config, key: tuple(_maintain(config, key, "verify", shown)))
 
 
 def backup(config_pth: ConfigLike,
@@ -450,9 +451,7 @@ def backup(config_pth: ConfigLike,
     :raise DiskFullError: if there is no room for it
     """
     config, _ = _select(config_pth, queue_key)
-    return int(
-        _load("lmdb_engine.maintenance").backup(*_directory(config, queue_key), os.fspath(target),
-                                                progress or Progress()))
+    return int(_maintain(config, queue_key, "backup", os.fspath(target), progress or Progress()))
 
 
 def restore(config_pth: ConfigLike,
@@ -478,8 +477,7 @@ def restore(config_pth: ConfigLike,
     """
     config, _ = _select(config_pth, queue_key)
     source = os.path.realpath(os.fspath(source))
-    _load("lmdb_engine.maintenance").restore(*_directory(config, queue_key), source, progress
-                                             or Progress())
+    _maintain(config, queue_key, "restore", source, progress or Progress())
     persipubsub.engine.of(config, queue_key).ensure_queue(config, queue_key)
 
 
@@ -503,9 +501,9 @@ def compact(config_pth: ConfigLike,
     shown = progress or Progress()
 
     def work(config: Config, key: str) -> Any:
-        directory, queue = _directory(config, key)
+        _load("queue").directory_of(config, key)  # servers have no such work
         _with_queue(lambda opened: opened.delete_finished())(config, key)
-        return _load("lmdb_engine.maintenance").compact(directory, queue, shown)
+        return _maintain(config, key, "compact", shown)
 
     return _for_each(config_pth, queue_key, work)
 
@@ -563,8 +561,7 @@ def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
     :raise QueueInUseError: if any process, this one included, has the queue open
     """
     config, _ = _select(config_pth, queue_key)
-    directory, queue = _directory(config, queue_key)
-    return tuple(_load("lmdb_engine.maintenance").drop(directory, queue.busy_timeout_secs))
+    return tuple(_maintain(config, queue_key, "drop"))
 
 
 def migrate(config_pth: ConfigLike,

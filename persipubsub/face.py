@@ -20,6 +20,9 @@ BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 MessageId: TypeAlias = str | bytes
 
+#: Waits for messages and takes them; in a task, it is awaited.
+Take: TypeAlias = Callable[[], Any]
+
 ContentT = TypeVar("ContentT")
 
 #: A timeout of more than 30 years is none; an integer may be too large for a float.
@@ -180,19 +183,21 @@ def refuse() -> NoReturn:
 class Block(Generic[ContentT]):
     """Messages that are taken when a block is entered, and ended when it is left."""
 
-    __slots__ = ("_take", "_details", "_is_batch", "_lease")
+    __slots__ = ("_take", "_end", "_details", "_is_batch", "_lease")
 
     _prefix = ""  #: of the statement in which it is used
 
-    def __init__(self, take: Callable[[], Any], details: bool, is_batch: bool = False) -> None:
+    def __init__(self, take: Take, details: bool, is_batch: bool = False, end: Any = None) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param details: True if the block gets all that is known of messages, not only bytes
         :param is_batch: True if it gets a list
+        :param end: acknowledges and gives back, in a task
         """
         self._take = take
+        self._end = end
         self._details = details
         self._is_batch = is_batch
         self._lease: Lease | None = None
@@ -234,16 +239,18 @@ class Block(Generic[ContentT]):
 class Batch(Generic[ContentT]):
     """Messages of a loop: several are taken and ended at once, and handed out one by one."""
 
-    __slots__ = ("_take", "_details", "_lease", "_items", "_given", "_is_done")
+    __slots__ = ("_take", "_end", "_details", "_lease", "_items", "_given", "_is_done")
 
-    def __init__(self, take: Callable[[], Any], details: bool) -> None:
+    def __init__(self, take: Take, details: bool, end: Any = None) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param details: True if the loop gets all that is known of messages, not only bytes
+        :param end: acknowledges and gives back, in a task
         """
         self._take = take
+        self._end = end
         self._details = details
         self._lease: Lease | None = None
         self._items: list[ContentT] = []

@@ -29,7 +29,6 @@ conflict with each other, so each claim in progress has a descriptor for itself,
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import io
@@ -39,6 +38,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
+
+import msgspec
 
 import persipubsub.errors
 from persipubsub.lmdb_engine import files
@@ -202,8 +203,7 @@ class Held:
         self.start = min(self.start, first)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Claim:
+class Claim(msgspec.Struct, eq=False):
     """A range of messages that one consumer has."""
 
     ordinal: int
@@ -426,7 +426,7 @@ def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
     It is for people to look at: nothing is decided by it. Each descriptor of a process has its place,
     so that a claim that is held for long keeps its note; two processes may have the same place.
     """
-    since_ns = files.ticks_ns()
+    since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # without a call of ticks_ns
     try:
         place = (process_id * 61 +
                  claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
