@@ -6,6 +6,7 @@ and that it handled, or did not.
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Generic, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
@@ -373,6 +374,8 @@ def seconds_of(timeout: object) -> float | None:
     return None if timeout > _FOREVER_SECS else timeout
 
 
+# Most calls give the same, and every receive passes here. Typed: True is no number of retries.
+@functools.lru_cache(maxsize=64, typed=True)
 def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     """
     Check how long a caller wants to wait for a message.

@@ -26,11 +26,11 @@ _PUPPET = """
 import os, sys
 from persipubsub.lmdb_engine import locks
 
-claims = locks.Claims(sys.argv[1], {})
+claims = locks.Claims(sys.argv[1], locks.HeldOf())
 held = {}
 
 def take(first, count=1):
-    claim = locks.Claim(0, first, count, claims.held(0))
+    claim = locks.Claim(0, first, count, claims.held[0])
     if claims.claim(claim):
         held[first] = claim
         return True
@@ -72,7 +72,7 @@ class Puppet:
 
 @pytest.fixture(name="claims")
 def _claims(tmp_path: pathlib.Path) -> Iterator[locks.Claims]:
-    with contextlib.closing(locks.Claims(str(tmp_path), {})) as claims:
+    with contextlib.closing(locks.Claims(str(tmp_path), locks.HeldOf())) as claims:
         yield claims
 
 
@@ -89,7 +89,7 @@ def _spawn(tmp_path: pathlib.Path) -> Iterator[Callable[[], Puppet]]:
 
 
 def lock(claims: locks.Claims, ordinal: int, first: int, count: int = 1) -> locks.Claim | None:
-    claim = locks.Claim(ordinal, first, count, claims.held(ordinal))
+    claim = locks.Claim(ordinal, first, count, claims.held[ordinal])
     return claim if claims.claim(claim) else None
 
 
@@ -144,7 +144,7 @@ def test_prefix(claims: locks.Claims, spawn: Callable[[], Puppet], taken: tuple[
     other = spawn()
     for number in taken:
         assert other.ask(f"take({number})")
-    claim = locks.Claim(0, 10, 5, claims.held(0))
+    claim = locks.Claim(0, 10, 5, claims.held[0])
     assert (claim.count if claims.claim_prefix(claim) else None) == expected
 
 

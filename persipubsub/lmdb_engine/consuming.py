@@ -232,7 +232,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
         if self.ending.is_closed:
             raise self.closed_error()
-        held = self.claims.held(self.looks.ordinal)
+        held = self.claims.held[self.looks.ordinal]
         now = time.monotonic()
         if now >= held.start_until or 0 < held.retry_at_ns <= self.looks.now_ns():
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
@@ -296,7 +296,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         :param newest_but: if given: only if it is the newest one, but for these if they are exhausted
         """
         environment, looks, claims = self.environment, self.looks, self.claims
-        claim = locks.Claim(looks.ordinal, number, count, claims.held(looks.ordinal))
+        claim = locks.Claim(looks.ordinal, number, count, claims.held[looks.ordinal])
         lease = None
         try:
             if newest_but is not None:

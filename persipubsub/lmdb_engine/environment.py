@@ -110,7 +110,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         self.users = 0
         self.process_id = os.getpid()
         #: Numbers that this process has claimed, by the ordinal of the subscriber.
-        self.held: dict[int, locks.Held] = {}
+        self.held = locks.HeldOf()
         #: Parts of the open queues that have locks or files: to be begun anew in a forked child.
         self.members: list[Member] = []
         #: Told to report before the environment is closed, and at the interpreter's end.

@@ -203,6 +203,14 @@ class Held:
         self.start = min(self.start, first)
 
 
+class HeldOf(dict[int, Held]):
+    """What this process has claimed, by the ordinal of the subscriber."""
+
+    def __missing__(self, ordinal: int) -> Held:
+        """Begin with nothing claimed. Two threads get the same."""
+        return self.setdefault(ordinal, Held())
+
+
 class Claim(msgspec.Struct, eq=False):
     """A range of messages that one consumer has."""
 
@@ -216,7 +224,7 @@ class Claim(msgspec.Struct, eq=False):
 class Claims:
     """Claims of the consumers of one open queue. Any thread may use it."""
 
-    def __init__(self, directory: str, held: dict[int, Held]) -> None:
+    def __init__(self, directory: str, held: HeldOf) -> None:
         """
         Initialize without touching the file, which is opened at the first use.
 
@@ -224,18 +232,13 @@ class Claims:
             it has open of the queue
         """
         self._path = os.path.join(os.path.abspath(directory), files.CLAIMS)
-        self._held = held
+        self.held = held
         # Appending to a list and popping are atomic. ``_all`` has all that is open.
         self._idle: list[io.FileIO] = []
         self._all: dict[io.FileIO, None] = {}
         self._claims: set[Claim] = set()
         self._identity: files.Identity | None = None
         self.is_closed = False
-
-    def held(self, ordinal: int) -> Held:
-        """Return what this process has claimed for a subscriber."""
-        held = self._held.get(ordinal)
-        return self._held.setdefault(ordinal, Held()) if held is None else held
 
     def claim(self, claim: Claim) -> bool:
         """
