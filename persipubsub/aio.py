@@ -708,7 +708,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: from the ``async with`` statement if the next message is
             damaged; it is set aside, and the next call gives the one after it
         """
-        return Receipt(self._taker(timeout, retries), details, end=self._end)
+        return Receipt(self._taker(timeout, retries), details, ender=self._end)
 
     # yapf: disable
     @overload
@@ -733,7 +733,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: context manager of the message, see :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        return Receipt(self._taker(timeout, retries, is_newest=True), details, end=self._end)
+        return Receipt(self._taker(timeout, retries, is_newest=True), details, ender=self._end)
 
     # yapf: disable
     @overload
@@ -766,7 +766,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         return Receipt(self._taker(timeout, retries, max_msgs),
                        details,
                        is_batch=True,
-                       end=self._end)
+                       ender=self._end)
 
     # yapf: disable
     @overload
@@ -795,7 +795,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: iterator that ends when no message comes in time
         """
         persipubsub.face.check_count("prefetch", prefetch)
-        return Messages(self._taker(timeout, 1, prefetch), details, end=self._end)
+        return Messages(self._taker(timeout, 1, prefetch), details, ender=self._end)
 
     def __aiter__(self) -> Messages[bytes]:
         """

@@ -43,7 +43,8 @@ class Lease(Protocol):
     """
     Messages that one consumer has, and no other gets. Each is ended once: by ``ack`` or ``nack``.
 
-    Both end all messages, or the first ``count`` of those that are not ended yet. A lease that is dropped gives the messages back, without a word of how their delivery ended.
+    Both end all messages, or the first ``count`` of those that are not ended yet. A lease that is
+    dropped gives the messages back, without a word of how their delivery ended.
     """
 
     messages: list[bytes]  #: all that were taken, at least one

@@ -188,17 +188,21 @@ class Block(Generic[ContentT]):
 
     _prefix = ""  #: of the statement in which it is used
 
-    def __init__(self, take: Take, details: bool, is_batch: bool = False, end: Any = None) -> None:
+    def __init__(self,
+                 take: Take,
+                 details: bool,
+                 is_batch: bool = False,
+                 ender: Any = None) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param details: True if the block gets all that is known of messages, not only bytes
         :param is_batch: True if it gets a list
-        :param end: acknowledges and gives back, in a task
+        :param ender: acknowledges and gives back, in a task
         """
         self._take = take
-        self._end = end
+        self._end = ender
         self._details = details
         self._is_batch = is_batch
         self._lease: Lease | None = None
@@ -242,16 +246,16 @@ class Batch(Generic[ContentT]):
 
     __slots__ = ("_take", "_end", "_details", "_lease", "_items", "_given", "_is_done")
 
-    def __init__(self, take: Take, details: bool, end: Any = None) -> None:
+    def __init__(self, take: Take, details: bool, ender: Any = None) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param details: True if the loop gets all that is known of messages, not only bytes
-        :param end: acknowledges and gives back, in a task
+        :param ender: acknowledges and gives back, in a task
         """
         self._take = take
-        self._end = end
+        self._end = ender
         self._details = details
         self._lease: Lease | None = None
         self._items: list[ContentT] = []

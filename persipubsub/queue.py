@@ -20,16 +20,20 @@ import persipubsub.place
 from persipubsub.config import Config
 from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, figures
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, meta, pending, positions, retention, room, sending
+from persipubsub.lmdb_engine import locks, meta, pending, positions, retention, room, sending
 from persipubsub.lmdb_engine.dead_letters import Retries
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.place import Place
 from persipubsub.statistics import QueueStatistics
 
-__all__ = ["Queue", "Retries", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
+__all__ = [
+    "Queue", "Retries", "ensure_queue", "open_queue", "statistics_of", "check_durability", "peek",
+    "follow"
+]
 
 ResultT = TypeVar("ResultT")
+
 
 class Queue:
     """Puts messages into a queue, hands them to consumers, and looks after them."""
@@ -371,11 +375,11 @@ def _retries_of(config: Config, queue_key: str) -> Mapping[str, Retries]:
     return found
 
 
-def peek(config: Config, queue_key: str, sub_id: str, count: int, start: int) -> list[Peeked]:
+def peek(config: Config, queue_key: str, subscriber: str, count: int, start: int) -> list[Peeked]:
     """Look at the next messages of a subscriber without taking them."""
     looking = importlib.import_module("persipubsub.lmdb_engine.maintenance")
     return looking.peek(  # type: ignore[no-any-return]
-        directory_of(config, queue_key), config.queues[queue_key], sub_id, count, start)
+        directory_of(config, queue_key), config.queues[queue_key], subscriber, count, start)
 
 
 def follow(config: Config, queue_key: str, last: int) -> Generator[list[Peeked], None, None]:

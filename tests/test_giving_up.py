@@ -154,8 +154,7 @@ def test_message_that_left_meanwhile_is_not_moved(tmp_path: pathlib.Path, change
                 """Leave the queue open."""
 
         policy = attempts.Policy(max_deliveries=1)
-        found: Any = persipubsub.queue.Retries(policy, "greetings",
-                                               Target)
+        found: Any = persipubsub.queue.Retries(policy, "greetings", Target)
         with stores.opened(tmp_path,
                            max_msgs_num=2,
                            strategy=stores.PRUNE_LAST,
