@@ -39,9 +39,6 @@ ResultT = TypeVar("ResultT")
 
 Take: TypeAlias = Callable[[], Awaitable[Lease | None]]
 
-#: Acknowledges and gives back, to the end even if the task is cancelled.
-End: TypeAlias = Callable[[Sequence[Ending]], Awaitable[None]]
-
 #: Threads of the process for all queues: a write may wait for another process for long.
 _THREADS: Final = 32
 
@@ -465,9 +462,9 @@ async def _end(endings: Sequence[Ending]) -> None:
     if not hasattr(endings[0].lease, "aack"):
         await _run(functools.partial(persipubsub.face.end, endings))
         return
-    lease: Any
-    for lease, is_ack, error in endings:
-        await (lease.aack() if is_ack else lease.anack(error))
+    async with contextlib.AsyncExitStack() as stack:
+        for lease, method, given in reversed(endings):
+            stack.push_async_callback(getattr(lease, f"a{method}"), *given)
 
 
 class Receipt(persipubsub.face.Block[ContentT]):
@@ -478,21 +475,9 @@ class Receipt(persipubsub.face.Block[ContentT]):
     :py:meth:`persipubsub.aio.Sub.receive_many`; to be entered once.
     """
 
-    __slots__ = ("_end", )
+    __slots__ = ()
 
     _prefix = "async "
-
-    def __init__(self, take: Take, end: End, details: bool, is_batch: bool = False) -> None:
-        """
-        Initialize without taking anything.
-
-        :param take: waits for messages and takes them
-        :param end: acknowledges and gives back
-        :param details: True if the block gets all that is known of messages, not only bytes
-        :param is_batch: True if it gets a list
-        """
-        super().__init__(take, details, is_batch)
-        self._end = end
 
     async def __aenter__(self) -> ContentT:
         """
@@ -507,7 +492,8 @@ class Receipt(persipubsub.face.Block[ContentT]):
                         traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         if self._lease is not None:
-            await self._end([Ending(self._lease, error is None, error)])
+            method, given = ("ack", []) if error is None else ("nack", [error])
+            await self._end([Ending(self._lease, method, given)])
 
 
 class Messages(persipubsub.face.Batch[ContentT]):
@@ -527,18 +513,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
     - Call :py:meth:`acknowledge` before the ``break``.
     """
 
-    __slots__ = ("_end", )
-
-    def __init__(self, take: Take, end: End, details: bool) -> None:
-        """
-        Initialize without taking anything.
-
-        :param take: waits for messages and takes them
-        :param end: acknowledges and gives back
-        :param details: True if the loop gets all that is known of messages, not only bytes
-        """
-        super().__init__(take, details)
-        self._end = end
+    __slots__ = ()
 
     async def __aenter__(self) -> Self:
         """
@@ -733,7 +708,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: from the ``async with`` statement if the next message is
             damaged; it is set aside, and the next call gives the one after it
         """
-        return Receipt(self._taker(timeout, retries), self._end, details)
+        return Receipt(self._taker(timeout, retries), details, ender=self._end)
 
     # yapf: disable
     @overload
@@ -758,7 +733,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: context manager of the message, see :py:meth:`receive`
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
-        return Receipt(self._taker(timeout, retries, is_newest=True), self._end, details)
+        return Receipt(self._taker(timeout, retries, is_newest=True), details, ender=self._end)
 
     # yapf: disable
     @overload
@@ -788,7 +763,10 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise CorruptMessageError: as :py:meth:`receive` does
         """
         persipubsub.face.check_count("max_msgs", max_msgs)
-        return Receipt(self._taker(timeout, retries, max_msgs), self._end, details, is_batch=True)
+        return Receipt(self._taker(timeout, retries, max_msgs),
+                       details,
+                       is_batch=True,
+                       ender=self._end)
 
     # yapf: disable
     @overload
@@ -817,7 +795,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :return: iterator that ends when no message comes in time
         """
         persipubsub.face.check_count("prefetch", prefetch)
-        return Messages(self._taker(timeout, 1, prefetch), self._end, details)
+        return Messages(self._taker(timeout, 1, prefetch), details, ender=self._end)
 
     def __aiter__(self) -> Messages[bytes]:
         """

@@ -280,13 +280,13 @@ def read(config_pth: ConfigLike) -> Config:
     path = _path_of(config_pth)
     if isinstance(config_pth, Mapping):
         try:
-            return _parse(json.dumps(dict(config_pth), default=_plain).encode(), path)
+            return parse(json.dumps(dict(config_pth), default=_plain).encode(), path)
         except (TypeError, ValueError, RecursionError) as error:
             fail(path, [f"Expected what JSON can express, but got: {error}"])
     try:
         with open(path, "rb") as file:
             # Not by its size, which is 0 in /proc.
-            return _parse(file.read(_MAX_FILE_SIZE + 1), path)
+            return parse(file.read(_MAX_FILE_SIZE + 1), path)
     except (OSError, ValueError) as error:
         kind = persipubsub.errors.ConfigError
         if isinstance(error, FileNotFoundError):
@@ -316,7 +316,21 @@ def parse(text: bytes, config_pth: str | os.PathLike[str]) -> Config:
     """
     if not isinstance(text, bytes):
         raise TypeError(f"Expected text as bytes, but got: {_shown(text)}")
-    return _parse(text, _path_of(config_pth))
+    path = _path_of(config_pth)
+    if len(text) > _MAX_FILE_SIZE:
+        fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_Object)
+    except (ValueError, RecursionError) as error:
+        # It names line and column.
+        fail(path, [f"Expected JSON in UTF-8, but got: {error}"])
+    checker = _Checker(path)
+    checker.check_file(found)
+    if checker.problems:
+        fail(path, checker.problems)
+    frozen = types.MappingProxyType
+    return Config(path, frozen(checker.publishers), frozen(checker.subscribers),
+                  frozen(checker.queues or {}))
 
 
 def schema() -> dict[str, Any]:
@@ -491,24 +505,6 @@ class _Object(dict[str, Any]):
         super().__init__(pairs)
         counts = collections.Counter(key for key, _ in pairs)
         self.repeated = [key for key, count in counts.items() if count > 1]
-
-
-def _parse(text: bytes, path: pathlib.Path) -> Config:
-    """Check the content of a file."""
-    if len(text) > _MAX_FILE_SIZE:
-        fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
-    try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_Object)
-    except (ValueError, RecursionError) as error:
-        # It names line and column.
-        fail(path, [f"Expected JSON in UTF-8, but got: {error}"])
-    checker = _Checker(path)
-    checker.check_file(found)
-    if checker.problems:
-        fail(path, checker.problems)
-    frozen = types.MappingProxyType
-    return Config(path, frozen(checker.publishers), frozen(checker.subscribers),
-                  frozen(checker.queues or {}))
 
 
 @functools.cache

@@ -73,21 +73,24 @@ def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], Resul
     return run
 
 
-def _directory(config: Config, queue_key: str) -> tuple[str, persipubsub.config.Queue]:
-    """Return the directory and the settings of a queue on this machine."""
-    return _load("queue").directory_of(config, queue_key), config.queues[queue_key]
+def _maintain(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
+    """Do something with the files of a queue on this machine."""
+    directory = _load("queue").directory_of(config, queue_key)
+    work = getattr(_load("lmdb_engine.maintenance"), name)
+    return work(directory, config.queues[queue_key], *arguments)
 
 
 def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
-    """Let an engine do something that not every engine offers."""
-    operation = getattr(persipubsub.engine.of(config, queue_key), name, None)
+    """Do something with a queue that the queues of not every engine offer."""
+    engine: Any = persipubsub.engine.of(config, queue_key)
+    operation = getattr(engine.Queue, name, None)
     if operation is None:
         place = persipubsub.config.at("queues", queue_key)
         persipubsub.config.fail(config.path, [
             f"{place}.path: Expected a queue that is a directory of this machine, but got: "
             f"{config.queue_path(queue_key)!r}; there is no {name!r} on servers"
         ])
-    return operation(config, queue_key, *arguments)
+    return _with_queue(lambda queue: operation(queue, *arguments))(config, queue_key)
 
 
 def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> tuple[Config, str]:
@@ -218,7 +221,7 @@ def peek(config_pth: ConfigLike,
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
     count, start = _at_least("count", count, 1), _at_least("start", start, 0)
-    return tuple(_operate(config, key, "peek", sub_id, count, start))
+    return tuple(persipubsub.engine.of(config, key).peek(config, key, sub_id, count, start))
 
 
 def follow(config_pth: ConfigLike,
@@ -238,7 +241,7 @@ def follow(config_pth: ConfigLike,
     """
     config, (key, ) = _select(config_pth, queue_key)
     last = _at_least("last", last, 0)
-    return _operate(config, key, "follow", last)  # type: ignore[no-any-return]
+    return persipubsub.engine.of(config, key).follow(config, key, last)
 
 
 def seek(config_pth: ConfigLike,
@@ -424,9 +427,8 @@ def verify(config_pth: ConfigLike,
     :raise NotInitializedError: if a queue was not initialized
     """
     shown = progress or Progress()
-    return _for_each(
-        config_pth, queue_key, lambda config, key: tuple(
-            _load("lmdb_engine.maintenance").verify(*_directory(config, key), shown)))
+    return _for_each(config_pth, queue_key,
+                     lambda config, key: tuple(_maintain(config, key, "verify", shown)))
 
 
 def backup(config_pth: ConfigLike,
@@ -449,9 +451,7 @@ def backup(config_pth: ConfigLike,
     :raise DiskFullError: if there is no room for it
     """
     config, _ = _select(config_pth, queue_key)
-    return int(
-        _load("lmdb_engine.maintenance").backup(*_directory(config, queue_key), os.fspath(target),
-                                                progress or Progress()))
+    return int(_maintain(config, queue_key, "backup", os.fspath(target), progress or Progress()))
 
 
 def restore(config_pth: ConfigLike,
@@ -477,8 +477,7 @@ def restore(config_pth: ConfigLike,
     """
     config, _ = _select(config_pth, queue_key)
     source = os.path.realpath(os.fspath(source))
-    _load("lmdb_engine.maintenance").restore(*_directory(config, queue_key), source, progress
-                                             or Progress())
+    _maintain(config, queue_key, "restore", source, progress or Progress())
     persipubsub.engine.of(config, queue_key).ensure_queue(config, queue_key)
 
 
@@ -502,9 +501,9 @@ def compact(config_pth: ConfigLike,
     shown = progress or Progress()
 
     def work(config: Config, key: str) -> Any:
-        directory, queue = _directory(config, key)
+        _load("queue").directory_of(config, key)  # servers have no such work
         _with_queue(lambda opened: opened.delete_finished())(config, key)
-        return _load("lmdb_engine.maintenance").compact(directory, queue, shown)
+        return _maintain(config, key, "compact", shown)
 
     return _for_each(config_pth, queue_key, work)
 
@@ -562,8 +561,7 @@ def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
     :raise QueueInUseError: if any process, this one included, has the queue open
     """
     config, _ = _select(config_pth, queue_key)
-    directory, queue = _directory(config, queue_key)
-    return tuple(_load("lmdb_engine.maintenance").drop(directory, queue.busy_timeout_secs))
+    return tuple(_maintain(config, queue_key, "drop"))
 
 
 def migrate(config_pth: ConfigLike,

@@ -11,7 +11,7 @@ Timeouts are in seconds; None waits for ever.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Final, Protocol, cast
 
 import persipubsub.config
@@ -41,21 +41,19 @@ Sending = tuple[Sequence[bytes], Recipients, MessageIds]
 
 class Lease(Protocol):
     """
-    Messages that one consumer has, and no other gets. Ended once: by ``ack`` or ``nack``.
+    Messages that one consumer has, and no other gets. Each is ended once: by ``ack`` or ``nack``.
 
-    A lease that is dropped gives the messages back, without a word of how their delivery ended.
+    Both end all messages, or the first ``count`` of those that are not ended yet. A lease that is
+    dropped gives the messages back, without a word of how their delivery ended.
     """
 
-    messages: list[bytes]  #: at least one
+    messages: list[bytes]  #: all that were taken, at least one
 
-    def ack(self) -> None:
-        """Acknowledge: all messages leave the queue for this subscriber, at once."""
+    def ack(self, count: int | None = None) -> None:
+        """Acknowledge: the messages leave the queue for this subscriber, at once."""
 
-    def nack(self, error: BaseException | None = None) -> None:
+    def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """Give the messages back; they are delivered again. None: they were not worked on."""
-
-    def split(self, count: int) -> "Lease":
-        """Move the first messages, not all, into a lease of their own. Both are ended apart."""
 
     def details(self) -> list[persipubsub.message.Message]:
         """Return the messages with all that is known of them."""
@@ -115,7 +113,11 @@ class Queue(Protocol):
 
 
 class Engine(Protocol):
-    """Keeps queues. A module."""
+    """
+    Keeps queues. A module.
+
+    Its class ``Queue`` may have further methods for operators, see :py:mod:`persipubsub.control`.
+    """
 
     def ensure_queue(self, config: persipubsub.config.Config, queue_key: str) -> None:
         """Create a queue and its subscribers, as far as they are not there."""
@@ -126,6 +128,14 @@ class Engine(Protocol):
     def statistics_of(self, config: persipubsub.config.Config,
                       queue_key: str) -> persipubsub.statistics.QueueStatistics:
         """Count what is in a queue without taking part in it."""
+
+    def peek(self, config: persipubsub.config.Config, queue_key: str, subscriber: str, count: int,
+             start: int) -> Sequence[persipubsub.message.Peeked]:
+        """Look at the next messages of a subscriber without taking them."""
+
+    def follow(self, config: persipubsub.config.Config, queue_key: str,
+               last: int) -> Generator[list[persipubsub.message.Peeked], None, None]:
+        """Look at the messages of a queue as they are sent, for ever."""
 
     def check_durability(self, config: persipubsub.config.Config,
                          queue_key: str) -> tuple[str, ...]:

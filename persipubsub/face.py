@@ -5,6 +5,7 @@ What a user gives is checked here, once for both; so is what becomes of messages
 and that it handled, or did not.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Generic, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
@@ -18,6 +19,9 @@ from persipubsub.engine import Lease
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 MessageId: TypeAlias = str | bytes
+
+#: Waits for messages and takes them; in a task, it is awaited.
+Take: TypeAlias = Callable[[], Any]
 
 ContentT = TypeVar("ContentT")
 
@@ -157,20 +161,18 @@ class Handle(Generic[OpenT]):
 
 
 class Ending(NamedTuple):
-    """How a lease ends."""
+    """How the next messages of a lease are ended: the method of the lease, its arguments."""
 
     lease: Lease
-    is_ack: bool
-    error: BaseException | None = None
+    method: str
+    given: Sequence[Any]
 
 
-def end(endings: Iterable[Ending]) -> None:
-    """End leases, one after the other."""
-    for lease, is_ack, error in endings:
-        if is_ack:
-            lease.ack()
-        else:
-            lease.nack(error)
+def end(endings: Sequence[Ending]) -> None:
+    """End messages, one part after the other, each whatever becomes of the one before."""
+    with contextlib.ExitStack() as stack:
+        for lease, method, given in reversed(endings):
+            stack.callback(getattr(lease, method), *given)
 
 
 def refuse() -> NoReturn:
@@ -181,19 +183,25 @@ def refuse() -> NoReturn:
 class Block(Generic[ContentT]):
     """Messages that are taken when a block is entered, and ended when it is left."""
 
-    __slots__ = ("_take", "_details", "_is_batch", "_lease")
+    __slots__ = ("_take", "_end", "_details", "_is_batch", "_lease")
 
     _prefix = ""  #: of the statement in which it is used
 
-    def __init__(self, take: Callable[[], Any], details: bool, is_batch: bool = False) -> None:
+    def __init__(self,
+                 take: Take,
+                 details: bool,
+                 is_batch: bool = False,
+                 ender: Any = None) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param details: True if the block gets all that is known of messages, not only bytes
         :param is_batch: True if it gets a list
+        :param ender: acknowledges and gives back, in a task
         """
         self._take = take
+        self._end = ender
         self._details = details
         self._is_batch = is_batch
         self._lease: Lease | None = None
@@ -235,16 +243,18 @@ class Block(Generic[ContentT]):
 class Batch(Generic[ContentT]):
     """Messages of a loop: several are taken and ended at once, and handed out one by one."""
 
-    __slots__ = ("_take", "_details", "_lease", "_items", "_given", "_is_done")
+    __slots__ = ("_take", "_end", "_details", "_lease", "_items", "_given", "_is_done")
 
-    def __init__(self, take: Callable[[], Any], details: bool) -> None:
+    def __init__(self, take: Take, details: bool, ender: Any = None) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
         :param details: True if the loop gets all that is known of messages, not only bytes
+        :param ender: acknowledges and gives back, in a task
         """
         self._take = take
+        self._end = ender
         self._details = details
         self._lease: Lease | None = None
         self._items: list[ContentT] = []
@@ -263,25 +273,21 @@ class Batch(Generic[ContentT]):
         if lease is None or not 0 < given < len(self._items):
             return self._finish(given)
         self._items, self._given = self._items[given:], 0  # a copy: it may be the lease's own list
-        return [Ending(lease.split(given), True)]
+        return [Ending(lease, "ack", [given])]
 
     def _finish(self, handled: int, error: BaseException | None = None) -> list[Ending]:
         """End all: what was handled, the message that the error is about, and the rest."""
         lease, count, given = self._lease, len(self._items), self._given
         self._lease, self._items, self._given = None, [], 0
-        if lease is None:
-            return []
-        if handled == count:
-            return [Ending(lease, True)]
-        handled_well = [Ending(lease.split(handled), True)] if handled > 0 else []
-        failed = []
-        if given == 0:
-            error = None  # the message that failed was acknowledged before
-        elif error is not None and handled + 1 < count:
-            failed = [Ending(lease.split(1), False, error)]
-            error = None
-        # Acknowledging may raise, and comes last.
-        return [*failed, Ending(lease, False, error), *handled_well]
+        endings = []
+        if lease is not None and handled > 0:
+            endings.append(Ending(lease, "ack", [handled]))
+        # Without any given, the message that failed was acknowledged before.
+        if lease is not None and error is not None and given > 0:
+            endings.append(Ending(lease, "nack", [error, 1]))
+        if lease is not None and handled < count:
+            endings.append(Ending(lease, "nack", []))
+        return endings
 
 
 # What a user gives
@@ -371,6 +377,7 @@ def seconds_of(timeout: object) -> float | None:
     return None if timeout > _FOREVER_SECS else timeout
 
 
+# Most calls give the same, and every receive passes here. Typed: True is no number of retries.
 def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     """
     Check how long a caller wants to wait for a message.

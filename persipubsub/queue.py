@@ -11,9 +11,8 @@ import functools
 import importlib
 import os
 import time
-import types
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TypeVar
 
 import persipubsub.config
 import persipubsub.errors
@@ -21,27 +20,19 @@ import persipubsub.place
 from persipubsub.config import Config
 from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, figures
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, meta, pending, positions, retention, room, sending
+from persipubsub.lmdb_engine import locks, meta, pending, positions, retention, room, sending
+from persipubsub.lmdb_engine.dead_letters import Retries
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.place import Place
 from persipubsub.statistics import QueueStatistics
 
-__all__ = ["Queue", "Retries", "ensure_queue", "open_queue", "statistics_of", "check_durability"]
+__all__ = [
+    "Queue", "Retries", "ensure_queue", "open_queue", "statistics_of", "check_durability", "peek",
+    "follow"
+]
 
 ResultT = TypeVar("ResultT")
-
-
-class Retries(NamedTuple):
-    """What happens to the messages that a subscriber fails to work on."""
-
-    policy: attempts.Policy = attempts.Policy()
-    queue_key: str = ""  #: of the subscriber's queue in the configuration
-    #: opens the queue of dead letters; None if there is none
-    open_dead_letters: "Callable[[], Queue] | None" = None
-
-
-_NO_RETRIES: Final = types.MappingProxyType[str, Retries]({})
 
 
 class Queue:
@@ -50,7 +41,7 @@ class Queue:
     def __init__(self,
                  path: str,
                  queue: persipubsub.config.Queue,
-                 retries: Mapping[str, Retries] = _NO_RETRIES,
+                 retries: Mapping[str, Retries] | None = None,
                  clock: Callable[[], int] | None = None) -> None:
         """
         Open a queue that was initialized.
@@ -62,7 +53,7 @@ class Queue:
         :raise NotInitializedError: if it was not
         """
         self.path = path
-        self._retries = retries
+        self._retries = retries or {}
         self._ending = consuming.Ending()
         self._opened = opened = environment.acquire(path, queue)
         try:
@@ -187,10 +178,7 @@ class Queue:
         retries = self._retries.get(subscriber, Retries())
         # One for all consumers of the subscriber: it remembers that a message could not be moved.
         writer = self._writers.setdefault(
-            subscriber,
-            dead_letters.DeadLetterWriter(
-                dead_letters.Origin(retries.queue_key, subscriber, self.path),
-                retries.open_dead_letters))
+            subscriber, dead_letters.DeadLetterWriter(self.path, subscriber, retries))
         looks = pending.Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
         consumer = consuming.Consumer(opened, self._claims, self._ending, looks, self.drop_expired,
                                       writer, self.waits_for_room)
@@ -387,31 +375,11 @@ def _retries_of(config: Config, queue_key: str) -> Mapping[str, Retries]:
     return found
 
 
-# What operators do, see persipubsub.control
-
-
-def _for_operators(name: str) -> Callable[..., Any]:
-    """Make a function of what a queue offers: it opens the queue of a configuration for it."""
-
-    def run(config: Config, queue_key: str, *args: object) -> Any:
-        with open_queue(config, queue_key) as queue:
-            return getattr(queue, name)(*args)
-
-    return run
-
-
-seek = _for_operators("seek")
-pause = _for_operators("pause")
-delete = _for_operators("delete")
-add_subscriber = _for_operators("add_subscriber")
-remove_subscriber = _for_operators("remove_subscriber")
-
-
-def peek(config: Config, queue_key: str, sub_id: str, count: int, start: int) -> list[Peeked]:
+def peek(config: Config, queue_key: str, subscriber: str, count: int, start: int) -> list[Peeked]:
     """Look at the next messages of a subscriber without taking them."""
     looking = importlib.import_module("persipubsub.lmdb_engine.maintenance")
     return looking.peek(  # type: ignore[no-any-return]
-        directory_of(config, queue_key), config.queues[queue_key], sub_id, count, start)
+        directory_of(config, queue_key), config.queues[queue_key], subscriber, count, start)
 
 
 def follow(config: Config, queue_key: str, last: int) -> Generator[list[Peeked], None, None]:

@@ -7,7 +7,7 @@ changed, and ``msgspec.to_builtins`` makes dictionaries of them.
 
 import msgspec
 
-__all__ = ["InFlight", "Progress", "QueueStatistics", "SubscriberStatistics"]
+__all__ = ["InFlight", "Progress", "QueueStatistics", "SubscriberStatistics", "share"]
 
 
 class InFlight(msgspec.Struct, frozen=True):
@@ -71,6 +71,16 @@ class QueueStatistics(msgspec.Struct, frozen=True):
     journal_bytes: int = 0  #: size of the journal
     journal_lag_bytes: int = 0  #: about the bytes of messages that are not in the journal yet
     disk_bytes: int = 0  #: what all files of the queue take on the disk
+
+
+def share(value: float, limit: float | None) -> float | None:
+    """
+    Compute how much of a limit is used; None without a limit.
+
+    >>> share(5, 10)
+    0.5
+    """
+    return None if limit is None else value / limit
 
 
 class Progress:

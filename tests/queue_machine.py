@@ -270,18 +270,24 @@ class QueueMachine(RuleBasedStateMachine):
                  ] == [self.dropped(name) - dropped] + [0] * (len(details) - 1))
 
     @precondition(lambda self: any(len(entry[2].numbers) > 1 for entry in self.leases))
-    @rule(index=st.integers(min_value=0, max_value=20), count=st.integers(1, 4))
-    def split(self, index: int, count: int) -> None:
+    @rule(index=st.integers(min_value=0, max_value=20),
+          count=st.integers(1, 4),
+          how=st.sampled_from(["acknowledge", "fail", "give back"]))
+    def end_in_part(self, index: int, count: int, how: str) -> None:
         """Let the first messages of a batch be ended by themselves."""
-        side, name, lease = self.leases[index % len(self.leases)]
+        _, name, lease = self.leases[index % len(self.leases)]
         count = min(count, len(lease.numbers) - 1)
-        if count:
-            numbers, messages = lease.numbers, lease.messages
-            first = lease.split(count)
-            assert first.numbers + lease.numbers == numbers
-            assert first.messages + lease.messages == messages
-            assert [message.data for message in lease.details()] == messages[count:]
-            self.leases.append((side, name, first))
+        ended = lease.numbers[:count]
+        if count and how == "acknowledge":
+            lease.ack(count)
+            for number in ended:
+                self.twin.acknowledge(name, number, self.clock.now_ns)
+        elif count and how == "fail":
+            lease.nack(ValueError("no"), count)
+            self.twin.fail(name, ended, self.clock.now_ns)
+        elif count:
+            lease.nack(count=count)
+            self.twin.take_back(name, ended)
 
     @rule(side=SIDES, index=st.integers(min_value=0, max_value=3))
     def take_newest(self, side: int, index: int) -> None:

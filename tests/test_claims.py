@@ -23,11 +23,11 @@ _PUPPET = """
 import os, sys
 from persipubsub.lmdb_engine import locks
 
-claims = locks.Claims(sys.argv[1], {})
+claims = locks.Claims(sys.argv[1], locks.HeldOf())
 held = {}
 
 def take(first, count=1):
-    claim = locks.Claim(0, first, count, claims.held(0))
+    claim = locks.Claim(0, first, count, claims.held[0])
     if claims.claim(claim):
         held[first] = claim
         return True
@@ -69,7 +69,7 @@ class Puppet:
 
 @pytest.fixture(name="claims")
 def _claims(tmp_path: Path) -> Iterator[locks.Claims]:
-    with contextlib.closing(locks.Claims(str(tmp_path), {})) as claims:
+    with contextlib.closing(locks.Claims(str(tmp_path), locks.HeldOf())) as claims:
         yield claims
 
 
@@ -86,7 +86,7 @@ def _spawn(tmp_path: Path) -> Iterator[Callable[[], Puppet]]:
 
 
 def lock(claims: locks.Claims, ordinal: int, first: int, count: int = 1) -> locks.Claim | None:
-    claim = locks.Claim(ordinal, first, count, claims.held(ordinal))
+    claim = locks.Claim(ordinal, first, count, claims.held[ordinal])
     return claim if claims.claim(claim) else None
 
 

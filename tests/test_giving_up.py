@@ -7,7 +7,7 @@ import datetime
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,83 @@ def test_message_is_moved_with_all_that_is_known_of_it(tmp_path: Path) -> None:
         assert (figures.dead_lettered, figures.failed, figures.acknowledged, figures.lag) == (1, 2,
                                                                                               1, 0)
         assert stores.attempts(queue) == {}
+
+
+CHANGES: Mapping[str, Callable[[persipubsub.queue.Queue], object]] = {
+    "clear": lambda queue: queue.clear(),
+    "skip": lambda queue: queue.seek("sub", "end"),
+    "seek back": lambda queue: (queue.seek("sub", "end"), queue.seek("sub", "beginning")),
+    "fill": lambda queue: queue.put([b"3"]),
+    "remove": lambda queue: queue.remove_subscriber("sub"),
+    "add again": lambda queue: (queue.remove_subscriber("sub"), queue.add_subscriber("sub")),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_message_that_left_meanwhile_is_not_moved(tmp_path: Path, change: str) -> None:
+    """All of a batch are counted at once, and then moved one by one."""
+    with make_letters(tmp_path) as target:
+        queues: list[persipubsub.queue.Queue] = []
+
+        class Target:
+            """Something happens to the queue while the first message is moved."""
+
+            def put(self, *arguments: Any, **named: Any) -> int:
+                if not target.statistics().messages:
+                    CHANGES[change](queues[0])
+                return target.put(*arguments, **named)
+
+            def secure(self) -> None:
+                """Flush what was put."""
+                target.secure()
+
+            def close(self) -> None:
+                """Leave the queue open."""
+
+        policy = attempts.Policy(max_deliveries=1)
+        found: Any = persipubsub.queue.Retries(policy, "greetings", Target)
+        with stores.opened(tmp_path,
+                           max_msgs_num=2,
+                           strategy=stores.PRUNE_LAST,
+                           retries={"sub": found}) as queue:
+            queues.append(queue)
+            queue.put([b"1", b"2"])
+            take(queue, most=2).nack(ERROR)
+            assert [letter.data for letter in letters_in(target)] == [b"1"]
+
+
+def die_in_the_last_delivery(queue: persipubsub.queue.Queue, count: int) -> None:
+    """Let consumers die that have the last messages; those need not be blocks of their own."""
+    consumer = queue.consumer("sub")
+    end = queue.statistics().next_number
+    for number in range(end - count, end):
+        lease = consumer.take_at(number)
+        assert lease is not None
+        del lease
+
+
+@pytest.mark.parametrize("sends", [[[b"1", b"2", b"3", b"4"]], [[b"1"], [b"2"], [b"3"], [b"4"]]])
+def test_exhausted_newest_messages_that_can_not_be_moved_are_passed_over(
+        tmp_path: Path, sends: list[list[bytes]]) -> None:
+    # The queue of dead letters is not initialized.
+    with stores.opened(tmp_path, retries=retries(tmp_path, 1)) as queue:
+        for messages in sends:
+            queue.put(messages)
+        die_in_the_last_delivery(queue, count=2)
+        lease = queue.consumer("sub").take(timeout=0, is_newest=True)
+        assert lease is not None and lease.messages == [b"2"]
+        lease.ack()
+        assert queue.consumer("sub").take(timeout=0, is_newest=True) is None
+        figures = stores.figures(queue)
+        # They stay, and are moved when that is possible.
+        assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 0, 2)
+        make_letters(tmp_path).close()
+        support.until(lambda: queue.consumer("sub").take(timeout=0, is_newest=True) is None and
+                      stores.figures(queue).lag == 0,
+                      what="the messages are moved at last")
+        with make_letters(tmp_path) as target:
+            # The pause after a refusal may end between the two.
+            assert {letter.data for letter in letters_in(target)} == {b"3", b"4"}
 
 
 def test_without_a_queue_of_dead_letters_it_is_dropped_with_a_warning(

@@ -36,12 +36,12 @@ def test_claims_are_told_with_process_and_time(tmp_path: Path) -> None:
         assert claims(queue) == ()
 
 
-def test_rest_of_a_split_batch_is_told_with_its_process(tmp_path: Path) -> None:
+def test_rest_of_a_batch_is_told_with_its_process(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue:
         first = queue.put([b"1", b"2", b"3"])
         lease = queue.consumer("sub").take(timeout=0, max_messages=3)
         assert lease is not None
-        lease.split(1).ack()
+        lease.ack(1)
         found, = claims(queue)
         assert (found.number, found.count, found.process_id) == (first + 1, 2, os.getpid())
         lease.ack()

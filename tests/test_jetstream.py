@@ -490,7 +490,7 @@ def test_subscribers_that_are_in_the_file_no_more(deploy: Deploy, servers: Serve
     assert {one.subscriber: one.lag for one in figures} == {"sub": 0, **dict.fromkeys(gone, 2)}
     ask(servers, "CONSUMER.DELETE.gone.other")
     for name in gone:
-        assert engine.remove_subscriber(persipubsub.config.read(config_pth), "queue", name) == 2
+        assert control.remove_subscriber(persipubsub.config.read(config_pth), "queue", name) == 2
     with open_pub(config_pth) as pub:
         pub.send(b"2")
 
@@ -828,20 +828,20 @@ def test_seek(deploy: Deploy) -> None:
         # The other one keeps them.
         for to, expected in (("beginning", 1), (4, 4), (middle, 6), ("end", 11), (1000, 11), (0, 1),
                              (datetime.datetime.fromtimestamp(middle, datetime.UTC), 6)):
-            assert engine.seek(config, "queue", "sub", to) == expected
+            assert control.seek(config, "sub", to) == expected
             assert drain(sub, timeout=0.3) == numbered(10)[expected - 1:], to
-        assert engine.seek(config, "queue", "b", 8) == 8
+        assert control.seek(config, "b", 8) == 8
         assert drain(b) == numbered(10)[7:]
         # What everybody passed is gone, and what is sent from now on comes to all.
         assert control.statistics(config_pth)["queue"].messages == 0
-        engine.seek(config, "queue", "sub", "beginning")
+        control.seek(config, "sub", "beginning")
         pub.send(b"new")
         assert (drain(sub), drain(b)) == ([b"new"], [b"new"])
     for to, kind in (("middle", ValueError), (True, TypeError), (float("nan"), ValueError),
                      (datetime.datetime(2026, 1, 1), ValueError)):
         with pytest.raises(kind):
-            engine.seek(config, "queue", "sub", to)
-    assert outcome(lambda: engine.seek(config, "queue", "nobody", 1)) == "NotInitializedError"
+            control.seek(config, "sub", to)
+    assert outcome(lambda: control.seek(config, "nobody", 1, "queue")) == "NotInitializedError"
 
 
 def test_seek_while_everybody_is_at_work(deploy: Deploy) -> None:
@@ -866,13 +866,13 @@ def test_seek_while_everybody_is_at_work(deploy: Deploy) -> None:
     receiving.start()
     sending.start()
     while sending.is_alive():
-        engine.seek(config, "queue", "sub", "beginning")
+        control.seek(config, "sub", "beginning")
     sending.join(HANG_SECS)
     until(lambda: set(received) == set(numbered(300)), "all messages")
     is_over.set()
     receiving.join(HANG_SECS)
     assert ends == ["", ""]
-    engine.seek(config, "queue", "sub", "beginning")
+    control.seek(config, "sub", "beginning")
     with open_sub(config_pth) as sub:
         assert drain(sub, timeout=2) == numbered(300)
 
@@ -883,7 +883,7 @@ def test_finished_messages_are_retained(deploy: Deploy) -> None:
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
         assert drain(sub) == numbered(4)
-        assert engine.seek(config, "queue", "sub", 2) == 2
+        assert control.seek(config, "sub", 2) == 2
         assert drain(sub) == numbered(4)[1:]
         # At the mark, they are dropped first.
         pub.send_many(numbered(4))
@@ -954,16 +954,16 @@ def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: Path) -> No
     config = persipubsub.config.read(both)
     with open_pub(config_pth) as pub:
         pub.send(b"before")
-        assert engine.add_subscriber(config, "queue", "new")
-        assert not engine.add_subscriber(config, "queue", "new")
+        assert control.add_subscriber(config, "queue", "new")
+        assert not control.add_subscriber(config, "queue", "new")
         pub.send(b"after")
         with open_sub(both, "new") as sub:
             assert drain(sub) == [b"after"]
-            assert engine.remove_subscriber(config, "queue", "sub") == 2
+            assert control.remove_subscriber(config, "queue", "sub") == 2
             # Nobody else needs them.
             assert control.statistics(both)["queue"].messages == 0
             # What everybody is to get needs everybody that the file names.
             until(lambda: outcome(lambda: pub.send(b"lost")) == "NotInitializedError", "an error")
             assert outcome(lambda: drain(sub)) == ""
     assert outcome(
-        lambda: engine.remove_subscriber(config, "queue", "sub")) == "NotInitializedError"
+        lambda: control.remove_subscriber(config, "queue", "sub")) == "NotInitializedError"

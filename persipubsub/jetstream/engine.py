@@ -32,7 +32,7 @@ from persipubsub.statistics import QueueStatistics, SubscriberStatistics
 
 __all__ = [
     "Queue", "Consumer", "Lease", "ensure_queue", "open_queue", "statistics_of", "check_durability",
-    "seek", "peek", "follow", "add_subscriber", "remove_subscriber"
+    "peek", "follow"
 ]
 
 ResultT = TypeVar("ResultT")
@@ -229,6 +229,35 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     # Looking after the queue
 
+    def add_subscriber(self, subscriber: str) -> bool:
+        """Add a subscriber, which gets what is sent from now on; return False if it is there."""
+        return self.ask(lambda kept: kept.ensure_consumer(subscriber))
+
+    def remove_subscriber(self, subscriber: str) -> int:
+        """
+        Remove a subscriber; return how many messages it did not acknowledge.
+
+        Publishers whose file still names it get a ``NotInitializedError`` within a second.
+        """
+        return self.ask(lambda kept: kept.delete_consumer(subscriber))
+
+    def seek(self, subscriber: str, to: Place) -> int:
+        """
+        Let a subscriber go on from another place; return the number from which it goes on.
+
+        What is not stored any more can not be received again: without ``retain_secs``, that is what
+        every subscriber acknowledged. The consumer of the subscriber is replaced; what its
+        processes have at that moment may come again, and deliveries are counted from one again.
+        """
+        since_ns = persipubsub.place.since_ns(to)
+        start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
+        if since_ns is not None:
+            start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(since_ns)}
+        elif isinstance(to, int):
+            number = min(max(1, to), 2**63)
+            start = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}
+        return self.ask(lambda kept: kept.seek(subscriber, start))
+
     def prune(self) -> int:
         """Drop the messages that are too old; return how many deliveries were dropped."""
         return self._drop(stream.Stream.drop_expired)
@@ -262,13 +291,15 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         subscribers = tuple(_figures_of(*one, now_ns) for one in sorted(infos.items()))
         return QueueStatistics(path=self.settings.path,
                                messages=messages,
-                               message_share=_share(messages, mark.max_msgs_num),
+                               message_share=persipubsub.statistics.share(
+                                   messages, mark.max_msgs_num),
                                message_bytes=size,
-                               byte_share=_share(size, mark.size_bytes),
+                               byte_share=persipubsub.statistics.share(size, mark.size_bytes),
                                file_bytes=size,
-                               file_share=_share(size, mark.size_bytes),
+                               file_share=persipubsub.statistics.share(size, mark.size_bytes),
                                oldest_age_seconds=age,
-                               age_share=_share(age or 0.0, mark.msg_timeout_secs),
+                               age_share=persipubsub.statistics.share(age or 0.0,
+                                                                      mark.msg_timeout_secs),
                                next_number=int(state["last_seq"]) + 1,
                                commits=int(state["last_seq"]),
                                sent=int(state["last_seq"]),
@@ -289,56 +320,48 @@ class Lease:
         self._queue = queue
         self._delivery = own
         self._delivered = delivered
-        self._is_over = False
 
-    def _end(self) -> bool:
-        """Note that the lease ends; return False in a forked child, whose parent has it."""
-        self._is_over = True
-        return self._delivery.loop.process_id == os.getpid()
+    def _end(self, count: int | None) -> list[delivery.Delivered]:
+        """Take out the first messages, or all; none in a forked child, whose parent has them."""
+        ended = self._delivered[:count]
+        self._delivered = self._delivered[len(ended):]
+        return ended if self._delivery.loop.process_id == os.getpid() else []
 
-    def ack(self) -> None:
+    def ack(self, count: int | None = None) -> None:
         """
         Let the messages leave the queue for this subscriber, and wait until the server has it.
 
         Several messages are acknowledged at the same time, but not in one transaction.
         """
-        if self._end():
-            self._queue.run(self._acking)
+        if ended := self._end(count):
+            self._queue.run(lambda: self._delivery.ack(ended))
 
-    async def aack(self) -> None:
+    async def aack(self, count: int | None = None) -> None:
         """Do what :py:meth:`ack` does, in a task; it is carried out even if that is cancelled."""
-        if self._end():
-            await self._queue.arun(self._acking)
+        if ended := self._end(count):
+            await self._queue.arun(lambda: self._delivery.ack(ended))
 
-    def _acking(self) -> Coroutine[Any, Any, None]:
-        return self._delivery.ack(self._delivered)
-
-    def nack(self, error: BaseException | None = None) -> None:
+    def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """
         Let the messages be delivered again, perhaps to another.
 
         It raises nothing: what the user raised matters more. If no server answers, they are
         delivered again after ``ack_wait``.
         """
-        if self._end():
+        if ended := self._end(count):
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                self._queue.run(self._nacking(error))
+                self._queue.run(self._nacking(ended, error))
 
-    async def anack(self, error: BaseException | None = None) -> None:
+    async def anack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """Do what :py:meth:`nack` does, in a task; it is carried out even if that is cancelled."""
-        if self._end():
+        if ended := self._end(count):
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                await self._queue.arun(self._nacking(error))
+                await self._queue.arun(self._nacking(ended, error))
 
-    def _nacking(self, error: BaseException | None) -> loop.Work[None]:
+    def _nacking(self, ended: list[delivery.Delivered],
+                 error: BaseException | None) -> loop.Work[None]:
         text = None if error is None else persipubsub.message.text_of(error)
-        return lambda: self._delivery.nack(self._delivered, text)
-
-    def split(self, count: int) -> "Lease":
-        """Move the first messages into a lease of their own."""
-        first = Lease(self._queue, self._delivery, self._delivered[:count])
-        self.messages, self._delivered = self.messages[count:], self._delivered[count:]
-        return first
+        return lambda: self._delivery.nack(ended, text)
 
     def details(self) -> list[persipubsub.message.Message]:
         """Tell what is known of the messages, in the same order."""
@@ -347,9 +370,9 @@ class Lease:
     def __del__(self) -> None:
         """Have the messages given back that somebody forgot: a call that was cancelled, a loop."""
         # In any thread, in the middle of any code, at the exit: it only leaves word for the loop.
-        if not self._is_over and self._end():
-            own, delivered = self._delivery, self._delivered
-            own.loop.post(lambda: own.give_back(delivered))
+        own = self._delivery
+        if forgotten := self._end(None):
+            own.loop.post(lambda: own.give_back(forgotten))
 
 
 class Consumer:
@@ -398,10 +421,6 @@ class Consumer:
         is taken and given back, which counts as a delivery.
         """
         return self._queue.run(lambda: self._queue.delivery_to(self._subscriber).front())
-
-
-def _share(value: float, limit: float | None) -> float | None:
-    return None if limit is None else value / limit
 
 
 def _figures_of(subscriber: str, info: stream.Info, now_ns: int) -> SubscriberStatistics:
@@ -458,68 +477,6 @@ def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
     """Count what is in a queue, without taking part in it."""
     with open_queue(config, queue_key) as queue:
         return queue.statistics()
-
-
-# Subscribers
-
-
-def add_subscriber(config: Config, queue_key: str, subscriber: str) -> bool:
-    """
-    Add a subscriber to a queue; it gets what is sent to everybody from now on.
-
-    :param config: that describes the queue
-    :param queue_key: of the queue in ``queues``
-    :param subscriber: its id
-    :return: False if it was there already, and stays as it is
-    :raise NotInitializedError: if the queue was not initialized
-    """
-    with open_queue(config, queue_key) as queue:
-        return queue.ask(lambda kept: kept.ensure_consumer(subscriber))
-
-
-def remove_subscriber(config: Config, queue_key: str, subscriber: str) -> int:
-    """
-    Remove a subscriber from a queue, and with it the messages that nobody else needs.
-
-    Publishers whose file still names it get a ``NotInitializedError`` within a second.
-
-    :param config: that describes the queue
-    :param queue_key: of the queue in ``queues``
-    :param subscriber: its id
-    :return: how many messages it did not acknowledge
-    :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
-    """
-    with open_queue(config, queue_key) as queue:
-        return queue.ask(lambda kept: kept.delete_consumer(subscriber))
-
-
-def seek(config: Config, queue_key: str, subscriber: str, to: Place) -> int:
-    """
-    Let a subscriber go on from another place of the queue: back, to receive again, or forward.
-
-    What is not stored any more can not be received again: without ``retain_secs``, that is what
-    every subscriber acknowledged. The consumer of the subscriber is replaced; what its processes
-    have at that moment may come again, and deliveries are counted from one again.
-
-    :param config: that describes the queue
-    :param queue_key: of the queue in ``queues``
-    :param subscriber: its id
-    :param to: ``"beginning"``, ``"end"``, a number, or a time: seconds since 1970 as a float, or a
-        ``datetime`` with its time zone
-    :return: number of the message from which it goes on
-    :raise NotInitializedError: if the queue or the subscriber was not initialized
-    :raise TypeError: if the place is of another type
-    :raise ValueError: if it is another text, or a time without a time zone
-    """
-    since_ns = persipubsub.place.since_ns(to)
-    start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
-    if since_ns is not None:
-        start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(since_ns)}
-    elif isinstance(to, int):
-        number = min(max(1, to), 2**63)
-        start = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}
-    with open_queue(config, queue_key) as queue:
-        return queue.ask(lambda kept: kept.seek(subscriber, start))
 
 
 # Looking

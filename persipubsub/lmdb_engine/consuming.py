@@ -24,6 +24,7 @@ from persipubsub.lmdb_engine import dead_letters, deliveries
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, positions
 from persipubsub.lmdb_engine.environment import Environment
+from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.notifier import Listener
 from persipubsub.lmdb_engine.pending import Copied, Pending
 from persipubsub.message import Message
@@ -49,17 +50,16 @@ class Lease:
     def __init__(self, consumer: "Consumer", claim: locks.Claim, copied: Copied) -> None:
         """Initialize with what was claimed."""
         self.messages = copied.messages
-        self.numbers = copied.numbers
+        self.numbers = copied.numbers  # without those that were ended by themselves
         self._consumer = consumer
-        self._claim: locks.Claim | None = claim
+        self._claim = claim
         self._copied = copied
 
     def __del__(self) -> None:
         """Give back what was dropped, as by a ``break``, without a word of how it ended."""
-        claim, self._claim = self._claim, None
-        if claim is not None:
+        if self._claim.file is not None:
             with contextlib.suppress(Exception):  # the interpreter may be about to end
-                self._consumer.claims.release(claim)
+                self._consumer.claims.release(self._claim)
 
     def times_ns(self) -> list[int]:
         """Tell when the messages were sent, by the queue's clock: always the same of a message."""
@@ -69,27 +69,17 @@ class Lease:
         """Tell what is known of the messages. No file is touched."""
         return self._consumer.describe(self._copied)
 
-    def split(self, count: int) -> "Lease":
-        """Take the first messages out, as a lease of their own."""
-        assert self._claim is not None and 0 < count < len(self.numbers)
-        claims = self._consumer.claims
-        first = claims.split(self._claim, self.numbers[count] - self._claim.first)
-        lease = Lease(self._consumer, first, self._copied.split(count))
-        self.messages, self.numbers = self._copied.messages, self._copied.numbers
-        environment = self._consumer.environment
-        locks.note_claim(environment.page, self._claim, environment.process_id)
-        return lease
-
-    def ack(self) -> None:
+    def ack(self, count: int | None = None) -> None:
         """
         Let the messages leave the queue for this subscriber, all at once. It never waits for the disk.
 
+        :param count: of the first messages, if not all; the others stay claimed
         :raise ClosedError: if the queue was closed, which gave them back
         """
-        claim, consumer = self._claim, self._consumer
-        if claim is None:
+        claim, consumer, looks = self._claim, self._consumer, self._consumer.looks
+        if claim.file is None:
             return
-        looks = consumer.looks
+        numbers = self.numbers[:count]
         try:
             with consumer.ending.lock:
                 if consumer.ending.is_closed:
@@ -99,38 +89,49 @@ class Lease:
                     consumer.position = consumer.environment.write(positions.acknowledge,
                                                                    looks.key,
                                                                    looks.ordinal,
-                                                                   self.numbers,
+                                                                   numbers,
                                                                    looks.now_ns(),
                                                                    makes_room=True)
-            consumer.claims.release(claim)
+            self._release(len(numbers))
         except BaseException:
             # Also if a signal handler raised, wherever that was.
             consumer.claims.release(claim)
             raise
-        finally:
-            self._claim = None
         if consumer.notifies:
             consumer.environment.notifier.notify()
 
-    def nack(self, error: BaseException | None = None) -> None:
+    def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """
         Leave the messages where they were; they are delivered again, perhaps to another consumer.
 
         :param error: with which the user's code ended; None: the delivery does not count
+        :param count: of the first messages, if not all; the others stay claimed
         """
         claim, consumer = self._claim, self._consumer
-        if claim is None:
+        if claim.file is None:
             return
+        numbers = self.numbers[:count]
         try:
             # Before the claim is released: the next delivery shall know what happened.
-            consumer.record(claim, self._copied, error)
-            consumer.claims.release(claim)
+            consumer.record(claim, self._copied, numbers, error)
+            self._release(len(numbers))
         except BaseException:
             consumer.claims.release(claim)
             raise
-        finally:
-            self._claim = None
         consumer.notify_free()
+
+    def _release(self, count: int) -> None:
+        """Release the claim of the first messages, and keep the rest."""
+        claim, consumer = self._claim, self._consumer
+        if count == len(self.numbers):
+            consumer.claims.release(claim)
+            return
+        self.numbers = self.numbers[count:]
+        with consumer.ending.lock:
+            if claim.file is not None and not claim.file.closed:
+                first = self.numbers[0]
+                consumer.claims.narrow(claim, first, claim.first + claim.count - first)
+                locks.note_claim(consumer.environment.page, claim, consumer.environment.process_id)
 
 
 class Ending:
@@ -203,17 +204,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 pause = min(pause, deadline - time.monotonic())
                 if pause <= 0:
                     return None
-            if stamp is not None and notifier.wait(stamp, pause):
-                # The sender says what is there, which spares a look.
-                self.looks.end = max(self.looks.end, notifier.end)
+            if stamp is not None:
+                notifier.wait(stamp, pause)
             # Between arming and waiting there is one more look.
             stamp = notifier.arm()
-
-    def take_newest(self,
-                    timeout: float | None,
-                    poll_secs: float = LONGEST_PAUSE_SECS) -> Lease | None:
-        """Take the newest message and skip all older ones; wait if there is none."""
-        return self.take(timeout, poll_secs, is_newest=True)
 
     def take_at(self, number: int) -> Lease | None:
         """Take one certain message, whatever else is there. It does not wait."""
@@ -228,8 +222,9 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         number = self.position
         # Only if it exists: if a number not yet in use were claimed, others would pass over the
         # message that gets it. Only one: if the position has moved on, others would pass over the
-        # rest meanwhile.
-        if 0 < number < self.looks.end and max_messages == 1:
+        # rest meanwhile. The sender says what is there, which spares a search.
+        if (number and max_messages == 1 and
+            (number < self.looks.end or number < self.environment.page.words[SharedPage.END])):
             self.position = 0
             lease = self._claim(number, 1, is_guess=True)
             if lease is not None:
@@ -237,7 +232,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
         if self.ending.is_closed:
             raise self.closed_error()
-        held = self.claims.held(self.looks.ordinal)
+        held = self.claims.held[self.looks.ordinal]
         now = time.monotonic()
         if now >= held.start_until or 0 < held.retry_at_ns <= self.looks.now_ns():
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
@@ -301,7 +296,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         :param newest_but: if given: only if it is the newest one, but for these if they are exhausted
         """
         environment, looks, claims = self.environment, self.looks, self.claims
-        claim = locks.Claim(looks.ordinal, number, count, claims.held(looks.ordinal))
+        claim = locks.Claim(looks.ordinal, number, count, claims.held[looks.ordinal])
         lease = None
         try:
             if newest_but is not None:
@@ -356,7 +351,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     # Ending a lease
 
-    def record(self, claim: locks.Claim, copied: Copied, error: BaseException | None) -> None:
+    def record(self, claim: locks.Claim, copied: Copied, numbers: list[int],
+               error: BaseException | None) -> None:
         """Record how an unacknowledged delivery ended: that it failed, or that it does not count."""
         # The message is where it was; the user's own exception matters more than the count.
         with self.ending.lock, contextlib.suppress(persipubsub.errors.PersipubsubError):
@@ -365,7 +361,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 return
             if error is not None:
                 text = persipubsub.message.text_of(error)
-                exhausted = self._write(deliveries.fail, copied.numbers, text)
+                exhausted = self._write(deliveries.fail, numbers, text)
                 for message in self.describe(copied) if exhausted else ():
                     if message.number in exhausted:
                         # It may have left while the one before it was moved.
@@ -374,7 +370,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                         if record is not None:
                             self._move(message, record)
             elif self.counts:
-                self._write(deliveries.take_back, copied.numbers)
+                self._write(deliveries.take_back, numbers)
 
     def _move(self, message: Message, record: fmt.Attempts) -> None:
         """Move a claimed message away that is not delivered any more."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 import persipubsub.errors
+from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.message import DeadLetter, Message
 
@@ -47,25 +48,27 @@ class Target(Protocol):
         """Close the queue."""
 
 
-class Origin(NamedTuple):
-    """Where messages are moved from."""
+class Retries(NamedTuple):
+    """What happens to the messages that a subscriber fails to work on."""
 
-    queue: str  #: key of the queue
-    subscriber: str  #: id
-    path: str  #: directory of the queue
+    policy: attempts.Policy = attempts.Policy()
+    queue_key: str = ""  #: of the subscriber's queue in the configuration
+    #: opens the queue of dead letters; None: messages are dropped
+    open_dead_letters: Callable[[], Target] | None = None
 
 
 class DeadLetterWriter:
     """Moves messages of one subscriber. Any thread may use it."""
 
-    def __init__(self, origin: Origin, open_target: Callable[[], Target] | None) -> None:
+    def __init__(self, path: str, subscriber: str, retries: Retries) -> None:
         """
         Initialize without opening anything.
 
-        :param open_target: opens the queue of dead letters; None: messages are dropped
+        :param path: directory of the queue that messages are moved from
         """
-        self._origin = origin
-        self._open_target = open_target
+        self._path = path
+        self._subscriber = subscriber
+        self._retries = retries
         # The first one is used; two threads may open it at the same time.
         self._targets: list[Target] = []
         self._ready_at = 0.0
@@ -74,16 +77,16 @@ class DeadLetterWriter:
     def move(self, ordinal: int, message: Message, record: fmt.Attempts) -> bool:
         """Put a message into the queue of dead letters; return False if it has to stay for now."""
         error = _NO_WORD if record.flags & fmt.FLAG_IS_BEGUN else record.error
-        if self._open_target is None:
+        if self._retries.open_dead_letters is None:
             _LOGGER.warning(
                 "The message %s of the queue %s was dropped for %s, which has no "
-                "dead_letter_queue, after %s deliveries: %s", message.number, self._origin.path,
-                self._origin.subscriber, record.deliveries, error)
+                "dead_letter_queue, after %s deliveries: %s", message.number, self._path,
+                self._subscriber, record.deliveries, error)
             return True
         if time.monotonic() < self._ready_at:
             return False
-        letter = DeadLetter(queue=self._origin.queue,
-                            subscriber=self._origin.subscriber,
+        letter = DeadLetter(queue=self._retries.queue_key,
+                            subscriber=self._subscriber,
                             number=message.number,
                             sent_at=message.sent_at,
                             attempts=record.deliveries,
@@ -93,11 +96,11 @@ class DeadLetterWriter:
         # The time of the first delivery tells it from the same number of a queue that was dropped and
         # created again, and from a message that an operator let be delivered again, be it by a seek or
         # by restoring a backup, which sets that time.
-        msg_id = make_id("dead letter", os.path.realpath(self._origin.path), ordinal,
-                         message.number, record.since_ns)
+        msg_id = make_id("dead letter", os.path.realpath(self._path), ordinal, message.number,
+                         record.since_ns)
         try:
             if not self._targets:
-                self._targets.append(self._open_target())
+                self._targets.append(self._retries.open_dead_letters())
             # No time to wait for room: the consumer has other messages to work on.
             self._targets[0].put([letter.encode()], timeout=0, msg_ids=[msg_id])
             # With ``os``, too: the message may be old, and leaves its queue now.
@@ -109,8 +112,7 @@ class DeadLetterWriter:
                 self._warned_at = now
                 _LOGGER.warning(
                     "The message %s of the queue %s stays with %s, since it can not be moved into the "
-                    "dead_letter_queue: %s", message.number, self._origin.path,
-                    self._origin.subscriber, failure)
+                    "dead_letter_queue: %s", message.number, self._path, self._subscriber, failure)
             return False
         return True
 

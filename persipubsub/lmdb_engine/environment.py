@@ -110,7 +110,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         self.users = 0
         self.process_id = os.getpid()
         #: Numbers that this process has claimed, by the ordinal of the subscriber.
-        self.held: dict[int, locks.Held] = {}
+        self.held = locks.HeldOf()
         #: Parts of the open queues that have locks or files: to be begun anew in a forked child.
         self.members: list[Member] = []
         #: Told to report before the environment is closed, and at the interpreter's end.
@@ -354,13 +354,16 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def _delete_finished(self, store: _Store) -> None:
         """Delete what is finished: without sends, which do it otherwise, the journal would keep it."""
-        retain_secs = self.queue.retain_secs
-        retained_ns = (self.now_ns() -
-                       int(retain_secs * 1e9) if retain_secs else log.RETAINS_NOTHING_NS)
+        retained_ns = self.retained_ns(self.now_ns())
         for _ in range(_MOST_CHUNKS):
             if store.is_stopped.is_set() or not self.read(retention.is_any_finished, retained_ns):
                 break
             self.write(retention.delete_finished, _CHUNK_BLOCKS, retained_ns, makes_room=True)
+
+    def retained_ns(self, now_ns: int) -> int:
+        """Tell since when messages stay although they are finished."""
+        retain_secs = self.queue.retain_secs
+        return now_ns - int(retain_secs * 1e9) if retain_secs else log.RETAINS_NOTHING_NS
 
     # Trouble
 

@@ -8,7 +8,7 @@ from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, positions
 from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.format import Tx
-from persipubsub.statistics import InFlight, QueueStatistics, SubscriberStatistics
+from persipubsub.statistics import InFlight, QueueStatistics, SubscriberStatistics, share
 
 #: Counters of a subscriber that are shown as they are.
 _COUNTERS: Final = ("position", "acknowledged", "failed", "dropped_by_timeout", "dropped_by_mark",
@@ -27,13 +27,13 @@ def collect(opened: Environment, now_ns: int) -> QueueStatistics:
     return QueueStatistics(
         path=opened.directory,
         messages=count,
-        message_share=_share(count, mark.max_msgs_num),
+        message_share=share(count, mark.max_msgs_num),
         message_bytes=size,
-        byte_share=_share(size, mark.size_bytes),
+        byte_share=share(size, mark.size_bytes),
         file_bytes=file_bytes,
-        file_share=_share(file_bytes, queue.max_db_size_bytes),
+        file_share=share(file_bytes, queue.max_db_size_bytes),
         oldest_age_seconds=age,
-        age_share=_share(age or 0.0, mark.msg_timeout_secs),
+        age_share=share(age or 0.0, mark.msg_timeout_secs),
         next_number=end,
         commits=commits,
         subscribers=tuple(
@@ -43,10 +43,6 @@ def collect(opened: Environment, now_ns: int) -> QueueStatistics:
         journal_bytes=opened.journal.bytes_on_disk(),
         journal_lag_bytes=opened.journal.lag_bytes(),
         disk_bytes=files.disk_bytes(opened.directory))
-
-
-def _share(value: float, limit: float | None) -> float | None:
-    return None if limit is None else value / limit
 
 
 def _count(

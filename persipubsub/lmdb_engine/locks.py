@@ -29,7 +29,6 @@ conflict with each other, so each claim in progress has a descriptor for itself,
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import io
@@ -39,6 +38,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
+
+import msgspec
 
 import persipubsub.errors
 from persipubsub.lmdb_engine import files
@@ -202,8 +203,15 @@ class Held:
         self.start = min(self.start, first)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Claim:
+class HeldOf(dict[int, Held]):
+    """What this process has claimed, by the ordinal of the subscriber."""
+
+    def __missing__(self, ordinal: int) -> Held:
+        """Begin with nothing claimed. Two threads get the same."""
+        return self.setdefault(ordinal, Held())
+
+
+class Claim(msgspec.Struct, eq=False):
     """A range of messages that one consumer has."""
 
     ordinal: int
@@ -211,14 +219,12 @@ class Claim:
     count: int
     held: Held
     file: io.FileIO | None = None  #: None: it is not locked
-    #: If it was split: an entry for each claim that shares the file.
-    parts: list[None] | None = None
 
 
 class Claims:
     """Claims of the consumers of one open queue. Any thread may use it."""
 
-    def __init__(self, directory: str, held: dict[int, Held]) -> None:
+    def __init__(self, directory: str, held: HeldOf) -> None:
         """
         Initialize without touching the file, which is opened at the first use.
 
@@ -226,18 +232,13 @@ class Claims:
             it has open of the queue
         """
         self._path = os.path.join(os.path.abspath(directory), files.CLAIMS)
-        self._held = held
+        self.held = held
         # Appending to a list and popping are atomic. ``_all`` has all that is open.
         self._idle: list[io.FileIO] = []
         self._all: dict[io.FileIO, None] = {}
         self._claims: set[Claim] = set()
         self._identity: files.Identity | None = None
         self.is_closed = False
-
-    def held(self, ordinal: int) -> Held:
-        """Return what this process has claimed for a subscriber."""
-        held = self._held.get(ordinal)
-        return self._held.setdefault(ordinal, Held()) if held is None else held
 
     def claim(self, claim: Claim) -> bool:
         """
@@ -311,15 +312,6 @@ class Claims:
                 claim.held.give_back(begin, behind)
         claim.first, claim.count = first, count
 
-    def split(self, claim: Claim, count: int) -> Claim:
-        """Make a claim of its own of the first messages of a claim; both share a descriptor."""
-        claim.parts = claim.parts or [None]
-        claim.parts.append(None)
-        first = Claim(claim.ordinal, claim.first, count, claim.held, claim.file, claim.parts)
-        claim.first, claim.count = claim.first + count, claim.count - count
-        self._claims.add(first)
-        return first
-
     def release(self, claim: Claim) -> None:
         """Give a claim back, if it was locked; nothing happens after a close, nor in a forked child."""
         file = claim.file
@@ -343,10 +335,6 @@ class Claims:
                 return
             raise
         claim.file = None
-        if claim.parts is not None:
-            claim.parts.pop()
-            if claim.parts:
-                return  # another part of it is claimed
         if len(self._idle) < _MOST_IDLE:
             self._idle.append(file)
         else:
@@ -441,7 +429,7 @@ def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
     It is for people to look at: nothing is decided by it. Each descriptor of a process has its place,
     so that a claim that is held for long keeps its note; two processes may have the same place.
     """
-    since_ns = files.ticks_ns()
+    since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # without a call of ticks_ns
     try:
         place = (process_id * 61 +
                  claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked

@@ -321,7 +321,7 @@ def _go_on_behind(tx: Tx, next_number: int, generation: int, next_ordinal: int) 
     attempts.begin_anew(tx, now_ns)
 
 
-def drop(path: str, busy_timeout_secs: float) -> list[str]:
+def drop(path: str, queue: persipubsub.config.Queue) -> list[str]:
     """Remove a queue with all its messages; return the names of files that are not of this library."""
     if not os.path.lexists(os.path.join(path, files.USERS)):
         try:
@@ -330,7 +330,7 @@ def drop(path: str, busy_timeout_secs: float) -> list[str]:
             # A process may have been killed at the end of this.
             if not os.path.isdir(path):
                 raise
-    with _alone(path, busy_timeout_secs), files.translated(path=path, doing="remove"):
+    with _alone(path, queue.busy_timeout_secs), files.translated(path=path, doing="remove"):
         foreign = files.foreign_names(path)
         # The mark must not be gone before the store, which can not be trusted without it.
         files.remove_durably(os.path.join(path, files.DATA))

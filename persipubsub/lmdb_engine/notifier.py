@@ -99,12 +99,13 @@ class Notifier:
 
         The locks of the commit are the fence that keeps the flag from being read before it.
 
-        :param end: number behind the new message, which spares those who wake up a look; 0: unknown
+        :param end: number behind the new message, which spares consumers a look; 0: unknown
         """
         words = self._words
+        if end:
+            words[SharedPage.END] = end
         if words[SharedPage.FLAG]:
             words[SharedPage.FLAG] = 0
-            words[SharedPage.END] = end
             self._futex.wake_all()
 
     def arm(self) -> int:
@@ -130,11 +131,6 @@ class Notifier:
             raise persipubsub.errors.ClosedError(
                 "Expected the queue to be open while waiting, but got: it was closed")
         return self._futex.load() != stamp
-
-    @property
-    def end(self) -> int:
-        """Number behind the newest message, as the last sender that woke anybody told it."""
-        return self._words[SharedPage.END]
 
     def listen(self, callback: Callable[[], object]) -> "Listener":
         """

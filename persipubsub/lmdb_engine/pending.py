@@ -46,14 +46,6 @@ class Copied(msgspec.Struct):
     dropped: int  #: messages that were dropped unread for the subscriber before them
     is_exhausted: bool = False  #: True if it is a single message that is not to be delivered any more
 
-    def split(self, count: int) -> "Copied":
-        """Take the first messages out."""
-        first = Copied(self.numbers[:count], self.messages[:count], self.times_ns[:count],
-                       self.attempts, self.dropped)
-        self.numbers, self.messages = self.numbers[count:], self.messages[count:]
-        self.times_ns, self.dropped = self.times_ns[count:], 0
-        return first
-
 
 class Pending:
     """

@@ -183,13 +183,8 @@ class Room:
         if cut > low.number:
             dropped.extend(retention.drop(tx, 0, cut, retention.BY_TIMEOUT))
             low = retention.find_low_watermark(tx, log_end)
-        log.delete_head(tx.cursor(), low.number, budget, self._retained_ns(now_ns))
+        log.delete_head(tx.cursor(), low.number, budget, self._environment.retained_ns(now_ns))
         return low
-
-    def _retained_ns(self, now_ns: int) -> int:
-        """Tell since when messages stay although they are finished."""
-        retain_secs = self._environment.queue.retain_secs
-        return now_ns - int(retain_secs * 1e9) if retain_secs else log.RETAINS_NOTHING_NS
 
     def drop_expired(self) -> int:
         """Drop the messages that are older than the queue's timeout; return how many it were."""
@@ -211,7 +206,9 @@ class Room:
             while self._environment.write(once.forget, oldest_ns, _CHUNK_BLOCKS,
                                           makes_room=True) == _CHUNK_BLOCKS:
                 pass
-        retained_ns = self._retained_ns(now_ns) if keeps_retained else log.RETAINS_NOTHING_NS
+        retained_ns = log.RETAINS_NOTHING_NS
+        if keeps_retained:
+            retained_ns = self._environment.retained_ns(now_ns)
         total, deleted = 0, _CHUNK_BLOCKS
         while deleted == _CHUNK_BLOCKS:
             deleted = self._environment.write(retention.delete_finished,

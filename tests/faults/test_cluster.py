@@ -287,9 +287,9 @@ def test_seek_on_several_servers(tmp_path: Path) -> None:
             queue.put([b"a", b"b"])
             consumer = queue.consumer("sub")
             for _ in range(3):
-                assert engine.seek(config, "queue", "sub", "beginning") == 1
+                assert control.seek(config, "sub", "beginning") == 1
                 lease = consumer.take(timeout=60, max_messages=9)
                 assert lease is not None and lease.messages == [b"a", b"b"]
                 lease.ack()
-            assert engine.seek(config, "queue", "sub", "end") == 3
+            assert control.seek(config, "sub", "end") == 3
             assert consumer.take(timeout=0.2) is None

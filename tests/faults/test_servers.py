@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 
-from persipubsub import config, errors
+from persipubsub import config, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.faults import tracing
@@ -191,7 +191,7 @@ def test_acknowledgement_of_a_removed_subscriber(server: jetstream_server.Server
         queue.put([b"hello"])
         lease = queue.consumer("sub").take(timeout=HANG_SECS)
         assert lease is not None
-        engine.remove_subscriber(config.read(config_pth), "queue", "sub")
+        control.remove_subscriber(config.read(config_pth), "queue", "sub")
         begin = time.monotonic()
         assert outcome(lease.ack) == "NotInitializedError"
         assert outcome(lambda: queue.consumer("sub")) == "NotInitializedError"
