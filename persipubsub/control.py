@@ -275,7 +275,7 @@ def seek(config_pth: ConfigLike,
     :raise ValueError: if it is another text, or a time without a time zone
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return int(_operate(config, key, "seek", sub_id, to))
+    return int(_with_queue(lambda queue: queue.seek(sub_id, to))(config, key))
 
 
 def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -525,7 +525,7 @@ def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> b
     if not isinstance(subscriber, str):
         raise TypeError(f"Expected the id of a subscriber as str, but got: {subscriber!r}")
     persipubsub.config.check_identifier(subscriber, config.path)
-    return bool(_operate(config, queue_key, "add_subscriber", subscriber))
+    return bool(_with_queue(lambda queue: queue.add_subscriber(subscriber))(config, queue_key))
 
 
 def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> int:
@@ -543,7 +543,7 @@ def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
     config, _ = _subscriber(config_pth, subscriber, queue_key)
-    return int(_operate(config, queue_key, "remove_subscriber", subscriber))
+    return int(_with_queue(lambda queue: queue.remove_subscriber(subscriber))(config, queue_key))
 
 
 def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:

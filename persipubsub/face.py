@@ -377,7 +377,6 @@ def seconds_of(timeout: object) -> float | None:
     return None if timeout > _FOREVER_SECS else timeout
 
 
-# Most calls give the same, and every receive passes here. Typed: True is no number of retries.
 def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     """
     Check how long a caller wants to wait for a message.

@@ -1,15 +1,16 @@
-"""Messages with what is known of them, and messages that were given up."""
+"""Messages with what is known of them, messages that were given up, places in a queue."""
 
 import contextlib
 import dataclasses
 import datetime
-from typing import Final
+import math
+from typing import Final, TypeAlias
 
 import msgspec
 
 import persipubsub.errors
 
-__all__ = ["Message", "Peeked", "DeadLetter", "text_of", "retry_delay_ns"]
+__all__ = ["Message", "Peeked", "DeadLetter", "Place", "text_of", "retry_delay_ns", "since_ns"]
 
 #: An error takes at most so many characters where it is stored.
 ERROR_CHARACTERS: Final = 500
@@ -130,3 +131,40 @@ def retry_delay_ns(first_ns: int, deliveries: int) -> int:
     """
     # Shifted no further than that any delay from a nanosecond on has reached the limit.
     return min(first_ns << min(deliveries - 1, 42), max(_LONGEST_DELAY_NS, first_ns))
+
+
+#: Where a subscriber goes on, see :py:func:`persipubsub.control.seek`: the beginning, the end, the
+#: number of a message, or a time.
+Place: TypeAlias = str | int | float | datetime.datetime
+
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+def since_ns(to: Place) -> int | None:
+    """
+    Check a place.
+
+    >>> since_ns("end"), since_ns(7), since_ns(1.5)
+    (None, None, 1500000000)
+
+    :param to: given by the user
+    :return: a time in nanoseconds since 1970; None if it is no time
+    :raise TypeError: if it is of another type
+    :raise ValueError: if it is another text, or a time without a time zone
+    """
+    if isinstance(to, str):
+        if to not in ("beginning", "end"):
+            raise ValueError(f"Expected 'beginning', 'end', a number or a time, but got: {to!r}")
+        return None
+    if isinstance(to, int) and not isinstance(to, bool):
+        return None
+    if isinstance(to, datetime.datetime):
+        if to.utcoffset() is None:
+            raise ValueError(f"Expected a time with its time zone, but got: {to!r}")
+        return (to - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
+    if not isinstance(to, float):
+        raise TypeError("Expected a place of type str, int, float or datetime, but got: "
+                        f"{type(to).__name__}")
+    if not math.isfinite(to * 1e9):
+        raise ValueError(f"Expected a time in seconds since 1970, but got: {to!r}")
+    return int(to * 1e9)

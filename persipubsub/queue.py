@@ -16,15 +16,15 @@ from typing import TypeVar
 
 import persipubsub.config
 import persipubsub.errors
-import persipubsub.place
+import persipubsub.message
 from persipubsub.config import Config
 from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, figures
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, meta, pending, positions, retention, room, sending
+from persipubsub.lmdb_engine import meta, pending, positions, retention, room, sending
+from persipubsub.lmdb_engine.claims import Claims
 from persipubsub.lmdb_engine.dead_letters import Retries
 from persipubsub.lmdb_engine.format import Tx
-from persipubsub.message import Peeked
-from persipubsub.place import Place
+from persipubsub.message import Peeked, Place
 from persipubsub.statistics import QueueStatistics
 
 __all__ = [
@@ -58,7 +58,7 @@ class Queue:
         self._opened = opened = environment.acquire(path, queue)
         try:
             self._now_ns = clock if clock is not None else opened.now_ns
-            self._claims = locks.Claims(path, opened.held)
+            self._claims = Claims(path, opened.held)
             self._writers: dict[str, dead_letters.DeadLetterWriter] = {}
             self._room = room.Room(opened, self._now_ns)
             self._sender = sending.Sender(opened, self._room, self._now_ns)
@@ -200,7 +200,7 @@ class Queue:
     def seek(self, subscriber: str, to: Place) -> int:
         """Let a subscriber go on from another place, in one transaction and durably."""
         # Checked before anything is looked at. The beginning is where the oldest message is.
-        wall_ns = 0 if to == "beginning" else persipubsub.place.since_ns(to)
+        wall_ns = 0 if to == "beginning" else persipubsub.message.since_ns(to)
 
         def work(tx: Tx) -> int:
             if wall_ns is None:

@@ -15,19 +15,20 @@ from typing import Any
 import pytest
 
 from persipubsub import errors
-from persipubsub.lmdb_engine import files, locks
+from persipubsub.lmdb_engine import claims as claiming
+from persipubsub.lmdb_engine import files
 from tests.support import HANG_SECS, count_descriptors, in_threads, until
 
 #: A process which does what the test tells it to, line by line. It knows the claims by first number.
 _PUPPET = """
 import os, sys
-from persipubsub.lmdb_engine import locks
+from persipubsub.lmdb_engine import claims as claiming
 
-claims = locks.Claims(sys.argv[1], locks.HeldOf())
+claims = claiming.Claims(sys.argv[1], claiming.HeldOf())
 held = {}
 
 def take(first, count=1):
-    claim = locks.Claim(0, first, count, claims.held[0])
+    claim = claiming.Claim(0, first, count, claims.held[0])
     if claims.claim(claim):
         held[first] = claim
         return True
@@ -68,8 +69,8 @@ class Puppet:
 
 
 @pytest.fixture(name="claims")
-def _claims(tmp_path: Path) -> Iterator[locks.Claims]:
-    with contextlib.closing(locks.Claims(str(tmp_path), locks.HeldOf())) as claims:
+def _claims(tmp_path: Path) -> Iterator[claiming.Claims]:
+    with contextlib.closing(claiming.Claims(str(tmp_path), claiming.HeldOf())) as claims:
         yield claims
 
 
@@ -85,12 +86,15 @@ def _spawn(tmp_path: Path) -> Iterator[Callable[[], Puppet]]:
         yield start
 
 
-def lock(claims: locks.Claims, ordinal: int, first: int, count: int = 1) -> locks.Claim | None:
-    claim = locks.Claim(ordinal, first, count, claims.held[ordinal])
+def lock(claims: claiming.Claims,
+         ordinal: int,
+         first: int,
+         count: int = 1) -> claiming.Claim | None:
+    claim = claiming.Claim(ordinal, first, count, claims.held[ordinal])
     return claim if claims.claim(claim) else None
 
 
-def claimed(claims: locks.Claims, numbers: range) -> list[int]:
+def claimed(claims: claiming.Claims, numbers: range) -> list[int]:
     """List what is claimed, according to both ways to ask."""
     asked = [number for number in numbers if claims.is_claimed(0, number)]
     tried = []
@@ -104,13 +108,13 @@ def claimed(claims: locks.Claims, numbers: range) -> list[int]:
     return asked
 
 
-def take(claims: locks.Claims, first: int, count: int = 1) -> locks.Claim:
+def take(claims: claiming.Claims, first: int, count: int = 1) -> claiming.Claim:
     claim = lock(claims, 0, first, count)
     assert claim is not None and (claim.first, claim.count) == (first, count)
     return claim
 
 
-def test_descriptors_are_used_again_and_bounded(claims: locks.Claims) -> None:
+def test_descriptors_are_used_again_and_bounded(claims: claiming.Claims) -> None:
     before = count_descriptors()
     for _ in range(100):
         claims.release(take(claims, 1))
@@ -123,7 +127,7 @@ def test_descriptors_are_used_again_and_bounded(claims: locks.Claims) -> None:
     assert count_descriptors() == before
 
 
-def test_file_that_was_replaced(claims: locks.Claims, tmp_path: Path) -> None:
+def test_file_that_was_replaced(claims: claiming.Claims, tmp_path: Path) -> None:
     take(claims, 1)
     (tmp_path / files.CLAIMS).unlink()
     (tmp_path / files.CLAIMS).touch(mode=0o600)
@@ -132,7 +136,7 @@ def test_file_that_was_replaced(claims: locks.Claims, tmp_path: Path) -> None:
         lock(claims, 0, 2)
 
 
-def test_threads_exclude_each_other(claims: locks.Claims) -> None:
+def test_threads_exclude_each_other(claims: claiming.Claims) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     owners: dict[int, int] = {}
@@ -154,7 +158,7 @@ def test_threads_exclude_each_other(claims: locks.Claims) -> None:
     assert not claimed(claims, range(20))
 
 
-def test_processes_that_are_killed_exclude_each_other(claims: locks.Claims,
+def test_processes_that_are_killed_exclude_each_other(claims: claiming.Claims,
                                                       spawn: Callable[[], Puppet]) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
@@ -179,7 +183,7 @@ def test_processes_that_are_killed_exclude_each_other(claims: locks.Claims,
 # Forks
 
 
-def test_child_keeps_nothing_of_a_killed_parent(claims: locks.Claims,
+def test_child_keeps_nothing_of_a_killed_parent(claims: claiming.Claims,
                                                 spawn: Callable[[], Puppet]) -> None:
     """A program that is started inherits no descriptor, so no claim."""
     holder = spawn()

@@ -46,11 +46,11 @@ _ROWS: list[set[str]] = [
     {"lmdb_engine.retention"},
     {"lmdb_engine.meta", "lmdb_engine.once", "lmdb_engine.positions"},
     {
-        "lmdb_engine.attempts", "lmdb_engine.datafile", "lmdb_engine.locks", "lmdb_engine.log",
-        "lmdb_engine.notifier"
+        "lmdb_engine.attempts", "lmdb_engine.claims", "lmdb_engine.datafile", "lmdb_engine.locks",
+        "lmdb_engine.log", "lmdb_engine.notifier"
     },
     {"lmdb_engine.files", "lmdb_engine.format"},
-    {"config", "drop_log", "message", "place", "statistics"},
+    {"config", "drop_log", "message", "statistics"},
     {"errors"},
 ]
 

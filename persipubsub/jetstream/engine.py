@@ -22,12 +22,10 @@ import nats.errors
 
 import persipubsub.errors
 import persipubsub.message
-import persipubsub.place
 from persipubsub.config import Config, Durability
 from persipubsub.jetstream import (address, connection, delivery, errors, loop, publishing,
                                    settings, stream)
-from persipubsub.message import Peeked
-from persipubsub.place import Place
+from persipubsub.message import Peeked, Place
 from persipubsub.statistics import QueueStatistics, SubscriberStatistics
 
 __all__ = [
@@ -249,7 +247,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         every subscriber acknowledged. The consumer of the subscriber is replaced; what its
         processes have at that moment may come again, and deliveries are counted from one again.
         """
-        since_ns = persipubsub.place.since_ns(to)
+        since_ns = persipubsub.message.since_ns(to)
         start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
         if since_ns is not None:
             start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(since_ns)}

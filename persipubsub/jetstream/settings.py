@@ -17,10 +17,6 @@ _FRAME_BYTES: Final = 512
 _MARK: Final = "persipubsub"
 _OURS: Final = {_MARK: "1"}
 
-#: Ids of publishers that the library makes up for itself begin with it: no file can have them.
-#: They name their subscribers even if these are all of the file.
-_MADE_UP: Final = "\0"
-
 
 class Settings:
     """Where a stream is, and what it does with its messages."""
@@ -42,11 +38,12 @@ class Settings:
         self.timeout_ns = _nanoseconds(mark.msg_timeout_secs)
         self.retain_ns = _nanoseconds(self.queue.retain_secs) or 0
         everybody = set(self.queue.subscribers)
-        #: Of the publishers that name those they address.
+        #: Recipients of publishers that list them.
         self.audiences = {
             tuple(sorted(publisher.subscribers))
-            for publisher in config.publishers.values() if publisher.out_queue == queue_key and
-            (set(publisher.subscribers) != everybody or publisher.identifier.startswith(_MADE_UP))
+            for publisher in config.publishers.values() if publisher.out_queue == queue_key and (
+                set(publisher.subscribers) != everybody
+                or publisher.identifier.startswith(persipubsub.config.MADE_UP))
         }
 
     @property

@@ -22,7 +22,8 @@ import persipubsub.errors
 import persipubsub.message
 from persipubsub.lmdb_engine import dead_letters, deliveries
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, positions
+from persipubsub.lmdb_engine import positions
+from persipubsub.lmdb_engine.claims import Claim, Claims, note_claim
 from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.notifier import Listener
@@ -47,7 +48,7 @@ class Lease:
 
     __slots__ = ("messages", "numbers", "_consumer", "_claim", "_copied")
 
-    def __init__(self, consumer: "Consumer", claim: locks.Claim, copied: Copied) -> None:
+    def __init__(self, consumer: "Consumer", claim: Claim, copied: Copied) -> None:
         """Initialize with what was claimed."""
         self.messages = copied.messages
         self.numbers = copied.numbers  # without those that were ended by themselves
@@ -131,7 +132,7 @@ class Lease:
             if claim.file is not None and not claim.file.closed:
                 first = self.numbers[0]
                 consumer.claims.narrow(claim, first, claim.first + claim.count - first)
-                locks.note_claim(consumer.environment.page, claim, consumer.environment.process_id)
+                note_claim(consumer.environment.page, claim, consumer.environment.process_id)
 
 
 class Ending:
@@ -152,8 +153,8 @@ class Ending:
 class Consumer:  # pylint: disable=too-many-instance-attributes
     """Takes messages of one subscriber. Any thread may use it."""
 
-    def __init__(self, environment: Environment, claims: locks.Claims, ending: Ending,
-                 looks: Pending, expire: Callable[[], int], writer: dead_letters.DeadLetterWriter,
+    def __init__(self, environment: Environment, claims: Claims, ending: Ending, looks: Pending,
+                 expire: Callable[[], int], writer: dead_letters.DeadLetterWriter,
                  notifies: bool) -> None:
         """
         Look the subscriber up.
@@ -296,7 +297,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         :param newest_but: if given: only if it is the newest one, but for these if they are exhausted
         """
         environment, looks, claims = self.environment, self.looks, self.claims
-        claim = locks.Claim(looks.ordinal, number, count, claims.held[looks.ordinal])
+        claim = Claim(looks.ordinal, number, count, claims.held[looks.ordinal])
         lease = None
         try:
             if newest_but is not None:
@@ -321,7 +322,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 claims.narrow(claim, first, copied.numbers[-1] + 1 - first)
             copied.dropped, self._dropped = copied.dropped - self._dropped, copied.dropped
             lease = Lease(self, claim, copied)
-            locks.note_claim(environment.page, claim, environment.process_id)
+            note_claim(environment.page, claim, environment.process_id)
             return lease
         except persipubsub.errors.CorruptMessageError as error:
             self._remove(error.number, "corrupt")
@@ -351,7 +352,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     # Ending a lease
 
-    def record(self, claim: locks.Claim, copied: Copied, numbers: list[int],
+    def record(self, claim: Claim, copied: Copied, numbers: list[int],
                error: BaseException | None) -> None:
         """Record how an unacknowledged delivery ended: that it failed, or that it does not count."""
         # The message is where it was; the user's own exception matters more than the count.

@@ -29,6 +29,7 @@ from persipubsub.drop_log import DropLog
 from persipubsub.lmdb_engine import datafile, files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, meta, retention
+from persipubsub.lmdb_engine.claims import HeldOf
 from persipubsub.lmdb_engine.datafile import MapFullError
 from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.format import Databases, Tx
@@ -110,7 +111,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         self.users = 0
         self.process_id = os.getpid()
         #: Numbers that this process has claimed, by the ordinal of the subscriber.
-        self.held = locks.HeldOf()
+        self.held = HeldOf()
         #: Parts of the open queues that have locks or files: to be begun anew in a forked child.
         self.members: list[Member] = []
         #: Told to report before the environment is closed, and at the interpreter's end.

@@ -5,7 +5,8 @@ from typing import Final
 
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, positions
+from persipubsub.lmdb_engine import log, positions
+from persipubsub.lmdb_engine.claims import Span, find_claims
 from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.statistics import InFlight, QueueStatistics, SubscriberStatistics, share
@@ -21,7 +22,7 @@ def collect(opened: Environment, now_ns: int) -> QueueStatistics:
     end, sent, count, size, age_ns, commits, subscribers = opened.read(_count, now_ns)
     spans = {record.ordinal: (record.position, end) for record, _ in subscribers}
     # None if the system does not tell.
-    claims = locks.find_claims(opened.directory, spans, opened.page)
+    claims = find_claims(opened.directory, spans, opened.page)
     file_bytes = opened.file_bytes()
     age = None if age_ns is None else age_ns / 1e9
     return QueueStatistics(
@@ -66,7 +67,7 @@ def _count(
 
 
 def _subscriber(record: fmt.Subscriber, lag: int, now_ns: int,
-                spans: Sequence[locks.Span] | None) -> SubscriberStatistics:
+                spans: Sequence[Span] | None) -> SubscriberStatistics:
     ticks_ns = files.ticks_ns()
     claims = []
     for first, length, note in spans or ():

@@ -1,0 +1,367 @@
+"""
+Claims: which consumer has which message. The kernel gives those of a killed process back.
+
+A claim is a lock of the kernel on bytes of the file ``claims.lock``: one byte for each
+message of each subscriber, at the offset ordinal of the subscriber times 2**48 plus number of the
+message. The file stays empty. The locks belong to open file descriptions (``F_OFD_SETLK``): the
+kernel gives them back when the last descriptor is closed, hence at the moment at which a process
+dies, however it dies. Nothing needs repair, there is no timeout to wait for. A stopped process keeps
+its claims. Rejected: leases with a time stamp in the store, which cost a commit each, and a timeout
+that is too long for those who wait or too short for those who work. Locks of one description never
+conflict with each other, so each claim in progress has a descriptor for itself, kept for the next.
+"""
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import struct
+import time
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import msgspec
+
+import persipubsub.errors
+from persipubsub.lmdb_engine import files
+from persipubsub.lmdb_engine.files import SharedPage
+
+# 2**15 subscribers times 2**48 numbers fill exactly the non-negative offsets of a file.
+_NUMBERS: Final = 1 << 48
+
+#: Descriptors that are kept, so that a burst of claims does not pin thousands of them.
+_MOST_IDLE: Final = 64
+
+#: struct flock of Linux: type, whence, start, length, process (0 for locks of descriptions).
+_FLOCK: Final = struct.Struct("hhqqi4x")
+_SETLK: Final[int] = fcntl.F_OFD_SETLK
+_GETLK: Final[int] = fcntl.F_OFD_GETLK
+_UNLOCK_ALL: Final = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
+
+#: No more questions than this are asked to list claims: the kernel walks a list for each.
+_MOST_QUESTIONS: Final = 10000
+
+
+class Held:
+    """What this process has claimed of one subscriber, and where a search for more is worth it."""
+
+    __slots__ = ("numbers", "start", "start_until", "retry_at_ns")
+
+    def __init__(self) -> None:
+        """Initialize with nothing claimed."""
+        self.numbers: set[int] = set()
+        #: Searching below ``start`` is useless until ``start_until``: all messages there are held
+        #: by others, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
+        self.start, self.start_until, self.retry_at_ns = 0, 0.0, 0
+
+    def give_back(self, first: int, end: int) -> None:
+        """Let the next search find messages again."""
+        self.numbers.difference_update(range(first, end))
+        self.start = min(self.start, first)
+
+
+class HeldOf(dict[int, Held]):
+    """What this process has claimed, by the ordinal of the subscriber."""
+
+    def __missing__(self, ordinal: int) -> Held:
+        """Begin with nothing claimed. Two threads get the same."""
+        return self.setdefault(ordinal, Held())
+
+
+class Claim(msgspec.Struct, eq=False):
+    """A range of messages that one consumer has."""
+
+    ordinal: int
+    first: int
+    count: int
+    held: Held
+    file: io.FileIO | None = None  #: None: it is not locked
+
+
+class Claims:
+    """Claims of the consumers of one open queue. Any thread may use it."""
+
+    def __init__(self, directory: str, held: HeldOf) -> None:
+        """
+        Initialize without touching the file, which is opened at the first use.
+
+        :param held: what this process has claimed, by the ordinal of the subscriber; shared by all that
+            it has open of the queue
+        """
+        self._path = os.path.join(os.path.abspath(directory), files.CLAIMS)
+        self.held = held
+        # Appending to a list and popping are atomic. ``_all`` has all that is open.
+        self._idle: list[io.FileIO] = []
+        self._all: dict[io.FileIO, None] = {}
+        self._claims: set[Claim] = set()
+        self._identity: files.Identity | None = None
+        self.is_closed = False
+
+    def claim(self, claim: Claim) -> bool:
+        """
+        Claim all messages of a range, or none.
+
+        Whatever a signal handler raises here, or behind it: a release gives back what was claimed.
+        """
+        file = self._take()
+        claim.file = file
+        try:
+            fcntl.fcntl(
+                file, _SETLK,
+                _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, claim.ordinal * _NUMBERS + claim.first,
+                            claim.count, 0))
+        except OSError as error:
+            if error.errno is None:
+                raise  # by a signal handler, see files
+            claim.file = None
+            self._idle.append(file)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise files.translate_os_error(error, self._path, "lock") from error
+        self._claims.add(claim)
+        claim.held.numbers.update(range(claim.first, claim.first + claim.count))
+        return True
+
+    def claim_prefix(self, claim: Claim) -> bool:
+        """Claim the longest part of a range that begins with its first message and is free."""
+        for _ in range(8):  # after so many lost races, a single message has to do
+            if self.claim(claim):
+                return True
+            if claim.count == 1:
+                return False
+            claim.count = self._free_prefix(claim.ordinal, claim.first, claim.count)
+            if claim.count == 0:
+                return False
+        claim.count = 1
+        return self.claim(claim)
+
+    def is_claimed(self, ordinal: int, number: int) -> bool:
+        """Tell whether anybody, in this process or another, has claimed a message."""
+        return self._free_prefix(ordinal, number, 1) == 0
+
+    def _free_prefix(self, ordinal: int, first: int, count: int) -> int:
+        """Count the messages before the first one that is claimed."""
+        file = self._take()  # it has no locks itself, so it sees those of everybody
+        start = ordinal * _NUMBERS + first
+        try:
+            while count > 0:
+                with files.translated(self._path, doing="query"):
+                    found = _find_lock(file, start, count)
+                if found is None:
+                    break
+                # Any claim of the range, not always the first.
+                count = max(found[0], start) - start
+            return count
+        finally:
+            self._idle.append(file)
+
+    def narrow(self, claim: Claim, first: int, count: int) -> None:
+        """Give back what is outside of a part of a claim, which stays claimed all the time."""
+        assert claim.file is not None, "It is locked."
+        base = claim.ordinal * _NUMBERS
+        end, stop = claim.first + claim.count, first + count
+        for begin, behind in ((claim.first, first), (stop, end)):
+            if begin < behind:
+                with files.translated(self._path, doing="lock"):
+                    fcntl.fcntl(
+                        claim.file, _SETLK,
+                        _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, base + begin, behind - begin, 0))
+                claim.held.give_back(begin, behind)
+        claim.first, claim.count = first, count
+
+    def release(self, claim: Claim) -> None:
+        """Give a claim back, if it was locked; nothing happens after a close, nor in a forked child."""
+        file = claim.file
+        if file is None:
+            return
+        try:
+            fcntl.fcntl(
+                file, _SETLK,
+                _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, claim.ordinal * _NUMBERS + claim.first,
+                            claim.count, 0))
+            self._claims.discard(claim)
+            claim.held.give_back(claim.first, claim.first + claim.count)
+        except BaseException as error:
+            # A signal handler raised: a descriptor that is closed gives back all that is locked.
+            claim.file = None
+            self._claims.discard(claim)
+            claim.held.give_back(claim.first, claim.first + claim.count)
+            self._discard(file)
+            # Closed by another thread a moment ago, before the call or in the middle of it.
+            if isinstance(error, ValueError) or getattr(error, "errno", 0) == errno.EBADF:
+                return
+            raise
+        claim.file = None
+        if len(self._idle) < _MOST_IDLE:
+            self._idle.append(file)
+        else:
+            self._discard(file)
+
+    def _take(self) -> io.FileIO:
+        """Take a descriptor that has no locks."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._open()
+
+    def _open(self) -> io.FileIO:
+        """Open one more descriptor."""
+        if self.is_closed:
+            raise persipubsub.errors.ClosedError(
+                f"Expected {self._path} in use, but got: the queue was closed")
+        file = io.FileIO(files.open_file(self._path), "r+")
+        status = os.fstat(file.fileno())
+        found = files.Identity(status.st_dev, status.st_ino)
+        # Locks on a file that was made anew exclude nobody that has the one before.
+        if self._identity not in (None, found):
+            file.close()
+            raise persipubsub.errors.StoreError(
+                f"Expected {self._path} to stay in place, but got: another file of that name")
+        self._identity = found
+        self._all[file] = None
+        return file
+
+    def _discard(self, file: io.FileIO) -> None:
+        """Close a descriptor, which gives back whatever it has."""
+        self._all.pop(file, None)
+        file.close()
+
+    def close(self) -> None:
+        """Give back whatever is still claimed; it may be repeated."""
+        self.is_closed = True
+        self._idle.clear()
+        while self._claims:
+            claim = self._claims.pop()
+            claim.held.give_back(claim.first, claim.first + claim.count)
+        while self._all:
+            file, _ = self._all.popitem()
+            # Unlocked first: a child that is being forked shares the lock until it closes its own.
+            with files.suppress(OSError):
+                fcntl.fcntl(file, _SETLK, _UNLOCK_ALL)
+            file.close()
+
+    def forget_parent(self) -> None:
+        """Close the parent's files in a forked child; do not unlock: the claims are not its own."""
+        self._idle.clear()
+        self._claims.clear()
+        while self._all:
+            file, _ = self._all.popitem()
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def _find_lock(file: io.FileIO | int, start: int, count: int) -> tuple[int, int] | None:
+    """Ask for a lock in a range; return its start and its length (0: to the end)."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
+    kind, _, begin, length, _ = _FLOCK.unpack(fcntl.fcntl(file, _GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else (begin, length)
+
+
+class Note(NamedTuple):
+    """What a consumer noted of a claim."""
+
+    process_id: int
+    since_ns: int  #: time since boot
+
+
+class Span(NamedTuple):
+    """Messages that one consumer claimed together."""
+
+    first: int  #: number of the first one
+    length: int  #: how many
+    note: Note | None  #: None if nothing is known
+
+
+#: Ordinal of the subscriber, process, first number, time since boot in nanoseconds, and a sum of all
+#: of it, by which a note is known that is half written.
+_NOTE: Final = struct.Struct("<IIQQQ")
+_NOTES: Final = SharedPage.NOTES_BYTES // _NOTE.size
+_MASK: Final = 0xffffffffffffffff
+
+
+def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
+    """
+    Note a claim where other processes see it: the kernel does not tell by which process, and when.
+
+    It is for people to look at: nothing is decided by it. Each descriptor of a process has its place,
+    so that a claim that is held for long keeps its note; two processes may have the same place.
+    """
+    since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # without a call of ticks_ns
+    try:
+        place = (process_id * 61 +
+                 claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
+    except ValueError:
+        return  # closed by another thread a moment ago
+    total = claim.ordinal + process_id * 3 + claim.first * 5 + since_ns * 7 & _MASK
+    _NOTE.pack_into(page.map, SharedPage.NOTES + place * _NOTE.size, claim.ordinal, process_id,
+                    claim.first, since_ns, total)
+
+
+def _read_notes(page: SharedPage) -> dict[tuple[int, int], Note]:
+    """Read the newest whole note on each claim, by ordinal and first number."""
+    notes: dict[tuple[int, int], Note] = {}
+    written = page.map[SharedPage.NOTES:SharedPage.NOTES + _NOTES * _NOTE.size]
+    for ordinal, process_id, first, since_ns, total in _NOTE.iter_unpack(written):
+        if process_id and total == ordinal + process_id * 3 + first * 5 + since_ns * 7 & _MASK:
+            other = notes.get((ordinal, first))
+            if other is None or other.since_ns < since_ns:
+                notes[ordinal, first] = Note(process_id, since_ns)
+    there = set(filter(_is_there, {note.process_id for note in notes.values()}))
+    return {claim: note for claim, note in notes.items() if note.process_id in there}
+
+
+def _is_there(process_id: int) -> bool:
+    """Tell whether a process has not ended."""
+    try:
+        os.kill(process_id, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
+                page: SharedPage) -> Mapping[int, list[Span]] | None:
+    """
+    Find the messages that consumers hold right now: two questions to the kernel for each consumer.
+
+    Rejected: ``/proc/locks``, which lists the locks of the whole machine, and names files by a device
+    that is not that of ``stat`` on some file systems.
+
+    :param spans: first number and number behind the last, by the ordinal of the subscriber
+    :return: claims by the ordinal; None if the system does not tell, or there are too many
+    """
+    # pylint: disable=too-many-locals
+    path = os.path.join(directory, files.CLAIMS)
+    if not os.path.lexists(path):
+        return {ordinal: [] for ordinal in spans}
+    claims: dict[int, list[Span]] = {}
+    notes = _read_notes(page)
+    questions = 0
+    with files.using(path, os.O_RDWR) as descriptor:
+        for ordinal, (first, end) in spans.items():
+            base = ordinal * _NUMBERS
+            claimed = claims[ordinal] = []
+            ranges = [(base + first, base + end)]
+            while ranges:
+                begin, behind = ranges.pop()
+                if begin >= behind:
+                    continue
+                questions += 1
+                if questions > _MOST_QUESTIONS:
+                    return None
+                try:
+                    found = _find_lock(descriptor, begin, behind - begin)
+                except OSError:
+                    return None
+                if found is not None:
+                    # It may begin in front of the range; the kernel names any, not the first.
+                    start, length = found
+                    low = max(begin, start)
+                    high = min(behind, start + length) if length else behind
+                    claimed.append(Span(low - base, high - low, notes.get((ordinal, start - base))))
+                    ranges += [(begin, low), (high, behind)]
+            claimed.sort()
+    return claims
