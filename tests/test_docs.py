@@ -264,7 +264,7 @@ def test_named_functions_are_there() -> None:
     text = (_DOCS / "inside.rst").read_text(encoding="utf-8")
     engine = _ROOT / "persipubsub" / "lmdb_engine"
     named = re.findall(r"``(\w+)``: ((?:``[\w.]+``(?:, )?)+)", text)
-    # Of the way of a message: functions, perhaps what they do, and modules in brackets.
+    # Of the path of a message: functions, perhaps what they do, and modules in brackets.
     for names, modules in re.findall(
             r"^ +((?:[A-Z]\w+\.|[a-z]+_)\w+(?:, [\w.]+)*).* \[([\w, ]+)\]$", text, re.MULTILINE):
         sources = "".join(
