@@ -63,7 +63,7 @@ def _for_each(config_pth: ConfigLike, queue_key: str | None,
 
 
 def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], ResultT]:
-    """Have a queue open for something."""
+    """Open a queue, and call a method of ``queue.Queue``, or of ``jetstream.engine.Queue``."""
 
     def run(config: Config, queue_key: str) -> ResultT:
         engine = persipubsub.engine.of(config, queue_key)

@@ -1,4 +1,8 @@
-"""Warn about messages that were dropped unread, without flooding the log."""
+"""
+Warn about messages that were dropped unread, without flooding the log.
+
+``lmdb_engine.retention`` drops them, and counts them for each subscriber.
+"""
 
 import logging
 import threading
