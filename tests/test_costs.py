@@ -55,7 +55,7 @@ class Cost(NamedTuple):
 # disk. Whoever receives one message after the other finds the next one by what it knows of the end: one
 # read transaction, in which the message is copied.
 _RECEIVE: Final = Cost(transactions=100,
-                       reads=101,
+                       reads=100,
                        flushes=0,
                        locks=400,
                        most_writes=400,

@@ -202,9 +202,11 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 return lease
             pause = min(pause, poll_secs)
             if deadline is not None:
-                pause = min(pause, deadline - time.monotonic())
-                if pause <= 0:
+                left = deadline - time.monotonic()
+                # Not by the pause, which is over as well when a message may be delivered again.
+                if left <= 0:
                     return None
+                pause = min(pause, left)
             if stamp is not None:
                 notifier.wait(stamp, pause)
             # Between arming and waiting there is one more look.
