@@ -1,31 +1,36 @@
 """
 Locks between processes: the write lock, claims of messages, users of a queue.
 
-Locks in the order in which they are taken; a thread that holds a later one never asks for an earlier
-one:
+Locks are taken in this order; a thread that holds a later one does not ask for an earlier one:
 
 1. the registry's lock of a process (opening, closing), see ``environment``,
 2. the open lock of a queue (between processes, while one of them opens, closes or creates it),
 3. the ending lock of a ``Queue`` (an acknowledgement and a close exclude each other),
-4. the flush lock of an environment, then the journal's lock (between processes),
+4. the flush lock of a ``Journal``, then the journal's lock (between processes),
 5. the write lock of an environment (between threads), then that of the queue (between processes),
 6. the read lock of an environment (no transaction is open while it is closed or mapped anew).
+
+There is one exception: when LMDB has panicked, ``Environment._recover`` holds the lock of 5 between
+threads and the lock of 6, and ``_open_lmdb`` asks for the lock of 5 between processes. Only another
+process can hold that one then, and no process waits for a lock of 6 of another process.
 
 **The write lock.** LMDB has a lock of its own for writers, but a process that waits for it can be
 reached neither by a signal nor by a timeout: a publisher that was stopped (SIGSTOP) in the middle of
 a commit would hang all others. Each write transaction therefore takes this lock first, an exclusive
-``flock`` that is tried and never waited for in the kernel. Trying again and again is unfair to those
-who wait, as the holder comes back within microseconds. So a waiting process sets a word in the
-shared page, and a holder that finds it set leaves the others a moment.
+``flock`` that is tried and never waited for in the kernel. A process that only tries again and
+again rarely gets it, as the holder takes it again within microseconds. So a waiting process sets a
+word in the shared page, and a holder that finds the word set pauses for a moment after unlocking.
 
-**Claims.** A claim is a lock of the kernel on bytes of the file ``claims.lock``: one byte for each
-message of each subscriber, at the offset ordinal of the subscriber times 2**48 plus number of the
-message. The file stays empty. The locks belong to open file descriptions (``F_OFD_SETLK``): the
-kernel gives them back when the last descriptor is closed, hence at the moment at which a process
-dies, however it dies. Nothing needs repair, there is no timeout to wait for. A stopped process keeps
-its claims. Rejected: leases with a time stamp in the store, which cost a commit each, and a timeout
-that is too long for those who wait or too short for those who work. Locks of one description never
-conflict with each other, so each claim in progress has a descriptor for itself, kept for the next.
+**Claims.** A claim is a lock of the kernel on bytes of the file ``claims.lock``. Each message of
+each subscriber has one byte there, at the offset ``ordinal * 2**48 + number``. The file stays
+empty. The locks belong to open file descriptions (``F_OFD_SETLK``): the kernel gives them back when
+the last descriptor is closed. So it gives back the claims of a process that is killed, at that
+moment: nothing has to be repaired, and there is no timeout to wait for. A stopped process keeps its
+claims.
+Rejected: leases with a time stamp in the store. Each costs a commit, and their timeout is too long
+for consumers that wait or too short for consumers that work. Locks of one description never
+conflict with each other, so each claim in progress has a descriptor of its own, which is kept for a
+later claim.
 """
 
 import contextlib
@@ -97,14 +102,14 @@ class LockFile:
             fcntl.flock(self.descriptor, fcntl.LOCK_SH)
 
     def is_alone(self) -> bool:
-        """Tell whether no other process has a shared lock. Let no other come meanwhile."""
+        """Tell whether no other process has a shared lock; the caller keeps others from opening."""
         try:
             return self.try_lock()
         finally:
             self.share()
 
     def is_there(self) -> bool:
-        """Tell whether the file is still the one that others find."""
+        """Tell whether the path still leads to this file."""
         with files.translated(path=self.path, doing="look at"):
             try:
                 return os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor))
@@ -112,7 +117,7 @@ class LockFile:
                 return False
 
     def close(self) -> None:
-        """Close the file, if it is open. A lock that is held is given back by that."""
+        """Close the file, if it is open, which gives back its lock."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -140,7 +145,7 @@ def open_lock(directory: str, busy_timeout_secs: float) -> Iterator[None]:
     while True:
         lock = LockFile(os.path.join(directory, files.OPEN_LOCK))
         try:
-            # The queue may be dropped while we wait: others take another lock then.
+            # The queue may be dropped while we wait: then other processes lock a new file.
             if lock.lock(deadline) and lock.is_there():
                 yield
                 return
@@ -181,12 +186,12 @@ _SETLK: Final[int] = fcntl.F_OFD_SETLK
 _GETLK: Final[int] = fcntl.F_OFD_GETLK
 _UNLOCK_ALL: Final = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
 
-#: No more questions than this are asked to list claims: the kernel walks a list for each.
+#: Most questions to the kernel for one list of claims: it walks through its locks for each of them.
 _MOST_QUESTIONS: Final = 10000
 
 
 class Held:
-    """What this process has claimed of one subscriber, and where a search for more is worth it."""
+    """What this process has claimed of one subscriber, and where a search for more begins."""
 
     __slots__ = ("numbers", "start", "start_until", "retry_at_ns")
 
@@ -194,7 +199,7 @@ class Held:
         """Initialize with nothing claimed."""
         self.numbers: set[int] = set()
         #: Searching below ``start`` is useless until ``start_until``: all messages there are held
-        #: by others, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
+        #: by consumers, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
         self.start, self.start_until, self.retry_at_ns = 0, 0.0, 0
 
     def give_back(self, first: int, end: int) -> None:
@@ -244,7 +249,7 @@ class Claims:
         """
         Claim all messages of a range, or none.
 
-        Whatever a signal handler raises here, or behind it: a release gives back what was claimed.
+        If a signal handler raises here or later, a release gives back what was claimed.
         """
         file = self._take()
         claim.file = file
@@ -279,12 +284,12 @@ class Claims:
         return self.claim(claim)
 
     def is_claimed(self, ordinal: int, number: int) -> bool:
-        """Tell whether anybody, in this process or another, has claimed a message."""
+        """Tell whether a consumer, in this process or another, has claimed a message."""
         return self._free_prefix(ordinal, number, 1) == 0
 
     def _free_prefix(self, ordinal: int, first: int, count: int) -> int:
         """Count the messages before the first one that is claimed."""
-        file = self._take()  # it has no locks itself, so it sees those of everybody
+        file = self._take()  # it has no locks itself, so all locks are those of others
         start = ordinal * _NUMBERS + first
         try:
             while count > 0:
@@ -292,7 +297,7 @@ class Claims:
                     found = _find_lock(file, start, count)
                 if found is None:
                     break
-                # Any claim of the range, not always the first.
+                # The kernel names any claim in the range, not always the first.
                 count = max(found[0], start) - start
             return count
         finally:
@@ -325,12 +330,12 @@ class Claims:
             self._claims.discard(claim)
             claim.held.give_back(claim.first, claim.first + claim.count)
         except BaseException as error:
-            # A signal handler raised: a descriptor that is closed gives back all that is locked.
+            # A signal handler raised: closing the descriptor gives back all of its locks.
             claim.file = None
             self._claims.discard(claim)
             claim.held.give_back(claim.first, claim.first + claim.count)
             self._discard(file)
-            # Closed by another thread a moment ago, before the call or in the middle of it.
+            # Another thread closed it, before the call or in the middle of it.
             if isinstance(error, ValueError) or getattr(error, "errno", 0) == errno.EBADF:
                 return
             raise
@@ -355,7 +360,7 @@ class Claims:
         file = io.FileIO(files.open_file(self._path), "r+")
         status = os.fstat(file.fileno())
         found = files.Identity(status.st_dev, status.st_ino)
-        # Locks on a file that was made anew exclude nobody that has the one before.
+        # Locks on a new file of this name do not exclude processes that have the old one open.
         if self._identity not in (None, found):
             file.close()
             raise persipubsub.errors.StoreError(
@@ -365,12 +370,12 @@ class Claims:
         return file
 
     def _discard(self, file: io.FileIO) -> None:
-        """Close a descriptor, which gives back whatever it has."""
+        """Close a descriptor, which gives back all of its locks."""
         self._all.pop(file, None)
         file.close()
 
     def close(self) -> None:
-        """Give back whatever is still claimed; it may be repeated."""
+        """Give back what is still claimed; it may be repeated."""
         self.is_closed = True
         self._idle.clear()
         while self._claims:
@@ -378,7 +383,7 @@ class Claims:
             claim.held.give_back(claim.first, claim.first + claim.count)
         while self._all:
             file, _ = self._all.popitem()
-            # Unlocked first: a child that is being forked shares the lock until it closes its own.
+            # Unlock first: a child that is being forked shares the lock until it closes its file.
             with files.suppress(OSError):
                 fcntl.fcntl(file, _SETLK, _UNLOCK_ALL)
             file.close()
@@ -416,7 +421,7 @@ class Span(NamedTuple):
 
 
 #: Ordinal of the subscriber, process, first number, time since boot in nanoseconds, and a sum of all
-#: of it, by which a note is known that is half written.
+#: of them, which is wrong in a note that is half written.
 _NOTE: Final = struct.Struct("<IIQQQ")
 _NOTES: Final = SharedPage.NOTES_BYTES // _NOTE.size
 _MASK: Final = 0xffffffffffffffff
@@ -424,17 +429,18 @@ _MASK: Final = 0xffffffffffffffff
 
 def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
     """
-    Note a claim where other processes see it: the kernel does not tell by which process, and when.
+    Note a claim where other processes see it: the kernel does not tell its process and its age.
 
-    It is for people to look at: nothing is decided by it. Each descriptor of a process has its place,
-    so that a claim that is held for long keeps its note; two processes may have the same place.
+    Notes are shown to people; the library decides nothing by them. Each descriptor of a process has
+    its place, so that a claim that is held for long keeps its note. Two processes may have the same
+    place.
     """
     since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # without a call of ticks_ns
     try:
         place = (process_id * 61 +
                  claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
     except ValueError:
-        return  # closed by another thread a moment ago
+        return  # another thread closed it a moment ago
     total = claim.ordinal + process_id * 3 + claim.first * 5 + since_ns * 7 & _MASK
     _NOTE.pack_into(page.map, SharedPage.NOTES + place * _NOTE.size, claim.ordinal, process_id,
                     claim.first, since_ns, total)
@@ -499,7 +505,7 @@ def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
                 except OSError:
                     return None
                 if found is not None:
-                    # It may begin in front of the range; the kernel names any, not the first.
+                    # The lock may begin in front of the range, and need not be the first one in it.
                     start, length = found
                     low = max(begin, start)
                     high = min(behind, start + length) if length else behind
