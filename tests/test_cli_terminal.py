@@ -156,7 +156,7 @@ def test_question_in_a_terminal(tmp_path: Path) -> None:
 
 def test_verify_shows_its_progress(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
-    support.send(config_pth, *[b"x" * 100] * 20000)
+    support.send(config_pth, *[b"x" * 100] * 100000)
     with terminal_of("verify", config_pth) as terminal:
         shown = terminal.end(exit_code=0)
     assert "queue: sound" in shown and "%" in shown

@@ -13,8 +13,8 @@ import persipubsub.message
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine.format import Tx
 
-#: So many records are deleted in one transaction, so that clearing a queue in which everything
-#: failed does not hold up senders for long. What is left goes with the next ones.
+#: Most records that are deleted at once, so that clearing a queue in which everything failed does
+#: not hold up senders for long. Later transactions delete the rest.
 _MOST_DELETED: Final = 4096
 
 
@@ -82,7 +82,7 @@ def begin_anew(tx: Tx, time_ns: int) -> None:
     found = cursor.first()
     while found:
         attempts = fmt.unpack_attempts(cursor.value())
-        # As many bytes as before: no page is split.
+        # The record has as many bytes as before, so that no page is split.
         cursor.put(bytes(cursor.key()), fmt.pack_attempts(attempts._replace(since_ns=time_ns)))
         found = cursor.next()
 

@@ -23,7 +23,7 @@ def check(tx: Tx, progress: Progress | None = None) -> list[str]:
     except persipubsub.errors.StoreError as error:
         findings.append(str(error))
     except (struct.error, ValueError, IndexError) as error:
-        # A record that was cut, or is of another database.
+        # A record was cut, or is of another database.
         findings.append(f"Expected to decode every record, but got: {error}")
     return findings
 

@@ -1,14 +1,15 @@
 """
 Claims: which consumer has which message. The kernel gives those of a killed process back.
 
-A claim is a lock of the kernel on bytes of the file ``claims.lock``: one byte for each
-message of each subscriber, at the offset ordinal of the subscriber times 2**48 plus number of the
-message. The file stays empty. The locks belong to open file descriptions (``F_OFD_SETLK``): the
-kernel gives them back when the last descriptor is closed, hence at the moment at which a process
-dies, however it dies. Nothing needs repair, there is no timeout to wait for. A stopped process keeps
-its claims. Rejected: leases with a time stamp in the store, which cost a commit each, and a timeout
-that is too long for those who wait or too short for those who work. Locks of one description never
-conflict with each other, so each claim in progress has a descriptor for itself, kept for the next.
+A claim is a lock of the kernel on bytes of the file ``claims.lock``. Each message of
+each subscriber has one byte there, at the offset ``ordinal * 2**48 + number``. The file stays
+empty. The locks belong to open file descriptions (``F_OFD_SETLK``): the kernel gives them back when
+the last descriptor is closed. So it gives back the claims of a process that is killed, at that
+moment: nothing has to be repaired, and there is no timeout to wait for. A stopped process keeps its
+claims. Rejected: leases with a time stamp in the store. Each costs a commit, and their timeout is too long
+for consumers that wait or too short for consumers that work. Locks of one description never
+conflict with each other, so each claim in progress has a descriptor of its own, which is kept for a
+later claim.
 """
 
 import contextlib
@@ -39,12 +40,12 @@ _SETLK: Final[int] = fcntl.F_OFD_SETLK
 _GETLK: Final[int] = fcntl.F_OFD_GETLK
 _UNLOCK_ALL: Final = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
 
-#: No more questions than this are asked to list claims: the kernel walks a list for each.
+#: Most questions to the kernel for one list of claims: it walks through its locks for each of them.
 _MOST_QUESTIONS: Final = 10000
 
 
 class Held:
-    """What this process has claimed of one subscriber, and where a search for more is worth it."""
+    """What this process has claimed of one subscriber, and where a search for more begins."""
 
     __slots__ = ("numbers", "start", "start_until", "retry_at_ns")
 
@@ -52,7 +53,7 @@ class Held:
         """Initialize with nothing claimed."""
         self.numbers: set[int] = set()
         #: Searching below ``start`` is useless until ``start_until``: all messages there are held
-        #: by others, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
+        #: by consumers, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
         self.start, self.start_until, self.retry_at_ns = 0, 0.0, 0
 
     def give_back(self, first: int, end: int) -> None:
@@ -102,7 +103,7 @@ class Claims:
         """
         Claim all messages of a range, or none.
 
-        Whatever a signal handler raises here, or behind it: a release gives back what was claimed.
+        If a signal handler raises here or later, a release gives back what was claimed.
         """
         file = self._take()
         claim.file = file
@@ -137,12 +138,12 @@ class Claims:
         return self.claim(claim)
 
     def is_claimed(self, ordinal: int, number: int) -> bool:
-        """Tell whether anybody, in this process or another, has claimed a message."""
+        """Tell whether a consumer, in this process or another, has claimed a message."""
         return self._free_prefix(ordinal, number, 1) == 0
 
     def _free_prefix(self, ordinal: int, first: int, count: int) -> int:
         """Count the messages before the first one that is claimed."""
-        file = self._take()  # it has no locks itself, so it sees those of everybody
+        file = self._take()  # it has no locks itself, so all locks are those of others
         start = ordinal * _NUMBERS + first
         try:
             while count > 0:
@@ -150,7 +151,7 @@ class Claims:
                     found = _find_lock(file, start, count)
                 if found is None:
                     break
-                # Any claim of the range, not always the first.
+                # The kernel names any claim in the range, not always the first.
                 count = max(found[0], start) - start
             return count
         finally:
@@ -183,12 +184,12 @@ class Claims:
             self._claims.discard(claim)
             claim.held.give_back(claim.first, claim.first + claim.count)
         except BaseException as error:
-            # A signal handler raised: a descriptor that is closed gives back all that is locked.
+            # A signal handler raised: closing the descriptor gives back all of its locks.
             claim.file = None
             self._claims.discard(claim)
             claim.held.give_back(claim.first, claim.first + claim.count)
             self._discard(file)
-            # Closed by another thread a moment ago, before the call or in the middle of it.
+            # Another thread closed it, before the call or in the middle of it.
             if isinstance(error, ValueError) or getattr(error, "errno", 0) == errno.EBADF:
                 return
             raise
@@ -213,7 +214,7 @@ class Claims:
         file = io.FileIO(files.open_file(self._path), "r+")
         status = os.fstat(file.fileno())
         found = files.Identity(status.st_dev, status.st_ino)
-        # Locks on a file that was made anew exclude nobody that has the one before.
+        # Locks on a new file of this name do not exclude processes that have the old one open.
         if self._identity not in (None, found):
             file.close()
             raise persipubsub.errors.StoreError(
@@ -223,12 +224,12 @@ class Claims:
         return file
 
     def _discard(self, file: io.FileIO) -> None:
-        """Close a descriptor, which gives back whatever it has."""
+        """Close a descriptor, which gives back all of its locks."""
         self._all.pop(file, None)
         file.close()
 
     def close(self) -> None:
-        """Give back whatever is still claimed; it may be repeated."""
+        """Give back what is still claimed; it may be repeated."""
         self.is_closed = True
         self._idle.clear()
         while self._claims:
@@ -236,7 +237,7 @@ class Claims:
             claim.held.give_back(claim.first, claim.first + claim.count)
         while self._all:
             file, _ = self._all.popitem()
-            # Unlocked first: a child that is being forked shares the lock until it closes its own.
+            # Unlock first: a child that is being forked shares the lock until it closes its file.
             with files.suppress(OSError):
                 fcntl.fcntl(file, _SETLK, _UNLOCK_ALL)
             file.close()
@@ -274,7 +275,7 @@ class Span(NamedTuple):
 
 
 #: Ordinal of the subscriber, process, first number, time since boot in nanoseconds, and a sum of all
-#: of it, by which a note is known that is half written.
+#: of them, which is wrong in a note that is half written.
 _NOTE: Final = struct.Struct("<IIQQQ")
 _NOTES: Final = SharedPage.NOTES_BYTES // _NOTE.size
 _MASK: Final = 0xffffffffffffffff
@@ -282,17 +283,18 @@ _MASK: Final = 0xffffffffffffffff
 
 def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
     """
-    Note a claim where other processes see it: the kernel does not tell by which process, and when.
+    Note a claim where other processes see it: the kernel does not tell its process and its age.
 
-    It is for people to look at: nothing is decided by it. Each descriptor of a process has its place,
-    so that a claim that is held for long keeps its note; two processes may have the same place.
+    Notes are shown to people; the library decides nothing by them. Each descriptor of a process has
+    its place, so that a claim that is held for long keeps its note. Two processes may have the same
+    place.
     """
     since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # without a call of ticks_ns
     try:
         place = (process_id * 61 +
                  claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
     except ValueError:
-        return  # closed by another thread a moment ago
+        return  # another thread closed it a moment ago
     total = claim.ordinal + process_id * 3 + claim.first * 5 + since_ns * 7 & _MASK
     _NOTE.pack_into(page.map, SharedPage.NOTES + place * _NOTE.size, claim.ordinal, process_id,
                     claim.first, since_ns, total)
@@ -357,7 +359,7 @@ def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
                 except OSError:
                     return None
                 if found is not None:
-                    # It may begin in front of the range; the kernel names any, not the first.
+                    # The lock may begin in front of the range, and need not be the first one in it.
                     start, length = found
                     low = max(begin, start)
                     high = min(behind, start + length) if length else behind

@@ -3,12 +3,14 @@ Take messages for one subscriber: find, claim, look again, deliver, acknowledge,
 
 A message is found in a read transaction, then claimed, then looked at again in another one: between
 the two, another consumer of the same subscriber may have acknowledged it. Only what is claimed and
-still pending is delivered. It is acknowledged in a write transaction before the claim is released, so
-that nobody can claim it in between.
+still pending is delivered. It is acknowledged in a write transaction before the claim is released,
+so that no consumer can claim it in between. If a process is killed, the kernel gives its claims
+back (see ``locks``).
 
 Where deliveries are limited, the second look is a write transaction that counts the delivery before
-the user's code sees the message: a consumer that is killed counts, too. A message whose deliveries
-are exhausted is moved away, by the consumer whose delivery failed, or by the next that comes across it.
+the user's code sees the message: so the delivery to a consumer that is killed counts, too. A
+message whose deliveries are exhausted is moved away, by the consumer whose delivery failed, or by
+the next one that comes across it.
 """
 
 import contextlib
@@ -30,12 +32,12 @@ from persipubsub.lmdb_engine.notifier import Listener
 from persipubsub.lmdb_engine.pending import Copied, Pending
 from persipubsub.message import Message
 
-#: A waiting consumer looks at the queue this often whatever happens, in seconds: a publisher may die
-#: between its commit and its notification.
+#: A waiting consumer looks at the queue again after this time, in seconds, even without a
+#: notification: a publisher may die between its commit and its notification.
 LONGEST_PAUSE_SECS: Final = 1.0
 
-#: ... and this often while others hold claims, which the kernel gives back without a notification.
-#: Messages passed over are looked at again as often.
+#: ... and after this time while others hold claims, which the kernel gives back without a
+#: notification. After this time, it also looks again at messages that it passed over.
 CLAIMED_PAUSE_SECS: Final = 0.05
 
 ResultT = TypeVar("ResultT")
@@ -44,26 +46,26 @@ _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 class Lease:
-    """Messages that one consumer holds and nobody else gets."""
+    """Messages that one consumer holds and no other consumer gets."""
 
     __slots__ = ("messages", "numbers", "_consumer", "_claim", "_copied")
 
     def __init__(self, consumer: "Consumer", claim: Claim, copied: Copied) -> None:
         """Initialize with what was claimed."""
         self.messages = copied.messages
-        self.numbers = copied.numbers  # without those that were ended by themselves
+        self.numbers = copied.numbers  # those not yet acknowledged or given back
         self._consumer = consumer
         self._claim = claim
         self._copied = copied
 
     def __del__(self) -> None:
-        """Give back what was dropped, as by a ``break``, without a word of how it ended."""
+        """Give back messages of which the user's code lost hold, for example by a ``break``."""
         if self._claim.file is not None:
             with contextlib.suppress(Exception):  # the interpreter may be about to end
                 self._consumer.claims.release(self._claim)
 
     def times_ns(self) -> list[int]:
-        """Tell when the messages were sent, by the queue's clock: always the same of a message."""
+        """Tell when the messages were sent, by the queue's clock: it never changes."""
         return self._copied.times_ns
 
     def details(self) -> list[Message]:
@@ -72,7 +74,7 @@ class Lease:
 
     def ack(self, count: int | None = None) -> None:
         """
-        Let the messages leave the queue for this subscriber, all at once. It never waits for the disk.
+        Acknowledge the messages for this subscriber, all at once, without a wait for the disk.
 
         :param count: of the first messages, if not all; the others stay claimed
         :raise ClosedError: if the queue was closed, which gave them back
@@ -95,7 +97,7 @@ class Lease:
                                                                    makes_room=True)
             self._release(len(numbers))
         except BaseException:
-            # Also if a signal handler raised, wherever that was.
+            # A signal handler, too, may have raised, at any place.
             consumer.claims.release(claim)
             raise
         if consumer.notifies:
@@ -113,7 +115,7 @@ class Lease:
             return
         numbers = self.numbers[:count]
         try:
-            # Before the claim is released: the next delivery shall know what happened.
+            # Record it before the claim is released, so that the next delivery counts it.
             consumer.record(claim, self._copied, numbers, error)
             self._release(len(numbers))
         except BaseException:
@@ -140,7 +142,7 @@ class Ending:
 
     def __init__(self) -> None:
         """Initialize as open."""
-        # Keeps a close from giving a claim back while its acknowledgement is written: another
+        # It keeps a close from giving a claim back while the acknowledgement is written: another
         # consumer would get the message a second time.
         self.lock = threading.RLock()
         self.is_closed = False
@@ -159,9 +161,9 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """
         Look the subscriber up.
 
-        :param looks: at its messages
-        :param expire: drops what is too old
-        :param writer: moves what is exhausted
+        :param looks: searches and copies its messages
+        :param expire: drops messages that are too old
+        :param writer: moves messages whose deliveries are exhausted
         :param notifies: True if publishers wait for room
         """
         self.environment = environment
@@ -213,7 +215,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             stamp = notifier.arm()
 
     def take_at(self, number: int) -> Lease | None:
-        """Take one certain message, whatever else is there. It does not wait."""
+        """Take the message of a number, without waiting."""
         return self._claim(number, 1)
 
     def try_take(self,
@@ -223,9 +225,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         if is_newest:
             return self._try_newest()
         number = self.position
-        # Only if it exists: if a number not yet in use were claimed, others would pass over the
-        # message that gets it. Only one: if the position has moved on, others would pass over the
-        # rest meanwhile. The sender says what is there, which spares a search.
+        # The message at the position is claimed without a search. Only if the last search or the
+        # last sender has told that it exists: if a number not yet in use were claimed, others would
+        # pass over the message that gets it. Only one message: if the position has moved on, others
+        # would pass over the rest meanwhile.
         if (number and max_messages == 1 and
             (number < self.looks.end or number < self.environment.page.words[SharedPage.END])):
             self.position = 0
@@ -239,7 +242,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         now = time.monotonic()
         if now >= held.start_until or 0 < held.retry_at_ns <= self.looks.now_ns():
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
-        # What lies in front of the start was passed over a moment ago.
+        # A start means that messages in front of it were passed over a moment ago.
         is_claimed = bool(held.numbers) or held.start > 0
         while True:
             start = held.start
@@ -252,12 +255,12 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             if not look.number:
                 return None, self._pause(is_claimed, held.retry_at_ns)
             lease = self._claim(look.number, look.messages)
-            # A message that was given back meanwhile lies in front of it, perhaps.
+            # Otherwise a message in front of it was given back meanwhile.
             if held.start == start:
                 held.start = look.number + 1
             if lease is not None:
                 return lease, LONGEST_PAUSE_SECS
-            # Claimed by another process, acknowledged a moment ago, or just moved away.
+            # The message was claimed by another process, acknowledged, or moved away a moment ago.
             is_claimed = True
 
     def _try_newest(self) -> tuple[Lease | None, float]:
@@ -295,15 +298,16 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """
         Claim messages and look at them again.
 
-        :param is_guess: True if it is only worth it as long as the position is there
-        :param newest_but: if given: only if it is the newest one, but for these if they are exhausted
+        :param is_guess: True to deliver nothing unless the position is at the first message
+        :param newest_but: if given: claim only the newest message; the search passes over these
+            numbers if their deliveries are exhausted
         """
         environment, looks, claims = self.environment, self.looks, self.claims
         claim = Claim(looks.ordinal, number, count, claims.held[looks.ordinal])
         lease = None
         try:
             if newest_but is not None:
-                # The transaction may be run again.
+                # The transaction may be run again, after the message was claimed.
                 copied = self._write(deliveries.take_newest, number, newest_but,
                                      lambda: claim.file is not None or claims.claim(claim))
             elif not (claims.claim(claim) if count == 1 else claims.claim_prefix(claim)):
@@ -357,9 +361,11 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
     def record(self, claim: Claim, copied: Copied, numbers: list[int],
                error: BaseException | None) -> None:
         """Record how an unacknowledged delivery ended: that it failed, or that it does not count."""
-        # The message is where it was; the user's own exception matters more than the count.
+        # Errors are suppressed: the message stays in the queue anyhow, and the exception of the
+        # user's code matters more than the count.
         with self.ending.lock, contextlib.suppress(persipubsub.errors.PersipubsubError):
-            # After a close others may have the messages, and that delivery must not be judged.
+            # After a close others may have the messages: this must not be taken for the end of
+            # their delivery.
             if claim.file is None or claim.file.closed:
                 return
             if error is not None:
@@ -367,7 +373,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 exhausted = self._write(deliveries.fail, numbers, text)
                 for message in self.describe(copied) if exhausted else ():
                     if message.number in exhausted:
-                        # It may have left while the one before it was moved.
+                        # The message may have left while the one before it was moved.
                         record = self.environment.read(deliveries.read_pending, self.looks,
                                                        message.number)
                         if record is not None:
@@ -395,17 +401,17 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             self.environment.notifier.notify()
 
     def notify_free(self) -> None:
-        """Wake consumers: a message was given back. Without it they look once a second."""
+        """Wake consumers: a message was given back. Else they look after ``CLAIMED_PAUSE_SECS``."""
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
             self.environment.notifier.notify()
 
     def listen(self, callback: Callable[[], object]) -> Listener:
-        """Have a function called when there may be a message, see ``Notifier.listen``."""
+        """Call a function when there may be a message, see ``Notifier.listen``."""
         return self.environment.notifier.listen(callback)
 
     def describe(self, copied: Copied) -> list[Message]:
         """Tell what is known of messages."""
-        # By their age: the queue's clock is not that of the wall, which somebody may have set.
+        # The times are computed from the age of messages: the wall clock may have been set.
         offset_ns = time.time_ns() - self.looks.now_ns()
         is_counted = self.looks.policy.max_deliveries > 0
         described: list[Message] = []

@@ -2,7 +2,7 @@
 LMDB's files: check them, open them, walk through their pages; LMDB's errors.
 
 LMDB trusts its file: it kills the process with SIGBUS on a truncated one and takes an empty one for
-new. What it is given is therefore checked here first.
+new. The file is therefore checked here first.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def translate(error: lmdb.Error, path: str) -> persipubsub.errors.PersipubsubErr
     code = getattr(error, "code", 0)
     if code == errno.EIO:
         data = os.path.join(path, files.DATA) if os.path.isdir(path) else path
-        # What LMDB makes of a write that was cut short.
+        # LMDB reports this code for a write that was cut short.
         return (persipubsub.errors.DiskFullError(text + " (no room left)")
                 if files.is_full(data) else persipubsub.errors.FlushError(text + _FLUSH_HINT))
     if code == errno.EAGAIN:
@@ -105,7 +105,7 @@ def check_metas(path: str) -> tuple[int, bool]:
         head = os.pread(descriptor, _META.size, 0).ljust(_META.size, b"\0")
         magic, version, page_bytes, *newest = _META.unpack(head)
         other = os.pread(descriptor, _META.size, page_bytes).ljust(_META.size, b"\0")
-        # Behind the meta pages: the file may grow while we look, but never shrinks.
+        # Read after the meta pages: the file may grow while we look, but never shrinks.
         size = os.fstat(descriptor).st_size
     if any(head) and (magic, version) != (_MAGIC, _DATA_VERSION):
         raise persipubsub.errors.FormatError(
@@ -141,7 +141,7 @@ class _Pages(io.FileIO):
             found, = _TRANSACTION.unpack_from(self._head, offset)
             is_there = is_there or found == txn_id
             if found > txn_id:
-                # A commit later, in the other page: make it the one before.
+                # This page is of a later commit: number it as the one before the reader's.
                 _TRANSACTION.pack_into(self._head, offset, txn_id - 1)
         return is_there
 
@@ -157,12 +157,12 @@ class _Pages(io.FileIO):
 
 def find_damage(path: str, progress: Progress, txn_id: int = 0) -> list[str] | None:
     """
-    Walk through all pages in use, without LMDB's engine, which would be killed by damage.
+    Walk through all pages in use, without LMDB's engine, which damage could crash.
 
     :param txn_id: of a reader's transaction, if others write meanwhile
     :return: what is wrong; None if the transaction is not in the meta pages any more
     """
-    # Slow, and hardly ever needed.
+    # The import is slow, and hardly ever needed.
     import lmdb.verify  # pylint: disable=import-outside-toplevel,redefined-outer-name
 
     with files.translated(path=path, doing="read"):
@@ -184,7 +184,7 @@ def find_damage(path: str, progress: Progress, txn_id: int = 0) -> list[str] | N
 
 def check_pages(path: str, progress: Progress | None = None) -> None:
     """
-    Walk through all pages of a data file that nobody writes to.
+    Walk through all pages of a data file that no process writes to.
 
     :raise StoreCorruptError: if it is not sound
     """
@@ -207,7 +207,7 @@ def opened(path: str,
            size: int = 0,
            is_new: bool = False) -> Iterator[tuple[lmdb.Environment, Begin]]:
     """
-    Open a data file that stands for itself and that nobody else uses.
+    Open a data file that stands for itself and that no other process uses.
 
     :param size: that it may grow to, in bytes, if it is to be changed; what is changed is not flushed
     :param is_new: True to create the sub-databases of a queue
@@ -228,7 +228,7 @@ def opened(path: str,
                 readahead=False,
                 lib_version=0) as environment:
             if not is_new:
-                # First of all: another version may have other sub-databases.
+                # Check the header first: another version may have other sub-databases.
                 meta = environment.open_db(fmt.META_DB, create=False)
                 with environment.begin(db=meta) as txn:
                     fmt.unpack_header(txn.get(fmt.HEADER_KEY, b""), path)

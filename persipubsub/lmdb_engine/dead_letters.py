@@ -21,13 +21,13 @@ from persipubsub.message import DeadLetter, Message
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
-#: After a queue of dead letters refused a message, it is left alone so long, in seconds.
+#: After a queue of dead letters refused a message, no other is put there for so long, in seconds.
 _PAUSE_SECS: Final = 1.0
 
 #: ... and one warning is logged in so many seconds.
 _WARNING_SECS: Final = 60.0
 
-#: The error of a delivery whose consumer did not say how it ended.
+#: The error of a delivery whose end was not recorded.
 _NO_WORD: Final = "its process ended, or dropped it, before it was done"
 
 
@@ -93,17 +93,17 @@ class DeadLetterWriter:
                             error=error,
                             moved_at=datetime.datetime.now(datetime.UTC),
                             data=message.data)
-        # The time of the first delivery tells it from the same number of a queue that was dropped and
-        # created again, and from a message that an operator let be delivered again, be it by a seek or
-        # by restoring a backup, which sets that time.
+        # The time of the first delivery distinguishes the message from one of the same number in a
+        # queue that was dropped and created again, and from itself after an operator let it be
+        # delivered again, by a seek or by restoring a backup, which sets that time.
         msg_id = make_id("dead letter", os.path.realpath(self._path), ordinal, message.number,
                          record.since_ns)
         try:
             if not self._targets:
                 self._targets.append(self._retries.open_dead_letters())
-            # No time to wait for room: the consumer has other messages to work on.
+            # It does not wait for room: the consumer has other messages to work on.
             self._targets[0].put([letter.encode()], timeout=0, msg_ids=[msg_id])
-            # With ``os``, too: the message may be old, and leaves its queue now.
+            # It is flushed with ``os``, too: the message may be old, and leaves its queue now.
             self._targets[0].secure()
         except persipubsub.errors.PersipubsubError as failure:
             now = time.monotonic()

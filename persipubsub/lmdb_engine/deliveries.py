@@ -19,7 +19,7 @@ def begin_delivery(tx: Tx,
                    number: int,
                    end: int,
                    is_guess: bool = False) -> Copied:
-    """Copy claimed messages, and count their delivery before it begins: crashes count, too."""
+    """Copy claimed messages, and count their delivery before it begins, so that crashes count."""
     copied = pending.copy(tx, number, end, is_guess)
     if copied.is_exhausted or not copied.numbers:
         return copied
@@ -46,8 +46,9 @@ def take_newest(tx: Tx, pending: Pending, number: int, stuck: Set[int],
     """
     Claim and copy a message if it still is the newest one, and acknowledge all in front of it.
 
-    It is claimed here. Claimed earlier, and given back because there is a newer one, it would be passed
-    over by others and come after later ones.
+    The message is claimed here, in the transaction. If it were claimed earlier, and given back
+    because there is a newer one, other consumers would pass over it meanwhile and get it after
+    later ones.
     """
     if pending.find_newest(tx, stuck).number != number or not claim():
         return None
@@ -69,15 +70,16 @@ def fail(tx: Tx, pending: Pending, numbers: Sequence[int], error: str) -> list[i
         if not positions.is_pending(tx, subscriber, number):
             continue
         before = _record_of(tx, pending, number)
-        # Counted when it began, unless nothing limits the deliveries. What began when something did
-        # was another delivery, of a consumer that was killed.
+        # If deliveries are limited, this one was counted when it began. If they are not, it was
+        # not: then the flag is of an earlier delivery, when they were limited, to a consumer that
+        # was killed.
         is_counted = policy.max_deliveries and before.flags & fmt.FLAG_IS_BEGUN
         count = before.deliveries + (0 if is_counted else 1)
         is_exhausted = policy.is_exhausted(count)
         retry_at_ns = 0
         if policy.delay_ns and not is_exhausted:
             retry_at_ns = pending.now_ns() + policy.delay_after(count)
-        # Nobody is told the text of what is delivered for ever.
+        # Only a dead letter shows the text, and without a limit there is none.
         text = error if policy.max_deliveries else ""
         attempts.write(tx, pending.ordinal, number,
                        fmt.Attempts(count, 0, before.since_ns, retry_at_ns, text))
@@ -98,7 +100,7 @@ def read_pending(tx: Tx, pending: Pending, number: int) -> fmt.Attempts | None:
 
 
 def take_back(tx: Tx, pending: Pending, numbers: Sequence[int]) -> None:
-    """Take the count of a delivery back: nobody worked on the messages."""
+    """Take the count of a delivery back: no consumer worked on the messages."""
     subscriber = pending.read(tx)
     if subscriber is None:
         return

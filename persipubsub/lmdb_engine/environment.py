@@ -47,8 +47,7 @@ _SKIPPED_NUMBERS: Final = 1 << 32
 #: A read that finds no slot in the table of readers tries again after this time, in seconds.
 _SLOT_PAUSE_SECS: Final = 0.001
 
-#: Blocks that the background thread deletes in a transaction, and its most transactions in a row.
-_CHUNK_BLOCKS: Final = 256
+#: Most transactions in which the background thread deletes blocks in a row.
 _MOST_CHUNKS: Final = 16
 
 #: The end of the interpreter waits for a thread that is still at work, in seconds.
@@ -114,7 +113,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         self.held = HeldOf()
         #: Parts of the open queues that have locks or files: to be begun anew in a forked child.
         self.members: list[Member] = []
-        #: Told to report before the environment is closed, and at the interpreter's end.
+        #: They report before the environment is closed, and at the interpreter's end.
         self.drop_logs: list[DropLog] = []
         self.clock_offset_ns = 0
         # Set while the store is open, see __getattr__.
@@ -128,8 +127,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def _make_locks(self) -> None:
         """Create the thread locks."""
-        # Re-entrant, as they know their owner: a finally clause releases them without knowing whether
-        # an exception of a signal handler came before or after they were taken.
+        # They are re-entrant because such locks know their owner: a finally clause releases them
+        # without knowing whether an exception of a signal handler came before or after they were
+        # taken.
         self._write_mutex = threading.RLock()
         #: LMDB's number of the last transaction that this process committed; under the write lock.
         self.committed = 0
@@ -141,8 +141,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
     # Figures
 
     def now_ns(self) -> int:
-        """Read the queue's clock: it never goes back, nobody sets it, and it survives restarts."""
-        # Not by a call of ticks_ns: this is read for each message.
+        """Read the queue's clock: it never goes back, can not be set, and survives restarts."""
+        # Not by a call of ticks_ns, which takes time: this is read for each message.
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME) + self.clock_offset_ns
 
     def __getattr__(self, name: str) -> Any:
@@ -191,7 +191,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         """
         Run a function in a write transaction: all that it does, or nothing of it.
 
-        Whatever ends it is raised, and nothing is run again that could have been committed.
+        The function is run again after an error only if it can not have been committed. Other
+        errors are raised.
 
         :param work: gets a ``Tx`` and the arguments; no code of a user
         :param makes_room: True if it acknowledges, drops or deletes: then the reserve of a full disk
@@ -235,7 +236,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             words = store.page.words
             if words[Journal.FAILED]:
                 raise store.journal.failure("an earlier flush failed")
-            # By position: no parent, a write, views instead of copies.
+            # The arguments, by position: no parent, a write, views instead of copies.
             try:
                 with store.lmdb.begin(None, None, True, True) as txn:
                     result = work(Tx(txn, store.db), *args)
@@ -253,13 +254,14 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 if is_owner:
                     self._is_writing = False
                     store.write_lock.unlock()
-                    # Once: when the mutex is released, another thread may have the lock.
+                    # Not a second time: after the mutex is released, another thread may have this
+                    # lock.
                     is_owner = False
                 self._write_mutex.release()
             except RuntimeError:
                 pass  # an exception of a signal handler came before it was taken
             except BaseException:
-                # A signal handler raised in the middle of this; the others wait for these locks.
+                # A signal handler raised in the middle of this; others wait for these locks.
                 if is_owner:
                     self._is_writing = False
                     store.write_lock.unlock()
@@ -267,8 +269,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 raise
 
     def copy(self, descriptor: int) -> None:
-        """Write a compact copy of a snapshot of LMDB's file. It holds up nobody."""
-        # Maps as much as other processes do.
+        """Write a compact copy of a snapshot of LMDB's file. No process waits for it."""
+        # A read maps as much as other processes do.
         self.read(lambda tx: None)
         try:
             self._engine().copyfd(descriptor, compact=True)
@@ -284,7 +286,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         try:
             self.journal.write_state(self._oldest_id_ns(), txn_id)
         except persipubsub.errors.DiskFullError:
-            # With it the journal lets go of segments, which gives room.
+            # After a state record the journal lets go of segments, which gives room.
             if not files.spend_reserve(self.directory):
                 raise
             self.journal.write_state(self._oldest_id_ns(), txn_id)
@@ -296,10 +298,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             return 0 if store.lmdb is None else store.lmdb.reader_check()
 
     def _make_room(self, error: persipubsub.errors.PersipubsubError) -> bool:
-        """Make room for what makes room itself; return False if the error is another one, or lasts."""
+        """Make room for a transaction that makes room itself; return False if that can not help."""
         if not isinstance(error, persipubsub.errors.DiskFullError):
             return False
-        # Readers that were killed keep pages that could be used again.
+        # Pages stay in use for readers that were killed, until their slots are freed.
         if self.check_readers():
             return True
         if isinstance(error, MapFullError):
@@ -354,12 +356,12 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                         self.directory, error)
 
     def _delete_finished(self, store: _Store) -> None:
-        """Delete what is finished: without sends, which do it otherwise, the journal would keep it."""
+        """Delete what is finished: sends do it, too, but without any the journal would keep it."""
         retained_ns = self.retained_ns(self.now_ns())
         for _ in range(_MOST_CHUNKS):
             if store.is_stopped.is_set() or not self.read(retention.is_any_finished, retained_ns):
                 break
-            self.write(retention.delete_finished, _CHUNK_BLOCKS, retained_ns, makes_room=True)
+            self.write(retention.delete_finished, retention.CHUNK, retained_ns, makes_room=True)
 
     def retained_ns(self, now_ns: int) -> int:
         """Tell since when messages stay although they are finished."""
@@ -374,22 +376,22 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                  makes_room: bool = False,
                  deadline: float = 0.0) -> None:
         """
-        Do what lets a transaction that failed be repeated, or raise the error of this library.
+        Prepare to repeat a transaction that failed, or raise the error of this library.
 
         :param deadline: of a wait for a slot in LMDB's table of readers
         """
         translated = datafile.translate(error, self.directory)
         if isinstance(error, lmdb.MapResizedError):
-            # As much as the process that raised max_db_size_bytes.
+            # Another process raised max_db_size_bytes: map as much as it does.
             with self._write_mutex, self._read_mutex:
                 if store.lmdb is not None:
                     store.lmdb.set_mapsize(0)
         elif isinstance(error, lmdb.ReadersFullError) and time.monotonic() < deadline:
-            # Those of processes that were killed are freed; the living finish.
+            # The slots of processes that were killed are freed; other processes end their reads.
             if self.check_readers() == 0:
                 time.sleep(_SLOT_PAUSE_SECS)
         elif isinstance(error, lmdb.PanicError) and not self._is_over:
-            # LMDB refuses to work since the disk had no room for a meta page.
+            # The disk had no room for a meta page; LMDB refuses to work since then.
             with self._write_mutex, self._read_mutex:
                 if store.lmdb is not None:
                     store.lmdb.close()
@@ -433,7 +435,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         """
         path = os.path.join(self.directory, files.DATA)
         if not os.path.lexists(os.path.join(self.directory, files.JOURNAL_LOCK)):
-            # Of another program, or of version 1: refused before anything is made beside it.
+            # A store without this file is of another program, or of version 1. It is refused before
+            # anything is made beside it.
             datafile.check_pages(path)
             with datafile.opened(path):
                 pass
@@ -441,7 +444,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             store = _Store(self.directory, self.read, self.queue.busy_timeout_secs)
             try:
                 store.users.share()
-                # Of a process that was killed while it made another store.
+                # A process that was killed while it made a store has left this file.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path + ".new")
                 if files.read_mark(self.directory) in (None, files.boot_id()):
@@ -491,7 +494,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         mark = files.read_mark(self.directory)
         is_shared = mark == files.boot_id()
         if not is_shared and mark is not None:
-            # Of another boot: it was rebuilt a moment ago.
+            # The mark is of another boot: ``open`` has rebuilt the store a moment ago.
             store.journal.resume(self._oldest_id_ns())
         elif renews_journal or not store.journal.open(header.journal_id, is_shared,
                                                       self.read(_end_of_log)):
@@ -500,19 +503,21 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     "The journal of the queue %s is not the one of its store, which was left cleanly. "
                     "It is made anew from the store.", self.directory)
             store.journal.restart(header.journal_id, self._oldest_id_ns())
-        # Names that a process changed but was killed before flushing.
+        # A process may have been killed after it changed names and before it flushed them.
         files.flush_directory(self.directory)
         files.mark_running(self.directory)
         if header.boot_id != files.boot_id():
             self.write(meta.keep_clock, self.clock_offset_ns, makes_room=True)
         files.keep_reserve(self.directory)
         self.is_read_only = False
-        # In each process, whether it writes or not: the one that wrote may have been killed.
+        # Each process has the thread, even if it does not write: the process that wrote may have
+        # been killed.
         thread = threading.Thread(target=self._run,
                                   args=(store, ),
                                   name="persipubsub-journal",
                                   daemon=True)
-        # No memory, or the end of the interpreter: other processes do it, and the close.
+        # The start fails without memory, or at the end of the interpreter. Then other processes
+        # write state records, and the close writes one.
         with contextlib.suppress(RuntimeError):
             thread.start()
             store.thread = thread
@@ -531,9 +536,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             store.write_lock.unlock()
 
     def _map_size(self) -> int:
-        """Map more than ``max_db_size_bytes``: acknowledging, dropping and deleting always find room."""
+        """Map more than ``max_db_size_bytes``, as room to acknowledge, to drop and to delete."""
         size = 0
-        # LMDB maps what is there, if the limit was lowered, which leaves no room for deleting it.
+        # If the limit was lowered below the size of the file, LMDB would map only the file as it
+        # is, which leaves no room for deletions.
         for needed in (self.queue.max_db_size_bytes, self.file_bytes()):
             if needed > size:
                 size = needed + min(1 << 26, max(1 << 20, needed // 8))
@@ -590,7 +596,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             drop_log.report()
         if store is None:
             return
-        # Nothing is written from here on: the mark says that the last state record has it all.
+        # From here on this process writes nothing: a clean close says that the last state record
+        # holds everything.
         self._write_mutex.acquire(timeout=lock_secs)
         self._is_over = True
         locks.release(self._write_mutex)
@@ -613,12 +620,12 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             locks.release(self._write_mutex)
 
     def _leave(self, store: _Store) -> None:
-        """Leave the journal and LMDB's file as they should be found."""
+        """Leave the journal and LMDB's file as the next process expects them."""
         with locks.open_lock(self.directory, self.queue.busy_timeout_secs):
             is_last = store.users.is_alone() and not store.journal.has_failed
             assert store.lmdb is not None
-            # Else perhaps nobody records what was acknowledged since the last state record: the
-            # others may have the queue open and do nothing.
+            # Written even if other processes have the queue open: if these only look, none of them
+            # records what was acknowledged since the last state record.
             store.journal.write_state(self._oldest_id_ns(),
                                       0 if is_last else store.lmdb.info()["last_txnid"])
             if is_last:
@@ -669,8 +676,8 @@ def _let_files_be_opened_again() -> None:
     """
     Let py-lmdb open files in a forked child that its parent has open.
 
-    It refuses to open files, known by device and inode, twice in a process, and counts what a child
-    inherits. Closing that was rejected: it waits for threads that only the parent has.
+    It refuses to open files, known by device and inode, twice in a process, and counts those that a
+    child inherits. Rejected: to close these, which waits for threads that only the parent has.
     """
     keys = lmdb._envid.env_keys  # pylint: disable=protected-access
     process_id = os.getpid()
@@ -699,7 +706,7 @@ def acquire(directory: str,
     :param queue: its settings in the configuration
     :param is_read_only: True only to look, for a moment
     :param adopts_settings: True to store the settings in the queue
-    :param renews_journal: True to make the journal anew from the store, which nobody has open
+    :param renews_journal: True to make the journal anew from the store, which no process has open
     """
     with REGISTRY.lock:
         environment = REGISTRY.environments.get(files.identify_store(directory))
@@ -767,10 +774,11 @@ def create(directory: str, queue: persipubsub.config.Queue) -> bool:
                 with datafile.opened(made, 1 << 20, is_new=True) as (_, begin), begin() as tx:
                     meta.write_header(tx, header)
                     meta.write_settings(tx, queue)
-                # Of a queue whose data file was removed: it shall not come back in the place of this one.
+                # If the data file of a queue was removed, its journal must not be taken for that of
+                # this queue.
                 remove_journal(directory)
                 files.mark_clean(directory)
-                # A store that lacks them is another program's, or of version 1, not one of ours.
+                # A store without these files is taken for one of another program, or of version 1.
                 for lock in (files.USERS, files.JOURNAL_LOCK):
                     os.close(files.open_file(os.path.join(directory, lock)))
             return True
@@ -794,7 +802,7 @@ def _end_of_log(tx: Tx) -> int:
 
 
 def _name_queue(error: persipubsub.errors.PersipubsubError, directory: str) -> None:
-    """Complete the text of an error that a function on a store raised: it does not know the queue."""
+    """Add the queue to the text of an error of a function that does not know the queue."""
     text = str(error)
     if directory not in text:
         error.args = (f"{text.removesuffix('.')}; queue {directory}", *error.args[1:])

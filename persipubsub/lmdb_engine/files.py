@@ -1,4 +1,4 @@
-"""The files of a queue's directory: names, checks, durable changes, and the page that all have mapped."""
+"""The files of a queue: names, permissions, checks, durable changes, and the shared page."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ FILE_MODE: Final = 0o600
 #: A disk is full if it has less room than this, in bytes.
 _LITTLE_ROOM: Final = 1 << 16
 
-#: What is given back when the disk is full, so that messages can be acknowledged, in bytes.
+#: Size of the file that is removed when the disk is full, so that messages can be acknowledged.
 _RESERVE_BYTES: Final = 1 << 18
 
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
@@ -53,7 +53,7 @@ def boot_id() -> bytes:
 
 
 def ticks_ns() -> int:
-    """Read the time since boot, sleep included: a clock that nobody sets."""
+    """Read the time since boot, sleep included: a clock that can not be set."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
@@ -116,10 +116,10 @@ def translate_os_error(error: OSError, path: str,
 
 def occupy_streams() -> None:
     """
-    Occupy the numbers of standard streams that are closed: they are as good as closed afterwards.
+    Occupy the numbers of standard streams that are closed; reading and writing still fails there.
 
-    Whatever is printed, by a library in C or by a process that crashes, is written to the numbers 0, 1
-    and 2. A store that got one of them, since it was closed, would be damaged by the first line.
+    Libraries in C, and a process that crashes, print to the numbers 0, 1 and 2. A store that was
+    opened under one of these numbers would be damaged by the first line that is printed.
     """
     for number in _STREAMS:
         try:
@@ -127,7 +127,7 @@ def occupy_streams() -> None:
         except OSError as error:
             if error.errno is None:
                 raise  # by a signal handler
-            # The lowest number that is free; reading and writing fail there.
+            # This takes the lowest number that is free. Reading and writing fail there.
             os.open("/", os.O_PATH | os.O_CLOEXEC)
 
 
@@ -135,8 +135,8 @@ def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     """
     Open a file of a queue, and create it if it is missing.
 
-    :raise AccessError: if it is a link, has a second name, or is no regular file; it is not followed
-        and does not hang
+    :raise AccessError: if it is a link, has a second name, or is no regular file; a link is not
+        followed, and a FIFO is not waited for
     """
     with translated(path=path, doing="open"):
         occupy_streams()
@@ -153,7 +153,7 @@ def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 @contextlib.contextmanager
 def using(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
-    """Have a file of a queue open; see :py:func:`open_file`."""
+    """Open a file of a queue for a ``with`` block; see :py:func:`open_file`."""
     descriptor = open_file(path, flags)
     try:
         yield descriptor
@@ -173,13 +173,13 @@ class SharedPage:
     Words and notes that all processes of a queue see, mapped from the file ``shared``.
 
     Everything in it is a hint, or is written by one process at a time. A word has 8 aligned bytes,
-    which are stored at once: nobody sees half of one.
+    which are stored at once: no process reads half of one.
     """
 
     #: Indices of words in :py:attr:`words`. What is written often has a cache line of its own.
     STAMP: Final = 0  #: of the last notification
-    FLAG: Final = 8  #: 1: somebody may sleep until a notification
-    END: Final = 9  #: number behind the newest message, as the last sender told
+    FLAG: Final = 8  #: 1: a waiter may sleep until a notification
+    END: Final = 9  #: number behind the newest message, as the last sender stored it
     FLUSH_STAMP: Final = 16  #: of the last flush
     WAITS: Final = 24  #: 1: a process waits for the write lock
     JOURNAL: Final = 32  #: from here on, see :py:class:`persipubsub.lmdb_engine.journal.Journal`
@@ -192,7 +192,7 @@ class SharedPage:
         """Map the file, and create it if it is missing."""
         path = os.path.join(directory, SHARED)
         with using(path) as descriptor, translated(path=path, doing="map"):
-            # Written, as a hole is SIGBUS on a full disk; never what is there already.
+            # Zeros are written, as a hole is SIGBUS on a full disk. Nothing is overwritten.
             size = os.fstat(descriptor).st_size
             if size < self.SIZE:
                 extend(descriptor, size, self.SIZE)
@@ -219,7 +219,7 @@ def flush_directory(path: str) -> None:
 
 
 def make_directories(path: str) -> None:
-    """Create a directory with its parents, durably; those that are there are left as they are."""
+    """Create a directory and its parents, durably, unless they are there."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(os.path.abspath(path))
@@ -236,13 +236,13 @@ def replacing(path: str) -> Iterator[tuple[str, int]]:
     """
     Make a file that takes the place of another one at the end of the block, durably.
 
-    Whatever happens before, the other is as it was; whatever happens after, it is the new one.
+    If the process or the machine goes down, the path has either the old file or the new one.
 
     :return: path of the new file, and its descriptor
     """
     made = path + ".new"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(made)  # of a process that was killed here
+        os.unlink(made)  # a process that was killed here has left it
     descriptor = open_file(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         if os.path.lexists(path):
@@ -266,7 +266,7 @@ def remove_durably(path: str) -> None:
     """Remove a file, if it is there, so that it stays removed after a power failure."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    # Also if it is gone: a process that removed it may have been killed before this.
+    # Flush even if it is gone already: the process that removed it may not have come to flush.
     flush_directory(os.path.dirname(path))
 
 
@@ -274,7 +274,7 @@ def remove_durably(path: str) -> None:
 
 
 def read_mark(directory: str) -> bytes | None:
-    """Read the id of the boot in which a store was in use last; None if all left it cleanly."""
+    """Read the id of the boot in which a store was in use last; None if it was closed cleanly."""
     path = os.path.join(directory, RUNNING)
     if not os.path.lexists(path):
         return None
@@ -283,7 +283,7 @@ def read_mark(directory: str) -> bytes | None:
 
 
 def mark_running(directory: str) -> None:
-    """Leave a durable mark, before anything is written, that LMDB's file is not to be trusted."""
+    """Mark a store durably as in use, before writing: a reboot makes LMDB's file untrustworthy."""
     if read_mark(directory) != boot_id():
         with replacing(os.path.join(directory, RUNNING)) as (_, descriptor):
             os.write(descriptor, boot_id())
@@ -316,9 +316,9 @@ def is_full(path: str) -> bool:
 def keep_reserve(directory: str) -> None:
     """Keep some room on the disk aside, if there is that much."""
     path = os.path.join(directory, RESERVE)
-    # No room for it, or the directory may not be written to.
+    # There may be no room for it, or no permission to write to the directory.
     with suppress(OSError, persipubsub.errors.PersipubsubError):
-        # One that is too short is of a process that was killed, or of a power failure.
+        # One that is too short was left by a process that was killed, or by a power failure.
         if os.path.lexists(path) and os.lstat(path).st_size >= _RESERVE_BYTES:
             return
         with using(path) as descriptor:
@@ -413,7 +413,7 @@ def prepare_directory(directory: str) -> bool:
         with translated(path=directory, doing="create"):
             make_directories(directory)
     except persipubsub.errors.NotInitializedError as error:
-        # In /proc, say, or below a file: it is not that somebody forgot to create it.
+        # The path is in /proc, say, or below a file: "not initialized" would mislead.
         raise persipubsub.errors.AccessError(str(error)) from error
     try:
         identify_store(directory)

@@ -18,10 +18,11 @@ sub-database    key                                 value
 ``once_db``     ``t``, time (8 bytes) and the id    empty: finds the oldest ids
 ``meta_db``     ``header``                          what the whole store is
 ``meta_db``     ``settings``                        settings of the queue, JSON
-``meta_db``     ``audience`` and an index (2 bytes) a list of subscriber ids that messages are sent to
+``meta_db``     ``audience`` and an index (2 bytes) a list of recipients: the ids of subscribers
 =============== =================================== ================================================
 
-A block is the value of ``data_db``: the messages of one commit behind their record.
+A block is the value of ``data_db``: a record, and behind it the messages of one send, or a part of
+them (see ``BLOCK_BYTES``).
 
 ================= ==================================================================================
 bytes             content
@@ -60,7 +61,8 @@ HEADER_KEY: Final = b"header"
 SETTINGS_KEY: Final = b"settings"
 AUDIENCE_KEY_PREFIX: Final = b"audience"
 
-#: In ``once_db``: ids behind the first one, times behind the second one, in LMDB's order the last.
+#: First bytes of the keys in ``once_db``: of keys with an id, and of keys with a time and an id. In
+#: LMDB's order, the latter come last.
 ONCE_ID_PREFIX: Final = b"i"
 ONCE_TIME_PREFIX: Final = b"t"
 
@@ -168,7 +170,7 @@ class Subscriber(msgspec.Struct, gc=False):
 
     ordinal: int  #: names the subscriber in ``ahead_db`` and in claims; never used twice
     #: 1: there may be ranges that were acknowledged ahead of the position; 2: there may be records
-    #: of attempts
+    #: of attempts; 4: paused
     flags: int
     position: int  #: the first number that it still has to acknowledge
     acknowledged: int = 0
@@ -223,11 +225,11 @@ class Attempts(NamedTuple):
     """Deliveries of one message to one subscriber."""
 
     deliveries: int  #: so far, the one that goes on included
-    flags: int  #: 1: the last delivery began, and nobody said how it ended
+    flags: int  #: 1: the last delivery began, and its end was not recorded
     #: when the first one was recorded, or the store was restored since then, on the queue's clock
     since_ns: int
     retry_at_ns: int  #: when the message may be delivered again, on the queue's clock; 0: at once
-    error: str  #: what the last one that failed ended with; empty if that was not recorded
+    error: str  #: of the last delivery that failed; empty if that was not recorded
 
 
 #: The key of a record of attempts is made as the one of a range: ordinal and number.
@@ -327,7 +329,7 @@ class Block(NamedTuple):
     total_count: int  #: messages in the log up to the end of this block
     total_bytes: int  #: their bytes, without any overhead
     messages: int  #: how many the block holds; 0: a placeholder that only keeps its number taken
-    audience: int  #: whom they are for; 0: every subscriber
+    audience: int  #: the recipients of the messages; 0: every subscriber
     audiences: int  #: how many totals of audiences follow
     generation: int  #: changes when positions went back, or subscribers came or went
     crc: int  #: CRC-32 of the fields above and of the totals that follow
@@ -440,7 +442,7 @@ def copy_message(value: memoryview, block: Block, index: int, number: int) -> by
     table = _BLOCK.size + 8 * block.audiences
     end, expected = _ENTRY.unpack_from(value, table + _ENTRY.size * index)
     body = table + _ENTRY.size * block.messages
-    # Not bytes(), which looks its argument over for longer than it copies a small message.
+    # Not ``bytes``, which takes longer to examine its argument than to copy a small message.
     message = value[body + start:body + end].tobytes()
     crc = zlib.crc32(message)
     if crc != expected:

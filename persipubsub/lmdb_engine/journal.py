@@ -1,44 +1,52 @@
 """
 The journal: what survives a power failure.
 
-LMDB runs without flushes. Its file survives the death of processes, and is not trusted after a power
-failure: it is thrown away then and rebuilt from the journal, a directory of *segments*. A segment is
-a file of fixed size that is written with zeros and flushed when it is made, and reused when
-everything in it is finished: the flush of a file whose blocks are allocated and written is one write
-to the disk (that of a growing, or only allocated, file is two or three). Room for messages of an
-``os`` queue is only allocated: it is flushed once a second.
+LMDB runs without flushes. Its file survives the death of processes, but is not trusted after a
+power failure: it is then thrown away and rebuilt from the journal, a directory of *segments*. A
+segment is a file of fixed size. It is written with zeros and flushed when it is made, and reused
+when everything in it is finished. To flush a file whose blocks are allocated and written takes one
+write to the disk; to flush a growing file, or one that is only allocated, takes two or three. A
+queue with the durability ``os`` is only flushed once a second, so a segment that is made ahead for
+its messages is only allocated.
 
-A segment begins with a header, followed by records one behind the other:
+A segment begins with a header, which has a page of 4096 bytes to itself:
 
-======= ================================= ==========================================================
-bytes   header of a segment               record
-======= ================================= ==========================================================
-0       magic ``persijnl`` (8)            CRC-32 (4) of the segment's identity, the fields behind it
-                                          and the body
-8       format (4), size of the file (8)  kind (4), bytes of the body (8), number of the record (8),
-                                          end of the log (8)
-20      number of the segment (8),        body; filled up to a multiple of 8 bytes
-        journal's id (16), identity (16)
-60      number of its first record (8),
-        end of the log (8) and time of
-        the newest id (8) before it
+======= ============================================================================================
+offset  header of a segment
+======= ============================================================================================
+0       magic ``persijnl`` (8)
+8       format (4), size of the file (8)
+20      number of the segment (8), id of the journal (16), identity (16)
+60      number of the first record (8), end of the log (8) and time of the newest id (8) before it
 84      CRC-32 (4) of all before it
-======= ================================= ==========================================================
+======= ============================================================================================
 
-Kinds of records: *blocks* (a run of commits exactly as in ``data_db``: number, length, block; behind
-them the ids of their messages), *lists* of recipients that are new, and *state* (all that is not
-messages: subscribers, ranges, attempts, header, settings, end of the log). The identity of a
-segment is random and new at each reuse, and every CRC begins with it: what a segment held before is
-never taken for new.
+Records follow, one behind the other, each filled up to a multiple of 8 bytes:
+
+======= ============================================================================================
+offset  record
+======= ============================================================================================
+0       CRC-32 (4) of the segment's identity, of the fields behind it, and of the body
+4       kind (4), bytes of the body (8)
+16      number of the record (8), end of the log (8) behind what the record holds
+32      body
+======= ============================================================================================
+
+There are three kinds of records. *Blocks* hold a run of commits exactly as in ``data_db``: how many
+bytes of blocks follow (8), then number (8), length (8) and bytes of each block, then the ids of the
+messages. *Lists* hold the lists of recipients that are new. A *state* holds all that is not
+messages: subscribers, ranges, attempts, header, settings, end of the log. The identity of a segment
+is random and new at each reuse, and every CRC begins with it: what a segment held before is never
+taken for new.
 
 ``prune_last`` removes blocks at the end of the log. No record says so: a block's totals tell how
 many messages precede it in the log, so the rebuild removes the excess. Blocks that all subscribers
 are finished with may be deleted before they are copied. The totals tell that as well.
 
-``Journal._catch_up`` copies commits from LMDB into the journal, under the journal's lock; whoever
-calls it does so for everybody's commits. A sender does so after its commit, and flushes, unless
-another thread or process has flushed its commit meanwhile. The background thread writes a state
-record and lets go of segments.
+``Journal._catch_up`` copies commits from LMDB into the journal, under the journal's lock. It copies
+the commits of all threads and processes. A sender that waits for the disk calls it after its
+commit, and flushes, unless another thread or process has flushed the commit meanwhile. The
+background thread writes a state record and lets go of segments.
 """
 
 import contextlib
@@ -84,7 +92,7 @@ _WRITTEN_BYTES: Final = 1 << 16
 #: times as long, in a thread that shares the interpreter's lock with the application.
 _RECORD_BYTES: Final = 1 << 20
 
-#: A journal made anew from the store starts its record numbers this far after the others.
+#: A journal made anew from the store starts its record numbers this far after those of the old one.
 _SKIPPED_RECORDS: Final = 1 << 32
 
 #: What a message costs at most in the journal beside its bytes and those of its id.
@@ -181,7 +189,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     _ROOM: Final = _SAFE + 4  # bytes that the segment made ahead has for what is not copied yet
     FAILED: Final = _SAFE + 5  #: 1 after a flush that failed, until a process opens the queue
     _STATE_TXN: Final = _SAFE + 6  # LMDB's transaction up to which the last state record goes
-    _WAITS: Final = _SAFE + 8  # 1: somebody may sleep until a flush
+    _WAITS: Final = _SAFE + 8  # 1: a sender may sleep until a flush
 
     def __init__(self, directory: str, page: SharedPage, read: Read,
                  busy_timeout_secs: float) -> None:
@@ -200,9 +208,9 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         if os.path.islink(self.directory):
             raise persipubsub.errors.AccessError(
                 f"Expected {self.directory} to be a directory, but got: a symbolic link")
-        # The flush lock: guards all below, and that only one thread has the journal's lock. Re-entrant
-        # as it knows its owner: a finally clause releases it without knowing whether an exception of
-        # a signal handler came before or after it was taken.
+        # The flush lock. It guards all below, and lets only one thread take the journal's lock. It
+        # is re-entrant because such a lock knows its owner: a finally clause releases it without
+        # knowing whether an exception of a signal handler came before or after it was taken.
         self._mutex = threading.RLock()
         self._is_busy = False
         self._futex = Futex(page, SharedPage.FLUSH_STAMP)
@@ -231,7 +239,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                     self._follow(self._require())
                 except persipubsub.errors.StoreCorruptError:
                     return False
-                # Of another one: a process was killed while it restored the queue.
+                # If a process was killed while it restored the queue, this is the journal of
+                # another store.
                 assert self._segment is not None
                 return self._segment.journal_id == journal_id and not self.has_failed
             self._reset()
@@ -250,7 +259,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             return True
 
     def _reset(self) -> None:
-        """Forget what the page says of another boot; nobody else uses the queue."""
+        """Forget what the page says of another boot; no other process uses the queue."""
         for index in range(self._SAFE, self._STATE_TXN + 1):
             self._words[index] = 0
         self._close_segment()
@@ -263,7 +272,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 files.make_directories(self.directory)
             before = self._segments()
             first = max((one.sequence for one in before), default=0) + 1
-            # What is there stays until the new journal is whole: it may be needed after all.
+            # The old segments stay until the new journal is whole: they may be needed after all.
             oldest = min((one.sequence for one in before if one.sequence), default=first)
             record = max((one.first_record for one in before), default=0) + _SKIPPED_RECORDS
             self._reset()
@@ -277,8 +286,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """
         Go on in a new segment after a replay, and flush the state of the rebuilt store.
 
-        Never in the segment of the power failure: behind its last whole record there may be a later
-        one, which would be taken for the successor of what is written now.
+        The segment of the power failure is not used any more: behind its last whole record there
+        may be a later one, which would be taken for the successor of what is written now.
         """
         with self._locked():
             chain = self._choose_chain()
@@ -289,7 +298,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             self._take_ahead()
 
     def _remove_behind(self, sequence: int) -> None:
-        """Remove segments begun without a whole record: others get their place in the order."""
+        """Remove segments that have no whole record: others get their sequence numbers."""
         later = [one for one in self._segments() if one.sequence > sequence]
         for segment in later:
             os.unlink(self._path(segment.file))
@@ -297,7 +306,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             files.flush_directory(self.directory)
 
     def _begin(self, position: _Position, journal_id: bytes) -> None:
-        """Write on in a new file."""
+        """Go on in a new file."""
         file, size = self._make_segment(_SMALLEST_BYTES)
         self._begin_segment(position._replace(next_file=file, next_size=size), journal_id)
 
@@ -323,10 +332,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     def make_room(self, cost: int, is_flushed: bool) -> None:
         """
-        Make a segment ahead that has room for messages. Never with the write lock.
+        Make a segment ahead that has room for messages. The write lock must not be held.
 
-        :param is_flushed: True if senders flush. If the background thread does, the room doubles each
-            time that it is used up: messages that are finished before it comes are never copied.
+        :param is_flushed: True if senders flush. If only the background thread flushes, the room
+            doubles each time that it is used up: messages that are finished before the thread runs
+            are never copied.
         :raise DiskFullError: if the disk has no room for it
         """
         with self._locked():
@@ -342,7 +352,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """
         Wait until the log up to a number is in the journal on the disk.
 
-        Of all threads and processes that wait, one copies and flushes for all.
+        One of the threads and processes that wait copies and flushes for all of them.
 
         :raise FlushError: if the disk refused it
         :raise BusyTimeoutError: if another process holds the journal for too long
@@ -364,11 +374,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                         self._wake()
                         continue
             finally:
-                # Here and not in a function: a signal handler may raise at its first instruction.
+                # Not in a function of its own: a signal handler may raise at its first instruction.
                 try:
                     if is_owner:
                         self._unlock_file()
-                        # Once: when the mutex is released, another thread may have the file's lock.
+                        # Not a second time: once the mutex is released, another thread may have the
+                        # file's lock.
                         is_owner = False
                     locks.release(self._mutex)
                 except BaseException:
@@ -382,12 +393,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                     f"{self._busy_timeout_secs} seconds (busy_timeout_secs), but got: another process "
                     "is in the middle of a flush. The message is in the queue, but not yet safe.")
             self._words[self._WAITS] = 1
-            # Once more: the flush may have ended since the first look.
+            # Look once more: the flush may have ended since the first look.
             if self._words[self._SAFE] < end:
                 self._futex.wait(stamp, pause)
 
     def _wake(self) -> None:
-        """Wake those who wait for a flush, in all processes."""
+        """Wake all senders that wait for a flush, in all processes."""
         if self._words[self._WAITS]:
             self._words[self._WAITS] = 0
             self._futex.wake_all()
@@ -400,7 +411,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     @property
     def has_failed(self) -> bool:
-        """Whether a flush failed since the queue was opened, in whatever process."""
+        """Whether a flush failed since the queue was opened, in any process."""
         return bool(self._words[self.FAILED])
 
     # Looking after
@@ -484,11 +495,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """Copy everything that was committed into the journal; hold the journal's lock."""
         position = self._require()
         while True:
-            # Before the snapshot, which has all of it then.
+            # Read before the snapshot, so that the snapshot has all of it.
             committed = self._words[self.COMMITTED]
             self._follow(position)
             room = self._size - position.offset
-            # As much as fits into the segment, unless that is next to nothing.
+            # Gather as much as fits into the segment, unless that is next to nothing.
             budget = min(_RECORD_BYTES, room - 256) if room > 4096 else _RECORD_BYTES
             collected: _Collected = self._read(self._collect, position, budget, with_state)
             if collected.lists:
@@ -517,7 +528,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 parts += (_ENTRY.pack(int.from_bytes(key, "big"), len(value)), value)
         end, ids_ns = position.end, position.ids_ns
         if len(parts) > 1:
-            # Not checked: the consumer that reaches a damaged record handles it.
+            # The record is not checked: the consumer that reaches a damaged one handles it.
             end = max(
                 end,
                 _ENTRY.unpack(parts[-2])[0] + (fmt.guess_messages(memoryview(parts[-1])) or 1))
@@ -536,7 +547,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             records = [(which, bytes(key), bytes(value)) for which, database in enumerate(tx.db)
                        if database is not tx.db.data and database is not tx.db.once
                        for key, value in tx.txn.cursor(db=database)]
-            # All that LMDB has is kept, also what is finished: a seek may go back to it.
+            # The journal keeps all that LMDB has, even what is finished: a seek may go back to it.
             state = _State((*log_end[:5], list(log_end.totals)),
                            log_end.next_number if head is None else head.first, records)
         return _Collected(b"".join(parts), end, ids_ns, lists, is_all, state, tx.txn.id())
@@ -589,7 +600,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         if position.next_size - _HEADER_BYTES < size:
             file, made = self._make_room_for(size)
             position = position._replace(next_file=file, next_size=made)
-        # Before anything is written behind it: the next flush is one of another file.
+        # Flush this segment before anything is written to the next one: later flushes are of that
+        # file only.
         self._flush_file()
         self._begin_segment(position, journal_id)
         self._take_ahead()
@@ -612,7 +624,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                               offset=_HEADER_BYTES,
                               next_file=0,
                               next_size=0))
-        # Last: if a signal handler ends this before, another process may begin the segment once more.
+        # This comes last: if a signal handler ends the function before it, another process may
+        # begin the segment once more.
         self._use(segment)
 
     def _follow(self, position: _Position) -> None:
@@ -685,7 +698,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                         files.extend(descriptor, offset, min(size, offset + _WRITTEN_BYTES))
                 else:
                     os.posix_fallocate(descriptor, 0, size)
-                # As one that is free: it is found if this process is killed before it is used.
+                # The header of a free segment: it is found if this process is killed before it is
+                # used.
                 packed = Segment(index, size, 0, bytes(16), bytes(16), 0, 0, 0).pack()
                 os.pwrite(descriptor, packed, 0)
                 os.fsync(descriptor)
@@ -707,7 +721,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     def _indices(self) -> list[int]:
         """List the files of segments."""
         try:
-            # Not by os.path, which takes what a signal handler raises for an answer.
+            # Not os.path.isdir, which returns False if a signal handler raises an OSError.
             is_directory = stat.S_ISDIR(os.lstat(self.directory).st_mode)
         except FileNotFoundError:
             return []
@@ -771,7 +785,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     # The position
 
     def _load(self) -> _Position | None:
-        """Read the position; None if a process was killed while it wrote it."""
+        """Read the position; None if a process was killed in the middle of writing it."""
         *fields, crc = _SHARED.unpack_from(self._map, 8 * self._POSITION)
         if not fields[4] or zlib.crc32(_POSITION.pack(*fields)) != crc:
             return None
@@ -815,7 +829,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Have the journal for this thread of this process."""
+        """Lock the journal for this thread of this process."""
         deadline = time.monotonic() + self._busy_timeout_secs
         is_owner = False
         try:
@@ -836,19 +850,19 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                     is_owner = False
                 locks.release(self._mutex)
             except BaseException:
-                # A signal handler raised in the middle of it; the others wait for this.
+                # A signal handler raised in the middle of this; others wait for these locks.
                 if is_owner:
                     self._unlock_file()
                 locks.release(self._mutex)
                 raise
 
     def _unlock_file(self) -> None:
-        """Let other processes have the journal; it may be repeated while the mutex is held."""
+        """Unlock the journal for other processes; may be repeated while the mutex is held."""
         self._lock_file.unlock()
         self._is_busy = False
 
     def _check_handler(self) -> None:
-        """Refuse what a signal handler does in the middle of this thread's work on the journal."""
+        """Fail if a signal handler calls this in the middle of its thread's work on the journal."""
         if self._is_busy:
             raise persipubsub.errors.StoreError(
                 f"Expected to write to the journal of the queue {self._queue} when this thread is not "
@@ -872,7 +886,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                     last_state = number
                     keep = msgspec.msgpack.decode(body, type=_State).keep
         for segment in chain:
-            # One transaction a segment: all of them at once could be too much for the memory.
+            # Each segment has a transaction: all at once could be too much for the memory.
             with begin() as tx:
                 for _, kind, number, _, body in self._records(segment):
                     if kind == _BLOCKS:
@@ -916,7 +930,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 for _, _, record, _, _ in self._records(chain[index - 1]):
                     behind = record + 1
                 if following.first_record > behind + _SKIPPED_RECORDS // 2:
-                    # It was to be made anew, and did not come as far as its first state record.
+                    # A process began to make the journal anew, and ended before the first state
+                    # record.
                     return chain[:index]
                 if following.first_record != behind:
                     raise self._damaged(f"{self._path(chain[index - 1].file)} is damaged")
@@ -1019,7 +1034,7 @@ def _go_on_at(tx: Tx, number: int, total: int) -> None:
     log_end = log.read_end(cursor)
     head = log.head(cursor)
     if head is not None and head.block.total_count - head.block.messages > total:
-        # All of it was pruned, and messages before it that the journal has no more.
+        # The whole log was pruned, and also messages before it, which the journal has no more.
         while cursor.first():
             cursor.delete()
     elif log_end.total_count > total:
@@ -1028,9 +1043,9 @@ def _go_on_at(tx: Tx, number: int, total: int) -> None:
         cut = log.number_at_count(cursor, head.first, log_end.next_number, total)
         log.truncate(cursor, log_end, cut)
     elif log_end.total_count < total:
-        # Blocks are missing that were deleted before they were copied. They are deleted in order,
-        # once all are finished with them: whatever precedes them is finished, too, though no state
-        # record was written to say so.
+        # Blocks were deleted before they were copied. Blocks are deleted in order, and only after
+        # all subscribers are finished with them: everything before them is finished, too, even if
+        # no state record says so.
         for subscriber in positions.read_all(tx):
             positions.finish(tx, subscriber, 0, number)
             positions.write(tx, subscriber)

@@ -1,22 +1,25 @@
 """
 Locks between processes: the write lock, the open lock, users of a queue. Claims are in ``claims``.
 
-Locks in the order in which they are taken; a thread that holds a later one never asks for an earlier
-one:
+Locks are taken in this order; a thread that holds a later one does not ask for an earlier one:
 
 1. the registry's lock of a process (opening, closing), see ``environment``,
 2. the open lock of a queue (between processes, while one of them opens, closes or creates it),
 3. the ending lock of a ``Queue`` (an acknowledgement and a close exclude each other),
-4. the flush lock of an environment, then the journal's lock (between processes),
+4. the flush lock of a ``Journal``, then the journal's lock (between processes),
 5. the write lock of an environment (between threads), then that of the queue (between processes),
 6. the read lock of an environment (no transaction is open while it is closed or mapped anew).
+
+There is one exception: when LMDB has panicked, ``Environment._recover`` holds the lock of 5 between
+threads and the lock of 6, and ``_open_lmdb`` asks for the lock of 5 between processes. Only another
+process can hold that one then, and no process waits for a lock of 6 of another process.
 
 **The write lock.** LMDB has a lock of its own for writers, but a process that waits for it can be
 reached neither by a signal nor by a timeout: a publisher that was stopped (SIGSTOP) in the middle of
 a commit would hang all others. Each write transaction therefore takes this lock first, an exclusive
-``flock`` that is tried and never waited for in the kernel. Trying again and again is unfair to those
-who wait, as the holder comes back within microseconds. So a waiting process sets a word in the
-shared page, and a holder that finds it set leaves the others a moment.
+``flock`` that is tried and never waited for in the kernel. A process that only tries again and
+again rarely gets it, as the holder takes it again within microseconds. So a waiting process sets a
+word in the shared page, and a holder that finds the word set pauses for a moment after unlocking.
 """
 
 import contextlib
@@ -83,14 +86,14 @@ class LockFile:
             fcntl.flock(self.descriptor, fcntl.LOCK_SH)
 
     def is_alone(self) -> bool:
-        """Tell whether no other process has a shared lock. Let no other come meanwhile."""
+        """Tell whether no other process has a shared lock; the caller keeps others from opening."""
         try:
             return self.try_lock()
         finally:
             self.share()
 
     def is_there(self) -> bool:
-        """Tell whether the file is still the one that others find."""
+        """Tell whether the path still leads to this file."""
         with files.translated(path=self.path, doing="look at"):
             try:
                 return os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor))
@@ -98,7 +101,7 @@ class LockFile:
                 return False
 
     def close(self) -> None:
-        """Close the file, if it is open. A lock that is held is given back by that."""
+        """Close the file, if it is open, which gives back its lock."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -126,7 +129,7 @@ def open_lock(directory: str, busy_timeout_secs: float) -> Iterator[None]:
     while True:
         lock = LockFile(os.path.join(directory, files.OPEN_LOCK))
         try:
-            # The queue may be dropped while we wait: others take another lock then.
+            # The queue may be dropped while we wait: then other processes lock a new file.
             if lock.lock(deadline) and lock.is_there():
                 yield
                 return

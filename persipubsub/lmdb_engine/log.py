@@ -42,7 +42,7 @@ class Place(NamedTuple):
     messages: int  #: how many
     size: int  #: their bytes
     totals: tuple[int, ...]  #: of each audience but everybody
-    time_ns: int  #: everything from the number on was committed then or later, or will be
+    time_ns: int  #: nothing from the number on was, or will be, committed before this time
 
 
 class Found(NamedTuple):
@@ -70,7 +70,7 @@ def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
            batches: Sequence[fmt.Batch]) -> LogEnd:
     """Add blocks at the end of the log."""
     number, last_ns, count, size, generation, totals = log_end
-    # Not by max: a call of it takes as long as packing the record.
+    # Not by ``max``, whose call takes as long as packing the record.
     time_ns = time_ns if time_ns > last_ns else last_ns
     for messages, added, body in batches:
         count += messages
@@ -96,7 +96,7 @@ def _add_to_audience(totals: tuple[int, ...], audience: int, count: int) -> tupl
 
 
 def put_placeholder(cursor: Cursor, log_end: LogEnd) -> None:
-    """Keep all numbers below the next one taken, and remember the totals, with no message."""
+    """Put a block without messages, which keeps the numbers below the next one and the totals."""
     record = fmt.pack_block(log_end.time_ns, log_end.total_count, log_end.total_bytes, 0,
                             fmt.EVERYONE, log_end.generation, log_end.totals)
     cursor.put(fmt.pack_number(log_end.next_number - 1), record)
@@ -106,7 +106,7 @@ def change_generation(cursor: Cursor) -> None:
     """Let every process forget, at its next write, what it remembers of positions."""
     found = last(cursor)
     if found is None:
-        # Of an empty log nothing wrong can be remembered, and there is no block to carry it.
+        # A process can remember nothing wrong of an empty log, and no block could hold the change.
         return
     first, block, value = found
     record = fmt.pack_block(*block[:5], block.generation + 1 & 0xffffffff,
@@ -118,11 +118,11 @@ def seek(cursor: Cursor, number: int) -> Found | None:
     """Find the block that holds a number, or the next block behind it."""
     key = fmt.pack_number(number)
     if cursor.set_key(key):
-        # What is below would do, and takes twice as long for the message of a send.
+        # Only faster than the general way below, which takes twice as long for a send's message.
         value = cursor.value()
         found: Found = fmt.new(Found, (number, fmt.unpack_block(value, number), value))
         return found
-    # Perhaps it is inside of the last block that begins before it.
+    # The number may be inside of the last block that begins before it.
     if not (cursor.prev() if cursor.set_range(key) else cursor.last()):
         return head(cursor)
     before = _at(cursor)
@@ -208,7 +208,7 @@ def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[i
     def count_through(number: int) -> int:
         return count_between(start, place_of(cursor, number + 1), audiences)
 
-    # Often it is near; more often there is none.
+    # Mostly there is none; otherwise it is often near.
     step = 16 if begin < end and count_through(end - 1) else end - begin
     while begin + step < end and not count_through(begin + step - 1):
         begin, step = begin + step, 2 * step
@@ -216,7 +216,7 @@ def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[i
 
 
 def count_within(cursor: Cursor, begin: int, end: int, size: int) -> int:
-    """Count the numbers whose messages have no more bytes together."""
+    """Count the first numbers of a range whose messages have together at most so many bytes."""
     limit = place_of(cursor, begin).size + size
     return bisect.bisect_right(range(begin + 1, end + 1),
                                limit,
@@ -251,8 +251,8 @@ def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
                                 block.audience, block.generation, place.totals)
         body = fmt.truncate_body(value, block, cut - first)
         shorter = record + body
-        # Not put in its place: LMDB would keep all pages of a large value of this transaction, which
-        # the verification of pages takes for damage.
+        # Deleted first: if the value were overwritten, LMDB would keep all pages of a large value
+        # of this transaction, which the verification of pages takes for damage.
         cursor.delete()
         cursor.put(fmt.pack_number(first), shorter)
         following(cursor)

@@ -2,7 +2,7 @@
 Look after queues for the people on call: look at messages, verify, back up, compact, restore, drop.
 
 What takes the place of a store is made beside it, flushed and verified, and only then renamed over
-it: whatever happens before, the store is as it was; whatever happens after, it is the new one.
+it: if the process or the machine goes down, the store is either as it was or the new one.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _LOOK_BYTES: Final = 1 << 20
 #: ... or after this many messages.
 _LOOK_MESSAGES: Final = 1000
 
-#: A follower looks at the queue this often whatever happens, in seconds.
+#: A follower looks at the queue again after this time, in seconds, even without a notification.
 _LONGEST_PAUSE_SECS: Final = 1.0
 
 #: A message to be shown: the block in which it is, and its number.
@@ -61,9 +61,9 @@ def _copy(tx: Tx, shown: Iterator[_Shown], limit: int, now_ns: int) -> list[Peek
 
 def peek(path: str, queue: persipubsub.config.Queue, subscriber: str, count: int,
          start: int) -> list[Peeked]:
-    """Look at the next messages of a subscriber; nothing is changed, and nobody waits."""
+    """Look at the next messages of a subscriber; nothing is changed, and no process waits."""
     messages: list[Peeked] = []
-    # No message is behind it, and a key has no room for any number.
+    # No message has a larger number, and a key has no room for an arbitrary one.
     start = min(start, fmt.MAX_NUMBER + 1)
     with environment.opened(path, queue, is_read_only=True) as opened:
         while True:
@@ -95,7 +95,7 @@ def _pending(tx: Tx, key: bytes, number: int, oldest_ns: int) -> Iterator[_Shown
 
 def follow(path: str, queue: persipubsub.config.Queue,
            last: int) -> Generator[list[Peeked], None, None]:
-    """Look at messages as they are sent, for ever; a look, not a subscriber."""
+    """Look at messages as they are sent, for ever, without being a subscriber."""
     with environment.opened(path, queue) as opened:
         number = opened.read(_begin_of_last, last)
         while True:
@@ -157,7 +157,7 @@ def _verify_open(opened: environment.Environment, progress: Progress) -> list[st
 
 
 def _verify_copy(path: str, progress: Progress, origin: str) -> None:
-    """Verify a copy of a store that nobody writes to; errors name where it comes from."""
+    """Verify a copy of a store that no process writes to; errors name where it comes from."""
     try:
         datafile.check_pages(path, progress)
         with datafile.opened(path) as (_, begin), begin() as tx:
@@ -171,14 +171,14 @@ def _verify_copy(path: str, progress: Progress, origin: str) -> None:
 
 @icontract.ensure(lambda result: result > 0)
 def backup(path: str, queue: persipubsub.config.Queue, target: str, progress: Progress) -> int:
-    """Copy a snapshot of a queue into one file, verified and durable. It holds up nobody."""
+    """Copy a snapshot of a queue into one file, verified and durable. No process waits for it."""
     target = os.path.abspath(target)
     data = os.path.join(path, files.DATA)
     occupied = persipubsub.errors.StoreError(
         f"Expected to write a new file {target}, but got: it is there already")
     if os.path.lexists(target):
         raise occupied
-    # The store first: whatever is wrong with it leaves nothing behind.
+    # The store is opened first: if something is wrong with it, no file is left behind.
     with environment.opened(path, queue) as opened, files.translated(path=target, doing="write"):
         directory, name = os.path.split(target)
         try:
@@ -193,7 +193,7 @@ def backup(path: str, queue: persipubsub.config.Queue, target: str, progress: Pr
                 os.fsync(descriptor)
             _verify_copy(copy, progress, origin=data)
             try:
-                # Not a renaming: that would replace what came there meanwhile.
+                # A rename would replace a file that came there meanwhile.
                 os.link(copy, target)
             except FileExistsError:
                 raise occupied from None
@@ -210,8 +210,8 @@ class Sizes(NamedTuple):
     after: int  #: in bytes
 
 
-#: Those who only look, as ``stat`` and scrapes of metrics do, have a queue open for some milliseconds.
-#: They are waited for so long, in seconds, with so much time between two attempts.
+#: Processes that only look, as ``stat`` and scrapes of metrics do, have a queue open for some
+#: milliseconds. How long they are waited for, and the pause between two attempts, in seconds.
 _LOOK_SECS: Final = 0.5
 _PAUSE_SECS: Final = 0.005
 
@@ -219,12 +219,12 @@ _PAUSE_SECS: Final = 0.005
 _ROOM_BYTES: Final = 1 << 24
 
 #: A restored queue goes on so far behind the last number that is known to have been used.
-_SKIPPED_NUMBERS: Final = 3 << 31
+_SKIPPED_BY_RESTORE: Final = 3 << 31
 
 
 @contextlib.contextmanager
 def _alone(path: str, busy_timeout_secs: float) -> Iterator[None]:
-    """Have a queue for oneself: nobody has it open, and nobody can open it until the block is left."""
+    """Keep a queue for this block alone: no process has it open, and none can open it."""
     users = os.path.join(path, files.USERS)
     if os.path.lexists(os.path.join(path, files.DATA)) and not os.path.lexists(users):
         raise persipubsub.errors.FormatError(
@@ -247,14 +247,14 @@ def _alone(path: str, busy_timeout_secs: float) -> Iterator[None]:
             raise persipubsub.errors.QueueInUseError(
                 f"Expected no process to use the queue {path}, but got: it is open in "
                 f"{f'process {names}' if found else 'another process'}")
-        # Without the lock: those who only look need it to close the queue.
+        # Sleep without the lock: processes that only look need it to close the queue.
         time.sleep(_PAUSE_SECS)
 
 
 @icontract.ensure(lambda result: result.after > 0)
 def compact(path: str, queue: persipubsub.config.Queue, progress: Progress) -> Sizes:
-    """Give the room on the disk back that a queue does not need any more. It needs it for itself."""
-    # Whatever a crash left is mended, or refused, by opening it.
+    """Free the disk space that a queue does not need; no process may have the queue open."""
+    # If a crash left damage, the opening repairs or refuses it.
     with environment.opened(path, queue):
         pass
     store = os.path.join(path, files.DATA)
@@ -285,7 +285,7 @@ def _read_used(store: str) -> tuple[int, int, int]:
 def restore(path: str, queue: persipubsub.config.Queue, source: str, progress: Progress) -> None:
     """Let a backup take the place of a queue's store; the queue need not be there."""
     if not os.path.isfile(source):
-        # A FIFO would be waited for.
+        # To open a FIFO would wait.
         raise persipubsub.errors.StoreError(
             f"Expected a data file that can be read at {source}, but got: none")
     files.prepare_directory(path)
@@ -306,9 +306,9 @@ def restore(path: str, queue: persipubsub.config.Queue, source: str, progress: P
 
 
 def _go_on_behind(tx: Tx, next_number: int, generation: int, next_ordinal: int) -> None:
-    """Take care that nothing of the store that was there is used again."""
+    """Let no number, generation or ordinal of the store that was there be used again."""
     now_ns = max(log.read_end(tx.cursor()).time_ns, time.time_ns())
-    meta.skip_numbers(tx, _SKIPPED_NUMBERS, next_number, generation)
+    meta.skip_numbers(tx, _SKIPPED_BY_RESTORE, next_number, generation)
     header = meta.read_header(tx)
     meta.write_header(
         tx,
@@ -316,8 +316,9 @@ def _go_on_behind(tx: Tx, next_number: int, generation: int, next_ordinal: int) 
                         boot_id=files.boot_id(),
                         clock_offset_ns=now_ns - files.ticks_ns(),
                         journal_id=os.urandom(16)))
-    # A letter that left the queue of dead letters since the backup may be needed again: it is to be
-    # another one, as the ids of those that were there are remembered.
+    # A dead letter that left its queue since the backup may have to be put there again. That queue
+    # remembers the ids of its letters. An id depends on the time of the first delivery: with a new
+    # time, the letter has a new id.
     attempts.begin_anew(tx, now_ns)
 
 
@@ -327,7 +328,7 @@ def drop(path: str, queue: persipubsub.config.Queue) -> list[str]:
         try:
             files.identify_store(path)
         except persipubsub.errors.NotInitializedError:
-            # A process may have been killed at the end of this.
+            # A process may have been killed at the end of a drop.
             if not os.path.isdir(path):
                 raise
     with _alone(path, queue.busy_timeout_secs), files.translated(path=path, doing="remove"):
@@ -335,7 +336,8 @@ def drop(path: str, queue: persipubsub.config.Queue) -> list[str]:
         # The mark must not be gone before the store, which can not be trusted without it.
         files.remove_durably(os.path.join(path, files.DATA))
         environment.remove_journal(path)
-        # The lock and what tells that it is used last: somebody may be waiting there.
+        # ``users.lock`` and ``open.lock`` are removed last: with the first one, a drop that was
+        # interrupted can be run again; another process may be waiting for the second one.
         last = (files.USERS, files.OPEN_LOCK)
         for name in (*sorted(files.OWN - set(last)), *last):
             for each in (name + ".new", name):

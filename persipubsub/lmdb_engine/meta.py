@@ -46,7 +46,7 @@ def keep_clock(tx: Tx, clock_offset_ns: int) -> None:
 
 def skip_numbers(tx: Tx, count: int, next_number: int = 0, generation: int = 0) -> None:
     """
-    Take care that no number is used again that was used before.
+    Skip numbers, so that none is used a second time.
 
     :param next_number: the first one that was not used, as far as is known
     :param generation: the last one that was used, as far as is known

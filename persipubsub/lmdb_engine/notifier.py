@@ -1,17 +1,18 @@
 """
-Wake those who wait for messages or for room, in all processes, without polling.
+Wake threads that wait for messages or for room, in all processes, without polling.
 
 Everything is in two words of the page that all processes of a queue have mapped: a *stamp*, on which
-waiters sleep in the kernel (a futex), and a *flag* that says that somebody may sleep. A sender that
-has committed notifies: if the flag is set, it clears the flag, stores a stamp that was never there
-before, and wakes all. A waiter loads the stamp, sets the flag, looks at the queue, and sleeps unless
-the stamp has changed; the kernel compares it once more under its own lock.
+waiters sleep in the kernel (a futex), and a *flag* that says that a waiter may sleep. A sender that
+has committed notifies: if the flag is set, it clears the flag, stores a new stamp, and wakes all. A
+waiter loads the stamp, sets the flag, looks at the queue, and sleeps unless the stamp has changed;
+the kernel compares it once more under its own lock. The stamp is 32 bits of the time in
+nanoseconds: a value comes back after 4.3 seconds at the earliest.
 
 Why no wake-up is lost: assume that the look misses a commit. Then the sender reads the flag after
 the waiter has set it. If it reads 1, it stores a stamp that the waiter has not loaded: the waiter
 does not sleep, or is woken. If it reads 0, another sender cleared the flag in between, and stores a
-new stamp after the waiter has loaded the old one: the same follows. A sender that is killed between
-its commit and its notification loses one; waiters look once a second anyhow.
+new stamp after the waiter has loaded the old one: the same follows. A wake-up is lost if a sender
+is killed between its commit and its notification: therefore waiters look once a second anyhow.
 
 Rejected: inotify (14 us instead of 10 from process to process, 128 instances a user, a descriptor
 to be shared by threads), eventfd (5.5 us, but descriptors would have to be passed).
@@ -54,9 +55,9 @@ class Futex:
 
     def __init__(self, page: SharedPage, index: int) -> None:
         """Point to the lower half of a word of the page."""
-        # Keeps the page mapped as long as anybody may sleep on it.
+        # This keeps the page mapped as long as a thread may sleep on it.
         self._word = ctypes.c_uint32.from_buffer(page.map, 8 * index)
-        # As a pointer: ctypes cuts a plain integer to 32 bits, and the wait would spin.
+        # A pointer: ctypes would cut a plain integer to 32 bits, and the wait would spin.
         self._address = ctypes.c_void_p(ctypes.addressof(self._word))
 
     def load(self) -> int:
@@ -73,8 +74,9 @@ class Futex:
                       ctypes.byref(timeout), None, 0)
 
     def wake_all(self) -> None:
-        """Store a stamp that was not there before, and wake all sleepers."""
-        # The time: of two counters, one could bring a value back that a waiter has loaded.
+        """Store a new stamp, and wake all sleepers."""
+        # The stamp is the time. Rejected: a counter, since two processes that count at once could
+        # bring a value back that a waiter has loaded.
         self._word.value = time.monotonic_ns() & 0xffffffff
         _LIBC.syscall(_SYS_FUTEX, self._address, _WAKE, _EVERYBODY, None, None, 0)
 
@@ -87,8 +89,8 @@ class Notifier:
         self._words = page.words
         self._futex = Futex(page, SharedPage.STAMP)
         self.is_closed = False
-        # Guards the two below, but for what is atomic: to take a listener out, and to copy all. Nothing
-        # is called and no lock is taken while it is held.
+        # It guards the two below, except for what is atomic: to take a listener out, and to copy
+        # all. No callback is called while it is held.
         self._lock = threading.Lock()
         self.listeners: dict[Listener, None] = {}
         self._thread: threading.Thread | None = None
@@ -109,7 +111,7 @@ class Notifier:
             self._futex.wake_all()
 
     def arm(self) -> int:
-        """Begin to wait: if a later look misses a commit, the stamp is not the result any more."""
+        """Begin to wait; return the stamp. A commit that a later look misses changes the stamp."""
         stamp = self._futex.load()
         self._words[SharedPage.FLAG] = 1
         # A fence, so that the look is not done before others see the flag: a lock of Python is one.
@@ -118,11 +120,11 @@ class Notifier:
 
     def wait(self, stamp: int, seconds: float) -> bool:
         """
-        Sleep until somebody notifies; it may return early, woken by the notification before.
+        Sleep until a notification; it may return early, because of the notification before.
 
         :param stamp: of :py:meth:`arm`
         :param seconds: at most
-        :return: True if somebody did
+        :return: True if there was a notification
         :raise ClosedError: if the queue was closed
         """
         if not self.is_closed:
@@ -134,9 +136,9 @@ class Notifier:
 
     def listen(self, callback: Callable[[], object]) -> "Listener":
         """
-        Have a function called after a notification, once for each time the listener is armed.
+        Call a function after a notification, once for each time that the listener is armed.
 
-        One thread for each queue calls all of them: for loops of asyncio.
+        One thread for each queue calls all of these functions. They are for loops of asyncio.
         """
         listener = Listener(self, callback)
         with self._lock:
@@ -159,13 +161,13 @@ class Notifier:
                     return
                 called = [one for one in list(self.listeners) if one.take(stamp)]
             for listener in called:
-                # A closed loop of asyncio: nobody waits there, but others do elsewhere.
+                # A closed loop of asyncio raises this. The other functions are still called.
                 with contextlib.suppress(RuntimeError):
                     listener.callback()
             self._futex.wait(stamp, 1.0)
 
     def close(self) -> None:
-        """Let all who wait in this process fail. Others wake up without a need, and look."""
+        """Let all waiters of this process fail. Those of other processes wake up, too, and look."""
         self.is_closed = True
         for listener in list(self.listeners):
             with contextlib.suppress(RuntimeError):

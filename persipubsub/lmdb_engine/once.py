@@ -23,7 +23,7 @@ def find(tx: Tx, identifiers: Sequence[bytes], oldest_ns: int) -> list[int | Non
 
 
 def remember(tx: Tx, identifier: bytes, number: int, time_ns: int) -> None:
-    """Remember an id; the same id of before the window is replaced."""
+    """Remember an id; the same id from before the window is replaced."""
     key = fmt.once_id_key(identifier)
     value = tx.txn.get(key, db=tx.db.once)
     if value is not None:

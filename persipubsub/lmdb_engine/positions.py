@@ -3,8 +3,8 @@ What each subscriber has acknowledged, inside of a transaction.
 
 A subscriber's position is the first number that it still has to acknowledge. What several consumers
 of one subscriber acknowledge out of order is kept as ranges ahead of the position: as many as there
-are messages in flight, however many were acknowledged meanwhile. Pending is what lies at or behind the
-position, is addressed to the subscriber, and is in no range.
+are messages in flight, however many were acknowledged meanwhile. A message is pending if it lies at
+or behind the position, is addressed to the subscriber, and is in no range.
 """
 
 import struct
@@ -19,8 +19,8 @@ from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log
 from persipubsub.lmdb_engine.format import Cursor, Subscriber, Tx
 
-#: So many blocks for others are walked over before the next one for a subscriber is searched by
-#: bisection, which takes as long as 20 of them.
+#: A search walks over so many blocks for others. Then it goes on by bisection, which takes as long
+#: as a walk over 20 blocks.
 _NEAR_BLOCKS: Final = 4
 
 # Records of subscribers
@@ -56,7 +56,8 @@ def read_all(tx: Tx) -> list[Subscriber]:
 
 def write(tx: Tx, subscriber: Subscriber) -> None:
     """Write the record of a subscriber; delete records of attempts behind its position."""
-    # Here, and not where positions are moved: there are many of these, and none can forget it.
+    # Records are deleted here, and not in each of the many functions that move positions: so none
+    # of them can forget it.
     if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS and not attempts.forget(
             tx, subscriber.ordinal, 0, subscriber.position):
         subscriber.flags &= ~fmt.FLAG_MAY_HAVE_ATTEMPTS
@@ -103,8 +104,9 @@ def finish(tx: Tx, subscriber: Subscriber, begin: int, end: int) -> None:
             near.append(one)
             if one[0] > end:
                 break
-    # Up to what is done before and behind it, if what lies between is for others, or was never sent:
-    # there are as many ranges as there are messages in flight.
+    # The range grows up to the range or position before it, and up to the range behind it, if what
+    # lies between is for others, or was never sent: so there are no more ranges than messages in
+    # flight.
     cursor = tx.cursor()
     before = max(position, near[0][1]) if near and near[0][0] <= begin else position
     if before < begin and next_run(tx, subscriber, cursor, before, begin) is None:
@@ -275,7 +277,7 @@ def acknowledge(tx: Tx, key: bytes, ordinal: int, numbers: list[int], now_ns: in
             or numbers[-1] - numbers[0] + 1 != count):
         count = _finish_each(tx, subscriber, numbers)
     else:
-        # What is above would do, and takes twice as long where nothing is in the way.
+        # Only faster than the general way above, which takes twice as long.
         subscriber.position += count
     if count:
         subscriber.acknowledged += count
@@ -295,7 +297,8 @@ def _finish_each(tx: Tx, subscriber: Subscriber, numbers: list[int]) -> int:
         pending: set[int] = set()
         for run in runs(tx, subscriber, begin, end):
             pending.update(range(run.number, run.stop))
-        # A seek brought back what lies between them: others have it, or will.
+        # A seek made messages between them pending again: other consumers have these, or will get
+        # them.
         others = sorted(pending.difference(numbers))
         count = len(pending) - len(others)
     for other in [*others, end]:
@@ -346,7 +349,7 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
     subscriber = require(tx, key)
     cursor = tx.cursor()
     end = log.read_end(cursor).next_number
-    # The next one that is stored.
+    # Go on to the next message that is stored.
     number = min(max(number, 0), end)
     found = log.seek(cursor, number)
     while found is not None and not found.block.messages:
@@ -354,11 +357,12 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
     number = end if found is None else max(found.first, number)
     subscriber.skipped += count_pending(tx, subscriber, 0, number)
     _forget_ranges(tx, subscriber)
-    # Those that were left to go little by little would count for messages that begin anew.
+    # ``write`` deletes only a bounded number of records of attempts. Those that it has left in
+    # front of the position would count for messages that are delivered again.
     attempts.forget_all(tx, subscriber.ordinal, subscriber.position)
     subscriber.position = number
     write(tx, subscriber)
-    # Whoever remembers how far all subscribers have come looks again: positions went back.
+    # Senders that remember the low watermark look again: a position may have gone back.
     log.change_generation(cursor)
     return number
 

@@ -3,6 +3,7 @@ What may leave the log, and what has to: the low watermark, timeouts, high-water
 
 A message leaves when all its subscribers acknowledged it. It is dropped unread when it is older
 than the queue's timeout, or to make room at a high-water mark; each subscriber counts its drops.
+Whether a mark is passed: ``room``.
 """
 
 import dataclasses
@@ -19,9 +20,14 @@ BY_TIMEOUT: Final = "dropped_by_timeout"
 BY_MARK: Final = "dropped_by_mark"
 BY_OPERATOR: Final = "cleared"
 
-#: The smallest number of messages between two looks at positions. A look and the deletion behind
-#: it take as long as a send: with 8 of them between two looks it was a sixth of the time of all.
+#: The smallest number of messages between two looks at positions. A look and the deletion after it
+#: take as long as a send: with 8 messages between two looks, they took a sixth of the time of all
+#: sends.
 _SMALLEST_INTERVAL: Final = 16
+
+#: Most blocks, or ids of messages, that are deleted in one transaction, so that senders do not wait
+#: for long.
+CHUNK: Final = 256
 
 
 # Not a named tuple, whose fields take five times as long to read: each send reads some.
@@ -30,19 +36,20 @@ class LowWatermark:
     """
     Low watermark: how far all subscribers have come.
 
-    Positions only go forward, so that one found earlier stays a safe lower bound until the
-    generation in the log changes. It holds as long as the slowest
-    subscriber stays where it is.
+    As long as the generation in the log stays the same, positions only go forward: a watermark that
+    was found earlier is a safe lower bound. It is exact as long as the position of the slowest
+    subscriber stays the same.
     """
 
     generation: int
-    number: int  #: the first number that anybody still needs
+    number: int  #: the first number that a subscriber still needs
     messages: int  #: how many the log has in front of ``number``
     size: int  #: their bytes
     interval: int  #: how many messages are sent until the positions are looked at again
-    #: key (UTF-8) of a subscriber at ``number``; empty if that is not all that counts
+    #: key (UTF-8) of a subscriber whose position is ``number``; empty if there is none, or if the
+    #: log has audiences: then a position does not tell the first pending message
     slowest_key: bytes
-    #: all messages from ``number`` on were committed then or later, also those that are yet to come
+    #: no message from ``number`` on was, or will be, committed before this time
     oldest_ns: int
 
 
@@ -60,15 +67,15 @@ def find_low_watermark(tx: Tx,
     """
     Find the low watermark.
 
-    :param is_read_only: True to move no position over messages of others
-    :param known: an earlier one; it holds as long as the slowest subscriber has not moved
+    :param is_read_only: True to move no position over messages for others
+    :param known: an earlier one; it is exact as long as the slowest subscriber has not moved
     """
     found: list[tuple[int, fmt.Buffer]] = []
     if log_end.totals:
         for subscriber in positions.read_all(tx):
             number = positions.first_pending(tx, subscriber, log_end.next_number)
             if number > subscriber.position and not is_read_only:
-                # Over messages for others: the next look begins there.
+                # The position moves over messages for others, so that the next look begins there.
                 positions.finish(tx, subscriber, subscriber.position, number)
                 positions.write(tx, subscriber)
             found.append((number, b""))
@@ -77,7 +84,7 @@ def find_low_watermark(tx: Tx,
             value = tx.txn.get(known.slowest_key, db=tx.db.pending)
             if value is not None and fmt.unpack_position(value) == known.number:
                 return known
-        # In a tenth of the time of reading all records.
+        # To read only the positions takes a tenth of the time that all records take.
         found = [(fmt.unpack_position(value), key) for key, value in tx.txn.cursor(tx.db.pending)]
     number, slowest_key = min(found, key=operator.itemgetter(0), default=(log_end.next_number, b""))
     place = log.place_of(tx.cursor(), number)
@@ -108,8 +115,8 @@ def drop(tx: Tx, begin: int, end: int, counter: str) -> list[Dropped]:
     """Drop a range of messages for every subscriber, and count them in its record."""
     dropped = []
     for subscriber in positions.read_all(tx):
-        # A consumer may be at work on what is dropped: its acknowledgement shall find it done,
-        # or the same message would be counted twice.
+        # A consumer may be at work on a message that is dropped. Its acknowledgement then finds the
+        # message done, and does not count it a second time.
         if subscriber.position < end:
             count = positions.leave(tx, subscriber, begin, end, counter)
             if count:
@@ -163,7 +170,7 @@ def is_any_finished(tx: Tx, retained_ns: int) -> bool:
 
 
 def delete_finished(tx: Tx, budget: int, retained_ns: int) -> int:
-    """Delete blocks that everybody acknowledged."""
+    """Delete blocks that all subscribers are finished with."""
     cursor = tx.cursor()
     low = find_low_watermark(tx, log.read_end(cursor))
     return log.delete_head(cursor, low.number, budget, retained_ns)

@@ -2,8 +2,13 @@
 What happens at a limit of a queue: a high-water mark, a full store, a full disk.
 
 A queue at a high-water mark refuses messages, lets senders wait, or drops messages, as its strategy
-says. A full store does so, too, once all that is finished is deleted. What is finished leaves bit by
-bit: each send deletes about twice what it adds, so that no send ever pays for the whole queue.
+says (``Room.make``). A full store does so, too, after all that is finished was deleted
+(``Room.free_store``). On a full disk, all that is finished is deleted, and the send is tried once
+more (``Room.free_disk``). Acknowledging on a full disk is elsewhere: ``Environment._make_room``.
+
+Usually finished blocks are deleted bit by bit: a send that tidies up (``Room.tidy``) deletes at
+most about twice as many blocks as were added since the last one did, so that no such send pays for
+the whole queue. Only a send that finds the store or the disk full deletes all that is finished.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +23,6 @@ from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.log import LogEnd
 from persipubsub.lmdb_engine.retention import Dropped, LowWatermark
-
-#: How many blocks are deleted in one transaction while an operator prunes or clears a queue.
-_CHUNK_BLOCKS: Final = 256
 
 #: No limit.
 _UNLIMITED: Final = 1 << 62
@@ -51,7 +53,7 @@ class Room:
         self.max_messages = mark.max_msgs_num or _UNLIMITED
         self.max_size = mark.size_bytes or _UNLIMITED
         self.max_bytes = queue.max_db_size_bytes
-        #: A single message of no more bytes needs no closer look.
+        #: The size of a single message of at most so many bytes needs no further check.
         self.surely_fitting = min(self.max_size, fmt.MAX_MESSAGE_BYTES,
                                   self.max_bytes - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES)
 
@@ -88,7 +90,7 @@ class Room:
                 or log_end.total_bytes - low.size + batch.size > self.max_size)
 
     def is_still_over(self, tx: Tx, known: LowWatermark | None, batch: Batch) -> bool:
-        """Tell whether messages would pass a mark, also if what is too old were dropped."""
+        """Tell whether messages would pass a mark even if what is too old were dropped."""
         log_end = log.read_end(tx.cursor())
         low = retention.find_low_watermark(tx, log_end, is_read_only=True, known=known)
         oldest_ns = self._now_ns() - self.timeout_ns
@@ -97,11 +99,11 @@ class Room:
 
     def make(self, tx: Tx, log_end: LogEnd, low: LowWatermark,
              batch: Batch) -> tuple[LogEnd, LowWatermark, list[Dropped]]:
-        """Check the high-water marks exactly; if one is passed, drop messages if asked to."""
+        """Check the high-water marks exactly; if one is passed, drop what the strategy says."""
         dropped: list[Dropped] = []
         low = retention.find_low_watermark(tx, log_end, known=low)
         if self.is_over(log_end, low, batch):
-            low = self.tidy(tx, log_end, dropped, _CHUNK_BLOCKS, low)
+            low = self.tidy(tx, log_end, dropped, retention.CHUNK, low)
         while self._drops_unread and self.is_over(log_end, low, batch):
             log_end, more = retention.halve(tx, low, log_end, batch.count, self._drops_newest)
             dropped.extend(more)
@@ -166,10 +168,10 @@ class Room:
         return retention.halve(tx, low, log_end, added, self._drops_newest)[1]
 
     def free_disk(self) -> None:
-        """Delete what is finished, which a send that fails can not do by itself."""
+        """Delete what is finished: a send that fails on a full disk takes its own deletion back."""
         self.delete_finished(keeps_retained=False)
         self._environment.write(retention.make_reusable, makes_room=True)
-        # Segments of the journal that hold nothing else can be used again, too.
+        # The journal, too, can then reuse segments in which all is finished.
         self._environment.secure_now()
 
     # Tidying up
@@ -187,7 +189,7 @@ class Room:
         return low
 
     def drop_expired(self) -> int:
-        """Drop the messages that are older than the queue's timeout; return how many it were."""
+        """Drop the messages that are older than the queue's timeout; return how many."""
         dropped = self._environment.write(self._drop_expired, makes_room=True)
         self.drop_log.add(dropped)
         return sum(one.messages for one in dropped)
@@ -195,7 +197,7 @@ class Room:
     def _drop_expired(self, tx: Tx) -> list[Dropped]:
         """Drop what is too old."""
         dropped: list[Dropped] = []
-        self.tidy(tx, log.read_end(tx.cursor()), dropped, _CHUNK_BLOCKS, None)
+        self.tidy(tx, log.read_end(tx.cursor()), dropped, retention.CHUNK, None)
         return dropped
 
     def delete_finished(self, keeps_retained: bool = True) -> int:
@@ -203,16 +205,16 @@ class Room:
         now_ns = self._now_ns()
         oldest_ns = now_ns - self.once_window_ns
         if self._environment.read(once.is_any_before, oldest_ns):
-            while self._environment.write(once.forget, oldest_ns, _CHUNK_BLOCKS,
-                                          makes_room=True) == _CHUNK_BLOCKS:
+            while self._environment.write(once.forget, oldest_ns, retention.CHUNK,
+                                          makes_room=True) == retention.CHUNK:
                 pass
         retained_ns = log.RETAINS_NOTHING_NS
         if keeps_retained:
             retained_ns = self._environment.retained_ns(now_ns)
-        total, deleted = 0, _CHUNK_BLOCKS
-        while deleted == _CHUNK_BLOCKS:
+        total, deleted = 0, retention.CHUNK
+        while deleted == retention.CHUNK:
             deleted = self._environment.write(retention.delete_finished,
-                                              _CHUNK_BLOCKS,
+                                              retention.CHUNK,
                                               retained_ns,
                                               makes_room=True)
             total += deleted

@@ -26,8 +26,9 @@ Sending = tuple[Sequence[bytes], tuple[str, ...] | None, Sequence[bytes | None] 
 #: After so many bytes a send looks for finished blocks at once, however few messages they are.
 _LARGE_BYTES: Final = 1 << 16
 
-#: A sender that waits for room looks at the queue this often whatever happens, in seconds: a
-#: subscriber may die between its commit and its notification, and messages become too old without one.
+#: A sender that waits for room looks at the queue again after this time, in seconds, even without a
+#: notification: a subscriber may die between its commit and its notification, and messages become
+#: too old without one.
 _LONGEST_PAUSE_SECS: Final = 1.0
 
 
@@ -103,10 +104,11 @@ class Sender:
         self._waits = room.strategy is Strategy.BLOCK
         self._is_flushed = environment.queue.durability is Durability.FSYNC
 
-        # Whether the last send found no room. Then the next one looks before it writes, so that those
-        # who wait do not block other writers. Only a guess.
+        # Whether the last send found no room. Then the next one looks before it writes, so that
+        # senders that wait for room do not block other writers. It is only a guess.
         self._was_full = False
-        # Remembered between sends, written behind a commit in any order: an older one is a lower bound.
+        # The low watermark of the last send. Threads store it after their commits, in any order: an
+        # older one is a lower bound, too.
         self._low: LowWatermark | None = None
         # End of the log after the last send, LMDB's number of its transaction, and how many had
         # been aborted (the next one reuses the number of an aborted one); under the write lock.
@@ -153,7 +155,7 @@ class Sender:
         return batch.count > 0 and self._room.is_still_over(tx, self._low, batch)
 
     def put_each(self, sendings: Sequence[Sending]) -> list[BaseException | None]:
-        """Do as a :py:meth:`put` of each, but never wait for room; in one commit if possible."""
+        """Put each as :py:meth:`put` does, but never wait for room; in one commit if possible."""
         outcomes: list[BaseException | None] = [None] * len(sendings)
         batches: dict[int, _Batch] = {}
         for index, (messages, recipients, msg_ids) in enumerate(sendings):
@@ -167,7 +169,7 @@ class Sender:
             if len(batches) > 1:
                 all_sent = self._environment.write(self._append_all, batches.values(), self._low)
         except persipubsub.errors.BusyTimeoutError as error:
-            # Nobody is at fault, and everybody waited long enough.
+            # No sending is at fault, and all of them waited long enough.
             return [error if outcome is None else outcome for outcome in outcomes]
         except persipubsub.errors.PersipubsubError:
             pass
@@ -225,7 +227,8 @@ class Sender:
             if first or dropped:
                 end = behind
         if end:
-            # Before the flush: consumers wake up meanwhile. Those that are awake see a message as early.
+            # Notify before the flush: consumers wake up meanwhile. Those that are awake see the
+            # messages before the flush, too.
             self._environment.notifier.notify(end)
             if self._is_flushed:
                 try:
@@ -238,7 +241,7 @@ class Sender:
 
     def _append_all(self, tx: Tx, batches: Iterable[_Batch],
                     low: LowWatermark | None) -> list[_Sent]:
-        """Add the messages of several sends; nothing of it if the store or the journal has no room."""
+        """Add the messages of several sends, or none if the store or the journal has no room."""
         all_sent: list[_Sent] = []
         for batch in batches:
             all_sent.append(self._append(tx, batch, low))
@@ -248,7 +251,8 @@ class Sender:
     def _append(self, tx: Tx, batch: _Batch, low: LowWatermark | None) -> _Sent:
         """Add messages at the end of the log and tidy up a little at its beginning."""
         environment, room = self._environment, self._room
-        # As the last send left it, if nobody has written since then: to read it takes a tenth of a send.
+        # If no transaction wrote since the last send, the end of the log is as that left it. To
+        # read it would take a tenth of a send.
         log_end, txn_id, aborted = self._end
         if not (txn_id == environment.committed == tx.txn.id() - 1
                 and aborted == environment.aborted):
@@ -268,7 +272,7 @@ class Sender:
                 or log_end.total_bytes - low.size + batch.size > room.max_size):
             log_end, low, dropped = room.make(tx, log_end, low, batch)
             if room.is_over(log_end, low, batch):
-                # No exception: it would take back the dropping of what was too old.
+                # An exception would take back the dropping of what was too old.
                 return _Sent(0, log_end.next_number, dropped, low)
         number, size = log_end.next_number, log_end.total_bytes
         is_time = ((number + batch.count) // low.interval != number // low.interval
