@@ -1,12 +1,12 @@
 """
 Claims: which consumer has which message. The kernel gives those of a killed process back.
 
-A claim is a lock of the kernel on bytes of the file ``claims.lock``. Each message of
-each subscriber has one byte there, at the offset ``ordinal * 2**48 + number``. The file stays
-empty. The locks belong to open file descriptions (``F_OFD_SETLK``): the kernel gives them back when
-the last descriptor is closed. So it gives back the claims of a process that is killed, at that
-moment: nothing has to be repaired, and there is no timeout to wait for. A stopped process keeps its
-claims. Rejected: leases with a time stamp in the store. Each costs a commit, and their timeout is too long
+A claim is a lock of the kernel on bytes of the file ``claims.lock``. Each message of each
+subscriber has one byte there, at the offset ``ordinal * 2**48 + number``. The file stays empty. The
+locks belong to open file descriptions (``F_OFD_SETLK``): the kernel gives them back when the last
+descriptor is closed. So it gives back the claims of a process that is killed, at that moment:
+nothing has to be repaired, and there is no timeout to wait for. A stopped process keeps its claims.
+Rejected: leases with a time stamp in the store. Each costs a commit, and their timeout is too long
 for consumers that wait or too short for consumers that work. Locks of one description never
 conflict with each other, so each claim in progress has a descriptor of its own, which is kept for a
 later claim.
