@@ -15,7 +15,7 @@ from tests import support
 from tests.faults import workers
 
 #: A stopped process is caught in the middle of a commit within so many attempts.
-ATTEMPTS: Final = 2000
+ATTEMPTS: Final = 8000
 
 
 def hold_one(pipe: support.Connection, config_pth: Path) -> None:
