@@ -38,7 +38,7 @@ _CLASSES: typing.Final = {
     "AsyncSub": ("aio", "Sub"),
 }
 
-# It needs an extra: an import of everything is to work without it.
+# It needs an extra: ``import *`` has to work without it.
 _WITH_EXTRA: typing.Final = "metrics"
 
 # Type checkers would take any name for one of the package.

@@ -42,7 +42,7 @@ Take: TypeAlias = Callable[[], Awaitable[Lease | None]]
 #: Threads of the process for all queues: a write may wait for another process for long.
 _THREADS: Final = 32
 
-#: Messages that are put together at most, and bytes: other processes are to have their turn.
+#: Most messages, and bytes, of one commit: other processes must get their turn.
 _MOST_MESSAGES: Final = 512
 _MOST_BYTES: Final = 1 << 23
 

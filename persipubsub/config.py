@@ -48,7 +48,7 @@ _MAX_IDENTIFIER_SIZE: Final = 255  # bytes in UTF-8
 _MAX_FILE_SIZE: Final = 64 * 1024**2
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
-# Neither the operating system nor UTF-8 (and hence no C++ or Go program) takes any other.
+# The system takes no NUL. UTF-8, and so a C++ or Go program, has no lone surrogates.
 Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\x00\ud800-\udfff]*$")]
 Texts: TypeAlias = tuple[Text, ...]
 
@@ -530,8 +530,8 @@ class _Checker:
         self.problems: list[str] = []
         self.publishers: dict[str, Publisher] = {}
         self.subscribers: dict[str, Subscriber] = {}
-        # A queue that is wrong is in it as None; all of it is None if there are no queues at all:
-        # then each reference would be a problem that is not its own.
+        # None in the place of a wrong queue. None as a whole if the file has no queues: references
+        # to them are not reported, too.
         self.queues: dict[str, Any] | None = None
 
     def add(self, place: str, expected: str, found: Any, hint: str = "") -> None:

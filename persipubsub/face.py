@@ -1,8 +1,8 @@
 """
 What the blocking classes and those of :py:mod:`persipubsub.aio` have in common.
 
-What a user gives is checked here, once for both; so is what becomes of messages that a loop took
-and that it handled, or did not.
+What a user gives is checked here, once for both. How the messages of a loop end is decided here as
+well.
 """
 
 import contextlib

@@ -95,7 +95,7 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Sequence[i
             numbers = [listed.number for listed in look(config, queue_key)]
         try:
             for number in list(map(operator.index, numbers)):  # all of them are checked first
-                # No other can be there, and a claim has no room for any number.
+                # Nothing else exists, and a claim can not hold every number.
                 lease = consumer.take_at(number) if 0 < number < end else None
                 if lease is not None:
                     work(number, DeadLetter.decode(lease.messages[0]))

@@ -129,7 +129,7 @@ def retry_delay_ns(first_ns: int, deliveries: int) -> int:
     :param first_ns: delay after the first delivery; each further one doubles it, up to an hour
     :param deliveries: so far
     """
-    # Shifted no further than that any delay from a nanosecond on has reached the limit.
+    # 42 doublings bring any delay, from a nanosecond on, to the limit.
     return min(first_ns << min(deliveries - 1, 42), max(_LONGEST_DELAY_NS, first_ns))
 
 

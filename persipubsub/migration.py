@@ -2,7 +2,7 @@
 Move what waits in a queue on this machine to another engine, while both are in use.
 
 For each subscriber, messages are taken as one more of its consumers would, put into the other queue
-for this subscriber alone, and then acknowledged. A message is never in neither of the two; a kill
+for this subscriber alone, and then acknowledged. A message is always in one of the two; a kill
 in between leaves it in both, and the next run puts it again under the same id, which the other
 engine knows. One copy for all subscribers was rejected: whoever acknowledged it before the kill
 would get it twice, or an id for each set of subscribers would not be recognized.
@@ -95,7 +95,7 @@ def _describe(config: persipubsub.config.Config, queue_key: str,
         raise persipubsub.errors.ConfigError(
             f"Expected the other queue as nats://..., but got: {target!r}")
     here = config.queues[queue_key]
-    # To look for room before each part was rejected: others may take it in between, and the
+    # Rejected: looking for room before each part. Others may take it in between, and the
     # strategy of the file would then drop messages for those that are moved.
     mark = msgspec.structs.replace(here.high_water_mark, strategy=persipubsub.config.Strategy.BLOCK)
     there = msgspec.structs.replace(here, path=target, high_water_mark=mark)
@@ -115,8 +115,8 @@ def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
 def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue, subscriber: str,
           mark: persipubsub.config.HighWaterMark) -> Iterator[int]:
     """Move the messages of a subscriber, in order, and yield the sizes of the parts."""
-    # Killed or refused, it would use up what max_deliveries allows, and the next move would give up
-    # what nobody has seen.
+    # Moves that are killed or refused must not count as deliveries: later ones would give up what
+    # nobody has seen.
     consumer = source.consumer(subscriber, is_delivery=False)
     most = max(1, min(_BATCH_MESSAGES, (mark.max_msgs_num or 2**48) // 4))
     deadline = time.monotonic() + _PATIENCE_SECS

@@ -361,14 +361,14 @@ def _retries_of(config: Config, queue_key: str) -> Mapping[str, Retries]:
         open_target = None
         if target:
             place = directory_of(config, target)
-            # A link makes it one: its dead letters would be given up into it, again and again.
+            # By a link it may be the same: it would give up into itself, again and again.
             if os.path.realpath(place) == os.path.realpath(directory):
                 persipubsub.config.fail(config.path, [
                     f"queues.{target}.path: Expected another directory than that of "
                     f"queues.{queue_key}.path, but got: {place!r}, the same one ({target!r} is the "
                     f"dead_letter_queue of {subscriber.identifier!r})"
                 ])
-            # Without the retries of that queue: its subscribers may give up into this one.
+            # Without the retries of that queue: they may lead back to this one.
             open_target = functools.partial(Queue, place, config.queues[target])
         policy = attempts.Policy(subscriber.max_deliveries, int(subscriber.retry_delay_secs * 1e9))
         found[subscriber.identifier] = Retries(policy, queue_key, open_target)

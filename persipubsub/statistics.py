@@ -30,8 +30,8 @@ class SubscriberStatistics(msgspec.Struct, frozen=True):
 
     subscriber: str  #: its id
     lag: int  #: messages that it still has to acknowledge
-    #: of these, how many its consumers are working on right now, at most: they claimed them, and did
-    #: not acknowledge them yet; None if the system does not tell
+    #: of these, how many at most are being worked on: claimed, and not acknowledged yet; None if
+    #: the system does not tell
     in_flight: int | None
     position: int  #: number of the first message that it still has to acknowledge
     acknowledged: int  #: messages that were received and acknowledged

@@ -176,7 +176,7 @@ def _read_messages(paths: Sequence[str], texts: Sequence[str],
             raise click.ClickException("Expected to read the standard input, but got: it is closed")
         try:
             with click.open_file(name, "rb") as file:
-                # What does not block would end where nothing is there yet.
+                # A file that does not block would seem to end where nothing came yet.
                 os.set_blocking(file.fileno(), True)
                 yield from _split(file) if lines else [[file.read()]]
         except OSError as error:

@@ -25,7 +25,7 @@ import nats.errors
 import persipubsub.errors
 from persipubsub.jetstream import errors, loop
 
-#: Variables of the environment that say who we are: what the client takes, and files.
+#: Environment variables with credentials: arguments of the client, and files.
 _ARGUMENTS: Final = {
     "NATS_CREDS": "user_credentials",
     "NATS_NKEY": "nkeys_seed",
@@ -35,7 +35,7 @@ _ARGUMENTS: Final = {
 }
 _FILES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT", "NATS_KEY")
 
-#: For what has a limit of its own, in seconds.
+#: Timeout of what is bounded otherwise, in seconds.
 _FOREVER_SECS: Final = 1 << 24
 
 #: One server is waited for that long; the first connection of all, that long, in seconds.
@@ -55,7 +55,7 @@ PAUSE_SECS: Final = 0.1
 #: This often it is looked whether requests are over, in seconds.
 _LOOK_SECS: Final = 0.2
 
-#: No answer at all of a server that has no JetStream is believed after so many seconds.
+#: After so many seconds without any answer, a server is believed to have no JetStream.
 _NO_JETSTREAM_SECS: Final = 2.0
 
 #: After these, a TimeoutError among them, a request is made again.
@@ -260,7 +260,7 @@ class Connection:
         self.is_cluster = len(servers) > 1
         self._servers = servers
         self._link: Link | None = None
-        self._latest = ""  #: server that it was made to last
+        self._latest = ""  #: server of the last connection
         self._connecting: asyncio.Task[None] | None = None
         self._is_closed = False
         self._complaint: BaseException | None = None

@@ -273,7 +273,7 @@ class Delivery:
                  open_target: Callable[[str], publishing.Publishing]) -> None:
         """Initialize without pulling; the queue of dead letters is opened at its first use."""
         self.loop = own.connection.loop
-        self.heard = time.monotonic()  #: when the servers were heard, or had not to be
+        self.heard = time.monotonic()  #: when the servers were heard last, or nothing was asked
         self._stream = own
         self._connection = own.connection
         self._subscriber = subscriber
@@ -289,7 +289,7 @@ class Delivery:
         # those of them that are being acknowledged.
         self._held: dict[str, Delivered] = {}
         self._acking: set[str] = set()
-        # What gives messages back, or stops to listen. A later pull waits for it, or later messages
+        # What gives messages back, or stops listening. A later pull waits for it, or later messages
         # would come first.
         self._endings: set[asyncio.Task[None]] = set()
         self._telling: asyncio.Task[None] | None = None
@@ -351,8 +351,8 @@ class Delivery:
                 count = most - len(taken)
                 max_bytes: int | None = min(limit, _MOST_TAKEN_BYTES - size)
                 if count <= fitting or not is_new:
-                    # The servers have a limit by bytes put a message that does not fit behind all
-                    # others that were given back; what was never delivered comes later.
+                    # With a limit by bytes, the servers put a message that does not fit behind all
+                    # others that were given back. New messages come later anyway.
                     count, max_bytes = min(count, fitting), None
                 before = len(taken)
                 has_more = await self._call(taken, count, 0.0 if taken else deadline, max_bytes)
@@ -468,7 +468,7 @@ class Delivery:
             for one in messages[begin:begin + _ACKS_AT_ONCE]:
                 with contextlib.suppress(nats.errors.Error, OSError):
                     await link.client.publish(one.reply, what)
-            # Nothing of that suspends us.
+            # The above never yields to the loop.
             await asyncio.sleep(0)
 
     # Ending

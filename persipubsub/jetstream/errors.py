@@ -1,4 +1,4 @@
-"""Turn what NATS says into errors of this library; no other of its errors leaves the room."""
+"""Turn what NATS says into errors of this library; no error of NATS leaves the package."""
 
 import re
 import ssl

@@ -132,7 +132,7 @@ class Publishing:
     async def _take_turn(self, begin: float) -> float:
         """Let no other call write; return until when the servers may be waited for."""
         while True:
-            # Behind others that are served, the servers are not away.
+            # While calls before this one are answered, the servers are there.
             deadline = self._deadline(max(begin, self._answered))
             try:
                 async with asyncio.timeout_at(deadline if self._order.locked() else None):

@@ -258,7 +258,7 @@ class Stream:
         names = [*map(address.durable_of, self.settings.subscribers), *await self._names()]
         infos = await self._each(dict.fromkeys(names),
                                  lambda name: self._find("CONSUMER.INFO", consumer=name))
-        # None: of somebody else, or for a while.
+        # None: somebody else's, or the guard of a seek.
         found = {settings.subscriber_of(info["config"]): info for info in infos if info is not None}
         return {subscriber: info for subscriber, info in found.items() if subscriber is not None}
 
