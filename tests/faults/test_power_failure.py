@@ -388,7 +388,7 @@ def test_replay_notices_what_is_taken_out(tmp_path: Path, seed: int, protection:
                                   prepare=lambda: take_out(changes))
         try:
             summary = replay.survey(recording,
-                                    100,
+                                    400,
                                     random.Random(seed + attempt),
                                     find=find,
                                     is_over_at_first=True)
