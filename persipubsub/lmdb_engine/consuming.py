@@ -196,23 +196,15 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         :param is_newest: True to take the newest message and skip all older ones
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        notifier = self.environment.notifier
-        stamp: int | None = None
-        while True:
+        lease, _ = self.try_take(max_messages, is_newest)
+        if lease is not None or timeout == 0:
+            return lease
+
+        def look() -> tuple[Lease | None, float]:
             lease, pause = self.try_take(max_messages, is_newest)
-            if lease is not None:
-                return lease
-            pause = min(pause, poll_secs)
-            if deadline is not None:
-                left = deadline - time.monotonic()
-                # Not by the pause, which is over as well when a message may be delivered again.
-                if left <= 0:
-                    return None
-                pause = min(pause, left)
-            if stamp is not None:
-                notifier.wait(stamp, pause)
-            # Between arming and waiting there is one more look.
-            stamp = notifier.arm()
+            return lease, min(pause, poll_secs)
+
+        return self.environment.notifier.wait_for(look, deadline)
 
     def take_at(self, number: int) -> Lease | None:
         """Take the message of a number, without waiting."""

@@ -24,7 +24,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import persipubsub.errors
 from persipubsub.lmdb_engine.files import SharedPage
@@ -37,6 +37,8 @@ _SYS_FUTEX: Final = {
 }.get(platform.machine(), 98)
 _WAIT, _WAKE = 0, 1  # not FUTEX_PRIVATE: the page is shared between processes
 _EVERYBODY: Final = 0x7fffffff
+
+ResultT = TypeVar("ResultT")
 
 #: Longest sleep in seconds, whatever a caller asks for.
 _LONGEST_SECS: Final = 3600.0
@@ -133,6 +135,28 @@ class Notifier:
             raise persipubsub.errors.ClosedError(
                 "Expected the queue to be open while waiting, but got: it was closed")
         return self._futex.load() != stamp
+
+    def wait_for(self, look: Callable[[], tuple[ResultT | None, float]],
+                 deadline: float | None) -> ResultT | None:
+        """
+        Look until there is something, once more after each notification; None: the time is over.
+
+        :param look: returns what it found, and the seconds after which to look again without one
+        :param deadline: on the monotonic clock; None: look for ever
+        :raise ClosedError: if the queue was closed
+        """
+        while True:
+            stamp = self.arm()
+            found, pause = look()
+            if found:
+                return found
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                # Not by the pause: it is over, too, when a message may be delivered again.
+                if left <= 0:
+                    return None
+                pause = min(pause, left)
+            self.wait(stamp, pause)
 
     def listen(self, callback: Callable[[], object]) -> "Listener":
         """

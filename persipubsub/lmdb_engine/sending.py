@@ -129,24 +129,14 @@ class Sender:
         if len(messages) != 1 or len(messages[0]) > self._room.surely_fitting:
             self._room.check_sizes(messages)
         batch = _Batch(messages, recipients, msg_ids or None)
-        notifier = self._environment.notifier
         deadline = None if timeout is None else time.monotonic() + timeout
-        stamp: int | None = None
-        while True:
-            if not (self._was_full and self._environment.read(self._is_still_full, batch)):
-                first = self._commit(batch)
-                self._was_full = not first
-                if first:
-                    return first
-            pause = _LONGEST_PAUSE_SECS
-            if deadline is not None:
-                pause = min(pause, deadline - time.monotonic())
-            if not self._waits or pause <= 0:
-                raise self._room.full_error(batch)
-            if stamp is not None:
-                notifier.wait(stamp, pause)
-            # Between arming and waiting there is one more look.
-            stamp = notifier.arm()
+        first: int | None = self._commit(batch)
+        if not first and self._waits and timeout != 0:
+            first = self._environment.notifier.wait_for(
+                lambda: (self._commit(batch), _LONGEST_PAUSE_SECS), deadline)
+        if not first:
+            raise self._room.full_error(batch)
+        return first
 
     def _is_still_full(self, tx: Tx, batch: _Batch) -> bool:
         """Look whether there is no room for messages, before a transaction that writes is begun."""
@@ -189,6 +179,8 @@ class Sender:
     def _commit(self, batch: _Batch) -> int:
         """Add messages, notify, and flush; return the number of the first, 0 if the queue is full."""
         environment = self._environment
+        if self._was_full and environment.read(self._is_still_full, batch):
+            return 0
         needed = 0
         was_freed = False
         while True:
@@ -206,12 +198,14 @@ class Sender:
                     environment.check_stuck_readers()
                 self._low = None
                 if not self._room.free_store(batch):
+                    self._was_full = True
                     return 0
             except persipubsub.errors.DiskFullError:
                 if was_freed:
                     raise
                 was_freed = True
                 self._room.free_disk()
+        self._was_full = not sent.first
         failure = self._finish((sent, ))
         if failure is not None:
             raise failure
