@@ -2,10 +2,12 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 
+from persipubsub import Pub, Sub
 from tests import jetstream_server
 
 # A shell starts what runs in the background with SIGINT ignored, and processes inherit that: those
@@ -24,3 +26,16 @@ hypothesis.settings.load_profile("busy")
 def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_server.Servers]:
     with jetstream_server.running(tmp_path_factory.mktemp("servers")) as servers:
         yield servers
+
+
+# Of the queue whose configuration the module of the test names ``config_pth``.
+@pytest.fixture(name="pub")
+def _pub(config_pth: Path) -> Iterator[Pub]:
+    with Pub("pub", config_pth) as pub:
+        yield pub
+
+
+@pytest.fixture(name="sub")
+def _sub(config_pth: Path) -> Iterator[Sub]:
+    with Sub("sub", config_pth) as sub:
+        yield sub

@@ -48,12 +48,6 @@ def fixture_config_pth(tmp_path: Path) -> Path:
     return config_pth
 
 
-@pytest.fixture(name="pub")
-def fixture_pub(config_pth: Path) -> Iterator[Pub]:
-    with Pub("pub", config_pth) as pub:
-        yield pub
-
-
 def test_wrong_use_is_refused_without_assertions(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     done = support.run_python("""if True:

@@ -6,7 +6,6 @@ import itertools
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,6 @@ from tests import support
 from tests.faces import figures, fixture_config_pth, fixture_lmdb_pth
 
 assert fixture_config_pth and fixture_lmdb_pth  # pytest finds them here
-
-
-@pytest.fixture(name="pub")
-def fixture_pub(config_pth: Path) -> Iterator[Pub]:
-    with Pub("pub", config_pth) as pub:
-        yield pub
-
-
-@pytest.fixture(name="sub")
-def fixture_sub(config_pth: Path) -> Iterator[Sub]:
-    with Sub("sub", config_pth) as sub:
-        yield sub
 
 
 def drain(sub: Sub) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -16,18 +16,6 @@ from tests import support
 def fixture_config_pth(tmp_path: Path) -> Path:
     config_pth = support.make_queue(tmp_path)
     return config_pth
-
-
-@pytest.fixture(name="pub")
-def fixture_pub(config_pth: Path) -> Iterator[Pub]:
-    with Pub("pub", config_pth) as pub:
-        yield pub
-
-
-@pytest.fixture(name="sub")
-def fixture_sub(config_pth: Path) -> Iterator[Sub]:
-    with Sub("sub", config_pth) as sub:
-        yield sub
 
 
 def receive(sub: Sub, timeout: float = 0) -> bytes | None:
