@@ -10,7 +10,9 @@ import msgspec
 
 import persipubsub.errors
 
-__all__ = ["Message", "Peeked", "DeadLetter", "Place", "text_of", "retry_delay_ns", "since_ns"]
+__all__ = [
+    "Message", "Peeked", "DeadLetter", "Place", "give_up", "text_of", "retry_delay_ns", "since_ns"
+]
 
 #: An error takes at most so many characters where it is stored.
 ERROR_CHARACTERS: Final = 500
@@ -102,6 +104,24 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
                 f"Expected a dead letter of the version 1, but got: {letter.version!r}",
                 number=letter.number)
         return letter
+
+
+def give_up(message: Message, queue: str, subscriber: str, attempts: int, error: str) -> DeadLetter:
+    """
+    Make the dead letter of a message, now.
+
+    :param queue: its key
+    :param attempts: how often it was delivered
+    :param error: with which the last delivery ended
+    """
+    return DeadLetter(queue=queue,
+                      subscriber=subscriber,
+                      number=message.number,
+                      sent_at=message.sent_at,
+                      attempts=attempts,
+                      error=error,
+                      moved_at=datetime.datetime.now(datetime.UTC),
+                      data=message.data)
 
 
 def text_of(error: BaseException) -> str:

@@ -69,7 +69,7 @@ class Queue:
             raise
         #: True if publishers wait for room in a full queue.
         self.waits_for_room = self._room.strategy is persipubsub.config.Strategy.BLOCK
-        # A method less for each send.
+        # Stored, so that a send passes one method less.
         self._put = self._sender.put
 
     @staticmethod
@@ -122,7 +122,7 @@ class Queue:
             opened.members.remove(self._claims)
             opened.members.remove(self._ending)
             opened.drop_logs.remove(self._room.drop_log)
-            # Those who wait here notice that it is closed.
+            # Waiting calls notice that it is closed.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 opened.notifier.notify()
         finally:
@@ -190,7 +190,7 @@ class Queue:
         return self.consumer(subscriber).front()
 
     def skip_to_newest(self, subscriber: str) -> int:
-        """Acknowledge all messages of a subscriber but the newest one; return how many it were."""
+        """Acknowledge all messages of a subscriber but the newest one; return how many."""
         skipped = self._environment.write(positions.skip_to_newest,
                                           subscriber.encode("utf-8"),
                                           makes_room=True)
@@ -253,7 +253,7 @@ class Queue:
         self._environment.secure_now()
 
     def drop_expired(self) -> int:
-        """Drop the messages that are older than the queue's timeout; return how many it were."""
+        """Drop the messages that are older than the queue's timeout; return how many."""
         self._check_open()
         dropped = self._room.drop_expired()
         if dropped:
@@ -319,7 +319,7 @@ def ensure_queue(config: Config, queue_key: str) -> None:
         _retries_of(config, key)  # which checks them
     subscribers = list(config.queues[queue_key].subscribers)
     if sources:
-        # On its behalf operators look at what is there; without it nobody might keep it.
+        # Operators look at the queue as this subscriber. It keeps messages that no other one needs.
         subscribers.append(persipubsub.config.DEAD_LETTERS)
     from_beginning = [
         subscriber.identifier for subscriber in config.subscribers.values()

@@ -636,15 +636,8 @@ class Delivery:
             self.begin_ending(self._nak([(one, _POSTPONED_NS)]))
 
     async def _put_dead_letter(self, message: persipubsub.message.Message, error: str) -> None:
-        settings = self._stream.settings
-        letter = persipubsub.message.DeadLetter(queue=settings.key,
-                                                subscriber=self._subscriber,
-                                                number=message.number,
-                                                sent_at=message.sent_at,
-                                                attempts=message.attempts,
-                                                error=error,
-                                                moved_at=datetime.datetime.now(datetime.UTC),
-                                                data=message.data)
+        letter = persipubsub.message.give_up(message, self._stream.settings.key, self._subscriber,
+                                             message.attempts, error)
         # The time tells it from the same number of a stream that was deleted and made again.
         parts = ("dead letter", self._stream.name, self._subscriber, message.number,
                  message.sent_at)

@@ -261,7 +261,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         return self._drop(stream.Stream.drop_expired)
 
     def clear(self) -> int:
-        """Drop all messages; subscribers and numbers stay. Return how many deliveries it were."""
+        """Drop all messages; subscribers and numbers stay. Return how many deliveries."""
         return self._drop(stream.Stream.purge)
 
     def _drop(self, drop: Callable[[stream.Stream], Coroutine[Any, Any, None]]) -> int:

@@ -7,7 +7,6 @@ consumer that comes across it puts it again, which changes nothing, and lets it 
 was rejected: the message would be in neither.
 """
 
-import datetime
 import logging
 import os
 import time
@@ -17,7 +16,7 @@ from typing import Final, NamedTuple, Protocol
 import persipubsub.errors
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.message import DeadLetter, Message
+from persipubsub.message import Message, give_up
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
@@ -85,14 +84,8 @@ class DeadLetterWriter:
             return True
         if time.monotonic() < self._ready_at:
             return False
-        letter = DeadLetter(queue=self._retries.queue_key,
-                            subscriber=self._subscriber,
-                            number=message.number,
-                            sent_at=message.sent_at,
-                            attempts=record.deliveries,
-                            error=error,
-                            moved_at=datetime.datetime.now(datetime.UTC),
-                            data=message.data)
+        letter = give_up(message, self._retries.queue_key, self._subscriber, record.deliveries,
+                         error)
         # The time of the first delivery distinguishes the message from one of the same number in a
         # queue that was dropped and created again, and from itself after an operator let it be
         # delivered again, by a seek or by restoring a backup, which sets that time.
