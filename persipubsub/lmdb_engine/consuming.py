@@ -100,8 +100,7 @@ class Lease:
             # A signal handler, too, may have raised, at any place.
             consumer.claims.release(claim)
             raise
-        if consumer.notifies:
-            consumer.environment.notifier.notify()
+        consumer.notify_room()
 
     def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """
@@ -271,7 +270,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 return None, self._pause(True, 0)
             lease = self._claim(newest.number, 1, newest_but=tried)
             if lease is not None:
-                self._notify_room()
+                self.notify_room()
                 return lease, LONGEST_PAUSE_SECS
             tried.add(newest.number)
 
@@ -381,13 +380,13 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
     def _remove(self, number: int, counter: str) -> None:
         """Let a claimed message leave unread."""
         self._write(deliveries.remove, number, counter)
-        self._notify_room()
+        self.notify_room()
 
     def _write(self, work: Callable[..., ResultT], *args: object) -> ResultT:
         """Run one of the functions of ``deliveries`` that write."""
         return self.environment.write(work, self.looks, *args, makes_room=True)
 
-    def _notify_room(self) -> None:
+    def notify_room(self) -> None:
         """Wake publishers that wait for room."""
         if self.notifies:
             self.environment.notifier.notify()

@@ -262,8 +262,7 @@ class Sender:
             if not batch.count:
                 return _Sent(next(iter(known.values())), log_end.next_number, [], low)
         dropped: list[Dropped] = []
-        if (log_end.total_count - low.messages + batch.count > room.max_messages
-                or log_end.total_bytes - low.size + batch.size > room.max_size):
+        if room.is_over(log_end, low, batch):
             log_end, low, dropped = room.make(tx, log_end, low, batch)
             if room.is_over(log_end, low, batch):
                 # An exception would take back the dropping of what was too old.
