@@ -47,18 +47,20 @@ _MOST_QUESTIONS: Final = 10000
 class Held:
     """What this process has claimed of one subscriber, and where a search for more begins."""
 
-    __slots__ = ("numbers", "start", "start_until", "retry_at_ns")
+    __slots__ = ("ends", "start", "start_until", "retry_at_ns")
 
     def __init__(self) -> None:
         """Initialize with nothing claimed."""
-        self.numbers: set[int] = set()
+        #: Numbers behind the ranges that are claimed, by their first numbers. Rejected: a set of all
+        #: numbers, which takes a tenth of the time of a batch.
+        self.ends: dict[int, int] = {}
         #: Searching below ``start`` is useless until ``start_until``: all messages there are held
         #: by consumers, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
         self.start, self.start_until, self.retry_at_ns = 0, 0.0, 0
 
-    def give_back(self, first: int, end: int) -> None:
-        """Let the next search find messages again."""
-        self.numbers.difference_update(range(first, end))
+    def give_back(self, first: int) -> None:
+        """Let the next search find the messages of a range again."""
+        self.ends.pop(first, None)
         self.start = min(self.start, first)
 
 
@@ -121,7 +123,7 @@ class Claims:
                 return False
             raise files.translate_os_error(error, self._path, "lock") from error
         self._claims.add(claim)
-        claim.held.numbers.update(range(claim.first, claim.first + claim.count))
+        claim.held.ends[claim.first] = claim.first + claim.count
         return True
 
     def claim_prefix(self, claim: Claim) -> bool:
@@ -168,8 +170,11 @@ class Claims:
                     fcntl.fcntl(
                         claim.file, _SETLK,
                         _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, base + begin, behind - begin, 0))
-                claim.held.give_back(begin, behind)
+                claim.held.give_back(begin)
+        # In this order, a release behind an exception of a signal handler leaves nothing behind.
+        claim.held.give_back(claim.first)
         claim.first, claim.count = first, count
+        claim.held.ends[first] = stop
 
     def release(self, claim: Claim) -> None:
         """Give a claim back, if it was locked; nothing happens after a close, nor in a forked child."""
@@ -182,12 +187,12 @@ class Claims:
                 _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, claim.ordinal * _NUMBERS + claim.first,
                             claim.count, 0))
             self._claims.discard(claim)
-            claim.held.give_back(claim.first, claim.first + claim.count)
+            claim.held.give_back(claim.first)
         except BaseException as error:
             # A signal handler raised: closing the descriptor gives back all of its locks.
             claim.file = None
             self._claims.discard(claim)
-            claim.held.give_back(claim.first, claim.first + claim.count)
+            claim.held.give_back(claim.first)
             self._discard(file)
             # Another thread closed it, before the call or in the middle of it.
             if isinstance(error, ValueError) or getattr(error, "errno", 0) == errno.EBADF:
@@ -234,7 +239,7 @@ class Claims:
         self._idle.clear()
         while self._claims:
             claim = self._claims.pop()
-            claim.held.give_back(claim.first, claim.first + claim.count)
+            claim.held.give_back(claim.first)
         while self._all:
             file, _ = self._all.popitem()
             # Unlock first: a child that is being forked shares the lock until it closes its file.

@@ -234,10 +234,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         if now >= held.start_until or 0 < held.retry_at_ns <= self.looks.now_ns():
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
         # A start means that messages in front of it were passed over a moment ago.
-        is_claimed = bool(held.numbers) or held.start > 0
+        is_claimed = bool(held.ends) or held.start > 0
         while True:
             start = held.start
-            look = self.environment.read(self.looks.find, start, max_messages, held.numbers)
+            look = self.environment.read(self.looks.find, start, max_messages, held.ends)
             if look.is_expired:
                 self._expire()
                 continue

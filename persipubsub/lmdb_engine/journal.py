@@ -343,7 +343,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             more = 0 if is_flushed else min(2 * self._words[self._ROOM], _MOST_ROOM_BYTES)
             self._catch_up()
             position = self._require()
-            if position.next_size - _HEADER_BYTES < max(cost, more):
+            if position.next_size < max(cost + _HEADER_BYTES, more):
                 file, size = self._make_room_for(cost, more, is_flushed)
                 self._store(self._require()._replace(next_file=file, next_size=size))
                 self._words[self._ROOM] = size - _HEADER_BYTES

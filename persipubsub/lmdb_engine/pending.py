@@ -5,7 +5,8 @@ Of what is pending (see ``positions``), a message that failed may not be deliver
 ``retry at``, and one whose deliveries are exhausted is not delivered at all.
 """
 
-from collections.abc import Callable, Set
+import types
+from collections.abc import Callable, Mapping, Set
 from typing import Final, NamedTuple
 
 import msgspec
@@ -87,12 +88,16 @@ class Pending:
 
     # Searching
 
-    def find(self, tx: Tx, start: int, max_messages: int = 1, held: Set[int] = frozenset()) -> Look:
+    def find(self,
+             tx: Tx,
+             start: int,
+             max_messages: int = 1,
+             held: Mapping[int, int] = types.MappingProxyType({})) -> Look:
         """
         Find the next message that may be delivered now, and how many may be claimed with it.
 
         :param start: smallest number to look at
-        :param held: numbers that this process has claimed, to be passed over
+        :param held: ranges that this process has claimed, to be passed over: see ``Held.ends``
         """
         subscriber = self._require(tx)
         if subscriber.flags & fmt.FLAG_PAUSED:
@@ -108,7 +113,7 @@ class Pending:
                 start, earliest_ns = attempts.skip_retries(tx, self.ordinal, start, now_ns)
                 retry_at_ns = min(retry_at_ns or earliest_ns, earliest_ns or retry_at_ns)
             while start in held:
-                start += 1
+                start = held[start]
             if start == run.number:
                 count = self._count(tx, subscriber, cursor, start, max_messages)
                 return Look(start, count, retry_at_ns)
