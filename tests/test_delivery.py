@@ -29,6 +29,17 @@ def test_batch_of_large_messages_ends_early(tmp_path: Path) -> None:
         assert len(take(queue.consumer("sub"), most=4).messages) == 2
 
 
+def test_number_that_a_rebuild_left_empty(tmp_path: Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        queue.put([b"1"])
+    stores.lose_power(queue.path)
+    with stores.again(queue) as rebuilt:
+        last = rebuilt.put([b"2"]) - 1
+        assert [rebuilt.consumer("sub").take_at(number)
+                for number in (last, last - 1)] == [None] * 2
+        assert stores.take_all(rebuilt) == [b"1", b"2"]
+
+
 # Damage
 
 

@@ -191,9 +191,10 @@ class Pending:
         if not subscriber.flags and number + 1 == end and number >= subscriber.position:
             # Only faster than the general way below, which takes 1.5 times as long for one message.
             found = log.seek(tx.cursor(), number)
-            if found is not None and found.first <= number < fmt.end_of(found.first, found.block):
+            if found is not None:
                 first, block, value = found
-                if not block.audience and block.time_ns >= oldest_ns:
+                if (first <= number < first + block.messages and not block.audience
+                        and block.time_ns >= oldest_ns):
                     copied.numbers, copied.times_ns = [number], [block.time_ns]
                     copied.messages = [fmt.copy_message(value, block, number - first, number)]
                     return copied

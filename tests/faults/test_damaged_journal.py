@@ -4,6 +4,8 @@ import logging
 import os
 import shutil
 import signal
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,7 +187,6 @@ def test_no_regular_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
 
 
 def test_other_format(tmp_path: Path) -> None:
-    import zlib  # pylint: disable=import-outside-toplevel
     config_pth = crash(tmp_path)
     path = segments(tmp_path)[2]
     head = bytearray(path.read_bytes()[:88])
@@ -227,6 +228,29 @@ def test_whole_record_behind_lost_ones(tmp_path: Path) -> None:
             flip(last, end + 40)
     mark.write_bytes(bytes(16))
     assert recover(config_pth) == ("", [])
+
+
+def test_bytes_of_a_message_that_look_like_a_record(tmp_path: Path) -> None:
+    """A reused segment holds such bytes behind its last record: they are not taken for one."""
+    config_pth = crash(tmp_path)
+    path = segments(tmp_path)[-1]
+    content = path.read_bytes()
+    # See docs/format.rst: checksum, kind, bytes, number, end.
+    head = struct.Struct("<IIQQQ")
+    begin, offset = 0, 4096
+    while (length := head.unpack_from(content, offset)[2]) > 0:
+        begin, offset = offset, offset + (head.size + length + 7) // 8 * 8
+    _, kind, length, number, end = head.unpack_from(content, begin)
+    body = bytearray(content[begin + head.size:begin + head.size + length])
+    assert kind == 1 and body[8:16] == (COUNT).to_bytes(8, "little"), "It is the last message."
+    # The last message again, as the next one. Its checksum is right but for the identity.
+    body[8:16] = end.to_bytes(8, "little")
+    fields = head.pack(0, kind, length, number + 1, end + 1)[4:]
+    forged = zlib.crc32(fields + body).to_bytes(4, "little") + fields + body
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(forged)
+    assert recover(config_pth) == ("", list(range(COUNT)))
 
 
 def test_position_that_is_half_written(tmp_path: Path) -> None:
