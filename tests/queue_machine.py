@@ -475,10 +475,9 @@ class QueueMachine(RuleBasedStateMachine):
                 first = self.twin.message(blocks[0].start)
                 assert first.time_ns > self.clock.now_ns - self.retain_ns
             else:
-                # What was cleared left a placeholder, at which a new subscriber begins.
-                assert blocks[0].start in [
-                    stores.figures(self.queues[0], name).position for name in self.twin.subscribers
-                ]
+                # What was cleared, or a rebuild, left a placeholder: a subscriber is in front of it.
+                assert blocks[0].start >= min(
+                    stores.figures(self.queues[0], name).position for name in self.twin.subscribers)
         # What is retained is there, but for what was cleared or made room for.
         numbers = {number for block in blocks for number in block}
         assert {
