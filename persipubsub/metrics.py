@@ -6,7 +6,6 @@ anyway, or let :py:func:`serve` (the command ``persipubsub metrics``) do it.
 """
 
 import contextlib
-import ipaddress
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.statistics
 
-__all__ = ["Collector", "serve", "is_loopback"]
+__all__ = ["Collector", "serve"]
 
 #: Queues are waited for so long. By default, Prometheus waits for 10 seconds for all figures.
 _LOOK_SECS: Final = 5.0
@@ -195,22 +194,6 @@ def _look_at(config: persipubsub.config.Config,
         thread.join(max(0.0, deadline - time.monotonic()))
     # A late thread may go on to add to it.
     return {key: found[key] for key in keys if key in found}
-
-
-def is_loopback(address: str) -> bool:
-    """
-    Tell whether an address can be reached from this machine only.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
-    (True, False)
-
-    :param address: IP address or name
-    :return: True for an address of the loopback interface
-    """
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 @contextlib.contextmanager

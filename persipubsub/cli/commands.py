@@ -1,6 +1,7 @@
 """All commands by name, the help of all of them, and how a command ends."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +12,6 @@ import click
 import persipubsub
 import persipubsub.errors
 from persipubsub.cli import text
-
-__all__ = ["commands", "main"]
 
 #: Names of commands under the headings of the help. The module of a group has the name of its
 #: heading, and the function of a command has its name, with underscores.
@@ -55,7 +54,7 @@ class _Group(click.Group):
         """Write the headings, the names and what each command does."""
         for heading, names in _GROUPS.items():
             with formatter.section(heading):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str())
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200))
                                     for name in names])
 
 
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failed
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal does not have is no reason to fail.
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         # Not by commands.main: it exits with 1 for a closed pipe and for Ctrl-C.
@@ -132,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.ClickException, persipubsub.errors.PersipubsubError) as error:
         text.complain(str(error))
     except OSError as error:
-        # Of the output, or of a file that was named; those of queues are translated.
+        # Of a file that was named, or of an output that is full; those of queues are translated.
         text.silence(sys.stdout)
-        text.complain(f"Expected to write the output, but got: {error}")
+        text.complain(f"Expected to use {error.filename or 'the standard streams'}, but got: "
+                      f"{error.strerror or error}")
     return failed

@@ -7,11 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Final, TextIO
 
-__all__ = [
-    "complain", "tell", "silence", "printable", "shorten", "table", "count", "show_bytes",
-    "show_seconds", "parse_seconds", "parse_time"
-]
-
 #: What changes a terminal, or looks like a line of ours, if a message or a name has it.
 _UNPRINTABLE: Final = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")

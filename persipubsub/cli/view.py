@@ -11,8 +11,6 @@ import click
 from persipubsub.cli import text
 from persipubsub.statistics import QueueStatistics, SubscriberStatistics
 
-__all__ = ["History", "draw"]
-
 _WIDTH: Final = 100
 _NAME_WIDTH: Final = 32
 _BAR_WIDTH: Final = 20
@@ -76,9 +74,7 @@ def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, Hist
     lines: list[str] = []
     for key, figures in statistics.items():
         name = _name(key, limit)
-        path = text.printable(figures.path)
-        if limit:
-            path = text.shorten(path, _WIDTH - len(name) - 2)
+        path = _name(figures.path, limit, _WIDTH - len(name) - 2)
         lines += ["", f"{click.style(name, bold=True)}  {click.style(path, dim=True)}"]
         lines += _draw_queue(figures, histories[key].rates(lambda look: look.sent))
         lines += _draw_subscribers(figures, histories[key], limit)
@@ -86,9 +82,9 @@ def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, Hist
     return lines[1:]
 
 
-def _name(name: str, limit: int | None) -> str:
+def _name(name: str, limit: int | None, width: int = _NAME_WIDTH) -> str:
     """Show a name, shortened where there is little room."""
-    return text.shorten(text.printable(name), _NAME_WIDTH) if limit else text.printable(name)
+    return text.shorten(text.printable(name), width) if limit else text.printable(name)
 
 
 def _bar(share: float | None, limit: str) -> str:
