@@ -565,7 +565,7 @@ def migrate(config_pth: ConfigLike,
     :param target: path of the other queue, ``nats://...``
     :param progress: is counted up, for another thread to read
     :return: what became of the messages, by subscriber; run it again if something is left
-    :raise ConfigError: if the file is wrong, has no such queue, or the target is none
+    :raise ConfigError: if the file is wrong, has no such queue, or the target is not on servers
     :raise NotInitializedError: if the queue was not initialized
     :raise QueueFullError: if there is no room at the target for half a minute
     :raise UnavailableError: if no server answers in time

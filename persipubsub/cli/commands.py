@@ -13,8 +13,8 @@ import persipubsub
 import persipubsub.errors
 from persipubsub.cli import text
 
-#: Names of commands under the headings of the help. The module of a group has the name of its
-#: heading, and the function of a command has its name, with underscores.
+#: Commands by the headings of the help. The module with the commands has the name of the heading,
+#: and a function has the name of its command, with underscores.
 _GROUPS: Final = {
     "Messages": ["send", "receive", "peek", "tail", "delete", "dead-letters"],
     "Look": ["stat", "check", "metrics"],
@@ -32,8 +32,8 @@ class _Commands(Mapping[str, click.Command]):
     """
     Import a command when it is asked for: importing all of them takes longer than most of them run.
 
-    A group whose ``get_command`` imports was rejected: click takes the names that it proposes for
-    a mistyped one from here.
+    Rejected: a group whose ``get_command`` imports. click looks here for the names that it proposes
+    instead of a mistyped one.
     """
 
     def __getitem__(self, name: str) -> click.Command:
@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
     if sys.stdout is None:
         # Checked before anything is done: a message that was received would be lost.
-        text.complain(f"Expected an open standard output, but got: it is closed. To do without, "
-                      f"send it to {os.devnull}.")
+        text.complain(f"Expected an open standard output, but got: it is closed. If you do not "
+                      f"need the output, send it to {os.devnull}.")
         return failed
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal does not have is no reason to fail.
@@ -116,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text.complain("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of our output has seen enough.
+        # The program that read our output has seen enough.
         text.silence(sys.stdout)
         return 0
     except click.UsageError as error:
         if error.ctx is not None:
             text.tell(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
-        # It may name keys of the file.
+        # The message may contain keys of the file.
         text.tell(f"Error: {text.printable(error.format_message())}")
         failed = max(failed, error.exit_code)
     except click.Abort:

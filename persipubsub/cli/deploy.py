@@ -1,4 +1,4 @@
-"""Make configuration files, queues and subscribers ready, complete what is typed."""
+"""Write and check configuration files, create queues, add and remove subscribers."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ from persipubsub.cli import options, text
 
 @options.command("Key of the queue, and its directory.")
 @options.option("--publisher", str, "pub", "Id of the publisher.")
-@options.option("--subscriber subscribers", str, ["sub"], "May be repeated.", multiple=True)
+@options.option("--subscriber subscribers", str, ["sub"], "Id; may be repeated.", multiple=True)
 def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
     """
     Write a short configuration file to start from. It names its JSON Schema, for editors.
 
-    The schema is written to a file beside it. CONFIG must not exist yet.
+    The command writes the schema to a file beside it. CONFIG must not exist yet.
 
     Example:
         persipubsub new config.json --queue greetings --subscriber print --subscriber archive
@@ -99,7 +99,7 @@ def _warnings(call: options.Call, key: str) -> Iterator[str]:
     for name, (ours, stored) in differing.items():
         if name != "subscribers":
             shown = f"{ours!r} in the file, and {stored!r} in the queue"
-            yield f"{name} is {shown}; init applies that of the file"
+            yield f"{name} is {shown}; init applies the value of the file"
             continue
         for one in sorted({*ours} ^ {*stored}):
             place = "file; init adds it" if one in ours else "queue; remove-subscriber removes it"
@@ -121,7 +121,7 @@ def add_subscriber(call: options.Call, key: str, subscriber: str) -> options.Tol
     is_new = control.add_subscriber(call.config, key, subscriber)
     entry = json.dumps({subscriber: {"in_queue": key}})[1:-1]
     done = "was added" if is_new else "is there already, and stays as it is"
-    told = f"{call.path} has to name it in queues.{key}.subscribers, and in an entry {entry}."
+    told = f"Add it to {call.path}, too: to queues.{key}.subscribers, and as an entry {entry}."
     return f"{subscriber} {done}. {told}", {"subscriber": subscriber, "added": is_new}
 
 

@@ -41,8 +41,8 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     """
     Show what is in the queues of CONFIG, how far their subscribers are, and what is in flight.
 
-    It is fast, however many messages wait, and holds up nobody. With --watch it shows rates, too.
-    With --watch and --json it writes a line of JSON for each look.
+    It is fast, however many messages wait, and blocks no other process. With --watch it shows rates,
+    too. With --watch and --json it writes a line of JSON for each look.
 
     Examples:
         persipubsub stat config.json
@@ -136,7 +136,7 @@ def limits(value: str) -> tuple[float, float]:
             return first[0] if first else float("inf"), last
     except ValueError:
         pass
-    raise click.BadParameter(f"Expected a limit, or two that do not fall, but got: {value!r}")
+    raise click.BadParameter(f"Expected a limit, or two in ascending order, but got: {value!r}")
 
 
 _SEVERITIES: Final = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
@@ -152,7 +152,7 @@ def check(call: options.Call, **allowed: tuple[float, float]) -> None:
 
     Exit codes are those of monitoring plugins: 0 fine, 1 warning, 2 critical, 3 unknown, also for
     wrong usage. A value above a limit is critical. Of two limits, such as 500,1000, the first one
-    is for a warning. A queue that can not be looked at is unknown.
+    is for a warning. A queue that cannot be looked at is unknown.
 
     Example:
         persipubsub check config.json --max-lag 500,1000 --max-age 10m --max-share 0.8
@@ -169,7 +169,7 @@ def check(call: options.Call, **allowed: tuple[float, float]) -> None:
             if severity:
                 most = critical if severity == 2 else warning
                 findings.append(f"{key}: {name} is {value:.10g}{unit}, more than {most:.10g}{unit}")
-            # A label can not have every character.
+            # Monitoring does not allow these characters in a label.
             label = f"{key} {name}".replace("'", "''").translate(str.maketrans("=|", "_/"))
             shown = ["" if one == float("inf") else f"{one:.10g}" for one in (warning, critical)]
             data.append(f"'{label}'={value:.10g}{unit};{';'.join(shown)};0")
@@ -212,8 +212,8 @@ def metrics(call: options.Call, port: int, address: str) -> None:
         module = importlib.import_module("persipubsub.metrics")
         with module.serve(call.path, call.queue_key, port=port, address=address) as url:
             if not address.startswith("127.") and address not in ("::1", "localhost"):
-                text.complain(f"warning: whoever reaches {address} can read ids and figures; there "
-                              f"is neither a password nor TLS")
+                text.complain(f"warning: all who can reach {address} can read ids and figures: "
+                              f"there is no password and no TLS")
             call.tell(f"Serving {url}", url=url)
             while True:
                 # In steps: a Ctrl-C that comes just before a system call does not end it.

@@ -1,6 +1,6 @@
 """Steer subscribers; clean up, verify, compact, back up, restore, move and drop queues."""
 
-import contextlib
+import concurrent.futures
 import datetime
 import pathlib
 import sys
@@ -95,22 +95,20 @@ def _watched(work: Callable[..., ResultT], call: options.Call, key: str, *more: 
     is_done = threading.Event()
 
     def show() -> None:
-        with contextlib.suppress(OSError):
-            while not is_done.wait(timeout=0.1):
-                line = f"\r{text.printable(key)}: {progress.share():4.0%}"
-                print(line, end="", file=sys.stderr, flush=True)
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        while not is_done.wait(timeout=0.1):
+            line = f"\r{text.printable(key)}: {progress.share():4.0%}"
+            print(line, end="", file=sys.stderr, flush=True)
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    # The work stays in the main thread, where Ctrl-C interrupts it.
-    thread = threading.Thread(target=show, name="persipubsub-progress", daemon=True)
-    if sys.stderr.isatty():
-        thread.start()
-    try:
-        return work(call.config, key, *more, progress=progress)
-    finally:
-        is_done.set()
-        if thread.is_alive():
-            thread.join()
+    # The work stays in the main thread, where Ctrl-C interrupts it. If the terminal goes away, the
+    # work goes on: nobody asks the pool for the error.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        if sys.stderr.isatty():
+            pool.submit(show)
+        try:
+            return work(call.config, key, *more, progress=progress)
+        finally:
+            is_done.set()
 
 
 @options.each_queue("Prune only this queue.")
@@ -155,8 +153,8 @@ def verify(call: options.Call, key: str) -> options.Told:
     """
     Verify every page, record and checksum of the queues of CONFIG, while they are in use.
 
-    It holds up nobody, but a queue that is in full use grows meanwhile. The exit code is 1 if
-    anything is wrong.
+    It blocks no other process, but a busy queue grows meanwhile. The exit code is 1 if anything is
+    wrong.
 
     Example:
         persipubsub verify config.json --queue greetings
@@ -186,7 +184,7 @@ def compact(call: options.Call, key: str) -> options.Told:
 @click.argument("target", type=click.Path(path_type=pathlib.Path))
 def backup(call: options.Call, key: str, target: pathlib.Path) -> options.Told:
     """
-    Copy a queue, as it is at one moment, to the new file TARGET. It may be in full use.
+    Copy a queue, as it is at one moment, to the new file TARGET. The queue may be in use.
 
     Everything that was sent or acknowledged before is in the file. The file is verified and on the
     disk when the command ends. If the command fails, there is no such file.

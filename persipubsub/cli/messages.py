@@ -22,7 +22,7 @@ from persipubsub.message import Message, Peeked
 from persipubsub.publisher import Pub
 from persipubsub.subscriber import Sub
 
-#: So much of a stream of lines is read, and sent in one commit, at most.
+#: At most so many bytes of a stream of lines are read at once, and sent in one commit.
 _CHUNK_BYTES: Final = 1 << 16
 
 _DIRECTORY: Final = click.Path(path_type=pathlib.Path, file_okay=False, exists=True)
@@ -36,13 +36,13 @@ _FORMATS: Final[Mapping[str, Callable[[bytes], str]]] = {
 
 
 def _format_option(*more: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command take the format of messages."""
+    """Add the option --format to a command."""
     kinds = click.Choice([*_FORMATS, *more])
     return options.option("--format style", kinds, "text", "How to write messages.")
 
 
 def _look_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take how messages are shown."""
+    """Add the options for messages that are only looked at."""
     function = click.option("--age", is_flag=True, help="Show ages instead of times.")(function)
     function = click.option("--utc", is_flag=True, help="Show times in UTC.")(function)
     return _format_option()(function)
@@ -99,16 +99,16 @@ def tail(call: options.Call, key: str, number: int, **looks: Any) -> None:
     Example:
         persipubsub tail config.json --queue greetings --number 10
     """
-    expected: int | None = None
+    expected = 0
     found = control.follow(call.config, key, last=number)
     poll = select.poll()
     poll.register(sys.stdout, 0)
     with contextlib.closing(found):
         for messages in found:
             for message in messages:
-                if expected is not None and message.number > expected:
-                    text.complain(
-                        f"{text.count(message.number - expected, 'number')} passed unseen")
+                # Numbers begin with 1: before the first message, none is missing.
+                if (missing := message.number - (expected or message.number)) > 0:
+                    text.complain(f"{text.count(missing, 'number')} passed unseen")
                 expected = message.number + 1
                 _print_look(call, message, **looks)
             if poll.poll(0):
@@ -232,17 +232,14 @@ def receive(call: options.Call, key: str, subscriber: str, number: int, timeout:
 def _line_of(call: options.Call, message: Message, directory: pathlib.Path | None,
              style: str) -> bytes:
     """Write a message to its file, if it is to have one; return what goes to the output."""
-    name = "base64"
     if directory is not None:
         path = directory / f"{message.number:020}"
         _write_file(path, message.data)
         name, line = "path", str(path)
-    elif call.as_json:
-        line = _FORMATS["base64"](message.data)
-    elif style == "raw":
+    elif style == "raw" and not call.as_json:
         return message.data
     else:
-        line = _FORMATS[style](message.data)
+        name, line = "base64", _FORMATS["base64" if call.as_json else style](message.data)
     if call.as_json:
         line = options.to_json({"number": message.number, name: line})
     return line.encode(errors="surrogateescape") + b"\n"
@@ -252,8 +249,8 @@ def _write(content: bytes) -> None:
     """
     Write all of it to the standard output, or fail.
 
-    Not through ``sys.stdout``: where that has no buffer (PYTHONUNBUFFERED), it leaves out without
-    an error what the system did not take, and the message is lost.
+    Not through ``sys.stdout``: without a buffer (PYTHONUNBUFFERED), it drops what the system did
+    not take, without an error, and the message would be lost.
     """
     rest = memoryview(content)
     while rest:
@@ -330,7 +327,7 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
         "drop": (control.drop_dead_letters, "dropped")
     }[action]
     if action == "drop" and keys and not yes:
-        # An operator can not agree to what could not be counted.
+        # An operator cannot agree to what could not be counted.
         found = [control.dead_letters(call.config, key)[key] for key in keys]
         count = text.count(len(number) or sum(map(len, found)), "dead letter")
         call.ask(f"Drop {count} of {', '.join(keys)}?")

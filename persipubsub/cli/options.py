@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import json
 import os
 import pathlib
@@ -62,7 +61,7 @@ class Call:
         return keys[0]
 
     def key_of(self, identifier: str) -> str:
-        """Return the key of the queue of a subscriber, which needs no entry if there is --queue."""
+        """Return the key of a subscriber's queue; with --queue, the file needs no entry for it."""
         if self.queue_key is None:
             return self.config.subscriber(identifier).in_queue
         return self.key()
@@ -104,11 +103,11 @@ class Call:
     @staticmethod
     def ask(question: str) -> None:
         """
-        Ask before something that can not be undone, on the standard error.
+        Ask before something that cannot be undone, on the standard error.
 
         :raise Abort: if the answer is no, or nobody could be asked
         """
-        # click.confirm was rejected: it makes an answer of Ctrl-C, and does not notice that the
+        # Rejected: click.confirm. It takes Ctrl-C for an answer, and does not notice that the
         # question could not be written.
         answer = ""
         with contextlib.suppress(OSError, ValueError):
@@ -128,7 +127,7 @@ class Plain(click.Command):
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Mark the examples so that click does not fill their lines."""
-        self.help = re.sub(r"\n\n(?=Examples?:\n)", "\n\n\b\n", inspect.cleandoc(self.help or ""))
+        self.help = re.sub(r"\n\n( *)(?=Examples?:\n)", "\n\n\\1\b\n\\1", self.help or "")
         super().format_help_text(ctx, formatter)
 
 
@@ -144,13 +143,13 @@ class Command(Plain):
     """A command that takes the configuration file as its first argument, or from elsewhere."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the configuration file in front if it is named elsewhere, before click counts."""
+        """Put the configuration file in front if it is named elsewhere, before click counts them."""
         names: list[click.Parameter] = [one for one in self.params if isinstance(one, click.Option)]
         found, words, _ = click.Command(None, params=names).make_parser(ctx).parse_args([*args])
         path = found.get("other_config")
         if path is None and (variable := os.environ.get(CONFIG_VARIABLE)):
             arguments = [one for one in self.params if isinstance(one, click.Argument)][1:]
-            # The number of arguments tells nothing where some can be left out, or are typed later.
+            # The number of arguments tells nothing if some can be left out, or are typed later.
             is_fixed = all(one.required and one.nargs == 1 for one in arguments)
             if is_fixed and not ctx.resilient_parsing:
                 is_named = len(words) > len(arguments)
@@ -168,7 +167,7 @@ def _complete(ctx: click.Context, param: click.Parameter,
         found = getattr(persipubsub.config.read(path), f"{param.name}s") if path else []
     except persipubsub.errors.PersipubsubError:
         found = []
-    # A name could be more than one line for the shell.
+    # A name with an end of a line would be two names for the shell.
     return [
         click.shell_completion.CompletionItem(one) for one in found
         if one.startswith(incomplete) and one.isprintable()
