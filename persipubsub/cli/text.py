@@ -47,10 +47,7 @@ def printable(text: str) -> str:
     >>> print(printable("a\nb"))
     a\nb
     """
-    if text.isprintable():
-        return text
-    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"),
-                            text)
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shorten(text: str, width: int) -> str:
