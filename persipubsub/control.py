@@ -62,15 +62,13 @@ def _for_each(config_pth: ConfigLike, queue_key: str | None,
     return types.MappingProxyType({key: work(config, key) for key in keys})
 
 
-def _with_queue(work: Callable[[Any], ResultT]) -> Callable[[Config, str], ResultT]:
-    """Open a queue, and call a method of ``queue.Queue``, or of ``jetstream.engine.Queue``."""
-
-    def run(config: Config, queue_key: str) -> ResultT:
-        engine = persipubsub.engine.of(config, queue_key)
-        with contextlib.closing(engine.open_queue(config, queue_key)) as queue:
-            return work(queue)
-
-    return run
+def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
+    """Open a queue, and call a method of it. Not every engine offers those for operators."""
+    engine: Any = persipubsub.engine.of(config, queue_key)
+    if not hasattr(engine.Queue, name):
+        _load("queue").directory_of(config, queue_key)  # it raises: this is a queue on servers
+    with contextlib.closing(engine.open_queue(config, queue_key)) as queue:
+        return getattr(queue, name)(*arguments)
 
 
 def _maintain(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
@@ -80,24 +78,12 @@ def _maintain(config: Config, queue_key: str, name: str, *arguments: object) -> 
     return work(directory, config.queues[queue_key], *arguments)
 
 
-def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
-    """Do something with a queue that the queues of not every engine offer."""
-    engine: Any = persipubsub.engine.of(config, queue_key)
-    operation = getattr(engine.Queue, name, None)
-    if operation is None:
-        place = persipubsub.config.at("queues", queue_key)
-        persipubsub.config.fail(config.path, [
-            f"{place}.path: Expected a queue that is a directory of this machine, but got: "
-            f"{config.queue_path(queue_key)!r}; there is no {name!r} on servers"
-        ])
-    return _with_queue(lambda queue: operation(queue, *arguments))(config, queue_key)
-
-
 def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> tuple[Config, str]:
     """Check the id of a subscriber that the file need not have, and find its queue."""
     config = persipubsub.config.read(config_pth)
     if not isinstance(sub_id, str):
         raise TypeError(f"Expected the id of a subscriber as str, but got: {sub_id!r}")
+    # On servers, peek is the only way to look at dead letters.
     if sub_id != persipubsub.config.DEAD_LETTERS:
         persipubsub.config.check_identifier(sub_id, config.path)
     key = config.subscriber(sub_id).in_queue if queue_key is None else queue_key
@@ -145,7 +131,7 @@ def prune_dangling_messages(config_pth: ConfigLike,
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _for_each(config_pth, queue_key, _with_queue(lambda queue: queue.prune()))
+    return _for_each(config_pth, queue_key, lambda config, key: _operate(config, key, "prune"))
 
 
 def clear_all_subs(config_pth: ConfigLike, queue_key: str | None = None) -> Mapping[str, int]:
@@ -161,7 +147,7 @@ def clear_all_subs(config_pth: ConfigLike, queue_key: str | None = None) -> Mapp
     :raise ConfigError: if the file is wrong
     :raise NotInitializedError: if a queue was not initialized
     """
-    return _for_each(config_pth, queue_key, _with_queue(lambda queue: queue.clear()))
+    return _for_each(config_pth, queue_key, lambda config, key: _operate(config, key, "clear"))
 
 
 # Looking
@@ -275,7 +261,7 @@ def seek(config_pth: ConfigLike,
     :raise ValueError: if it is another text, or a time without a time zone
     """
     config, key = _subscriber(config_pth, sub_id, queue_key)
-    return int(_with_queue(lambda queue: queue.seek(sub_id, to))(config, key))
+    return int(_operate(config, key, "seek", sub_id, to))
 
 
 def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -501,8 +487,7 @@ def compact(config_pth: ConfigLike,
     shown = progress or Progress()
 
     def work(config: Config, key: str) -> Any:
-        _load("queue").directory_of(config, key)  # servers have no such work
-        _with_queue(lambda opened: opened.delete_finished())(config, key)
+        _operate(config, key, "delete_finished")
         return _maintain(config, key, "compact", shown)
 
     return _for_each(config_pth, queue_key, work)
@@ -521,11 +506,10 @@ def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> b
     :raise ConfigError: if the file is wrong, has no such queue, or the id is not valid
     :raise NotInitializedError: if the queue was not initialized
     """
-    config, _ = _select(config_pth, queue_key)
-    if not isinstance(subscriber, str):
-        raise TypeError(f"Expected the id of a subscriber as str, but got: {subscriber!r}")
+    config, key = _subscriber(config_pth, subscriber, queue_key)
+    # Only the initialization adds the subscriber of dead letters.
     persipubsub.config.check_identifier(subscriber, config.path)
-    return bool(_with_queue(lambda queue: queue.add_subscriber(subscriber))(config, queue_key))
+    return bool(_operate(config, key, "add_subscriber", subscriber))
 
 
 def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> int:
@@ -542,8 +526,8 @@ def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -
     :raise ConfigError: if the file is wrong, has no such queue, or the id is not valid
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
-    config, _ = _subscriber(config_pth, subscriber, queue_key)
-    return int(_with_queue(lambda queue: queue.remove_subscriber(subscriber))(config, queue_key))
+    config, key = _subscriber(config_pth, subscriber, queue_key)
+    return int(_operate(config, key, "remove_subscriber", subscriber))
 
 
 def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
@@ -581,7 +565,7 @@ def migrate(config_pth: ConfigLike,
     :param target: path of the other queue, ``nats://...``
     :param progress: is counted up, for another thread to read
     :return: what became of the messages, by subscriber; run it again if something is left
-    :raise ConfigError: if the file is wrong, has no such queue, or the target is none
+    :raise ConfigError: if the file is wrong, has no such queue, or the target is not on servers
     :raise NotInitializedError: if the queue was not initialized
     :raise QueueFullError: if there is no room at the target for half a minute
     :raise UnavailableError: if no server answers in time

@@ -6,7 +6,6 @@ anyway, or let :py:func:`serve` (the command ``persipubsub metrics``) do it.
 """
 
 import contextlib
-import ipaddress
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,42 +28,36 @@ import persipubsub.control
 import persipubsub.errors
 import persipubsub.statistics
 
-__all__ = ["Collector", "serve", "is_loopback"]
+__all__ = ["Collector", "serve"]
 
-#: Queues are waited for so long. By default, Prometheus waits for 10 seconds for all figures.
+#: A scrape waits so long for the queues. By default, Prometheus waits 10 seconds for a scrape.
 _LOOK_SECS: Final = 5.0
 
 _Metric: TypeAlias = prometheus_client.metrics_core.Metric
 
-#: Fields of a queue, or of a subscriber, by name and help. A name that ends with "_total" is that
-#: of a counter.
+#: The field of a queue, or of a subscriber, and the help, by the name of the metric. Counters have
+#: names that end with "_total". A figure that is None is left out.
 _QUEUE: Final = {
     "queue_messages": ("messages", "Messages that a subscriber still has to acknowledge."),
     "queue_message_bytes": ("message_bytes", "Bytes of the messages that wait."),
-    "queue_oldest_age_seconds": ("oldest_age_seconds",
-                                 "Age of the oldest message that waits; missing if none waits."),
+    "queue_oldest_age_seconds": ("oldest_age_seconds", "Age of the oldest message that waits."),
     "queue_store_bytes": ("file_bytes", "Size of the store (the file of LMDB)."),
     "queue_journal_bytes": ("journal_bytes", "Size of the journal."),
-    "queue_journal_lag_bytes": ("journal_lag_bytes",
-                                "Bytes that are not safe from a power failure yet."),
+    "queue_journal_lag_bytes": ("journal_lag_bytes", "Bytes not safe from a power failure yet."),
     "queue_disk_bytes": ("disk_bytes", "Room that all files of the queue take."),
-    "queue_commits_total": (
-        "commits", "Write transactions since the store was created, compacted or restored."),
+    "queue_commits_total": ("commits", "Write transactions since the store was made or replaced."),
     "messages_sent_total": ("sent", "Messages that were sent."),
 }
 _SUBSCRIBER: Final = {
     "subscriber_lag_messages": ("lag", "Messages that the subscriber still has to acknowledge."),
     "subscriber_in_flight_messages": ("in_flight", "Messages that consumers hold right now."),
     "subscriber_paused": ("is_paused", "1 while the subscriber is paused."),
-    "subscriber_last_acknowledged_age_seconds": (
-        "seconds_since_acknowledged",
-        "Time since the last acknowledgement; missing before the first one."),
+    "subscriber_last_acknowledged_age_seconds": ("seconds_since_acknowledged",
+                                                 "Time since the last acknowledgement."),
     "messages_acknowledged_total": ("acknowledged", "Messages that were acknowledged."),
-    "messages_dead_lettered_total": ("dead_lettered",
-                                     "Messages that were given up after max_deliveries."),
+    "messages_dead_lettered_total": ("dead_lettered", "Messages given up after max_deliveries."),
     "messages_corrupt_total": ("corrupt", "Damaged messages that were set aside."),
-    "messages_skipped_total": ("skipped",
-                               "Messages that pop_to_top, receive_to_top or seek passed unread."),
+    "messages_skipped_total": ("skipped", "Messages that the subscriber passed unread."),
     "deliveries_failed_total": ("failed", "Deliveries that ended with an exception."),
 }
 _LIMITS: Final = {
@@ -80,8 +73,8 @@ class Collector(prometheus_client.registry.Collector):
     """
     Collect the statistics of queues at each scrape. Any thread may call it.
 
-    Queues are open only as long as a scrape takes, so that maintenance finds them unused. All are
-    looked at at the same time, for 5 seconds at most.
+    Queues are open only as long as a scrape takes, so that maintenance finds them unused. A scrape
+    looks at all queues at the same time, for 5 seconds at most.
 
     >>> import prometheus_client
     >>> registry = prometheus_client.CollectorRegistry()
@@ -123,41 +116,40 @@ class Collector(prometheus_client.registry.Collector):
         if self._queue_key is not None:
             keys = [self._queue_key]
         found = {} if config is None else _look_at(config, keys)
-        yield _metric("config_valid", "1 if the configuration file is fine.", [],
-                      [((), int(config is not None))])
+        is_valid = int(config is not None)
+        yield _metric("config_valid", "1 if the configuration file is fine.", [], [((), is_valid)])
         yield _metric("queue_up", "1 if the queue can be looked at.", ["queue"],
                       [((key, ), int(key in found)) for key in keys])
         queues = [((key, ), figures) for key, figures in found.items()]
-        subscribers = [((key, one.subscriber), one) for key, figures in found.items()
-                       for one in figures.subscribers]
         for name, (field, text) in _QUEUE.items():
             yield _metric(name, text, ["queue"],
                           [(labels, getattr(one, field)) for labels, one in queues])
+        shares = [((*labels, limit), getattr(one, field)) for labels, one in queues
+                  for limit, field in _LIMITS.items()]
         yield _metric("queue_limit_ratio", "Used share of each limit; 1 is the limit.",
-                      ["queue", "limit"], [((*labels, limit), getattr(one, field))
-                                           for labels, one in queues
-                                           for limit, field in _LIMITS.items()])
+                      ["queue", "limit"], shares)
+
+        subscribers = [((key, one.subscriber), one) for key, figures in found.items()
+                       for one in figures.subscribers]
         for name, (field, text) in _SUBSCRIBER.items():
             yield _metric(name, text, ["queue", "subscriber"],
                           [(labels, getattr(one, field)) for labels, one in subscribers])
-        yield _metric(
-            "subscriber_longest_in_flight_seconds",
-            "Time for which a consumer has held its messages: the longest; missing if none does.",
-            ["queue", "subscriber"],
-            [(labels, max((claim.seconds or 0.0 for claim in one.claims), default=None))
-             for labels, one in subscribers])
+        longest = [(labels, max((claim.seconds or 0.0 for claim in one.claims), default=None))
+                   for labels, one in subscribers]
+        yield _metric("subscriber_longest_in_flight_seconds",
+                      "Longest time for which a consumer has held its messages.",
+                      ["queue", "subscriber"], longest)
+        drops = [((*labels, reason), getattr(one, field)) for labels, one in subscribers
+                 for reason, field in _DROPS.items()]
         yield _metric("messages_dropped_total", "Messages that were dropped unread.",
-                      ["queue", "subscriber", "reason"], [((*labels, reason), getattr(one, field))
-                                                          for labels, one in subscribers
-                                                          for reason, field in _DROPS.items()])
+                      ["queue", "subscriber", "reason"], drops)
 
 
 def _metric(name: str, text: str, labels: Sequence[str],
             samples: Sequence[tuple[tuple[str, ...], float | None]]) -> _Metric:
     """Make a metric; figures that are not known are left out."""
-    families = prometheus_client.metrics_core
-    kind: Any = (families.CounterMetricFamily
-                 if name.endswith("_total") else families.GaugeMetricFamily)
+    families: Any = prometheus_client.metrics_core
+    kind = (families.CounterMetricFamily if name.endswith("_total") else families.GaugeMetricFamily)
     family: _Metric = kind(f"persipubsub_{name}", text, labels=labels)
     for values, value in samples:
         if value is not None:
@@ -173,18 +165,17 @@ def _look_at(config: persipubsub.config.Config,
     One after the other, a few servers that are away would take longer than Prometheus waits, and
     the figures of all others would be missing, too.
     """
-    deadline = time.monotonic() + _LOOK_SECS
     found: dict[str, persipubsub.statistics.QueueStatistics] = {}
 
     def look(key: str, queue: persipubsub.config.Queue) -> None:
-        # It ends soon after the scrape: threads would add up.
-        impatient = msgspec.structs.replace(queue,
-                                            busy_timeout_secs=min(queue.busy_timeout_secs,
-                                                                  _LOOK_SECS))
-        alone = msgspec.structs.replace(config, queues={key: impatient})
+        # The thread has to end soon after the scrape: threads would add up.
+        patience = min(queue.busy_timeout_secs, _LOOK_SECS)
+        impatient = msgspec.structs.replace(queue, busy_timeout_secs=patience)
         with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            alone = msgspec.structs.replace(config, queues={key: impatient})
             found.update(persipubsub.control.statistics(alone))
 
+    deadline = time.monotonic() + _LOOK_SECS
     threads = [
         threading.Thread(target=look, args=(key, config.queues[key]), daemon=True) for key in keys
         if key in config.queues
@@ -193,24 +184,8 @@ def _look_at(config: persipubsub.config.Config,
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    # A late thread may go on to add to it.
+    # A copy: a late thread may still add to what was found.
     return {key: found[key] for key in keys if key in found}
-
-
-def is_loopback(address: str) -> bool:
-    """
-    Tell whether an address can be reached from this machine only.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
-    (True, False)
-
-    :param address: IP address or name
-    :return: True for an address of the loopback interface
-    """
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 @contextlib.contextmanager

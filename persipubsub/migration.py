@@ -4,8 +4,8 @@ Move what waits in a queue on this machine to another engine, while both are in 
 For each subscriber, messages are taken as one more of its consumers would, put into the other queue
 for this subscriber alone, and then acknowledged. A message is always in one of the two; a kill
 in between leaves it in both, and the next run puts it again under the same id, which the other
-engine knows. One copy for all subscribers was rejected: whoever acknowledged it before the kill
-would get it twice, or an id for each set of subscribers would not be recognized.
+engine knows. Rejected: one copy for all subscribers. After a kill, fewer of them need the message:
+a second copy for all would reach some of them twice, and one for these alone would not be known.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
 def _describe(config: persipubsub.config.Config, queue_key: str,
               target: str) -> persipubsub.config.Config:
     """
-    Describe the queue where it is to be.
+    Describe the queue at its new place.
 
     It has a publisher for each subscriber alone, beside those of the file, and drops nothing at the
     mark: moving is no reason to lose messages.
@@ -115,8 +115,8 @@ def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
 def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue, subscriber: str,
           mark: persipubsub.config.HighWaterMark) -> Iterator[int]:
     """Move the messages of a subscriber, in order, and yield the sizes of the parts."""
-    # Moves that are killed or refused must not count as deliveries: later ones would give up what
-    # nobody has seen.
+    # Moves that are killed or refused must not count as deliveries: messages would be given up that
+    # no consumer has seen.
     consumer = source.consumer(subscriber, is_delivery=False)
     most = max(1, min(_BATCH_MESSAGES, (mark.max_msgs_num or 2**48) // 4))
     deadline = time.monotonic() + _PATIENCE_SECS
@@ -126,7 +126,7 @@ def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue
             try:
                 _put(destination, subscriber, lease, os.path.realpath(source.path), mark)
             except BaseException:
-                # Without the error: it is none of a consumer.
+                # Without the error: no consumer failed.
                 lease.nack()
                 raise
             lease.ack()
@@ -138,9 +138,9 @@ def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue
 
 def _put(destination: persipubsub.engine.Queue, subscriber: str, lease: consuming.Lease,
          origin: str, mark: persipubsub.config.HighWaterMark) -> None:
-    """Put messages where they are to be, in parts that leave room for others, as there is room."""
-    # With the time: the same number in a queue that was dropped and created again, which the other
-    # engine may still know, is that of another message.
+    """Put messages into the other queue as there is room, in parts that leave room for others."""
+    # With the time: if the queue was dropped and created again, a number is used for another
+    # message, while the other engine may still know the id of the first one.
     ids = [
         os.fsencode(f"{origin}\0{subscriber}\0{number}\0{time_ns}")
         for number, time_ns in zip(lease.numbers, lease.times_ns())

@@ -304,7 +304,7 @@ def directory_of(config: Config, queue_key: str) -> str:
     if persipubsub.config.scheme_of(path):
         persipubsub.config.fail(config.path, [
             f"queues.{queue_key}.path: Expected a queue that is a directory of this machine, but got: "
-            f"{path!r}; this is to be done with the tools of its servers"
+            f"{path!r}; use the tools of its servers instead"
         ])
     return path
 

@@ -1,8 +1,8 @@
 """
 What is in a queue and what happened to it.
 
-The figures are structs, as those of :py:mod:`persipubsub.config` are: nothing of them can be
-changed, and ``msgspec.to_builtins`` makes dictionaries of them.
+The figures are structs, as those of :py:mod:`persipubsub.config` are: they can not be changed, and
+``msgspec.to_builtins`` makes dictionaries of them.
 """
 
 import msgspec
@@ -83,7 +83,7 @@ def share(value: float, limit: float | None) -> float | None:
     return None if limit is None else value / limit
 
 
-class Progress:
+class Progress(msgspec.Struct):
     """
     How far a long walk has come: counted up by the walk, and looked at by another thread.
 
@@ -94,13 +94,9 @@ class Progress:
     0.25
     """
 
-    __slots__ = ("what", "done", "total")
-
-    def __init__(self) -> None:
-        """Initialize with nothing to do."""
-        self.what = ""
-        self.done = 0
-        self.total = 0
+    what: str = ""  #: is counted
+    done: int = 0  #: so far
+    total: int = 0  #: how much there is
 
     def begin(self, what: str, total: int) -> None:
         """
@@ -109,9 +105,7 @@ class Progress:
         :param what: is counted
         :param total: how much there is
         """
-        self.done = 0
-        self.total = total
-        self.what = what
+        self.what, self.done, self.total = what, 0, total
 
     def share(self) -> float:
         """

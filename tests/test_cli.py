@@ -214,7 +214,7 @@ def test_closed_output(tmp_path: Path, command: str) -> None:
     name, *rest = command.split()
     process = run(name, config_pth, *rest, prefix=closed(">&-"), exit_code=1)
     assert process.stderr == ("persipubsub: Expected an open standard output, but got: it is "
-                              "closed. To do without, send it to /dev/null.\n")
+                              "closed. If you do not need the output, send it to /dev/null.\n")
     # Nothing was sent, and nothing was received to be lost.
     assert control.statistics(config_pth)["queue"].subscribers[0].lag == 1
 

@@ -1,6 +1,7 @@
 """All commands by name, the help of all of them, and how a command ends."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,8 @@ import persipubsub
 import persipubsub.errors
 from persipubsub.cli import text
 
-__all__ = ["commands", "main"]
-
-#: Names of commands under the headings of the help. The module of a group has the name of its
-#: heading, and the function of a command has its name, with underscores.
+#: Commands by the headings of the help. The module with the commands has the name of the heading,
+#: and a function has the name of its command, with underscores.
 _GROUPS: Final = {
     "Messages": ["send", "receive", "peek", "tail", "delete", "dead-letters"],
     "Look": ["stat", "check", "metrics"],
@@ -33,8 +32,8 @@ class _Commands(Mapping[str, click.Command]):
     """
     Import a command when it is asked for: importing all of them takes longer than most of them run.
 
-    A group whose ``get_command`` imports was rejected: click takes the names that it proposes for
-    a mistyped one from here.
+    Rejected: a group whose ``get_command`` imports. click looks here for the names that it proposes
+    instead of a mistyped one.
     """
 
     def __getitem__(self, name: str) -> click.Command:
@@ -55,7 +54,7 @@ class _Group(click.Group):
         """Write the headings, the names and what each command does."""
         for heading, names in _GROUPS.items():
             with formatter.section(heading):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str())
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200))
                                     for name in names])
 
 
@@ -97,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
     if sys.stdout is None:
         # Checked before anything is done: a message that was received would be lost.
-        text.complain(f"Expected an open standard output, but got: it is closed. To do without, "
-                      f"send it to {os.devnull}.")
+        text.complain(f"Expected an open standard output, but got: it is closed. If you do not "
+                      f"need the output, send it to {os.devnull}.")
         return failed
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal does not have is no reason to fail.
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         # Not by commands.main: it exits with 1 for a closed pipe and for Ctrl-C.
@@ -117,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text.complain("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of our output has seen enough.
+        # The program that read our output has seen enough.
         text.silence(sys.stdout)
         return 0
     except click.UsageError as error:
         if error.ctx is not None:
             text.tell(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
-        # It may name keys of the file.
+        # The message may contain keys of the file.
         text.tell(f"Error: {text.printable(error.format_message())}")
         failed = max(failed, error.exit_code)
     except click.Abort:
@@ -132,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.ClickException, persipubsub.errors.PersipubsubError) as error:
         text.complain(str(error))
     except OSError as error:
-        # Of the output, or of a file that was named; those of queues are translated.
+        # Of a file that was named, or of an output that is full; those of queues are translated.
         text.silence(sys.stdout)
-        text.complain(f"Expected to write the output, but got: {error}")
+        text.complain(f"Expected to use {error.filename or 'the standard streams'}, but got: "
+                      f"{error.strerror or error}")
     return failed

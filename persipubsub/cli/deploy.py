@@ -1,28 +1,24 @@
-"""Make configuration files, queues and subscribers ready, complete what is typed."""
+"""Write and check configuration files, create queues, add and remove subscribers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 import click.shell_completion
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
+from persipubsub import config, control, errors
 from persipubsub.cli import options, text
-
-__all__ = ["new", "init", "check_config", "add_subscriber", "remove_subscriber", "completion"]
 
 
 @options.command("Key of the queue, and its directory.")
 @options.option("--publisher", str, "pub", "Id of the publisher.")
-@options.option("--subscriber subscribers", str, ["sub"], "May be repeated.", multiple=True)
+@options.option("--subscriber subscribers", str, ["sub"], "Id; may be repeated.", multiple=True)
 def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
     """
     Write a short configuration file to start from. It names its JSON Schema, for editors.
 
-    The schema is written to a file beside it. CONFIG must not exist yet.
+    The command writes the schema to a file beside it. CONFIG must not exist yet.
 
     Example:
         persipubsub new config.json --queue greetings --subscriber print --subscriber archive
@@ -34,22 +30,18 @@ def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
     for one in subscribers:
         content.setdefault(one, {})["in_queue"] = key
     written = json.dumps(content, indent=4) + "\n"
-    persipubsub.config.parse(written.encode(), call.path)
+    config.parse(written.encode(), call.path)
     schema = call.path.with_name("persipubsub.schema.json")
-    try:
-        with open(call.path, "x", encoding="utf-8") as file:
-            file.write(written)
-        schema.write_text(options.to_json(persipubsub.config.schema(), indent=2), encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"Expected to write the new file {error.filename}, but got: "
-                                   f"{error.strerror}") from None
+    with open(call.path, "x", encoding="utf-8") as file:
+        file.write(written)
+    schema.write_text(options.to_json(config.schema(), indent=2), encoding="utf-8")
     call.tell(f"{call.path}: written; run persipubsub init {call.path} next",
               path=str(call.path),
               schema=str(schema))
 
 
 @options.each_queue("Initialize only this queue.")
-def init(call: options.Call, key: str) -> tuple[str, object]:
+def init(call: options.Call, key: str) -> options.Told:
     """
     Create the queues of CONFIG, add their subscribers, and store their settings.
 
@@ -58,12 +50,12 @@ def init(call: options.Call, key: str) -> tuple[str, object]:
     Example:
         persipubsub init /etc/app/config.json
     """
-    persipubsub.control.initialize_all_dbs(call.config, key)
+    control.initialize_all_dbs(call.config, key)
     path = call.config.queue_path(key)
     return f"ready in {path}", {"path": path}
 
 
-@options.command("Compare only this queue with the file.", name="check-config")
+@options.command("Compare only this queue with the file.")
 def check_config(call: options.Call) -> None:
     """
     List all problems of CONFIG, and where its queues differ from it.
@@ -80,46 +72,43 @@ def check_config(call: options.Call) -> None:
     try:
         for key in call.keys():
             warnings += [f"{key}: {warning}" for warning in _warnings(call, key)]
-    except persipubsub.errors.ConfigError as error:
+    except errors.ConfigError as error:
         problems = error.problems
     for line in (*(f"warning: {warning}" for warning in warnings), *problems):
         text.complain(line)
-    counts = []
+    lines = []
     if problems:
         call.fail(f"{text.count(len(problems), 'problem')} in {call.path}")
     else:
-        counts = [
-            text.count(len(getattr(call.config, f"{noun}s")), noun)
-            for noun in ("queue", "publisher", "subscriber")
-        ]
-    if counts or call.as_json:
-        call.tell(f"{call.path}: fine: {', '.join(counts)}", problems=problems, warnings=warnings)
+        counts = (text.count(len(getattr(call.config, f"{noun}s")), noun)
+                  for noun in ("queue", "publisher", "subscriber"))
+        lines = [f"{call.path}: fine: {', '.join(counts)}"]
+    call.tell(*lines, problems=problems, warnings=warnings)
 
 
-def _warnings(call: options.Call, key: str) -> list[str]:
+def _warnings(call: options.Call, key: str) -> Iterator[str]:
     """Compare a queue with the file."""
-    warnings = list(persipubsub.control.check_durability(call.config, key)[key])
-    differing: Mapping[str, tuple[Any, Any]]
+    yield from control.check_durability(call.config, key)[key]
+    differing: Mapping[str, tuple[Any, Any]] = {}
     try:
-        differing = persipubsub.control.stored_settings(call.config, key)
-    except persipubsub.errors.NotInitializedError:
-        return warnings
-    except persipubsub.errors.PersipubsubError as error:
-        return [*warnings, str(error)]
+        differing = control.stored_settings(call.config, key)
+    except errors.NotInitializedError:
+        pass
+    except errors.PersipubsubError as error:
+        yield str(error)
     for name, (ours, stored) in differing.items():
         if name != "subscribers":
-            warnings.append(f"{name} is {ours!r} in the file, and {stored!r} in the queue; init "
-                            f"applies that of the file")
+            shown = f"{ours!r} in the file, and {stored!r} in the queue"
+            yield f"{name} is {shown}; init applies the value of the file"
             continue
         for one in sorted({*ours} ^ {*stored}):
             place = "file; init adds it" if one in ours else "queue; remove-subscriber removes it"
-            warnings.append(f"the subscriber {one} is only in the {place}")
-    return warnings
+            yield f"the subscriber {one} is only in the {place}"
 
 
-@options.command("Which queue; needed if CONFIG has several.", name="add-subscriber")
+@options.one_queue
 @click.argument("subscriber")
-def add_subscriber(call: options.Call, subscriber: str) -> None:
+def add_subscriber(call: options.Call, key: str, subscriber: str) -> options.Told:
     """
     Add SUBSCRIBER to a queue, also while it is in use.
 
@@ -129,18 +118,17 @@ def add_subscriber(call: options.Call, subscriber: str) -> None:
     Example:
         persipubsub add-subscriber config.json archive --queue greetings
     """
-    key = call.key()
-    is_new = persipubsub.control.add_subscriber(call.config, key, subscriber)
+    is_new = control.add_subscriber(call.config, key, subscriber)
     entry = json.dumps({subscriber: {"in_queue": key}})[1:-1]
     done = "was added" if is_new else "is there already, and stays as it is"
-    told = f"{call.path} has to name it in queues.{key}.subscribers, and in an entry {entry}."
-    call.tell_of(key, f"{subscriber} {done}. {told}", subscriber=subscriber, added=is_new)
+    told = f"Add it to {call.path}, too: to queues.{key}.subscribers, and as an entry {entry}."
+    return f"{subscriber} {done}. {told}", {"subscriber": subscriber, "added": is_new}
 
 
-@options.command("Which queue; needed if CONFIG has several.", name="remove-subscriber")
+@options.one_queue
 @options.subscriber
 @options.yes
-def remove_subscriber(call: options.Call, subscriber: str, yes: bool) -> None:
+def remove_subscriber(call: options.Call, key: str, subscriber: str, yes: bool) -> options.Told:
     """
     Remove SUBSCRIBER from a queue, also while it is in use.
 
@@ -151,18 +139,15 @@ def remove_subscriber(call: options.Call, subscriber: str, yes: bool) -> None:
     Example:
         persipubsub remove-subscriber config.json archive --queue greetings
     """
-    key = call.key()
-    found = persipubsub.control.statistics(call.config, key)[key].subscribers
+    found = control.statistics(call.config, key)[key].subscribers
     for lag in [one.lag for one in found if one.subscriber == subscriber and not yes]:
         call.ask(f"Remove {subscriber} from {key}, with {text.count(lag, 'message')} that it did "
                  f"not acknowledge?")
-    unread = persipubsub.control.remove_subscriber(call.config, key, subscriber)
-    call.tell_of(
-        key, f"{subscriber} was removed, with {text.count(unread, 'message')} that it did not "
-        f"acknowledge. Remove it from {call.path}, too: from queues.{key}.subscribers, from those "
-        f"of publishers, and its own entry. Otherwise init adds it again.",
-        subscriber=subscriber,
-        unread=unread)
+    unread = control.remove_subscriber(call.config, key, subscriber)
+    line = (f"{subscriber} was removed, with {text.count(unread, 'message')} that it did not "
+            f"acknowledge. Remove it from {call.path}, too: from queues.{key}.subscribers, from "
+            f"those of publishers, and its own entry. Otherwise init adds it again.")
+    return line, {"subscriber": subscriber, "unread": unread}
 
 
 @click.command(cls=options.Plain)

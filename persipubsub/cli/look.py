@@ -10,7 +10,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import click
@@ -19,8 +19,6 @@ import persipubsub.control
 import persipubsub.errors
 from persipubsub.cli import options, text, view
 from persipubsub.statistics import QueueStatistics
-
-__all__ = ["stat", "check", "metrics"]
 
 
 def _look(call: options.Call) -> tuple[dict[str, QueueStatistics], dict[str, str]]:
@@ -38,13 +36,13 @@ def _look(call: options.Call) -> tuple[dict[str, QueueStatistics], dict[str, str
 @options.command("Look only at this queue.")
 @click.option("--watch", is_flag=True, help="Look again and again, until q or Ctrl-C.")
 @options.option("--interval", options.seconds, "1", "Time between two looks.")
-@options.option("--count", options.ANY, 0, "End after so many looks; 0: never.")
+@options.option("--count", click.IntRange(0), 0, "End after so many looks; 0: never.")
 def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     """
     Show what is in the queues of CONFIG, how far their subscribers are, and what is in flight.
 
-    It is fast, however many messages wait, and holds up nobody. With --watch it shows rates, too.
-    With --watch and --json it writes a line of JSON for each look.
+    It is fast, however many messages wait, and blocks no other process. With --watch it shows rates,
+    too. With --watch and --json it writes a line of JSON for each look.
 
     Examples:
         persipubsub stat config.json
@@ -53,87 +51,84 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     """
     if not 0.1 <= interval <= 3600:
         raise click.BadParameter("Expected from 0.1s to 1h.", param_hint="--interval")
-    is_dumb = not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown")
+    is_terminal = sys.stdout.isatty()
+    is_dumb = not is_terminal or os.environ.get("TERM", "dumb") in ("dumb", "unknown")
+    paint = click.unstyle if is_dumb or os.environ.get("NO_COLOR") else str
     is_drawn_over = watch and not call.as_json and not is_dumb
-    has_color = not is_dumb and not os.environ.get("NO_COLOR")
     histories: dict[str, view.History] = collections.defaultdict(view.History)
     statistics: dict[str, QueueStatistics] = {}
     errors: dict[str, str] = {}
 
     def show() -> None:
-        lines = view.draw(statistics, histories, 1 << 30 if sys.stdout.isatty() else None)
-        if lines:
-            click.echo("\n".join(lines), color=has_color)
+        for line in view.draw(statistics, histories, 1 << 30 if is_terminal else None):
+            print(paint(line), flush=True)
         for error in errors.values():
             text.complain(error)
 
-    try:
-        with _screen(is_drawn_over) as has_keys:
-            for looks in itertools.count(1):
-                statistics, errors = _look(call)
-                for key, figures in statistics.items():
-                    histories[key].add(figures)
-                if call.as_json:
-                    failed = {key: {"error": error} for key, error in errors.items()}
-                    found = {**statistics, **failed}
-                    print(options.to_json(found, indent=None if watch else 2), flush=True)
-                elif is_drawn_over:
-                    _draw_over(statistics, errors, histories, has_color)
-                else:
-                    show()
-                if not watch or looks == count or _is_over(interval, has_keys):
-                    break
-                # The file may have changed.
-                del call.config
-    finally:
+    with contextlib.ExitStack() as stack:
+        has_keys = False
         if is_drawn_over:
-            show()
+            # The last look stays on the first screen.
+            stack.callback(show)
+            has_keys = stack.enter_context(_screen())
+        for looks in itertools.count(1):
+            statistics, errors = _look(call)
+            for key, figures in statistics.items():
+                histories[key].add(figures)
+            if call.as_json:
+                found = {**statistics, **{key: {"error": one} for key, one in errors.items()}}
+                print(options.to_json(found, indent=None if watch else 2), flush=True)
+            elif is_drawn_over:
+                _draw_over(statistics, errors, histories, paint)
+            else:
+                show()
+            if not watch or looks == count or _is_over(interval, has_keys):
+                break
+            # The file may have changed.
+            del call.config
     call.exit_code = 1 if errors else 0
 
 
 @contextlib.contextmanager
-def _screen(is_drawn_over: bool) -> Iterator[bool]:
-    """Draw over the other screen in the block; return whether keys can be pressed."""
-    has_keys = is_drawn_over and sys.stdin is not None and sys.stdin.isatty()
+def _screen() -> Iterator[bool]:
+    """Use the second screen of the terminal in the block; return whether keys can be pressed."""
+    has_keys = sys.stdin is not None and sys.stdin.isatty()
     modes = termios.tcgetattr(sys.stdin) if has_keys else []
     try:
         if has_keys:
             tty.setcbreak(sys.stdin)
-        if is_drawn_over:
-            # Without a cursor, and lines that are too long are cut.
-            print("\x1b[?1049h\x1b[?25l\x1b[?7l", end="", flush=True)
+        # Without a cursor. The terminal cuts lines that are too long.
+        print("\x1b[?1049h\x1b[?25l\x1b[?7l", end="", flush=True)
         yield has_keys
     finally:
         if has_keys:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-        if is_drawn_over:
-            print("\x1b[?7h\x1b[?25h\x1b[?1049l", end="", flush=True)
+        print("\x1b[?7h\x1b[?25h\x1b[?1049l", end="", flush=True)
 
 
 def _draw_over(statistics: Mapping[str, QueueStatistics], errors: Mapping[str, str],
-               histories: Mapping[str, view.History], has_color: bool) -> None:
+               histories: Mapping[str, view.History], paint: Callable[[str], str]) -> None:
     """Draw a look over the last one, as much as fits."""
     height = os.get_terminal_size(sys.stdout.fileno()).lines
     lines = view.draw(statistics, histories, max(2, height // max(1, len(statistics)) - 12))
     lines += [click.style(text.printable(error), fg="red") for error in errors.values()]
     if (hidden := len(lines) - height + 2) > 1:
         lines[-hidden:] = [click.style(f"{hidden} more lines; --queue shows one queue", dim=True)]
-    lines.append(click.style("q ends", dim=True))
-    drawn = "\x1b[K\n".join(lines if has_color else map(click.unstyle, lines))
+    drawn = "\x1b[K\n".join(map(paint, [*lines, click.style("q ends", dim=True)]))
     print(f"\x1b[H{drawn}\x1b[J", end="", flush=True)
 
 
 def _is_over(seconds: float, has_keys: bool) -> bool:
     """Wait for the next look; return True if q was pressed. Any other key looks at once."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
         # In steps: a Ctrl-C that comes just before a system call does not end it.
         if select.select([sys.stdin] if has_keys else [], [], [], min(left, 1.0))[0]:
             return os.read(sys.stdin.fileno(), 1) in (b"q", b"Q", b"")
     return False
 
 
-def _limits(value: str) -> tuple[float, float]:
+def limits(value: str) -> tuple[float, float]:
     """Convert the limit of an alarm, or those of a warning and of an alarm."""
     try:
         *first, last = map(text.parse_seconds, value.split(","))
@@ -141,23 +136,23 @@ def _limits(value: str) -> tuple[float, float]:
             return first[0] if first else float("inf"), last
     except ValueError:
         pass
-    raise click.BadParameter(f"Expected a limit, or two that do not fall, but got: {value!r}")
+    raise click.BadParameter(f"Expected a limit, or two in ascending order, but got: {value!r}")
 
 
 _SEVERITIES: Final = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 
 
 @options.command("Check only this queue.")
-@options.option("--max-lag", _limits, "inf", "Messages that may wait for a subscriber.")
-@options.option("--max-age", _limits, "inf", "Age of the oldest message: 10m.")
-@options.option("--max-share", _limits, "inf", "Used share of each limit of a queue: 0.8.")
-def check(call: options.Call, **limits: tuple[float, float]) -> None:
+@options.option("--max-lag", limits, "inf", "Messages that may wait for a subscriber.")
+@options.option("--max-age", limits, "inf", "Age of the oldest message: 10m.")
+@options.option("--max-share", limits, "inf", "Used share of each limit of a queue: 0.8.")
+def check(call: options.Call, **allowed: tuple[float, float]) -> None:
     """
     Check queues for monitoring: print a line with performance data, and set the exit code.
 
     Exit codes are those of monitoring plugins: 0 fine, 1 warning, 2 critical, 3 unknown, also for
     wrong usage. A value above a limit is critical. Of two limits, such as 500,1000, the first one
-    is for a warning. A queue that can not be looked at is unknown.
+    is for a warning. A queue that cannot be looked at is unknown.
 
     Example:
         persipubsub check config.json --max-lag 500,1000 --max-age 10m --max-share 0.8
@@ -167,14 +162,14 @@ def check(call: options.Call, **limits: tuple[float, float]) -> None:
     findings = [f"{key}: {error}" for key, error in errors.items()]
     data: list[str] = []
     for key, figures in statistics.items():
-        for name, value, unit, limit in _measures(figures):
-            warning, critical = limits[limit]
+        for name, value, unit, option in _measures(figures):
+            warning, critical = allowed[option]
             severity = 2 if value > critical else 1 if value > warning else 0
             worst = max(worst, severity, key=(0, 1, 3, 2).index)
             if severity:
                 most = critical if severity == 2 else warning
                 findings.append(f"{key}: {name} is {value:.10g}{unit}, more than {most:.10g}{unit}")
-            # A label can not have every character.
+            # Monitoring does not allow these characters in a label.
             label = f"{key} {name}".replace("'", "''").translate(str.maketrans("=|", "_/"))
             shown = ["" if one == float("inf") else f"{one:.10g}" for one in (warning, critical)]
             data.append(f"'{label}'={value:.10g}{unit};{';'.join(shown)};0")
@@ -215,17 +210,16 @@ def metrics(call: options.Call, port: int, address: str) -> None:
     call.keys()
     try:
         module = importlib.import_module("persipubsub.metrics")
-    except ModuleNotFoundError as error:
-        raise click.ClickException(str(error)) from None
-    try:
         with module.serve(call.path, call.queue_key, port=port, address=address) as url:
-            if not module.is_loopback(address):
-                text.complain(f"warning: whoever reaches {address} can read ids and figures; there "
-                              f"is neither a password nor TLS")
+            if not address.startswith("127.") and address not in ("::1", "localhost"):
+                text.complain(f"warning: all who can reach {address} can read ids and figures: "
+                              f"there is no password and no TLS")
             call.tell(f"Serving {url}", url=url)
             while True:
                 # In steps: a Ctrl-C that comes just before a system call does not end it.
                 time.sleep(1)
+    except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from None
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise click.ClickException(

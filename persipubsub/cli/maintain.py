@@ -1,27 +1,24 @@
 """Steer subscribers; clean up, verify, compact, back up, restore, move and drop queues."""
 
-import contextlib
+import concurrent.futures
 import datetime
 import pathlib
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from persipubsub import control
 from persipubsub.cli import options, text
 
-__all__ = [
-    "pause", "resume", "seek", "prune", "clear", "verify", "compact", "backup", "restore",
-    "drop_queue", "migrate"
-]
+ResultT = TypeVar("ResultT")
 
 
-@options.command()
+@options.one_subscriber
 @options.subscriber
-def pause(call: options.Call, subscriber: str) -> None:
+def pause(call: options.Call, key: str, subscriber: str) -> options.Told:
     """
     Let the consumers of SUBSCRIBER wait until "resume". Nothing is lost.
 
@@ -31,25 +28,23 @@ def pause(call: options.Call, subscriber: str) -> None:
     Example:
         persipubsub pause config.json archive
     """
-    key = call.key_of(subscriber)
     is_new = control.pause(call.config, subscriber, key)
     line = f"{subscriber} {'is paused' if is_new else 'was paused already'}"
-    call.tell_of(key, line, subscriber=subscriber, paused=True, changed=is_new)
+    return line, {"subscriber": subscriber, "paused": True, "changed": is_new}
 
 
-@options.command()
+@options.one_subscriber
 @options.subscriber
-def resume(call: options.Call, subscriber: str) -> None:
+def resume(call: options.Call, key: str, subscriber: str) -> options.Told:
     """
     Let the consumers of SUBSCRIBER go on after "pause".
 
     Example:
         persipubsub resume config.json archive
     """
-    key = call.key_of(subscriber)
     is_new = control.resume(call.config, subscriber, key)
     line = f"{subscriber} {'goes on' if is_new else 'was not paused'}"
-    call.tell_of(key, line, subscriber=subscriber, paused=False, changed=is_new)
+    return line, {"subscriber": subscriber, "paused": False, "changed": is_new}
 
 
 def _place(value: str) -> int | str | datetime.datetime:
@@ -64,7 +59,7 @@ def _place(value: str) -> int | str | datetime.datetime:
             f"(2026-11-30T06:00, 06:00), or @ and seconds since 1970, but got: {value!r}") from None
 
 
-@options.command()
+@options.one_subscriber
 @options.subscriber
 @click.option("--to",
               "place",
@@ -74,7 +69,7 @@ def _place(value: str) -> int | str | datetime.datetime:
               help="'beginning', 'end', the number of a message, a time ago (-1h30m), a time "
               "(2026-11-30T06:00, or 06:00 for the last one; local unless it ends with a zone such "
               "as +01:00), or @ and seconds since 1970.")
-def seek(call: options.Call, subscriber: str, place: Any) -> None:
+def seek(call: options.Call, key: str, subscriber: str, place: Any) -> options.Told:
     """
     Let SUBSCRIBER go on from another place of its queue, also while it is at work.
 
@@ -86,40 +81,38 @@ def seek(call: options.Call, subscriber: str, place: Any) -> None:
         persipubsub seek config.json archive --to -1h
         persipubsub seek config.json archive --to 2026-11-30T06:00
     """
-    key = call.key_of(subscriber)
     position = control.seek(call.config, subscriber, to=place, queue_key=key)
     found = control.statistics(call.config, key)[key].subscribers
     lag = sum(one.lag for one in found if one.subscriber == subscriber)
-    line = f"{subscriber} goes on from number {position}, with {text.count(lag, 'message')}"
-    call.tell_of(key, f"{line} to receive", subscriber=subscriber, position=position, lag=lag)
+    waiting = text.count(lag, "message")
+    line = f"{subscriber} goes on from number {position}, with {waiting} to receive"
+    return line, {"subscriber": subscriber, "position": position, "lag": lag}
 
 
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[control.Progress]:
-    """Show in another thread how far something has come, while the block does it."""
+def _watched(work: Callable[..., ResultT], call: options.Call, key: str, *more: object) -> ResultT:
+    """Do something long with a queue, and show on a terminal how far it has come."""
     progress = control.Progress()
     is_done = threading.Event()
 
     def show() -> None:
-        with contextlib.suppress(OSError):
-            while not is_done.wait(timeout=0.1):
-                line = f"\r{text.printable(title)}: {progress.share():4.0%}"
-                print(line, end="", file=sys.stderr, flush=True)
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        while not is_done.wait(timeout=0.1):
+            line = f"\r{text.printable(key)}: {progress.share():4.0%}"
+            print(line, end="", file=sys.stderr, flush=True)
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=show, name="persipubsub-progress", daemon=True)
-    if sys.stderr.isatty():
-        thread.start()
-    try:
-        yield progress
-    finally:
-        is_done.set()
-        if thread.is_alive():
-            thread.join()
+    # The work stays in the main thread, where Ctrl-C interrupts it. If the terminal goes away, the
+    # work goes on: nobody asks the pool for the error.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        if sys.stderr.isatty():
+            pool.submit(show)
+        try:
+            return work(call.config, key, *more, progress=progress)
+        finally:
+            is_done.set()
 
 
 @options.each_queue("Prune only this queue.")
-def prune(call: options.Call, key: str) -> tuple[str, object]:
+def prune(call: options.Call, key: str) -> options.Told:
     """
     Drop messages that are too old, and delete those that all subscribers acknowledged.
 
@@ -148,7 +141,7 @@ def clear(call: options.Call, yes: bool) -> None:
         waiting = text.count(sum(figures.messages for figures in found), "message")
         call.ask(f"Drop {waiting} of {', '.join(keys)}?")
 
-    def work(key: str) -> tuple[str, object]:
+    def work(key: str) -> options.Told:
         dropped = control.clear_all_subs(call.config, key)[key]
         return f"cleared, {text.count(dropped, 'delivery')} unread", {"dropped": dropped}
 
@@ -156,25 +149,24 @@ def clear(call: options.Call, yes: bool) -> None:
 
 
 @options.each_queue("Verify only this queue.")
-def verify(call: options.Call, key: str) -> tuple[str, object]:
+def verify(call: options.Call, key: str) -> options.Told:
     """
     Verify every page, record and checksum of the queues of CONFIG, while they are in use.
 
-    It holds up nobody, but a queue that is in full use grows meanwhile. The exit code is 1 if
-    anything is wrong.
+    It blocks no other process, but a busy queue grows meanwhile. The exit code is 1 if anything is
+    wrong.
 
     Example:
         persipubsub verify config.json --queue greetings
     """
-    with _progress(key) as progress:
-        found = control.verify(call.config, key, progress)[key]
+    found = _watched(control.verify, call, key)[key]
     for finding in found:
         call.fail(f"{key}: {finding}")
     return text.count(len(found), "finding") if found else "sound", {"findings": found}
 
 
 @options.each_queue("Compact only this queue.")
-def compact(call: options.Call, key: str) -> tuple[str, object]:
+def compact(call: options.Call, key: str) -> options.Told:
     """
     Give back room on the disk that the queues of CONFIG do not need any more.
 
@@ -183,17 +175,16 @@ def compact(call: options.Call, key: str) -> tuple[str, object]:
     Example:
         persipubsub compact config.json --queue greetings
     """
-    with _progress(key) as progress:
-        sizes = control.compact(call.config, key, progress)[key]
+    sizes = _watched(control.compact, call, key)[key]
     line = f"{text.show_bytes(sizes.after)}, was {text.show_bytes(sizes.before)}"
     return line, {"before_bytes": sizes.before, "after_bytes": sizes.after}
 
 
-@options.command("Which queue; needed if CONFIG has several.")
+@options.one_queue
 @click.argument("target", type=click.Path(path_type=pathlib.Path))
-def backup(call: options.Call, target: pathlib.Path) -> None:
+def backup(call: options.Call, key: str, target: pathlib.Path) -> options.Told:
     """
-    Copy a queue, as it is at one moment, to the new file TARGET. It may be in full use.
+    Copy a queue, as it is at one moment, to the new file TARGET. The queue may be in use.
 
     Everything that was sent or acknowledged before is in the file. The file is verified and on the
     disk when the command ends. If the command fails, there is no such file.
@@ -201,17 +192,15 @@ def backup(call: options.Call, target: pathlib.Path) -> None:
     Example:
         persipubsub backup config.json /backup/greetings.mdb --queue greetings
     """
-    key = call.key()
-    with _progress(key) as progress:
-        size = control.backup(call.config, key, target, progress)
+    size = _watched(control.backup, call, key, target)
     line = f"{text.show_bytes(size)} in {target}, verified"
-    call.tell_of(key, line, target=str(target), bytes=size)
+    return line, {"target": str(target), "bytes": size}
 
 
-@options.command("Which queue; needed if CONFIG has several.")
+@options.one_queue
 @click.argument("source", type=click.Path(path_type=pathlib.Path))
 @options.yes
-def restore(call: options.Call, source: pathlib.Path, yes: bool) -> None:
+def restore(call: options.Call, key: str, source: pathlib.Path, yes: bool) -> options.Told:
     """
     Replace a queue with the backup SOURCE, or create the queue from it.
 
@@ -221,18 +210,16 @@ def restore(call: options.Call, source: pathlib.Path, yes: bool) -> None:
     Example:
         persipubsub restore config.json /backup/greetings.mdb --queue greetings
     """
-    key = call.key()
     if not yes:
         call.ask(f"Replace all that is in the queue {key} by {source}?")
-    with _progress(key) as progress:
-        control.restore(call.config, key, source, progress)
+    _watched(control.restore, call, key, source)
     count = control.statistics(call.config, key)[key].messages
-    call.tell_of(key, f"restored, with {text.count(count, 'message')}", messages=count)
+    return f"restored, with {text.count(count, 'message')}", {"messages": count}
 
 
-@options.command("Which queue; needed if CONFIG has several.", name="drop-queue")
+@options.one_queue
 @options.yes
-def drop_queue(call: options.Call, yes: bool) -> None:
+def drop_queue(call: options.Call, key: str, yes: bool) -> options.Told:
     """
     Remove a queue from the disk, with all its messages.
 
@@ -242,21 +229,20 @@ def drop_queue(call: options.Call, yes: bool) -> None:
     Example:
         persipubsub drop-queue config.json --queue greetings
     """
-    key = call.key()
     if not yes:
         call.ask(f"Remove the queue {key} with all its messages from the disk?")
     others = control.drop_queue(call.config, key)
     stays = f"; its directory stays, with files of others: {', '.join(others[:5])}"
-    call.tell_of(key, f"dropped{stays if others else ''}", others=others)
+    return f"dropped{stays if others else ''}", {"others": others}
 
 
-@options.command("Move this queue.")
+@options.one_queue
 @click.option("--to",
               "target",
               required=True,
               metavar="PATH",
               help="Path of the stream: nats://host:4222,other/STREAM?replicas=3")
-def migrate(call: options.Call, target: str) -> None:
+def migrate(call: options.Call, key: str, target: str) -> None:
     """
     Move the waiting messages of a queue to a stream of NATS JetStream, while both are in use.
 
@@ -267,13 +253,9 @@ def migrate(call: options.Call, target: str) -> None:
     Example:
         persipubsub migrate config.json --queue greetings --to nats://127.0.0.1:4222/greetings
     """
-    key = call.key()
-    with _progress(key) as progress:
-        counts = control.migrate(call.config, key, target, progress)
-    if call.as_json:
-        call.tell("", **{name: one._asdict() for name, one in counts.items()})
-    else:
-        rows = [[name, f"{one.moved:,}", f"{one.left:,}"] for name, one in counts.items()]
-        print("\n".join(text.table([["SUBSCRIBER", "MOVED", "LEFT"], *rows])))
+    counts = _watched(control.migrate, call, key, target)
+    rows = [[name, f"{one.moved:,}", f"{one.left:,}"] for name, one in counts.items()]
+    described = {name: one._asdict() for name, one in counts.items()}
+    call.tell(*text.table([["SUBSCRIBER", "MOVED", "LEFT"], *rows]), **described)
     if left := sum(one.left for one in counts.values()):
         call.fail(f"{text.count(left, 'delivery')} left in {key}; run it again")

@@ -14,18 +14,15 @@ import click
 import msgspec
 import msgspec.structs
 
-import persipubsub.config
-import persipubsub.control
-import persipubsub.errors
-import persipubsub.message
-import persipubsub.publisher
-import persipubsub.subscriber
+from persipubsub import control, errors, letters
 from persipubsub.cli import options, text
+from persipubsub.config import Subscriber, check_identifier
 from persipubsub.lmdb_engine import files
+from persipubsub.message import Message, Peeked
+from persipubsub.publisher import Pub
+from persipubsub.subscriber import Sub
 
-__all__ = ["send", "receive", "peek", "tail", "delete", "dead_letters"]
-
-#: So much of a stream of lines is read, and sent in one commit, at most.
+#: At most so many bytes of a stream of lines are read at once, and sent in one commit.
 _CHUNK_BYTES: Final = 1 << 16
 
 _DIRECTORY: Final = click.Path(path_type=pathlib.Path, file_okay=False, exists=True)
@@ -39,29 +36,25 @@ _FORMATS: Final[Mapping[str, Callable[[bytes], str]]] = {
 
 
 def _format_option(*more: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command take the format of messages."""
+    """Add the option --format to a command."""
     kinds = click.Choice([*_FORMATS, *more])
     return options.option("--format style", kinds, "text", "How to write messages.")
 
 
 def _look_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take how messages are shown."""
+    """Add the options for messages that are only looked at."""
     function = click.option("--age", is_flag=True, help="Show ages instead of times.")(function)
     function = click.option("--utc", is_flag=True, help="Show times in UTC.")(function)
     return _format_option()(function)
 
 
-def _print_look(call: options.Call, message: persipubsub.message.Peeked, style: str, utc: bool,
-                age: bool) -> None:
+def _print_look(call: options.Call, message: Peeked, style: str, utc: bool, age: bool) -> None:
     """Print a message that was looked at: number, time, content."""
-    if call.as_json:
-        found = msgspec.to_builtins(message)
-        found["base64"] = found.pop("content")
-        call.tell("", **found)
-        return
+    described = msgspec.to_builtins(message)
+    described["base64"] = described.pop("content")
     shown = text.show_seconds(message.age_seconds) if age else _time_of(message.age_seconds, utc)
     content = "(damaged)" if message.content is None else _FORMATS[style](message.content)
-    print(f"{message.number:>10}  {shown:>{9 if age else 12}}  {content}", flush=True)
+    call.tell(f"{message.number:>10}  {shown:>{9 if age else 12}}  {content}", **described)
 
 
 def _time_of(age_seconds: float, utc: bool) -> str:
@@ -72,12 +65,13 @@ def _time_of(age_seconds: float, utc: bool) -> str:
     return f"{moment:{day}%H:%M:%S}.{moment.microsecond // 1000:03}{'Z' * utc}"
 
 
-@options.command()
+@options.one_subscriber
 @options.subscriber
-@options.option("--number", options.SOME, 10, "How many messages at most.")
-@options.option("--from start", options.ANY, 0, "Begin at the message with this number.")
+@options.option("--number", click.IntRange(1), 10, "How many messages at most.")
+@options.option("--from start", click.IntRange(0), 0, "Begin at the message with this number.")
 @_look_options
-def peek(call: options.Call, subscriber: str, number: int, start: int, **looks: Any) -> None:
+def peek(call: options.Call, key: str, subscriber: str, number: int, start: int,
+         **looks: Any) -> None:
     """
     Look at the next messages of SUBSCRIBER without taking them.
 
@@ -88,15 +82,14 @@ def peek(call: options.Call, subscriber: str, number: int, start: int, **looks: 
         persipubsub peek config.json sub --number 3
         persipubsub peek config.json sub --from 4711 --number 1 --format hex
     """
-    key = call.key_of(subscriber)
-    for message in persipubsub.control.peek(call.config, subscriber, number, start, key):
+    for message in control.peek(call.config, subscriber, number, start, key):
         _print_look(call, message, **looks)
 
 
-@options.command("Which queue; needed if CONFIG has several.")
-@options.option("--number", options.ANY, 0, "Begin with so many of the newest messages.")
+@options.one_queue
+@options.option("--number", click.IntRange(0), 0, "Begin with so many of the newest messages.")
 @_look_options
-def tail(call: options.Call, number: int, **looks: Any) -> None:
+def tail(call: options.Call, key: str, number: int, **looks: Any) -> None:
     """
     Follow what is sent to a queue, until Ctrl-C. It takes nothing.
 
@@ -106,16 +99,16 @@ def tail(call: options.Call, number: int, **looks: Any) -> None:
     Example:
         persipubsub tail config.json --queue greetings --number 10
     """
-    expected: int | None = None
-    found = persipubsub.control.follow(call.config, call.key(), last=number)
+    expected = 0
+    found = control.follow(call.config, key, last=number)
     poll = select.poll()
     poll.register(sys.stdout, 0)
     with contextlib.closing(found):
         for messages in found:
             for message in messages:
-                if expected is not None and message.number > expected:
-                    text.complain(
-                        f"{text.count(message.number - expected, 'number')} passed unseen")
+                # Numbers begin with 1: before the first message, none is missing.
+                if (missing := message.number - (expected or message.number)) > 0:
+                    text.complain(f"{text.count(missing, 'number')} passed unseen")
                 expected = message.number + 1
                 _print_look(call, message, **looks)
             if poll.poll(0):
@@ -147,21 +140,20 @@ def send(call: options.Call, publisher: str, paths: Sequence[str], texts: Sequen
         raise click.BadParameter(f"The publisher {publisher!r} sends to {queue_key!r}.",
                                  param_hint="--queue")
     sent = 0
-    with persipubsub.publisher.Pub() as pub:
-        pub.init(pub_id=publisher, config_pth=call.config)
+    with Pub(publisher, call.config) as pub:
         try:
             for messages in _read_messages(paths, texts, lines):
                 try:
                     pub.send_many(messages)
                     sent += len(messages)
-                except persipubsub.errors.MessageTooLargeError:
+                except errors.MessageTooLargeError:
                     # The queue could never hold them together.
                     for message in messages:
                         pub.send(message)
                         sent += 1
         finally:
             if call.as_json:
-                call.tell("", sent=sent)
+                call.tell(sent=sent)
             else:
                 text.tell(f"{text.count(sent, 'message')} sent")
 
@@ -174,14 +166,10 @@ def _read_messages(paths: Sequence[str], texts: Sequence[str],
     for name in paths or ([] if texts else ["-"]):
         if name == "-" and sys.stdin is None:
             raise click.ClickException("Expected to read the standard input, but got: it is closed")
-        try:
-            with click.open_file(name, "rb") as file:
-                # A file that does not block would seem to end where nothing came yet.
-                os.set_blocking(file.fileno(), True)
-                yield from _split(file) if lines else [[file.read()]]
-        except OSError as error:
-            raise click.ClickException(
-                f"Expected to read {name}, but got: {error.strerror}") from None
+        with click.open_file(name, "rb") as file:
+            # A file that does not block would seem to end where nothing came yet.
+            os.set_blocking(file.fileno(), True)
+            yield from _split(file) if lines else [[file.read()]]
 
 
 def _split(file: Any) -> Iterator[list[bytes]]:
@@ -195,13 +183,13 @@ def _split(file: Any) -> Iterator[list[bytes]]:
         yield [rest]
 
 
-@options.command()
+@options.one_subscriber
 @options.subscriber
-@options.option("--number", options.ANY, 1, "How many messages; 0: all that come.")
+@options.option("--number", click.IntRange(0), 1, "How many messages; 0: all that come.")
 @options.option("--timeout", options.seconds, "0", "How long to wait for each: 10, 1h30m, inf.")
 @click.option("--directory", type=_DIRECTORY, help="Write each message to a file there.")
 @_format_option("raw")
-def receive(call: options.Call, subscriber: str, number: int, timeout: float,
+def receive(call: options.Call, key: str, subscriber: str, number: int, timeout: float,
             directory: pathlib.Path | None, style: str) -> None:
     """
     Receive messages as SUBSCRIBER, and write them to stdout or to files.
@@ -218,18 +206,15 @@ def receive(call: options.Call, subscriber: str, number: int, timeout: float,
     if style == "raw" and sys.stdout.isatty():
         raise click.UsageError("Expected --format raw with a pipe or a file: a message could "
                                "change the terminal.")
-    key = call.key_of(subscriber)
-    entry = call.config.subscribers.get(subscriber)
-    if entry is None or entry.in_queue != key:
-        # The queue may have subscribers that the file has no entry for.
-        persipubsub.config.check_identifier(subscriber, call.path)
-        entry = persipubsub.config.Subscriber(identifier=subscriber, in_queue=key)
-    entries = {**call.config.subscribers, subscriber: entry}
+    # The queue may have subscribers that the file has no entry for, or one for another queue.
+    check_identifier(subscriber, call.path)
+    entry = call.config.subscribers.get(subscriber) or Subscriber(subscriber, key)
+    entries = {**call.config.subscribers, subscriber: msgspec.structs.replace(entry, in_queue=key)}
     config = msgspec.structs.replace(call.config, subscribers=entries)
     seconds = None if timeout == float("inf") else timeout
     received = 0
     os.set_blocking(sys.stdout.fileno(), True)
-    with persipubsub.subscriber.Sub(subscriber, config) as sub:
+    with Sub(subscriber, config) as sub:
         while number == 0 or received < number:
             try:
                 with sub.receive(timeout=seconds, details=True) as message:
@@ -237,29 +222,26 @@ def receive(call: options.Call, subscriber: str, number: int, timeout: float,
                         break
                     _write(_line_of(call, message, directory, style))
                 received += 1
-            except persipubsub.errors.CorruptMessageError as error:
+            except errors.CorruptMessageError as error:
                 call.fail(str(error))
     if received < number:
         found = f"only {text.count(received, 'message')}" if received else "no message"
         call.fail(f"{found} for {subscriber} within {timeout:g} seconds")
 
 
-def _line_of(call: options.Call, message: persipubsub.message.Message,
-             directory: pathlib.Path | None, style: str) -> bytes:
+def _line_of(call: options.Call, message: Message, directory: pathlib.Path | None,
+             style: str) -> bytes:
     """Write a message to its file, if it is to have one; return what goes to the output."""
-    described = {}
     if directory is not None:
         path = directory / f"{message.number:020}"
         _write_file(path, message.data)
-        described["path"] = line = str(path)
-    elif call.as_json:
-        described["base64"] = line = _FORMATS["base64"](message.data)
-    elif style == "raw":
+        name, line = "path", str(path)
+    elif style == "raw" and not call.as_json:
         return message.data
     else:
-        line = _FORMATS[style](message.data)
+        name, line = "base64", _FORMATS["base64" if call.as_json else style](message.data)
     if call.as_json:
-        line = options.to_json({"number": message.number, **described})
+        line = options.to_json({"number": message.number, name: line})
     return line.encode(errors="surrogateescape") + b"\n"
 
 
@@ -267,8 +249,8 @@ def _write(content: bytes) -> None:
     """
     Write all of it to the standard output, or fail.
 
-    Not through ``sys.stdout``: where that has no buffer (PYTHONUNBUFFERED), it leaves out without
-    an error what the system did not take, and the message is lost.
+    Not through ``sys.stdout``: without a buffer (PYTHONUNBUFFERED), it drops what the system did
+    not take, without an error, and the message would be lost.
     """
     rest = memoryview(content)
     while rest:
@@ -286,11 +268,11 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
     files.flush_directory(str(path.parent))
 
 
-@options.command()
+@options.one_subscriber
 @options.subscriber
-@click.option("--number", type=options.SOME, required=True, help="As peek and stat show it.")
+@click.option("--number", type=click.IntRange(1), required=True, help="As peek and stat show it.")
 @options.yes
-def delete(call: options.Call, subscriber: str, number: int, yes: bool) -> None:
+def delete(call: options.Call, key: str, subscriber: str, number: int, yes: bool) -> options.Told:
     """
     Delete one message for SUBSCRIBER, unread, also while its consumers are at work.
 
@@ -300,25 +282,22 @@ def delete(call: options.Call, subscriber: str, number: int, yes: bool) -> None:
     Example:
         persipubsub delete config.json sub --number 4711
     """
-    key = call.key_of(subscriber)
     if not yes:
         call.ask(f"Delete message {number} of {subscriber} in {key}?")
-    if not persipubsub.control.delete(call.config, subscriber, number, key):
+    if not control.delete(call.config, subscriber, number, key):
         raise click.ClickException(
             f"Expected a message {number} that waits for {subscriber} in {key}, but got: none")
     line = f"message {number} of {subscriber} was deleted"
-    call.tell_of(key, line, subscriber=subscriber, number=number)
+    return line, {"subscriber": subscriber, "number": number}
 
 
-_HEAD: Final = [
-    "DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBER", "ATTEMPTS", "MOVED", "SIZE",
-    "ERROR"
-]
+_HEAD: Final = ("DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBER", "ATTEMPTS",
+                "MOVED", "SIZE", "ERROR")
 
 
-@options.command("Queue of dead letters; all of them if not given.", name="dead-letters")
+@options.command("Queue of dead letters; all of them if not given.")
 @click.argument("action", type=click.Choice(["list", "send-back", "drop"]), default="list")
-@click.option("--number", type=options.SOME, multiple=True, help="Only this one; may be repeated.")
+@options.option("--number", click.IntRange(1), [], "Only this one; may be repeated.", multiple=True)
 @options.yes
 def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bool) -> None:
     """
@@ -332,29 +311,28 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
         persipubsub dead-letters config.json send-back --queue letters --number 7 --number 9
         persipubsub dead-letters config.json drop --queue letters --yes
     """
-    keys = call.keys()
-    if call.queue_key is None:
-        used = {one.dead_letter_queue for one in call.config.subscribers.values()}
-        keys = [key for key in keys if key in used]
+    is_any = call.queue_key is None
+    keys = letters.queues_of(call.config) if is_any else call.keys()
     if number and action == "list":
         raise click.UsageError("Expected --number only with send-back and drop.")
-    if number and call.queue_key is None and len(keys) != 1:
+    if number and is_any and len(keys) != 1:
         raise click.UsageError("Expected --queue with --number: numbers are those of one queue.")
     if action == "list":
         if not keys and not call.as_json:
             print("There are no queues of dead letters.")
         call.each(keys, lambda key: _list(call, key))
         return
-    done, change = "sent back", persipubsub.control.send_back
-    if action == "drop":
-        done, change = "dropped", persipubsub.control.drop_dead_letters
-        if keys and not yes:
-            # An operator can not agree to what could not be counted.
-            found = [persipubsub.control.dead_letters(call.config, key)[key] for key in keys]
-            count = text.count(len(number) or sum(map(len, found)), "dead letter")
-            call.ask(f"Drop {count} of {', '.join(keys)}?")
+    change, done = {
+        "send-back": (control.send_back, "sent back"),
+        "drop": (control.drop_dead_letters, "dropped")
+    }[action]
+    if action == "drop" and keys and not yes:
+        # An operator cannot agree to what could not be counted.
+        found = [control.dead_letters(call.config, key)[key] for key in keys]
+        count = text.count(len(number) or sum(map(len, found)), "dead letter")
+        call.ask(f"Drop {count} of {', '.join(keys)}?")
 
-    def work(key: str) -> tuple[str, object]:
+    def work(key: str) -> options.Told:
         changed = change(call.config, key, number or None)
         if not set(number) <= set(changed):
             call.fail(f"not there, or in use: some of the numbers {', '.join(map(str, number))}")
@@ -363,15 +341,16 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
     call.each(keys, work)
 
 
-def _list(call: options.Call, key: str) -> tuple[str, object]:
+def _list(call: options.Call, key: str) -> options.Told:
     """List the dead letters of a queue."""
-    listed = persipubsub.control.dead_letters(call.config, key)[key]
+    listed = control.dead_letters(call.config, key)[key]
     rows = []
-    for number, letter in ((one.number, one.letter) for one in listed):
+    for one in listed:
+        letter = one.letter
         moved = f"{letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}"
+        origin = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
         size = text.show_bytes(len(letter.data))
-        places = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
-        rows.append([key, str(number), *places, moved, size, letter.error])
+        rows.append([key, str(one.number), *origin, moved, size, letter.error])
     if rows and not call.as_json:
         print("\n".join(text.table([_HEAD, *rows], left=(0, 2, 3, 8))), flush=True)
     return "" if rows else "there are no dead letters", listed

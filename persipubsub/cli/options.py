@@ -2,14 +2,13 @@
 
 import contextlib
 import functools
-import inspect
 import json
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import click
 import click.shell_completion
@@ -19,13 +18,11 @@ import persipubsub.config
 import persipubsub.errors
 from persipubsub.cli import text
 
-__all__ = [
-    "ANY", "CONFIG_VARIABLE", "SOME", "Call", "Plain", "Command", "command", "each_queue", "option",
-    "seconds", "subscriber", "publisher", "yes", "to_json"
-]
-
 #: The environment variable that names the configuration file.
 CONFIG_VARIABLE: Final = "PERSIPUBSUB_CONFIG"
+
+#: What came of a command with a queue: a line for people, and something for machines.
+Told: TypeAlias = tuple[str, Any]
 
 
 class Call:
@@ -64,25 +61,24 @@ class Call:
         return keys[0]
 
     def key_of(self, identifier: str) -> str:
-        """Return the key of the queue of a subscriber, which needs no entry if there is --queue."""
+        """Return the key of a subscriber's queue; with --queue, the file needs no entry for it."""
         if self.queue_key is None:
             return self.config.subscriber(identifier).in_queue
         return self.key()
 
-    def tell(self, line: str, **described: object) -> None:
-        """Tell what came of the command: a line for people, or JSON for machines."""
-        print(to_json(described) if self.as_json else text.printable(line), flush=True)
-
-    def tell_of(self, key: str, line: str, **described: object) -> None:
-        """Tell what came of the command with one queue."""
-        self.tell(f"{key}: {line}", queue=key, **described)
+    def tell(self, *lines: str, **described: object) -> None:
+        """Tell what came of the command: lines for people, or JSON for machines."""
+        if self.as_json:
+            print(to_json(described), flush=True)
+        elif lines:
+            print("\n".join(map(text.printable, lines)), flush=True)
 
     def fail(self, line: str) -> None:
         """Complain, and let the command end with exit code 1."""
         self.exit_code = 1
         text.complain(line)
 
-    def each(self, keys: Sequence[str], work: Callable[[str], tuple[str, object]]) -> None:
+    def each(self, keys: Sequence[str], work: Callable[[str], Told]) -> None:
         """
         Do something with each queue, and tell what came of it.
 
@@ -90,14 +86,14 @@ class Call:
         read already, so that it is about one queue.
 
         :param keys: of the queues
-        :param work: to be done; returns a line for people, and something for machines
+        :param work: to be done with a queue
         """
         results: dict[str, object] = {}
         for key in keys:
             try:
                 line, results[key] = work(key)
                 if line and not self.as_json:
-                    print(text.printable(f"{key}: {line}"), flush=True)
+                    self.tell(f"{key}: {line}")
             except persipubsub.errors.PersipubsubError as error:
                 results[key] = {"error": str(error)}
                 self.fail(str(error))
@@ -107,11 +103,11 @@ class Call:
     @staticmethod
     def ask(question: str) -> None:
         """
-        Ask before something that can not be undone, on the standard error.
+        Ask before something that cannot be undone, on the standard error.
 
         :raise Abort: if the answer is no, or nobody could be asked
         """
-        # click.confirm was rejected: it makes an answer of Ctrl-C, and does not notice that the
+        # Rejected: click.confirm. It takes Ctrl-C for an answer, and does not notice that the
         # question could not be written.
         answer = ""
         with contextlib.suppress(OSError, ValueError):
@@ -131,14 +127,8 @@ class Plain(click.Command):
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Mark the examples so that click does not fill their lines."""
-        self.help = re.sub(r"\n\n(?=Examples?:\n)", "\n\n\b\n", inspect.cleandoc(self.help or ""))
+        self.help = re.sub(r"\n\n( *)(?=Examples?:\n)", "\n\n\\1\b\n\\1", self.help or "")
         super().format_help_text(ctx, formatter)
-
-    def get_short_help_str(self, limit: int = 45) -> str:
-        """Return the first sentence, whatever the limit."""
-        del limit
-        paragraph = " ".join(inspect.cleandoc(self.help or "").partition("\n\n")[0].split())
-        return f"{paragraph.partition('. ')[0].rstrip('.')}."
 
 
 class _ConfigPath(click.Path):
@@ -153,13 +143,13 @@ class Command(Plain):
     """A command that takes the configuration file as its first argument, or from elsewhere."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the configuration file in front if it is named elsewhere, before click counts."""
+        """Put the configuration file in front if it is named elsewhere, before click counts them."""
         names: list[click.Parameter] = [one for one in self.params if isinstance(one, click.Option)]
         found, words, _ = click.Command(None, params=names).make_parser(ctx).parse_args([*args])
         path = found.get("other_config")
         if path is None and (variable := os.environ.get(CONFIG_VARIABLE)):
             arguments = [one for one in self.params if isinstance(one, click.Argument)][1:]
-            # The number of arguments tells nothing where some can be left out, or are typed later.
+            # The number of arguments tells nothing if some can be left out, or are typed later.
             is_fixed = all(one.required and one.nargs == 1 for one in arguments)
             if is_fixed and not ctx.resilient_parsing:
                 is_named = len(words) > len(arguments)
@@ -169,82 +159,71 @@ class Command(Plain):
         return super().parse_args(ctx, args if path is None else [path, *args])
 
 
-def command(queue: str = "Queue of the subscriber, if CONFIG has no entry for it.",
-            name: str | None = None) -> Callable[[Callable[..., None]], click.Command]:
-    """
-    Make a function a command with the arguments and options that all of them have.
-
-    :param queue: help of --queue
-    :param name: of the command; that of the function if not given
-    :return: decorator of a function that takes a :py:class:`Call` and its own parameters
-    """
-    path_type = _ConfigPath(path_type=pathlib.Path)
-    where = f"Use this file instead of CONFIG and {CONFIG_VARIABLE}."
-    common: list[click.Parameter] = [
-        click.Option(["--queue", "queue_key"], metavar="KEY", help=queue, shell_complete=_queues),
-        click.Option(["--json", "as_json"], is_flag=True, help="Write JSON, for machines."),
-        click.Option(["--config", "other_config"], type=path_type, metavar="PATH", help=where)
-    ]
-
-    def decorate(function: Callable[..., None]) -> click.Command:
-
-        def callback(config: pathlib.Path, queue_key: str | None, as_json: bool, other_config: Any,
-                     **others: Any) -> int:
-            del other_config  # It is in the place of CONFIG.
-            call = Call(config, queue_key, as_json)
-            function(call, **others)
-            return call.exit_code
-
-        own = reversed(getattr(function, "__click_params__", []))
-        params = [click.Argument(["config"], type=path_type), *own, *common]
-        return Command(name or function.__name__,
-                       callback=callback,
-                       params=params,
-                       help=function.__doc__)
-
-    return decorate
-
-
-def each_queue(queue: str) -> Callable[[Callable[[Call, str], tuple[str, object]]], click.Command]:
-    """
-    Make a function of a :py:class:`Call` and the key of a queue a command about several queues.
-
-    :param queue: help of --queue
-    :return: decorator of a function as :py:meth:`Call.each` takes it
-    """
-
-    def decorate(function: Callable[[Call, str], tuple[str, object]]) -> click.Command:
-
-        @functools.wraps(function)
-        def run(call: Call) -> None:
-            call.each(call.keys(), functools.partial(function, call))
-
-        return command(queue)(run)
-
-    return decorate
-
-
-def _complete(kind: str, ctx: click.Context, _: click.Parameter,
+def _complete(ctx: click.Context, param: click.Parameter,
               incomplete: str) -> list[click.shell_completion.CompletionItem]:
-    """Complete keys of the configuration file: of its publishers, subscribers or queues."""
+    """Complete keys of the configuration file: its publishers, subscribers or queues."""
     path = ctx.params.get("config") or os.environ.get(CONFIG_VARIABLE)
     try:
-        found = getattr(persipubsub.config.read(path), kind) if path else []
+        found = getattr(persipubsub.config.read(path), f"{param.name}s") if path else []
     except persipubsub.errors.PersipubsubError:
         found = []
-    # A name could be more than one line for the shell.
+    # A name with an end of a line would be two names for the shell.
     return [
         click.shell_completion.CompletionItem(one) for one in found
         if one.startswith(incomplete) and one.isprintable()
     ]
 
 
-_queues = functools.partial(_complete, "queues")
+def command(about_queue: str, scope: str = "file") -> Callable[[Callable[..., Any]], click.Command]:
+    """
+    Make a function a command, with the arguments and options that all commands have.
+
+    The function takes a :py:class:`Call` and its own parameters. A scope other than "file" adds the
+    key of a queue between them, and tells what the function returns, if anything.
+
+    :param about_queue: help of --queue
+    :param scope: "file": the function looks for queues itself; "each": call it for each queue;
+        "one": for the only queue; "subscriber": for the queue of its parameter "subscriber"
+    :return: decorator
+    """
+    path_type = _ConfigPath(path_type=pathlib.Path)
+    where = f"Use this file instead of CONFIG and {CONFIG_VARIABLE}."
+    common: list[click.Parameter] = [
+        click.Option(["--queue"], metavar="KEY", help=about_queue, shell_complete=_complete),
+        click.Option(["--json", "as_json"], is_flag=True, help="Write JSON, for machines."),
+        # Not for the function: Command puts its value in the place of CONFIG.
+        click.Option(["--config", "other_config"], type=path_type, help=where, expose_value=False)
+    ]
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+
+        def callback(config: pathlib.Path, queue: str | None, as_json: bool, **others: Any) -> int:
+            call = Call(config, queue, as_json)
+            if scope == "file":
+                function(call, **others)
+            elif scope == "each":
+                call.each(call.keys(), functools.partial(function, call))
+            else:
+                key = call.key() if scope == "one" else call.key_of(others["subscriber"])
+                if told := function(call, key, **others):
+                    call.tell(f"{key}: {told[0]}", queue=key, **told[1])
+            return call.exit_code
+
+        own = reversed(getattr(function, "__click_params__", []))
+        params = [click.Argument(["config"], type=path_type), *own, *common]
+        name = function.__name__.replace("_", "-")
+        return Command(name, callback=callback, params=params, help=function.__doc__)
+
+    return decorate
+
+
+each_queue = functools.partial(command, scope="each")
+one_queue = command("Which queue; needed if CONFIG has several.", "one")
+one_subscriber = command("Queue of the subscriber, if CONFIG has no entry for it.", "subscriber")
 
 #: Arguments of the commands that are about one publisher, or one subscriber.
-publisher = click.argument("publisher", shell_complete=functools.partial(_complete, "publishers"))
-subscriber = click.argument("subscriber",
-                            shell_complete=functools.partial(_complete, "subscribers"))
+publisher = click.argument("publisher", shell_complete=_complete)
+subscriber = click.argument("subscriber", shell_complete=_complete)
 
 #: The option of the commands that ask.
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -255,11 +234,6 @@ def option(names: str, kind: Any, default: Any, description: str,
     """Let a command take an option with a default that the help shows."""
     more = {"type": kind, "default": default, "show_default": True, "help": description}
     return click.option(*names.split(), **{**more, **others})
-
-
-#: Numbers of messages.
-SOME: Final = click.IntRange(min=1)
-ANY: Final = click.IntRange(min=0)
 
 
 def seconds(value: str) -> float:

@@ -7,12 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, TextIO
 
-__all__ = [
-    "complain", "tell", "silence", "printable", "shorten", "table", "count", "show_bytes",
-    "show_seconds", "parse_seconds", "parse_time"
-]
-
-#: What changes a terminal, or looks like a line of ours, if a message or a name has it.
+#: Characters of messages and names that would change a terminal, or begin a line like ours.
 _UNPRINTABLE: Final = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -52,10 +47,7 @@ def printable(text: str) -> str:
     >>> print(printable("a\nb"))
     a\nb
     """
-    if text.isprintable():
-        return text
-    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"),
-                            text)
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shorten(text: str, width: int) -> str:

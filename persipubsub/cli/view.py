@@ -1,17 +1,15 @@
 """Lay out the statistics for people: in at most 100 columns, without zeros."""
 
 import collections
-import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import click
 
 from persipubsub.cli import text
 from persipubsub.statistics import QueueStatistics, SubscriberStatistics
-
-__all__ = ["History", "draw"]
 
 _WIDTH: Final = 100
 _NAME_WIDTH: Final = 32
@@ -23,7 +21,7 @@ _COLORS: Final = ((0.8, "red"), (0.5, "yellow"), (0.0, "green"))
 
 _HEAD: Final = ("SUBSCRIBER", "LAG", "IN FLIGHT", "RECEIVED", "RATE", "LAST")
 
-#: What has no column, and is told with this color if it is not zero.
+#: Figures without a column: they follow the row in this color, unless they are zero.
 _NOTES: Final = {
     "failed": ("failed", "yellow"),
     "dropped_by_timeout": ("dropped by timeout", "red"),
@@ -36,31 +34,26 @@ _NOTES: Final = {
 
 
 class History:
-    """The last looks at one queue."""
+    """The rates of one queue between the last looks at it."""
 
     def __init__(self) -> None:
         """Initialize without a look."""
-        self._looks: collections.deque[tuple[float, QueueStatistics]]
-        self._looks = collections.deque(maxlen=_BAR_WIDTH + 1)
+        self._seconds = 0.0
+        self._totals: dict[str, int] = {}
+        #: messages a second, the newest rate last: by subscriber what it acknowledged, by "" the sent
+        self.rates: dict[str, collections.deque[float]]
+        self.rates = collections.defaultdict(lambda: collections.deque(maxlen=_BAR_WIDTH))
 
-    def add(self, statistics: QueueStatistics) -> None:
-        """Remember a look that was made now."""
-        self._looks.append((time.monotonic(), statistics))
-
-    def rates(self, total: Callable[[QueueStatistics], int]) -> list[float]:
-        """Compute the growth a second of a total; one that went back was counted anew."""
-        points = [(moment, total(look)) for moment, look in self._looks]
-        return [
-            max(0, count - before) / max(1e-9, moment - earlier)
-            for (earlier, before), (moment, count) in itertools.pairwise(points)
-        ]
-
-
-def _sparkline(values: Sequence[float]) -> str:
-    """Draw numbers as bars; what is not zero is seen."""
-    top = max(values)
-    return "".join(_LEVELS[max(1, round(value / top * 8)) if value else 0]
-                   for value in values) if top else ""
+    def add(self, figures: QueueStatistics) -> None:
+        """Compare a look that was made now with the one before."""
+        now = time.monotonic()
+        totals = {one.subscriber: one.acknowledged for one in figures.subscribers}
+        totals[""] = figures.sent
+        for name in totals.keys() & self._totals.keys():
+            # A total that went back is counted anew.
+            growth = max(0, totals[name] - self._totals[name])
+            self.rates[name].append(growth / max(1e-9, now - self._seconds))
+        self._seconds, self._totals = now, totals
 
 
 def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, History],
@@ -76,19 +69,17 @@ def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, Hist
     lines: list[str] = []
     for key, figures in statistics.items():
         name = _name(key, limit)
-        path = text.printable(figures.path)
-        if limit:
-            path = text.shorten(path, _WIDTH - len(name) - 2)
+        path = _name(figures.path, limit, _WIDTH - len(name) - 2)
         lines += ["", f"{click.style(name, bold=True)}  {click.style(path, dim=True)}"]
-        lines += _draw_queue(figures, histories[key].rates(lambda look: look.sent))
+        lines += _draw_queue(figures, histories[key].rates[""])
         lines += _draw_subscribers(figures, histories[key], limit)
         lines += _draw_claims(figures, limit)
     return lines[1:]
 
 
-def _name(name: str, limit: int | None) -> str:
+def _name(name: str, limit: int | None, width: int = _NAME_WIDTH) -> str:
     """Show a name, shortened where there is little room."""
-    return text.shorten(text.printable(name), _NAME_WIDTH) if limit else text.printable(name)
+    return text.shorten(text.printable(name), width) if limit else text.printable(name)
 
 
 def _bar(share: float | None, limit: str) -> str:
@@ -107,7 +98,10 @@ def _draw_queue(figures: QueueStatistics, rates: Sequence[float]) -> Iterator[st
     count, size = figures.messages, text.show_bytes
     age = text.show_seconds(figures.oldest_age_seconds or 0.0)
     behind = f"{size(figures.journal_lag_bytes)} not yet safe from a power failure"
-    rate = f"{_sparkline(rates):<20} {rates[-1]:,.0f}/s" if rates else ""
+    top = max(rates, default=0.0) or 1.0
+    # Every rate but zero is seen.
+    bars = "".join(_LEVELS[math.ceil(8 * rate / top)] for rate in rates)
+    rate = f"{bars:<20} {rates[-1]:,.0f}/s" if rates else ""
     # yapf: disable
     rows: list[tuple[str, float, str, str]] = [
         ("messages", count, f"{count:,}", _bar(figures.message_share, "MAX_MSGS_NUM")),
@@ -131,7 +125,7 @@ def _draw_queue(figures: QueueStatistics, rates: Sequence[float]) -> Iterator[st
 def _draw_subscribers(figures: QueueStatistics, history: History,
                       limit: int | None) -> Iterator[str]:
     """Draw the subscribers of a queue: a row for each, without columns of zeros."""
-    # Those with most lag where not all can be seen.
+    # If not all fit, those with most lag.
     shown = sorted(figures.subscribers, key=lambda one: -one.lag)[:limit]
     shown.sort(key=lambda one: one.subscriber)
     behind = sorted(one.position for one in figures.subscribers if one.lag)
@@ -162,14 +156,13 @@ def _draw_subscribers(figures: QueueStatistics, history: History,
 
 def _cells(one: SubscriberStatistics, history: History, limit: int | None) -> list[str]:
     """Show the figures of a subscriber; nothing for a zero, but for the lag."""
-    rates = history.rates(lambda look: sum(other.acknowledged for other in look.subscribers
-                                           if other.subscriber == one.subscriber))
+    rates = history.rates[one.subscriber]
+    rate = rates[-1] if rates else 0.0
     last = one.seconds_since_acknowledged
     return [
         _name(one.subscriber, limit), f"{one.lag:,}",
         "?" if one.in_flight is None else f"{one.in_flight:,}" if one.in_flight else "",
-        f"{one.acknowledged:,}" if one.acknowledged else "",
-        f"{rates[-1]:,.0f}/s" if any(rates[-1:]) else "",
+        f"{one.acknowledged:,}" if one.acknowledged else "", f"{rate:,.0f}/s" if rate else "",
         "" if last is None else text.show_seconds(last)
     ]
 
