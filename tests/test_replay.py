@@ -54,6 +54,17 @@ def test_finished_messages_go_first_when_the_map_is_full(tmp_path: Path) -> None
         assert stores.take(queue) == b"waits"
 
 
+def test_cleared_messages_stay_away_after_a_power_failure(tmp_path: Path) -> None:
+    with stores.opened(tmp_path, retain_secs=3600, durability=stores.FSYNC) as queue:
+        queue.put([b"1"])
+        queue.put([b"2"])
+        queue.clear()
+    stores.lose_power(queue.path)
+    with stores.again(queue) as rebuilt:
+        rebuilt.seek("sub", "beginning")
+        assert not stores.take_all(rebuilt)
+
+
 # Beginning
 
 

@@ -547,9 +547,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             records = [(which, bytes(key), bytes(value)) for which, database in enumerate(tx.db)
                        if database is not tx.db.data and database is not tx.db.once
                        for key, value in tx.txn.cursor(db=database)]
-            # The journal keeps all that LMDB has, even what is finished: a seek may go back to it.
-            state = _State((*log_end[:5], list(log_end.totals)),
-                           log_end.next_number if head is None else head.first, records)
+            # The journal keeps all that LMDB has, even what is finished: a seek may go back to it. It
+            # does not keep the messages that a placeholder stands for.
+            keep = log_end.next_number
+            if head is not None:
+                keep = head.first + (0 if head.block.messages else 1)
+            state = _State((*log_end[:5], list(log_end.totals)), keep, records)
         return _Collected(b"".join(parts), end, ids_ns, lists, is_all, state, tx.txn.id())
 
     def _append(self, position: _Position, kind: int, body: bytes, end: int,
