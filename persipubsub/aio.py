@@ -22,7 +22,7 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias, TypeVar, cast, overload
+from typing import Any, Final, NamedTuple, Self, TypeAlias, TypeVar, cast
 
 import persipubsub.config
 import persipubsub.engine
@@ -108,6 +108,36 @@ async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = 
     return done.result()
 
 
+class _Handle(persipubsub.face.Handle[persipubsub.face.OpenT]):
+    """Publisher or subscriber for tasks."""
+
+    async def _open(self, *given: Any) -> None:
+        await _run(lambda: self._replace(self._kind.open(*given)), undo=lambda: self._replace(None))
+
+    async def __aenter__(self) -> Self:
+        """
+        Open the queue that was given to the constructor.
+
+        :return: itself
+        """
+        if self._given is not None:
+            await self._open(*self._given)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the queue."""
+        await self.close()
+
+    async def close(self) -> None:
+        """
+        Close the queue; it may be closed twice. What was sent stays sent.
+
+        Tasks that wait for a message get a ``ClosedError``. A message that is being received is
+        given back. Messages that tasks are sending are sent, or these tasks get a ``ClosedError``.
+        """
+        await _run(lambda: self._replace(None))
+
+
 # Sending
 
 
@@ -170,7 +200,7 @@ class _Outbox:
         self._start()
 
 
-class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
+class Pub(_Handle[persipubsub.face.Target]):
     """
     Send messages to the queue of a publisher, as :py:class:`persipubsub.publisher.Pub` does.
 
@@ -192,6 +222,8 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
     >>> directory.cleanup()
     """
 
+    _kind = persipubsub.face.Target
+
     def __init__(self,
                  pub_id: str | None = None,
                  config_pth: persipubsub.config.ConfigLike | None = None,
@@ -204,8 +236,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :param autosync: True to let ``send_many`` commit each message by itself
         :raise TypeError: if only one of id and configuration is given
         """
-        super().__init__(pub_id, config_pth)
-        self._autosync = autosync
+        super().__init__(pub_id, config_pth, autosync)
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
 
     async def init(self,
@@ -223,31 +254,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :param autosync: True to let ``send_many`` commit each message by itself
         :raise PersipubsubError: as :py:meth:`persipubsub.publisher.Pub.init` does
         """
-        await _run(
-            lambda: self._replace(persipubsub.face.Target.open(pub_id, config_pth, autosync)),
-            undo=lambda: self._replace(None))
-
-    async def __aenter__(self) -> Self:
-        """
-        Open the queue that was given to the constructor.
-
-        :return: itself
-        """
-        if self._given is not None:
-            await self.init(*self._given, self._autosync)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the queue."""
-        await self.close()
-
-    async def close(self) -> None:
-        """
-        Close the queue; it may be closed twice. What was sent stays sent.
-
-        Messages that other tasks are sending are sent, or these tasks get a ``ClosedError``.
-        """
-        await _run(lambda: self._replace(None))
+        await self._open(pub_id, config_pth, autosync)
 
     async def send(self,
                    msg: BytesLike,
@@ -575,7 +582,9 @@ class Messages(persipubsub.face.Batch[ContentT]):
             _submit(functools.partial(persipubsub.face.end, self._finish(self._given - 1)))
 
 
-class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
+class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | None],
+                                    Receipt[list[bytes]], Receipt[list[Message]], Messages[bytes],
+                                    Messages[Message]], _Handle[persipubsub.face.Source]):
     """
     Receive the messages of a subscriber, as :py:class:`persipubsub.subscriber.Sub` does.
 
@@ -601,6 +610,9 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
     b'three'
     >>> directory.cleanup()
     """
+
+    _receipt = Receipt
+    _messages = Messages
 
     def __init__(self,
                  sub_id: str | None = None,
@@ -628,22 +640,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
             :py:class:`persipubsub.config.Config`
         :raise PersipubsubError: as :py:meth:`persipubsub.subscriber.Sub.init` does
         """
-        await _run(lambda: self._replace(persipubsub.face.Source.open(sub_id, config_pth)),
-                   undo=lambda: self._replace(None))
-
-    async def __aenter__(self) -> Self:
-        """
-        Open the queue that was given to the constructor.
-
-        :return: itself
-        """
-        if self._given is not None:
-            await self.init(*self._given)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the queue."""
-        await self.close()
+        await self._open(sub_id, config_pth)
 
     async def close(self) -> None:
         """
@@ -658,7 +655,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
             if endings := [ending for ending in self._endings if ending.get_loop() is loop]:
                 await asyncio.wait(endings)
         finally:
-            await _run(lambda: self._replace(None))
+            await super().close()
 
     def _replace(self, opened: persipubsub.face.Source | None) -> None:
         super()._replace(opened)
@@ -678,124 +675,6 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
             self._endings.add(task)
             task.add_done_callback(self._endings.discard)
             await asyncio.shield(task)
-
-    # yapf: disable
-    @overload
-    def receive(self, timeout: float | None = 60, retries: int = 10,
-                details: Literal[False] = False) -> Receipt[bytes | None]:        ...
-    @overload
-    def receive(self, timeout: float | None = 60, retries: int = 10, *,
-                details: Literal[True]) -> Receipt[Message | None]:        ...
-    # yapf: enable
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                details: bool = False) -> Receipt[Any]:
-        """
-        Receive the next message in an ``async with`` block.
-
-        The block gets the bytes that were sent, or None if no message came in time. If the block is
-        left without an exception, the message is acknowledged. If it is left by an exception, or
-        because the task was cancelled, the message stays where it was and is delivered again,
-        perhaps to another process of the same subscriber. A task that is cancelled while it waits
-        leaves no message claimed.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up; there
-            is a look once a second in any case
-        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message
-        :raise CorruptMessageError: from the ``async with`` statement if the next message is
-            damaged; it is set aside, and the next call gives the one after it
-        """
-        return Receipt(self._taker(timeout, retries), details, ender=self._end)
-
-    # yapf: disable
-    @overload
-    def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
-                       details: Literal[False] = False) -> Receipt[bytes | None]:        ...
-    @overload
-    def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
-                       details: Literal[True]) -> Receipt[Message | None]:        ...
-    # yapf: enable
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       details: bool = False) -> Receipt[Any]:
-        """
-        Receive the newest message in an ``async with`` block, and skip all older ones.
-
-        See :py:meth:`persipubsub.subscriber.Sub.receive_to_top`.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up
-        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message, see :py:meth:`receive`
-        :raise CorruptMessageError: as :py:meth:`receive` does
-        """
-        return Receipt(self._taker(timeout, retries, is_newest=True), details, ender=self._end)
-
-    # yapf: disable
-    @overload
-    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
-                     details: Literal[False] = False) -> Receipt[list[bytes]]:        ...
-    @overload
-    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
-                     details: Literal[True]) -> Receipt[list[Message]]:        ...
-    # yapf: enable
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     details: bool = False) -> Receipt[Any]:
-        """
-        Receive several messages in an ``async with`` block.
-
-        The block gets a list of the messages that are there, at least one and at most ``max_msgs``,
-        or an empty list if none came in time. All of them are acknowledged together, in one
-        transaction, or all of them stay; see :py:meth:`receive`.
-
-        :param max_msgs: how many messages at most
-        :param timeout: how long to wait for the first one, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up
-        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
-        :return: context manager of the messages
-        :raise CorruptMessageError: as :py:meth:`receive` does
-        """
-        persipubsub.face.check_count("max_msgs", max_msgs)
-        return Receipt(self._taker(timeout, retries, max_msgs),
-                       details,
-                       is_batch=True,
-                       ender=self._end)
-
-    # yapf: disable
-    @overload
-    def messages(self, timeout: float | None = None, details: Literal[False] = False,
-                 prefetch: int = 1) -> Messages[bytes]:        ...
-    @overload
-    def messages(self, timeout: float | None = None, *, details: Literal[True],
-                 prefetch: int = 1) -> Messages[Message]:        ...
-    # yapf: enable
-    def messages(self,
-                 timeout: float | None = None,
-                 details: bool = False,
-                 prefetch: int = 1) -> Messages[Any]:
-        """
-        Receive one message after the other, for an ``async for`` statement.
-
-        A message is acknowledged when the next one is asked for. If the loop is left before that,
-        by an exception, by ``break``, or because the task is cancelled, the message stays, and is
-        delivered again. For ``break``, an ``async with`` statement changes that: see
-        :py:class:`Messages`.
-
-        :param timeout: how long to wait for each message, in seconds; None: for ever
-        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
-        :param prefetch: how many messages to take at once at most, see
-            :py:meth:`persipubsub.subscriber.Sub.messages`
-        :return: iterator that ends when no message comes in time
-        """
-        persipubsub.face.check_count("prefetch", prefetch)
-        return Messages(self._taker(timeout, 1, prefetch), details, ender=self._end)
 
     def __aiter__(self) -> Messages[bytes]:
         """
@@ -830,20 +709,15 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         return await _run(self._require().statistics)
 
-    def _taker(self,
-               timeout: float | None,
-               retries: int,
-               max_messages: int = 1,
-               is_newest: bool = False) -> Take:
-        """Check how long to wait; return what waits and takes."""
-        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
+    def _taker(self, timeout: float | None, poll_secs: float, max_messages: int,
+               is_newest: bool) -> Take:
         consumer = self._require().consumer
         if hasattr(consumer, "atake"):
-            return functools.partial(consumer.atake, seconds, max_messages, is_newest)
+            return functools.partial(consumer.atake, timeout, max_messages, is_newest)
         key = asyncio.get_running_loop(), is_newest
         line = self._lines.get(key)
         if line is None or line.consumer is not consumer:
             self._leave(consumer)
             line = _Line(cast(persipubsub.engine.TaskConsumer, consumer), is_newest, key[0])
             self._lines[key] = line
-        return functools.partial(line.take, seconds, poll_secs, max_messages)
+        return functools.partial(line.take, timeout, poll_secs, max_messages)
