@@ -63,19 +63,13 @@ os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]":
-    """Have a call made in a thread; in this one if none can be started, so that nothing is lost."""
-    # Popped: a thread that can not be started leaves the call with the executor, which may make it.
-    calls = [call]
+    """Have a call made in a thread; without one, as at the end of the interpreter, it fails."""
     try:
-        # pylint: disable-next=unnecessary-lambda
-        return _executor().submit(lambda: calls.pop()())
-    except RuntimeError:  # no thread is left, or the interpreter is about to exit
-        done: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
-        try:
-            done.set_result(calls.pop()())
-        except BaseException as error:  # pylint: disable=broad-exception-caught
-            done.set_exception(error)
-        return done
+        return _executor().submit(call)
+    except RuntimeError as error:
+        failed: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
+        failed.set_exception(error)
+        return failed
 
 
 def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> None:
@@ -84,9 +78,16 @@ def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *giv
         loop.call_soon_threadsafe(function, *given)
 
 
-def _wake(woken: "asyncio.Future[None]") -> None:
-    if not woken.done():
-        woken.set_result(None)
+def _settle(future: "asyncio.Future[Any]",
+            result: object = None,
+            error: BaseException | None = None) -> None:
+    """Wake the task that waits for a future, unless it was cancelled."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = None) -> ResultT:
@@ -98,7 +99,7 @@ async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = 
     loop = asyncio.get_running_loop()
     woken: "asyncio.Future[None]" = loop.create_future()
     done = _submit(call)
-    done.add_done_callback(lambda _: _post(loop, _wake, woken))
+    done.add_done_callback(lambda _: _post(loop, _settle, woken))
     try:
         await woken
     except BaseException:
@@ -191,12 +192,7 @@ class _Outbox:
         failure = done.exception()
         errors = done.result() if failure is None else [failure] * len(futures)
         for future, error in zip(futures, errors):
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+            _settle(future, None, error)
         self._start()
 
 
@@ -342,14 +338,6 @@ class _Waiter(NamedTuple):
     max_messages: int
 
 
-class _Look(NamedTuple):
-    """What a look at the queue came to: for each waiter, a lease, then nothing or an error."""
-
-    leases: list[Lease]
-    pause: float | None = None  #: seconds until the next look, if there was no further message
-    error: BaseException | None = None
-
-
 class _Line:
     """
     Tasks of one loop that wait for messages of a consumer, first come, first served.
@@ -364,7 +352,6 @@ class _Line:
         self.consumer = consumer
         self._is_newest = is_newest
         self._loop = loop
-        self._process_id = os.getpid()
         self._waiters: list[_Waiter] = []
         self._is_looking = False
         self._is_due = False  # something came since the look began
@@ -395,56 +382,53 @@ class _Line:
         if self._timer is not None:
             self._timer.cancel()
         waiters = list(self._waiters)
-        # If the loop is closed by then, the leases are dropped, which gives the messages back.
-        _submit(functools.partial(self._take, waiters[:_MOST_TAKEN])).add_done_callback(
-            lambda done: _post(self._loop, self._hand_out, waiters, done))
-
-    def _take(self, waiters: list[_Waiter]) -> _Look:
         leases: list[Lease] = []
-        try:
-            for waiter in waiters:
+        # If the loop is closed by then, the leases are dropped, which gives the messages back.
+        _submit(functools.partial(self._take, waiters[:_MOST_TAKEN], leases)).add_done_callback(
+            lambda done: _post(self._loop, self._hand_out, waiters, leases, done))
+
+    def _take(self, waiters: list[_Waiter], leases: list[Lease]) -> float | None:
+        """Take for waiters; if there is too little, return the seconds until the next look."""
+        for waiter in waiters:
+            lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
+            if lease is None:
+                listener = self._listener
+                if listener is None:
+                    listener = self.consumer.listen(lambda: _post(self._loop, self._look))
+                    self._listener = listener
+                listener.arm()
+                # What came before it was armed.
                 lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
-                if lease is None:
-                    listener = self._listener
-                    if listener is None:
-                        listener = self.consumer.listen(lambda: _post(self._loop, self._look))
-                        self._listener = listener
-                    listener.arm()
-                    # What came before it was armed.
-                    lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
-                if lease is None:
-                    return _Look(leases, pause=pause)
-                leases.append(lease)
-        except BaseException as error:  # pylint: disable=broad-exception-caught
-            self._forget_listener()  # the queue may be closed
-            return _Look(leases, error=error)
-        return _Look(leases)
+            if lease is None:
+                return pause
+            leases.append(lease)
+        return None
 
     def _forget_listener(self) -> None:
         listener, self._listener = self._listener, None
-        # In a forked child, it is that of the parent.
-        if listener is not None and self._process_id == os.getpid():
+        if listener is not None:
             listener.close()
 
-    def _hand_out(self, waiters: list[_Waiter], done: "concurrent.futures.Future[_Look]") -> None:
+    def _hand_out(self, waiters: list[_Waiter], leases: list[Lease],
+                  done: "concurrent.futures.Future[float | None]") -> None:
         self._is_looking = False
-        leases, pause, error = done.result()
+        error = done.exception()
+        pause = done.result() if error is None else None
         for waiter, lease in zip(waiters, leases):
             if waiter.future.done():
                 _give_back(lease)
                 self._is_due = True
             else:
                 waiter.future.set_result(lease)
+        rest = [waiter for waiter in waiters[len(leases):] if not waiter.future.done()]
+        if error is not None:
+            self._forget_listener()  # the queue may be closed
+        if isinstance(error, persipubsub.errors.CorruptMessageError):
+            del rest[1:]  # it was set aside, and concerns nobody else
         now = self._loop.time()
-        for waiter in waiters[len(leases):]:
-            if waiter.future.done():
-                continue
-            if error is not None:
-                waiter.future.set_exception(error)
-                if isinstance(error, persipubsub.errors.CorruptMessageError):
-                    break  # it was set aside, and concerns nobody else
-            elif pause is not None and waiter.deadline <= now:
-                waiter.future.set_result(None)
+        for waiter in rest:
+            if error is not None or (pause is not None and waiter.deadline <= now):
+                _settle(waiter.future, None, error)
         self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
         if pause is None or self._is_due:
             self._look()
