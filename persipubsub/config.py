@@ -41,15 +41,12 @@ RESERVED_SUBSCRIBER_IDS: Final = frozenset(
 #: name their subscribers even if these are all of the file, since a queue may have more.
 MADE_UP: Final = "\0"
 
-_QUEUES_KEY: Final = "queues"
-_SCHEMA_KEY: Final = "$schema"
 _MAX_IDENTIFIER_SIZE: Final = 255  # bytes in UTF-8
-# In bytes. It stands between a wrong path and the memory of the machine.
-_MAX_FILE_SIZE: Final = 64 * 1024**2
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 # The system takes no NUL. UTF-8, and so a C++ or Go program, has no lone surrogates.
-Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\x00\ud800-\udfff]*$")]
+_TEXT: Final = re.compile(r"^[^\x00\ud800-\udfff]+$")
+Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=_TEXT.pattern)]
 Texts: TypeAlias = tuple[Text, ...]
 
 
@@ -268,8 +265,8 @@ def read(config_pth: ConfigLike) -> Config:
     >>> config.subscriber("sub").in_queue
     'q'
 
-    :param config_pth: path to the file, at most 64 MiB of JSON in UTF-8; or a dictionary with the
-        content of a file; or a :py:class:`Config`, which is returned
+    :param config_pth: path to the file, JSON in UTF-8; or a dictionary with the content of a
+        file; or a :py:class:`Config`, which is returned
     :return: the checked configuration
     :raise ConfigError: if anything is wrong
     :raise ConfigNotFoundError: if there is no such file; it is a ``FileNotFoundError``, too
@@ -285,8 +282,7 @@ def read(config_pth: ConfigLike) -> Config:
             fail(path, [f"Expected what JSON can express, but got: {error}"])
     try:
         with open(path, "rb") as file:
-            # Not by its size, which is 0 in /proc.
-            return parse(file.read(_MAX_FILE_SIZE + 1), path)
+            return parse(file.read(), path)
     except (OSError, ValueError) as error:
         kind = persipubsub.errors.ConfigError
         if isinstance(error, FileNotFoundError):
@@ -308,7 +304,7 @@ def parse(text: bytes, config_pth: str | os.PathLike[str]) -> Config:
     ...
     persipubsub.errors.ConfigError: /etc/config.json: queues: Expected an object, but got: []
 
-    :param text: content, at most 64 MiB of JSON in UTF-8
+    :param text: content, JSON in UTF-8
     :param config_pth: named in errors, and where relative paths start; need not exist
     :return: the checked configuration
     :raise ConfigError: if anything is wrong
@@ -317,8 +313,6 @@ def parse(text: bytes, config_pth: str | os.PathLike[str]) -> Config:
     if not isinstance(text, bytes):
         raise TypeError(f"Expected text as bytes, but got: {_shown(text)}")
     path = _path_of(config_pth)
-    if len(text) > _MAX_FILE_SIZE:
-        fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
@@ -491,11 +485,8 @@ def _path_of(config_pth: ConfigLike) -> pathlib.Path:
         # An integer would be taken for a descriptor: 0 is the standard input.
         raise TypeError("Expected config_pth as a path, a dictionary or a persipubsub.config.Config"
                         f", but got: {_shown(config_pth)}")
-    try:
-        # Not os.path.abspath: "link/../config.json" would become another file.
-        return pathlib.Path(name).absolute()
-    except OSError:  # the working directory was removed
-        return pathlib.Path(name)
+    # Not os.path.abspath: "link/../config.json" would become another file.
+    return pathlib.Path(name).absolute()
 
 
 class _Object(dict[str, Any]):
@@ -631,13 +622,11 @@ class _Checker:
 
     def check_identifier(self, found: Any, place: str) -> bool:
         """Check the identifier of a publisher or a subscriber, return True if it is right."""
-        try:
-            size = len(msgspec.convert(found, Text).encode("utf-8"))
-        except msgspec.ValidationError:
-            size = 0
         # A subscriber with the name of another key of the file could not have an entry.
         reserved = RESERVED_SUBSCRIBER_IDS | {"queues", "$schema"}
-        is_right = 0 < size <= _MAX_IDENTIFIER_SIZE and found not in reserved
+        is_right = (isinstance(found, str) and _TEXT.fullmatch(found) is not None
+                    and len(found.encode("utf-8")) <= _MAX_IDENTIFIER_SIZE
+                    and found not in reserved)
         if not is_right:
             limits = f"1 to {_MAX_IDENTIFIER_SIZE} bytes in UTF-8, no NUL, no lone surrogates"
             self.add(place, f"an identifier ({limits}, not reserved)", found)

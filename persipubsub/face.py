@@ -571,7 +571,8 @@ def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     :raise ValueError: if they are no such numbers
     """
     seconds = seconds_of(timeout)
-    check_count("retries", retries)
+    if type(retries) is not int or retries < 1:  # pylint: disable=unidiomatic-typecheck
+        check_count("retries", retries)  # only now: a receive has few calls that cost as much
     return seconds, 1.0 if seconds is None else seconds / retries
 
 

@@ -9,7 +9,6 @@ time; many processes may have the same queue open.
 import contextlib
 import functools
 import importlib
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeVar
@@ -180,14 +179,10 @@ class Queue:
         writer = self._writers.setdefault(
             subscriber, dead_letters.DeadLetterWriter(self.path, subscriber, retries))
         looks = pending.Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
-        consumer = consuming.Consumer(opened, self._claims, self._ending, looks, self.drop_expired,
-                                      writer, self.waits_for_room)
+        consumer = consuming.Consumer(opened, self._claims, self._ending, looks,
+                                      self._room.drop_expired, writer, self.waits_for_room)
         consumer.counts = consumer.counts and is_delivery
         return consumer
-
-    def front(self, subscriber: str) -> bytes | None:
-        """Look at the next message of a subscriber without taking it."""
-        return self.consumer(subscriber).front()
 
     def skip_to_newest(self, subscriber: str) -> int:
         """Acknowledge all messages of a subscriber but the newest one; return how many."""
@@ -252,14 +247,6 @@ class Queue:
         """Let what was put so far survive a power failure, where putting does not do that."""
         self._environment.secure_now()
 
-    def drop_expired(self) -> int:
-        """Drop the messages that are older than the queue's timeout; return how many."""
-        self._check_open()
-        dropped = self._room.drop_expired()
-        if dropped:
-            self._opened.notifier.notify()
-        return dropped
-
     def delete_finished(self) -> int:
         """Delete all messages that all subscribers acknowledged, in many short transactions."""
         self._check_open()
@@ -267,8 +254,9 @@ class Queue:
 
     def prune(self) -> int:
         """Drop the messages that are too old, and delete those that are finished."""
-        dropped = self.drop_expired()
-        self.delete_finished()
+        self._check_open()
+        dropped = self._room.drop_expired()
+        self._room.delete_finished()
         return dropped
 
     def clear(self) -> int:
@@ -311,14 +299,8 @@ def directory_of(config: Config, queue_key: str) -> str:
 
 def ensure_queue(config: Config, queue_key: str) -> None:
     """Create a queue and its subscribers, as far as they are not there, and store its settings."""
-    sources = [
-        found.in_queue for found in config.subscribers.values()
-        if found.dead_letter_queue == queue_key
-    ]
-    for key in (queue_key, *sources):
-        _retries_of(config, key)  # which checks them
     subscribers = list(config.queues[queue_key].subscribers)
-    if sources:
+    if any(one.dead_letter_queue == queue_key for one in config.subscribers.values()):
         # Operators look at the queue as this subscriber. It keeps messages that no other one needs.
         subscribers.append(persipubsub.config.DEAD_LETTERS)
     from_beginning = [
@@ -353,23 +335,14 @@ def check_durability(config: Config, queue_key: str) -> tuple[str, ...]:
 def _retries_of(config: Config, queue_key: str) -> Mapping[str, Retries]:
     """Take from a configuration what subscribers do with messages that fail."""
     found = {}
-    directory = directory_of(config, queue_key)
     for subscriber in config.subscribers.values():
-        target = subscriber.dead_letter_queue
         if subscriber.in_queue != queue_key:
             continue
-        open_target = None
+        target, open_target = subscriber.dead_letter_queue, None
         if target:
-            place = directory_of(config, target)
-            # By a link it may be the same: it would give up into itself, again and again.
-            if os.path.realpath(place) == os.path.realpath(directory):
-                persipubsub.config.fail(config.path, [
-                    f"queues.{target}.path: Expected another directory than that of "
-                    f"queues.{queue_key}.path, but got: {place!r}, the same one ({target!r} is the "
-                    f"dead_letter_queue of {subscriber.identifier!r})"
-                ])
             # Without the retries of that queue: they may lead back to this one.
-            open_target = functools.partial(Queue, place, config.queues[target])
+            open_target = functools.partial(Queue, directory_of(config, target),
+                                            config.queues[target])
         policy = attempts.Policy(subscriber.max_deliveries, int(subscriber.retry_delay_secs * 1e9))
         found[subscriber.identifier] = Retries(policy, queue_key, open_target)
     return found
