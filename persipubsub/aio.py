@@ -10,8 +10,8 @@ Any number of tasks may use an object, as may several loops in several threads, 
 Any loop works whose ``call_soon_threadsafe`` does the same as in ``asyncio``.
 
 Cancelling a task loses nothing, and leaves no message claimed. Messages are sent and received in
-order. There is one exception: when a cancelled task gives a message back, other tasks may already
-have later messages.
+order, with one exception: when a cancelled task gives a message back, other tasks may already have
+later ones.
 """
 
 import asyncio
@@ -39,17 +39,17 @@ ResultT = TypeVar("ResultT")
 
 Take: TypeAlias = Callable[[], Awaitable[Lease | None]]
 
-#: Threads of the process for all queues: a write may wait for another process for long.
+#: Threads of the process, for all queues. Many, as a write may wait long for another process.
 _THREADS: Final = 32
 
-#: Most messages, and bytes, of one commit: other processes must get their turn.
+#: Most messages and bytes of one commit, so that other processes get their turn.
 _MOST_MESSAGES: Final = 512
 _MOST_BYTES: Final = 1 << 23
 
-#: Messages or batches that one look takes at most, so that the first task does not wait for all.
+#: A look takes at most so many messages or batches: the first task gets its own only after it.
 _MOST_TAKEN: Final = 16
 
-#: Time between two attempts of a task that waits for room, in seconds.
+#: A task that waits for room tries again after so many seconds.
 _ROOM_SECS: Final = 0.02
 
 
@@ -63,7 +63,7 @@ os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]":
-    """Have a call made in a thread; without one, as at the end of the interpreter, it fails."""
+    """Make a call in a thread. If no thread can be started, the future fails."""
     try:
         return _executor().submit(call)
     except RuntimeError as error:
@@ -73,7 +73,7 @@ def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]"
 
 
 def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> None:
-    """Have a function called in the thread of a loop, unless that was closed."""
+    """Call a function in the thread of a loop; do nothing if the loop was closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *given)
 
@@ -92,7 +92,9 @@ def _settle(future: "asyncio.Future[Any]",
 
 async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = None) -> ResultT:
     """
-    Make a call in a thread. It is made to its end even if the task is cancelled; then it is undone.
+    Make a call in a thread, and wait for it.
+
+    If the task is cancelled, the call still runs to its end; then ``undo`` is called.
 
     Not ``asyncio.shield`` around ``asyncio.wrap_future``, which takes up to twice as long.
     """
@@ -144,10 +146,10 @@ class _Handle(persipubsub.face.Handle[persipubsub.face.OpenT]):
 
 class _Outbox:
     """
-    What the tasks of one loop send to a queue. Used in the thread of the loop only.
+    Messages that the tasks of one loop send to a queue. Used in the thread of the loop only.
 
-    A thread puts what came in one round of the loop, then what came meanwhile: a thousand tasks
-    share a commit, and what they send stays in order.
+    One thread at a time puts all that the tasks sent meanwhile. So a thousand tasks share a commit,
+    and their messages stay in order.
     """
 
     def __init__(self, queue: persipubsub.engine.TaskQueue,
@@ -163,7 +165,7 @@ class _Outbox:
         self._waiting.append((sending, future))
         if not self._is_busy:
             self._is_busy = True
-            # When all tasks that can run now have run: otherwise the first one would go alone.
+            # After all tasks that can run now: otherwise the first message would be sent alone.
             self._loop.call_soon(self._start)
         await future
 
@@ -342,9 +344,9 @@ class _Line:
     """
     Tasks of one loop that wait for messages of a consumer, first come, first served.
 
-    One thread looks for all of them, when the engine calls back; nothing else waits but the loop.
-    A lock, held by the one task that looks, was rejected: each message took a thread of its own,
-    and 16 tasks received half as much.
+    When the engine calls back, one thread looks at the queue for all of them. No thread waits.
+    Rejected: a lock that is held by the one task that looks. Each message then needs a call in a
+    thread, and 16 tasks received half as much.
     """
 
     def __init__(self, consumer: persipubsub.engine.TaskConsumer, is_newest: bool,
@@ -354,7 +356,7 @@ class _Line:
         self._loop = loop
         self._waiters: list[_Waiter] = []
         self._is_looking = False
-        self._is_due = False  # something came since the look began
+        self._is_due = False  # there is a reason for another look since the last one began
         self._listener: persipubsub.engine.Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -368,13 +370,13 @@ class _Line:
         try:
             return await future
         except BaseException:
-            # Cancelled in the moment in which it got messages.
+            # The task was cancelled after it was given messages.
             if future.done() and not future.cancelled() and future.exception() is None:
                 _give_back(future.result())
             raise
 
     def _look(self) -> None:
-        """Look at the queue in a thread, now or after the look that is under way."""
+        """Look at the queue in a thread, now or when the present look has ended."""
         self._is_due = True
         if self._is_looking or not self._waiters:
             return
@@ -383,12 +385,12 @@ class _Line:
             self._timer.cancel()
         waiters = list(self._waiters)
         leases: list[Lease] = []
-        # If the loop is closed by then, the leases are dropped, which gives the messages back.
+        # If the loop is closed meanwhile, the leases are dropped, which gives the messages back.
         _submit(functools.partial(self._take, waiters[:_MOST_TAKEN], leases)).add_done_callback(
             lambda done: _post(self._loop, self._hand_out, waiters, leases, done))
 
     def _take(self, waiters: list[_Waiter], leases: list[Lease]) -> float | None:
-        """Take for waiters; if there is too little, return the seconds until the next look."""
+        """Take for each waiter; return the seconds until the next look if there was too little."""
         for waiter in waiters:
             lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
             if lease is None:
@@ -397,7 +399,7 @@ class _Line:
                     listener = self.consumer.listen(lambda: _post(self._loop, self._look))
                     self._listener = listener
                 listener.arm()
-                # What came before it was armed.
+                # A message may have come before the listener was armed.
                 lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
             if lease is None:
                 return pause
@@ -424,7 +426,7 @@ class _Line:
         if error is not None:
             self._forget_listener()  # the queue may be closed
         if isinstance(error, persipubsub.errors.CorruptMessageError):
-            del rest[1:]  # it was set aside, and concerns nobody else
+            del rest[1:]  # the message was set aside: the next waiter gets the one after it
         now = self._loop.time()
         for waiter in rest:
             if error is not None or (pause is not None and waiter.deadline <= now):
@@ -438,15 +440,15 @@ class _Line:
             self._timer = self._loop.call_later(pause, self._look)
 
     def close(self) -> None:
-        """Let all tasks fail, once the queue is closed. Any thread may call it."""
+        """Let all waiting tasks fail, after the queue was closed. Any thread may call it."""
         self._forget_listener()
         _post(self._loop, self._look)
 
 
 def _give_back(lease: Lease | None) -> None:
-    """Have messages given back that nobody waits for."""
+    """Give back messages for which no task waits any more."""
     if lease is not None:
-        _submit(lease.nack)  # which fails if the queue was closed: that gave them back
+        _submit(lease.nack)  # it fails if the queue was closed, which gave them back
 
 
 async def _end(endings: Sequence[Ending]) -> None:
@@ -521,7 +523,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
         if error is None:
             await self._end(self._finish(self._given))
         else:
-            # What the block raised matters more.
+            # The exception of the block matters more.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 await self._end(self._finish(self._given - 1, error))
 
@@ -561,7 +563,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
         await self._end(self._finish(self._given - 1))
 
     def __del__(self) -> None:
-        """Do not keep messages from others that a loop left behind."""
+        """Give back the messages of a loop that was left."""
         if getattr(self, "_lease", None) is not None:
             _submit(functools.partial(persipubsub.face.end, self._finish(self._given - 1)))
 
@@ -635,7 +637,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         """
         loop = asyncio.get_running_loop()
         try:
-            # What tasks of this loop began that were cancelled.
+            # Acknowledgements of tasks that were cancelled.
             if endings := [ending for ending in self._endings if ending.get_loop() is loop]:
                 await asyncio.wait(endings)
         finally:
@@ -646,14 +648,14 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         self._leave(None if opened is None else opened.consumer)
 
     def _leave(self, consumer: persipubsub.engine.Consumer | None) -> None:
-        """Let those fail who wait for messages of another consumer, or in a closed loop."""
+        """Let tasks fail that wait for messages of another consumer, or in a closed loop."""
         for key, line in list(self._lines.items()):
             if line.consumer is not consumer or key[0].is_closed():
                 self._lines.pop(key, None)
                 line.close()
 
     async def _end(self, endings: Sequence[Ending]) -> None:
-        """End leases, to the end even if the task is cancelled."""
+        """End messages; the task may be cancelled, all of them are ended nevertheless."""
         if endings:
             task = asyncio.ensure_future(_end(endings))
             self._endings.add(task)

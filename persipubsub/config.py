@@ -37,8 +37,8 @@ DEAD_LETTERS: Final = "dead_letters"
 RESERVED_SUBSCRIBER_IDS: Final = frozenset(
     {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db", DEAD_LETTERS})
 
-#: Prefix of the ids of publishers that the library makes up for itself; no file can have them. They
-#: name their subscribers even if these are all of the file, since a queue may have more.
+#: Prefix of the ids of publishers that the library makes up; no file can have them. They name their
+#: subscribers even if these are all of the file, since a queue may have more.
 MADE_UP: Final = "\0"
 
 _MAX_IDENTIFIER_SIZE: Final = 255  # bytes in UTF-8
@@ -259,7 +259,7 @@ def read(config_pth: ConfigLike) -> Config:
 
     Any number of threads and processes may read at the same time; nothing is written. Replace the
     file by renaming: one that is overwritten in place may be read half. It blocks as long as the
-    disk, or who writes to a FIFO, takes.
+    disk takes, or the writer of a FIFO.
 
     >>> config = read({"sub": {"in_queue": "q"}, "queues": {"q": {"subscribers": ["sub"]}}})
     >>> config.subscriber("sub").in_queue
@@ -446,7 +446,7 @@ def _meant(found: object, known: Iterable[str]) -> str:
     """Suggest the name that is most like the one that was found."""
     if not isinstance(found, str):
         return ""
-    # Imported late: few need it, and it would slow down each start of a program.
+    # Imported late: it is needed for an error only, and slows down the start of a program.
     import difflib  # pylint: disable=import-outside-toplevel
 
     alike = {name[:100].casefold().replace("-", "_"): name for name in known}
@@ -472,12 +472,12 @@ def _expected(annotation: Any) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return what JSON can express of a value in a dictionary."""
+    """Return a member of an enumeration, or a path, as what JSON can express."""
     return value.value if isinstance(value, enum.Enum) else os.fspath(value)  # type: ignore
 
 
 def _path_of(config_pth: ConfigLike) -> pathlib.Path:
-    """Return what errors name, and beside which relative paths start."""
+    """Return the path that errors name; relative paths of queues start in its directory."""
     if isinstance(config_pth, Config):
         return config_pth.path
     name: object = "<dictionary>" if isinstance(config_pth, Mapping) else config_pth
@@ -490,7 +490,7 @@ def _path_of(config_pth: ConfigLike) -> pathlib.Path:
 
 
 class _Object(dict[str, Any]):
-    """JSON object that remembers the keys that are there more than once."""
+    """JSON object that remembers its repeated keys."""
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -500,7 +500,7 @@ class _Object(dict[str, Any]):
 
 @functools.cache
 def _fields(*kinds: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
-    """Return the fields of an object of the file; to compute them takes longer than to read it."""
+    """Return the fields by key. Cached: to compute them takes longer than to read the file."""
     return {
         field.encode_name: field
         for kind in kinds
@@ -510,9 +510,9 @@ def _fields(*kinds: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldI
 
 class _Checker:
     """
-    Collects the problems of a file, and what is right of it.
+    Collects the problems of a file, and the objects without problems.
 
-    msgspec checks each value; the objects are walked through here, since it would stop at the first
+    msgspec checks each value. The objects are walked through here, since msgspec stops at the first
     problem.
     """
 
@@ -521,8 +521,8 @@ class _Checker:
         self.problems: list[str] = []
         self.publishers: dict[str, Publisher] = {}
         self.subscribers: dict[str, Subscriber] = {}
-        # None in the place of a wrong queue. None as a whole if the file has no queues: references
-        # to them are not reported, too.
+        # By key; None for a queue with a problem. If the file has no queues at all, this is None,
+        # and references to queues are not reported.
         self.queues: dict[str, Any] | None = None
 
     def add(self, place: str, expected: str, found: Any, hint: str = "") -> None:
@@ -720,6 +720,6 @@ class _Checker:
             self.add(place, "directories, or servers, for this queue and 'in_queue' alike", letters)
         for publisher in self.publishers.values():
             if publisher.out_queue == letters:
-                # Its messages would be taken for dead letters.
+                # The messages would be taken for dead letters.
                 self.add(place, "a queue that nobody publishes to", letters,
                          f" (which {_shown(publisher.identifier)} does)")

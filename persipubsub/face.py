@@ -1,8 +1,7 @@
 """
 What the blocking classes and those of :py:mod:`persipubsub.aio` have in common.
 
-What a user gives is checked here, once for both. How the messages of a loop end is decided here as
-well.
+Arguments are checked here, and it is decided here how the messages of a loop end.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ Take: TypeAlias = Callable[[], Any]
 ContentT = TypeVar("ContentT")
 ResultT = TypeVar("ResultT")
 
-#: A timeout of more than 30 years is none; an integer may be too large for a float.
+#: A longer timeout, of 30 years, is taken for none: an integer may be too large for a float.
 _FOREVER_SECS: Final = 1e9
 
 
@@ -64,7 +63,7 @@ class Target(NamedTuple):
     def batches(
         self, msgs: Iterable[BytesLike], msg_ids: Sequence[MessageId | None] | None
     ) -> list[tuple[list[bytes], persipubsub.engine.MessageIds]]:
-        """Check what is to be sent before any of it is; return what each commit puts."""
+        """Check all messages before the first one is sent; return what each commit puts."""
         messages = encode_all(msgs)
         ids = None if msg_ids is None else encode_ids(msg_ids, count=len(messages))
         if not self.autosync:
@@ -106,9 +105,9 @@ OpenT = TypeVar("OpenT", Target, Source)
 
 class Handle(Generic[OpenT]):
     """
-    Publisher or subscriber: at most one open queue, while any thread opens and closes it.
+    Publisher or subscriber: has at most one open queue. Any thread may open and close it.
 
-    No lock: a forked child would wait for ever for one that another thread held.
+    It has no lock: if another thread holds a lock during a fork, the child waits for it for ever.
     """
 
     _kind: type[OpenT]
@@ -132,7 +131,7 @@ class Handle(Generic[OpenT]):
         return opened
 
     def _replace(self, opened: OpenT | None) -> None:
-        """Close what is open, and use something else in its place."""
+        """Close what is open, and use this in its place."""
         old, self._opened = self._opened, opened
         if opened is not None:
             self._name = f"{opened.name}, "
@@ -357,14 +356,14 @@ class Ending(NamedTuple):
 
 
 def end(endings: Sequence[Ending]) -> None:
-    """End messages, one part after the other, each whatever becomes of the one before."""
+    """End messages, one part after the other, also if the part before fails."""
     with contextlib.ExitStack() as stack:
         for lease, method, given in reversed(endings):
             stack.callback(getattr(lease, method), *given)
 
 
 def refuse() -> NoReturn:
-    """Take the place of what takes messages for a block, once it did."""
+    """Replace the function that takes messages, after a block was entered."""
     raise ValueError("Expected a receipt for one block, but got: a second one. Receive again.")
 
 
@@ -391,7 +390,7 @@ class Block(Generic[ContentT]):
         self._lease: Lease | None = None
 
     def _hold(self, lease: Lease | None) -> ContentT:
-        """Return what the block gets of what was taken."""
+        """Return what the block gets: of one message or several, bytes or details."""
         self._lease = lease
         contents: Any = []
         if lease is not None:
@@ -452,7 +451,7 @@ class Batch(Generic[ContentT]):
         return items[0]  # type: ignore[no-any-return]
 
     def _acknowledged(self) -> list[Ending]:
-        """End what the loop got so far, the message at hand included; the rest stays."""
+        """Acknowledge what the loop got so far, the message at hand included; keep the rest."""
         lease, given = self._lease, self._given
         if lease is None or not 0 < given < len(self._items):
             return self._finish(given)
@@ -460,13 +459,13 @@ class Batch(Generic[ContentT]):
         return [Ending(lease, "ack", [given])]
 
     def _finish(self, handled: int, error: BaseException | None = None) -> list[Ending]:
-        """End all: what was handled, the message that the error is about, and the rest."""
+        """Acknowledge what was handled, give back the message of the error, then the rest."""
         lease, count, given = self._lease, len(self._items), self._given
         self._lease, self._items, self._given = None, [], 0
         endings = []
         if lease is not None and handled > 0:
             endings.append(Ending(lease, "ack", [handled]))
-        # Without any given, the message that failed was acknowledged before.
+        # If none is given, acknowledge() was called for the message that failed.
         if lease is not None and error is not None and given > 0:
             endings.append(Ending(lease, "nack", [error, 1]))
         if lease is not None and handled < count:
@@ -572,7 +571,7 @@ def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     """
     seconds = seconds_of(timeout)
     if type(retries) is not int or retries < 1:  # pylint: disable=unidiomatic-typecheck
-        check_count("retries", retries)  # only now: a receive has few calls that cost as much
+        check_count("retries", retries)  # only then: each receive would pay for the call
     return seconds, 1.0 if seconds is None else seconds / retries
 
 

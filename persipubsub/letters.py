@@ -14,7 +14,7 @@ from persipubsub.message import DeadLetter
 
 __all__ = ["ListedDeadLetter", "queues_of", "look", "drop", "send_back"]
 
-#: So many are read at once.
+#: So many dead letters are read at once.
 _PAGE: Final = 100
 
 
@@ -75,12 +75,12 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Sequence[i
     done: list[int] = []
     with persipubsub.queue.open_queue(config, queue_key) as queue:
         consumer = queue.consumer(persipubsub.config.DEAD_LETTERS)
-        # Those that come back meanwhile are not sent back again.
+        # A letter that comes back meanwhile is not sent back again.
         end = queue.statistics().next_number
         if numbers is None:
             numbers = [listed.number for listed in look(config, queue_key)]
         for number in list(map(operator.index, numbers)):  # all of them are checked first
-            # Nothing else exists, and a claim can not hold every number.
+            # No other number is in use, and larger ones can not be claimed.
             lease = consumer.take_at(number) if 0 < number < end else None
             if lease is not None:
                 # After an error, closing the queue gives it back.

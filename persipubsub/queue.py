@@ -68,7 +68,7 @@ class Queue:
             raise
         #: True if publishers wait for room in a full queue.
         self.waits_for_room = self._room.strategy is persipubsub.config.Strategy.BLOCK
-        # Stored, so that a send passes one method less.
+        # Stored, as the attribute of an attribute takes longer.
         self._put = self._sender.put
 
     @staticmethod
@@ -107,7 +107,7 @@ class Queue:
         return f"<Queue {self.path!r}, {'closed' if self._ending.is_closed else 'open'}>"
 
     def close(self) -> None:
-        """Close the queue; it may be closed twice. What was put stays; what is claimed is given back."""
+        """Close the queue; it may be closed twice. Messages that are claimed are given back."""
         with self._ending.lock:
             if self._ending.is_closed:
                 return
@@ -152,7 +152,7 @@ class Queue:
         return self._put(messages, recipients, timeout, msg_ids)
 
     def put_each(self, sendings: Sequence[sending.Sending]) -> list[BaseException | None]:
-        """Do what a :py:meth:`put` of each would do, in as few commits as can be; wait for no room."""
+        """Put each, all or nothing, in as few commits as possible; never wait for room."""
         self._check_open()
         return self._sender.put_each(sendings)
 
@@ -175,7 +175,7 @@ class Queue:
         """
         opened = self._environment
         retries = self._retries.get(subscriber, Retries())
-        # One for all consumers of the subscriber: it remembers that a message could not be moved.
+        # All consumers of a subscriber share it: it remembers that a message could not be moved.
         writer = self._writers.setdefault(
             subscriber, dead_letters.DeadLetterWriter(self.path, subscriber, retries))
         looks = pending.Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
@@ -194,15 +194,16 @@ class Queue:
 
     def seek(self, subscriber: str, to: Place) -> int:
         """Let a subscriber go on from another place, in one transaction and durably."""
-        # Checked before anything is looked at. The beginning is where the oldest message is.
+        # Checks ``to``. The beginning is the oldest message, of whatever age.
         wall_ns = 0 if to == "beginning" else persipubsub.message.since_ns(to)
 
         def work(tx: Tx) -> int:
             if wall_ns is None:
                 number = fmt.MAX_NUMBER if to == "end" else int(to)  # type: ignore[arg-type]
             else:
-                # Times are given on the wall clock, while the log has those of the queue's clock,
-                # which nobody sets: they are compared by age. What is too old would only be dropped.
+                # ``to`` is a time of the wall clock. The log has times of the queue's clock, which
+                # nobody sets. So they are compared by age. Messages that are older than the timeout
+                # would only be dropped.
                 age_ns = min(time.time_ns() - wall_ns, self._room.timeout_ns)
                 number = positions.beginning(tx, self._now_ns() - age_ns)
             return positions.seek(tx, subscriber.encode("utf-8"), number)
@@ -212,7 +213,7 @@ class Queue:
     # Looking after the queue
 
     def pause(self, subscriber: str, is_paused: bool = True) -> bool:
-        """Let the consumers of a subscriber wait, or go on, durably; return False if it is so already."""
+        """Stop delivery to a subscriber, or resume it, durably; return False if nothing changed."""
         return self._change(positions.set_paused, subscriber.encode("utf-8"), is_paused)
 
     def delete(self, subscriber: str, number: int) -> bool:
@@ -234,7 +235,7 @@ class Queue:
         return lag
 
     def _change(self, work: Callable[..., ResultT], *args: object) -> ResultT:
-        """Change something durably, and let all look at the queue again."""
+        """Change something durably, and wake all consumers and senders."""
         opened = self._environment
         result = opened.write(work, *args, makes_room=True)
         for held in list(opened.held.values()):
@@ -244,7 +245,7 @@ class Queue:
         return result
 
     def secure(self) -> None:
-        """Let what was put so far survive a power failure, where putting does not do that."""
+        """Flush what was put so far, for queues in which a put does not."""
         self._environment.secure_now()
 
     def delete_finished(self) -> int:
@@ -327,7 +328,7 @@ def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
 
 
 def check_durability(config: Config, queue_key: str) -> tuple[str, ...]:
-    """Look whether a queue is less durable than its configuration says: it never is."""
+    """Return no warning: a directory is as durable as the configuration says."""
     del config, queue_key
     return ()
 

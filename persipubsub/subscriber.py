@@ -80,7 +80,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
         if error is None:
             self._end(self._finish(self._given))
         else:
-            # What the block raised matters more.
+            # The exception of the block matters more.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 self._end(self._finish(self._given - 1, error))
 
@@ -120,7 +120,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
         self._end(self._finish(self._given - 1))
 
     def __del__(self) -> None:
-        """Do not keep messages from others that a loop left behind."""
+        """Give back the messages of a loop that was left."""
         if getattr(self, "_lease", None) is not None:
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 self.close()
