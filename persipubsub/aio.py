@@ -30,7 +30,7 @@ import persipubsub.errors
 import persipubsub.face
 import persipubsub.statistics
 from persipubsub.engine import Lease, Sending
-from persipubsub.face import BytesLike, ContentT, Ending, MessageId
+from persipubsub.face import BytesLike, ContentT, MessageId, Parts
 from persipubsub.message import Message
 
 __all__ = ["Messages", "Pub", "Receipt", "Sub"]
@@ -451,12 +451,12 @@ def _give_back(lease: Lease | None) -> None:
         _submit(lease.nack)  # it fails if the queue was closed, which gave them back
 
 
-async def _end(endings: Sequence[Ending]) -> None:
-    if not hasattr(endings[0].lease, "aack"):
-        await _run(functools.partial(persipubsub.face.end, endings))
+async def _end(lease: Lease | None, parts: Parts) -> None:
+    if not hasattr(lease, "aack"):
+        await _run(functools.partial(persipubsub.face.end, lease, parts))
         return
     async with contextlib.AsyncExitStack() as stack:
-        for lease, method, given in reversed(endings):
+        for method, given in reversed(parts):
             stack.push_async_callback(getattr(lease, f"a{method}"), *given)
 
 
@@ -470,7 +470,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
 
     __slots__ = ()
 
-    _prefix = "async "
+    _expected = "Expected a receipt in a block (async with sub.receive() as msg: ...)"
 
     async def __aenter__(self) -> ContentT:
         """
@@ -485,8 +485,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
                         traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         if self._lease is not None:
-            method, given = ("ack", []) if error is None else ("nack", [error])
-            await self._end([Ending(self._lease, method, given)])
+            await self._end(self._lease, [("ack", []) if error is None else ("nack", [error])])
 
 
 class Messages(persipubsub.face.Batch[ContentT]):
@@ -521,11 +520,11 @@ class Messages(persipubsub.face.Batch[ContentT]):
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         if error is None:
-            await self._end(self._finish(self._given))
+            await self._end(*self._finish(self._given))
         else:
             # The exception of the block matters more.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                await self._end(self._finish(self._given - 1, error))
+                await self._end(*self._finish(self._given - 1, error))
 
     def __aiter__(self) -> Self:
         """
@@ -546,7 +545,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
             item = self._items[self._given]
             self._given += 1
             return item
-        await self._end(self._finish(self._given))
+        await self._end(*self._finish(self._given))
         lease = None if self._is_done else await self._take()
         if lease is None:
             self._is_done = True
@@ -555,17 +554,17 @@ class Messages(persipubsub.face.Batch[ContentT]):
 
     async def acknowledge(self) -> None:
         """Acknowledge now what was handled, and the message at hand; it may be repeated."""
-        await self._end(self._acknowledged())
+        await self._end(*self._acknowledged())
 
     async def aclose(self) -> None:
         """Give the message at hand back as if it had not been delivered, and end."""
         self._is_done = True
-        await self._end(self._finish(self._given - 1))
+        await self._end(*self._finish(self._given - 1))
 
     def __del__(self) -> None:
         """Give back the messages of a loop that was left."""
         if getattr(self, "_lease", None) is not None:
-            _submit(functools.partial(persipubsub.face.end, self._finish(self._given - 1)))
+            _submit(functools.partial(persipubsub.face.end, *self._finish(self._given - 1)))
 
 
 class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | None],
@@ -654,10 +653,10 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
                 self._lines.pop(key, None)
                 line.close()
 
-    async def _end(self, endings: Sequence[Ending]) -> None:
+    async def _end(self, lease: Lease | None, parts: Parts) -> None:
         """End messages; the task may be cancelled, all of them are ended nevertheless."""
-        if endings:
-            task = asyncio.ensure_future(_end(endings))
+        if parts:
+            task = asyncio.ensure_future(_end(lease, parts))
             self._endings.add(task)
             task.add_done_callback(self._endings.discard)
             await asyncio.shield(task)

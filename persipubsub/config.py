@@ -50,7 +50,7 @@ Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=_TEXT.patter
 Texts: TypeAlias = tuple[Text, ...]
 
 
-class Strategy(enum.Enum):
+class Strategy(enum.StrEnum):
     """Choose what happens when a queue passes its high-water mark."""
 
     #: Drop the oldest messages.
@@ -63,7 +63,7 @@ class Strategy(enum.Enum):
     BLOCK = "block"
 
 
-class Durability(enum.Enum):
+class Durability(enum.StrEnum):
     """Choose how safe a message is when ``send`` returns."""
 
     #: On the disk: it survives a power failure.
@@ -72,7 +72,7 @@ class Durability(enum.Enum):
     OS = "os"
 
 
-class StartFrom(enum.Enum):
+class StartFrom(enum.StrEnum):
     """Choose what a new subscriber gets of the messages that are in the queue already."""
 
     #: Nothing: only what is sent from then on.
@@ -277,7 +277,7 @@ def read(config_pth: ConfigLike) -> Config:
     path = _path_of(config_pth)
     if isinstance(config_pth, Mapping):
         try:
-            return parse(json.dumps(dict(config_pth), default=_plain).encode(), path)
+            return parse(json.dumps(dict(config_pth), default=os.fspath).encode(), path)
         except (TypeError, ValueError, RecursionError) as error:
             fail(path, [f"Expected what JSON can express, but got: {error}"])
     try:
@@ -471,11 +471,6 @@ def _expected(annotation: Any) -> str:
 # Reading
 
 
-def _plain(value: object) -> object:
-    """Return a member of an enumeration, or a path, as what JSON can express."""
-    return value.value if isinstance(value, enum.Enum) else os.fspath(value)  # type: ignore
-
-
 def _path_of(config_pth: ConfigLike) -> pathlib.Path:
     """Return the path that errors name; relative paths of queues start in its directory."""
     if isinstance(config_pth, Config):
@@ -550,9 +545,7 @@ class _Checker:
             }
             self.check_paths(self.queues)
         for key, entry in found.items():
-            if key == "$schema":
-                self.check_value(Text, entry, key)
-            elif key != "queues":
+            if key not in ("$schema", "queues"):
                 self.check_entry(key, entry)
         for publisher in self.publishers.values():
             self.check_publisher(publisher)

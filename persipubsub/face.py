@@ -346,19 +346,14 @@ class Receiver(Handle[Source], Generic[OneT, DetailedOneT, ManyT, DetailedManyT,
 
 # Messages that were taken
 
-
-class Ending(NamedTuple):
-    """How the next messages of a lease are ended: the method of the lease, its arguments."""
-
-    lease: Lease
-    method: str
-    given: Sequence[Any]
+#: How the messages of a lease end, part by part: the method of the lease, and its arguments.
+Parts: TypeAlias = Sequence[tuple[str, Sequence[Any]]]
 
 
-def end(endings: Sequence[Ending]) -> None:
+def end(lease: Lease | None, parts: Parts) -> None:
     """End messages, one part after the other, also if the part before fails."""
     with contextlib.ExitStack() as stack:
-        for lease, method, given in reversed(endings):
+        for method, given in reversed(parts):
             stack.callback(getattr(lease, method), *given)
 
 
@@ -372,7 +367,7 @@ class Block(Generic[ContentT]):
 
     __slots__ = ("_take", "_end", "_details", "_is_batch", "_lease")
 
-    _prefix = ""  #: of the statement in which it is used
+    _expected = "Expected a receipt in a block (with sub.receive() as msg: ...)"
 
     def __init__(self, take: Take, ender: Any, details: bool, is_batch: bool = False) -> None:
         """
@@ -399,28 +394,22 @@ class Block(Generic[ContentT]):
             contents = contents[0] if contents else None
         return contents  # type: ignore[no-any-return]
 
-    def _form(self) -> str:
-        called = "receive_many(100) as msgs" if self._is_batch else "receive() as msg"
-        return f"{self._prefix}with sub.{called}: ..."
-
     def __bool__(self) -> bool:
         """
         Refuse to be taken for a message.
 
         :raise TypeError: always
         """
-        raise TypeError(f"Expected a receipt in a block ({self._form()}), but got: its truth "
-                        "value, which tells nothing about a message")
+        raise TypeError(
+            f"{self._expected}, but got: its truth value, which tells nothing about messages")
 
     def __del__(self) -> None:
         """Warn if no message was ever received."""
         if self._take is not refuse:
-            warnings.warn(
-                f"Expected a receipt in a block ({self._form()}), but got: it was never entered, "
-                "and received nothing",
-                ResourceWarning,
-                stacklevel=2,
-                source=self)
+            warnings.warn(f"{self._expected}, but got: it was never entered, and received nothing",
+                          ResourceWarning,
+                          stacklevel=2,
+                          source=self)
 
 
 class Batch(Generic[ContentT]):
@@ -450,27 +439,29 @@ class Batch(Generic[ContentT]):
         self._items, self._given = items, 1
         return items[0]  # type: ignore[no-any-return]
 
-    def _acknowledged(self) -> list[Ending]:
+    def _acknowledged(self) -> tuple[Lease | None, Parts]:
         """Acknowledge what the loop got so far, the message at hand included; keep the rest."""
         lease, given = self._lease, self._given
         if lease is None or not 0 < given < len(self._items):
             return self._finish(given)
         self._items, self._given = self._items[given:], 0  # a copy: it may be the lease's own list
-        return [Ending(lease, "ack", [given])]
+        return lease, [("ack", [given])]
 
-    def _finish(self, handled: int, error: BaseException | None = None) -> list[Ending]:
+    def _finish(self,
+                handled: int,
+                error: BaseException | None = None) -> tuple[Lease | None, Parts]:
         """Acknowledge what was handled, give back the message of the error, then the rest."""
         lease, count, given = self._lease, len(self._items), self._given
         self._lease, self._items, self._given = None, [], 0
-        endings = []
-        if lease is not None and handled > 0:
-            endings.append(Ending(lease, "ack", [handled]))
+        parts: list[tuple[str, list[Any]]] = []
+        if handled > 0:
+            parts.append(("ack", [handled]))
         # If none is given, acknowledge() was called for the message that failed.
-        if lease is not None and error is not None and given > 0:
-            endings.append(Ending(lease, "nack", [error, 1]))
-        if lease is not None and handled < count:
-            endings.append(Ending(lease, "nack", []))
-        return endings
+        if error is not None and given > 0:
+            parts.append(("nack", [error, 1]))
+        if handled < count:
+            parts.append(("nack", []))
+        return lease, parts if lease is not None else []
 
 
 # What a user gives

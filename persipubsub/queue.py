@@ -34,7 +34,7 @@ __all__ = [
 ResultT = TypeVar("ResultT")
 
 
-class Queue:
+class Queue(contextlib.AbstractContextManager["Queue"]):
     """Puts messages into a queue, hands them to consumers, and looks after them."""
 
     def __init__(self,
@@ -93,10 +93,6 @@ class Queue:
                 opened.secure_now()
         finally:
             environment.release(opened)
-
-    def __enter__(self) -> "Queue":
-        """Use the queue as a context manager."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close the queue."""

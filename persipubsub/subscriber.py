@@ -78,11 +78,11 @@ class Messages(persipubsub.face.Batch[ContentT]):
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         if error is None:
-            self._end(self._finish(self._given))
+            self._end(*self._finish(self._given))
         else:
             # The exception of the block matters more.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                self._end(self._finish(self._given - 1, error))
+                self._end(*self._finish(self._given - 1, error))
 
     def __iter__(self) -> Iterator[ContentT]:
         """
@@ -103,7 +103,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
             item = self._items[self._given]
             self._given += 1
             return item
-        self._end(self._finish(self._given))
+        self._end(*self._finish(self._given))
         lease = None if self._is_done else self._take()
         if lease is None:
             self._is_done = True
@@ -112,12 +112,12 @@ class Messages(persipubsub.face.Batch[ContentT]):
 
     def acknowledge(self) -> None:
         """Acknowledge now what was handled, and the message at hand; it may be repeated."""
-        self._end(self._acknowledged())
+        self._end(*self._acknowledged())
 
     def close(self) -> None:
         """Give the message at hand back as if it had not been delivered, and end."""
         self._is_done = True
-        self._end(self._finish(self._given - 1))
+        self._end(*self._finish(self._given - 1))
 
     def __del__(self) -> None:
         """Give back the messages of a loop that was left."""
