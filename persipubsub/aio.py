@@ -20,9 +20,9 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeAlias, TypeVar, cast
+from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
 import persipubsub.config
 import persipubsub.engine
@@ -36,8 +36,6 @@ from persipubsub.message import Message
 __all__ = ["Messages", "Pub", "Receipt", "Sub"]
 
 ResultT = TypeVar("ResultT")
-
-Take: TypeAlias = Callable[[], Awaitable[Lease | None]]
 
 #: Threads of the process, for all queues. Many, as a write may wait long for another process.
 _THREADS: Final = 32
@@ -695,7 +693,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         return await _run(self._require().statistics)
 
     def _taker(self, timeout: float | None, poll_secs: float, max_messages: int,
-               is_newest: bool) -> Take:
+               is_newest: bool) -> persipubsub.face.Take:
         consumer = self._require().consumer
         if hasattr(consumer, "atake"):
             return functools.partial(consumer.atake, timeout, max_messages, is_newest)

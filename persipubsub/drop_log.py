@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["DropLog"]
-
 _LOGGER = logging.getLogger("persipubsub.queue")
 
 #: At most one warning in so many seconds.

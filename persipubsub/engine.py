@@ -18,11 +18,6 @@ import persipubsub.config
 import persipubsub.message
 import persipubsub.statistics
 
-__all__ = [
-    "Lease", "Consumer", "Queue", "Engine", "Listener", "TaskConsumer", "TaskQueue", "Recipients",
-    "MessageIds", "Sending", "MAX_ID_BYTES", "of"
-]
-
 #: Modules by the scheme of a queue's path; a directory has none.
 _MODULES: Final = {"": "persipubsub.queue", "nats": "persipubsub.jetstream.engine"}
 

@@ -12,8 +12,6 @@ import persipubsub.queue
 from persipubsub.lmdb_engine import dead_letters
 from persipubsub.message import DeadLetter
 
-__all__ = ["ListedDeadLetter", "queues_of", "look", "drop", "send_back"]
-
 #: So many dead letters are read at once.
 _PAGE: Final = 100
 
