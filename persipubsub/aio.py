@@ -10,8 +10,8 @@ Any number of tasks may use an object, as may several loops in several threads, 
 Any loop works whose ``call_soon_threadsafe`` does the same as in ``asyncio``.
 
 Cancelling a task loses nothing, and leaves no message claimed. Messages are sent and received in
-order. There is one exception: when a cancelled task gives a message back, other tasks may already
-have later messages.
+order, with one exception: when a cancelled task gives a message back, other tasks may already have
+later ones.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias, TypeVar, cast, overload
+from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
 import persipubsub.config
 import persipubsub.engine
@@ -30,26 +30,24 @@ import persipubsub.errors
 import persipubsub.face
 import persipubsub.statistics
 from persipubsub.engine import Lease, Sending
-from persipubsub.face import BytesLike, ContentT, Ending, MessageId
+from persipubsub.face import BytesLike, ContentT, MessageId, Parts
 from persipubsub.message import Message
 
 __all__ = ["Messages", "Pub", "Receipt", "Sub"]
 
 ResultT = TypeVar("ResultT")
 
-Take: TypeAlias = Callable[[], Awaitable[Lease | None]]
-
-#: Threads of the process for all queues: a write may wait for another process for long.
+#: Threads of the process, for all queues. Many, as a write may wait long for another process.
 _THREADS: Final = 32
 
-#: Most messages, and bytes, of one commit: other processes must get their turn.
+#: Most messages and bytes of one commit, so that other processes get their turn.
 _MOST_MESSAGES: Final = 512
 _MOST_BYTES: Final = 1 << 23
 
-#: Messages or batches that one look takes at most, so that the first task does not wait for all.
+#: A look takes at most so many messages or batches: the first task gets its own only after it.
 _MOST_TAKEN: Final = 16
 
-#: Time between two attempts of a task that waits for room, in seconds.
+#: A task that waits for room tries again after so many seconds.
 _ROOM_SECS: Final = 0.02
 
 
@@ -63,42 +61,45 @@ os.register_at_fork(after_in_child=_executor.cache_clear)
 
 
 def _submit(call: Callable[[], ResultT]) -> "concurrent.futures.Future[ResultT]":
-    """Have a call made in a thread; in this one if none can be started, so that nothing is lost."""
-    # Popped: a thread that can not be started leaves the call with the executor, which may make it.
-    calls = [call]
+    """Make a call in a thread. If no thread can be started, the future fails."""
     try:
-        # pylint: disable-next=unnecessary-lambda
-        return _executor().submit(lambda: calls.pop()())
-    except RuntimeError:  # no thread is left, or the interpreter is about to exit
-        done: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
-        try:
-            done.set_result(calls.pop()())
-        except BaseException as error:  # pylint: disable=broad-exception-caught
-            done.set_exception(error)
-        return done
+        return _executor().submit(call)
+    except RuntimeError as error:
+        failed: "concurrent.futures.Future[ResultT]" = concurrent.futures.Future()
+        failed.set_exception(error)
+        return failed
 
 
 def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> None:
-    """Have a function called in the thread of a loop, unless that was closed."""
+    """Call a function in the thread of a loop; do nothing if the loop was closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *given)
 
 
-def _wake(woken: "asyncio.Future[None]") -> None:
-    if not woken.done():
-        woken.set_result(None)
+def _settle(future: "asyncio.Future[Any]",
+            result: object = None,
+            error: BaseException | None = None) -> None:
+    """Wake the task that waits for a future, unless it was cancelled."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = None) -> ResultT:
     """
-    Make a call in a thread. It is made to its end even if the task is cancelled; then it is undone.
+    Make a call in a thread, and wait for it.
+
+    If the task is cancelled, the call still runs to its end; then ``undo`` is called.
 
     Not ``asyncio.shield`` around ``asyncio.wrap_future``, which takes up to twice as long.
     """
     loop = asyncio.get_running_loop()
     woken: "asyncio.Future[None]" = loop.create_future()
     done = _submit(call)
-    done.add_done_callback(lambda _: _post(loop, _wake, woken))
+    done.add_done_callback(lambda _: _post(loop, _settle, woken))
     try:
         await woken
     except BaseException:
@@ -108,15 +109,45 @@ async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = 
     return done.result()
 
 
+class _Handle(persipubsub.face.Handle[persipubsub.face.OpenT]):
+    """Publisher or subscriber for tasks."""
+
+    async def _open(self, *given: Any) -> None:
+        await _run(lambda: self._replace(self._kind.open(*given)), undo=lambda: self._replace(None))
+
+    async def __aenter__(self) -> Self:
+        """
+        Open the queue that was given to the constructor.
+
+        :return: itself
+        """
+        if self._given is not None:
+            await self._open(*self._given)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the queue."""
+        await self.close()
+
+    async def close(self) -> None:
+        """
+        Close the queue; it may be closed twice. What was sent stays sent.
+
+        Tasks that wait for a message get a ``ClosedError``. A message that is being received is
+        given back. Messages that tasks are sending are sent, or these tasks get a ``ClosedError``.
+        """
+        await _run(lambda: self._replace(None))
+
+
 # Sending
 
 
 class _Outbox:
     """
-    What the tasks of one loop send to a queue. Used in the thread of the loop only.
+    Messages that the tasks of one loop send to a queue. Used in the thread of the loop only.
 
-    A thread puts what came in one round of the loop, then what came meanwhile: a thousand tasks
-    share a commit, and what they send stays in order.
+    One thread at a time puts all that the tasks sent meanwhile. So a thousand tasks share a commit,
+    and their messages stay in order.
     """
 
     def __init__(self, queue: persipubsub.engine.TaskQueue,
@@ -132,7 +163,7 @@ class _Outbox:
         self._waiting.append((sending, future))
         if not self._is_busy:
             self._is_busy = True
-            # When all tasks that can run now have run: otherwise the first one would go alone.
+            # After all tasks that can run now: otherwise the first message would be sent alone.
             self._loop.call_soon(self._start)
         await future
 
@@ -161,16 +192,11 @@ class _Outbox:
         failure = done.exception()
         errors = done.result() if failure is None else [failure] * len(futures)
         for future, error in zip(futures, errors):
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+            _settle(future, None, error)
         self._start()
 
 
-class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
+class Pub(_Handle[persipubsub.face.Target]):
     """
     Send messages to the queue of a publisher, as :py:class:`persipubsub.publisher.Pub` does.
 
@@ -192,6 +218,8 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
     >>> directory.cleanup()
     """
 
+    _kind = persipubsub.face.Target
+
     def __init__(self,
                  pub_id: str | None = None,
                  config_pth: persipubsub.config.ConfigLike | None = None,
@@ -204,8 +232,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :param autosync: True to let ``send_many`` commit each message by itself
         :raise TypeError: if only one of id and configuration is given
         """
-        super().__init__(pub_id, config_pth)
-        self._autosync = autosync
+        super().__init__(pub_id, config_pth, autosync)
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
 
     async def init(self,
@@ -223,31 +250,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :param autosync: True to let ``send_many`` commit each message by itself
         :raise PersipubsubError: as :py:meth:`persipubsub.publisher.Pub.init` does
         """
-        await _run(
-            lambda: self._replace(persipubsub.face.Target.open(pub_id, config_pth, autosync)),
-            undo=lambda: self._replace(None))
-
-    async def __aenter__(self) -> Self:
-        """
-        Open the queue that was given to the constructor.
-
-        :return: itself
-        """
-        if self._given is not None:
-            await self.init(*self._given, self._autosync)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the queue."""
-        await self.close()
-
-    async def close(self) -> None:
-        """
-        Close the queue; it may be closed twice. What was sent stays sent.
-
-        Messages that other tasks are sending are sent, or these tasks get a ``ClosedError``.
-        """
-        await _run(lambda: self._replace(None))
+        await self._open(pub_id, config_pth, autosync)
 
     async def send(self,
                    msg: BytesLike,
@@ -335,21 +338,13 @@ class _Waiter(NamedTuple):
     max_messages: int
 
 
-class _Look(NamedTuple):
-    """What a look at the queue came to: for each waiter, a lease, then nothing or an error."""
-
-    leases: list[Lease]
-    pause: float | None = None  #: seconds until the next look, if there was no further message
-    error: BaseException | None = None
-
-
 class _Line:
     """
     Tasks of one loop that wait for messages of a consumer, first come, first served.
 
-    One thread looks for all of them, when the engine calls back; nothing else waits but the loop.
-    A lock, held by the one task that looks, was rejected: each message took a thread of its own,
-    and 16 tasks received half as much.
+    When the engine calls back, one thread looks at the queue for all of them. No thread waits.
+    Rejected: a lock that is held by the one task that looks. Each message then needs a call in a
+    thread, and 16 tasks received half as much.
     """
 
     def __init__(self, consumer: persipubsub.engine.TaskConsumer, is_newest: bool,
@@ -357,10 +352,9 @@ class _Line:
         self.consumer = consumer
         self._is_newest = is_newest
         self._loop = loop
-        self._process_id = os.getpid()
         self._waiters: list[_Waiter] = []
         self._is_looking = False
-        self._is_due = False  # something came since the look began
+        self._is_due = False  # there is a reason for another look since the last one began
         self._listener: persipubsub.engine.Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -374,13 +368,13 @@ class _Line:
         try:
             return await future
         except BaseException:
-            # Cancelled in the moment in which it got messages.
+            # The task was cancelled after it was given messages.
             if future.done() and not future.cancelled() and future.exception() is None:
                 _give_back(future.result())
             raise
 
     def _look(self) -> None:
-        """Look at the queue in a thread, now or after the look that is under way."""
+        """Look at the queue in a thread, now or when the present look has ended."""
         self._is_due = True
         if self._is_looking or not self._waiters:
             return
@@ -388,56 +382,53 @@ class _Line:
         if self._timer is not None:
             self._timer.cancel()
         waiters = list(self._waiters)
-        # If the loop is closed by then, the leases are dropped, which gives the messages back.
-        _submit(functools.partial(self._take, waiters[:_MOST_TAKEN])).add_done_callback(
-            lambda done: _post(self._loop, self._hand_out, waiters, done))
-
-    def _take(self, waiters: list[_Waiter]) -> _Look:
         leases: list[Lease] = []
-        try:
-            for waiter in waiters:
+        # If the loop is closed meanwhile, the leases are dropped, which gives the messages back.
+        _submit(functools.partial(self._take, waiters[:_MOST_TAKEN], leases)).add_done_callback(
+            lambda done: _post(self._loop, self._hand_out, waiters, leases, done))
+
+    def _take(self, waiters: list[_Waiter], leases: list[Lease]) -> float | None:
+        """Take for each waiter; return the seconds until the next look if there was too little."""
+        for waiter in waiters:
+            lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
+            if lease is None:
+                listener = self._listener
+                if listener is None:
+                    listener = self.consumer.listen(lambda: _post(self._loop, self._look))
+                    self._listener = listener
+                listener.arm()
+                # A message may have come before the listener was armed.
                 lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
-                if lease is None:
-                    listener = self._listener
-                    if listener is None:
-                        listener = self.consumer.listen(lambda: _post(self._loop, self._look))
-                        self._listener = listener
-                    listener.arm()
-                    # What came before it was armed.
-                    lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
-                if lease is None:
-                    return _Look(leases, pause=pause)
-                leases.append(lease)
-        except BaseException as error:  # pylint: disable=broad-exception-caught
-            self._forget_listener()  # the queue may be closed
-            return _Look(leases, error=error)
-        return _Look(leases)
+            if lease is None:
+                return pause
+            leases.append(lease)
+        return None
 
     def _forget_listener(self) -> None:
         listener, self._listener = self._listener, None
-        # In a forked child, it is that of the parent.
-        if listener is not None and self._process_id == os.getpid():
+        if listener is not None:
             listener.close()
 
-    def _hand_out(self, waiters: list[_Waiter], done: "concurrent.futures.Future[_Look]") -> None:
+    def _hand_out(self, waiters: list[_Waiter], leases: list[Lease],
+                  done: "concurrent.futures.Future[float | None]") -> None:
         self._is_looking = False
-        leases, pause, error = done.result()
+        error = done.exception()
+        pause = done.result() if error is None else None
         for waiter, lease in zip(waiters, leases):
             if waiter.future.done():
                 _give_back(lease)
                 self._is_due = True
             else:
                 waiter.future.set_result(lease)
+        rest = [waiter for waiter in waiters[len(leases):] if not waiter.future.done()]
+        if error is not None:
+            self._forget_listener()  # the queue may be closed
+        if isinstance(error, persipubsub.errors.CorruptMessageError):
+            del rest[1:]  # the message was set aside: the next waiter gets the one after it
         now = self._loop.time()
-        for waiter in waiters[len(leases):]:
-            if waiter.future.done():
-                continue
-            if error is not None:
-                waiter.future.set_exception(error)
-                if isinstance(error, persipubsub.errors.CorruptMessageError):
-                    break  # it was set aside, and concerns nobody else
-            elif pause is not None and waiter.deadline <= now:
-                waiter.future.set_result(None)
+        for waiter in rest:
+            if error is not None or (pause is not None and waiter.deadline <= now):
+                _settle(waiter.future, None, error)
         self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
         if pause is None or self._is_due:
             self._look()
@@ -447,23 +438,23 @@ class _Line:
             self._timer = self._loop.call_later(pause, self._look)
 
     def close(self) -> None:
-        """Let all tasks fail, once the queue is closed. Any thread may call it."""
+        """Let all waiting tasks fail, after the queue was closed. Any thread may call it."""
         self._forget_listener()
         _post(self._loop, self._look)
 
 
 def _give_back(lease: Lease | None) -> None:
-    """Have messages given back that nobody waits for."""
+    """Give back messages for which no task waits any more."""
     if lease is not None:
-        _submit(lease.nack)  # which fails if the queue was closed: that gave them back
+        _submit(lease.nack)  # it fails if the queue was closed, which gave them back
 
 
-async def _end(endings: Sequence[Ending]) -> None:
-    if not hasattr(endings[0].lease, "aack"):
-        await _run(functools.partial(persipubsub.face.end, endings))
+async def _end(lease: Lease | None, parts: Parts) -> None:
+    if not hasattr(lease, "aack"):
+        await _run(functools.partial(persipubsub.face.end, lease, parts))
         return
     async with contextlib.AsyncExitStack() as stack:
-        for lease, method, given in reversed(endings):
+        for method, given in reversed(parts):
             stack.push_async_callback(getattr(lease, f"a{method}"), *given)
 
 
@@ -477,7 +468,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
 
     __slots__ = ()
 
-    _prefix = "async "
+    _expected = "Expected a receipt in a block (async with sub.receive() as msg: ...)"
 
     async def __aenter__(self) -> ContentT:
         """
@@ -492,8 +483,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
                         traceback: TracebackType | None) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         if self._lease is not None:
-            method, given = ("ack", []) if error is None else ("nack", [error])
-            await self._end([Ending(self._lease, method, given)])
+            await self._end(self._lease, [("ack", []) if error is None else ("nack", [error])])
 
 
 class Messages(persipubsub.face.Batch[ContentT]):
@@ -528,11 +518,11 @@ class Messages(persipubsub.face.Batch[ContentT]):
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         if error is None:
-            await self._end(self._finish(self._given))
+            await self._end(*self._finish(self._given))
         else:
-            # What the block raised matters more.
+            # The exception of the block matters more.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                await self._end(self._finish(self._given - 1, error))
+                await self._end(*self._finish(self._given - 1, error))
 
     def __aiter__(self) -> Self:
         """
@@ -553,7 +543,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
             item = self._items[self._given]
             self._given += 1
             return item
-        await self._end(self._finish(self._given))
+        await self._end(*self._finish(self._given))
         lease = None if self._is_done else await self._take()
         if lease is None:
             self._is_done = True
@@ -562,20 +552,22 @@ class Messages(persipubsub.face.Batch[ContentT]):
 
     async def acknowledge(self) -> None:
         """Acknowledge now what was handled, and the message at hand; it may be repeated."""
-        await self._end(self._acknowledged())
+        await self._end(*self._acknowledged())
 
     async def aclose(self) -> None:
         """Give the message at hand back as if it had not been delivered, and end."""
         self._is_done = True
-        await self._end(self._finish(self._given - 1))
+        await self._end(*self._finish(self._given - 1))
 
     def __del__(self) -> None:
-        """Do not keep messages from others that a loop left behind."""
+        """Give back the messages of a loop that was left."""
         if getattr(self, "_lease", None) is not None:
-            _submit(functools.partial(persipubsub.face.end, self._finish(self._given - 1)))
+            _submit(functools.partial(persipubsub.face.end, *self._finish(self._given - 1)))
 
 
-class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
+class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | None],
+                                    Receipt[list[bytes]], Receipt[list[Message]], Messages[bytes],
+                                    Messages[Message]], _Handle[persipubsub.face.Source]):
     """
     Receive the messages of a subscriber, as :py:class:`persipubsub.subscriber.Sub` does.
 
@@ -601,6 +593,9 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
     b'three'
     >>> directory.cleanup()
     """
+
+    _receipt = Receipt
+    _messages = Messages
 
     def __init__(self,
                  sub_id: str | None = None,
@@ -628,22 +623,7 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
             :py:class:`persipubsub.config.Config`
         :raise PersipubsubError: as :py:meth:`persipubsub.subscriber.Sub.init` does
         """
-        await _run(lambda: self._replace(persipubsub.face.Source.open(sub_id, config_pth)),
-                   undo=lambda: self._replace(None))
-
-    async def __aenter__(self) -> Self:
-        """
-        Open the queue that was given to the constructor.
-
-        :return: itself
-        """
-        if self._given is not None:
-            await self.init(*self._given)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the queue."""
-        await self.close()
+        await self._open(sub_id, config_pth)
 
     async def close(self) -> None:
         """
@@ -654,148 +634,30 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         loop = asyncio.get_running_loop()
         try:
-            # What tasks of this loop began that were cancelled.
+            # Acknowledgements of tasks that were cancelled.
             if endings := [ending for ending in self._endings if ending.get_loop() is loop]:
                 await asyncio.wait(endings)
         finally:
-            await _run(lambda: self._replace(None))
+            await super().close()
 
     def _replace(self, opened: persipubsub.face.Source | None) -> None:
         super()._replace(opened)
         self._leave(None if opened is None else opened.consumer)
 
     def _leave(self, consumer: persipubsub.engine.Consumer | None) -> None:
-        """Let those fail who wait for messages of another consumer, or in a closed loop."""
+        """Let tasks fail that wait for messages of another consumer, or in a closed loop."""
         for key, line in list(self._lines.items()):
             if line.consumer is not consumer or key[0].is_closed():
                 self._lines.pop(key, None)
                 line.close()
 
-    async def _end(self, endings: Sequence[Ending]) -> None:
-        """End leases, to the end even if the task is cancelled."""
-        if endings:
-            task = asyncio.ensure_future(_end(endings))
+    async def _end(self, lease: Lease | None, parts: Parts) -> None:
+        """End messages; the task may be cancelled, all of them are ended nevertheless."""
+        if parts:
+            task = asyncio.ensure_future(_end(lease, parts))
             self._endings.add(task)
             task.add_done_callback(self._endings.discard)
             await asyncio.shield(task)
-
-    # yapf: disable
-    @overload
-    def receive(self, timeout: float | None = 60, retries: int = 10,
-                details: Literal[False] = False) -> Receipt[bytes | None]:        ...
-    @overload
-    def receive(self, timeout: float | None = 60, retries: int = 10, *,
-                details: Literal[True]) -> Receipt[Message | None]:        ...
-    # yapf: enable
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                details: bool = False) -> Receipt[Any]:
-        """
-        Receive the next message in an ``async with`` block.
-
-        The block gets the bytes that were sent, or None if no message came in time. If the block is
-        left without an exception, the message is acknowledged. If it is left by an exception, or
-        because the task was cancelled, the message stays where it was and is delivered again,
-        perhaps to another process of the same subscriber. A task that is cancelled while it waits
-        leaves no message claimed.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up; there
-            is a look once a second in any case
-        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message
-        :raise CorruptMessageError: from the ``async with`` statement if the next message is
-            damaged; it is set aside, and the next call gives the one after it
-        """
-        return Receipt(self._taker(timeout, retries), details, ender=self._end)
-
-    # yapf: disable
-    @overload
-    def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
-                       details: Literal[False] = False) -> Receipt[bytes | None]:        ...
-    @overload
-    def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
-                       details: Literal[True]) -> Receipt[Message | None]:        ...
-    # yapf: enable
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       details: bool = False) -> Receipt[Any]:
-        """
-        Receive the newest message in an ``async with`` block, and skip all older ones.
-
-        See :py:meth:`persipubsub.subscriber.Sub.receive_to_top`.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up
-        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message, see :py:meth:`receive`
-        :raise CorruptMessageError: as :py:meth:`receive` does
-        """
-        return Receipt(self._taker(timeout, retries, is_newest=True), details, ender=self._end)
-
-    # yapf: disable
-    @overload
-    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
-                     details: Literal[False] = False) -> Receipt[list[bytes]]:        ...
-    @overload
-    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
-                     details: Literal[True]) -> Receipt[list[Message]]:        ...
-    # yapf: enable
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     details: bool = False) -> Receipt[Any]:
-        """
-        Receive several messages in an ``async with`` block.
-
-        The block gets a list of the messages that are there, at least one and at most ``max_msgs``,
-        or an empty list if none came in time. All of them are acknowledged together, in one
-        transaction, or all of them stay; see :py:meth:`receive`.
-
-        :param max_msgs: how many messages at most
-        :param timeout: how long to wait for the first one, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up
-        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
-        :return: context manager of the messages
-        :raise CorruptMessageError: as :py:meth:`receive` does
-        """
-        persipubsub.face.check_count("max_msgs", max_msgs)
-        return Receipt(self._taker(timeout, retries, max_msgs),
-                       details,
-                       is_batch=True,
-                       ender=self._end)
-
-    # yapf: disable
-    @overload
-    def messages(self, timeout: float | None = None, details: Literal[False] = False,
-                 prefetch: int = 1) -> Messages[bytes]:        ...
-    @overload
-    def messages(self, timeout: float | None = None, *, details: Literal[True],
-                 prefetch: int = 1) -> Messages[Message]:        ...
-    # yapf: enable
-    def messages(self,
-                 timeout: float | None = None,
-                 details: bool = False,
-                 prefetch: int = 1) -> Messages[Any]:
-        """
-        Receive one message after the other, for an ``async for`` statement.
-
-        A message is acknowledged when the next one is asked for. If the loop is left before that,
-        by an exception, by ``break``, or because the task is cancelled, the message stays, and is
-        delivered again. For ``break``, an ``async with`` statement changes that: see
-        :py:class:`Messages`.
-
-        :param timeout: how long to wait for each message, in seconds; None: for ever
-        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
-        :param prefetch: how many messages to take at once at most, see
-            :py:meth:`persipubsub.subscriber.Sub.messages`
-        :return: iterator that ends when no message comes in time
-        """
-        persipubsub.face.check_count("prefetch", prefetch)
-        return Messages(self._taker(timeout, 1, prefetch), details, ender=self._end)
 
     def __aiter__(self) -> Messages[bytes]:
         """
@@ -830,20 +692,15 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         """
         return await _run(self._require().statistics)
 
-    def _taker(self,
-               timeout: float | None,
-               retries: int,
-               max_messages: int = 1,
-               is_newest: bool = False) -> Take:
-        """Check how long to wait; return what waits and takes."""
-        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
+    def _taker(self, timeout: float | None, poll_secs: float, max_messages: int,
+               is_newest: bool) -> persipubsub.face.Take:
         consumer = self._require().consumer
         if hasattr(consumer, "atake"):
-            return functools.partial(consumer.atake, seconds, max_messages, is_newest)
+            return functools.partial(consumer.atake, timeout, max_messages, is_newest)
         key = asyncio.get_running_loop(), is_newest
         line = self._lines.get(key)
         if line is None or line.consumer is not consumer:
             self._leave(consumer)
             line = _Line(cast(persipubsub.engine.TaskConsumer, consumer), is_newest, key[0])
             self._lines[key] = line
-        return functools.partial(line.take, seconds, poll_secs, max_messages)
+        return functools.partial(line.take, timeout, poll_secs, max_messages)

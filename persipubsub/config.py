@@ -37,23 +37,20 @@ DEAD_LETTERS: Final = "dead_letters"
 RESERVED_SUBSCRIBER_IDS: Final = frozenset(
     {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db", DEAD_LETTERS})
 
-#: Prefix of the ids of publishers that the library makes up for itself; no file can have them. They
-#: name their subscribers even if these are all of the file, since a queue may have more.
+#: Prefix of the ids of publishers that the library makes up; no file can have them. They name their
+#: subscribers even if these are all of the file, since a queue may have more.
 MADE_UP: Final = "\0"
 
-_QUEUES_KEY: Final = "queues"
-_SCHEMA_KEY: Final = "$schema"
 _MAX_IDENTIFIER_SIZE: Final = 255  # bytes in UTF-8
-# In bytes. It stands between a wrong path and the memory of the machine.
-_MAX_FILE_SIZE: Final = 64 * 1024**2
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 # The system takes no NUL. UTF-8, and so a C++ or Go program, has no lone surrogates.
-Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=r"^[^\x00\ud800-\udfff]*$")]
+_TEXT: Final = re.compile(r"^[^\x00\ud800-\udfff]+$")
+Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=_TEXT.pattern)]
 Texts: TypeAlias = tuple[Text, ...]
 
 
-class Strategy(enum.Enum):
+class Strategy(enum.StrEnum):
     """Choose what happens when a queue passes its high-water mark."""
 
     #: Drop the oldest messages.
@@ -66,7 +63,7 @@ class Strategy(enum.Enum):
     BLOCK = "block"
 
 
-class Durability(enum.Enum):
+class Durability(enum.StrEnum):
     """Choose how safe a message is when ``send`` returns."""
 
     #: On the disk: it survives a power failure.
@@ -75,7 +72,7 @@ class Durability(enum.Enum):
     OS = "os"
 
 
-class StartFrom(enum.Enum):
+class StartFrom(enum.StrEnum):
     """Choose what a new subscriber gets of the messages that are in the queue already."""
 
     #: Nothing: only what is sent from then on.
@@ -262,14 +259,14 @@ def read(config_pth: ConfigLike) -> Config:
 
     Any number of threads and processes may read at the same time; nothing is written. Replace the
     file by renaming: one that is overwritten in place may be read half. It blocks as long as the
-    disk, or who writes to a FIFO, takes.
+    disk takes, or the writer of a FIFO.
 
     >>> config = read({"sub": {"in_queue": "q"}, "queues": {"q": {"subscribers": ["sub"]}}})
     >>> config.subscriber("sub").in_queue
     'q'
 
-    :param config_pth: path to the file, at most 64 MiB of JSON in UTF-8; or a dictionary with the
-        content of a file; or a :py:class:`Config`, which is returned
+    :param config_pth: path to the file, JSON in UTF-8; or a dictionary with the content of a
+        file; or a :py:class:`Config`, which is returned
     :return: the checked configuration
     :raise ConfigError: if anything is wrong
     :raise ConfigNotFoundError: if there is no such file; it is a ``FileNotFoundError``, too
@@ -280,13 +277,12 @@ def read(config_pth: ConfigLike) -> Config:
     path = _path_of(config_pth)
     if isinstance(config_pth, Mapping):
         try:
-            return parse(json.dumps(dict(config_pth), default=_plain).encode(), path)
+            return parse(json.dumps(dict(config_pth), default=os.fspath).encode(), path)
         except (TypeError, ValueError, RecursionError) as error:
             fail(path, [f"Expected what JSON can express, but got: {error}"])
     try:
         with open(path, "rb") as file:
-            # Not by its size, which is 0 in /proc.
-            return parse(file.read(_MAX_FILE_SIZE + 1), path)
+            return parse(file.read(), path)
     except (OSError, ValueError) as error:
         kind = persipubsub.errors.ConfigError
         if isinstance(error, FileNotFoundError):
@@ -308,7 +304,7 @@ def parse(text: bytes, config_pth: str | os.PathLike[str]) -> Config:
     ...
     persipubsub.errors.ConfigError: /etc/config.json: queues: Expected an object, but got: []
 
-    :param text: content, at most 64 MiB of JSON in UTF-8
+    :param text: content, JSON in UTF-8
     :param config_pth: named in errors, and where relative paths start; need not exist
     :return: the checked configuration
     :raise ConfigError: if anything is wrong
@@ -317,8 +313,6 @@ def parse(text: bytes, config_pth: str | os.PathLike[str]) -> Config:
     if not isinstance(text, bytes):
         raise TypeError(f"Expected text as bytes, but got: {_shown(text)}")
     path = _path_of(config_pth)
-    if len(text) > _MAX_FILE_SIZE:
-        fail(path, [f"Expected a file of at most {_MAX_FILE_SIZE} bytes, but got more"])
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
@@ -452,7 +446,7 @@ def _meant(found: object, known: Iterable[str]) -> str:
     """Suggest the name that is most like the one that was found."""
     if not isinstance(found, str):
         return ""
-    # Imported late: few need it, and it would slow down each start of a program.
+    # Imported late: it is needed for an error only, and slows down the start of a program.
     import difflib  # pylint: disable=import-outside-toplevel
 
     alike = {name[:100].casefold().replace("-", "_"): name for name in known}
@@ -477,13 +471,8 @@ def _expected(annotation: Any) -> str:
 # Reading
 
 
-def _plain(value: object) -> object:
-    """Return what JSON can express of a value in a dictionary."""
-    return value.value if isinstance(value, enum.Enum) else os.fspath(value)  # type: ignore
-
-
 def _path_of(config_pth: ConfigLike) -> pathlib.Path:
-    """Return what errors name, and beside which relative paths start."""
+    """Return the path that errors name; relative paths of queues start in its directory."""
     if isinstance(config_pth, Config):
         return config_pth.path
     name: object = "<dictionary>" if isinstance(config_pth, Mapping) else config_pth
@@ -491,15 +480,12 @@ def _path_of(config_pth: ConfigLike) -> pathlib.Path:
         # An integer would be taken for a descriptor: 0 is the standard input.
         raise TypeError("Expected config_pth as a path, a dictionary or a persipubsub.config.Config"
                         f", but got: {_shown(config_pth)}")
-    try:
-        # Not os.path.abspath: "link/../config.json" would become another file.
-        return pathlib.Path(name).absolute()
-    except OSError:  # the working directory was removed
-        return pathlib.Path(name)
+    # Not os.path.abspath: "link/../config.json" would become another file.
+    return pathlib.Path(name).absolute()
 
 
 class _Object(dict[str, Any]):
-    """JSON object that remembers the keys that are there more than once."""
+    """JSON object that remembers its repeated keys."""
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -509,7 +495,7 @@ class _Object(dict[str, Any]):
 
 @functools.cache
 def _fields(*kinds: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
-    """Return the fields of an object of the file; to compute them takes longer than to read it."""
+    """Return the fields by key. Cached: to compute them takes longer than to read the file."""
     return {
         field.encode_name: field
         for kind in kinds
@@ -519,9 +505,9 @@ def _fields(*kinds: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldI
 
 class _Checker:
     """
-    Collects the problems of a file, and what is right of it.
+    Collects the problems of a file, and the objects without problems.
 
-    msgspec checks each value; the objects are walked through here, since it would stop at the first
+    msgspec checks each value. The objects are walked through here, since msgspec stops at the first
     problem.
     """
 
@@ -530,8 +516,8 @@ class _Checker:
         self.problems: list[str] = []
         self.publishers: dict[str, Publisher] = {}
         self.subscribers: dict[str, Subscriber] = {}
-        # None in the place of a wrong queue. None as a whole if the file has no queues: references
-        # to them are not reported, too.
+        # By key; None for a queue with a problem. If the file has no queues at all, this is None,
+        # and references to queues are not reported.
         self.queues: dict[str, Any] | None = None
 
     def add(self, place: str, expected: str, found: Any, hint: str = "") -> None:
@@ -559,9 +545,7 @@ class _Checker:
             }
             self.check_paths(self.queues)
         for key, entry in found.items():
-            if key == "$schema":
-                self.check_value(Text, entry, key)
-            elif key != "queues":
+            if key not in ("$schema", "queues"):
                 self.check_entry(key, entry)
         for publisher in self.publishers.values():
             self.check_publisher(publisher)
@@ -631,13 +615,11 @@ class _Checker:
 
     def check_identifier(self, found: Any, place: str) -> bool:
         """Check the identifier of a publisher or a subscriber, return True if it is right."""
-        try:
-            size = len(msgspec.convert(found, Text).encode("utf-8"))
-        except msgspec.ValidationError:
-            size = 0
         # A subscriber with the name of another key of the file could not have an entry.
         reserved = RESERVED_SUBSCRIBER_IDS | {"queues", "$schema"}
-        is_right = 0 < size <= _MAX_IDENTIFIER_SIZE and found not in reserved
+        is_right = (isinstance(found, str) and _TEXT.fullmatch(found) is not None
+                    and len(found.encode("utf-8")) <= _MAX_IDENTIFIER_SIZE
+                    and found not in reserved)
         if not is_right:
             limits = f"1 to {_MAX_IDENTIFIER_SIZE} bytes in UTF-8, no NUL, no lone surrogates"
             self.add(place, f"an identifier ({limits}, not reserved)", found)
@@ -731,6 +713,6 @@ class _Checker:
             self.add(place, "directories, or servers, for this queue and 'in_queue' alike", letters)
         for publisher in self.publishers.values():
             if publisher.out_queue == letters:
-                # Its messages would be taken for dead letters.
+                # The messages would be taken for dead letters.
                 self.add(place, "a queue that nobody publishes to", letters,
                          f" (which {_shown(publisher.identifier)} does)")

@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["DropLog"]
-
 _LOGGER = logging.getLogger("persipubsub.queue")
 
 #: At most one warning in so many seconds.
@@ -26,8 +24,7 @@ class DropLog:
         self._path = path
         self._counts: dict[str, int] = {}
         self._last = -_WARNING_SECS
-        # Guards the counts; nothing else is done while it is held. Re-entrant for a signal handler that
-        # closes the queue.
+        # Guards the counts. Re-entrant, as a signal handler may close the queue.
         self._lock = threading.RLock()
 
     def forget_parent(self) -> None:
@@ -43,7 +40,7 @@ class DropLog:
             self.report()
 
     def report(self) -> None:
-        """Warn of what was not reported yet."""
+        """Warn about all that was not reported yet."""
         with self._lock:
             counts, self._counts = self._counts, {}
             if counts:

@@ -18,11 +18,6 @@ import persipubsub.config
 import persipubsub.message
 import persipubsub.statistics
 
-__all__ = [
-    "Lease", "Consumer", "Queue", "Engine", "Listener", "TaskConsumer", "TaskQueue", "Recipients",
-    "MessageIds", "Sending", "MAX_ID_BYTES", "of"
-]
-
 #: Modules by the scheme of a queue's path; a directory has none.
 _MODULES: Final = {"": "persipubsub.queue", "nats": "persipubsub.jetstream.engine"}
 
@@ -44,7 +39,7 @@ class Lease(Protocol):
     Messages that one consumer has, and no other gets. Each is ended once: by ``ack`` or ``nack``.
 
     Both end all messages, or the first ``count`` of those that are not ended yet. A lease that is
-    dropped gives the messages back, without a word of how their delivery ended.
+    garbage-collected gives the messages back; how their delivery ended is not recorded.
     """
 
     messages: list[bytes]  #: all that were taken, at least one
@@ -53,7 +48,7 @@ class Lease(Protocol):
         """Acknowledge: the messages leave the queue for this subscriber, at once."""
 
     def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
-        """Give the messages back; they are delivered again. None: they were not worked on."""
+        """Give the messages back to be delivered again. No error: nobody worked on them."""
 
     def details(self) -> list[persipubsub.message.Message]:
         """Return the messages with all that is known of them."""
@@ -149,7 +144,7 @@ class Listener(Protocol):
     """Calls back when a consumer should look again."""
 
     def arm(self) -> None:
-        """Each commit that a ``try_take`` after this misses calls back, once. Never blocks."""
+        """Call back once, after the next commit that the next ``try_take`` misses. Never blocks."""
 
     def close(self) -> None:
         """Call back no more; may be repeated."""

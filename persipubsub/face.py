@@ -1,20 +1,20 @@
 """
 What the blocking classes and those of :py:mod:`persipubsub.aio` have in common.
 
-What a user gives is checked here, once for both. How the messages of a loop end is decided here as
-well.
+Arguments are checked here, and it is decided here how the messages of a loop end.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Generic, NamedTuple, NoReturn, Self, TypeAlias, TypeVar
+from typing import (Any, Final, Generic, Literal, NamedTuple, NoReturn, Self, TypeAlias, TypeVar,
+                    overload)
 
 import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
 import persipubsub.statistics
-from persipubsub.engine import Lease
+from persipubsub.engine import Lease, Queue
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
@@ -24,16 +24,28 @@ MessageId: TypeAlias = str | bytes
 Take: TypeAlias = Callable[[], Any]
 
 ContentT = TypeVar("ContentT")
+ResultT = TypeVar("ResultT")
 
-#: A timeout of more than 30 years is none; an integer may be too large for a float.
+#: A longer timeout, of 30 years, is taken for none: an integer may be too large for a float.
 _FOREVER_SECS: Final = 1e9
+
+
+def _open_queue(config: persipubsub.config.Config, queue_key: str,
+                look_up: Callable[[Queue], ResultT]) -> tuple[Queue, ResultT]:
+    """Open a queue and look something up in it; if that fails, the queue is closed again."""
+    queue = persipubsub.engine.of(config, queue_key).open_queue(config, queue_key)
+    try:
+        return queue, look_up(queue)
+    except BaseException:
+        queue.close()
+        raise
 
 
 class Target(NamedTuple):
     """Where an open publisher sends to."""
 
     name: str  #: of the publisher and its queue
-    queue: persipubsub.engine.Queue
+    queue: Queue
     recipients: persipubsub.engine.Recipients
     autosync: bool  #: each message of several has a commit of its own
 
@@ -42,21 +54,16 @@ class Target(NamedTuple):
         """Open the queue of a publisher."""
         config = persipubsub.config.read(config_pth)
         publisher = config.publisher(pub_id)
-        key = publisher.out_queue
-        queue = persipubsub.engine.of(config, key).open_queue(config, key)
-        try:
-            queue.require_subscribers(publisher.subscribers)
-        except BaseException:
-            queue.close()
-            raise
-        is_everybody = set(publisher.subscribers) == set(config.queues[key].subscribers)
-        recipients = None if is_everybody else tuple(sorted(publisher.subscribers))
+        key, names = publisher.out_queue, publisher.subscribers
+        queue, _ = _open_queue(config, key, lambda queue: queue.require_subscribers(names))
+        is_everybody = set(names) == set(config.queues[key].subscribers)
+        recipients = None if is_everybody else tuple(sorted(names))
         return cls(f"{pub_id!r} of the queue {key!r}", queue, recipients, autosync)
 
     def batches(
         self, msgs: Iterable[BytesLike], msg_ids: Sequence[MessageId | None] | None
     ) -> list[tuple[list[bytes], persipubsub.engine.MessageIds]]:
-        """Check what is to be sent before any of it is; return what each commit puts."""
+        """Check all messages before the first one is sent; return what each commit puts."""
         messages = encode_all(msgs)
         ids = None if msg_ids is None else encode_ids(msg_ids, count=len(messages))
         if not self.autosync:
@@ -71,7 +78,7 @@ class Source(NamedTuple):
     """Where an open subscriber receives from."""
 
     name: str  #: of the subscriber and its queue
-    queue: persipubsub.engine.Queue
+    queue: Queue
     consumer: persipubsub.engine.Consumer
     subscriber: str
 
@@ -80,12 +87,7 @@ class Source(NamedTuple):
         """Open the queue of a subscriber."""
         config = persipubsub.config.read(config_pth)
         key = config.subscriber(sub_id).in_queue
-        queue = persipubsub.engine.of(config, key).open_queue(config, key)
-        try:
-            consumer = queue.consumer(sub_id)
-        except BaseException:
-            queue.close()
-            raise
+        queue, consumer = _open_queue(config, key, lambda queue: queue.consumer(sub_id))
         return cls(f"{sub_id!r} of the queue {key!r}", queue, consumer, sub_id)
 
     def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
@@ -103,21 +105,20 @@ OpenT = TypeVar("OpenT", Target, Source)
 
 class Handle(Generic[OpenT]):
     """
-    Publisher or subscriber: at most one open queue, while any thread opens and closes it.
+    Publisher or subscriber: has at most one open queue. Any thread may open and close it.
 
-    No lock: a forked child would wait for ever for one that another thread held.
+    It has no lock: if another thread holds a lock during a fork, the child waits for it for ever.
     """
 
-    def __init__(self, identifier: str | None,
-                 config_pth: persipubsub.config.ConfigLike | None) -> None:
+    _kind: type[OpenT]
+
+    def __init__(self, identifier: str | None, config_pth: persipubsub.config.ConfigLike | None,
+                 *options: bool) -> None:
         """Initialize without a queue."""
-        self._given = None
-        self._name = ""
+        self._given = None if identifier is None else (identifier, config_pth, *options)
+        self._name = "" if identifier is None else f"{identifier!r}, "
         self._opened: OpenT | None = None
-        if identifier is not None and config_pth is not None:
-            self._given = identifier, config_pth
-            self._name = f"{identifier!r}, "
-        elif identifier is not None or config_pth is not None:
+        if (identifier is None) != (config_pth is None):
             raise TypeError("Expected an id and a configuration, or neither of them, but got: "
                             f"{identifier!r}, {config_pth!r}")
 
@@ -130,7 +131,7 @@ class Handle(Generic[OpenT]):
         return opened
 
     def _replace(self, opened: OpenT | None) -> None:
-        """Close what is open, and use something else in its place."""
+        """Close what is open, and use this in its place."""
         old, self._opened = self._opened, opened
         if opened is not None:
             self._name = f"{opened.name}, "
@@ -157,26 +158,207 @@ class Handle(Generic[OpenT]):
                         f"id and the configuration there), but got: a copy of {self!r}")
 
 
+class Blocking(Handle[OpenT]):
+    """Publisher or subscriber for threads."""
+
+    def __init__(self, identifier: str | None, config_pth: persipubsub.config.ConfigLike | None,
+                 *options: bool) -> None:
+        """Open a queue, if one is given."""
+        super().__init__(identifier, config_pth, *options)
+        if self._given is not None:
+            self._open(*self._given)
+
+    def _open(self, *given: Any) -> None:
+        self._replace(self._kind.open(*given))
+
+    def __enter__(self) -> Self:
+        """
+        Use it as a context manager.
+
+        :return: itself
+        """
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the queue."""
+        self.close()
+
+    def close(self) -> None:
+        """
+        Close the queue; it may be closed twice.
+
+        What was sent stays sent. A message that is being received is given back.
+        """
+        self._replace(None)
+
+
+# Python has no type for "a receipt of this face, with that content", so a face names each of them:
+# blocks of a message, of a message with details, of several, of several with details; loops over
+# messages, over messages with details.
+OneT = TypeVar("OneT")
+DetailedOneT = TypeVar("DetailedOneT")
+ManyT = TypeVar("ManyT")
+DetailedManyT = TypeVar("DetailedManyT")
+LoopT = TypeVar("LoopT")
+DetailedLoopT = TypeVar("DetailedLoopT")
+
+
+class Receiver(Handle[Source], Generic[OneT, DetailedOneT, ManyT, DetailedManyT, LoopT,
+                                       DetailedLoopT]):
+    """
+    What both classes ``Sub`` have in common.
+
+    The methods here take nothing yet: the block or the loop does.
+    """
+
+    _kind = Source
+    _receipt: Callable[..., Any]
+    _messages: Callable[..., Any]
+    _taker: Callable[..., Take]  #: gets all arguments of ``take`` of a consumer
+    _end: Callable[..., Any]  #: acknowledges and gives back
+
+    # yapf: disable
+    @overload
+    def receive(self, timeout: float | None = 60, retries: int = 10,
+                details: Literal[False] = False) -> OneT:        ...
+    @overload
+    def receive(self, timeout: float | None = 60, retries: int = 10, *,
+                details: Literal[True]) -> DetailedOneT:        ...
+    # yapf: enable
+    def receive(self, timeout: float | None = 60, retries: int = 10, details: bool = False) -> Any:
+        """
+        Receive the next message in a ``with`` block; in a task, in an ``async with`` block.
+
+        The block gets the bytes that were sent, or None if no message came in time. If the block is
+        left without an exception, the message is acknowledged. If it is left by an exception, or
+        because the task was cancelled, the message stays where it was and is delivered again,
+        perhaps to another process of the same subscriber. A task that is cancelled while it waits
+        leaves no message claimed.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up; there
+            is a look once a second in any case
+        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
+        :return: a ``Receipt``: context manager of the message
+        :raise CorruptMessageError: from the ``with`` statement if the next message is damaged; it
+            is set aside, and the next call gives the one after it
+        """
+        return self._receipt(self._taker(*waiting(timeout, retries), 1, False), self._end, details)
+
+    # yapf: disable
+    @overload
+    def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
+                       details: Literal[False] = False) -> OneT:        ...
+    @overload
+    def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
+                       details: Literal[True]) -> DetailedOneT:        ...
+    # yapf: enable
+    def receive_to_top(self,
+                       timeout: float | None = 60,
+                       retries: int = 10,
+                       details: bool = False) -> Any:
+        """
+        Receive the newest message in a ``with`` block, and skip all older ones.
+
+        One transaction makes sure that the message still is the newest one, and acknowledges the
+        older ones for this subscriber. Other subscribers keep theirs. Skipped messages stay
+        skipped, whatever happens to the newest one. While another process has the newest message,
+        nothing is skipped, and the call waits for the next one.
+
+        :param timeout: how long to wait, in seconds; None: for ever
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up
+        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
+        :return: a ``Receipt``, see :py:meth:`receive`
+        :raise CorruptMessageError: as :py:meth:`receive` does
+        """
+        return self._receipt(self._taker(*waiting(timeout, retries), 1, True), self._end, details)
+
+    # yapf: disable
+    @overload
+    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
+                     details: Literal[False] = False) -> ManyT:        ...
+    @overload
+    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
+                     details: Literal[True]) -> DetailedManyT:        ...
+    # yapf: enable
+    def receive_many(self,
+                     max_msgs: int,
+                     timeout: float | None = 60,
+                     retries: int = 10,
+                     details: bool = False) -> Any:
+        """
+        Receive several messages in a ``with`` block; in a task, in an ``async with`` block.
+
+        The block gets a list of the messages that are there, at least one and at most ``max_msgs``,
+        or an empty list if none came in time. It does not wait until there are ``max_msgs``. If the
+        block is left without an exception, all of them are acknowledged together, in one
+        transaction. Otherwise all of them stay, and are delivered again.
+
+        At most about 16 MiB, or one larger message, are received at once.
+
+        :param max_msgs: how many messages at most
+        :param timeout: how long to wait for the first one, in seconds; None: for ever
+        :param retries: how often to look at the queue within ``timeout`` without a wake-up
+        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
+        :return: a ``Receipt``: context manager of the messages
+        :raise CorruptMessageError: as :py:meth:`receive` does
+        """
+        check_count("max_msgs", max_msgs)
+        taker = self._taker(*waiting(timeout, retries), max_msgs, False)
+        return self._receipt(taker, self._end, details, is_batch=True)
+
+    # yapf: disable
+    @overload
+    def messages(self, timeout: float | None = None, details: Literal[False] = False,
+                 prefetch: int = 1) -> LoopT:        ...
+    @overload
+    def messages(self, timeout: float | None = None, *, details: Literal[True],
+                 prefetch: int = 1) -> DetailedLoopT:        ...
+    # yapf: enable
+    def messages(self,
+                 timeout: float | None = None,
+                 details: bool = False,
+                 prefetch: int = 1) -> Any:
+        """
+        Iterate over the messages as they come: ``for``, or ``async for`` in a task.
+
+        A message is acknowledged when the next one is asked for. The loop ends when no message came
+        within ``timeout``. If the loop is left by an exception, by ``break``, or because the task
+        was cancelled, its last message stays, and is delivered again. For ``break``, a ``with``
+        statement changes that: see :py:class:`persipubsub.subscriber.Messages`.
+
+        With ``prefetch``, up to so many messages are taken at once, which is several times as fast.
+        They are acknowledged together when the last one was handled, or when the loop is left. If
+        the loop is left, the rest is given back. If the consumer is killed, all of them are
+        delivered again. As long as it has them, no other consumer gets them: choose a small number
+        if one message takes long.
+
+        :param timeout: how long to wait for each message, in seconds; None: for ever
+        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
+        :param prefetch: how many messages to take at once at most
+        :return: iterator
+        :raise CorruptMessageError: from the iteration, as :py:meth:`receive` does
+        """
+        check_count("prefetch", prefetch)
+        taker = self._taker(*waiting(timeout, 1), prefetch, False)
+        return self._messages(taker, self._end, details)
+
+
 # Messages that were taken
 
-
-class Ending(NamedTuple):
-    """How the next messages of a lease are ended: the method of the lease, its arguments."""
-
-    lease: Lease
-    method: str
-    given: Sequence[Any]
+#: How the messages of a lease end, part by part: the method of the lease, and its arguments.
+Parts: TypeAlias = Sequence[tuple[str, Sequence[Any]]]
 
 
-def end(endings: Sequence[Ending]) -> None:
-    """End messages, one part after the other, each whatever becomes of the one before."""
+def end(lease: Lease | None, parts: Parts) -> None:
+    """End messages, one part after the other, also if the part before fails."""
     with contextlib.ExitStack() as stack:
-        for lease, method, given in reversed(endings):
+        for method, given in reversed(parts):
             stack.callback(getattr(lease, method), *given)
 
 
 def refuse() -> NoReturn:
-    """Take the place of what takes messages for a block, once it did."""
+    """Replace the function that takes messages, after a block was entered."""
     raise ValueError("Expected a receipt for one block, but got: a second one. Receive again.")
 
 
@@ -185,20 +367,16 @@ class Block(Generic[ContentT]):
 
     __slots__ = ("_take", "_end", "_details", "_is_batch", "_lease")
 
-    _prefix = ""  #: of the statement in which it is used
+    _expected = "Expected a receipt in a block (with sub.receive() as msg: ...)"
 
-    def __init__(self,
-                 take: Take,
-                 details: bool,
-                 is_batch: bool = False,
-                 ender: Any = None) -> None:
+    def __init__(self, take: Take, ender: Any, details: bool, is_batch: bool = False) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
+        :param ender: acknowledges and gives back
         :param details: True if the block gets all that is known of messages, not only bytes
-        :param is_batch: True if it gets a list
-        :param ender: acknowledges and gives back, in a task
+        :param is_batch: True if the block gets a list
         """
         self._take = take
         self._end = ender
@@ -207,7 +385,7 @@ class Block(Generic[ContentT]):
         self._lease: Lease | None = None
 
     def _hold(self, lease: Lease | None) -> ContentT:
-        """Return what the block gets of what was taken."""
+        """Return what the block gets: of one message or several, bytes or details."""
         self._lease = lease
         contents: Any = []
         if lease is not None:
@@ -216,28 +394,22 @@ class Block(Generic[ContentT]):
             contents = contents[0] if contents else None
         return contents  # type: ignore[no-any-return]
 
-    def _form(self) -> str:
-        called = "receive_many(100) as msgs" if self._is_batch else "receive() as msg"
-        return f"{self._prefix}with sub.{called}: ..."
-
     def __bool__(self) -> bool:
         """
         Refuse to be taken for a message.
 
         :raise TypeError: always
         """
-        raise TypeError(f"Expected a receipt in a block ({self._form()}), but got: its truth "
-                        "value, which tells nothing about a message")
+        raise TypeError(
+            f"{self._expected}, but got: its truth value, which tells nothing about messages")
 
     def __del__(self) -> None:
         """Warn if no message was ever received."""
         if self._take is not refuse:
-            warnings.warn(
-                f"Expected a receipt in a block ({self._form()}), but got: it was never entered, "
-                "and received nothing",
-                ResourceWarning,
-                stacklevel=2,
-                source=self)
+            warnings.warn(f"{self._expected}, but got: it was never entered, and received nothing",
+                          ResourceWarning,
+                          stacklevel=2,
+                          source=self)
 
 
 class Batch(Generic[ContentT]):
@@ -245,13 +417,13 @@ class Batch(Generic[ContentT]):
 
     __slots__ = ("_take", "_end", "_details", "_lease", "_items", "_given", "_is_done")
 
-    def __init__(self, take: Take, details: bool, ender: Any = None) -> None:
+    def __init__(self, take: Take, ender: Any, details: bool) -> None:
         """
         Initialize without taking anything.
 
         :param take: waits for messages and takes them
+        :param ender: acknowledges and gives back
         :param details: True if the loop gets all that is known of messages, not only bytes
-        :param ender: acknowledges and gives back, in a task
         """
         self._take = take
         self._end = ender
@@ -267,27 +439,29 @@ class Batch(Generic[ContentT]):
         self._items, self._given = items, 1
         return items[0]  # type: ignore[no-any-return]
 
-    def _acknowledged(self) -> list[Ending]:
-        """End what the loop got so far, the message at hand included; the rest stays."""
+    def _acknowledged(self) -> tuple[Lease | None, Parts]:
+        """Acknowledge what the loop got so far, the message at hand included; keep the rest."""
         lease, given = self._lease, self._given
         if lease is None or not 0 < given < len(self._items):
             return self._finish(given)
         self._items, self._given = self._items[given:], 0  # a copy: it may be the lease's own list
-        return [Ending(lease, "ack", [given])]
+        return lease, [("ack", [given])]
 
-    def _finish(self, handled: int, error: BaseException | None = None) -> list[Ending]:
-        """End all: what was handled, the message that the error is about, and the rest."""
+    def _finish(self,
+                handled: int,
+                error: BaseException | None = None) -> tuple[Lease | None, Parts]:
+        """Acknowledge what was handled, give back the message of the error, then the rest."""
         lease, count, given = self._lease, len(self._items), self._given
         self._lease, self._items, self._given = None, [], 0
-        endings = []
-        if lease is not None and handled > 0:
-            endings.append(Ending(lease, "ack", [handled]))
-        # Without any given, the message that failed was acknowledged before.
-        if lease is not None and error is not None and given > 0:
-            endings.append(Ending(lease, "nack", [error, 1]))
-        if lease is not None and handled < count:
-            endings.append(Ending(lease, "nack", []))
-        return endings
+        parts: list[tuple[str, list[Any]]] = []
+        if handled > 0:
+            parts.append(("ack", [handled]))
+        # If none is given, acknowledge() was called for the message that failed.
+        if error is not None and given > 0:
+            parts.append(("nack", [error, 1]))
+        if handled < count:
+            parts.append(("nack", []))
+        return lease, parts if lease is not None else []
 
 
 # What a user gives
@@ -387,7 +561,8 @@ def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     :raise ValueError: if they are no such numbers
     """
     seconds = seconds_of(timeout)
-    check_count("retries", retries)
+    if type(retries) is not int or retries < 1:  # pylint: disable=unidiomatic-typecheck
+        check_count("retries", retries)  # only then: each receive would pay for the call
     return seconds, 1.0 if seconds is None else seconds / retries
 
 

@@ -9,12 +9,10 @@ from typing import Final
 
 import persipubsub.config
 import persipubsub.queue
-from persipubsub.lmdb_engine import consuming, dead_letters
+from persipubsub.lmdb_engine import dead_letters
 from persipubsub.message import DeadLetter
 
-__all__ = ["ListedDeadLetter", "queues_of", "look", "drop", "send_back"]
-
-#: So many are read at once.
+#: So many dead letters are read at once.
 _PAGE: Final = 100
 
 
@@ -46,7 +44,7 @@ def look(config: persipubsub.config.Config, queue_key: str) -> Iterator[ListedDe
 def drop(config: persipubsub.config.Config, queue_key: str,
          numbers: Sequence[int] | None) -> tuple[int, ...]:
     """Let dead letters leave their queue; return their numbers."""
-    return _each(config, queue_key, numbers, lambda number, letter: None, lambda: None)
+    return _each(config, queue_key, numbers, lambda number, letter: None)
 
 
 def send_back(config: persipubsub.config.Config, queue_key: str,
@@ -63,46 +61,28 @@ def send_back(config: persipubsub.config.Config, queue_key: str,
         target.require_subscribers([letter.subscriber])
         msg_id = dead_letters.make_id("send back", path, number, letter.moved_at.isoformat())
         target.put([letter.data], (letter.subscriber, ), timeout=0, msg_ids=[msg_id])
-
-    def secure() -> None:
-        for target in targets.values():
-            target.secure()
+        target.secure()
 
     with contextlib.ExitStack() as stack:
-        return _each(config, queue_key, numbers, put, secure)
+        return _each(config, queue_key, numbers, put)
 
 
 def _each(config: persipubsub.config.Config, queue_key: str, numbers: Sequence[int] | None,
-          work: Callable[[int, DeadLetter], None], secure: Callable[[], None]) -> tuple[int, ...]:
+          work: Callable[[int, DeadLetter], None]) -> tuple[int, ...]:
     """Do something with dead letters, and let each leave its queue afterwards."""
     done: list[int] = []
-    leases: list[consuming.Lease] = []
-
-    def finish() -> None:
-        if leases:
-            secure()
-        while leases:
-            lease = leases.pop(0)
-            lease.ack()
-            done.append(lease.numbers[0])
-
-    # After an error, closing the queue gives back what is left.
     with persipubsub.queue.open_queue(config, queue_key) as queue:
         consumer = queue.consumer(persipubsub.config.DEAD_LETTERS)
-        # Those that come back meanwhile are not sent back again.
+        # A letter that comes back meanwhile is not sent back again.
         end = queue.statistics().next_number
         if numbers is None:
             numbers = [listed.number for listed in look(config, queue_key)]
-        try:
-            for number in list(map(operator.index, numbers)):  # all of them are checked first
-                # Nothing else exists, and a claim can not hold every number.
-                lease = consumer.take_at(number) if 0 < number < end else None
-                if lease is not None:
-                    work(number, DeadLetter.decode(lease.messages[0]))
-                    leases.append(lease)
-                if len(leases) == _PAGE:
-                    finish()
-        finally:
-            # What came before an error leaves all the same.
-            finish()
+        for number in list(map(operator.index, numbers)):  # all of them are checked first
+            # No other number is in use, and larger ones can not be claimed.
+            lease = consumer.take_at(number) if 0 < number < end else None
+            if lease is not None:
+                # After an error, closing the queue gives it back.
+                work(number, DeadLetter.decode(lease.messages[0]))
+                lease.ack()
+                done.append(number)
     return tuple(done)

@@ -42,7 +42,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Peeked:
-    """Message that was looked at, not received: :py:func:`persipubsub.control.peek`."""
+    """Message that was looked at but not received, see :py:func:`persipubsub.control.peek`."""
 
     number: int  #: in its queue
     age_seconds: float  #: since it was sent
@@ -126,7 +126,7 @@ def give_up(message: Message, queue: str, subscriber: str, attempts: int, error:
 
 def text_of(error: BaseException) -> str:
     """
-    Describe an error of the user's code, whatever that does.
+    Describe an error of the user's code, even if its ``__str__`` fails.
 
     >>> text_of(ValueError("no greeting"))
     'ValueError: no greeting'
@@ -149,7 +149,7 @@ def retry_delay_ns(first_ns: int, deliveries: int) -> int:
     :param first_ns: delay after the first delivery; each further one doubles it, up to an hour
     :param deliveries: so far
     """
-    # 42 doublings bring any delay, from a nanosecond on, to the limit.
+    # 42 doublings bring any delay of at least a nanosecond to the limit.
     return min(first_ns << min(deliveries - 1, 42), max(_LONGEST_DELAY_NS, first_ns))
 
 

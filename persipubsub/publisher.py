@@ -1,7 +1,6 @@
 """Publish messages to a queue."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import persipubsub.config
 import persipubsub.face
@@ -10,7 +9,7 @@ from persipubsub.face import BytesLike, MessageId
 __all__ = ["Pub", "BytesLike", "MessageId"]
 
 
-class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
+class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
     """
     Send messages to the queue of a publisher.
 
@@ -31,6 +30,8 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
     >>> directory.cleanup()
     """
 
+    _kind = persipubsub.face.Target
+
     def __init__(self,
                  pub_id: str | None = None,
                  config_pth: persipubsub.config.ConfigLike | None = None,
@@ -44,9 +45,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise PersipubsubError: as :py:meth:`init` does
         :raise TypeError: if only one of id and configuration is given
         """
-        super().__init__(pub_id, config_pth)
-        if self._given is not None:
-            self.init(*self._given, autosync)
+        super().__init__(pub_id, config_pth, autosync)
 
     def init(self,
              pub_id: str,
@@ -64,23 +63,7 @@ class Pub(persipubsub.face.Handle[persipubsub.face.Target]):
         :raise FormatError: if the queue's directory holds something else
         :raise StoreCorruptError: if the store is damaged
         """
-        self._replace(persipubsub.face.Target.open(pub_id, config_pth, autosync))
-
-    def __enter__(self) -> Self:
-        """
-        Use the publisher as a context manager.
-
-        :return: itself
-        """
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the queue."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the queue; it may be closed twice. What was sent stays sent."""
-        self._replace(None)
+        self._open(pub_id, config_pth, autosync)
 
     def send(self,
              msg: BytesLike,

@@ -9,7 +9,6 @@ time; many processes may have the same queue open.
 import contextlib
 import functools
 import importlib
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeVar
@@ -35,7 +34,7 @@ __all__ = [
 ResultT = TypeVar("ResultT")
 
 
-class Queue:
+class Queue(contextlib.AbstractContextManager["Queue"]):
     """Puts messages into a queue, hands them to consumers, and looks after them."""
 
     def __init__(self,
@@ -69,7 +68,7 @@ class Queue:
             raise
         #: True if publishers wait for room in a full queue.
         self.waits_for_room = self._room.strategy is persipubsub.config.Strategy.BLOCK
-        # Stored, so that a send passes one method less.
+        # Stored, as the attribute of an attribute takes longer.
         self._put = self._sender.put
 
     @staticmethod
@@ -95,10 +94,6 @@ class Queue:
         finally:
             environment.release(opened)
 
-    def __enter__(self) -> "Queue":
-        """Use the queue as a context manager."""
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Close the queue."""
         self.close()
@@ -108,7 +103,7 @@ class Queue:
         return f"<Queue {self.path!r}, {'closed' if self._ending.is_closed else 'open'}>"
 
     def close(self) -> None:
-        """Close the queue; it may be closed twice. What was put stays; what is claimed is given back."""
+        """Close the queue; it may be closed twice. Messages that are claimed are given back."""
         with self._ending.lock:
             if self._ending.is_closed:
                 return
@@ -153,7 +148,7 @@ class Queue:
         return self._put(messages, recipients, timeout, msg_ids)
 
     def put_each(self, sendings: Sequence[sending.Sending]) -> list[BaseException | None]:
-        """Do what a :py:meth:`put` of each would do, in as few commits as can be; wait for no room."""
+        """Put each, all or nothing, in as few commits as possible; never wait for room."""
         self._check_open()
         return self._sender.put_each(sendings)
 
@@ -176,18 +171,14 @@ class Queue:
         """
         opened = self._environment
         retries = self._retries.get(subscriber, Retries())
-        # One for all consumers of the subscriber: it remembers that a message could not be moved.
+        # All consumers of a subscriber share it: it remembers that a message could not be moved.
         writer = self._writers.setdefault(
             subscriber, dead_letters.DeadLetterWriter(self.path, subscriber, retries))
         looks = pending.Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
-        consumer = consuming.Consumer(opened, self._claims, self._ending, looks, self.drop_expired,
-                                      writer, self.waits_for_room)
+        consumer = consuming.Consumer(opened, self._claims, self._ending, looks,
+                                      self._room.drop_expired, writer, self.waits_for_room)
         consumer.counts = consumer.counts and is_delivery
         return consumer
-
-    def front(self, subscriber: str) -> bytes | None:
-        """Look at the next message of a subscriber without taking it."""
-        return self.consumer(subscriber).front()
 
     def skip_to_newest(self, subscriber: str) -> int:
         """Acknowledge all messages of a subscriber but the newest one; return how many."""
@@ -199,15 +190,16 @@ class Queue:
 
     def seek(self, subscriber: str, to: Place) -> int:
         """Let a subscriber go on from another place, in one transaction and durably."""
-        # Checked before anything is looked at. The beginning is where the oldest message is.
+        # Checks ``to``. The beginning is the oldest message, of whatever age.
         wall_ns = 0 if to == "beginning" else persipubsub.message.since_ns(to)
 
         def work(tx: Tx) -> int:
             if wall_ns is None:
                 number = fmt.MAX_NUMBER if to == "end" else int(to)  # type: ignore[arg-type]
             else:
-                # Times are given on the wall clock, while the log has those of the queue's clock,
-                # which nobody sets: they are compared by age. What is too old would only be dropped.
+                # ``to`` is a time of the wall clock. The log has times of the queue's clock, which
+                # nobody sets. So they are compared by age. Messages that are older than the timeout
+                # would only be dropped.
                 age_ns = min(time.time_ns() - wall_ns, self._room.timeout_ns)
                 number = positions.beginning(tx, self._now_ns() - age_ns)
             return positions.seek(tx, subscriber.encode("utf-8"), number)
@@ -217,7 +209,7 @@ class Queue:
     # Looking after the queue
 
     def pause(self, subscriber: str, is_paused: bool = True) -> bool:
-        """Let the consumers of a subscriber wait, or go on, durably; return False if it is so already."""
+        """Stop delivery to a subscriber, or resume it, durably; return False if nothing changed."""
         return self._change(positions.set_paused, subscriber.encode("utf-8"), is_paused)
 
     def delete(self, subscriber: str, number: int) -> bool:
@@ -239,7 +231,7 @@ class Queue:
         return lag
 
     def _change(self, work: Callable[..., ResultT], *args: object) -> ResultT:
-        """Change something durably, and let all look at the queue again."""
+        """Change something durably, and wake all consumers and senders."""
         opened = self._environment
         result = opened.write(work, *args, makes_room=True)
         for held in list(opened.held.values()):
@@ -249,16 +241,8 @@ class Queue:
         return result
 
     def secure(self) -> None:
-        """Let what was put so far survive a power failure, where putting does not do that."""
+        """Flush what was put so far, for queues in which a put does not."""
         self._environment.secure_now()
-
-    def drop_expired(self) -> int:
-        """Drop the messages that are older than the queue's timeout; return how many."""
-        self._check_open()
-        dropped = self._room.drop_expired()
-        if dropped:
-            self._opened.notifier.notify()
-        return dropped
 
     def delete_finished(self) -> int:
         """Delete all messages that all subscribers acknowledged, in many short transactions."""
@@ -267,8 +251,9 @@ class Queue:
 
     def prune(self) -> int:
         """Drop the messages that are too old, and delete those that are finished."""
-        dropped = self.drop_expired()
-        self.delete_finished()
+        self._check_open()
+        dropped = self._room.drop_expired()
+        self._room.delete_finished()
         return dropped
 
     def clear(self) -> int:
@@ -311,14 +296,8 @@ def directory_of(config: Config, queue_key: str) -> str:
 
 def ensure_queue(config: Config, queue_key: str) -> None:
     """Create a queue and its subscribers, as far as they are not there, and store its settings."""
-    sources = [
-        found.in_queue for found in config.subscribers.values()
-        if found.dead_letter_queue == queue_key
-    ]
-    for key in (queue_key, *sources):
-        _retries_of(config, key)  # which checks them
     subscribers = list(config.queues[queue_key].subscribers)
-    if sources:
+    if any(one.dead_letter_queue == queue_key for one in config.subscribers.values()):
         # Operators look at the queue as this subscriber. It keeps messages that no other one needs.
         subscribers.append(persipubsub.config.DEAD_LETTERS)
     from_beginning = [
@@ -345,7 +324,7 @@ def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
 
 
 def check_durability(config: Config, queue_key: str) -> tuple[str, ...]:
-    """Look whether a queue is less durable than its configuration says: it never is."""
+    """Return no warning: a directory is as durable as the configuration says."""
     del config, queue_key
     return ()
 
@@ -353,23 +332,14 @@ def check_durability(config: Config, queue_key: str) -> tuple[str, ...]:
 def _retries_of(config: Config, queue_key: str) -> Mapping[str, Retries]:
     """Take from a configuration what subscribers do with messages that fail."""
     found = {}
-    directory = directory_of(config, queue_key)
     for subscriber in config.subscribers.values():
-        target = subscriber.dead_letter_queue
         if subscriber.in_queue != queue_key:
             continue
-        open_target = None
+        target, open_target = subscriber.dead_letter_queue, None
         if target:
-            place = directory_of(config, target)
-            # By a link it may be the same: it would give up into itself, again and again.
-            if os.path.realpath(place) == os.path.realpath(directory):
-                persipubsub.config.fail(config.path, [
-                    f"queues.{target}.path: Expected another directory than that of "
-                    f"queues.{queue_key}.path, but got: {place!r}, the same one ({target!r} is the "
-                    f"dead_letter_queue of {subscriber.identifier!r})"
-                ])
             # Without the retries of that queue: they may lead back to this one.
-            open_target = functools.partial(Queue, place, config.queues[target])
+            open_target = functools.partial(Queue, directory_of(config, target),
+                                            config.queues[target])
         policy = attempts.Policy(subscriber.max_deliveries, int(subscriber.retry_delay_secs * 1e9))
         found[subscriber.identifier] = Retries(policy, queue_key, open_target)
     return found

@@ -2,12 +2,11 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Self
 
 import persipubsub.config
-import persipubsub.engine
 import persipubsub.errors
 import persipubsub.face
 import persipubsub.statistics
@@ -79,11 +78,11 @@ class Messages(persipubsub.face.Batch[ContentT]):
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         if error is None:
-            persipubsub.face.end(self._finish(self._given))
+            self._end(*self._finish(self._given))
         else:
-            # What the block raised matters more.
+            # The exception of the block matters more.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
-                persipubsub.face.end(self._finish(self._given - 1, error))
+                self._end(*self._finish(self._given - 1, error))
 
     def __iter__(self) -> Iterator[ContentT]:
         """
@@ -104,7 +103,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
             item = self._items[self._given]
             self._given += 1
             return item
-        persipubsub.face.end(self._finish(self._given))
+        self._end(*self._finish(self._given))
         lease = None if self._is_done else self._take()
         if lease is None:
             self._is_done = True
@@ -113,21 +112,24 @@ class Messages(persipubsub.face.Batch[ContentT]):
 
     def acknowledge(self) -> None:
         """Acknowledge now what was handled, and the message at hand; it may be repeated."""
-        persipubsub.face.end(self._acknowledged())
+        self._end(*self._acknowledged())
 
     def close(self) -> None:
         """Give the message at hand back as if it had not been delivered, and end."""
         self._is_done = True
-        persipubsub.face.end(self._finish(self._given - 1))
+        self._end(*self._finish(self._given - 1))
 
     def __del__(self) -> None:
-        """Do not keep messages from others that a loop left behind."""
+        """Give back the messages of a loop that was left."""
         if getattr(self, "_lease", None) is not None:
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 self.close()
 
 
-class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
+class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | None],
+                                    Receipt[list[bytes]], Receipt[list[Message]], Messages[bytes],
+                                    Messages[Message]],
+          persipubsub.face.Blocking[persipubsub.face.Source]):
     """
     Receive the messages that are addressed to a subscriber, in the order of their commits.
 
@@ -157,6 +159,10 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
     >>> directory.cleanup()
     """
 
+    _receipt = Receipt
+    _messages = Messages
+    _end = staticmethod(persipubsub.face.end)
+
     def __init__(self,
                  sub_id: str | None = None,
                  config_pth: persipubsub.config.ConfigLike | None = None) -> None:
@@ -169,8 +175,6 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise TypeError: if only one of id and configuration is given
         """
         super().__init__(sub_id, config_pth)
-        if self._given is not None:
-            self.init(*self._given)
 
     def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
         """
@@ -184,163 +188,10 @@ class Sub(persipubsub.face.Handle[persipubsub.face.Source]):
         :raise FormatError: if the queue's directory holds something else
         :raise StoreCorruptError: if the store is damaged
         """
-        self._replace(persipubsub.face.Source.open(sub_id, config_pth))
+        self._open(sub_id, config_pth)
 
-    def __enter__(self) -> Self:
-        """
-        Use the subscriber as a context manager.
-
-        :return: itself
-        """
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the queue."""
-        self.close()
-
-    def close(self) -> None:
-        """
-        Close the queue; it may be closed twice.
-
-        A message that is being received is given back.
-        """
-        self._replace(None)
-
-    # yapf: disable
-    @overload
-    def receive(self, timeout: float | None = 60, retries: int = 10,
-                details: Literal[False] = False) -> Receipt[bytes | None]:        ...
-    @overload
-    def receive(self, timeout: float | None = 60, retries: int = 10, *,
-                details: Literal[True]) -> Receipt[Message | None]:        ...
-    # yapf: enable
-    def receive(self,
-                timeout: float | None = 60,
-                retries: int = 10,
-                details: bool = False) -> Receipt[Any]:
-        """
-        Receive the next message in a ``with`` block.
-
-        The block gets the bytes that were sent, or None if no message came in time. If the block is
-        left without an exception, the message is acknowledged. If it is left by an exception, the
-        message stays where it was and is delivered again, perhaps to another process of the same
-        subscriber.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up; there
-            is a look once a second in any case
-        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message
-        :raise CorruptMessageError: from the ``with`` statement if the next message is damaged; it
-            is set aside, and the next call gives the one after it
-        """
-        return Receipt(self._taker(timeout, retries), details)
-
-    # yapf: disable
-    @overload
-    def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
-                       details: Literal[False] = False) -> Receipt[bytes | None]:        ...
-    @overload
-    def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
-                       details: Literal[True]) -> Receipt[Message | None]:        ...
-    # yapf: enable
-    def receive_to_top(self,
-                       timeout: float | None = 60,
-                       retries: int = 10,
-                       details: bool = False) -> Receipt[Any]:
-        """
-        Receive the newest message in a ``with`` block, and skip all older ones.
-
-        One transaction makes sure that the message still is the newest one, and acknowledges the
-        older ones for this subscriber. Other subscribers keep theirs. Skipped messages stay
-        skipped, whatever happens to the newest one. While another process has the newest message,
-        nothing is skipped, and the call waits for the next one.
-
-        :param timeout: how long to wait, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up
-        :param details: True to get a :py:class:`persipubsub.message.Message` instead of bytes
-        :return: context manager of the message, see :py:meth:`receive`
-        :raise CorruptMessageError: as :py:meth:`receive` does
-        """
-        return Receipt(self._taker(timeout, retries, is_newest=True), details)
-
-    # yapf: disable
-    @overload
-    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
-                     details: Literal[False] = False) -> Receipt[list[bytes]]:        ...
-    @overload
-    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
-                     details: Literal[True]) -> Receipt[list[Message]]:        ...
-    # yapf: enable
-    def receive_many(self,
-                     max_msgs: int,
-                     timeout: float | None = 60,
-                     retries: int = 10,
-                     details: bool = False) -> Receipt[Any]:
-        """
-        Receive several messages in a ``with`` block.
-
-        The block gets a list of the messages that are there, at least one and at most ``max_msgs``,
-        or an empty list if none came in time. It does not wait until there are ``max_msgs``. If the
-        block is left without an exception, all of them are acknowledged together, in one
-        transaction. Otherwise all of them stay, and are delivered again.
-
-        At most about 16 MiB, or one larger message, are received at once.
-
-        :param max_msgs: how many messages at most
-        :param timeout: how long to wait for the first one, in seconds; None: for ever
-        :param retries: how often to look at the queue within ``timeout`` without a wake-up
-        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
-        :return: context manager of the messages
-        :raise CorruptMessageError: as :py:meth:`receive` does
-        """
-        persipubsub.face.check_count("max_msgs", max_msgs)
-        return Receipt(self._taker(timeout, retries, max_msgs), details, is_batch=True)
-
-    # yapf: disable
-    @overload
-    def messages(self, timeout: float | None = None, details: Literal[False] = False,
-                 prefetch: int = 1) -> Messages[bytes]:        ...
-    @overload
-    def messages(self, timeout: float | None = None, *, details: Literal[True],
-                 prefetch: int = 1) -> Messages[Message]:        ...
-    # yapf: enable
-    def messages(self,
-                 timeout: float | None = None,
-                 details: bool = False,
-                 prefetch: int = 1) -> Messages[Any]:
-        """
-        Iterate over the messages as they come.
-
-        A message is acknowledged when the next one is asked for. The loop ends when no message came
-        within ``timeout``. If the loop is left by an exception or by ``break``, its last message
-        stays, and is delivered again. For ``break``, a ``with`` statement changes that: see
-        :py:class:`Messages`.
-
-        With ``prefetch``, up to so many messages are taken at once, which is several times as fast.
-        They are acknowledged together when the last one was handled, or when the loop is left. If
-        the loop is left, the rest is given back. If the consumer is killed, all of them are
-        delivered again. As long as it has them, no other consumer gets them: choose a small number
-        if one message takes long.
-
-        :param timeout: how long to wait for each message, in seconds; None: for ever
-        :param details: True to get :py:class:`persipubsub.message.Message` objects instead of bytes
-        :param prefetch: how many messages to take at once at most
-        :return: iterator
-        :raise CorruptMessageError: from the iteration, as :py:meth:`receive` does
-        """
-        persipubsub.face.check_count("prefetch", prefetch)
-        return Messages(self._taker(timeout, 1, prefetch), details)
-
-    def _taker(self,
-               timeout: float | None,
-               retries: int,
-               max_messages: int = 1,
-               is_newest: bool = False) -> Callable[[], persipubsub.engine.Lease | None]:
-        """Check how long to wait; return what waits and takes."""
-        seconds, poll_secs = persipubsub.face.waiting(timeout, retries)
-        source = self._opened or self._require()
-        return functools.partial(source.consumer.take, seconds, poll_secs, max_messages, is_newest)
+    def _taker(self, *how: Any) -> persipubsub.face.Take:
+        return functools.partial((self._opened or self._require()).consumer.take, *how)
 
     def __iter__(self) -> Messages[bytes]:
         """

@@ -376,7 +376,7 @@ class QueueMachine(RuleBasedStateMachine):
     def front(self, side: int, index: int) -> None:
         name = self.name(index)
         expected = self.twin.next_of(name, self.claimed(name), self.clock.now_ns, is_look=True)
-        assert self.queues[side].front(name) == (expected[0].data if expected else None)
+        assert self.queues[side].consumer(name).front() == (expected[0].data if expected else None)
         self.expire(side)
 
     # Looking after the queue

@@ -45,7 +45,7 @@ def test_delay_doubles_up_to_an_hour(tmp_path: Path) -> None:
             take(queue).nack(ERROR)
             clock.advance(delay - 1)
             assert queue.consumer("sub").take(timeout=0) is None
-            assert queue.front("sub") is None
+            assert queue.consumer("sub").front() is None
             clock.advance(1)
         take(queue).ack()
 

@@ -663,15 +663,6 @@ def test_fifo_as_shells_make_them(tmp_path: Path) -> None:
     thread.join()
 
 
-def test_large_file(tmp_path: Path) -> None:
-    config_pth = tmp_path / "config.json"
-    config_pth.write_bytes(EXAMPLE)
-    os.truncate(config_pth, 10**12)  # sparse
-    expected = "Expected a file of at most 67108864 bytes, but got more"
-    assert read_error(config_pth) == read_error(Path("/dev/zero")) == expected
-    assert problems(b" " * (64 * 1024**2 + 1)) == (expected, )
-
-
 @pytest.mark.parametrize("config_pth", ["a\0b", "\ud800"])
 def test_impossible_paths(config_pth: str) -> None:
     with pytest.raises(errors.ConfigError, match="Expected a file that can be read"):

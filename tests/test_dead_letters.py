@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -293,33 +292,6 @@ def test_there_is_room_for_all_attempts_of_a_restored_queue(tmp_path: Path) -> N
         records = list(stores.attempts(queue).values())
     assert [record.deliveries for record in records] == [1] * 1000
     assert all(len(record.error) > 400 for record in records)
-
-
-def link_letters(config_pth: Path) -> None:
-    """Let the queue of dead letters be the queue itself, by a link."""
-    found = json.loads(config_pth.read_text())
-    (config_pth.parent / "link").symlink_to(found["queues"]["queue"]["path"])
-    found["queues"]["letters"]["path"] = str(config_pth.parent / "link")
-    config_pth.write_text(json.dumps(found))
-
-
-@pytest.mark.parametrize("queue_key", [None, "queue", "letters"])
-def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_made_ready(
-        tmp_path: Path, queue_key: str | None) -> None:
-    config_pth = write_config(tmp_path)
-    link_letters(config_pth)
-    with pytest.raises(errors.ConfigError, match="queues.letters.path: .*queues.queue.path.*'sub'"):
-        control.initialize_all_dbs(config_pth, queue_key)
-    assert not os.path.exists(config.read(config_pth).queue_path("queue"))
-
-
-def test_queue_that_a_link_makes_that_of_its_own_dead_letters_is_not_opened(
-        config_pth: Path) -> None:
-    link_letters(config_pth)
-    with pytest.raises(errors.ConfigError, match="the same one"):
-        fail(config_pth, b"1")
-    with pytest.raises(errors.ConfigError, match="the same one"):
-        Sub("sub", config_pth)
 
 
 def test_queue_of_dead_letters_may_be_behind_a_link(tmp_path: Path) -> None:

@@ -461,7 +461,7 @@ def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: Path) -> No
             # It had a message in hand: that is acknowledged into the void.
             lease.ack()
             with pytest.raises(errors.NotInitializedError):
-                queue.front("late")
+                queue.consumer("late").front()
         assert control.statistics(config_pth)["queue"].messages == 0
         for index in range(100):
             pub.send(b"%d" % index)

@@ -191,7 +191,9 @@ class Room:
     def drop_expired(self) -> int:
         """Drop the messages that are older than the queue's timeout; return how many."""
         dropped = self._environment.write(self._drop_expired, makes_room=True)
-        self.drop_log.add(dropped)
+        if dropped:
+            self.drop_log.add(dropped)
+            self._environment.notifier.notify()
         return sum(one.messages for one in dropped)
 
     def _drop_expired(self, tx: Tx) -> list[Dropped]:

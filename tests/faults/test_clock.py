@@ -51,7 +51,7 @@ def receive(config_pth: Path, count: int) -> list[bytes]:
 
 def wait_until_dropped(config_pth: Path) -> int:
     with support.open_queue(config_pth) as queue:
-        support.until(lambda: queue.front("sub") is None, what="messages are too old")
+        support.until(lambda: queue.consumer("sub").front() is None, what="messages are too old")
         assert not queue.check()
         return queue.statistics().subscribers[0].dropped_by_timeout
 

@@ -88,7 +88,7 @@ def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -
         # Above the mark the stopped one's message is dropped and counted, and nothing else.
         assert entry.dropped_by_mark == (1 if is_over_mark else 0)
         assert entry.acknowledged == count + (0 if is_over_mark else 1)
-        assert queue.front("sub") is None
+        assert queue.consumer("sub").front() is None
 
 
 def send_always(pipe: support.Connection, config_pth: Path) -> None:
@@ -238,7 +238,7 @@ def die_reading(pipe: support.Connection, config_pth: Path) -> None:
     workers.guard()
     queue = support.open_queue(config_pth)
     # In a forked process it is opened at the first use, and that frees the slots of dead readers.
-    queue.front("sub")
+    queue.consumer("sub").front()
     pipe.send("ready")
     pipe.recv()
 
