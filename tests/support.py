@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import fcntl
 import gc
 import json
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +31,8 @@ from persipubsub import config, control
 HANG_SECS = 60.0
 
 FORK = multiprocessing.get_context("fork")
+
+_PR_SET_PDEATHSIG = 1
 
 Connection: TypeAlias = "multiprocessing.connection.Connection[Any, Any]"
 
@@ -67,6 +70,25 @@ def write_config(directory: Path,
     path = directory / name
     path.write_text(json.dumps(entries), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def edited(config_pth: Path) -> Iterator[dict[str, Any]]:
+    """Let a test change the content of a configuration file."""
+    content = json.loads(config_pth.read_text(encoding="utf-8"))
+    yield content
+    config_pth.write_text(json.dumps(content), encoding="utf-8")
+
+
+def add_dead_letters(config_pth: Path, **subscriber: Any) -> Path:
+    """Add a queue for the dead letters of ``sub``."""
+    with edited(config_pth) as content:
+        content["sub"].update({"max_deliveries": 1, "dead_letter_queue": "letters", **subscriber})
+        content["queues"]["letters"] = {
+            **content["queues"]["queue"], "path": str(config_pth.with_name("letters")),
+            "subscribers": []
+        }
+    return config_pth
 
 
 def make_queue(directory: Path, *args: Any, **changes: Any) -> Path:
@@ -117,11 +139,11 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.001)
 
 
-def in_threads(works: Sequence[Callable[[], object]]) -> None:
+def in_threads(works: Sequence[Callable[[], object]], timeout: float | None = HANG_SECS) -> None:
     """Call each function in a thread of its own, wait for all, and raise what one of them raised."""
     with concurrent.futures.ThreadPoolExecutor(len(works)) as executor:
         for future in [executor.submit(work) for work in works]:
-            future.result(HANG_SECS)
+            future.result(timeout)
 
 
 def init_in_between(monkeypatch: pytest.MonkeyPatch, init: Callable[[], None]) -> None:
@@ -191,12 +213,18 @@ class Child:
     """
     Run a function in a forked process; it gets one end of a pipe and the arguments.
 
-    A child that is still there at the end of the ``with`` block is killed.
+    A child that is still there at the end of the ``with`` block is killed, and so is one whose
+    parent was.
     """
 
     def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
         self.pipe, theirs = FORK.Pipe()
-        self.process = FORK.Process(target=function, args=(theirs, ) + arguments, daemon=True)
+
+        def run() -> None:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            function(theirs, *arguments)
+
+        self.process = FORK.Process(target=run, daemon=True)
         self.process.start()
         theirs.close()
 

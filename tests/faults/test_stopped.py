@@ -12,7 +12,6 @@ import pytest
 from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine.format import Tx
 from tests import support
-from tests.faults import workers
 
 #: A stopped process is caught in the middle of a commit within so many attempts.
 ATTEMPTS: Final = 8000
@@ -20,7 +19,6 @@ ATTEMPTS: Final = 8000
 
 def hold_one(pipe: support.Connection, config_pth: Path) -> None:
     """Receive a message, and acknowledge it when told to."""
-    workers.guard()
     with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=support.HANG_SECS) as msg:
             pipe.send(msg)
@@ -29,7 +27,6 @@ def hold_one(pipe: support.Connection, config_pth: Path) -> None:
 
 
 def receive(pipe: support.Connection, config_pth: Path) -> None:
-    workers.guard()
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
         pipe.send("ready")
@@ -93,7 +90,6 @@ def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -
 
 def send_always(pipe: support.Connection, config_pth: Path) -> None:
     """Send without end, and tell how many were sent."""
-    workers.guard()
     with Pub("pub", config_pth) as pub:
         count = 0
         while not pipe.poll():
@@ -106,7 +102,6 @@ def send_always(pipe: support.Connection, config_pth: Path) -> None:
 
 def obey(pipe: support.Connection, config_pth: Path) -> None:
     """Do what is asked for, and tell what came of it: a process that may hang."""
-    workers.guard()
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
 
         def send() -> None:
@@ -169,11 +164,7 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: Path, number: int) 
         other.pipe.send("end")
         other.end()
 
-    received: list[bytes] = []
-    with Sub("sub", config_pth) as sub:
-        while sub.front() is not None:
-            with sub.receive_many(max_msgs=100, timeout=0) as msgs:
-                received.extend(msgs)
+    received = support.receive_all(config_pth)
     assert received.count(b"mine") == sent
     others = [int(message) for message in received if message != b"mine"]
     assert others == list(range(len(others)))
@@ -190,7 +181,6 @@ def is_stopped(child: support.Child) -> bool:
 
 def stop_in_a_flush(pipe: support.Connection, config_pth: Path) -> None:
     """Send, and be stopped in the middle of the flush, with the lock of the journal."""
-    workers.guard()
     with Pub("pub", config_pth) as pub:
         flush = os.fdatasync
 
@@ -235,7 +225,6 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: Path, number: int)
 
 def die_reading(pipe: support.Connection, config_pth: Path) -> None:
     """Open the queue, and when told to, be killed in the middle of a read."""
-    workers.guard()
     queue = support.open_queue(config_pth)
     # In a forked process it is opened at the first use, and that frees the slots of dead readers.
     queue.front("sub")
