@@ -1,6 +1,5 @@
 """Test how deliveries are counted, when messages are retried, and that no record is left behind."""
 
-import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +24,6 @@ def take(queue: persipubsub.queue.Queue, most: int = 1) -> consuming.Lease:
     lease = queue.consumer("sub").take(timeout=0, max_messages=most)
     assert lease is not None
     return lease
-
-
-def attempts_of(lease: consuming.Lease) -> list[int]:
-    return [message.attempts for message in lease.details()]
 
 
 # Retrying
@@ -64,43 +59,12 @@ def test_waiting_consumer_wakes_when_a_message_is_due(tmp_path: Path) -> None:
         lease.ack()
 
 
-def test_competing_consumers_share_what_is_due(tmp_path: Path) -> None:
-    with stores.opened(tmp_path, retries=retries(max_deliveries=50, delay_ns=10**6)) as queue:
-        queue.put([bytes((index, )) for index in range(20)])
-        done: list[bytes] = []
-
-        def consume(index: int) -> None:
-            consumer = queue.consumer("sub")
-            while True:
-                lease = consumer.take(timeout=1)
-                if lease is None:
-                    return
-                if attempts_of(lease)[0] <= 1 + index % 3:
-                    lease.nack(ERROR)
-                else:
-                    done.extend(lease.messages)
-                    lease.ack()
-
-        support.in_threads([functools.partial(consume, index) for index in range(3)])
-        assert sorted(done) == [bytes((index, )) for index in range(20)]
-        assert stores.attempts(queue) == {}
-
-
 # Forgetting
 
 
 def fail_all(queue: persipubsub.queue.Queue) -> None:
     """Fail with everything, and acknowledge all but the first message ahead of it."""
     take(queue, most=100).nack(ERROR)
-
-
-def fill(queue: persipubsub.queue.Queue) -> None:
-    queue.put([b"x"] * 9)
-
-
-def remove(queue: persipubsub.queue.Queue) -> None:
-    queue.remove_subscriber("sub")
-    queue.add_subscriber("sub")
 
 
 RECORD = fmt.Attempts(1, 0, 0, 0, "")

@@ -56,24 +56,6 @@ def opened_unchecked(directory: Path,
         yield queue
 
 
-def collect(queue: persipubsub.queue.Queue, most: int) -> tuple[list[bytes], list[int]]:
-    """Take everything; return messages, and the numbers of those that were damaged."""
-    consumer = queue.consumer("sub")
-    messages: list[bytes] = []
-    damaged: list[int] = []
-    while True:
-        try:
-            lease = consumer.take(timeout=0, max_messages=most)
-        except errors.CorruptMessageError as error:
-            assert queue.path in str(error)
-            damaged.append(error.number)
-            continue
-        if lease is None:
-            return messages, damaged
-        messages.extend(lease.messages)
-        lease.ack()
-
-
 def test_damaged_message_is_shown_to_one_consumer(tmp_path: Path) -> None:
     with opened_unchecked(tmp_path, ["sub"]) as queue:
         first = queue.put([b"1", b"2", b"3"])

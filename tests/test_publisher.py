@@ -1,4 +1,4 @@
-"""Test publishing: what is taken, what is refused, and three processes that do the main job."""
+"""Test publishing: what is taken, what is refused, and how a publisher lives and ends."""
 
 import array
 import functools
@@ -14,75 +14,11 @@ from persipubsub import Pub, Sub, control, errors
 from tests import support
 from tests.support import receive_all
 
-DEPLOY = """if True:
-    import sys
-    import persipubsub.control
-    persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])
-    """
-
-PUBLISH = """if True:
-    import sys
-    import persipubsub.publisher
-    pub = persipubsub.publisher.Pub()
-    pub.init(pub_id="pub", config_pth=sys.argv[1], autosync=False)
-    pub.send(msg=b"first")
-    pub.send_many(msgs=[b"second", b"third"])
-    """
-
-RECEIVE = """if True:
-    import sys
-    import persipubsub.subscriber
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id=sys.argv[2], config_pth=sys.argv[1])
-    while True:
-        with sub.receive(timeout=0.1, retries=10) as msg:
-            if msg is None:
-                break
-            print(msg.decode())
-    """
-
 
 @pytest.fixture(name="config_pth")
 def fixture_config_pth(tmp_path: Path) -> Path:
     config_pth = support.make_queue(tmp_path)
     return config_pth
-
-
-def test_wrong_use_is_refused_without_assertions(tmp_path: Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    done = support.run_python("""if True:
-        import sys
-        import persipubsub.control, persipubsub.errors, persipubsub.publisher
-        import persipubsub.subscriber
-
-        def expect(kind, function, **arguments):
-            try:
-                function(**arguments)
-            except kind:
-                return
-            sys.exit("Expected {}: {} {}".format(kind, function, arguments))
-
-        errors = persipubsub.errors
-        pub, sub = persipubsub.publisher.Pub(), persipubsub.subscriber.Sub()
-        expect(errors.ClosedError, pub.send, msg=b"")
-        expect(errors.ClosedError, sub.receive)
-        expect(errors.NotInitializedError, pub.init, pub_id="pub", config_pth=sys.argv[1])
-        expect(errors.NotInitializedError, persipubsub.control.clear_all_subs,
-               config_pth=sys.argv[1])
-        persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])
-        expect(errors.ConfigError, pub.init, pub_id="nobody", config_pth=sys.argv[1])
-        pub.init(pub_id="pub", config_pth=sys.argv[1])
-        expect(TypeError, pub.send, msg="text")
-        expect(TypeError, pub.send_many, msgs=[b"", None])
-        sub.init(sub_id="sub", config_pth=sys.argv[1])
-        expect(ValueError, sub.receive, timeout=-1)
-        expect(ValueError, sub.receive, retries=0)
-        assert_is_off = not __debug__
-        print(assert_is_off, sub.front())
-        """,
-                              config_pth,
-                              options=["-O"])
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True None\n", "")
 
 
 class Bytes(bytes):
@@ -198,38 +134,6 @@ def test_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with Pub("pub", config_pth) as pub:
         pub.send(b"message")
     assert receive_all(config_pth) == [b"message"]
-
-
-def test_leaving_the_interpreter(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=1000)
-    code = """if True:
-        import os, sys, threading
-        import persipubsub.errors, persipubsub.publisher
-        pub = persipubsub.publisher.Pub()
-        pub.init(pub_id="pub", config_pth=sys.argv[1])
-        is_sending = threading.Event()
-
-        def send():
-            try:
-                while True:
-                    pub.send(b"from a thread")
-                    is_sending.set()
-            except persipubsub.errors.ClosedError:
-                pass  # the interpreter is leaving
-
-        for _ in range(4):
-            threading.Thread(target=send, daemon=True).start()
-        assert is_sending.wait(60)
-        pub.send(b"message")
-        if sys.argv[2] == "_exit":
-            os._exit(0)
-        """
-    mark = tmp_path / "queue" / "running"
-    for how, is_marked in (("end", False), ("_exit", True), ("end", False)):
-        done = support.run_python(code, config_pth, how)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert mark.exists() == is_marked
-    assert receive_all(config_pth).count(b"message") == 3
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])

@@ -1,4 +1,4 @@
-"""Test putting, audiences, the timeout, numbers that survive everything, the file's size."""
+"""Test putting, audiences, the timeout, the end of the log, the file's size."""
 
 import functools
 import random
@@ -63,31 +63,6 @@ def test_old_messages_are_dropped_by_a_send(tmp_path: Path) -> None:
             queue.put([b"new"])
         figures = stores.figures(queue)
         assert (figures.dropped_by_timeout, figures.lag) == (5, 16)
-
-
-# Numbers
-
-
-def test_numbers_go_on_in_another_process(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path)
-    code = """
-import sys
-import persipubsub.config, persipubsub.queue
-with persipubsub.queue.open_queue(persipubsub.config.read(sys.argv[1]), "queue") as queue:
-    print(queue.put([b"x", b"y"]))
-    if sys.argv[2] == "clear":
-        queue.clear()
-"""
-    numbers = []
-    for what in ("keep", "clear", "clear", "keep"):
-        result = support.run_python(code, config_pth, what)
-        assert result.returncode == 0, result.stderr
-        numbers.append(int(result.stdout))
-    assert numbers == list(range(numbers[0], numbers[0] + 8, 2))
-    with support.open_queue(config_pth) as queue:
-        assert queue.put([b"z"]) == numbers[0] + 8
-        assert stores.take_all(queue) == [b"x", b"y", b"z"]
-        assert stores.figures(queue).cleared == 6
 
 
 # Keeping the file small

@@ -61,17 +61,6 @@ def wait_in_thread(work: Callable[[], object], path: str) -> tuple[threading.Thr
     return thread, outcome
 
 
-def test_send_wakes_a_process_that_sleeps(tmp_path: Path) -> None:
-    with stores.opened(tmp_path) as queue, support.Child(receive_in_child, queue.path) as child:
-        assert child.get() == "ready"
-        for number in range(50):
-            stores.until_somebody_waits(queue.path)
-            queue.put([b"%d" % number])
-            assert child.get() == b"%d" % number
-        child.kill(signal.SIGKILL)
-        child.end(-signal.SIGKILL)
-
-
 def test_no_wake_up_is_lost_however_the_two_meet(tmp_path: Path) -> None:
     """A ball goes back and forth, so that each process begins to wait while the other one sends."""
 
