@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -200,13 +201,35 @@ def run_python(
     """Run code in a Python process of its own that finds the modules this one has."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path != "")
-    command: list[str] = [*prefix, sys.executable, *options, "-c", code]
-    return subprocess.run(command + [str(argument) for argument in arguments],
-                          env=environment,
+    return run([*prefix, sys.executable, *options, "-c", code, *arguments], env=environment)
+
+
+def run(command: Sequence[object], **options: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([str(word) for word in command],
                           capture_output=True,
                           text=True,
                           timeout=2 * HANG_SECS,
-                          check=False)
+                          check=False,
+                          **options)
+
+
+def start(command: Sequence[object], **options: Any) -> "subprocess.Popen[str]":
+    """Start a program that reads nothing."""
+    return subprocess.Popen([str(word) for word in command],
+                            stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
+                            text=True,
+                            **options)
+
+
+def import_file(path: Path) -> types.ModuleType:
+    """Import a module that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Child:
@@ -238,7 +261,6 @@ class Child:
         self.pipe.close()
 
     def get(self) -> Any:
-        """Wait for what the child sends next."""
         assert self.pipe.poll(HANG_SECS), "Expected the child to answer, but it hangs."
         try:
             return self.pipe.recv()
@@ -253,13 +275,20 @@ class Child:
         os.kill(self.process.pid, number)
 
     def end(self, exit_code: int = 0) -> None:
-        """Wait for the end of the child."""
         self.process.join(HANG_SECS)
         assert self.process.exitcode == exit_code
 
 
+def hold_message(pipe: Connection, config_pth: Path) -> None:
+    """Receive a message in a child, and acknowledge it when told to."""
+    with persipubsub.Sub("sub", config_pth) as sub:
+        with sub.receive(timeout=HANG_SECS) as msg:
+            pipe.send(msg)
+            pipe.recv()
+    pipe.send("done")
+
+
 def outcome(function: Callable[[], object]) -> str:
-    """Call a function and tell what came of it."""
     try:
         function()
     except BaseException as error:  # pylint: disable=broad-exception-caught

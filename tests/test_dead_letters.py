@@ -23,7 +23,6 @@ def write_config(directory: Path, **subscriber: Any) -> Path:
 
 
 def fail(config_pth: Path, *messages: bytes) -> None:
-    """Send messages, and fail with them until they are given up."""
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         for message in messages:
             pub.send(message)
@@ -287,9 +286,10 @@ def test_there_is_room_for_all_attempts_of_a_restored_queue(tmp_path: Path) -> N
 
 def link_letters(config_pth: Path) -> None:
     """Let the queue of dead letters be the queue itself, by a link."""
-    with support.edited(config_pth) as found:
-        (config_pth.parent / "link").symlink_to(found["queues"]["queue"]["path"])
-        found["queues"]["letters"]["path"] = str(config_pth.parent / "link")
+    found = json.loads(config_pth.read_text())
+    (config_pth.parent / "link").symlink_to(found["queues"]["queue"]["path"])
+    found["queues"]["letters"]["path"] = str(config_pth.parent / "link")
+    config_pth.write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize("queue_key", [None, "queue", "letters"])

@@ -15,12 +15,6 @@ from tests import support
 from tests.support import receive_all
 
 
-@pytest.fixture(name="config_pth")
-def fixture_config_pth(tmp_path: Path) -> Path:
-    config_pth = support.make_queue(tmp_path)
-    return config_pth
-
-
 class Bytes(bytes):
     """Be bytes, and more."""
 
@@ -164,24 +158,35 @@ def test_send_after_the_interpreter_was_left(tmp_path: Path, durability: str) ->
     assert receive_all(config_pth) == [b"in time"]
 
 
-def test_many_threads_send_batches(config_pth: Path, pub: Pub) -> None:
+def test_many_threads_send_batches(tmp_path: Path) -> None:
+    """Commits that threads share keep batches together, and apart whom each is for."""
+    config_pth = support.make_queue(tmp_path, {
+        "all": ["a", "b"],
+        "to_a": ["a"],
+        "to_b": ["b"]
+    }, ["a", "b"])
+    with Pub("all", config_pth) as first, Pub("to_a", config_pth) as second, \
+            Pub("to_b", config_pth) as third:
+        pubs = [first, second, third] * 3
 
-    def send(name: int) -> None:
-        for number in range(20):
-            pub.send_many([b"%d-%d-%d" % (name, number, place) for place in range(5)])
+        def send(name: int) -> None:
+            for number in range(20):
+                pubs[name].send_many([b"%d-%d-%d" % (name, number, place) for place in range(5)])
 
-    support.in_threads([functools.partial(send, name) for name in range(8)])
+        support.in_threads([functools.partial(send, name) for name in range(9)])
 
-    received = [
-        tuple(int(part) for part in message.split(b"-")) for message in receive_all(config_pth)
-    ]
-    assert len(received) == 8 * 20 * 5
-    for start in range(0, len(received), 5):
-        # Batches stay together, and each thread's are in its order.
-        name, number, _ = received[start]
-        assert received[start:start + 5] == [(name, number, place) for place in range(5)]
-    for name in range(8):
-        own = [each for each in received if each[0] == name]
-        assert own == sorted(own)
-    with support.open_queue(config_pth) as queue:
-        assert not queue.check()
+    for sub_id, other in (("a", 2), ("b", 1)):
+        received = [
+            tuple(int(part) for part in message.split(b"-"))
+            for message in receive_all(config_pth, sub_id)
+        ]
+        assert len(received) == 6 * 20 * 5
+        for start in range(0, len(received), 5):
+            # Batches stay together, and each thread's are in its order.
+            name, number, _ = received[start]
+            assert name % 3 != other
+            assert received[start:start + 5] == [(name, number, place) for place in range(5)]
+        for name in range(9):
+            own = [each for each in received if each[0] == name]
+            assert own == sorted(own)
+    assert control.verify(config_pth) == {"queue": ()}

@@ -34,11 +34,9 @@ class Blocked:
             self.outcome = error
 
     def is_waiting(self) -> bool:
-        """Tell whether the call did not return yet."""
         return self._thread.is_alive()
 
     def end(self) -> Any:
-        """Wait for the end of the call."""
         self._thread.join(support.HANG_SECS)
         assert not self._thread.is_alive(), "Expected the call to return, but it waits."
         return self.outcome
@@ -63,12 +61,6 @@ def test_error_names_the_slowest_subscriber(tmp_path: Path) -> None:
             "them.".format(queue.path))
 
 
-def take_a_batch(queue: persipubsub.queue.Queue, _: stores.Clock) -> None:
-    lease = queue.consumer("sub").take(timeout=0, max_messages=9)
-    assert lease is not None
-    lease.ack()
-
-
 def come_upon_what_is_too_old(queue: persipubsub.queue.Queue, clock: stores.Clock) -> None:
     clock.advance(10**6)
     assert stores.take(queue) is None
@@ -76,7 +68,7 @@ def come_upon_what_is_too_old(queue: persipubsub.queue.Queue, clock: stores.Cloc
 
 MAKES_ROOM: dict[str, Callable[[persipubsub.queue.Queue, stores.Clock], object]] = {
     "acknowledgement": lambda queue, _: stores.take(queue),
-    "batch": take_a_batch,
+    "batch": lambda queue, _: stores.lease(queue, most=9).ack(),
     "pop to top": lambda queue, _: queue.skip_to_newest("sub"),
     "clear": lambda queue, _: queue.clear(),
     "removal of a subscriber": lambda queue, _: queue.remove_subscriber("slow"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import persipubsub.queue
-from persipubsub import control, errors
+from persipubsub import errors
 from persipubsub.lmdb_engine import format as fmt
 from tests import stores, support
 
@@ -20,18 +20,6 @@ def numbered(count: int, begin: int = 0) -> list[bytes]:
 
 
 # High-water marks
-
-
-@pytest.mark.parametrize("strategy, kept", [("prune_first", [6, 7, 8, 9, 10]),
-                                            ("prune_last", [0, 1, 2, 3, 10])])
-def test_message_above_a_mark_of_10_leaves_5(tmp_path: Path, strategy: str,
-                                             kept: list[int]) -> None:
-    config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10, strategy=strategy)
-    messages = numbered(11)
-    support.send_each(config_pth, *messages[:10])
-    assert control.statistics(config_pth)["queue"].messages == 10
-    support.send(config_pth, messages[10])
-    assert support.receive_all(config_pth) == [messages[index] for index in kept]
 
 
 def test_drops_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

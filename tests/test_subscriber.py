@@ -11,12 +11,6 @@ from persipubsub import Pub, Sub, control
 from tests import support
 
 
-@pytest.fixture(name="config_pth")
-def fixture_config_pth(tmp_path: Path) -> Path:
-    config_pth = support.make_queue(tmp_path)
-    return config_pth
-
-
 def receive(sub: Sub, timeout: float = 0) -> bytes | None:
     with sub.receive(timeout=timeout) as message:
         return message

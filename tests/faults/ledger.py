@@ -10,23 +10,18 @@ _SECOND_NS: Final = 10**9
 
 
 class Receipt(NamedTuple):
-    """Say that a message was received."""
-
     record: int  #: its number in the ledger
     time_ns: int
     consumer: str
 
 
 class Batch(NamedTuple):
-    """Say that messages were sent together."""
-
     ids: tuple[str, ...]
     subscribers: tuple[str, ...]
     is_sent: bool  #: the call returned
 
 
 class Books:
-    """Hold what the ledger says."""
 
     def __init__(self, ledger: workers.Ledger, audiences: Mapping[str, Sequence[str]]) -> None:
         self.batches: list[Batch] = []
@@ -173,7 +168,6 @@ class Books:
     # Figures
 
     def count_sent(self) -> int:
-        """Count the messages for which ``send`` returned."""
         return sum(len(batch.ids) for batch in self.batches if batch.is_sent)
 
     def bounds(self, subscriber: str) -> tuple[int, int]:

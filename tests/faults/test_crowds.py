@@ -30,15 +30,18 @@ def fixture_files() -> Iterator[None]:
 
 
 def receive_in_threads(pipe: support.Connection, config_pth: Path) -> None:
-    """Receive a message in each of many threads."""
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
         pipe.send("ready")
+
+        barrier = threading.Barrier(THREADS)
 
         def receive() -> None:
             with sub.receive(timeout=support.HANG_SECS) as msg:
                 assert msg is not None
                 received.append(msg)
+                # All of them hold one at the same time.
+                barrier.wait(support.HANG_SECS)
 
         support.in_threads([receive] * THREADS)
         pipe.send((received, sub.front()))

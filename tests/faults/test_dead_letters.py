@@ -35,7 +35,6 @@ CONSUMERS: Final = 3
 
 
 def make(directory: Path, **changes: object) -> Path:
-    """Make a queue ready, and that of its dead letters."""
     directory.mkdir(exist_ok=True)
     config_pth = support.add_dead_letters(support.write_config(directory),
                                           max_deliveries=MAX_DELIVERIES,
@@ -122,7 +121,6 @@ def lag(config_pth: Path) -> int:
 
 
 def check_books(config_pth: Path, ledger: workers.Ledger, kinds: list[bytes]) -> None:
-    """Compare the ledger, the statistics and the dead letters."""
     taken: dict[int, list[int]] = collections.defaultdict(list)
     done: dict[int, int] = collections.Counter()
     for _, word, number, *rest in filter(None, ledger.records()):

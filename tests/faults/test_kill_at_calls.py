@@ -50,7 +50,6 @@ class Scene:
         self.note = self.ledger.note
 
     def count(self, word: str) -> int:
-        """Count the records of the ledger of one kind."""
         return sum(record[1:] == [word] for record in self.ledger.records())
 
     def publisher(self) -> Pub:

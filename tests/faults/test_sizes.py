@@ -31,7 +31,6 @@ def available_memory() -> int:
 
 
 def receive_digest(pipe: support.Connection, config_pth: Path) -> None:
-    """Receive one message, and tell what it is."""
     with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=support.HANG_SECS) as msg:
             assert msg is not None

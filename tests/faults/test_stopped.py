@@ -17,15 +17,6 @@ from tests import support
 ATTEMPTS: Final = 8000
 
 
-def hold_one(pipe: support.Connection, config_pth: Path) -> None:
-    """Receive a message, and acknowledge it when told to."""
-    with Sub("sub", config_pth) as sub:
-        with sub.receive(timeout=support.HANG_SECS) as msg:
-            pipe.send(msg)
-            pipe.recv()
-    pipe.send("done")
-
-
 def receive(pipe: support.Connection, config_pth: Path) -> None:
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
@@ -53,7 +44,7 @@ def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -
                                     checkpoint_secs=3600)
     data = tmp_path / "queue" / "data.mdb"
     expected = [b"%d " % number + bytes(1000) for number in range(count)]
-    with Pub("pub", config_pth) as pub, support.Child(hold_one, config_pth) as stopped:
+    with Pub("pub", config_pth) as pub, support.Child(support.hold_message, config_pth) as stopped:
         pub.send(msg=b"mine")
         assert stopped.get() == b"mine"
         stopped.kill(signal.SIGSTOP)
@@ -120,7 +111,6 @@ def obey(pipe: support.Connection, config_pth: Path) -> None:
 
 
 def ask(child: support.Child, wish: str) -> object:
-    """Ask somebody who obeys for something, and wait for the answer."""
     child.pipe.send(wish)
     return child.get()
 
@@ -278,7 +268,7 @@ def test_table_full_of_killed_readers(tmp_path: Path, slots: int) -> None:
         with sub.receive(timeout=0) as msg:
             assert msg == b"first"
         # Others can open the queue again.
-        with support.Child(hold_one, config_pth) as child:
+        with support.Child(support.hold_message, config_pth) as child:
             pub.send(msg=b"second")
             assert child.get() == b"second"
             child.pipe.send("finish")

@@ -18,7 +18,7 @@ from persipubsub.lmdb_engine.notifier import Notifier
 from tests import support
 from tests.faults import ledger, tracing
 
-SENDS: Final = 1000
+SENDS: Final = 300
 TAKEOVERS: Final = int(os.environ.get("PERSIPUBSUB_TAKEOVERS", "12"))
 
 
@@ -71,7 +71,7 @@ def idle(pipe: support.Connection, config_pth: Path, seconds: float) -> None:
 
 def test_idle_costs_nothing(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, durability="os")
-    with support.Child(idle, config_pth, 3) as child:
+    with support.Child(idle, config_pth, 2) as child:
         assert child.get() == "ready"
         share = child.get()
         child.end()

@@ -54,7 +54,6 @@ class Board(ctypes.Structure):
 
 
 class Scene:
-    """Hold what all workers of a storm need."""
 
     def __init__(self, config_pth: Path) -> None:
         self.config_pth = config_pth
@@ -63,8 +62,6 @@ class Scene:
 
 
 class Role(NamedTuple):
-    """Say what a worker does."""
-
     kind: str  #: names the function that does it
     id: str  #: of the publisher or subscriber
     batch: int  #: largest number of messages at once
@@ -202,13 +199,11 @@ class Worker:
         self.child.kill(signal.SIGCONT)
 
     def end(self) -> None:
-        """Wait for the end of the last one."""
         if self.child is not None:
             self.child.end()
             self.destroy()
 
     def destroy(self) -> None:
-        """End the last one whatever it does."""
         if self.child is not None:
             self.child.__exit__()
             self.child = None
