@@ -141,15 +141,8 @@ def fixture_lmdb_pth(tmp_path: Path) -> Path:
 
 
 def deploy(directory: Path, **changes: Any) -> Path:
-    config_pth = support.write_config(directory,
-                                      publishers={
-                                          "pub": ("sub", "other"),
-                                          "pub_other": ("other", )
-                                      },
-                                      subscribers=("sub", "other"),
-                                      **changes)
-    control.initialize_all_dbs(config_pth=config_pth)
-    return config_pth
+    publishers = {"pub": ("sub", "other"), "pub_other": ("other", )}
+    return support.make_queue(directory, publishers, ("sub", "other"), **changes)
 
 
 def shorten_ack_wait(config_pth: Path) -> None:

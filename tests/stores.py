@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec.structs
-
 import persipubsub.queue
 from persipubsub import config, statistics
 from persipubsub.lmdb_engine import attempts as attempts_module
@@ -54,19 +52,6 @@ def settings(**changes: Any) -> config.Queue:
     changes.setdefault("checkpoint_secs", 3600)
     changes.setdefault("max_db_size_bytes", 1 << 28)
     return config.Queue(subscribers=(), high_water_mark=config.HighWaterMark(**mark), **changes)
-
-
-def change(made: config.Queue, **changes: Any) -> config.Queue:
-    mark = {key: changes.pop(key) for key in _MARK if key in changes}
-    return msgspec.structs.replace(made,
-                                   high_water_mark=msgspec.structs.replace(
-                                       made.high_water_mark, **mark),
-                                   **changes)
-
-
-def pruning(drops_newest: bool) -> config.Strategy:
-    """Choose the strategy that drops the newest messages, or the oldest."""
-    return PRUNE_LAST if drops_newest else PRUNE_FIRST
 
 
 def path_of(directory: Path) -> str:
@@ -119,10 +104,6 @@ def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> list[bytes]:
 
 def figures(queue: persipubsub.queue.Queue, name: str = "sub") -> statistics.SubscriberStatistics:
     return next(entry for entry in queue.statistics().subscribers if entry.subscriber == name)
-
-
-def commits(queue: persipubsub.queue.Queue) -> int:
-    return queue.statistics().commits
 
 
 def until_somebody_waits(path: str | Path) -> None:

@@ -147,24 +147,6 @@ def in_threads(works: Sequence[Callable[[], object]], timeout: float | None = HA
             future.result(timeout)
 
 
-def init_in_between(monkeypatch: pytest.MonkeyPatch, init: Callable[[], None]) -> None:
-    """Open a queue again, and let another thread do so while that closes what was open before."""
-    closing = persipubsub.queue.Queue.close
-    others = [init]
-
-    def close(queue: persipubsub.queue.Queue) -> None:
-        closing(queue)
-        while others:
-            thread = threading.Thread(target=others.pop())
-            thread.start()
-            thread.join(HANG_SECS)
-
-    with monkeypatch.context() as context:
-        context.setattr(persipubsub.queue.Queue, "close", close)
-        init()
-    assert not others
-
-
 def is_writable(descriptor: int) -> bool:
     """Tell whether a descriptor is open, and of a file that may be written to."""
     try:

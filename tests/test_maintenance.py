@@ -458,12 +458,8 @@ def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: Path) -> No
 
 
 def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: Path) -> None:
-    config_pth = make_queue(tmp_path,
-                            subscribers=["sub", "other"],
-                            publishers={
-                                "pub": ["sub", "other"],
-                                "narrow": ["other"]
-                            })
+    publishers = {"pub": ["sub", "other"], "narrow": ["other"]}
+    config_pth = make_queue(tmp_path, publishers, subscribers=["sub", "other"])
     send_each(config_pth, b"1", b"2", b"3")
     with Pub("narrow", config_pth) as pub:
         pub.send(b"not for sub")

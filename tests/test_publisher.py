@@ -160,11 +160,8 @@ def test_send_after_the_interpreter_was_left(tmp_path: Path, durability: str) ->
 
 def test_many_threads_send_batches(tmp_path: Path) -> None:
     """Commits that threads share keep batches together, and apart whom each is for."""
-    config_pth = support.make_queue(tmp_path, {
-        "all": ["a", "b"],
-        "to_a": ["a"],
-        "to_b": ["b"]
-    }, ["a", "b"])
+    publishers = {"all": ["a", "b"], "to_a": ["a"], "to_b": ["b"]}
+    config_pth = support.make_queue(tmp_path, publishers, ["a", "b"])
     with Pub("all", config_pth) as first, Pub("to_a", config_pth) as second, \
             Pub("to_b", config_pth) as third:
         pubs = [first, second, third] * 3

@@ -4,8 +4,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests import support
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +34,9 @@ def test_sections_are_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize("command", [
-    "python3 -m venv venv3 && venv3/bin/pip install '.[examples]' "
-    "&& venv3/bin/python examples/quickstart.py",
-    "python3 -m venv venv3 && venv3/bin/pip install -e '.[dev]' && venv3/bin/tox",
-])
-def test_commands(command: str) -> None:
+def test_command_of_the_quickstart() -> None:
+    command = ("python3 -m venv venv3 && venv3/bin/pip install '.[examples]' "
+               "&& venv3/bin/python examples/quickstart.py")
     assert command in [line.strip() for line in _section("Try it").splitlines()]
 
 

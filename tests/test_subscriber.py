@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import persipubsub.errors
+import persipubsub.queue
 from persipubsub import Pub, Sub, control
 from tests import support
 
@@ -16,16 +17,7 @@ def receive(sub: Sub, timeout: float = 0) -> bytes | None:
         return message
 
 
-def acknowledged(config_pth: Path) -> int:
-    with support.open_queue(config_pth) as queue:
-        return queue.statistics().subscribers[0].acknowledged
-
-
 # Acknowledging and giving back
-
-
-class Own(BaseException):
-    """Be neither an error nor anything that Python knows."""
 
 
 def test_leaving_early_acknowledges(pub: Pub, sub: Sub) -> None:
@@ -153,7 +145,21 @@ def test_receipt_of_a_closed_subscriber(config_pth: Path, pub: Pub) -> None:
 
 def test_init_while_another_thread_does_so(config_pth: Path, sub: Sub,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    support.init_in_between(monkeypatch, lambda: sub.init(sub_id="sub", config_pth=config_pth))
+    closing = persipubsub.queue.Queue.close
+    others = [threading.Thread(target=sub.init, args=("sub", config_pth))]
+
+    def close(queue: persipubsub.queue.Queue) -> None:
+        """While what was open before is closed, another thread opens it."""
+        closing(queue)
+        if others:
+            other = others.pop()
+            other.start()
+            other.join(support.HANG_SECS)
+
+    with monkeypatch.context() as context:
+        context.setattr(persipubsub.queue.Queue, "close", close)
+        sub.init(sub_id="sub", config_pth=config_pth)
+    assert not others
     assert sub.front() is None
     sub.close()
     control.compact(config_pth)  # nobody has it open

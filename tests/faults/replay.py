@@ -75,13 +75,11 @@ def write_config(directory: Path,
                  strategy: str = "prune_first",
                  name: str = "config.json") -> Path:
     """Write the configuration of a queue that drops messages from time to time."""
+    publishers = {"pub": SUBSCRIBERS, "some": SUBSCRIBERS[:1]}
     return support.write_config(directory,
-                                publishers={
-                                    "pub": SUBSCRIBERS,
-                                    "some": SUBSCRIBERS[:1]
-                                },
-                                subscribers=SUBSCRIBERS,
-                                name=name,
+                                publishers,
+                                SUBSCRIBERS,
+                                name,
                                 durability=durability,
                                 checkpoint_secs=0.02,
                                 once_window_secs=3600.0,

@@ -35,14 +35,10 @@ def receive(pipe: support.Connection, config_pth: Path) -> None:
     """Receive all messages in another boot; tell the error, and their numbers."""
     replay.new_boot(1)
     received: list[int] = []
-
-    def work() -> None:
+    try:
         with Sub("sub", config_pth) as sub:
             received.extend(int(found.split(b" ")[0]) for found in sub.messages(timeout=0))
         assert control.verify(config_pth) == {"queue": ()}
-
-    try:
-        work()
         pipe.send(("", received))
     except errors.PersipubsubError as error:
         pipe.send((f"{type(error).__name__}: {error}", received))
