@@ -13,14 +13,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import pytest
 
 import persipubsub
 import persipubsub.publisher
