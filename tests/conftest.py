@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 
 from persipubsub import Pub, Sub
-from tests import jetstream_server
+from tests import jetstream_server, support
 
 # A shell starts what runs in the background with SIGINT ignored, and processes inherit that: those
 # that the tests interrupt would go on for ever.
@@ -28,7 +28,12 @@ def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[jetstream_ser
         yield servers
 
 
-# Of the queue whose configuration the module of the test names ``config_pth``.
+# Modules of tests with other queues have one of their own, which the two below go by.
+@pytest.fixture(name="config_pth")
+def _config_pth(tmp_path: Path) -> Path:
+    return support.make_queue(tmp_path)
+
+
 @pytest.fixture(name="pub")
 def _pub(config_pth: Path) -> Iterator[Pub]:
     with Pub("pub", config_pth) as pub:

@@ -45,8 +45,6 @@ _END_OF_COMMAND: Final = "--end-of-command--"
 
 
 class Block(NamedTuple):
-    """Hold a block of code."""
-
     page: str  #: name of the file it is in
     line: int  #: where it begins, from 1
     language: str
@@ -60,7 +58,6 @@ class Block(NamedTuple):
 
     @property
     def is_typed(self) -> bool:
-        """Return True if it is typed into a shell."""
         return self.code.startswith("$ ") and not self.caption
 
 
@@ -107,7 +104,6 @@ def _indented(lines: Sequence[str], index: int, indent: int) -> tuple[str, int]:
 
 
 def _paragraph(lines: Sequence[str], end: int) -> str:
-    """Return the paragraph in front of a line."""
     while end > 0 and not lines[end - 1].strip():
         end -= 1
     begin = end
@@ -260,7 +256,6 @@ class Shell:
         self._process.communicate()
 
     def type(self, command: str) -> tuple[str, int]:
-        """Type a command and wait for its end."""
         assert self._process.stdin is not None and self._process.stdout is not None
         alarm = threading.Timer(2 * support.HANG_SECS, os.killpg, (self._process.pid, 9))
         alarm.start()
@@ -309,7 +304,6 @@ with persipubsub.publisher.Pub() as pub:
 
 
 class Reader:
-    """Follow a page."""
 
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
@@ -368,14 +362,12 @@ class Reader:
         self._shell.type("python .publisher.py &")
 
     def _run(self, interpreter: Interpreter, block: Block, shown: str | None) -> None:
-        """Run a block in Python, and compare what it prints."""
         printed, is_done = interpreter.run(self._directory(), block.code)
         assert is_done, f"{block.place}: {printed}"
         if shown is not None:
             assert matches(shown, printed), f"{block.place}: {printed}"
 
     def _type(self, block: Block, skipped: Sequence[str]) -> int:
-        """Type the commands of a block, and compare what they print."""
         done = 0
         for command, shown in commands_of(block):
             if any(("$ " + command).startswith(text) for text in skipped):

@@ -23,8 +23,6 @@ ResultT = TypeVar("ResultT")
 
 
 class Face(NamedTuple):
-    """Hold the classes that a scenario uses, and what runs it."""
-
     name: str
     pub: Callable[..., Any]
     sub: Callable[..., Any]
@@ -72,18 +70,14 @@ class _Blocking:
 
 
 class _BlockingSub(_Blocking):
-    """Receive in threads."""
 
     def receive(self, *arguments: Any, **named: Any) -> _BlockingReceipt:
-        """Receive a message in an ``async with`` block."""
         return _BlockingReceipt(self.blocking.receive(*arguments, **named))
 
     def receive_to_top(self, *arguments: Any, **named: Any) -> _BlockingReceipt:
-        """Receive the newest message in an ``async with`` block."""
         return _BlockingReceipt(self.blocking.receive_to_top(*arguments, **named))
 
     def receive_many(self, *arguments: Any, **named: Any) -> _BlockingReceipt:
-        """Receive messages in an ``async with`` block."""
         return _BlockingReceipt(self.blocking.receive_many(*arguments, **named))
 
     async def messages(self, *arguments: Any, **named: Any) -> AsyncIterator[Any]:
@@ -96,7 +90,6 @@ class _BlockingSub(_Blocking):
 
 
 def _run_blocking(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """Run a scenario with threads enough for all its tasks."""
 
     async def main() -> ResultT:
         asyncio.get_running_loop().set_default_executor(
@@ -148,15 +141,8 @@ def fixture_lmdb_pth(tmp_path: Path) -> Path:
 
 
 def deploy(directory: Path, **changes: Any) -> Path:
-    config_pth = support.write_config(directory,
-                                      publishers={
-                                          "pub": ("sub", "other"),
-                                          "pub_other": ("other", )
-                                      },
-                                      subscribers=("sub", "other"),
-                                      **changes)
-    control.initialize_all_dbs(config_pth=config_pth)
-    return config_pth
+    publishers = {"pub": ("sub", "other"), "pub_other": ("other", )}
+    return support.make_queue(directory, publishers, ("sub", "other"), **changes)
 
 
 def shorten_ack_wait(config_pth: Path) -> None:

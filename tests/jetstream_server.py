@@ -80,14 +80,12 @@ class Server:
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal that ends the process, and wait for its end."""
         process, self.process = self.process, None
         if process is not None:
             process.send_signal(number)
             process.wait(timeout=30)
 
     def look(self, page: str) -> dict[str, Any]:
-        """Read a page of its monitoring port."""
         try:
             url = f"http://127.0.0.1:{self.monitor_port}/{page}"
             # One that is not there refuses at once, and one that is busy takes its time.
@@ -102,12 +100,10 @@ class Server:
         return bool(self.look("healthz").get("status") == "ok")
 
     def peers(self) -> list[dict[str, Any]]:
-        """List the other servers of its cluster."""
         return list(self.look("jsz").get("meta_cluster", {}).get("replicas") or [])
 
 
 class Servers:
-    """Be one server, or a cluster."""
 
     def __init__(self, servers: list[Server]) -> None:
         self.servers = servers
@@ -118,11 +114,9 @@ class Servers:
         return f"nats://{hosts}/{stream}" + (f"?{query}" if query else "")
 
     def wait(self) -> None:
-        """Wait until all of them are ready."""
         until(lambda: all(server.is_ready() for server in self.servers), "the servers")
 
     def leader(self, stream: str) -> Server | None:
-        """Find the server that leads a stream."""
         for server in self.servers:
             for account in server.look("jsz?streams=1").get("account_details") or []:
                 for one in account.get("stream_detail") or []:
@@ -137,7 +131,6 @@ def running(directory: Path,
             nodes: int = 1,
             lines: Sequence[str] = (),
             jetstream: Sequence[str] = ()) -> Iterator[Servers]:
-    """Run servers as long as the ``with`` block."""
     ports = free_ports(3 * nodes)
     servers = []
     for index in range(nodes):
@@ -190,7 +183,6 @@ def deploy(directory: Path,
            servers: Servers,
            ack_wait: float = FOR_EVER_SECS,
            **changes: Any) -> Path:
-    """Create a queue that no other test has."""
     path = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
     return create(directory, path=path, **{"busy_timeout_secs": 10, **changes})
 

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass
 class Message:
-    """Hold what was sent."""
-
     number: int
     data: bytes
     audience: frozenset[str] | None  #: None: every subscriber there was at that time
@@ -47,22 +45,18 @@ class Subscriber:
         self.begun &= self.pending
 
     def delays(self, number: int, now_ns: int) -> None:
-        """Let a message rest after a failed delivery."""
         if self.delay_ns:
             self.due_ns[number] = now_ns + min(
                 3600 * 10**9, self.delay_ns * 2**(self.attempts.get(number, 1) - 1))
 
     def is_resting(self, number: int, now_ns: int) -> bool:
-        """Tell whether a message is not due yet."""
         return self.due_ns.get(number, 0) > now_ns
 
     def is_spent(self, number: int) -> bool:
-        """Tell whether a message is not to be delivered any more."""
         return bool(self.max_deliveries) and self.attempts.get(number, 0) >= self.max_deliveries
 
 
 class Twin:
-    """Do what a queue does, to lists."""
 
     def __init__(self, subscribers: Sequence[str], next_number: int, timeout_ns: int,
                  max_messages: int, max_message_bytes: int, strategy: str, window_ns: int) -> None:
@@ -100,14 +94,12 @@ class Twin:
                 or sum(map(len, messages)) > self.max_message_bytes)
 
     def is_over(self, messages: Sequence[bytes]) -> bool:
-        """Tell whether the messages would pass a high-water mark."""
         waiting = self.waiting()
         return (len(waiting) + len(messages) > self.max_messages
                 or sum(len(message.data)
                        for message in waiting) + sum(map(len, messages)) > self.max_message_bytes)
 
     def timeouts(self) -> int:
-        """Count all that was dropped since it was too old."""
         return sum(subscriber.dropped_by_timeout for subscriber in self.subscribers.values())
 
     def next_of(self,
@@ -185,21 +177,18 @@ class Twin:
                 subscriber.delays(number, now_ns)
 
     def take_back(self, name: str, numbers: Sequence[int]) -> None:
-        """Take a delivery back that nobody worked on."""
         subscriber = self.subscribers[name]
         for number in subscriber.begun & set(numbers):
             subscriber.attempts[number] -= 1
             subscriber.begun.remove(number)
 
     def move(self, name: str, number: int) -> None:
-        """Move a message away that was delivered often enough."""
         subscriber = self.subscribers[name]
         self.letters.append((name, number, subscriber.attempts[number], self.message(number).data))
         subscriber.pending.remove(number)
         subscriber.dead_lettered += 1
 
     def add(self, name: str) -> None:
-        """Add a subscriber that gets what is sent from now on."""
         self.subscribers[name] = Subscriber()
 
     def send(self,
@@ -286,7 +275,6 @@ class Twin:
         return True
 
     def seek(self, name: str, position: int) -> None:
-        """Let a subscriber go on from another place."""
         subscriber = self.subscribers[name]
         subscriber.forget()
         passed = {number for number in subscriber.pending if number < position}
@@ -301,7 +289,6 @@ class Twin:
         subscriber.pending = again
 
     def skip_to_newest(self, name: str) -> int:
-        """Acknowledge all messages in front of the newest one; return how many."""
         subscriber = self.subscribers[name]
         newest = max(subscriber.pending, default=0)
         skipped = {number for number in subscriber.pending if number < newest}

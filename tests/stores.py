@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec.structs
-
 import persipubsub.queue
 from persipubsub import config, statistics
 from persipubsub.lmdb_engine import attempts as attempts_module
+from persipubsub.lmdb_engine import consuming
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions, retention
 from persipubsub.lmdb_engine.files import SharedPage
@@ -33,7 +32,6 @@ OS = config.Durability.OS
 
 
 class Clock:
-    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now_ns = START_NS
@@ -54,20 +52,6 @@ def settings(**changes: Any) -> config.Queue:
     changes.setdefault("checkpoint_secs", 3600)
     changes.setdefault("max_db_size_bytes", 1 << 28)
     return config.Queue(subscribers=(), high_water_mark=config.HighWaterMark(**mark), **changes)
-
-
-def change(made: config.Queue, **changes: Any) -> config.Queue:
-    """Change settings, those of the high-water mark included."""
-    mark = {key: changes.pop(key) for key in _MARK if key in changes}
-    return msgspec.structs.replace(made,
-                                   high_water_mark=msgspec.structs.replace(
-                                       made.high_water_mark, **mark),
-                                   **changes)
-
-
-def pruning(drops_newest: bool) -> config.Strategy:
-    """Choose the strategy that drops the newest messages, or the oldest."""
-    return PRUNE_LAST if drops_newest else PRUNE_FIRST
 
 
 def path_of(directory: Path) -> str:
@@ -94,32 +78,32 @@ def again(queue: persipubsub.queue.Queue,
     return persipubsub.queue.Queue(queue.path, settings(), clock=clock)
 
 
+def lease(queue: persipubsub.queue.Queue, most: int = 1, name: str = "sub") -> consuming.Lease:
+    """Take messages of a subscriber, of which there have to be some."""
+    taken = queue.consumer(name).take(timeout=0, max_messages=most)
+    assert taken is not None
+    return taken
+
+
 def take(queue: persipubsub.queue.Queue, name: str = "sub") -> bytes | None:
-    """Take a message of a subscriber and acknowledge it."""
-    lease = queue.consumer(name).take(timeout=0)
-    if lease is None:
+    taken = queue.consumer(name).take(timeout=0)
+    if taken is None:
         return None
-    lease.ack()
-    return lease.messages[0]
+    taken.ack()
+    return taken.messages[0]
 
 
 def take_all(queue: persipubsub.queue.Queue, name: str = "sub") -> list[bytes]:
-    """Take all messages of a subscriber and acknowledge them."""
     consumer = queue.consumer(name)
     messages: list[bytes] = []
-    while (lease := consumer.take(timeout=0)) is not None:
-        messages.extend(lease.messages)
-        lease.ack()
+    while (taken := consumer.take(timeout=0)) is not None:
+        messages.extend(taken.messages)
+        taken.ack()
     return messages
 
 
 def figures(queue: persipubsub.queue.Queue, name: str = "sub") -> statistics.SubscriberStatistics:
     return next(entry for entry in queue.statistics().subscribers if entry.subscriber == name)
-
-
-def commits(queue: persipubsub.queue.Queue) -> int:
-    """Count the write transactions of a queue."""
-    return queue.statistics().commits
 
 
 def until_somebody_waits(path: str | Path) -> None:

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import fcntl
 import gc
+import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -11,14 +13,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import pytest
 
 import persipubsub
 import persipubsub.publisher
@@ -30,6 +29,8 @@ from persipubsub import config, control
 HANG_SECS = 60.0
 
 FORK = multiprocessing.get_context("fork")
+
+_PR_SET_PDEATHSIG = 1
 
 Connection: TypeAlias = "multiprocessing.connection.Connection[Any, Any]"
 
@@ -67,6 +68,25 @@ def write_config(directory: Path,
     path = directory / name
     path.write_text(json.dumps(entries), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def edited(config_pth: Path) -> Iterator[dict[str, Any]]:
+    """Let a test change the content of a configuration file."""
+    content = json.loads(config_pth.read_text(encoding="utf-8"))
+    yield content
+    config_pth.write_text(json.dumps(content), encoding="utf-8")
+
+
+def add_dead_letters(config_pth: Path, **subscriber: Any) -> Path:
+    """Add a queue for the dead letters of ``sub``."""
+    with edited(config_pth) as content:
+        content["sub"].update({"max_deliveries": 1, "dead_letter_queue": "letters", **subscriber})
+        content["queues"]["letters"] = {
+            **content["queues"]["queue"], "path": str(config_pth.with_name("letters")),
+            "subscribers": []
+        }
+    return config_pth
 
 
 def make_queue(directory: Path, *args: Any, **changes: Any) -> Path:
@@ -117,29 +137,11 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.001)
 
 
-def in_threads(works: Sequence[Callable[[], object]]) -> None:
+def in_threads(works: Sequence[Callable[[], object]], timeout: float | None = HANG_SECS) -> None:
     """Call each function in a thread of its own, wait for all, and raise what one of them raised."""
     with concurrent.futures.ThreadPoolExecutor(len(works)) as executor:
         for future in [executor.submit(work) for work in works]:
-            future.result(HANG_SECS)
-
-
-def init_in_between(monkeypatch: pytest.MonkeyPatch, init: Callable[[], None]) -> None:
-    """Open a queue again, and let another thread do so while that closes what was open before."""
-    closing = persipubsub.queue.Queue.close
-    others = [init]
-
-    def close(queue: persipubsub.queue.Queue) -> None:
-        closing(queue)
-        while others:
-            thread = threading.Thread(target=others.pop())
-            thread.start()
-            thread.join(HANG_SECS)
-
-    with monkeypatch.context() as context:
-        context.setattr(persipubsub.queue.Queue, "close", close)
-        init()
-    assert not others
+            future.result(timeout)
 
 
 def is_writable(descriptor: int) -> bool:
@@ -178,25 +180,53 @@ def run_python(
     """Run code in a Python process of its own that finds the modules this one has."""
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path != "")
-    command: list[str] = [*prefix, sys.executable, *options, "-c", code]
-    return subprocess.run(command + [str(argument) for argument in arguments],
-                          env=environment,
+    return run([*prefix, sys.executable, *options, "-c", code, *arguments], env=environment)
+
+
+def run(command: Sequence[object], **options: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([str(word) for word in command],
                           capture_output=True,
                           text=True,
                           timeout=2 * HANG_SECS,
-                          check=False)
+                          check=False,
+                          **options)
+
+
+def start(command: Sequence[object], **options: Any) -> "subprocess.Popen[str]":
+    """Start a program that reads nothing."""
+    return subprocess.Popen([str(word) for word in command],
+                            stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
+                            text=True,
+                            **options)
+
+
+def import_file(path: Path) -> types.ModuleType:
+    """Import a module that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Child:
     """
     Run a function in a forked process; it gets one end of a pipe and the arguments.
 
-    A child that is still there at the end of the ``with`` block is killed.
+    A child that is still there at the end of the ``with`` block is killed, and so is one whose
+    parent was.
     """
 
     def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
         self.pipe, theirs = FORK.Pipe()
-        self.process = FORK.Process(target=function, args=(theirs, ) + arguments, daemon=True)
+
+        def run() -> None:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            function(theirs, *arguments)
+
+        self.process = FORK.Process(target=run, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -210,7 +240,6 @@ class Child:
         self.pipe.close()
 
     def get(self) -> Any:
-        """Wait for what the child sends next."""
         assert self.pipe.poll(HANG_SECS), "Expected the child to answer, but it hangs."
         try:
             return self.pipe.recv()
@@ -225,13 +254,20 @@ class Child:
         os.kill(self.process.pid, number)
 
     def end(self, exit_code: int = 0) -> None:
-        """Wait for the end of the child."""
         self.process.join(HANG_SECS)
         assert self.process.exitcode == exit_code
 
 
+def hold_message(pipe: Connection, config_pth: Path) -> None:
+    """Receive a message in a child, and acknowledge it when told to."""
+    with persipubsub.Sub("sub", config_pth) as sub:
+        with sub.receive(timeout=HANG_SECS) as msg:
+            pipe.send(msg)
+            pipe.recv()
+    pipe.send("done")
+
+
 def outcome(function: Callable[[], object]) -> str:
-    """Call a function and tell what came of it."""
     try:
         function()
     except BaseException as error:  # pylint: disable=broad-exception-caught

@@ -18,7 +18,6 @@ from tests import support
 
 
 class Terminal:
-    """Run a command in a pseudo-terminal and read what it shows."""
 
     def __init__(self,
                  start: "Callable[..., subprocess.Popen[bytes]]",

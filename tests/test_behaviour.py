@@ -21,7 +21,8 @@ import pytest
 import persipubsub.subscriber
 from persipubsub import Pub, Sub, config, control, errors
 from tests import jetstream_server
-from tests.support import HANG_SECS, Child, Connection, make_queue, outcome, until, write_config
+from tests.support import (HANG_SECS, Child, Connection, count_descriptors, make_queue, outcome,
+                           until, write_config)
 
 #: Writes a configuration file, initializes its queue, and returns the path of the file.
 Deploy: TypeAlias = Callable[..., Path]
@@ -38,20 +39,17 @@ def _deploy(request: pytest.FixtureRequest, tmp_path: Path) -> Deploy:
             servers = request.getfixturevalue("servers")
             arguments.setdefault("busy_timeout_secs", 10)
             arguments["path"] = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
-        config_pth = make_queue(tmp_path, **arguments)
-        return config_pth
+        return make_queue(tmp_path, **arguments)
 
     return deploy
 
 
 def open_pub(config_pth: Path, pub_id: str = "pub") -> Pub:
-    pub = Pub(pub_id, config_pth)
-    return pub
+    return Pub(pub_id, config_pth)
 
 
 def open_sub(config_pth: Path, sub_id: str = "sub") -> Sub:
-    sub = Sub(sub_id, config_pth)
-    return sub
+    return Sub(sub_id, config_pth)
 
 
 def drain(sub: Sub, timeout: float = 0.15) -> list[bytes]:
@@ -368,17 +366,12 @@ def test_killed_publisher_leaves_what_it_sent(deploy: Deploy) -> None:
 
 def test_nothing_is_left_behind(deploy: Deploy) -> None:
     config_pth = deploy()
-
-    def descriptors() -> set[str]:
-        return set(os.listdir("/proc/self/fd"))
-
     with open_pub(config_pth):
-        pass
-    until(lambda: True, "the first use opens what stays")
-    before = descriptors()
+        pass  # the first use opens what stays
+    before = count_descriptors()
     for _ in range(5):
         with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
             pub.send(b"hello")
             with sub.receive(timeout=HANG_SECS) as msg:
                 assert msg == b"hello"
-    until(lambda: len(descriptors()) <= len(before), "descriptors to be closed")
+    until(lambda: count_descriptors() <= before, "descriptors to be closed")

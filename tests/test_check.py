@@ -9,6 +9,7 @@ import msgspec.structs
 import pytest
 
 import persipubsub.queue
+from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions
 from persipubsub.lmdb_engine.format import Tx
@@ -16,6 +17,8 @@ from tests import stores
 
 #: All damage is done to a store with the blocks of test_sound_store_has_no_findings.
 NAME = b"sub"
+
+ATTEMPTS = fmt.Attempts(1, 0, 0, 0, "")
 
 
 @pytest.fixture(name="store", scope="module")
@@ -43,7 +46,6 @@ def fixture_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(name="copy")
 def fixture_copy(store: Path, tmp_path: Path) -> Iterator[persipubsub.queue.Queue]:
-    """Open a copy of the store that may be damaged."""
     shutil.copytree(store / "queue", tmp_path / "queue")
     with persipubsub.queue.Queue(str(tmp_path / "queue"), stores.settings()) as queue:
         yield queue
@@ -164,6 +166,11 @@ DAMAGES: dict[str, Callable[[Tx], object]] = {
     "range of nobody": range_of_nobody,
     "range is cut": lambda tx: tx.txn.put(
         fmt.pack_ahead_key(ordinal_of(tx), 2), b"\0", db=tx.db.ahead),
+    "attempts of nobody": lambda tx: attempts.write(tx, 17, 1, ATTEMPTS),
+    "attempts behind the end": lambda tx: attempts.write(
+        tx, ordinal_of(tx), end_of(tx) + 1, ATTEMPTS),
+    "attempts that count nothing": lambda tx: attempts.write(
+        tx, ordinal_of(tx), positions.require(tx, NAME).position, ATTEMPTS._replace(deliveries=0)),
     "header is missing": lambda tx: tx.txn.delete(fmt.HEADER_KEY, db=tx.db.meta),
     "header is damaged": lambda tx: tx.txn.put(
         fmt.HEADER_KEY, b"persipub\x01\0\0\0", db=tx.db.meta),

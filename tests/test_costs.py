@@ -54,41 +54,20 @@ class Cost(NamedTuple):
 # A send with fsync writes its messages to the journal and flushes that once. Nothing else waits for the
 # disk. Whoever receives one message after the other finds the next one by what it knows of the end: one
 # read transaction, in which the message is copied.
-_RECEIVE: Final = Cost(transactions=100,
-                       reads=100,
-                       flushes=0,
-                       locks=400,
-                       most_writes=400,
-                       most_others=5)
-_RECEIVE_MANY: Final = Cost(transactions=1,
-                            reads=2,
-                            flushes=0,
-                            locks=4,
-                            most_writes=4,
-                            most_others=4)
+_RECEIVE: Final = Cost(100, 100, 0, 400, 400, 5)
+_RECEIVE_MANY: Final = Cost(1, 2, 0, 4, 4, 4)
 _COSTS: Final = {
     "fsync": {
-        "send": Cost(transactions=100,
-                     reads=100,
-                     flushes=100,
-                     locks=400,
-                     most_writes=580,
-                     most_others=5),
+        # transactions, reads, flushes, locks, most_writes, most_others
+        "send": Cost(100, 100, 100, 400, 580, 5),
         "receive": _RECEIVE,
-        "send_many": Cost(transactions=1, reads=1, flushes=1, locks=4, most_writes=9,
-                          most_others=5),
+        "send_many": Cost(1, 1, 1, 4, 9, 5),
         "receive_many": _RECEIVE_MANY,
     },
     "os": {
-        "send": Cost(transactions=100,
-                     reads=0,
-                     flushes=0,
-                     locks=200,
-                     most_writes=480,
-                     most_others=5),
+        "send": Cost(100, 0, 0, 200, 480, 5),
         "receive": _RECEIVE,
-        "send_many": Cost(transactions=1, reads=0, flushes=0, locks=2, most_writes=8,
-                          most_others=1),
+        "send_many": Cost(1, 0, 0, 2, 8, 1),
         "receive_many": _RECEIVE_MANY,
     },
 }

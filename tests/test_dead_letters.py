@@ -15,20 +15,13 @@ from tests import stores, support, test_cli
 
 def write_config(directory: Path, **subscriber: Any) -> Path:
     """Write a file with a queue, its two subscribers and a queue of dead letters."""
-    config_pth = support.write_config(directory,
-                                      publishers={"pub": ("sub", "other")},
-                                      subscribers=["sub", "other"])
-    found = json.loads(config_pth.read_text())
-    found["sub"].update({"max_deliveries": 1, "dead_letter_queue": "letters", **subscriber})
-    found["queues"]["letters"] = dict(found["queues"]["queue"],
-                                      path=str(directory / "letters"),
-                                      subscribers=[])
-    config_pth.write_text(json.dumps(found))
-    return config_pth
+    return support.add_dead_letters(
+        support.write_config(directory,
+                             publishers={"pub": ("sub", "other")},
+                             subscribers=["sub", "other"]), **subscriber)
 
 
 def fail(config_pth: Path, *messages: bytes) -> None:
-    """Send messages, and fail with them until they are given up."""
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
         for message in messages:
             pub.send(message)
@@ -132,9 +125,8 @@ def test_letter_is_in_one_of_the_queues_whenever_the_process_is_killed(config_pt
 
 def test_letters_that_are_sent_back_survive_a_power_failure(config_pth: Path) -> None:
     """Also in a queue of the durability os: they left the other one for good."""
-    found = json.loads(config_pth.read_text())
-    found["queues"]["queue"].update(durability="os", checkpoint_secs=3600)
-    config_pth.write_text(json.dumps(found))
+    with support.edited(config_pth) as found:
+        found["queues"]["queue"].update(durability="os", checkpoint_secs=3600)
     control.initialize_all_dbs(config_pth)
     fail(config_pth, b"1", b"2", b"3")
     # Another user of the queue keeps it from being closed, which would write all of it.
@@ -146,9 +138,8 @@ def test_letters_that_are_sent_back_survive_a_power_failure(config_pth: Path) ->
 def test_letters_before_one_that_fails_are_sent_back(config_pth: Path) -> None:
     fail(config_pth, b"1", b"2", b"3")
     assert received(config_pth, "other") == [b"1", b"2", b"3"]
-    found = json.loads(config_pth.read_text())
-    found["queues"]["queue"]["high-water-mark"].update(MAX_MSGS_NUM=1, strategy="reject")
-    config_pth.write_text(json.dumps(found))
+    with support.edited(config_pth) as found:
+        found["queues"]["queue"]["high-water-mark"].update(MAX_MSGS_NUM=1, strategy="reject")
     control.initialize_all_dbs(config_pth)
     with pytest.raises(errors.QueueFullError):
         control.send_back(config_pth, "letters")
@@ -214,9 +205,8 @@ def test_wrong_value_is_a_problem(tmp_path: Path, key: str, value: object, probl
 
 def test_queue_of_dead_letters_needs_a_limit(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
-    found = json.loads(config_pth.read_text())
-    del found["sub"]["max_deliveries"]
-    config_pth.write_text(json.dumps(found))
+    with support.edited(config_pth) as found:
+        del found["sub"]["max_deliveries"]
     assert problems(config_pth) == (
         "sub: Expected the key 'max_deliveries' beside 'dead_letter_queue', "
         "but got: no such key", )
@@ -224,11 +214,10 @@ def test_queue_of_dead_letters_needs_a_limit(tmp_path: Path) -> None:
 
 def test_nobody_else_publishes_to_a_queue_of_dead_letters(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
-    found = json.loads(config_pth.read_text())
-    found["queues"]["letters"]["subscribers"] = ["reader"]
-    found["reader"] = {"in_queue": "letters"}
-    found["writer"] = {"out_queue": "letters", "subscribers": ["reader"]}
-    config_pth.write_text(json.dumps(found))
+    with support.edited(config_pth) as found:
+        found["queues"]["letters"]["subscribers"] = ["reader"]
+        found["reader"] = {"in_queue": "letters"}
+        found["writer"] = {"out_queue": "letters", "subscribers": ["reader"]}
     problem, = problems(config_pth)
     assert "a queue that nobody publishes to" in problem and "writer" in problem
 

@@ -1,32 +1,22 @@
-"""Test taking messages: claims, leases, batches, failures, damage."""
+"""Test taking messages: large batches, damage, a close before the end."""
 
-# pylint: disable=unbalanced-tuple-unpacking
-
-import contextlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import persipubsub.queue
 from persipubsub import errors
-from persipubsub.lmdb_engine import attempts, consuming
+from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log
 from tests import stores
-
-
-def take(consumer: consuming.Consumer, most: int = 1) -> consuming.Lease:
-    lease = consumer.take(timeout=0, max_messages=most)
-    assert lease is not None
-    return lease
 
 
 def test_batch_of_large_messages_ends_early(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue:
         for _ in range(4):
             queue.put([bytes(7 << 20)])
-        assert len(take(queue.consumer("sub"), most=4).messages) == 2
+        assert len(stores.lease(queue, most=4).messages) == 2
 
 
 def test_number_that_a_rebuild_left_empty(tmp_path: Path) -> None:
@@ -43,69 +33,22 @@ def test_number_that_a_rebuild_left_empty(tmp_path: Path) -> None:
 # Damage
 
 
-def flip(queue: persipubsub.queue.Queue, number: int, offset: int = -1) -> None:
-    """Flip a bit of a message in the store: by default of the last byte of its block."""
-
-    def work(tx: fmt.Tx) -> None:
-        cursor = tx.cursor()
-        found = log.seek(cursor, number)
-        assert found is not None
-        value = bytearray(found.value)
-        value[offset] ^= 1
-        cursor.put(fmt.pack_number(found.first), bytes(value))
-
-    stores.write(queue, work)
-
-
-@contextlib.contextmanager
-def opened_unchecked(directory: Path,
-                     subscribers: Sequence[str]) -> Iterator[persipubsub.queue.Queue]:
-    """Open a queue that is to be damaged."""
-    path, made = stores.path_of(directory), stores.settings()
-    persipubsub.queue.Queue.ensure(path, made, subscribers)
-    with persipubsub.queue.Queue(path, made) as queue:
-        yield queue
-
-
-def collect(queue: persipubsub.queue.Queue, most: int) -> tuple[list[bytes], list[int]]:
-    """Take everything; return messages, and the numbers of those that were damaged."""
-    consumer = queue.consumer("sub")
-    messages: list[bytes] = []
-    damaged: list[int] = []
-    while True:
-        try:
-            lease = consumer.take(timeout=0, max_messages=most)
-        except errors.CorruptMessageError as error:
-            assert queue.path in str(error)
-            damaged.append(error.number)
-            continue
-        if lease is None:
-            return messages, damaged
-        messages.extend(lease.messages)
-        lease.ack()
-
-
-def test_damaged_message_is_shown_to_one_consumer(tmp_path: Path) -> None:
-    with opened_unchecked(tmp_path, ["sub"]) as queue:
-        first = queue.put([b"1", b"2", b"3"])
-        held = take(queue.consumer("sub"))
-        flip(queue, first, offset=-2)
-        with pytest.raises(errors.CorruptMessageError):
-            queue.consumer("sub").take(timeout=0)
-        assert stores.take_all(queue) == [b"3"]
-        held.ack()
-        figures = stores.figures(queue)
-        assert (figures.corrupt, figures.acknowledged, figures.lag) == (1, 2, 0)
-        # When nobody needs it any more, it leaves like any other message.
-        queue.put([b"4"])
-        queue.prune()
-        assert queue.check() == []
+def flip(tx: fmt.Tx) -> None:
+    """Flip a bit of the record of the first block."""
+    cursor = tx.cursor()
+    found = log.head(cursor)
+    assert found is not None
+    value = bytearray(found.value)
+    value[3] ^= 1
+    cursor.put(fmt.pack_number(found.first), bytes(value))
 
 
 def test_damaged_record_stops_the_queue_and_loses_nothing(tmp_path: Path) -> None:
-    with opened_unchecked(tmp_path, ["sub"]) as queue:
-        first = queue.put([b"1"])
-        flip(queue, first, offset=3)
+    path, made = stores.path_of(tmp_path), stores.settings()
+    persipubsub.queue.Queue.ensure(path, made, ["sub"])
+    with persipubsub.queue.Queue(path, made) as queue:
+        queue.put([b"1"])
+        stores.write(queue, flip)
         for _ in range(2):
             with pytest.raises(errors.StoreCorruptError):
                 queue.consumer("sub").take(timeout=0)
@@ -120,9 +63,9 @@ def test_delivery_that_ends_behind_a_close_judges_no_other_one(tmp_path: Path) -
     with stores.opened(tmp_path, retries=retries) as queue:
         queue.put([b"1"])
         with stores.again(queue) as other:
-            lease = take(other.consumer("sub"))
+            lease = stores.lease(other)
         # The close gave it back.
-        last = take(queue.consumer("sub"))
+        last = stores.lease(queue)
         lease.nack(ValueError("too late"))
         assert stores.figures(queue).dead_lettered == 0 and stores.figures(queue).lag == 1
         last.ack()

@@ -1,10 +1,7 @@
 """Test that the documentation speaks of what is there, and that what it shows works."""
 
 import doctest
-import importlib.util
-import json
 import re
-import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from tests import doc_pages, support
 
 _ROOT = Path(__file__).resolve().parent.parent
 _DOCS = _ROOT / "docs"
+_CONFIG_KEYS = _DOCS / "_ext" / "config_keys.py"
 _ABOUT = "".join(
     pth.read_text(encoding="utf-8")
     for pth in (_ROOT / "CONTRIBUTING.rst", _DOCS / "guarantees.rst", _DOCS / "inside.rst",
@@ -115,12 +113,11 @@ def _prepare_operations(directory: Path) -> None:
         "other": ("sub", )
     }, ("sub", "log"),
                                       path="queues/greetings")
-    entries = json.loads(config_pth.read_text(encoding="utf-8"))
-    entries["queues"]["greetings"] = entries["queues"].pop("queue")
-    for entry in entries.values():
-        for key in {"in_queue", "out_queue"} & set(entry):
-            entry[key] = "greetings"
-    config_pth.write_text(json.dumps(entries), encoding="utf-8")
+    with support.edited(config_pth) as entries:
+        entries["queues"]["greetings"] = entries["queues"].pop("queue")
+        for entry in entries.values():
+            for key in {"in_queue", "out_queue"} & set(entry):
+                entry[key] = "greetings"
     control.initialize_all_dbs(config_pth)
     with Pub("pub", config_pth) as pub:
         pub.send_many(msgs=[b"gone", b"hello", b"again"])
@@ -201,24 +198,15 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert pages - {"index"} == listed
 
 
-def _config_keys() -> types.ModuleType:
-    """Import docs/_ext/config_keys.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("config_keys", _DOCS / "_ext" / "config_keys.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_examples_in_docstrings_here_and_in_the_docs() -> None:
-    for module in (_config_keys(), doc_pages):
+    for module in (support.import_file(_CONFIG_KEYS), doc_pages):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed, module.__name__
 
 
 def test_every_key_of_the_configuration_is_explained() -> None:
     page = (_DOCS / "configuration.rst").read_text(encoding="utf-8")
-    text = _config_keys().expand(page)
+    text = support.import_file(_CONFIG_KEYS).expand(page)
     rows = re.findall(r"^    \* - ``(.+)``\n      - (.+)\n      - (.+)\n      - (.+)$", text,
                       re.MULTILINE)
     parts = config.schema()["$defs"]

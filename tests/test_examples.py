@@ -18,14 +18,7 @@ _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def start(name: str, *arguments: object, cwd: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable,
-         str(_EXAMPLES / name), *[str(argument) for argument in arguments]],
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True)
+    return support.start([sys.executable, _EXAMPLES / name, *arguments], cwd=cwd)
 
 
 @pytest.fixture(name="worker", params=["worker.py", "aio_worker.py"])

@@ -1,14 +1,12 @@
 """Test that others can read a queue from what docs/format.rst says."""
 
 import fcntl
-import importlib.util
 import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
-import types
 import zlib
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from persipubsub import config
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import journal
-from tests import support
+from tests import stores, support
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FOREIGN = _ROOT / "examples" / "foreign"
@@ -41,20 +39,11 @@ def make_queue(tmp_path: Path) -> Path:
     with _open(tmp_path) as queue:
         queue.put([b"hello", b"", b"world"])
         queue.put([b"psst"], recipients=("alarm", ))
-        first = queue.consumer("archive").take(timeout=0)
-        second = queue.consumer("archive").take(timeout=0)
-        assert first is not None and second is not None
+        first = stores.lease(queue, name="archive")
         # The second is acknowledged ahead of the position, which stays at the first.
-        second.ack()
+        stores.take(queue, "archive")
         first.nack()
     return tmp_path / "queue"
-
-
-def _take_all(queue: persipubsub.queue.Queue) -> list[bytes]:
-    lease = queue.consumer("alarm").take(timeout=0, max_messages=10_000)
-    assert lease is not None
-    lease.ack()
-    return lease.messages
 
 
 @pytest.fixture(name="program",
@@ -72,24 +61,15 @@ def build_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     directory = tmp_path_factory.mktemp("foreign")
     for copied in ("Makefile", source):
         shutil.copy(_FOREIGN / copied, directory)
-    process = subprocess.run(["make", name],
-                             cwd=directory,
-                             capture_output=True,
-                             text=True,
-                             timeout=support.HANG_SECS,
-                             check=False)
+    process = support.run(["make", name], cwd=directory)
     assert process.returncode == 0, process.stderr
     built = directory / name
     assert isinstance(built, Path)
     return built
 
 
-def _run(program: Path, *arguments: object) -> tuple[int, str, str]:
-    process = subprocess.run([program, *map(str, arguments)],
-                             capture_output=True,
-                             text=True,
-                             timeout=support.HANG_SECS,
-                             check=False)
+def _run(*command: object) -> tuple[int, str, str]:
+    process = support.run(command)
     return process.returncode, process.stdout, process.stderr
 
 
@@ -108,12 +88,12 @@ message 4 for audience 1, 4 bytes, sound: psst
 
 def test_program_reads_while_the_queue_is_used(program: Path, tmp_path: Path) -> None:
     with _open(tmp_path) as queue:
-        queue.put([b"one"])
+        queue.put([b"zero\0byte"])
         code, out, err = _run(program, tmp_path / "queue")
         assert (code, err) == (0, ""), err
-        assert out.endswith("message 1 for audience 0, 3 bytes, sound: one\n")
+        assert out.endswith("message 1 for audience 0, 9 bytes, sound: zero\0byte\n")
         queue.put([b"two"])
-        assert _take_all(queue) == [b"one", b"two"]
+        assert stores.take_all(queue, "alarm") == [b"zero\0byte", b"two"]
 
 
 def test_program_counts_as_a_user(program: Path, tmp_path: Path) -> None:
@@ -129,7 +109,7 @@ def test_program_counts_as_a_user(program: Path, tmp_path: Path) -> None:
         finally:
             process.kill()
     with _open(tmp_path) as queue:
-        assert len(_take_all(queue)) == 1000
+        assert len(stores.take_all(queue, "alarm")) == 1000
 
 
 def test_program_refuses_another_format(program: Path, queue_pth: Path) -> None:
@@ -224,50 +204,31 @@ def test_program_does_not_take_a_damaged_page_for_the_end(program: Path, tmp_pat
     assert "message 1 for" in out and "message 12 for" not in out
 
 
-def test_program_shows_all_bytes_of_a_message(program: Path, tmp_path: Path) -> None:
-    with _open(tmp_path) as queue:
-        queue.put([b"zero\0byte"])
-    code, out, err = _run(program, tmp_path / "queue")
-    assert (code, err) == (0, "")
-    assert out.endswith("message 1 for audience 0, 9 bytes, sound: zero\0byte\n")
-
-
 def test_program_says_how_it_is_used(program: Path) -> None:
     assert _run(program) == (2, "", "usage: list_queue QUEUE_DIRECTORY\n")
 
 
-@pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
+TRUNCATED = pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
+
+
+@TRUNCATED
 def test_program_refuses_a_truncated_store(program: Path, queue_pth: Path, size: int) -> None:
     data = queue_pth / "data.mdb"
     os.truncate(data, size if size >= 0 else data.stat().st_size + size)
     assert _run(program, queue_pth) == (1, "", f"list_queue: {data}: truncated\n")
 
 
-@pytest.mark.parametrize("size", [0, 100, 4096, 5000, 9000, -4096, -1])
+@TRUNCATED
 def test_dump_refuses_a_truncated_store(queue_pth: Path, size: int) -> None:
     data = queue_pth / "data.mdb"
     os.truncate(data, size if size >= 0 else data.stat().st_size + size)
     # In a process of its own: without the look at the size, LMDB kills it.
-    process = subprocess.run([sys.executable, _FOREIGN / "dump_queue.py", queue_pth],
-                             capture_output=True,
-                             text=True,
-                             timeout=support.HANG_SECS,
-                             check=False)
-    assert (process.returncode, process.stdout,
-            process.stderr) == (1, "", f"dump_queue: {data}: truncated\n")
-
-
-def _import(name: str) -> types.ModuleType:
-    """Import a program of examples/foreign, which is in no package."""
-    spec = importlib.util.spec_from_file_location(name, _FOREIGN / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert _run(sys.executable, _FOREIGN / "dump_queue.py",
+                queue_pth) == (1, "", f"dump_queue: {data}: truncated\n")
 
 
 def test_dump_is_that_of_the_docs(queue_pth: Path) -> None:
-    found = "\n".join(_import("dump_queue").dump(queue_pth)) + "\n"
+    found = "\n".join(support.import_file(_FOREIGN / "dump_queue.py").dump(queue_pth)) + "\n"
     if os.environ.get("PERSIPUBSUB_WRITE_DUMP"):
         _DUMP.write_text(found, encoding="utf-8")
 
@@ -283,7 +244,7 @@ def test_dump_is_that_of_the_docs(queue_pth: Path) -> None:
 
 
 def test_dump_knows_what_only_some_queues_have() -> None:
-    describe = _import("dump_queue")._describe
+    describe = support.import_file(_FOREIGN / "dump_queue.py")._describe
     attempts = struct.pack("<IIQQ", 3, 1, 5, 7) + b"no"
     assert [meaning
             for _, meaning in describe("attempts_db", struct.pack(">IQ", 1, 2), attempts)] == [
@@ -306,7 +267,7 @@ def test_journal_is_read(tmp_path: Path) -> None:
         queue.put([b"psst"], recipients=("alarm", ), msg_ids=[b"an id"])
         for number in range(20):
             queue.put([b"x" * 50_000, str(number).encode()])
-    lines = list(_import("list_journal").list_journal(tmp_path / "queue"))
+    lines = list(support.import_file(_FOREIGN / "list_journal.py").list_journal(tmp_path / "queue"))
     assert [line for line in lines if line.startswith("    ")][:5] == [
         "    message 1: b'hello'", "    message 2: b''", "    message 3: b'world'",
         "    message 4: b'psst'", "    id of message 4: b'an id'"
@@ -320,13 +281,8 @@ def test_journal_is_read(tmp_path: Path) -> None:
 
 
 def test_journal_that_is_not_there(tmp_path: Path) -> None:
-    process = subprocess.run([sys.executable, _FOREIGN / "list_journal.py", tmp_path],
-                             capture_output=True,
-                             text=True,
-                             timeout=support.HANG_SECS,
-                             check=False)
-    assert (process.returncode, process.stdout, process.stderr) == (1, "",
-                                                                    "list_journal: no journal\n")
+    assert _run(sys.executable, _FOREIGN / "list_journal.py",
+                tmp_path) == (1, "", "list_journal: no journal\n")
 
 
 def test_every_file_of_a_queue_is_described() -> None:

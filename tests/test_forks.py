@@ -31,12 +31,7 @@ def open_pair(config_pth: Path) -> tuple[Pub, Sub]:
 
 
 def receive_all(sub: Sub) -> list[bytes]:
-    received: list[bytes] = []
-    while True:
-        with sub.receive(timeout=0) as message:
-            if message is None:
-                return received
-            received.append(message)
+    return list(sub.messages(timeout=0))
 
 
 def receive(sub: Sub) -> bytes | None:
@@ -51,15 +46,13 @@ def check(config_pth: Path) -> None:
 # One environment a process
 
 
-def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: Path) -> None:
+def test_closing_one_of_several_leaves_the_locks_of_the_others(config_pth: Path, tmp_path: Path,
+                                                               pub: Pub, sub: Sub) -> None:
     """The locks of LMDB belong to the process: a second opening must not give them back."""
-    config_pth = support.make_queue(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "queue")
     by_link = support.write_config(tmp_path, name="link.json", path=str(tmp_path / "link"))
-    pub, sub = open_pair(config_pth)
-    other = Pub("pub", by_link)
-    pub.send(b"1")
-    other.close()
+    with Pub("pub", by_link):
+        pub.send(b"1")
     gc.collect()
 
     def use(pipe: support.Connection) -> None:
@@ -73,8 +66,6 @@ def test_closing_one_of_several_leaves_the_locks_of_the_others(tmp_path: Path) -
         child.end()
     pub.send(b"3")
     assert receive_all(sub) == [b"2", b"3"]
-    pub.close()
-    sub.close()
     check(config_pth)
 
 
@@ -178,8 +169,7 @@ def test_parent_and_child_go_on_when_the_other_one_ends(config_pth: Path, ends: 
 
 
 def test_child_that_closes_what_it_inherited_takes_nothing_from_its_parent(
-        config_pth: Path) -> None:
-    pub, sub = open_pair(config_pth)
+        config_pth: Path, pub: Pub, sub: Sub) -> None:
     pub.send(b"1")
 
     def work() -> None:
@@ -192,16 +182,13 @@ def test_child_that_closes_what_it_inherited_takes_nothing_from_its_parent(
     wait(run_in_child(work))
     pub.send(b"3")
     assert receive_all(sub) == [b"1", b"2", b"3"]
-    pub.close()
-    sub.close()
     check(config_pth)
 
 
 @pytest.mark.parametrize("uses", [False, True])
 def test_child_that_closes_all_descriptors_and_opens_its_own_keeps_them(
-        config_pth: Path, tmp_path: Path, uses: bool) -> None:
+        config_pth: Path, tmp_path: Path, pub: Pub, sub: Sub, uses: bool) -> None:
     """Daemons do that. Descriptors of the library then have the numbers of other files."""
-    pub, sub = open_pair(config_pth)
     pub.send(b"1")
     with sub.receive(timeout=0) as message:
         assert message == b"1"
@@ -224,8 +211,6 @@ def test_child_that_closes_all_descriptors_and_opens_its_own_keeps_them(
         assert (tmp_path / str(number)).read_bytes() == b"%d" % number
     pub.send(b"3")
     assert receive_all(sub) == [b"3"]
-    pub.close()
-    sub.close()
     check(config_pth)
 
 

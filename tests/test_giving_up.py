@@ -15,7 +15,7 @@ import pytest
 
 import persipubsub.queue
 from persipubsub import errors
-from persipubsub.lmdb_engine import attempts, consuming
+from persipubsub.lmdb_engine import attempts
 from persipubsub.message import DeadLetter
 from tests import stores, support
 
@@ -35,7 +35,6 @@ def retries(directory: Path | None, max_deliveries: int) -> Mapping[str, persipu
 
 
 def make_letters(directory: Path) -> persipubsub.queue.Queue:
-    """Create and open the queue of dead letters."""
     persipubsub.queue.Queue.ensure(letters_path(directory), stores.settings(), ["dead_letters"])
     return persipubsub.queue.Queue(letters_path(directory), stores.settings())
 
@@ -54,15 +53,9 @@ def opened(directory: Path,
         assert target.check() == []
 
 
-def take(queue: persipubsub.queue.Queue, most: int = 1) -> consuming.Lease:
-    lease = queue.consumer("sub").take(timeout=0, max_messages=most)
-    assert lease is not None
-    return lease
-
-
 def fail(queue: persipubsub.queue.Queue, times: int = 2) -> None:
     for _ in range(times):
-        take(queue).nack(ERROR)
+        stores.lease(queue).nack(ERROR)
 
 
 def letters_in(target: persipubsub.queue.Queue) -> list[DeadLetter]:
@@ -129,7 +122,7 @@ def test_message_that_left_meanwhile_is_not_moved(tmp_path: Path, change: str) -
                            retries={"sub": found}) as queue:
             queues.append(queue)
             queue.put([b"1", b"2"])
-            take(queue, most=2).nack(ERROR)
+            stores.lease(queue, most=2).nack(ERROR)
             assert [letter.data for letter in letters_in(target)] == [b"1"]
 
 
@@ -214,7 +207,7 @@ def test_whatever_the_error_is_the_message_is_moved(tmp_path: Path, error: BaseE
                                                     text: str) -> None:
     with opened(tmp_path, max_deliveries=1) as (queue, target):
         queue.put([b"1"])
-        take(queue).nack(error)
+        stores.lease(queue).nack(error)
         letter, = letters_in(target)
         assert letter.data == b"1" and letter.error.startswith(text)
 

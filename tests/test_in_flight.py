@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import persipubsub.queue
-from persipubsub import Sub, control, statistics
+from persipubsub import control, statistics
 from tests import stores, support
 
 
@@ -19,9 +19,7 @@ def test_claims_are_told_with_process_and_time(tmp_path: Path) -> None:
         assert claims(queue) == ()
         first = queue.put([b"1", b"2", b"3"])
         before_ns = time.monotonic_ns()
-        one = queue.consumer("sub").take(timeout=0)
-        many = queue.consumer("sub").take(timeout=0, max_messages=2)
-        assert one is not None and many is not None
+        one, many = stores.lease(queue), stores.lease(queue, most=2)
         found = claims(queue)
         assert [(claim.subscriber, claim.number, claim.count, claim.process_id)
                 for claim in found] == [("sub", first, 1, os.getpid()),
@@ -39,8 +37,7 @@ def test_claims_are_told_with_process_and_time(tmp_path: Path) -> None:
 def test_rest_of_a_batch_is_told_with_its_process(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue:
         first = queue.put([b"1", b"2", b"3"])
-        lease = queue.consumer("sub").take(timeout=0, max_messages=3)
-        assert lease is not None
+        lease = stores.lease(queue, most=3)
         lease.ack(1)
         found, = claims(queue)
         assert (found.number, found.count, found.process_id) == (first + 1, 2, os.getpid())
@@ -49,16 +46,9 @@ def test_rest_of_a_batch_is_told_with_its_process(tmp_path: Path) -> None:
 
 def test_hung_consumer_is_seen_and_ending_it_helps_at_once(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path)
-
-    def hang(pipe: support.Connection) -> None:
-        with Sub("sub", config_pth) as sub:
-            with sub.receive(timeout=support.HANG_SECS) as msg:
-                pipe.send(msg)
-                pipe.recv()
-
     with support.open_queue(config_pth) as queue:
         number = queue.put([b"1"])
-        with support.Child(hang) as child:
+        with support.Child(support.hold_message, config_pth) as child:
             assert child.get() == b"1"
             child.kill(signal.SIGSTOP)
             claim, = control.in_flight(config_pth)["queue"]
@@ -78,13 +68,8 @@ def test_hung_consumer_is_seen_and_ending_it_helps_at_once(tmp_path: Path) -> No
 def test_claim_that_is_held_for_long_keeps_its_note(tmp_path: Path) -> None:
     with stores.opened(tmp_path) as queue:
         queue.put([b"x"] * 5000)
-        consumer = queue.consumer("sub")
-        held = consumer.take(timeout=0)
-        assert held is not None
-        for _ in range(4999):
-            lease = consumer.take(timeout=0)
-            assert lease is not None
-            lease.ack()
+        held = stores.lease(queue)
+        assert len(stores.take_all(queue)) == 4999
         assert [claim.process_id for claim in claims(queue)] == [os.getpid()]
         held.ack()
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import struct
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,28 +32,18 @@ def assert_sound(config_pth: Path) -> None:
 def test_sound_queue_is_verified_while_it_is_used(tmp_path: Path, durability: str) -> None:
     config_pth = make_queue(tmp_path, durability=durability)
     send_each(config_pth, b"x" * 10000, b"y")
-    is_done = threading.Event()
 
-    def publish() -> None:
+    def use_for_ever(pipe: support.Connection) -> None:
         with Pub("pub", config_pth) as pub:
-            while not is_done.is_set():
+            pipe.send("begun")
+            while True:
                 pub.send_many([b"z" * 1000] * 10)
                 receive_all(config_pth)
 
-    def run(pipe: support.Connection) -> None:
-        thread = threading.Thread(target=publish)
-        thread.start()
-        pipe.send("begun")
-        pipe.recv()
-        is_done.set()
-        thread.join()
-
-    with support.Child(run) as child:
+    with support.Child(use_for_ever) as child:
         child.get()
         for _ in range(20):
             assert_sound(config_pth)
-        child.pipe.send("end")
-        child.end()
 
 
 def test_damaged_page_is_found_without_a_crash(tmp_path: Path) -> None:
@@ -276,10 +266,6 @@ def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: Path,
         for index in range(5):
             sent.append(drain(publisher) or publisher.get())
             control.backup(config_pth, "queue", tmp_path / f"backup{index}")
-        publisher.kill(signal.SIGKILL)
-        taker.kill(signal.SIGKILL)
-        publisher.process.join()
-        taker.process.join()
     for index, count in enumerate(sent):
         control.restore(config_pth, "queue", tmp_path / f"backup{index}")
         assert_sound(config_pth)
@@ -358,8 +344,9 @@ def look_for_ever(pipe: support.Connection, config_pth: Path) -> None:
     """Look at the queue again and again, as scrapes of metrics do."""
     control.statistics(config_pth)
     pipe.send("looked")
-    while not pipe.poll(0.005):
+    while True:
         control.statistics(config_pth)
+        time.sleep(0.005)
 
 
 def test_who_looks_is_waited_for(tmp_path: Path) -> None:
@@ -368,8 +355,6 @@ def test_who_looks_is_waited_for(tmp_path: Path) -> None:
         assert child.get() == "looked"
         for _ in range(60):
             control.compact(config_pth)
-        child.pipe.send("end")
-        child.end()
 
 
 @pytest.mark.parametrize("place", range(1, 10))
@@ -385,8 +370,8 @@ def test_killed_in_the_middle(tmp_path: Path, action: str, place: int) -> None:
         use(config_pth)[action == "restore"]()
 
     # Each change of a name, and the flush of each.
-    options = ["-o", os.devnull, "-e", f"inject=rename,unlink,fsync:signal=KILL:when={place}"]
-    assert tracing.run(lambda: work, options) in (0, -signal.SIGKILL)
+    assert tracing.inject(lambda: work, "rename,unlink,fsync", "signal=KILL",
+                          place) in (0, -signal.SIGKILL)
     assert_sound(config_pth)
     assert not (tmp_path / "queue" / "data.mdb.new").exists()
     messages = receive_all(config_pth)
@@ -422,9 +407,8 @@ def test_drop_that_is_killed_at_its_end_is_repeated(tmp_path: Path, call: str) -
     def work() -> None:
         control.drop_queue(config_pth, "queue")
 
-    options = ["-P", str(lock if call == "unlink" else lock.parent), "-o", os.devnull]
-    assert tracing.run(lambda: work,
-                       options + ["-e", f"inject={call}:signal=KILL"]) == -signal.SIGKILL
+    path = lock if call == "unlink" else lock.parent
+    assert tracing.inject(lambda: work, call, "signal=KILL", paths=[path]) == -signal.SIGKILL
     assert set(os.listdir(lock.parent)) <= {"open.lock"}
     assert not control.drop_queue(config_pth, "queue")
     assert not lock.parent.exists()
@@ -455,8 +439,7 @@ def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: Path) -> No
         found = control.peek(config_pth, "late", count=1000, queue_key="queue")
         assert len(found) == 100
         with support.open_queue(config_pth) as queue:
-            lease = queue.consumer("late").take(timeout=0)
-            assert lease is not None
+            lease = stores.lease(queue, name="late")
             assert control.remove_subscriber(config_pth, "queue", "late") == 100
             # It had a message in hand: that is acknowledged into the void.
             lease.ack()
@@ -475,22 +458,16 @@ def test_subscriber_comes_and_goes_while_the_queue_is_used(tmp_path: Path) -> No
 
 
 def test_peek_shows_what_is_pending_and_takes_nothing(tmp_path: Path) -> None:
-    config_pth = make_queue(tmp_path,
-                            subscribers=["sub", "other"],
-                            publishers={
-                                "pub": ["sub", "other"],
-                                "narrow": ["other"]
-                            })
+    publishers = {"pub": ["sub", "other"], "narrow": ["other"]}
+    config_pth = make_queue(tmp_path, publishers, subscribers=["sub", "other"])
     send_each(config_pth, b"1", b"2", b"3")
     with Pub("narrow", config_pth) as pub:
         pub.send(b"not for sub")
         pub.init(pub_id="pub", config_pth=config_pth)
         pub.send_many([b"%d" % index for index in range(4, 1300)])
     with support.open_queue(config_pth) as queue:
-        first = queue.consumer("sub").take(timeout=0)
-        second = queue.consumer("sub").take(timeout=0)
-        assert first is not None and second is not None
-        second.ack()
+        first = stores.lease(queue)
+        stores.take(queue)
         found = control.peek(config_pth, "sub", count=4000)
         expected = [b"%d" % index for index in range(1, 1300) if index != 2]
         assert [message.content for message in found] == expected
@@ -568,7 +545,5 @@ def test_look_at_a_queue_that_was_left_unclean(tmp_path: Path) -> None:
 
     with support.Child(run) as child:
         child.get()
-        child.kill(signal.SIGKILL)
-        child.end(-signal.SIGKILL)
     assert control.statistics(config_pth)["queue"].messages == 1
     assert receive_all(config_pth) == [b"x"]

@@ -9,18 +9,6 @@ import pytest
 from persipubsub import Pub
 from tests import stores, support
 
-WINDOW_SECS = 100
-WINDOW_NS = WINDOW_SECS * stores.SECOND_NS
-
-
-@pytest.mark.parametrize("durability", [stores.FSYNC, stores.OS])
-def test_id_is_remembered_when_the_queue_is_opened_again(tmp_path: Path, durability: Any) -> None:
-    with stores.opened(tmp_path, durability=durability) as queue:
-        first = queue.put([b"one"], msg_ids=[b"a"])
-    stores.lose_power(queue.path)
-    with stores.opened(tmp_path, durability=durability) as queue:
-        assert queue.put([b"one"], msg_ids=[b"a"]) == first
-
 
 @pytest.mark.parametrize("size", [1 << 18, 1 << 20])
 def test_full_map(tmp_path: Path, size: int) -> None:

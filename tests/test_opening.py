@@ -1,5 +1,6 @@
 """Test opening what is, was or never was a queue: nothing crashes, hangs, or is changed."""
 
+import contextlib
 import logging
 import os
 import random
@@ -47,40 +48,25 @@ def every_use(config_pth: Path) -> list[Callable[[], object]]:
 # What is in the place of a file
 
 
-def symbolic_link(path: Path, outside: Path) -> None:
-    path.symlink_to(outside)
-
-
-def dangling_link(path: Path, outside: Path) -> None:
-    path.symlink_to(outside.parent / "nothing")
-
-
-def link_to_a_directory(path: Path, outside: Path) -> None:
-    path.symlink_to(outside.parent)
-
-
-def hard_link(path: Path, outside: Path) -> None:
-    os.link(outside, path)
-
-
-def fifo(path: Path, outside: Path) -> None:
-    del outside
-    os.mkfifo(path)
-
-
-def directory_with_a_file(path: Path, outside: Path) -> None:
-    del outside
+def directory_with_a_file(path: Path, _: Path) -> None:
     path.mkdir()
     (path / "precious").write_bytes(b"precious")
 
 
-@pytest.mark.parametrize(
-    "put",
-    [symbolic_link, dangling_link, link_to_a_directory, hard_link, fifo, directory_with_a_file],
-    ids=lambda put: put.__name__)
+PUTS: Mapping[str, Callable[[Path, Path], object]] = {
+    "symbolic link": lambda path, outside: path.symlink_to(outside),
+    "dangling link": lambda path, outside: path.symlink_to(outside.parent / "nothing"),
+    "link to a directory": lambda path, outside: path.symlink_to(outside.parent),
+    "hard link": lambda path, outside: path.hardlink_to(outside),
+    "fifo": lambda path, _: os.mkfifo(path),
+    "directory with a file": directory_with_a_file,
+}
+
+
+@pytest.mark.parametrize("put", PUTS)
 @pytest.mark.parametrize("name", FILES)
-def test_whatever_is_in_the_place_of_a_file_is_not_followed(
-        tmp_path: Path, name: str, put: Callable[[Path, Path], None]) -> None:
+def test_whatever_is_in_the_place_of_a_file_is_not_followed(tmp_path: Path, name: str,
+                                                            put: str) -> None:
     config_pth = make(tmp_path, b"message")
     receive_all(config_pth)
     path = tmp_path / "queue" / name
@@ -91,7 +77,7 @@ def test_whatever_is_in_the_place_of_a_file_is_not_followed(
     (tmp_path / "elsewhere").mkdir()
     outside = tmp_path / "elsewhere" / "outside"
     outside.write_bytes(bytes(1000))
-    put(path, outside)
+    PUTS[put](path, outside)
     # None of them hangs either, which the end of the child says.
     outcomes = support.outcomes_in_child(*every_use(config_pth))
     assert set(outcomes) <= {"", "AccessError", "FormatError", "StoreError"}, outcomes
@@ -101,7 +87,7 @@ def test_whatever_is_in_the_place_of_a_file_is_not_followed(
         assert "" not in outcomes[1 if name == "claims.lock" else 0:2]
     assert os.listdir(outside.parent) == ["outside"]
     assert outside.read_bytes() == bytes(1000)
-    if put is directory_with_a_file and path.is_dir() and name != "journal":
+    if put == "directory with a file" and path.is_dir() and name != "journal":
         assert os.listdir(path) in ([], ["precious"])
 
 
@@ -275,7 +261,6 @@ def test_modes_of_what_is_there_stay(tmp_path: Path) -> None:
 
 @pytest.fixture(name="open_path")
 def fixture_open_path() -> Iterator[Path]:
-    """Give a directory whose parents everybody may enter."""
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
     with tempfile.TemporaryDirectory() as name:
@@ -357,16 +342,13 @@ def test_many_processes_initialize_at_once(tmp_path: Path, durability: str) -> N
         pipe.send(support.outcome(lambda: control.initialize_all_dbs(config_pth=config_pth)))
         pipe.send(support.outcome(lambda: send_each(config_pth, b"message")))
 
-    children = [support.Child(run) for _ in range(12)]
-    try:
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(support.Child(run)) for _ in range(12)]
         for child in children:
             child.pipe.send("go")
         for child in children:
             assert (child.get(), child.get()) == ("", "")
             child.end()
-    finally:
-        for child in children:
-            child.__exit__()
     # The subscriber was added only once: afterwards it would miss what was sent before.
     assert receive_all(config_pth) == [b"message"] * 12
     assert control.verify(config_pth) == {"queue": ()}
@@ -385,8 +367,11 @@ def test_creator_that_is_killed_at_any_call(tmp_path: Path) -> None:
         def work(path: Path = config_pth) -> None:
             control.initialize_all_dbs(path)
 
-        options = ["-o", os.devnull, "-e", f"inject={calls}:signal=KILL:when={place}"]
-        code = tracing.run(lambda work=work: work, options)  # type: ignore[misc]
+        code = tracing.inject(
+            lambda work=work: work,  # type: ignore[misc]
+            calls,
+            "signal=KILL",
+            place)
         killed += code != 0
         opened = support.outcomes_in_child(
             lambda path=config_pth: send_each(path, b"x"))  # type: ignore

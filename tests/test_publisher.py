@@ -1,4 +1,4 @@
-"""Test publishing: what is taken, what is refused, and three processes that do the main job."""
+"""Test publishing: what is taken, what is refused, and how a publisher lives and ends."""
 
 import array
 import functools
@@ -13,76 +13,6 @@ import pytest
 from persipubsub import Pub, Sub, control, errors
 from tests import support
 from tests.support import receive_all
-
-DEPLOY = """if True:
-    import sys
-    import persipubsub.control
-    persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])
-    """
-
-PUBLISH = """if True:
-    import sys
-    import persipubsub.publisher
-    pub = persipubsub.publisher.Pub()
-    pub.init(pub_id="pub", config_pth=sys.argv[1], autosync=False)
-    pub.send(msg=b"first")
-    pub.send_many(msgs=[b"second", b"third"])
-    """
-
-RECEIVE = """if True:
-    import sys
-    import persipubsub.subscriber
-    sub = persipubsub.subscriber.Sub()
-    sub.init(sub_id=sys.argv[2], config_pth=sys.argv[1])
-    while True:
-        with sub.receive(timeout=0.1, retries=10) as msg:
-            if msg is None:
-                break
-            print(msg.decode())
-    """
-
-
-@pytest.fixture(name="config_pth")
-def fixture_config_pth(tmp_path: Path) -> Path:
-    config_pth = support.make_queue(tmp_path)
-    return config_pth
-
-
-def test_wrong_use_is_refused_without_assertions(tmp_path: Path) -> None:
-    config_pth = support.write_config(tmp_path)
-    done = support.run_python("""if True:
-        import sys
-        import persipubsub.control, persipubsub.errors, persipubsub.publisher
-        import persipubsub.subscriber
-
-        def expect(kind, function, **arguments):
-            try:
-                function(**arguments)
-            except kind:
-                return
-            sys.exit("Expected {}: {} {}".format(kind, function, arguments))
-
-        errors = persipubsub.errors
-        pub, sub = persipubsub.publisher.Pub(), persipubsub.subscriber.Sub()
-        expect(errors.ClosedError, pub.send, msg=b"")
-        expect(errors.ClosedError, sub.receive)
-        expect(errors.NotInitializedError, pub.init, pub_id="pub", config_pth=sys.argv[1])
-        expect(errors.NotInitializedError, persipubsub.control.clear_all_subs,
-               config_pth=sys.argv[1])
-        persipubsub.control.initialize_all_dbs(config_pth=sys.argv[1])
-        expect(errors.ConfigError, pub.init, pub_id="nobody", config_pth=sys.argv[1])
-        pub.init(pub_id="pub", config_pth=sys.argv[1])
-        expect(TypeError, pub.send, msg="text")
-        expect(TypeError, pub.send_many, msgs=[b"", None])
-        sub.init(sub_id="sub", config_pth=sys.argv[1])
-        expect(ValueError, sub.receive, timeout=-1)
-        expect(ValueError, sub.receive, retries=0)
-        assert_is_off = not __debug__
-        print(assert_is_off, sub.front())
-        """,
-                              config_pth,
-                              options=["-O"])
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True None\n", "")
 
 
 class Bytes(bytes):
@@ -200,38 +130,6 @@ def test_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert receive_all(config_pth) == [b"message"]
 
 
-def test_leaving_the_interpreter(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path, durability="os", checkpoint_secs=1000)
-    code = """if True:
-        import os, sys, threading
-        import persipubsub.errors, persipubsub.publisher
-        pub = persipubsub.publisher.Pub()
-        pub.init(pub_id="pub", config_pth=sys.argv[1])
-        is_sending = threading.Event()
-
-        def send():
-            try:
-                while True:
-                    pub.send(b"from a thread")
-                    is_sending.set()
-            except persipubsub.errors.ClosedError:
-                pass  # the interpreter is leaving
-
-        for _ in range(4):
-            threading.Thread(target=send, daemon=True).start()
-        assert is_sending.wait(60)
-        pub.send(b"message")
-        if sys.argv[2] == "_exit":
-            os._exit(0)
-        """
-    mark = tmp_path / "queue" / "running"
-    for how, is_marked in (("end", False), ("_exit", True), ("end", False)):
-        done = support.run_python(code, config_pth, how)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert mark.exists() == is_marked
-    assert receive_all(config_pth).count(b"message") == 3
-
-
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_send_after_the_interpreter_was_left(tmp_path: Path, durability: str) -> None:
     config_pth = support.make_queue(tmp_path, durability=durability)
@@ -260,24 +158,32 @@ def test_send_after_the_interpreter_was_left(tmp_path: Path, durability: str) ->
     assert receive_all(config_pth) == [b"in time"]
 
 
-def test_many_threads_send_batches(config_pth: Path, pub: Pub) -> None:
+def test_many_threads_send_batches(tmp_path: Path) -> None:
+    """Commits that threads share keep batches together, and apart whom each is for."""
+    publishers = {"all": ["a", "b"], "to_a": ["a"], "to_b": ["b"]}
+    config_pth = support.make_queue(tmp_path, publishers, ["a", "b"])
+    with Pub("all", config_pth) as first, Pub("to_a", config_pth) as second, \
+            Pub("to_b", config_pth) as third:
+        pubs = [first, second, third] * 3
 
-    def send(name: int) -> None:
-        for number in range(20):
-            pub.send_many([b"%d-%d-%d" % (name, number, place) for place in range(5)])
+        def send(name: int) -> None:
+            for number in range(20):
+                pubs[name].send_many([b"%d-%d-%d" % (name, number, place) for place in range(5)])
 
-    support.in_threads([functools.partial(send, name) for name in range(8)])
+        support.in_threads([functools.partial(send, name) for name in range(9)])
 
-    received = [
-        tuple(int(part) for part in message.split(b"-")) for message in receive_all(config_pth)
-    ]
-    assert len(received) == 8 * 20 * 5
-    for start in range(0, len(received), 5):
-        # Batches stay together, and each thread's are in its order.
-        name, number, _ = received[start]
-        assert received[start:start + 5] == [(name, number, place) for place in range(5)]
-    for name in range(8):
-        own = [each for each in received if each[0] == name]
-        assert own == sorted(own)
-    with support.open_queue(config_pth) as queue:
-        assert not queue.check()
+    for sub_id, other in (("a", 2), ("b", 1)):
+        received = [
+            tuple(int(part) for part in message.split(b"-"))
+            for message in receive_all(config_pth, sub_id)
+        ]
+        assert len(received) == 6 * 20 * 5
+        for start in range(0, len(received), 5):
+            # Batches stay together, and each thread's are in its order.
+            name, number, _ = received[start]
+            assert name % 3 != other
+            assert received[start:start + 5] == [(name, number, place) for place in range(5)]
+        for name in range(9):
+            own = [each for each in received if each[0] == name]
+            assert own == sorted(own)
+    assert control.verify(config_pth) == {"queue": ()}

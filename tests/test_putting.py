@@ -34,11 +34,9 @@ class Blocked:
             self.outcome = error
 
     def is_waiting(self) -> bool:
-        """Tell whether the call did not return yet."""
         return self._thread.is_alive()
 
     def end(self) -> Any:
-        """Wait for the end of the call."""
         self._thread.join(support.HANG_SECS)
         assert not self._thread.is_alive(), "Expected the call to return, but it waits."
         return self.outcome
@@ -63,15 +61,18 @@ def test_error_names_the_slowest_subscriber(tmp_path: Path) -> None:
             "them.".format(queue.path))
 
 
-def take(queue: persipubsub.queue.Queue) -> None:
-    assert stores.take(queue) is not None
+def come_upon_what_is_too_old(queue: persipubsub.queue.Queue, clock: stores.Clock) -> None:
+    clock.advance(10**6)
+    assert stores.take(queue) is None
 
 
-MAKES_ROOM = {
-    "acknowledgement": take,
-    "batch": lambda queue: queue.consumer("sub").take(timeout=0, max_messages=9).ack(),
-    "pop to top": lambda queue: queue.skip_to_newest("sub"),
-    "clear": lambda queue: queue.clear(),
+MAKES_ROOM: dict[str, Callable[[persipubsub.queue.Queue, stores.Clock], object]] = {
+    "acknowledgement": lambda queue, _: stores.take(queue),
+    "batch": lambda queue, _: stores.lease(queue, most=9).ack(),
+    "pop to top": lambda queue, _: queue.skip_to_newest("sub"),
+    "clear": lambda queue, _: queue.clear(),
+    "removal of a subscriber": lambda queue, _: queue.remove_subscriber("slow"),
+    "timeout": come_upon_what_is_too_old,
 }
 
 
@@ -81,44 +82,19 @@ def test_whoever_makes_room_wakes_the_publisher(tmp_path: Path, monkeypatch: pyt
     # Nobody looks without a notification within the time of this test.
     monkeypatch.setattr("persipubsub.lmdb_engine.sending._LONGEST_PAUSE_SECS",
                         10 * support.HANG_SECS)
-    with stores.opened(tmp_path, strategy=BLOCK, max_msgs_num=2) as queue:
-        queue.put([b"0", b"1"])
-        blocked = Blocked(queue, [b"2"])
+    clock = stores.Clock()
+    with stores.opened(tmp_path,
+                       subscribers=["sub", "slow"],
+                       clock=clock,
+                       msg_timeout_secs=10,
+                       strategy=BLOCK,
+                       max_msgs_num=2) as queue:
+        queue.put([b"0", b"1"], ("slow" if name == "removal of a subscriber" else "sub", ))
+        blocked = Blocked(queue, [b"2"], ("sub", ))
         assert blocked.is_waiting()
-        work: Callable[[persipubsub.queue.Queue], object] = MAKES_ROOM[name]
-        work(queue)
+        MAKES_ROOM[name](queue, clock)
         assert blocked.end() == 3
         assert stores.take_all(queue)[-1] == b"2"
-
-
-def test_removal_of_a_subscriber_wakes_the_publisher(tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persipubsub.lmdb_engine.sending._LONGEST_PAUSE_SECS",
-                        10 * support.HANG_SECS)
-    with stores.opened(tmp_path, subscribers=["sub", "slow"], strategy=BLOCK,
-                       max_msgs_num=2) as queue:
-        queue.put([b"0", b"1"])
-        stores.take_all(queue)
-        blocked = Blocked(queue, [b"2"])
-        assert blocked.is_waiting()
-        assert queue.remove_subscriber("slow") == 2
-        assert blocked.end() == 3
-        assert stores.take_all(queue) == [b"2"]
-
-
-def test_timeout_of_messages_wakes_the_publisher(tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persipubsub.lmdb_engine.sending._LONGEST_PAUSE_SECS",
-                        10 * support.HANG_SECS)
-    clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, msg_timeout_secs=10, strategy=BLOCK,
-                       max_msgs_num=2) as queue:
-        queue.put([b"0", b"1"])
-        blocked = Blocked(queue, [b"2"])
-        clock.advance(10**6)
-        # A subscriber that comes upon what is too old drops it.
-        queue.consumer("sub").take(timeout=0)
-        assert blocked.end() == 3
 
 
 def test_publisher_sees_by_himself_that_messages_are_too_old(tmp_path: Path) -> None:
@@ -132,10 +108,10 @@ def test_large_batch_waits_for_all_its_room(tmp_path: Path) -> None:
     with stores.opened(tmp_path, strategy=BLOCK, max_msgs_num=4) as queue:
         queue.put([b"0", b"1", b"2", b"3"])
         blocked = Blocked(queue, [b"4", b"5", b"6"])
-        take(queue)
-        take(queue)
+        stores.take(queue)
+        stores.take(queue)
         assert blocked.is_waiting()
-        take(queue)
+        stores.take(queue)
         assert blocked.end() == 5
         assert stores.take_all(queue) == [b"3", b"4", b"5", b"6"]
 
@@ -147,7 +123,7 @@ def test_full_map_is_waited_for(tmp_path: Path) -> None:
         lag = stores.figures(queue).lag
         blocked = Blocked(queue, [bytes(100000)])
         for _ in range(10):
-            take(queue)
+            stores.take(queue)
         blocked.end()
         assert len(stores.take_all(queue)) == lag - 10 + 1
 

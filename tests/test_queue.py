@@ -1,6 +1,5 @@
-"""Test putting, audiences, the timeout, numbers that survive everything, the file's size."""
+"""Test putting, audiences, the timeout, the end of the log, the file's size."""
 
-import functools
 import random
 from pathlib import Path
 
@@ -65,46 +64,18 @@ def test_old_messages_are_dropped_by_a_send(tmp_path: Path) -> None:
         assert (figures.dropped_by_timeout, figures.lag) == (5, 16)
 
 
-# Numbers
-
-
-def test_numbers_go_on_in_another_process(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path)
-    code = """
-import sys
-import persipubsub.config, persipubsub.queue
-with persipubsub.queue.open_queue(persipubsub.config.read(sys.argv[1]), "queue") as queue:
-    print(queue.put([b"x", b"y"]))
-    if sys.argv[2] == "clear":
-        queue.clear()
-"""
-    numbers = []
-    for what in ("keep", "clear", "clear", "keep"):
-        result = support.run_python(code, config_pth, what)
-        assert result.returncode == 0, result.stderr
-        numbers.append(int(result.stdout))
-    assert numbers == list(range(numbers[0], numbers[0] + 8, 2))
-    with support.open_queue(config_pth) as queue:
-        assert queue.put([b"z"]) == numbers[0] + 8
-        assert stores.take_all(queue) == [b"x", b"y", b"z"]
-        assert stores.figures(queue).cleared == 6
-
-
 # Keeping the file small
 
 
 @pytest.mark.parametrize("backlog, size", [(0, 200), (100, 200), (10, 100000)])
 def test_file_stays_small_at_a_steady_backlog(tmp_path: Path, backlog: int, size: int) -> None:
     with stores.opened(tmp_path) as queue:
-        consumer = queue.consumer("sub")
         queue.put([bytes(size)] * backlog)
         sizes = []
         for _ in range(10):
             for _ in range(200):
                 queue.put([bytes(size)])
-                lease = consumer.take(timeout=0)
-                assert lease is not None
-                lease.ack()
+                assert stores.take(queue) is not None
             sizes.append(queue.statistics().file_bytes)
         assert queue.statistics().messages == backlog
         assert len(stores.blocks(queue)) <= backlog + 40
@@ -141,35 +112,11 @@ def test_no_send_deletes_much(tmp_path: Path) -> None:
         for message in numbered(1000):
             queue.put([message])
         stores.take_all(queue)
-        consumer = queue.consumer("sub")
         lengths = [len(stores.blocks(queue))]
         for _ in range(1100):
             queue.put([b"x"])
-            lease = consumer.take(timeout=0)
-            assert lease is not None
-            lease.ack()
+            assert stores.take(queue) is not None
             lengths.append(len(stores.blocks(queue)))
         assert max(before - after for before, after in zip(lengths, lengths[1:])) <= 36
         # About twice as many leave as come.
         assert lengths[-1] <= 36
-
-
-# Many threads
-
-
-def test_threads_share_commits_and_lose_nothing(tmp_path: Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b"]) as queue:
-        audiences = [None, ("a", ), ("b", ), ("a", "b")]
-
-        def send(name: int) -> None:
-            for index in range(100):
-                queue.put([b"%d %d" % (name, index)], audiences[name])
-
-        support.in_threads([functools.partial(send, name) for name in range(4)])
-        for name, others in (("a", 2), ("b", 1)):
-            found = stores.take_all(queue, name)
-            for sender in range(4):
-                prefix = b"%d " % sender
-                expected = [prefix + b"%d" % index for index in range(100)]
-                assert [message for message in found
-                        if message.startswith(prefix)] == (expected if sender != others else [])

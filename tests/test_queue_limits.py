@@ -6,11 +6,12 @@ import logging
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import persipubsub.queue
-from persipubsub import control, errors
+from persipubsub import errors
 from persipubsub.lmdb_engine import format as fmt
 from tests import stores, support
 
@@ -20,18 +21,6 @@ def numbered(count: int, begin: int = 0) -> list[bytes]:
 
 
 # High-water marks
-
-
-@pytest.mark.parametrize("strategy, kept", [("prune_first", [6, 7, 8, 9, 10]),
-                                            ("prune_last", [0, 1, 2, 3, 10])])
-def test_message_above_a_mark_of_10_leaves_5(tmp_path: Path, strategy: str,
-                                             kept: list[int]) -> None:
-    config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10, strategy=strategy)
-    messages = numbered(11)
-    support.send_each(config_pth, *messages[:10])
-    assert control.statistics(config_pth)["queue"].messages == 10
-    support.send(config_pth, messages[10])
-    assert support.receive_all(config_pth) == [messages[index] for index in kept]
 
 
 def test_drops_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,27 +59,16 @@ def test_drops_for_messages_that_are_refused_are_logged(tmp_path: Path,
 # Too large
 
 
-@pytest.mark.parametrize("changes, messages", [
-    ({
-        "size_bytes": 10
-    }, [bytes(11)]),
-    ({
-        "size_bytes": 10
-    }, [bytes(6), bytes(5)]),
-    ({
-        "max_msgs_num": 3
-    }, [b""] * 4),
-    ({
-        "max_db_size_bytes": 1 << 20
-    }, [bytes(1 << 20)]),
-    ({
-        "max_db_size_bytes": 1 << 20
-    }, [b""] * (1 << 17)),
+@pytest.mark.parametrize("key, limit, messages", [
+    ("size_bytes", 10, [bytes(11)]),
+    ("size_bytes", 10, [bytes(6), bytes(5)]),
+    ("max_msgs_num", 3, [b""] * 4),
+    ("max_db_size_bytes", 1 << 20, [bytes(1 << 20)]),
+    ("max_db_size_bytes", 1 << 20, [b""] * (1 << 17)),
 ])
-def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: Path, changes: object,
+def test_what_never_fits_is_refused_and_nothing_changes(tmp_path: Path, key: str, limit: Any,
                                                         messages: list[bytes]) -> None:
-    assert isinstance(changes, dict)
-    with stores.opened(tmp_path, clock=stores.Clock(), **changes) as queue:
+    with stores.opened(tmp_path, clock=stores.Clock(), **{key: limit}) as queue:
         queue.put([b"a", b"b"])
         before, content = queue.statistics(), support.snapshot(tmp_path / "queue")["data.mdb"]
         for _ in range(2):
@@ -116,11 +94,10 @@ def test_message_of_four_gibibytes_is_refused_before_it_is_encoded(tmp_path: Pat
 # A full store
 
 
-@pytest.mark.parametrize("drops_newest", [False, True])
+@pytest.mark.parametrize("strategy", [stores.PRUNE_FIRST, stores.PRUNE_LAST])
 @pytest.mark.parametrize("size", [3000, 50000])
-def test_full_store_is_a_high_water_mark(tmp_path: Path, drops_newest: bool, size: int) -> None:
-    with stores.opened(tmp_path, max_db_size_bytes=1 << 20,
-                       strategy=stores.pruning(drops_newest)) as queue:
+def test_full_store_is_a_high_water_mark(tmp_path: Path, strategy: object, size: int) -> None:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 20, strategy=strategy) as queue:
         sent: list[bytes] = []
         while stores.figures(queue).dropped_by_mark == 0:
             sent.append(b"%06d" % len(sent) + bytes(size))
@@ -128,7 +105,7 @@ def test_full_store_is_a_high_water_mark(tmp_path: Path, drops_newest: bool, siz
         assert len(sent) * size > 600000
         # Nothing but half, although LMDB needs some commits to use freed pages.
         left = len(sent) // 2 - 1
-        kept = sent[:left] if drops_newest else sent[len(sent) - 1 - left:-1]
+        kept = sent[:left] if strategy is stores.PRUNE_LAST else sent[len(sent) - 1 - left:-1]
         assert queue.check() == []
         assert stores.take_all(queue) == kept + sent[-1:]
 
@@ -219,10 +196,9 @@ class _Sender(logging.Handler):
             self.queue.put([b"warning"])
 
 
-@pytest.mark.parametrize("changes", [{"max_msgs_num": 10}, {"max_db_size_bytes": 1 << 20}])
-def test_warnings_are_given_outside_of_transactions(tmp_path: Path, changes: object) -> None:
-    assert isinstance(changes, dict)
-    with stores.opened(tmp_path, **changes) as queue:
+@pytest.mark.parametrize("key, limit", [("max_msgs_num", 10), ("max_db_size_bytes", 1 << 20)])
+def test_warnings_are_given_outside_of_transactions(tmp_path: Path, key: str, limit: Any) -> None:
+    with stores.opened(tmp_path, **{key: limit}) as queue:
         handler = _Sender(queue)
         logger = logging.getLogger("persipubsub.queue")
         logger.addHandler(handler)

@@ -10,6 +10,7 @@ import random
 
 import hypothesis
 import hypothesis.stateful
+import pytest
 
 from tests.queue_machine import QueueMachine
 
@@ -17,6 +18,8 @@ EXAMPLES = int(os.environ.get("PERSIPUBSUB_EXAMPLES", "60"))
 STEPS = 40
 
 
+# Hypothesis takes up to 300 s to shrink what failed, and shows the example only behind that.
+@pytest.mark.timeout(600)
 def test_queue_is_like_its_twin() -> None:
     seed = int(os.environ.get("PERSIPUBSUB_SEED") or random.randrange(1 << 32))
     print(f"PERSIPUBSUB_SEED={seed} PERSIPUBSUB_EXAMPLES={EXAMPLES}")

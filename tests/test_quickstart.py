@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from persipubsub import Sub, control
-from tests import jetstream_server
+from tests import jetstream_server, support
 
 _SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
 
@@ -20,16 +20,9 @@ _TIMEOUT_SECS = 400
 
 
 def _start(tmp_path: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """Start the example with a directory of its own for everything temporary."""
     (tmp_path / "tmp").mkdir()
     env: dict[str, str] = dict(os.environ, TMPDIR=str(tmp_path / "tmp"))
-    return subprocess.Popen([sys.executable, str(_SCRIPT), *arguments],
-                            cwd=tmp_path,
-                            env=env,
-                            stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE,
-                            text=True)
+    return support.start([sys.executable, _SCRIPT, *arguments], cwd=tmp_path, env=env)
 
 
 def _left(tmp_path: Path) -> list[Path]:

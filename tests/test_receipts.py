@@ -4,7 +4,6 @@ import collections
 import gc
 import itertools
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -152,22 +151,6 @@ def test_queue_that_was_closed_gave_several_back(config_pth: Path, pub: Pub) -> 
                         raise KeyError("mine")
     with Sub("sub", config_pth) as sub:
         assert drain(sub) == [b"1", b"2", b"3"]
-
-
-def test_several_at_once_are_faster(lmdb_pth: Path) -> None:
-
-    def measure(prefetch: int) -> float:
-        pub.send_many([bytes(100)] * 2000)
-        begin = time.perf_counter()
-        assert sum(1 for _ in sub.messages(timeout=0, prefetch=prefetch)) == 2000
-        return time.perf_counter() - begin
-
-    with Pub("pub", lmdb_pth) as pub:
-        with Sub("sub", lmdb_pth) as sub:
-            single = min(measure(1) for _ in range(3))
-            several = min(measure(100) for _ in range(3))
-    print(f"{2000 / single:.0f} a second, {2000 / several:.0f} with 100 at once")
-    assert several < single / 4
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])

@@ -25,23 +25,6 @@ def put_each(queue: persipubsub.queue.Queue, messages: list[bytes]) -> None:
 # Retaining
 
 
-def test_finished_messages_stay(tmp_path: Path) -> None:
-    clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, retain_secs=3600, max_msgs_num=50) as queue:
-        for round_ in range(10):
-            put_each(queue, numbered(20, start=20 * round_))
-            assert len(stores.take_all(queue)) == 20
-            clock.advance(360)
-        queue.prune()
-        # They do not count: nothing was dropped although there are more of them than the mark.
-        assert stores.figures(queue).dropped_by_mark == 0
-        assert queue.statistics().messages == 0
-        assert len(stores.blocks(queue)) == 200 - 20
-        clock.advance(3600)
-        queue.prune()
-        assert len(stores.blocks(queue)) == 1
-
-
 def test_finished_messages_go_first_when_the_map_is_full(tmp_path: Path) -> None:
     with stores.opened(tmp_path, max_db_size_bytes=1 << 20, retain_secs=3600) as queue:
         for _ in range(200):
@@ -87,22 +70,6 @@ def test_new_subscriber_begins_where_it_is_told(tmp_path: Path) -> None:
         control.initialize_all_dbs(config_pth=config_pth)
         assert stores.take(queue, "late") is None
         assert queue.check() == []
-
-
-def test_beginning_is_not_in_front_of_the_timeout(tmp_path: Path) -> None:
-    clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, retain_secs=3600, msg_timeout_secs=10) as queue:
-        put_each(queue, numbered(3))
-        stores.take_all(queue)
-        clock.advance(6)
-        put_each(queue, numbered(3, start=3))
-        stores.take_all(queue)
-        clock.advance(6)
-        assert queue.seek("sub", time.time() - 3600) == 4
-        assert queue.seek("sub", "beginning") == 4
-        assert stores.take_all(queue) == numbered(3, start=3)
-        # Nothing was dropped by that.
-        assert stores.figures(queue).dropped_by_timeout == 0
 
 
 # Going to another place
@@ -153,22 +120,6 @@ def test_wrong_place(tmp_path: Path, to: Any, error: "type[Exception]") -> None:
         with pytest.raises(error, match="Expected .*, but got: "):
             queue.seek("sub", to)
         assert stores.take(queue) == b"x"
-
-
-def test_marks_count_what_is_sought_again(tmp_path: Path) -> None:
-    """Nobody goes by the positions of before."""
-    with stores.opened(tmp_path, retain_secs=3600, max_msgs_num=10,
-                       strategy=stores.REJECT) as queue:
-        with stores.again(queue) as other:
-            for index in range(20):
-                other.put([b"%d" % index], msg_ids=[b"%d" % index])
-                stores.take(queue)
-            queue.seek("sub", 5)
-            with pytest.raises(errors.QueueFullError, match="got: 16 of 10 messages"):
-                other.put([b"20"])
-            # What is stored already needs no room, although there is more than the mark.
-            assert other.put([b"19"], msg_ids=[b"19"]) == 20
-            assert stores.take_all(queue) == numbered(16, start=4)
 
 
 def test_seek_wakes_consumers_that_wait(tmp_path: Path) -> None:

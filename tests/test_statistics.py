@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests import stores
 
@@ -24,22 +27,19 @@ def test_new_queue_has_nothing(tmp_path: Path) -> None:
                     entry.dropped_by_mark, entry.cleared, entry.skipped, entry.corrupt) == (0, ) * 8
 
 
-def test_shares_are_those_of_the_settings(tmp_path: Path) -> None:
-    with stores.opened(tmp_path, max_msgs_num=8, size_bytes=100,
-                       max_db_size_bytes=1 << 24) as queue:
+@pytest.mark.parametrize("limits, share", [({}, None), ({
+    "max_msgs_num": 8,
+    "size_bytes": 100
+}, 0.25)])
+def test_shares_are_those_of_the_settings(tmp_path: Path, limits: dict[str, Any],
+                                          share: float | None) -> None:
+    with stores.opened(tmp_path, max_db_size_bytes=1 << 24, **limits) as queue:
         queue.put([bytes(25), b""])
         statistics = queue.statistics()
-        assert (statistics.message_share, statistics.byte_share) == (0.25, 0.25)
+        assert (statistics.message_share, statistics.byte_share) == (share, share)
+        assert statistics.age_share is None
         assert statistics.file_bytes == os.stat(os.path.join(queue.path, "data.mdb")).st_size
         assert statistics.file_share == statistics.file_bytes / (1 << 24)
-
-
-def test_queue_without_limits_has_no_shares(tmp_path: Path) -> None:
-    with stores.opened(tmp_path) as queue:
-        queue.put([b"x"])
-        statistics = queue.statistics()
-        assert (statistics.message_share, statistics.byte_share,
-                statistics.age_share) == (None, ) * 3
 
 
 def test_journal_and_disk_are_measured(tmp_path: Path) -> None:

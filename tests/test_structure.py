@@ -13,6 +13,7 @@ import pytest
 
 import persipubsub
 import persipubsub.errors
+from tests import support
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = _ROOT / "persipubsub"
@@ -211,13 +212,7 @@ def test_module_that_needs_an_extra() -> None:
     assert persipubsub.metrics.Collector.__module__ == "persipubsub.metrics"
     code = ("import sys; sys.modules['prometheus_client'] = None; from persipubsub import *; "
             "import inspect, persipubsub; inspect.getmembers(persipubsub); persipubsub.metrics")
-    run = subprocess.run([sys.executable, "-c", code],
-                         cwd=_ROOT,
-                         timeout=60,
-                         text=True,
-                         check=False,
-                         capture_output=True)
-    assert run.stderr.splitlines()[-1] == (
+    assert support.run_python(code).stderr.splitlines()[-1] == (
         "ModuleNotFoundError: persipubsub.metrics needs prometheus_client. Install it with: "
         "pip install 'persipubsub[metrics]'")
 

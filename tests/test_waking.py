@@ -1,9 +1,9 @@
 """Test that consumers are woken: at once, from all processes, and without polling."""
 
+import contextlib
 import functools
 import os
 import re
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -61,17 +61,6 @@ def wait_in_thread(work: Callable[[], object], path: str) -> tuple[threading.Thr
     return thread, outcome
 
 
-def test_send_wakes_a_process_that_sleeps(tmp_path: Path) -> None:
-    with stores.opened(tmp_path) as queue, support.Child(receive_in_child, queue.path) as child:
-        assert child.get() == "ready"
-        for number in range(50):
-            stores.until_somebody_waits(queue.path)
-            queue.put([b"%d" % number])
-            assert child.get() == b"%d" % number
-        child.kill(signal.SIGKILL)
-        child.end(-signal.SIGKILL)
-
-
 def test_no_wake_up_is_lost_however_the_two_meet(tmp_path: Path) -> None:
     """A ball goes back and forth, so that each process begins to wait while the other one sends."""
 
@@ -98,8 +87,11 @@ def test_all_who_wait_are_woken(tmp_path: Path) -> None:
         threads = []
         for name in names[:3]:
             threads.append(wait_in_thread(functools.partial(receive, queue, name), queue.path))
-        children = [support.Child(receive_in_child, queue.path, name) for name in names[3:]]
-        try:
+        with contextlib.ExitStack() as stack:
+            children = [
+                stack.enter_context(support.Child(receive_in_child, queue.path, name))
+                for name in names[3:]
+            ]
             for child in children:
                 assert child.get() == "ready"
             for _ in range(ROUNDS // 10):
@@ -109,9 +101,6 @@ def test_all_who_wait_are_woken(tmp_path: Path) -> None:
             for thread, outcome in threads:
                 thread.join(support.HANG_SECS)
                 assert outcome == [b"message"]
-        finally:
-            for child in children:
-                child.__exit__()
 
 
 def test_waiter_that_is_killed_harms_nobody(tmp_path: Path) -> None:
@@ -120,8 +109,6 @@ def test_waiter_that_is_killed_harms_nobody(tmp_path: Path) -> None:
             with support.Child(receive_in_child, queue.path) as child:
                 assert child.get() == "ready"
                 stores.until_somebody_waits(queue.path)
-                child.kill(signal.SIGKILL)
-                child.end(-signal.SIGKILL)
             thread, outcome = wait_in_thread(lambda: receive(queue), queue.path)
             queue.put([b"%d" % number])
             thread.join(support.HANG_SECS)

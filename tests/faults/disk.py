@@ -32,8 +32,6 @@ _WRITES = ("write", "pwrite64", "writev", "pwritev", "pwritev2")
 
 
 class Call(NamedTuple):
-    """Hold one system call."""
-
     name: str
     strings: tuple[bytes, ...]  #: its arguments that are strings
     words: tuple[str, ...]  #: all its arguments, each string replaced by one letter
@@ -90,7 +88,6 @@ def _unescape(text: bytes) -> bytes:
 
 
 def _parse_call(text: bytes) -> Call:
-    """Parse a system call and its arguments."""
     strings = tuple(map(_unescape, _STRING.findall(text)))
     text = _STRING.sub(b"S", text)
     paths = tuple("" if deleted else _unescape(path).decode("utf-8", "surrogateescape")
@@ -133,7 +130,6 @@ class _File:
         self.pending: list[_Change] = []
 
     def add(self, change: _Change) -> None:
-        """Add a change that is not durable."""
         change.apply(self.seen)
         self.pending.append(change)
 
@@ -315,7 +311,6 @@ class Disk:
                 change.key = -1
 
     def _end_openat(self, key: int, call: Call, _: int) -> None:
-        """Open, and perhaps create or truncate, a file."""
         path = call.strings[0].decode("utf-8")
         flags = call.words[2]
         if not self._below(path) or (path in self.seen and self.seen[path] is None):
@@ -339,19 +334,6 @@ class Disk:
     def _end_lseek(self, _: int, call: Call, result: int) -> None:
         """Seek: LMDB does so under its lock."""
         self.places[call.paths[0]] = result
-
-    def _end_sendfile(self, key: int, call: Call, result: int) -> None:
-        """Copy the beginning of a file into another one."""
-        target, source = map(self._file, call.paths[:2])
-        if target is None or not result:
-            return
-        assert source is not None and call.words[2] == "[0]", call
-        target.add(_Change(key, 0, bytes(source.seen[:result]), None))
-
-    def _end_ftruncate(self, key: int, call: Call, _: int) -> None:
-        file = self._file(call.paths[0])
-        if file is not None:
-            file.add(_Change(key, 0, b"", int(call.words[1])))
 
     def _end_fallocate(self, key: int, call: Call, _: int) -> None:
         file = self._file(call.paths[0])
@@ -390,7 +372,6 @@ class Disk:
             self._change_names(key, None, (path, None))
 
     def materialize(self, target: Path, chance: random.Random, how: Survival) -> None:
-        """Write what a power failure leaves behind now."""
         names = dict(self.durable)
         for change in self.pending:
             if chance.random() < how.name_chance:

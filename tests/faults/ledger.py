@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, DefaultDict, Final, NamedTuple
 
 from tests.faults import workers
@@ -11,25 +10,20 @@ _SECOND_NS: Final = 10**9
 
 
 class Receipt(NamedTuple):
-    """Say that a message was received."""
-
     record: int  #: its number in the ledger
     time_ns: int
     consumer: str
 
 
 class Batch(NamedTuple):
-    """Say that messages were sent together."""
-
     ids: tuple[str, ...]
     subscribers: tuple[str, ...]
     is_sent: bool  #: the call returned
 
 
 class Books:
-    """Hold what the ledger says."""
 
-    def __init__(self, path: Path, audiences: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, ledger: workers.Ledger, audiences: Mapping[str, Sequence[str]]) -> None:
         self.batches: list[Batch] = []
         self.received: DefaultDict[str, dict[str, list[Receipt]]] = collections.defaultdict(dict)
         self.lines: DefaultDict[str, DefaultDict[str, list[str]]] = collections.defaultdict(
@@ -41,15 +35,13 @@ class Books:
         self.failed: collections.Counter[tuple[str, str]] = collections.Counter()
         self.failures: collections.Counter[str] = collections.Counter()
         self.errors: list[str] = []
-        self.torn = 0
         self._audiences = audiences
         self._tries: dict[tuple[str, int], int] = {}
-        for index, line in enumerate(path.read_text(encoding="ascii").split("\n")):
-            if line.endswith(workers.Ledger.END):
-                fields = line[:-len(workers.Ledger.END)].split(" ")
-                self._enter(index, int(fields[0]), fields[1], fields[2:])
-            elif line:
-                self.torn += 1
+        records = ledger.records()
+        self.torn = records.count([])
+        for index, record in enumerate(records):
+            if record:
+                self._enter(index, int(record[0]), record[1], record[2:])
 
     def _enter(self, index: int, time_ns: int, kind: str, fields: list[str]) -> None:
         if kind == "try":
@@ -176,7 +168,6 @@ class Books:
     # Figures
 
     def count_sent(self) -> int:
-        """Count the messages for which ``send`` returned."""
         return sum(len(batch.ids) for batch in self.batches if batch.is_sent)
 
     def bounds(self, subscriber: str) -> tuple[int, int]:

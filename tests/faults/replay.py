@@ -75,13 +75,11 @@ def write_config(directory: Path,
                  strategy: str = "prune_first",
                  name: str = "config.json") -> Path:
     """Write the configuration of a queue that drops messages from time to time."""
+    publishers = {"pub": SUBSCRIBERS, "some": SUBSCRIBERS[:1]}
     return support.write_config(directory,
-                                publishers={
-                                    "pub": SUBSCRIBERS,
-                                    "some": SUBSCRIBERS[:1]
-                                },
-                                subscribers=SUBSCRIBERS,
-                                name=name,
+                                publishers,
+                                SUBSCRIBERS,
+                                name,
                                 durability=durability,
                                 checkpoint_secs=0.02,
                                 once_window_secs=3600.0,
@@ -214,7 +212,6 @@ class _Worker:
         self.sent += 1
 
     def receive(self) -> None:
-        """Receive a message, if there is one."""
         with self.any_sub().receive(timeout=0):
             pass
 
@@ -240,14 +237,12 @@ class _Worker:
         control.prune_dangling_messages(config_pth=self.config_pth)
 
     def seek(self) -> bool:
-        """Let a subscriber go on from another place."""
         end = control.statistics(self.config_pth)["queue"].next_number
         to = self.chance.choice(("beginning", "end", max(0, end - self.chance.randrange(10))))
         control.seek(self.config_pth, SUBSCRIBERS[0], to)
         return True
 
     def pause(self) -> bool:
-        """Let the consumers of a subscriber wait, or go on."""
         if not control.pause(self.config_pth, SUBSCRIBERS[1]):
             control.resume(self.config_pth, SUBSCRIBERS[1])
         return True
@@ -278,7 +273,6 @@ class _Worker:
         return str(json.loads(self.config_pth.read_bytes())["queues"]["queue"]["durability"])
 
     def reopen(self) -> bool:
-        """Close the queue and open it again."""
         self.close()
         # What it has acknowledged so far is recorded, whoever has the queue open as well.
         self.tell(durable=True)
@@ -330,7 +324,6 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
         prepare: Callable[[], None] = lambda: None,
         options: Sequence[str] = (),
         work: Callable[[Path, Path], None] | None = None) -> Recording:
-    """Record a queue at work, from its creation to its end."""
     root = directory / "root"
     root.mkdir()
     config_pth = write_config(root, durability, mark, strategy)
@@ -412,8 +405,6 @@ def record_recovery(directory: Path, recording: Recording, image: "Image",
 
 
 class Operation(NamedTuple):
-    """One operation that ended, as the ledger tells it."""
-
     state: State  #: behind it
     sent: list[int]
     only: list[str]  #: subscribers to which it was sent
@@ -493,8 +484,6 @@ def _operation(line: dict[str, Any]) -> Operation:
 
 
 class Image(NamedTuple):
-    """One cut: what was known at it, and where its image is."""
-
     place: int
     path: Path
     progress: Progress
@@ -568,7 +557,6 @@ def find_fault(image: Image, recording: Recording, boot: int) -> str:
 
 
 def find_damage(config_pth: Path) -> str:
-    """Open a queue to write to it, and verify it."""
     config = persipubsub.config.read(config_pth)
     with persipubsub.queue.open_queue(config, "queue") as queue:
         findings = queue.check()
@@ -631,8 +619,6 @@ def _use(config_pth: Path, recording: Recording, found: State, ids: Sequence[int
 
 
 class Summary(NamedTuple):
-    """What came of many images."""
-
     images: int
     faults: list[str]
 

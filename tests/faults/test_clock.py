@@ -9,7 +9,6 @@ import pytest
 
 from persipubsub import Sub, control
 from tests import support
-from tests.faults import workers
 
 YEAR_SECS: Final = 366 * 86400
 
@@ -18,7 +17,6 @@ def at(seconds: int, function: Callable[..., object], *arguments: Any) -> Any:
     """Call a function in a process whose wall clock is wrong."""
 
     def run(pipe: support.Connection) -> None:
-        workers.guard()
         wall_ns, wall = time.time_ns, time.time
         time.time_ns = lambda: wall_ns() + seconds * 10**9
         time.time = lambda: wall() + seconds

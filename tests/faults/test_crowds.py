@@ -1,8 +1,10 @@
 """Use one queue with very many threads and subscribers."""
 
 import collections
+import functools
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,7 +13,6 @@ import pytest
 
 from persipubsub import Pub, Sub
 from tests import support
-from tests.faults import workers
 
 THREADS: Final = 1000
 SUBSCRIBERS: Final = int(os.environ.get("PERSIPUBSUB_SUBSCRIBERS", "200"))
@@ -29,19 +30,20 @@ def fixture_files() -> Iterator[None]:
 
 
 def receive_in_threads(pipe: support.Connection, config_pth: Path) -> None:
-    """Receive a message in each of many threads."""
-    workers.guard()
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
         pipe.send("ready")
 
-        def receive(number: int) -> None:
-            del number
+        barrier = threading.Barrier(THREADS)
+
+        def receive() -> None:
             with sub.receive(timeout=support.HANG_SECS) as msg:
                 assert msg is not None
                 received.append(msg)
+                # All of them hold one at the same time.
+                barrier.wait(support.HANG_SECS)
 
-        workers.in_threads(THREADS, receive)
+        support.in_threads([receive] * THREADS)
         pipe.send((received, sub.front()))
 
 
@@ -52,7 +54,13 @@ def test_thousand_threads(tmp_path: Path, durability: str) -> None:
     with support.Child(receive_in_threads, config_pth) as child:
         assert child.get() == "ready"
         with Pub("pub", config_pth) as pub:
-            workers.in_threads(THREADS, lambda number: pub.send(msg=b"%d" % number))
+            barrier = threading.Barrier(THREADS)
+
+            def send(number: int) -> None:
+                barrier.wait(support.HANG_SECS)
+                pub.send(msg=b"%d" % number)
+
+            support.in_threads([functools.partial(send, number) for number in range(THREADS)])
         received, rest = child.get()
         child.end()
     # No two threads had the same message.

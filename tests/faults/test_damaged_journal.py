@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import signal
 import struct
 import zlib
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 
 from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine import files
-from tests import support
+from tests import stores, support
 from tests.faults import replay
 
 COUNT = 60
@@ -37,17 +36,10 @@ def receive(pipe: support.Connection, config_pth: Path) -> None:
     """Receive all messages in another boot; tell the error, and their numbers."""
     replay.new_boot(1)
     received: list[int] = []
-
-    def work() -> None:
-        with Sub("sub", config_pth) as sub:
-            while sub.front() is not None:
-                with sub.receive(timeout=0) as found:
-                    assert found is not None
-                    received.append(int(found.split(b" ")[0]))
-        assert control.verify(config_pth) == {"queue": ()}
-
     try:
-        work()
+        with Sub("sub", config_pth) as sub:
+            received.extend(int(found.split(b" ")[0]) for found in sub.messages(timeout=0))
+        assert control.verify(config_pth) == {"queue": ()}
         pipe.send(("", received))
     except errors.PersipubsubError as error:
         pipe.send((f"{type(error).__name__}: {error}", received))
@@ -59,8 +51,6 @@ def crash(directory: Path, count: int = COUNT) -> Path:
     config_pth = support.write_config(directory)
     with support.Child(fill, config_pth, count) as child:
         assert child.get() == "filled"
-        child.kill(signal.SIGKILL)
-        child.end(-signal.SIGKILL)
     return config_pth
 
 
@@ -105,7 +95,7 @@ def test_removed_where_the_store_was_left_cleanly(tmp_path: Path,
             assert child.get() == "filled"
     assert control.verify(config_pth) == {"queue": ()}
     # It is whole: after a power failure all is rebuilt from it.
-    (tmp_path / "queue" / files.RUNNING).write_bytes(bytes(16))
+    stores.lose_power(tmp_path / "queue")
     assert recover(config_pth) == ("", [0, 1])
 
 
@@ -210,23 +200,20 @@ def test_whole_record_behind_lost_ones(tmp_path: Path) -> None:
     """Of the records of one flush only the last is on the disk: nothing may make it count later."""
     config_pth = support.write_config(tmp_path, checkpoint_secs=3600)
     control.initialize_all_dbs(config_pth)
-    mark = tmp_path / "queue" / files.RUNNING
     begin = end = 4096
     # A rebuild writes two records. Two messages take as much, a third one stands behind them.
     for boot, count in ((1, 0), (2, 3), (3, 0)):
         half = (end - begin) // 16 * 8
-        mark.write_bytes(bytes(16))
+        stores.lose_power(tmp_path / "queue")
         with support.Child(send_in_boot, config_pth, boot,
                            [half - 104, end - begin - half - 104, 9][:count]) as child:
             assert child.get() == "sent"
-            child.kill(signal.SIGKILL)
-            child.end(-signal.SIGKILL)
         last = segments(tmp_path)[-1]
         if boot == 1:
             end = len(last.read_bytes().rstrip(b"\0")) + 7 & ~7
         if boot == 2:
             flip(last, end + 40)
-    mark.write_bytes(bytes(16))
+    stores.lose_power(tmp_path / "queue")
     assert recover(config_pth) == ("", [])
 
 
@@ -265,5 +252,5 @@ def test_position_that_is_half_written(tmp_path: Path) -> None:
     with Pub("pub", config_pth) as pub:
         pub.send(message(COUNT))
         assert control.verify(config_pth) == {"queue": ()}
-    (tmp_path / "queue" / files.RUNNING).write_bytes(bytes(16))
+    stores.lose_power(tmp_path / "queue")
     assert recover(config_pth) == ("", list(range(COUNT + 1)))

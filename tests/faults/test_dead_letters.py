@@ -7,7 +7,6 @@ call of a move, and not at a sample of them.
 """
 
 import collections
-import json
 import os
 import random
 import signal
@@ -21,7 +20,7 @@ import pytest
 from persipubsub import Sub, control
 from persipubsub.letters import ListedDeadLetter
 from tests import support
-from tests.faults import tracing
+from tests.faults import tracing, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
 IS_EVERY: Final = bool(int(os.environ.get("PERSIPUBSUB_EVERY_CALL", "0")))
@@ -36,19 +35,10 @@ CONSUMERS: Final = 3
 
 
 def make(directory: Path, **changes: object) -> Path:
-    """Make a queue ready, and that of its dead letters."""
     directory.mkdir(exist_ok=True)
-    config_pth = support.write_config(directory)
-    found = json.loads(config_pth.read_text())
-    found["sub"].update({
-        "max_deliveries": MAX_DELIVERIES,
-        "dead_letter_queue": "letters",
-        **changes
-    })
-    found["queues"]["letters"] = dict(found["queues"]["queue"],
-                                      path=str(directory / "letters"),
-                                      subscribers=[])
-    config_pth.write_text(json.dumps(found))
+    config_pth = support.add_dead_letters(support.write_config(directory),
+                                          max_deliveries=MAX_DELIVERIES,
+                                          **changes)
     control.initialize_all_dbs(config_pth)
     return config_pth
 
@@ -62,22 +52,7 @@ def check_stores(config_pth: Path) -> None:
         assert findings == (), key
 
 
-class Ledger:
-    """Note what consumers do, whatever happens to them."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def note(self, *fields: object) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
-        os.close(descriptor)
-
-    def lines(self) -> list[list[str]]:
-        return [line.split(" ") for line in self._path.read_text("ascii").splitlines()]
-
-
-def consume(_: support.Connection, config_pth: Path, ledger: Ledger, batch: int) -> None:
+def consume(_: support.Connection, config_pth: Path, ledger: workers.Ledger, batch: int) -> None:
     """Work on messages: some fail, some kill their process, the others take a moment."""
     with Sub("sub", config_pth) as sub:
         while True:
@@ -119,7 +94,7 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: Path, delay_se
     seed = tracing.seed()
     rng = random.Random(seed)
     config_pth = make(tmp_path, retry_delay_secs=delay_secs)
-    ledger = Ledger(tmp_path / "ledger")
+    ledger = workers.Ledger(tmp_path / "ledger")
     kinds = rng.choices([b"fail", b"kill", b"work"],
                         weights=[1, 1, 8],
                         k=int(60 * max(1.0, STORM_SECS)))
@@ -145,11 +120,10 @@ def lag(config_pth: Path) -> int:
     return control.statistics(config_pth, "queue")["queue"].subscribers[0].lag
 
 
-def check_books(config_pth: Path, ledger: Ledger, kinds: list[bytes]) -> None:
-    """Compare the ledger, the statistics and the dead letters."""
+def check_books(config_pth: Path, ledger: workers.Ledger, kinds: list[bytes]) -> None:
     taken: dict[int, list[int]] = collections.defaultdict(list)
     done: dict[int, int] = collections.Counter()
-    for word, number, *rest in ledger.lines():
+    for _, word, number, *rest in filter(None, ledger.records()):
         if word == "take":
             taken[int(number)].append(int(rest[0]))
         else:
@@ -174,10 +148,9 @@ def check_books(config_pth: Path, ledger: Ledger, kinds: list[bytes]) -> None:
     # the ledger, whose consumer was killed before it could write.
     for attempts in taken.values():
         assert attempts == sorted(set(attempts)) and attempts[-1] <= MAX_DELIVERIES
-    seen: set[str] = set()
-    for letter in found:
-        seen.add(letter.error)
-    assert seen <= {"ValueError: no", "its process ended, or dropped it, before it was done"}
+    assert {letter.error
+            for letter in found
+            } <= {"ValueError: no", "its process ended, or dropped it, before it was done"}
 
 
 # Each system call of a move

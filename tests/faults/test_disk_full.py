@@ -49,7 +49,6 @@ def on_small_disk(directory: Path, function: Callable[..., None], size: str, *ar
 
 
 class Filler:
-    """Fill a disk with a file, and free it again."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "filler"
@@ -69,7 +68,6 @@ class Filler:
 
 
 class Users:
-    """Hold an open publisher and subscriber."""
 
     def __init__(self, config_pth: Path) -> None:
         self.config_pth = config_pth
@@ -322,7 +320,6 @@ _SENDS: Final = 5
 
 
 def start_under_errors(config_pth: Path, output: Path) -> Callable[[], None]:
-    """Open the queue; return what is done while calls fail."""
     users = Users(config_pth)
     assert users.send(0) == ""
 
@@ -369,12 +366,9 @@ def test_calls_that_fail(tmp_path: Path, durability: str, names: tuple[str, ...]
         directory.mkdir()
         config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=3600)
         output = directory / "output"
-        paths = [option for name in names for option in ("-P", str(directory / "queue" / name))]
-        code = tracing.run(functools.partial(start_under_errors, config_pth, output), [
-            "-o", os.devnull, *paths, "-e", f"trace={call}", "-e",
-            f"inject={call}:error={error}:when={place}"
-        ])
-        assert code == 0
+        start = functools.partial(start_under_errors, config_pth, output)
+        paths = [directory / "queue" / name for name in names]
+        assert tracing.inject(start, call, f"error={error}", place, paths) == 0
         outcomes, acknowledged, last, received, findings = json.loads(output.read_text())
         print(place, outcomes, acknowledged, received)
         assert not findings and last == ""
@@ -421,13 +415,8 @@ def test_full_disk_at_a_meta_page_is_over_when_there_is_room(tmp_path: Path) -> 
         return work
 
     for place in range(1, 12):
-        data = tmp_path / "queue" / files.DATA
-        code = tracing.run(start, [
-            "-o", os.devnull, "-P",
-            str(data), "-e", "trace=pwrite64", "-e",
-            f"inject=pwrite64:error=ENOSPC:when={place}..{place + 8}"
-        ])
-        assert code == 0
+        assert tracing.inject(start, "pwrite64", "error=ENOSPC", f"{place}..{place + 8}",
+                              [tmp_path / "queue" / files.DATA]) == 0
         outcomes, received, findings = json.loads(output.read_text())
         sent = [index for index, outcome in enumerate(outcomes, start=1) if not outcome]
         assert set(outcomes) <= {"", "DiskFullError"}
@@ -455,9 +444,6 @@ def test_meta_page_that_never_finds_room_is_given_up(tmp_path: Path) -> None:
         return work
 
     for place in range(1, 8):
-        assert tracing.run(start, [
-            "-o", os.devnull, "-P",
-            str(tmp_path / "queue" / files.DATA), "-e", "trace=pwrite64", "-e",
-            f"inject=pwrite64:error=ENOSPC:when={place}+"
-        ]) == 0
+        assert tracing.inject(start, "pwrite64", "error=ENOSPC", f"{place}+",
+                              [tmp_path / "queue" / files.DATA]) == 0
         assert set(json.loads(output.read_text())) <= {"", "DiskFullError"}

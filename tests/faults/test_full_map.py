@@ -43,8 +43,6 @@ def test_full_store_in_another_boot(tmp_path: Path, durability: str, is_closed: 
     with support.Child(fill) as child:
         assert child.get() == "QueueFullError"
         sent = child.get()
-        child.kill(signal.SIGKILL)
-        child.end(-signal.SIGKILL)
     with support.Child(receive) as child:
         assert child.get() == "QueueFullError"
         assert child.get() == list(range(sent))

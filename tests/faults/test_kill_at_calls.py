@@ -18,8 +18,8 @@ import pytest
 
 from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import files
-from tests import support
-from tests.faults import replay, tracing
+from tests import stores, support
+from tests.faults import replay, tracing, workers
 
 IS_EVERY: Final = bool(int(os.environ.get("PERSIPUBSUB_EVERY_CALL", "0")))
 
@@ -31,7 +31,9 @@ BUDGET_SECS: Final = 4.0
 
 BIG: Final = bytes(50000)
 
+#: What is there before, and what is sent by whoever is killed.
 FIRST: Final = (b"first", BIG, b"third")
+SENT: Final = (b"small", BIG, b"last")
 
 
 class Scene:
@@ -40,30 +42,26 @@ class Scene:
     def __init__(self, directory: Path, durability: str) -> None:
         directory.mkdir()
         self.directory = directory / "queue"
-        self.ledger = directory / "ledger"
         self.config_pth = support.write_config(directory,
                                                durability=durability,
                                                checkpoint_secs=0.01,
                                                busy_timeout_secs=10)
-
-    def note(self, *fields: object) -> None:
-        descriptor = os.open(self.ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.write(descriptor, " ".join(map(str, fields)).encode("ascii") + b"\n")
-        os.close(descriptor)
+        self.ledger = workers.Ledger(directory / "ledger")
+        self.note = self.ledger.note
 
     def count(self, word: str) -> int:
-        """Count the lines of the ledger that begin with a word."""
-        if not self.ledger.exists():
-            return 0
-        return sum(line.startswith(word) for line in self.ledger.read_text("ascii").splitlines())
+        return sum(record[1:] == [word] for record in self.ledger.records())
 
     def publisher(self) -> Pub:
-        pub = Pub("pub", self.config_pth)
-        return pub
+        return Pub("pub", self.config_pth)
 
     def subscriber(self) -> Sub:
-        sub = Sub("sub", self.config_pth)
-        return sub
+        return Sub("sub", self.config_pth)
+
+    def send(self, pub: Pub, message: bytes) -> None:
+        self.note("begun")
+        pub.send(message)
+        self.note("sent")
 
 
 # What is killed: everything but what is returned is done before strace comes.
@@ -73,10 +71,8 @@ def start_send(scene: Scene) -> Callable[[], None]:
     pub = scene.publisher()
 
     def work() -> None:
-        for message in (b"small", BIG, b"last"):
-            scene.note("begun")
-            pub.send(message)
-            scene.note("sent")
+        for message in SENT:
+            scene.send(pub, message)
 
     return work
 
@@ -112,9 +108,7 @@ def start_open(scene: Scene) -> Callable[[], None]:
 
 def start_close(scene: Scene) -> Callable[[], None]:
     pub, sub = scene.publisher(), scene.subscriber()
-    scene.note("begun")
-    pub.send(b"small")
-    scene.note("sent")
+    scene.send(pub, SENT[0])
 
     def work() -> None:
         pub.close()
@@ -124,11 +118,9 @@ def start_close(scene: Scene) -> Callable[[], None]:
 
 
 def start_state(scene: Scene) -> Callable[[], None]:
-    queue = support.open_queue(scene.config_pth)
-    scene.note("begun")
-    queue.put([b"small"])
-    scene.note("sent")
-    return queue.secure
+    pub = scene.publisher()
+    scene.send(pub, SENT[0])
+    return support.queue_of(pub).secure
 
 
 def start_segments(scene: Scene) -> Callable[[], None]:
@@ -138,9 +130,7 @@ def start_segments(scene: Scene) -> Callable[[], None]:
 
     def work() -> None:
         for message in SENT:
-            scene.note("begun")
-            pub.send(message)
-            scene.note("sent")
+            scene.send(pub, message)
             support.queue_of(pub).secure()
 
     return work
@@ -148,11 +138,9 @@ def start_segments(scene: Scene) -> Callable[[], None]:
 
 def start_rebuild(scene: Scene) -> Callable[[], None]:
     """As after a power failure; the neighbour sees to it that the boot is the same."""
-    (scene.directory / files.RUNNING).write_bytes(bytes(16))
+    stores.lose_power(scene.directory)
     return start_open(scene)
 
-
-SENT: Final = (b"small", BIG, b"last")
 
 Start = Callable[[Scene], Callable[[], None]]
 
@@ -231,10 +219,7 @@ def kill_at(scene: Scene, start: Start, place: tuple[str, int]) -> bool:
         expected = ("", ) if start is start_rebuild else ("", "NotInitializedError")
         assert support.outcome(lambda: scene.subscriber().close()) in expected
         if start is start_rebuild:
-            with support.open_queue(scene.config_pth) as queue:
-                lease = queue.consumer("sub").take(0, max_messages=9)
-                assert lease is not None and lease.messages == list(FIRST)
-                lease.ack()
+            assert support.receive_all(scene.config_pth) == list(FIRST)
     check_scene(scene)
     assert code in (0, -signal.SIGKILL)
     return code != 0

@@ -6,7 +6,6 @@ Kill publishers at random that repeat what they do not know to be sent: each mes
 
 import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Final
@@ -14,7 +13,7 @@ from typing import Final
 import pytest
 
 from persipubsub import Pub
-from tests import support
+from tests import stores, support
 from tests.faults import tracing, workers
 
 STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
@@ -23,24 +22,21 @@ STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "2"))
 SOURCES: Final = ("shared", "shared", "own")
 
 
-def read(ledger_pth: Path, place: int) -> tuple[set[str], set[str]]:
-    """Read what the processes of a place, or of all places, tried to send, and sent for certain."""
-    found: dict[str, set[str]] = {"try": set(), "sent": set()}
-    for line in ledger_pth.read_text(encoding="ascii").split("\n"):
-        if line.endswith(workers.Ledger.END):
-            _, kind, number, *ids = line[:-len(workers.Ledger.END)].split(" ")
-            if place < 0 or int(number) == place:
-                found[kind].update(ids)
-    return found["try"], found["sent"]
+def read(ledger: workers.Ledger, kind: str, place: int | None = None) -> set[str]:
+    """Read what the processes of a place, or of all places, tried to send, or sent for certain."""
+    return {
+        name
+        for record in ledger.records()
+        if record[1:2] == [kind] and (place is None or int(record[2]) == place)
+        for name in record[3:]
+    }
 
 
-def publish(pipe: support.Connection, config_pth: Path, ledger_pth: Path, place: int,
+def publish(pipe: support.Connection, config_pth: Path, ledger: workers.Ledger, place: int,
             seed: int) -> None:
     """Go on where the process before was killed, and repeat some of what it sent."""
-    workers.guard()
-    ledger = workers.Ledger(ledger_pth)
     rng = random.Random(seed)
-    _, sent = read(ledger_pth, place)
+    sent = read(ledger, "sent", place)
     number = max(0, len(sent) - rng.randint(0, 30))
     with Pub("pub", config_pth) as pub:
         while not pipe.poll():
@@ -65,11 +61,10 @@ def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
                                     durability=durability,
                                     checkpoint_secs=0.2,
                                     MAX_MSGS_NUM=10**8)
-    ledger_pth = tmp_path / "ledger"
-    ledger_pth.touch()
+    ledger = workers.Ledger(tmp_path / "ledger")
 
     def start(place: int) -> support.Child:
-        return support.Child(publish, config_pth, ledger_pth, place, rng.randrange(1 << 60))
+        return support.Child(publish, config_pth, ledger, place, rng.randrange(1 << 60))
 
     children = [start(place) for place in range(len(SOURCES))]
     kills = 0
@@ -78,9 +73,7 @@ def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
         while time.monotonic() < deadline:
             time.sleep(rng.uniform(0.02, 0.2))
             place = rng.randrange(len(children))
-            children[place].kill(signal.SIGKILL)
-            children[place].end(-signal.SIGKILL)
-            children[place].pipe.close()
+            children[place].__exit__()
             children[place] = start(place)
             kills += 1
         for child in children:
@@ -92,15 +85,11 @@ def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
         for child in children:
             child.__exit__()
 
-    tried, sent = read(ledger_pth, -1)
+    tried, sent = read(ledger, "try"), read(ledger, "sent")
     with support.open_queue(config_pth) as queue:
         assert queue.check() == []
         numbers = queue.statistics().next_number - 1
-        stored = []
-        consumer = queue.consumer("sub")
-        while (lease := consumer.take(0, max_messages=1000)) is not None:
-            stored += [message.decode("ascii") for message in lease.messages]
-            lease.ack()
+        stored = [message.decode("ascii") for message in stores.take_all(queue)]
     print(f"{durability}: {kills} kills, {len(sent)} messages sent")
     assert len(stored) == len(set(stored)) == numbers
     assert sent <= set(stored) <= tried

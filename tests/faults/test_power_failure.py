@@ -252,14 +252,11 @@ def test_dropped_queue(tmp_path: Path, seed: int) -> None:
         config_pth = replay.write_config(image.path, "fsync")
         told = len(image.progress.lines)
         outcome = support.outcome(lambda: control.statistics(config_pth)["queue"].messages)
-        if outcome not in ({
-                0: ("", "NotInitializedError"),
-                3: ("", )
-        }.get(told, ("", "NotInitializedError"))):
+        if outcome not in (("", ) if told == 3 else ("", "NotInitializedError")):
             return f"Expected a queue or none, but got: {outcome}"
         control.initialize_all_dbs(config_pth)
         messages = control.statistics(config_pth)["queue"].messages
-        if messages not in ((0, 3) if told == 1 else (0, ) if told > 1 else (0, 3)):
+        if messages not in ((0, 3) if told < 2 else (0, )):
             return f"Expected all messages or none, but got: {messages}"
         return replay.find_damage(config_pth)
 
@@ -330,14 +327,16 @@ class TakenOut(NamedTuple):
 
     durability: str
     changes: tuple[tuple[types.ModuleType, str, str], ...]
+    operations: int | Sequence[str] = 100  #: among which it is missed soon
 
 
 TAKEN_OUT: Final = {
     "flush": TakenOut("fsync", ((journal, "os.fdatasync(self._descriptor)", "pass"), )),
-    "flush of the old segment": TakenOut("fsync", ((journal, """
+    # Missed only where one catch-up fills one segment and goes on in the next one.
+    "flush of the old segment": TakenOut("os", ((journal, """
         self._flush_file()
         self._begin_segment(""", """
-        self._begin_segment("""), )),
+        self._begin_segment("""), ), 5 * [*5 * ["send_many"], "wait"]),
     "checksum": TakenOut("fsync", ((journal, """
                 if zlib.crc32(body, zlib.crc32(head[_CRC.size:], seed)) != crc:
                     return""", ""), )),
@@ -355,7 +354,7 @@ TAKEN_OUT: Final = {
     "mark of a running store": TakenOut("fsync", ((environment, """
         files.mark_running(self.directory)""", ""), )),
     "flush of a store that is left": TakenOut("fsync", ((environment, """
-                store.lmdb.sync(True)""", ""), )),
+                store.lmdb.sync(True)""", ""), ), 8 * ["send", "receive", "reopen"]),
 }  # yapf: disable
 
 
@@ -372,23 +371,25 @@ def take_out(changes: Sequence[tuple[types.ModuleType, str, str]]) -> None:
 
 @pytest.mark.parametrize("protection", TAKEN_OUT)
 def test_replay_notices_what_is_taken_out(tmp_path: Path, seed: int, protection: str) -> None:
-    durability, changes = TAKEN_OUT[protection]
+    durability, changes, operations = TAKEN_OUT[protection]
 
     def find(image: replay.Image, recording: replay.Recording, boot: int) -> str:
         if boot == replay.FIRST_BOOT:
             take_out(changes)
         return replay.find_fault(image, recording, boot)
 
-    for attempt in range(10):
+    for attempt in range(30):
         directory = tmp_path / str(attempt)
         directory.mkdir()
         recording = replay.record(directory,
                                   seed + attempt,
                                   durability,
+                                  operations,
+                                  mark=1000,
                                   prepare=lambda: take_out(changes))
         try:
             summary = replay.survey(recording,
-                                    400,
+                                    80,
                                     random.Random(seed + attempt),
                                     find=find,
                                     is_over_at_first=True)

@@ -12,24 +12,12 @@ import pytest
 from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine.format import Tx
 from tests import support
-from tests.faults import workers
 
 #: A stopped process is caught in the middle of a commit within so many attempts.
 ATTEMPTS: Final = 8000
 
 
-def hold_one(pipe: support.Connection, config_pth: Path) -> None:
-    """Receive a message, and acknowledge it when told to."""
-    workers.guard()
-    with Sub("sub", config_pth) as sub:
-        with sub.receive(timeout=support.HANG_SECS) as msg:
-            pipe.send(msg)
-            pipe.recv()
-    pipe.send("done")
-
-
 def receive(pipe: support.Connection, config_pth: Path) -> None:
-    workers.guard()
     received: list[bytes] = []
     with Sub("sub", config_pth) as sub:
         pipe.send("ready")
@@ -56,7 +44,7 @@ def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -
                                     checkpoint_secs=3600)
     data = tmp_path / "queue" / "data.mdb"
     expected = [b"%d " % number + bytes(1000) for number in range(count)]
-    with Pub("pub", config_pth) as pub, support.Child(hold_one, config_pth) as stopped:
+    with Pub("pub", config_pth) as pub, support.Child(support.hold_message, config_pth) as stopped:
         pub.send(msg=b"mine")
         assert stopped.get() == b"mine"
         stopped.kill(signal.SIGSTOP)
@@ -93,7 +81,6 @@ def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -
 
 def send_always(pipe: support.Connection, config_pth: Path) -> None:
     """Send without end, and tell how many were sent."""
-    workers.guard()
     with Pub("pub", config_pth) as pub:
         count = 0
         while not pipe.poll():
@@ -106,7 +93,6 @@ def send_always(pipe: support.Connection, config_pth: Path) -> None:
 
 def obey(pipe: support.Connection, config_pth: Path) -> None:
     """Do what is asked for, and tell what came of it: a process that may hang."""
-    workers.guard()
     with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
 
         def send() -> None:
@@ -125,7 +111,6 @@ def obey(pipe: support.Connection, config_pth: Path) -> None:
 
 
 def ask(child: support.Child, wish: str) -> object:
-    """Ask somebody who obeys for something, and wait for the answer."""
     child.pipe.send(wish)
     return child.get()
 
@@ -169,11 +154,7 @@ def test_publisher_stopped_in_the_middle_of_a_send(tmp_path: Path, number: int) 
         other.pipe.send("end")
         other.end()
 
-    received: list[bytes] = []
-    with Sub("sub", config_pth) as sub:
-        while sub.front() is not None:
-            with sub.receive_many(max_msgs=100, timeout=0) as msgs:
-                received.extend(msgs)
+    received = support.receive_all(config_pth)
     assert received.count(b"mine") == sent
     others = [int(message) for message in received if message != b"mine"]
     assert others == list(range(len(others)))
@@ -190,7 +171,6 @@ def is_stopped(child: support.Child) -> bool:
 
 def stop_in_a_flush(pipe: support.Connection, config_pth: Path) -> None:
     """Send, and be stopped in the middle of the flush, with the lock of the journal."""
-    workers.guard()
     with Pub("pub", config_pth) as pub:
         flush = os.fdatasync
 
@@ -235,7 +215,6 @@ def test_publisher_stopped_in_the_middle_of_a_flush(tmp_path: Path, number: int)
 
 def die_reading(pipe: support.Connection, config_pth: Path) -> None:
     """Open the queue, and when told to, be killed in the middle of a read."""
-    workers.guard()
     queue = support.open_queue(config_pth)
     # In a forked process it is opened at the first use, and that frees the slots of dead readers.
     queue.consumer("sub").front()
@@ -289,7 +268,7 @@ def test_table_full_of_killed_readers(tmp_path: Path, slots: int) -> None:
         with sub.receive(timeout=0) as msg:
             assert msg == b"first"
         # Others can open the queue again.
-        with support.Child(hold_one, config_pth) as child:
+        with support.Child(support.hold_message, config_pth) as child:
             pub.send(msg=b"second")
             assert child.get() == b"second"
             child.pipe.send("finish")

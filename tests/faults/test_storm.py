@@ -36,8 +36,7 @@ ROLES: Final = {
 }
 
 
-def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
-         killed: workers.Ledger) -> tuple[int, int]:
+def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float) -> tuple[int, int]:
     kills = stops = 0
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -47,10 +46,10 @@ def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
         chosen = rng.sample(sorted(places), count)
         if rng.random() < 0.1:
             stops += 1
-            places[chosen[0]].stop(killed, rng.uniform(0, 0.2))
+            places[chosen[0]].stop(rng.uniform(0, 0.2))
             continue
         for place in chosen:
-            places[place].kill(killed)
+            places[place].kill()
             kills += 1
         time.sleep(rng.choice((0, 0, 0.1)))
         for place in chosen:
@@ -60,7 +59,7 @@ def rage(places: dict[str, workers.Worker], rng: random.Random, seconds: float,
 
 def drain(places: dict[str, workers.Worker], board: workers.Board, config_pth: Path) -> None:
     """Let publishers end, and subscribers when there is nothing left for them."""
-    board.end_publishers()
+    board.publishers_end = True
     subscribers = [worker for worker in places.values() if worker.role.kind == "subscribe"]
     for worker in places.values():
         if worker not in subscribers:
@@ -68,7 +67,7 @@ def drain(places: dict[str, workers.Worker], board: workers.Board, config_pth: P
     with support.open_queue(config_pth) as queue:
         support.until(lambda: all(entry.lag == 0 for entry in queue.statistics().subscribers),
                       what="the subscribers receive everything")
-    board.end_subscribers()
+    board.subscribers_end = True
     for worker in subscribers:
         worker.end()
 
@@ -93,17 +92,17 @@ def storm(tmp_path: Path, durability: str, seconds: float,
                                     durability=durability,
                                     checkpoint_secs=0.2,
                                     MAX_MSGS_NUM=10**8)
-    scene = workers.Scene(config_pth, tmp_path / "ledger", workers.Board())
+    scene = workers.Scene(config_pth)
     places: dict[str, workers.Worker] = {}
     try:
         for place, role in roles.items():
             places[place] = workers.Worker(scene, role, place, rng)
-        kills, stops = rage(places, rng, seconds, workers.Ledger(scene.ledger_pth))
+        kills, stops = rage(places, rng, seconds)
         drain(places, scene.board, config_pth)
     finally:
         for worker in places.values():
             worker.destroy()
-    books = ledger.Books(scene.ledger_pth, AUDIENCES)
+    books = ledger.Books(scene.ledger, AUDIENCES)
     takeovers = books.takeovers_ms("alpha")
     print("{}: {} kills, {} stops, {} messages sent, {} delivered again, {} torn records, "
           "takeover p50 {} ms, p99 {} ms of {}".format(durability, kills, stops, books.count_sent(),

@@ -16,15 +16,14 @@ import pytest
 from persipubsub import Pub, Sub
 from persipubsub.lmdb_engine.notifier import Notifier
 from tests import support
-from tests.faults import ledger, tracing, workers
+from tests.faults import ledger, tracing
 
-SENDS: Final = 1000
+SENDS: Final = 300
 TAKEOVERS: Final = int(os.environ.get("PERSIPUBSUB_TAKEOVERS", "12"))
 
 
 def receive_at(pipe: support.Connection, config_pth: Path, count: int) -> None:
     """Tell how long each message took to get here, in microseconds."""
-    workers.guard()
     latencies: list[float] = []
     with Sub("sub", config_pth) as sub:
         pipe.send("ready")
@@ -60,7 +59,6 @@ def test_latency(tmp_path: Path) -> None:
 
 def idle(pipe: support.Connection, config_pth: Path, seconds: float) -> None:
     """Wait in vain, and tell which part of a processor that took."""
-    workers.guard()
     with Sub("sub", config_pth) as sub:
         with sub.receive(timeout=0.05) as msg:
             assert msg is None
@@ -73,7 +71,7 @@ def idle(pipe: support.Connection, config_pth: Path, seconds: float) -> None:
 
 def test_idle_costs_nothing(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, durability="os")
-    with support.Child(idle, config_pth, 3) as child:
+    with support.Child(idle, config_pth, 2) as child:
         assert child.get() == "ready"
         share = child.get()
         child.end()
@@ -83,7 +81,6 @@ def test_idle_costs_nothing(tmp_path: Path) -> None:
 
 def hold_forever(pipe: support.Connection, config_pth: Path) -> None:
     """Receive, tell when, and never finish until told to."""
-    workers.guard()
     with Sub("sub", config_pth) as sub:
         pipe.send("ready")
         while True:
@@ -136,7 +133,6 @@ def test_message_of_a_killed_consumer(tmp_path: Path, durability: str) -> None:
 
 def die_before_it_notifies(pipe: support.Connection, config_pth: Path) -> None:
     """Be killed between the commit of a message and the notification."""
-    workers.guard()
     pub = Pub("pub", config_pth)
     setattr(Notifier, "notify", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     pub.send(msg=b"%d" % time.monotonic_ns())

@@ -84,12 +84,30 @@ def list_calls(start: Callable[[], Callable[[], None]], output: Path) -> list[tu
     return list(places)
 
 
+def inject(start: Callable[[], Callable[[], None]],
+           calls: str,
+           effect: str,
+           when: object = "1+",
+           paths: Sequence[Path] = ()) -> int:
+    """
+    Run a function some of whose system calls fail, or kill it.
+
+    :param effect: ``error=...`` or ``signal=...``
+    :param when: which of the calls: ``2``, ``2..5`` or ``2+``
+    :param paths: only calls with these files
+    :return: exit code
+    """
+    only = [option for path in paths for option in ("-P", str(path))]
+    return run(start, [
+        "-o", os.devnull, *only, "-e", f"trace={calls}", "-e",
+        f"inject={calls}:{effect}:when={when}"
+    ])
+
+
 def kill_at(start: Callable[[], Callable[[], None]], place: tuple[str, int]) -> int:
     """Kill a process at a system call, and return its exit code: 0 if it ended before."""
     name, count = place
-    return run(
-        start,
-        ["-o", os.devnull, "-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={count}"])
+    return inject(start, name, "signal=KILL", count)
 
 
 @functools.cache

@@ -1,38 +1,19 @@
 """Be the processes of the fault tests, and keep their ledger."""
 
 import ctypes
-import mmap
-import os
+import functools
 import random
 import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from persipubsub import Pub, Sub, control
 from tests import support
 
-#: No process of these tests lives longer than this, in seconds.
-LIMIT_SECS: Final = int(os.environ.get("PERSIPUBSUB_STORM_SECS", "0")) + 300
-
 #: Publishers pause while this many messages wait.
 _BACKLOG: Final = 2000
-
-_PR_SET_PDEATHSIG: Final = 1
-
-
-def guard() -> None:
-    """Let this process end with its parent, and after a limit in any case."""
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(LIMIT_SECS)
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except AttributeError:
-        # Only Linux has it; the limit of time is left.
-        pass
 
 
 class Ledger:
@@ -43,63 +24,44 @@ class Ledger:
     write is told apart, and spoils no other one.
     """
 
-    END: Final = " ;"
+    _END: Final = " ;"
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # pylint: disable=consider-using-with
 
     def note(self, *fields: object) -> None:
-        line = f"\n{time.monotonic_ns()} {' '.join(map(str, fields))}{self.END}\n"
-        os.write(self._descriptor, line.encode("ascii"))
+        line = f"\n{time.monotonic_ns()} {' '.join(map(str, fields))}{self._END}\n"
+        self._file.write(line.encode("ascii"))
+
+    def records(self) -> list[list[str]]:
+        """List the records, each with its time in front; a torn one is empty."""
+        return [
+            line[:-len(self._END)].split(" ") if line.endswith(self._END) else []
+            for line in self._path.read_text("ascii").split("\n") if line
+        ]
 
 
-class Board:
+class Board(ctypes.Structure):
     """Share a few numbers between processes that may be killed at any time: no locks."""
 
-    def __init__(self) -> None:
-        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+    publishers_end: bool  #: publishers and controllers shall end
+    subscribers_end: bool
+    backlog: int
 
-    def _get(self, index: int) -> int:
-        return int.from_bytes(self._page[8 * index:8 * index + 8], "little")
-
-    def _set(self, index: int, value: int) -> None:
-        self._page[8 * index:8 * index + 8] = value.to_bytes(8, "little")
-
-    @property
-    def publishers_end(self) -> bool:
-        """Tell whether publishers and controllers shall end."""
-        return self._get(0) != 0
-
-    @property
-    def subscribers_end(self) -> bool:
-        return self._get(1) != 0
-
-    @property
-    def backlog(self) -> int:
-        return self._get(2)
-
-    @backlog.setter
-    def backlog(self, count: int) -> None:
-        self._set(2, count)
-
-    def end_publishers(self) -> None:
-        self._set(0, 1)
-
-    def end_subscribers(self) -> None:
-        self._set(1, 1)
+    _fields_ = [("publishers_end", ctypes.c_bool), ("subscribers_end", ctypes.c_bool),
+                ("backlog", ctypes.c_long)]
 
 
-class Scene(NamedTuple):
-    """Hold what all workers of a storm need."""
+class Scene:
 
-    config_pth: Path
-    ledger_pth: Path
-    board: Board
+    def __init__(self, config_pth: Path) -> None:
+        self.config_pth = config_pth
+        self.ledger = Ledger(config_pth.with_name("ledger"))
+        self.board = support.FORK.RawValue(Board)
 
 
 class Role(NamedTuple):
-    """Say what a worker does."""
-
     kind: str  #: names the function that does it
     id: str  #: of the publisher or subscriber
     batch: int  #: largest number of messages at once
@@ -110,25 +72,21 @@ class _Refused(Exception):
     """Be the exception of a user who can not process a message."""
 
 
-def run(pipe: Any, scene: Scene, role: Role, name: str, seed: int) -> None:
+def run(_: Any, scene: Scene, role: Role, name: str, seed: int) -> None:
     """Be a worker of a storm until told to end."""
-    del pipe
-    guard()
-    ledger = Ledger(scene.ledger_pth)
     try:
         {"publish": _publish, "subscribe": _subscribe, "control": _control, "clear": _clear}[
-            role.kind](scene, role, name, ledger, seed)  # yapf: disable
+            role.kind](scene, role, name, random.Random(seed))  # yapf: disable
     except BaseException as error:  # pylint: disable=broad-exception-caught
-        ledger.note("error", name, type(error).__name__, *repr(str(error)).split(" "))
+        scene.ledger.note("error", name, type(error).__name__, *repr(str(error)).split(" "))
         raise
 
 
-def _publish(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
+def _publish(scene: Scene, role: Role, name: str, rng: random.Random) -> None:
     """Send single messages and batches, and note each of them before and after."""
     with Pub(role.id, scene.config_pth) as pub:
 
         def send(thread: int) -> None:
-            rng = random.Random(seed + thread)
             source = f"{name}.{thread}"
             number = 0
             while not scene.board.publishers_end:
@@ -137,22 +95,23 @@ def _publish(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
                     f"{source} {number + index} {'x' * rng.choice((0, 50, 500, 9000))}".encode(
                         "ascii") for index in range(count)
                 ]
-                ledger.note("try", role.id, source, number, number + count)
+                scene.ledger.note("try", role.id, source, number, number + count)
                 if count == 1:
                     pub.send(msg=msgs[0])
                 else:
                     pub.send_many(msgs=msgs)
-                ledger.note("sent", role.id, source, number, number + count)
+                scene.ledger.note("sent", role.id, source, number, number + count)
                 number += count
                 pause = 0.002 if scene.board.backlog < _BACKLOG else 0.1
                 time.sleep(rng.uniform(0, pause))
 
-        in_threads(role.threads, send)
+        support.in_threads([functools.partial(send, thread) for thread in range(role.threads)],
+                           timeout=None)
 
 
-def _subscribe(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
+def _subscribe(scene: Scene, role: Role, name: str, rng: random.Random) -> None:
     """Receive single messages or batches; note each of them inside of the block and behind it."""
-    rng = random.Random(seed)
+    ledger = scene.ledger
     with Sub(role.id, scene.config_pth) as sub:
         while not scene.board.subscribers_end:
             received: list[str] = []
@@ -183,10 +142,8 @@ def _work(msgs: Sequence[bytes], received: list[str], role: Role, name: str, led
             raise _Refused()
 
 
-def _control(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
+def _control(scene: Scene, _: Role, __: str, rng: random.Random) -> None:
     """Do what an operator does while others work."""
-    del role, name, ledger
-    rng = random.Random(seed)
     while not scene.board.publishers_end:
         rng.choice((control.initialize_all_dbs,
                     control.prune_dangling_messages))(config_pth=scene.config_pth)
@@ -197,9 +154,7 @@ def _control(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> 
         time.sleep(rng.uniform(0, 0.2))
 
 
-def _clear(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> None:
-    del name, ledger
-    rng = random.Random(seed)
+def _clear(scene: Scene, role: Role, _: str, rng: random.Random) -> None:
     while not scene.board.publishers_end:
         if rng.random() < 0.5:
             control.clear_all_subs(config_pth=scene.config_pth)
@@ -207,30 +162,6 @@ def _clear(scene: Scene, role: Role, name: str, ledger: Ledger, seed: int) -> No
             with Sub(role.id, scene.config_pth) as sub:
                 sub.pop_to_top()
         time.sleep(rng.uniform(0, 0.2))
-
-
-def in_threads(count: int, function: Callable[[int], None]) -> None:
-    """Run a function in threads, and wait for all of them."""
-    if count == 1:
-        function(0)
-        return
-    errors: list[BaseException] = []
-
-    def guarded(number: int) -> None:
-        try:
-            function(number)
-        except BaseException as error:  # pylint: disable=broad-exception-caught
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number, ), daemon=True)
-               for number in range(count)]  # yapf: disable
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT_SECS)
-        assert not thread.is_alive(), "Expected the threads to end, but one hangs."
-    if errors:
-        raise errors[0]
 
 
 class Worker:
@@ -252,36 +183,27 @@ class Worker:
         self.child = support.Child(run, self._scene, self.role, self.name,
                                    self._rng.randrange(1 << 60))
 
-    def kill(self, ledger: Ledger) -> None:
+    def kill(self) -> None:
         """Kill the one that is there, and note it before: it can not have done anything after."""
         assert self.child is not None
         assert self.child.process.exitcode is None, f"Expected {self.name} to work, but it ended."
-        ledger.note("killed", self.role.id, self.name)
-        self.child.kill(signal.SIGKILL)
-        self.child.end(-signal.SIGKILL)
-        self.child.pipe.close()
-        self.child = None
+        self._scene.ledger.note("killed", self.role.id, self.name)
+        self.destroy()
 
-    def stop(self, ledger: Ledger, seconds: float) -> None:
+    def stop(self, seconds: float) -> None:
         """Stop the one that is there for a while."""
         assert self.child is not None
         self.child.kill(signal.SIGSTOP)
         time.sleep(seconds)
-        ledger.note("stopped", self.role.id, self.name)
+        self._scene.ledger.note("stopped", self.role.id, self.name)
         self.child.kill(signal.SIGCONT)
 
     def end(self) -> None:
-        """Wait for the end of the last one."""
-        if self.child is None:
-            return
-        self.child.process.join(support.HANG_SECS)
-        exitcode = self.child.process.exitcode
-        self.child.__exit__()
-        self.child = None
-        assert exitcode == 0, f"Expected {self.name} to end, but got: {exitcode}"
+        if self.child is not None:
+            self.child.end()
+            self.destroy()
 
     def destroy(self) -> None:
-        """End the last one whatever it does."""
         if self.child is not None:
             self.child.__exit__()
             self.child = None
