@@ -9,13 +9,11 @@ uses.
 import asyncio
 import contextlib
 import dataclasses
-import itertools
-import math
 import os
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import nats.aio.client
@@ -52,8 +50,8 @@ LONGEST_ATTEMPT_SECS: Final = 5.0
 
 PAUSE_SECS: Final = 0.1
 
-#: This often it is looked whether requests are over, in seconds.
-_LOOK_SECS: Final = 0.2
+#: Interval at which a connection is watched, in seconds.
+_LOOK_SECS: Final = 0.25
 
 #: After so many seconds without any answer, a server is believed to have no JetStream.
 _NO_JETSTREAM_SECS: Final = 2.0
@@ -69,7 +67,7 @@ class _Request:
     """What a server was asked, and did not answer yet. Times are on the monotonic clock."""
 
     scope: asyncio.Timeout  #: in which the answer is waited for
-    doubted_at: float  #: it may be lost
+    doubted_at: float  #: from then on, a ping finds out whether the server has read it
     patience: float  #: after the server has read it, in seconds
     deadline: float
 
@@ -95,9 +93,7 @@ class Link:
         self._complain = complain
         self._transports: list[asyncio.BaseTransport] = []
         self._requests: set[_Request] = set()
-        self._looking: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[bool]] = set()
-        self._heard = time.monotonic()
+        self._pinging: asyncio.Task[None] | None = None
 
     async def connect(self, server: str, options: Mapping[str, Any]) -> None:
         """Connect to one server."""
@@ -146,8 +142,8 @@ class Link:
 
     async def close(self) -> None:
         """Close the connection; what was not written yet is lost."""
-        for task in self._tasks:
-            task.cancel()
+        if self._pinging is not None:
+            self._pinging.cancel()
         # Closing alone waits until the server has read what was written: for ever, perhaps.
         for transport in self._transports:
             if isinstance(transport, asyncio.WriteTransport):
@@ -174,73 +170,48 @@ class Link:
         request = _Request(asyncio.timeout(None),
                            time.monotonic() + patience / 2, patience / 2, deadline)
         self._requests.add(request)
-        if self._looking is None:
-            self._looking = self._loop.call_later(_LOOK_SECS, self._look)
         try:
             async with request.scope:
                 return await self.client.request(subject, payload, _FOREVER_SECS, headers=headers)
         finally:
             self._requests.discard(request)
 
-    def _look(self) -> None:
-        """End requests whose time is over, and begin to doubt others."""
-        # All at once: with a timer for each, sending took a fifth longer.
-        now = time.monotonic()
-        doubted = [one for one in self._requests if one.doubted_at <= now]
-        for request in doubted:
-            request.doubted_at = math.inf
-        if doubted:
-            self._begin_ping().add_done_callback(lambda _: self._doubt(doubted))
-        for request in self._requests:
-            if request.deadline <= now:
-                request.end()
-        self._looking = None
-        if self._requests:
-            self._looking = self._loop.call_later(_LOOK_SECS, self._look)
+    async def _watch(self) -> None:
+        """End requests whose time is over, and give a silent connection up."""
+        # One task for all requests: with a timer for each, sending took a fifth longer.
+        received = 0
+        heard = pinged = time.monotonic()
+        while not self.lost.done():
+            await asyncio.sleep(_LOOK_SECS)
+            now = time.monotonic()
+            for request in self._requests:
+                if request.deadline <= now:
+                    request.end()
+            if self.client.stats["in_msgs"] != received:
+                received, heard = self.client.stats["in_msgs"], now
+            if self._pinging is not None and self._pinging.done():
+                self._pinging, heard = None, now
+            if now - heard >= _SILENCE_SECS:
+                self.lose()
+            elif self._pinging is None and (now - pinged >= _PING_SECS
+                                            or any(one.doubted_at <= now
+                                                   for one in self._requests)):
+                # Not cancelled as long as the connection lives: nats-py stops reading at the late
+                # answer to a ping that was cancelled.
+                self._pinging, pinged = self._loop.start(self._ping(now)), now
 
-    def _doubt(self, requests: Sequence[_Request]) -> None:
-        """Bound the time of requests that the server has read by now."""
-        now = time.monotonic()
-        for request in requests:
-            request.deadline = min(request.deadline, now + request.patience)
-
-    async def ping(self, seconds: float) -> bool:
-        """Tell whether the server has read what was written so far, as soon as it has."""
-        done, _ = await asyncio.wait((self._begin_ping(), ), timeout=seconds)
-        return bool(done) and not self.lost.done()
-
-    def _begin_ping(self) -> asyncio.Task[bool]:
-        # Never cancelled while the connection lives: nats-py stops reading at a late answer.
-        task = self._loop.start(self._ping())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _ping(self) -> bool:
-        begun: list[bool] = []
-        self._loop.call_soon(begun.append, True)
+    async def _ping(self, begin: float) -> None:
+        """Wait until the server has read what was written, and bound the time of old requests."""
+        has_waited: list[bool] = []
+        self._loop.call_soon(has_waited.append, True)
         with contextlib.suppress(nats.errors.Error, OSError):
             await self.client.flush(timeout=_FOREVER_SECS)
-            if begun:
-                self._heard = time.monotonic()
-                return True
-        # It ended at once: nobody reads what comes.
-        self.lose()
-        return False
-
-    async def _watch(self) -> None:
-        """Give the connection up when nothing comes over it any more."""
-        received = 0
-        for second in itertools.count(1):
-            await asyncio.sleep(1.0)
-            if self.client.stats["in_msgs"] != received:
-                received = self.client.stats["in_msgs"]
-                self._heard = time.monotonic()
-            if self.lost.done() or time.monotonic() - self._heard >= _SILENCE_SECS:
-                self.lose()
-                return
-            if second % _PING_SECS == 0:
-                self._begin_ping()
+        if not has_waited:
+            self.lose()  # nats-py reads no answers any more
+        now = time.monotonic()
+        for request in self._requests:
+            if request.doubted_at <= begin:
+                request.deadline = min(request.deadline, now + request.patience)
 
 
 def _lost() -> ConnectionResetError:

@@ -44,9 +44,6 @@ _HEARTBEAT_SECS: Final = 0.5
 #: A pull request without a sign of life for so many seconds may be lost.
 _LOST_SECS: Final = 3 * _HEARTBEAT_SECS
 
-#: Pull requests of a consumer that wait at the servers, which refuse what is more than 4096 in all.
-_MOST_PULLS: Final = 256
-
 #: Bytes that one consumer lets the servers send at once: they drop a connection that is 64 MiB
 #: behind, and what was delivered over it is lost until ack_wait. A prime number, as a pull that is
 #: used up to its last byte ends without a word, which messages of one size would come to.
@@ -61,10 +58,6 @@ _ACKS_AT_ONCE: Final = 512
 
 #: Messages that are skipped at the same time.
 _SKIPPED_AT_ONCE: Final = 256
-
-#: A pull request that is refused. Rejected: one of so few bytes that no message fits. It moves the
-#: next message behind the others that were given back.
-_REFUSED: Final = b"{"
 
 #: A message that can not be given back within so many seconds is delivered again after ack_wait.
 _NAK_SECS: Final = 2.0
@@ -142,7 +135,7 @@ class _Pull:
 
 class Inbox:
     """
-    Take what the pull requests of one consumer bring over one connection.
+    Make the pull requests of one consumer over one connection, and hand out what they bring.
 
     The servers serve pull requests first come, first served, and so are the calls that wait: which
     request a message was for does not matter. A call that is cancelled leaves its request to the
@@ -154,7 +147,6 @@ class Inbox:
         """Initialize without listening."""
         self.link = link
         self.pulls: dict[str, _Pull] = {}  #: by the subject that is replied to
-        self.is_retired = False
         self._subject = subject
         self._owner = owner
         self._prefix = link.client.new_inbox()
@@ -163,8 +155,10 @@ class Inbox:
 
     async def listen(self) -> None:
         """Begin to listen."""
-        self.link.lost.add_done_callback(lambda _: self._end_all())
-        self._subscription = await self.link.client.subscribe(f"{self._prefix}.*", cb=self._come)
+        self.link.lost.add_done_callback(lambda _: self.end_all())
+        with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
+            self._subscription = await self.link.client.subscribe(f"{self._prefix}.*",
+                                                                  cb=self._come)
 
     async def pull(self, wanted: int, deadline: float, max_bytes: int | None) -> _Pull:
         """Make a pull request, or take one over that was left."""
@@ -195,7 +189,15 @@ class Inbox:
     async def _come(self, message: nats.aio.msg.Msg) -> None:
         now = self._owner.heard = time.monotonic()
         if message.reply:
-            await self._take(to_delivered(message.data, message.reply))
+            # It counts for the oldest request.
+            oldest = next(iter(self.pulls.values()), None)
+            self._owner.hold(to_delivered(message.data, message.reply), oldest)
+            if oldest is not None:
+                oldest.heard = now
+                oldest.left -= 1
+                if not oldest.left:
+                    oldest.has_more = True
+                    self.end(oldest)
         elif pull := self.pulls.get(message.subject):
             pull.heard = now
             header = message.headers or {}
@@ -206,25 +208,17 @@ class Inbox:
                 pull.is_refused = not pull.has_more and status not in ("404", "408")
                 self.end(pull)
 
-    async def _take(self, one: Delivered) -> None:
-        """Take a message for the first call that wants one, or give it back."""
-        self._owner.hold(one)
-        pulls = list(self.pulls.values())
-        taker = next((pull for pull in pulls if not (pull.is_left or pull.is_over)), None)
-        if taker is not None:
-            taker.messages.append(one)
-            if len(taker.messages) == taker.wanted:
-                taker.is_over = taker.has_more = True
-                taker.wake()
-        # It counts for the oldest request.
-        for pull in pulls[:1]:
-            pull.heard = one.arrived
-            pull.left -= 1
-            if not pull.left:
-                pull.has_more = True
-                self.end(pull)
-        if taker is None:
-            await self._reject(one)
+    def offer(self, one: Delivered, source: _Pull | None = None) -> bool:
+        """Give a message to the first call that waits; False if there is none."""
+        for pull in self.pulls.values():
+            if not (pull.is_left or pull.is_over):
+                pull.messages.append(one)
+                # What comes for the request of another call does not end the one of this call.
+                if len(pull.messages) == pull.wanted or pull is not source:
+                    pull.is_over = pull.has_more = True
+                    pull.wake()
+                return True
+        return False
 
     def end(self, pull: _Pull) -> None:
         """End a pull request, and let its call go on."""
@@ -232,35 +226,14 @@ class Inbox:
         pull.is_over = True
         pull.wake()
 
-    def _end_all(self) -> None:
+    def end_all(self) -> None:
+        """End all pull requests."""
         for pull in list(self.pulls.values()):
             self.end(pull)
 
-    async def _reject(self, one: Delivered) -> None:
-        """
-        Give back a message that came for a call that was cancelled.
-
-        Other requests without a call end first, or it would come to these, one after the other. The
-        server may send what it had begun to send after any number of answers (PONG), but before the
-        answer to a later request; as long as we are here, nats-py does not forget the subscription.
-        """
-        is_first = not self.is_retired
-        if is_first:
-            self.retire()
-            await asyncio.sleep(0)
-        self._owner.give_back([one])
-        if is_first:
-            with contextlib.suppress(*connection.UNANSWERED):
-                await self.link.request(self._subject, _REFUSED, connection.FIRST_ATTEMPT_SECS,
-                                        time.monotonic() + connection.LONGEST_ATTEMPT_SECS)
-
-    def retire(self) -> None:
-        """Begin to stop listening, but take what comes until the server knows."""
-        self.is_retired = True
-        self._end_all()
-        self._owner.begin_ending(self._drain())
-
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
+        """Stop listening, but take what comes until the server knows."""
+        self.end_all()
         with contextlib.suppress(nats.errors.Error, OSError):
             if self._subscription is not None:
                 await self._subscription.drain()
@@ -284,7 +257,8 @@ class Delivery:
         self._warned = -_WARNING_SECS
         self._inbox: Inbox | None = None
         self._calls = 0  #: that wait
-        self._turns = asyncio.Semaphore(_MOST_PULLS)
+        # What came for calls that were cancelled, by the subject to reply at.
+        self._spare: dict[str, Delivered] = {}
         # What came and was neither acknowledged nor given back, by the subject to reply at; and
         # those of them that are being acknowledged.
         self._held: dict[str, Delivered] = {}
@@ -313,7 +287,8 @@ class Delivery:
                 if taken or time.monotonic() >= deadline:
                     return taken
         except BaseException:
-            self.give_back(taken)
+            for one in taken:
+                self._pass_on(one)
             raise
 
     async def _sift(self, found: list[Delivered]) -> list[Delivered]:
@@ -364,30 +339,30 @@ class Delivery:
     async def _call(self, taken: list[Delivered], wanted: int, deadline: float,
                     max_bytes: int | None) -> bool:
         """Make pull requests until one brings something; tell whether there may be more."""
+        if self._spare:
+            for one in sorted(self._spare.values(), key=lambda one: one.number)[:wanted]:
+                taken.append(self._spare.pop(one.reply))
+            return True
         if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
             self.heard = time.monotonic()
         self._calls += 1
         pull: _Pull | None = None
         try:
-            async with asyncio.timeout_at(deadline if self._turns.locked() else None):
-                await self._turns.acquire()
-            try:
-                while True:
-                    inbox = await self._open(deadline)
-                    if inbox is not None:
-                        pull = await inbox.pull(wanted, deadline, max_bytes)
-                        await self._wait(inbox, pull, deadline)
-                        self._check_open()
-                    if (pull is not None and pull.messages) or time.monotonic() >= deadline:
-                        return pull is not None and pull.has_more
-                    if pull is not None and pull.is_refused:
-                        # Nobody leads the consumer at the moment, or it is there no more.
-                        await asyncio.sleep(connection.PAUSE_SECS)
-                        async with asyncio.timeout_at(deadline):
-                            await self._stream.consumer_info(self._subscriber)
-            finally:
-                self._turns.release()
-        except TimeoutError:
+            while True:
+                inbox = await self._open(deadline)
+                if inbox is not None:
+                    pull = await inbox.pull(wanted, deadline, max_bytes)
+                    await self._wait(inbox, pull, deadline)
+                    self._check_open()
+                if (pull is not None and pull.messages) or time.monotonic() >= deadline:
+                    return pull is not None and pull.has_more
+                if pull is not None and pull.is_refused:
+                    # Nobody leads the consumer at the moment, or it is there no more.
+                    await asyncio.sleep(connection.PAUSE_SECS)
+                    await self._look(deadline)
+        except TimeoutError as error:
+            if self._is_silent():
+                raise errors.translate(error, self._stream.settings.path) from None
             return False
         finally:
             if pull is not None:
@@ -397,54 +372,70 @@ class Delivery:
             self._called = time.monotonic()
 
     async def _wait(self, inbox: Inbox, pull: _Pull, deadline: float) -> None:
-        """Wait until a pull request is over, or may be lost and there is no time for another."""
-        settings = self._stream.settings
+        """Wait until a pull request is over, or was lost, or there is no time to find out."""
         while not pull.is_over:
             await pull.wait(pull.heard + _LOST_SECS)
-            if pull.is_over or time.monotonic() < pull.heard + _LOST_SECS:
-                continue
-            if await inbox.link.ping(connection.FIRST_ATTEMPT_SECS):
-                if time.monotonic() >= pull.heard + _LOST_SECS:
-                    inbox.end(pull)
-                    self._connection.check_rights(self._subject)
-            elif time.monotonic() - self.heard > settings.wait_secs + 2 * _LOST_SECS:
-                raise persipubsub.errors.UnavailableError(
-                    f"Expected the servers of {settings.path} to deliver, but got: no answer for "
-                    f"{settings.wait_secs:.0f} s")
-            elif time.monotonic() >= deadline:
-                return
+            if not pull.is_over and time.monotonic() >= pull.heard + _LOST_SECS:
+                self._connection.check_rights(self._subject)
+                try:
+                    await self._look(deadline)
+                finally:
+                    if time.monotonic() >= pull.heard + _LOST_SECS:
+                        inbox.end(pull)
+
+    async def _look(self, deadline: float) -> None:
+        """Raise an error if the consumer is not there any more, or the servers do not answer."""
+        async with asyncio.timeout_at(deadline):
+            await self._stream.consumer_info(self._subscriber)
+
+    def _is_silent(self) -> bool:
+        """Tell whether calls have waited for the servers for longer than a call waits."""
+        patience = self._stream.settings.wait_secs + _LOST_SECS
+        return time.monotonic() >= self.heard + patience
 
     async def _open(self, deadline: float) -> Inbox | None:
         """Find an inbox of a connection that lives; None if there is none in time."""
-        inbox = self._inbox
         self._check_open()
-        if inbox is not None and not inbox.is_retired and self._connection.ready() is inbox.link:
-            return inbox
         now = time.monotonic()
         try:
-            link = await self._connection.link(
+            link = self._connection.ready() or await self._connection.link(
                 min(max(deadline, now + connection.PAUSE_SECS), now + _HEARTBEAT_SECS))
         except persipubsub.errors.UnavailableError:
             # Servers come back: a call that receives in a loop does not fail for a moment without
             # them.
-            if time.monotonic() >= self.heard + self._stream.settings.wait_secs:
+            if self._is_silent():
                 raise
             return None
-        if self._inbox is inbox:
+        self._check_open()
+        if self._inbox is None or self._inbox.link is not link:
             self._inbox = Inbox(link, self._subject, self)
-            with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
-                await self._inbox.listen()
+            await self._inbox.listen()
         return self._inbox
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise errors.closed(self._stream.settings.path)
 
-    def hold(self, one: Delivered) -> None:
-        """Note a message that came."""
+    def hold(self, one: Delivered, source: _Pull | None) -> None:
+        """Note a message that came for a pull request, and give it to a call."""
         self._held[one.reply] = one
         if self._telling is None or self._telling.done():
             self._telling = self.loop.start(self._keep_telling())
+        self._pass_on(one, source)
+
+    def _pass_on(self, one: Delivered, source: _Pull | None = None) -> None:
+        """Give a message to a call that waits, or to the next one; give it back if none comes."""
+        if self._is_closed:
+            self.give_back([one])
+        elif one.reply in self._held and not (self._inbox and self._inbox.offer(one, source)):
+            # At once, it would come to the next request of a cancelled call, and so on: that long,
+            # these are at the server.
+            self._spare[one.reply] = one
+            self.loop.call_later(_LONGEST_PULL_SECS, self._give_spare_back, one)
+
+    def _give_spare_back(self, one: Delivered) -> None:
+        if self._spare.pop(one.reply, None) is not None:
+            self.give_back([one])
 
     # Telling
 
@@ -650,7 +641,7 @@ class Delivery:
         """Stop listening, and give back what is held. Calls that wait fail."""
         self._is_closed = True
         if self._inbox is not None:
-            self._inbox.retire()
+            self.begin_ending(self._inbox.drain())
         self.give_back(list(self._held.values()))
         while self._endings:
             await asyncio.wait(list(self._endings))

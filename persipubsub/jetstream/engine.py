@@ -207,7 +207,11 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def require_subscribers(self, subscribers: Sequence[str]) -> None:
         """Check that subscribers were initialized."""
-        self.ask(lambda kept: kept.require(subscribers))
+
+        async def look(kept: stream.Stream) -> None:
+            await asyncio.gather(*map(kept.consumer_info, subscribers))
+
+        self.ask(look)
 
     # Receiving
 
@@ -220,7 +224,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         """Acknowledge all messages of a subscriber but the newest one; return how many."""
 
         async def work() -> int:
-            await self.opened().stream.require([subscriber])
+            await self.opened().stream.consumer_info(subscriber)
             return await self.delivery_to(subscriber).skip_to_newest()
 
         return self.run(work)

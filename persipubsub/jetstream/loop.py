@@ -11,13 +11,14 @@ the child at once.
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import contextvars
 import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import persipubsub.errors
 
@@ -30,52 +31,6 @@ _EXIT_SECS: Final = 2.0
 #: Where the transports go that a task and its children open.
 opened: Final[contextvars.ContextVar[list[asyncio.BaseTransport]]] = contextvars.ContextVar(
     "opened", default=[])
-
-
-class _Call(Generic[ResultT]):
-    """
-    Work that is done in the loop for somebody outside.
-
-    The futures of ``concurrent.futures`` were rejected: with ``run_coroutine_threadsafe``, a call
-    took a fifth longer.
-    """
-
-    def __init__(self, own: "Loop", work: Work[ResultT], tell: Callable[[], None]) -> None:
-        self._own = own
-        self._work = work
-        self._tell = tell
-        self._task: asyncio.Task[None] | None = None
-        self._results: list[ResultT] = []
-        self._error: BaseException | None = None
-
-    def start(self) -> None:
-        """Start the work, in the loop's thread."""
-        self._task = self._own.start(self._run())
-
-    async def _run(self) -> None:
-        try:
-            self._results.append(await self._work())
-        except BaseException as error:  # pylint: disable=broad-exception-caught
-            self._error = error
-        # At the exit only daemons are left, which the interpreter stops where they are. An error
-        # would be printed at the end of a program in which nothing is wrong.
-        if not self._own.is_ending:
-            self._tell()
-
-    def cancel(self) -> None:
-        """Cancel the work, and forget its result, in the loop's thread."""
-        self._results.clear()
-        if self._task is not None:
-            self._task.cancel()
-
-    def take_result(self) -> ResultT:
-        """Return or raise what came of it; a lease is not kept here."""
-        if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                self._error = None  # the traceback refers to us
-        return self._results.pop()
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -123,51 +78,63 @@ class Loop(asyncio.SelectorEventLoop):
 
     def call(self, work: Work[ResultT]) -> ResultT:
         """Do work in the loop, and wait for it. Ctrl-C cancels it."""
-        done = threading.Lock()
-        done.acquire()  # pylint: disable=consider-using-with
-        call = self._begin(work, done.release)
+        future = self._submit(work)
         try:
-            done.acquire()  # pylint: disable=consider-using-with
+            return future.result()
         except BaseException:
-            self.post(call.cancel)
+            future.cancel()
             raise
-        return call.take_result()
+        finally:
+            del future  # the traceback of an error refers to this frame
 
     async def wait(self, work: Work[ResultT], is_carried_out: bool) -> ResultT:
         """
         Do work in the loop, and wait for it in a task of any loop.
 
         Cancelling the task cancels the work, unless that is to be carried out anyway.
-        ``asyncio.wrap_future`` was rejected: it logs an error if the task's loop was closed.
         """
-        other = asyncio.get_running_loop()
-        done = other.create_future()
-
-        def finish() -> None:
-            if not done.done():
-                done.set_result(None)
-
-        def tell() -> None:
-            try:
-                other.call_soon_threadsafe(finish)
-            except RuntimeError:
-                call.cancel()  # the task's loop was closed
-
-        call = self._begin(work, tell)
+        future = asyncio.wrap_future(self._submit(work))
         try:
-            await done
-        except BaseException:
-            if not is_carried_out:
-                self.post(call.cancel)
-            raise
-        return call.take_result()
+            return await (asyncio.shield(future) if is_carried_out else future)
+        finally:
+            del future
 
-    def _begin(self, work: Work[ResultT], tell: Callable[[], None]) -> "_Call[ResultT]":
+    def _submit(self, work: Work[ResultT]) -> "concurrent.futures.Future[ResultT]":
+        """
+        Begin work in the loop; cancelling the future cancels it.
+
+        ``asyncio.run_coroutine_threadsafe`` was rejected: a call took a fifth longer, and work that
+        the exit cancels would print an error.
+        """
         if self.is_ending:
             raise exiting()
-        call = _Call(self, work, tell)
-        self.call_soon_threadsafe(call.start)
-        return call
+        future: concurrent.futures.Future[ResultT] = concurrent.futures.Future()
+
+        def start() -> None:
+            task = self.start(self._run_work(work, future))
+
+            def cancel(_: object) -> None:
+                if future.cancelled():
+                    self.post(task.cancel)
+
+            future.add_done_callback(cancel)
+
+        self.call_soon_threadsafe(start)
+        return future
+
+    async def _run_work(self, work: Work[ResultT],
+                        future: "concurrent.futures.Future[ResultT]") -> None:
+        try:
+            result = await work()
+        except BaseException as error:  # pylint: disable=broad-exception-caught
+            # At the exit only daemon threads wait, which the interpreter stops where they are. An
+            # error would be printed at the end of a program in which nothing is wrong.
+            if not self.is_ending and future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        else:
+            if not self.is_ending and future.set_running_or_notify_cancel():
+                future.set_result(result)
+        del future  # the traceback of an error refers to this frame
 
     def post(self, function: Callable[[], object]) -> None:
         """Call a function in the loop's thread soon. Fit for finalizers: no lock, no error."""

@@ -5,6 +5,7 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -12,7 +13,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, NoReturn
 
 import persipubsub.drop_log
@@ -109,38 +110,29 @@ class Publishing:
     async def _put(self, items: Sequence[_Item], recipients: tuple[str, ...] | None,
                    begin: float) -> None:
         """Publish the messages that are not stored yet."""
-        deadline = await self._take_turn(begin)
-        try:
+        async with self._turn(begin) as deadline:
             link = await self._connection.link(deadline)
             self._check_payload(items, link.client.max_payload)
             await self._stream.require_interest(recipients)
             if len(items) > 1:
                 await self._put_batch([item for item in items if not item.number], deadline)
                 return
-        finally:
-            self._order.release()
         # Up to the moment in which the message is written, nothing suspends us.
         if not items[0].is_tried:
             await self._attempt(items[0], connection.FIRST_ATTEMPT_SECS, deadline)
         if not items[0].number:
-            await self._take_turn(begin)
-            try:
+            async with self._turn(begin):
                 await self._again(items[0])
-            finally:
-                self._order.release()
 
-    async def _take_turn(self, begin: float) -> float:
-        """Let no other call write; return until when the servers may be waited for."""
-        while True:
+    @contextlib.asynccontextmanager
+    async def _turn(self, begin: float) -> AsyncIterator[float]:
+        """Let no other call write; yield until when the servers may be waited for."""
+        async with self._order:
             # While calls before this one are answered, the servers are there.
             deadline = self._deadline(max(begin, self._answered))
-            try:
-                async with asyncio.timeout_at(deadline if self._order.locked() else None):
-                    await self._order.acquire()
-                    return deadline
-            except TimeoutError as error:
-                if deadline >= self._deadline(max(begin, self._answered)):
-                    raise errors.translate(error, self._settings.path) from None
+            if time.monotonic() >= deadline:
+                raise errors.translate(TimeoutError(), self._settings.path)
+            yield deadline
 
     def _deadline(self, begin: float) -> float:
         """Bound the wait for the servers, on the monotonic clock."""
@@ -200,10 +192,11 @@ class Publishing:
         answer: dict[str, Any] = json.loads(message.data)
         if "error" in answer:
             error = errors.ApiError(answer["error"])
-            item.is_refused = error.err_code == errors.LIMIT_REACHED
-            if item.is_refused or error.is_temporary():
+            if error.is_temporary():
                 return
-            raise error
+            item.is_refused = error.err_code == errors.LIMIT_REACHED
+            if not item.is_refused:
+                raise error
         self._answered = time.monotonic()
         # 0: it is known by its id, and not stored. Its leader died in between.
         item.number = int(answer.get("seq") or 0)

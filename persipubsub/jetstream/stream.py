@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 import persipubsub.errors
 from persipubsub.jetstream import address, connection, errors, settings
 
-#: Requests that are under way at the same time.
+#: Messages that are deleted at the same time.
 _WINDOW: Final = 128
 
 #: It is looked this often whether all consumers are still there, in seconds.
@@ -104,7 +104,8 @@ class Stream:
             # It is there, with other settings, or of somebody else.
             found = await self.info()
             await self._api("STREAM.UPDATE", {**found["config"], **wanted})
-        await self._each(self.settings.subscribers, self.ensure_consumer)
+        for subscriber in self.settings.subscribers:
+            await self.ensure_consumer(subscriber)
 
     async def ensure_consumer(self, subscriber: str) -> bool:
         """Make the consumer of a subscriber, or update it; return True if it was not there."""
@@ -202,10 +203,6 @@ class Stream:
             raise self.missing(subscriber)
         return found
 
-    async def require(self, subscribers: Iterable[str]) -> None:
-        """Check that subscribers have consumers."""
-        await self._each(subscribers, self.consumer_info)
-
     async def require_interest(self, recipients: tuple[str, ...] | None) -> None:
         """
         Check that every recipient wants its messages.
@@ -228,8 +225,8 @@ class Stream:
                 raise self.missing(subscriber)
 
         subscribers = self.settings.queue.subscribers if recipients is None else recipients
-        await self._each((one for one in subscribers if address.durable_of(one) not in names),
-                         check)
+        await asyncio.gather(*(check(one) for one in subscribers
+                               if address.durable_of(one) not in names))
         self._interest[recipients] = now
 
     async def _names(self) -> list[str]:
@@ -256,8 +253,8 @@ class Stream:
         they have a consumer.
         """
         names = [*map(address.durable_of, self.settings.subscribers), *await self._names()]
-        infos = await self._each(dict.fromkeys(names),
-                                 lambda name: self._find("CONSUMER.INFO", consumer=name))
+        infos = await asyncio.gather(*(self._find("CONSUMER.INFO", consumer=name)
+                                       for name in dict.fromkeys(names)))
         # None: somebody else's, or the guard of a seek.
         found = {settings.subscriber_of(info["config"]): info for info in infos if info is not None}
         return {subscriber: info for subscriber, info in found.items() if subscriber is not None}
@@ -318,15 +315,6 @@ class Stream:
         after = await self.lags()
         lost = {one: lag - after.get(one, 0) for one, lag in before.items()}
         return {one: count for one, count in lost.items() if count > 0}
-
-    async def _each(self, names: Iterable[str],
-                    work: Callable[[str], Coroutine[Any, Any, ResultT]]) -> list[ResultT]:
-        """Do something for many subscribers or consumers, some of them at the same time."""
-        pending = list(names)
-        done: list[ResultT] = []
-        while len(done) < len(pending):
-            done += await asyncio.gather(*map(work, pending[len(done):len(done) + _WINDOW]))
-        return done
 
 
 def filters_of(config: Info) -> list[str]:
