@@ -44,20 +44,15 @@ _HEARTBEAT_SECS: Final = 0.5
 #: A pull request without a sign of life for so many seconds may be lost.
 _LOST_SECS: Final = 3 * _HEARTBEAT_SECS
 
-#: Bytes that one consumer lets the servers send at once: they drop a connection that is 64 MiB
-#: behind, and what was delivered over it is lost until ack_wait. A prime number, as a pull that is
-#: used up to its last byte ends without a word, which messages of one size would come to.
+#: Bytes of the pull requests that wait at a time, or one larger message. Servers drop a connection
+#: that is 64 MiB behind, and what was delivered over it is lost until ack_wait. A prime number, as a
+#: pull that is used up to its last byte ends without a word, which messages of one size would come
+#: to.
 _MOST_BYTES: Final = (1 << 23) - 15
-
-#: Bytes that are taken at once, or one larger message; as from a directory.
-_MOST_TAKEN_BYTES: Final = 1 << 24
 
 #: Messages that are acknowledged at the same time: one that waits for thousands of others would be
 #: acknowledged again before it is answered.
 _ACKS_AT_ONCE: Final = 512
-
-#: Messages that are skipped at the same time.
-_SKIPPED_AT_ONCE: Final = 256
 
 #: A message that can not be given back within so many seconds is delivered again after ack_wait.
 _NAK_SECS: Final = 2.0
@@ -69,8 +64,6 @@ _SETTLE_SECS: Final = 1.0
 _POSTPONED_NS: Final = 10**9
 _WARNING_SECS: Final = 60.0
 
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-
 
 class Delivered(NamedTuple):
     """A message that the servers gave to us."""
@@ -79,25 +72,7 @@ class Delivered(NamedTuple):
     reply: str  #: subject to acknowledge it at
     number: int  #: in the stream
     attempts: int  #: deliveries, this one included
-    time_ns: int  #: when it was stored, on the clock of the servers
-    arrived: float  #: on our monotonic clock
-
-
-def to_delivered(data: bytes, reply: str) -> Delivered:
-    """
-    Read what the server writes into the reply subject of a message.
-
-    It is ``$JS.ACK.stream.consumer.deliveries.number.order.time.pending``, where a domain and an
-    account may stand in front of the stream. ``metadata`` of nats-py was rejected: it rounds the
-    time.
-
-    >>> to_delivered(b"", "$JS.ACK.Q.sub.2.7.9.1795545064100655688.3")[2:5]
-    (7, 2, 1795545064100655688)
-    """
-    parts = reply.split(".")
-    first = 4 if len(parts) == 9 else 6
-    deliveries, number, _, time_ns = map(int, parts[first:first + 4])
-    return Delivered(data, reply, number, deliveries, time_ns, time.monotonic())
+    sent_at: datetime.datetime  #: on the clock of the servers
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -113,7 +88,7 @@ class _Pull:
     is_over: bool = False
     is_left: bool = False  #: by its call, which was cancelled or had no time to wait for its end
     is_refused: bool = False
-    has_more: bool = False  #: it ended before it brought all that is there
+    is_too_small: bool = False  #: the next message is larger than its bytes
     woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -165,7 +140,7 @@ class Inbox:
         now = time.monotonic()
         for pull in self.pulls.values():
             if pull.is_left and pull.left == pull.wanted == wanted and now < pull.ends <= deadline:
-                pull.is_left = pull.is_over = pull.has_more = False
+                pull.is_left = pull.is_over = False
                 pull.messages = []
                 return pull
         # It ends as soon as it brought what is there; with a time, it waits if that is nothing.
@@ -191,21 +166,23 @@ class Inbox:
         if message.reply:
             # It counts for the oldest request.
             oldest = next(iter(self.pulls.values()), None)
-            self._owner.hold(to_delivered(message.data, message.reply), oldest)
+            known = message.metadata
+            self._owner.hold(
+                Delivered(message.data, message.reply, known.sequence.stream, known.num_delivered,
+                          known.timestamp), oldest)
             if oldest is not None:
                 oldest.heard = now
                 oldest.left -= 1
                 if not oldest.left:
-                    oldest.has_more = True
                     self.end(oldest)
         elif pull := self.pulls.get(message.subject):
             pull.heard = now
             header = message.headers or {}
             status, text = header.get("Status"), header.get("Description") or ""
             if status != "100":
-                pull.has_more = status == "409" and "MaxBytes" in text
+                pull.is_too_small = status == "409" and "MaxBytes" in text
                 # Nobody leads the consumer, or there is none any more.
-                pull.is_refused = not pull.has_more and status not in ("404", "408")
+                pull.is_refused = not pull.is_too_small and status not in ("404", "408")
                 self.end(pull)
 
     def offer(self, one: Delivered, source: _Pull | None = None) -> bool:
@@ -215,7 +192,7 @@ class Inbox:
                 pull.messages.append(one)
                 # What comes for the request of another call does not end the one of this call.
                 if len(pull.messages) == pull.wanted or pull is not source:
-                    pull.is_over = pull.has_more = True
+                    pull.is_over = True
                     pull.wake()
                 return True
         return False
@@ -268,8 +245,6 @@ class Delivery:
         self._endings: set[asyncio.Task[None]] = set()
         self._telling: asyncio.Task[None] | None = None
         self._is_closed = False
-        # How many take several messages at this moment; they share the bytes on the way.
-        self._batches = 0
         self._called = self.heard  # when a call ended last
 
     # Taking
@@ -295,10 +270,10 @@ class Delivery:
         """Leave out what is too old, or was delivered too often."""
         kept = []
         for one in found:
-            if self._stream.is_expired(one.time_ns):
+            if self._stream.is_expired(one.sent_at):
                 # The server drops it a bit late.
                 self._held.pop(one.reply, None)
-                await self._tell([one], b"+ACK")
+                await self._tell(one, b"+ACK")
             elif self._is_exhausted(one.attempts - 1):
                 await self._give_up(one._replace(attempts=one.attempts - 1),
                                     "its process ended, or dropped it, before it was done")
@@ -306,46 +281,16 @@ class Delivery:
                 kept.append(one)
         return kept
 
-    async def _pull(self, taken: list[Delivered], most: int, deadline: float) -> None:
-        """
-        Add what is there to the list, or wait, with as many pull requests as its size needs.
-
-        :param most: length of the list, at most
-        """
-        patience_secs = self._stream.settings.address.ack_wait_secs / 4
-        size, has_more = 0, True
-        is_new = False  # the last request brought messages that were never delivered before
-        self._batches += most > 1
-        try:
-            while has_more and len(taken) < most and size < _MOST_TAKEN_BYTES:
-                if taken and time.monotonic() - taken[0].arrived > patience_secs:
-                    break  # the caller has waited long enough for those
-                link = self._connection.ready()
-                limit = _MOST_BYTES // max(1, self._batches)
-                fitting = max(1, limit // (1 << 20 if link is None else link.client.max_payload))
-                count = most - len(taken)
-                max_bytes: int | None = min(limit, _MOST_TAKEN_BYTES - size)
-                if count <= fitting or not is_new:
-                    # With a limit by bytes, the servers put a message that does not fit behind all
-                    # others that were given back. New messages come later anyway.
-                    count, max_bytes = min(count, fitting), None
-                before = len(taken)
-                has_more = await self._call(taken, count, 0.0 if taken else deadline, max_bytes)
-                is_new = len(taken) > before and taken[-1].attempts == 1
-                size = sum(len(one.data) for one in taken)
-        finally:
-            self._batches -= most > 1
-
-    async def _call(self, taken: list[Delivered], wanted: int, deadline: float,
-                    max_bytes: int | None) -> bool:
-        """Make pull requests until one brings something; tell whether there may be more."""
+    async def _pull(self, taken: list[Delivered], wanted: int, deadline: float) -> None:
+        """Make pull requests until one brings something, and add that to the list."""
         if self._spare:
             for one in sorted(self._spare.values(), key=lambda one: one.number)[:wanted]:
                 taken.append(self._spare.pop(one.reply))
-            return True
+            return
         if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
             self.heard = time.monotonic()
         self._calls += 1
+        max_bytes = _MOST_BYTES // self._calls if wanted > 1 else None
         pull: _Pull | None = None
         try:
             while True:
@@ -354,8 +299,13 @@ class Delivery:
                     pull = await inbox.pull(wanted, deadline, max_bytes)
                     await self._wait(inbox, pull, deadline)
                     self._check_open()
-                if (pull is not None and pull.messages) or time.monotonic() >= deadline:
-                    return pull is not None and pull.has_more
+                    if pull.messages:
+                        return
+                    if pull.is_too_small:
+                        wanted, max_bytes = 1, None
+                        continue
+                if time.monotonic() >= deadline:
+                    return
                 if pull is not None and pull.is_refused:
                     # Nobody leads the consumer at the moment, or it is there no more.
                     await asyncio.sleep(connection.PAUSE_SECS)
@@ -363,7 +313,6 @@ class Delivery:
         except TimeoutError as error:
             if self._is_silent():
                 raise errors.translate(error, self._stream.settings.path) from None
-            return False
         finally:
             if pull is not None:
                 pull.is_left = True
@@ -441,26 +390,20 @@ class Delivery:
 
     async def _keep_telling(self) -> None:
         """Tell the servers what is in progress, as long as something is held."""
-        # The first word comes when a message is 3/8 of ack_wait old at the latest.
-        pause = self._stream.settings.address.ack_wait_secs / 4
         while self._held:
-            await asyncio.sleep(pause)
-            now = time.monotonic()
-            await self._tell([one for one in self._held.values() if now - one.arrived > pause / 2],
-                             b"+WPI")
+            await asyncio.sleep(self._stream.settings.address.ack_wait_secs / 4)
+            for index, one in enumerate(list(self._held.values()), start=1):
+                await self._tell(one, b"+WPI")
+                if index % _ACKS_AT_ONCE == 0:
+                    # The above never yields to the loop.
+                    await asyncio.sleep(0)
 
-    async def _tell(self, messages: Sequence[Delivered], what: bytes) -> None:
-        """Say something about messages without waiting for an answer, if a server is there."""
-        # Many of them in one write: one by one, they would take a slow connection for themselves.
-        for begin in range(0, len(messages), _ACKS_AT_ONCE):
-            link = self._connection.ready()
-            if link is None:
-                return
-            for one in messages[begin:begin + _ACKS_AT_ONCE]:
-                with contextlib.suppress(nats.errors.Error, OSError):
-                    await link.client.publish(one.reply, what)
-            # The above never yields to the loop.
-            await asyncio.sleep(0)
+    async def _tell(self, one: Delivered, what: bytes) -> None:
+        """Say something about a message without waiting for an answer, if a server is there."""
+        link = self._connection.ready()
+        if link is not None:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await link.client.publish(one.reply, what)
 
     # Ending
 
@@ -535,7 +478,7 @@ class Delivery:
         try:
             while floor < max(own) and time.monotonic() < deadline:
                 before = len(pulled)
-                await self._pull(pulled, before + min(len(own), max(own) - floor), 0.0)
+                await self._pull(pulled, min(len(own), max(own) - floor), 0.0)
                 if len(pulled) == before:
                     break
                 floor = max(one.number for one in pulled[before:])
@@ -653,7 +596,7 @@ class Delivery:
     async def take_newest(self, timeout: float | None) -> tuple[int, list[Delivered]]:
         """Take the newest message, and acknowledge all older ones; tell how many these are."""
         count = 0
-        found = await self.take(timeout, _SKIPPED_AT_ONCE)
+        found = await self.take(timeout, _ACKS_AT_ONCE)
         try:
             # What is published meanwhile may be too fast for us to come to an end.
             last = int((await self._stream.state())["last_seq"]) if found else 0
@@ -662,7 +605,7 @@ class Delivery:
                 await self.ack(found[:-1])
                 count += len(found) - 1
                 found = found[-1:]
-                if found[0].number >= last or not (more := await self.take(0.0, _SKIPPED_AT_ONCE)):
+                if found[0].number >= last or not (more := await self.take(0.0, _ACKS_AT_ONCE)):
                     break
                 found += more
         except BaseException:
@@ -686,7 +629,7 @@ class Delivery:
             start = int(info["delivered"]["stream_seq"]) + 1
             while True:
                 found = await self._stream.next_stored(stream.filters_of(info["config"]), start)
-                if found is None or not self._stream.is_expired(found.time_ns):
+                if found is None or not self._stream.is_expired(found.sent_at):
                     return None if found is None else found.data
                 start = found.number + 1
         # While others have messages, or some were given back, the server does not tell which.
@@ -697,5 +640,4 @@ class Delivery:
 
 def to_message(one: Delivered) -> persipubsub.message.Message:
     """Tell what is known of a message."""
-    sent_at = _EPOCH + datetime.timedelta(microseconds=one.time_ns // 1000)
-    return persipubsub.message.Message(one.data, one.number, sent_at, one.attempts)
+    return persipubsub.message.Message(one.data, one.number, one.sent_at, one.attempts)

@@ -282,30 +282,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         It is no snapshot: subscribers are asked for one after the other. What was dropped, cleared
         or skipped is not counted by NATS, and is 0.
         """
-
-        async def look(kept: stream.Stream) -> tuple[dict[str, stream.Info], stream.Info, int]:
-            return await kept.infos(), await kept.state(), kept.now_ns()
-
-        infos, state, now_ns = self.ask(look)
-        mark = self.settings.queue.high_water_mark
-        messages, size = int(state["messages"]), int(state["bytes"])
-        age = max(0, now_ns - stream.to_ns(state["first_ts"])) / 1e9 if messages else None
-        subscribers = tuple(_figures_of(*one, now_ns) for one in sorted(infos.items()))
-        return QueueStatistics(path=self.settings.path,
-                               messages=messages,
-                               message_share=persipubsub.statistics.share(
-                                   messages, mark.max_msgs_num),
-                               message_bytes=size,
-                               byte_share=persipubsub.statistics.share(size, mark.size_bytes),
-                               file_bytes=size,
-                               file_share=persipubsub.statistics.share(size, mark.size_bytes),
-                               oldest_age_seconds=age,
-                               age_share=persipubsub.statistics.share(age or 0.0,
-                                                                      mark.msg_timeout_secs),
-                               next_number=int(state["last_seq"]) + 1,
-                               commits=int(state["last_seq"]),
-                               sent=int(state["last_seq"]),
-                               subscribers=subscribers)
+        return self.ask(_count)
 
 
 class Lease:
@@ -425,9 +402,31 @@ class Consumer:
         return self._queue.run(lambda: self._queue.delivery_to(self._subscriber).front())
 
 
-def _figures_of(subscriber: str, info: stream.Info, now_ns: int) -> SubscriberStatistics:
+async def _count(kept: stream.Stream) -> QueueStatistics:
+    infos, state = await kept.infos(), await kept.state()
+    mark = kept.settings.queue.high_water_mark
+    messages, size = int(state["messages"]), int(state["bytes"])
+    age = kept.age_secs(stream.to_time(state["first_ts"])) if messages else None
+    share = persipubsub.statistics.share
+    return QueueStatistics(path=kept.settings.path,
+                           messages=messages,
+                           message_share=share(messages, mark.max_msgs_num),
+                           message_bytes=size,
+                           byte_share=share(size, mark.size_bytes),
+                           file_bytes=size,
+                           file_share=share(size, mark.size_bytes),
+                           oldest_age_seconds=age,
+                           age_share=share(age or 0.0, mark.msg_timeout_secs),
+                           next_number=int(state["last_seq"]) + 1,
+                           commits=int(state["last_seq"]),
+                           sent=int(state["last_seq"]),
+                           subscribers=tuple(
+                               _count_of(kept, *one) for one in sorted(infos.items())))
+
+
+def _count_of(kept: stream.Stream, subscriber: str, info: stream.Info) -> SubscriberStatistics:
     floor = info["ack_floor"]
-    idle_ns = now_ns - stream.to_ns(floor["last_active"]) if floor.get("last_active") else None
+    last = floor.get("last_active")
     return SubscriberStatistics(
         subscriber=subscriber,
         lag=stream.lag_of(info),
@@ -436,7 +435,7 @@ def _figures_of(subscriber: str, info: stream.Info, now_ns: int) -> SubscriberSt
         acknowledged=int(floor["consumer_seq"]),
         failed=int(info["num_redelivered"]),
         **_NOT_COUNTED,
-        seconds_since_acknowledged=None if idle_ns is None else max(0, idle_ns) / 1e9)
+        seconds_since_acknowledged=kept.age_secs(stream.to_time(last)) if last else None)
 
 
 def ensure_queue(config: Config, queue_key: str) -> None:
@@ -553,9 +552,10 @@ async def _look(kept: stream.Stream,
         number = one.number + 1
         # With retain_secs, messages are stored that nobody wants.
         is_wanted = one.subject != address.nobodys_subject(kept.name)
-        if is_wanted and not (are_old_left_out and kept.is_expired(one.time_ns)):
-            age_seconds = max(0, kept.now_ns() - one.time_ns) / 1e9
-            found.append(Peeked(one.number, age_seconds, recipients.get(one.subject), one.data))
+        if is_wanted and not (are_old_left_out and kept.is_expired(one.sent_at)):
+            found.append(
+                Peeked(one.number, kept.age_secs(one.sent_at), recipients.get(one.subject),
+                       one.data))
     return found
 
 

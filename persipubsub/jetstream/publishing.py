@@ -264,7 +264,7 @@ class Publishing:
                 is_scarce = (messages + 2 * count + 1000 > most_messages
                              or stored + 2 * size > most_bytes)
                 return was_made, is_scarce
-            if self._settings.retain_ns and not was_made:
+            if self._settings.retain_secs and not was_made:
                 await self._stream.drop_finished()
             elif self._settings.strategy.startswith("prune"):
                 await self._prune(messages, count)

@@ -35,8 +35,7 @@ class Settings:
         mark = self.queue.high_water_mark
         self.strategy = mark.strategy.value
         self.wait_secs = self.queue.busy_timeout_secs
-        self.timeout_ns = _nanoseconds(mark.msg_timeout_secs)
-        self.retain_ns = _nanoseconds(self.queue.retain_secs) or 0
+        self.retain_secs = self.queue.retain_secs or 0.0
         everybody = set(self.queue.subscribers)
         #: Recipients of publishers that list them.
         self.audiences = {
@@ -78,16 +77,16 @@ class Settings:
         """
         mark = self.queue.high_water_mark
         age_ns = 0
-        if self.timeout_ns is not None:
+        if mark.msg_timeout_secs is not None:
             # The server wants a tenth of a second at least.
-            age_ns = max(self.timeout_ns, self.retain_ns, 100_000_000)
+            age_ns = int(max(mark.msg_timeout_secs, self.retain_secs, 0.1) * 1e9)
         window_ns = int(_DUPLICATE_WINDOW_SECS * 1e9)
         return {
             "name": self.address.stream,
             "description": "A queue of persipubsub",
             "subjects": [f"persipubsub.{self.address.stream}.>"],
             # With interest alone, a message goes when everybody has acknowledged it.
-            "retention": "limits" if self.retain_ns else "interest",
+            "retention": "limits" if self.retain_secs else "interest",
             "storage": "file",
             "discard": "new",
             "max_msgs": -1 if mark.max_msgs_num is None else mark.max_msgs_num,
@@ -118,10 +117,6 @@ class Settings:
             "filter_subjects": self.filters(subscriber),
             "metadata": metadata,
         }
-
-
-def _nanoseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1e9)
 
 
 def is_ours(stream_config: dict[str, Any]) -> bool:

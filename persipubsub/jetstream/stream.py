@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     number: int
     subject: str
     data: bytes
-    time_ns: int  #: when it was stored, on the clock of the servers
+    sent_at: datetime.datetime  #: on the clock of the servers
 
 
 class Stream:
@@ -52,8 +52,8 @@ class Stream:
         self.settings = described
         self.name = described.address.stream
         own.is_cluster |= described.address.replicas > 1
-        # Time of the servers minus ours, in nanoseconds, as far as we know.
-        self._offset_ns = 0
+        # Time of the servers minus ours, as far as we know.
+        self._offset = datetime.timedelta()
         # By recipients: when it was seen last that each of them wants their subject.
         self._interest: dict[tuple[str, ...] | None, float] = {}
 
@@ -162,7 +162,7 @@ class Stream:
 
     async def info(self) -> Info:
         """Ask for ``config``, ``state`` and more of the stream; raise if there is none of ours."""
-        before_ns = time.time_ns()
+        before = datetime.datetime.now(datetime.UTC)
         answer = await self._api("STREAM.INFO")
         if not settings.is_ours(answer["config"]):
             raise persipubsub.errors.FormatError(
@@ -170,7 +170,8 @@ class Stream:
                 f"persipubsub, but got: one of somebody else, with the subjects "
                 f"{answer['config'].get('subjects')!r}")
         if answer.get("ts"):
-            self._offset_ns = to_ns(answer["ts"]) - (before_ns + time.time_ns()) // 2
+            after = datetime.datetime.now(datetime.UTC)
+            self._offset = to_time(answer["ts"]) - before - (after - before) / 2
         return answer
 
     async def state(self) -> Info:
@@ -178,14 +179,15 @@ class Stream:
         found: Info = (await self.info())["state"]
         return found
 
-    def now_ns(self) -> int:
-        """Tell the time of the servers, in nanoseconds since 1970."""
-        return time.time_ns() + self._offset_ns
+    def age_secs(self, sent_at: datetime.datetime) -> float:
+        """Tell the age of something, by the clock of the servers."""
+        age = datetime.datetime.now(datetime.UTC) + self._offset - sent_at
+        return max(0.0, age.total_seconds())
 
-    def is_expired(self, time_ns: int) -> bool:
+    def is_expired(self, sent_at: datetime.datetime) -> bool:
         """Tell whether a message is too old; the servers drop it a bit late."""
-        timeout_ns = self.settings.timeout_ns
-        return timeout_ns is not None and self.now_ns() - time_ns > timeout_ns
+        timeout_secs = self.settings.queue.high_water_mark.msg_timeout_secs
+        return timeout_secs is not None and self.age_secs(sent_at) > timeout_secs
 
     async def _find(self, verb: str, body: Info | None = None, **named: Any) -> Info | None:
         """Ask for a consumer or a message; None if it is not there."""
@@ -272,7 +274,7 @@ class Stream:
             return None
         message = min(found, key=lambda one: int(one["seq"]))
         data = base64.b64decode(message.get("data") or b"")
-        return Stored(int(message["seq"]), message["subject"], data, to_ns(message["time"]))
+        return Stored(int(message["seq"]), message["subject"], data, to_time(message["time"]))
 
     # Dropping
 
@@ -304,7 +306,7 @@ class Stream:
         for _ in range(_MOST_STEPS):
             state = await self.state()
             if (not age_ns or not state["messages"]
-                    or self.now_ns() - to_ns(state["first_ts"]) <= age_ns):
+                    or self.age_secs(to_time(state["first_ts"])) * 1e9 <= age_ns):
                 break
             await self.purge(seq=state["first_seq"] + 1)
 
@@ -328,16 +330,8 @@ def lag_of(info: Info) -> int:
     return int(info["num_pending"]) + int(info["num_ack_pending"])
 
 
-def to_ns(text: str) -> int:
-    """
-    Read a time of the server, in nanoseconds since 1970.
-
-    >>> to_ns("1970-01-01T00:00:01.5Z")
-    1500000000
-    """
-    whole, _, fraction = text.rstrip("Z").partition(".")
-    moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
-    return int(moment.timestamp()) * 10**9 + int(fraction.ljust(9, "0")[:9] or 0)
+#: Read a time of the server.
+to_time = datetime.datetime.fromisoformat
 
 
 def to_text(time_ns: int) -> str:
