@@ -98,14 +98,10 @@ class _Pull:
 
     async def wait(self, until: float) -> None:
         """Wait until it is woken, but not longer than that, on the monotonic clock."""
-        # Not asyncio.wait, which takes longer than all the rest of a call.
-        own_loop = asyncio.get_running_loop()
-        self.woken = own_loop.create_future()
-        timer = own_loop.call_at(until, self.wake)
-        try:
-            await self.woken
-        finally:
-            timer.cancel()
+        self.woken = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await self.woken
 
 
 class Inbox:
@@ -514,12 +510,10 @@ class Delivery:
         first_ns = int(self._entry.retry_delay_secs * 1e9)
         naks: list[tuple[Delivered, int]] = []
         for one in messages:
-            if one.reply not in self._held:
-                continue
             if error is not None and self._is_exhausted(one.attempts):
-                await self._give_up(one, error)
-            else:
-                self._held.pop(one.reply, None)
+                if one.reply in self._held:
+                    await self._give_up(one, error)
+            elif self._held.pop(one.reply, None) is not None:
                 naks.append((one, 0 if error is None else persipubsub.message.retry_delay_ns(
                     first_ns, one.attempts)))
         if naks:

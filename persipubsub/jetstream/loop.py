@@ -1,12 +1,12 @@
 """
 Run one event loop in a thread, for all queues of this process that are streams.
 
-The client of NATS is written for ``asyncio``; any thread, and any task of another loop, has a
-coroutine function run there and waits for it. One loop serves all queues: a program with a hundred
-queues has one more thread, and not a hundred.
+nats-py is written for ``asyncio``. Threads, and tasks of other loops, submit a coroutine function to
+this loop and wait for its result. A program with a hundred queues has one more thread, not a
+hundred.
 
-A forked child starts a loop of its own at its first call. The parent's connections are closed in
-the child at once.
+A forked child closes its copies of the parent's sockets at once, and starts a loop of its own at its
+first call.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import os
 import threading
 import weakref
@@ -28,17 +29,17 @@ Work: TypeAlias = Callable[[], Coroutine[Any, Any, ResultT]]
 #: How long the exit of the interpreter waits for the connections to be closed, in seconds.
 _EXIT_SECS: Final = 2.0
 
-#: Where the transports go that a task and its children open.
+#: Transports that a task and its children have opened.
 opened: Final[contextvars.ContextVar[list[asyncio.BaseTransport]]] = contextvars.ContextVar(
     "opened", default=[])
 
 
 class Loop(asyncio.SelectorEventLoop):
     """
-    An event loop with a thread of its own. Its new methods are for any thread, unless they say so.
+    An event loop with a thread of its own. Any thread may call it, unless a method says otherwise.
 
-    It knows its connections, as the client of NATS offers no way to its socket. That is needed to
-    abort a connection to a server that reads nothing, and to close it in a forked child.
+    The loop keeps the transports, because nats-py does not show its socket. They are needed to abort
+    the connection to a server that reads nothing, and to close the sockets in a forked child.
     """
 
     def __init__(self) -> None:
@@ -84,8 +85,6 @@ class Loop(asyncio.SelectorEventLoop):
         except BaseException:
             future.cancel()
             raise
-        finally:
-            del future  # the traceback of an error refers to this frame
 
     async def wait(self, work: Work[ResultT], is_carried_out: bool) -> ResultT:
         """
@@ -94,10 +93,7 @@ class Loop(asyncio.SelectorEventLoop):
         Cancelling the task cancels the work, unless that is to be carried out anyway.
         """
         future = asyncio.wrap_future(self._submit(work))
-        try:
-            return await (asyncio.shield(future) if is_carried_out else future)
-        finally:
-            del future
+        return await (asyncio.shield(future) if is_carried_out else future)
 
     def _submit(self, work: Work[ResultT]) -> "concurrent.futures.Future[ResultT]":
         """
@@ -124,20 +120,18 @@ class Loop(asyncio.SelectorEventLoop):
 
     async def _run_work(self, work: Work[ResultT],
                         future: "concurrent.futures.Future[ResultT]") -> None:
+        finish: Callable[[], None]
         try:
-            result = await work()
+            finish = functools.partial(future.set_result, await work())
         except BaseException as error:  # pylint: disable=broad-exception-caught
-            # At the exit only daemon threads wait, which the interpreter stops where they are. An
-            # error would be printed at the end of a program in which nothing is wrong.
-            if not self.is_ending and future.set_running_or_notify_cancel():
-                future.set_exception(error)
-        else:
-            if not self.is_ending and future.set_running_or_notify_cancel():
-                future.set_result(result)
-        del future  # the traceback of an error refers to this frame
+            finish = functools.partial(future.set_exception, error)
+        # At the exit only daemon threads wait, which the interpreter stops where they are. An error
+        # would be printed at the end of a program in which nothing is wrong.
+        if not self.is_ending and future.set_running_or_notify_cancel():
+            finish()
 
     def post(self, function: Callable[[], object]) -> None:
-        """Call a function in the loop's thread soon. Fit for finalizers: no lock, no error."""
+        """Call a function in the loop's thread soon. Safe in finalizers: no lock, no error."""
         with contextlib.suppress(RuntimeError):  # the loop was closed at the exit
             self.call_soon_threadsafe(function)
 
@@ -173,7 +167,7 @@ class Loop(asyncio.SelectorEventLoop):
         self.stop()
 
     def close_sockets(self) -> None:
-        """Close the parent's connections in a forked child, without a word to the servers."""
+        """Close the parent's sockets in a forked child; the parent's connections stay."""
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for transport in list(self._noted_transports):
             socket = transport.get_extra_info("socket")
@@ -183,7 +177,7 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 def exiting() -> persipubsub.errors.ClosedError:
-    """Describe a call that comes too late."""
+    """Return the error of a call that comes while the interpreter exits."""
     return persipubsub.errors.ClosedError(
         "Expected a program that runs, but got: the interpreter is about to exit")
 
@@ -192,7 +186,7 @@ def exiting() -> persipubsub.errors.ClosedError:
 # hold the old one.
 _lock = threading.Lock()
 _current: Loop | None = None
-# Kept: their transports would close their descriptors, which may be something else by then.
+# Never freed: a transport that is freed closes its descriptor, which may be reused by then.
 _parents: list[Loop] = []
 
 

@@ -14,7 +14,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import persipubsub.drop_log
 import persipubsub.errors
@@ -58,10 +58,6 @@ class _Item:
         self.size = len(data) + len(subject) + len(stream_name) + len(msg_id) + _FRAME_BYTES
 
 
-class _FullError(Exception):
-    """There is no room, and nothing may be dropped."""
-
-
 class Publishing:
     """Put messages into one stream."""
 
@@ -97,10 +93,10 @@ class Publishing:
                 try:
                     await self._put(items, recipients, begin)
                     return items[0].number
-                except _FullError:
+                except persipubsub.errors.QueueFullError:
                     left = until - time.monotonic()
                     if self._settings.strategy != "block" or left <= 0:
-                        await self._raise_full()
+                        raise
                 # Out of turn: it may take for ever, and there may be room for others that send
                 # less.
                 await asyncio.sleep(max(0.001, min(pause, left)))
@@ -219,7 +215,7 @@ class Publishing:
                 if was_made:
                     deadline = self._deadline(time.monotonic())
                 elif time.monotonic() >= deadline:
-                    raise _FullError
+                    raise await self._full()
                 else:
                     # Others made it in that moment, and may take it in the next.
                     await asyncio.sleep(_FIRST_LOOK_SECS)
@@ -269,7 +265,7 @@ class Publishing:
             elif self._settings.strategy.startswith("prune"):
                 await self._prune(messages, count)
             else:
-                raise _FullError
+                raise await self._full()
             was_made = True
 
     async def _prune(self, messages: int, added: int) -> None:
@@ -282,11 +278,12 @@ class Publishing:
             drop = functools.partial(self._stream.delete_newest, messages - keep)
         self.drops.add((await self._stream.count_dropped(drop)).items())
 
-    async def _raise_full(self) -> NoReturn:
+    async def _full(self) -> persipubsub.errors.QueueFullError:
+        """Describe a queue in which there is no room, and nothing may be dropped."""
         messages = (await self._stream.state())["messages"]
         lags = await self._stream.lags()
         slowest = max(lags, key=lambda subscriber: lags[subscriber], default="nobody")
-        raise persipubsub.errors.QueueFullError(
+        return persipubsub.errors.QueueFullError(
             f"Expected room in the queue {self._settings.path} (MAX_MSGS_NUM, "
             f"HWM_LMDB_SIZE_BYTES), but got: {messages} messages wait in it, "
             f"{lags.get(slowest, 0)} of them for {slowest!r}")

@@ -15,7 +15,6 @@ _FRAME_BYTES: Final = 512
 
 #: What tells our streams and consumers from others.
 _MARK: Final = "persipubsub"
-_OURS: Final = {_MARK: "1"}
 
 
 class Settings:
@@ -35,7 +34,7 @@ class Settings:
         mark = self.queue.high_water_mark
         self.strategy = mark.strategy.value
         self.wait_secs = self.queue.busy_timeout_secs
-        self.retain_secs = self.queue.retain_secs or 0.0
+        self.retain_secs = self.queue.retain_secs
         everybody = set(self.queue.subscribers)
         #: Recipients of publishers that list them.
         self.audiences = {
@@ -92,30 +91,31 @@ class Settings:
             "max_msgs": -1 if mark.max_msgs_num is None else mark.max_msgs_num,
             "max_bytes": -1 if mark.size_bytes is None else mark.size_bytes + _FRAME_BYTES,
             "max_age": age_ns,
-            "max_consumers": -1,
             "num_replicas": self.address.replicas,
             "duplicate_window": min(age_ns or window_ns, window_ns),
-            "metadata": _OURS,
+            "metadata": {
+                _MARK: "1"
+            },
         }
 
     def consumer_config(self, subscriber: str) -> dict[str, Any]:
         """Describe the durable consumer of a subscriber for the server."""
         name = address.durable_of(subscriber)
-        metadata = {_MARK: subscriber}
-        start_from = self.entry(subscriber).start_from
-        is_from_beginning = start_from is persipubsub.config.StartFrom.BEGINNING
+        beginning = persipubsub.config.StartFrom.BEGINNING
         return {
             "name": name,
             "durable_name": name,
             "ack_policy": "explicit",
-            "deliver_policy": "all" if is_from_beginning else "new",
+            "deliver_policy": "all" if self.entry(subscriber).start_from is beginning else "new",
             "ack_wait": int(self.address.ack_wait_secs * 1e9),
             # max_deliveries is ours: the server would only stop delivering, and keep the message.
             "max_deliver": -1,
             "max_ack_pending": -1,
             "max_waiting": 4096,
             "filter_subjects": self.filters(subscriber),
-            "metadata": metadata,
+            "metadata": {
+                _MARK: subscriber
+            },
         }
 
 

@@ -18,12 +18,12 @@ from persipubsub.jetstream import address, connection, errors, settings
 #: Messages that are deleted at the same time.
 _WINDOW: Final = 128
 
-#: It is looked this often whether all consumers are still there, in seconds.
+#: Publishers check so often whether all consumers still exist, in seconds.
 _INTEREST_SECS: Final = 1.0
 
-#: A cluster that was started again does not know all of its consumers for a moment, and says that
-#: they are not there; that is believed after so many seconds. The same while a consumer is being
-#: replaced (seek), on any server.
+#: A cluster that was restarted does not know all of its consumers for a moment, and answers that they
+#: do not exist; that is believed after so many seconds. The same holds on any server while seek
+#: replaces a consumer.
 _RECOVERY_SECS: Final = 5.0
 _REPLACED_SECS: Final = 1.0
 
@@ -54,7 +54,7 @@ class Stream:
         own.is_cluster |= described.address.replicas > 1
         # Time of the servers minus ours, as far as we know.
         self._offset = datetime.timedelta()
-        # By recipients: when it was seen last that each of them wants their subject.
+        # By recipients: when each of them was last seen to want their subject.
         self._interest: dict[tuple[str, ...] | None, float] = {}
 
     def deadline(self) -> float:
@@ -69,7 +69,7 @@ class Stream:
         """
         Ask the API of JetStream; raise ApiError at a refusal that waiting does not change.
 
-        Without ``confirms``, it is believed at once that a stream or a consumer is not there.
+        Without ``confirms``, an answer that a stream or a consumer is missing is believed at once.
         """
         subject = f"$JS.API.{verb}.{self.name}" + (f".{consumer}" if consumer else "")
         payload = b"" if body is None else json.dumps(body).encode("utf-8")
@@ -94,31 +94,31 @@ class Stream:
     # Making
 
     async def ensure(self) -> None:
-        """Make the stream and its consumers as far as they are not there, or update them."""
+        """Create the stream and its consumers, or update them."""
         wanted = self.settings.stream_config()
         try:
             await self._api("STREAM.CREATE", wanted)
         except errors.ApiError as error:
             if error.err_code != errors.NAME_IN_USE:
                 raise
-            # It is there, with other settings, or of somebody else.
+            # It exists with other settings, or is somebody else's.
             found = await self.info()
             await self._api("STREAM.UPDATE", {**found["config"], **wanted})
         for subscriber in self.settings.subscribers:
             await self.ensure_consumer(subscriber)
 
     async def ensure_consumer(self, subscriber: str) -> bool:
-        """Make the consumer of a subscriber, or update it; return True if it was not there."""
+        """Create the consumer of a subscriber, or update it; return True if it was created."""
         wanted = self.settings.consumer_config(subscriber)
         name = address.durable_of(subscriber)
         found = await self._find("CONSUMER.INFO", consumer=name, confirms=False)
         if found is not None:
             config = found["config"]
-            # What it was to get stays: messages may be under way that nobody else wants.
+            # Its old subjects stay: they may have messages that no other consumer needs.
             filters = sorted(set(wanted["filter_subjects"]) | set(filters_of(config)))
             if filters == sorted(filters_of(config)) and config["ack_wait"] == wanted["ack_wait"]:
                 return False
-            # Where it began can not be changed.
+            # The server does not change the start of a consumer.
             wanted = {**config, "ack_wait": wanted["ack_wait"], "filter_subjects": filters}
         await self._create_consumer(wanted)
         return found is None
@@ -148,7 +148,7 @@ class Stream:
         config = {key: value for key, value in found["config"].items() if "opt_start" not in key}
         name = address.guard_of(subscriber)
         guard = {**config, **start, "name": name, "durable_name": name, "metadata": {}}
-        # Of a call that was killed.
+        # Left by a call that was killed.
         await self._find("CONSUMER.DELETE", consumer=name, confirms=False)
         # The server finds the place.
         number = int((await self._create_consumer(guard))["delivered"]["stream_seq"]) + 1
@@ -199,7 +199,7 @@ class Stream:
             return None
 
     async def consumer_info(self, subscriber: str) -> Info:
-        """Ask for what is known of a subscriber; raise NotInitializedError if it is missing."""
+        """Ask for the consumer of a subscriber; raise NotInitializedError if there is none."""
         found = await self._find("CONSUMER.INFO", consumer=address.durable_of(subscriber))
         if found is None:
             raise self.missing(subscriber)
@@ -209,16 +209,16 @@ class Stream:
         """
         Check that every recipient wants its messages.
 
-        A stream of this kind acknowledges what nobody wants, and drops it: a message to a
+        The server acknowledges and drops a message that no consumer wants: a message to a
         subscriber without a consumer would be lost without an error. The servers are asked once a
-        second, and not each time: only an operator takes consumers away.
+        second, and not each time: only an operator removes consumers.
         """
         now = time.monotonic()
         seen = self._interest.get(recipients)
         if seen is not None and now - seen < _INTEREST_SECS:
             return
         self._interest.pop(recipients, None)
-        # What they want is asked for once.
+        # The subjects of a consumer are checked once; later only whether it exists.
         names = await self._names() if seen is not None else ()
         subject = self.settings.subject(recipients)
 
@@ -251,8 +251,8 @@ class Stream:
         """
         Ask for what the servers know of all subscribers, by id.
 
-        Those that were taken out of the configuration are among them: they hold messages as long as
-        they have a consumer.
+        Subscribers that the configuration no longer has are among them: their consumers hold
+        messages until they are removed.
         """
         names = [*map(address.durable_of, self.settings.subscribers), *await self._names()]
         infos = await asyncio.gather(*(self._find("CONSUMER.INFO", consumer=name)
