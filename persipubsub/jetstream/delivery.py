@@ -1,16 +1,16 @@
 """
 Deliver the messages of one subscriber: pull, hold, acknowledge, give back.
 
-The server gives a message to one consumer and expects an acknowledgement within ``ack_wait``. As
-long as a message is held, the server is told that it is being worked on; when its process dies,
-nobody tells it any more, and the message is delivered to another.
+The server delivers a message to one process and expects an acknowledgement within ``ack_wait``.
+While a process holds a message, it sends *in progress*. When the process dies, this ends, and the
+server delivers the message to another process.
 
 A message that was delivered as often as ``max_deliveries`` allows is given up. First it is put into
 the queue of dead letters, under an id that is the same in every process; then it is acknowledged. A
 process that is killed between the two leaves it in both: the next consumer that gets it puts it
 again, which changes nothing, and acknowledges it.
 
-What does not say otherwise runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
+All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 """
 
 import asyncio
@@ -35,38 +35,38 @@ from persipubsub.jetstream import address, connection, errors, publishing, strea
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
-#: A pull request is made again after so many seconds: it is lost with the server that has it.
+#: A pull request expires after so long, in seconds, because it is lost when its server dies.
 _LONGEST_PULL_SECS: Final = 5.0
 
-#: The server shows this often that it still has a pull request, in seconds.
+#: Interval of the heartbeats by which a server shows that it has a pull request, in seconds.
 _HEARTBEAT_SECS: Final = 0.5
 
-#: A pull request without a sign of life for so many seconds may be lost.
+#: A pull request without a heartbeat for so long may be lost, in seconds.
 _LOST_SECS: Final = 3 * _HEARTBEAT_SECS
 
-#: Bytes of the pull requests that wait at a time, or one larger message. Servers drop a connection
-#: that is 64 MiB behind, and what was delivered over it is lost until ack_wait. A prime number, as a
-#: pull that is used up to its last byte ends without a word, which messages of one size would come
-#: to.
+#: Bytes of all pull requests that wait at a time, or one larger message. Servers drop a connection
+#: that is 64 MiB behind, and its messages are delivered again only after ack_wait. The number is
+#: prime: messages of one size do not use it up exactly, which would end a request without a status.
 _MOST_BYTES: Final = (1 << 23) - 15
 
 #: Messages that are acknowledged at the same time: one that waits for thousands of others would be
 #: acknowledged again before it is answered.
 _ACKS_AT_ONCE: Final = 512
 
-#: A message that can not be given back within so many seconds is delivered again after ack_wait.
+#: A -NAK that is not answered within so many seconds is given up: ack_wait has the same effect.
 _NAK_SECS: Final = 2.0
 
-#: A pull waits so long for what is given back, in seconds.
+#: A pull waits so long until the server has what was given back, in seconds.
 _SETTLE_SECS: Final = 1.0
 
-#: What can not be given up is delivered again after so long, and one warning is logged.
+#: A message that can not become a dead letter is delivered again after so long; a warning is logged
+#: at this interval, in seconds.
 _POSTPONED_NS: Final = 10**9
 _WARNING_SECS: Final = 60.0
 
 
 class Delivered(NamedTuple):
-    """A message that the servers gave to us."""
+    """A message that the servers delivered to this process."""
 
     data: bytes
     reply: str  #: subject to acknowledge it at
@@ -77,16 +77,16 @@ class Delivered(NamedTuple):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Pull:
-    """A pull request, and what it brought."""
+    """A pull request, and the messages for the call that made it."""
 
     name: str
     wanted: int
     left: int  #: messages that the servers may still send for it
     ends: float
-    heard: float  #: when the servers gave a sign that they have it, or will
+    heard: float  #: when the servers last showed that they have it; its end if they need not
     messages: list[Delivered] = dataclasses.field(default_factory=list)
     is_over: bool = False
-    is_left: bool = False  #: by its call, which was cancelled or had no time to wait for its end
+    is_left: bool = False  #: its call ended before it
     is_refused: bool = False
     is_too_small: bool = False  #: the next message is larger than its bytes
     woken: asyncio.Future[None] | None = None
@@ -106,11 +106,11 @@ class _Pull:
 
 class Inbox:
     """
-    Make the pull requests of one consumer over one connection, and hand out what they bring.
+    Make the pull requests of one consumer over one connection, and hand out the messages.
 
-    The servers serve pull requests first come, first served, and so are the calls that wait: which
-    request a message was for does not matter. A call that is cancelled leaves its request to the
-    next one. ``fetch`` of nats-py was rejected: it knows neither ``no_wait`` nor ``max_bytes``, and
+    Servers serve the requests in their order, and calls get the messages in theirs: which request a
+    message was sent for does not matter. A call that is cancelled leaves its request to the next
+    call. ``fetch`` of nats-py was rejected: it offers neither ``no_wait`` nor ``max_bytes``, and
     takes a lost connection for an empty queue.
     """
 
@@ -139,7 +139,7 @@ class Inbox:
                 pull.is_left = pull.is_over = False
                 pull.messages = []
                 return pull
-        # It ends as soon as it brought what is there; with a time, it waits if that is nothing.
+        # It ends when it has brought what is there. With a time, it waits for the first message.
         request: dict[str, Any] = {"batch": wanted, "no_wait": True}
         secs = min(max(0.0, deadline - now), _LONGEST_PULL_SECS)
         heard = ends = now + secs
@@ -160,7 +160,7 @@ class Inbox:
     async def _come(self, message: nats.aio.msg.Msg) -> None:
         now = self._owner.heard = time.monotonic()
         if message.reply:
-            # It counts for the oldest request.
+            # The server serves the oldest request first.
             oldest = next(iter(self.pulls.values()), None)
             known = message.metadata
             self._owner.hold(
@@ -177,7 +177,7 @@ class Inbox:
             status, text = header.get("Status"), header.get("Description") or ""
             if status != "100":
                 pull.is_too_small = status == "409" and "MaxBytes" in text
-                # Nobody leads the consumer, or there is none any more.
+                # The consumer has no leader, or was removed.
                 pull.is_refused = not pull.is_too_small and status not in ("404", "408")
                 self.end(pull)
 
@@ -186,7 +186,7 @@ class Inbox:
         for pull in self.pulls.values():
             if not (pull.is_left or pull.is_over):
                 pull.messages.append(one)
-                # What comes for the request of another call does not end the one of this call.
+                # A message for another call's request does not end the request of this call.
                 if len(pull.messages) == pull.wanted or pull is not source:
                     pull.is_over = True
                     pull.wake()
@@ -205,7 +205,7 @@ class Inbox:
             self.end(pull)
 
     async def drain(self) -> None:
-        """Stop listening, but take what comes until the server knows."""
+        """Stop listening, but take the messages that the server sends until it knows."""
         self.end_all()
         with contextlib.suppress(nats.errors.Error, OSError):
             if self._subscription is not None:
@@ -217,9 +217,9 @@ class Delivery:
 
     def __init__(self, own: stream.Stream, subscriber: str,
                  open_target: Callable[[str], publishing.Publishing]) -> None:
-        """Initialize without pulling; the queue of dead letters is opened at its first use."""
+        """Initialize without pulling; ``open_target`` opens the queue of dead letters."""
         self.loop = own.connection.loop
-        self.heard = time.monotonic()  #: when the servers were heard last, or nothing was asked
+        self.heard = time.monotonic()  #: last answer of the servers, or last time without calls
         self._stream = own
         self._connection = own.connection
         self._subscriber = subscriber
@@ -230,16 +230,16 @@ class Delivery:
         self._warned = -_WARNING_SECS
         self._inbox: Inbox | None = None
         self._calls = 0  #: that wait
-        # What came for calls that were cancelled, by the subject to reply at.
+        # Messages that came for calls that were cancelled, by the subject to reply at.
         self._spare: dict[str, Delivered] = {}
-        # What came and was neither acknowledged nor given back, by the subject to reply at; and
+        # Messages that were neither acknowledged nor given back, by the subject to reply at; and
         # those of them that are being acknowledged.
         self._held: dict[str, Delivered] = {}
         self._acking: set[str] = set()
-        # What gives messages back, or stops listening. A later pull waits for it, or later messages
-        # would come first.
+        # Tasks that give messages back, or stop listening. A pull waits for them: otherwise later
+        # messages would come first.
         self._endings: set[asyncio.Task[None]] = set()
-        self._telling: asyncio.Task[None] | None = None
+        self._progress: asyncio.Task[None] | None = None
         self._is_closed = False
         self._called = self.heard  # when a call ended last
 
@@ -263,7 +263,7 @@ class Delivery:
             raise
 
     async def _sift(self, found: list[Delivered]) -> list[Delivered]:
-        """Leave out what is too old, or was delivered too often."""
+        """Leave out messages that are too old, or were delivered too often."""
         kept = []
         for one in found:
             if self._stream.is_expired(one.sent_at):
@@ -278,7 +278,7 @@ class Delivery:
         return kept
 
     async def _pull(self, taken: list[Delivered], wanted: int, deadline: float) -> None:
-        """Make pull requests until one brings something, and add that to the list."""
+        """Make pull requests until one brings messages, and add them to the list."""
         if self._spare:
             for one in sorted(self._spare.values(), key=lambda one: one.number)[:wanted]:
                 taken.append(self._spare.pop(one.reply))
@@ -303,7 +303,7 @@ class Delivery:
                 if time.monotonic() >= deadline:
                     return
                 if pull is not None and pull.is_refused:
-                    # Nobody leads the consumer at the moment, or it is there no more.
+                    # The consumer has no leader at the moment, or was removed.
                     await asyncio.sleep(connection.PAUSE_SECS)
                     await self._look(deadline)
         except TimeoutError as error:
@@ -317,7 +317,7 @@ class Delivery:
             self._called = time.monotonic()
 
     async def _wait(self, inbox: Inbox, pull: _Pull, deadline: float) -> None:
-        """Wait until a pull request is over, or was lost, or there is no time to find out."""
+        """Wait until a pull request is over; end one that was lost."""
         while not pull.is_over:
             await pull.wait(pull.heard + _LOST_SECS)
             if not pull.is_over and time.monotonic() >= pull.heard + _LOST_SECS:
@@ -329,25 +329,24 @@ class Delivery:
                         inbox.end(pull)
 
     async def _look(self, deadline: float) -> None:
-        """Raise an error if the consumer is not there any more, or the servers do not answer."""
+        """Raise an error if the consumer was removed, or the servers do not answer."""
         async with asyncio.timeout_at(deadline):
             await self._stream.consumer_info(self._subscriber)
 
     def _is_silent(self) -> bool:
-        """Tell whether calls have waited for the servers for longer than a call waits."""
+        """Tell whether the servers were silent for longer than a call waits for them."""
         patience = self._stream.settings.wait_secs + _LOST_SECS
         return time.monotonic() >= self.heard + patience
 
     async def _open(self, deadline: float) -> Inbox | None:
-        """Find an inbox of a connection that lives; None if there is none in time."""
+        """Return the inbox of the connection; None if there is no connection in time."""
         self._check_open()
         now = time.monotonic()
         try:
             link = self._connection.ready() or await self._connection.link(
                 min(max(deadline, now + connection.PAUSE_SECS), now + _HEARTBEAT_SECS))
         except persipubsub.errors.UnavailableError:
-            # Servers come back: a call that receives in a loop does not fail for a moment without
-            # them.
+            # A loop of short calls does not fail while the servers are away for a moment.
             if self._is_silent():
                 raise
             return None
@@ -364,8 +363,8 @@ class Delivery:
     def hold(self, one: Delivered, source: _Pull | None) -> None:
         """Note a message that came for a pull request, and give it to a call."""
         self._held[one.reply] = one
-        if self._telling is None or self._telling.done():
-            self._telling = self.loop.start(self._keep_telling())
+        if self._progress is None or self._progress.done():
+            self._progress = self.loop.start(self._keep_in_progress())
         self._pass_on(one, source)
 
     def _pass_on(self, one: Delivered, source: _Pull | None = None) -> None:
@@ -373,8 +372,8 @@ class Delivery:
         if self._is_closed:
             self.give_back([one])
         elif one.reply in self._held and not (self._inbox and self._inbox.offer(one, source)):
-            # At once, it would come to the next request of a cancelled call, and so on: that long,
-            # these are at the server.
+            # Not given back at once: the server would send it for the next request of a cancelled
+            # call. So long, these requests live.
             self._spare[one.reply] = one
             self.loop.call_later(_LONGEST_PULL_SECS, self._give_spare_back, one)
 
@@ -382,10 +381,10 @@ class Delivery:
         if self._spare.pop(one.reply, None) is not None:
             self.give_back([one])
 
-    # Telling
+    # In progress
 
-    async def _keep_telling(self) -> None:
-        """Tell the servers what is in progress, as long as something is held."""
+    async def _keep_in_progress(self) -> None:
+        """Send *in progress* four times in ``ack_wait``, as long as messages are held."""
         while self._held:
             await asyncio.sleep(self._stream.settings.address.ack_wait_secs / 4)
             for index, one in enumerate(list(self._held.values()), start=1):
@@ -395,7 +394,7 @@ class Delivery:
                     await asyncio.sleep(0)
 
     async def _tell(self, one: Delivered, what: bytes) -> None:
-        """Say something about a message without waiting for an answer, if a server is there."""
+        """Reply to a message without waiting for an answer, if there is a connection."""
         link = self._connection.ready()
         if link is not None:
             with contextlib.suppress(nats.errors.Error, OSError):
@@ -405,12 +404,12 @@ class Delivery:
 
     async def ack(self, messages: Sequence[Delivered]) -> None:
         """
-        Acknowledge messages, and wait until the servers have it.
+        Acknowledge messages, and wait for the answers.
 
-        Deliveries are noted after they were made: servers that were killed may know less than they
-        delivered. Such a server ignores the acknowledgement of a message that is still to be
-        delivered as far as it knows. So the messages are asked for again, and acknowledged then. To
-        raise an error was rejected: all that was worked on would be worked on again.
+        A server notes a delivery after it was made, so a server that was killed may have forgotten
+        deliveries. It ignores the acknowledgement of a message that it does not remember
+        delivering. Such messages are pulled again, and acknowledged then. To raise an error was
+        rejected: the work on all of them would be repeated.
         """
         deadline = self._stream.deadline()
         patience = connection.FIRST_ATTEMPT_SECS
@@ -455,15 +454,15 @@ class Delivery:
 
     async def _ask_again(self, messages: list[Delivered], deadline: float) -> list[Delivered]:
         """
-        Let the servers deliver messages again, if they do not know that they did so already.
+        Pull messages again, if the servers do not remember delivering them.
 
-        Return those that are still to be acknowledged.
+        Return the messages that are still to be acknowledged.
         """
         info = await self._stream.consumer_info(self._subscriber)
-        # A leader that was elected just now may have noted our deliveries meanwhile, and act on
-        # what it knew at its election: what it tells of both has to be asked. If it is merely slow,
-        # nothing must be pulled. It may also have noted the acknowledgements, and have died before
-        # it answered.
+        # A new leader may have noted our deliveries meanwhile, and yet act on what it knew at its
+        # election, so both figures are checked. If the leader is merely slow, nothing must be
+        # pulled. The leader may also have noted the acknowledgements, and have died before it
+        # answered.
         floor = int(info["ack_floor"]["stream_seq"])
         messages = [one for one in messages if one.number > floor]
         own = {one.number for one in messages}
@@ -479,9 +478,9 @@ class Delivery:
                     break
                 floor = max(one.number for one in pulled[before:])
         finally:
-            # Others wait for an answer to their acknowledgements as well: those get it now, and
-            # only what nobody has is delivered again. Not sooner: it would come back at once,
-            # before what we ask for.
+            # Other calls wait for answers to their acknowledgements as well, and get them now. Only
+            # messages that no call holds are delivered again. They are not given back sooner: they
+            # would come back at once, before the messages that we pull.
             for one in pulled:
                 if one.number in own:
                     self._held.pop(one.reply, None)
@@ -489,7 +488,7 @@ class Delivery:
         return messages
 
     def give_back(self, messages: Sequence[Delivered]) -> None:
-        """Let others have messages, as far as they are held. It waits for nothing."""
+        """Give messages back that are held, and do not wait."""
         found = [
             one for one in messages
             if one.reply not in self._acking and self._held.pop(one.reply, None) is not None
@@ -499,14 +498,14 @@ class Delivery:
             self.begin_ending(self._nak([(one, 0) for one in found]))
 
     def begin_ending(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Begin what a later pull waits for."""
+        """Start a task that later pulls wait for."""
         task = self.loop.start(coroutine)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
         return task
 
     async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
-        """Let messages be delivered again, or give them up after their last delivery."""
+        """Give messages back, or give them up after their last delivery."""
         first_ns = int(self._entry.retry_delay_secs * 1e9)
         naks: list[tuple[Delivered, int]] = []
         for one in messages:
@@ -521,7 +520,7 @@ class Delivery:
 
     async def _nak(self, naks: Sequence[tuple[Delivered, int]]) -> None:
         """
-        Tell the servers, and wait until they know; after a while, they deliver again anyhow.
+        Send -NAK, and wait for the answers; without them, ``ack_wait`` has the same effect.
 
         :param naks: messages, and after how many nanoseconds each is delivered again
         """
@@ -536,7 +535,7 @@ class Delivery:
             await asyncio.gather(*calls, return_exceptions=True)
 
     def _is_exhausted(self, deliveries: int) -> bool:
-        """Tell whether no further delivery is allowed behind so many."""
+        """Tell whether so many deliveries are all that are allowed."""
         return 0 < self._entry.max_deliveries <= deliveries
 
     async def _give_up(self, one: Delivered, error: str) -> None:
@@ -559,7 +558,7 @@ class Delivery:
         else:
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 await self.ack([one])
-        # Not acknowledged: it comes again, and is put again under the same id.
+        # It was not acknowledged: it is delivered again, and put again under the same id.
         if self._held.pop(one.reply, None) is not None:
             self.begin_ending(self._nak([(one, _POSTPONED_NS)]))
 
@@ -570,7 +569,7 @@ class Delivery:
         parts = ("dead letter", self._stream.name, self._subscriber, message.number,
                  message.sent_at)
         msg_id = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-        # No time to wait for room: the consumer has other messages to work on.
+        # It does not wait for room: the consumer has other messages to work on.
         await self._open_target(self._entry.dead_letter_queue).put([letter.encode()], None, 0,
                                                                    [msg_id.digest()])
 
@@ -582,17 +581,17 @@ class Delivery:
         self.give_back(list(self._held.values()))
         while self._endings:
             await asyncio.wait(list(self._endings))
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._progress is not None:
+            self._progress.cancel()
 
     # Skipping
 
     async def take_newest(self, timeout: float | None) -> tuple[int, list[Delivered]]:
-        """Take the newest message, and acknowledge all older ones; tell how many these are."""
+        """Take the newest message, and acknowledge all older ones; return their number."""
         count = 0
         found = await self.take(timeout, _ACKS_AT_ONCE)
         try:
-            # What is published meanwhile may be too fast for us to come to an end.
+            # Publishers may be faster: stop at the message that is the newest one now.
             last = int((await self._stream.state())["last_seq"]) if found else 0
             while found:
                 found.sort(key=lambda one: one.number)
@@ -603,7 +602,7 @@ class Delivery:
                     break
                 found += more
         except BaseException:
-            # The server knows of those that were acknowledged already.
+            # Those that were acknowledged are not held any more.
             self.give_back(found)
             raise
         return count, found
@@ -617,7 +616,7 @@ class Delivery:
     # Looking
 
     async def front(self) -> bytes | None:
-        """Find the next message that nobody acknowledged or has; None if there is none."""
+        """Return the next message that no consumer has acknowledged or holds; None without one."""
         info = await self._stream.consumer_info(self._subscriber)
         if not info["num_ack_pending"]:
             start = int(info["delivered"]["stream_seq"]) + 1

@@ -1,12 +1,12 @@
 """
 Run one event loop in a thread, for all queues of this process that are streams.
 
-nats-py is written for ``asyncio``. Threads, and tasks of other loops, submit a coroutine function to
-this loop and wait for its result. A program with a hundred queues has one more thread, not a
+nats-py is written for ``asyncio``. Threads, and tasks of other loops, submit a coroutine function
+to this loop and wait for its result. A program with a hundred queues has one more thread, not a
 hundred.
 
-A forked child closes its copies of the parent's sockets at once, and starts a loop of its own at its
-first call.
+A forked child closes its copies of the parent's sockets at once, and starts a loop of its own at
+its first call.
 """
 
 import asyncio
@@ -38,8 +38,8 @@ class Loop(asyncio.SelectorEventLoop):
     """
     An event loop with a thread of its own. Any thread may call it, unless a method says otherwise.
 
-    The loop keeps the transports, because nats-py does not show its socket. They are needed to abort
-    the connection to a server that reads nothing, and to close the sockets in a forked child.
+    The loop keeps the transports, because nats-py does not show its socket. They are needed to
+    abort the connection to a server that reads nothing, and to close the sockets in a forked child.
     """
 
     def __init__(self) -> None:

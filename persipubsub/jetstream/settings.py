@@ -1,4 +1,4 @@
-"""Take from a configuration what the servers have to know of a queue."""
+"""Describe a queue of a configuration for the servers of NATS."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -7,21 +7,21 @@ import persipubsub.config
 import persipubsub.errors
 from persipubsub.jetstream import address
 
-#: The server remembers the ids of messages that long, so that a repeated publish is stored once.
+#: The server remembers the ids of messages so long, and stores a repeated publish once.
 _DUPLICATE_WINDOW_SECS: Final = 120.0
 
-#: Subject, headers and frame of a message, which the server counts as its bytes, in bytes.
+#: Subject, headers and frame of a message, which the server counts as well, in bytes.
 _FRAME_BYTES: Final = 512
 
-#: What tells our streams and consumers from others.
+#: Key in the metadata of our streams and consumers.
 _MARK: Final = "persipubsub"
 
 
 class Settings:
-    """Where a stream is, and what it does with its messages."""
+    """The address of a stream, and the settings of its queue."""
 
     def __init__(self, config: persipubsub.config.Config, queue_key: str) -> None:
-        """Take the settings; raise ConfigError if the path is none of a stream."""
+        """Take the settings; raise ConfigError if the path is wrong."""
         self.config = config
         self.key = queue_key
         self.queue = config.queues[queue_key]
@@ -46,7 +46,7 @@ class Settings:
 
     @property
     def subscribers(self) -> tuple[str, ...]:
-        """All subscribers of the queue; that of dead letters, if subscribers send some here."""
+        """All subscribers of the queue, and the one of dead letters if the queue receives them."""
         is_for_letters = any(one.dead_letter_queue == self.key
                              for one in self.config.subscribers.values())
         letters = (persipubsub.config.DEAD_LETTERS, ) if is_for_letters else ()
@@ -72,7 +72,8 @@ class Settings:
         """
         Describe the stream for the server.
 
-        ``discard`` is ``new``: the server refuses what is above a mark, and the strategy is ours.
+        ``discard`` is ``new``: the server refuses messages above a mark, and the publisher applies
+        the strategy.
         """
         mark = self.queue.high_water_mark
         age_ns = 0
@@ -84,7 +85,7 @@ class Settings:
             "name": self.address.stream,
             "description": "A queue of persipubsub",
             "subjects": [f"persipubsub.{self.address.stream}.>"],
-            # With interest alone, a message goes when everybody has acknowledged it.
+            # With "interest", the server drops a message that every consumer has acknowledged.
             "retention": "limits" if self.retain_secs else "interest",
             "storage": "file",
             "discard": "new",
@@ -108,7 +109,7 @@ class Settings:
             "ack_policy": "explicit",
             "deliver_policy": "all" if self.entry(subscriber).start_from is beginning else "new",
             "ack_wait": int(self.address.ack_wait_secs * 1e9),
-            # max_deliveries is ours: the server would only stop delivering, and keep the message.
+            # Not max_deliveries: the server would stop delivering, but keep the message.
             "max_deliver": -1,
             "max_ack_pending": -1,
             "max_waiting": 4096,
@@ -125,5 +126,5 @@ def is_ours(stream_config: dict[str, Any]) -> bool:
 
 
 def subscriber_of(consumer_config: dict[str, Any]) -> str | None:
-    """Return the subscriber of a consumer; None if this library did not make it, or for a while."""
+    """Return the subscriber of a consumer; None if it has none, like the guard of a seek."""
     return (consumer_config.get("metadata") or {}).get(_MARK)

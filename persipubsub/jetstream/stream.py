@@ -21,9 +21,9 @@ _WINDOW: Final = 128
 #: Publishers check so often whether all consumers still exist, in seconds.
 _INTEREST_SECS: Final = 1.0
 
-#: A cluster that was restarted does not know all of its consumers for a moment, and answers that they
-#: do not exist; that is believed after so many seconds. The same holds on any server while seek
-#: replaces a consumer.
+#: A cluster that was restarted does not know all of its consumers for a moment, and answers that
+#: they do not exist; that is believed after so many seconds. The same holds on any server while
+#: seek replaces a consumer.
 _RECOVERY_SECS: Final = 5.0
 _REPLACED_SECS: Final = 1.0
 
