@@ -11,10 +11,8 @@ its first call.
 
 import asyncio
 import atexit
-import concurrent.futures
 import contextlib
 import contextvars
-import functools
 import os
 import threading
 import weakref
@@ -79,12 +77,15 @@ class Loop(asyncio.SelectorEventLoop):
 
     def call(self, work: Work[ResultT]) -> ResultT:
         """Do work in the loop, and wait for it. Ctrl-C cancels it."""
-        future = self._submit(work)
+        done = threading.Lock()
+        done.acquire()  # pylint: disable=consider-using-with
+        tasks = self._submit(work, done.release)
         try:
-            return future.result()
+            done.acquire()  # pylint: disable=consider-using-with
         except BaseException:
-            future.cancel()
+            self.post(lambda: tasks[0].cancel())
             raise
+        return tasks[0].result()
 
     async def wait(self, work: Work[ResultT], is_carried_out: bool) -> ResultT:
         """
@@ -92,43 +93,46 @@ class Loop(asyncio.SelectorEventLoop):
 
         Cancelling the task cancels the work, unless that is to be carried out anyway.
         """
-        future = asyncio.wrap_future(self._submit(work))
-        return await (asyncio.shield(future) if is_carried_out else future)
+        other = asyncio.get_running_loop()
+        done = other.create_future()
 
-    def _submit(self, work: Work[ResultT]) -> "concurrent.futures.Future[ResultT]":
+        def finish() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        tasks = self._submit(work, lambda: other.call_soon_threadsafe(finish))
+        try:
+            await done
+        except BaseException:
+            if not is_carried_out:
+                self.post(lambda: tasks[0].cancel())
+            raise
+        return tasks[0].result()
+
+    def _submit(self, work: Work[ResultT], tell: Callable[[],
+                                                          object]) -> list[asyncio.Task[ResultT]]:
         """
-        Begin work in the loop; cancelling the future cancels it.
+        Begin work in the loop; its task is in the list when it begins, and done when it is told.
 
-        ``asyncio.run_coroutine_threadsafe`` was rejected: a call took a fifth longer, and work that
-        the exit cancels would print an error.
+        The futures of ``concurrent.futures`` were rejected: a call took 10 us longer, of 37.
         """
         if self.is_ending:
             raise exiting()
-        future: concurrent.futures.Future[ResultT] = concurrent.futures.Future()
+        tasks: list[asyncio.Task[ResultT]] = []
+
+        def finish(_: object) -> None:
+            # At the exit only daemon threads wait, which the interpreter stops where they are. An
+            # error would be printed at the end of a program in which nothing is wrong.
+            if not self.is_ending:
+                with contextlib.suppress(RuntimeError):  # the loop that waits was closed
+                    tell()
 
         def start() -> None:
-            task = self.start(self._run_work(work, future))
-
-            def cancel(_: object) -> None:
-                if future.cancelled():
-                    self.post(task.cancel)
-
-            future.add_done_callback(cancel)
+            tasks.append(self.start(work()))
+            tasks[0].add_done_callback(finish)
 
         self.call_soon_threadsafe(start)
-        return future
-
-    async def _run_work(self, work: Work[ResultT],
-                        future: "concurrent.futures.Future[ResultT]") -> None:
-        finish: Callable[[], None]
-        try:
-            finish = functools.partial(future.set_result, await work())
-        except BaseException as error:  # pylint: disable=broad-exception-caught
-            finish = functools.partial(future.set_exception, error)
-        # At the exit only daemon threads wait, which the interpreter stops where they are. An error
-        # would be printed at the end of a program in which nothing is wrong.
-        if not self.is_ending and future.set_running_or_notify_cancel():
-            finish()
+        return tasks
 
     def post(self, function: Callable[[], object]) -> None:
         """Call a function in the loop's thread soon. Safe in finalizers: no lock, no error."""

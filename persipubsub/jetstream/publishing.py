@@ -5,7 +5,6 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 """
 
 import asyncio
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -13,7 +12,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import persipubsub.drop_log
@@ -106,7 +105,8 @@ class Publishing:
     async def _put(self, items: Sequence[_Item], recipients: tuple[str, ...] | None,
                    begin: float) -> None:
         """Publish the messages that are not stored yet."""
-        async with self._turn(begin) as deadline:
+        async with self._order:
+            deadline = self._in_turn(begin)
             link = await self._connection.link(deadline)
             self._check_payload(items, link.client.max_payload)
             await self._stream.require_interest(recipients)
@@ -117,18 +117,17 @@ class Publishing:
         if not items[0].is_tried:
             await self._attempt(items[0], connection.FIRST_ATTEMPT_SECS, deadline)
         if not items[0].number:
-            async with self._turn(begin):
+            async with self._order:
+                self._in_turn(begin)
                 await self._again(items[0])
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, begin: float) -> AsyncIterator[float]:
-        """Let no other call write; yield the time until which the servers may be waited for."""
-        async with self._order:
-            # The wait for this lock does not count while earlier calls are answered.
-            deadline = self._deadline(max(begin, self._answered))
-            if time.monotonic() >= deadline:
-                raise errors.translate(TimeoutError(), self._settings.path)
-            yield deadline
+    def _in_turn(self, begin: float) -> float:
+        """Return the time until which the servers may be waited for, if it is not over."""
+        # The wait for the lock does not count while earlier calls are answered.
+        deadline = self._deadline(max(begin, self._answered))
+        if time.monotonic() >= deadline:
+            raise errors.translate(TimeoutError(), self._settings.path)
+        return deadline
 
     def _deadline(self, begin: float) -> float:
         """Bound the wait for the servers, on the monotonic clock."""
