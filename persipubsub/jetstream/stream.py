@@ -9,7 +9,7 @@ import base64
 import datetime
 import json
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import persipubsub.errors
