@@ -78,7 +78,6 @@ async def until_waiting(queue: engine.Queue, count: int) -> None:
 async def test_waiting_and_sending_need_no_threads(config_pth: Path) -> None:
     async with opened(config_pth) as (queue, consumer):
         before = threading.active_count()
-        # More than pull requests that one consumer has at the servers.
         tasks = [asyncio.ensure_future(receive(consumer)) for _ in range(600)]
         await asyncio.sleep(0.2)
         sending = [asyncio.ensure_future(queue.aput([one])) for one in numbered(600)]

@@ -8,7 +8,6 @@ so that a configuration can be checked where the extra is not installed.
 import hashlib
 import ipaddress
 import re
-import urllib.parse
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -98,20 +97,19 @@ def _parse_server(text: str) -> str:
 
 def _parse_query(query: str) -> dict[str, str]:
     """Read the options of a path."""
-    try:
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError:
-        raise ValueError(
-            f"Expected name=value behind the question mark, but got: {query!r}") from None
-    for name, value in pairs:
+    options: dict[str, str] = {}
+    for pair in query.split("&") if query else ():
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise ValueError(f"Expected name=value behind the question mark, but got: {query!r}")
         if name not in _OPTIONS:
             raise ValueError(f"Expected only the options {', '.join(_OPTIONS)}, but got: {name!r}")
         pattern, described = _OPTIONS[name]
         if not re.fullmatch(pattern, value):
             raise ValueError(f"Expected {name} to be {described}, but got: {value!r}")
-    options = dict(pairs)
-    if len(options) < len(pairs):
-        raise ValueError(f"Expected each option once, but got: {query!r}")
+        if name in options:
+            raise ValueError(f"Expected each option once, but got: {query!r}")
+        options[name] = value
     return options
 
 

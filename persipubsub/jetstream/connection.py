@@ -1,5 +1,5 @@
 """
-Keep a connection to the servers of a stream, and ask them until they answer or the time is over.
+Connect to the servers of a stream, and repeat a request until it is answered or its time is over.
 
 All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`. Queues at the same servers
 share a connection. Credentials come from the environment, under the names that the tool ``nats``
@@ -9,13 +9,11 @@ uses.
 import asyncio
 import contextlib
 import dataclasses
-import itertools
-import math
 import os
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import nats.aio.client
@@ -35,14 +33,14 @@ _ARGUMENTS: Final = {
 }
 _FILES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT", "NATS_KEY")
 
-#: Timeout of what is bounded otherwise, in seconds.
+#: Timeout for nats-py where this module bounds the time itself, in seconds.
 _FOREVER_SECS: Final = 1 << 24
 
-#: One server is waited for that long; the first connection of all, that long, in seconds.
+#: Timeout of a connection to one server, and of the first connection of all, in seconds.
 _SERVER_SECS: Final = 2
 _FIRST_SECS: Final = 10.0
 
-#: A connection over which nothing came for so many seconds is given up; this often it is pinged.
+#: A connection is given up when nothing was received for so long; interval of pings; in seconds.
 _SILENCE_SECS: Final = 15.0
 _PING_SECS: Final = 5
 
@@ -52,13 +50,13 @@ LONGEST_ATTEMPT_SECS: Final = 5.0
 
 PAUSE_SECS: Final = 0.1
 
-#: This often it is looked whether requests are over, in seconds.
-_LOOK_SECS: Final = 0.2
+#: Interval at which a connection is watched, in seconds.
+_LOOK_SECS: Final = 0.25
 
 #: After so many seconds without any answer, a server is believed to have no JetStream.
 _NO_JETSTREAM_SECS: Final = 2.0
 
-#: After these, a TimeoutError among them, a request is made again.
+#: Errors after which a request is repeated; OSError includes TimeoutError.
 UNANSWERED: Final = (OSError, nats.errors.NoRespondersError, nats.errors.ConnectionClosedError,
                      nats.errors.ConnectionReconnectingError, nats.errors.ConnectionDrainingError,
                      nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError)
@@ -66,10 +64,10 @@ UNANSWERED: Final = (OSError, nats.errors.NoRespondersError, nats.errors.Connect
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Request:
-    """What a server was asked, and did not answer yet. Times are on the monotonic clock."""
+    """A request without an answer so far. Times are on the monotonic clock."""
 
     scope: asyncio.Timeout  #: in which the answer is waited for
-    doubted_at: float  #: it may be lost
+    doubted_at: float  #: from then on, a ping finds out whether the server has read it
     patience: float  #: after the server has read it, in seconds
     deadline: float
 
@@ -81,23 +79,21 @@ class _Request:
 
 class Link:
     """
-    One TCP connection to one server, which is never made again.
+    One TCP connection to one server; it is never reconnected.
 
-    The reconnection of nats-py was rejected: it sends what was not written to the last connection
-    over the next one, behind what was written and lost, and so out of order.
+    The reconnection of nats-py was rejected. Messages that it has not written yet are sent over the
+    next connection, although earlier ones were written and lost: they would be out of order.
     """
 
     def __init__(self, own: loop.Loop, complain: Callable[[BaseException], None]) -> None:
-        """Initialize without connecting; errors that come on the side are told to `complain`."""
+        """Initialize without connecting; `complain` gets the errors that no call raises."""
         self.client = nats.aio.client.Client()
         self.lost: asyncio.Future[None] = own.create_future()  #: done when it is lost
         self._loop = own
         self._complain = complain
         self._transports: list[asyncio.BaseTransport] = []
         self._requests: set[_Request] = set()
-        self._looking: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[bool]] = set()
-        self._heard = time.monotonic()
+        self._pinging: asyncio.Task[None] | None = None
 
     async def connect(self, server: str, options: Mapping[str, Any]) -> None:
         """Connect to one server."""
@@ -114,7 +110,6 @@ class Link:
                 await self.client.connect(
                     servers=[server],
                     error_cb=tell,
-                    disconnected_cb=tell,
                     closed_cb=tell,
                     name="persipubsub",
                     allow_reconnect=False,
@@ -133,11 +128,11 @@ class Link:
             self.lose()
             raise
         if self.lost.done():
-            raise _lost()
+            raise ConnectionResetError("the connection was lost")
         self._loop.start(self._watch())
 
     def lose(self) -> None:
-        """Give the connection up: all who wait for an answer are told."""
+        """Give the connection up, and end its requests."""
         if not self.lost.done():
             self.lost.set_result(None)
             for request in self._requests:
@@ -146,13 +141,13 @@ class Link:
 
     async def close(self) -> None:
         """Close the connection; what was not written yet is lost."""
-        for task in self._tasks:
-            task.cancel()
-        # Closing alone waits until the server has read what was written: for ever, perhaps.
+        if self._pinging is not None:
+            self._pinging.cancel()
+        # Closing alone waits, perhaps for ever, until the server has read what was written.
         for transport in self._transports:
             if isinstance(transport, asyncio.WriteTransport):
                 transport.abort()
-        # The last two: it was never connected.
+        # A client that never connected raises the last two.
         with contextlib.suppress(nats.errors.Error, OSError, AttributeError, AssertionError):
             async with asyncio.timeout(PAUSE_SECS):
                 await self.client.close()
@@ -166,85 +161,56 @@ class Link:
         """
         Ask once; raise one of UNANSWERED if no answer comes in time or over this connection.
 
-        The patience, in seconds, does not count while what was asked is still on its way: over a
-        slow connection, an answer may take long, and asking again makes it slower.
+        The patience, in seconds, begins when the server has read the request. Over a slow
+        connection that takes long, and a repeated request makes it slower.
         """
         if self.lost.done():
-            raise _lost()
+            raise ConnectionResetError("the connection was lost")
         request = _Request(asyncio.timeout(None),
                            time.monotonic() + patience / 2, patience / 2, deadline)
         self._requests.add(request)
-        if self._looking is None:
-            self._looking = self._loop.call_later(_LOOK_SECS, self._look)
         try:
             async with request.scope:
                 return await self.client.request(subject, payload, _FOREVER_SECS, headers=headers)
         finally:
             self._requests.discard(request)
 
-    def _look(self) -> None:
-        """End requests whose time is over, and begin to doubt others."""
-        # All at once: with a timer for each, sending took a fifth longer.
-        now = time.monotonic()
-        doubted = [one for one in self._requests if one.doubted_at <= now]
-        for request in doubted:
-            request.doubted_at = math.inf
-        if doubted:
-            self._begin_ping().add_done_callback(lambda _: self._doubt(doubted))
-        for request in self._requests:
-            if request.deadline <= now:
-                request.end()
-        self._looking = None
-        if self._requests:
-            self._looking = self._loop.call_later(_LOOK_SECS, self._look)
+    async def _watch(self) -> None:
+        """End requests whose time is over, and give a silent connection up."""
+        # One task for all requests: with a timer for each, sending took a fifth longer.
+        received = 0
+        heard = pinged = time.monotonic()
+        while not self.lost.done():
+            await asyncio.sleep(_LOOK_SECS)
+            now = time.monotonic()
+            for request in self._requests:
+                if request.deadline <= now:
+                    request.end()
+            if self.client.stats["in_msgs"] != received:
+                received, heard = self.client.stats["in_msgs"], now
+            if self._pinging is not None and self._pinging.done():
+                self._pinging, heard = None, now
+            if now - heard >= _SILENCE_SECS:
+                self.lose()
+            elif self._pinging is None and (now - pinged >= _PING_SECS
+                                            or any(one.doubted_at <= now
+                                                   for one in self._requests)):
+                # Not cancelled as long as the connection lives: nats-py stops reading at the late
+                # answer to a ping that was cancelled.
+                self._pinging, pinged = self._loop.start(self._ping(now)), now
 
-    def _doubt(self, requests: Sequence[_Request]) -> None:
-        """Bound the time of requests that the server has read by now."""
-        now = time.monotonic()
-        for request in requests:
-            request.deadline = min(request.deadline, now + request.patience)
-
-    async def ping(self, seconds: float) -> bool:
-        """Tell whether the server has read what was written so far, as soon as it has."""
-        done, _ = await asyncio.wait((self._begin_ping(), ), timeout=seconds)
-        return bool(done) and not self.lost.done()
-
-    def _begin_ping(self) -> asyncio.Task[bool]:
-        # Never cancelled while the connection lives: nats-py stops reading at a late answer.
-        task = self._loop.start(self._ping())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _ping(self) -> bool:
-        begun: list[bool] = []
-        self._loop.call_soon(begun.append, True)
+    async def _ping(self, begin: float) -> None:
+        """Wait until the server has read what was written, and bound the time of old requests."""
+        has_waited: list[bool] = []
+        self._loop.call_soon(has_waited.append, True)
         with contextlib.suppress(nats.errors.Error, OSError):
             await self.client.flush(timeout=_FOREVER_SECS)
-            if begun:
-                self._heard = time.monotonic()
-                return True
-        # It ended at once: nobody reads what comes.
-        self.lose()
-        return False
-
-    async def _watch(self) -> None:
-        """Give the connection up when nothing comes over it any more."""
-        received = 0
-        for second in itertools.count(1):
-            await asyncio.sleep(1.0)
-            if self.client.stats["in_msgs"] != received:
-                received = self.client.stats["in_msgs"]
-                self._heard = time.monotonic()
-            if self.lost.done() or time.monotonic() - self._heard >= _SILENCE_SECS:
-                self.lose()
-                return
-            if second % _PING_SECS == 0:
-                self._begin_ping()
-
-
-def _lost() -> ConnectionResetError:
-    return ConnectionResetError("the connection was lost")
+        if not has_waited:
+            self.lose()  # nats-py reads no answers any more
+        now = time.monotonic()
+        for request in self._requests:
+            if request.doubted_at <= begin:
+                request.deadline = min(request.deadline, now + request.patience)
 
 
 class Connection:
@@ -272,7 +238,7 @@ class Connection:
         return None if self._link is None or self._link.lost.done() else self._link
 
     async def link(self, deadline: float) -> Link:
-        """Wait until there is a connection, or until a server does not let us in."""
+        """Wait for a connection; raise AccessError if a server refuses us."""
         begin = time.monotonic()
         while (link := self.ready()) is None:
             if self._is_closed:
@@ -294,9 +260,9 @@ class Connection:
         return link
 
     async def _connect(self) -> None:
-        """Connect to any of the servers, if one takes us."""
+        """Connect to the first server that accepts."""
         options = _credentials(self._path)
-        # The one that was lost comes last.
+        # The server that was lost is tried last.
         for server in sorted(self._servers, key=lambda one: (one == self._latest, random.random())):
             link = Link(self.loop, self._complain)
             try:
@@ -323,9 +289,9 @@ class Connection:
 
     def check_rights(self, subject: str) -> None:
         """
-        Raise an error if a server told us that we may not do what we asked for.
+        Raise AccessError if a server has refused the subject.
 
-        It does not answer such a request, but complains on the side.
+        It does not answer such a request: it sends an error that belongs to no request.
         """
         complaint = self._complaint
         text = str(complaint).lower()
@@ -355,7 +321,7 @@ class Connection:
             await asyncio.sleep(PAUSE_SECS)
 
     async def release(self) -> None:
-        """Give the connection up, and close it if nobody else uses it; what is asked is lost."""
+        """Release the connection; its last user closes it, and ends its requests."""
         self.users -= 1
         if self.users == 0:
             self._is_closed = True
@@ -382,8 +348,7 @@ def _credentials(path: str) -> dict[str, Any]:
             raise persipubsub.errors.AccessError(
                 f"Expected a file that can be read in {name} for the queue {path}, but got: "
                 f"{found[name]!r}")
-    options: dict[str, Any] = {}
-    options |= {argument: found[name] for name, argument in _ARGUMENTS.items() if name in found}
+    options: dict[str, Any] = {_ARGUMENTS[name]: found[name] for name in _ARGUMENTS.keys() & found}
     if "NATS_CA" in found or "NATS_CERT" in found:
         try:
             options["tls"] = ssl.create_default_context(cafile=found.get("NATS_CA"))

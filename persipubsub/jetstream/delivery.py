@@ -1,16 +1,16 @@
 """
 Deliver the messages of one subscriber: pull, hold, acknowledge, give back.
 
-The server gives a message to one consumer and expects an acknowledgement within ``ack_wait``. As
-long as a message is held, the server is told that it is being worked on; when its process dies,
-nobody tells it any more, and the message is delivered to another.
+The server delivers a message to one process and expects an acknowledgement within ``ack_wait``.
+While a process holds a message, it sends *in progress*. When the process dies, this ends, and the
+server delivers the message to another process.
 
 A message that was delivered as often as ``max_deliveries`` allows is given up. First it is put into
 the queue of dead letters, under an id that is the same in every process; then it is acknowledged. A
 process that is killed between the two leaves it in both: the next consumer that gets it puts it
 again, which changes nothing, and acknowledges it.
 
-What does not say otherwise runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
+All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 """
 
 import asyncio
@@ -35,92 +35,60 @@ from persipubsub.jetstream import address, connection, errors, publishing, strea
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
-#: A pull request is made again after so many seconds: it is lost with the server that has it.
+#: A pull request expires after so long, in seconds, because it is lost when its server dies.
 _LONGEST_PULL_SECS: Final = 5.0
 
-#: The server shows this often that it still has a pull request, in seconds.
+#: Interval of the heartbeats by which a server shows that it has a pull request, in seconds.
 _HEARTBEAT_SECS: Final = 0.5
 
-#: A pull request without a sign of life for so many seconds may be lost.
+#: A pull request without a heartbeat for so long may be lost, in seconds.
 _LOST_SECS: Final = 3 * _HEARTBEAT_SECS
 
-#: Pull requests of a consumer that wait at the servers, which refuse what is more than 4096 in all.
-_MOST_PULLS: Final = 256
-
-#: Bytes that one consumer lets the servers send at once: they drop a connection that is 64 MiB
-#: behind, and what was delivered over it is lost until ack_wait. A prime number, as a pull that is
-#: used up to its last byte ends without a word, which messages of one size would come to.
+#: Bytes of all pull requests that wait at a time, or one larger message. Servers drop a connection
+#: that is 64 MiB behind, and its messages are delivered again only after ack_wait. The number is
+#: prime: messages of one size do not use it up exactly, which would end a request without a status.
 _MOST_BYTES: Final = (1 << 23) - 15
-
-#: Bytes that are taken at once, or one larger message; as from a directory.
-_MOST_TAKEN_BYTES: Final = 1 << 24
 
 #: Messages that are acknowledged at the same time: one that waits for thousands of others would be
 #: acknowledged again before it is answered.
 _ACKS_AT_ONCE: Final = 512
 
-#: Messages that are skipped at the same time.
-_SKIPPED_AT_ONCE: Final = 256
-
-#: A pull request that is refused. Rejected: one of so few bytes that no message fits. It moves the
-#: next message behind the others that were given back.
-_REFUSED: Final = b"{"
-
-#: A message that can not be given back within so many seconds is delivered again after ack_wait.
+#: A -NAK that is not answered within so many seconds is given up: ack_wait has the same effect.
 _NAK_SECS: Final = 2.0
 
-#: A pull waits so long for what is given back, in seconds.
+#: A pull waits so long until the server has what was given back, in seconds.
 _SETTLE_SECS: Final = 1.0
 
-#: What can not be given up is delivered again after so long, and one warning is logged.
+#: A message that can not become a dead letter is delivered again after so long; a warning is logged
+#: at this interval, in seconds.
 _POSTPONED_NS: Final = 10**9
 _WARNING_SECS: Final = 60.0
 
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-
 
 class Delivered(NamedTuple):
-    """A message that the servers gave to us."""
+    """A message that the servers delivered to this process."""
 
     data: bytes
     reply: str  #: subject to acknowledge it at
     number: int  #: in the stream
     attempts: int  #: deliveries, this one included
-    time_ns: int  #: when it was stored, on the clock of the servers
-    arrived: float  #: on our monotonic clock
-
-
-def to_delivered(data: bytes, reply: str) -> Delivered:
-    """
-    Read what the server writes into the reply subject of a message.
-
-    It is ``$JS.ACK.stream.consumer.deliveries.number.order.time.pending``, where a domain and an
-    account may stand in front of the stream. ``metadata`` of nats-py was rejected: it rounds the
-    time.
-
-    >>> to_delivered(b"", "$JS.ACK.Q.sub.2.7.9.1795545064100655688.3")[2:5]
-    (7, 2, 1795545064100655688)
-    """
-    parts = reply.split(".")
-    first = 4 if len(parts) == 9 else 6
-    deliveries, number, _, time_ns = map(int, parts[first:first + 4])
-    return Delivered(data, reply, number, deliveries, time_ns, time.monotonic())
+    sent_at: datetime.datetime  #: on the clock of the servers
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Pull:
-    """A pull request, and what it brought."""
+    """A pull request, and the messages for the call that made it."""
 
     name: str
     wanted: int
     left: int  #: messages that the servers may still send for it
     ends: float
-    heard: float  #: when the servers gave a sign that they have it, or will
+    heard: float  #: when the servers last showed that they have it; its end if they need not
     messages: list[Delivered] = dataclasses.field(default_factory=list)
     is_over: bool = False
-    is_left: bool = False  #: by its call, which was cancelled or had no time to wait for its end
+    is_left: bool = False  #: its call ended before it
     is_refused: bool = False
-    has_more: bool = False  #: it ended before it brought all that is there
+    is_too_small: bool = False  #: the next message is larger than its bytes
     woken: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -130,23 +98,19 @@ class _Pull:
 
     async def wait(self, until: float) -> None:
         """Wait until it is woken, but not longer than that, on the monotonic clock."""
-        # Not asyncio.wait, which takes longer than all the rest of a call.
-        own_loop = asyncio.get_running_loop()
-        self.woken = own_loop.create_future()
-        timer = own_loop.call_at(until, self.wake)
-        try:
-            await self.woken
-        finally:
-            timer.cancel()
+        self.woken = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await self.woken
 
 
 class Inbox:
     """
-    Take what the pull requests of one consumer bring over one connection.
+    Make the pull requests of one consumer over one connection, and hand out the messages.
 
-    The servers serve pull requests first come, first served, and so are the calls that wait: which
-    request a message was for does not matter. A call that is cancelled leaves its request to the
-    next one. ``fetch`` of nats-py was rejected: it knows neither ``no_wait`` nor ``max_bytes``, and
+    Servers serve the requests in their order, and calls get the messages in theirs: which request a
+    message was sent for does not matter. A call that is cancelled leaves its request to the next
+    call. ``fetch`` of nats-py was rejected: it offers neither ``no_wait`` nor ``max_bytes``, and
     takes a lost connection for an empty queue.
     """
 
@@ -154,7 +118,6 @@ class Inbox:
         """Initialize without listening."""
         self.link = link
         self.pulls: dict[str, _Pull] = {}  #: by the subject that is replied to
-        self.is_retired = False
         self._subject = subject
         self._owner = owner
         self._prefix = link.client.new_inbox()
@@ -163,18 +126,20 @@ class Inbox:
 
     async def listen(self) -> None:
         """Begin to listen."""
-        self.link.lost.add_done_callback(lambda _: self._end_all())
-        self._subscription = await self.link.client.subscribe(f"{self._prefix}.*", cb=self._come)
+        self.link.lost.add_done_callback(lambda _: self.end_all())
+        with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
+            self._subscription = await self.link.client.subscribe(f"{self._prefix}.*",
+                                                                  cb=self._come)
 
     async def pull(self, wanted: int, deadline: float, max_bytes: int | None) -> _Pull:
         """Make a pull request, or take one over that was left."""
         now = time.monotonic()
         for pull in self.pulls.values():
             if pull.is_left and pull.left == pull.wanted == wanted and now < pull.ends <= deadline:
-                pull.is_left = pull.is_over = pull.has_more = False
+                pull.is_left = pull.is_over = False
                 pull.messages = []
                 return pull
-        # It ends as soon as it brought what is there; with a time, it waits if that is nothing.
+        # It ends when it has brought what is there. With a time, it waits for the first message.
         request: dict[str, Any] = {"batch": wanted, "no_wait": True}
         secs = min(max(0.0, deadline - now), _LONGEST_PULL_SECS)
         heard = ends = now + secs
@@ -195,36 +160,38 @@ class Inbox:
     async def _come(self, message: nats.aio.msg.Msg) -> None:
         now = self._owner.heard = time.monotonic()
         if message.reply:
-            await self._take(to_delivered(message.data, message.reply))
+            # The server serves the oldest request first.
+            oldest = next(iter(self.pulls.values()), None)
+            known = message.metadata
+            self._owner.hold(
+                Delivered(message.data, message.reply, known.sequence.stream, known.num_delivered,
+                          known.timestamp), oldest)
+            if oldest is not None:
+                oldest.heard = now
+                oldest.left -= 1
+                if not oldest.left:
+                    self.end(oldest)
         elif pull := self.pulls.get(message.subject):
             pull.heard = now
             header = message.headers or {}
             status, text = header.get("Status"), header.get("Description") or ""
             if status != "100":
-                pull.has_more = status == "409" and "MaxBytes" in text
-                # Nobody leads the consumer, or there is none any more.
-                pull.is_refused = not pull.has_more and status not in ("404", "408")
+                pull.is_too_small = status == "409" and "MaxBytes" in text
+                # The consumer has no leader, or was removed.
+                pull.is_refused = not pull.is_too_small and status not in ("404", "408")
                 self.end(pull)
 
-    async def _take(self, one: Delivered) -> None:
-        """Take a message for the first call that wants one, or give it back."""
-        self._owner.hold(one)
-        pulls = list(self.pulls.values())
-        taker = next((pull for pull in pulls if not (pull.is_left or pull.is_over)), None)
-        if taker is not None:
-            taker.messages.append(one)
-            if len(taker.messages) == taker.wanted:
-                taker.is_over = taker.has_more = True
-                taker.wake()
-        # It counts for the oldest request.
-        for pull in pulls[:1]:
-            pull.heard = one.arrived
-            pull.left -= 1
-            if not pull.left:
-                pull.has_more = True
-                self.end(pull)
-        if taker is None:
-            await self._reject(one)
+    def offer(self, one: Delivered, source: _Pull | None = None) -> bool:
+        """Give a message to the first call that waits; False if there is none."""
+        for pull in self.pulls.values():
+            if not (pull.is_left or pull.is_over):
+                pull.messages.append(one)
+                # A message for another call's request does not end the request of this call.
+                if len(pull.messages) == pull.wanted or pull is not source:
+                    pull.is_over = True
+                    pull.wake()
+                return True
+        return False
 
     def end(self, pull: _Pull) -> None:
         """End a pull request, and let its call go on."""
@@ -232,35 +199,14 @@ class Inbox:
         pull.is_over = True
         pull.wake()
 
-    def _end_all(self) -> None:
+    def end_all(self) -> None:
+        """End all pull requests."""
         for pull in list(self.pulls.values()):
             self.end(pull)
 
-    async def _reject(self, one: Delivered) -> None:
-        """
-        Give back a message that came for a call that was cancelled.
-
-        Other requests without a call end first, or it would come to these, one after the other. The
-        server may send what it had begun to send after any number of answers (PONG), but before the
-        answer to a later request; as long as we are here, nats-py does not forget the subscription.
-        """
-        is_first = not self.is_retired
-        if is_first:
-            self.retire()
-            await asyncio.sleep(0)
-        self._owner.give_back([one])
-        if is_first:
-            with contextlib.suppress(*connection.UNANSWERED):
-                await self.link.request(self._subject, _REFUSED, connection.FIRST_ATTEMPT_SECS,
-                                        time.monotonic() + connection.LONGEST_ATTEMPT_SECS)
-
-    def retire(self) -> None:
-        """Begin to stop listening, but take what comes until the server knows."""
-        self.is_retired = True
-        self._end_all()
-        self._owner.begin_ending(self._drain())
-
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
+        """Stop listening, but take the messages that the server sends until it knows."""
+        self.end_all()
         with contextlib.suppress(nats.errors.Error, OSError):
             if self._subscription is not None:
                 await self._subscription.drain()
@@ -271,9 +217,9 @@ class Delivery:
 
     def __init__(self, own: stream.Stream, subscriber: str,
                  open_target: Callable[[str], publishing.Publishing]) -> None:
-        """Initialize without pulling; the queue of dead letters is opened at its first use."""
+        """Initialize without pulling; ``open_target`` opens the queue of dead letters."""
         self.loop = own.connection.loop
-        self.heard = time.monotonic()  #: when the servers were heard last, or nothing was asked
+        self.heard = time.monotonic()  #: last answer of the servers, or last time without calls
         self._stream = own
         self._connection = own.connection
         self._subscriber = subscriber
@@ -284,18 +230,17 @@ class Delivery:
         self._warned = -_WARNING_SECS
         self._inbox: Inbox | None = None
         self._calls = 0  #: that wait
-        self._turns = asyncio.Semaphore(_MOST_PULLS)
-        # What came and was neither acknowledged nor given back, by the subject to reply at; and
+        # Messages that came for calls that were cancelled, by the subject to reply at.
+        self._spare: dict[str, Delivered] = {}
+        # Messages that were neither acknowledged nor given back, by the subject to reply at; and
         # those of them that are being acknowledged.
         self._held: dict[str, Delivered] = {}
         self._acking: set[str] = set()
-        # What gives messages back, or stops listening. A later pull waits for it, or later messages
-        # would come first.
+        # Tasks that give messages back, or stop listening. A pull waits for them: otherwise later
+        # messages would come first.
         self._endings: set[asyncio.Task[None]] = set()
-        self._telling: asyncio.Task[None] | None = None
+        self._progress: asyncio.Task[None] | None = None
         self._is_closed = False
-        # How many take several messages at this moment; they share the bytes on the way.
-        self._batches = 0
         self._called = self.heard  # when a call ended last
 
     # Taking
@@ -313,17 +258,18 @@ class Delivery:
                 if taken or time.monotonic() >= deadline:
                     return taken
         except BaseException:
-            self.give_back(taken)
+            for one in taken:
+                self._pass_on(one)
             raise
 
     async def _sift(self, found: list[Delivered]) -> list[Delivered]:
-        """Leave out what is too old, or was delivered too often."""
+        """Leave out messages that are too old, or were delivered too often."""
         kept = []
         for one in found:
-            if self._stream.is_expired(one.time_ns):
+            if self._stream.is_expired(one.sent_at):
                 # The server drops it a bit late.
                 self._held.pop(one.reply, None)
-                await self._tell([one], b"+ACK")
+                await self._tell(one, b"+ACK")
             elif self._is_exhausted(one.attempts - 1):
                 await self._give_up(one._replace(attempts=one.attempts - 1),
                                     "its process ended, or dropped it, before it was done")
@@ -331,64 +277,38 @@ class Delivery:
                 kept.append(one)
         return kept
 
-    async def _pull(self, taken: list[Delivered], most: int, deadline: float) -> None:
-        """
-        Add what is there to the list, or wait, with as many pull requests as its size needs.
-
-        :param most: length of the list, at most
-        """
-        patience_secs = self._stream.settings.address.ack_wait_secs / 4
-        size, has_more = 0, True
-        is_new = False  # the last request brought messages that were never delivered before
-        self._batches += most > 1
-        try:
-            while has_more and len(taken) < most and size < _MOST_TAKEN_BYTES:
-                if taken and time.monotonic() - taken[0].arrived > patience_secs:
-                    break  # the caller has waited long enough for those
-                link = self._connection.ready()
-                limit = _MOST_BYTES // max(1, self._batches)
-                fitting = max(1, limit // (1 << 20 if link is None else link.client.max_payload))
-                count = most - len(taken)
-                max_bytes: int | None = min(limit, _MOST_TAKEN_BYTES - size)
-                if count <= fitting or not is_new:
-                    # With a limit by bytes, the servers put a message that does not fit behind all
-                    # others that were given back. New messages come later anyway.
-                    count, max_bytes = min(count, fitting), None
-                before = len(taken)
-                has_more = await self._call(taken, count, 0.0 if taken else deadline, max_bytes)
-                is_new = len(taken) > before and taken[-1].attempts == 1
-                size = sum(len(one.data) for one in taken)
-        finally:
-            self._batches -= most > 1
-
-    async def _call(self, taken: list[Delivered], wanted: int, deadline: float,
-                    max_bytes: int | None) -> bool:
-        """Make pull requests until one brings something; tell whether there may be more."""
+    async def _pull(self, taken: list[Delivered], wanted: int, deadline: float) -> None:
+        """Make pull requests until one brings messages, and add them to the list."""
+        if self._spare:
+            for one in sorted(self._spare.values(), key=lambda one: one.number)[:wanted]:
+                taken.append(self._spare.pop(one.reply))
+            return
         if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
             self.heard = time.monotonic()
         self._calls += 1
+        max_bytes = _MOST_BYTES // self._calls if wanted > 1 else None
         pull: _Pull | None = None
         try:
-            async with asyncio.timeout_at(deadline if self._turns.locked() else None):
-                await self._turns.acquire()
-            try:
-                while True:
-                    inbox = await self._open(deadline)
-                    if inbox is not None:
-                        pull = await inbox.pull(wanted, deadline, max_bytes)
-                        await self._wait(inbox, pull, deadline)
-                        self._check_open()
-                    if (pull is not None and pull.messages) or time.monotonic() >= deadline:
-                        return pull is not None and pull.has_more
-                    if pull is not None and pull.is_refused:
-                        # Nobody leads the consumer at the moment, or it is there no more.
-                        await asyncio.sleep(connection.PAUSE_SECS)
-                        async with asyncio.timeout_at(deadline):
-                            await self._stream.consumer_info(self._subscriber)
-            finally:
-                self._turns.release()
-        except TimeoutError:
-            return False
+            while True:
+                inbox = await self._open(deadline)
+                if inbox is not None:
+                    pull = await inbox.pull(wanted, deadline, max_bytes)
+                    await self._wait(inbox, pull, deadline)
+                    self._check_open()
+                    if pull.messages:
+                        return
+                    if pull.is_too_small:
+                        wanted, max_bytes = 1, None
+                        continue
+                if time.monotonic() >= deadline:
+                    return
+                if pull is not None and pull.is_refused:
+                    # The consumer has no leader at the moment, or was removed.
+                    await asyncio.sleep(connection.PAUSE_SECS)
+                    await self._look(deadline)
+        except TimeoutError as error:
+            if self._is_silent():
+                raise errors.translate(error, self._stream.settings.path) from None
         finally:
             if pull is not None:
                 pull.is_left = True
@@ -397,90 +317,99 @@ class Delivery:
             self._called = time.monotonic()
 
     async def _wait(self, inbox: Inbox, pull: _Pull, deadline: float) -> None:
-        """Wait until a pull request is over, or may be lost and there is no time for another."""
-        settings = self._stream.settings
+        """Wait until a pull request is over; end one that was lost."""
         while not pull.is_over:
             await pull.wait(pull.heard + _LOST_SECS)
-            if pull.is_over or time.monotonic() < pull.heard + _LOST_SECS:
-                continue
-            if await inbox.link.ping(connection.FIRST_ATTEMPT_SECS):
-                if time.monotonic() >= pull.heard + _LOST_SECS:
-                    inbox.end(pull)
-                    self._connection.check_rights(self._subject)
-            elif time.monotonic() - self.heard > settings.wait_secs + 2 * _LOST_SECS:
-                raise persipubsub.errors.UnavailableError(
-                    f"Expected the servers of {settings.path} to deliver, but got: no answer for "
-                    f"{settings.wait_secs:.0f} s")
-            elif time.monotonic() >= deadline:
-                return
+            if not pull.is_over and time.monotonic() >= pull.heard + _LOST_SECS:
+                self._connection.check_rights(self._subject)
+                try:
+                    await self._look(deadline)
+                finally:
+                    if time.monotonic() >= pull.heard + _LOST_SECS:
+                        inbox.end(pull)
+
+    async def _look(self, deadline: float) -> None:
+        """Raise an error if the consumer was removed, or the servers do not answer."""
+        async with asyncio.timeout_at(deadline):
+            await self._stream.consumer_info(self._subscriber)
+
+    def _is_silent(self) -> bool:
+        """Tell whether the servers were silent for longer than a call waits for them."""
+        patience = self._stream.settings.wait_secs + _LOST_SECS
+        return time.monotonic() >= self.heard + patience
 
     async def _open(self, deadline: float) -> Inbox | None:
-        """Find an inbox of a connection that lives; None if there is none in time."""
-        inbox = self._inbox
+        """Return the inbox of the connection; None if there is no connection in time."""
         self._check_open()
-        if inbox is not None and not inbox.is_retired and self._connection.ready() is inbox.link:
-            return inbox
         now = time.monotonic()
         try:
-            link = await self._connection.link(
+            link = self._connection.ready() or await self._connection.link(
                 min(max(deadline, now + connection.PAUSE_SECS), now + _HEARTBEAT_SECS))
         except persipubsub.errors.UnavailableError:
-            # Servers come back: a call that receives in a loop does not fail for a moment without
-            # them.
-            if time.monotonic() >= self.heard + self._stream.settings.wait_secs:
+            # A loop of short calls does not fail while the servers are away for a moment.
+            if self._is_silent():
                 raise
             return None
-        if self._inbox is inbox:
+        self._check_open()
+        if self._inbox is None or self._inbox.link is not link:
             self._inbox = Inbox(link, self._subject, self)
-            with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
-                await self._inbox.listen()
+            await self._inbox.listen()
         return self._inbox
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise errors.closed(self._stream.settings.path)
 
-    def hold(self, one: Delivered) -> None:
-        """Note a message that came."""
+    def hold(self, one: Delivered, source: _Pull | None) -> None:
+        """Note a message that came for a pull request, and give it to a call."""
         self._held[one.reply] = one
-        if self._telling is None or self._telling.done():
-            self._telling = self.loop.start(self._keep_telling())
+        if self._progress is None or self._progress.done():
+            self._progress = self.loop.start(self._keep_in_progress())
+        self._pass_on(one, source)
 
-    # Telling
+    def _pass_on(self, one: Delivered, source: _Pull | None = None) -> None:
+        """Give a message to a call that waits, or to the next one; give it back if none comes."""
+        if self._is_closed:
+            self.give_back([one])
+        elif one.reply in self._held and not (self._inbox and self._inbox.offer(one, source)):
+            # Not given back at once: the server would send it for the next request of a cancelled
+            # call. So long, these requests live.
+            self._spare[one.reply] = one
+            self.loop.call_later(_LONGEST_PULL_SECS, self._give_spare_back, one)
 
-    async def _keep_telling(self) -> None:
-        """Tell the servers what is in progress, as long as something is held."""
-        # The first word comes when a message is 3/8 of ack_wait old at the latest.
-        pause = self._stream.settings.address.ack_wait_secs / 4
+    def _give_spare_back(self, one: Delivered) -> None:
+        if self._spare.pop(one.reply, None) is not None:
+            self.give_back([one])
+
+    # In progress
+
+    async def _keep_in_progress(self) -> None:
+        """Send *in progress* four times in ``ack_wait``, as long as messages are held."""
         while self._held:
-            await asyncio.sleep(pause)
-            now = time.monotonic()
-            await self._tell([one for one in self._held.values() if now - one.arrived > pause / 2],
-                             b"+WPI")
+            await asyncio.sleep(self._stream.settings.address.ack_wait_secs / 4)
+            for index, one in enumerate(list(self._held.values()), start=1):
+                await self._tell(one, b"+WPI")
+                if index % _ACKS_AT_ONCE == 0:
+                    # The above never yields to the loop.
+                    await asyncio.sleep(0)
 
-    async def _tell(self, messages: Sequence[Delivered], what: bytes) -> None:
-        """Say something about messages without waiting for an answer, if a server is there."""
-        # Many of them in one write: one by one, they would take a slow connection for themselves.
-        for begin in range(0, len(messages), _ACKS_AT_ONCE):
-            link = self._connection.ready()
-            if link is None:
-                return
-            for one in messages[begin:begin + _ACKS_AT_ONCE]:
-                with contextlib.suppress(nats.errors.Error, OSError):
-                    await link.client.publish(one.reply, what)
-            # The above never yields to the loop.
-            await asyncio.sleep(0)
+    async def _tell(self, one: Delivered, what: bytes) -> None:
+        """Reply to a message without waiting for an answer, if there is a connection."""
+        link = self._connection.ready()
+        if link is not None:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await link.client.publish(one.reply, what)
 
     # Ending
 
     async def ack(self, messages: Sequence[Delivered]) -> None:
         """
-        Acknowledge messages, and wait until the servers have it.
+        Acknowledge messages, and wait for the answers.
 
-        Deliveries are noted after they were made: servers that were killed may know less than they
-        delivered. Such a server ignores the acknowledgement of a message that is still to be
-        delivered as far as it knows. So the messages are asked for again, and acknowledged then. To
-        raise an error was rejected: all that was worked on would be worked on again.
+        A server notes a delivery after it was made, so a server that was killed may have forgotten
+        deliveries. It ignores the acknowledgement of a message that it does not remember
+        delivering. Such messages are pulled again, and acknowledged then. To raise an error was
+        rejected: the work on all of them would be repeated.
         """
         deadline = self._stream.deadline()
         patience = connection.FIRST_ATTEMPT_SECS
@@ -525,15 +454,15 @@ class Delivery:
 
     async def _ask_again(self, messages: list[Delivered], deadline: float) -> list[Delivered]:
         """
-        Let the servers deliver messages again, if they do not know that they did so already.
+        Pull messages again, if the servers do not remember delivering them.
 
-        Return those that are still to be acknowledged.
+        Return the messages that are still to be acknowledged.
         """
         info = await self._stream.consumer_info(self._subscriber)
-        # A leader that was elected just now may have noted our deliveries meanwhile, and act on
-        # what it knew at its election: what it tells of both has to be asked. If it is merely slow,
-        # nothing must be pulled. It may also have noted the acknowledgements, and have died before
-        # it answered.
+        # A new leader may have noted our deliveries meanwhile, and yet act on what it knew at its
+        # election, so both figures are checked. If the leader is merely slow, nothing must be
+        # pulled. The leader may also have noted the acknowledgements, and have died before it
+        # answered.
         floor = int(info["ack_floor"]["stream_seq"])
         messages = [one for one in messages if one.number > floor]
         own = {one.number for one in messages}
@@ -544,14 +473,14 @@ class Delivery:
         try:
             while floor < max(own) and time.monotonic() < deadline:
                 before = len(pulled)
-                await self._pull(pulled, before + min(len(own), max(own) - floor), 0.0)
+                await self._pull(pulled, min(len(own), max(own) - floor), 0.0)
                 if len(pulled) == before:
                     break
                 floor = max(one.number for one in pulled[before:])
         finally:
-            # Others wait for an answer to their acknowledgements as well: those get it now, and
-            # only what nobody has is delivered again. Not sooner: it would come back at once,
-            # before what we ask for.
+            # Other calls wait for answers to their acknowledgements as well, and get them now. Only
+            # messages that no call holds are delivered again. They are not given back sooner: they
+            # would come back at once, before the messages that we pull.
             for one in pulled:
                 if one.number in own:
                     self._held.pop(one.reply, None)
@@ -559,7 +488,7 @@ class Delivery:
         return messages
 
     def give_back(self, messages: Sequence[Delivered]) -> None:
-        """Let others have messages, as far as they are held. It waits for nothing."""
+        """Give messages back that are held, and do not wait."""
         found = [
             one for one in messages
             if one.reply not in self._acking and self._held.pop(one.reply, None) is not None
@@ -569,23 +498,21 @@ class Delivery:
             self.begin_ending(self._nak([(one, 0) for one in found]))
 
     def begin_ending(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Begin what a later pull waits for."""
+        """Start a task that later pulls wait for."""
         task = self.loop.start(coroutine)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
         return task
 
     async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
-        """Let messages be delivered again, or give them up after their last delivery."""
+        """Give messages back, or give them up after their last delivery."""
         first_ns = int(self._entry.retry_delay_secs * 1e9)
         naks: list[tuple[Delivered, int]] = []
         for one in messages:
-            if one.reply not in self._held:
-                continue
             if error is not None and self._is_exhausted(one.attempts):
-                await self._give_up(one, error)
-            else:
-                self._held.pop(one.reply, None)
+                if one.reply in self._held:
+                    await self._give_up(one, error)
+            elif self._held.pop(one.reply, None) is not None:
                 naks.append((one, 0 if error is None else persipubsub.message.retry_delay_ns(
                     first_ns, one.attempts)))
         if naks:
@@ -593,7 +520,7 @@ class Delivery:
 
     async def _nak(self, naks: Sequence[tuple[Delivered, int]]) -> None:
         """
-        Tell the servers, and wait until they know; after a while, they deliver again anyhow.
+        Send -NAK, and wait for the answers; without them, ``ack_wait`` has the same effect.
 
         :param naks: messages, and after how many nanoseconds each is delivered again
         """
@@ -608,7 +535,7 @@ class Delivery:
             await asyncio.gather(*calls, return_exceptions=True)
 
     def _is_exhausted(self, deliveries: int) -> bool:
-        """Tell whether no further delivery is allowed behind so many."""
+        """Tell whether so many deliveries are all that are allowed."""
         return 0 < self._entry.max_deliveries <= deliveries
 
     async def _give_up(self, one: Delivered, error: str) -> None:
@@ -631,7 +558,7 @@ class Delivery:
         else:
             with contextlib.suppress(persipubsub.errors.PersipubsubError):
                 await self.ack([one])
-        # Not acknowledged: it comes again, and is put again under the same id.
+        # It was not acknowledged: it is delivered again, and put again under the same id.
         if self._held.pop(one.reply, None) is not None:
             self.begin_ending(self._nak([(one, _POSTPONED_NS)]))
 
@@ -642,7 +569,7 @@ class Delivery:
         parts = ("dead letter", self._stream.name, self._subscriber, message.number,
                  message.sent_at)
         msg_id = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-        # No time to wait for room: the consumer has other messages to work on.
+        # It does not wait for room: the consumer has other messages to work on.
         await self._open_target(self._entry.dead_letter_queue).put([letter.encode()], None, 0,
                                                                    [msg_id.digest()])
 
@@ -650,32 +577,32 @@ class Delivery:
         """Stop listening, and give back what is held. Calls that wait fail."""
         self._is_closed = True
         if self._inbox is not None:
-            self._inbox.retire()
+            self.begin_ending(self._inbox.drain())
         self.give_back(list(self._held.values()))
         while self._endings:
             await asyncio.wait(list(self._endings))
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._progress is not None:
+            self._progress.cancel()
 
     # Skipping
 
     async def take_newest(self, timeout: float | None) -> tuple[int, list[Delivered]]:
-        """Take the newest message, and acknowledge all older ones; tell how many these are."""
+        """Take the newest message, and acknowledge all older ones; return their number."""
         count = 0
-        found = await self.take(timeout, _SKIPPED_AT_ONCE)
+        found = await self.take(timeout, _ACKS_AT_ONCE)
         try:
-            # What is published meanwhile may be too fast for us to come to an end.
+            # Publishers may be faster: stop at the message that is the newest one now.
             last = int((await self._stream.state())["last_seq"]) if found else 0
             while found:
                 found.sort(key=lambda one: one.number)
                 await self.ack(found[:-1])
                 count += len(found) - 1
                 found = found[-1:]
-                if found[0].number >= last or not (more := await self.take(0.0, _SKIPPED_AT_ONCE)):
+                if found[0].number >= last or not (more := await self.take(0.0, _ACKS_AT_ONCE)):
                     break
                 found += more
         except BaseException:
-            # The server knows of those that were acknowledged already.
+            # Those that were acknowledged are not held any more.
             self.give_back(found)
             raise
         return count, found
@@ -689,13 +616,13 @@ class Delivery:
     # Looking
 
     async def front(self) -> bytes | None:
-        """Find the next message that nobody acknowledged or has; None if there is none."""
+        """Return the next message that no consumer has acknowledged or holds; None without one."""
         info = await self._stream.consumer_info(self._subscriber)
         if not info["num_ack_pending"]:
             start = int(info["delivered"]["stream_seq"]) + 1
             while True:
                 found = await self._stream.next_stored(stream.filters_of(info["config"]), start)
-                if found is None or not self._stream.is_expired(found.time_ns):
+                if found is None or not self._stream.is_expired(found.sent_at):
                     return None if found is None else found.data
                 start = found.number + 1
         # While others have messages, or some were given back, the server does not tell which.
@@ -706,5 +633,4 @@ class Delivery:
 
 def to_message(one: Delivered) -> persipubsub.message.Message:
     """Tell what is known of a message."""
-    sent_at = _EPOCH + datetime.timedelta(microseconds=one.time_ns // 1000)
-    return persipubsub.message.Message(one.data, one.number, sent_at, one.attempts)
+    return persipubsub.message.Message(one.data, one.number, one.sent_at, one.attempts)

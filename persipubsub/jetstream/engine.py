@@ -35,27 +35,27 @@ __all__ = [
 
 ResultT = TypeVar("ResultT")
 
-#: Errors that do not leave the package as they are.
+#: Errors that are translated before they leave the package.
 _FOREIGN: Final = (errors.ApiError, nats.errors.Error, OSError)
 
-#: What is held when a queue is closed is given back within so many seconds, or after ack_wait.
+#: Closing a queue waits so long to give its messages back, in seconds; ack_wait does it otherwise.
 _CLOSE_SECS: Final = 2.0
 
-#: A look at messages ends with so many; a stream is looked at for new ones this often, in seconds.
+#: Following a stream: messages of one look, at most, and the interval of looks, in seconds.
 _LOOK_MESSAGES: Final = 1000
 _LOOK_SECS: Final = 0.05
 
-#: What NATS does not count.
+#: Figures that NATS does not count.
 _NOT_COUNTED: Final[dict[str, Any]] = dict.fromkeys(
     ("dropped_by_timeout", "dropped_by_mark", "cleared", "skipped", "corrupt", "dead_lettered"), 0)
 
-#: The monitoring port of a server: how long it is waited for, and the largest page, in bytes.
+#: The monitoring port of a server: timeout in seconds, and largest page in bytes.
 _PATIENCE_SECS: Final = 3.0
 _LARGEST_PAGE: Final = 1 << 20
 
 
 class _Open(NamedTuple):
-    """What is open in one process."""
+    """The parts of an open queue, for one process."""
 
     stream: stream.Stream
     publishing: publishing.Publishing
@@ -64,7 +64,7 @@ class _Open(NamedTuple):
 
 
 class Queue(contextlib.AbstractContextManager["Queue"]):
-    """Put messages into a stream, and look after them. Any thread may call it."""
+    """A queue that is a stream. Any thread may call it."""
 
     def __init__(self, config: Config, queue_key: str) -> None:
         """Initialize without connecting."""
@@ -78,7 +78,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         self.close()
 
     def close(self) -> None:
-        """Close the queue; it may be closed twice. What is held is given back."""
+        """Close the queue, and give back the messages that it holds. It may be closed twice."""
         opened = self._open
         own = None if opened is None else opened.stream.connection.loop
         if not self._is_closed and own is not None and own.process_id == os.getpid():
@@ -87,7 +87,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         self._is_closed = True
 
     async def aclose(self) -> None:
-        """Give back what is held, and the connection. Only for the loop's own thread."""
+        """Give messages back, and release the connection. Only for the loop's own thread."""
         self._is_closed = True
         opened, self._open = self._open, None
         if opened is None:
@@ -111,7 +111,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         return loop.current().call(functools.partial(self._translated, work))
 
     async def arun(self, work: loop.Work[ResultT], is_carried_out: bool = True) -> ResultT:
-        """Do what :py:meth:`run` does in a task of any loop; also if that is cancelled."""
+        """Do what :py:meth:`run` does, for a task of any loop."""
         self._check_open()
         return await loop.current().wait(functools.partial(self._translated, work), is_carried_out)
 
@@ -207,7 +207,11 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def require_subscribers(self, subscribers: Sequence[str]) -> None:
         """Check that subscribers were initialized."""
-        self.ask(lambda kept: kept.require(subscribers))
+
+        async def look(kept: stream.Stream) -> None:
+            await asyncio.gather(*map(kept.consumer_info, subscribers))
+
+        self.ask(look)
 
     # Receiving
 
@@ -220,7 +224,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         """Acknowledge all messages of a subscriber but the newest one; return how many."""
 
         async def work() -> int:
-            await self.opened().stream.require([subscriber])
+            await self.opened().stream.consumer_info(subscriber)
             return await self.delivery_to(subscriber).skip_to_newest()
 
         return self.run(work)
@@ -278,37 +282,14 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         It is no snapshot: subscribers are asked for one after the other. What was dropped, cleared
         or skipped is not counted by NATS, and is 0.
         """
-
-        async def look(kept: stream.Stream) -> tuple[dict[str, stream.Info], stream.Info, int]:
-            return await kept.infos(), await kept.state(), kept.now_ns()
-
-        infos, state, now_ns = self.ask(look)
-        mark = self.settings.queue.high_water_mark
-        messages, size = int(state["messages"]), int(state["bytes"])
-        age = max(0, now_ns - stream.to_ns(state["first_ts"])) / 1e9 if messages else None
-        subscribers = tuple(_figures_of(*one, now_ns) for one in sorted(infos.items()))
-        return QueueStatistics(path=self.settings.path,
-                               messages=messages,
-                               message_share=persipubsub.statistics.share(
-                                   messages, mark.max_msgs_num),
-                               message_bytes=size,
-                               byte_share=persipubsub.statistics.share(size, mark.size_bytes),
-                               file_bytes=size,
-                               file_share=persipubsub.statistics.share(size, mark.size_bytes),
-                               oldest_age_seconds=age,
-                               age_share=persipubsub.statistics.share(age or 0.0,
-                                                                      mark.msg_timeout_secs),
-                               next_number=int(state["last_seq"]) + 1,
-                               commits=int(state["last_seq"]),
-                               sent=int(state["last_seq"]),
-                               subscribers=subscribers)
+        return self.ask(_count)
 
 
 class Lease:
     """
-    Messages that one consumer has and nobody else gets, as long as its process lives.
+    Messages that one process holds, and no other gets, as long as it lives.
 
-    Any thread may call it. A lease that is forgotten is given back.
+    Any thread may call it. A lease that is dropped gives its messages back.
     """
 
     def __init__(self, queue: Queue, own: delivery.Delivery,
@@ -341,7 +322,7 @@ class Lease:
 
     def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """
-        Let the messages be delivered again, perhaps to another.
+        Give the messages back; they are delivered again, perhaps to another process.
 
         It raises nothing: what the user raised matters more. If no server answers, they are
         delivered again after ``ack_wait``.
@@ -366,8 +347,8 @@ class Lease:
         return list(map(delivery.to_message, self._delivered))
 
     def __del__(self) -> None:
-        """Have the messages given back that somebody forgot: a call that was cancelled, a loop."""
-        # In any thread, in the middle of any code, at the exit: it only leaves word for the loop.
+        """Give back messages that were neither acknowledged nor given back."""
+        # It runs in any thread, in the middle of any code, or at the exit: the loop does the work.
         own = self._delivery
         if forgotten := self._end(None):
             own.loop.post(lambda: own.give_back(forgotten))
@@ -421,9 +402,31 @@ class Consumer:
         return self._queue.run(lambda: self._queue.delivery_to(self._subscriber).front())
 
 
-def _figures_of(subscriber: str, info: stream.Info, now_ns: int) -> SubscriberStatistics:
+async def _count(kept: stream.Stream) -> QueueStatistics:
+    infos, state = await kept.infos(), await kept.state()
+    mark = kept.settings.queue.high_water_mark
+    messages, size = int(state["messages"]), int(state["bytes"])
+    age = kept.age_secs(stream.to_time(state["first_ts"])) if messages else None
+    share = persipubsub.statistics.share
+    return QueueStatistics(path=kept.settings.path,
+                           messages=messages,
+                           message_share=share(messages, mark.max_msgs_num),
+                           message_bytes=size,
+                           byte_share=share(size, mark.size_bytes),
+                           file_bytes=size,
+                           file_share=share(size, mark.size_bytes),
+                           oldest_age_seconds=age,
+                           age_share=share(age or 0.0, mark.msg_timeout_secs),
+                           next_number=int(state["last_seq"]) + 1,
+                           commits=int(state["last_seq"]),
+                           sent=int(state["last_seq"]),
+                           subscribers=tuple(
+                               _count_of(kept, *one) for one in sorted(infos.items())))
+
+
+def _count_of(kept: stream.Stream, subscriber: str, info: stream.Info) -> SubscriberStatistics:
     floor = info["ack_floor"]
-    idle_ns = now_ns - stream.to_ns(floor["last_active"]) if floor.get("last_active") else None
+    last = floor.get("last_active")
     return SubscriberStatistics(
         subscriber=subscriber,
         lag=stream.lag_of(info),
@@ -432,7 +435,7 @@ def _figures_of(subscriber: str, info: stream.Info, now_ns: int) -> SubscriberSt
         acknowledged=int(floor["consumer_seq"]),
         failed=int(info["num_redelivered"]),
         **_NOT_COUNTED,
-        seconds_since_acknowledged=None if idle_ns is None else max(0, idle_ns) / 1e9)
+        seconds_since_acknowledged=kept.age_secs(stream.to_time(last)) if last else None)
 
 
 def ensure_queue(config: Config, queue_key: str) -> None:
@@ -488,8 +491,8 @@ def peek(config: Config,
     """
     Look at the next messages of a subscriber without taking them.
 
-    Behind the first message that it did not acknowledge yet, those that it acknowledged out of
-    order are shown as well, as long as they are stored: the servers do not tell which these are.
+    Messages that it acknowledged out of order, after the first one that it did not acknowledge, are
+    shown as well while they are stored: the servers do not tell which these are.
 
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
@@ -512,10 +515,10 @@ def peek(config: Config,
 
 def follow(config: Config, queue_key: str, last: int = 0) -> Generator[list[Peeked], None, None]:
     """
-    Look at messages as they are sent, for ever; a look, not a subscriber.
+    Look at messages as they are sent, for ever, without being a subscriber.
 
-    Messages that all their subscribers acknowledged may be gone before they were seen: then a
-    number is left out. Close the iterator to close the queue.
+    A message may be gone before it was seen, if all its subscribers have acknowledged it; its
+    number is then left out. Close the iterator to close the queue.
 
     :param config: that describes the queue
     :param queue_key: of the queue in ``queues``
@@ -547,11 +550,12 @@ async def _look(kept: stream.Stream,
         if one is None:
             break
         number = one.number + 1
-        # With retain_secs, messages are stored that nobody wants.
+        # With retain_secs, messages that no consumer wants are stored as well.
         is_wanted = one.subject != address.nobodys_subject(kept.name)
-        if is_wanted and not (are_old_left_out and kept.is_expired(one.time_ns)):
-            age_seconds = max(0, kept.now_ns() - one.time_ns) / 1e9
-            found.append(Peeked(one.number, age_seconds, recipients.get(one.subject), one.data))
+        if is_wanted and not (are_old_left_out and kept.is_expired(one.sent_at)):
+            found.append(
+                Peeked(one.number, kept.age_secs(one.sent_at), recipients.get(one.subject),
+                       one.data))
     return found
 
 
@@ -560,7 +564,7 @@ async def _look(kept: stream.Stream,
 
 def check_durability(config: Config, queue_key: str) -> tuple[str, ...]:
     """
-    Look whether the servers flush each message, as durability ``fsync`` promises.
+    Check whether the servers flush each message, as durability ``fsync`` promises.
 
     A server writes a message to its files before it acknowledges it, but flushes them every two
     minutes unless it is told otherwise. What is not flushed is lost in a power failure of all

@@ -1,4 +1,4 @@
-"""Turn what NATS says into errors of this library; no error of NATS leaves the package."""
+"""Translate errors of NATS into errors of this library; no other error leaves the package."""
 
 import re
 import ssl
@@ -21,7 +21,7 @@ _Kind: TypeAlias = type[PersipubsubError]
 
 _NO_JETSTREAM: Final = "servers of {} with JetStream (nats-server -js)"
 
-#: What answers mean, by their codes: the error, and what was expected of the path.
+#: The error for each code of an answer, and what was expected.
 _ANSWERS: Final[dict[int, tuple[_Kind, str]]] = {
     code: (kind, expected)
     for kind, expected, *codes in (
@@ -38,7 +38,7 @@ _ANSWERS: Final[dict[int, tuple[_Kind, str]]] = {
     for code in codes
 }
 
-#: What errors of the client mean, in the same way; the first that fits.
+#: The same for errors of nats-py; the first that fits.
 _ERRORS: Final[tuple[tuple[type[BaseException], _Kind, str], ...]] = (
     (ssl.SSLError, AccessError, "a TLS connection to {} (NATS_CA, NATS_CERT, NATS_KEY)"),
     (nats.errors.MaxPayloadError, MessageTooLargeError,
@@ -49,7 +49,7 @@ _ERRORS: Final[tuple[tuple[type[BaseException], _Kind, str], ...]] = (
 
 
 class ApiError(Exception):
-    """Hold what the server answered instead of doing what it was asked for."""
+    """An answer by which a server refuses a request."""
 
     def __init__(self, answer: dict[str, Any]) -> None:
         """Initialize with the answer."""
@@ -64,9 +64,9 @@ class ApiError(Exception):
 
     def is_temporary(self) -> bool:
         """Tell whether the same request may be answered otherwise a moment later."""
-        # Beside those that we know, answers with the code 503 change when one waits.
-        # Too few servers by their number, or because some of them are not there right now: only the
-        # words tell (2.10.27: "no suitable peers for placement, peer offline").
+        # There are too few servers in all, or some are away at the moment: only the words tell
+        # (2.10.27: "no suitable peers for placement, peer offline"). Other answers with the code
+        # 503 change after a while, unless their own code is in the table.
         is_somebody_away = self.err_code == _NO_PEERS and "offline" in str(self)
         return is_somebody_away or (self.code == 503 and self.err_code not in _ANSWERS)
 
@@ -92,8 +92,8 @@ def closed(path: str) -> ClosedError:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tell whether a server does not let us in, so that there is no use in trying again."""
-    # Most often the client raises the base class of its errors, with the words of the server.
+    """Tell whether a server refuses our credentials, so that a retry is of no use."""
+    # nats-py mostly raises the base class of its errors, with the words of the server.
     words = "authorization|authentication|user credentials"
     return (isinstance(error, nats.errors.Error)
             and re.search(words, str(error), re.IGNORECASE) is not None)

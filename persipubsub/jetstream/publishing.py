@@ -13,7 +13,7 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import persipubsub.drop_log
 import persipubsub.errors
@@ -24,11 +24,11 @@ from persipubsub.jetstream import address, connection, errors, stream
 _GROUP_MESSAGES: Final = 512
 _GROUP_BYTES: Final = 1 << 20
 
-#: An answer to one of many messages is waited for that much longer for each of them, in seconds.
+#: The wait for the answers to a group is longer by so much for each of its messages, in seconds.
 _EACH_SECS: Final = 0.01
 
-#: Calls that are under way at the same time: a message that waits for a thousand others would be
-#: published again before it is answered.
+#: Calls at the same time, at most: a message behind a thousand others would be published again
+#: before it is answered.
 _AT_ONCE: Final = 256
 
 #: What a message takes beside its bytes, its subject and the values of its headers, at most, in
@@ -38,7 +38,7 @@ _FRAME_BYTES: Final = 96
 #: Headers that the server counts as a part of the message, at most, in bytes.
 _HEADER_BYTES: Final = 192
 
-#: How often a full queue is looked at by a publisher that waits for room, in seconds.
+#: A publisher that waits for room looks at these intervals, at first and at most, in seconds.
 _FIRST_LOOK_SECS: Final = 0.01
 _LONGEST_LOOK_SECS: Final = 0.25
 
@@ -50,15 +50,11 @@ class _Item:
         self.subject = subject
         self.data = data
         self.headers = {"Nats-Msg-Id": msg_id, "Nats-Expected-Stream": stream_name}
-        self.number = 0  #: in the stream; 0 as long as it is not known to be stored
+        self.number = 0  #: in the stream; 0 until the server has said that it is stored
         self.is_tried = False  #: it was published, and may be stored
         self.is_refused = False  #: the queue was full
         #: In the stream, a few more bytes than the server counts.
         self.size = len(data) + len(subject) + len(stream_name) + len(msg_id) + _FRAME_BYTES
-
-
-class _FullError(Exception):
-    """There is no room, and nothing may be dropped."""
 
 
 class Publishing:
@@ -69,14 +65,14 @@ class Publishing:
         self._stream = own
         self._settings = own.settings
         self._connection = own.connection
-        # Held while messages are written, and by what has to publish some again: messages are in
-        # the order of the calls.
+        # Held while messages are written or published again, so that messages are stored in the
+        # order of the calls.
         self._order = asyncio.Lock()
         self._unique = uuid.uuid4().hex
         self._numbers = itertools.count()
         self._window_secs = float(own.settings.stream_config()["duplicate_window"]) / 1e9
         self._calls = asyncio.Semaphore(_AT_ONCE)
-        # When the servers answered to a message last, on the monotonic clock.
+        # When the servers last answered to a message, on the monotonic clock.
         self._answered = 0.0
         self.drops = persipubsub.drop_log.DropLog(own.settings.path)
 
@@ -96,12 +92,12 @@ class Publishing:
                 try:
                     await self._put(items, recipients, begin)
                     return items[0].number
-                except _FullError:
+                except persipubsub.errors.QueueFullError:
                     left = until - time.monotonic()
                     if self._settings.strategy != "block" or left <= 0:
-                        await self._raise_full()
-                # Out of turn: it may take for ever, and there may be room for others that send
-                # less.
+                        raise
+                # The lock is free meanwhile: the wait may be long, and there may be room for the
+                # smaller messages of other calls.
                 await asyncio.sleep(max(0.001, min(pause, left)))
                 pause = min(2 * pause, _LONGEST_LOOK_SECS)
                 begin = time.monotonic()
@@ -109,38 +105,29 @@ class Publishing:
     async def _put(self, items: Sequence[_Item], recipients: tuple[str, ...] | None,
                    begin: float) -> None:
         """Publish the messages that are not stored yet."""
-        deadline = await self._take_turn(begin)
-        try:
+        async with self._order:
+            deadline = self._in_turn(begin)
             link = await self._connection.link(deadline)
             self._check_payload(items, link.client.max_payload)
             await self._stream.require_interest(recipients)
             if len(items) > 1:
                 await self._put_batch([item for item in items if not item.number], deadline)
                 return
-        finally:
-            self._order.release()
-        # Up to the moment in which the message is written, nothing suspends us.
+        # Nothing suspends this call before the message is written, so the order stays.
         if not items[0].is_tried:
             await self._attempt(items[0], connection.FIRST_ATTEMPT_SECS, deadline)
         if not items[0].number:
-            await self._take_turn(begin)
-            try:
+            async with self._order:
+                self._in_turn(begin)
                 await self._again(items[0])
-            finally:
-                self._order.release()
 
-    async def _take_turn(self, begin: float) -> float:
-        """Let no other call write; return until when the servers may be waited for."""
-        while True:
-            # While calls before this one are answered, the servers are there.
-            deadline = self._deadline(max(begin, self._answered))
-            try:
-                async with asyncio.timeout_at(deadline if self._order.locked() else None):
-                    await self._order.acquire()
-                    return deadline
-            except TimeoutError as error:
-                if deadline >= self._deadline(max(begin, self._answered)):
-                    raise errors.translate(error, self._settings.path) from None
+    def _in_turn(self, begin: float) -> float:
+        """Return the time until which the servers may be waited for, if it is not over."""
+        # The wait for the lock does not count while earlier calls are answered.
+        deadline = self._deadline(max(begin, self._answered))
+        if time.monotonic() >= deadline:
+            raise errors.translate(TimeoutError(), self._settings.path)
+        return deadline
 
     def _deadline(self, begin: float) -> float:
         """Bound the wait for the servers, on the monotonic clock."""
@@ -167,13 +154,13 @@ class Publishing:
         """
         Publish several messages, in order.
 
-        Atomic batches, which servers have since 2.12, were rejected: such a server refuses a batch
-        with an id that it knows, and does not tell whether the message is stored, so that nobody
-        knows what became of a batch that was not answered.
+        The atomic batches of servers since 2.12 were rejected: a server refuses a batch that has a
+        known id, and does not tell whether that message is stored. So the publisher of a batch
+        without an answer could not find out what became of it.
         """
         _, is_scarce = await self._make_room(len(items), sum(item.size for item in items))
-        # Where room is scarce, others may fill the queue in between: one after the other, so that a
-        # message that is refused does not come behind those that follow it.
+        # Where room is scarce, other publishers may fill the queue in between. Messages are then
+        # sent one by one, so that a message that was refused does not come behind later ones.
         largest = max(item.size for item in items)
         at_once = 1 if is_scarce else max(1, min(_GROUP_MESSAGES, _GROUP_BYTES // largest))
         for begin in range(0, len(items), at_once):
@@ -200,23 +187,24 @@ class Publishing:
         answer: dict[str, Any] = json.loads(message.data)
         if "error" in answer:
             error = errors.ApiError(answer["error"])
-            item.is_refused = error.err_code == errors.LIMIT_REACHED
-            if item.is_refused or error.is_temporary():
+            if error.is_temporary():
                 return
-            raise error
+            item.is_refused = error.err_code == errors.LIMIT_REACHED
+            if not item.is_refused:
+                raise error
         self._answered = time.monotonic()
-        # 0: it is known by its id, and not stored. Its leader died in between.
+        # 0: the server knows the id but has not stored the message, as its leader died in between.
         item.number = int(answer.get("seq") or 0)
 
     async def _again(self, item: _Item) -> None:
         """
         Publish a message that may have been published before, until it is stored.
 
-        A server of several that was elected just now takes messages before it has gone through what
-        the one before it stored, and does not know the ids in that yet (2.10.27: they are looked up
-        when a message is proposed): a message that is published again would be stored twice. What
-        it answers to a message that nobody wants, and that is not kept, comes behind all that. A
-        pause was rejected: nobody knows how long.
+        A new leader accepts messages before it has read all that the leader before it stored, and
+        does not know the ids in there yet (2.10.27 looks ids up when a message is proposed): a
+        message that is published again would be stored twice. So a message that no consumer wants
+        is published first; its answer comes after all that was read. A pause was rejected: nobody
+        knows how long it would have to be.
         """
         deadline = self._deadline(time.monotonic())
         patience = connection.FIRST_ATTEMPT_SECS
@@ -226,9 +214,9 @@ class Publishing:
                 if was_made:
                     deadline = self._deadline(time.monotonic())
                 elif time.monotonic() >= deadline:
-                    raise _FullError
+                    raise await self._full()
                 else:
-                    # Others made it in that moment, and may take it in the next.
+                    # Another publisher has made room, and may use it first.
                     await asyncio.sleep(_FIRST_LOOK_SECS)
             elif item.is_tried and self._settings.address.replicas > 1:
                 await self._connection.ask(address.nobodys_subject(self._stream.name), b"",
@@ -248,16 +236,16 @@ class Publishing:
 
     async def _make_room(self, count: int, size: int) -> tuple[bool, bool]:
         """
-        Make room for so many messages and bytes, as far as the strategy drops some for it.
+        Make room for so many messages and bytes, if the strategy drops messages.
 
-        Only in turn: of the calls that find the queue full at once, one prunes it. Return whether
-        some was made, and whether others could take it away.
+        The caller holds the lock: of several calls that find the queue full, one prunes it. Return
+        whether messages were dropped, and whether other publishers could fill the room first.
         """
         was_made = False
         while True:
             info = await self._stream.info()
-            # Not those of our configuration: init may have lowered them meanwhile, or somebody
-            # by hand, and room that the server does not see would be found for ever.
+            # The limits of the stream, not of our file: they may have been changed by another file
+            # or by hand, and room that the server does not see would be found again and again.
             most_messages = _limit(info["config"]["max_msgs"])
             most_bytes = _limit(info["config"]["max_bytes"])
             if count > most_messages or size > most_bytes:
@@ -271,17 +259,17 @@ class Publishing:
                 is_scarce = (messages + 2 * count + 1000 > most_messages
                              or stored + 2 * size > most_bytes)
                 return was_made, is_scarce
-            if self._settings.retain_ns and not was_made:
+            if self._settings.retain_secs and not was_made:
                 await self._stream.drop_finished()
             elif self._settings.strategy.startswith("prune"):
                 await self._prune(messages, count)
             else:
-                raise _FullError
+                raise await self._full()
             was_made = True
 
     async def _prune(self, messages: int, added: int) -> None:
-        """Drop half of the messages, those that are to be added included."""
-        # By what is to stay: if another process prunes as well, the second one does nothing.
+        """Drop half of the messages, counting those that are to be added."""
+        # The number that stays is fixed: if two processes prune, the second one drops nothing.
         keep = max(0, (messages + added) // 2 - added)
 
         drop = functools.partial(self._stream.purge, keep=keep)
@@ -289,11 +277,12 @@ class Publishing:
             drop = functools.partial(self._stream.delete_newest, messages - keep)
         self.drops.add((await self._stream.count_dropped(drop)).items())
 
-    async def _raise_full(self) -> NoReturn:
+    async def _full(self) -> persipubsub.errors.QueueFullError:
+        """Return the error of a queue that has no room, and may drop nothing."""
         messages = (await self._stream.state())["messages"]
         lags = await self._stream.lags()
         slowest = max(lags, key=lambda subscriber: lags[subscriber], default="nobody")
-        raise persipubsub.errors.QueueFullError(
+        return persipubsub.errors.QueueFullError(
             f"Expected room in the queue {self._settings.path} (MAX_MSGS_NUM, "
             f"HWM_LMDB_SIZE_BYTES), but got: {messages} messages wait in it, "
             f"{lags.get(slowest, 0)} of them for {slowest!r}")

@@ -1,4 +1,4 @@
-"""Take from a configuration what the servers have to know of a queue."""
+"""Describe a queue of a configuration for the servers of NATS."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -7,22 +7,21 @@ import persipubsub.config
 import persipubsub.errors
 from persipubsub.jetstream import address
 
-#: The server remembers the ids of messages that long, so that a repeated publish is stored once.
+#: The server remembers the ids of messages so long, and stores a repeated publish once.
 _DUPLICATE_WINDOW_SECS: Final = 120.0
 
-#: Subject, headers and frame of a message, which the server counts as its bytes, in bytes.
+#: Subject, headers and frame of a message, which the server counts as well, in bytes.
 _FRAME_BYTES: Final = 512
 
-#: What tells our streams and consumers from others.
+#: Key in the metadata of our streams and consumers.
 _MARK: Final = "persipubsub"
-_OURS: Final = {_MARK: "1"}
 
 
 class Settings:
-    """Where a stream is, and what it does with its messages."""
+    """The address of a stream, and the settings of its queue."""
 
     def __init__(self, config: persipubsub.config.Config, queue_key: str) -> None:
-        """Take the settings; raise ConfigError if the path is none of a stream."""
+        """Take the settings; raise ConfigError if the path is wrong."""
         self.config = config
         self.key = queue_key
         self.queue = config.queues[queue_key]
@@ -35,8 +34,7 @@ class Settings:
         mark = self.queue.high_water_mark
         self.strategy = mark.strategy.value
         self.wait_secs = self.queue.busy_timeout_secs
-        self.timeout_ns = _nanoseconds(mark.msg_timeout_secs)
-        self.retain_ns = _nanoseconds(self.queue.retain_secs) or 0
+        self.retain_secs = self.queue.retain_secs
         everybody = set(self.queue.subscribers)
         #: Recipients of publishers that list them.
         self.audiences = {
@@ -48,7 +46,7 @@ class Settings:
 
     @property
     def subscribers(self) -> tuple[str, ...]:
-        """All subscribers of the queue; that of dead letters, if subscribers send some here."""
+        """All subscribers of the queue, and the one of dead letters if the queue receives them."""
         is_for_letters = any(one.dead_letter_queue == self.key
                              for one in self.config.subscribers.values())
         letters = (persipubsub.config.DEAD_LETTERS, ) if is_for_letters else ()
@@ -74,54 +72,52 @@ class Settings:
         """
         Describe the stream for the server.
 
-        ``discard`` is ``new``: the server refuses what is above a mark, and the strategy is ours.
+        ``discard`` is ``new``: the server refuses messages above a mark, and the publisher applies
+        the strategy.
         """
         mark = self.queue.high_water_mark
         age_ns = 0
-        if self.timeout_ns is not None:
+        if mark.msg_timeout_secs is not None:
             # The server wants a tenth of a second at least.
-            age_ns = max(self.timeout_ns, self.retain_ns, 100_000_000)
+            age_ns = int(max(mark.msg_timeout_secs, self.retain_secs, 0.1) * 1e9)
         window_ns = int(_DUPLICATE_WINDOW_SECS * 1e9)
         return {
             "name": self.address.stream,
             "description": "A queue of persipubsub",
             "subjects": [f"persipubsub.{self.address.stream}.>"],
-            # With interest alone, a message goes when everybody has acknowledged it.
-            "retention": "limits" if self.retain_ns else "interest",
+            # With "interest", the server drops a message that every consumer has acknowledged.
+            "retention": "limits" if self.retain_secs else "interest",
             "storage": "file",
             "discard": "new",
             "max_msgs": -1 if mark.max_msgs_num is None else mark.max_msgs_num,
             "max_bytes": -1 if mark.size_bytes is None else mark.size_bytes + _FRAME_BYTES,
             "max_age": age_ns,
-            "max_consumers": -1,
             "num_replicas": self.address.replicas,
             "duplicate_window": min(age_ns or window_ns, window_ns),
-            "metadata": _OURS,
+            "metadata": {
+                _MARK: "1"
+            },
         }
 
     def consumer_config(self, subscriber: str) -> dict[str, Any]:
         """Describe the durable consumer of a subscriber for the server."""
         name = address.durable_of(subscriber)
-        metadata = {_MARK: subscriber}
-        start_from = self.entry(subscriber).start_from
-        is_from_beginning = start_from is persipubsub.config.StartFrom.BEGINNING
+        beginning = persipubsub.config.StartFrom.BEGINNING
         return {
             "name": name,
             "durable_name": name,
             "ack_policy": "explicit",
-            "deliver_policy": "all" if is_from_beginning else "new",
+            "deliver_policy": "all" if self.entry(subscriber).start_from is beginning else "new",
             "ack_wait": int(self.address.ack_wait_secs * 1e9),
-            # max_deliveries is ours: the server would only stop delivering, and keep the message.
+            # Not max_deliveries: the server would stop delivering, but keep the message.
             "max_deliver": -1,
             "max_ack_pending": -1,
             "max_waiting": 4096,
             "filter_subjects": self.filters(subscriber),
-            "metadata": metadata,
+            "metadata": {
+                _MARK: subscriber
+            },
         }
-
-
-def _nanoseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1e9)
 
 
 def is_ours(stream_config: dict[str, Any]) -> bool:
@@ -130,5 +126,5 @@ def is_ours(stream_config: dict[str, Any]) -> bool:
 
 
 def subscriber_of(consumer_config: dict[str, Any]) -> str | None:
-    """Return the subscriber of a consumer; None if this library did not make it, or for a while."""
+    """Return the subscriber of a consumer; None if it has none, like the guard of a seek."""
     return (consumer_config.get("metadata") or {}).get(_MARK)

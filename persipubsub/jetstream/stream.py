@@ -9,21 +9,21 @@ import base64
 import datetime
 import json
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import persipubsub.errors
 from persipubsub.jetstream import address, connection, errors, settings
 
-#: Requests that are under way at the same time.
+#: Messages that are deleted at the same time.
 _WINDOW: Final = 128
 
-#: It is looked this often whether all consumers are still there, in seconds.
+#: Publishers check so often whether all consumers still exist, in seconds.
 _INTEREST_SECS: Final = 1.0
 
-#: A cluster that was started again does not know all of its consumers for a moment, and says that
-#: they are not there; that is believed after so many seconds. The same while a consumer is being
-#: replaced (seek), on any server.
+#: A cluster that was restarted does not know all of its consumers for a moment, and answers that
+#: they do not exist; that is believed after so many seconds. The same holds on any server while
+#: seek replaces a consumer.
 _RECOVERY_SECS: Final = 5.0
 _REPLACED_SECS: Final = 1.0
 
@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     number: int
     subject: str
     data: bytes
-    time_ns: int  #: when it was stored, on the clock of the servers
+    sent_at: datetime.datetime  #: on the clock of the servers
 
 
 class Stream:
@@ -52,9 +52,9 @@ class Stream:
         self.settings = described
         self.name = described.address.stream
         own.is_cluster |= described.address.replicas > 1
-        # Time of the servers minus ours, in nanoseconds, as far as we know.
-        self._offset_ns = 0
-        # By recipients: when it was seen last that each of them wants their subject.
+        # Time of the servers minus ours, as far as we know.
+        self._offset = datetime.timedelta()
+        # By recipients: when each of them was last seen to want their subject.
         self._interest: dict[tuple[str, ...] | None, float] = {}
 
     def deadline(self) -> float:
@@ -69,7 +69,7 @@ class Stream:
         """
         Ask the API of JetStream; raise ApiError at a refusal that waiting does not change.
 
-        Without ``confirms``, it is believed at once that a stream or a consumer is not there.
+        Without ``confirms``, an answer that a stream or a consumer is missing is believed at once.
         """
         subject = f"$JS.API.{verb}.{self.name}" + (f".{consumer}" if consumer else "")
         payload = b"" if body is None else json.dumps(body).encode("utf-8")
@@ -94,30 +94,31 @@ class Stream:
     # Making
 
     async def ensure(self) -> None:
-        """Make the stream and its consumers as far as they are not there, or update them."""
+        """Create the stream and its consumers, or update them."""
         wanted = self.settings.stream_config()
         try:
             await self._api("STREAM.CREATE", wanted)
         except errors.ApiError as error:
             if error.err_code != errors.NAME_IN_USE:
                 raise
-            # It is there, with other settings, or of somebody else.
+            # It exists with other settings, or is somebody else's.
             found = await self.info()
             await self._api("STREAM.UPDATE", {**found["config"], **wanted})
-        await self._each(self.settings.subscribers, self.ensure_consumer)
+        for subscriber in self.settings.subscribers:
+            await self.ensure_consumer(subscriber)
 
     async def ensure_consumer(self, subscriber: str) -> bool:
-        """Make the consumer of a subscriber, or update it; return True if it was not there."""
+        """Create the consumer of a subscriber, or update it; return True if it was created."""
         wanted = self.settings.consumer_config(subscriber)
         name = address.durable_of(subscriber)
         found = await self._find("CONSUMER.INFO", consumer=name, confirms=False)
         if found is not None:
             config = found["config"]
-            # What it was to get stays: messages may be under way that nobody else wants.
+            # Its old subjects stay: they may have messages that no other consumer needs.
             filters = sorted(set(wanted["filter_subjects"]) | set(filters_of(config)))
             if filters == sorted(filters_of(config)) and config["ack_wait"] == wanted["ack_wait"]:
                 return False
-            # Where it began can not be changed.
+            # The server does not change the start of a consumer.
             wanted = {**config, "ack_wait": wanted["ack_wait"], "filter_subjects": filters}
         await self._create_consumer(wanted)
         return found is None
@@ -147,7 +148,7 @@ class Stream:
         config = {key: value for key, value in found["config"].items() if "opt_start" not in key}
         name = address.guard_of(subscriber)
         guard = {**config, **start, "name": name, "durable_name": name, "metadata": {}}
-        # Of a call that was killed.
+        # Left by a call that was killed.
         await self._find("CONSUMER.DELETE", consumer=name, confirms=False)
         # The server finds the place.
         number = int((await self._create_consumer(guard))["delivered"]["stream_seq"]) + 1
@@ -161,7 +162,7 @@ class Stream:
 
     async def info(self) -> Info:
         """Ask for ``config``, ``state`` and more of the stream; raise if there is none of ours."""
-        before_ns = time.time_ns()
+        before = datetime.datetime.now(datetime.UTC)
         answer = await self._api("STREAM.INFO")
         if not settings.is_ours(answer["config"]):
             raise persipubsub.errors.FormatError(
@@ -169,7 +170,8 @@ class Stream:
                 f"persipubsub, but got: one of somebody else, with the subjects "
                 f"{answer['config'].get('subjects')!r}")
         if answer.get("ts"):
-            self._offset_ns = to_ns(answer["ts"]) - (before_ns + time.time_ns()) // 2
+            after = datetime.datetime.now(datetime.UTC)
+            self._offset = to_time(answer["ts"]) - before - (after - before) / 2
         return answer
 
     async def state(self) -> Info:
@@ -177,14 +179,15 @@ class Stream:
         found: Info = (await self.info())["state"]
         return found
 
-    def now_ns(self) -> int:
-        """Tell the time of the servers, in nanoseconds since 1970."""
-        return time.time_ns() + self._offset_ns
+    def age_secs(self, sent_at: datetime.datetime) -> float:
+        """Tell the age of something, by the clock of the servers."""
+        age = datetime.datetime.now(datetime.UTC) + self._offset - sent_at
+        return max(0.0, age.total_seconds())
 
-    def is_expired(self, time_ns: int) -> bool:
+    def is_expired(self, sent_at: datetime.datetime) -> bool:
         """Tell whether a message is too old; the servers drop it a bit late."""
-        timeout_ns = self.settings.timeout_ns
-        return timeout_ns is not None and self.now_ns() - time_ns > timeout_ns
+        timeout_secs = self.settings.queue.high_water_mark.msg_timeout_secs
+        return timeout_secs is not None and self.age_secs(sent_at) > timeout_secs
 
     async def _find(self, verb: str, body: Info | None = None, **named: Any) -> Info | None:
         """Ask for a consumer or a message; None if it is not there."""
@@ -196,30 +199,26 @@ class Stream:
             return None
 
     async def consumer_info(self, subscriber: str) -> Info:
-        """Ask for what is known of a subscriber; raise NotInitializedError if it is missing."""
+        """Ask for the consumer of a subscriber; raise NotInitializedError if there is none."""
         found = await self._find("CONSUMER.INFO", consumer=address.durable_of(subscriber))
         if found is None:
             raise self.missing(subscriber)
         return found
 
-    async def require(self, subscribers: Iterable[str]) -> None:
-        """Check that subscribers have consumers."""
-        await self._each(subscribers, self.consumer_info)
-
     async def require_interest(self, recipients: tuple[str, ...] | None) -> None:
         """
         Check that every recipient wants its messages.
 
-        A stream of this kind acknowledges what nobody wants, and drops it: a message to a
+        The server acknowledges and drops a message that no consumer wants: a message to a
         subscriber without a consumer would be lost without an error. The servers are asked once a
-        second, and not each time: only an operator takes consumers away.
+        second, and not each time: only an operator removes consumers.
         """
         now = time.monotonic()
         seen = self._interest.get(recipients)
         if seen is not None and now - seen < _INTEREST_SECS:
             return
         self._interest.pop(recipients, None)
-        # What they want is asked for once.
+        # The subjects of a consumer are checked once; later only whether it exists.
         names = await self._names() if seen is not None else ()
         subject = self.settings.subject(recipients)
 
@@ -228,8 +227,8 @@ class Stream:
                 raise self.missing(subscriber)
 
         subscribers = self.settings.queue.subscribers if recipients is None else recipients
-        await self._each((one for one in subscribers if address.durable_of(one) not in names),
-                         check)
+        await asyncio.gather(*(check(one) for one in subscribers
+                               if address.durable_of(one) not in names))
         self._interest[recipients] = now
 
     async def _names(self) -> list[str]:
@@ -252,12 +251,12 @@ class Stream:
         """
         Ask for what the servers know of all subscribers, by id.
 
-        Those that were taken out of the configuration are among them: they hold messages as long as
-        they have a consumer.
+        Subscribers that the configuration no longer has are among them: their consumers hold
+        messages until they are removed.
         """
         names = [*map(address.durable_of, self.settings.subscribers), *await self._names()]
-        infos = await self._each(dict.fromkeys(names),
-                                 lambda name: self._find("CONSUMER.INFO", consumer=name))
+        infos = await asyncio.gather(*(self._find("CONSUMER.INFO", consumer=name)
+                                       for name in dict.fromkeys(names)))
         # None: somebody else's, or the guard of a seek.
         found = {settings.subscriber_of(info["config"]): info for info in infos if info is not None}
         return {subscriber: info for subscriber, info in found.items() if subscriber is not None}
@@ -275,7 +274,7 @@ class Stream:
             return None
         message = min(found, key=lambda one: int(one["seq"]))
         data = base64.b64decode(message.get("data") or b"")
-        return Stored(int(message["seq"]), message["subject"], data, to_ns(message["time"]))
+        return Stored(int(message["seq"]), message["subject"], data, to_time(message["time"]))
 
     # Dropping
 
@@ -307,7 +306,7 @@ class Stream:
         for _ in range(_MOST_STEPS):
             state = await self.state()
             if (not age_ns or not state["messages"]
-                    or self.now_ns() - to_ns(state["first_ts"]) <= age_ns):
+                    or self.age_secs(to_time(state["first_ts"])) * 1e9 <= age_ns):
                 break
             await self.purge(seq=state["first_seq"] + 1)
 
@@ -318,15 +317,6 @@ class Stream:
         after = await self.lags()
         lost = {one: lag - after.get(one, 0) for one, lag in before.items()}
         return {one: count for one, count in lost.items() if count > 0}
-
-    async def _each(self, names: Iterable[str],
-                    work: Callable[[str], Coroutine[Any, Any, ResultT]]) -> list[ResultT]:
-        """Do something for many subscribers or consumers, some of them at the same time."""
-        pending = list(names)
-        done: list[ResultT] = []
-        while len(done) < len(pending):
-            done += await asyncio.gather(*map(work, pending[len(done):len(done) + _WINDOW]))
-        return done
 
 
 def filters_of(config: Info) -> list[str]:
@@ -340,16 +330,8 @@ def lag_of(info: Info) -> int:
     return int(info["num_pending"]) + int(info["num_ack_pending"])
 
 
-def to_ns(text: str) -> int:
-    """
-    Read a time of the server, in nanoseconds since 1970.
-
-    >>> to_ns("1970-01-01T00:00:01.5Z")
-    1500000000
-    """
-    whole, _, fraction = text.rstrip("Z").partition(".")
-    moment = datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC)
-    return int(moment.timestamp()) * 10**9 + int(fraction.ljust(9, "0")[:9] or 0)
+#: Read a time of the server.
+to_time = datetime.datetime.fromisoformat
 
 
 def to_text(time_ns: int) -> str:
