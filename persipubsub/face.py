@@ -294,7 +294,7 @@ class Receiver(Handle[Source], Generic[OneT, DetailedOneT, ManyT, DetailedManyT,
         block is left without an exception, all of them are acknowledged together, in one
         transaction. Otherwise all of them stay, and are delivered again.
 
-        At most about 16 MiB, or one larger message, are received at once.
+        At most about 16 MiB (8 from servers), or one larger message, are received at once.
 
         :param max_msgs: how many messages at most
         :param timeout: how long to wait for the first one, in seconds; None: for ever

@@ -366,7 +366,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             is_owner = False
             try:
                 if self._mutex.acquire(blocking=False):
-                    self._check_handler()
+                    if self._is_busy:
+                        raise self._interrupted_error()
                     is_owner = self._is_busy = True
                     pause = _LOCK_PAUSE_SECS
                     if self._lock_file.try_lock():
@@ -559,9 +560,9 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 ids_ns: int) -> _Position:
         """Write a record, and return the position behind it; hold the journal's lock."""
         size = _RECORD_HEAD_BYTES + len(body)
-        self._follow(position)
-        if _aligned(size) > self._size - position.offset:
-            position = self._roll(position, _aligned(size))
+        whole = _aligned(size)
+        if whole > self._size - position.offset:
+            position = self._roll(position, whole)
         head = _RECORD.pack(kind, len(body), position.record, end)
         parts = (_CRC.pack(zlib.crc32(body, zlib.crc32(head, self._seed))), head, body)
         try:
@@ -574,8 +575,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             self._words[self.FAILED] = 1
             raise self.failure(error.strerror or error) from error
         file, sequence, _, offset, record, _, _, oldest, written, next_file, next_size = position
-        position = _Position(file, sequence, offset, offset + _aligned(size), record + 1, end,
-                             ids_ns, oldest, written + size, next_file, next_size)
+        position = _Position(file, sequence, offset, offset + whole, record + 1, end, ids_ns,
+                             oldest, written + size, next_file, next_size)
         self._store(position)
         return position
 
@@ -838,7 +839,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         try:
             has_mutex = self._mutex.acquire(timeout=self._busy_timeout_secs)
             if has_mutex:
-                self._check_handler()
+                if self._is_busy:
+                    raise self._interrupted_error()
                 is_owner = self._is_busy = True
             if not (has_mutex and self._lock_file.lock(deadline)):
                 raise persipubsub.errors.BusyTimeoutError(
@@ -864,13 +866,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._lock_file.unlock()
         self._is_busy = False
 
-    def _check_handler(self) -> None:
-        """Fail if a signal handler calls this in the middle of its thread's work on the journal."""
-        if self._is_busy:
-            raise persipubsub.errors.StoreError(
-                f"Expected to write to the journal of the queue {self._queue} when this thread is not "
-                "in the middle of that, but got: a signal handler that interrupted it. Set a flag "
-                "there, and write later.")
+    def _interrupted_error(self) -> persipubsub.errors.StoreError:
+        """Describe that a signal handler interrupted its thread's work on the journal, and writes."""
+        return persipubsub.errors.StoreError(
+            f"Expected to write to the journal of the queue {self._queue} when this thread is not "
+            "in the middle of that, but got: a signal handler that interrupted it. Set a flag "
+            "there, and write later.")
 
     # After a power failure
 
