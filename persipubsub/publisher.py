@@ -14,7 +14,7 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
     Send messages to the queue of a publisher.
 
     Many threads may use one object at the same time. Threads that send at the same moment share a
-    flush. A forked child may use the object, too. It can not be pickled.
+    transaction and a flush; the main thread has its own. A forked child may use the object, too. It can not be pickled.
 
     >>> import tempfile
     >>> import persipubsub.control

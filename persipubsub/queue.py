@@ -61,7 +61,8 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
             self._writers: dict[str, dead_letters.DeadLetterWriter] = {}
             self._room = room.Room(opened, self._now_ns)
             self._sender = sending.Sender(opened, self._room, self._now_ns)
-            opened.members += [self._claims, self._ending]
+            self._members = (self._claims, self._ending, self._sender)
+            opened.members += self._members
             opened.drop_logs.append(self._room.drop_log)
         except BaseException:
             environment.release(opened)
@@ -114,8 +115,8 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
             self._room.drop_log.report()
             for writer in self._writers.values():
                 writer.close()
-            opened.members.remove(self._claims)
-            opened.members.remove(self._ending)
+            for member in self._members:
+                opened.members.remove(member)
             opened.drop_logs.remove(self._room.drop_log)
             # Waiting calls notice that it is closed.
             with contextlib.suppress(persipubsub.errors.PersipubsubError):

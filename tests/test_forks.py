@@ -248,7 +248,8 @@ def fork_while_threads_work(pipe: support.Connection, config_pth: Path) -> None:
     for number in range(FORKS):
 
         def work(number: int = number) -> None:
-            pub.send(b"child-%d" % number)
+            # Threads share transactions: this one must not wait for one of the parent.
+            support.in_threads([lambda: pub.send(b"child-%d" % number)])
             with sub.receive(timeout=support.HANG_SECS) as message:
                 assert message is not None
                 pub.send(b"again-" + message)

@@ -1,5 +1,6 @@
 """Test the strategies that drop nothing: refuse a message, or wait for room."""
 
+import concurrent.futures
 import signal
 import threading
 import time
@@ -194,3 +195,24 @@ def test_subscriber_wakes_a_publisher_of_another_process(tmp_path: Path) -> None
         assert received[::2] == [b"%d" % index for index in range(100)]
         assert child.get() == "sent"
         child.end()
+
+
+def test_threads_that_fill_a_queue_together(tmp_path: Path) -> None:
+    with stores.opened(tmp_path, strategy=stores.REJECT, max_msgs_num=20) as queue:
+
+        def send() -> list[bool]:
+            sent = []
+            for index in range(10):
+                try:
+                    # A known id takes no room.
+                    queue.put([b"x"], msg_ids=[b"same"] if index == 5 else None)
+                    sent.append(index != 5)
+                except errors.QueueFullError:
+                    sent.append(False)
+            return sent
+
+        queue.put([b"x"], msg_ids=[b"same"])
+        with concurrent.futures.ThreadPoolExecutor(8) as executor:
+            outcomes = [executor.submit(send) for _ in range(8)]
+            assert sum(sum(one.result(support.HANG_SECS)) for one in outcomes) == 19
+        assert len(stores.take_all(queue)) == 20

@@ -50,6 +50,19 @@ def test_threads_share_flushes(tmp_path: Path) -> None:
     assert 25 <= count_flushes(tmp_path, start) < 190
 
 
+def test_threads_share_transactions(tmp_path: Path) -> None:
+    with stores.opened(tmp_path, durability=stores.FSYNC) as queue:
+        before = queue.statistics().commits
+
+        def send() -> None:
+            for _ in range(50):
+                queue.put([b"x" * 256])
+
+        support.in_threads([send] * 8)
+        assert 25 <= queue.statistics().commits - before < 380
+        assert len(stores.take_all(queue)) == 400
+
+
 def test_processes_share_flushes(tmp_path: Path) -> None:
     tracing.require()
     config_pth = support.make_queue(tmp_path, checkpoint_secs=3600)

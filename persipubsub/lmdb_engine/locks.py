@@ -10,6 +10,9 @@ Locks are taken in this order; a thread that holds a later one does not ask for 
 5. the write lock of an environment (between threads), then that of the queue (between processes),
 6. the read lock of an environment (no transaction is open while it is closed or mapped anew).
 
+Threads that wait for one that sends for them (``sending._Line``) hold none of these. The lock of a line
+is held for a moment, and no other lock is taken meanwhile.
+
 There is one exception: when LMDB has panicked, ``Environment._recover`` holds the lock of 5 between
 threads and the lock of 6, and ``_open_lmdb`` asks for the lock of 5 between processes. Only another
 process can hold that one then, and no process waits for a lock of 6 of another process.

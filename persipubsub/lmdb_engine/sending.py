@@ -5,6 +5,7 @@ A send looks at the positions of subscribers only every few messages: what it re
 low watermark, is a safe lower bound. Then it also deletes some finished messages at the head.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
@@ -48,7 +49,8 @@ class _JournalFullError(persipubsub.errors.DiskFullError):
 class _Batch:
     """Messages of one send, encoded before any lock is taken."""
 
-    __slots__ = ("messages", "recipients", "msg_ids", "blocks", "count", "size", "cost")
+    __slots__ = ("messages", "recipients", "msg_ids", "blocks", "count", "size", "cost", "first",
+                 "error", "waiter")
 
     def __init__(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None,
                  msg_ids: Sequence[bytes | None] | None) -> None:
@@ -62,6 +64,11 @@ class _Batch:
         self.cost = self.size + MESSAGE_COST * self.count
         if msg_ids is not None:
             self.cost += sum(len(msg_id or b"") for msg_id in msg_ids)
+        # What came of it: number of the first message, 0 if the queue was full; or an error.
+        self.first: int = 0
+        self.error: BaseException | None = None
+        #: a thread waits for it, see ``_Line``
+        self.waiter: threading.Lock | None = None
 
     def without_known(self, tx: Tx, oldest_ns: int) -> tuple["_Batch", dict[bytes, int]]:
         """
@@ -93,6 +100,54 @@ class _Sent(NamedTuple):
     low: LowWatermark
 
 
+class _Line:
+    """
+    Threads that send to one open queue at the same time: one of them sends for all that wait.
+
+    They share a transaction and a flush. If each thread had a transaction of its own, 16 threads
+    would use most of their time to hand over the interpreter's lock.
+    """
+
+    def __init__(self) -> None:
+        """Initialize with nobody waiting."""
+        # The main thread is never one of them: an exception of a signal handler may end its send at
+        # any place, and other threads must not notice.
+        self.main_thread = threading.main_thread().ident
+        self._lock = threading.Lock()  # guards the two below, for a moment
+        self._waiting: list[_Batch] = []
+        self._is_led = False
+
+    def send(self, batch: _Batch, send_all: Callable[[Sequence[_Batch]], None]) -> None:
+        """Send a batch with those of the threads that wait, or wait until another thread sends it."""
+        with self._lock:
+            self._waiting.append(batch)
+            batch.waiter = None
+            if self._is_led:
+                batch.waiter = threading.Lock()
+                batch.waiter.acquire()  # pylint: disable=consider-using-with
+            self._is_led = True
+        if batch.waiter is not None:
+            batch.waiter.acquire()  # pylint: disable=consider-using-with
+            if batch not in self._waiting:
+                return  # it was sent
+        with self._lock:
+            batches, self._waiting = self._waiting, []
+        try:
+            send_all(batches)
+        except BaseException as error:
+            for one in batches:
+                one.error = error
+            raise
+        finally:
+            with self._lock:
+                # The first one that came meanwhile is the next to send for all.
+                following = self._waiting[:1]
+                self._is_led = bool(following)
+            for one in (*batches, *following):
+                if one.waiter is not None and one is not batch:
+                    one.waiter.release()
+
+
 class Sender:
     """Adds messages to one open queue. Any thread may use it."""
 
@@ -115,6 +170,11 @@ class Sender:
         self._end = (log.EMPTY, -1, 0)
         # Indices of lists of recipients, under the write lock.
         self._audiences: dict[tuple[str, ...], int] = {}
+        self._line = _Line()
+
+    def forget_parent(self) -> None:
+        """Begin with a line in which no thread of the parent waits."""
+        self._line = _Line()
 
     def put(self,
             messages: Sequence[bytes],
@@ -130,13 +190,22 @@ class Sender:
             self._room.check_sizes(messages)
         batch = _Batch(messages, recipients, msg_ids or None)
         deadline = None if timeout is None else time.monotonic() + timeout
-        first: int | None = self._commit(batch)
+        first: int | None = self._send(batch)
         if not first and self._waits and timeout != 0:
             first = self._environment.notifier.wait_for(
-                lambda: (self._commit(batch), _LONGEST_PAUSE_SECS), deadline)
+                lambda: (self._send(batch), _LONGEST_PAUSE_SECS), deadline)
         if not first:
             raise self._room.full_error(batch)
         return first
+
+    def _send(self, batch: _Batch) -> int:
+        """Add messages; return the number of the first, 0 if the queue is full."""
+        if threading.get_ident() == self._line.main_thread:
+            return self._commit(batch)
+        self._line.send(batch, self._commit_each)
+        if batch.error is not None:
+            raise batch.error
+        return batch.first
 
     def _is_still_full(self, tx: Tx, batch: _Batch) -> bool:
         """Look whether there is no room for messages, before a transaction that writes is begun."""
@@ -154,27 +223,36 @@ class Sender:
                 batches[index] = _Batch(messages, recipients, msg_ids or None)
             except persipubsub.errors.MessageError as error:
                 outcomes[index] = error
+        self._commit_each(list(batches.values()))
+        for index, batch in batches.items():
+            outcomes[index] = batch.error
+            if batch.error is None and not batch.first:
+                outcomes[index] = self._room.full_error(batch)
+        return outcomes
+
+    def _commit_each(self, batches: Sequence[_Batch]) -> None:
+        """Add the messages of several sends, in one commit if possible, and note what came of each."""
         all_sent: list[_Sent] = []
         try:
             if len(batches) > 1:
-                all_sent = self._environment.write(self._append_all, batches.values(), self._low)
+                all_sent = self._environment.write(self._append_all, batches, self._low)
         except persipubsub.errors.BusyTimeoutError as error:
             # No sending is at fault, and all of them waited long enough.
-            return [error if outcome is None else outcome for outcome in outcomes]
+            for batch in batches:
+                batch.error = error
+            return
         except persipubsub.errors.PersipubsubError:
-            pass
+            pass  # one of them is at fault: each is tried by itself
         if all_sent:
             failure = self._finish(all_sent)
-            for (index, batch), sent in zip(batches.items(), all_sent):
-                outcomes[index] = failure if sent.first else self._room.full_error(batch)
-            return outcomes
-        for index in batches:
-            messages, recipients, msg_ids = sendings[index]
+            for batch, sent in zip(batches, all_sent):
+                batch.first, batch.error = sent.first, failure if sent.first else None
+            return
+        for batch in batches:
             try:
-                self.put(messages, recipients, timeout=0, msg_ids=msg_ids)
+                batch.first = self._commit(batch)
             except persipubsub.errors.PersipubsubError as error:
-                outcomes[index] = error
-        return outcomes
+                batch.error = error
 
     def _commit(self, batch: _Batch) -> int:
         """Add messages, notify, and flush; return the number of the first, 0 if the queue is full."""
