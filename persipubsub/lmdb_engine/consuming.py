@@ -354,23 +354,28 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """Record how an unacknowledged delivery ended: that it failed, or that it does not count."""
         # Errors are suppressed: the message stays in the queue anyhow, and the exception of the
         # user's code matters more than the count.
-        with self.ending.lock, contextlib.suppress(persipubsub.errors.PersipubsubError):
-            # After a close others may have the messages: this must not be taken for the end of
-            # their delivery.
-            if claim.file is None or claim.file.closed:
-                return
-            if error is not None:
-                text = persipubsub.message.text_of(error)
-                exhausted = self._write(deliveries.fail, numbers, text)
-                for message in self.describe(copied) if exhausted else ():
-                    if message.number in exhausted:
-                        # The message may have left while the one before it was moved.
-                        record = self.environment.read(deliveries.read_pending, self.looks,
-                                                       message.number)
-                        if record is not None:
-                            self._move(message, record)
-            elif self.counts:
-                self._write(deliveries.take_back, numbers)
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            exhausted: list[int] = []
+            with self.ending.lock:
+                # After a close others may have the messages: this must not be taken for the end of
+                # their delivery.
+                if claim.file is None or claim.file.closed:
+                    return
+                if error is not None:
+                    text = persipubsub.message.text_of(error)
+                    exhausted = self._write(deliveries.fail, numbers, text)
+                elif self.counts:
+                    self._write(deliveries.take_back, numbers)
+            # Messages are moved without the ending lock: a move may open the queue of dead letters,
+            # whose locks come first (see ``locks``). If this queue is closed meanwhile, another
+            # consumer may move a message, too: it is put once, and leaves once.
+            for message in self.describe(copied) if exhausted else ():
+                if message.number in exhausted:
+                    # The message may have left while the one before it was moved.
+                    record = self.environment.read(deliveries.read_pending, self.looks,
+                                                   message.number)
+                    if record is not None:
+                        self._move(message, record)
 
     def _move(self, message: Message, record: fmt.Attempts) -> None:
         """Move a claimed message away that is not delivered any more."""
