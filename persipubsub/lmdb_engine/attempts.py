@@ -70,7 +70,7 @@ def forget(tx: Tx, ordinal: int, begin: int, end: int) -> bool:
     return True
 
 
-def forget_all(tx: Tx, ordinal: int, position: int = fmt.MAX_NUMBER + 1) -> None:
+def forget_before(tx: Tx, ordinal: int, position: int) -> None:
     """Delete all records of messages in front of a position, however many there are."""
     while next(between(tx, ordinal, 0, position), None) is not None:
         forget(tx, ordinal, 0, position)

@@ -329,7 +329,7 @@ def _is_there(process_id: int) -> bool:
     return True
 
 
-def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
+def find_claims(directory: str, wanted: Mapping[int, tuple[int, int]],
                 page: SharedPage) -> Mapping[int, list[Span]] | None:
     """
     Find the messages that consumers hold right now: two questions to the kernel for each consumer.
@@ -337,18 +337,18 @@ def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
     Rejected: ``/proc/locks``, which lists the locks of the whole machine, and names files by a device
     that is not that of ``stat`` on some file systems.
 
-    :param spans: first number and number behind the last, by the ordinal of the subscriber
+    :param wanted: first number and number behind the last, by the ordinal of the subscriber
     :return: claims by the ordinal; None if the system does not tell, or there are too many
     """
     # pylint: disable=too-many-locals
     path = os.path.join(directory, files.CLAIMS)
     if not os.path.lexists(path):
-        return {ordinal: [] for ordinal in spans}
+        return {ordinal: [] for ordinal in wanted}
     claims: dict[int, list[Span]] = {}
     notes = _read_notes(page)
     questions = 0
     with files.using(path, os.O_RDWR) as descriptor:
-        for ordinal, (first, end) in spans.items():
+        for ordinal, (first, end) in wanted.items():
             base = ordinal * _NUMBERS
             claimed = claims[ordinal] = []
             ranges = [(base + first, base + end)]

@@ -41,7 +41,7 @@ def _record_of(tx: Tx, pending: Pending, number: int) -> fmt.Attempts:
             or fmt.Attempts(0, 0, pending.now_ns(), 0, ""))
 
 
-def take_newest(tx: Tx, pending: Pending, number: int, stuck: Set[int],
+def take_newest(tx: Tx, pending: Pending, number: int, tried: Set[int],
                 claim: Callable[[], bool]) -> Copied | None:
     """
     Claim and copy a message if it still is the newest one, and acknowledge all in front of it.
@@ -50,7 +50,7 @@ def take_newest(tx: Tx, pending: Pending, number: int, stuck: Set[int],
     because there is a newer one, other consumers would pass over it meanwhile and get it after
     later ones.
     """
-    if pending.find_newest(tx, stuck).number != number or not claim():
+    if pending.find_newest(tx, tried).number != number or not claim():
         return None
     copied = (begin_delivery(tx, pending, number, number + 1)
               if pending.policy.max_deliveries else pending.copy(tx, number, number + 1))

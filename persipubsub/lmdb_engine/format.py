@@ -106,7 +106,7 @@ class Databases(NamedTuple):
     """Handles of the sub-databases, in the order of ``DATABASE_NAMES``."""
 
     data: "lmdb._Database"
-    pending: "lmdb._Database"
+    subscribers: "lmdb._Database"  #: ``pending_db``
     ahead: "lmdb._Database"
     meta: "lmdb._Database"
     attempts: "lmdb._Database"
@@ -390,42 +390,42 @@ def end_of(number: int, block: Block) -> int:
     return number + (block.messages or 1)
 
 
-class Batch(NamedTuple):
-    """Messages of one block, encoded before any lock is taken."""
+class Body(NamedTuple):
+    """Body of a block: its messages, encoded before any lock is taken."""
 
     messages: int  #: how many
     size: int  #: their bytes
-    body: bytes  #: table and messages
+    encoded: bytes  #: table and messages
 
 
-def encode_batches(messages: Sequence[bytes]) -> list[Batch]:
+def encode_bodies(messages: Sequence[bytes]) -> list[Body]:
     """Encode messages as the bodies of one or more blocks."""
     if len(messages) == 1:
         # Most sends are of one.
         size = len(messages[0])
-        body = _ENTRY.pack(size, zlib.crc32(messages[0])) + messages[0]
-        return [new(Batch, (1, size, body))]
+        encoded = _ENTRY.pack(size, zlib.crc32(messages[0])) + messages[0]
+        return [new(Body, (1, size, encoded))]
     if sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES and messages:
-        return [_encode_batch(messages)]
-    batches: list[Batch] = []
+        return [_encode_body(messages)]
+    bodies: list[Body] = []
     begin = size = 0
     for index, message in enumerate(messages):
         added = len(message) + _ENTRY.size
         if size + added > BLOCK_BYTES and index > begin:
-            batches.append(_encode_batch(messages[begin:index]))
+            bodies.append(_encode_body(messages[begin:index]))
             begin, size = index, 0
         size += added
     if begin < len(messages):
-        batches.append(_encode_batch(messages[begin:]))
-    return batches
+        bodies.append(_encode_body(messages[begin:]))
+    return bodies
 
 
-def _encode_batch(messages: Sequence[bytes]) -> Batch:
+def _encode_body(messages: Sequence[bytes]) -> Body:
     """Encode the body of one block."""
     ends = list(itertools.accumulate(map(len, messages)))
     table = struct.pack(f"<{2 * len(messages)}I",
                         *itertools.chain.from_iterable(zip(ends, map(zlib.crc32, messages))))
-    return Batch(messages=len(messages), size=ends[-1], body=b"".join((table, *messages)))
+    return Body(messages=len(messages), size=ends[-1], encoded=b"".join((table, *messages)))
 
 
 def size_before(value: memoryview, block: Block, index: int) -> int:

@@ -155,7 +155,8 @@ class _State(msgspec.Struct):
     """A state record."""
 
     end: tuple[int, int, int, int, int, list[int]]  #: of the log
-    keep: int  #: LMDB had no block in front of this number any more
+    #: of the oldest block that LMDB still had; ``keep`` in the record
+    oldest_number: int = msgspec.field(name="keep")
     records: list[tuple[int, bytes, bytes]]  #: sub-database, key, value
     oldest: int = 0  #: number of the oldest segment that is needed
 
@@ -252,8 +253,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             state = msgspec.msgpack.decode(records[-1][4], type=_State)
             if state.end[0] != end:
                 return False
-            self._remove_behind(chain[-1].sequence)
-            self._store(self._behind(chain[-1], state.oldest))
+            self._remove_after(chain[-1].sequence)
+            self._store(self._position_after(chain[-1], state.oldest))
             self._words[self._SAFE] = end
             self._take_ahead()
             return True
@@ -277,7 +278,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             record = max((one.first_record for one in before), default=0) + _SKIPPED_RECORDS
             self._reset()
             self._begin(_Position(0, first - 1, 0, 0, record, 0, 0, oldest, 0, 0, 0), journal_id)
-            self._copy(oldest_id_ns, oldest=first)
+            self._write_state(oldest_id_ns, oldest=first)
             for segment in self._free():
                 with files.suppress(OSError):
                     os.unlink(self._path(segment.file))
@@ -291,13 +292,13 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """
         with self._locked():
             chain = self._choose_chain()
-            self._remove_behind(chain[-1].sequence)
+            self._remove_after(chain[-1].sequence)
             self._reset()
-            self._begin(self._behind(chain[-1], chain[0].sequence), chain[-1].journal_id)
-            self._copy(oldest_id_ns)
+            self._begin(self._position_after(chain[-1], chain[0].sequence), chain[-1].journal_id)
+            self._write_state(oldest_id_ns)
             self._take_ahead()
 
-    def _remove_behind(self, sequence: int) -> None:
+    def _remove_after(self, sequence: int) -> None:
         """Remove segments that have no whole record: others get their sequence numbers."""
         later = [one for one in self._segments() if one.sequence > sequence]
         for segment in later:
@@ -427,7 +428,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         if txn_id and self._words[self._STATE_TXN] >= txn_id:
             return
         with self._locked():
-            self._copy(oldest_id_ns)
+            self._write_state(oldest_id_ns)
             self._let_go()
         self._wake()
 
@@ -445,12 +446,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """About how many bytes are in LMDB and not yet in the journal."""
         return max(0, self._words[self.COMMITTED] - self._words[self._COPIED])
 
-    def _copy(self, oldest_id_ns: int, oldest: int = 0) -> None:
+    def _write_state(self, oldest_id_ns: int, oldest: int = 0) -> None:
         """Copy all that was committed, and the state behind it, and flush."""
         collected = self._catch_up(with_state=True)
         state = collected.state
         assert state is not None, "It was asked for."
-        state.oldest = oldest or self._oldest_needed(state.keep, oldest_id_ns)
+        state.oldest = oldest or self._oldest_needed(state.oldest_number, oldest_id_ns)
         position = self._require()
         self._append(position, _STATE, msgspec.msgpack.encode(state), collected.end,
                      position.ids_ns)
@@ -458,12 +459,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._store(self._require()._replace(oldest=state.oldest))
         self._words[self._STATE_TXN] = collected.txn_id
 
-    def _oldest_needed(self, keep: int, oldest_id_ns: int) -> int:
+    def _oldest_needed(self, oldest_number: int, oldest_id_ns: int) -> int:
         """Find the oldest segment that has a block that LMDB has, or an id that is needed."""
         position = self._require()
         live = [one for one in self._segments() if position.oldest <= one.sequence]
         for segment, following in zip(live, live[1:]):
-            if following.end > keep or following.ids_ns >= oldest_id_ns:
+            if following.end > oldest_number or following.ids_ns >= oldest_id_ns:
                 return segment.sequence
         return position.sequence
 
@@ -550,10 +551,10 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                        for key, value in tx.txn.cursor(db=database)]
             # The journal keeps all that LMDB has, even what is finished: a seek may go back to it. It
             # does not keep the messages that a placeholder stands for.
-            keep = log_end.next_number
+            oldest_number = log_end.next_number
             if head is not None:
-                keep = head.first + (0 if head.block.messages else 1)
-            state = _State((*log_end[:5], list(log_end.totals)), keep, records)
+                oldest_number = head.first + (0 if head.block.messages else 1)
+            state = _State((*log_end[:5], list(log_end.totals)), oldest_number, records)
         return _Collected(b"".join(parts), end, ids_ns, lists, is_all, state, tx.txn.id())
 
     def _append(self, position: _Position, kind: int, body: bytes, end: int,
@@ -816,9 +817,9 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 f"Expected segments of the journal in {self.directory}, but got: none. Close all that "
                 "is open of the queue, and open it again.")
         self._words[self._ROOM] = 0
-        return self._behind(segments[-1], self._oldest_of(segments))
+        return self._position_after(segments[-1], self._oldest_of(segments))
 
-    def _behind(self, segment: Segment, oldest: int) -> _Position:
+    def _position_after(self, segment: Segment, oldest: int) -> _Position:
         """Find the position behind the last whole record of a segment."""
         position = _Position(segment.file, segment.sequence, 0, _HEADER_BYTES, segment.first_record,
                              segment.end, segment.ids_ns, oldest, 0, 0, 0)
@@ -883,18 +884,18 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         :raise StoreCorruptError: if there is no whole journal
         """
         chain = self._choose_chain()
-        last_state, keep = 0, 0
+        last_state, oldest_number = 0, 0
         for segment in chain:
             for _, kind, number, _, body in self._records(segment):
                 if kind == _STATE:
                     last_state = number
-                    keep = msgspec.msgpack.decode(body, type=_State).keep
+                    oldest_number = msgspec.msgpack.decode(body, type=_State).oldest_number
         for segment in chain:
             # Each segment has a transaction: all at once could be too much for the memory.
             with begin() as tx:
                 for _, kind, number, _, body in self._records(segment):
                     if kind == _BLOCKS:
-                        _replay_blocks(tx, body, keep if number < last_state else 0)
+                        _replay_blocks(tx, body, oldest_number if number < last_state else 0)
                     elif kind == _LISTS:
                         for key, members in msgspec.msgpack.decode(body, type=dict[bytes,
                                                                                    bytes]).items():
@@ -975,6 +976,18 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         return findings + list(self._read(_compare, stored, position.end))
 
 
+def remove_journal(directory: str) -> None:
+    """Remove the segments of a journal, durably."""
+    path = os.path.join(directory, files.JOURNAL)
+    if os.path.islink(path) or not os.path.isdir(path):
+        files.remove_durably(path)
+        return
+    for name in os.listdir(path):
+        os.unlink(os.path.join(path, name))
+    os.rmdir(path)
+    files.flush_directory(directory)
+
+
 def _compare(tx: Tx, stored: dict[int, bytes], end: int) -> list[str]:
     """Look for blocks of the log, up to a number, that the journal does not have as they are."""
     findings = []
@@ -1019,12 +1032,12 @@ def _ids_of(body: bytes) -> Iterator[tuple[bytes, int, int]]:
         offset += length
 
 
-def _replay_blocks(tx: Tx, body: bytes, keep: int) -> None:
+def _replay_blocks(tx: Tx, body: bytes, oldest_number: int) -> None:
     """Put blocks and ids into a store; blocks in front of a number are not needed."""
     cursor = tx.cursor()
     for number, value in _blocks_of(body):
         block = fmt.unpack_block(value, number)
-        if fmt.end_of(number, block) <= keep:
+        if fmt.end_of(number, block) <= oldest_number:
             continue
         _go_on_at(tx, number, block.total_count - block.messages)
         cursor.put(fmt.pack_number(number), value)

@@ -67,12 +67,12 @@ def read_end(cursor: Cursor) -> LogEnd:
 
 
 def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
-           batches: Sequence[fmt.Batch]) -> LogEnd:
+           bodies: Sequence[fmt.Body]) -> LogEnd:
     """Add blocks at the end of the log."""
     number, last_ns, count, size, generation, totals = log_end
     # Not by ``max``, whose call takes as long as packing the record.
     time_ns = time_ns if time_ns > last_ns else last_ns
-    for messages, added, body in batches:
+    for messages, added, encoded in bodies:
         count += messages
         size += added
         if audience:
@@ -80,7 +80,7 @@ def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
         record = fmt.pack_block(time_ns, count, size, messages, audience, generation, totals)
         # By position: a key, a value, duplicates (there are none), to overwrite, to append. Named
         # arguments would be put into a dictionary first.
-        if not tx.txn.put(fmt.pack_number(number), record + body, True, True, True, tx.db.data):
+        if not tx.txn.put(fmt.pack_number(number), record + encoded, True, True, True, tx.db.data):
             raise persipubsub.errors.StoreCorruptError(
                 f"Expected the log to end in front of message {number}, but got: one behind it")
         number += messages

@@ -142,11 +142,11 @@ class Pending:
                 pass
         return max(1, end - number)
 
-    def find_newest(self, tx: Tx, stuck: Set[int]) -> Look:
+    def find_newest(self, tx: Tx, tried: Set[int]) -> Look:
         """
         Find the newest pending message.
 
-        :param stuck: numbers to be passed over if their deliveries are exhausted
+        :param tried: numbers to be passed over if their deliveries are exhausted
         """
         subscriber = self._require(tx)
         if subscriber.flags & fmt.FLAG_PAUSED:
@@ -156,7 +156,7 @@ class Pending:
             record = None
             if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
                 record = attempts.read(tx, subscriber.ordinal, number)
-            if (record is not None and number in stuck
+            if (record is not None and number in tried
                     and self.policy.is_exhausted(record.deliveries)):
                 continue
             if block.time_ns < now_ns - self.timeout_ns:
@@ -185,7 +185,7 @@ class Pending:
         """
         subscriber = self._require(tx)
         oldest_ns = self.now_ns() - self.timeout_ns
-        copied = Copied([], [], [], {}, subscriber.dropped_by_timeout + subscriber.dropped_by_mark)
+        copied = Copied([], [], [], {}, subscriber.dropped)
         if subscriber.flags & fmt.FLAG_PAUSED or (is_guess and number != subscriber.position):
             return copied
         if not subscriber.flags and number + 1 == end and number >= subscriber.position:

@@ -16,7 +16,7 @@ import msgspec
 import persipubsub.errors
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import log
+from persipubsub.lmdb_engine import log, meta
 from persipubsub.lmdb_engine.format import Cursor, Subscriber, Tx
 
 #: A search walks over so many blocks for others. Then it goes on by bisection, which takes as long
@@ -28,7 +28,7 @@ _NEAR_BLOCKS: Final = 4
 
 def read(tx: Tx, key: bytes) -> Subscriber | None:
     """Read the record of a subscriber."""
-    value = tx.txn.get(key, None, tx.db.pending)
+    value = tx.txn.get(key, None, tx.db.subscribers)
     if value is None:
         return None
     try:
@@ -50,7 +50,7 @@ def require(tx: Tx, key: bytes) -> Subscriber:
 
 def read_all(tx: Tx) -> list[Subscriber]:
     """Read the records of all subscribers."""
-    cursor = tx.txn.cursor(tx.db.pending)
+    cursor = tx.txn.cursor(tx.db.subscribers)
     return [require(tx, bytes(key)) for key in cursor.iternext(keys=True, values=False)]
 
 
@@ -62,7 +62,7 @@ def write(tx: Tx, subscriber: Subscriber) -> None:
             tx, subscriber.ordinal, 0, subscriber.position):
         subscriber.flags &= ~fmt.FLAG_MAY_HAVE_ATTEMPTS
     value = fmt.SUBSCRIBER.pack(*msgspec.structs.astuple(subscriber)[:-1])
-    tx.txn.put(subscriber.key, value, db=tx.db.pending)
+    tx.txn.put(subscriber.key, value, db=tx.db.subscribers)
 
 
 def audiences_of(tx: Tx, subscriber: Subscriber) -> tuple[int, ...]:
@@ -310,13 +310,6 @@ def _finish_each(tx: Tx, subscriber: Subscriber, numbers: list[int]) -> int:
     return count
 
 
-def acknowledge_one(tx: Tx, key: bytes, number: int) -> bool:
-    """Let one message leave a subscriber as cleared; return False if it is not pending."""
-    subscriber = require(tx, key)
-    return is_pending(tx, subscriber, number) and leave(tx, subscriber, number, number + 1,
-                                                        "cleared") > 0
-
-
 def skip_before(tx: Tx, key: bytes, number: int) -> int:
     """Acknowledge all messages in front of one, as skipped."""
     return leave(tx, require(tx, key), 0, number, "skipped")
@@ -331,9 +324,16 @@ def skip_to_newest(tx: Tx, key: bytes) -> int:
 # What operators do
 
 
+def clear_one(tx: Tx, key: bytes, number: int) -> bool:
+    """Let one message leave a subscriber as cleared; return False if it is not pending."""
+    subscriber = require(tx, key)
+    return is_pending(tx, subscriber, number) and leave(tx, subscriber, number, number + 1,
+                                                        "cleared") > 0
+
+
 def lacks(tx: Tx, keys: Sequence[bytes]) -> bool:
     """Tell whether a subscriber is missing."""
-    return any(tx.txn.get(key, db=tx.db.pending) is None for key in keys)
+    return any(tx.txn.get(key, db=tx.db.subscribers) is None for key in keys)
 
 
 def beginning(tx: Tx, oldest_ns: int) -> int:
@@ -359,7 +359,7 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
     _forget_ranges(tx, subscriber)
     # ``write`` deletes only a bounded number of records of attempts. Those that it has left in
     # front of the position would count for messages that are delivered again.
-    attempts.forget_all(tx, subscriber.ordinal, subscriber.position)
+    attempts.forget_before(tx, subscriber.ordinal, subscriber.position)
     subscriber.position = number
     write(tx, subscriber)
     # Senders that remember the low watermark look again: a position may have gone back.
@@ -372,7 +372,7 @@ def add(tx: Tx,
         from_beginning: Sequence[bytes] = (),
         oldest_ns: int = 0) -> None:
     """Add the subscribers that are missing, at the end of the queue or at its beginning."""
-    header = fmt.unpack_header(bytes(tx.txn.get(fmt.HEADER_KEY, b"", db=tx.db.meta)), "")
+    header = meta.read_header(tx)
     cursor = tx.cursor()
     ordinal = header.next_ordinal
     for key in keys:
@@ -386,9 +386,7 @@ def add(tx: Tx,
                     if key in from_beginning else log.read_end(cursor).next_number)
         write(tx, Subscriber(ordinal, 0, position, key=key))
         ordinal += 1
-    tx.txn.put(fmt.HEADER_KEY,
-               fmt.pack_header(header._replace(next_ordinal=ordinal)),
-               db=tx.db.meta)
+    meta.write_header(tx, header._replace(next_ordinal=ordinal))
     log.change_generation(cursor)
 
 
@@ -408,7 +406,7 @@ def remove(tx: Tx, key: bytes) -> int:
     cursor = tx.cursor()
     lag = count_pending(tx, subscriber, 0, log.read_end(cursor).next_number)
     _forget_ranges(tx, subscriber)
-    attempts.forget_all(tx, subscriber.ordinal)
-    tx.txn.delete(key, db=tx.db.pending)
+    attempts.forget_before(tx, subscriber.ordinal, fmt.MAX_NUMBER + 1)
+    tx.txn.delete(key, db=tx.db.subscribers)
     log.change_generation(cursor)
     return lag

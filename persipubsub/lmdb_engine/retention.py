@@ -11,7 +11,7 @@ import operator
 from typing import Final, NamedTuple
 
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import log, positions
+from persipubsub.lmdb_engine import log, meta, positions
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.log import LogEnd
 
@@ -81,11 +81,11 @@ def find_low_watermark(tx: Tx,
             found.append((number, b""))
     else:
         if known is not None and known.generation == log_end.generation and known.slowest_key:
-            value = tx.txn.get(known.slowest_key, db=tx.db.pending)
+            value = tx.txn.get(known.slowest_key, db=tx.db.subscribers)
             if value is not None and fmt.unpack_position(value) == known.number:
                 return known
         # To read only the positions takes a tenth of the time that all records take.
-        found = [(fmt.unpack_position(value), key) for key, value in tx.txn.cursor(tx.db.pending)]
+        found = [(fmt.unpack_position(data), key) for key, data in tx.txn.cursor(tx.db.subscribers)]
     number, slowest_key = min(found, key=operator.itemgetter(0), default=(log_end.next_number, b""))
     place = log.place_of(tx.cursor(), number)
     return LowWatermark(generation=log_end.generation,
@@ -191,5 +191,4 @@ def empty_last(tx: Tx) -> None:
 
 def make_reusable(tx: Tx) -> None:
     """Commit without a change: LMDB reuses pages two commits after they were freed."""
-    value = tx.txn.get(fmt.HEADER_KEY, db=tx.db.meta)
-    tx.txn.put(fmt.HEADER_KEY, bytes(value or b""), db=tx.db.meta)
+    meta.write_header(tx, meta.read_header(tx))
