@@ -5,7 +5,7 @@ A message is found in a read transaction, then claimed, then looked at again in 
 the two, another consumer of the same subscriber may have acknowledged it. Only what is claimed and
 still pending is delivered. It is acknowledged in a write transaction before the claim is released,
 so that no consumer can claim it in between. If a process is killed, the kernel gives its claims
-back (see ``locks``).
+back (see ``claims``).
 
 Where deliveries are limited, the second look is a write transaction that counts the delivery before
 the user's code sees the message: so the delivery to a consumer that is killed counts, too. A
@@ -216,10 +216,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         if is_newest:
             return self._try_newest()
         number = self.position
-        # The message at the position is claimed without a search. Only if the last search or the
-        # last sender has told that it exists: if a number not yet in use were claimed, others would
-        # pass over the message that gets it. Only one message: if the position has moved on, others
-        # would pass over the rest meanwhile.
+        # The message at the position is claimed without a search, if the last search or the last
+        # sender has told that it exists. Claiming a number that no message has yet would hide the
+        # future message from other consumers. Only one message is claimed so: if the position has
+        # moved on, claiming more would hide the messages after it from other consumers meanwhile.
         if (number and max_messages == 1 and
             (number < self.pending.end or number < self.environment.page.words[SharedPage.END])):
             self.position = 0
@@ -233,7 +233,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         now = time.monotonic()
         if now >= held.start_until or 0 < held.retry_at_ns <= self.pending.now_ns():
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
-        # A start means that messages in front of it were passed over a moment ago.
+        # ``start > 0`` means that messages before it were passed over a moment ago.
         is_claimed = bool(held.ends) or held.start > 0
         while True:
             start = held.start
@@ -246,7 +246,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             if not look.number:
                 return None, self._pause(is_claimed, held.retry_at_ns)
             lease = self._claim(look.number, look.messages)
-            # Otherwise a message in front of it was given back meanwhile.
+            # If ``start`` changed, a message before it was given back: keep the lower start.
             if held.start == start:
                 held.start = look.number + 1
             if lease is not None:

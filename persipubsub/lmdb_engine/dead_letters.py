@@ -125,7 +125,7 @@ class DeadLetterWriter:
 def make_id(*parts: object) -> bytes:
     """Make the id under which a message is put once."""
     text = " ".join(str(part) for part in parts)
-    # It loads OpenSSL, which takes longer than all that `persipubsub stat` does.
+    # Importing hashlib loads OpenSSL, which takes longer than all that `persipubsub stat` does.
     import hashlib  # pylint: disable=import-outside-toplevel
 
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest().encode("ascii")

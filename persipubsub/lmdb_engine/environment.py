@@ -242,7 +242,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     result = work(Tx(txn, store.db), *args)
                     txn_id = txn.id()
             except BaseException:
-                # The next transaction has the same number.
+                # LMDB reuses this number for the next transaction; ``Sender._end`` needs to tell
+                # them apart.
                 self.aborted += 1
                 raise
             self.committed = txn_id
@@ -270,7 +271,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def copy(self, descriptor: int) -> None:
         """Write a compact copy of a snapshot of LMDB's file. No process waits for it."""
-        # A read maps as much as other processes do.
+        # copyfd does not notice a map that another process enlarged; a read does, and maps it
+        # anew.
         self.read(lambda tx: None)
         try:
             self._lmdb().copyfd(descriptor, compact=True)
@@ -279,7 +281,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def write_state(self, txn_id: int = 0) -> None:
         """
-        Let all that was committed survive a power failure, whatever the durability.
+        Write a state record and flush it; what was committed then survives a power failure.
 
         :param txn_id: if given: nothing is done if a state record goes that far
         """
@@ -298,7 +300,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             return 0 if store.lmdb is None else store.lmdb.reader_check()
 
     def _free_room(self, error: persipubsub.errors.PersipubsubError) -> bool:
-        """Make room for a transaction that makes room itself; return False if that can not help."""
+        """Free room for a transaction that makes room itself; return False if that can not help."""
         if not isinstance(error, persipubsub.errors.DiskFullError):
             return False
         # Pages stay in use for readers that were killed, until their slots are freed.
@@ -351,12 +353,12 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 now = time.monotonic()
                 if not store.is_stopped.is_set() and now >= self._warned_at + _WARNING_SECS:
                     self._warned_at = now
-                    _LOGGER.warning(
-                        "The state of the queue %s could not be written to its journal: %s",
-                        self.directory, error)
+                    _LOGGER.warning("The background work on the queue %s failed: %s",
+                                    self.directory, error)
 
     def _delete_finished(self, store: _Store) -> None:
-        """Delete what is finished: sends do it, too, but without any the journal would keep it."""
+        """Delete what is finished."""
+        # Sends delete, too. If nobody sends, only this lets the journal release segments.
         retained_ns = self.retained_ns(self.now_ns())
         for _ in range(_MOST_CHUNKS):
             if store.is_stopped.is_set() or not self.read(retention.is_any_finished, retained_ns):
@@ -387,7 +389,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 if store.lmdb is not None:
                     store.lmdb.set_mapsize(0)
         elif isinstance(error, lmdb.ReadersFullError) and time.monotonic() < deadline:
-            # The slots of processes that were killed are freed; other processes end their reads.
+            # Free the slots of killed processes; if there are none, wait until a live one ends its
+            # read.
             if self.check_readers() == 0:
                 time.sleep(_SLOT_PAUSE_SECS)
         elif isinstance(error, lmdb.PanicError) and not self._is_over:

@@ -5,9 +5,9 @@ LMDB runs without flushes. Its file survives the death of processes, but is not 
 power failure: it is then thrown away and rebuilt from the journal, a directory of *segments*. A
 segment is a file of fixed size. It is written with zeros and flushed when it is made, and reused
 when everything in it is finished. To flush a file whose blocks are allocated and written takes one
-write to the disk; to flush a growing file, or one that is only allocated, takes two or three. A
-queue with the durability ``os`` is only flushed once a second, so a segment that is made ahead for
-its messages is only allocated.
+write to the disk; to flush a growing file, or one that is only allocated, takes two or three. The
+next segment is made in advance. With ``os`` it is allocated, not written: one flush a second does
+not repay the zeros.
 
 A segment begins with a header, which has a page of 4096 bytes to itself:
 
@@ -21,14 +21,14 @@ offset  header of a segment
 84      CRC-32 (4) of all before it
 ======= ============================================================================================
 
-Records follow, one behind the other, each filled up to a multiple of 8 bytes:
+Records follow, one after the other, each filled up to a multiple of 8 bytes:
 
 ======= ============================================================================================
 offset  record
 ======= ============================================================================================
-0       CRC-32 (4) of the segment's identity, of the fields behind it, and of the body
+0       CRC-32 (4) of the segment's identity, of the fields after it, and of the body
 4       kind (4), bytes of the body (8)
-16      number of the record (8), end of the log (8) behind what the record holds
+16      number of the record (8), end of the log (8) after what the record holds
 32      body
 ======= ============================================================================================
 
@@ -39,14 +39,15 @@ messages: subscribers, ranges, attempts, header, settings, end of the log. The i
 is random and new at each reuse, and every CRC begins with it: what a segment held before is never
 taken for new.
 
-``prune_last`` removes blocks at the end of the log. No record says so: a block's totals tell how
-many messages precede it in the log, so the rebuild removes the excess. Blocks that all subscribers
-are finished with may be deleted before they are copied. The totals tell that as well.
+``prune_last`` removes blocks at the end of the log, and blocks that all subscribers are finished
+with may be deleted before they are copied. The journal has no record of a removal. The rebuild sees
+it from the totals, which tell how many messages precede the next block: if these are fewer than
+what was replayed, messages were pruned; if more, blocks were deleted before they were copied.
 
 ``Journal._catch_up`` copies commits from LMDB into the journal, under the journal's lock. It copies
-the commits of all threads and processes. A sender that waits for the disk calls it after its
-commit, and flushes, unless another thread or process has flushed the commit meanwhile. The
-background thread writes a state record and lets go of segments.
+the commits of all threads and processes. ``secure`` calls it for a sender that waits for the disk,
+after the commit, and flushes, unless another thread or process has flushed the commit meanwhile.
+The background thread writes a state record and lets go of segments.
 """
 
 import contextlib
@@ -84,8 +85,9 @@ _LARGEST_BYTES: Final = 1 << 28
 #: With ``os`` the room for messages that are not copied yet grows up to this size.
 _MOST_ROOM_BYTES: Final = 1 << 24
 
-#: Zeros are written in pieces of this size: a file system caches a file in pieces as large as its
-#: writes, and goes through all of a piece at each small write (1 MiB slows a flush by a tenth).
+#: Zeros are written in pieces of this size. A file system caches a file in pieces as large as its
+#: writes, and goes through a whole piece at each later small write: with pieces of 1 MiB, a flush
+#: takes a tenth longer.
 _WRITTEN_BYTES: Final = 1 << 16
 
 #: Blocks are gathered up to this many bytes a record. A record for each block would take several
@@ -143,11 +145,11 @@ class _Position(NamedTuple):
     last: int  #: offset of the last record
     offset: int  #: of the next record
     record: int  #: number of the next record
-    end: int  #: of the log: everything in front of it is in the journal
+    end: int  #: of the log: everything before it is in the journal
     ids_ns: int  #: time of the newest id in the journal
     oldest: int  #: number of the oldest segment that is needed
     written: int  #: bytes of records so far
-    next_file: int  #: file that is the next segment, made ahead
+    next_file: int  #: file that is the next segment, made in advance
     next_size: int  #: its size; 0: there is none
 
 
@@ -155,7 +157,7 @@ class _State(msgspec.Struct):
     """A state record."""
 
     end: tuple[int, int, int, int, int, list[int]]  #: of the log
-    #: of the oldest block that LMDB still had; ``keep`` in the record
+    #: number of the oldest block with messages that LMDB still had; ``keep`` in the record
     oldest_number: int = msgspec.field(name="keep")
     records: list[tuple[int, bytes, bytes]]  #: sub-database, key, value
     oldest: int = 0  #: number of the oldest segment that is needed
@@ -187,7 +189,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     RESERVED: Final = _SAFE + 1  #: cost of all messages that were or are being sent
     COMMITTED: Final = _SAFE + 2  #: ... of those that were committed
     _COPIED: Final = _SAFE + 3  # ... of those that are in the journal
-    _ROOM: Final = _SAFE + 4  # bytes that the segment made ahead has for what is not copied yet
+    _ROOM: Final = _SAFE + 4  # room in the segment made in advance, for what is not copied yet
     FAILED: Final = _SAFE + 5  #: 1 after a flush that failed, until a process opens the queue
     _STATE_TXN: Final = _SAFE + 6  # LMDB's transaction up to which the last state record goes
     _WAITS: Final = _SAFE + 8  # 1: a sender may sleep until a flush
@@ -287,8 +289,9 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """
         Go on in a new segment after a replay, and flush the state of the rebuilt store.
 
-        The segment of the power failure is not used any more: behind its last whole record there
-        may be a later one, which would be taken for the successor of what is written now.
+        The segment of the power failure is not used any more. A torn record there may be followed
+        by a whole one from before the failure. A new record that filled the gap would make it look
+        valid.
         """
         with self._locked():
             chain = self._choose_chain()
@@ -333,11 +336,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     def make_room(self, cost: int, is_flushed: bool) -> None:
         """
-        Make a segment ahead that has room for messages. The write lock must not be held.
+        Make a segment in advance that has room for messages. The write lock must not be held.
 
         :param is_flushed: True if senders flush. If only the background thread flushes, the room
-            doubles each time that it is used up: messages that are finished before the thread runs
-            are never copied.
+            doubles each time that it is used up: with more room, more messages are finished before
+            they would be copied.
         :raise DiskFullError: if the disk has no room for it
         """
         with self._locked():
@@ -447,7 +450,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         return max(0, self._words[self.COMMITTED] - self._words[self._COPIED])
 
     def _write_state(self, oldest_id_ns: int, oldest: int = 0) -> None:
-        """Copy all that was committed, and the state behind it, and flush."""
+        """Copy all that was committed, write a state record after it, and flush."""
         collected = self._catch_up(with_state=True)
         state = collected.state
         assert state is not None, "It was asked for."
@@ -559,7 +562,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     def _append(self, position: _Position, kind: int, body: bytes, end: int,
                 ids_ns: int) -> _Position:
-        """Write a record, and return the position behind it; hold the journal's lock."""
+        """Write a record, and return the position after it; hold the journal's lock."""
         size = _RECORD_HEAD_BYTES + len(body)
         whole = _aligned(size)
         if whole > self._size - position.offset:
@@ -599,7 +602,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     # Segments
 
     def _roll(self, position: _Position, size: int) -> _Position:
-        """Go on in the segment that was made ahead, or in a new one if it is too small."""
+        """Go on in the segment made in advance, or in a new one if it is too small."""
         assert self._segment is not None
         journal_id = self._segment.journal_id
         if position.next_size - _HEADER_BYTES < size:
@@ -613,7 +616,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         return self._require()
 
     def _begin_segment(self, position: _Position, journal_id: bytes) -> None:
-        """Give the file made ahead a new identity; the next flush covers its header too."""
+        """Give the file made in advance a new identity; the next flush covers its header too."""
         segment = Segment(position.next_file, position.next_size, position.sequence + 1, journal_id,
                           os.urandom(16), position.record, position.end, position.ids_ns)
         self._close_segment()
@@ -662,7 +665,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             os.close(descriptor)
 
     def _take_ahead(self) -> None:
-        """Let a free segment be the next one, if none is made ahead."""
+        """Let a free segment be the next one, if none was made in advance."""
         position = self._require()
         if position.next_size:
             return
@@ -672,7 +675,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             return
 
     def _free(self) -> list[Segment]:
-        """List the segments whose messages are all finished, except the one made ahead."""
+        """List the segments whose messages are all finished, except the next one."""
         position = self._require()
         return [
             one for one in self._segments()
@@ -810,7 +813,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         _SHARED.pack_into(self._map, 8 * self._POSITION, *position, zlib.crc32(packed))
 
     def _find_position(self) -> _Position:
-        """Find the position behind the last record, after a kill in the middle of writing it."""
+        """Find the position after the last record, after a kill in the middle of writing it."""
         segments = [one for one in self._segments() if one.sequence]
         if not segments:
             raise persipubsub.errors.StoreCorruptError(
@@ -820,7 +823,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         return self._position_after(segments[-1], self._oldest_of(segments))
 
     def _position_after(self, segment: Segment, oldest: int) -> _Position:
-        """Find the position behind the last whole record of a segment."""
+        """Find the position after the last whole record of a segment."""
         position = _Position(segment.file, segment.sequence, 0, _HEADER_BYTES, segment.first_record,
                              segment.end, segment.ids_ns, oldest, 0, 0, 0)
         for offset, kind, number, end, body in self._records(segment):
@@ -1033,7 +1036,7 @@ def _ids_of(body: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _replay_blocks(tx: Tx, body: bytes, oldest_number: int) -> None:
-    """Put blocks and ids into a store; blocks in front of a number are not needed."""
+    """Put blocks and ids into a store; blocks before a number are not needed."""
     cursor = tx.cursor()
     for number, value in _blocks_of(body):
         block = fmt.unpack_block(value, number)
@@ -1046,7 +1049,7 @@ def _replay_blocks(tx: Tx, body: bytes, oldest_number: int) -> None:
 
 
 def _go_on_at(tx: Tx, number: int, total: int) -> None:
-    """Give the log this total of messages, and let it go on at this number."""
+    """Make the log end so that the next block has this number and this many messages before it."""
     cursor = tx.cursor()
     log_end = log.read_end(cursor)
     head = log.head(cursor)

@@ -26,7 +26,7 @@ from persipubsub.statistics import Progress
 
 # Looking at messages
 
-#: A look ends with the message that reaches this many bytes; the next one goes on behind it.
+#: A look ends with the message that reaches this many bytes; the next one goes on after it.
 _LOOK_BYTES: Final = 1 << 20
 
 #: ... or after this many messages.
@@ -218,7 +218,7 @@ _PAUSE_SECS: Final = 0.005
 #: Room that a restored store needs beyond twice its size for what is changed in it, in bytes.
 _ROOM_BYTES: Final = 1 << 24
 
-#: A restored queue goes on so far behind the last number that is known to have been used.
+#: A restored queue goes on so far after the last number that is known to have been used.
 _SKIPPED_BY_RESTORE: Final = 3 << 31
 
 

@@ -1,9 +1,9 @@
 """
-What may leave the log, and what has to: the low watermark, timeouts, high-water marks.
+What may leave the log, and what has to: the low watermark, timeouts, dropping.
 
 A message leaves when all its subscribers acknowledged it. It is dropped unread when it is older
-than the queue's timeout, or to make room at a high-water mark; each subscriber counts its drops.
-Whether a mark is passed: ``room``.
+than the queue's timeout, or to make room at a high-water mark: ``room`` decides at a mark, and this
+module drops. Each subscriber counts its drops.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class LowWatermark:
 
     generation: int
     number: int  #: the first number that a subscriber still needs
-    messages: int  #: how many the log has in front of ``number``
+    messages: int  #: how many the log has before ``number``
     size: int  #: their bytes
     interval: int  #: how many messages are sent until the positions are looked at again
     #: key (UTF-8) of a subscriber whose position is ``number``; empty if there is none, or if the
@@ -125,7 +125,7 @@ def drop(tx: Tx, begin: int, end: int, counter: str) -> list[Dropped]:
 
 
 def expired_before(tx: Tx, low: LowWatermark, log_end: LogEnd, time_ns: int) -> int:
-    """Find the messages that are too old."""
+    """Return the number of the first message that is not too old."""
     if low.oldest_ns >= time_ns:
         return low.number
     cursor = tx.cursor()
@@ -190,5 +190,5 @@ def empty_last(tx: Tx) -> None:
 
 
 def make_reusable(tx: Tx) -> None:
-    """Commit without a change: LMDB reuses pages two commits after they were freed."""
+    """Rewrite the header as it is: LMDB reuses pages only two commits after they were freed."""
     meta.write_header(tx, meta.read_header(tx))

@@ -3,8 +3,11 @@ What happens at a limit of a queue: a high-water mark, a full store, a full disk
 
 A queue at a high-water mark refuses messages, lets senders wait, or drops messages, as its strategy
 says (``Room.apply_strategy``). A full store does so, too, after all that is finished was deleted
-(``Room.free_store``). On a full disk, all that is finished is deleted, and the send is tried once
-more (``Room.free_disk``). Acknowledging on a full disk is elsewhere: ``Environment._free_room``.
+(``Room.free_store``). A store is full if its pages in use would pass ``max_db_size_bytes``, or if
+LMDB's map, which is larger, has no free page. A stopped reader may keep the pages of a full map:
+then nothing is dropped (``Environment.check_stuck_readers``). On a full disk, all that is finished
+is deleted, and the send is tried once more (``Room.free_disk``). Acknowledging on a full disk is
+elsewhere: ``Environment._free_room``.
 
 Usually finished blocks are deleted bit by bit: a send that tidies up (``Room.tidy``) deletes at
 most about twice as many blocks as were added since the last one did, so that no such send pays for

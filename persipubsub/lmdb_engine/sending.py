@@ -1,8 +1,9 @@
 """
 Add messages to a queue.
 
-A send looks at the positions of subscribers only every few messages: what it remembers of them, the
-low watermark, is a safe lower bound. Then it also deletes some finished messages at the head.
+A send looks at the positions of subscribers only every few messages. It remembers the low
+watermark, which is a safe lower bound of them. At each look it also deletes some finished messages
+at the head. The flush of a send is ``Journal.secure``.
 """
 
 import threading
@@ -344,7 +345,8 @@ class Sender:
         if room.is_over(log_end, low, batch):
             log_end, low, dropped = room.apply_strategy(tx, log_end, low, batch)
             if room.is_over(log_end, low, batch):
-                # An exception would take back the dropping of what was too old.
+                # Do not raise here: that aborts the transaction, and the expired messages would
+                # come back.
                 return _Sent(0, log_end.next_number, dropped, low)
         number, size = log_end.next_number, log_end.total_bytes
         is_time = ((number + batch.count) // low.interval != number // low.interval
