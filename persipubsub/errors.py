@@ -23,9 +23,10 @@ Errors of the library: one class for each way in which a caller can react.
           +-- FormatError            the files are not a queue of this version
           +-- StoreCorruptError      restore a backup
 
-Errors of ``lmdb``, ``msgspec`` and ``nats`` do not leave the library: ``lmdb_engine.datafile`` and
-``jetstream.errors`` translate them. A wrong argument raises ``TypeError`` or ``ValueError``, as
-everywhere in Python.
+Errors of ``lmdb``, ``msgspec`` and ``nats`` do not leave the library:
+``lmdb_engine.datafile.translate`` and ``jetstream.errors`` translate them, and
+``lmdb_engine.files.translate_os_error`` those of the operating system. A wrong argument raises
+``TypeError`` or ``ValueError``, as everywhere in Python.
 """
 
 from collections.abc import Sequence

@@ -17,12 +17,12 @@ import persipubsub.config
 import persipubsub.errors
 import persipubsub.message
 from persipubsub.config import Config
-from persipubsub.lmdb_engine import attempts, check, consuming, dead_letters, environment, figures
+from persipubsub.lmdb_engine import attempts, check, claims, consuming, environment, figures
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import meta, pending, positions, retention, room, sending
-from persipubsub.lmdb_engine.claims import Claims
-from persipubsub.lmdb_engine.dead_letters import Retries
+from persipubsub.lmdb_engine import meta, positions, retention, room, sending
+from persipubsub.lmdb_engine.dead_letters import DeadLetterWriter, Retries
 from persipubsub.lmdb_engine.format import Tx
+from persipubsub.lmdb_engine.pending import Pending
 from persipubsub.message import Peeked, Place
 from persipubsub.statistics import QueueStatistics
 
@@ -57,8 +57,8 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         self._opened = opened = environment.acquire(path, queue)
         try:
             self._now_ns = clock if clock is not None else opened.now_ns
-            self._claims = Claims(path, opened.held)
-            self._writers: dict[str, dead_letters.DeadLetterWriter] = {}
+            self._claims = claims.Claims(path, opened.held)
+            self._writers: dict[str, DeadLetterWriter] = {}
             self._room = room.Room(opened, self._now_ns)
             self._sender = sending.Sender(opened, self._room, self._now_ns)
             self._members = (self._claims, self._ending, self._sender)
@@ -91,7 +91,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
                 oldest_ns = 0 if timeout_secs is None else opened.now_ns() - int(timeout_secs * 1e9)
                 opened.write(positions.add, keys, [name.encode("utf-8") for name in from_beginning],
                              oldest_ns)
-                opened.secure_now()
+                opened.write_state()
         finally:
             environment.release(opened)
 
@@ -173,10 +173,10 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         opened = self._environment
         retries = self._retries.get(subscriber, Retries())
         # All consumers of a subscriber share it: it remembers that a message could not be moved.
-        writer = self._writers.setdefault(
-            subscriber, dead_letters.DeadLetterWriter(self.path, subscriber, retries))
-        looks = pending.Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
-        consumer = consuming.Consumer(opened, self._claims, self._ending, looks,
+        writer = self._writers.setdefault(subscriber,
+                                          DeadLetterWriter(self.path, subscriber, retries))
+        pending = Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
+        consumer = consuming.Consumer(opened, self._claims, self._ending, pending,
                                       self._room.drop_expired, writer, self.waits_for_room)
         consumer.counts = consumer.counts and is_delivery
         return consumer
@@ -215,7 +215,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def delete(self, subscriber: str, number: int) -> bool:
         """Let one message leave a subscriber, durably; return False if it does not wait for it."""
-        return self._change(positions.acknowledge_one, subscriber.encode("utf-8"), number)
+        return self._change(positions.clear_one, subscriber.encode("utf-8"), number)
 
     def add_subscriber(self, subscriber: str) -> bool:
         """Add a subscriber at the end of the queue, durably; return False if it is there."""
@@ -237,13 +237,13 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         result = opened.write(work, *args, makes_room=True)
         for held in list(opened.held.values()):
             held.start = 0
-        opened.secure_now()
+        opened.write_state()
         opened.notifier.notify()
         return result
 
     def secure(self) -> None:
         """Flush what was put so far, for queues in which a put does not."""
-        self._environment.secure_now()
+        self._environment.write_state()
 
     def delete_finished(self) -> int:
         """Delete all messages that all subscribers acknowledged, in many short transactions."""
@@ -265,7 +265,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         self._room.delete_finished(keeps_retained=False)
         # The last block stays otherwise, since it keeps its numbers taken.
         opened.write(retention.empty_last, makes_room=True)
-        opened.secure_now()
+        opened.write_state()
         return sum(one.messages for one in dropped)
 
     def statistics(self) -> QueueStatistics:

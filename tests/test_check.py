@@ -113,9 +113,9 @@ def first_range(tx: Tx) -> int:
 
 
 def overlap_blocks(tx: Tx) -> None:
-    batches = fmt.encode_batches([b"x", b"y"])
-    tail = log.append(tx, log.read_end(tx.cursor()), 1, fmt.EVERYONE, batches)
-    log.append(tx, tail._replace(next_number=tail.next_number - 1), 1, fmt.EVERYONE, batches)
+    bodies = fmt.encode_bodies([b"x", b"y"])
+    tail = log.append(tx, log.read_end(tx.cursor()), 1, fmt.EVERYONE, bodies)
+    log.append(tx, tail._replace(next_number=tail.next_number - 1), 1, fmt.EVERYONE, bodies)
 
 
 def flip_message(tx: Tx) -> None:
@@ -154,9 +154,9 @@ DAMAGES: dict[str, Callable[[Tx], object]] = {
     "position is zero": lambda tx: change_subscriber(tx, position=0),
     "ordinal of another one": lambda tx: change_subscriber(tx, ordinal=ordinal_of(tx, b"other")),
     "ordinal that was never given": lambda tx: change_subscriber(tx, ordinal=17),
-    "subscriber is cut": lambda tx: tx.txn.put(NAME, b"\0" * 79, db=tx.db.pending),
+    "subscriber is cut": lambda tx: tx.txn.put(NAME, b"\0" * 79, db=tx.db.subscribers),
     "subscriber is no text": lambda tx: tx.txn.put(
-        b"\xff", bytes(tx.txn.get(NAME, db=tx.db.pending) or b""), db=tx.db.pending),
+        b"\xff", bytes(tx.txn.get(NAME, db=tx.db.subscribers) or b""), db=tx.db.subscribers),
     "flag is missing": lambda tx: change_subscriber(tx, flags=0),
     "range in front of the position": lambda tx: change_subscriber(
         tx, position=positions.require(tx, NAME).position + 2),

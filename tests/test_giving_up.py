@@ -7,6 +7,7 @@ import datetime
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 
 import persipubsub.queue
 from persipubsub import errors
-from persipubsub.lmdb_engine import attempts
+from persipubsub.lmdb_engine import attempts, locks, maintenance
 from persipubsub.message import DeadLetter
+from persipubsub.statistics import Progress
 from tests import stores, support
 
 ERROR = ValueError("no greeting")
@@ -188,6 +190,43 @@ def test_queue_of_dead_letters_that_takes_none_holds_up_nobody(
                       what="the message is moved at last")
         with make_letters(tmp_path) as target:
             assert [letter.data for letter in letters_in(target)] == [b"1"]
+
+
+def test_move_that_waits_holds_up_no_acknowledgement(tmp_path: Path) -> None:
+    make_letters(tmp_path).close()
+    with stores.opened(tmp_path, retries=retries(tmp_path, 1)) as queue:
+        queue.put([b"1", b"2"])
+        first, second = stores.lease(queue), stores.lease(queue)
+        mover = threading.Thread(target=first.nack, args=(ERROR, ))
+        with locks.open_lock(letters_path(tmp_path), busy_timeout_secs=1):
+            mover.start()
+            support.until(lambda: stores.figures(queue).failed, what="the failure is recorded")
+            second.ack()
+            assert mover.is_alive() and stores.figures(queue).dead_lettered == 0
+        mover.join(support.HANG_SECS)
+        assert stores.figures(queue).dead_lettered == 1
+
+
+def test_close_during_a_move_closes_the_queue_of_dead_letters(tmp_path: Path) -> None:
+    make_letters(tmp_path).close()
+    with stores.opened(tmp_path, retries=retries(tmp_path, 1)) as queue:
+        other = persipubsub.queue.Queue(queue.path, stores.settings(), retries(tmp_path, 1))
+        queue.put([b"1"])
+        mover = threading.Thread(target=stores.lease(other).nack, args=(ERROR, ))
+        closer = threading.Thread(target=other.close)
+        with locks.open_lock(letters_path(tmp_path), busy_timeout_secs=1):
+            mover.start()
+            support.until(lambda: stores.figures(queue).failed, what="the failure is recorded")
+            closer.start()
+            support.until(lambda: "closed" in repr(other), what="the queue is being closed")
+        mover.join(support.HANG_SECS)
+        closer.join(support.HANG_SECS)
+        # This fails if the queue is open.
+        maintenance.compact(letters_path(tmp_path), stores.settings(), Progress())
+        assert stores.take(queue) is None
+        assert stores.figures(queue).dead_lettered == 1
+    with make_letters(tmp_path) as target:
+        assert [letter.data for letter in letters_in(target)] == [b"1"]
 
 
 class _Silent(Exception):

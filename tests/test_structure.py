@@ -45,7 +45,8 @@ _ROWS: list[set[str]] = [
     {"lmdb_engine.check", "lmdb_engine.dead_letters", "lmdb_engine.deliveries"},
     {"lmdb_engine.journal", "lmdb_engine.pending"},
     {"lmdb_engine.retention"},
-    {"lmdb_engine.meta", "lmdb_engine.once", "lmdb_engine.positions"},
+    {"lmdb_engine.once", "lmdb_engine.positions"},
+    {"lmdb_engine.meta"},
     {
         "lmdb_engine.attempts", "lmdb_engine.claims", "lmdb_engine.datafile", "lmdb_engine.locks",
         "lmdb_engine.log", "lmdb_engine.notifier"

@@ -56,7 +56,7 @@ def forget(tx: Tx, ordinal: int, begin: int, end: int) -> bool:
     """
     Delete the records of a range of messages, a bounded number of them.
 
-    :return: True if the subscriber has more, in the range or behind it
+    :return: True if the subscriber has more, in the range or after it
     """
     cursor = tx.txn.cursor(tx.db.attempts)
     first = fmt.pack_attempts_key(ordinal, begin)
@@ -70,8 +70,8 @@ def forget(tx: Tx, ordinal: int, begin: int, end: int) -> bool:
     return True
 
 
-def forget_all(tx: Tx, ordinal: int, position: int = fmt.MAX_NUMBER + 1) -> None:
-    """Delete all records of messages in front of a position, however many there are."""
+def forget_before(tx: Tx, ordinal: int, position: int) -> None:
+    """Delete all records of messages before a position, however many there are."""
     while next(between(tx, ordinal, 0, position), None) is not None:
         forget(tx, ordinal, 0, position)
 
@@ -103,7 +103,7 @@ def skip_retries(tx: Tx, ordinal: int, number: int, now_ns: int) -> tuple[int, i
     """
     Skip messages that may not be delivered again yet.
 
-    :return: first number behind them, and the earliest time at which one may; 0 if none was skipped
+    :return: first number after them, and the earliest time at which one may (0: none was skipped)
     """
     earliest_ns = 0
     cursor = tx.txn.cursor(db=tx.db.attempts)

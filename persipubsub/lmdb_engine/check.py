@@ -41,7 +41,7 @@ def _check_log(tx: Tx, log_end: int, progress: Progress) -> Iterator[str]:
         first, block, value = found
         where = f"the block at message {first}"
         if first < end:
-            yield f"Expected {where} to begin at or behind {end}"
+            yield f"Expected {where} to begin at or after {end}"
         if block.time_ns < time_ns:
             yield f"Expected {where} not to be older than the one before it"
         if block.audience and block.audience not in audiences:
@@ -90,7 +90,7 @@ def _check_positions(tx: Tx, log_end: int) -> Iterator[str]:
             if not subscriber.flags & fmt.FLAG_MAY_HAVE_RANGES:
                 yield f"Expected {where} to be flagged, since it has ranges"
             if begin <= previous or end <= begin or end > log_end:
-                yield (f"Expected the range {begin}-{end} of {where} behind {previous} and at most "
+                yield (f"Expected the range {begin}-{end} of {where} after {previous} and at most "
                        f"at {log_end}")
             previous = end
     for ahead_key, ahead_value in tx.txn.cursor(db=tx.db.ahead):
@@ -111,7 +111,7 @@ def _check_attempts(tx: Tx, log_end: int) -> Iterator[str]:
         if ordinal not in flagged:
             yield f"Expected {where} to be one of a flagged subscriber"
         if number >= log_end:
-            yield f"Expected {where} in front of {log_end}"
+            yield f"Expected {where} before {log_end}"
         if not fmt.unpack_attempts(value).deliveries:
             yield f"Expected {where} to count something"
 

@@ -51,11 +51,12 @@ class Held:
 
     def __init__(self) -> None:
         """Initialize with nothing claimed."""
-        #: Numbers behind the ranges that are claimed, by their first numbers. Rejected: a set of all
-        #: numbers, which takes a tenth of the time of a batch.
+        #: Numbers after the ranges that are claimed, by their first numbers. Rejected: a set of all
+        #: numbers, which would add a tenth to the time of a batch.
         self.ends: dict[int, int] = {}
-        #: Searching below ``start`` is useless until ``start_until``: all messages there are held
-        #: by consumers, or are not to be delivered again before ``retry_at_ns`` (0: none of these).
+        #: ``start``: where a search begins; messages before it are claimed, or wait for a retry.
+        #: ``start_until``: when a search begins at the position again, on the monotonic clock.
+        #: ``retry_at_ns``: ... or earlier: time of the first retry, on the queue's clock; 0: none.
         self.start, self.start_until, self.retry_at_ns = 0, 0.0, 0
 
     def give_back(self, first: int) -> None:
@@ -171,7 +172,7 @@ class Claims:
                         claim.file, _SETLK,
                         _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, base + begin, behind - begin, 0))
                 claim.held.give_back(begin)
-        # In this order, a release behind an exception of a signal handler leaves nothing behind.
+        # In this order, a release after a signal handler's exception still frees everything.
         claim.held.give_back(claim.first)
         claim.first, claim.count = first, count
         claim.held.ends[first] = stop
@@ -329,7 +330,7 @@ def _is_there(process_id: int) -> bool:
     return True
 
 
-def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
+def find_claims(directory: str, wanted: Mapping[int, tuple[int, int]],
                 page: SharedPage) -> Mapping[int, list[Span]] | None:
     """
     Find the messages that consumers hold right now: two questions to the kernel for each consumer.
@@ -337,18 +338,18 @@ def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
     Rejected: ``/proc/locks``, which lists the locks of the whole machine, and names files by a device
     that is not that of ``stat`` on some file systems.
 
-    :param spans: first number and number behind the last, by the ordinal of the subscriber
+    :param wanted: first number and number after the last, by the ordinal of the subscriber
     :return: claims by the ordinal; None if the system does not tell, or there are too many
     """
     # pylint: disable=too-many-locals
     path = os.path.join(directory, files.CLAIMS)
     if not os.path.lexists(path):
-        return {ordinal: [] for ordinal in spans}
+        return {ordinal: [] for ordinal in wanted}
     claims: dict[int, list[Span]] = {}
     notes = _read_notes(page)
     questions = 0
     with files.using(path, os.O_RDWR) as descriptor:
-        for ordinal, (first, end) in spans.items():
+        for ordinal, (first, end) in wanted.items():
             base = ordinal * _NUMBERS
             claimed = claims[ordinal] = []
             ranges = [(base + first, base + end)]
@@ -364,7 +365,7 @@ def find_claims(directory: str, spans: Mapping[int, tuple[int, int]],
                 except OSError:
                     return None
                 if found is not None:
-                    # The lock may begin in front of the range, and need not be the first one in it.
+                    # The lock may begin before the range, and need not be the first one in it.
                     start, length = found
                     low = max(begin, start)
                     high = min(behind, start + length) if length else behind

@@ -5,7 +5,7 @@ A message is found in a read transaction, then claimed, then looked at again in 
 the two, another consumer of the same subscriber may have acknowledged it. Only what is claimed and
 still pending is delivered. It is acknowledged in a write transaction before the claim is released,
 so that no consumer can claim it in between. If a process is killed, the kernel gives its claims
-back (see ``locks``).
+back (see ``claims``).
 
 Where deliveries are limited, the second look is a write transaction that counts the delivery before
 the user's code sees the message: so the delivery to a consumer that is killed counts, too. A
@@ -79,7 +79,7 @@ class Lease:
         :param count: of the first messages, if not all; the others stay claimed
         :raise ClosedError: if the queue was closed, which gave them back
         """
-        claim, consumer, looks = self._claim, self._consumer, self._consumer.looks
+        claim, consumer, pending = self._claim, self._consumer, self._consumer.pending
         if claim.file is None:
             return
         numbers = self.numbers[:count]
@@ -90,10 +90,10 @@ class Lease:
                 # In a forked child, the messages are with its parent.
                 if claim.file is not None and not claim.file.closed:
                     consumer.position = consumer.environment.write(positions.acknowledge,
-                                                                   looks.key,
-                                                                   looks.ordinal,
+                                                                   pending.key,
+                                                                   pending.ordinal,
                                                                    numbers,
-                                                                   looks.now_ns(),
+                                                                   pending.now_ns(),
                                                                    makes_room=True)
             self._release(len(numbers))
         except BaseException:
@@ -154,13 +154,13 @@ class Ending:
 class Consumer:  # pylint: disable=too-many-instance-attributes
     """Takes messages of one subscriber. Any thread may use it."""
 
-    def __init__(self, environment: Environment, claims: Claims, ending: Ending, looks: Pending,
+    def __init__(self, environment: Environment, claims: Claims, ending: Ending, pending: Pending,
                  expire: Callable[[], int], writer: dead_letters.DeadLetterWriter,
                  notifies: bool) -> None:
         """
         Look the subscriber up.
 
-        :param looks: searches and copies its messages
+        :param pending: searches and copies its messages
         :param expire: drops messages that are too old
         :param writer: moves messages whose deliveries are exhausted
         :param notifies: True if publishers wait for room
@@ -168,17 +168,17 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         self.environment = environment
         self.claims = claims
         self.ending = ending
-        self.looks = looks
+        self.pending = pending
         self._expire = expire
         self._writer = writer
         self.notifies = notifies
         #: True to count each delivery before it begins.
-        self.counts = looks.policy.max_deliveries > 0
+        self.counts = pending.policy.max_deliveries > 0
 
         #: Where the last acknowledgement left the position; checked again before it counts.
         self.position = 0
-        subscriber = environment.read(positions.require, looks.key)
-        looks.ordinal = subscriber.ordinal
+        subscriber = environment.read(positions.require, pending.key)
+        pending.ordinal = subscriber.ordinal
         # How many messages were dropped unread before the last one was taken.
         self._dropped = subscriber.dropped
 
@@ -216,12 +216,12 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         if is_newest:
             return self._try_newest()
         number = self.position
-        # The message at the position is claimed without a search. Only if the last search or the
-        # last sender has told that it exists: if a number not yet in use were claimed, others would
-        # pass over the message that gets it. Only one message: if the position has moved on, others
-        # would pass over the rest meanwhile.
+        # The message at the position is claimed without a search, if the last search or the last
+        # sender has told that it exists. Claiming a number that no message has yet would hide the
+        # future message from other consumers. Only one message is claimed so: if the position has
+        # moved on, claiming more would hide the messages after it from other consumers meanwhile.
         if (number and max_messages == 1 and
-            (number < self.looks.end or number < self.environment.page.words[SharedPage.END])):
+            (number < self.pending.end or number < self.environment.page.words[SharedPage.END])):
             self.position = 0
             lease = self._claim(number, 1, is_guess=True)
             if lease is not None:
@@ -229,15 +229,15 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
         if self.ending.is_closed:
             raise self.closed_error()
-        held = self.claims.held[self.looks.ordinal]
+        held = self.claims.held[self.pending.ordinal]
         now = time.monotonic()
-        if now >= held.start_until or 0 < held.retry_at_ns <= self.looks.now_ns():
+        if now >= held.start_until or 0 < held.retry_at_ns <= self.pending.now_ns():
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
-        # A start means that messages in front of it were passed over a moment ago.
+        # ``start > 0`` means that messages before it were passed over a moment ago.
         is_claimed = bool(held.ends) or held.start > 0
         while True:
             start = held.start
-            look = self.environment.read(self.looks.find, start, max_messages, held.ends)
+            look = self.environment.read(self.pending.find, start, max_messages, held.ends)
             if look.is_expired:
                 self._expire()
                 continue
@@ -246,7 +246,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             if not look.number:
                 return None, self._pause(is_claimed, held.retry_at_ns)
             lease = self._claim(look.number, look.messages)
-            # Otherwise a message in front of it was given back meanwhile.
+            # If ``start`` changed, a message before it was given back: keep the lower start.
             if held.start == start:
                 held.start = look.number + 1
             if lease is not None:
@@ -260,15 +260,15 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             raise self.closed_error()
         tried: set[int] = set()
         while True:
-            newest = self.environment.read(self.looks.find_newest, tried)
+            newest = self.environment.read(self.pending.find_newest, tried)
             if newest.is_expired:
                 self._expire()
                 continue
             if not newest.number:
                 return None, self._pause(False, newest.retry_at_ns)
-            if self.claims.is_claimed(self.looks.ordinal, newest.number):
+            if self.claims.is_claimed(self.pending.ordinal, newest.number):
                 return None, self._pause(True, 0)
-            lease = self._claim(newest.number, 1, newest_but=tried)
+            lease = self._claim(newest.number, 1, tried=tried)
             if lease is not None:
                 self.notify_room()
                 return lease, LONGEST_PAUSE_SECS
@@ -278,28 +278,28 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """Choose when to look again without a notification, in seconds."""
         pause = CLAIMED_PAUSE_SECS if is_claimed else LONGEST_PAUSE_SECS
         if retry_at_ns:
-            pause = min(pause, max(0, retry_at_ns - self.looks.now_ns()) / 1e9)
+            pause = min(pause, max(0, retry_at_ns - self.pending.now_ns()) / 1e9)
         return pause
 
     def _claim(self,
                number: int,
                count: int,
                is_guess: bool = False,
-               newest_but: set[int] | None = None) -> Lease | None:
+               tried: set[int] | None = None) -> Lease | None:
         """
         Claim messages and look at them again.
 
         :param is_guess: True to deliver nothing unless the position is at the first message
-        :param newest_but: if given: claim only the newest message; the search passes over these
-            numbers if their deliveries are exhausted
+        :param tried: if given: claim only the newest message; the search passes over these numbers
+            if their deliveries are exhausted
         """
-        environment, looks, claims = self.environment, self.looks, self.claims
-        claim = Claim(looks.ordinal, number, count, claims.held[looks.ordinal])
+        environment, pending, claims = self.environment, self.pending, self.claims
+        claim = Claim(pending.ordinal, number, count, claims.held[pending.ordinal])
         lease = None
         try:
-            if newest_but is not None:
+            if tried is not None:
                 # The transaction may be run again, after the message was claimed.
-                copied = self._write(deliveries.take_newest, number, newest_but,
+                copied = self._write(deliveries.take_newest, number, tried,
                                      lambda: claim.file is not None or claims.claim(claim))
             elif not (claims.claim(claim) if count == 1 else claims.claim_prefix(claim)):
                 return None
@@ -308,7 +308,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 copied = self._write(deliveries.begin_delivery, number, number + claim.count,
                                      is_guess)
             else:
-                copied = environment.read(looks.copy, number, number + claim.count, is_guess)
+                copied = environment.read(pending.copy, number, number + claim.count, is_guess)
             if copied is None or not copied.numbers:
                 return None
             if copied.is_exhausted:
@@ -333,10 +333,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """Look at the next message without taking it."""
         start = 0
         while True:
-            look, message = self.environment.read(self.looks.copy_next, start)
+            look, message = self.environment.read(self.pending.copy_next, start)
             if look.is_expired:
                 self._expire()
-            elif not look.number or not self.claims.is_claimed(self.looks.ordinal, look.number):
+            elif not look.number or not self.claims.is_claimed(self.pending.ordinal, look.number):
                 return message
             else:
                 start = look.number + 1
@@ -354,27 +354,32 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """Record how an unacknowledged delivery ended: that it failed, or that it does not count."""
         # Errors are suppressed: the message stays in the queue anyhow, and the exception of the
         # user's code matters more than the count.
-        with self.ending.lock, contextlib.suppress(persipubsub.errors.PersipubsubError):
-            # After a close others may have the messages: this must not be taken for the end of
-            # their delivery.
-            if claim.file is None or claim.file.closed:
-                return
-            if error is not None:
-                text = persipubsub.message.text_of(error)
-                exhausted = self._write(deliveries.fail, numbers, text)
-                for message in self.describe(copied) if exhausted else ():
-                    if message.number in exhausted:
-                        # The message may have left while the one before it was moved.
-                        record = self.environment.read(deliveries.read_pending, self.looks,
-                                                       message.number)
-                        if record is not None:
-                            self._move(message, record)
-            elif self.counts:
-                self._write(deliveries.take_back, numbers)
+        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            exhausted: list[int] = []
+            with self.ending.lock:
+                # After a close others may have the messages: this must not be taken for the end of
+                # their delivery.
+                if claim.file is None or claim.file.closed:
+                    return
+                if error is not None:
+                    text = persipubsub.message.text_of(error)
+                    exhausted = self._write(deliveries.fail, numbers, text)
+                elif self.counts:
+                    self._write(deliveries.take_back, numbers)
+            # Messages are moved without the ending lock: a move may open the queue of dead letters,
+            # whose locks come first (see ``locks``). If this queue is closed meanwhile, another
+            # consumer may move a message, too: it is put once, and leaves once.
+            for message in self.describe(copied) if exhausted else ():
+                if message.number in exhausted:
+                    # The message may have left while the one before it was moved.
+                    record = self.environment.read(deliveries.read_pending, self.pending,
+                                                   message.number)
+                    if record is not None:
+                        self._move(message, record)
 
     def _move(self, message: Message, record: fmt.Attempts) -> None:
         """Move a claimed message away that is not delivered any more."""
-        if self._writer.move(self.looks.ordinal, message, record):
+        if self._writer.move(self.pending.ordinal, message, record):
             self._remove(message.number, "dead_lettered")
 
     def _remove(self, number: int, counter: str) -> None:
@@ -384,7 +389,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     def _write(self, work: Callable[..., ResultT], *args: object) -> ResultT:
         """Run one of the functions of ``deliveries`` that write."""
-        return self.environment.write(work, self.looks, *args, makes_room=True)
+        return self.environment.write(work, self.pending, *args, makes_room=True)
 
     def notify_room(self) -> None:
         """Wake publishers that wait for room."""
@@ -403,8 +408,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
     def describe(self, copied: Copied) -> list[Message]:
         """Tell what is known of messages."""
         # The times are computed from the age of messages: the wall clock may have been set.
-        offset_ns = time.time_ns() - self.looks.now_ns()
-        is_counted = self.looks.policy.max_deliveries > 0
+        offset_ns = time.time_ns() - self.pending.now_ns()
+        is_counted = self.pending.policy.max_deliveries > 0
         described: list[Message] = []
         for number, data, time_ns in zip(copied.numbers, copied.messages, copied.times_ns):
             record = copied.attempts.get(number)

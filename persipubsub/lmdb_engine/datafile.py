@@ -27,7 +27,8 @@ from persipubsub.statistics import Progress
 #: microseconds).
 _MAX_DBS: Final = 16
 
-#: LMDB's lock file: the part in front of the second slot of the table of readers, and a slot.
+#: LMDB's lock file: its header, which includes the first slot of the table of readers; and the size
+#: of each further slot.
 _LOCK_HEADER_BYTES: Final = 192
 _READER_BYTES: Final = 64
 
@@ -96,8 +97,8 @@ def check_metas(path: str) -> tuple[int, bool]:
     """
     Check the meta pages of a data file as LMDB does it, and compare its size with them.
 
-    :return: size of a page; whether the file is shorter than they say. Then it was truncated, or LMDB
-        never wrote its last pages, since the transaction that took them gave them back.
+    :return: size of a page; whether the file is shorter than they say. Then it was truncated, or
+        its last pages were allocated and freed in one transaction, and never written.
     :raise StoreCorruptError: if they are damaged
     :raise FormatError: if it is a file of another program
     """

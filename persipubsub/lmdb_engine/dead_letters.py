@@ -70,6 +70,7 @@ class DeadLetterWriter:
         self._retries = retries
         # The first one is used; two threads may open it at the same time.
         self._targets: list[Target] = []
+        self._is_closed = False
         self._ready_at = 0.0
         self._warned_at = -_WARNING_SECS
 
@@ -107,18 +108,24 @@ class DeadLetterWriter:
                     "The message %s of the queue %s stays with %s, since it can not be moved into the "
                     "dead_letter_queue: %s", message.number, self._path, self._subscriber, failure)
             return False
+        finally:
+            # The queue may have been closed while this opened the queue of dead letters.
+            if self._is_closed:
+                self.close()
         return True
 
     def close(self) -> None:
-        """Close the queue of dead letters."""
-        while self._targets:
-            self._targets.pop().close()
+        """Close the queue of dead letters; it may be repeated."""
+        self._is_closed = True
+        # They stay in the list: another thread may be in the middle of a move.
+        for target in self._targets:
+            target.close()
 
 
 def make_id(*parts: object) -> bytes:
     """Make the id under which a message is put once."""
     text = " ".join(str(part) for part in parts)
-    # It loads OpenSSL, which takes longer than all that `persipubsub stat` does.
+    # Importing hashlib loads OpenSSL, which takes longer than all that `persipubsub stat` does.
     import hashlib  # pylint: disable=import-outside-toplevel
 
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest().encode("ascii")

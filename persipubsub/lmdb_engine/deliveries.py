@@ -1,8 +1,8 @@
 """
-What became of deliveries that did not end with an acknowledgement, inside of a transaction.
+Begin deliveries that are counted, and record how those end that are not acknowledged.
 
-Deliveries that are counted before they begin, those that failed, and messages that are not
-delivered any more.
+Everything is inside of a transaction. This includes taking the newest message, which skips all
+messages before it, and removing a message that is not delivered any more.
 """
 
 from collections.abc import Callable, Sequence, Set
@@ -41,16 +41,16 @@ def _record_of(tx: Tx, pending: Pending, number: int) -> fmt.Attempts:
             or fmt.Attempts(0, 0, pending.now_ns(), 0, ""))
 
 
-def take_newest(tx: Tx, pending: Pending, number: int, stuck: Set[int],
+def take_newest(tx: Tx, pending: Pending, number: int, tried: Set[int],
                 claim: Callable[[], bool]) -> Copied | None:
     """
-    Claim and copy a message if it still is the newest one, and acknowledge all in front of it.
+    Claim and copy a message if it still is the newest one, and skip all messages before it.
 
     The message is claimed here, in the transaction. If it were claimed earlier, and given back
     because there is a newer one, other consumers would pass over it meanwhile and get it after
     later ones.
     """
-    if pending.find_newest(tx, stuck).number != number or not claim():
+    if pending.find_newest(tx, tried).number != number or not claim():
         return None
     copied = (begin_delivery(tx, pending, number, number + 1)
               if pending.policy.max_deliveries else pending.copy(tx, number, number + 1))
@@ -70,9 +70,8 @@ def fail(tx: Tx, pending: Pending, numbers: Sequence[int], error: str) -> list[i
         if not positions.is_pending(tx, subscriber, number):
             continue
         before = _record_of(tx, pending, number)
-        # If deliveries are limited, this one was counted when it began. If they are not, it was
-        # not: then the flag is of an earlier delivery, when they were limited, to a consumer that
-        # was killed.
+        # With a limit, ``begin_delivery`` has counted this delivery already. Without one, a set
+        # flag is left over from a time with a limit, so count now.
         is_counted = policy.max_deliveries and before.flags & fmt.FLAG_IS_BEGUN
         count = before.deliveries + (0 if is_counted else 1)
         is_exhausted = policy.is_exhausted(count)

@@ -33,7 +33,7 @@ from persipubsub.lmdb_engine.claims import HeldOf
 from persipubsub.lmdb_engine.datafile import MapFullError
 from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.format import Databases, Tx
-from persipubsub.lmdb_engine.journal import Journal
+from persipubsub.lmdb_engine.journal import Journal, remove_journal
 from persipubsub.lmdb_engine.notifier import Notifier
 
 ResultT = TypeVar("ResultT")
@@ -152,7 +152,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             return getattr(self._require(), name)
         raise AttributeError(name)
 
-    def _engine(self) -> lmdb.Environment:
+    def _lmdb(self) -> lmdb.Environment:
         """Return LMDB's environment."""
         environment = self._require().lmdb
         assert environment is not None
@@ -242,7 +242,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     result = work(Tx(txn, store.db), *args)
                     txn_id = txn.id()
             except BaseException:
-                # The next transaction has the same number.
+                # LMDB reuses this number for the next transaction; ``Sender._end`` needs to tell
+                # them apart.
                 self.aborted += 1
                 raise
             self.committed = txn_id
@@ -270,16 +271,17 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def copy(self, descriptor: int) -> None:
         """Write a compact copy of a snapshot of LMDB's file. No process waits for it."""
-        # A read maps as much as other processes do.
+        # copyfd does not notice a map that another process enlarged; a read does, and maps it
+        # anew.
         self.read(lambda tx: None)
         try:
-            self._engine().copyfd(descriptor, compact=True)
+            self._lmdb().copyfd(descriptor, compact=True)
         except lmdb.Error as error:
             raise datafile.translate(error, self.directory) from error
 
-    def secure_now(self, txn_id: int = 0) -> None:
+    def write_state(self, txn_id: int = 0) -> None:
         """
-        Let all that was committed survive a power failure, whatever the durability.
+        Write a state record and flush it; what was committed then survives a power failure.
 
         :param txn_id: if given: nothing is done if a state record goes that far
         """
@@ -297,8 +299,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         with self._read_mutex:
             return 0 if store.lmdb is None else store.lmdb.reader_check()
 
-    def _make_room(self, error: persipubsub.errors.PersipubsubError) -> bool:
-        """Make room for a transaction that makes room itself; return False if that can not help."""
+    def _free_room(self, error: persipubsub.errors.PersipubsubError) -> bool:
+        """Free room for a transaction that makes room itself; return False if that can not help."""
         if not isinstance(error, persipubsub.errors.DiskFullError):
             return False
         # Pages stay in use for readers that were killed, until their slots are freed.
@@ -317,9 +319,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         """
         stuck = []
         with self._read_mutex:
-            last = self._engine().info()["last_txnid"]
+            last = self._lmdb().info()["last_txnid"]
             # A header, then a line for each: process, thread, transaction or "-".
-            for line in self._engine().readers().splitlines()[1:]:
+            for line in self._lmdb().readers().splitlines()[1:]:
                 process_id, _, txn_id = line.split()
                 if txn_id.isdigit() and int(txn_id) < last:
                     stuck.append(process_id)
@@ -344,19 +346,19 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                         return
                     txn_id = store.lmdb.info()["last_txnid"]
                     store.lmdb.reader_check()
-                self.secure_now(txn_id)
+                self.write_state(txn_id)
                 self._delete_finished(store)
                 files.keep_reserve(self.directory)
             except (persipubsub.errors.PersipubsubError, lmdb.Error, OSError) as error:
                 now = time.monotonic()
                 if not store.is_stopped.is_set() and now >= self._warned_at + _WARNING_SECS:
                     self._warned_at = now
-                    _LOGGER.warning(
-                        "The state of the queue %s could not be written to its journal: %s",
-                        self.directory, error)
+                    _LOGGER.warning("The background work on the queue %s failed: %s",
+                                    self.directory, error)
 
     def _delete_finished(self, store: _Store) -> None:
-        """Delete what is finished: sends do it, too, but without any the journal would keep it."""
+        """Delete what is finished."""
+        # Sends delete, too. If nobody sends, only this lets the journal release segments.
         retained_ns = self.retained_ns(self.now_ns())
         for _ in range(_MOST_CHUNKS):
             if store.is_stopped.is_set() or not self.read(retention.is_any_finished, retained_ns):
@@ -387,7 +389,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 if store.lmdb is not None:
                     store.lmdb.set_mapsize(0)
         elif isinstance(error, lmdb.ReadersFullError) and time.monotonic() < deadline:
-            # The slots of processes that were killed are freed; other processes end their reads.
+            # Free the slots of killed processes; if there are none, wait until a live one ends its
+            # read.
             if self.check_readers() == 0:
                 time.sleep(_SLOT_PAUSE_SECS)
         elif isinstance(error, lmdb.PanicError) and not self._is_over:
@@ -397,7 +400,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     store.lmdb.close()
                     store.lmdb = None
                     self._open_lmdb(store)
-        elif not (makes_room and self._make_room(translated)):
+        elif not (makes_room and self._free_room(translated)):
             raise translated from error
 
     def _busy_error(self) -> persipubsub.errors.BusyTimeoutError:
@@ -556,15 +559,15 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         if adopts_settings:
             if differing:
                 self.write(meta.write_settings, queue)
-                self.secure_now()
+                self.write_state()
             self.queue = queue
         elif differing and not self.is_read_only:
             meta.warn_of_differences(
                 self.directory, ", ".join(f"{key} is {there!r}, not {here!r}"
                                           for key, (here, there) in differing.items()))
         with self._write_mutex, self._read_mutex:
-            if self._map_size() > self._engine().info()["map_size"]:
-                self._engine().set_mapsize(self._map_size())
+            if self._map_size() > self._lmdb().info()["map_size"]:
+                self._lmdb().set_mapsize(self._map_size())
 
     def _rebuild(self, store: _Store, path: str) -> None:
         """Build the store anew from the journal, after a power failure; it may be repeated."""
@@ -782,18 +785,6 @@ def create(directory: str, queue: persipubsub.config.Queue) -> bool:
                 for lock in (files.USERS, files.JOURNAL_LOCK):
                     os.close(files.open_file(os.path.join(directory, lock)))
             return True
-
-
-def remove_journal(directory: str) -> None:
-    """Remove the segments of a journal, durably."""
-    path = os.path.join(directory, files.JOURNAL)
-    if os.path.islink(path) or not os.path.isdir(path):
-        files.remove_durably(path)
-        return
-    for name in os.listdir(path):
-        os.unlink(os.path.join(path, name))
-    os.rmdir(path)
-    files.flush_directory(directory)
 
 
 def _end_of_log(tx: Tx) -> int:

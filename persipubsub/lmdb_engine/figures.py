@@ -20,9 +20,9 @@ def collect(opened: Environment, now_ns: int) -> QueueStatistics:
     """Collect the figures in one snapshot."""
     queue, mark = opened.queue, opened.queue.high_water_mark
     end, sent, count, size, age_ns, commits, subscribers = opened.read(_count, now_ns)
-    spans = {record.ordinal: (record.position, end) for record, _ in subscribers}
+    wanted = {record.ordinal: (record.position, end) for record, _ in subscribers}
     # None if the system does not tell.
-    claims = find_claims(opened.directory, spans, opened.page)
+    claims = find_claims(opened.directory, wanted, opened.page)
     file_bytes = opened.file_bytes()
     age = None if age_ns is None else age_ns / 1e9
     return QueueStatistics(

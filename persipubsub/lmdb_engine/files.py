@@ -179,7 +179,7 @@ class SharedPage:
     #: Indices of words in :py:attr:`words`. What is written often has a cache line of its own.
     STAMP: Final = 0  #: of the last notification
     FLAG: Final = 8  #: 1: a waiter may sleep until a notification
-    END: Final = 9  #: number behind the newest message, as the last sender stored it
+    END: Final = 9  #: number after the newest message, as the last sender stored it
     FLUSH_STAMP: Final = 16  #: of the last flush
     WAITS: Final = 24  #: 1: a process waits for the write lock
     JOURNAL: Final = 32  #: from here on, see :py:class:`persipubsub.lmdb_engine.journal.Journal`

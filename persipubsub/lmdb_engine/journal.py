@@ -5,9 +5,9 @@ LMDB runs without flushes. Its file survives the death of processes, but is not 
 power failure: it is then thrown away and rebuilt from the journal, a directory of *segments*. A
 segment is a file of fixed size. It is written with zeros and flushed when it is made, and reused
 when everything in it is finished. To flush a file whose blocks are allocated and written takes one
-write to the disk; to flush a growing file, or one that is only allocated, takes two or three. A
-queue with the durability ``os`` is only flushed once a second, so a segment that is made ahead for
-its messages is only allocated.
+write to the disk; to flush a growing file, or one that is only allocated, takes two or three. The
+next segment is made in advance. With ``os`` it is allocated, not written: one flush a second does
+not repay the zeros.
 
 A segment begins with a header, which has a page of 4096 bytes to itself:
 
@@ -21,14 +21,14 @@ offset  header of a segment
 84      CRC-32 (4) of all before it
 ======= ============================================================================================
 
-Records follow, one behind the other, each filled up to a multiple of 8 bytes:
+Records follow, one after the other, each filled up to a multiple of 8 bytes:
 
 ======= ============================================================================================
 offset  record
 ======= ============================================================================================
-0       CRC-32 (4) of the segment's identity, of the fields behind it, and of the body
+0       CRC-32 (4) of the segment's identity, of the fields after it, and of the body
 4       kind (4), bytes of the body (8)
-16      number of the record (8), end of the log (8) behind what the record holds
+16      number of the record (8), end of the log (8) after what the record holds
 32      body
 ======= ============================================================================================
 
@@ -39,14 +39,15 @@ messages: subscribers, ranges, attempts, header, settings, end of the log. The i
 is random and new at each reuse, and every CRC begins with it: what a segment held before is never
 taken for new.
 
-``prune_last`` removes blocks at the end of the log. No record says so: a block's totals tell how
-many messages precede it in the log, so the rebuild removes the excess. Blocks that all subscribers
-are finished with may be deleted before they are copied. The totals tell that as well.
+``prune_last`` removes blocks at the end of the log, and blocks that all subscribers are finished
+with may be deleted before they are copied. The journal has no record of a removal. The rebuild sees
+it from the totals, which tell how many messages precede the next block: if these are fewer than
+what was replayed, messages were pruned; if more, blocks were deleted before they were copied.
 
 ``Journal._catch_up`` copies commits from LMDB into the journal, under the journal's lock. It copies
-the commits of all threads and processes. A sender that waits for the disk calls it after its
-commit, and flushes, unless another thread or process has flushed the commit meanwhile. The
-background thread writes a state record and lets go of segments.
+the commits of all threads and processes. ``secure`` calls it for a sender that waits for the disk,
+after the commit, and flushes, unless another thread or process has flushed the commit meanwhile.
+The background thread writes a state record and lets go of segments.
 """
 
 import contextlib
@@ -84,8 +85,9 @@ _LARGEST_BYTES: Final = 1 << 28
 #: With ``os`` the room for messages that are not copied yet grows up to this size.
 _MOST_ROOM_BYTES: Final = 1 << 24
 
-#: Zeros are written in pieces of this size: a file system caches a file in pieces as large as its
-#: writes, and goes through all of a piece at each small write (1 MiB slows a flush by a tenth).
+#: Zeros are written in pieces of this size. A file system caches a file in pieces as large as its
+#: writes, and goes through a whole piece at each later small write: with pieces of 1 MiB, a flush
+#: takes a tenth longer.
 _WRITTEN_BYTES: Final = 1 << 16
 
 #: Blocks are gathered up to this many bytes a record. A record for each block would take several
@@ -143,11 +145,11 @@ class _Position(NamedTuple):
     last: int  #: offset of the last record
     offset: int  #: of the next record
     record: int  #: number of the next record
-    end: int  #: of the log: everything in front of it is in the journal
+    end: int  #: of the log: everything before it is in the journal
     ids_ns: int  #: time of the newest id in the journal
     oldest: int  #: number of the oldest segment that is needed
     written: int  #: bytes of records so far
-    next_file: int  #: file that is the next segment, made ahead
+    next_file: int  #: file that is the next segment, made in advance
     next_size: int  #: its size; 0: there is none
 
 
@@ -155,7 +157,8 @@ class _State(msgspec.Struct):
     """A state record."""
 
     end: tuple[int, int, int, int, int, list[int]]  #: of the log
-    keep: int  #: LMDB had no block in front of this number any more
+    #: number of the oldest block with messages that LMDB still had; ``keep`` in the record
+    oldest_number: int = msgspec.field(name="keep")
     records: list[tuple[int, bytes, bytes]]  #: sub-database, key, value
     oldest: int = 0  #: number of the oldest segment that is needed
 
@@ -186,7 +189,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     RESERVED: Final = _SAFE + 1  #: cost of all messages that were or are being sent
     COMMITTED: Final = _SAFE + 2  #: ... of those that were committed
     _COPIED: Final = _SAFE + 3  # ... of those that are in the journal
-    _ROOM: Final = _SAFE + 4  # bytes that the segment made ahead has for what is not copied yet
+    _ROOM: Final = _SAFE + 4  # room in the segment made in advance, for what is not copied yet
     FAILED: Final = _SAFE + 5  #: 1 after a flush that failed, until a process opens the queue
     _STATE_TXN: Final = _SAFE + 6  # LMDB's transaction up to which the last state record goes
     _WAITS: Final = _SAFE + 8  # 1: a sender may sleep until a flush
@@ -252,8 +255,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             state = msgspec.msgpack.decode(records[-1][4], type=_State)
             if state.end[0] != end:
                 return False
-            self._remove_behind(chain[-1].sequence)
-            self._store(self._behind(chain[-1], state.oldest))
+            self._remove_after(chain[-1].sequence)
+            self._store(self._position_after(chain[-1], state.oldest))
             self._words[self._SAFE] = end
             self._take_ahead()
             return True
@@ -277,7 +280,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             record = max((one.first_record for one in before), default=0) + _SKIPPED_RECORDS
             self._reset()
             self._begin(_Position(0, first - 1, 0, 0, record, 0, 0, oldest, 0, 0, 0), journal_id)
-            self._copy(oldest_id_ns, oldest=first)
+            self._write_state(oldest_id_ns, oldest=first)
             for segment in self._free():
                 with files.suppress(OSError):
                     os.unlink(self._path(segment.file))
@@ -286,18 +289,19 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """
         Go on in a new segment after a replay, and flush the state of the rebuilt store.
 
-        The segment of the power failure is not used any more: behind its last whole record there
-        may be a later one, which would be taken for the successor of what is written now.
+        The segment of the power failure is not used any more. A torn record there may be followed
+        by a whole one from before the failure. A new record that filled the gap would make it look
+        valid.
         """
         with self._locked():
             chain = self._choose_chain()
-            self._remove_behind(chain[-1].sequence)
+            self._remove_after(chain[-1].sequence)
             self._reset()
-            self._begin(self._behind(chain[-1], chain[0].sequence), chain[-1].journal_id)
-            self._copy(oldest_id_ns)
+            self._begin(self._position_after(chain[-1], chain[0].sequence), chain[-1].journal_id)
+            self._write_state(oldest_id_ns)
             self._take_ahead()
 
-    def _remove_behind(self, sequence: int) -> None:
+    def _remove_after(self, sequence: int) -> None:
         """Remove segments that have no whole record: others get their sequence numbers."""
         later = [one for one in self._segments() if one.sequence > sequence]
         for segment in later:
@@ -332,11 +336,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     def make_room(self, cost: int, is_flushed: bool) -> None:
         """
-        Make a segment ahead that has room for messages. The write lock must not be held.
+        Make a segment in advance that has room for messages. The write lock must not be held.
 
         :param is_flushed: True if senders flush. If only the background thread flushes, the room
-            doubles each time that it is used up: messages that are finished before the thread runs
-            are never copied.
+            doubles each time that it is used up: with more room, more messages are finished before
+            they would be copied.
         :raise DiskFullError: if the disk has no room for it
         """
         with self._locked():
@@ -427,7 +431,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         if txn_id and self._words[self._STATE_TXN] >= txn_id:
             return
         with self._locked():
-            self._copy(oldest_id_ns)
+            self._write_state(oldest_id_ns)
             self._let_go()
         self._wake()
 
@@ -445,12 +449,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """About how many bytes are in LMDB and not yet in the journal."""
         return max(0, self._words[self.COMMITTED] - self._words[self._COPIED])
 
-    def _copy(self, oldest_id_ns: int, oldest: int = 0) -> None:
-        """Copy all that was committed, and the state behind it, and flush."""
+    def _write_state(self, oldest_id_ns: int, oldest: int = 0) -> None:
+        """Copy all that was committed, write a state record after it, and flush."""
         collected = self._catch_up(with_state=True)
         state = collected.state
         assert state is not None, "It was asked for."
-        state.oldest = oldest or self._oldest_needed(state.keep, oldest_id_ns)
+        state.oldest = oldest or self._oldest_needed(state.oldest_number, oldest_id_ns)
         position = self._require()
         self._append(position, _STATE, msgspec.msgpack.encode(state), collected.end,
                      position.ids_ns)
@@ -458,12 +462,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._store(self._require()._replace(oldest=state.oldest))
         self._words[self._STATE_TXN] = collected.txn_id
 
-    def _oldest_needed(self, keep: int, oldest_id_ns: int) -> int:
+    def _oldest_needed(self, oldest_number: int, oldest_id_ns: int) -> int:
         """Find the oldest segment that has a block that LMDB has, or an id that is needed."""
         position = self._require()
         live = [one for one in self._segments() if position.oldest <= one.sequence]
         for segment, following in zip(live, live[1:]):
-            if following.end > keep or following.ids_ns >= oldest_id_ns:
+            if following.end > oldest_number or following.ids_ns >= oldest_id_ns:
                 return segment.sequence
         return position.sequence
 
@@ -550,15 +554,15 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                        for key, value in tx.txn.cursor(db=database)]
             # The journal keeps all that LMDB has, even what is finished: a seek may go back to it. It
             # does not keep the messages that a placeholder stands for.
-            keep = log_end.next_number
+            oldest_number = log_end.next_number
             if head is not None:
-                keep = head.first + (0 if head.block.messages else 1)
-            state = _State((*log_end[:5], list(log_end.totals)), keep, records)
+                oldest_number = head.first + (0 if head.block.messages else 1)
+            state = _State((*log_end[:5], list(log_end.totals)), oldest_number, records)
         return _Collected(b"".join(parts), end, ids_ns, lists, is_all, state, tx.txn.id())
 
     def _append(self, position: _Position, kind: int, body: bytes, end: int,
                 ids_ns: int) -> _Position:
-        """Write a record, and return the position behind it; hold the journal's lock."""
+        """Write a record, and return the position after it; hold the journal's lock."""
         size = _RECORD_HEAD_BYTES + len(body)
         whole = _aligned(size)
         if whole > self._size - position.offset:
@@ -598,7 +602,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     # Segments
 
     def _roll(self, position: _Position, size: int) -> _Position:
-        """Go on in the segment that was made ahead, or in a new one if it is too small."""
+        """Go on in the segment made in advance, or in a new one if it is too small."""
         assert self._segment is not None
         journal_id = self._segment.journal_id
         if position.next_size - _HEADER_BYTES < size:
@@ -612,7 +616,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         return self._require()
 
     def _begin_segment(self, position: _Position, journal_id: bytes) -> None:
-        """Give the file made ahead a new identity; the next flush covers its header too."""
+        """Give the file made in advance a new identity; the next flush covers its header too."""
         segment = Segment(position.next_file, position.next_size, position.sequence + 1, journal_id,
                           os.urandom(16), position.record, position.end, position.ids_ns)
         self._close_segment()
@@ -661,7 +665,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             os.close(descriptor)
 
     def _take_ahead(self) -> None:
-        """Let a free segment be the next one, if none is made ahead."""
+        """Let a free segment be the next one, if none was made in advance."""
         position = self._require()
         if position.next_size:
             return
@@ -671,7 +675,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             return
 
     def _free(self) -> list[Segment]:
-        """List the segments whose messages are all finished, except the one made ahead."""
+        """List the segments whose messages are all finished, except the next one."""
         position = self._require()
         return [
             one for one in self._segments()
@@ -809,17 +813,17 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         _SHARED.pack_into(self._map, 8 * self._POSITION, *position, zlib.crc32(packed))
 
     def _find_position(self) -> _Position:
-        """Find the position behind the last record, after a kill in the middle of writing it."""
+        """Find the position after the last record, after a kill in the middle of writing it."""
         segments = [one for one in self._segments() if one.sequence]
         if not segments:
             raise persipubsub.errors.StoreCorruptError(
                 f"Expected segments of the journal in {self.directory}, but got: none. Close all that "
                 "is open of the queue, and open it again.")
         self._words[self._ROOM] = 0
-        return self._behind(segments[-1], self._oldest_of(segments))
+        return self._position_after(segments[-1], self._oldest_of(segments))
 
-    def _behind(self, segment: Segment, oldest: int) -> _Position:
-        """Find the position behind the last whole record of a segment."""
+    def _position_after(self, segment: Segment, oldest: int) -> _Position:
+        """Find the position after the last whole record of a segment."""
         position = _Position(segment.file, segment.sequence, 0, _HEADER_BYTES, segment.first_record,
                              segment.end, segment.ids_ns, oldest, 0, 0, 0)
         for offset, kind, number, end, body in self._records(segment):
@@ -883,18 +887,18 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         :raise StoreCorruptError: if there is no whole journal
         """
         chain = self._choose_chain()
-        last_state, keep = 0, 0
+        last_state, oldest_number = 0, 0
         for segment in chain:
             for _, kind, number, _, body in self._records(segment):
                 if kind == _STATE:
                     last_state = number
-                    keep = msgspec.msgpack.decode(body, type=_State).keep
+                    oldest_number = msgspec.msgpack.decode(body, type=_State).oldest_number
         for segment in chain:
             # Each segment has a transaction: all at once could be too much for the memory.
             with begin() as tx:
                 for _, kind, number, _, body in self._records(segment):
                     if kind == _BLOCKS:
-                        _replay_blocks(tx, body, keep if number < last_state else 0)
+                        _replay_blocks(tx, body, oldest_number if number < last_state else 0)
                     elif kind == _LISTS:
                         for key, members in msgspec.msgpack.decode(body, type=dict[bytes,
                                                                                    bytes]).items():
@@ -975,6 +979,18 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         return findings + list(self._read(_compare, stored, position.end))
 
 
+def remove_journal(directory: str) -> None:
+    """Remove the segments of a journal, durably."""
+    path = os.path.join(directory, files.JOURNAL)
+    if os.path.islink(path) or not os.path.isdir(path):
+        files.remove_durably(path)
+        return
+    for name in os.listdir(path):
+        os.unlink(os.path.join(path, name))
+    os.rmdir(path)
+    files.flush_directory(directory)
+
+
 def _compare(tx: Tx, stored: dict[int, bytes], end: int) -> list[str]:
     """Look for blocks of the log, up to a number, that the journal does not have as they are."""
     findings = []
@@ -1019,12 +1035,12 @@ def _ids_of(body: bytes) -> Iterator[tuple[bytes, int, int]]:
         offset += length
 
 
-def _replay_blocks(tx: Tx, body: bytes, keep: int) -> None:
-    """Put blocks and ids into a store; blocks in front of a number are not needed."""
+def _replay_blocks(tx: Tx, body: bytes, oldest_number: int) -> None:
+    """Put blocks and ids into a store; blocks before a number are not needed."""
     cursor = tx.cursor()
     for number, value in _blocks_of(body):
         block = fmt.unpack_block(value, number)
-        if fmt.end_of(number, block) <= keep:
+        if fmt.end_of(number, block) <= oldest_number:
             continue
         _go_on_at(tx, number, block.total_count - block.messages)
         cursor.put(fmt.pack_number(number), value)
@@ -1033,7 +1049,7 @@ def _replay_blocks(tx: Tx, body: bytes, keep: int) -> None:
 
 
 def _go_on_at(tx: Tx, number: int, total: int) -> None:
-    """Give the log this total of messages, and let it go on at this number."""
+    """Make the log end so that the next block has this number and this many messages before it."""
     cursor = tx.cursor()
     log_end = log.read_end(cursor)
     head = log.head(cursor)

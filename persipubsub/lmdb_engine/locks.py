@@ -5,17 +5,19 @@ Locks are taken in this order; a thread that holds a later one does not ask for 
 
 1. the registry's lock of a process (opening, closing), see ``environment``,
 2. the open lock of a queue (between processes, while one of them opens, closes or creates it),
-3. the ending lock of a ``Queue`` (an acknowledgement and a close exclude each other),
+3. the ending lock: that of ``consuming.Ending``, one for each open queue (an acknowledgement and a
+   close exclude each other),
 4. the flush lock of a ``Journal``, then the journal's lock (between processes),
-5. the write lock of an environment (between threads), then that of the queue (between processes),
+5. the write lock: 5a. of an environment (between threads), then 5b. of the queue (between
+   processes),
 6. the read lock of an environment (no transaction is open while it is closed or mapped anew).
 
-Threads that wait for one that sends for them (``sending._Line``) hold none of these. The lock of a line
-is held for a moment, and no other lock is taken meanwhile.
+Threads that wait for one that sends for them (``sending._Line``) hold none of these. The lock of a
+line is held for a moment, and no other lock is taken meanwhile.
 
-There is one exception: when LMDB has panicked, ``Environment._recover`` holds the lock of 5 between
-threads and the lock of 6, and ``_open_lmdb`` asks for the lock of 5 between processes. Only another
-process can hold that one then, and no process waits for a lock of 6 of another process.
+There is one exception: when LMDB has panicked, ``Environment._recover`` holds 5a and 6, and
+``_open_lmdb`` asks for 5b. Only another process can hold 5b then, and no process waits for the
+lock 6 of another process.
 
 **The write lock.** LMDB has a lock of its own for writers, but a process that waits for it can be
 reached neither by a signal nor by a timeout: a publisher that was stopped (SIGSTOP) in the middle of

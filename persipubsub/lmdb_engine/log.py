@@ -37,7 +37,7 @@ EMPTY: Final = LogEnd(next_number=fmt.FIRST_NUMBER,
 
 
 class Place(NamedTuple):
-    """Totals of everything in front of a number."""
+    """Totals of everything before a number."""
 
     messages: int  #: how many
     size: int  #: their bytes
@@ -67,12 +67,12 @@ def read_end(cursor: Cursor) -> LogEnd:
 
 
 def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
-           batches: Sequence[fmt.Batch]) -> LogEnd:
+           bodies: Sequence[fmt.Body]) -> LogEnd:
     """Add blocks at the end of the log."""
     number, last_ns, count, size, generation, totals = log_end
     # Not by ``max``, whose call takes as long as packing the record.
     time_ns = time_ns if time_ns > last_ns else last_ns
-    for messages, added, body in batches:
+    for messages, added, encoded in bodies:
         count += messages
         size += added
         if audience:
@@ -80,9 +80,9 @@ def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
         record = fmt.pack_block(time_ns, count, size, messages, audience, generation, totals)
         # By position: a key, a value, duplicates (there are none), to overwrite, to append. Named
         # arguments would be put into a dictionary first.
-        if not tx.txn.put(fmt.pack_number(number), record + body, True, True, True, tx.db.data):
+        if not tx.txn.put(fmt.pack_number(number), record + encoded, True, True, True, tx.db.data):
             raise persipubsub.errors.StoreCorruptError(
-                f"Expected the log to end in front of message {number}, but got: one behind it")
+                f"Expected the log to end before message {number}, but got: one after it")
         number += messages
     behind: LogEnd = fmt.new(LogEnd, (number, time_ns, count, size, generation, totals))
     return behind
@@ -115,10 +115,10 @@ def change_generation(cursor: Cursor) -> None:
 
 
 def seek(cursor: Cursor, number: int) -> Found | None:
-    """Find the block that holds a number, or the next block behind it."""
+    """Find the block that holds a number, or the next block after it."""
     key = fmt.pack_number(number)
     if cursor.set_key(key):
-        # Only faster than the general way below, which takes twice as long for a send's message.
+        # A shortcut with the same result as the code below, which takes twice as long.
         value = cursor.value()
         found: Found = fmt.new(Found, (number, fmt.unpack_block(value, number), value))
         return found
@@ -158,7 +158,7 @@ def _at(cursor: Cursor) -> Found:
 
 
 def place_of(cursor: Cursor, number: int) -> Place:
-    """Count everything in front of a number, without a walk."""
+    """Count everything before a number, without a walk."""
     found = seek(cursor, number)
     if found is None:
         log_end = read_end(cursor)
@@ -190,7 +190,7 @@ def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
 
 
 def number_at_count(cursor: Cursor, begin: int, end: int, count: int) -> int:
-    """Find the number in front of which the log has a given count of messages."""
+    """Find the number before which the log has a given count of messages."""
     return begin + bisect.bisect_left(
         range(begin, end), count, key=lambda number: place_of(cursor, number).messages)
 
@@ -224,7 +224,7 @@ def count_within(cursor: Cursor, begin: int, end: int, size: int) -> int:
 
 
 def delete_head(cursor: Cursor, low: int, budget: int, retained_ns: int) -> int:
-    """Delete the blocks in front of a number at the beginning of the log; the last block stays."""
+    """Delete the blocks before a number at the beginning of the log; the last block stays."""
     if budget <= 0 or not cursor.first() or fmt.unpack_number(cursor.key()) >= low:
         return 0
     cursor.last()

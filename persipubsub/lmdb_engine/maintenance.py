@@ -19,14 +19,14 @@ import persipubsub.config
 import persipubsub.errors
 from persipubsub.lmdb_engine import attempts, check, datafile, environment, files
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, meta, positions
+from persipubsub.lmdb_engine import journal, locks, log, meta, positions
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.message import Peeked
 from persipubsub.statistics import Progress
 
 # Looking at messages
 
-#: A look ends with the message that reaches this many bytes; the next one goes on behind it.
+#: A look ends with the message that reaches this many bytes; the next one goes on after it.
 _LOOK_BYTES: Final = 1 << 20
 
 #: ... or after this many messages.
@@ -218,7 +218,7 @@ _PAUSE_SECS: Final = 0.005
 #: Room that a restored store needs beyond twice its size for what is changed in it, in bytes.
 _ROOM_BYTES: Final = 1 << 24
 
-#: A restored queue goes on so far behind the last number that is known to have been used.
+#: A restored queue goes on so far after the last number that is known to have been used.
 _SKIPPED_BY_RESTORE: Final = 3 << 31
 
 
@@ -299,13 +299,13 @@ def restore(path: str, queue: persipubsub.config.Queue, source: str, progress: P
             used = _read_used(store)
             size = 2 * os.stat(made).st_size + _ROOM_BYTES
             with datafile.opened(made, size) as (_, begin), begin() as tx:
-                _go_on_behind(tx, *used)
+                _go_on_after(tx, *used)
         files.mark_clean(path)
         os.close(files.open_file(os.path.join(path, files.JOURNAL_LOCK)))
     environment.release(environment.acquire(path, queue, renews_journal=True))
 
 
-def _go_on_behind(tx: Tx, next_number: int, generation: int, next_ordinal: int) -> None:
+def _go_on_after(tx: Tx, next_number: int, generation: int, next_ordinal: int) -> None:
     """Let no number, generation or ordinal of the store that was there be used again."""
     now_ns = max(log.read_end(tx.cursor()).time_ns, time.time_ns())
     meta.skip_numbers(tx, _SKIPPED_BY_RESTORE, next_number, generation)
@@ -335,7 +335,7 @@ def drop(path: str, queue: persipubsub.config.Queue) -> list[str]:
         foreign = files.foreign_names(path)
         # The mark must not be gone before the store, which can not be trusted without it.
         files.remove_durably(os.path.join(path, files.DATA))
-        environment.remove_journal(path)
+        journal.remove_journal(path)
         # ``users.lock`` and ``open.lock`` are removed last: with the first one, a drop that was
         # interrupted can be run again; another process may be waiting for the second one.
         last = (files.USERS, files.OPEN_LOCK)

@@ -81,7 +81,7 @@ def differences(here: persipubsub.config.Queue,
 
 
 def _flatten(queue: persipubsub.config.Queue) -> dict[str, object]:
-    """List the settings that are stored, those of the mark behind the others."""
+    """List the settings that are stored, those of the mark after the others."""
     found = msgspec.to_builtins(msgspec.structs.replace(queue, path=None, subscribers=()))
     mark = found.pop("high-water-mark")
     return {**found, **{f"high-water-mark.{key}": value for key, value in mark.items()}}

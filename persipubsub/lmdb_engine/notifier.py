@@ -91,8 +91,8 @@ class Notifier:
         self._words = page.words
         self._futex = Futex(page, SharedPage.STAMP)
         self.is_closed = False
-        # It guards the two below, except for what is atomic: to take a listener out, and to copy
-        # all. No callback is called while it is held.
+        # It guards the two below. Removing a listener and copying the dictionary are atomic and
+        # need no lock. No callback is called while it is held.
         self._lock = threading.Lock()
         self.listeners: dict[Listener, None] = {}
         self._thread: threading.Thread | None = None
@@ -101,9 +101,10 @@ class Notifier:
         """
         Wake all waiters of all processes; to be called after the commit, never before.
 
-        The locks of the commit are the fence that keeps the flag from being read before it.
+        Unlocking after the commit is a memory barrier, so the flag is read after the commit is
+        visible.
 
-        :param end: number behind the new message, which spares consumers a look; 0: unknown
+        :param end: number after the new message, which spares consumers a look; 0: unknown
         """
         words = self._words
         if end:
@@ -152,7 +153,7 @@ class Notifier:
                 return found
             if deadline is not None:
                 left = deadline - time.monotonic()
-                # Not by the pause: it is over, too, when a message may be delivered again.
+                # Test ``left``, not ``pause``: a pause of 0 also means that a retry is due.
                 if left <= 0:
                     return None
                 pause = min(pause, left)

@@ -1,7 +1,7 @@
 """
 The ids that publishers gave to messages, inside of a transaction.
 
-An id is kept twice in ``once_db``: by itself, for the number of its message, and behind the time,
+An id is kept twice in ``once_db``: by itself, for the number of its message, and after the time,
 so that the oldest ids are found without a search. Every change is in the same transaction as that
 of the log: after a kill, an id is there exactly if its message is stored.
 """

@@ -3,8 +3,14 @@ What each subscriber has acknowledged, inside of a transaction.
 
 A subscriber's position is the first number that it still has to acknowledge. What several consumers
 of one subscriber acknowledge out of order is kept as ranges ahead of the position: as many as there
-are messages in flight, however many were acknowledged meanwhile. A message is pending if it lies at
-or behind the position, is addressed to the subscriber, and is in no range.
+are messages in flight, however many were acknowledged meanwhile. For a subscriber, a message is
+
+* *pending*: it is at or after the position, is addressed to the subscriber, and is in no range;
+* *done*: it is not pending any more; *finished*: the positions of all subscribers are after it;
+* *ahead*: it is done, and after the position;
+* *left*: it is done without an acknowledgement; a counter of the subscriber says why;
+* *dropped*: it left because it was too old, or to make room at a high-water mark;
+* *skipped*: it left because the subscriber went on to a later message.
 """
 
 import struct
@@ -16,7 +22,7 @@ import msgspec
 import persipubsub.errors
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import log
+from persipubsub.lmdb_engine import log, meta
 from persipubsub.lmdb_engine.format import Cursor, Subscriber, Tx
 
 #: A search walks over so many blocks for others. Then it goes on by bisection, which takes as long
@@ -28,7 +34,7 @@ _NEAR_BLOCKS: Final = 4
 
 def read(tx: Tx, key: bytes) -> Subscriber | None:
     """Read the record of a subscriber."""
-    value = tx.txn.get(key, None, tx.db.pending)
+    value = tx.txn.get(key, None, tx.db.subscribers)
     if value is None:
         return None
     try:
@@ -50,19 +56,19 @@ def require(tx: Tx, key: bytes) -> Subscriber:
 
 def read_all(tx: Tx) -> list[Subscriber]:
     """Read the records of all subscribers."""
-    cursor = tx.txn.cursor(tx.db.pending)
+    cursor = tx.txn.cursor(tx.db.subscribers)
     return [require(tx, bytes(key)) for key in cursor.iternext(keys=True, values=False)]
 
 
 def write(tx: Tx, subscriber: Subscriber) -> None:
-    """Write the record of a subscriber; delete records of attempts behind its position."""
+    """Write a subscriber's record; delete records of attempts for messages before its position."""
     # Records are deleted here, and not in each of the many functions that move positions: so none
     # of them can forget it.
     if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS and not attempts.forget(
             tx, subscriber.ordinal, 0, subscriber.position):
         subscriber.flags &= ~fmt.FLAG_MAY_HAVE_ATTEMPTS
     value = fmt.SUBSCRIBER.pack(*msgspec.structs.astuple(subscriber)[:-1])
-    tx.txn.put(subscriber.key, value, db=tx.db.pending)
+    tx.txn.put(subscriber.key, value, db=tx.db.subscribers)
 
 
 def audiences_of(tx: Tx, subscriber: Subscriber) -> tuple[int, ...]:
@@ -76,7 +82,7 @@ def audiences_of(tx: Tx, subscriber: Subscriber) -> tuple[int, ...]:
 
 
 def ranges(tx: Tx, ordinal: int, number: int = 0) -> Iterator[tuple[int, int]]:
-    """Iterate over ranges ahead of a position, from the last one that does not begin behind a number."""
+    """Iterate over ranges ahead of a position, from the last that begins at or before a number."""
     cursor = tx.txn.cursor(tx.db.ahead)
     is_behind = cursor.set_range(fmt.pack_ahead_key(ordinal, number + 1))
     is_there = (cursor.prev() if is_behind else cursor.last()) or cursor.first()
@@ -104,7 +110,7 @@ def finish(tx: Tx, subscriber: Subscriber, begin: int, end: int) -> None:
             near.append(one)
             if one[0] > end:
                 break
-    # The range grows up to the range or position before it, and up to the range behind it, if what
+    # The range grows up to the range or position before it, and up to the range after it, if what
     # lies between is for others, or was never sent: so there are no more ranges than messages in
     # flight.
     cursor = tx.cursor()
@@ -156,10 +162,10 @@ def leave(tx: Tx, subscriber: Subscriber, begin: int, end: int, counter: str) ->
 
 
 class Run(NamedTuple):
-    """Pending messages of one block, one behind the other."""
+    """Pending messages of one block, one after the other."""
 
     number: int  #: of the first one
-    stop: int  #: number behind the last one
+    stop: int  #: number after the last one
     found: log.Found  #: the block
 
 
@@ -277,7 +283,7 @@ def acknowledge(tx: Tx, key: bytes, ordinal: int, numbers: list[int], now_ns: in
             or numbers[-1] - numbers[0] + 1 != count):
         count = _finish_each(tx, subscriber, numbers)
     else:
-        # Only faster than the general way above, which takes twice as long.
+        # A shortcut with the same result as ``_finish_each``, which takes twice as long.
         subscriber.position += count
     if count:
         subscriber.acknowledged += count
@@ -310,20 +316,13 @@ def _finish_each(tx: Tx, subscriber: Subscriber, numbers: list[int]) -> int:
     return count
 
 
-def acknowledge_one(tx: Tx, key: bytes, number: int) -> bool:
-    """Let one message leave a subscriber as cleared; return False if it is not pending."""
-    subscriber = require(tx, key)
-    return is_pending(tx, subscriber, number) and leave(tx, subscriber, number, number + 1,
-                                                        "cleared") > 0
-
-
 def skip_before(tx: Tx, key: bytes, number: int) -> int:
-    """Acknowledge all messages in front of one, as skipped."""
+    """Skip all messages before one; return how many."""
     return leave(tx, require(tx, key), 0, number, "skipped")
 
 
 def skip_to_newest(tx: Tx, key: bytes) -> int:
-    """Acknowledge all pending messages of a subscriber but the newest one."""
+    """Skip all pending messages of a subscriber but the newest one; return how many."""
     newest, _ = next(newest_first(tx, require(tx, key)), (0, None))
     return skip_before(tx, key, newest)
 
@@ -331,9 +330,16 @@ def skip_to_newest(tx: Tx, key: bytes) -> int:
 # What operators do
 
 
+def clear_one(tx: Tx, key: bytes, number: int) -> bool:
+    """Let one message leave a subscriber as cleared; return False if it is not pending."""
+    subscriber = require(tx, key)
+    return is_pending(tx, subscriber, number) and leave(tx, subscriber, number, number + 1,
+                                                        "cleared") > 0
+
+
 def lacks(tx: Tx, keys: Sequence[bytes]) -> bool:
     """Tell whether a subscriber is missing."""
-    return any(tx.txn.get(key, db=tx.db.pending) is None for key in keys)
+    return any(tx.txn.get(key, db=tx.db.subscribers) is None for key in keys)
 
 
 def beginning(tx: Tx, oldest_ns: int) -> int:
@@ -345,7 +351,7 @@ def beginning(tx: Tx, oldest_ns: int) -> int:
 
 
 def seek(tx: Tx, key: bytes, number: int) -> int:
-    """Move a subscriber to a message in front of or behind its position."""
+    """Move a subscriber to a message before or after its position."""
     subscriber = require(tx, key)
     cursor = tx.cursor()
     end = log.read_end(cursor).next_number
@@ -357,9 +363,9 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
     number = end if found is None else max(found.first, number)
     subscriber.skipped += count_pending(tx, subscriber, 0, number)
     _forget_ranges(tx, subscriber)
-    # ``write`` deletes only a bounded number of records of attempts. Those that it has left in
-    # front of the position would count for messages that are delivered again.
-    attempts.forget_all(tx, subscriber.ordinal, subscriber.position)
+    # ``write`` deletes only a bounded number of records of attempts. Those that it has left before
+    # the position would count for messages that are delivered again.
+    attempts.forget_before(tx, subscriber.ordinal, subscriber.position)
     subscriber.position = number
     write(tx, subscriber)
     # Senders that remember the low watermark look again: a position may have gone back.
@@ -372,7 +378,7 @@ def add(tx: Tx,
         from_beginning: Sequence[bytes] = (),
         oldest_ns: int = 0) -> None:
     """Add the subscribers that are missing, at the end of the queue or at its beginning."""
-    header = fmt.unpack_header(bytes(tx.txn.get(fmt.HEADER_KEY, b"", db=tx.db.meta)), "")
+    header = meta.read_header(tx)
     cursor = tx.cursor()
     ordinal = header.next_ordinal
     for key in keys:
@@ -386,9 +392,7 @@ def add(tx: Tx,
                     if key in from_beginning else log.read_end(cursor).next_number)
         write(tx, Subscriber(ordinal, 0, position, key=key))
         ordinal += 1
-    tx.txn.put(fmt.HEADER_KEY,
-               fmt.pack_header(header._replace(next_ordinal=ordinal)),
-               db=tx.db.meta)
+    meta.write_header(tx, header._replace(next_ordinal=ordinal))
     log.change_generation(cursor)
 
 
@@ -408,7 +412,7 @@ def remove(tx: Tx, key: bytes) -> int:
     cursor = tx.cursor()
     lag = count_pending(tx, subscriber, 0, log.read_end(cursor).next_number)
     _forget_ranges(tx, subscriber)
-    attempts.forget_all(tx, subscriber.ordinal)
-    tx.txn.delete(key, db=tx.db.pending)
+    attempts.forget_before(tx, subscriber.ordinal, fmt.MAX_NUMBER + 1)
+    tx.txn.delete(key, db=tx.db.subscribers)
     log.change_generation(cursor)
     return lag

@@ -1,9 +1,9 @@
 """
-What may leave the log, and what has to: the low watermark, timeouts, high-water marks.
+What may leave the log, and what has to: the low watermark, timeouts, dropping.
 
 A message leaves when all its subscribers acknowledged it. It is dropped unread when it is older
-than the queue's timeout, or to make room at a high-water mark; each subscriber counts its drops.
-Whether a mark is passed: ``room``.
+than the queue's timeout, or to make room at a high-water mark: ``room`` decides at a mark, and this
+module drops. Each subscriber counts its drops.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import operator
 from typing import Final, NamedTuple
 
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import log, positions
+from persipubsub.lmdb_engine import log, meta, positions
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.log import LogEnd
 
@@ -43,7 +43,7 @@ class LowWatermark:
 
     generation: int
     number: int  #: the first number that a subscriber still needs
-    messages: int  #: how many the log has in front of ``number``
+    messages: int  #: how many the log has before ``number``
     size: int  #: their bytes
     interval: int  #: how many messages are sent until the positions are looked at again
     #: key (UTF-8) of a subscriber whose position is ``number``; empty if there is none, or if the
@@ -81,11 +81,11 @@ def find_low_watermark(tx: Tx,
             found.append((number, b""))
     else:
         if known is not None and known.generation == log_end.generation and known.slowest_key:
-            value = tx.txn.get(known.slowest_key, db=tx.db.pending)
+            value = tx.txn.get(known.slowest_key, db=tx.db.subscribers)
             if value is not None and fmt.unpack_position(value) == known.number:
                 return known
         # To read only the positions takes a tenth of the time that all records take.
-        found = [(fmt.unpack_position(value), key) for key, value in tx.txn.cursor(tx.db.pending)]
+        found = [(fmt.unpack_position(data), key) for key, data in tx.txn.cursor(tx.db.subscribers)]
     number, slowest_key = min(found, key=operator.itemgetter(0), default=(log_end.next_number, b""))
     place = log.place_of(tx.cursor(), number)
     return LowWatermark(generation=log_end.generation,
@@ -125,7 +125,7 @@ def drop(tx: Tx, begin: int, end: int, counter: str) -> list[Dropped]:
 
 
 def expired_before(tx: Tx, low: LowWatermark, log_end: LogEnd, time_ns: int) -> int:
-    """Find the messages that are too old."""
+    """Return the number of the first message that is not too old."""
     if low.oldest_ns >= time_ns:
         return low.number
     cursor = tx.cursor()
@@ -190,6 +190,5 @@ def empty_last(tx: Tx) -> None:
 
 
 def make_reusable(tx: Tx) -> None:
-    """Commit without a change: LMDB reuses pages two commits after they were freed."""
-    value = tx.txn.get(fmt.HEADER_KEY, db=tx.db.meta)
-    tx.txn.put(fmt.HEADER_KEY, bytes(value or b""), db=tx.db.meta)
+    """Rewrite the header as it is: LMDB reuses pages only two commits after they were freed."""
+    meta.write_header(tx, meta.read_header(tx))

@@ -2,9 +2,12 @@
 What happens at a limit of a queue: a high-water mark, a full store, a full disk.
 
 A queue at a high-water mark refuses messages, lets senders wait, or drops messages, as its strategy
-says (``Room.make``). A full store does so, too, after all that is finished was deleted
-(``Room.free_store``). On a full disk, all that is finished is deleted, and the send is tried once
-more (``Room.free_disk``). Acknowledging on a full disk is elsewhere: ``Environment._make_room``.
+says (``Room.apply_strategy``). A full store does so, too, after all that is finished was deleted
+(``Room.free_store``). A store is full if its pages in use would pass ``max_db_size_bytes``, or if
+LMDB's map, which is larger, has no free page. A stopped reader may keep the pages of a full map:
+then nothing is dropped (``Environment.check_stuck_readers``). On a full disk, all that is finished
+is deleted, and the send is tried once more (``Room.free_disk``). Acknowledging on a full disk is
+elsewhere: ``Environment._free_room``.
 
 Usually finished blocks are deleted bit by bit: a send that tidies up (``Room.tidy``) deletes at
 most about twice as many blocks as were added since the last one did, so that no such send pays for
@@ -97,8 +100,8 @@ class Room:
         return (self.is_over(log_end, low, batch)
                 and low.number == retention.expired_before(tx, low, log_end, oldest_ns))
 
-    def make(self, tx: Tx, log_end: LogEnd, low: LowWatermark,
-             batch: Batch) -> tuple[LogEnd, LowWatermark, list[Dropped]]:
+    def apply_strategy(self, tx: Tx, log_end: LogEnd, low: LowWatermark,
+                       batch: Batch) -> tuple[LogEnd, LowWatermark, list[Dropped]]:
         """Check the high-water marks exactly; if one is passed, drop what the strategy says."""
         dropped: list[Dropped] = []
         low = retention.find_low_watermark(tx, log_end, known=low)
@@ -172,7 +175,7 @@ class Room:
         self.delete_finished(keeps_retained=False)
         self._environment.write(retention.make_reusable, makes_room=True)
         # The journal, too, can then reuse segments in which all is finished.
-        self._environment.secure_now()
+        self._environment.write_state()
 
     # Tidying up
 

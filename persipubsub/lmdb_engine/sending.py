@@ -1,8 +1,9 @@
 """
 Add messages to a queue.
 
-A send looks at the positions of subscribers only every few messages: what it remembers of them, the
-low watermark, is a safe lower bound. Then it also deletes some finished messages at the head.
+A send looks at the positions of subscribers only every few messages. It remembers the low
+watermark, which is a safe lower bound of them. At each look it also deletes some finished messages
+at the head. The flush of a send is ``Journal.secure``.
 """
 
 import threading
@@ -49,7 +50,7 @@ class _JournalFullError(persipubsub.errors.DiskFullError):
 class _Batch:
     """Messages of one send, encoded before any lock is taken."""
 
-    __slots__ = ("messages", "recipients", "msg_ids", "blocks", "count", "size", "cost", "first",
+    __slots__ = ("messages", "recipients", "msg_ids", "bodies", "count", "size", "cost", "first",
                  "error", "waiter")
 
     def __init__(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None,
@@ -58,7 +59,7 @@ class _Batch:
         self.messages = messages
         self.recipients = recipients
         self.msg_ids = msg_ids
-        self.blocks = fmt.encode_batches(messages)
+        self.bodies = fmt.encode_bodies(messages)
         self.count = len(messages)
         self.size = len(messages[0]) if self.count == 1 else sum(map(len, messages))
         self.cost = self.size + MESSAGE_COST * self.count
@@ -342,9 +343,10 @@ class Sender:
                 return _Sent(next(iter(known.values())), log_end.next_number, [], low)
         dropped: list[Dropped] = []
         if room.is_over(log_end, low, batch):
-            log_end, low, dropped = room.make(tx, log_end, low, batch)
+            log_end, low, dropped = room.apply_strategy(tx, log_end, low, batch)
             if room.is_over(log_end, low, batch):
-                # An exception would take back the dropping of what was too old.
+                # Do not raise here: that aborts the transaction, and the expired messages would
+                # come back.
                 return _Sent(0, log_end.next_number, dropped, low)
         number, size = log_end.next_number, log_end.total_bytes
         is_time = ((number + batch.count) // low.interval != number // low.interval
@@ -352,10 +354,10 @@ class Sender:
         if is_time and room.used(tx) + batch.size > room.max_bytes:
             raise _StoreFullError("Expected room in the store, but got: none")
         audience = self._find_audience(tx, batch.recipients) if batch.recipients else 0
-        cost = batch.cost + 8 * len(log_end.totals) * len(batch.blocks)
+        cost = batch.cost + 8 * len(log_end.totals) * len(batch.bodies)
         if not environment.journal.reserve(cost):
             raise _JournalFullError(cost)
-        log_end = log.append(tx, log_end, now_ns, audience, batch.blocks)
+        log_end = log.append(tx, log_end, now_ns, audience, batch.bodies)
         self._end = log_end, tx.txn.id(), environment.aborted
         first = number
         if given.msg_ids is not None:
@@ -364,7 +366,7 @@ class Sender:
                     once.remember(tx, msg_id, number + place, now_ns)
             first = known.get(given.msg_ids[0] or b"", number)
         if is_time:
-            low = room.tidy(tx, log_end, dropped, 2 * (low.interval + len(batch.blocks)), low)
+            low = room.tidy(tx, log_end, dropped, 2 * (low.interval + len(batch.bodies)), low)
         return _Sent(first, log_end.next_number, dropped, low)
 
     def _find_audience(self, tx: Tx, recipients: tuple[str, ...]) -> int:

@@ -342,7 +342,7 @@ TAKEN_OUT: Final = {
                     return""", ""), )),
     "state record": TakenOut("os", ((journal, """
         with self._locked():
-            self._copy(oldest_id_ns)
+            self._write_state(oldest_id_ns)
             self._let_go()""", ""), )),
     "flush of a new segment and its name": TakenOut("os", ((journal, """
                 os.fsync(descriptor)
