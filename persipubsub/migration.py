@@ -21,14 +21,12 @@ import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
 import persipubsub.queue
+from persipubsub.jetstream import settings
 from persipubsub.lmdb_engine import consuming
 from persipubsub.statistics import Progress
 
 #: Messages that are moved at once, at most.
 _BATCH_MESSAGES: Final = 200
-
-#: What another engine takes for a message beside its bytes, at most: subject, headers and frame.
-_FRAME_BYTES: Final = 512
 
 #: After so many seconds without a message that could be moved, we give up.
 _PATIENCE_SECS: Final = 30.0
@@ -145,7 +143,7 @@ def _put(destination: persipubsub.engine.Queue, subscriber: str, lease: consumin
         os.fsencode(f"{origin}\0{subscriber}\0{number}\0{time_ns}")
         for number, time_ns in zip(lease.numbers, lease.times_ns())
     ]
-    largest = max(map(len, lease.messages)) + _FRAME_BYTES
+    largest = max(map(len, lease.messages)) + settings.FRAME_BYTES
     count = max(1, (mark.size_bytes or 2**46) // 4 // largest)
     for begin in range(0, len(ids), count):
         part = slice(begin, begin + count)

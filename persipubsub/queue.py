@@ -192,7 +192,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def seek(self, subscriber: str, to: Place) -> int:
         """Let a subscriber go on from another place, in one transaction and durably."""
         # Checks ``to``. The beginning is the oldest message, of whatever age.
-        wall_ns = 0 if to == "beginning" else persipubsub.message.since_ns(to)
+        wall_ns = 0 if to == "beginning" else persipubsub.message.time_ns_of(to)
 
         def work(tx: Tx) -> int:
             if wall_ns is None:

@@ -272,7 +272,7 @@ class Delivery:
                 await self._tell(one, b"+ACK")
             elif self._is_exhausted(one.attempts - 1):
                 await self._give_up(one._replace(attempts=one.attempts - 1),
-                                    "its process ended, or dropped it, before it was done")
+                                    persipubsub.message.NO_WORD)
             else:
                 kept.append(one)
         return kept

@@ -251,10 +251,10 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         every subscriber acknowledged. The consumer of the subscriber is replaced; what its
         processes have at that moment may come again, and deliveries are counted from one again.
         """
-        since_ns = persipubsub.message.since_ns(to)
+        time_ns = persipubsub.message.time_ns_of(to)
         start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
-        if since_ns is not None:
-            start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(since_ns)}
+        if time_ns is not None:
+            start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(time_ns)}
         elif isinstance(to, int):
             number = min(max(1, to), 2**63)
             start = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}

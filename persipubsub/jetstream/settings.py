@@ -10,8 +10,8 @@ from persipubsub.jetstream import address
 #: The server remembers the ids of messages so long, and stores a repeated publish once.
 _DUPLICATE_WINDOW_SECS: Final = 120.0
 
-#: Subject, headers and frame of a message, which the server counts as well, in bytes.
-_FRAME_BYTES: Final = 512
+#: What the server counts for a message beside its bytes, at most: subject, headers and frame.
+FRAME_BYTES: Final = 512
 
 #: Key in the metadata of our streams and consumers.
 _MARK: Final = "persipubsub"
@@ -90,7 +90,7 @@ class Settings:
             "storage": "file",
             "discard": "new",
             "max_msgs": -1 if mark.max_msgs_num is None else mark.max_msgs_num,
-            "max_bytes": -1 if mark.size_bytes is None else mark.size_bytes + _FRAME_BYTES,
+            "max_bytes": -1 if mark.size_bytes is None else mark.size_bytes + FRAME_BYTES,
             "max_age": age_ns,
             "num_replicas": self.address.replicas,
             "duplicate_window": min(age_ns or window_ns, window_ns),
