@@ -14,10 +14,10 @@ __all__ = [
     "Message", "Peeked", "DeadLetter", "Place", "give_up", "text_of", "retry_delay_ns", "time_ns_of"
 ]
 
-#: An error takes at most so many characters where it is stored.
+#: Largest number of characters of an error that is stored.
 ERROR_CHARACTERS: Final = 500
 
-#: The delay between two deliveries does not grow further, in nanoseconds.
+#: The delay between two deliveries grows up to this, in nanoseconds.
 _LONGEST_DELAY_NS: Final = 3600 * 10**9
 
 

@@ -38,7 +38,7 @@ ResultT = TypeVar("ResultT")
 #: Errors that are translated before they leave the package.
 _FOREIGN: Final = (errors.ApiError, nats.errors.Error, OSError)
 
-#: Closing a queue waits so long to give its messages back, in seconds; ack_wait does it otherwise.
+#: Longest wait of a close to give messages back, in seconds; ack_wait does it otherwise.
 _CLOSE_SECS: Final = 2.0
 
 #: Following a stream: messages of one look, at most, and the interval of looks, in seconds.

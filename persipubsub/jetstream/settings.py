@@ -7,7 +7,7 @@ import persipubsub.config
 import persipubsub.errors
 from persipubsub.jetstream import address
 
-#: The server remembers the ids of messages so long, and stores a repeated publish once.
+#: Time for which the server remembers ids, in seconds: a repeated publish is stored once.
 _DUPLICATE_WINDOW_SECS: Final = 120.0
 
 #: What the server counts for a message beside its bytes, at most: subject, headers and frame.
@@ -53,7 +53,7 @@ class Settings:
         return tuple(self.queue.subscribers) + letters
 
     def entry(self, subscriber: str) -> persipubsub.config.Subscriber:
-        """Return the subscriber's entry in the file; that of any other if it has none."""
+        """Return the subscriber's entry in the file; a default entry if it has none."""
         found = self.config.subscribers.get(subscriber)
         if found is None or found.in_queue != self.key:
             return persipubsub.config.Subscriber(subscriber, self.key)
