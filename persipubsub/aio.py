@@ -44,10 +44,10 @@ _THREADS: Final = 32
 _MOST_MESSAGES: Final = 512
 _MOST_BYTES: Final = 1 << 23
 
-#: A look takes at most so many messages or batches: the first task gets its own only after it.
+#: Most waiting tasks that one look serves; all of them get their messages when it ends.
 _MOST_TAKEN: Final = 16
 
-#: A task that waits for room tries again after so many seconds.
+#: Time between two attempts of a task that waits for room, in seconds.
 _ROOM_SECS: Final = 0.02
 
 
@@ -163,7 +163,7 @@ class _Outbox:
         self._waiting.append((sending, future))
         if not self._is_busy:
             self._is_busy = True
-            # After all tasks that can run now: otherwise the first message would be sent alone.
+            # Start after the tasks that can run now: so they share the commit.
             self._loop.call_soon(self._start)
         await future
 
@@ -388,7 +388,11 @@ class _Line:
             lambda done: _post(self._loop, self._hand_out, waiters, leases, done))
 
     def _take(self, waiters: list[_Waiter], leases: list[Lease]) -> float | None:
-        """Take for each waiter; return the seconds until the next look if there was too little."""
+        """
+        Take for each waiter.
+
+        :return: None if all waiters got messages; otherwise the seconds until the next look
+        """
         for waiter in waiters:
             lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
             if lease is None:

@@ -37,14 +37,14 @@ DEAD_LETTERS: Final = "dead_letters"
 RESERVED_SUBSCRIBER_IDS: Final = frozenset(
     {"data_db", "meta_db", "pending_db", "ahead_db", "attempts_db", "once_db", DEAD_LETTERS})
 
-#: Prefix of the ids of publishers that the library makes up; no file can have them. They name their
-#: subscribers even if these are all of the file, since a queue may have more.
+#: ``migrate`` adds publishers; their ids begin with this prefix, which no file can have. They
+#: always list their recipients, since the queue may have subscribers that the file lacks.
 MADE_UP: Final = "\0"
 
 _MAX_IDENTIFIER_SIZE: Final = 255  # bytes in UTF-8
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
-# The system takes no NUL. UTF-8, and so a C++ or Go program, has no lone surrogates.
+# A path cannot hold NUL. UTF-8 cannot hold lone surrogates.
 _TEXT: Final = re.compile(r"^[^\x00\ud800-\udfff]+$")
 Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, pattern=_TEXT.pattern)]
 Texts: TypeAlias = tuple[Text, ...]
@@ -68,7 +68,8 @@ class Durability(enum.StrEnum):
 
     #: On the disk: it survives a power failure.
     FSYNC = "fsync"
-    #: With the operating system: it survives its process, and a power failure after ``checkpoint_secs``.
+    #: With the operating system: it survives its process, and a power failure after
+    #: ``checkpoint_secs``.
     OS = "os"
 
 
@@ -125,7 +126,7 @@ class Queue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         ge=1, le=65535, description="limit of the reader table, in readers at the same time"
         )] = 1024
     max_db_num: Annotated[int, msgspec.Meta(
-        ge=8, le=32768, description="limit of the store, in sub-databases")] = 1024
+        ge=8, le=32768, description="has no effect; kept for old files")] = 1024
     max_db_size_bytes: Annotated[int, msgspec.Meta(
         ge=2**18, le=2**46, description="limit of the store, in bytes")] = 32 * 1024**3
     subscribers: Annotated[Texts, msgspec.Meta(
@@ -181,8 +182,8 @@ class Subscriber(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dead_letter_queue: Annotated[Text, msgspec.Meta(
         description="key in queues, where messages go then; needs max_deliveries")] = ""
     retry_delay_secs: Annotated[float, msgspec.Meta(
-        ge=0, le=86400, description="rest of a message after its first failed delivery, in "
-        "seconds; doubled with each further one, up to an hour")] = 0.0
+        ge=0, le=86400, description="pause of a message after its first failed delivery, in "
+        "seconds; doubled after each further one, up to an hour")] = 0.0
 
 
 # yapf: enable
@@ -218,7 +219,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         Return the subscriber with the identifier.
 
-        :param identifier: key of the subscriber's entry; that a queue lists it is not enough
+        :param identifier: key of the subscriber's entry; a subscriber that is only in the list of a
+            queue is not found
         :return: the subscriber
         :raise ConfigError: if the file has no such subscriber
         """
@@ -599,7 +601,7 @@ class _Checker:
             try:
                 msgspec.convert(found, annotation)
             except (msgspec.ValidationError, UnicodeEncodeError):
-                # The latter for a string with a lone surrogate in the place of anything else.
+                # A lone surrogate raises UnicodeEncodeError.
                 self.add(place, _expected(annotation), found)
 
     def check_identifiers(self, found: Any, place: str, at_least: int) -> None:
@@ -640,6 +642,7 @@ class _Checker:
         built: Any
         for kind, built in ((Publisher, self.publishers), (Subscriber, self.subscribers)):
             part = {key: entry[key] for key in _fields(kind) if key in entry}
+            # A placeholder: the real id is set below, if it is valid.
             struct = part and self.convert(kind, part, place, identifier="-")
             if struct and is_right:
                 built[identifier] = msgspec.structs.replace(struct, identifier=identifier)
@@ -661,7 +664,7 @@ class _Checker:
         """Check an address; return what two queues must not have in common."""
         scheme = scheme_of(path)
         if not scheme:
-            # By name: what is right must not depend on the links that are on the disk now.
+            # Compare names and follow no links: links may change later.
             return [f"/{os.path.normpath(self.path.parent / path).lstrip('/')}"]
         if scheme != "nats":
             # Nothing behind it is shown: it may be a password, and errors are logged.
@@ -710,7 +713,7 @@ class _Checker:
             self.add(place, "another queue than 'in_queue'", letters)
         target = queues.get(letters)
         if queue and target and scheme_of(queue.path or "") != scheme_of(target.path or ""):
-            self.add(place, "directories, or servers, for this queue and 'in_queue' alike", letters)
+            self.add(place, "this and 'in_queue' both in directories, or both on servers", letters)
         for publisher in self.publishers.values():
             if publisher.out_queue == letters:
                 # The messages would be taken for dead letters.

@@ -43,7 +43,11 @@ ResultT = TypeVar("ResultT")
 
 
 def _load(name: str) -> Any:
-    """Import a module that only few of the functions need: some take longer than they run."""
+    """
+    Import a module that only few of the functions need.
+
+    Importing some modules takes longer than the function runs.
+    """
     return importlib.import_module(f"persipubsub.{name}")
 
 
@@ -66,7 +70,8 @@ def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> A
     """Open a queue, and call a method of it. Not every engine offers those for operators."""
     engine: Any = persipubsub.engine.of(config, queue_key)
     if not hasattr(engine.Queue, name):
-        _load("queue").directory_of(config, queue_key)  # it raises: this is a queue on servers
+        # Only queues on servers lack methods. For them, this raises the ConfigError that says so.
+        _load("queue").directory_of(config, queue_key)
     with contextlib.closing(engine.open_queue(config, queue_key)) as queue:
         return getattr(queue, name)(*arguments)
 
@@ -83,7 +88,7 @@ def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> t
     config = persipubsub.config.read(config_pth)
     if not isinstance(sub_id, str):
         raise TypeError(f"Expected the id of a subscriber as str, but got: {sub_id!r}")
-    # On servers, peek is the only way to look at dead letters.
+    # DEAD_LETTERS is reserved but allowed here: on servers, peek is the only way to look at them.
     if sub_id != persipubsub.config.DEAD_LETTERS:
         persipubsub.config.check_identifier(sub_id, config.path)
     key = config.subscriber(sub_id).in_queue if queue_key is None else queue_key

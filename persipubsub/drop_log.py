@@ -1,7 +1,7 @@
 """
 Warn about messages that were dropped unread, without flooding the log.
 
-``lmdb_engine.retention`` drops them, and counts them for each subscriber.
+The engines drop and count them (``lmdb_engine.retention``, ``jetstream.publishing``).
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Final
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
-#: At most one warning in so many seconds.
+#: Shortest time between two warnings, in seconds.
 _WARNING_SECS: Final = 1.0
 
 

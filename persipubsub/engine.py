@@ -2,9 +2,13 @@
 What a queue offers, and which engine keeps it.
 
 The faces (:py:mod:`persipubsub.publisher`, :py:mod:`persipubsub.subscriber`,
-:py:mod:`persipubsub.aio`) and :py:mod:`persipubsub.control` know queues only by the protocols here.
+:py:mod:`persipubsub.aio`) know queues only by the protocols here. So does
+:py:mod:`persipubsub.control`, with three exceptions, which use the engine on LMDB directly: the
+files of a queue (``_maintain``), dead letters (``letters``) and moving a queue (``migration``).
+
 An engine is a module with the functions of :py:class:`Engine`; the scheme of a queue's path says
-which one keeps it. A further engine is a new module and a line in ``_MODULES``.
+which one keeps it. A further engine is a new module, a line in ``_MODULES``, and its scheme in
+``names_of`` of :py:mod:`persipubsub.config`; ``migration`` moves queues to ``nats`` only.
 
 Everything may be called by any number of threads at the same time, unless it says otherwise.
 Timeouts are in seconds; None waits for ever.
@@ -80,7 +84,13 @@ class Queue(Protocol):
             recipients: Recipients = None,
             timeout: float | None = None,
             msg_ids: MessageIds = None) -> int:
-        """Add all messages or none, wait for room if the strategy says so; return the number."""
+        """
+        Add messages; wait for room if the strategy says so.
+
+        On LMDB: all or none. On servers the first ones may be stored, even after an error.
+
+        :return: number of the first message
+        """
 
     def check_sizes(self, messages: Sequence[bytes]) -> None:
         """Raise MessageTooLargeError if the queue could not hold the messages when empty."""
@@ -137,14 +147,18 @@ class Engine(Protocol):
         """Return warnings if the queue is less durable than its configuration says."""
 
 
-# For tasks. An engine that blocks offers a look that does not wait, and wake-ups.
+# An engine whose calls block also has the protocols below, for aio.
 
 
 class Listener(Protocol):
     """Calls back when a consumer should look again."""
 
     def arm(self) -> None:
-        """Call back once, after the next commit that the next ``try_take`` misses. Never blocks."""
+        """
+        Call back once, at the first commit that the following ``try_take`` did not see.
+
+        It never blocks.
+        """
 
     def close(self) -> None:
         """Call back no more; may be repeated."""

@@ -47,8 +47,8 @@ class ConfigError(PersipubsubError):
     """
     Report a configuration file that can not be used.
 
-    The text names the file, the place in it (``queues./q.max_db_num``), what was found and what was
-    expected. ``problems`` lists all problems that were found.
+    The text names the file, the place in it (``queues./q.max_reader_num``), what was found and what
+    was expected. ``problems`` lists all problems that were found.
     """
 
     def __init__(self, message: str, problems: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """
 What the blocking classes and those of :py:mod:`persipubsub.aio` have in common.
 
+A *face* is the set of public classes: blocking, or for asyncio.
 Arguments are checked here, and it is decided here how the messages of a loop end.
 """
 
@@ -26,7 +27,7 @@ Take: TypeAlias = Callable[[], Any]
 ContentT = TypeVar("ContentT")
 ResultT = TypeVar("ResultT")
 
-#: A longer timeout, of 30 years, is taken for none: an integer may be too large for a float.
+#: A timeout over 30 years, in seconds, counts as None: a huge integer does not fit into a float.
 _FOREVER_SECS: Final = 1e9
 
 
@@ -327,7 +328,7 @@ class Receiver(Handle[Source], Generic[OneT, DetailedOneT, ManyT, DetailedManyT,
         was cancelled, its last message stays, and is delivered again. For ``break``, a ``with``
         statement changes that: see :py:class:`persipubsub.subscriber.Messages`.
 
-        With ``prefetch``, up to so many messages are taken at once, which is several times as fast.
+        Up to ``prefetch`` messages are taken at once, which is several times as fast as one by one.
         They are acknowledged together when the last one was handled, or when the loop is left. If
         the loop is left, the rest is given back. If the consumer is killed, all of them are
         delivered again. As long as it has them, no other consumer gets them: choose a small number
@@ -358,8 +359,8 @@ def end(lease: Lease | None, parts: Parts) -> None:
 
 
 def refuse() -> NoReturn:
-    """Replace the function that takes messages, after a block was entered."""
-    raise ValueError("Expected a receipt for one block, but got: a second one. Receive again.")
+    """Raise: the receipt was entered already."""
+    raise ValueError("Expected a receipt to be entered once, but got: twice. Call receive() again.")
 
 
 class Block(Generic[ContentT]):
@@ -404,7 +405,7 @@ class Block(Generic[ContentT]):
             f"{self._expected}, but got: its truth value, which tells nothing about messages")
 
     def __del__(self) -> None:
-        """Warn if no message was ever received."""
+        """Warn if the block was never entered."""
         if self._take is not refuse:
             warnings.warn(f"{self._expected}, but got: it was never entered, and received nothing",
                           ResourceWarning,
@@ -440,7 +441,11 @@ class Batch(Generic[ContentT]):
         return items[0]  # type: ignore[no-any-return]
 
     def _acknowledged(self) -> tuple[Lease | None, Parts]:
-        """Acknowledge what the loop got so far, the message at hand included; keep the rest."""
+        """
+        Return how to end the lease: acknowledge what the loop got so far, and keep the rest.
+
+        What it got includes the message at hand.
+        """
         lease, given = self._lease, self._given
         if lease is None or not 0 < given < len(self._items):
             return self._finish(given)
@@ -450,13 +455,17 @@ class Batch(Generic[ContentT]):
     def _finish(self,
                 handled: int,
                 error: BaseException | None = None) -> tuple[Lease | None, Parts]:
-        """Acknowledge what was handled, give back the message of the error, then the rest."""
+        """
+        Return how to end the lease.
+
+        Acknowledge what was handled, give back the message of the error, then the rest.
+        """
         lease, count, given = self._lease, len(self._items), self._given
         self._lease, self._items, self._given = None, [], 0
         parts: list[tuple[str, list[Any]]] = []
         if handled > 0:
             parts.append(("ack", [handled]))
-        # If none is given, acknowledge() was called for the message that failed.
+        # If the loop holds no item, acknowledge() has ended the failed message.
         if error is not None and given > 0:
             parts.append(("nack", [error, 1]))
         if handled < count:

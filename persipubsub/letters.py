@@ -12,7 +12,7 @@ import persipubsub.queue
 from persipubsub.lmdb_engine import dead_letters
 from persipubsub.message import DeadLetter
 
-#: So many dead letters are read at once.
+#: Number of dead letters read at once.
 _PAGE: Final = 100
 
 
@@ -78,7 +78,7 @@ def _each(config: persipubsub.config.Config, queue_key: str, numbers: Sequence[i
         if numbers is None:
             numbers = [listed.number for listed in look(config, queue_key)]
         for number in list(map(operator.index, numbers)):  # all of them are checked first
-            # No other number is in use, and larger ones can not be claimed.
+            # Only numbers from 1 to end - 1 were used.
             lease = consumer.take_at(number) if 0 < number < end else None
             if lease is not None:
                 # After an error, closing the queue gives it back.

@@ -11,13 +11,13 @@ import msgspec
 import persipubsub.errors
 
 __all__ = [
-    "Message", "Peeked", "DeadLetter", "Place", "give_up", "text_of", "retry_delay_ns", "since_ns"
+    "Message", "Peeked", "DeadLetter", "Place", "give_up", "text_of", "retry_delay_ns", "time_ns_of"
 ]
 
-#: An error takes at most so many characters where it is stored.
+#: Largest number of characters of an error that is stored.
 ERROR_CHARACTERS: Final = 500
 
-#: The delay between two deliveries does not grow further, in nanoseconds.
+#: The delay between two deliveries grows up to this, in nanoseconds.
 _LONGEST_DELAY_NS: Final = 3600 * 10**9
 
 
@@ -106,6 +106,10 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
         return letter
 
 
+#: The error of a delivery whose end nobody recorded.
+NO_WORD: Final = "its process ended, or dropped it, before it was done"
+
+
 def give_up(message: Message, queue: str, subscriber: str, attempts: int, error: str) -> DeadLetter:
     """
     Make the dead letter of a message, now.
@@ -160,11 +164,11 @@ Place: TypeAlias = str | int | float | datetime.datetime
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
-def since_ns(to: Place) -> int | None:
+def time_ns_of(to: Place) -> int | None:
     """
-    Check a place.
+    Check a place; convert it if it is a time.
 
-    >>> since_ns("end"), since_ns(7), since_ns(1.5)
+    >>> time_ns_of("end"), time_ns_of(7), time_ns_of(1.5)
     (None, None, 1500000000)
 
     :param to: given by the user

@@ -30,7 +30,8 @@ import persipubsub.statistics
 
 __all__ = ["Collector", "serve"]
 
-#: A scrape waits so long for the queues. By default, Prometheus waits 10 seconds for a scrape.
+#: Longest wait of a scrape for the queues, in seconds. By default, Prometheus waits 10 for a whole
+#: scrape.
 _LOOK_SECS: Final = 5.0
 
 _Metric: TypeAlias = prometheus_client.metrics_core.Metric
@@ -41,11 +42,11 @@ _QUEUE: Final = {
     "queue_messages": ("messages", "Messages that a subscriber still has to acknowledge."),
     "queue_message_bytes": ("message_bytes", "Bytes of the messages that wait."),
     "queue_oldest_age_seconds": ("oldest_age_seconds", "Age of the oldest message that waits."),
-    "queue_store_bytes": ("file_bytes", "Size of the store (the file of LMDB)."),
+    "queue_store_bytes": ("file_bytes", "Size of LMDB's file; on servers, bytes of messages."),
     "queue_journal_bytes": ("journal_bytes", "Size of the journal."),
     "queue_journal_lag_bytes": ("journal_lag_bytes", "Bytes not safe from a power failure yet."),
     "queue_disk_bytes": ("disk_bytes", "Room that all files of the queue take."),
-    "queue_commits_total": ("commits", "Write transactions since the store was made or replaced."),
+    "queue_commits_total": ("commits", "Commits since the store was made; on servers, messages."),
     "messages_sent_total": ("sent", "Messages that were sent."),
 }
 _SUBSCRIBER: Final = {

@@ -4,8 +4,10 @@ Move what waits in a queue on this machine to another engine, while both are in 
 For each subscriber, messages are taken as one more of its consumers would, put into the other queue
 for this subscriber alone, and then acknowledged. A message is always in one of the two; a kill
 in between leaves it in both, and the next run puts it again under the same id, which the other
-engine knows. Rejected: one copy for all subscribers. After a kill, fewer of them need the message:
-a second copy for all would reach some of them twice, and one for these alone would not be known.
+engine knows.
+
+Rejected: one copy for all subscribers. After a kill some subscribers have the message. A copy for
+all would reach these twice. A copy for the rest has another id, so the engine would store it again.
 """
 
 import contextlib
@@ -21,16 +23,14 @@ import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
 import persipubsub.queue
+from persipubsub.jetstream import settings
 from persipubsub.lmdb_engine import consuming
 from persipubsub.statistics import Progress
 
 #: Messages that are moved at once, at most.
 _BATCH_MESSAGES: Final = 200
 
-#: What another engine takes for a message beside its bytes, at most: subject, headers and frame.
-_FRAME_BYTES: Final = 512
-
-#: After so many seconds without a message that could be moved, we give up.
+#: Longest wait for a message that can be moved, and for room in the other queue, in seconds.
 _PATIENCE_SECS: Final = 30.0
 
 _PAUSE_SECS: Final = 0.2
@@ -58,7 +58,7 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     :param target: path of the queue where it is to be
     :param progress: to be counted up
     :return: what became of the messages, by subscriber
-    :raise ConfigError: if the target is none
+    :raise ConfigError: if the target is not nats://...
     """
     moved = _describe(config, queue_key, target)
     described = moved.queues[queue_key]
@@ -145,7 +145,7 @@ def _put(destination: persipubsub.engine.Queue, subscriber: str, lease: consumin
         os.fsencode(f"{origin}\0{subscriber}\0{number}\0{time_ns}")
         for number, time_ns in zip(lease.numbers, lease.times_ns())
     ]
-    largest = max(map(len, lease.messages)) + _FRAME_BYTES
+    largest = max(map(len, lease.messages)) + settings.FRAME_BYTES
     count = max(1, (mark.size_bytes or 2**46) // 4 // largest)
     for begin in range(0, len(ids), count):
         part = slice(begin, begin + count)

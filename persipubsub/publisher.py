@@ -13,8 +13,9 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
     """
     Send messages to the queue of a publisher.
 
-    Many threads may use one object at the same time. Threads that send at the same moment share a
-    transaction and a flush; the main thread has its own. A forked child may use the object, too. It can not be pickled.
+    Many threads may use one object at the same time. With ``fsync``, threads that send at the same
+    moment share a transaction and a flush; the main thread commits alone. A forked child may use
+    the object, too. It can not be pickled.
 
     >>> import tempfile
     >>> import persipubsub.control
@@ -73,7 +74,7 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
         Send a message to all subscribers of the publisher.
 
         When the call returns, the message is as safe as the queue's ``durability`` says. It waits
-        for another process's write for at most ``busy_timeout_secs`` seconds.
+        for another process's write for at most about twice ``busy_timeout_secs``.
 
         With an id, the call may be repeated, also by another process after this one was killed: the
         queue stores one message for an id within ``once_window_secs`` seconds. All publishers of a
@@ -136,7 +137,9 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
         :raise QueueFullError:
             if there is no room, and the queue's strategy is ``reject``, or it is ``block`` and the
             time is over; nothing is sent
-        :raise BusyTimeoutError: if another process is in the middle of a write for too long
+        :raise BusyTimeoutError:
+            if another process is in the middle of a write for too long, at most about twice
+            ``busy_timeout_secs``
         :raise DiskFullError: if the disk, or the store, has no room
         """
         target = self._require()

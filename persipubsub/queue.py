@@ -2,8 +2,8 @@
 A queue in a directory of this machine: the engine on LMDB and a journal.
 
 :py:class:`persipubsub.publisher.Pub`, :py:class:`persipubsub.subscriber.Sub` and
-:py:mod:`persipubsub.control` work with it. A :py:class:`Queue` may be used by many threads at the same
-time; many processes may have the same queue open.
+:py:mod:`persipubsub.control` work with it. A :py:class:`Queue` may be used by many threads at the
+same time; many processes may have the same queue open.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         Open a queue that was initialized.
 
         :param path: directory
-        :param queue: settings in the configuration; those stored in the queue count
+        :param queue: settings in the configuration; the settings stored in the queue win
         :param retries: of the subscribers that have any
         :param clock: in the place of the queue's own
         :raise NotInitializedError: if it was not
@@ -192,7 +192,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def seek(self, subscriber: str, to: Place) -> int:
         """Let a subscriber go on from another place, in one transaction and durably."""
         # Checks ``to``. The beginning is the oldest message, of whatever age.
-        wall_ns = 0 if to == "beginning" else persipubsub.message.since_ns(to)
+        wall_ns = 0 if to == "beginning" else persipubsub.message.time_ns_of(to)
 
         def work(tx: Tx) -> int:
             if wall_ns is None:
@@ -289,8 +289,8 @@ def directory_of(config: Config, queue_key: str) -> str:
     path = config.queue_path(queue_key)
     if persipubsub.config.scheme_of(path):
         persipubsub.config.fail(config.path, [
-            f"queues.{queue_key}.path: Expected a queue that is a directory of this machine, but got: "
-            f"{path!r}; use the tools of its servers instead"
+            f"queues.{queue_key}.path: Expected a queue that is a directory of this machine, but "
+            f"got: {path!r}; use the tools of its servers instead"
         ])
     return path
 
@@ -317,7 +317,7 @@ def open_queue(config: Config, queue_key: str) -> Queue:
 
 
 def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
-    """Count what is in a queue, without taking part in it: it is not in use for that."""
+    """Count what is in a queue. The queue does not count as in use meanwhile."""
     with environment.opened(directory_of(config, queue_key),
                             config.queues[queue_key],
                             is_read_only=True) as opened:

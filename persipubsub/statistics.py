@@ -35,8 +35,8 @@ class SubscriberStatistics(msgspec.Struct, frozen=True):
     in_flight: int | None
     position: int  #: number of the first message that it still has to acknowledge
     acknowledged: int  #: messages that were received and acknowledged
-    #: deliveries that ended with an exception, and so were or will be made again; those whose consumer
-    #: was killed are not counted, as nobody is left to do it
+    #: deliveries that ended with an exception, and so were or will be made again; those whose
+    #: consumer was killed are not counted, as nobody is left to do it
     failed: int
     dropped_by_timeout: int  #: messages that were dropped unread since they were too old
     dropped_by_mark: int  #: messages that were dropped unread at a high-water mark
@@ -53,18 +53,18 @@ class SubscriberStatistics(msgspec.Struct, frozen=True):
 class QueueStatistics(msgspec.Struct, frozen=True):
     """Figures of one queue."""
 
-    path: str  #: directory of the queue
+    path: str  #: directory of the queue; on servers: its path, ``nats://...``
     messages: int  #: from the oldest one that a subscriber still has to acknowledge
     message_share: float | None  #: of ``MAX_MSGS_NUM``; 1.0 is the mark; None without a limit
     message_bytes: int  #: bytes of these messages
     byte_share: float | None  #: of ``HWM_LMDB_SIZE_BYTES``; 1.0 is the mark; None without a limit
-    file_bytes: int  #: size of LMDB's data file
-    file_share: float | None  #: of ``max_db_size_bytes``
+    file_bytes: int  #: size of LMDB's data file; on servers: the same as ``message_bytes``
+    file_share: float | None  #: of ``max_db_size_bytes``; on servers: the same as ``byte_share``
     oldest_age_seconds: float | None  #: age of the oldest waiting message; None if none waits
     age_share: float | None  #: of ``MSG_TIMEOUT_SECS``; 0.0 if none waits; None without a limit
     next_number: int  #: of the next message
-    #: write transactions: sends, acknowledgements and the rest, since the store was created, compacted
-    #: or restored
+    #: write transactions: sends, acknowledgements and the rest, since the store was created,
+    #: compacted or restored; on servers: number of the last message
     commits: int
     subscribers: tuple[SubscriberStatistics, ...]  #: ordered by id
     sent: int = 0  #: messages that were ever sent
@@ -94,7 +94,7 @@ class Progress(msgspec.Struct):
     0.25
     """
 
-    what: str = ""  #: is counted
+    what: str = ""  #: what is counted, such as "bytes"
     done: int = 0  #: so far
     total: int = 0  #: how much there is
 
@@ -102,7 +102,7 @@ class Progress(msgspec.Struct):
         """
         Begin a part of the work.
 
-        :param what: is counted
+        :param what: what is counted, such as "bytes"
         :param total: how much there is
         """
         self.what, self.done, self.total = what, 0, total

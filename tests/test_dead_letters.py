@@ -226,7 +226,8 @@ def test_queue_of_another_engine_takes_no_letters(tmp_path: Path) -> None:
     config_pth = write_config(tmp_path)
     config_pth.write_text(config_pth.read_text().replace(str(tmp_path / "letters"),
                                                          "nats://localhost/letters"))
-    assert any("for this queue and 'in_queue' alike" in problem for problem in problems(config_pth))
+    assert any("this and 'in_queue' both in directories" in problem
+               for problem in problems(config_pth))
 
 
 def test_nobody_else_is_called_like_that(tmp_path: Path) -> None:

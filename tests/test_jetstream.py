@@ -805,7 +805,7 @@ def test_dead_letter_that_can_not_be_written(tmp_path: Path, servers: Servers,
 
 
 def test_dead_letters_to_a_directory_are_refused(tmp_path: Path, servers: Servers) -> None:
-    with pytest.raises(errors.ConfigError, match="dead_letter_queue: .*alike"):
+    with pytest.raises(errors.ConfigError, match="dead_letter_queue: .*both on servers"):
         write_letters(tmp_path,
                       servers,
                       letters=str(tmp_path / "letters"),

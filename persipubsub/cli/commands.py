@@ -32,8 +32,8 @@ class _Commands(Mapping[str, click.Command]):
     """
     Import a command when it is asked for: importing all of them takes longer than most of them run.
 
-    Rejected: a group whose ``get_command`` imports. click looks here for the names that it proposes
-    instead of a mistyped one.
+    Rejected: a group whose ``get_command`` imports. click suggests names from this mapping when one
+    is mistyped.
     """
 
     def __getitem__(self, name: str) -> click.Command:

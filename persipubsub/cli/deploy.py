@@ -139,10 +139,10 @@ def remove_subscriber(call: options.Call, key: str, subscriber: str, yes: bool) 
     Example:
         persipubsub remove-subscriber config.json archive --queue greetings
     """
-    found = control.statistics(call.config, key)[key].subscribers
-    for lag in [one.lag for one in found if one.subscriber == subscriber and not yes]:
-        call.ask(f"Remove {subscriber} from {key}, with {text.count(lag, 'message')} that it did "
-                 f"not acknowledge?")
+    lag = {one.subscriber: one.lag for one in control.statistics(call.config, key)[key].subscribers}
+    if subscriber in lag and not yes:
+        call.ask(f"Remove {subscriber} from {key}, with {text.count(lag[subscriber], 'message')} "
+                 f"that it did not acknowledge?")
     unread = control.remove_subscriber(call.config, key, subscriber)
     line = (f"{subscriber} was removed, with {text.count(unread, 'message')} that it did not "
             f"acknowledge. Remove it from {call.path}, too: from queues.{key}.subscribers, from "

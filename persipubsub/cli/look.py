@@ -41,8 +41,8 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     """
     Show what is in the queues of CONFIG, how far their subscribers are, and what is in flight.
 
-    It is fast, however many messages wait, and blocks no other process. With --watch it shows rates,
-    too. With --watch and --json it writes a line of JSON for each look.
+    It is fast, however many messages wait, and blocks no other process. With --watch it shows
+    rates, too. With --watch and --json it writes a line of JSON for each look.
 
     Examples:
         persipubsub stat config.json
@@ -60,7 +60,8 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     errors: dict[str, str] = {}
 
     def show() -> None:
-        for line in view.draw(statistics, histories, 1 << 30 if is_terminal else None):
+        # On a terminal all rows, too, but with names that fit.
+        for line in view.draw(statistics, histories, sys.maxsize if is_terminal else None):
             print(paint(line), flush=True)
         for error in errors.values():
             text.complain(error)

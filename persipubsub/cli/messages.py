@@ -22,7 +22,7 @@ from persipubsub.message import Message, Peeked
 from persipubsub.publisher import Pub
 from persipubsub.subscriber import Sub
 
-#: At most so many bytes of a stream of lines are read at once, and sent in one commit.
+#: Largest part of a stream of lines that is read at once, and sent in one commit, in bytes.
 _CHUNK_BYTES: Final = 1 << 16
 
 _DIRECTORY: Final = click.Path(path_type=pathlib.Path, file_okay=False, exists=True)
@@ -106,7 +106,7 @@ def tail(call: options.Call, key: str, number: int, **looks: Any) -> None:
     with contextlib.closing(found):
         for messages in found:
             for message in messages:
-                # Numbers begin with 1: before the first message, none is missing.
+                # ``expected`` is 0 before the first message; then nothing is missing.
                 if (missing := message.number - (expected or message.number)) > 0:
                     text.complain(f"{text.count(missing, 'number')} passed unseen")
                 expected = message.number + 1
@@ -327,15 +327,15 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
         "drop": (control.drop_dead_letters, "dropped")
     }[action]
     if action == "drop" and keys and not yes:
-        # An operator cannot agree to what could not be counted.
+        # Count first: if that fails, do not ask.
         found = [control.dead_letters(call.config, key)[key] for key in keys]
         count = text.count(len(number) or sum(map(len, found)), "dead letter")
         call.ask(f"Drop {count} of {', '.join(keys)}?")
 
     def work(key: str) -> options.Told:
         changed = change(call.config, key, number or None)
-        if not set(number) <= set(changed):
-            call.fail(f"not there, or in use: some of the numbers {', '.join(map(str, number))}")
+        if failed := [one for one in number if one not in changed]:
+            call.fail(f"not there, or in use: {', '.join(map(str, failed))}")
         return f"{text.count(len(changed), 'dead letter')} {done}", {"numbers": changed}
 
     call.each(keys, work)

@@ -82,8 +82,8 @@ class Call:
         """
         Do something with each queue, and tell what came of it.
 
-        One queue that fails does not stop the others. ``ConfigError`` is no exception: the file was
-        read already, so that it is about one queue.
+        One queue that fails does not stop the others. This holds for ``ConfigError`` too: the file
+        was read before, so the error is about one queue.
 
         :param keys: of the queues
         :param work: to be done with a queue
@@ -143,13 +143,14 @@ class Command(Plain):
     """A command that takes the configuration file as its first argument, or from elsewhere."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the configuration file in front if it is named elsewhere, before click counts them."""
+        """Put the configuration file in front of the arguments if it is named elsewhere."""
         names: list[click.Parameter] = [one for one in self.params if isinstance(one, click.Option)]
         found, words, _ = click.Command(None, params=names).make_parser(ctx).parse_args([*args])
         path = found.get("other_config")
         if path is None and (variable := os.environ.get(CONFIG_VARIABLE)):
             arguments = [one for one in self.params if isinstance(one, click.Argument)][1:]
-            # The number of arguments tells nothing if some can be left out, or are typed later.
+            # The number of arguments tells nothing if some can be left out, or are not typed yet
+            # (completion).
             is_fixed = all(one.required and one.nargs == 1 for one in arguments)
             if is_fixed and not ctx.resilient_parsing:
                 is_named = len(words) > len(arguments)
@@ -178,8 +179,8 @@ def command(about_queue: str, scope: str = "file") -> Callable[[Callable[..., An
     """
     Make a function a command, with the arguments and options that all commands have.
 
-    The function takes a :py:class:`Call` and its own parameters. A scope other than "file" adds the
-    key of a queue between them, and tells what the function returns, if anything.
+    The function takes a :py:class:`Call` and its own parameters. For other scopes the function gets
+    (call, key, own parameters), and its result is printed.
 
     :param about_queue: help of --queue
     :param scope: "file": the function looks for queues itself; "each": call it for each queue;

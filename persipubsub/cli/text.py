@@ -11,7 +11,7 @@ from typing import Final, TextIO
 _UNPRINTABLE: Final = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
-#: From so many seconds on, times are shown in units of so many seconds.
+#: Shortest time that is shown in a unit, and the unit, both in seconds; its name.
 _SHOWN_UNITS: Final = ((172800, 86400, "d"), (7200, 3600, "h"), (120, 60, "min"))
 
 _UNITS: Final = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}

@@ -40,7 +40,7 @@ class History:
         """Initialize without a look."""
         self._seconds = 0.0
         self._totals: dict[str, int] = {}
-        #: messages a second, the newest rate last: by subscriber what it acknowledged, by "" the sent
+        #: messages a second, the newest rate last: acknowledged ones by subscriber, sent ones by ""
         self.rates: dict[str, collections.deque[float]]
         self.rates = collections.defaultdict(lambda: collections.deque(maxlen=_BAR_WIDTH))
 
@@ -50,7 +50,7 @@ class History:
         totals = {one.subscriber: one.acknowledged for one in figures.subscribers}
         totals[""] = figures.sent
         for name in totals.keys() & self._totals.keys():
-            # A total that went back is counted anew.
+            # If a total went back, the rate of this look is 0.
             growth = max(0, totals[name] - self._totals[name])
             self.rates[name].append(growth / max(1e-9, now - self._seconds))
         self._seconds, self._totals = now, totals
@@ -63,7 +63,8 @@ def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, Hist
 
     :param statistics: by queue
     :param histories: of the queues
-    :param limit: so many subscribers and consumers of each queue; None: all, with their whole names
+    :param limit: most subscribers, and most consumers, that are shown of each queue; None: all,
+        with their whole names
     :return: lines, with the colors of :py:func:`click.style`
     """
     lines: list[str] = []

@@ -29,7 +29,7 @@ _OPTIONS: Final = {
 #: Longest name that is made of an id as it is; the server takes it for the name of a directory.
 _LONGEST_NAME: Final = 120
 
-#: What the server takes in the name of a consumer, and is not our mark for an escape.
+#: Bytes allowed in a consumer's name, without '=', which begins our escapes.
 _PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 

@@ -40,11 +40,11 @@ _FOREVER_SECS: Final = 1 << 24
 _SERVER_SECS: Final = 2
 _FIRST_SECS: Final = 10.0
 
-#: A connection is given up when nothing was received for so long; interval of pings; in seconds.
+#: Longest silence before a connection is given up, and interval of pings, in seconds.
 _SILENCE_SECS: Final = 15.0
 _PING_SECS: Final = 5
 
-#: A request that is not answered is repeated after so many seconds, at first and at most.
+#: Time after which a request without an answer is repeated, at first and at most, in seconds.
 FIRST_ATTEMPT_SECS: Final = 1.0
 LONGEST_ATTEMPT_SECS: Final = 5.0
 
@@ -53,7 +53,7 @@ PAUSE_SECS: Final = 0.1
 #: Interval at which a connection is watched, in seconds.
 _LOOK_SECS: Final = 0.25
 
-#: After so many seconds without any answer, a server is believed to have no JetStream.
+#: Time without any answer after which a server is believed to have no JetStream, in seconds.
 _NO_JETSTREAM_SECS: Final = 2.0
 
 #: Errors after which a request is repeated; OSError includes TimeoutError.
@@ -113,7 +113,8 @@ class Link:
                     closed_cb=tell,
                     name="persipubsub",
                     allow_reconnect=False,
-                    # Twice: then it gives up.
+                    # nats-py drops a server after more failures than this, here after the second; 0
+                    # would be no limit.
                     max_reconnect_attempts=1,
                     reconnect_time_wait=0,
                     connect_timeout=_SERVER_SECS,
@@ -243,7 +244,7 @@ class Connection:
         while (link := self.ready()) is None:
             if self._is_closed:
                 raise errors.closed(self._path)
-            # Not cancelled with the call: one that polls would never connect to a distant server.
+            # The task outlives the call; otherwise callers with short timeouts never connect.
             if self._connecting is None or self._connecting.done():
                 self._connecting = self.loop.start(self._connect())
             await asyncio.wait((self._connecting, ), timeout=max(0.0, deadline - time.monotonic()))
@@ -274,7 +275,7 @@ class Connection:
                 if isinstance(self._complaint, ssl.SSLError) or errors.is_refusal(self._complaint):
                     raise errors.translate(self._complaint, self._path) from None
             except Exception as error:
-                # What it reads credentials with has errors of its own, and raises KeyError.
+                # The code in nats-py that reads credentials raises errors of its own, and KeyError.
                 raise persipubsub.errors.AccessError(
                     f"Expected credentials for {self._path} in NATS_CREDS or NATS_NKEY, but "
                     f"got: {errors.describe(error)}") from None

@@ -35,13 +35,13 @@ from persipubsub.jetstream import address, connection, errors, publishing, strea
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
-#: A pull request expires after so long, in seconds, because it is lost when its server dies.
+#: Time after which a pull request expires, in seconds, because it is lost when its server dies.
 _LONGEST_PULL_SECS: Final = 5.0
 
 #: Interval of the heartbeats by which a server shows that it has a pull request, in seconds.
 _HEARTBEAT_SECS: Final = 0.5
 
-#: A pull request without a heartbeat for so long may be lost, in seconds.
+#: Time without a heartbeat after which a pull request may be lost, in seconds.
 _LOST_SECS: Final = 3 * _HEARTBEAT_SECS
 
 #: Bytes of all pull requests that wait at a time, or one larger message. Servers drop a connection
@@ -53,15 +53,16 @@ _MOST_BYTES: Final = (1 << 23) - 15
 #: acknowledged again before it is answered.
 _ACKS_AT_ONCE: Final = 512
 
-#: A -NAK that is not answered within so many seconds is given up: ack_wait has the same effect.
+#: Longest wait for the answer to a -NAK, in seconds: afterwards ack_wait has the same effect.
 _NAK_SECS: Final = 2.0
 
-#: A pull waits so long until the server has what was given back, in seconds.
+#: Longest wait of a pull until the server has what was given back, in seconds.
 _SETTLE_SECS: Final = 1.0
 
-#: A message that can not become a dead letter is delivered again after so long; a warning is logged
-#: at this interval, in seconds.
+#: Time after which a message that can not become a dead letter is delivered again, in nanoseconds.
 _POSTPONED_NS: Final = 10**9
+
+#: Shortest time between two warnings about that, in seconds.
 _WARNING_SECS: Final = 60.0
 
 
@@ -83,7 +84,9 @@ class _Pull:
     wanted: int
     left: int  #: messages that the servers may still send for it
     ends: float
-    heard: float  #: when the servers last showed that they have it; its end if they need not
+    #: when the servers last showed that they have it, or the end of the request, if it has no
+    #: heartbeats
+    heard: float
     messages: list[Delivered] = dataclasses.field(default_factory=list)
     is_over: bool = False
     is_left: bool = False  #: its call ended before it
@@ -186,7 +189,8 @@ class Inbox:
         for pull in self.pulls.values():
             if not (pull.is_left or pull.is_over):
                 pull.messages.append(one)
-                # A message for another call's request does not end the request of this call.
+                # The message was sent for another request, so this call's own request may not end:
+                # wake the call now.
                 if len(pull.messages) == pull.wanted or pull is not source:
                     pull.is_over = True
                     pull.wake()
@@ -272,7 +276,7 @@ class Delivery:
                 await self._tell(one, b"+ACK")
             elif self._is_exhausted(one.attempts - 1):
                 await self._give_up(one._replace(attempts=one.attempts - 1),
-                                    "its process ended, or dropped it, before it was done")
+                                    persipubsub.message.NO_WORD)
             else:
                 kept.append(one)
         return kept
@@ -372,8 +376,8 @@ class Delivery:
         if self._is_closed:
             self.give_back([one])
         elif one.reply in self._held and not (self._inbox and self._inbox.offer(one, source)):
-            # Not given back at once: the server would send it for the next request of a cancelled
-            # call. So long, these requests live.
+            # Not given back at once: requests of cancelled calls live for _LONGEST_PULL_SECS; the
+            # server would answer one of them with this message.
             self._spare[one.reply] = one
             self.loop.call_later(_LONGEST_PULL_SECS, self._give_spare_back, one)
 
@@ -423,7 +427,8 @@ class Delivery:
                 calls = [
                     self._ack_one(link, one, patience + 0.01 * len(some), deadline) for one in some
                 ]
-                # In order: the first one is the next that is delivered again.
+                # In order: if only the first ones arrive, the floor in _ask_again shows which. In
+                # another order, it would not.
                 answers = await asyncio.gather(*calls) if len(calls) > 1 else [await calls[0]]
                 failed = [one for one, is_answered in zip(some, answers) if not is_answered]
                 if not failed:
@@ -459,10 +464,10 @@ class Delivery:
         Return the messages that are still to be acknowledged.
         """
         info = await self._stream.consumer_info(self._subscriber)
-        # A new leader may have noted our deliveries meanwhile, and yet act on what it knew at its
-        # election, so both figures are checked. If the leader is merely slow, nothing must be
-        # pulled. The leader may also have noted the acknowledgements, and have died before it
-        # answered.
+        # If the leader noted the acknowledgements and died before it answered, the floor shows it.
+        # If the leader is merely slow, both figures below are high enough: nothing must be pulled.
+        # If a new leader does not know our deliveries, one of the figures is too low; perhaps only
+        # the second, as it may note them meanwhile, and yet act on what it knew at its election.
         floor = int(info["ack_floor"]["stream_seq"])
         messages = [one for one in messages if one.number > floor]
         own = {one.number for one in messages}
@@ -531,11 +536,11 @@ class Delivery:
             for one, delay_ns in naks:
                 what = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
                 calls.append(link.request(one.reply, what, _NAK_SECS, deadline))
-            # In order: the first one is the next that is delivered again.
+            # In order: the server delivers them again in the order of the -NAKs.
             await asyncio.gather(*calls, return_exceptions=True)
 
     def _is_exhausted(self, deliveries: int) -> bool:
-        """Tell whether so many deliveries are all that are allowed."""
+        """Tell whether these are all the deliveries that are allowed."""
         return 0 < self._entry.max_deliveries <= deliveries
 
     async def _give_up(self, one: Delivered, error: str) -> None:

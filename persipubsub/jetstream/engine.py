@@ -38,7 +38,7 @@ ResultT = TypeVar("ResultT")
 #: Errors that are translated before they leave the package.
 _FOREIGN: Final = (errors.ApiError, nats.errors.Error, OSError)
 
-#: Closing a queue waits so long to give its messages back, in seconds; ack_wait does it otherwise.
+#: Longest wait of a close to give messages back, in seconds; ack_wait does it otherwise.
 _CLOSE_SECS: Final = 2.0
 
 #: Following a stream: messages of one look, at most, and the interval of looks, in seconds.
@@ -251,10 +251,10 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         every subscriber acknowledged. The consumer of the subscriber is replaced; what its
         processes have at that moment may come again, and deliveries are counted from one again.
         """
-        since_ns = persipubsub.message.since_ns(to)
+        time_ns = persipubsub.message.time_ns_of(to)
         start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
-        if since_ns is not None:
-            start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(since_ns)}
+        if time_ns is not None:
+            start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(time_ns)}
         elif isinstance(to, int):
             number = min(max(1, to), 2**63)
             start = {"deliver_policy": "by_start_sequence", "opt_start_seq": number}

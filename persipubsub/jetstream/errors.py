@@ -12,7 +12,8 @@ from persipubsub.errors import (AccessError, ClosedError, ConfigError, DiskFullE
 
 STREAM_NOT_FOUND: Final = 10059
 CONSUMER_NOT_FOUND: Final = 10014
-NOTHING_FOUND: Final = (CONSUMER_NOT_FOUND, 10037, 10057, 10043)  #: the others are of messages
+#: No such consumer, no message found (10037), message not deleted (10057), no such number (10043).
+NOTHING_FOUND: Final = (CONSUMER_NOT_FOUND, 10037, 10057, 10043)
 NAME_IN_USE: Final = 10058
 LIMIT_REACHED: Final = 10077
 _NO_PEERS: Final = 10005

@@ -19,12 +19,12 @@ import persipubsub.drop_log
 import persipubsub.errors
 from persipubsub.jetstream import address, connection, errors, stream
 
-#: Messages of a batch are published in groups of so many messages and bytes, each written to the
-#: socket at once.
+#: Most messages and bytes of a group: a batch is published in groups, each written to the socket at
+#: once.
 _GROUP_MESSAGES: Final = 512
 _GROUP_BYTES: Final = 1 << 20
 
-#: The wait for the answers to a group is longer by so much for each of its messages, in seconds.
+#: What each message adds to the wait for the answers to its group, in seconds.
 _EACH_SECS: Final = 0.01
 
 #: Calls at the same time, at most: a message behind a thousand others would be published again
@@ -123,7 +123,7 @@ class Publishing:
 
     def _in_turn(self, begin: float) -> float:
         """Return the time until which the servers may be waited for, if it is not over."""
-        # The wait for the lock does not count while earlier calls are answered.
+        # Count from the last answer, not from the call, while other calls hold the lock.
         deadline = self._deadline(max(begin, self._answered))
         if time.monotonic() >= deadline:
             raise errors.translate(TimeoutError(), self._settings.path)
@@ -203,8 +203,8 @@ class Publishing:
         A new leader accepts messages before it has read all that the leader before it stored, and
         does not know the ids in there yet (2.10.27 looks ids up when a message is proposed): a
         message that is published again would be stored twice. So a message that no consumer wants
-        is published first; its answer comes after all that was read. A pause was rejected: nobody
-        knows how long it would have to be.
+        is published first; when it is answered, the leader has read everything. A pause was
+        rejected: nobody knows how long it would have to be.
         """
         deadline = self._deadline(time.monotonic())
         patience = connection.FIRST_ATTEMPT_SECS
@@ -236,7 +236,7 @@ class Publishing:
 
     async def _make_room(self, count: int, size: int) -> tuple[bool, bool]:
         """
-        Make room for so many messages and bytes, if the strategy drops messages.
+        Make room for messages, given their number and bytes, if the strategy drops messages.
 
         The caller holds the lock: of several calls that find the queue full, one prunes it. Return
         whether messages were dropped, and whether other publishers could fill the room first.

@@ -7,11 +7,11 @@ import persipubsub.config
 import persipubsub.errors
 from persipubsub.jetstream import address
 
-#: The server remembers the ids of messages so long, and stores a repeated publish once.
+#: Time for which the server remembers ids, in seconds: a repeated publish is stored once.
 _DUPLICATE_WINDOW_SECS: Final = 120.0
 
-#: Subject, headers and frame of a message, which the server counts as well, in bytes.
-_FRAME_BYTES: Final = 512
+#: What the server counts for a message beside its bytes, at most: subject, headers and frame.
+FRAME_BYTES: Final = 512
 
 #: Key in the metadata of our streams and consumers.
 _MARK: Final = "persipubsub"
@@ -53,7 +53,7 @@ class Settings:
         return tuple(self.queue.subscribers) + letters
 
     def entry(self, subscriber: str) -> persipubsub.config.Subscriber:
-        """Return the subscriber's entry in the file; that of any other if it has none."""
+        """Return the subscriber's entry in the file; a default entry if it has none."""
         found = self.config.subscribers.get(subscriber)
         if found is None or found.in_queue != self.key:
             return persipubsub.config.Subscriber(subscriber, self.key)
@@ -90,7 +90,7 @@ class Settings:
             "storage": "file",
             "discard": "new",
             "max_msgs": -1 if mark.max_msgs_num is None else mark.max_msgs_num,
-            "max_bytes": -1 if mark.size_bytes is None else mark.size_bytes + _FRAME_BYTES,
+            "max_bytes": -1 if mark.size_bytes is None else mark.size_bytes + FRAME_BYTES,
             "max_age": age_ns,
             "num_replicas": self.address.replicas,
             "duplicate_window": min(age_ns or window_ns, window_ns),

@@ -18,12 +18,12 @@ from persipubsub.jetstream import address, connection, errors, settings
 #: Messages that are deleted at the same time.
 _WINDOW: Final = 128
 
-#: Publishers check so often whether all consumers still exist, in seconds.
+#: Interval at which publishers check whether all consumers still exist, in seconds.
 _INTEREST_SECS: Final = 1.0
 
 #: A cluster that was restarted does not know all of its consumers for a moment, and answers that
-#: they do not exist; that is believed after so many seconds. The same holds on any server while
-#: seek replaces a consumer.
+#: they do not exist; that is believed after this time, in seconds. The same holds on any server
+#: while seek replaces a consumer.
 _RECOVERY_SECS: Final = 5.0
 _REPLACED_SECS: Final = 1.0
 
@@ -54,7 +54,7 @@ class Stream:
         own.is_cluster |= described.address.replicas > 1
         # Time of the servers minus ours, as far as we know.
         self._offset = datetime.timedelta()
-        # By recipients: when each of them was last seen to want their subject.
+        # By recipients: when the consumers of these recipients were last checked.
         self._interest: dict[tuple[str, ...] | None, float] = {}
 
     def deadline(self) -> float:
@@ -139,8 +139,8 @@ class Stream:
         """
         Let a subscriber go on from a place; return the number of the next message from there on.
 
-        The start of a consumer can not be changed: it is deleted and made again. In between,
-        another one keeps what nobody else wants, and what is published.
+        The start of a consumer can not be changed: it is deleted and made again; a guard consumer
+        keeps the messages meanwhile.
 
         :param start: ``deliver_policy``, and what belongs to it
         """

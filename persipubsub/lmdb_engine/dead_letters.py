@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, Protocol
 import persipubsub.errors
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.message import Message, give_up
+from persipubsub.message import NO_WORD, Message, give_up
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
@@ -25,9 +25,6 @@ _PAUSE_SECS: Final = 1.0
 
 #: ... and one warning is logged in so many seconds.
 _WARNING_SECS: Final = 60.0
-
-#: The error of a delivery whose end was not recorded.
-_NO_WORD: Final = "its process ended, or dropped it, before it was done"
 
 
 class Target(Protocol):
@@ -76,7 +73,7 @@ class DeadLetterWriter:
 
     def move(self, ordinal: int, message: Message, record: fmt.Attempts) -> bool:
         """Put a message into the queue of dead letters; return False if it has to stay for now."""
-        error = _NO_WORD if record.flags & fmt.FLAG_IS_BEGUN else record.error
+        error = NO_WORD if record.flags & fmt.FLAG_IS_BEGUN else record.error
         if self._retries.open_dead_letters is None:
             _LOGGER.warning(
                 "The message %s of the queue %s was dropped for %s, which has no "
