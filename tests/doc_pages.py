@@ -17,6 +17,7 @@ A page is followed word for word, from top to bottom:
 In what is printed, ``...`` stands for anything, also for several lines.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -116,10 +117,7 @@ def _file_name(block: Block) -> str:
     """Return the name of the file that a block is; empty if it is none."""
     if block.caption or block.is_typed:
         return block.caption
-    if block.language == "json":
-        if _IS_CONFIG.search(block.code):
-            return "config.json"
-    return ""
+    return "config.json" if block.language == "json" and _IS_CONFIG.search(block.code) else ""
 
 
 def _check_config(block: Block) -> None:
@@ -249,10 +247,8 @@ class Shell:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, 9)
-        except ProcessLookupError:
-            pass
         self._process.communicate()
 
     def type(self, command: str) -> tuple[str, int]:
@@ -309,11 +305,8 @@ class Reader:
         self._shell = shell
 
     def follow(self, blocks: Sequence[Block], skipped: Sequence[str] = ()) -> int:
-        interpreter = Interpreter()
-        try:
+        with contextlib.closing(Interpreter()) as interpreter:
             return self._follow(interpreter, blocks, skipped)
-        finally:
-            interpreter.close()
 
     def _follow(self, interpreter: Interpreter, blocks: Sequence[Block],
                 skipped: Sequence[str]) -> int:

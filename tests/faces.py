@@ -173,6 +173,12 @@ async def receive(sub: Any, timeout: float | None = 0) -> bytes | None:
     return message
 
 
+async def receive_newest(sub: Any) -> bytes | None:
+    async with sub.receive_to_top(timeout=None) as msg:
+        message: bytes | None = msg
+    return message
+
+
 async def drain(sub: Any) -> list[bytes]:
     received: list[bytes] = []
     while (msg := await receive(sub)) is not None:

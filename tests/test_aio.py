@@ -20,7 +20,7 @@ from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine import datafile
 from tests import faces, support
 from tests.faces import (commits, deploy, drain, figures, fixture_config_pth, fixture_lmdb_pth,
-                         in_flight, on_loops, opened, receive, scenario)
+                         in_flight, on_loops, opened, receive, receive_newest, scenario)
 from tests.faults import tracing
 
 assert fixture_config_pth and fixture_lmdb_pth  # pytest finds them here
@@ -206,12 +206,6 @@ async def test_who_waits_for_the_newest_message_keeps_nobody_else_waiting(
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def receive_newest(sub: Any) -> bytes | None:
-    async with sub.receive_to_top(timeout=None) as msg:
-        message: bytes | None = msg
-    return message
 
 
 @on_loops

@@ -191,11 +191,8 @@ def test_file_that_is_not_named(tmp_path: Path) -> None:
             process = run(name, variables=variables, exit_code=2)
             assert "in PERSIPUBSUB_CONFIG" in process.stderr
     run("peek", "sub", exit_code=2)
-    assert "missing" in run("stat",
-                            variables={
-                                "PERSIPUBSUB_CONFIG": str(tmp_path / "missing")
-                            },
-                            exit_code=1).stderr
+    variables = {"PERSIPUBSUB_CONFIG": str(tmp_path / "missing")}
+    assert "missing" in run("stat", variables=variables, exit_code=1).stderr
 
 
 # Closed streams
@@ -297,11 +294,8 @@ def test_init_and_stat(tmp_path: Path) -> None:
     config_pth = support.write_config(tmp_path)
     expected = f"queue: ready in {tmp_path / 'queue'}\n"
     assert run("init", config_pth).stdout == expected
-    assert json.loads(run("init", config_pth, "--json").stdout) == {
-        "queue": {
-            "path": str(tmp_path / "queue")
-        }
-    }
+    found = json.loads(run("init", config_pth, "--json").stdout)
+    assert found == {"queue": {"path": str(tmp_path / "queue")}}
     support.send(config_pth, b"x" * 1000, b"y")
     text = run("stat", config_pth).stdout
     assert re.match(r"queue  /.*/queue\n  messages +2 +.* <1 % of MAX_MSGS_NUM\n", text)
@@ -378,9 +372,8 @@ def test_check_of_what_can_not_be_looked_at(tmp_path: Path,
     config_pth = support.write_config(tmp_path)
     process = run("check", config_pth, exit_code=3)
     assert process.stdout.startswith("PERSIPUBSUB UNKNOWN - queue: Expected the directory")
-    config = json.loads(config_pth.read_text())
-    config["queues"]["sound|'="] = dict(config["queues"]["queue"], path=str(tmp_path / "sound"))
-    config_pth.write_text(json.dumps(config))
+    with support.edited(config_pth) as config:
+        config["queues"]["sound|'="] = dict(config["queues"]["queue"], path=str(tmp_path / "sound"))
     control.initialize_all_dbs(config_pth, "sound|'=")
     run("check", config_pth, exit_code=3)
     process = run("check", config_pth, "--queue", "sound|'=")
@@ -392,20 +385,20 @@ def test_check_of_what_can_not_be_looked_at(tmp_path: Path,
         assert call(capfd, "check", config_pth, *options).returncode == 3
 
 
-def add_foreign_first(config_pth: Path) -> None:
-    """Add a queue in front of the other one, in whose directory another program has its data."""
-    config = json.loads(config_pth.read_text())
-    first = dict(config["queues"]["queue"], path=str(config_pth.parent / "first"))
-    config["queues"] = {"first": first, **config["queues"]}
-    config_pth.write_text(json.dumps(config))
-    (config_pth.parent / "first").mkdir()
-    (config_pth.parent / "first" / "data.mdb").write_bytes(b"something else" * 1000)
+def add_in_front(config_pth: Path, path: str) -> None:
+    """Add a queue in front of the other one."""
+    with support.edited(config_pth) as config:
+        first = dict(config["queues"]["queue"], path=path)
+        config["queues"] = {"first": first, **config["queues"]}
 
 
 @pytest.mark.parametrize("name", ["stat", "verify", "prune"])
 def test_one_queue_that_can_not_be_read_does_not_hide_the_others(tmp_path: Path, name: str) -> None:
     config_pth = support.make_queue(tmp_path)
-    add_foreign_first(config_pth)
+    add_in_front(config_pth, str(tmp_path / "first"))
+    # There, another program has its data.
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "data.mdb").write_bytes(b"something else" * 1000)
     process = run(name, config_pth, exit_code=1)
     assert re.search(r"^queue\b", process.stdout, re.MULTILINE)
     assert "first" in process.stderr and len(process.stderr.splitlines()) == 1
@@ -416,10 +409,7 @@ def test_one_queue_that_can_not_be_read_does_not_hide_the_others(tmp_path: Path,
 @pytest.mark.parametrize("name", ["verify", "compact"])
 def test_queue_on_servers_does_not_hide_directories(tmp_path: Path, name: str) -> None:
     config_pth = support.make_queue(tmp_path)
-    config = json.loads(config_pth.read_text())
-    first = dict(config["queues"]["queue"], path="nats://127.0.0.1:1/S")
-    config["queues"] = {"first": first, **config["queues"]}
-    config_pth.write_text(json.dumps(config))
+    add_in_front(config_pth, "nats://127.0.0.1:1/S")
     process = run(name, config_pth, exit_code=1)
     assert process.stdout.startswith("queue: ")
     assert "directory of this machine" in process.stderr and len(process.stderr.splitlines()) == 1
@@ -435,11 +425,8 @@ def test_prune_and_clear(tmp_path: Path) -> None:
     assert lag(config_pth) == 2
     assert run("clear", config_pth, stdin=b"y\n").stdout == "queue: cleared, 2 deliveries unread\n"
     assert lag(config_pth) == 0
-    assert json.loads(run("clear", config_pth, "--yes", "--json").stdout) == {
-        "queue": {
-            "dropped": 0
-        }
-    }
+    found = json.loads(run("clear", config_pth, "--yes", "--json").stdout)
+    assert found == {"queue": {"dropped": 0}}
 
 
 # Messages
@@ -451,15 +438,13 @@ def test_send_and_receive(tmp_path: Path) -> None:
     assert run("send", config_pth, "pub", "--message", "hello", tmp_path / "file").stderr == \
         "2 messages sent\n"
     run("send", config_pth, "pub", stdin=b"all\nof\nit")
-    assert json.loads(
-        run("send", config_pth, "pub", "--lines", "--json", stdin=b"a\n\nlast").stdout) == {
-            "sent": 3
-        }
+    process = run("send", config_pth, "pub", "--lines", "--json", stdin=b"a\n\nlast")
+    assert json.loads(process.stdout) == {"sent": 3}
     assert lag(config_pth) == 6
 
     assert run("receive", config_pth, "sub").stdout == "hello\n"
-    process = start("receive", config_pth, "sub", "--format", "raw")
-    assert process.communicate(timeout=support.HANG_SECS)[0] == b"\0\xff\n"
+    raw = start("receive", config_pth, "sub", "--format", "raw")
+    assert raw.communicate(timeout=support.HANG_SECS)[0] == b"\0\xff\n"
     found = json.loads(run("receive", config_pth, "sub", "--json").stdout)
     assert base64.b64decode(found["base64"]) == b"all\nof\nit"
     inbox = tmp_path / "inbox"
@@ -468,8 +453,8 @@ def test_send_and_receive(tmp_path: Path) -> None:
     paths = [Path(line) for line in lines.splitlines()]
     assert [path.read_bytes() for path in paths] == [b"a", b"", b"last"]
     assert sorted(inbox.iterdir()) == paths
-    process2 = run("receive", config_pth, "sub", exit_code=1)
-    assert process2.stderr == "persipubsub: no message for sub within 0 seconds\n"
+    process = run("receive", config_pth, "sub", exit_code=1)
+    assert process.stderr == "persipubsub: no message for sub within 0 seconds\n"
 
 
 @jetstream_server.needs_server
@@ -627,14 +612,8 @@ def test_output_that_does_not_block_gets_all(tmp_path: Path, options: list[str],
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with open(reader, "rb") as output:
-        process = start("receive",
-                        config_pth,
-                        "sub",
-                        "--number",
-                        "100",
-                        *options,
-                        prefix=prefix,
-                        stdout=writer)
+        arguments = ["sub", "--number", "100", *options]
+        process = start("receive", config_pth, *arguments, prefix=prefix, stdout=writer)
         os.close(writer)
         assert select.select([output], [], [], support.HANG_SECS)[0]
         time.sleep(0.2)  # until the pipe is full
@@ -739,14 +718,9 @@ def test_seek(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
             process = call(capfd, "seek", config_pth, "sub", "--to", place)
             assert process.stdout == (
                 f"queue: sub goes on from number {position}, with {count} messages to receive\n")
-            found = json.loads(
-                call(capfd, "seek", config_pth, "sub", "--to", place, "--json").stdout)
-            assert found == {
-                "queue": "queue",
-                "subscriber": "sub",
-                "position": position,
-                "lag": count
-            }
+            process = call(capfd, "seek", config_pth, "sub", "--to", place, "--json")
+            figures = {"position": position, "lag": count}
+            assert json.loads(process.stdout) == {"queue": "queue", "subscriber": "sub", **figures}
             assert lag(config_pth) == count
 
 
@@ -893,12 +867,10 @@ def test_too_large_message(tmp_path: Path) -> None:
 def test_stat_is_fast_however_much_waits(tmp_path: Path) -> None:
     count = int(os.environ.get("PERSIPUBSUB_STAT_MESSAGES", "100000"))
     subscribers = [f"sub{index:03}" for index in range(100)]
+    publishers = {"pub": subscribers, "some": subscribers[:10]}
     config_pth = support.make_queue(tmp_path,
-                                    subscribers=subscribers,
-                                    publishers={
-                                        "pub": subscribers,
-                                        "some": subscribers[:10]
-                                    },
+                                    publishers,
+                                    subscribers,
                                     MAX_MSGS_NUM=2 * count,
                                     HWM_LMDB_SIZE_BYTES=1 << 40,
                                     max_db_size_bytes=1 << 34,

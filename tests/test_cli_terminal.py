@@ -4,7 +4,6 @@ import base64
 import functools
 import json
 import re
-import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -55,14 +54,12 @@ def test_what_would_change_a_terminal_is_escaped() -> None:
 def hostile_queue(directory: Path) -> Path:
     """Make a queue whose key, publisher and subscriber are hostile, with hostile messages."""
     name = HOSTILE.replace("\x00", "")
-    config_pth = directory / "config.json"
-    config = json.loads(support.write_config(directory).read_text(encoding="utf-8"))
-    config["queues"][name] = {**config["queues"].pop("queue"), "subscribers": [name]}
-    config[f"p{name}"] = {"out_queue": name, "subscribers": [name]}
-    config[name] = {"in_queue": name}
-    config.pop("pub")
-    config.pop("sub")
-    config_pth.write_text(json.dumps(config), encoding="utf-8")
+    config_pth = support.write_config(directory)
+    with support.edited(config_pth) as config:
+        config["queues"][name] = {**config["queues"].pop("queue"), "subscribers": [name]}
+        config[f"p{name}"] = {"out_queue": name, "subscribers": [name]}
+        config[name] = {"in_queue": name}
+        del config["pub"], config["sub"]
     control.initialize_all_dbs(config_pth)
     with Pub(f"p{name}", config_pth) as pub:
         pub.send_many([HOSTILE.encode(), b"\xff\xfe\x1b[2J", b"\xed\xa0\x80"])
@@ -168,12 +165,9 @@ def test_verify_shows_its_progress(tmp_path: Path) -> None:
 def test_stat_in_colors(tmp_path: Path) -> None:
     config_pth = support.make_queue(tmp_path, MAX_MSGS_NUM=10)
     support.send(config_pth, *[b"x"] * 9)
-    for variables, is_colored in (({}, True), ({
-            "NO_COLOR": "1"
-    }, False), ({
-            "TERM": "dumb"
-    }, False)):
-        with terminal_of("stat", config_pth, variables=variables) as terminal:
+    for name, value, is_colored in (("TERM", "xterm", True), ("NO_COLOR", "1", False),
+                                    ("TERM", "dumb", False)):
+        with terminal_of("stat", config_pth, variables={name: value}) as terminal:
             shown = terminal.end(exit_code=0)
         assert ("\x1b[" in shown) == is_colored
         assert bool(re.search("\x1b\\[31m +90 %", shown)) == is_colored
@@ -291,17 +285,11 @@ def lines_of(figures: statistics.QueueStatistics, limit: int | None = 10) -> Ite
 
 
 def test_large_figures_fit_into_100_columns() -> None:
+    counts = ("lag", "failed", "dropped_by_timeout", "dropped_by_mark", "cleared", "skipped",
+              "corrupt", "dead_lettered")
     large = {
-        "lag": 12345678,
-        "in_flight": 1234,
+        **dict.fromkeys(counts, 12345678), "in_flight": 1234,
         "acknowledged": 987654321012,
-        "failed": 12345678,
-        "dropped_by_timeout": 12345678,
-        "dropped_by_mark": 12345678,
-        "cleared": 12345678,
-        "skipped": 12345678,
-        "corrupt": 12345678,
-        "dead_lettered": 12345678,
         "is_paused": True,
         "claims": (statistics.InFlight("x" * 255, 10**15, 1000, 4194304, 1e7), )
     }
@@ -317,9 +305,8 @@ def test_large_figures_fit_into_100_columns() -> None:
 
 
 def test_zeros_are_hidden() -> None:
-    figures = figures_of({"a": {
-        "seconds_since_acknowledged": None
-    }},
+    never = {"a": {"seconds_since_acknowledged": None}}
+    figures = figures_of(never,
                          messages=0,
                          journal_bytes=0,
                          journal_lag_bytes=0,
@@ -334,13 +321,8 @@ def test_zeros_are_hidden() -> None:
 
 @pytest.mark.parametrize("positions, slowest", [((5, 7), "a"), ((7, 5), "b"), ((5, 5), None)])
 def test_the_slowest_subscriber_is_named(positions: tuple[int, int], slowest: str | None) -> None:
-    figures = figures_of({
-        name: {
-            "position": position,
-            "lag": 1
-        }
-        for name, position in zip("ab", positions)
-    })
+    first, second = positions
+    figures = figures_of({"a": {"position": first, "lag": 1}, "b": {"position": second, "lag": 1}})
     named = [line.split()[0] for line in lines_of(figures) if "slowest" in line]
     assert named == ([slowest] if slowest else [])
 
@@ -348,17 +330,7 @@ def test_the_slowest_subscriber_is_named(positions: tuple[int, int], slowest: st
 def test_most_important_rows_are_kept() -> None:
     claims = tuple(
         statistics.InFlight("c", number, 1, None, float(number)) for number in range(1, 6))
-    figures = figures_of({
-        **{
-            name: {
-                "lag": lag
-            }
-            for lag, name in enumerate("abc")
-        }, "c": {
-            "lag": 9,
-            "claims": claims
-        }
-    })
+    figures = figures_of({"a": {"lag": 0}, "b": {"lag": 1}, "c": {"lag": 9, "claims": claims}})
     shown = "\n".join(lines_of(figures, limit=2))
     assert re.search(r"^  b .*\n  c .*\n  and 1 more, with less lag$", shown, re.MULTILINE)
     assert re.search(r"^  c +5 +\? +5\.0 s\n  c +4 .*\n  and 3 more, for less time$", shown,
@@ -415,15 +387,10 @@ def test_bash_completes(tmp_path: Path) -> None:
                 f'env() {{ command env "${{@:1:$#-1}}" "{sys.executable}" -m persipubsub; }}\n')
     code = (f"{script}\n{function}\nCOMP_WORDS=(persipubsub peek su)\nCOMP_CWORD=2\n"
             f'{name.group(1)} persipubsub su peek\nprintf "%s\\n" "${{COMPREPLY[@]}}"')
-    process = subprocess.run(
-        ["bash", "-c", code],
-        env={
-            "PERSIPUBSUB_CONFIG": str(config_pth),
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(Path(__file__).parent.parent)
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=support.HANG_SECS)
-    assert process.stdout == "sub\n"
+    variables = {
+        "PERSIPUBSUB_CONFIG": str(config_pth),
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(__file__).parent.parent)
+    }
+    process = support.run(["bash", "-c", code], env=variables)
+    assert (process.returncode, process.stdout) == (0, "sub\n")

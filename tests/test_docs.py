@@ -145,10 +145,9 @@ def test_commands_of_operations_work(place: str, tmp_path: Path) -> None:
             for beginning, before in _BEFORE.items():
                 if command.startswith(beginning):
                     shell.type(before)
-            if shown is None or not re.search(r"\]: y$", shown, re.MULTILINE):
-                printed, exit_code = shell.type(command)
-            else:
-                printed, exit_code = shell.type(f"echo y | {command}")
+            if shown is not None and re.search(r"\]: y$", shown, re.MULTILINE):
+                command = f"echo y | {command}"
+            printed, exit_code = shell.type(command)
             assert exit_code == 0, (command, printed)
             if shown is not None:
                 # On a terminal, the answer ends the line of the question.

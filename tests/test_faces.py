@@ -20,7 +20,7 @@ import persipubsub.config
 from persipubsub import control, errors
 from tests import faces, support
 from tests.faces import (deploy, drain, figures, fixture_config_pth, fixture_lmdb_pth, on_faces,
-                         opened, receive, scenario)
+                         opened, receive, receive_newest, scenario)
 
 assert fixture_config_pth and fixture_lmdb_pth  # pytest finds them here
 
@@ -326,12 +326,6 @@ async def test_receive_to_top(face: faces.Face, config_pth: Path) -> None:
     assert figures(config_pth).lag == 0
 
 
-async def receive_newest(sub: Any) -> bytes | None:
-    async with sub.receive_to_top(timeout=None) as msg:
-        message: bytes | None = msg
-    return message
-
-
 # What sends can ask for
 
 
@@ -478,17 +472,8 @@ async def test_opening_in_the_constructor(face: faces.Face, config_pth: Path) ->
 
 @scenario
 async def test_constructor_that_can_not_open(face: faces.Face, tmp_path: Path) -> None:
-    config = {
-        "pub": {
-            "out_queue": "q"
-        },
-        "queues": {
-            "q": {
-                "path": str(tmp_path),
-                "subscribers": ["sub"]
-            }
-        }
-    }
+    queue = {"path": str(tmp_path), "subscribers": ["sub"]}
+    config = {"pub": {"out_queue": "q"}, "queues": {"q": queue}}
     with pytest.raises(errors.NotInitializedError, match="initialize_all_dbs"):
         async with face.pub("pub", config):
             pass

@@ -25,8 +25,8 @@ from persipubsub import Sub, control, errors
 from persipubsub.jetstream import engine
 from tests import jetstream_server
 from tests.jetstream_server import Servers
-from tests.support import (HANG_SECS, Child, Connection, in_threads, outcome, run_python, until,
-                           write_config)
+from tests.support import (HANG_SECS, Child, Connection, edited, in_threads, outcome, run_python,
+                           send, until, write_config)
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
@@ -63,9 +63,12 @@ def ask(servers: Servers, verb: str, **body: Any) -> dict[str, Any]:
     return jetstream_server.ask(servers.servers[0].port, verb, **body)
 
 
+def path_of(config_pth: Path) -> str:
+    return persipubsub.config.read(config_pth).queue_path("queue")
+
+
 def stream_of(config_pth: Path) -> str:
-    path = persipubsub.config.read(config_pth).queue_path("queue")
-    return path.partition("?")[0].rpartition("/")[2]
+    return path_of(config_pth).partition("?")[0].rpartition("/")[2]
 
 
 def test_no_private_name_of_nats_is_used() -> None:
@@ -81,25 +84,6 @@ def test_no_private_name_of_nats_is_used() -> None:
 
 
 # Paths
-
-
-@pytest.mark.parametrize("path, same", [
-    ("nats://h/S", "nats://H:4222/S?ack_wait=5"),
-    ("nats://h1:1,[::1]:2/a_B-9?replicas=3&ack_wait=0.5&monitor=http://m:8222/",
-     "nats://[::1]:2/a_B-9"),
-    ("nats://a-1.b_c.D.,10.0.0.1,[::ffff:1.2.3.4]/S", "nats://10.0.0.1:4222/S"),
-])
-def test_paths(path: str, same: str, tmp_path: Path) -> None:
-    config_pth = write_config(tmp_path, path=path)
-    assert persipubsub.config.read(config_pth).queue_path("queue") == path
-    # Two queues can not be one stream.
-    text = config_pth.read_text().replace('"queues": {"queue"', '"queues": {"other"')
-    found = text.partition('"queues": {')[2].partition("}}")[0]
-    both = config_pth.read_text().replace('"queues": {',
-                                          '"queues": {' + found.replace(path, same) + "}}, ")
-    config_pth.write_text(both)
-    with pytest.raises(errors.ConfigError, match="another path"):
-        persipubsub.config.read(config_pth)
 
 
 @pytest.mark.parametrize("path, what", [
@@ -141,8 +125,7 @@ def test_no_two_ids_have_one_name(deploy: Deploy) -> None:
     ids = ["a", "A", "a.b", "a=2eb", "a b", "a/b", "a\\b", "a*", "a>", "=h", "\xe9", "\xe9" * 127]
     ids += ["a" * length for length in (119, 120, 121, 255)] + [f"{'a' * 254}b"]
     config_pth = deploy(publishers={"pub": ids}, subscribers=ids)
-    with open_pub(config_pth) as pub:
-        pub.send(b"hello")
+    send(config_pth, b"hello")
     assert lags(config_pth) == dict.fromkeys(ids, 1)
     for number, name in enumerate(ids):
         with open_sub(config_pth, name) as sub:
@@ -187,8 +170,7 @@ def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert password is None or password not in str(info.value)
         monkeypatch.setenv("NATS_USER", "all")
         control.initialize_all_dbs(config_pth)
-        with open_pub(config_pth) as pub:
-            pub.send(b"hello")
+        send(config_pth, b"hello")
 
 
 def make_certificate(directory: Path, name: str) -> tuple[Path, Path]:
@@ -241,8 +223,7 @@ def test_without_the_right_to_pull(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("NATS_PASSWORD", "x")
     with jetstream_server.running(tmp_path, lines=[users]) as servers:
         config_pth = make(tmp_path, servers)
-        with open_pub(config_pth) as pub:
-            pub.send(b"hello")
+        send(config_pth, b"hello")
         monkeypatch.setenv("NATS_USER", "some")
         with open_sub(config_pth) as sub:
             for take in (sub.receive, sub.receive_to_top):
@@ -381,12 +362,9 @@ def test_message_that_nobody_wants_is_refused(deploy: Deploy, servers: Servers) 
 
 def test_audience_that_consumers_do_not_know(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy(publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
-    path = persipubsub.config.read(config_pth).queue_path("queue")
-    changed = write_config(tmp_path,
-                           path=path,
-                           publishers={"pub": ("a", )},
-                           subscribers=("a", "b"),
-                           name="changed.json")
+    changed = write_config(tmp_path, {"pub": ("a", )}, ("a", "b"),
+                           name="changed.json",
+                           path=path_of(config_pth))
     with open_pub(changed) as pub:
         # It would be acknowledged and dropped.
         with pytest.raises(errors.NotInitializedError, match="initialize_all_dbs"):
@@ -438,8 +416,7 @@ def test_dropped_messages_are_told(deploy: Deploy, caplog: pytest.LogCaptureFixt
 
 def test_limits_are_brought_up_to_date(deploy: Deploy, servers: Servers) -> None:
     config_pth = deploy(MAX_MSGS_NUM=10)
-    path = persipubsub.config.read(config_pth).queue_path("queue")
-    deploy(MAX_MSGS_NUM=20, path=path.replace("ack_wait=1", "ack_wait=2"))
+    deploy(MAX_MSGS_NUM=20, path=path_of(config_pth).replace("ack_wait=1", "ack_wait=2"))
     name = stream_of(config_pth)
     assert ask(servers, f"STREAM.INFO.{name}")["config"]["max_msgs"] == 20
     assert ask(servers, f"CONSUMER.INFO.{name}.sub")["config"]["ack_wait"] == 2 * 10**9
@@ -451,11 +428,10 @@ def test_limits_are_brought_up_to_date(deploy: Deploy, servers: Servers) -> None
 def test_limits_that_are_lowered_under_a_publisher(deploy: Deploy, strategy: str,
                                                    expected: str) -> None:
     config_pth = deploy(strategy=strategy)
-    path = persipubsub.config.read(config_pth).queue_path("queue")
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
         # Beside a new file, an edit of the stream by hand does the same.
-        deploy(path=path,
+        deploy(path=path_of(config_pth),
                name="lower.json",
                strategy=strategy,
                MAX_MSGS_NUM=4,
@@ -478,21 +454,14 @@ def test_subscribers_that_are_in_the_file_no_more(deploy: Deploy, servers: Serve
         with pytest.raises(errors.QueueFullError, match="2 of them for 'gone"):
             pub.send(b"2")
     # Of somebody else: it is no subscriber.
-    ask(servers,
-        "CONSUMER.CREATE.gone.other",
-        stream_name="gone",
-        config={
-            "name": "other",
-            "durable_name": "other",
-            "ack_policy": "explicit"
-        })
+    config = {"name": "other", "durable_name": "other", "ack_policy": "explicit"}
+    ask(servers, "CONSUMER.CREATE.gone.other", stream_name="gone", config=config)
     figures = control.statistics(config_pth)["queue"].subscribers
     assert {one.subscriber: one.lag for one in figures} == {"sub": 0, **dict.fromkeys(gone, 2)}
     ask(servers, "CONSUMER.DELETE.gone.other")
     for name in gone:
         assert control.remove_subscriber(persipubsub.config.read(config_pth), "queue", name) == 2
-    with open_pub(config_pth) as pub:
-        pub.send(b"2")
+    send(config_pth, b"2")
 
 
 # Threads, fork, exit
@@ -523,7 +492,6 @@ def test_queues_share_a_connection_and_a_thread(tmp_path: Path) -> None:
     with jetstream_server.running(tmp_path) as servers:
         config_pth = make(tmp_path, servers)
         with open_pub(config_pth), open_pub(config_pth), open_sub(config_pth):
-            # A server may see the end of the one before after the beginning of this one.
             until(lambda: servers.servers[0].look("connz").get("num_connections") == 1,
                   "a single connection")
             threads = [one for one in threading.enumerate() if one.name == "persipubsub-nats"]
@@ -582,8 +550,7 @@ def test_forgotten_batch(tmp_path: Path, servers: Servers, is_in_loop: bool) -> 
 
 def test_message_that_is_forgotten_right_before_the_exit(tmp_path: Path, servers: Servers) -> None:
     config_pth = jetstream_server.deploy(tmp_path, servers)
-    with open_pub(config_pth) as pub:
-        pub.send(b"0")
+    send(config_pth, b"0")
     run = run_python(
         "import sys; from persipubsub import Sub\n"
         "sub = Sub('sub', sys.argv[1])\n"
@@ -630,18 +597,7 @@ def test_child_does_not_give_back_what_its_parent_has(tmp_path: Path, servers: S
 
 
 def test_two_threads_begin_at_once(config_pth: Path) -> None:
-    results: list[str] = []
-
-    def work() -> None:
-
-        def use() -> None:
-            with open_pub(config_pth) as pub:
-                pub.send(b"hello")
-
-        results.append(outcome(use))
-
-    in_threads([work] * 16)
-    assert results == [""] * 16
+    in_threads([lambda: send(config_pth, b"hello")] * 16)
 
 
 # Full queues
@@ -657,7 +613,7 @@ def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: Path) -> None:
         with pytest.raises(errors.QueueFullError, match="3 of them for 'sub'"):
             pub.send(b"3")
     blocking = write_config(tmp_path,
-                            path=persipubsub.config.read(config_pth).queue_path("queue"),
+                            path=path_of(config_pth),
                             MAX_MSGS_NUM=3,
                             strategy="block",
                             name="block.json")
@@ -678,17 +634,12 @@ def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: Path) -> None:
 def write_letters(tmp_path: Path, servers: Servers, letters: str = "", **entries: Any) -> Path:
     """Write the configuration of a queue whose subscriber has limits, and initialize it."""
     config_pth = write_config(tmp_path, path=servers.path(f"stream{next(_COUNTER)}", ack_wait=1))
-    text = config_pth.read_text()
-    described = text.partition('"queue": {')[2].partition("}}")[0]
-    path = persipubsub.config.read(config_pth).queue_path("queue")
-    other = described.replace(path, letters or servers.path(f"letters{next(_COUNTER)}"))
-    other = other.replace('["sub"]', '["operator"]')
-    entry = "".join(f', "{key}": {value}' for key, value in entries.items())
-    text = text.replace('"in_queue": "queue"', f'"in_queue": "queue"{entry}')
-    text = text.replace(
-        '{"queues": {',
-        '{"operator": {"in_queue": "letters"}, "queues": {"letters": {' + other + "}}, ")
-    config_pth.write_text(text)
+    path = letters or servers.path(f"letters{next(_COUNTER)}")
+    with edited(config_pth) as content:
+        content["sub"].update(entries)
+        content["operator"] = {"in_queue": "letters"}
+        described = {**content["queues"]["queue"], "path": path, "subscribers": ["operator"]}
+        content["queues"]["letters"] = described
     control.initialize_all_dbs(config_pth)
     return config_pth
 
@@ -713,7 +664,7 @@ def test_message_that_fails_too_often_becomes_a_dead_letter(tmp_path: Path,
     config_pth = write_letters(tmp_path,
                                servers,
                                max_deliveries=2,
-                               dead_letter_queue='"letters"',
+                               dead_letter_queue="letters",
                                retry_delay_secs=0)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"poison", b"fine"])
@@ -738,9 +689,8 @@ def _receive_and_hang(pipe: Connection, config_pth: Path) -> None:
 
 
 def test_kills_count_as_deliveries(tmp_path: Path, servers: Servers) -> None:
-    config_pth = write_letters(tmp_path, servers, max_deliveries=2, dead_letter_queue='"letters"')
-    with open_pub(config_pth) as pub:
-        pub.send_many([b"poison", b"fine"])
+    config_pth = write_letters(tmp_path, servers, max_deliveries=2, dead_letter_queue="letters")
+    send(config_pth, b"poison", b"fine")
     for _ in range(2):
         with Child(_receive_and_hang, config_pth) as child:
             while child.get() != b"poison":
@@ -785,10 +735,9 @@ def test_failed_message_rests_longer_each_time(tmp_path: Path, servers: Servers)
 
 def test_dead_letter_that_can_not_be_written(tmp_path: Path, servers: Servers,
                                              caplog: pytest.LogCaptureFixture) -> None:
-    config_pth = write_letters(tmp_path, servers, max_deliveries=1, dead_letter_queue='"letters"')
+    config_pth = write_letters(tmp_path, servers, max_deliveries=1, dead_letter_queue="letters")
     path = persipubsub.config.read(config_pth).queue_path("letters")
-    name = path.rpartition("/")[2]
-    ask(servers, f"STREAM.DELETE.{name}")
+    ask(servers, f"STREAM.DELETE.{path.rpartition('/')[2]}")
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"poison", b"fine"])
         with caplog.at_level("WARNING", logger="persipubsub"):
@@ -810,7 +759,7 @@ def test_dead_letters_to_a_directory_are_refused(tmp_path: Path, servers: Server
                       servers,
                       letters=str(tmp_path / "letters"),
                       max_deliveries=1,
-                      dead_letter_queue='"letters"')
+                      dead_letter_queue="letters")
 
 
 # Places
@@ -856,13 +805,13 @@ def test_seek_while_everybody_is_at_work(deploy: Deploy) -> None:
             while not is_over.is_set():
                 received.extend(drain(sub, timeout=0.05))
 
-    def send() -> None:
+    def send_all() -> None:
         with open_pub(config_pth) as pub:
             for message in numbered(300):
                 pub.send(message)
 
     receiving = threading.Thread(target=lambda: ends.append(outcome(receive)))
-    sending = threading.Thread(target=lambda: ends.append(outcome(send)))
+    sending = threading.Thread(target=lambda: ends.append(outcome(send_all)))
     receiving.start()
     sending.start()
     while sending.is_alive():
@@ -895,12 +844,13 @@ def test_finished_messages_are_retained(deploy: Deploy) -> None:
 
 def test_subscriber_that_starts_from_the_beginning(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy()
-    path = persipubsub.config.read(config_pth).queue_path("queue")
-    with open_pub(config_pth) as pub:
-        pub.send_many(numbered(3))
-    both = write_config(tmp_path, path=path, subscribers=("sub", "late"), name="both.json")
-    both.write_text(both.read_text().replace('"late": {"in_queue"',
-                                             '"late": {"start_from": "beginning", "in_queue"'))
+    send(config_pth, *numbered(3))
+    both = write_config(tmp_path,
+                        path=path_of(config_pth),
+                        subscribers=("sub", "late"),
+                        name="both.json")
+    with edited(both) as content:
+        content["late"]["start_from"] = "beginning"
     control.initialize_all_dbs(both)
     with open_sub(both, "late") as late:
         assert drain(late) == numbered(3)
@@ -918,10 +868,8 @@ def test_peek(deploy: Deploy) -> None:
         pub.send_many(numbered(4)[1:])
     with open_sub(config_pth, "b") as sub, sub.receive(timeout=HANG_SECS):
         found = engine.peek(config, "queue", "b", 9)
-    assert [(one.number, one.subscribers, one.content) for one in found] == [(1, ("b", ), b"0"),
-                                                                             (2, None, b"1"),
-                                                                             (3, None, b"2"),
-                                                                             (4, None, b"3")]
+    expected = [(1, ("b", ), b"0"), (2, None, b"1"), (3, None, b"2"), (4, None, b"3")]
+    assert [(one.number, one.subscribers, one.content) for one in found] == expected
     assert all(0 <= one.age_seconds < HANG_SECS for one in found)
     assert [one.number for one in engine.peek(config, "queue", "a", 2)] == [2, 3]
     assert [one.number for one in engine.peek(config, "queue", "b", 9, start=3)] == [3, 4]
@@ -948,7 +896,7 @@ def test_follow(config_pth: Path) -> None:
 def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy()
     both = write_config(tmp_path,
-                        path=persipubsub.config.read(config_pth).queue_path("queue"),
+                        path=path_of(config_pth),
                         subscribers=("sub", "new"),
                         name="both.json")
     config = persipubsub.config.read(both)

@@ -202,12 +202,10 @@ def test_damaged_queue_is_restored(tmp_path: Path, damage: str) -> None:
         os.truncate(path, 4096)
     elif damage == "garbage":
         path.write_bytes(os.urandom(8192))
-    else:
-        path.unlink()
-    if damage == "garbage":
         # It is not ours to decide what that file is.
         with pytest.raises(errors.FormatError):
             control.restore(config_pth, "queue", tmp_path / "backup")
+    if damage != "truncated":
         path.unlink()
     control.restore(config_pth, "queue", tmp_path / "backup")
     assert receive_all(config_pth) == [b"1"]
@@ -488,10 +486,9 @@ def test_follow_sees_what_comes(tmp_path: Path) -> None:
     found = control.follow(config_pth, "queue")
     assert next(found) == []
     send_each(config_pth, b"4")
-    messages: list[bytes] = []
-    while len(messages) < 1:
-        messages += [one.content or b"" for one in next(found)]
-    assert messages == [b"4"]
+    while not (messages := next(found)):
+        pass
+    assert [one.content for one in messages] == [b"4"]
     found.close()
     assert receive_all(config_pth) == [b"1", b"2", b"3", b"4"]
 

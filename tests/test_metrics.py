@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -150,27 +149,21 @@ def test_servers_that_are_away_do_not_hold_up_other_figures(
     monkeypatch.setattr(metrics, "_LOOK_SECS", 1.0)
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"x")
-    config = json.loads(config_pth.read_text())
     with socket.socket() as silent, socket.socket() as away:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         away.bind(("127.0.0.1", 0))
-        for name, one in (("silent", silent), ("away", away), ("away2", away)):
-            path = f"nats://127.0.0.1:{one.getsockname()[1]}/{name}"
-            config["queues"][name] = {
-                **config["queues"]["queue"], "path": path,
-                "subscribers": ["other"]
-            }
-        config_pth.write_text(json.dumps(config))
+        with support.edited(config_pth) as config:
+            queues = config["queues"]
+            for name, one in (("silent", silent), ("away", away), ("away2", away)):
+                path = f"nats://127.0.0.1:{one.getsockname()[1]}/{name}"
+                queues[name] = {**queues["queue"], "path": path, "subscribers": ["other"]}
         start_secs = time.monotonic()
         found = collected(config_pth)
     assert time.monotonic() - start_secs < 8
     assert found['persipubsub_queue_messages{queue="queue"}'] == 1
-    up = {
-        name: found[f'persipubsub_queue_up{{queue="{name}"}}']
-        for name in ("queue", "silent", "away", "away2")
-    }
-    assert up == {"queue": 1, "silent": 0, "away": 0, "away2": 0}
+    for name, is_up in {"queue": 1, "silent": 0, "away": 0, "away2": 0}.items():
+        assert found[f'persipubsub_queue_up{{queue="{name}"}}'] == is_up, name
 
 
 def test_without_the_extra() -> None:
@@ -190,12 +183,7 @@ def promtool(*arguments: object, stdin: str = "") -> None:
     """Run a check; ``.ci/run`` installs the tool."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is missing (Debian: apt-get install promtool)")
-    process = subprocess.run(["promtool", *map(str, arguments)],
-                             input=stdin,
-                             capture_output=True,
-                             text=True,
-                             check=False,
-                             timeout=support.HANG_SECS)
+    process = support.run(["promtool", *arguments], input=stdin)
     assert process.returncode == 0, process.stdout + process.stderr
 
 
@@ -289,11 +277,7 @@ def test_units_are_right(tmp_path: Path) -> None:
         (tmp_path / unit.name).write_text(re.sub(r"/opt/app/bin/\w+", "/bin/true", text))
     units = sorted(tmp_path.iterdir())
     assert len(units) == 3
-    process = subprocess.run(["systemd-analyze", "verify", "--man=no", *map(str, units)],
-                             capture_output=True,
-                             text=True,
-                             check=False,
-                             timeout=support.HANG_SECS)
+    process = support.run(["systemd-analyze", "verify", "--man=no", *units])
     # It finds what is wrong, and yet exits with 0.
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
@@ -301,12 +285,8 @@ def test_units_are_right(tmp_path: Path) -> None:
 def test_compose_file_is_right() -> None:
     if shutil.which("docker-compose") is None:
         pytest.skip("docker-compose is missing (Debian: apt-get install docker-compose)")
-    process = subprocess.run(
-        ["docker-compose", "-f", _CONTRIB / "compose.yaml", "config", "--format", "json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=support.HANG_SECS)
+    process = support.run(
+        ["docker-compose", "-f", _CONTRIB / "compose.yaml", "config", "--format", "json"])
     assert process.returncode == 0 and process.stderr == ""
     services: Mapping[str, Any] = json.loads(process.stdout)["services"]
     assert set(services) == {"queues", "worker", "metrics"}

@@ -16,8 +16,8 @@ import pytest
 from persipubsub import control, errors, migration
 from persipubsub.control import Progress
 from tests import jetstream_server
-from tests.support import (HANG_SECS, Child, Connection, make_queue, outcome, run_python, until,
-                           write_config)
+from tests.support import (HANG_SECS, Child, Connection, edited, make_queue, outcome, run_python,
+                           send, until, write_config)
 from tests.test_behaviour import drain, lags, numbered, open_pub, open_sub
 
 pytestmark = jetstream_server.needs_server
@@ -58,7 +58,7 @@ def received(config_pth: Path) -> dict[str, list[bytes]]:
 
 @contextlib.contextmanager
 def receiving(config_pth: Path) -> Iterator[dict[str, list[bytes]]]:
-    """Receive for all subscribers in the ``with`` block."""
+    """Receive for all subscribers in the ``with`` block, until they have everything."""
     is_over = threading.Event()
     found: dict[str, list[bytes]] = {name: [] for name in "abc"}
 
@@ -71,6 +71,7 @@ def receiving(config_pth: Path) -> Iterator[dict[str, list[bytes]]]:
     thread.start()
     try:
         yield found
+        until(lambda: set(lags(config_pth).values()) == {0}, "the subscribers")
     finally:
         is_over.set()
         thread.join(HANG_SECS)
@@ -96,8 +97,7 @@ def test_everyone_gets_what_it_did_not_have_yet(scene: Scene) -> None:
 
 
 def test_publishers_first(scene: Scene) -> None:
-    with open_pub(scene.old) as pub:
-        pub.send(b"old")
+    send(scene.old, b"old")
     control.initialize_all_dbs(scene.new)
     with open_pub(scene.new) as pub:
         pub.send(b"new")
@@ -110,11 +110,7 @@ def test_publishers_first(scene: Scene) -> None:
 def test_only_subscriber(tmp_path: Path, servers: jetstream_server.Servers) -> None:
     scene = Scene(tmp_path, servers, publishers={"pub": ("a", )}, subscribers=("a", ))
     # By now there is one more at the servers, which is not to get what was not sent to it.
-    more = make_queue(tmp_path,
-                      path=scene.target,
-                      name="more.json",
-                      publishers={"pub": ("a", "b")},
-                      subscribers=("a", "b"))
+    more = make_queue(tmp_path, {"pub": ("a", "b")}, ("a", "b"), "more.json", path=scene.target)
     with open_pub(scene.old) as pub, open_pub(more) as new:
         pub.send_many(numbered(3))
         new.send(b"new")
@@ -138,8 +134,7 @@ def test_consumers_keep_what_they_have(scene: Scene, monkeypatch: pytest.MonkeyP
 def test_full_target_drops_nothing(tmp_path: Path, servers: jetstream_server.Servers,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(tmp_path, servers, MAX_MSGS_NUM=10)
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(10))
+    send(scene.old, *numbered(10))
     monkeypatch.setattr(migration, "_PATIENCE_SECS", 0.5)
     with pytest.raises(errors.QueueFullError, match="start its subscribers there"):
         control.migrate(scene.old, "queue", scene.target)
@@ -147,26 +142,18 @@ def test_full_target_drops_nothing(tmp_path: Path, servers: jetstream_server.Ser
     monkeypatch.undo()
     with receiving(scene.new) as rest:
         control.migrate(scene.old, "queue", scene.target)
-        until(lambda: set(lags(scene.new).values()) == {0}, "the subscribers")
-    assert {
-        name: found[name] + rest[name]
-        for name in "abc"
-    } == {
-        name: numbered(10)
-        for name in "abc"
-    }
+    for name in "abc":
+        assert found[name] + rest[name] == numbered(10)
 
 
 @pytest.mark.parametrize("count, size", [(200, 20000), (600, 100000)])
 def test_frames_count_at_the_mark_of_bytes(tmp_path: Path, servers: jetstream_server.Servers,
                                            count: int, size: int) -> None:
     scene = Scene(tmp_path, servers, HWM_LMDB_SIZE_BYTES=size)
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(count))
+    send(scene.old, *numbered(count))
     control.initialize_all_dbs(scene.new)
     with receiving(scene.new) as found:
         moved = control.migrate(scene.old, "queue", scene.target)
-        until(lambda: set(lags(scene.new).values()) == {0}, "the subscribers")
     assert moved == {name: (count, 0) for name in "abc"}
     assert found == {name: numbered(count) for name in "abc"}
 
@@ -211,8 +198,7 @@ def test_killed_in_the_middle(scene: Scene) -> None:
 
 def test_message_that_was_put_before_the_kill_is_not_put_again(
         scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(5))
+    send(scene.old, *numbered(5))
 
     class Killed(Exception):
         pass
@@ -232,8 +218,7 @@ def test_message_that_was_put_before_the_kill_is_not_put_again(
 def test_messages_of_a_queue_that_was_created_again_are_others(scene: Scene) -> None:
     """Its numbers begin anew, and the servers remember ids for two minutes."""
     for begin in (0, 5):
-        with open_pub(scene.old) as pub:
-            pub.send_many(numbered(10)[begin:begin + 5])
+        send(scene.old, *numbered(10)[begin:begin + 5])
         control.migrate(scene.old, "queue", scene.target)
         control.drop_queue(scene.old, "queue")
         control.initialize_all_dbs(scene.old)
@@ -242,16 +227,14 @@ def test_messages_of_a_queue_that_was_created_again_are_others(scene: Scene) -> 
 
 def limit_deliveries(config_pth: Path, **entries: Any) -> None:
     """Let messages of a subscriber be delivered once, and dropped if that failed."""
-    described = json.loads(config_pth.read_text())
-    for name in ("a", "b", "c"):
-        described[name].update({"max_deliveries": 1, **entries})
-    config_pth.write_text(json.dumps(described))
+    with edited(config_pth) as described:
+        for name in "abc":
+            described[name].update({"max_deliveries": 1, **entries})
 
 
 def test_move_that_is_killed_is_no_delivery(scene: Scene) -> None:
     limit_deliveries(scene.old)
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(50))
+    send(scene.old, *numbered(50))
 
     def move(_: Connection) -> None:
         # Taken, and not put yet.
@@ -270,8 +253,7 @@ def test_move_that_fails_is_no_delivery(tmp_path: Path, servers: jetstream_serve
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(tmp_path, servers, MAX_MSGS_NUM=10)
     limit_deliveries(scene.old, retry_delay_secs=3600)
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(10))
+    send(scene.old, *numbered(10))
     monkeypatch.setattr(migration, "_PATIENCE_SECS", 0.5)
     for _ in range(2):
         with pytest.raises(errors.QueueFullError, match="start its subscribers there"):
@@ -280,14 +262,12 @@ def test_move_that_fails_is_no_delivery(tmp_path: Path, servers: jetstream_serve
     assert not any(found.failed for found in control.statistics(scene.old)["queue"].subscribers)
     with receiving(scene.new) as found:
         control.migrate(scene.old, "queue", scene.target)
-        until(lambda: set(lags(scene.new).values()) == {0}, "the subscribers")
     assert found == {name: numbered(10) for name in "abc"}
 
 
 def test_what_was_delivered_often_enough_is_given_up_by_a_move(scene: Scene) -> None:
     limit_deliveries(scene.old)
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(3))
+    send(scene.old, *numbered(3))
 
     def die(_: Connection) -> None:
         with open_sub(scene.old, "a") as sub, sub.receive(timeout=HANG_SECS) as msg:
@@ -302,8 +282,7 @@ def test_what_was_delivered_often_enough_is_given_up_by_a_move(scene: Scene) -> 
 
 
 def test_command(scene: Scene) -> None:
-    with open_pub(scene.old) as pub:
-        pub.send_many(numbered(7))
+    send(scene.old, *numbered(7))
     code = "import sys; import persipubsub.__main__ as main; sys.exit(main.main())"
     run = run_python(code, "migrate", scene.old, "--to", scene.target)
     assert (run.returncode, run.stderr) == (0, "")
