@@ -1,12 +1,15 @@
 """Test taking messages: large batches, damage, a close before the end."""
 
+import concurrent.futures
+import itertools
+import threading
 from pathlib import Path
 
 import pytest
 
 import persipubsub.queue
 from persipubsub import errors
-from persipubsub.lmdb_engine import attempts
+from persipubsub.lmdb_engine import attempts, consuming
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log
 from tests import stores
@@ -28,6 +31,30 @@ def test_number_that_a_rebuild_left_empty(tmp_path: Path) -> None:
         assert [rebuilt.consumer("sub").take_at(number)
                 for number in (last, last - 1)] == [None] * 2
         assert stores.take_all(rebuilt) == [b"1", b"2"]
+
+
+def take_until_closed(consumer: consuming.Consumer, begun: threading.Semaphore) -> None:
+    with pytest.raises(errors.ClosedError):
+        for is_newest in itertools.cycle([False, False, True]):
+            if (lease := consumer.take(timeout=0, is_newest=is_newest)) is not None:
+                lease.nack()
+            consumer.front()
+            begun.release()
+
+
+def test_close_beside_consumers_is_the_only_error(tmp_path: Path) -> None:
+    with stores.opened(tmp_path) as queue:
+        queue.put([b"message"] * 20)
+        for _ in range(60):
+            other, begun = stores.again(queue), threading.Semaphore(0)
+            with concurrent.futures.ThreadPoolExecutor(3) as executor:
+                futures = [
+                    executor.submit(take_until_closed, other.consumer("sub"), begun)
+                    for _ in range(3)
+                ]
+                begun.acquire()
+                other.close()
+            assert [future.exception() for future in futures] == [None] * 3
 
 
 # Damage

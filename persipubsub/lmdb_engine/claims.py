@@ -157,6 +157,10 @@ class Claims:
                 # The kernel names any claim in the range, not always the first.
                 count = max(found[0], start) - start
             return count
+        except (ValueError, persipubsub.errors.StoreError) as error:
+            if not self.is_closed:
+                raise
+            raise self._closed_error() from error
         finally:
             self._idle.append(file)
 
@@ -215,8 +219,7 @@ class Claims:
     def _open(self) -> io.FileIO:
         """Open one more descriptor."""
         if self.is_closed:
-            raise persipubsub.errors.ClosedError(
-                f"Expected {self._path} in use, but got: the queue was closed")
+            raise self._closed_error()
         file = io.FileIO(files.open_file(self._path), "r+")
         status = os.fstat(file.fileno())
         found = files.Identity(status.st_dev, status.st_ino)
@@ -228,6 +231,11 @@ class Claims:
         self._identity = found
         self._all[file] = None
         return file
+
+    def _closed_error(self) -> persipubsub.errors.ClosedError:
+        """Describe that another thread closed the files."""
+        return persipubsub.errors.ClosedError(
+            f"Expected {self._path} in use, but got: the queue was closed")
 
     def _discard(self, file: io.FileIO) -> None:
         """Close a descriptor, which gives back all of its locks."""

@@ -325,6 +325,11 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             self._remove(error.number, "corrupt")
             raise persipubsub.errors.CorruptMessageError(f"{error}. It was set aside.",
                                                          number=error.number) from None
+        except (ValueError, persipubsub.errors.StoreError) as error:
+            if not claims.is_closed:
+                raise
+            # Another thread closed the file of the claim, before or during a call for it.
+            raise self.closed_error() from error
         finally:
             if lease is None:
                 claims.release(claim)
