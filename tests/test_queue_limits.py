@@ -196,9 +196,11 @@ class _Sender(logging.Handler):
             self.queue.put([b"warning"])
 
 
+@pytest.mark.parametrize("durability", [stores.FSYNC, stores.OS])
 @pytest.mark.parametrize("key, limit", [("max_msgs_num", 10), ("max_db_size_bytes", 1 << 20)])
-def test_warnings_are_given_outside_of_transactions(tmp_path: Path, key: str, limit: Any) -> None:
-    with stores.opened(tmp_path, **{key: limit}) as queue:
+def test_warnings_are_given_outside_of_transactions(tmp_path: Path, key: str, limit: Any,
+                                                    durability: object) -> None:
+    with stores.opened(tmp_path, durability=durability, **{key: limit}) as queue:
         handler = _Sender(queue)
         logger = logging.getLogger("persipubsub.queue")
         logger.addHandler(handler)
@@ -208,7 +210,8 @@ def test_warnings_are_given_outside_of_transactions(tmp_path: Path, key: str, li
                 queue.put([bytes(50000)])
 
         try:
-            # A transaction inside of another one would hang.
+            # A transaction inside of another one would hang, and so would a thread that sends for
+            # others and waits for itself.
             thread = threading.Thread(target=send, daemon=True)
             thread.start()
             thread.join(support.HANG_SECS)

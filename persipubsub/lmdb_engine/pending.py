@@ -5,7 +5,6 @@ Of what is pending (see ``positions``), a message that failed may not be deliver
 ``retry_at_ns``, and one whose deliveries are exhausted is not delivered at all.
 """
 
-import types
 from collections.abc import Callable, Mapping, Set
 from typing import Final, NamedTuple
 
@@ -88,11 +87,7 @@ class Pending:
 
     # Searching
 
-    def find(self,
-             tx: Tx,
-             start: int,
-             max_messages: int = 1,
-             held: Mapping[int, int] = types.MappingProxyType({})) -> Look:
+    def find(self, tx: Tx, start: int, max_messages: int, held: Mapping[int, int]) -> Look:
         """
         Find the next message that may be delivered now, and how many may be claimed with it.
 
@@ -170,7 +165,7 @@ class Pending:
 
     def copy_next(self, tx: Tx, start: int) -> tuple[Look, bytes | None]:
         """Copy the next message that may be delivered now, even if its deliveries are exhausted."""
-        look = self.find(tx, start)
+        look = self.find(tx, start, 1, {})
         found = log.seek(tx.cursor(), look.number) if look.number else None
         if found is None:
             return look, None

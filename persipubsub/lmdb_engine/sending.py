@@ -116,22 +116,29 @@ class _Line:
         self.main_thread = threading.main_thread().ident
         self._lock = threading.Lock()  # guards the two below, for a moment
         self._waiting: list[_Batch] = []
-        self._is_led = False
+        # The thread that sends for all; 0: none; -1: the first one that waits is about to.
+        self._leader = 0
 
     def send(self, batch: _Batch, send_all: Callable[[Sequence[_Batch]], None]) -> None:
         """Send a batch with those of the threads that wait, or wait until another thread sends it."""
+        if self._leader == threading.get_ident():
+            # A handler of the user's log sends, while this thread warns of messages that it dropped.
+            send_all([batch])
+            return
         with self._lock:
             self._waiting.append(batch)
             batch.waiter = None
-            if self._is_led:
+            if self._leader:
                 batch.waiter = threading.Lock()
                 batch.waiter.acquire()  # pylint: disable=consider-using-with
-            self._is_led = True
+            else:
+                self._leader = -1
         if batch.waiter is not None:
             batch.waiter.acquire()  # pylint: disable=consider-using-with
             if batch not in self._waiting:
                 return  # it was sent
         with self._lock:
+            self._leader = threading.get_ident()
             batches, self._waiting = self._waiting, []
         try:
             send_all(batches)
@@ -143,7 +150,7 @@ class _Line:
             with self._lock:
                 # The first one that came meanwhile is the next to send for all.
                 following = self._waiting[:1]
-                self._is_led = bool(following)
+                self._leader = -1 if following else 0
             for one in (*batches, *following):
                 if one.waiter is not None and one is not batch:
                     one.waiter.release()
