@@ -24,14 +24,13 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
-import persipubsub.config
-import persipubsub.engine
-import persipubsub.errors
-import persipubsub.face
-import persipubsub.statistics
-from persipubsub.engine import Lease, Sending
+from persipubsub import face
+from persipubsub.config import ConfigLike
+from persipubsub.engine import Consumer, Lease, Listener, Queue, Sending, TaskConsumer, TaskQueue
+from persipubsub.errors import CorruptMessageError, PersipubsubError, QueueFullError
 from persipubsub.face import BytesLike, ContentT, MessageId, Parts
 from persipubsub.message import Message
+from persipubsub.statistics import SubscriberStatistics
 
 __all__ = ["Messages", "Pub", "Receipt", "Sub"]
 
@@ -109,7 +108,7 @@ async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = 
     return done.result()
 
 
-class _Handle(persipubsub.face.Handle[persipubsub.face.OpenT]):
+class _Handle(face.Handle[face.OpenT]):
     """Publisher or subscriber for tasks."""
 
     async def _open(self, *given: Any) -> None:
@@ -150,8 +149,7 @@ class _Outbox:
     and their messages stay in order.
     """
 
-    def __init__(self, queue: persipubsub.engine.TaskQueue,
-                 loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, queue: TaskQueue, loop: asyncio.AbstractEventLoop) -> None:
         self.queue = queue
         self._loop = loop
         self._waiting: list[tuple[Sending, "asyncio.Future[None]"]] = []
@@ -196,7 +194,7 @@ class _Outbox:
         self._start()
 
 
-class Pub(_Handle[persipubsub.face.Target]):
+class Pub(_Handle[face.Target]):
     """
     Send messages to the queue of a publisher, as :py:class:`persipubsub.publisher.Pub` does.
 
@@ -218,11 +216,11 @@ class Pub(_Handle[persipubsub.face.Target]):
     >>> directory.cleanup()
     """
 
-    _kind = persipubsub.face.Target
+    _kind = face.Target
 
     def __init__(self,
                  pub_id: str | None = None,
-                 config_pth: persipubsub.config.ConfigLike | None = None,
+                 config_pth: ConfigLike | None = None,
                  autosync: bool = False) -> None:
         """
         Initialize without a queue; ``async with`` opens it, or :py:meth:`init` does.
@@ -235,10 +233,7 @@ class Pub(_Handle[persipubsub.face.Target]):
         super().__init__(pub_id, config_pth, autosync)
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
 
-    async def init(self,
-                   pub_id: str,
-                   config_pth: persipubsub.config.ConfigLike,
-                   autosync: bool = False) -> None:
+    async def init(self, pub_id: str, config_pth: ConfigLike, autosync: bool = False) -> None:
         """
         Open the queue of a publisher. A queue that was open before is closed.
 
@@ -298,27 +293,26 @@ class Pub(_Handle[persipubsub.face.Target]):
         :raise PersipubsubError: otherwise as :py:meth:`send` does
         """
         target = self._require()
-        seconds = persipubsub.face.seconds_of(timeout)
+        seconds = face.seconds_of(timeout)
         for messages, ids in target.batches(msgs, msg_ids):
             if hasattr(target.queue, "aput"):
                 await target.queue.aput(messages, target.recipients, seconds, ids)
             else:
                 await self._put(target.queue, (messages, target.recipients, ids), seconds)
 
-    async def _put(self, queue: persipubsub.engine.Queue, sending: Sending,
-                   timeout: float | None) -> None:
+    async def _put(self, queue: Queue, sending: Sending, timeout: float | None) -> None:
         loop = asyncio.get_running_loop()
         outbox = self._outboxes.get(loop)
         if outbox is None or outbox.queue is not queue:
             for other in [other for other in self._outboxes if other.is_closed()]:
                 del self._outboxes[other]
-            outbox = _Outbox(cast(persipubsub.engine.TaskQueue, queue), loop)
+            outbox = _Outbox(cast(TaskQueue, queue), loop)
             self._outboxes[loop] = outbox
         deadline = math.inf if timeout is None else loop.time() + timeout
         while True:
             try:
                 return await outbox.put(sending)
-            except persipubsub.errors.QueueFullError:
+            except QueueFullError:
                 pause = min(_ROOM_SECS, deadline - loop.time())
                 if pause <= 0 or not outbox.queue.waits_for_room:
                     raise
@@ -347,7 +341,7 @@ class _Line:
     thread, and 16 tasks received half as much.
     """
 
-    def __init__(self, consumer: persipubsub.engine.TaskConsumer, is_newest: bool,
+    def __init__(self, consumer: TaskConsumer, is_newest: bool,
                  loop: asyncio.AbstractEventLoop) -> None:
         self.consumer = consumer
         self._is_newest = is_newest
@@ -355,7 +349,7 @@ class _Line:
         self._waiters: list[_Waiter] = []
         self._is_looking = False
         self._is_due = False  # there is a reason for another look since the last one began
-        self._listener: persipubsub.engine.Listener | None = None
+        self._listener: Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def take(self, timeout: float | None, poll_secs: float,
@@ -427,7 +421,7 @@ class _Line:
         rest = [waiter for waiter in waiters[len(leases):] if not waiter.future.done()]
         if error is not None:
             self._forget_listener()  # the queue may be closed
-        if isinstance(error, persipubsub.errors.CorruptMessageError):
+        if isinstance(error, CorruptMessageError):
             del rest[1:]  # the message was set aside: the next waiter gets the one after it
         now = self._loop.time()
         for waiter in rest:
@@ -455,14 +449,14 @@ def _give_back(lease: Lease | None) -> None:
 
 async def _end(lease: Lease | None, parts: Parts) -> None:
     if not hasattr(lease, "aack"):
-        await _run(functools.partial(persipubsub.face.end, lease, parts))
+        await _run(functools.partial(face.end, lease, parts))
         return
     async with contextlib.AsyncExitStack() as stack:
         for method, given in reversed(parts):
             stack.push_async_callback(getattr(lease, f"a{method}"), *given)
 
 
-class Receipt(persipubsub.face.Block[ContentT]):
+class Receipt(face.Block[ContentT]):
     """
     One message, or a list of several, in an ``async with`` block.
 
@@ -480,7 +474,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
 
         :return: message, None if none came in time; or a list, empty if none came in time
         """
-        take, self._take = self._take, persipubsub.face.refuse
+        take, self._take = self._take, face.refuse
         return self._hold(await take())
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -490,7 +484,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
             await self._end(self._lease, [("ack", []) if error is None else ("nack", [error])])
 
 
-class Messages(persipubsub.face.Batch[ContentT]):
+class Messages(face.Batch[ContentT]):
     """
     Iterate over messages, and acknowledge them when the next one is asked for.
 
@@ -525,7 +519,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
             await self._end(*self._finish(self._given))
         else:
             # The exception of the block matters more.
-            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            with contextlib.suppress(PersipubsubError):
                 await self._end(*self._finish(self._given - 1, error))
 
     def __aiter__(self) -> Self:
@@ -566,12 +560,12 @@ class Messages(persipubsub.face.Batch[ContentT]):
     def __del__(self) -> None:
         """Give back the messages of a loop that was left."""
         if getattr(self, "_lease", None) is not None:
-            _submit(functools.partial(persipubsub.face.end, *self._finish(self._given - 1)))
+            _submit(functools.partial(face.end, *self._finish(self._given - 1)))
 
 
-class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | None],
-                                    Receipt[list[bytes]], Receipt[list[Message]], Messages[bytes],
-                                    Messages[Message]], _Handle[persipubsub.face.Source]):
+class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[list[bytes]],
+                        Receipt[list[Message]], Messages[bytes], Messages[Message]],
+          _Handle[face.Source]):
     """
     Receive the messages of a subscriber, as :py:class:`persipubsub.subscriber.Sub` does.
 
@@ -601,9 +595,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
     _receipt = Receipt
     _messages = Messages
 
-    def __init__(self,
-                 sub_id: str | None = None,
-                 config_pth: persipubsub.config.ConfigLike | None = None) -> None:
+    def __init__(self, sub_id: str | None = None, config_pth: ConfigLike | None = None) -> None:
         """
         Initialize without a queue; ``async with`` opens it, or :py:meth:`init` does.
 
@@ -616,7 +608,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         self._lines: dict[tuple[asyncio.AbstractEventLoop, bool], _Line] = {}
         self._endings: set["asyncio.Future[None]"] = set()
 
-    async def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
+    async def init(self, sub_id: str, config_pth: ConfigLike) -> None:
         """
         Open the queue of a subscriber. A queue that was open before is closed.
 
@@ -644,11 +636,11 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         finally:
             await super().close()
 
-    def _replace(self, opened: persipubsub.face.Source | None) -> None:
+    def _replace(self, opened: face.Source | None) -> None:
         super()._replace(opened)
         self._leave(None if opened is None else opened.consumer)
 
-    def _leave(self, consumer: persipubsub.engine.Consumer | None) -> None:
+    def _leave(self, consumer: Consumer | None) -> None:
         """Let tasks fail that wait for messages of another consumer, or in a closed loop."""
         for key, line in list(self._lines.items()):
             if line.consumer is not consumer or key[0].is_closed():
@@ -688,7 +680,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         source = self._require()
         await _run(lambda: source.queue.skip_to_newest(source.subscriber))
 
-    async def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
+    async def statistics(self) -> SubscriberStatistics:
         """
         Count what waits for the subscriber, and what was dropped before it was read.
 
@@ -697,7 +689,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         return await _run(self._require().statistics)
 
     def _taker(self, timeout: float | None, poll_secs: float, max_messages: int,
-               is_newest: bool) -> persipubsub.face.Take:
+               is_newest: bool) -> face.Take:
         consumer = self._require().consumer
         if hasattr(consumer, "atake"):
             return functools.partial(consumer.atake, timeout, max_messages, is_newest)
@@ -705,6 +697,6 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         line = self._lines.get(key)
         if line is None or line.consumer is not consumer:
             self._leave(consumer)
-            line = _Line(cast(persipubsub.engine.TaskConsumer, consumer), is_newest, key[0])
+            line = _Line(cast(TaskConsumer, consumer), is_newest, key[0])
             self._lines[key] = line
         return functools.partial(line.take, timeout, poll_secs, max_messages)

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final, NoReturn, TypeAlias, TypeVar, get_args
 import msgspec
 import msgspec.structs
 
-import persipubsub.errors
+from persipubsub.errors import ConfigError, ConfigNotFoundError
 
 __all__ = [
     "Strategy", "Durability", "StartFrom", "HighWaterMark", "Queue", "Publisher", "Subscriber",
@@ -286,9 +286,9 @@ def read(config_pth: ConfigLike) -> Config:
         with open(path, "rb") as file:
             return parse(file.read(), path)
     except (OSError, ValueError) as error:
-        kind = persipubsub.errors.ConfigError
+        kind = ConfigError
         if isinstance(error, FileNotFoundError):
-            kind = persipubsub.errors.ConfigNotFoundError
+            kind = ConfigNotFoundError
         reason = getattr(error, "strerror", None) or error
         fail(path, [f"Expected a file that can be read, but got: {reason}"], kind)
 
@@ -411,7 +411,7 @@ def at(place: str, key: str) -> str:
 
 def fail(path: pathlib.Path,
          problems: Sequence[str],
-         kind: type[persipubsub.errors.ConfigError] = persipubsub.errors.ConfigError) -> NoReturn:
+         kind: type[ConfigError] = ConfigError) -> NoReturn:
     """
     Raise the error about a configuration: the first problem, and how many more there are.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import persipubsub.config
 import persipubsub.engine
 import persipubsub.errors
-from persipubsub.config import Config, ConfigLike
+from persipubsub.config import DEAD_LETTERS, Config, ConfigLike, check_identifier
 from persipubsub.message import Peeked
 from persipubsub.statistics import InFlight, Progress, QueueStatistics
 
@@ -89,8 +89,8 @@ def _subscriber(config_pth: ConfigLike, sub_id: str, queue_key: str | None) -> t
     if not isinstance(sub_id, str):
         raise TypeError(f"Expected the id of a subscriber as str, but got: {sub_id!r}")
     # DEAD_LETTERS is reserved but allowed here: on servers, peek is the only way to look at them.
-    if sub_id != persipubsub.config.DEAD_LETTERS:
-        persipubsub.config.check_identifier(sub_id, config.path)
+    if sub_id != DEAD_LETTERS:
+        check_identifier(sub_id, config.path)
     key = config.subscriber(sub_id).in_queue if queue_key is None else queue_key
     config.queue_path(key)
     return config, key
@@ -513,7 +513,7 @@ def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> b
     """
     config, key = _subscriber(config_pth, subscriber, queue_key)
     # Only the initialization adds the subscriber of dead letters.
-    persipubsub.config.check_identifier(subscriber, config.path)
+    check_identifier(subscriber, config.path)
     return bool(_operate(config, key, "add_subscriber", subscriber))
 
 

@@ -19,8 +19,9 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Final, Protocol, cast
 
 import persipubsub.config
-import persipubsub.message
-import persipubsub.statistics
+from persipubsub.config import Config
+from persipubsub.message import Message, Peeked
+from persipubsub.statistics import QueueStatistics
 
 #: Modules by the scheme of a queue's path; a directory has none.
 _MODULES: Final = {"": "persipubsub.queue", "nats": "persipubsub.jetstream.engine"}
@@ -54,7 +55,7 @@ class Lease(Protocol):
     def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """Give the messages back to be delivered again. No error: nobody worked on them."""
 
-    def details(self) -> list[persipubsub.message.Message]:
+    def details(self) -> list[Message]:
         """Return the messages with all that is known of them."""
 
 
@@ -110,7 +111,7 @@ class Queue(Protocol):
     def clear(self) -> int:
         """Drop all messages; return how many deliveries were dropped."""
 
-    def statistics(self) -> persipubsub.statistics.QueueStatistics:
+    def statistics(self) -> QueueStatistics:
         """Count what is in the queue."""
 
     def close(self) -> None:
@@ -124,26 +125,24 @@ class Engine(Protocol):
     Its class ``Queue`` may have further methods for operators, see :py:mod:`persipubsub.control`.
     """
 
-    def ensure_queue(self, config: persipubsub.config.Config, queue_key: str) -> None:
+    def ensure_queue(self, config: Config, queue_key: str) -> None:
         """Create a queue and its subscribers, as far as they are not there."""
 
-    def open_queue(self, config: persipubsub.config.Config, queue_key: str) -> Queue:
+    def open_queue(self, config: Config, queue_key: str) -> Queue:
         """Open a queue that was initialized."""
 
-    def statistics_of(self, config: persipubsub.config.Config,
-                      queue_key: str) -> persipubsub.statistics.QueueStatistics:
+    def statistics_of(self, config: Config, queue_key: str) -> QueueStatistics:
         """Count what is in a queue without taking part in it."""
 
-    def peek(self, config: persipubsub.config.Config, queue_key: str, subscriber: str, count: int,
-             start: int) -> Sequence[persipubsub.message.Peeked]:
+    def peek(self, config: Config, queue_key: str, subscriber: str, count: int,
+             start: int) -> Sequence[Peeked]:
         """Look at the next messages of a subscriber without taking them."""
 
-    def follow(self, config: persipubsub.config.Config, queue_key: str,
-               last: int) -> Generator[list[persipubsub.message.Peeked], None, None]:
+    def follow(self, config: Config, queue_key: str,
+               last: int) -> Generator[list[Peeked], None, None]:
         """Look at the messages of a queue as they are sent, for ever."""
 
-    def check_durability(self, config: persipubsub.config.Config,
-                         queue_key: str) -> tuple[str, ...]:
+    def check_durability(self, config: Config, queue_key: str) -> tuple[str, ...]:
         """Return warnings if the queue is less durable than its configuration says."""
 
 
@@ -193,7 +192,7 @@ class TaskQueue(Queue, Protocol):
 # nack that is cancelled is carried out.
 
 
-def of(config: persipubsub.config.Config, queue_key: str) -> Engine:
+def of(config: Config, queue_key: str) -> Engine:
     """
     Import the engine of a queue.
 

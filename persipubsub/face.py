@@ -12,10 +12,11 @@ from typing import (Any, Final, Generic, Literal, NamedTuple, NoReturn, Self, Ty
                     overload)
 
 import persipubsub.config
-import persipubsub.engine
-import persipubsub.errors
-import persipubsub.statistics
-from persipubsub.engine import Lease, Queue
+from persipubsub import engine
+from persipubsub.config import Config, ConfigLike
+from persipubsub.engine import MAX_ID_BYTES, Consumer, Lease, MessageIds, Queue, Recipients
+from persipubsub.errors import ClosedError, NotInitializedError
+from persipubsub.statistics import SubscriberStatistics
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
@@ -31,10 +32,10 @@ ResultT = TypeVar("ResultT")
 _FOREVER_SECS: Final = 1e9
 
 
-def _open_queue(config: persipubsub.config.Config, queue_key: str,
+def _open_queue(config: Config, queue_key: str,
                 look_up: Callable[[Queue], ResultT]) -> tuple[Queue, ResultT]:
     """Open a queue and look something up in it; if that fails, the queue is closed again."""
-    queue = persipubsub.engine.of(config, queue_key).open_queue(config, queue_key)
+    queue = engine.of(config, queue_key).open_queue(config, queue_key)
     try:
         return queue, look_up(queue)
     except BaseException:
@@ -47,11 +48,11 @@ class Target(NamedTuple):
 
     name: str  #: of the publisher and its queue
     queue: Queue
-    recipients: persipubsub.engine.Recipients
+    recipients: Recipients
     autosync: bool  #: each message of several has a commit of its own
 
     @classmethod
-    def open(cls, pub_id: str, config_pth: persipubsub.config.ConfigLike, autosync: bool) -> Self:
+    def open(cls, pub_id: str, config_pth: ConfigLike, autosync: bool) -> Self:
         """Open the queue of a publisher."""
         config = persipubsub.config.read(config_pth)
         publisher = config.publisher(pub_id)
@@ -61,9 +62,8 @@ class Target(NamedTuple):
         recipients = None if is_everybody else tuple(sorted(names))
         return cls(f"{pub_id!r} of the queue {key!r}", queue, recipients, autosync)
 
-    def batches(
-        self, msgs: Iterable[BytesLike], msg_ids: Sequence[MessageId | None] | None
-    ) -> list[tuple[list[bytes], persipubsub.engine.MessageIds]]:
+    def batches(self, msgs: Iterable[BytesLike],
+                msg_ids: Sequence[MessageId | None] | None) -> list[tuple[list[bytes], MessageIds]]:
         """Check all messages before the first one is sent; return what each commit puts."""
         messages = encode_all(msgs)
         ids = None if msg_ids is None else encode_ids(msg_ids, count=len(messages))
@@ -80,23 +80,23 @@ class Source(NamedTuple):
 
     name: str  #: of the subscriber and its queue
     queue: Queue
-    consumer: persipubsub.engine.Consumer
+    consumer: Consumer
     subscriber: str
 
     @classmethod
-    def open(cls, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> Self:
+    def open(cls, sub_id: str, config_pth: ConfigLike) -> Self:
         """Open the queue of a subscriber."""
         config = persipubsub.config.read(config_pth)
         key = config.subscriber(sub_id).in_queue
         queue, consumer = _open_queue(config, key, lambda queue: queue.consumer(sub_id))
         return cls(f"{sub_id!r} of the queue {key!r}", queue, consumer, sub_id)
 
-    def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
+    def statistics(self) -> SubscriberStatistics:
         """Return the figures of the subscriber."""
         for found in self.queue.statistics().subscribers:
             if found.subscriber == self.subscriber:
                 return found
-        raise persipubsub.errors.NotInitializedError(
+        raise NotInitializedError(
             f"Expected the subscriber {self.subscriber!r} in the queue, but got: it was removed; "
             "call persipubsub.control.initialize_all_dbs")
 
@@ -113,8 +113,8 @@ class Handle(Generic[OpenT]):
 
     _kind: type[OpenT]
 
-    def __init__(self, identifier: str | None, config_pth: persipubsub.config.ConfigLike | None,
-                 *options: bool) -> None:
+    def __init__(self, identifier: str | None, config_pth: ConfigLike | None, *options:
+                 bool) -> None:
         """Initialize without a queue."""
         self._given = None if identifier is None else (identifier, config_pth, *options)
         self._name = "" if identifier is None else f"{identifier!r}, "
@@ -127,7 +127,7 @@ class Handle(Generic[OpenT]):
         """Return what is open."""
         opened = self._opened
         if opened is None:
-            raise persipubsub.errors.ClosedError(
+            raise ClosedError(
                 f"Expected {self!r} to be open, but got: init() was not called, or close() was")
         return opened
 
@@ -162,8 +162,8 @@ class Handle(Generic[OpenT]):
 class Blocking(Handle[OpenT]):
     """Publisher or subscriber for threads."""
 
-    def __init__(self, identifier: str | None, config_pth: persipubsub.config.ConfigLike | None,
-                 *options: bool) -> None:
+    def __init__(self, identifier: str | None, config_pth: ConfigLike | None, *options:
+                 bool) -> None:
         """Open a queue, if one is given."""
         super().__init__(identifier, config_pth, *options)
         if self._given is not None:
@@ -535,8 +535,8 @@ def _encode_id(msg_id: object) -> bytes:
         raise TypeError(
             f"Expected an id of a message of type str or bytes, but got: {type(msg_id).__name__}")
     encoded = bytes(msg_id) if isinstance(msg_id, bytes) else msg_id.encode("utf-8")
-    if not 0 < len(encoded) <= persipubsub.engine.MAX_ID_BYTES:
-        raise ValueError(f"Expected an id of a message of 1 to {persipubsub.engine.MAX_ID_BYTES} "
+    if not 0 < len(encoded) <= MAX_ID_BYTES:
+        raise ValueError(f"Expected an id of a message of 1 to {MAX_ID_BYTES} "
                          f"bytes, but got: {len(encoded)} bytes")
     return encoded
 

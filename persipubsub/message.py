@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-import persipubsub.errors
+from persipubsub.errors import CorruptMessageError
 
 __all__ = [
     "Message", "Peeked", "DeadLetter", "Place", "give_up", "text_of", "retry_delay_ns", "time_ns_of"
@@ -97,10 +97,10 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
         try:
             letter = msgspec.msgpack.decode(msg, type=cls)
         except msgspec.DecodeError as error:
-            raise persipubsub.errors.CorruptMessageError(
-                f"Expected a dead letter, but got {len(msg)} bytes: {error}", number=0) from error
+            raise CorruptMessageError(f"Expected a dead letter, but got {len(msg)} bytes: {error}",
+                                      number=0) from error
         if letter.version != 1:
-            raise persipubsub.errors.CorruptMessageError(
+            raise CorruptMessageError(
                 f"Expected a dead letter of the version 1, but got: {letter.version!r}",
                 number=letter.number)
         return letter

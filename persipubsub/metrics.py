@@ -25,8 +25,8 @@ except ModuleNotFoundError as _error:
 
 import persipubsub.config
 import persipubsub.control
-import persipubsub.errors
-import persipubsub.statistics
+from persipubsub.errors import ConfigError, PersipubsubError
+from persipubsub.statistics import QueueStatistics
 
 __all__ = ["Collector", "serve"]
 
@@ -111,7 +111,7 @@ class Collector(prometheus_client.registry.Collector):
         :return: metrics
         """
         config = None
-        with contextlib.suppress(persipubsub.errors.ConfigError):
+        with contextlib.suppress(ConfigError):
             config = persipubsub.config.read(self._config_pth)
         keys = list(config.queues) if config is not None else []
         if self._queue_key is not None:
@@ -158,21 +158,20 @@ def _metric(name: str, text: str, labels: Sequence[str],
     return family
 
 
-def _look_at(config: persipubsub.config.Config,
-             keys: Sequence[str]) -> dict[str, persipubsub.statistics.QueueStatistics]:
+def _look_at(config: persipubsub.config.Config, keys: Sequence[str]) -> dict[str, QueueStatistics]:
     """
     Count what is in queues, in a thread for each.
 
     One after the other, a few servers that are away would take longer than Prometheus waits, and
     the figures of all others would be missing, too.
     """
-    found: dict[str, persipubsub.statistics.QueueStatistics] = {}
+    found: dict[str, QueueStatistics] = {}
 
     def look(key: str, queue: persipubsub.config.Queue) -> None:
         # The thread has to end soon after the scrape: threads would add up.
         patience = min(queue.busy_timeout_secs, _LOOK_SECS)
         impatient = msgspec.structs.replace(queue, busy_timeout_secs=patience)
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+        with contextlib.suppress(PersipubsubError):
             alone = msgspec.structs.replace(config, queues={key: impatient})
             found.update(persipubsub.control.statistics(alone))
 

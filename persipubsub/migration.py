@@ -21,8 +21,8 @@ import msgspec.structs
 
 import persipubsub.config
 import persipubsub.engine
-import persipubsub.errors
 import persipubsub.queue
+from persipubsub.errors import ConfigError, QueueFullError
 from persipubsub.jetstream import settings
 from persipubsub.lmdb_engine import consuming
 from persipubsub.statistics import Progress
@@ -92,8 +92,7 @@ def _describe(config: persipubsub.config.Config, queue_key: str,
     mark: moving is no reason to lose messages.
     """
     if persipubsub.config.scheme_of(target) != "nats":
-        raise persipubsub.errors.ConfigError(
-            f"Expected the other queue as nats://..., but got: {target!r}")
+        raise ConfigError(f"Expected the other queue as nats://..., but got: {target!r}")
     here = config.queues[queue_key]
     # Rejected: looking for room before each part. Others may take it in between, and the
     # strategy of the file would then drop messages for those that are moved.
@@ -153,7 +152,7 @@ def _put(destination: persipubsub.engine.Queue, subscriber: str, lease: consumin
             destination.put(lease.messages[part], (subscriber, ),
                             timeout=_PATIENCE_SECS,
                             msg_ids=ids[part])
-        except persipubsub.errors.QueueFullError as error:
-            raise persipubsub.errors.QueueFullError(
+        except QueueFullError as error:
+            raise QueueFullError(
                 f"{error}; start its subscribers there, or raise its high-water mark, and repeat"
             ) from error

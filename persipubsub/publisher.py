@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-import persipubsub.config
-import persipubsub.face
+from persipubsub import face
+from persipubsub.config import ConfigLike
 from persipubsub.face import BytesLike, MessageId
 
 __all__ = ["Pub", "BytesLike", "MessageId"]
 
 
-class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
+class Pub(face.Blocking[face.Target]):
     """
     Send messages to the queue of a publisher.
 
@@ -31,11 +31,11 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
     >>> directory.cleanup()
     """
 
-    _kind = persipubsub.face.Target
+    _kind = face.Target
 
     def __init__(self,
                  pub_id: str | None = None,
-                 config_pth: persipubsub.config.ConfigLike | None = None,
+                 config_pth: ConfigLike | None = None,
                  autosync: bool = False) -> None:
         """
         Open the queue of a publisher. Without arguments, call :py:meth:`init` for that.
@@ -48,10 +48,7 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
         """
         super().__init__(pub_id, config_pth, autosync)
 
-    def init(self,
-             pub_id: str,
-             config_pth: persipubsub.config.ConfigLike,
-             autosync: bool = False) -> None:
+    def init(self, pub_id: str, config_pth: ConfigLike, autosync: bool = False) -> None:
         """
         Open the queue of a publisher. A queue that was open before is closed.
 
@@ -99,12 +96,12 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
         target = self._opened or self._require()
         # Not isinstance: an object of a derived class might change.
         if type(msg) is not bytes:  # pylint: disable=unidiomatic-typecheck
-            msg = persipubsub.face.encode(msg)
+            msg = face.encode(msg)
         if timeout is None and msg_id is None:
             target.queue.put((msg, ), target.recipients)
         else:
-            target.queue.put((msg, ), target.recipients, persipubsub.face.seconds_of(timeout),
-                             persipubsub.face.encode_ids((msg_id, ), count=1))
+            target.queue.put((msg, ), target.recipients, face.seconds_of(timeout),
+                             face.encode_ids((msg_id, ), count=1))
 
     def send_many(self,
                   msgs: Sequence[BytesLike],
@@ -143,6 +140,6 @@ class Pub(persipubsub.face.Blocking[persipubsub.face.Target]):
         :raise DiskFullError: if the disk, or the store, has no room
         """
         target = self._require()
-        seconds = persipubsub.face.seconds_of(timeout)
+        seconds = face.seconds_of(timeout)
         for messages, ids in target.batches(msgs, msg_ids):
             target.queue.put(messages, target.recipients, seconds, ids)

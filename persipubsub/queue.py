@@ -14,16 +14,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeVar
 
 import persipubsub.config
-import persipubsub.errors
-import persipubsub.message
 from persipubsub.config import Config
+from persipubsub.errors import ClosedError, PersipubsubError
 from persipubsub.lmdb_engine import attempts, check, claims, consuming, environment, figures
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import meta, positions, retention, room, sending
 from persipubsub.lmdb_engine.dead_letters import DeadLetterWriter, Retries
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.pending import Pending
-from persipubsub.message import Peeked, Place
+from persipubsub.message import Peeked, Place, time_ns_of
 from persipubsub.statistics import QueueStatistics
 
 __all__ = [
@@ -119,7 +118,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
                 opened.members.remove(member)
             opened.drop_logs.remove(self._room.drop_log)
             # Waiting calls notice that it is closed.
-            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            with contextlib.suppress(PersipubsubError):
                 opened.notifier.notify()
         finally:
             environment.release(opened)
@@ -127,8 +126,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def _check_open(self) -> None:
         """Check that the queue was not closed."""
         if self._ending.is_closed:
-            raise persipubsub.errors.ClosedError(
-                f"Expected the queue {self.path} to be open, but got: it was closed")
+            raise ClosedError(f"Expected the queue {self.path} to be open, but got: it was closed")
 
     @property
     def _environment(self) -> environment.Environment:
@@ -192,7 +190,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def seek(self, subscriber: str, to: Place) -> int:
         """Let a subscriber go on from another place, in one transaction and durably."""
         # Checks ``to``. The beginning is the oldest message, of whatever age.
-        wall_ns = 0 if to == "beginning" else persipubsub.message.time_ns_of(to)
+        wall_ns = 0 if to == "beginning" else time_ns_of(to)
 
         def work(tx: Tx) -> int:
             if wall_ns is None:

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
-import persipubsub.config
-import persipubsub.errors
-import persipubsub.face
-import persipubsub.statistics
+from persipubsub import face
+from persipubsub.config import ConfigLike
+from persipubsub.errors import PersipubsubError
 from persipubsub.face import ContentT
 from persipubsub.message import Message
+from persipubsub.statistics import SubscriberStatistics
 
 __all__ = ["Messages", "Receipt", "Sub"]
 
 
-class Receipt(persipubsub.face.Block[ContentT]):
+class Receipt(face.Block[ContentT]):
     """
     One message, or a list of several, in a ``with`` block.
 
@@ -32,7 +32,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
 
         :return: message, None if none came in time; or a list, empty if none came in time
         """
-        take, self._take = self._take, persipubsub.face.refuse
+        take, self._take = self._take, face.refuse
         return self._hold(take())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -46,7 +46,7 @@ class Receipt(persipubsub.face.Block[ContentT]):
                 lease.nack(error)
 
 
-class Messages(persipubsub.face.Batch[ContentT]):
+class Messages(face.Batch[ContentT]):
     """
     Iterate over messages, and acknowledge them when the next one is asked for.
 
@@ -81,7 +81,7 @@ class Messages(persipubsub.face.Batch[ContentT]):
             self._end(*self._finish(self._given))
         else:
             # The exception of the block matters more.
-            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            with contextlib.suppress(PersipubsubError):
                 self._end(*self._finish(self._given - 1, error))
 
     def __iter__(self) -> Iterator[ContentT]:
@@ -122,14 +122,13 @@ class Messages(persipubsub.face.Batch[ContentT]):
     def __del__(self) -> None:
         """Give back the messages of a loop that was left."""
         if getattr(self, "_lease", None) is not None:
-            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            with contextlib.suppress(PersipubsubError):
                 self.close()
 
 
-class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | None],
-                                    Receipt[list[bytes]], Receipt[list[Message]], Messages[bytes],
-                                    Messages[Message]],
-          persipubsub.face.Blocking[persipubsub.face.Source]):
+class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[list[bytes]],
+                        Receipt[list[Message]], Messages[bytes], Messages[Message]],
+          face.Blocking[face.Source]):
     """
     Receive the messages that are addressed to a subscriber, in the order of their commits.
 
@@ -161,11 +160,9 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
 
     _receipt = Receipt
     _messages = Messages
-    _end = staticmethod(persipubsub.face.end)
+    _end = staticmethod(face.end)
 
-    def __init__(self,
-                 sub_id: str | None = None,
-                 config_pth: persipubsub.config.ConfigLike | None = None) -> None:
+    def __init__(self, sub_id: str | None = None, config_pth: ConfigLike | None = None) -> None:
         """
         Open the queue of a subscriber. Without arguments, call :py:meth:`init` for that.
 
@@ -176,7 +173,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         """
         super().__init__(sub_id, config_pth)
 
-    def init(self, sub_id: str, config_pth: persipubsub.config.ConfigLike) -> None:
+    def init(self, sub_id: str, config_pth: ConfigLike) -> None:
         """
         Open the queue of a subscriber. A queue that was open before is closed.
 
@@ -190,7 +187,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         """
         self._open(sub_id, config_pth)
 
-    def _taker(self, *how: Any) -> persipubsub.face.Take:
+    def _taker(self, *how: Any) -> face.Take:
         return functools.partial((self._opened or self._require()).consumer.take, *how)
 
     def __iter__(self) -> Messages[bytes]:
@@ -214,7 +211,7 @@ class Sub(persipubsub.face.Receiver[Receipt[bytes | None], Receipt[Message | Non
         source = self._require()
         source.queue.skip_to_newest(source.subscriber)
 
-    def statistics(self) -> persipubsub.statistics.SubscriberStatistics:
+    def statistics(self) -> SubscriberStatistics:
         """
         Count what waits for the subscriber, and what was dropped before it was read.
 

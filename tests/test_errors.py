@@ -156,7 +156,7 @@ def test_texts_say_what_was_expected_and_what_was_found() -> None:
     """All texts of the package, as far as they can be read from its source."""
     texts: list[str] = []
     package = Path(errors.__file__).parent
-    pattern = re.compile(r"errors\.\w+Error\(\s*((?:f?\"[^\"]*\"\s*)+)")
+    pattern = re.compile(rf"\b(?:{'|'.join(errors.__all__)})\(\s*((?:f?\"[^\"]*\"\s*)+)")
     for path in sorted(package.rglob("*.py")):
         for match in pattern.finditer(path.read_text("utf-8")):
             texts.append("".join(re.findall(r"\"([^\"]*)\"", match.group(1))))

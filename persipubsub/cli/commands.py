@@ -10,8 +10,8 @@ from typing import Final, cast
 import click
 
 import persipubsub
-import persipubsub.errors
 from persipubsub.cli import text
+from persipubsub.errors import PersipubsubError
 
 #: Commands by the headings of the help. The module with the commands has the name of the heading,
 #: and a function has the name of its command, with underscores.
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         text.tell("")
         text.complain("nothing was done")
-    except (click.ClickException, persipubsub.errors.PersipubsubError) as error:
+    except (click.ClickException, PersipubsubError) as error:
         text.complain(str(error))
     except OSError as error:
         # Of a file that was named, or of an output that is full; those of queues are translated.

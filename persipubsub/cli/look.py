@@ -16,8 +16,8 @@ from typing import Final
 import click
 
 import persipubsub.control
-import persipubsub.errors
 from persipubsub.cli import options, text, view
+from persipubsub.errors import PersipubsubError
 from persipubsub.statistics import QueueStatistics
 
 
@@ -28,7 +28,7 @@ def _look(call: options.Call) -> tuple[dict[str, QueueStatistics], dict[str, str
     for key in call.keys():
         try:
             statistics.update(persipubsub.control.statistics(call.config, key))
-        except persipubsub.errors.PersipubsubError as error:
+        except PersipubsubError as error:
             errors[key] = str(error)
     return statistics, errors
 

@@ -15,8 +15,9 @@ import click.shell_completion
 import msgspec
 
 import persipubsub.config
-import persipubsub.errors
 from persipubsub.cli import text
+from persipubsub.config import Config
+from persipubsub.errors import PersipubsubError
 
 #: The environment variable that names the configuration file.
 CONFIG_VARIABLE: Final = "PERSIPUBSUB_CONFIG"
@@ -36,7 +37,7 @@ class Call:
         self.exit_code = 0
 
     @functools.cached_property
-    def config(self) -> persipubsub.config.Config:
+    def config(self) -> Config:
         """Read the configuration file, once."""
         return persipubsub.config.read(self.path)
 
@@ -94,7 +95,7 @@ class Call:
                 line, results[key] = work(key)
                 if line and not self.as_json:
                     self.tell(f"{key}: {line}")
-            except persipubsub.errors.PersipubsubError as error:
+            except PersipubsubError as error:
                 results[key] = {"error": str(error)}
                 self.fail(str(error))
         if self.as_json:
@@ -166,7 +167,7 @@ def _complete(ctx: click.Context, param: click.Parameter,
     path = ctx.params.get("config") or os.environ.get(CONFIG_VARIABLE)
     try:
         found = getattr(persipubsub.config.read(path), f"{param.name}s") if path else []
-    except persipubsub.errors.PersipubsubError:
+    except PersipubsubError:
         found = []
     # A name with an end of a line would be two names for the shell.
     return [

@@ -59,9 +59,8 @@ def parse(path: str) -> Address:
         raise ValueError("Expected servers without credentials (they belong into the environment), "
                          "but got: a name in front of '@'")
     if not _STREAM.fullmatch(stream):
-        raise ValueError(
-            f"Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, 0-9, '_' "
-            f"and '-'), but got: {stream!r}")
+        raise ValueError("Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, "
+                         f"0-9, '_' and '-'), but got: {stream!r}")
     options = _parse_query(query)
     return Address(servers=tuple(map(_parse_server, hosts.split(","))),
                    stream=stream,

@@ -20,7 +20,7 @@ import nats.aio.client
 import nats.aio.msg
 import nats.errors
 
-import persipubsub.errors
+from persipubsub.errors import AccessError, UnavailableError
 from persipubsub.jetstream import errors, loop
 
 #: Environment variables with credentials: arguments of the client, and files.
@@ -255,7 +255,7 @@ class Connection:
             until = deadline if self._latest else min(deadline, begin + _FIRST_SECS)
             if time.monotonic() >= until:
                 found = "none" if self._complaint is None else errors.describe(self._complaint)
-                raise persipubsub.errors.UnavailableError(
+                raise UnavailableError(
                     f"Expected a connection to the servers of {self._path}, but got: {found}")
             await asyncio.sleep(PAUSE_SECS)
         return link
@@ -276,9 +276,8 @@ class Connection:
                     raise errors.translate(self._complaint, self._path) from None
             except Exception as error:
                 # The code in nats-py that reads credentials raises errors of its own, and KeyError.
-                raise persipubsub.errors.AccessError(
-                    f"Expected credentials for {self._path} in NATS_CREDS or NATS_NKEY, but "
-                    f"got: {errors.describe(error)}") from None
+                raise AccessError(f"Expected credentials for {self._path} in NATS_CREDS or "
+                                  f"NATS_NKEY, but got: {errors.describe(error)}") from None
             else:
                 self._link, self._latest, self._complaint = link, server, None
                 if self._is_closed:
@@ -298,8 +297,7 @@ class Connection:
         text = str(complaint).lower()
         if "permissions violation" in text and subject.lower() in text:
             self._complaint = None
-            raise persipubsub.errors.AccessError(
-                f"Expected the rights to use {self._path}, but got: {complaint}")
+            raise AccessError(f"Expected the rights to use {self._path}, but got: {complaint}")
 
     # Asking
 
@@ -346,9 +344,8 @@ def _credentials(path: str) -> dict[str, Any]:
     found = {name: value for name in (*_ARGUMENTS, *_FILES) if (value := os.environ.get(name))}
     for name in _FILES:
         if name in found and not os.access(found[name], os.R_OK):
-            raise persipubsub.errors.AccessError(
-                f"Expected a file that can be read in {name} for the queue {path}, but got: "
-                f"{found[name]!r}")
+            raise AccessError(f"Expected a file that can be read in {name} for the queue {path}, "
+                              f"but got: {found[name]!r}")
     options: dict[str, Any] = {_ARGUMENTS[name]: found[name] for name in _ARGUMENTS.keys() & found}
     if "NATS_CA" in found or "NATS_CERT" in found:
         try:
@@ -356,7 +353,6 @@ def _credentials(path: str) -> dict[str, Any]:
             if "NATS_CERT" in found:
                 options["tls"].load_cert_chain(found["NATS_CERT"], found.get("NATS_KEY"))
         except (OSError, ssl.SSLError) as error:
-            raise persipubsub.errors.AccessError(
-                f"Expected certificates in NATS_CA, NATS_CERT and NATS_KEY for the queue "
-                f"{path}, but got: {error}") from None
+            raise AccessError("Expected certificates in NATS_CA, NATS_CERT and NATS_KEY for the "
+                              f"queue {path}, but got: {error}") from None
     return options

@@ -29,9 +29,9 @@ from typing import Any, Final, NamedTuple
 import nats.aio.msg
 import nats.errors
 
-import persipubsub.errors
-import persipubsub.message
+from persipubsub.errors import PersipubsubError, UnavailableError
 from persipubsub.jetstream import address, connection, errors, publishing, stream
+from persipubsub.message import NO_WORD, Message, give_up, retry_delay_ns
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
@@ -227,8 +227,7 @@ class Delivery:
         self._stream = own
         self._connection = own.connection
         self._subscriber = subscriber
-        self._subject = (f"$JS.API.CONSUMER.MSG.NEXT.{own.name}."
-                         f"{address.durable_of(subscriber)}")
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{own.name}.{address.durable_of(subscriber)}"
         self._entry = own.settings.entry(subscriber)
         self._open_target = open_target
         self._warned = -_WARNING_SECS
@@ -275,8 +274,7 @@ class Delivery:
                 self._held.pop(one.reply, None)
                 await self._tell(one, b"+ACK")
             elif self._is_exhausted(one.attempts - 1):
-                await self._give_up(one._replace(attempts=one.attempts - 1),
-                                    persipubsub.message.NO_WORD)
+                await self._give_up(one._replace(attempts=one.attempts - 1), NO_WORD)
             else:
                 kept.append(one)
         return kept
@@ -349,7 +347,7 @@ class Delivery:
         try:
             link = self._connection.ready() or await self._connection.link(
                 min(max(deadline, now + connection.PAUSE_SECS), now + _HEARTBEAT_SECS))
-        except persipubsub.errors.UnavailableError:
+        except UnavailableError:
             # A loop of short calls does not fail while the servers are away for a moment.
             if self._is_silent():
                 raise
@@ -518,8 +516,7 @@ class Delivery:
                 if one.reply in self._held:
                     await self._give_up(one, error)
             elif self._held.pop(one.reply, None) is not None:
-                naks.append((one, 0 if error is None else persipubsub.message.retry_delay_ns(
-                    first_ns, one.attempts)))
+                naks.append((one, 0 if error is None else retry_delay_ns(first_ns, one.attempts)))
         if naks:
             await asyncio.shield(self.begin_ending(self._nak(naks)))
 
@@ -530,7 +527,7 @@ class Delivery:
         :param naks: messages, and after how many nanoseconds each is delivered again
         """
         deadline = time.monotonic() + _NAK_SECS
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+        with contextlib.suppress(PersipubsubError):
             link = await self._connection.link(deadline)
             calls = []
             for one, delay_ns in naks:
@@ -554,22 +551,22 @@ class Delivery:
                     "The message %s of the queue %s was dropped for %s, which has no "
                     "dead_letter_queue, after %s deliveries: %s", one.number, path,
                     self._subscriber, one.attempts, error)
-        except (persipubsub.errors.PersipubsubError, errors.ApiError) as failure:
+        except (PersipubsubError, errors.ApiError) as failure:
             if time.monotonic() >= self._warned + _WARNING_SECS:
                 self._warned = time.monotonic()
                 _LOGGER.warning(
                     "The message %s of the queue %s stays with %s, since it can not be moved into "
                     "the dead_letter_queue: %s", one.number, path, self._subscriber, failure)
         else:
-            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            with contextlib.suppress(PersipubsubError):
                 await self.ack([one])
         # It was not acknowledged: it is delivered again, and put again under the same id.
         if self._held.pop(one.reply, None) is not None:
             self.begin_ending(self._nak([(one, _POSTPONED_NS)]))
 
-    async def _put_dead_letter(self, message: persipubsub.message.Message, error: str) -> None:
-        letter = persipubsub.message.give_up(message, self._stream.settings.key, self._subscriber,
-                                             message.attempts, error)
+    async def _put_dead_letter(self, message: Message, error: str) -> None:
+        letter = give_up(message, self._stream.settings.key, self._subscriber, message.attempts,
+                         error)
         # The time tells it from the same number of a stream that was deleted and made again.
         parts = ("dead letter", self._stream.name, self._subscriber, message.number,
                  message.sent_at)
@@ -636,6 +633,6 @@ class Delivery:
         return taken[0].data if taken else None
 
 
-def to_message(one: Delivered) -> persipubsub.message.Message:
+def to_message(one: Delivered) -> Message:
     """Tell what is known of a message."""
-    return persipubsub.message.Message(one.data, one.number, one.sent_at, one.attempts)
+    return Message(one.data, one.number, one.sent_at, one.attempts)

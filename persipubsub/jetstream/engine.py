@@ -20,13 +20,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import nats.errors
 
-import persipubsub.errors
-import persipubsub.message
 from persipubsub.config import Config, Durability
+from persipubsub.errors import ClosedError, MessageTooLargeError, PersipubsubError
 from persipubsub.jetstream import (address, connection, delivery, errors, loop, publishing,
                                    settings, stream)
-from persipubsub.message import Peeked, Place
-from persipubsub.statistics import QueueStatistics, SubscriberStatistics
+from persipubsub.message import Message, Peeked, Place, text_of, time_ns_of
+from persipubsub.statistics import QueueStatistics, SubscriberStatistics, share
 
 __all__ = [
     "Queue", "Consumer", "Lease", "ensure_queue", "open_queue", "statistics_of", "check_durability",
@@ -82,7 +81,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         opened = self._open
         own = None if opened is None else opened.stream.connection.loop
         if not self._is_closed and own is not None and own.process_id == os.getpid():
-            with contextlib.suppress(persipubsub.errors.ClosedError):  # the exit closes it
+            with contextlib.suppress(ClosedError):  # the exit closes it
                 own.call(self.aclose)
         self._is_closed = True
 
@@ -97,7 +96,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         try:
             async with asyncio.timeout(_CLOSE_SECS):
                 await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
-        except (persipubsub.errors.PersipubsubError, *_FOREIGN):
+        except (PersipubsubError, *_FOREIGN):
             pass  # delivered again after ack_wait
         for target in opened.targets.values():
             await target.aclose()
@@ -200,7 +199,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         size = sum(map(len, messages))
         if (size > (math.inf if mark.size_bytes is None else mark.size_bytes)
                 or len(messages) > (math.inf if mark.max_msgs_num is None else mark.max_msgs_num)):
-            raise persipubsub.errors.MessageTooLargeError(
+            raise MessageTooLargeError(
                 f"Expected at most {mark.max_msgs_num} messages (MAX_MSGS_NUM) and "
                 f"{mark.size_bytes} bytes (HWM_LMDB_SIZE_BYTES) at once for the queue "
                 f"{self.settings.path}, but got: {len(messages)} messages, {size} bytes")
@@ -251,7 +250,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         every subscriber acknowledged. The consumer of the subscriber is replaced; what its
         processes have at that moment may come again, and deliveries are counted from one again.
         """
-        time_ns = persipubsub.message.time_ns_of(to)
+        time_ns = time_ns_of(to)
         start: stream.Info = {"deliver_policy": "all" if to == "beginning" else "new"}
         if time_ns is not None:
             start = {"deliver_policy": "by_start_time", "opt_start_time": stream.to_text(time_ns)}
@@ -328,21 +327,21 @@ class Lease:
         delivered again after ``ack_wait``.
         """
         if ended := self._end(count):
-            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            with contextlib.suppress(PersipubsubError):
                 self._queue.run(self._nacking(ended, error))
 
     async def anack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """Do what :py:meth:`nack` does, in a task; it is carried out even if that is cancelled."""
         if ended := self._end(count):
-            with contextlib.suppress(persipubsub.errors.PersipubsubError):
+            with contextlib.suppress(PersipubsubError):
                 await self._queue.arun(self._nacking(ended, error))
 
     def _nacking(self, ended: list[delivery.Delivered],
                  error: BaseException | None) -> loop.Work[None]:
-        text = None if error is None else persipubsub.message.text_of(error)
+        text = None if error is None else text_of(error)
         return lambda: self._delivery.nack(ended, text)
 
-    def details(self) -> list[persipubsub.message.Message]:
+    def details(self) -> list[Message]:
         """Tell what is known of the messages, in the same order."""
         return list(map(delivery.to_message, self._delivered))
 
@@ -407,7 +406,6 @@ async def _count(kept: stream.Stream) -> QueueStatistics:
     mark = kept.settings.queue.high_water_mark
     messages, size = int(state["messages"]), int(state["bytes"])
     age = kept.age_secs(stream.to_time(state["first_ts"])) if messages else None
-    share = persipubsub.statistics.share
     return QueueStatistics(path=kept.settings.path,
                            messages=messages,
                            message_share=share(messages, mark.max_msgs_num),

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeAlias, TypeVar
 
-import persipubsub.errors
+from persipubsub.errors import ClosedError
 
 ResultT = TypeVar("ResultT")
 Work: TypeAlias = Callable[[], Coroutine[Any, Any, ResultT]]
@@ -183,10 +183,9 @@ class Loop(asyncio.SelectorEventLoop):
         os.close(nothing)
 
 
-def exiting() -> persipubsub.errors.ClosedError:
+def exiting() -> ClosedError:
     """Return the error of a call that comes while the interpreter exits."""
-    return persipubsub.errors.ClosedError(
-        "Expected a program that runs, but got: the interpreter is about to exit")
+    return ClosedError("Expected a program that runs, but got: the interpreter is about to exit")
 
 
 # Guards _current while it is set. A forked child gets a new one: another thread of the parent may

@@ -15,8 +15,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Final
 
-import persipubsub.drop_log
-import persipubsub.errors
+from persipubsub.drop_log import DropLog
+from persipubsub.errors import MessageTooLargeError, QueueFullError
 from persipubsub.jetstream import address, connection, errors, stream
 
 #: Most messages and bytes of a group: a batch is published in groups, each written to the socket at
@@ -74,7 +74,7 @@ class Publishing:
         self._calls = asyncio.Semaphore(_AT_ONCE)
         # When the servers last answered to a message, on the monotonic clock.
         self._answered = 0.0
-        self.drops = persipubsub.drop_log.DropLog(own.settings.path)
+        self.drops = DropLog(own.settings.path)
 
     async def put(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None,
                   timeout: float | None, msg_ids: Sequence[bytes | None] | None) -> int:
@@ -92,7 +92,7 @@ class Publishing:
                 try:
                     await self._put(items, recipients, begin)
                     return items[0].number
-                except persipubsub.errors.QueueFullError:
+                except QueueFullError:
                     left = until - time.monotonic()
                     if self._settings.strategy != "block" or left <= 0:
                         raise
@@ -145,10 +145,9 @@ class Publishing:
         limit = max_payload - _HEADER_BYTES
         largest = max(len(item.data) for item in items)
         if largest > limit:
-            raise persipubsub.errors.MessageTooLargeError(
-                f"Expected a message of at most {limit} bytes for the queue "
-                f"{self._settings.path} (max_payload of its server is {max_payload}), but got: "
-                f"{largest} bytes")
+            raise MessageTooLargeError(
+                f"Expected a message of at most {limit} bytes for the queue {self._settings.path} "
+                f"(max_payload of its server is {max_payload}), but got: {largest} bytes")
 
     async def _put_batch(self, items: Sequence[_Item], deadline: float) -> None:
         """
@@ -249,7 +248,7 @@ class Publishing:
             most_messages = _limit(info["config"]["max_msgs"])
             most_bytes = _limit(info["config"]["max_bytes"])
             if count > most_messages or size > most_bytes:
-                raise persipubsub.errors.MessageTooLargeError(
+                raise MessageTooLargeError(
                     f"Expected at most {most_messages} messages (MAX_MSGS_NUM) and "
                     f"{most_bytes} bytes (HWM_LMDB_SIZE_BYTES) at once for the queue "
                     f"{self._settings.path}, which are the limits of its stream, but got: "
@@ -277,15 +276,14 @@ class Publishing:
             drop = functools.partial(self._stream.delete_newest, messages - keep)
         self.drops.add((await self._stream.count_dropped(drop)).items())
 
-    async def _full(self) -> persipubsub.errors.QueueFullError:
+    async def _full(self) -> QueueFullError:
         """Return the error of a queue that has no room, and may drop nothing."""
         messages = (await self._stream.state())["messages"]
         lags = await self._stream.lags()
         slowest = max(lags, key=lambda subscriber: lags[subscriber], default="nobody")
-        return persipubsub.errors.QueueFullError(
-            f"Expected room in the queue {self._settings.path} (MAX_MSGS_NUM, "
-            f"HWM_LMDB_SIZE_BYTES), but got: {messages} messages wait in it, "
-            f"{lags.get(slowest, 0)} of them for {slowest!r}")
+        return QueueFullError(f"Expected room in the queue {self._settings.path} (MAX_MSGS_NUM, "
+                              f"HWM_LMDB_SIZE_BYTES), but got: {messages} messages wait in it, "
+                              f"{lags.get(slowest, 0)} of them for {slowest!r}")
 
 
 def _limit(found: int) -> float:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-import persipubsub.config
-import persipubsub.errors
+from persipubsub.config import DEAD_LETTERS, MADE_UP, Config, StartFrom, Subscriber
+from persipubsub.errors import ConfigError
 from persipubsub.jetstream import address
 
 #: Time for which the server remembers ids, in seconds: a repeated publish is stored once.
@@ -20,7 +20,7 @@ _MARK: Final = "persipubsub"
 class Settings:
     """The address of a stream, and the settings of its queue."""
 
-    def __init__(self, config: persipubsub.config.Config, queue_key: str) -> None:
+    def __init__(self, config: Config, queue_key: str) -> None:
         """Take the settings; raise ConfigError if the path is wrong."""
         self.config = config
         self.key = queue_key
@@ -30,7 +30,7 @@ class Settings:
             self.address = address.parse(self.path)
         except ValueError as error:
             text = f"{config.path}: queues.{queue_key}.path: {error}"
-            raise persipubsub.errors.ConfigError(text) from None
+            raise ConfigError(text) from None
         mark = self.queue.high_water_mark
         self.strategy = mark.strategy.value
         self.wait_secs = self.queue.busy_timeout_secs
@@ -40,8 +40,7 @@ class Settings:
         self.audiences = {
             tuple(sorted(publisher.subscribers))
             for publisher in config.publishers.values() if publisher.out_queue == queue_key and (
-                set(publisher.subscribers) != everybody
-                or publisher.identifier.startswith(persipubsub.config.MADE_UP))
+                set(publisher.subscribers) != everybody or publisher.identifier.startswith(MADE_UP))
         }
 
     @property
@@ -49,14 +48,14 @@ class Settings:
         """All subscribers of the queue, and the one of dead letters if the queue receives them."""
         is_for_letters = any(one.dead_letter_queue == self.key
                              for one in self.config.subscribers.values())
-        letters = (persipubsub.config.DEAD_LETTERS, ) if is_for_letters else ()
+        letters = (DEAD_LETTERS, ) if is_for_letters else ()
         return tuple(self.queue.subscribers) + letters
 
-    def entry(self, subscriber: str) -> persipubsub.config.Subscriber:
+    def entry(self, subscriber: str) -> Subscriber:
         """Return the subscriber's entry in the file; a default entry if it has none."""
         found = self.config.subscribers.get(subscriber)
         if found is None or found.in_queue != self.key:
-            return persipubsub.config.Subscriber(subscriber, self.key)
+            return Subscriber(subscriber, self.key)
         return found
 
     def subject(self, recipients: Sequence[str] | None) -> str:
@@ -102,7 +101,7 @@ class Settings:
     def consumer_config(self, subscriber: str) -> dict[str, Any]:
         """Describe the durable consumer of a subscriber for the server."""
         name = address.durable_of(subscriber)
-        beginning = persipubsub.config.StartFrom.BEGINNING
+        beginning = StartFrom.BEGINNING
         return {
             "name": name,
             "durable_name": name,

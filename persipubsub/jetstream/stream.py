@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-import persipubsub.errors
+from persipubsub.errors import FormatError, NotInitializedError, UnavailableError
 from persipubsub.jetstream import address, connection, errors, settings
 
 #: Messages that are deleted at the same time.
@@ -84,9 +84,8 @@ class Stream:
             error = errors.ApiError(answer["error"])
             if error.is_temporary():
                 if time.monotonic() >= deadline:
-                    raise persipubsub.errors.UnavailableError(
-                        f"Expected the servers of {self.settings.path} to be ready, but got: "
-                        f"{error}")
+                    raise UnavailableError(f"Expected the servers of {self.settings.path} to be "
+                                           f"ready, but got: {error}")
             elif not confirms or not error.is_missing() or time.monotonic() >= until:
                 raise error
             await asyncio.sleep(connection.PAUSE_SECS)
@@ -165,10 +164,9 @@ class Stream:
         before = datetime.datetime.now(datetime.UTC)
         answer = await self._api("STREAM.INFO")
         if not settings.is_ours(answer["config"]):
-            raise persipubsub.errors.FormatError(
-                f"Expected the stream {self.name} of {self.settings.path} to be made by "
-                f"persipubsub, but got: one of somebody else, with the subjects "
-                f"{answer['config'].get('subjects')!r}")
+            raise FormatError(f"Expected the stream {self.name} of {self.settings.path} to be made "
+                              "by persipubsub, but got: one of somebody else, with the subjects "
+                              f"{answer['config'].get('subjects')!r}")
         if answer.get("ts"):
             after = datetime.datetime.now(datetime.UTC)
             self._offset = to_time(answer["ts"]) - before - (after - before) / 2
@@ -241,9 +239,9 @@ class Stream:
             if not page or len(names) >= answer["total"]:
                 return names
 
-    def missing(self, subscriber: str) -> persipubsub.errors.NotInitializedError:
+    def missing(self, subscriber: str) -> NotInitializedError:
         """Describe a subscriber that is not there."""
-        return persipubsub.errors.NotInitializedError(
+        return NotInitializedError(
             f"Expected the subscriber {subscriber!r} in the queue {self.settings.path}, but got: "
             f"no consumer for these messages (call persipubsub.control.initialize_all_dbs)")
 

@@ -9,9 +9,9 @@ when that is acknowledged, or when the position passes it.
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-import persipubsub.message
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine.format import Tx
+from persipubsub.message import retry_delay_ns
 
 #: Most records that are deleted at once, so that clearing a queue in which everything failed does
 #: not hold up senders for long. Later transactions delete the rest.
@@ -36,7 +36,7 @@ class Policy(NamedTuple):
 
     def delay_after(self, count: int) -> int:
         """Compute how long a message waits for its next delivery, in nanoseconds."""
-        return persipubsub.message.retry_delay_ns(self.delay_ns, count)
+        return retry_delay_ns(self.delay_ns, count)
 
 
 def read(tx: Tx, ordinal: int, number: int) -> fmt.Attempts | None:

@@ -4,7 +4,7 @@ import itertools
 import struct
 from collections.abc import Generator, Iterator
 
-import persipubsub.errors
+from persipubsub.errors import CorruptMessageError, StoreError
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, meta, positions
 from persipubsub.lmdb_engine.format import Tx
@@ -20,7 +20,7 @@ def check(tx: Tx, progress: Progress | None = None) -> list[str]:
                                        _check_positions(tx, end), _check_attempts(tx, end),
                                        _check_ids(tx, end)):
             findings.append(finding)
-    except persipubsub.errors.StoreError as error:
+    except StoreError as error:
         findings.append(str(error))
     except (struct.error, ValueError, IndexError) as error:
         # A record was cut, or is of another database.
@@ -68,7 +68,7 @@ def _check_messages(found: log.Found) -> Generator[str, None, int]:
     for index in range(block.messages):
         try:
             fmt.copy_message(value, block, index, first + index)
-        except persipubsub.errors.CorruptMessageError as error:
+        except CorruptMessageError as error:
             yield str(error)
     return fmt.size_before(value, block, block.messages)
 

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-import persipubsub.errors
+from persipubsub.errors import ClosedError, StoreError
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine.files import SharedPage
 
@@ -157,7 +157,7 @@ class Claims:
                 # The kernel names any claim in the range, not always the first.
                 count = max(found[0], start) - start
             return count
-        except (ValueError, persipubsub.errors.StoreError) as error:
+        except (ValueError, StoreError) as error:
             if not self.is_closed:
                 raise
             raise self._closed_error() from error
@@ -226,16 +226,15 @@ class Claims:
         # Locks on a new file of this name do not exclude processes that have the old one open.
         if self._identity not in (None, found):
             file.close()
-            raise persipubsub.errors.StoreError(
+            raise StoreError(
                 f"Expected {self._path} to stay in place, but got: another file of that name")
         self._identity = found
         self._all[file] = None
         return file
 
-    def _closed_error(self) -> persipubsub.errors.ClosedError:
+    def _closed_error(self) -> ClosedError:
         """Describe that another thread closed the files."""
-        return persipubsub.errors.ClosedError(
-            f"Expected {self._path} in use, but got: the queue was closed")
+        return ClosedError(f"Expected {self._path} in use, but got: the queue was closed")
 
     def _discard(self, file: io.FileIO) -> None:
         """Close a descriptor, which gives back all of its locks."""

@@ -20,8 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-import persipubsub.errors
-import persipubsub.message
+from persipubsub.errors import ClosedError, CorruptMessageError, PersipubsubError, StoreError
 from persipubsub.lmdb_engine import dead_letters, deliveries
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import positions
@@ -30,7 +29,7 @@ from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.notifier import Listener
 from persipubsub.lmdb_engine.pending import Copied, Pending
-from persipubsub.message import Message
+from persipubsub.message import Message, text_of
 
 #: A waiting consumer looks at the queue again after this time, in seconds, even without a
 #: notification: a publisher may die between its commit and its notification.
@@ -321,11 +320,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             lease = Lease(self, claim, copied)
             note_claim(environment.page, claim, environment.process_id)
             return lease
-        except persipubsub.errors.CorruptMessageError as error:
+        except CorruptMessageError as error:
             self._remove(error.number, "corrupt")
-            raise persipubsub.errors.CorruptMessageError(f"{error}. It was set aside.",
-                                                         number=error.number) from None
-        except (ValueError, persipubsub.errors.StoreError) as error:
+            raise CorruptMessageError(f"{error}. It was set aside.", number=error.number) from None
+        except (ValueError, StoreError) as error:
             if not claims.is_closed:
                 raise
             # Another thread closed the file of the claim, before or during a call for it.
@@ -346,9 +344,9 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             else:
                 start = look.number + 1
 
-    def closed_error(self) -> persipubsub.errors.ClosedError:
+    def closed_error(self) -> ClosedError:
         """Describe that the queue was closed, which gives back what is claimed."""
-        return persipubsub.errors.ClosedError(
+        return ClosedError(
             f"Expected the queue {self.environment.directory} to be open until the messages are "
             "acknowledged, but got: it was closed, which gave them back")
 
@@ -359,7 +357,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """Record how an unacknowledged delivery ended: that it failed, or that it does not count."""
         # Errors are suppressed: the message stays in the queue anyhow, and the exception of the
         # user's code matters more than the count.
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+        with contextlib.suppress(PersipubsubError):
             exhausted: list[int] = []
             with self.ending.lock:
                 # After a close others may have the messages: this must not be taken for the end of
@@ -367,7 +365,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 if claim.file is None or claim.file.closed:
                     return
                 if error is not None:
-                    text = persipubsub.message.text_of(error)
+                    text = text_of(error)
                     exhausted = self._write(deliveries.fail, numbers, text)
                 elif self.counts:
                     self._write(deliveries.take_back, numbers)
@@ -403,7 +401,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     def notify_free(self) -> None:
         """Wake consumers: a message was given back. Else they look after ``CLAIMED_PAUSE_SECS``."""
-        with contextlib.suppress(persipubsub.errors.PersipubsubError):
+        with contextlib.suppress(PersipubsubError):
             self.environment.notifier.notify()
 
     def listen(self, callback: Callable[[], object]) -> Listener:

@@ -16,7 +16,8 @@ from typing import Final, TypeAlias
 
 import lmdb
 
-import persipubsub.errors
+from persipubsub.errors import (AccessError, DiskFullError, FlushError, FormatError,
+                                PersipubsubError, ReadersFullError, StoreCorruptError)
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine.format import Databases, Tx
@@ -38,7 +39,7 @@ Begin: TypeAlias = Callable[[], contextlib.AbstractContextManager[Tx]]
 # Errors
 
 
-class MapFullError(persipubsub.errors.DiskFullError):
+class MapFullError(DiskFullError):
     """Report that the map is full, as opposed to the disk: dropping messages makes room."""
 
 
@@ -49,21 +50,21 @@ _FOREIGN_HINT: Final = " (perhaps an LMDB environment of another program)"
 
 #: The first row that fits decides: classes of LMDB, error of this library, what is added to the text.
 _TRANSLATIONS: Final[tuple[tuple[tuple[type[lmdb.Error], ...],
-                                 type[persipubsub.errors.PersipubsubError], str], ...]] = (
+                                 type[PersipubsubError], str], ...]] = (
     ((lmdb.MapFullError, ), MapFullError, " (max_db_size_bytes)"),
-    ((lmdb.DiskError, ), persipubsub.errors.DiskFullError, ""),
-    ((lmdb.ReadersFullError, ), persipubsub.errors.ReadersFullError, " (max_reader_num)"),
+    ((lmdb.DiskError, ), DiskFullError, ""),
+    ((lmdb.ReadersFullError, ), ReadersFullError, " (max_reader_num)"),
     ((lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError),
-     persipubsub.errors.StoreCorruptError, ""),
-    ((lmdb.VersionMismatchError, lmdb.InvalidError), persipubsub.errors.FormatError, ""),
+     StoreCorruptError, ""),
+    ((lmdb.VersionMismatchError, lmdb.InvalidError), FormatError, ""),
     ((lmdb.NotFoundError, lmdb.IncompatibleError, lmdb.DbsFullError),
-     persipubsub.errors.FormatError, _FOREIGN_HINT),
-    ((lmdb.PanicError, ), persipubsub.errors.FlushError, _FLUSH_HINT),
-    ((lmdb.ReadonlyError, ), persipubsub.errors.AccessError, ""),
+     FormatError, _FOREIGN_HINT),
+    ((lmdb.PanicError, ), FlushError, _FLUSH_HINT),
+    ((lmdb.ReadonlyError, ), AccessError, ""),
 )  # yapf: disable
 
 
-def translate(error: lmdb.Error, path: str) -> persipubsub.errors.PersipubsubError:
+def translate(error: lmdb.Error, path: str) -> PersipubsubError:
     """Choose the error of this library for an error of LMDB."""
     text = f"Expected to work with the queue {path}, but got: {error}"
     for classes, kind, hint in _TRANSLATIONS:
@@ -73,13 +74,12 @@ def translate(error: lmdb.Error, path: str) -> persipubsub.errors.PersipubsubErr
     if code == errno.EIO:
         data = os.path.join(path, files.DATA) if os.path.isdir(path) else path
         # LMDB reports this code for a write that was cut short.
-        return (persipubsub.errors.DiskFullError(text + " (no room left)")
-                if files.is_full(data) else persipubsub.errors.FlushError(text + _FLUSH_HINT))
+        return (DiskFullError(text + " (no room left)")
+                if files.is_full(data) else FlushError(text + _FLUSH_HINT))
     if code == errno.EAGAIN:
         # LMDB locks a byte at the offset of the process id.
-        text += (
-            " (perhaps a process with the same process id has it open: containers that share a "
-            "queue have to share a namespace of process ids)")
+        text += (" (perhaps a process with the same process id has it open: containers that share "
+                 "a queue have to share a namespace of process ids)")
     return files.kind_of(code)(text)
 
 
@@ -109,16 +109,14 @@ def check_metas(path: str) -> tuple[int, bool]:
         # Read after the meta pages: the file may grow while we look, but never shrinks.
         size = os.fstat(descriptor).st_size
     if any(head) and (magic, version) != (_MAGIC, _DATA_VERSION):
-        raise persipubsub.errors.FormatError(
-            f"Expected {path} to be a data file of LMDB (magic {_MAGIC:#x}, version "
-            f"{_DATA_VERSION}), but got: {magic:#x}, {version}")
+        raise FormatError(f"Expected {path} to be a data file of LMDB (magic {_MAGIC:#x}, version "
+                          f"{_DATA_VERSION}), but got: {magic:#x}, {version}")
     magic, version, _, *second = _META.unpack(other)
     last_page, _ = max(newest, second, key=lambda meta: meta[1])
     is_power = page_bytes >= 256 and page_bytes & (page_bytes - 1) == 0
     if not is_power or (magic, version) != (_MAGIC, _DATA_VERSION):
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected {path} to begin with two meta pages of LMDB, but got: others. Restore a "
-            "backup with 'persipubsub restore'.")
+        raise StoreCorruptError(f"Expected {path} to begin with two meta pages of LMDB, but got: "
+                                "others. Restore a backup with 'persipubsub restore'.")
     return page_bytes, (last_page + 1) * page_bytes > size
 
 
@@ -195,9 +193,8 @@ def check_pages(path: str, progress: Progress | None = None) -> None:
 def fail_if_any(findings: list[str] | None, path: str) -> None:
     """Raise what is wrong with a data file."""
     if findings:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected {path} to be sound, but got {len(findings)} finding(s): "
-            f"{'; '.join(findings[:3])}")
+        raise StoreCorruptError(f"Expected {path} to be sound, but got {len(findings)} finding(s): "
+                                f"{'; '.join(findings[:3])}")
 
 
 # Opening

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
-import persipubsub.errors
+from persipubsub.errors import PersipubsubError
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.message import NO_WORD, Message, give_up
@@ -96,7 +96,7 @@ class DeadLetterWriter:
             self._targets[0].put([letter.encode()], timeout=0, msg_ids=[msg_id])
             # It is flushed with ``os``, too: the message may be old, and leaves its queue now.
             self._targets[0].secure()
-        except persipubsub.errors.PersipubsubError as failure:
+        except PersipubsubError as failure:
             now = time.monotonic()
             self._ready_at = now + _PAUSE_SECS
             if now >= self._warned_at + _WARNING_SECS:

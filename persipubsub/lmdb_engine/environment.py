@@ -23,9 +23,10 @@ from typing import Any, Final, Protocol, TypeVar
 import lmdb
 import lmdb._envid
 
-import persipubsub.config
-import persipubsub.errors
+from persipubsub import config
 from persipubsub.drop_log import DropLog
+from persipubsub.errors import (BusyTimeoutError, ClosedError, DiskFullError, PersipubsubError,
+                                StoreError)
 from persipubsub.lmdb_engine import datafile, files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, meta, retention
@@ -99,7 +100,7 @@ class Member(Protocol):
 class Environment:  # pylint: disable=too-many-instance-attributes
     """An open store, for all threads of the process. See ``locks`` for the order of its locks."""
 
-    def __init__(self, directory: str, queue: persipubsub.config.Queue, is_read_only: bool) -> None:
+    def __init__(self, directory: str, queue: config.Queue, is_read_only: bool) -> None:
         """Initialize without opening anything; see :py:func:`acquire`."""
         self.directory = directory
         #: Settings of the queue: those that are stored in it, once it is open.
@@ -183,7 +184,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             except lmdb.Error as error:
                 deadline = deadline or time.monotonic() + self.queue.busy_timeout_secs
                 self._recover(store, error, deadline=deadline)
-            except persipubsub.errors.PersipubsubError as error:
+            except PersipubsubError as error:
                 _name_queue(error, self.directory)
                 raise
 
@@ -206,7 +207,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 result = self._write(store, work, args)
             except lmdb.Error as error:
                 self._recover(store, error, makes_room)
-            except persipubsub.errors.PersipubsubError as error:
+            except PersipubsubError as error:
                 _name_queue(error, self.directory)
                 raise
             else:
@@ -222,10 +223,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             if not self._write_mutex.acquire(timeout=timeout):
                 raise self._busy_error()
             if self._is_writing:
-                raise persipubsub.errors.StoreError(
-                    f"Expected to write to the queue {self.directory} when this thread is not in the "
-                    "middle of a write, but got: a signal handler that interrupted one. Set a flag "
-                    "there, and write later.")
+                raise StoreError(f"Expected to write to the queue {self.directory} when this "
+                                 "thread is not in the middle of a write, but got: a signal "
+                                 "handler that interrupted one. Set a flag there, and write later.")
             is_owner = self._is_writing = True
             # One attempt without a deadline spares the plain path the clock.
             if not store.write_lock.try_lock() and not store.write_lock.lock(
@@ -287,7 +287,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         """
         try:
             self.journal.write_state(self._oldest_id_ns(), txn_id)
-        except persipubsub.errors.DiskFullError:
+        except DiskFullError:
             # After a state record the journal lets go of segments, which gives room.
             if not files.spend_reserve(self.directory):
                 raise
@@ -299,9 +299,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         with self._read_mutex:
             return 0 if store.lmdb is None else store.lmdb.reader_check()
 
-    def _free_room(self, error: persipubsub.errors.PersipubsubError) -> bool:
+    def _free_room(self, error: PersipubsubError) -> bool:
         """Free room for a transaction that makes room itself; return False if that can not help."""
-        if not isinstance(error, persipubsub.errors.DiskFullError):
+        if not isinstance(error, DiskFullError):
             return False
         # Pages stay in use for readers that were killed, until their slots are freed.
         if self.check_readers():
@@ -326,7 +326,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 if txn_id.isdigit() and int(txn_id) < last:
                     stuck.append(process_id)
         if stuck:
-            raise persipubsub.errors.DiskFullError(
+            raise DiskFullError(
                 f"Expected free pages in the queue {self.directory} (max_db_size_bytes), but got: "
                 f"none, since process {', '.join(stuck)} is in the middle of a read. It may be "
                 "stopped; let it go on, or end it.")
@@ -349,7 +349,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 self.write_state(txn_id)
                 self._delete_finished(store)
                 files.keep_reserve(self.directory)
-            except (persipubsub.errors.PersipubsubError, lmdb.Error, OSError) as error:
+            except (PersipubsubError, lmdb.Error, OSError) as error:
                 now = time.monotonic()
                 if not store.is_stopped.is_set() and now >= self._warned_at + _WARNING_SECS:
                     self._warned_at = now
@@ -403,16 +403,16 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         elif not (makes_room and self._free_room(translated)):
             raise translated from error
 
-    def _busy_error(self) -> persipubsub.errors.BusyTimeoutError:
+    def _busy_error(self) -> BusyTimeoutError:
         """Describe a wait that was too long."""
-        return persipubsub.errors.BusyTimeoutError(
+        return BusyTimeoutError(
             f"Expected to write to the queue {self.directory} within {self.queue.busy_timeout_secs} "
             "seconds (busy_timeout_secs), but got: another process is in the middle of a write. It "
             "may be stopped, or the disk may hang.")
 
-    def _closed_error(self) -> persipubsub.errors.ClosedError:
+    def _closed_error(self) -> ClosedError:
         """Describe an environment that was closed."""
-        return persipubsub.errors.ClosedError(
+        return ClosedError(
             f"Expected the queue {self.directory} to be open, but got: it was closed")
 
     def _require(self) -> _Store:
@@ -548,7 +548,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 size = needed + min(1 << 26, max(1 << 20, needed // 8))
         return size
 
-    def use_settings(self, queue: persipubsub.config.Queue, adopts_settings: bool) -> None:
+    def use_settings(self, queue: config.Queue, adopts_settings: bool) -> None:
         """
         Store the settings of a configuration, or name those that differ from the stored ones.
 
@@ -583,7 +583,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             "%.1f seconds. Messages may come again whose acknowledgement was less than %s second(s) "
             "old%s.", self.directory,
             time.monotonic() - begun, self.queue.checkpoint_secs,
-            "" if self.queue.durability is persipubsub.config.Durability.FSYNC else
+            "" if self.queue.durability is config.Durability.FSYNC else
             ", and messages that were sent in that time may be lost")
 
     # Closing
@@ -611,7 +611,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         try:
             # A directory that is gone, or may not be written to, is no reason to keep the files open.
             # The mark of a running store stays then.
-            with files.suppress(persipubsub.errors.PersipubsubError, OSError, lmdb.Error):
+            with files.suppress(PersipubsubError, OSError, lmdb.Error):
                 if not self.is_read_only and store.lmdb is not None:
                     self._leave(store)
         finally:
@@ -698,7 +698,7 @@ os.register_at_fork(after_in_child=REGISTRY.forget_parent)
 
 
 def acquire(directory: str,
-            queue: persipubsub.config.Queue,
+            queue: config.Queue,
             is_read_only: bool = False,
             adopts_settings: bool = False,
             renews_journal: bool = False) -> Environment:
@@ -741,7 +741,7 @@ def release(environment: Environment) -> None:
 
 @contextlib.contextmanager
 def opened(directory: str,
-           queue: persipubsub.config.Queue,
+           queue: config.Queue,
            is_read_only: bool = False) -> Iterator[Environment]:
     """Have a store open in a ``with`` block."""
     environment = acquire(directory, queue, is_read_only)
@@ -751,7 +751,7 @@ def opened(directory: str,
         release(environment)
 
 
-def create(directory: str, queue: persipubsub.config.Queue) -> bool:
+def create(directory: str, queue: config.Queue) -> bool:
     """
     Create a store unless it is there.
 
@@ -792,7 +792,7 @@ def _end_of_log(tx: Tx) -> int:
     return log.read_end(tx.cursor()).next_number
 
 
-def _name_queue(error: persipubsub.errors.PersipubsubError, directory: str) -> None:
+def _name_queue(error: PersipubsubError, directory: str) -> None:
     """Add the queue to the text of an error of a function that does not know the queue."""
     text = str(error)
     if directory not in text:

@@ -11,7 +11,8 @@ import types
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-import persipubsub.errors
+from persipubsub.errors import (AccessError, DiskFullError, FormatError, NotInitializedError,
+                                PersipubsubError, StoreError)
 
 DATA: Final = "data.mdb"
 LOCK: Final = "lock.mdb"
@@ -85,28 +86,27 @@ def translated(path: str, doing: str) -> Iterator[None]:
         raise translate_os_error(error=error, path=path, doing=doing) from error
 
 
-_KINDS: Final[dict[int, type[persipubsub.errors.PersipubsubError]]] = {
-    errno.EACCES: persipubsub.errors.AccessError,
-    errno.EPERM: persipubsub.errors.AccessError,
-    errno.EROFS: persipubsub.errors.AccessError,
-    errno.ELOOP: persipubsub.errors.AccessError,
-    errno.EISDIR: persipubsub.errors.AccessError,
-    errno.ENOSPC: persipubsub.errors.DiskFullError,
-    errno.EDQUOT: persipubsub.errors.DiskFullError,
-    errno.EFBIG: persipubsub.errors.DiskFullError,
-    errno.ENOENT: persipubsub.errors.NotInitializedError,
-    errno.ENOTDIR: persipubsub.errors.NotInitializedError,
-    errno.ESTALE: persipubsub.errors.NotInitializedError,
+_KINDS: Final[dict[int, type[PersipubsubError]]] = {
+    errno.EACCES: AccessError,
+    errno.EPERM: AccessError,
+    errno.EROFS: AccessError,
+    errno.ELOOP: AccessError,
+    errno.EISDIR: AccessError,
+    errno.ENOSPC: DiskFullError,
+    errno.EDQUOT: DiskFullError,
+    errno.EFBIG: DiskFullError,
+    errno.ENOENT: NotInitializedError,
+    errno.ENOTDIR: NotInitializedError,
+    errno.ESTALE: NotInitializedError,
 }
 
 
-def kind_of(number: int | None) -> type[persipubsub.errors.PersipubsubError]:
+def kind_of(number: int | None) -> type[PersipubsubError]:
     """Choose the error of this library for an error number of the operating system."""
-    return _KINDS.get(number or 0, persipubsub.errors.StoreError)
+    return _KINDS.get(number or 0, StoreError)
 
 
-def translate_os_error(error: OSError, path: str,
-                       doing: str) -> persipubsub.errors.PersipubsubError:
+def translate_os_error(error: OSError, path: str, doing: str) -> PersipubsubError:
     """Choose the error of this library for an error of the operating system."""
     return kind_of(error.errno)(f"Expected to {doing} {path}, but got: {error.strerror or error}")
 
@@ -147,7 +147,7 @@ def open_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
         if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
             return descriptor
         os.close(descriptor)
-    raise persipubsub.errors.AccessError(
+    raise AccessError(
         f"Expected {path} to be a regular file with a single name, but got: {_describe(status)}")
 
 
@@ -317,7 +317,7 @@ def keep_reserve(directory: str) -> None:
     """Keep some room on the disk aside, if there is that much."""
     path = os.path.join(directory, RESERVE)
     # There may be no room for it, or no permission to write to the directory.
-    with suppress(OSError, persipubsub.errors.PersipubsubError):
+    with suppress(OSError, PersipubsubError):
         # One that is too short was left by a process that was killed, or by a power failure.
         if os.path.lexists(path) and os.lstat(path).st_size >= _RESERVE_BYTES:
             return
@@ -380,26 +380,24 @@ def identify_store(directory: str) -> Identity:
             raise _explain_missing(directory) from None
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         # LMDB's lock file stands beside the data file: another name would have other locks.
-        raise persipubsub.errors.FormatError(
-            f"Expected {path} to be a regular file with a single name, but got: "
-            f"{_describe(status)}")
+        raise FormatError(f"Expected {path} to be a regular file with a single name, but got: "
+                          f"{_describe(status)}")
     return Identity(device=status.st_dev, inode=status.st_ino)
 
 
-def _explain_missing(directory: str) -> persipubsub.errors.PersipubsubError:
+def _explain_missing(directory: str) -> PersipubsubError:
     """Choose the error for a directory without a data file."""
     if not os.path.lexists(directory):
         text = f"Expected the directory of a queue at {directory}, but got: nothing there"
     elif not os.path.isdir(directory):
-        return persipubsub.errors.FormatError(
+        return FormatError(
             f"Expected {directory} to be the directory of a queue, but got: not a directory")
     elif foreign := foreign_names(directory):
-        return persipubsub.errors.FormatError(
-            f"Expected the directory {directory} to be a queue or to be empty, but got: "
-            f"{', '.join(foreign[:3])}")
+        return FormatError(f"Expected the directory {directory} to be a queue or to be empty, but "
+                           f"got: {', '.join(foreign[:3])}")
     else:
         text = f"Expected an initialized queue in {directory}, but got: an empty directory"
-    return persipubsub.errors.NotInitializedError(
+    return NotInitializedError(
         f"{text}. Run persipubsub.control.initialize_all_dbs with the configuration file first.")
 
 
@@ -412,11 +410,11 @@ def prepare_directory(directory: str) -> bool:
     try:
         with translated(path=directory, doing="create"):
             make_directories(directory)
-    except persipubsub.errors.NotInitializedError as error:
+    except NotInitializedError as error:
         # The path is in /proc, say, or below a file: "not initialized" would mislead.
-        raise persipubsub.errors.AccessError(str(error)) from error
+        raise AccessError(str(error)) from error
     try:
         identify_store(directory)
-    except persipubsub.errors.NotInitializedError:
+    except NotInitializedError:
         return False
     return True

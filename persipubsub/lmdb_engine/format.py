@@ -48,7 +48,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import lmdb
 import msgspec
 
-import persipubsub.errors
+from persipubsub.errors import CorruptMessageError, FormatError, StoreCorruptError
 
 Cursor: TypeAlias = "lmdb.Cursor[memoryview]"
 
@@ -156,13 +156,12 @@ def pack_header(header: Header) -> bytes:
 def unpack_header(value: Buffer, path: str) -> Header:
     """Decode the header of a store."""
     if len(value) < 12 or bytes(value[:8]) != MAGIC:
-        raise persipubsub.errors.FormatError(
+        raise FormatError(
             f"Expected the queue {path} to begin with {MAGIC!r}, but got: {bytes(value[:8])!r}")
     found = int.from_bytes(value[8:12], "little")
     if found != FORMAT or len(value) != _HEADER.size:
-        raise persipubsub.errors.FormatError(
-            f"Expected the queue {path} to be of format {FORMAT}, but got: {found!r}. It was "
-            f"written by another version of persipubsub.")
+        raise FormatError(f"Expected the queue {path} to be of format {FORMAT}, but got: "
+                          f"{found!r}. It was written by another version of persipubsub.")
     return Header._make(_HEADER.unpack(value)[1:])
 
 
@@ -206,11 +205,10 @@ def unpack_position(value: Buffer) -> int:
     return int(position)
 
 
-def subscriber_error(value: Buffer) -> persipubsub.errors.StoreCorruptError:
+def subscriber_error(value: Buffer) -> StoreCorruptError:
     """Describe a damaged record of a subscriber."""
-    return persipubsub.errors.StoreCorruptError(
-        f"Expected the record of a subscriber to have {SUBSCRIBER.size} bytes, but got: "
-        f"{len(value)} bytes")
+    return StoreCorruptError(f"Expected the record of a subscriber to have {SUBSCRIBER.size} "
+                             f"bytes, but got: {len(value)} bytes")
 
 
 # Ranges that were acknowledged ahead of the position: where they begin and end
@@ -358,19 +356,16 @@ def unpack_block(value: memoryview, number: int) -> Block:
         if block.audiences:
             crc = zlib.crc32(value[40:40 + 8 * block.audiences], crc)
     except struct.error:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected a block of at least {_BLOCK.size} bytes at message {number}, but got: "
-            f"{len(value)} bytes") from None
+        raise StoreCorruptError(f"Expected a block of at least {_BLOCK.size} bytes at message "
+                                f"{number}, but got: {len(value)} bytes") from None
 
     if crc != block.crc:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected the record of the block at message {number} to have the checksum "
-            f"{block.crc:#010x}, but got: {crc:#010x}")
+        raise StoreCorruptError(f"Expected the record of the block at message {number} to have the "
+                                f"checksum {block.crc:#010x}, but got: {crc:#010x}")
     table_end = _BLOCK.size + 8 * block.audiences + ENTRY_BYTES * block.messages
     if len(value) < table_end:
-        raise persipubsub.errors.StoreCorruptError(
-            f"Expected a block of at least {table_end} bytes at message {number}, but got: "
-            f"{len(value)} bytes")
+        raise StoreCorruptError(f"Expected a block of at least {table_end} bytes at message "
+                                f"{number}, but got: {len(value)} bytes")
     return block
 
 
@@ -450,7 +445,7 @@ def copy_message(value: memoryview, block: Block, index: int, number: int) -> by
     message = value[body + start:body + end].tobytes()
     crc = zlib.crc32(message)
     if crc != expected:
-        raise persipubsub.errors.CorruptMessageError(
+        raise CorruptMessageError(
             f"Expected the message {number} ({len(message)} bytes) to have the checksum "
             f"{expected:#010x}, but got: {crc:#010x}",
             number=number)

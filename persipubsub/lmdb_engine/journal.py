@@ -62,7 +62,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-import persipubsub.errors
+from persipubsub.errors import (AccessError, BusyTimeoutError, DiskFullError, FlushError,
+                                FormatError, NotInitializedError, StoreCorruptError, StoreError)
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, once, positions
@@ -113,8 +114,7 @@ _FLUSH_PAUSE_SECS: Final = 0.05
 _LOCK_PAUSE_SECS: Final = 0.001
 
 _FLUSH_HINT: Final = (
-    "Close all that this process has open of the queue and open it again; look at "
-    "the disk.")
+    "Close all that this process has open of the queue and open it again; look at the disk.")
 
 Read: TypeAlias = Callable[..., Any]
 
@@ -209,7 +209,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._busy_timeout_secs = busy_timeout_secs
         self._lock_file = locks.LockFile(os.path.join(directory, files.JOURNAL_LOCK))
         if os.path.islink(self.directory):
-            raise persipubsub.errors.AccessError(
+            raise AccessError(
                 f"Expected {self.directory} to be a directory, but got: a symbolic link")
         # The flush lock. It guards all below, and lets only one thread take the journal's lock. It
         # is re-entrant because such a lock knows its owner: a finally clause releases it without
@@ -240,7 +240,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             if is_shared:
                 try:
                     self._follow(self._require())
-                except persipubsub.errors.StoreCorruptError:
+                except StoreCorruptError:
                     return False
                 # If a process was killed while it restored the queue, this is the journal of
                 # another store.
@@ -393,7 +393,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                     locks.release(self._mutex)
                     raise
             if time.monotonic() >= deadline:
-                raise persipubsub.errors.BusyTimeoutError(
+                raise BusyTimeoutError(
                     f"Expected to flush the journal of the queue {self._queue} within "
                     f"{self._busy_timeout_secs} seconds (busy_timeout_secs), but got: another process "
                     "is in the middle of a flush. The message is in the queue, but not yet safe.")
@@ -408,11 +408,10 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             self._words[self._WAITS] = 0
             self._futex.wake_all()
 
-    def failure(self, found: object) -> persipubsub.errors.FlushError:
+    def failure(self, found: object) -> FlushError:
         """Describe a flush that failed."""
-        return persipubsub.errors.FlushError(
-            f"Expected to flush the journal of the queue {self._queue}, but got: {found}. "
-            f"{_FLUSH_HINT}")
+        return FlushError(f"Expected to flush the journal of the queue {self._queue}, but got: "
+                          f"{found}. {_FLUSH_HINT}")
 
     @property
     def has_failed(self) -> bool:
@@ -643,7 +642,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._close_segment()
         segment = self._read_header(position.file)
         if segment is None or segment.sequence != position.sequence:
-            raise persipubsub.errors.StoreCorruptError(
+            raise StoreCorruptError(
                 f"Expected the segment {position.sequence} of the journal in "
                 f"{self._path(position.file)}, but got: {segment and segment.sequence}. Close all "
                 "that is open of the queue, and open it again.")
@@ -687,7 +686,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         least = max(_SMALLEST_BYTES, size + _HEADER_BYTES)
         try:
             return self._make_segment(max(self._usual_size(), least, more), is_written)
-        except persipubsub.errors.DiskFullError:
+        except DiskFullError:
             return self._make_segment(least, is_written)
 
     def _make_segment(self, size: int, is_written: bool = True) -> tuple[int, int]:
@@ -734,7 +733,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         except FileNotFoundError:
             return []
         if not is_directory:
-            raise persipubsub.errors.AccessError(
+            raise AccessError(
                 f"Expected {self.directory} to be a directory, but got: something else")
         return sorted(int(name) for name in os.listdir(self.directory) if name.isdigit())
 
@@ -748,7 +747,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         path = self._path(index)
         try:
             descriptor = files.open_file(path, os.O_RDONLY)
-        except persipubsub.errors.NotInitializedError:
+        except NotInitializedError:
             return None
         try:
             with files.translated(path, "read"):
@@ -763,7 +762,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 found, _HEADER.size)[0]:
             return None
         if version != _FORMAT:
-            raise persipubsub.errors.FormatError(
+            raise FormatError(
                 f"Expected the journal {path} to be of format {_FORMAT}, but got: {version}")
         segment = Segment(index, *fields)
         return segment if segment.size <= size else None
@@ -816,7 +815,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """Find the position after the last record, after a kill in the middle of writing it."""
         segments = [one for one in self._segments() if one.sequence]
         if not segments:
-            raise persipubsub.errors.StoreCorruptError(
+            raise StoreCorruptError(
                 f"Expected segments of the journal in {self.directory}, but got: none. Close all that "
                 "is open of the queue, and open it again.")
         self._words[self._ROOM] = 0
@@ -847,7 +846,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                     raise self._interrupted_error()
                 is_owner = self._is_busy = True
             if not (has_mutex and self._lock_file.lock(deadline)):
-                raise persipubsub.errors.BusyTimeoutError(
+                raise BusyTimeoutError(
                     f"Expected to write to the journal of the queue {self._queue} within "
                     f"{self._busy_timeout_secs} seconds (busy_timeout_secs), but got: another process "
                     "is in the middle of a write. It may be stopped, or the disk may hang.")
@@ -870,12 +869,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._lock_file.unlock()
         self._is_busy = False
 
-    def _interrupted_error(self) -> persipubsub.errors.StoreError:
+    def _interrupted_error(self) -> StoreError:
         """Describe that a signal handler interrupted its thread's work on the journal, and writes."""
-        return persipubsub.errors.StoreError(
-            f"Expected to write to the journal of the queue {self._queue} when this thread is not "
-            "in the middle of that, but got: a signal handler that interrupted it. Set a flag "
-            "there, and write later.")
+        return StoreError(f"Expected to write to the journal of the queue {self._queue} when this "
+                          "thread is not in the middle of that, but got: a signal handler that "
+                          "interrupted it. Set a flag there, and write later.")
 
     # After a power failure
 
@@ -947,9 +945,9 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 return chain
         raise self._damaged("no segment with a state record")
 
-    def _damaged(self, found: str) -> persipubsub.errors.StoreCorruptError:
+    def _damaged(self, found: str) -> StoreCorruptError:
         """Describe a journal from which the store can not be rebuilt."""
-        return persipubsub.errors.StoreCorruptError(
+        return StoreCorruptError(
             f"Expected a whole journal in {self.directory}, but got: {found}. The machine went down "
             f"while the queue was in use, so that {os.path.join(self._queue, files.DATA)} can not be "
             "trusted. Restore a backup with 'persipubsub restore'; or, to accept what that file holds, "
@@ -966,7 +964,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         for segment, following in zip(live, live[1:] + [None]):
             behind = segment.first_record
             # Another process may remove it, or use it again: then LMDB has nothing of it any more.
-            with contextlib.suppress(persipubsub.errors.NotInitializedError):
+            with contextlib.suppress(NotInitializedError):
                 for _, kind, number, _, body in self._records(segment):
                     behind = number + 1
                     if kind == _BLOCKS:

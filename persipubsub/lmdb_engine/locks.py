@@ -35,7 +35,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-import persipubsub.errors
+from persipubsub.errors import BusyTimeoutError
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine.files import SharedPage
 
@@ -141,7 +141,7 @@ def open_lock(directory: str, busy_timeout_secs: float) -> Iterator[None]:
         finally:
             lock.close()
         if time.monotonic() >= deadline:
-            raise persipubsub.errors.BusyTimeoutError(
+            raise BusyTimeoutError(
                 f"Expected to open the queue {directory} within {busy_timeout_secs} seconds "
                 "(busy_timeout_secs), but got: another process is in the middle of opening it")
 

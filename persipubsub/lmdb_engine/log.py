@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import persipubsub.errors
+from persipubsub.errors import StoreCorruptError, StoreError
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine.format import Cursor, Tx
 
@@ -81,7 +81,7 @@ def append(tx: Tx, log_end: LogEnd, time_ns: int, audience: int,
         # By position: a key, a value, duplicates (there are none), to overwrite, to append. Named
         # arguments would be put into a dictionary first.
         if not tx.txn.put(fmt.pack_number(number), record + encoded, True, True, True, tx.db.data):
-            raise persipubsub.errors.StoreCorruptError(
+            raise StoreCorruptError(
                 f"Expected the log to end before message {number}, but got: one after it")
         number += messages
     behind: LogEnd = fmt.new(LogEnd, (number, time_ns, count, size, generation, totals))
@@ -287,7 +287,7 @@ def ensure_audience(tx: Tx, subscribers: Sequence[str]) -> int:
             return audience
     audience = len(audiences) + 1
     if audience > 0xffff:
-        raise persipubsub.errors.StoreError(
+        raise StoreError(
             f"Expected at most {0xffff} different lists of subscribers, but got: one more")
     tx.txn.put(fmt.audience_key(audience), fmt.pack_audience(wanted), db=tx.db.meta)
     audiences[audience] = wanted

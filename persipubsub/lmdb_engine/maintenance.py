@@ -15,8 +15,9 @@ from typing import Final, NamedTuple
 
 import icontract
 
-import persipubsub.config
-import persipubsub.errors
+from persipubsub import config
+from persipubsub.errors import (AccessError, CorruptMessageError, FormatError, NotInitializedError,
+                                QueueInUseError, StoreCorruptError, StoreError)
 from persipubsub.lmdb_engine import attempts, check, datafile, environment, files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import journal, locks, log, meta, positions
@@ -46,7 +47,7 @@ def _copy(tx: Tx, shown: Iterator[_Shown], limit: int, now_ns: int) -> list[Peek
     size = 0
     for (first, block, value), number in shown:
         content: bytes | None = None
-        with contextlib.suppress(persipubsub.errors.CorruptMessageError):
+        with contextlib.suppress(CorruptMessageError):
             content = fmt.copy_message(value, block, number - first, number)
             size += len(content)
         messages.append(
@@ -59,8 +60,7 @@ def _copy(tx: Tx, shown: Iterator[_Shown], limit: int, now_ns: int) -> list[Peek
     return messages
 
 
-def peek(path: str, queue: persipubsub.config.Queue, subscriber: str, count: int,
-         start: int) -> list[Peeked]:
+def peek(path: str, queue: config.Queue, subscriber: str, count: int, start: int) -> list[Peeked]:
     """Look at the next messages of a subscriber; nothing is changed, and no process waits."""
     messages: list[Peeked] = []
     # No message has a larger number, and a key has no room for an arbitrary one.
@@ -93,8 +93,7 @@ def _pending(tx: Tx, key: bytes, number: int, oldest_ns: int) -> Iterator[_Shown
         number = run.stop
 
 
-def follow(path: str, queue: persipubsub.config.Queue,
-           last: int) -> Generator[list[Peeked], None, None]:
+def follow(path: str, queue: config.Queue, last: int) -> Generator[list[Peeked], None, None]:
     """Look at messages as they are sent, for ever, without being a subscriber."""
     with environment.opened(path, queue) as opened:
         number = opened.read(_begin_of_last, last)
@@ -136,14 +135,14 @@ def _from(tx: Tx, number: int) -> Iterator[_Shown]:
 # Verifying
 
 
-def verify(path: str, queue: persipubsub.config.Queue, progress: Progress) -> list[str]:
+def verify(path: str, queue: config.Queue, progress: Progress) -> list[str]:
     """Verify all pages, records and messages of a queue and its journal. It holds up no process."""
     try:
         with environment.opened(path, queue) as opened:
             findings = _verify_open(opened, progress)
             # A walk with the engine over pages that are not sound could end the process.
             return findings or opened.read(check.check, progress) + opened.journal.check()
-    except persipubsub.errors.StoreCorruptError as error:
+    except StoreCorruptError as error:
         return [str(error)]
 
 
@@ -162,7 +161,7 @@ def _verify_copy(path: str, progress: Progress, origin: str) -> None:
         datafile.check_pages(path, progress)
         with datafile.opened(path) as (_, begin), begin() as tx:
             datafile.fail_if_any(check.check(tx, progress), path)
-    except persipubsub.errors.StoreError as error:
+    except StoreError as error:
         raise type(error)(str(error).replace(path, origin)) from error
 
 
@@ -170,12 +169,11 @@ def _verify_copy(path: str, progress: Progress, origin: str) -> None:
 
 
 @icontract.ensure(lambda result: result > 0)
-def backup(path: str, queue: persipubsub.config.Queue, target: str, progress: Progress) -> int:
+def backup(path: str, queue: config.Queue, target: str, progress: Progress) -> int:
     """Copy a snapshot of a queue into one file, verified and durable. No process waits for it."""
     target = os.path.abspath(target)
     data = os.path.join(path, files.DATA)
-    occupied = persipubsub.errors.StoreError(
-        f"Expected to write a new file {target}, but got: it is there already")
+    occupied = StoreError(f"Expected to write a new file {target}, but got: it is there already")
     if os.path.lexists(target):
         raise occupied
     # The store is opened first: if something is wrong with it, no file is left behind.
@@ -184,7 +182,7 @@ def backup(path: str, queue: persipubsub.config.Queue, target: str, progress: Pr
         try:
             descriptor, copy = tempfile.mkstemp(prefix=name + ".", suffix=".new", dir=directory)
         except FileNotFoundError:
-            raise persipubsub.errors.AccessError(
+            raise AccessError(
                 f"Expected to write {target}, but got: there is no such directory") from None
         try:
             with open(descriptor, "wb"):
@@ -227,9 +225,8 @@ def _alone(path: str, busy_timeout_secs: float) -> Iterator[None]:
     """Keep a queue for this block alone: no process has it open, and none can open it."""
     users = os.path.join(path, files.USERS)
     if os.path.lexists(os.path.join(path, files.DATA)) and not os.path.lexists(users):
-        raise persipubsub.errors.FormatError(
-            f"Expected the queue {path} to have the file {files.USERS}, but got: none. It may be an "
-            "LMDB environment of another program.")
+        raise FormatError(f"Expected the queue {path} to have the file {files.USERS}, but got: "
+                          "none. It may be an LMDB environment of another program.")
     deadline = time.monotonic() + _LOOK_SECS
     while True:
         # This process can not open it meanwhile, either.
@@ -244,15 +241,14 @@ def _alone(path: str, busy_timeout_secs: float) -> Iterator[None]:
                 lock.close()
         if time.monotonic() >= deadline:
             names = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-            raise persipubsub.errors.QueueInUseError(
-                f"Expected no process to use the queue {path}, but got: it is open in "
-                f"{f'process {names}' if found else 'another process'}")
+            raise QueueInUseError(f"Expected no process to use the queue {path}, but got: it is "
+                                  f"open in {f'process {names}' if found else 'another process'}")
         # Sleep without the lock: processes that only look need it to close the queue.
         time.sleep(_PAUSE_SECS)
 
 
 @icontract.ensure(lambda result: result.after > 0)
-def compact(path: str, queue: persipubsub.config.Queue, progress: Progress) -> Sizes:
+def compact(path: str, queue: config.Queue, progress: Progress) -> Sizes:
     """Free the disk space that a queue does not need; no process may have the queue open."""
     # If a crash left damage, the opening repairs or refuses it.
     with environment.opened(path, queue):
@@ -274,7 +270,7 @@ def _read_used(store: str) -> tuple[int, int, int]:
     """Read next number, generation, next ordinal of the store that is there, if it can be trusted."""
     if os.path.lexists(store):
         # Without the check, a damaged store could end the process.
-        with contextlib.suppress(persipubsub.errors.StoreCorruptError):
+        with contextlib.suppress(StoreCorruptError):
             datafile.check_pages(store)
             with datafile.opened(store) as (_, begin), begin() as tx:
                 log_end = log.read_end(tx.cursor())
@@ -282,12 +278,11 @@ def _read_used(store: str) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-def restore(path: str, queue: persipubsub.config.Queue, source: str, progress: Progress) -> None:
+def restore(path: str, queue: config.Queue, source: str, progress: Progress) -> None:
     """Let a backup take the place of a queue's store; the queue need not be there."""
     if not os.path.isfile(source):
         # To open a FIFO would wait.
-        raise persipubsub.errors.StoreError(
-            f"Expected a data file that can be read at {source}, but got: none")
+        raise StoreError(f"Expected a data file that can be read at {source}, but got: none")
     files.prepare_directory(path)
     store = os.path.join(path, files.DATA)
     with _alone(path, queue.busy_timeout_secs), files.translated(path=path, doing="restore"):
@@ -322,12 +317,12 @@ def _go_on_after(tx: Tx, next_number: int, generation: int, next_ordinal: int) -
     attempts.begin_anew(tx, now_ns)
 
 
-def drop(path: str, queue: persipubsub.config.Queue) -> list[str]:
+def drop(path: str, queue: config.Queue) -> list[str]:
     """Remove a queue with all its messages; return the names of files that are not of this library."""
     if not os.path.lexists(os.path.join(path, files.USERS)):
         try:
             files.identify_store(path)
-        except persipubsub.errors.NotInitializedError:
+        except NotInitializedError:
             # A process may have been killed at the end of a drop.
             if not os.path.isdir(path):
                 raise

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 import msgspec.structs
 
-import persipubsub.config
+from persipubsub import config
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log
@@ -61,26 +61,25 @@ def skip_numbers(tx: Tx, count: int, next_number: int = 0, generation: int = 0) 
 # Settings
 
 
-def read_settings(tx: Tx) -> persipubsub.config.Queue:
+def read_settings(tx: Tx) -> config.Queue:
     """Read the settings that are stored in the queue."""
     found = bytes(tx.txn.get(fmt.SETTINGS_KEY, b"{}", db=tx.db.meta))
-    return msgspec.json.decode(found, type=dict[str, persipubsub.config.Queue])["queue"]
+    return msgspec.json.decode(found, type=dict[str, config.Queue])["queue"]
 
 
-def write_settings(tx: Tx, queue: persipubsub.config.Queue) -> None:
+def write_settings(tx: Tx, queue: config.Queue) -> None:
     """Store the settings of a queue."""
     stored = {"queue": msgspec.structs.replace(queue, path=None, subscribers=())}
     tx.txn.put(fmt.SETTINGS_KEY, msgspec.json.encode(stored), db=tx.db.meta)
 
 
-def differences(here: persipubsub.config.Queue,
-                there: persipubsub.config.Queue) -> Mapping[str, tuple[object, object]]:
+def differences(here: config.Queue, there: config.Queue) -> Mapping[str, tuple[object, object]]:
     """Compare settings: of each key that differs, the value of both."""
     found, other = _flatten(here), _flatten(there)
     return {key: (value, other[key]) for key, value in found.items() if value != other[key]}
 
 
-def _flatten(queue: persipubsub.config.Queue) -> dict[str, object]:
+def _flatten(queue: config.Queue) -> dict[str, object]:
     """List the settings that are stored, those of the mark after the others."""
     found = msgspec.to_builtins(msgspec.structs.replace(queue, path=None, subscribers=()))
     mark = found.pop("high-water-mark")

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-import persipubsub.errors
+from persipubsub.errors import ClosedError
 from persipubsub.lmdb_engine.files import SharedPage
 
 _SYS_FUTEX: Final = {
@@ -133,8 +133,7 @@ class Notifier:
         if not self.is_closed:
             self._futex.wait(stamp, seconds)
         if self.is_closed:
-            raise persipubsub.errors.ClosedError(
-                "Expected the queue to be open while waiting, but got: it was closed")
+            raise ClosedError("Expected the queue to be open while waiting, but got: it was closed")
         return self._futex.load() != stamp
 
     def wait_for(self, look: Callable[[], tuple[ResultT | None, float]],

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-import persipubsub.errors
+from persipubsub.errors import CorruptMessageError, NotInitializedError, StoreCorruptError
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions
@@ -80,7 +80,7 @@ class Pending:
         subscriber = positions.read(tx, self.key)
         if subscriber is None or subscriber.ordinal != self.ordinal:
             subscriber = positions.require(tx, self.key)
-            raise persipubsub.errors.NotInitializedError(
+            raise NotInitializedError(
                 f"Expected the subscriber {subscriber.name!r} to be the same as at "
                 "init(), but got: it was removed and added again. Call init() again.")
         return subscriber
@@ -133,7 +133,7 @@ class Pending:
                              len(first) > BATCH_BYTES):
             try:
                 end = number + log.count_within(cursor, number, end, BATCH_BYTES)
-            except persipubsub.errors.StoreCorruptError:
+            except StoreCorruptError:
                 pass
         return max(1, end - number)
 
@@ -222,7 +222,7 @@ class Pending:
             stop, records = stop + 1, {stop: record}
         try:
             messages = fmt.copy_messages(value, block, first, run.number - first, stop - first)
-        except persipubsub.errors.CorruptMessageError:
+        except CorruptMessageError:
             if copied.numbers:
                 return 0
             raise

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-import persipubsub.errors
+from persipubsub.errors import NotInitializedError, StoreError
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, meta
@@ -47,7 +47,7 @@ def require(tx: Tx, key: bytes) -> Subscriber:
     """Read the record of a subscriber that has to be there."""
     subscriber = read(tx, key)
     if subscriber is None:
-        raise persipubsub.errors.NotInitializedError(
+        raise NotInitializedError(
             "Expected the queue to have the subscriber {!r}, but got: none of that id. Run "
             "persipubsub.control.initialize_all_dbs with the configuration file first.".format(
                 key.decode("utf-8", "replace")))
@@ -385,7 +385,7 @@ def add(tx: Tx,
         if not lacks(tx, [key]):
             continue
         if ordinal > fmt.MAX_SUBSCRIBER_ORDINAL:
-            raise persipubsub.errors.StoreError(
+            raise StoreError(
                 "Expected at most {} subscribers in the life of a queue, but got: {!r} as one more".
                 format(fmt.MAX_SUBSCRIBER_ORDINAL, key.decode("utf-8")))
         position = (beginning(tx, oldest_ns)

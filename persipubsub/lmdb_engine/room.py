@@ -17,9 +17,9 @@ the whole queue. Only a send that finds the store or the disk full deletes all t
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-import persipubsub.errors
 from persipubsub.config import Strategy
 from persipubsub.drop_log import DropLog
+from persipubsub.errors import DiskFullError, MessageTooLargeError, QueueFullError
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, once, retention
 from persipubsub.lmdb_engine.environment import Environment
@@ -71,17 +71,17 @@ class Room:
         directory = self._environment.directory
         limit = min(self.max_size, fmt.MAX_MESSAGE_BYTES)
         if largest > limit:
-            raise persipubsub.errors.MessageTooLargeError(
+            raise MessageTooLargeError(
                 f"Expected a message of at most {limit} bytes for the queue {directory} "
                 f"(HWM_LMDB_SIZE_BYTES), but got: {largest} bytes")
         if size > self.max_size or count > self.max_messages:
-            raise persipubsub.errors.MessageTooLargeError(
+            raise MessageTooLargeError(
                 f"Expected a batch of at most {self.max_messages} messages (MAX_MSGS_NUM) and "
                 f"{self.max_size} bytes (HWM_LMDB_SIZE_BYTES) for the queue {directory}, but got: "
                 f"{count} messages, {size} bytes")
         room = self.max_bytes - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES * count
         if size > room:
-            raise persipubsub.errors.MessageTooLargeError(
+            raise MessageTooLargeError(
                 f"Expected messages of at most {max(0, room)} bytes for the queue {directory} "
                 f"(max_db_size_bytes), but got: {size} bytes")
 
@@ -113,19 +113,18 @@ class Room:
             low = retention.find_low_watermark(tx, log_end)
         return log_end, low, dropped
 
-    def full_error(self, batch: Batch) -> persipubsub.errors.QueueFullError:
+    def full_error(self, batch: Batch) -> QueueFullError:
         """Describe a full queue, and the slowest subscriber."""
         count, size, slowest = self._environment.read(self._describe)
         most, most_size = (limit if limit < _UNLIMITED else "any number of"
                            for limit in (self.max_messages, self.max_size))
-        text = (
-            f"Expected room for {batch.count} more message(s) of {batch.size} bytes in the queue "
-            f"{self._environment.directory}, but got: {count} of {most} messages (MAX_MSGS_NUM) "
-            f"and {size} of {most_size} bytes (HWM_LMDB_SIZE_BYTES) wait in a store of at most "
-            f"{self.max_bytes} bytes (max_db_size_bytes).")
+        text = (f"Expected room for {batch.count} more message(s) of {batch.size} bytes in the "
+                f"queue {self._environment.directory}, but got: {count} of {most} messages "
+                f"(MAX_MSGS_NUM) and {size} of {most_size} bytes (HWM_LMDB_SIZE_BYTES) wait in a "
+                f"store of at most {self.max_bytes} bytes (max_db_size_bytes).")
         if slowest is not None:
             text += " The slowest subscriber is {!r} with {} of them.".format(*slowest)
-        return persipubsub.errors.QueueFullError(text)
+        return QueueFullError(text)
 
     def _describe(self, tx: Tx) -> tuple[int, int, tuple[str, int] | None]:
         """Count what waits, and find the slowest subscriber."""
@@ -156,7 +155,7 @@ class Room:
             if used + batch.size <= self.max_bytes:
                 return True
             if not self._environment.read(self._describe)[0]:
-                raise persipubsub.errors.DiskFullError(
+                raise DiskFullError(
                     f"Expected room for {batch.size} bytes in the queue {self._environment.directory}, "
                     f"but got: {used} of {self.max_bytes} bytes (max_db_size_bytes) are in use, though "
                     "no message waits: by ids of messages (once_window_secs), or failed deliveries")

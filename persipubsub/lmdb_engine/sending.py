@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
-import persipubsub.errors
 from persipubsub.config import Durability, Strategy
+from persipubsub.errors import BusyTimeoutError, DiskFullError, MessageError, PersipubsubError
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, once, retention
 from persipubsub.lmdb_engine.datafile import MapFullError
@@ -34,11 +34,11 @@ _LARGE_BYTES: Final = 1 << 16
 _LONGEST_PAUSE_SECS: Final = 1.0
 
 
-class _StoreFullError(persipubsub.errors.DiskFullError):
+class _StoreFullError(DiskFullError):
     """The pages in use would pass ``max_db_size_bytes``."""
 
 
-class _JournalFullError(persipubsub.errors.DiskFullError):
+class _JournalFullError(DiskFullError):
     """The journal needs a segment, which is not made under the write lock."""
 
     def __init__(self, cost: int) -> None:
@@ -230,7 +230,7 @@ class Sender:
             try:
                 self._room.check_sizes(messages)
                 batches[index] = _Batch(messages, recipients, msg_ids or None)
-            except persipubsub.errors.MessageError as error:
+            except MessageError as error:
                 outcomes[index] = error
         self._commit_each(list(batches.values()))
         for index, batch in batches.items():
@@ -245,12 +245,12 @@ class Sender:
         try:
             if len(batches) > 1:
                 all_sent = self._environment.write(self._append_all, batches, self._low)
-        except persipubsub.errors.BusyTimeoutError as error:
+        except BusyTimeoutError as error:
             # No sending is at fault, and all of them waited long enough.
             for batch in batches:
                 batch.error = error
             return
-        except persipubsub.errors.PersipubsubError:
+        except PersipubsubError:
             pass  # one of them is at fault: each is tried by itself
         if all_sent:
             failure = self._finish(all_sent)
@@ -260,7 +260,7 @@ class Sender:
         for batch in batches:
             try:
                 batch.first = self._commit(batch)
-            except persipubsub.errors.PersipubsubError as error:
+            except PersipubsubError as error:
                 batch.error = error
 
     def _commit(self, batch: _Batch) -> int:
@@ -287,7 +287,7 @@ class Sender:
                 if not self._room.free_store(batch):
                     self._was_full = True
                     return 0
-            except persipubsub.errors.DiskFullError:
+            except DiskFullError:
                 if was_freed:
                     raise
                 was_freed = True
@@ -298,7 +298,7 @@ class Sender:
             raise failure
         return sent.first
 
-    def _finish(self, all_sent: Sequence[_Sent]) -> persipubsub.errors.PersipubsubError | None:
+    def _finish(self, all_sent: Sequence[_Sent]) -> PersipubsubError | None:
         """Do what follows a commit: notify, warn, flush; return the error of the flush."""
         self._low = all_sent[-1].low
         end = 0
@@ -314,7 +314,7 @@ class Sender:
             if self._is_flushed:
                 try:
                     self._environment.journal.secure(end)
-                except persipubsub.errors.PersipubsubError as error:
+                except PersipubsubError as error:
                     return error
         return None
 
