@@ -15,8 +15,7 @@ def main() -> int:
     if importlib.util.find_spec("click") is None:
         print(
             "persipubsub: the command line needs click. Install it with: pip install "
-            "'persipubsub[cli]'",
-            file=sys.stderr)
+            "'persipubsub[cli]'", file=sys.stderr)
         return 1
     try:
         import persipubsub.cli.commands  # pylint: disable=import-outside-toplevel

@@ -75,8 +75,7 @@ def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *giv
         loop.call_soon_threadsafe(function, *given)
 
 
-def _settle(future: "asyncio.Future[Any]",
-            result: object = None,
+def _settle(future: "asyncio.Future[Any]", result: object = None,
             error: BaseException | None = None) -> None:
     """Wake the task that waits for a future, unless it was cancelled."""
     if future.done():
@@ -218,9 +217,7 @@ class Pub(_Handle[face.Target]):
 
     _kind = face.Target
 
-    def __init__(self,
-                 pub_id: str | None = None,
-                 config_pth: ConfigLike | None = None,
+    def __init__(self, pub_id: str | None = None, config_pth: ConfigLike | None = None,
                  autosync: bool = False) -> None:
         """
         Initialize without a queue; ``async with`` opens it, or :py:meth:`init` does.
@@ -247,9 +244,7 @@ class Pub(_Handle[face.Target]):
         """
         await self._open(pub_id, config_pth, autosync)
 
-    async def send(self,
-                   msg: BytesLike,
-                   timeout: float | None = None,
+    async def send(self, msg: BytesLike, timeout: float | None = None,
                    msg_id: MessageId | None = None) -> None:
         """
         Send a message to all subscribers of the publisher.
@@ -274,9 +269,7 @@ class Pub(_Handle[face.Target]):
         """
         await self.send_many([msg], timeout, None if msg_id is None else [msg_id])
 
-    async def send_many(self,
-                        msgs: Sequence[BytesLike],
-                        timeout: float | None = None,
+    async def send_many(self, msgs: Sequence[BytesLike], timeout: float | None = None,
                         msg_ids: Sequence[MessageId | None] | None = None) -> None:
         """
         Send messages in one commit: all of them or none, even if the task is cancelled.

@@ -192,10 +192,7 @@ def in_flight(config_pth: ConfigLike,
     })
 
 
-def peek(config_pth: ConfigLike,
-         sub_id: str,
-         count: int = 1,
-         start: int = 0,
+def peek(config_pth: ConfigLike, sub_id: str, count: int = 1, start: int = 0,
          queue_key: str | None = None) -> tuple[Peeked, ...]:
     """
     Look at the next messages of a subscriber without taking them.
@@ -215,8 +212,7 @@ def peek(config_pth: ConfigLike,
     return tuple(persipubsub.engine.of(config, key).peek(config, key, sub_id, count, start))
 
 
-def follow(config_pth: ConfigLike,
-           queue_key: str,
+def follow(config_pth: ConfigLike, queue_key: str,
            last: int = 0) -> Generator[list[Peeked], None, None]:
     """
     Look at the messages of a queue as they are sent, for ever, without being a subscriber.
@@ -235,9 +231,7 @@ def follow(config_pth: ConfigLike,
     return persipubsub.engine.of(config, key).follow(config, key, last)
 
 
-def seek(config_pth: ConfigLike,
-         sub_id: str,
-         to: str | int | float | datetime.datetime,
+def seek(config_pth: ConfigLike, sub_id: str, to: str | int | float | datetime.datetime,
          queue_key: str | None = None) -> int:
     """
     Let a subscriber go on from another place of the queue: back, to receive again, or forward.
@@ -361,8 +355,7 @@ def dead_letters(config_pth: ConfigLike,
     return types.MappingProxyType({key: tuple(letters.look(config, key)) for key in keys})
 
 
-def send_back(config_pth: ConfigLike,
-              queue_key: str,
+def send_back(config_pth: ConfigLike, queue_key: str,
               numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
     Send messages that were given up to the subscriber that failed to work on them, as new ones.
@@ -382,8 +375,7 @@ def send_back(config_pth: ConfigLike,
     return tuple(_load("letters").send_back(config, queue_key, numbers))
 
 
-def drop_dead_letters(config_pth: ConfigLike,
-                      queue_key: str,
+def drop_dead_letters(config_pth: ConfigLike, queue_key: str,
                       numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
     Drop messages that were given up.
@@ -401,8 +393,7 @@ def drop_dead_letters(config_pth: ConfigLike,
 # Maintenance
 
 
-def verify(config_pth: ConfigLike,
-           queue_key: str | None = None,
+def verify(config_pth: ConfigLike, queue_key: str | None = None,
            progress: Progress | None = None) -> Mapping[str, tuple[str, ...]]:
     """
     Verify all pages, records and messages of queues, each in one snapshot.
@@ -422,9 +413,7 @@ def verify(config_pth: ConfigLike,
                      lambda config, key: tuple(_maintain(config, key, "verify", shown)))
 
 
-def backup(config_pth: ConfigLike,
-           queue_key: str,
-           target: "str | os.PathLike[str]",
+def backup(config_pth: ConfigLike, queue_key: str, target: "str | os.PathLike[str]",
            progress: Progress | None = None) -> int:
     """
     Copy a queue, as it is at one moment, into a file. The queue may be in full use; nobody waits.
@@ -445,9 +434,7 @@ def backup(config_pth: ConfigLike,
     return int(_maintain(config, queue_key, "backup", os.fspath(target), progress or Progress()))
 
 
-def restore(config_pth: ConfigLike,
-            queue_key: str,
-            source: "str | os.PathLike[str]",
+def restore(config_pth: ConfigLike, queue_key: str, source: "str | os.PathLike[str]",
             progress: Progress | None = None) -> None:
     """
     Replace a queue with a backup, or create the queue from it.
@@ -472,8 +459,7 @@ def restore(config_pth: ConfigLike,
     persipubsub.engine.of(config, queue_key).ensure_queue(config, queue_key)
 
 
-def compact(config_pth: ConfigLike,
-            queue_key: str | None = None,
+def compact(config_pth: ConfigLike, queue_key: str | None = None,
             progress: Progress | None = None) -> "Mapping[str, Sizes]":
     """
     Give back room on the disk that queues do not need any more.
@@ -553,9 +539,7 @@ def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
     return tuple(_maintain(config, queue_key, "drop"))
 
 
-def migrate(config_pth: ConfigLike,
-            queue_key: str,
-            target: str,
+def migrate(config_pth: ConfigLike, queue_key: str, target: str,
             progress: Progress | None = None) -> "Mapping[str, Moved]":
     """
     Move what waits in a queue of this machine to a queue on servers, while both are in use.

@@ -20,8 +20,7 @@ try:
 except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         f"persipubsub.metrics needs {_error.name}. Install it with: pip install "
-        f"'persipubsub[metrics]'",
-        name=_error.name) from None
+        f"'persipubsub[metrics]'", name=_error.name) from None
 
 import persipubsub.config
 import persipubsub.control
@@ -84,8 +83,7 @@ class Collector(prometheus_client.registry.Collector):
     False
     """
 
-    def __init__(self,
-                 config_pth: persipubsub.config.ConfigLike,
+    def __init__(self, config_pth: persipubsub.config.ConfigLike,
                  queue_key: str | None = None) -> None:
         """
         Initialize without touching a file: the configuration is read at each scrape.
@@ -189,9 +187,7 @@ def _look_at(config: persipubsub.config.Config, keys: Sequence[str]) -> dict[str
 
 
 @contextlib.contextmanager
-def serve(config_pth: persipubsub.config.ConfigLike,
-          queue_key: str | None = None,
-          port: int = 9464,
+def serve(config_pth: persipubsub.config.ConfigLike, queue_key: str | None = None, port: int = 9464,
           address: str = "127.0.0.1") -> Iterator[str]:
     """
     Serve the metrics over HTTP while the block runs.

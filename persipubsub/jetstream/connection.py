@@ -153,11 +153,7 @@ class Link:
             async with asyncio.timeout(PAUSE_SECS):
                 await self.client.close()
 
-    async def request(self,
-                      subject: str,
-                      payload: bytes,
-                      patience: float,
-                      deadline: float,
+    async def request(self, subject: str, payload: bytes, patience: float, deadline: float,
                       headers: dict[str, str] | None = None) -> nats.aio.msg.Msg:
         """
         Ask once; raise one of UNANSWERED if no answer comes in time or over this connection.

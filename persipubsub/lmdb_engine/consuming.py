@@ -89,10 +89,8 @@ class Lease:
                 # In a forked child, the messages are with its parent.
                 if claim.file is not None and not claim.file.closed:
                     consumer.position = consumer.environment.write(positions.acknowledge,
-                                                                   pending.key,
-                                                                   pending.ordinal,
-                                                                   numbers,
-                                                                   pending.now_ns(),
+                                                                   pending.key, pending.ordinal,
+                                                                   numbers, pending.now_ns(),
                                                                    makes_room=True)
             self._release(len(numbers))
         except BaseException:
@@ -183,11 +181,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     # Taking
 
-    def take(self,
-             timeout: float | None,
-             poll_secs: float = LONGEST_PAUSE_SECS,
-             max_messages: int = 1,
-             is_newest: bool = False) -> Lease | None:
+    def take(self, timeout: float | None, poll_secs: float = LONGEST_PAUSE_SECS,
+             max_messages: int = 1, is_newest: bool = False) -> Lease | None:
         """
         Take the next message, or several, or the newest one, skipping all older ones; or wait.
 
@@ -208,8 +203,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """Take the message of a number, without waiting."""
         return self._claim(number, 1)
 
-    def try_take(self,
-                 max_messages: int = 1,
+    def try_take(self, max_messages: int = 1,
                  is_newest: bool = False) -> tuple[Lease | None, float]:
         """Take without waiting; return the seconds after which to look again, too."""
         if is_newest:
@@ -280,10 +274,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             pause = min(pause, max(0, retry_at_ns - self.pending.now_ns()) / 1e9)
         return pause
 
-    def _claim(self,
-               number: int,
-               count: int,
-               is_guess: bool = False,
+    def _claim(self, number: int, count: int, is_guess: bool = False,
                tried: set[int] | None = None) -> Lease | None:
         """
         Claim messages and look at them again.
@@ -419,9 +410,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             count = 0 if record is None else record.deliveries
             sent_at = _EPOCH + datetime.timedelta(microseconds=(time_ns + offset_ns) // 1000)
             described.append(
-                Message(data=data,
-                        number=number,
-                        sent_at=sent_at,
+                Message(data=data, number=number, sent_at=sent_at,
                         attempts=count if is_counted else count + 1,
                         dropped_before=0 if described else copied.dropped))
         return described

@@ -14,10 +14,7 @@ from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.pending import Copied, Pending
 
 
-def begin_delivery(tx: Tx,
-                   pending: Pending,
-                   number: int,
-                   end: int,
+def begin_delivery(tx: Tx, pending: Pending, number: int, end: int,
                    is_guess: bool = False) -> Copied:
     """Copy claimed messages, and count their delivery before it begins, so that crashes count."""
     copied = pending.copy(tx, number, end, is_guess)

@@ -372,10 +372,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     # Trouble
 
-    def _recover(self,
-                 store: _Store,
-                 error: lmdb.Error,
-                 makes_room: bool = False,
+    def _recover(self, store: _Store, error: lmdb.Error, makes_room: bool = False,
                  deadline: float = 0.0) -> None:
         """
         Prepare to repeat a transaction that failed, or raise the error of this library.
@@ -515,9 +512,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         self.is_read_only = False
         # Each process has the thread, even if it does not write: the process that wrote may have
         # been killed.
-        thread = threading.Thread(target=self._run,
-                                  args=(store, ),
-                                  name="persipubsub-journal",
+        thread = threading.Thread(target=self._run, args=(store, ), name="persipubsub-journal",
                                   daemon=True)
         # The start fails without memory, or at the end of the interpreter. Then other processes
         # write state records, and the close writes one.
@@ -697,11 +692,8 @@ atexit.register(REGISTRY.leave)
 os.register_at_fork(after_in_child=REGISTRY.forget_parent)
 
 
-def acquire(directory: str,
-            queue: config.Queue,
-            is_read_only: bool = False,
-            adopts_settings: bool = False,
-            renews_journal: bool = False) -> Environment:
+def acquire(directory: str, queue: config.Queue, is_read_only: bool = False,
+            adopts_settings: bool = False, renews_journal: bool = False) -> Environment:
     """
     Open a store, or share it if this process has it open already.
 
@@ -740,8 +732,7 @@ def release(environment: Environment) -> None:
 
 
 @contextlib.contextmanager
-def opened(directory: str,
-           queue: config.Queue,
+def opened(directory: str, queue: config.Queue,
            is_read_only: bool = False) -> Iterator[Environment]:
     """Have a store open in a ``with`` block."""
     environment = acquire(directory, queue, is_read_only)
@@ -762,17 +753,13 @@ def create(directory: str, queue: config.Queue) -> bool:
     with REGISTRY.lock:
         if files.prepare_directory(directory):
             return False
-        with locks.open_lock(directory,
-                             queue.busy_timeout_secs), files.translated(path=directory,
-                                                                        doing="create a queue in"):
+        with locks.open_lock(directory, queue.busy_timeout_secs), files.translated(
+                path=directory, doing="create a queue in"):
             if os.path.lexists(path):
                 return False
-            header = fmt.Header(format=fmt.FORMAT,
-                                flags=0,
+            header = fmt.Header(format=fmt.FORMAT, flags=0,
                                 clock_offset_ns=time.time_ns() - files.ticks_ns(),
-                                boot_id=files.boot_id(),
-                                next_ordinal=0,
-                                journal_id=os.urandom(16))
+                                boot_id=files.boot_id(), next_ordinal=0, journal_id=os.urandom(16))
             with files.replacing(path) as (made, _):
                 with datafile.opened(made, 1 << 20, is_new=True) as (_, begin), begin() as tx:
                     meta.write_header(tx, header)

@@ -26,23 +26,14 @@ def collect(opened: Environment, now_ns: int) -> QueueStatistics:
     file_bytes = opened.file_bytes()
     age = None if age_ns is None else age_ns / 1e9
     return QueueStatistics(
-        path=opened.directory,
-        messages=count,
-        message_share=share(count, mark.max_msgs_num),
-        message_bytes=size,
-        byte_share=share(size, mark.size_bytes),
-        file_bytes=file_bytes,
-        file_share=share(file_bytes, queue.max_db_size_bytes),
-        oldest_age_seconds=age,
-        age_share=share(age or 0.0, mark.msg_timeout_secs),
-        next_number=end,
-        commits=commits,
+        path=opened.directory, messages=count, message_share=share(count, mark.max_msgs_num),
+        message_bytes=size, byte_share=share(size, mark.size_bytes), file_bytes=file_bytes,
+        file_share=share(file_bytes, queue.max_db_size_bytes), oldest_age_seconds=age,
+        age_share=share(age or 0.0, mark.msg_timeout_secs), next_number=end, commits=commits,
         subscribers=tuple(
             _subscriber(record, lag, now_ns, None if claims is None else claims[record.ordinal])
-            for record, lag in subscribers),
-        sent=sent,
-        journal_bytes=opened.journal.bytes_on_disk(),
-        journal_lag_bytes=opened.journal.lag_bytes(),
+            for record, lag in subscribers), sent=sent,
+        journal_bytes=opened.journal.bytes_on_disk(), journal_lag_bytes=opened.journal.lag_bytes(),
         disk_bytes=files.disk_bytes(opened.directory))
 
 
@@ -76,11 +67,9 @@ def _subscriber(record: fmt.Subscriber, lag: int, now_ns: int,
         claims.append(InFlight(record.name, first, length, process_id, seconds))
     since_ns = record.acknowledged_ns
     return SubscriberStatistics(
-        subscriber=record.name,
-        lag=lag,
+        subscriber=record.name, lag=lag,
         in_flight=None if spans is None else min(lag, sum(span.length for span in spans)),
         seconds_since_acknowledged=max(0, now_ns - since_ns) / 1e9 if since_ns else None,
-        claims=tuple(claims),
-        is_paused=bool(record.flags & fmt.FLAG_PAUSED),
+        claims=tuple(claims), is_paused=bool(record.flags & fmt.FLAG_PAUSED),
         **{counter: getattr(record, counter)
            for counter in _COUNTERS})

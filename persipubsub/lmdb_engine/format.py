@@ -447,8 +447,7 @@ def copy_message(value: memoryview, block: Block, index: int, number: int) -> by
     if crc != expected:
         raise CorruptMessageError(
             f"Expected the message {number} ({len(message)} bytes) to have the checksum "
-            f"{expected:#010x}, but got: {crc:#010x}",
-            number=number)
+            f"{expected:#010x}, but got: {crc:#010x}", number=number)
     return message
 
 

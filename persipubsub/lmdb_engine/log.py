@@ -28,12 +28,8 @@ class LogEnd(NamedTuple):
     totals: tuple[int, ...]  #: of each audience but everybody
 
 
-EMPTY: Final = LogEnd(next_number=fmt.FIRST_NUMBER,
-                      time_ns=0,
-                      total_count=0,
-                      total_bytes=0,
-                      generation=0,
-                      totals=())
+EMPTY: Final = LogEnd(next_number=fmt.FIRST_NUMBER, time_ns=0, total_count=0, total_bytes=0,
+                      generation=0, totals=())
 
 
 class Place(NamedTuple):
@@ -191,14 +187,14 @@ def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
 
 def number_at_count(cursor: Cursor, begin: int, end: int, count: int) -> int:
     """Find the number before which the log has a given count of messages."""
-    return begin + bisect.bisect_left(
-        range(begin, end), count, key=lambda number: place_of(cursor, number).messages)
+    return begin + bisect.bisect_left(range(begin, end), count,
+                                      key=lambda number: place_of(cursor, number).messages)
 
 
 def number_at_time(cursor: Cursor, begin: int, end: int, time_ns: int) -> int:
     """Find the first message that was committed at or after a time."""
-    return begin + bisect.bisect_left(
-        range(begin, end), time_ns, key=lambda number: place_of(cursor, number).time_ns)
+    return begin + bisect.bisect_left(range(begin, end), time_ns,
+                                      key=lambda number: place_of(cursor, number).time_ns)
 
 
 def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[int]) -> int:
@@ -218,8 +214,7 @@ def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[i
 def count_within(cursor: Cursor, begin: int, end: int, size: int) -> int:
     """Count the first numbers of a range whose messages have together at most so many bytes."""
     limit = place_of(cursor, begin).size + size
-    return bisect.bisect_right(range(begin + 1, end + 1),
-                               limit,
+    return bisect.bisect_right(range(begin + 1, end + 1), limit,
                                key=lambda number: place_of(cursor, number).size)
 
 
@@ -261,8 +256,7 @@ def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
         key = cursor.key()
         if not key or fmt.unpack_number(key) < cut or not cursor.delete():
             break
-    log_end = log_end._replace(total_count=place.messages,
-                               total_bytes=place.size,
+    log_end = log_end._replace(total_count=place.messages, total_bytes=place.size,
                                totals=place.totals)
     put_placeholder(cursor, log_end)
     return log_end

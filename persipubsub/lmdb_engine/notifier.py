@@ -168,8 +168,7 @@ class Notifier:
         with self._lock:
             self.listeners[listener] = None
             if self._thread is None:
-                thread = threading.Thread(target=self._run,
-                                          name="persipubsub-notifier",
+                thread = threading.Thread(target=self._run, name="persipubsub-notifier",
                                           daemon=True)
                 thread.start()
                 self._thread = thread

@@ -54,10 +54,7 @@ class Pending:
     It keeps nothing of what a transaction read, except ``end``, which is a hint.
     """
 
-    def __init__(self,
-                 subscriber: str,
-                 timeout_ns: int,
-                 now_ns: Callable[[], int],
+    def __init__(self, subscriber: str, timeout_ns: int, now_ns: Callable[[], int],
                  policy: attempts.Policy = attempts.Policy()) -> None:
         """Initialize without looking."""
         self.key = subscriber.encode("utf-8")

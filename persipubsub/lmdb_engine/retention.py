@@ -60,9 +60,7 @@ class Dropped(NamedTuple):
     messages: int
 
 
-def find_low_watermark(tx: Tx,
-                       log_end: LogEnd,
-                       is_read_only: bool = False,
+def find_low_watermark(tx: Tx, log_end: LogEnd, is_read_only: bool = False,
                        known: LowWatermark | None = None) -> LowWatermark:
     """
     Find the low watermark.
@@ -88,22 +86,17 @@ def find_low_watermark(tx: Tx,
         found = [(fmt.unpack_position(data), key) for key, data in tx.txn.cursor(tx.db.subscribers)]
     number, slowest_key = min(found, key=operator.itemgetter(0), default=(log_end.next_number, b""))
     place = log.place_of(tx.cursor(), number)
-    return LowWatermark(generation=log_end.generation,
-                        number=number,
-                        messages=place.messages,
-                        size=place.size,
-                        interval=max(_SMALLEST_INTERVAL,
-                                     len(found) // 4),
-                        slowest_key=bytes(slowest_key),
-                        oldest_ns=place.time_ns)
+    return LowWatermark(generation=log_end.generation, number=number, messages=place.messages,
+                        size=place.size, interval=max(_SMALLEST_INTERVAL,
+                                                      len(found) // 4),
+                        slowest_key=bytes(slowest_key), oldest_ns=place.time_ns)
 
 
 def find_slowest(tx: Tx) -> tuple[str, int] | None:
     """Find the subscriber that needs the oldest message, and how many it has to acknowledge."""
     end = log.read_end(tx.cursor()).next_number
     slowest = min(positions.read_all(tx),
-                  key=lambda subscriber: positions.first_pending(tx, subscriber, end),
-                  default=None)
+                  key=lambda subscriber: positions.first_pending(tx, subscriber, end), default=None)
     lag = 0 if slowest is None else positions.count_pending(tx, slowest, 0, end)
     return (slowest.name, lag) if slowest is not None and lag else None
 

@@ -217,9 +217,7 @@ class Room:
             retained_ns = self._environment.retained_ns(now_ns)
         total, deleted = 0, retention.CHUNK
         while deleted == retention.CHUNK:
-            deleted = self._environment.write(retention.delete_finished,
-                                              retention.CHUNK,
-                                              retained_ns,
-                                              makes_room=True)
+            deleted = self._environment.write(retention.delete_finished, retention.CHUNK,
+                                              retained_ns, makes_room=True)
             total += deleted
         return total
