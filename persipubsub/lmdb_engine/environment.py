@@ -69,7 +69,8 @@ class _Store:
         self.lmdb: lmdb.Environment | None = None
         self.db: Databases
         self.page = SharedPage(directory)
-        self.write_lock = locks.LockFile(os.path.join(directory, files.WRITE_LOCK))
+        self.write_lock = locks.ExclusiveLock(os.path.join(directory, files.WRITE_LOCK),
+                                              f"write to the queue {directory}")
         self.users = locks.LockFile(os.path.join(directory, files.USERS))
         self.journal = Journal(directory, self.page, read, busy_timeout_secs)
         self.notifier = Notifier(self.page)
@@ -128,16 +129,11 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def _make_locks(self) -> None:
         """Create the thread locks."""
-        # They are re-entrant because such locks know their owner: a finally clause releases them
-        # without knowing whether an exception of a signal handler came before or after they were
-        # taken.
-        self._write_mutex = threading.RLock()
         #: LMDB's number of the last transaction that this process committed; under the write lock.
         self.committed = 0
         #: How many of its transactions were not committed; under the write lock.
         self.aborted = 0
         self._read_mutex = threading.RLock()
-        self._is_writing = False
 
     # Figures
 
@@ -217,20 +213,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def _write(self, store: _Store, work: Callable[..., ResultT], args: tuple[Any, ...]) -> ResultT:
         """Take the write lock and commit."""
-        is_owner = False
+        lock = store.write_lock
+        lock.refuse_nesting()
         try:
-            timeout = self.queue.busy_timeout_secs
-            if not self._write_mutex.acquire(timeout=timeout):
-                raise self._busy_error()
-            if self._is_writing:
-                raise StoreError(f"Expected to write to the queue {self.directory} when this "
-                                 "thread is not in the middle of a write, but got: a signal "
-                                 "handler that interrupted one. Set a flag there, and write later.")
-            is_owner = self._is_writing = True
-            # One attempt without a deadline spares the plain path the clock.
-            if not store.write_lock.try_lock() and not store.write_lock.lock(
-                    time.monotonic() + timeout, store.page):
-                raise self._busy_error()
+            lock.acquire(self.queue.busy_timeout_secs, store.page)
             if store.lmdb is None or self._is_over:
                 raise self._closed_error()
             words = store.page.words
@@ -251,22 +237,11 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             words[Journal.COMMITTED] = words[Journal.RESERVED]
             return result
         finally:
+            # Not in a function of its own, see ``ExclusiveLock``.
             try:
-                if is_owner:
-                    self._is_writing = False
-                    store.write_lock.unlock()
-                    # Not a second time: after the mutex is released, another thread may have this
-                    # lock.
-                    is_owner = False
-                self._write_mutex.release()
-            except RuntimeError:
-                pass  # an exception of a signal handler came before it was taken
+                lock.release()
             except BaseException:
-                # A signal handler raised in the middle of this; others wait for these locks.
-                if is_owner:
-                    self._is_writing = False
-                    store.write_lock.unlock()
-                locks.release(self._write_mutex)
+                lock.release()
                 raise
 
     def copy(self, descriptor: int) -> None:
@@ -382,7 +357,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         translated = datafile.translate(error, self.directory)
         if isinstance(error, lmdb.MapResizedError):
             # Another process raised max_db_size_bytes: map as much as it does.
-            with self._write_mutex, self._read_mutex:
+            with store.write_lock.mutex, self._read_mutex:
                 if store.lmdb is not None:
                     store.lmdb.set_mapsize(0)
         elif isinstance(error, lmdb.ReadersFullError) and time.monotonic() < deadline:
@@ -392,20 +367,13 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 time.sleep(_SLOT_PAUSE_SECS)
         elif isinstance(error, lmdb.PanicError) and not self._is_over:
             # The disk had no room for a meta page; LMDB refuses to work since then.
-            with self._write_mutex, self._read_mutex:
+            with store.write_lock.mutex, self._read_mutex:
                 if store.lmdb is not None:
                     store.lmdb.close()
                     store.lmdb = None
                     self._open_lmdb(store)
         elif not (makes_room and self._free_room(translated)):
             raise translated from error
-
-    def _busy_error(self) -> BusyTimeoutError:
-        """Describe a wait that was too long."""
-        return BusyTimeoutError(
-            f"Expected to write to the queue {self.directory} within {self.queue.busy_timeout_secs} "
-            "seconds (busy_timeout_secs), but got: another process is in the middle of a write. It "
-            "may be stopped, or the disk may hang.")
 
     def _closed_error(self) -> ClosedError:
         """Describe an environment that was closed."""
@@ -525,13 +493,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         deadline = time.monotonic() + self.queue.busy_timeout_secs
         # py-lmdb opens databases in a write transaction, and waits for it with the interpreter's lock
         # held: without our lock, a process stopped in the middle of a commit would freeze us.
-        if not store.write_lock.lock(deadline):
-            raise self._busy_error()
-        try:
+        with store.write_lock.held(self.queue.busy_timeout_secs):
             store.lmdb, store.db = datafile.open_shared(self.directory, self._map_size(),
                                                         self.queue.max_reader_num, deadline)
-        finally:
-            store.write_lock.unlock()
 
     def _map_size(self) -> int:
         """Map more than ``max_db_size_bytes``, as room to acknowledge, to drop and to delete."""
@@ -560,7 +524,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             meta.warn_of_differences(
                 self.directory, ", ".join(f"{key} is {there!r}, not {here!r}"
                                           for key, (here, there) in differing.items()))
-        with self._write_mutex, self._read_mutex:
+        with self._require().write_lock.mutex, self._read_mutex:
             if self._map_size() > self._lmdb().info()["map_size"]:
                 self._lmdb().set_mapsize(self._map_size())
 
@@ -596,9 +560,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             return
         # From here on this process writes nothing: a clean close says that the last state record
         # holds everything.
-        self._write_mutex.acquire(timeout=lock_secs)
+        write_mutex = store.write_lock.mutex
+        write_mutex.acquire(timeout=lock_secs)
         self._is_over = True
-        locks.release(self._write_mutex)
+        locks.release(write_mutex)
         store.is_stopped.set()
         store.notifier.close()
         if store.thread is not None and store.thread is not threading.current_thread():
@@ -610,12 +575,12 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 if not self.is_read_only and store.lmdb is not None:
                     self._leave(store)
         finally:
-            if (self._write_mutex.acquire(timeout=lock_secs)
+            if (write_mutex.acquire(timeout=lock_secs)
                     and self._read_mutex.acquire(timeout=lock_secs)):
                 self._use(None)
                 store.close()
             locks.release(self._read_mutex)
-            locks.release(self._write_mutex)
+            locks.release(write_mutex)
 
     def _leave(self, store: _Store) -> None:
         """Leave the journal and LMDB's file as the next process expects them."""

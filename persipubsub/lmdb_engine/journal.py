@@ -54,7 +54,6 @@ import contextlib
 import os
 import stat
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -110,8 +109,7 @@ _ID = struct.Struct("<QQB")
 _RECORD_HEAD_BYTES: Final = _CRC.size + _RECORD.size
 
 #: Longest sleep of a sender that waits for the flush of another thread or process, in seconds.
-_FLUSH_PAUSE_SECS: Final = 0.05
-_LOCK_PAUSE_SECS: Final = 0.001
+_FLUSH_PAUSE_SECS: Final = 0.001
 
 _FLUSH_HINT: Final = (
     "Close all that this process has open of the queue and open it again; look at the disk.")
@@ -142,7 +140,6 @@ class _Position(NamedTuple):
 
     file: int  #: of the segment
     sequence: int  #: number of the segment
-    last: int  #: offset of the last record
     offset: int  #: of the next record
     record: int  #: number of the next record
     end: int  #: of the log: everything before it is in the journal
@@ -175,8 +172,8 @@ class _Collected(NamedTuple):
     txn_id: int
 
 
-_POSITION = struct.Struct("<11Q")
-_SHARED = struct.Struct("<12Q")  # with the CRC-32
+_POSITION = struct.Struct("<10Q")
+_SHARED = struct.Struct("<11Q")  # with the CRC-32
 
 
 class Journal:  # pylint: disable=too-many-instance-attributes
@@ -207,15 +204,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         self._map = page.map
         self._read = read
         self._busy_timeout_secs = busy_timeout_secs
-        self._lock_file = locks.LockFile(os.path.join(directory, files.JOURNAL_LOCK))
+        # The flush lock and the journal's lock. They guard all below.
+        self._lock = locks.ExclusiveLock(os.path.join(directory, files.JOURNAL_LOCK),
+                                         f"write to the journal of the queue {directory}")
         if os.path.islink(self.directory):
             raise AccessError(
                 f"Expected {self.directory} to be a directory, but got: a symbolic link")
-        # The flush lock. It guards all below, and lets only one thread take the journal's lock. It
-        # is re-entrant because such a lock knows its owner: a finally clause releases it without
-        # knowing whether an exception of a signal handler came before or after it was taken.
-        self._mutex = threading.RLock()
-        self._is_busy = False
         self._futex = Futex(page, SharedPage.FLUSH_STAMP)
         self._descriptor = -1
         self._segment: Segment | None = None
@@ -236,7 +230,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         :param end: of the log in the store
         :return: False if the journal is not that of the store: it is to be made anew
         """
-        with self._locked():
+        with self._lock.held(self._busy_timeout_secs):
             if is_shared:
                 try:
                     self._follow(self._require())
@@ -270,7 +264,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     def restart(self, journal_id: bytes, oldest_id_ns: int) -> None:
         """Begin a new journal with all that is in the store, flush it, and let go of the old one."""
-        with self._locked():
+        with self._lock.held(self._busy_timeout_secs):
             with files.translated(self.directory, "create"):
                 files.make_directories(self.directory)
             before = self._segments()
@@ -279,7 +273,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             oldest = min((one.sequence for one in before if one.sequence), default=first)
             record = max((one.first_record for one in before), default=0) + _SKIPPED_RECORDS
             self._reset()
-            self._begin(_Position(0, first - 1, 0, 0, record, 0, 0, oldest, 0, 0, 0), journal_id)
+            self._begin(_Position(0, first - 1, 0, record, 0, 0, oldest, 0, 0, 0), journal_id)
             self._write_state(oldest_id_ns, oldest=first)
             for segment in self._free():
                 with files.suppress(OSError):
@@ -293,7 +287,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         by a whole one from before the failure. A new record that filled the gap would make it look
         valid.
         """
-        with self._locked():
+        with self._lock.held(self._busy_timeout_secs):
             chain = self._choose_chain()
             self._remove_after(chain[-1].sequence)
             self._reset()
@@ -317,7 +311,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     def close(self) -> None:
         """Close the files."""
         self._close_segment()
-        self._lock_file.close()
+        self._lock.close()
 
     # Sending
 
@@ -343,7 +337,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             they would be copied.
         :raise DiskFullError: if the disk has no room for it
         """
-        with self._locked():
+        with self._lock.held(self._busy_timeout_secs):
             more = 0 if is_flushed else min(2 * self._words[self._ROOM], _MOST_ROOM_BYTES)
             self._catch_up()
             position = self._require()
@@ -366,41 +360,21 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             stamp = self._futex.load()
             if self._words[self.FAILED]:
                 raise self.failure("an earlier flush failed")
-            pause = _FLUSH_PAUSE_SECS
-            is_owner = False
             try:
-                if self._mutex.acquire(blocking=False):
-                    if self._is_busy:
-                        raise self._interrupted_error()
-                    is_owner = self._is_busy = True
-                    pause = _LOCK_PAUSE_SECS
-                    if self._lock_file.try_lock():
-                        self._flush(self._catch_up())
-                        self._wake()
-                        continue
-            finally:
-                # Not in a function of its own: a signal handler may raise at its first instruction.
-                try:
-                    if is_owner:
-                        self._unlock_file()
-                        # Not a second time: once the mutex is released, another thread may have the
-                        # file's lock.
-                        is_owner = False
-                    locks.release(self._mutex)
-                except BaseException:
-                    if is_owner:
-                        self._unlock_file()
-                    locks.release(self._mutex)
-                    raise
-            if time.monotonic() >= deadline:
-                raise BusyTimeoutError(
-                    f"Expected to flush the journal of the queue {self._queue} within "
-                    f"{self._busy_timeout_secs} seconds (busy_timeout_secs), but got: another process "
-                    "is in the middle of a flush. The message is in the queue, but not yet safe.")
-            self._words[self._WAITS] = 1
-            # Look once more: the flush may have ended since the first look.
-            if self._words[self._SAFE] < end:
-                self._futex.wait(stamp, pause)
+                with self._lock.held(timeout=0):
+                    self._flush(self._catch_up())
+                self._wake()
+            except BusyTimeoutError:
+                if time.monotonic() >= deadline:
+                    raise BusyTimeoutError(
+                        f"Expected to flush the journal of the queue {self._queue} within "
+                        f"{self._busy_timeout_secs} seconds (busy_timeout_secs), but got: another "
+                        "process is in the middle of a flush. The message is in the queue, but not "
+                        "yet safe.") from None
+                self._words[self._WAITS] = 1
+                # Look once more: the flush may have ended since the first look.
+                if self._words[self._SAFE] < end:
+                    self._futex.wait(stamp, _FLUSH_PAUSE_SECS)
 
     def _wake(self) -> None:
         """Wake all senders that wait for a flush, in all processes."""
@@ -412,6 +386,13 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """Describe a flush that failed."""
         return FlushError(f"Expected to flush the journal of the queue {self._queue}, but got: "
                           f"{found}. {_FLUSH_HINT}")
+
+    def _failure_of(self, error: OSError) -> FlushError:
+        """Refuse all further writes after an error of the disk."""
+        if error.errno is None:
+            raise error  # by a signal handler, see files
+        self._words[self.FAILED] = 1
+        return self.failure(error.strerror or error)
 
     @property
     def has_failed(self) -> bool:
@@ -429,7 +410,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """
         if txn_id and self._words[self._STATE_TXN] >= txn_id:
             return
-        with self._locked():
+        with self._lock.held(self._busy_timeout_secs):
             self._write_state(oldest_id_ns)
             self._let_go()
         self._wake()
@@ -567,19 +548,16 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         if whole > self._size - position.offset:
             position = self._roll(position, whole)
         head = _RECORD.pack(kind, len(body), position.record, end)
-        parts = (_CRC.pack(zlib.crc32(body, zlib.crc32(head, self._seed))), head, body)
+        crc = _CRC.pack(zlib.crc32(body, zlib.crc32(head, self._seed)))
+        rest, offset = memoryview(b"".join((crc, head, body))), position.offset
         try:
-            if os.pwritev(self._descriptor, parts, position.offset) < size:
-                # A record of more than 2 GiB takes more than one call.
-                _write_all(self._descriptor, b"".join(parts), position.offset)
+            while rest:  # a record of more than 2 GiB takes more than one call
+                written = os.pwrite(self._descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
         except OSError as error:
-            if error.errno is None:
-                raise  # by a signal handler, see files
-            self._words[self.FAILED] = 1
-            raise self.failure(error.strerror or error) from error
-        file, sequence, _, offset, record, _, _, oldest, written, next_file, next_size = position
-        position = _Position(file, sequence, offset, offset + whole, record + 1, end, ids_ns,
-                             oldest, written + size, next_file, next_size)
+            raise self._failure_of(error) from error
+        position = position._replace(offset=position.offset + whole, record=position.record + 1,
+                                     end=end, ids_ns=ids_ns, written=position.written + size)
         self._store(position)
         return position
 
@@ -593,10 +571,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         try:
             os.fdatasync(self._descriptor)
         except OSError as error:
-            if error.errno is None:
-                raise  # by a signal handler, see files
-            self._words[self.FAILED] = 1
-            raise self.failure(error.strerror or error) from error
+            raise self._failure_of(error) from error
 
     # Segments
 
@@ -625,8 +600,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             os.pwrite(self._descriptor, segment.pack(), 0)
         self._words[self._ROOM] = 0
         self._store(
-            position._replace(file=segment.file, sequence=segment.sequence, last=0,
-                              offset=_HEADER_BYTES, next_file=0, next_size=0))
+            position._replace(file=segment.file, sequence=segment.sequence, offset=_HEADER_BYTES,
+                              next_file=0, next_size=0))
         # This comes last: if a signal handler ends the function before it, another process may
         # begin the segment once more.
         self._use(segment)
@@ -790,7 +765,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
     def _load(self) -> _Position | None:
         """Read the position; None if a process was killed in the middle of writing it."""
         *fields, crc = _SHARED.unpack_from(self._map, 8 * self._POSITION)
-        if not fields[4] or zlib.crc32(_POSITION.pack(*fields)) != crc:
+        if not fields[3] or zlib.crc32(_POSITION.pack(*fields)) != crc:
             return None
         return _Position(*fields)
 
@@ -819,56 +794,14 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     def _position_after(self, segment: Segment, oldest: int) -> _Position:
         """Find the position after the last whole record of a segment."""
-        position = _Position(segment.file, segment.sequence, 0, _HEADER_BYTES, segment.first_record,
+        position = _Position(segment.file, segment.sequence, _HEADER_BYTES, segment.first_record,
                              segment.end, segment.ids_ns, oldest, 0, 0, 0)
         for offset, kind, number, end, body in self._records(segment):
             times = [time_ns for _, _, time_ns in _ids_of(body)] if kind == _BLOCKS else []
-            position = position._replace(last=offset,
-                                         offset=offset + _aligned(_RECORD_HEAD_BYTES + len(body)),
+            position = position._replace(offset=offset + _aligned(_RECORD_HEAD_BYTES + len(body)),
                                          record=number + 1, end=max(end, position.end),
                                          ids_ns=max([position.ids_ns, *times]))
         return position
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Lock the journal for this thread of this process."""
-        deadline = time.monotonic() + self._busy_timeout_secs
-        is_owner = False
-        try:
-            has_mutex = self._mutex.acquire(timeout=self._busy_timeout_secs)
-            if has_mutex:
-                if self._is_busy:
-                    raise self._interrupted_error()
-                is_owner = self._is_busy = True
-            if not (has_mutex and self._lock_file.lock(deadline)):
-                raise BusyTimeoutError(
-                    f"Expected to write to the journal of the queue {self._queue} within "
-                    f"{self._busy_timeout_secs} seconds (busy_timeout_secs), but got: another process "
-                    "is in the middle of a write. It may be stopped, or the disk may hang.")
-            yield
-        finally:
-            try:
-                if is_owner:
-                    self._unlock_file()
-                    is_owner = False
-                locks.release(self._mutex)
-            except BaseException:
-                # A signal handler raised in the middle of this; others wait for these locks.
-                if is_owner:
-                    self._unlock_file()
-                locks.release(self._mutex)
-                raise
-
-    def _unlock_file(self) -> None:
-        """Unlock the journal for other processes; may be repeated while the mutex is held."""
-        self._lock_file.unlock()
-        self._is_busy = False
-
-    def _interrupted_error(self) -> StoreError:
-        """Describe that a signal handler interrupted its thread's work on the journal, and writes."""
-        return StoreError(f"Expected to write to the journal of the queue {self._queue} when this "
-                          "thread is not in the middle of that, but got: a signal handler that "
-                          "interrupted it. Set a flag there, and write later.")
 
     # After a power failure
 
@@ -950,7 +883,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     def check(self) -> list[str]:
         """Compare the journal with LMDB; return what is wrong. Others write to both meanwhile."""
-        with self._locked():
+        with self._lock.held(self._busy_timeout_secs):
             self._catch_up()
             position = self._require()
             live = [one for one in self._segments() if one.sequence >= position.oldest]
@@ -1081,11 +1014,3 @@ def _replay_state(tx: Tx, state: _State) -> None:
 def _aligned(size: int) -> int:
     """Round up to a multiple of 8."""
     return size + 7 & ~7
-
-
-def _write_all(descriptor: int, content: bytes, offset: int) -> None:
-    """Write all of something, however large it is."""
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view[:1 << 30], offset)
-        view, offset = view[written:], offset + written

@@ -35,7 +35,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from persipubsub.errors import BusyTimeoutError
+from persipubsub.errors import BusyTimeoutError, StoreError
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine.files import SharedPage
 
@@ -76,15 +76,6 @@ class LockFile:
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
         return True
 
-    def unlock(self) -> None:
-        """Unlock the file; nothing happens if it is not locked."""
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-        except OSError as error:
-            # Where there are no locks, locking has raised already.
-            if error.errno is None:
-                raise
-
     def share(self) -> None:
         """Take a shared lock; wait for the end of an exclusive one."""
         with files.translated(path=self.path, doing="lock"):
@@ -112,12 +103,93 @@ class LockFile:
             os.close(descriptor)
 
 
+class ExclusiveLock(LockFile):
+    """
+    A lock that one thread of one process has: a lock of threads, and then one of processes.
+
+    A signal handler may raise at any instruction of the main thread, also at the first one of
+    ``release``. Therefore ``release`` may be called whatever a thread has of the lock, and has to be
+    called again after an exception::
+
+        lock.refuse_nesting()
+        try:
+            lock.acquire(timeout)
+            ...
+        finally:
+            try:
+                lock.release()
+            except BaseException:
+                lock.release()
+                raise
+    """
+
+    def __init__(self, path: str, doing: str) -> None:
+        """
+        Open the file.
+
+        :param doing: what is done with the lock, for texts of errors
+        """
+        super().__init__(path)
+        self._doing = doing
+        # Re-entrant, because such a lock knows its owner, which alone can release it.
+        self.mutex = threading.RLock()
+        self._owner = 0  # thread that has the mutex and perhaps the file's lock; 0: none
+
+    def refuse_nesting(self) -> None:
+        """Raise if a signal handler interrupted this thread while it has the lock."""
+        if self._owner == threading.get_ident():
+            raise StoreError(f"Expected to {self._doing} when this thread is not in the middle of "
+                             "that, but got: a signal handler that interrupted it. Set a flag "
+                             "there, and write later.")
+
+    def acquire(self, timeout: float, page: SharedPage | None = None) -> None:
+        """
+        Take the lock.
+
+        :param timeout: in seconds
+        :param page: where waiting processes ask the holder to make way
+        :raise BusyTimeoutError: if another thread or process has it for so long
+        """
+        if self.mutex.acquire(timeout=timeout):
+            self._owner = threading.get_ident()
+            # One attempt without a deadline spares the plain path the clock.
+            if self.try_lock() or self.lock(time.monotonic() + timeout, page):
+                return
+        raise BusyTimeoutError(
+            f"Expected to {self._doing} within {timeout} seconds (busy_timeout_secs), but got: "
+            "another process is in the middle of a write. It may be stopped, or the disk may hang.")
+
+    def release(self) -> None:
+        """Release what this thread has of the lock."""
+        if self._owner == threading.get_ident():
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            except OSError as error:
+                # Where there are no locks, locking has raised already.
+                if error.errno is None:
+                    raise
+            self._owner = 0
+        release(self.mutex)
+
+    @contextlib.contextmanager
+    def held(self, timeout: float) -> Iterator[None]:
+        """Have the lock in a block; see :py:meth:`acquire`."""
+        self.refuse_nesting()
+        try:
+            self.acquire(timeout)
+            yield
+        finally:
+            try:
+                self.release()
+            except BaseException:
+                self.release()
+                raise
+
+
 def release(mutex: "threading.RLock") -> None:
     """Release a lock of threads if this thread has it."""
-    try:
+    with contextlib.suppress(RuntimeError):
         mutex.release()
-    except RuntimeError:
-        pass  # an exception of a signal handler came before it was taken
 
 
 def make_way(page: SharedPage) -> None:
