@@ -360,9 +360,10 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             stamp = self._futex.load()
             if self._words[self.FAILED]:
                 raise self.failure("an earlier flush failed")
+            self._lock.refuse_nesting()
             try:
-                with self._lock.held(timeout=0):
-                    self._flush(self._catch_up())
+                self._lock.acquire(0)
+                self._flush(self._catch_up())
                 self._wake()
             except BusyTimeoutError:
                 if time.monotonic() >= deadline:
@@ -375,6 +376,12 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 # Look once more: the flush may have ended since the first look.
                 if self._words[self._SAFE] < end:
                     self._futex.wait(stamp, _FLUSH_PAUSE_SECS)
+            finally:
+                try:
+                    self._lock.release()
+                except BaseException:
+                    self._lock.release()
+                    raise
 
     def _wake(self) -> None:
         """Wake all senders that wait for a flush, in all processes."""
@@ -556,8 +563,9 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 rest, offset = rest[written:], offset + written
         except OSError as error:
             raise self._failure_of(error) from error
-        position = position._replace(offset=position.offset + whole, record=position.record + 1,
-                                     end=end, ids_ns=ids_ns, written=position.written + size)
+        file, sequence, at, record, _, _, oldest, written, next_file, next_size = position
+        position = _Position(file, sequence, at + whole, record + 1, end, ids_ns, oldest,
+                             written + size, next_file, next_size)
         self._store(position)
         return position
 

@@ -155,6 +155,7 @@ class ExclusiveLock(LockFile):
             # One attempt without a deadline spares the plain path the clock.
             if self.try_lock() or self.lock(time.monotonic() + timeout, page):
                 return
+        self.release()  # a wait for the next attempt must not keep other threads from theirs
         raise BusyTimeoutError(
             f"Expected to {self._doing} within {timeout} seconds (busy_timeout_secs), but got: "
             "another process is in the middle of a write. It may be stopped, or the disk may hang.")
