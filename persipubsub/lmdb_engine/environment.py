@@ -461,11 +461,12 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         header = self.read(meta.read_header, self.directory)
         mark = files.read_mark(self.directory)
         is_shared = mark == files.boot_id()
-        if not is_shared and mark is not None:
-            # The mark is of another boot: ``open`` has rebuilt the store a moment ago.
-            store.journal.resume(self._oldest_id_ns())
-        elif renews_journal or not store.journal.open(header.journal_id, is_shared,
-                                                      self.read(_end_of_log)):
+        # With the mark of another boot, ``open`` has rebuilt the store a moment ago. The last segment
+        # is not used any more: a torn record may be followed by a whole one from before the failure,
+        # which a new record in the gap would make look valid.
+        renews_journal |= not is_shared and mark is not None
+        if renews_journal or not store.journal.open(header.journal_id, is_shared,
+                                                    self.read(_end_of_log)):
             if not renews_journal and not is_shared:
                 _LOGGER.warning(
                     "The journal of the queue %s is not the one of its store, which was left cleanly. "

@@ -249,7 +249,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             state = msgspec.msgpack.decode(records[-1][4], type=_State)
             if state.end[0] != end:
                 return False
-            self._remove_after(chain[-1].sequence)
+            # Those that have no whole record: others get their sequence numbers.
+            for segment in self._segments():
+                if segment.sequence > chain[-1].sequence:
+                    os.unlink(self._path(segment.file))
+            files.flush_directory(self.directory)
             self._store(self._position_after(chain[-1], state.oldest))
             self._words[self._SAFE] = end
             self._take_ahead()
@@ -273,40 +277,13 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             oldest = min((one.sequence for one in before if one.sequence), default=first)
             record = max((one.first_record for one in before), default=0) + _SKIPPED_RECORDS
             self._reset()
-            self._begin(_Position(0, first - 1, 0, record, 0, 0, oldest, 0, 0, 0), journal_id)
+            file, size = self._make_segment(_SMALLEST_BYTES)
+            self._begin_segment(_Position(0, first - 1, 0, record, 0, 0, oldest, 0, file, size),
+                                journal_id)
             self._write_state(oldest_id_ns, oldest=first)
             for segment in self._free():
                 with files.suppress(OSError):
                     os.unlink(self._path(segment.file))
-
-    def resume(self, oldest_id_ns: int) -> None:
-        """
-        Go on in a new segment after a replay, and flush the state of the rebuilt store.
-
-        The segment of the power failure is not used any more. A torn record there may be followed
-        by a whole one from before the failure. A new record that filled the gap would make it look
-        valid.
-        """
-        with self._lock.held(self._busy_timeout_secs):
-            chain = self._choose_chain()
-            self._remove_after(chain[-1].sequence)
-            self._reset()
-            self._begin(self._position_after(chain[-1], chain[0].sequence), chain[-1].journal_id)
-            self._write_state(oldest_id_ns)
-            self._take_ahead()
-
-    def _remove_after(self, sequence: int) -> None:
-        """Remove segments that have no whole record: others get their sequence numbers."""
-        later = [one for one in self._segments() if one.sequence > sequence]
-        for segment in later:
-            os.unlink(self._path(segment.file))
-        if later:
-            files.flush_directory(self.directory)
-
-    def _begin(self, position: _Position, journal_id: bytes) -> None:
-        """Go on in a new file."""
-        file, size = self._make_segment(_SMALLEST_BYTES)
-        self._begin_segment(position._replace(next_file=file, next_size=size), journal_id)
 
     def close(self) -> None:
         """Close the files."""

@@ -424,8 +424,8 @@ class _Follower:
             self._read_ledger(json.loads(call.strings[0]))
         elif call.name == "flock" and path.endswith("/journal.lock"):
             self.locked[event.thread] = (len(progress.operations) - 1, len(progress.lines))
-        elif "/journal/" in path and call.name.startswith("pwritev"):
-            if int.from_bytes(b"".join(call.strings)[4:8], "little") == _STATE_KIND:
+        elif "/journal/" in path and call.name == "pwrite64":
+            if int.from_bytes(call.strings[0][4:8], "little") == _STATE_KIND:
                 self.written[event.thread] = self.locked[event.thread]
         elif "/journal/" in path and call.name in _FLUSHES and event.thread in self.written:
             lower, progress.covered = self.written.pop(event.thread)

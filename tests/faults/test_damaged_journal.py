@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -187,32 +188,24 @@ def test_other_format(tmp_path: Path) -> None:
     assert recover(config_pth)[0].startswith("FormatError")
 
 
-def send_in_boot(pipe: support.Connection, config_pth: Path, boot: int, sizes: list[int]) -> None:
-    replay.new_boot(boot)
-    with Pub("pub", config_pth) as pub:
-        for size in sizes:
-            pub.send(b"9 ".ljust(size))
-        pipe.send("sent")
-        pipe.recv()
+#: Of a record, see docs/format.rst: checksum, kind, bytes, number, end.
+RECORD: Final = struct.Struct("<IIQQQ")
+
+
+def records(path: Path) -> list[int]:
+    """List the places of the records of a segment, and of its end."""
+    content, places = path.read_bytes(), [4096]
+    while (length := RECORD.unpack_from(content, places[-1])[2]) > 0:
+        places.append(places[-1] + (RECORD.size + length + 7) // 8 * 8)
+    return places
 
 
 def test_whole_record_behind_lost_ones(tmp_path: Path) -> None:
-    """Of the records of one flush only the last is on the disk: nothing may make it count later."""
-    config_pth = support.write_config(tmp_path, checkpoint_secs=3600)
-    control.initialize_all_dbs(config_pth)
-    begin = end = 4096
-    # A rebuild writes two records. Two messages take as much, a third one stands behind them.
-    for boot, count in ((1, 0), (2, 3), (3, 0)):
-        half = (end - begin) // 16 * 8
-        stores.lose_power(tmp_path / "queue")
-        with support.Child(send_in_boot, config_pth, boot,
-                           [half - 104, end - begin - half - 104, 9][:count]) as child:
-            assert child.get() == "sent"
-        last = segments(tmp_path)[-1]
-        if boot == 1:
-            end = len(last.read_bytes().rstrip(b"\0")) + 7 & ~7
-        if boot == 2:
-            flip(last, end + 40)
+    """Of the records of one flush only the last is on the disk: it does not count, now or later."""
+    config_pth = crash(tmp_path, 3)
+    path = segments(tmp_path)[-1]
+    flip(path, records(path)[-4] + 40)
+    assert recover(config_pth) == ("", [])
     stores.lose_power(tmp_path / "queue")
     assert recover(config_pth) == ("", [])
 
@@ -222,17 +215,13 @@ def test_bytes_of_a_message_that_look_like_a_record(tmp_path: Path) -> None:
     config_pth = crash(tmp_path)
     path = segments(tmp_path)[-1]
     content = path.read_bytes()
-    # See docs/format.rst: checksum, kind, bytes, number, end.
-    head = struct.Struct("<IIQQQ")
-    begin, offset = 0, 4096
-    while (length := head.unpack_from(content, offset)[2]) > 0:
-        begin, offset = offset, offset + (head.size + length + 7) // 8 * 8
-    _, kind, length, number, end = head.unpack_from(content, begin)
-    body = bytearray(content[begin + head.size:begin + head.size + length])
+    begin, offset = records(path)[-2:]
+    _, kind, length, number, end = RECORD.unpack_from(content, begin)
+    body = bytearray(content[begin + RECORD.size:begin + RECORD.size + length])
     assert kind == 1 and body[8:16] == (COUNT).to_bytes(8, "little"), "It is the last message."
     # The last message again, as the next one. Its checksum is right but for the identity.
     body[8:16] = end.to_bytes(8, "little")
-    fields = head.pack(0, kind, length, number + 1, end + 1)[4:]
+    fields = RECORD.pack(0, kind, length, number + 1, end + 1)[4:]
     forged = zlib.crc32(fields + body).to_bytes(4, "little") + fields + body
     with open(path, "r+b") as file:
         file.seek(offset)

@@ -340,7 +340,7 @@ INJECTIONS = [
     ("fsync", DATA, "pwrite64", "EDQUOT", 3),
     ("fsync", SEGMENTS, "fdatasync", "EIO", 4),
     ("fsync", SEGMENTS, "fdatasync", "ENOSPC", 4),
-    ("fsync", SEGMENTS, "/pwritev", "EIO", 4),
+    ("fsync", SEGMENTS, "pwrite64", "EIO", 4),
     ("os", DATA, "pwrite64", "ENOSPC", 6),
     ("os", DATA, "pwrite64", "EIO", 3),
 ]

@@ -334,7 +334,7 @@ TAKEN_OUT: Final = {
                 if zlib.crc32(body, zlib.crc32(head[_CRC.size:], seed)) != crc:
                     return""", ""), )),
     "state record": TakenOut("os", ((journal, """
-        with self._locked():
+        with self._lock.held(self._busy_timeout_secs):
             self._write_state(oldest_id_ns)
             self._let_go()""", ""), )),
     "flush of a new segment and its name": TakenOut("os", ((journal, """
