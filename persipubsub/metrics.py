@@ -5,9 +5,8 @@ It needs the extra ``metrics``. Register a :py:class:`Collector` in a program th
 anyway, or let :py:func:`serve` (the command ``persipubsub metrics``) do it.
 """
 
+import concurrent.futures
 import contextlib
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -147,13 +146,13 @@ class Collector(prometheus_client.registry.Collector):
 def _metric(name: str, text: str, labels: Sequence[str],
             samples: Sequence[tuple[tuple[str, ...], float | None]]) -> _Metric:
     """Make a metric; figures that are not known are left out."""
-    families: Any = prometheus_client.metrics_core
-    kind = (families.CounterMetricFamily if name.endswith("_total") else families.GaugeMetricFamily)
-    family: _Metric = kind(f"persipubsub_{name}", text, labels=labels)
+    families = prometheus_client.metrics_core
+    kind = families.CounterMetricFamily if name.endswith("_total") else families.GaugeMetricFamily
+    family: Any = kind(f"persipubsub_{name}", text, labels=labels)
     for values, value in samples:
         if value is not None:
-            family.add_metric(values, value)  # type: ignore[attr-defined]
-    return family
+            family.add_metric(values, value)
+    return family  # type: ignore[no-any-return]
 
 
 def _look_at(config: persipubsub.config.Config, keys: Sequence[str]) -> dict[str, QueueStatistics]:
@@ -163,27 +162,22 @@ def _look_at(config: persipubsub.config.Config, keys: Sequence[str]) -> dict[str
     One after the other, a few servers that are away would take longer than Prometheus waits, and
     the figures of all others would be missing, too.
     """
+    # A thread has to end soon after the scrape: threads would add up.
+    queues = {
+        key: msgspec.structs.replace(queue, busy_timeout_secs=min(queue.busy_timeout_secs,
+                                                                  _LOOK_SECS))
+        for key, queue in config.queues.items()
+    }
+    impatient = msgspec.structs.replace(config, queues=queues)
+    pool = concurrent.futures.ThreadPoolExecutor(len(keys) or 1)
+    looks = [pool.submit(persipubsub.control.statistics, impatient, key) for key in keys]
+    pool.shutdown(wait=False)
+    concurrent.futures.wait(looks, timeout=_LOOK_SECS)
     found: dict[str, QueueStatistics] = {}
-
-    def look(key: str, queue: persipubsub.config.Queue) -> None:
-        # The thread has to end soon after the scrape: threads would add up.
-        patience = min(queue.busy_timeout_secs, _LOOK_SECS)
-        impatient = msgspec.structs.replace(queue, busy_timeout_secs=patience)
-        with contextlib.suppress(PersipubsubError):
-            alone = msgspec.structs.replace(config, queues={key: impatient})
-            found.update(persipubsub.control.statistics(alone))
-
-    deadline = time.monotonic() + _LOOK_SECS
-    threads = [
-        threading.Thread(target=look, args=(key, config.queues[key]), daemon=True) for key in keys
-        if key in config.queues
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    # A copy: a late thread may still add to what was found.
-    return {key: found[key] for key in keys if key in found}
+    for look in looks:
+        with contextlib.suppress(PersipubsubError, TimeoutError):
+            found.update(look.result(timeout=0))
+    return found
 
 
 @contextlib.contextmanager
