@@ -4,8 +4,9 @@ Warn about messages that were dropped unread, without flooding the log.
 The engines drop and count them (``lmdb_engine.retention``, ``jetstream.publishing``).
 """
 
+import collections
+import contextlib
 import logging
-import threading
 import time
 from collections.abc import Iterable
 from typing import Final
@@ -22,30 +23,26 @@ class DropLog:
     def __init__(self, path: str) -> None:
         """Initialize with nothing dropped."""
         self._path = path
-        self._counts: dict[str, int] = {}
+        # A deque instead of a lock, which a signal handler or a forked child could wait for.
+        self._dropped: collections.deque[tuple[str, int]] = collections.deque()
         self._last = -_WARNING_SECS
-        # Guards the counts. Re-entrant, as a signal handler may close the queue.
-        self._lock = threading.RLock()
-
-    def forget_parent(self) -> None:
-        """Begin in a forked child with a lock that no thread of the parent holds."""
-        self._lock = threading.RLock()
 
     def add(self, dropped: Iterable[tuple[str, int]]) -> None:
         """Count, and warn if the last warning is more than a second ago."""
-        with self._lock:
-            for subscriber, count in dropped:
-                self._counts[subscriber] = self._counts.get(subscriber, 0) + count
+        self._dropped.extend(dropped)
         if time.monotonic() - self._last >= _WARNING_SECS:
             self.report()
 
     def report(self) -> None:
         """Warn about all that was not reported yet."""
-        with self._lock:
-            counts, self._counts = self._counts, {}
-            if counts:
-                self._last = time.monotonic()
+        counts: collections.Counter[str] = collections.Counter()
+        # Until it is empty: another thread may report at the same time.
+        with contextlib.suppress(IndexError):
+            while True:
+                subscriber, count = self._dropped.popleft()
+                counts[subscriber] += count
         if counts:
+            self._last = time.monotonic()
             _LOGGER.warning(
                 "Messages of the queue %s were dropped unread: %s", self._path,
                 ", ".join(f"{count} of {name}" for name, count in sorted(counts.items())))

@@ -604,7 +604,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             store.close_locks()
             # Never collected: that would close files that are not of this process any more.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
-        for member in (*self.members, *self.drop_logs):
+        for member in self.members:
             member.forget_parent()
         self.held.clear()
         self.process_id = os.getpid()
