@@ -65,14 +65,6 @@ class ConfigError(PersipubsubError):
 class ConfigNotFoundError(ConfigError, FileNotFoundError):
     """Report that there is no configuration file; ``except FileNotFoundError`` catches it, too."""
 
-    def __str__(self) -> str:
-        """
-        Return the message, as other errors of this library do.
-
-        :return: text
-        """
-        return str(self.args[0])
-
 
 class ClosedError(PersipubsubError):
     """Report that an object was used before ``init`` or after ``close``."""
@@ -128,23 +120,15 @@ class CorruptMessageError(MessageError):
     The message is set aside and counted; all other messages are delivered.
     """
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, number: int = 0) -> None:
         """
         Initialize with the number of the damaged message.
 
         :param message: what was found, with the queue's path
-        :param number: of the damaged message in its queue
+        :param number: of the damaged message in its queue; 0 if it is not known
         """
         super().__init__(message)
         self.number = number
-
-    def __reduce__(self) -> "tuple[type, tuple[str, int]]":
-        """
-        Tell how to copy it to another process, as ``multiprocessing`` does.
-
-        :return: class and arguments
-        """
-        return type(self), (str(self), self.number)
 
 
 class QueueFullError(PersipubsubError):

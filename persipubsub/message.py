@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import math
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
@@ -75,7 +75,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     error: str  #: type and text of what the last delivery ended with, at most 500 characters
     moved_at: datetime.datetime  #: when it was given up, in UTC
     data: bytes  #: that was sent
-    version: int = 1  #: of the envelope
+    version: Literal[1] = 1  #: of the envelope
 
     def encode(self) -> bytes:
         """
@@ -95,15 +95,11 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
         :raise CorruptMessageError: if it is no envelope of this version
         """
         try:
-            letter = msgspec.msgpack.decode(msg, type=cls)
+            return msgspec.msgpack.decode(msg, type=cls)
         except msgspec.DecodeError as error:
-            raise CorruptMessageError(f"Expected a dead letter, but got {len(msg)} bytes: {error}",
-                                      number=0) from error
-        if letter.version != 1:
             raise CorruptMessageError(
-                f"Expected a dead letter of the version 1, but got: {letter.version!r}",
-                number=letter.number)
-        return letter
+                f"Expected a dead letter of version 1, but got {len(msg)} bytes: {error}"
+            ) from error
 
 
 #: The error of a delivery whose end nobody recorded.

@@ -254,7 +254,8 @@ def test_what_is_no_letter_is_refused(msg: bytes) -> None:
 
 def test_letter_of_another_version_is_refused() -> None:
     now = datetime.datetime.now(datetime.UTC)
+    version: Any = 2
     letter = DeadLetter(queue="q", subscriber="sub", number=1, sent_at=now, attempts=1, error="",
-                        moved_at=now, data=b"", version=2)
-    with pytest.raises(errors.CorruptMessageError, match="version 1, but got: 2"):
+                        moved_at=now, data=b"", version=version)
+    with pytest.raises(errors.CorruptMessageError, match="version 1, but got .* 2"):
         DeadLetter.decode(letter.encode())
