@@ -59,10 +59,9 @@ def _print_look(call: options.Call, message: Peeked, style: str, utc: bool, age:
 
 def _time_of(age_seconds: float, utc: bool) -> str:
     """Show when a message was sent: the time of the day, with the date unless it is today."""
-    now = datetime.datetime.now(datetime.UTC if utc else None)
-    moment = now - datetime.timedelta(seconds=age_seconds)
-    day = "" if moment.date() == now.date() else "%Y-%m-%d "
-    return f"{moment:{day}%H:%M:%S}.{moment.microsecond // 1000:03}{'Z' * utc}"
+    now = datetime.datetime.now(datetime.UTC if utc else None).replace(tzinfo=None)
+    moment = (now - datetime.timedelta(seconds=age_seconds)).isoformat(" ", "milliseconds")
+    return moment.removeprefix(f"{now:%Y-%m-%d} ") + "Z" * utc
 
 
 @options.one_subscriber
@@ -214,13 +213,16 @@ def receive(call: options.Call, key: str, subscriber: str, number: int, timeout:
     seconds = None if timeout == float("inf") else timeout
     received = 0
     os.set_blocking(sys.stdout.fileno(), True)
-    with Sub(subscriber, config) as sub:
+    # Not through ``sys.stdout``: without a buffer (PYTHONUNBUFFERED), it drops what the system did
+    # not take, without an error, and the message would be lost.
+    with Sub(subscriber, config) as sub, open(sys.stdout.fileno(), "wb", closefd=False) as output:
         while number == 0 or received < number:
             try:
                 with sub.receive(timeout=seconds, details=True) as message:
                     if message is None:
                         break
-                    _write(_line_of(call, message, directory, style))
+                    output.write(_line_of(call, message, directory, style))
+                    output.flush()
                 received += 1
             except errors.CorruptMessageError as error:
                 call.fail(str(error))
@@ -233,9 +235,11 @@ def _line_of(call: options.Call, message: Message, directory: pathlib.Path | Non
              style: str) -> bytes:
     """Write a message to its file, if it is to have one; return what goes to the output."""
     if directory is not None:
-        path = directory / f"{message.number:020}"
-        _write_file(path, message.data)
-        name, line = "path", str(path)
+        name, line = "path", str(directory / f"{message.number:020}")
+        # Durably, and as a whole or not at all.
+        with files.replacing(os.path.abspath(line)) as (_, descriptor):
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(message.data)
     elif style == "raw" and not call.as_json:
         return message.data
     else:
@@ -243,29 +247,6 @@ def _line_of(call: options.Call, message: Message, directory: pathlib.Path | Non
     if call.as_json:
         line = options.to_json({"number": message.number, name: line})
     return line.encode(errors="surrogateescape") + b"\n"
-
-
-def _write(content: bytes) -> None:
-    """
-    Write all of it to the standard output, or fail.
-
-    Not through ``sys.stdout``: without a buffer (PYTHONUNBUFFERED), it drops what the system did
-    not take, without an error, and the message would be lost.
-    """
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(sys.stdout.fileno(), rest):]
-
-
-def _write_file(path: pathlib.Path, content: bytes) -> None:
-    """Write a file durably and as a whole, or not at all; replace it if it was written before."""
-    temporary = path.with_name(f"{path.name}.new")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-    files.flush_directory(str(path.parent))
 
 
 @options.one_subscriber
@@ -314,24 +295,22 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
     """
     is_any = call.queue_key is None
     keys = letters.queues_of(call.config) if is_any else call.keys()
-    if number and action == "list":
-        raise click.UsageError("Expected --number only with send-back and drop.")
-    if number and is_any and len(keys) != 1:
-        raise click.UsageError("Expected --queue with --number: numbers are those of one queue.")
+    if number and (action == "list" or is_any and len(keys) != 1):
+        raise click.UsageError("Expected --number only with send-back and drop, and with --queue "
+                               "if there are several queues of dead letters.")
     if action == "list":
         if not keys and not call.as_json:
             print("There are no queues of dead letters.")
         call.each(keys, lambda key: _list(call, key))
         return
-    change, done = {
-        "send-back": (control.send_back, "sent back"),
-        "drop": (control.drop_dead_letters, "dropped")
-    }[action]
-    if action == "drop" and keys and not yes:
-        # Count first: if that fails, do not ask.
-        found = [control.dead_letters(call.config, key)[key] for key in keys]
-        count = text.count(len(number) or sum(map(len, found)), "dead letter")
-        call.ask(f"Drop {count} of {', '.join(keys)}?")
+    change, done = control.send_back, "sent back"
+    if action == "drop":
+        change, done = control.drop_dead_letters, "dropped"
+        if keys and not yes:
+            # Count first: if that fails, do not ask.
+            found = [control.dead_letters(call.config, key)[key] for key in keys]
+            count = text.count(len(number) or sum(map(len, found)), "dead letter")
+            call.ask(f"Drop {count} of {', '.join(keys)}?")
 
     def work(key: str) -> options.Told:
         changed = change(call.config, key, number or None)
