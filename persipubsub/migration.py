@@ -19,12 +19,12 @@ from typing import Final, NamedTuple
 
 import msgspec.structs
 
-import persipubsub.config
-import persipubsub.engine
-import persipubsub.queue
+from persipubsub import engine
+from persipubsub.config import MADE_UP, Config, HighWaterMark, Publisher, Strategy, scheme_of
 from persipubsub.errors import ConfigError, QueueFullError
 from persipubsub.jetstream import settings
-from persipubsub.lmdb_engine import consuming
+from persipubsub.lmdb_engine.consuming import Lease
+from persipubsub.queue import Queue, open_queue
 from persipubsub.statistics import Progress
 
 #: Messages that are moved at once, at most.
@@ -48,8 +48,7 @@ class Moved(NamedTuple):
     left: int  #: messages that are still here: others are receiving them, or sent them meanwhile
 
 
-def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
-            progress: Progress) -> Mapping[str, Moved]:
+def migrate(config: Config, queue_key: str, target: str, progress: Progress) -> Mapping[str, Moved]:
     """
     Move all waiting messages, subscriber by subscriber. It may be repeated.
 
@@ -62,15 +61,14 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     """
     moved = _describe(config, queue_key, target)
     described = moved.queues[queue_key]
-    engine = persipubsub.engine.of(moved, queue_key)
-    counts: dict[str, int] = {}
-    with persipubsub.queue.open_queue(config, queue_key) as source:
+    other = engine.of(moved, queue_key)
+    with open_queue(config, queue_key) as source:
         lags = _lags(source)
-        engine.ensure_queue(moved, queue_key)
+        counts = dict.fromkeys(lags, 0)
+        other.ensure_queue(moved, queue_key)
         progress.begin("messages", total=sum(lags.values()))
-        with contextlib.closing(engine.open_queue(moved, queue_key)) as destination:
+        with contextlib.closing(other.open_queue(moved, queue_key)) as destination:
             for subscriber in lags:
-                counts[subscriber] = 0
                 # One that was added by hand is in no configuration: nobody could receive there.
                 if subscriber in described.subscribers:
                     for count in _move(source, destination, subscriber, described.high_water_mark):
@@ -83,36 +81,35 @@ def migrate(config: persipubsub.config.Config, queue_key: str, target: str,
     })
 
 
-def _describe(config: persipubsub.config.Config, queue_key: str,
-              target: str) -> persipubsub.config.Config:
+def _describe(config: Config, queue_key: str, target: str) -> Config:
     """
     Describe the queue at its new place.
 
     It has a publisher for each subscriber alone, beside those of the file, and drops nothing at the
     mark: moving is no reason to lose messages.
     """
-    if persipubsub.config.scheme_of(target) != "nats":
+    if scheme_of(target) != "nats":
         raise ConfigError(f"Expected the other queue as nats://..., but got: {target!r}")
     here = config.queues[queue_key]
     # Rejected: looking for room before each part. Others may take it in between, and the
     # strategy of the file would then drop messages for those that are moved.
-    mark = msgspec.structs.replace(here.high_water_mark, strategy=persipubsub.config.Strategy.BLOCK)
+    mark = msgspec.structs.replace(here.high_water_mark, strategy=Strategy.BLOCK)
     there = msgspec.structs.replace(here, path=target, high_water_mark=mark)
     publishers = dict(config.publishers)
     for one in here.subscribers:
-        name = persipubsub.config.MADE_UP + one
-        publishers[name] = persipubsub.config.Publisher(name, queue_key, (one, ))
+        name = MADE_UP + one
+        publishers[name] = Publisher(name, queue_key, (one, ))
     queues = {**config.queues, queue_key: there}
     return msgspec.structs.replace(config, queues=queues, publishers=publishers)
 
 
-def _lags(queue: persipubsub.queue.Queue) -> dict[str, int]:
+def _lags(queue: Queue) -> dict[str, int]:
     """Count the messages that subscribers still have to acknowledge, by subscriber."""
     return {one.subscriber: one.lag for one in queue.statistics().subscribers}
 
 
-def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue, subscriber: str,
-          mark: persipubsub.config.HighWaterMark) -> Iterator[int]:
+def _move(source: Queue, destination: engine.Queue, subscriber: str,
+          mark: HighWaterMark) -> Iterator[int]:
     """Move the messages of a subscriber, in order, and yield the sizes of the parts."""
     # Moves that are killed or refused must not count as deliveries: messages would be given up that
     # no consumer has seen.
@@ -135,8 +132,8 @@ def _move(source: persipubsub.queue.Queue, destination: persipubsub.engine.Queue
             return
 
 
-def _put(destination: persipubsub.engine.Queue, subscriber: str, lease: consuming.Lease,
-         origin: str, mark: persipubsub.config.HighWaterMark) -> None:
+def _put(destination: engine.Queue, subscriber: str, lease: Lease, origin: str,
+         mark: HighWaterMark) -> None:
     """Put messages into the other queue as there is room, in parts that leave room for others."""
     # With the time: if the queue was dropped and created again, a number is used for another
     # message, while the other engine may still know the id of the first one.
