@@ -1,10 +1,9 @@
 """Write and check configuration files, create queues, add and remove subscribers."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import click
 import click.shell_completion
 
 from persipubsub import config, control, errors
@@ -68,33 +67,32 @@ def check_config(call: options.Call) -> None:
     """
     problems: Sequence[str] = ()
     warnings: list[str] = []
+    lines: list[str] = []
     try:
         for key in call.keys():
             warnings += [f"{key}: {warning}" for warning in _warnings(call, key)]
+        counts = (text.count(len(getattr(call.config, f"{noun}s")), noun)
+                  for noun in ("queue", "publisher", "subscriber"))
+        lines = [f"{call.path}: fine: {', '.join(counts)}"]
     except errors.ConfigError as error:
         problems = error.problems
     for line in (*(f"warning: {warning}" for warning in warnings), *problems):
         text.complain(line)
-    lines = []
     if problems:
         call.fail(f"{text.count(len(problems), 'problem')} in {call.path}")
-    else:
-        counts = (text.count(len(getattr(call.config, f"{noun}s")), noun)
-                  for noun in ("queue", "publisher", "subscriber"))
-        lines = [f"{call.path}: fine: {', '.join(counts)}"]
     call.tell(*lines, problems=problems, warnings=warnings)
 
 
 def _warnings(call: options.Call, key: str) -> Iterator[str]:
     """Compare a queue with the file."""
     yield from control.check_durability(call.config, key)[key]
-    differing: Mapping[str, tuple[Any, Any]] = {}
     try:
         differing = control.stored_settings(call.config, key)
-    except errors.NotInitializedError:
-        pass
     except errors.PersipubsubError as error:
-        yield str(error)
+        # That a queue is not there yet is no difference.
+        if not isinstance(error, errors.NotInitializedError):
+            yield str(error)
+        return
     for name, (ours, stored) in differing.items():
         if name != "subscribers":
             shown = f"{ours!r} in the file, and {stored!r} in the queue"

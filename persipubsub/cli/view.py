@@ -23,13 +23,14 @@ _HEAD: Final = ("SUBSCRIBER", "LAG", "IN FLIGHT", "RECEIVED", "RATE", "LAST")
 
 #: Figures without a column: they follow the row in this color, unless they are zero.
 _NOTES: Final = {
-    "failed": ("failed", "yellow"),
-    "dropped_by_timeout": ("dropped by timeout", "red"),
-    "dropped_by_mark": ("dropped by mark", "red"),
-    "dead_lettered": ("given up", "red"),
-    "corrupt": ("damaged", "red"),
-    "cleared": ("cleared", None),
-    "skipped": ("skipped", None)
+    "is_paused": ("paused", "magenta"),
+    "failed": ("{:,} failed", "yellow"),
+    "dropped_by_timeout": ("{:,} dropped by timeout", "red"),
+    "dropped_by_mark": ("{:,} dropped by mark", "red"),
+    "dead_lettered": ("{:,} given up", "red"),
+    "corrupt": ("{:,} damaged", "red"),
+    "cleared": ("{:,} cleared", None),
+    "skipped": ("{:,} skipped", None)
 }
 
 
@@ -139,13 +140,11 @@ def _draw_subscribers(figures: QueueStatistics, history: History,
     yield from ("", f"  {click.style(head, dim=True)}")
     for row, one in zip(table, shown):
         notes = [
-            click.style(f"{getattr(one, field):,} {note}", fg=color)
+            click.style(note.format(getattr(one, field)), fg=color)
             for field, (note, color) in _NOTES.items() if getattr(one, field)
         ]
-        if len(behind) > 1 and one.lag and one.position == behind[0] < behind[1]:
-            notes.insert(0, click.style("slowest", fg="yellow"))
-        if one.is_paused:
-            notes.insert(0, click.style("paused", fg="magenta"))
+        if one.lag and behind[1:2] > [one.position]:  # only one is before the second one
+            notes.insert(one.is_paused, click.style("slowest", fg="yellow"))
         told = "  ".join(notes)
         fits = width + len(click.unstyle(told)) <= _WIDTH - 2
         yield f"  {row:<{width}}{told if fits else ''}".rstrip()
