@@ -20,6 +20,8 @@ from persipubsub.cli import options, text, view
 from persipubsub.errors import PersipubsubError
 from persipubsub.statistics import QueueStatistics
 
+_STDIN: Final = 0
+
 
 def _look(call: options.Call) -> tuple[dict[str, QueueStatistics], dict[str, str]]:
     """Look at queues: figures and errors, by queue."""
@@ -54,7 +56,7 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
     is_terminal = sys.stdout.isatty()
     is_dumb = not is_terminal or os.environ.get("TERM", "dumb") in ("dumb", "unknown")
     paint = click.unstyle if is_dumb or os.environ.get("NO_COLOR") else str
-    is_drawn_over = watch and not call.as_json and not is_dumb
+    is_drawn_over = watch and not call.as_json and not is_dumb and os.isatty(_STDIN)
     histories: dict[str, view.History] = collections.defaultdict(view.History)
     statistics: dict[str, QueueStatistics] = {}
     errors: dict[str, str] = {}
@@ -67,11 +69,10 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
             text.complain(error)
 
     with contextlib.ExitStack() as stack:
-        has_keys = False
         if is_drawn_over:
             # The last look stays on the first screen.
             stack.callback(show)
-            has_keys = stack.enter_context(_screen())
+            stack.enter_context(_screen())
         for looks in itertools.count(1):
             statistics, errors = _look(call)
             for key, figures in statistics.items():
@@ -83,7 +84,7 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
                 _draw_over(statistics, errors, histories, paint)
             else:
                 show()
-            if not watch or looks == count or _is_over(interval, has_keys):
+            if not watch or looks == count or _is_over(interval, is_drawn_over):
                 break
             # The file may have changed.
             del call.config
@@ -91,19 +92,16 @@ def stat(call: options.Call, watch: bool, interval: float, count: int) -> None:
 
 
 @contextlib.contextmanager
-def _screen() -> Iterator[bool]:
-    """Use the second screen of the terminal in the block; return whether keys can be pressed."""
-    has_keys = sys.stdin is not None and sys.stdin.isatty()
-    modes = termios.tcgetattr(sys.stdin) if has_keys else []
+def _screen() -> Iterator[None]:
+    """Use the second screen of the terminal in the block, and get its keys one by one."""
+    modes = termios.tcgetattr(_STDIN)
     try:
-        if has_keys:
-            tty.setcbreak(sys.stdin)
+        tty.setcbreak(_STDIN)
         # Without a cursor. The terminal cuts lines that are too long.
         print("\x1b[?1049h\x1b[?25l\x1b[?7l", end="", flush=True)
-        yield has_keys
+        yield
     finally:
-        if has_keys:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+        termios.tcsetattr(_STDIN, termios.TCSADRAIN, modes)
         print("\x1b[?7h\x1b[?25h\x1b[?1049l", end="", flush=True)
 
 
@@ -124,8 +122,8 @@ def _is_over(seconds: float, has_keys: bool) -> bool:
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         # In steps: a Ctrl-C that comes just before a system call does not end it.
-        if select.select([sys.stdin] if has_keys else [], [], [], min(left, 1.0))[0]:
-            return os.read(sys.stdin.fileno(), 1) in (b"q", b"Q", b"")
+        if select.select([_STDIN] if has_keys else [], [], [], min(left, 1.0))[0]:
+            return os.read(_STDIN, 1) in (b"q", b"Q", b"")
     return False
 
 
@@ -219,8 +217,6 @@ def metrics(call: options.Call, port: int, address: str) -> None:
             while True:
                 # In steps: a Ctrl-C that comes just before a system call does not end it.
                 time.sleep(1)
-    except ModuleNotFoundError as error:
-        raise click.ClickException(str(error)) from None
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise click.ClickException(
