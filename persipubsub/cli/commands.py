@@ -97,10 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text.complain(f"Expected an open standard output, but got: it is closed. If you do not "
                       f"need the output, send it to {os.devnull}.")
         return failed
-    for stream in (sys.stdout, sys.stderr):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal does not have is no reason to fail.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Not by commands.main: it exits with 1 for a closed pipe and for Ctrl-C.
         with commands.make_context("persipubsub", words) as context:
@@ -123,10 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The message may contain keys of the file.
         text.tell(f"Error: {text.printable(error.format_message())}")
         failed = max(failed, error.exit_code)
-    except click.Abort:
-        text.tell("")
-        text.complain("nothing was done")
-    except (click.ClickException, PersipubsubError) as error:
+    except (click.ClickException, PersipubsubError, ModuleNotFoundError) as error:
         text.complain(str(error))
     except OSError as error:
         # Of a file that was named, or of an output that is full; those of queues are translated.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import click
-import msgspec
 import msgspec.structs
 
 from persipubsub import control, errors, letters

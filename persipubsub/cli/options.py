@@ -7,16 +7,14 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
-import click
 import click.shell_completion
 import msgspec
 
-import persipubsub.config
+from persipubsub import config as configuration
 from persipubsub.cli import text
-from persipubsub.config import Config
 from persipubsub.errors import PersipubsubError
 
 #: The environment variable that names the configuration file.
@@ -37,9 +35,9 @@ class Call:
         self.exit_code = 0
 
     @functools.cached_property
-    def config(self) -> Config:
+    def config(self) -> configuration.Config:
         """Read the configuration file, once."""
-        return persipubsub.config.read(self.path)
+        return configuration.read(self.path)
 
     def keys(self) -> list[str]:
         """List the keys of the queues that the command is about."""
@@ -59,12 +57,6 @@ class Call:
             raise click.UsageError(f"Expected --queue, since {self.path} has {len(keys)} queues: "
                                    f"{', '.join(keys)}.")
         return keys[0]
-
-    def key_of(self, identifier: str) -> str:
-        """Return the key of a subscriber's queue; with --queue, the file needs no entry for it."""
-        if self.queue_key is None:
-            return self.config.subscriber(identifier).in_queue
-        return self.key()
 
     def tell(self, *lines: str, **described: object) -> None:
         """Tell what came of the command: lines for people, or JSON for machines."""
@@ -105,7 +97,7 @@ class Call:
         """
         Ask before something that cannot be undone, on the standard error.
 
-        :raise Abort: if the answer is no, or nobody could be asked
+        :raise ClickException: if the answer is no, or nobody could be asked
         """
         # Rejected: click.confirm. It takes Ctrl-C for an answer, and does not notice that the
         # question could not be written.
@@ -114,7 +106,8 @@ class Call:
             print(text.printable(f"{question} [y/N]: "), end="", file=sys.stderr, flush=True)
             answer = sys.stdin.readline() if sys.stdin is not None else ""
         if answer.strip().lower() not in ("y", "yes"):
-            raise click.Abort()
+            text.tell("")
+            raise click.ClickException("nothing was done")
 
 
 def to_json(value: object, indent: int | None = None) -> str:
@@ -147,27 +140,24 @@ class Command(Plain):
         names: list[click.Parameter] = [one for one in self.params if isinstance(one, click.Option)]
         found, words, _ = click.Command(None, params=names).make_parser(ctx).parse_args([*args])
         path = found.get("other_config")
-        if path is None and (variable := os.environ.get(CONFIG_VARIABLE)):
+        if path is None:
             arguments = [one for one in self.params if isinstance(one, click.Argument)][1:]
+            is_named = len(words) > len(arguments)
             # The number of arguments tells nothing if some can be left out, or are not typed yet
             # (completion).
-            is_fixed = all(one.required and one.nargs == 1 for one in arguments)
-            if is_fixed and not ctx.resilient_parsing:
-                is_named = len(words) > len(arguments)
-            else:
-                is_named = bool(words) and os.path.isfile(words[0])
-            path = None if is_named else variable
-        return super().parse_args(ctx, args if path is None else [path, *args])
+            if ctx.resilient_parsing or not all(one.required for one in arguments):
+                is_named = any(map(os.path.isfile, words[:1]))
+            path = None if is_named else os.environ.get(CONFIG_VARIABLE)
+        return super().parse_args(ctx, [path, *args] if path else args)
 
 
 def _complete(ctx: click.Context, param: click.Parameter,
               incomplete: str) -> list[click.shell_completion.CompletionItem]:
     """Complete keys of the configuration file: its publishers, subscribers or queues."""
-    path = ctx.params.get("config") or os.environ.get(CONFIG_VARIABLE)
-    try:
-        found = getattr(persipubsub.config.read(path), f"{param.name}s") if path else []
-    except PersipubsubError:
-        found = []
+    found: Iterable[str] = ()
+    with contextlib.suppress(PersipubsubError):
+        if path := ctx.params.get("config") or os.environ.get(CONFIG_VARIABLE):
+            found = getattr(configuration.read(path), f"{param.name}s")
     # A name with an end of a line would be two names for the shell.
     return [
         click.shell_completion.CompletionItem(one) for one in found
@@ -205,7 +195,10 @@ def command(about_queue: str, scope: str = "file") -> Callable[[Callable[..., An
             elif scope == "each":
                 call.each(call.keys(), functools.partial(function, call))
             else:
-                key = call.key() if scope == "one" else call.key_of(others["subscriber"])
+                if scope == "one" or queue is not None:
+                    key = call.key()
+                else:
+                    key = call.config.subscriber(others["subscriber"]).in_queue
                 if told := function(call, key, **others):
                     call.tell(f"{key}: {told[0]}", queue=key, **told[1])
             return call.exit_code
