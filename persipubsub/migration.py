@@ -13,7 +13,6 @@ all would reach these twice. A copy for the rest has another id, so the engine w
 import contextlib
 import os
 import time
-import types
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
@@ -75,10 +74,7 @@ def migrate(config: Config, queue_key: str, target: str, progress: Progress) -> 
                         counts[subscriber] += count
                         progress.done += count
         left = _lags(source)
-    return types.MappingProxyType({
-        name: Moved(moved=count, left=left.get(name, 0))
-        for name, count in counts.items()
-    })
+    return {name: Moved(moved=count, left=left.get(name, 0)) for name, count in counts.items()}
 
 
 def _describe(config: Config, queue_key: str, target: str) -> Config:
@@ -119,12 +115,8 @@ def _move(source: Queue, destination: engine.Queue, subscriber: str,
     while True:
         lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
         if lease is not None:
-            try:
-                _put(destination, subscriber, lease, os.path.realpath(source.path), mark)
-            except BaseException:
-                # Without the error: no consumer failed.
-                lease.nack()
-                raise
+            # After an error, closing the queue gives it back.
+            _put(destination, subscriber, lease, os.path.realpath(source.path), mark)
             lease.ack()
             yield len(lease.messages)
             deadline = time.monotonic() + _PATIENCE_SECS
