@@ -167,19 +167,17 @@ def time_ns_of(to: Place) -> int | None:
     :raise TypeError: if it is of another type
     :raise ValueError: if it is another text, or a time without a time zone
     """
-    if isinstance(to, str):
-        if to not in ("beginning", "end"):
-            raise ValueError(f"Expected 'beginning', 'end', a number or a time, but got: {to!r}")
-        return None
-    if isinstance(to, int) and not isinstance(to, bool):
-        return None
     if isinstance(to, datetime.datetime):
         if to.utcoffset() is None:
             raise ValueError(f"Expected a time with its time zone, but got: {to!r}")
         return (to - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
-    if not isinstance(to, float):
+    if isinstance(to, float):
+        if not math.isfinite(to * 1e9):
+            raise ValueError(f"Expected a time in seconds since 1970, but got: {to!r}")
+        return int(to * 1e9)
+    if not isinstance(to, (str, int)) or isinstance(to, bool):
         raise TypeError("Expected a place of type str, int, float or datetime, but got: "
                         f"{type(to).__name__}")
-    if not math.isfinite(to * 1e9):
-        raise ValueError(f"Expected a time in seconds since 1970, but got: {to!r}")
-    return int(to * 1e9)
+    if isinstance(to, str) and to not in ("beginning", "end"):
+        raise ValueError(f"Expected 'beginning', 'end', a number or a time, but got: {to!r}")
+    return None
