@@ -19,7 +19,7 @@ def main() -> int:
         return 1
     try:
         import persipubsub.cli.commands  # pylint: disable=import-outside-toplevel
-        return persipubsub.cli.commands.main()
+        return persipubsub.cli.commands.main(sys.argv[1:])
     except KeyboardInterrupt:
         # While it was still being loaded.
         print("persipubsub: interrupted", file=sys.stderr)

@@ -198,11 +198,10 @@ def serve(config_pth: persipubsub.config.ConfigLike, queue_key: str | None = Non
     """
     registry = prometheus_client.CollectorRegistry()
     registry.register(Collector(config_pth, queue_key))
-    server, thread = prometheus_client.start_http_server(port, addr=address, registry=registry)
+    server, _ = prometheus_client.start_http_server(port, addr=address, registry=registry)
     try:
         host = f"[{address}]" if ":" in address else address
         yield f"http://{host}:{server.server_port}/metrics"
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()

@@ -4,7 +4,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final, cast
 
 import click
@@ -76,19 +76,18 @@ def commands() -> None:
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """
     Run a command, and turn whatever goes wrong into a line and an exit code.
 
-    :param arguments: of the command line; those of the process if not given
+    :param arguments: of the command line
     :return: exit code
     """
     if "_PERSIPUBSUB_COMPLETE" in os.environ:
         # A shell asks for completions; click answers and exits.
         commands.main(prog_name="persipubsub")
     # Monitoring takes 1 for a warning and 2 for an alarm.
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    failed = 3 if words[:1] == ["check"] else 1
+    failed = 3 if arguments[:1] == ["check"] else 1
     if sys.stderr is None:
         # Closed: print would use the standard output instead.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Not by commands.main: it exits with 1 for a closed pipe and for Ctrl-C.
-        with commands.make_context("persipubsub", words) as context:
+        with commands.make_context("persipubsub", arguments) as context:
             code: int = commands.invoke(context) or 0
         sys.stdout.flush()
         return code

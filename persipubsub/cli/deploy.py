@@ -162,6 +162,5 @@ def completion(ctx: click.Context, shell: str) -> None:
         persipubsub completion zsh > ~/.zfunc/_persipubsub
         persipubsub completion fish > ~/.config/fish/completions/persipubsub.fish
     """
-    kind = click.shell_completion.get_completion_class(shell)
-    assert kind is not None
-    print(kind(ctx.find_root().command, {}, "persipubsub", "_PERSIPUBSUB_COMPLETE").source())
+    click.shell_completion.shell_complete(ctx.find_root().command, {}, "persipubsub",
+                                          "_PERSIPUBSUB_COMPLETE", f"{shell}_source")

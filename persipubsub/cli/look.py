@@ -129,12 +129,10 @@ def _is_over(seconds: float, has_keys: bool) -> bool:
 
 def limits(value: str) -> tuple[float, float]:
     """Convert the limit of an alarm, or those of a warning and of an alarm."""
-    try:
+    with contextlib.suppress(ValueError):
         *first, last = map(text.parse_seconds, value.split(","))
         if len(first) <= 1 and last == max([last, *first]):
             return first[0] if first else float("inf"), last
-    except ValueError:
-        pass
     raise click.BadParameter(f"Expected a limit, or two in ascending order, but got: {value!r}")
 
 

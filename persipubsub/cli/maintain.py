@@ -93,9 +93,8 @@ def _watched(work: Callable[..., ResultT], call: options.Call, key: str, *more: 
 
     def show() -> None:
         while not is_done.wait(timeout=0.1):
-            line = f"\r{text.printable(key)}: {progress.share():4.0%}"
-            print(line, end="", file=sys.stderr, flush=True)
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            click.echo(f"\r{text.printable(key)}: {progress.share():4.0%}", err=True, nl=False)
+        click.echo("\r\x1b[K", err=True, nl=False)
 
     # The work stays in the main thread, where Ctrl-C interrupts it. If the terminal goes away, the
     # work goes on: nobody asks the pool for the error.

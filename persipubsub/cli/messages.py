@@ -175,8 +175,7 @@ def _split(file: Any) -> Iterator[list[bytes]]:
     rest = b""
     while chunk := file.read1(_CHUNK_BYTES):
         *complete, rest = (rest + chunk).split(b"\n")
-        if complete:
-            yield complete
+        yield complete
     if rest:
         yield [rest]
 
@@ -323,13 +322,11 @@ def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bo
 def _list(call: options.Call, key: str) -> options.Told:
     """List the dead letters of a queue."""
     listed = control.dead_letters(call.config, key)[key]
-    rows = []
-    for one in listed:
-        letter = one.letter
-        moved = f"{letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}"
-        origin = [letter.queue, letter.subscriber, str(letter.number), str(letter.attempts)]
-        size = text.show_bytes(len(letter.data))
-        rows.append([key, str(one.number), *origin, moved, size, letter.error])
+    rows = [[
+        key, f"{one.number}", one.letter.queue, one.letter.subscriber, f"{one.letter.number}",
+        f"{one.letter.attempts}", f"{one.letter.moved_at.astimezone():%Y-%m-%d %H:%M:%S}",
+        text.show_bytes(len(one.letter.data)), one.letter.error
+    ] for one in listed]
     if rows and not call.as_json:
         print("\n".join(text.table([_HEAD, *rows], left=(0, 2, 3, 8))), flush=True)
     return "" if rows else "there are no dead letters", listed

@@ -232,8 +232,6 @@ def option(names: str, kind: Any, default: Any, description: str,
 
 def seconds(value: str) -> float:
     """Convert a time that was typed to seconds; the type of an option."""
-    try:
+    with contextlib.suppress(ValueError):
         return text.parse_seconds(value)
-    except ValueError:
-        raise click.BadParameter(
-            f"Expected a time such as 30, 10m, 1h30m or inf, but got: {value!r}") from None
+    raise click.BadParameter(f"Expected a time such as 30, 10m, 1h30m or inf, but got: {value!r}")
