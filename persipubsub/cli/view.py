@@ -1,6 +1,7 @@
 """Lay out the statistics for people: in at most 100 columns, without zeros."""
 
 import collections
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,26 +36,26 @@ _NOTES: Final = {
 
 
 class History:
-    """The rates of one queue between the last looks at it."""
+    """The last looks at one queue: when they were, and what had been sent and acknowledged."""
 
     def __init__(self) -> None:
         """Initialize without a look."""
-        self._seconds = 0.0
-        self._totals: dict[str, int] = {}
-        #: messages a second, the newest rate last: acknowledged ones by subscriber, sent ones by ""
-        self.rates: dict[str, collections.deque[float]]
-        self.rates = collections.defaultdict(lambda: collections.deque(maxlen=_BAR_WIDTH))
+        self._looks = collections.deque[tuple[float, dict[str, int]]](maxlen=_BAR_WIDTH + 1)
 
     def add(self, figures: QueueStatistics) -> None:
-        """Compare a look that was made now with the one before."""
-        now = time.monotonic()
+        """Add a look that was made now."""
         totals = {one.subscriber: one.acknowledged for one in figures.subscribers}
         totals[""] = figures.sent
-        for name in totals.keys() & self._totals.keys():
-            # If a total went back, the rate of this look is 0.
-            growth = max(0, totals[name] - self._totals[name])
-            self.rates[name].append(growth / max(1e-9, now - self._seconds))
-        self._seconds, self._totals = now, totals
+        self._looks.append((time.monotonic(), totals))
+
+    def rates(self, name: str) -> list[float]:
+        """Messages a second between looks, the newest rate last; those sent have the name ""."""
+        # If a total went back, the rate of this look is 0.
+        return [
+            max(0, totals[name] - before[name]) / max(1e-9, now - last)
+            for (last, before), (now, totals) in itertools.pairwise(self._looks)
+            if name in before and name in totals
+        ]
 
 
 def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, History],
@@ -73,7 +74,7 @@ def draw(statistics: Mapping[str, QueueStatistics], histories: Mapping[str, Hist
         name = _name(key, limit)
         path = _name(figures.path, limit, _WIDTH - len(name) - 2)
         lines += ["", f"{click.style(name, bold=True)}  {click.style(path, dim=True)}"]
-        lines += _draw_queue(figures, histories[key].rates[""])
+        lines += _draw_queue(figures, histories[key].rates(""))
         lines += _draw_subscribers(figures, histories[key], limit)
         lines += _draw_claims(figures, limit)
     return lines[1:]
@@ -156,8 +157,7 @@ def _draw_subscribers(figures: QueueStatistics, history: History,
 
 def _cells(one: SubscriberStatistics, history: History, limit: int | None) -> list[str]:
     """Show the figures of a subscriber; nothing for a zero, but for the lag."""
-    rates = history.rates[one.subscriber]
-    rate = rates[-1] if rates else 0.0
+    rate = (history.rates(one.subscriber) or [0.0])[-1]
     last = one.seconds_since_acknowledged
     return [
         _name(one.subscriber, limit), f"{one.lag:,}",
