@@ -111,10 +111,6 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         text.complain("interrupted")
         return 130
-    except BrokenPipeError:
-        # The program that read our output has seen enough.
-        text.silence(sys.stdout)
-        return 0
     except click.UsageError as error:
         if error.ctx is not None:
             text.tell(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n")
@@ -124,8 +120,11 @@ def main(arguments: list[str]) -> int:
     except (click.ClickException, PersipubsubError, ModuleNotFoundError) as error:
         text.complain(str(error))
     except OSError as error:
-        # Of a file that was named, or of an output that is full; those of queues are translated.
         text.silence(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            # The program that read our output has seen enough.
+            return 0
+        # Of a file that was named, or of an output that is full; those of queues are translated.
         text.complain(f"Expected to use {error.filename or 'the standard streams'}, but got: "
                       f"{error.strerror or error}")
     return failed

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import importlib
 import itertools
 import os
 import select
@@ -206,8 +205,8 @@ def metrics(call: options.Call, port: int, address: str) -> None:
     """
     call.keys()
     try:
-        module = importlib.import_module("persipubsub.metrics")
-        with module.serve(call.path, call.queue_key, port=port, address=address) as url:
+        # The attribute loads the module, and tells how to install the extra.
+        with persipubsub.metrics.serve(call.path, call.queue_key, port, address) as url:
             if not address.startswith("127.") and address not in ("::1", "localhost"):
                 text.complain(f"warning: all who can reach {address} can read ids and figures: "
                               f"there is no password and no TLS")

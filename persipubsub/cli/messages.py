@@ -1,7 +1,6 @@
 """Send, receive, look at and delete messages; look after those that were given up."""
 
 import base64
-import contextlib
 import datetime
 import os
 import pathlib
@@ -98,20 +97,18 @@ def tail(call: options.Call, key: str, number: int, **looks: Any) -> None:
         persipubsub tail config.json --queue greetings --number 10
     """
     expected = 0
-    found = control.follow(call.config, key, last=number)
     poll = select.poll()
     poll.register(sys.stdout, 0)
-    with contextlib.closing(found):
-        for messages in found:
-            for message in messages:
-                # ``expected`` is 0 before the first message; then nothing is missing.
-                if (missing := message.number - (expected or message.number)) > 0:
-                    text.complain(f"{text.count(missing, 'number')} passed unseen")
-                expected = message.number + 1
-                _print_look(call, message, **looks)
-            if poll.poll(0):
-                # The reader of the output went away, although there is nothing to write.
-                raise BrokenPipeError()
+    for messages in control.follow(call.config, key, last=number):
+        for message in messages:
+            # ``expected`` is 0 before the first message; then nothing is missing.
+            if (missing := message.number - (expected or message.number)) > 0:
+                text.complain(f"{text.count(missing, 'number')} passed unseen")
+            expected = message.number + 1
+            _print_look(call, message, **looks)
+        if poll.poll(0):
+            # The reader of the output went away, although there is nothing to write.
+            raise BrokenPipeError()
 
 
 @options.command("Fail unless this is the queue of the publisher.")
