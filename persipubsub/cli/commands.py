@@ -1,11 +1,11 @@
 """All commands by name, the help of all of them, and how a command ends."""
 
+import collections
 import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Final, cast
+from typing import Any, Final
 
 import click
 
@@ -28,23 +28,17 @@ _GROUPS: Final = {
 _MODULES: Final = {name: heading.lower() for heading, names in _GROUPS.items() for name in names}
 
 
-class _Commands(Mapping[str, click.Command]):
+class _Commands(collections.UserDict[str, Any]):
     """
-    Import a command when it is asked for: importing all of them takes longer than most of them run.
+    Import a command from its module, which is stored here, when it is asked for.
 
-    Rejected: a group whose ``get_command`` imports. click suggests names from this mapping when one
-    is mistyped.
+    Importing all of them takes longer than most of them run. Rejected: a group whose
+    ``get_command`` imports. click suggests names from this mapping when one is mistyped.
     """
 
-    def __getitem__(self, name: str) -> click.Command:
-        module = importlib.import_module(f"persipubsub.cli.{_MODULES[name]}")
-        return cast(click.Command, getattr(module, name.replace("-", "_")))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_MODULES)
-
-    def __len__(self) -> int:
-        return len(_MODULES)
+    def __getitem__(self, name: str) -> Any:
+        module = importlib.import_module(f"persipubsub.cli.{self.data[name]}")
+        return getattr(module, name.replace("-", "_"))
 
 
 class _Group(click.Group):
@@ -58,7 +52,7 @@ class _Group(click.Group):
                                     for name in names])
 
 
-@click.group(cls=_Group, commands=_Commands(), context_settings={
+@click.group(cls=_Group, commands=_Commands(_MODULES), context_settings={
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100
 })

@@ -205,7 +205,6 @@ def receive(call: options.Call, key: str, subscriber: str, number: int, timeout:
     entry = call.config.subscribers.get(subscriber) or Subscriber(subscriber, key)
     entries = {**call.config.subscribers, subscriber: msgspec.structs.replace(entry, in_queue=key)}
     config = msgspec.structs.replace(call.config, subscribers=entries)
-    seconds = None if timeout == float("inf") else timeout
     received = 0
     os.set_blocking(sys.stdout.fileno(), True)
     # Not through ``sys.stdout``: without a buffer (PYTHONUNBUFFERED), it drops what the system did
@@ -213,7 +212,7 @@ def receive(call: options.Call, key: str, subscriber: str, number: int, timeout:
     with Sub(subscriber, config) as sub, open(sys.stdout.fileno(), "wb", closefd=False) as output:
         while number == 0 or received < number:
             try:
-                with sub.receive(timeout=seconds, details=True) as message:
+                with sub.receive(timeout, details=True) as message:
                     if message is None:
                         break
                     output.write(_line_of(call, message, directory, style))

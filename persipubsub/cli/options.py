@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
-import click.shell_completion
+import click
 import msgspec
 
 from persipubsub import config as configuration
@@ -151,18 +151,14 @@ class Command(Plain):
         return super().parse_args(ctx, [path, *args] if path else args)
 
 
-def _complete(ctx: click.Context, param: click.Parameter,
-              incomplete: str) -> list[click.shell_completion.CompletionItem]:
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete keys of the configuration file: its publishers, subscribers or queues."""
     found: Iterable[str] = ()
     with contextlib.suppress(PersipubsubError):
         if path := ctx.params.get("config") or os.environ.get(CONFIG_VARIABLE):
             found = getattr(configuration.read(path), f"{param.name}s")
     # A name with an end of a line would be two names for the shell.
-    return [
-        click.shell_completion.CompletionItem(one) for one in found
-        if one.startswith(incomplete) and one.isprintable()
-    ]
+    return [one for one in found if one.startswith(incomplete) and one.isprintable()]
 
 
 def command(about_queue: str, scope: str = "file") -> Callable[[Callable[..., Any]], click.Command]:
