@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
 from persipubsub import face
 from persipubsub.config import ConfigLike
-from persipubsub.engine import Consumer, Lease, Listener, Queue, Sending, TaskConsumer, TaskQueue
+from persipubsub.engine import Consumer, Lease, Queue, Sending, TaskConsumer, TaskQueue
 from persipubsub.errors import CorruptMessageError, PersipubsubError, QueueFullError
 from persipubsub.face import BytesLike, ContentT, MessageId, Parts
 from persipubsub.message import Message
@@ -342,7 +342,6 @@ class _Line:
         self._waiters: list[_Waiter] = []
         self._is_looking = False
         self._is_due = False  # there is a reason for another look since the last one began
-        self._listener: Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def take(self, timeout: float | None, poll_secs: float,
@@ -383,22 +382,13 @@ class _Line:
         for waiter in waiters:
             lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
             if lease is None:
-                listener = self._listener
-                if listener is None:
-                    listener = self.consumer.listen(lambda: _post(self._loop, self._look))
-                    self._listener = listener
-                listener.arm()
-                # A message may have come before the listener was armed.
+                self.consumer.call_once(self.wake)
+                # A message may have come before.
                 lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
             if lease is None:
                 return pause
             leases.append(lease)
         return None
-
-    def _forget_listener(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.close()
 
     def _hand_out(self, waiters: list[_Waiter], leases: list[Lease],
                   done: "concurrent.futures.Future[float | None]") -> None:
@@ -412,8 +402,6 @@ class _Line:
             else:
                 waiter.future.set_result(lease)
         rest = [waiter for waiter in waiters[len(leases):] if not waiter.future.done()]
-        if error is not None:
-            self._forget_listener()  # the queue may be closed
         if isinstance(error, CorruptMessageError):
             del rest[1:]  # the message was set aside: the next waiter gets the one after it
         now = self._loop.time()
@@ -428,9 +416,8 @@ class _Line:
                         *(min(waiter.poll_secs, waiter.deadline - now) for waiter in self._waiters))
             self._timer = self._loop.call_later(pause, self._look)
 
-    def close(self) -> None:
-        """Let all waiting tasks fail, after the queue was closed. Any thread may call it."""
-        self._forget_listener()
+    def wake(self) -> None:
+        """Look at the queue; after a close, all waiting tasks fail. Any thread may call it."""
         _post(self._loop, self._look)
 
 
@@ -638,7 +625,7 @@ class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[
         for key, line in list(self._lines.items()):
             if line.consumer is not consumer or key[0].is_closed():
                 self._lines.pop(key, None)
-                line.close()
+                line.wake()
 
     async def _end(self, lease: Lease | None, parts: Parts) -> None:
         """End messages; the task may be cancelled, all of them are ended nevertheless."""

@@ -143,20 +143,6 @@ class Engine(Protocol):
 # An engine whose calls block also has the protocols below, for aio.
 
 
-class Listener(Protocol):
-    """Calls back when a consumer should look again."""
-
-    def arm(self) -> None:
-        """
-        Call back once, at the first commit that the following ``try_take`` did not see.
-
-        It never blocks.
-        """
-
-    def close(self) -> None:
-        """Call back no more; may be repeated."""
-
-
 class TaskConsumer(Consumer, Protocol):
     """Consumer of an engine that blocks."""
 
@@ -164,8 +150,12 @@ class TaskConsumer(Consumer, Protocol):
                  is_newest: bool = False) -> tuple[Lease | None, float]:
         """Take without waiting; beside it, the seconds until a look without a wake-up."""
 
-    def listen(self, callback: Callable[[], object]) -> Listener:
-        """Have the callback called in a thread of the engine."""
+    def call_once(self, callback: Callable[[], object]) -> None:
+        """
+        Call back once, at the first commit that the following ``try_take`` did not see.
+
+        This never blocks. The callback is called in a thread of the engine.
+        """
 
 
 class TaskQueue(Queue, Protocol):

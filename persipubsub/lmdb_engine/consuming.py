@@ -15,6 +15,7 @@ the next one that comes across it.
 
 import contextlib
 import datetime
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from persipubsub.lmdb_engine import positions
 from persipubsub.lmdb_engine.claims import Claim, Claims, note_claim
 from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.files import SharedPage
-from persipubsub.lmdb_engine.notifier import Listener
 from persipubsub.lmdb_engine.pending import Copied, Pending
 from persipubsub.message import Message, text_of
 
@@ -192,12 +192,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         lease, _ = self.try_take(max_messages, is_newest)
         if lease is not None or timeout == 0:
             return lease
-
-        def look() -> tuple[Lease | None, float]:
-            lease, pause = self.try_take(max_messages, is_newest)
-            return lease, min(pause, poll_secs)
-
-        return self.environment.notifier.wait_for(look, deadline)
+        look = functools.partial(self.try_take, max_messages, is_newest)
+        return self.environment.notifier.wait_for(look, deadline, poll_secs)
 
     def take_at(self, number: int) -> Lease | None:
         """Take the message of a number, without waiting."""
@@ -395,9 +391,9 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         with contextlib.suppress(PersipubsubError):
             self.environment.notifier.notify()
 
-    def listen(self, callback: Callable[[], object]) -> Listener:
-        """Call a function when there may be a message, see ``Notifier.listen``."""
-        return self.environment.notifier.listen(callback)
+    def call_once(self, callback: Callable[[], object]) -> None:
+        """Call a function when there may be a message, see ``Notifier.call_once``."""
+        self.environment.notifier.call_once(callback)
 
     def describe(self, copied: Copied) -> list[Message]:
         """Tell what is known of messages."""

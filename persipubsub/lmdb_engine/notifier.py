@@ -91,10 +91,10 @@ class Notifier:
         self._words = page.words
         self._futex = Futex(page, SharedPage.STAMP)
         self.is_closed = False
-        # It guards the two below. Removing a listener and copying the dictionary are atomic and
-        # need no lock. No callback is called while it is held.
-        self._lock = threading.Lock()
-        self.listeners: dict[Listener, None] = {}
+        # It guards the two below. No callback is called while it is held.
+        self._lock = threading.RLock()
+        #: Functions to be called once, with the stamps at which they were given.
+        self._callbacks: dict[Callable[[], object], int] = {}
         self._thread: threading.Thread | None = None
 
     def notify(self, end: int = 0) -> None:
@@ -136,13 +136,14 @@ class Notifier:
             raise ClosedError("Expected the queue to be open while waiting, but got: it was closed")
         return self._futex.load() != stamp
 
-    def wait_for(self, look: Callable[[], tuple[ResultT | None, float]],
-                 deadline: float | None) -> ResultT | None:
+    def wait_for(self, look: Callable[[], tuple[ResultT | None, float]], deadline: float | None,
+                 poll_secs: float = _LONGEST_SECS) -> ResultT | None:
         """
         Look until there is something, once more after each notification; None: the time is over.
 
         :param look: returns what it found, and the seconds after which to look again without one
         :param deadline: on the monotonic clock; None: look for ever
+        :param poll_secs: look again after this time in any case
         :raise ClosedError: if the queue was closed
         """
         while True:
@@ -150,6 +151,7 @@ class Notifier:
             found, pause = look()
             if found:
                 return found
+            pause = min(pause, poll_secs)
             if deadline is not None:
                 left = deadline - time.monotonic()
                 # Test ``left``, not ``pause``: a pause of 0 also means that a retry is due.
@@ -158,67 +160,43 @@ class Notifier:
                 pause = min(pause, left)
             self.wait(stamp, pause)
 
-    def listen(self, callback: Callable[[], object]) -> "Listener":
+    def call_once(self, callback: Callable[[], object]) -> None:
         """
-        Call a function after a notification, once for each time that the listener is armed.
+        Call a function once, after the next notification for a commit that a later look misses.
 
         One thread for each queue calls all of these functions. They are for loops of asyncio.
         """
-        listener = Listener(self, callback)
         with self._lock:
-            self.listeners[listener] = None
+            self._callbacks[callback] = self.arm()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="persipubsub-notifier",
                                           daemon=True)
                 thread.start()
                 self._thread = thread
-        return listener
 
     def _run(self) -> None:
-        """Call listeners until there are none."""
+        """Call functions until the queue is closed."""
         while True:
             stamp = self._futex.load()
-            with self._lock:
-                if not self.listeners or self.is_closed:
-                    self._thread = None
-                    return
-                called = [one for one in list(self.listeners) if one.take(stamp)]
-            for listener in called:
-                # A closed loop of asyncio raises this. The other functions are still called.
-                with contextlib.suppress(RuntimeError):
-                    listener.callback()
-            self._futex.wait(stamp, 1.0)
+            # Looked at after the stamp was loaded, which a close changes.
+            if self.is_closed:
+                return
+            self._call(stamp)
+            self._futex.wait(stamp, _LONGEST_SECS)
+
+    def _call(self, stamp: int | None) -> None:
+        """Call the functions that were given at another stamp."""
+        with self._lock:
+            due = [one for one, armed in self._callbacks.items() if armed != stamp]
+            for callback in due:
+                del self._callbacks[callback]
+        for callback in due:
+            # A closed loop of asyncio raises this. The other functions are still called.
+            with contextlib.suppress(RuntimeError):
+                callback()
 
     def close(self) -> None:
         """Let all waiters of this process fail. Those of other processes wake up, too, and look."""
         self.is_closed = True
-        for listener in list(self.listeners):
-            with contextlib.suppress(RuntimeError):
-                listener.callback()
-        self.listeners.clear()
+        self._call(None)
         self._futex.wake_all()
-
-
-class Listener:
-    """A function to be called after a notification."""
-
-    def __init__(self, notifier: Notifier, callback: Callable[[], object]) -> None:
-        """Initialize as not armed."""
-        self.callback = callback
-        self._notifier = notifier
-        self._stamp: int | None = None
-
-    def arm(self) -> None:
-        """Let the next notification call the function, for any commit that a later look misses."""
-        self._stamp = self._notifier.arm()
-
-    def take(self, stamp: int) -> bool:
-        """Tell whether the function is to be called, and disarm it then."""
-        if self._stamp is None or self._stamp == stamp:
-            return False
-        self._stamp = None
-        return True
-
-    def close(self) -> None:
-        """End; it may be repeated."""
-        self._notifier.listeners.pop(self, None)
