@@ -50,15 +50,14 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         """
         self.path = path
         self._retries = retries or {}
-        self._ending = consuming.Ending()
         self._opened = opened = environment.acquire(path, queue)
         try:
             self._now_ns = clock if clock is not None else opened.now_ns
-            self._claims = claims.Claims(path, opened.held)
+            self._claims = claims.Claims(path)
             self._writers: dict[str, DeadLetterWriter] = {}
             self._room = room.Room(opened, self._now_ns)
             self._sender = sending.Sender(opened, self._room, self._now_ns)
-            self._members = (self._claims, self._ending, self._sender)
+            self._members = (self._claims, self._sender)
             opened.members += self._members
             opened.drop_logs.append(self._room.drop_log)
         except BaseException:
@@ -96,14 +95,13 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def __repr__(self) -> str:
         """Tell the directory and the state."""
-        return f"<Queue {self.path!r}, {'closed' if self._ending.is_closed else 'open'}>"
+        return f"<Queue {self.path!r}, {'closed' if self._claims.is_closed else 'open'}>"
 
     def close(self) -> None:
         """Close the queue; it may be closed twice. Messages that are claimed are given back."""
-        with self._ending.lock:
-            if self._ending.is_closed:
+        with self._claims.ending_lock:
+            if self._claims.is_closed:
                 return
-            self._ending.is_closed = True
             self._claims.close()
         opened = self._opened
         try:
@@ -121,7 +119,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def _check_open(self) -> None:
         """Check that the queue was not closed."""
-        if self._ending.is_closed:
+        if self._claims.is_closed:
             raise ClosedError(f"Expected the queue {self.path} to be open, but got: it was closed")
 
     @property
@@ -135,7 +133,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def put(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None = None,
             timeout: float | None = None, msg_ids: Sequence[bytes | None] | None = None) -> int:
         """Add messages at the end of the queue, all of them or none; see ``Sender.put``."""
-        if self._ending.is_closed:
+        if self._claims.is_closed:
             self._check_open()
         return self._put(messages, recipients, timeout, msg_ids)
 
@@ -167,8 +165,8 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         writer = self._writers.setdefault(subscriber,
                                           DeadLetterWriter(self.path, subscriber, retries))
         pending = Pending(subscriber, self._room.timeout_ns, self._now_ns, retries.policy)
-        consumer = consuming.Consumer(opened, self._claims, self._ending, pending,
-                                      self._room.drop_expired, writer, self.waits_for_room)
+        consumer = consuming.Consumer(opened, self._claims, pending, self._room.drop_expired,
+                                      writer, self.waits_for_room)
         consumer.counts = consumer.counts and is_delivery
         return consumer
 

@@ -20,7 +20,7 @@ from tests import support
 
 def obey(pipe: support.Connection, directory: Path) -> None:
     """Take claims of messages and give them back, as the test says."""
-    claims = claiming.Claims(str(directory), claiming.HeldOf())
+    claims = claiming.Claims(str(directory))
     held: dict[int, claiming.Claim] = {}
     while True:
         wish, number = pipe.recv()
@@ -45,13 +45,13 @@ def ask(child: support.Child, wish: str, number: int) -> Any:
 
 @pytest.fixture(name="claims")
 def _claims(tmp_path: Path) -> Iterator[claiming.Claims]:
-    with contextlib.closing(claiming.Claims(str(tmp_path), claiming.HeldOf())) as claims:
+    with contextlib.closing(claiming.Claims(str(tmp_path))) as claims:
         yield claims
 
 
 def lock(claims: claiming.Claims, ordinal: int, first: int,
          count: int = 1) -> claiming.Claim | None:
-    claim = claiming.Claim(ordinal, first, count, claims.held[ordinal])
+    claim = claiming.Claim(ordinal, first, first + count, claiming.Held())
     return claim if claims.claim(claim) else None
 
 
@@ -71,7 +71,7 @@ def claimed(claims: claiming.Claims, numbers: range) -> list[int]:
 
 def take(claims: claiming.Claims, first: int, count: int = 1) -> claiming.Claim:
     claim = lock(claims, 0, first, count)
-    assert claim is not None and (claim.first, claim.count) == (first, count)
+    assert claim is not None and (claim.first, claim.stop) == (first, first + count)
     return claim
 
 

@@ -42,7 +42,7 @@ _ROWS: list[set[str]] = [
     {"lmdb_engine.sending", "lmdb_engine.consuming"},
     {"lmdb_engine.room"},
     {"lmdb_engine.environment"},
-    {"lmdb_engine.check", "lmdb_engine.dead_letters", "lmdb_engine.deliveries"},
+    {"lmdb_engine.check", "lmdb_engine.dead_letters"},
     {"lmdb_engine.journal", "lmdb_engine.pending"},
     {"lmdb_engine.retention"},
     {"lmdb_engine.once", "lmdb_engine.positions"},

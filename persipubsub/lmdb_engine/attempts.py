@@ -11,7 +11,6 @@ from typing import Final, NamedTuple
 
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine.format import Tx
-from persipubsub.message import retry_delay_ns
 
 #: Most records that are deleted at once, so that clearing a queue in which everything failed does
 #: not hold up senders for long. Later transactions delete the rest.
@@ -23,8 +22,8 @@ class Policy(NamedTuple):
     How often a message is delivered to a subscriber, and how soon again.
 
     >>> policy = Policy(max_deliveries=3, delay_ns=10)
-    >>> policy.is_exhausted(2), policy.is_exhausted(3), policy.delay_after(1), policy.delay_after(3)
-    (False, True, 10, 40)
+    >>> policy.is_exhausted(2), policy.is_exhausted(3)
+    (False, True)
     """
 
     max_deliveries: int = 0  #: 0: any number
@@ -33,10 +32,6 @@ class Policy(NamedTuple):
     def is_exhausted(self, count: int) -> bool:
         """Tell whether there is no further delivery after so many."""
         return 0 < self.max_deliveries <= count
-
-    def delay_after(self, count: int) -> int:
-        """Compute how long a message waits for its next delivery, in nanoseconds."""
-        return retry_delay_ns(self.delay_ns, count)
 
 
 def read(tx: Tx, ordinal: int, number: int) -> fmt.Attempts | None:
@@ -51,15 +46,16 @@ def write(tx: Tx, ordinal: int, number: int, attempts: fmt.Attempts) -> None:
                db=tx.db.attempts)
 
 
-def forget(tx: Tx, ordinal: int, begin: int, end: int) -> bool:
+def forget(tx: Tx, ordinal: int, begin: int, end: int, most: int = _MOST_DELETED) -> bool:
     """
-    Delete the records of a range of messages, a bounded number of them.
+    Delete the records of a range of messages.
 
+    :param most: how many records are deleted at most
     :return: True if the subscriber has more, in the range or after it
     """
     cursor = tx.txn.cursor(tx.db.attempts)
     first = fmt.pack_attempts_key(ordinal, begin)
-    for _ in range(_MOST_DELETED):
+    for _ in range(most):
         if not cursor.set_range(first):
             return False
         owner, number = fmt.unpack_attempts_key(cursor.key())
@@ -67,12 +63,6 @@ def forget(tx: Tx, ordinal: int, begin: int, end: int) -> bool:
             return bool(owner == ordinal)
         cursor.delete()
     return True
-
-
-def forget_before(tx: Tx, ordinal: int, position: int) -> None:
-    """Delete all records of messages before a position, however many there are."""
-    while next(between(tx, ordinal, 0, position), None) is not None:
-        forget(tx, ordinal, 0, position)
 
 
 def begin_anew(tx: Tx, time_ns: int) -> None:

@@ -15,18 +15,23 @@ later claim.
 import contextlib
 import errno
 import fcntl
+import functools
 import io
+import operator
 import os
 import struct
+import threading
 import time
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from persipubsub.errors import ClosedError, StoreError
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine.files import SharedPage
+from persipubsub.lmdb_engine.format import Subscriber
+from persipubsub.statistics import InFlight
 
 # 2**15 subscribers times 2**48 numbers fill exactly the non-negative offsets of a file.
 _NUMBERS: Final = 1 << 48
@@ -35,13 +40,12 @@ _NUMBERS: Final = 1 << 48
 _MOST_IDLE: Final = 64
 
 #: struct flock of Linux: type, whence, start, length, process (0 for locks of descriptions).
-_FLOCK: Final = struct.Struct("hhqqi4x")
+_FLOCK: Final = struct.Struct("hhqq8x")
+_LOCK: Final = functools.partial(_FLOCK.pack, fcntl.F_WRLCK, os.SEEK_SET)
+_UNLOCK: Final = functools.partial(_FLOCK.pack, fcntl.F_UNLCK, os.SEEK_SET)
 _SETLK: Final[int] = fcntl.F_OFD_SETLK
-_GETLK: Final[int] = fcntl.F_OFD_GETLK
-_UNLOCK_ALL: Final = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
 
-#: Most questions to the kernel for one list of claims: it walks through its locks for each of them.
-_MOST_QUESTIONS: Final = 10000
+ResultT = TypeVar("ResultT")
 
 
 class Held:
@@ -65,20 +69,12 @@ class Held:
         self.start = min(self.start, first)
 
 
-class HeldOf(dict[int, Held]):
-    """What this process has claimed, by the ordinal of the subscriber."""
-
-    def __missing__(self, ordinal: int) -> Held:
-        """Begin with nothing claimed. Two threads get the same."""
-        return self.setdefault(ordinal, Held())
-
-
 class Claim(msgspec.Struct, eq=False):
     """A range of messages that one consumer has."""
 
     ordinal: int
     first: int
-    count: int
+    stop: int  #: number after the last one
     held: Held
     file: io.FileIO | None = None  #: None: it is not locked
 
@@ -86,99 +82,63 @@ class Claim(msgspec.Struct, eq=False):
 class Claims:
     """Claims of the consumers of one open queue. Any thread may use it."""
 
-    def __init__(self, directory: str, held: HeldOf) -> None:
-        """
-        Initialize without touching the file, which is opened at the first use.
-
-        :param held: what this process has claimed, by the ordinal of the subscriber; shared by all that
-            it has open of the queue
-        """
+    def __init__(self, directory: str) -> None:
+        """Initialize without touching the file, which is opened at the first use."""
+        self._directory = directory
         self._path = os.path.join(os.path.abspath(directory), files.CLAIMS)
-        self.held = held
-        # Appending to a list and popping are atomic. ``_all`` has all that is open.
+        # Appending to a list and popping are atomic.
         self._idle: list[io.FileIO] = []
-        self._all: dict[io.FileIO, None] = {}
-        self._claims: set[Claim] = set()
+        #: All that are open, with the claims that they lock.
+        self._all: dict[io.FileIO, Claim | None] = {}
         self._identity: files.Identity | None = None
+        #: Lets a close wait for acknowledgements that are on the way. Otherwise it would give a
+        #: claim back while the acknowledgement is written, and another consumer would get the
+        #: message a second time.
+        self.ending_lock = threading.RLock()
         self.is_closed = False
 
     def claim(self, claim: Claim) -> bool:
         """
-        Claim all messages of a range, or none.
+        Claim the longest part of a range that begins with its first message and is free.
 
         If a signal handler raises here or later, a release gives back what was claimed.
         """
-        file = self._take()
-        claim.file = file
-        try:
-            fcntl.fcntl(
-                file, _SETLK,
-                _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, claim.ordinal * _NUMBERS + claim.first,
-                            claim.count, 0))
-        except OSError as error:
-            if error.errno is None:
-                raise  # by a signal handler, see files
-            claim.file = None
-            self._idle.append(file)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise files.translate_os_error(error, self._path, "lock") from error
-        self._claims.add(claim)
-        claim.held.ends[claim.first] = claim.first + claim.count
-        return True
-
-    def claim_prefix(self, claim: Claim) -> bool:
-        """Claim the longest part of a range that begins with its first message and is free."""
-        for _ in range(8):  # after so many lost races, a single message has to do
-            if self.claim(claim):
+        file = claim.file = self._take()
+        base = claim.ordinal * _NUMBERS
+        while claim.first < claim.stop:
+            if self._ask(fcntl.fcntl, file, _SETLK,
+                         _LOCK(base + claim.first, claim.stop - claim.first)):
+                self._all[file] = claim
+                claim.held.ends[claim.first] = claim.stop
                 return True
-            if claim.count == 1:
-                return False
-            claim.count = self._free_prefix(claim.ordinal, claim.first, claim.count)
-            if claim.count == 0:
-                return False
-        claim.count = 1
-        return self.claim(claim)
+            # The kernel names any claim in the range, not always the first; none if it was given
+            # back a moment ago.
+            found = self._ask(_find_lock, file, base + claim.first, base + claim.stop)
+            claim.stop = min(claim.stop - 1, found[0] - base if found else claim.stop)
+        claim.file = None
+        self._idle.append(file)
+        return False
 
     def is_claimed(self, ordinal: int, number: int) -> bool:
         """Tell whether a consumer, in this process or another, has claimed a message."""
-        return self._free_prefix(ordinal, number, 1) == 0
-
-    def _free_prefix(self, ordinal: int, first: int, count: int) -> int:
-        """Count the messages before the first one that is claimed."""
         file = self._take()  # it has no locks itself, so all locks are those of others
-        start = ordinal * _NUMBERS + first
+        start = ordinal * _NUMBERS + number
         try:
-            while count > 0:
-                with files.translated(self._path, doing="query"):
-                    found = _find_lock(file, start, count)
-                if found is None:
-                    break
-                # The kernel names any claim in the range, not always the first.
-                count = max(found[0], start) - start
-            return count
-        except (ValueError, StoreError) as error:
-            if not self.is_closed:
-                raise
-            raise self._closed_error() from error
+            return self._ask(_find_lock, file, start, start + 1) is not None
         finally:
             self._idle.append(file)
 
-    def narrow(self, claim: Claim, first: int, count: int) -> None:
+    def narrow(self, claim: Claim, first: int, stop: int) -> None:
         """Give back what is outside of a part of a claim, which stays claimed all the time."""
         assert claim.file is not None, "It is locked."
         base = claim.ordinal * _NUMBERS
-        end, stop = claim.first + claim.count, first + count
-        for begin, behind in ((claim.first, first), (stop, end)):
-            if begin < behind:
-                with files.translated(self._path, doing="lock"):
-                    fcntl.fcntl(
-                        claim.file, _SETLK,
-                        _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, base + begin, behind - begin, 0))
+        for begin, end in ((claim.first, first), (stop, claim.stop)):
+            if begin < end:
+                self._ask(fcntl.fcntl, claim.file, _SETLK, _UNLOCK(base + begin, end - begin))
                 claim.held.give_back(begin)
         # In this order, a release after a signal handler's exception still frees everything.
         claim.held.give_back(claim.first)
-        claim.first, claim.count = first, count
+        claim.first, claim.stop = first, stop
         claim.held.ends[first] = stop
 
     def release(self, claim: Claim) -> None:
@@ -186,40 +146,49 @@ class Claims:
         file = claim.file
         if file is None:
             return
+        is_kept = False
         try:
-            fcntl.fcntl(
-                file, _SETLK,
-                _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, claim.ordinal * _NUMBERS + claim.first,
-                            claim.count, 0))
-            self._claims.discard(claim)
+            start = claim.ordinal * _NUMBERS + claim.first
+            fcntl.fcntl(file, _SETLK, _UNLOCK(start, claim.stop - claim.first))
+            is_kept = len(self._idle) < _MOST_IDLE
+        except ValueError:
+            pass  # another thread closed it
+        except OSError as error:
+            if error.errno != errno.EBADF:  # ... in the middle of the call
+                raise
+        finally:
             claim.held.give_back(claim.first)
-        except BaseException as error:
-            # A signal handler raised: closing the descriptor gives back all of its locks.
             claim.file = None
-            self._claims.discard(claim)
-            claim.held.give_back(claim.first)
-            self._discard(file)
-            # Another thread closed it, before the call or in the middle of it.
-            if isinstance(error, ValueError) or getattr(error, "errno", 0) == errno.EBADF:
-                return
-            raise
-        claim.file = None
-        if len(self._idle) < _MOST_IDLE:
-            self._idle.append(file)
-        else:
-            self._discard(file)
+            if is_kept:
+                self._all[file] = None
+                self._idle.append(file)
+            else:
+                # If a signal handler raised: closing the descriptor gives back all of its locks.
+                self._all.pop(file, None)
+                file.close()
+
+    def _ask(self, ask: Callable[..., ResultT], *args: Any) -> ResultT | None:
+        """Lock or look for locks; return None if another consumer has a lock."""
+        try:
+            return ask(*args)
+        except (ValueError, OSError) as error:
+            if self.is_closed:
+                # Another thread closed the file, before the call or in the middle of it.
+                raise self.closed_error() from error
+            if not isinstance(error, OSError) or error.errno is None:
+                raise  # by a signal handler, see files
+            if error.errno == errno.EAGAIN:
+                return None
+            raise files.translate_os_error(error, self._path, "lock") from error
 
     def _take(self) -> io.FileIO:
-        """Take a descriptor that has no locks."""
+        """Take a descriptor that has no locks, or open one more."""
         try:
             return self._idle.pop()
         except IndexError:
-            return self._open()
-
-    def _open(self) -> io.FileIO:
-        """Open one more descriptor."""
+            pass
         if self.is_closed:
-            raise self._closed_error()
+            raise self.closed_error()
         file = io.FileIO(files.open_file(self._path), "r+")
         status = os.fstat(file.fileno())
         found = files.Identity(status.st_dev, status.st_ino)
@@ -232,59 +201,45 @@ class Claims:
         self._all[file] = None
         return file
 
-    def _closed_error(self) -> ClosedError:
-        """Describe that another thread closed the files."""
-        return ClosedError(f"Expected {self._path} in use, but got: the queue was closed")
-
-    def _discard(self, file: io.FileIO) -> None:
-        """Close a descriptor, which gives back all of its locks."""
-        self._all.pop(file, None)
-        file.close()
+    def closed_error(self) -> ClosedError:
+        """Describe that the queue was closed, which gives back what is claimed."""
+        return ClosedError(
+            f"Expected the queue {self._directory} to be open until the messages are acknowledged, "
+            "but got: it was closed, which gave them back")
 
     def close(self) -> None:
         """Give back what is still claimed; it may be repeated."""
         self.is_closed = True
         self._idle.clear()
-        while self._claims:
-            claim = self._claims.pop()
-            claim.held.give_back(claim.first)
         while self._all:
-            file, _ = self._all.popitem()
+            file, claim = self._all.popitem()
+            if claim is not None:
+                claim.held.give_back(claim.first)
             # Unlock first: a child that is being forked shares the lock until it closes its file.
-            with files.suppress(OSError):
-                fcntl.fcntl(file, _SETLK, _UNLOCK_ALL)
+            with files.suppress(OSError, ValueError):
+                fcntl.fcntl(file, _SETLK, _UNLOCK(0, 0))
             file.close()
 
     def forget_parent(self) -> None:
         """Close the parent's files in a forked child; do not unlock: the claims are not its own."""
+        self.ending_lock = threading.RLock()  # no thread of the parent holds it
         self._idle.clear()
-        self._claims.clear()
         while self._all:
-            file, _ = self._all.popitem()
+            file, claim = self._all.popitem()
+            if claim is not None:
+                claim.file = None
             with contextlib.suppress(OSError):
                 file.close()
 
 
-def _find_lock(file: io.FileIO | int, start: int, count: int) -> tuple[int, int] | None:
-    """Ask for a lock in a range; return its start and its length (0: to the end)."""
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
-    kind, _, begin, length, _ = _FLOCK.unpack(fcntl.fcntl(file, _GETLK, asked))
-    return None if kind == fcntl.F_UNLCK else (begin, length)
-
-
-class Note(NamedTuple):
-    """What a consumer noted of a claim."""
-
-    process_id: int
-    since_ns: int  #: time since boot
-
-
-class Span(NamedTuple):
-    """Messages that one consumer claimed together."""
-
-    first: int  #: number of the first one
-    length: int  #: how many
-    note: Note | None  #: None if nothing is known
+def _find_lock(file: io.FileIO | int, start: int, stop: int) -> tuple[int, int] | None:
+    """Find the part of a range that another consumer has locked."""
+    found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _LOCK(start, stop - start))
+    kind, _, begin, length = _FLOCK.unpack(found)
+    if kind == fcntl.F_UNLCK:
+        return None
+    # The lock may begin before the range, and need not be the first one in it.
+    return begin, begin + (length or 1 << 63)
 
 
 #: Ordinal of the subscriber, process, first number, time since boot in nanoseconds, and a sum of all
@@ -302,10 +257,10 @@ def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
     its place, so that a claim that is held for long keeps its note. Two processes may have the same
     place.
     """
+    assert claim.file is not None, "It is locked."
     since_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # without a call of ticks_ns
     try:
-        place = (process_id * 61 +
-                 claim.file.fileno()) % _NOTES  # type: ignore[union-attr]  # it is locked
+        place = (process_id * 61 + claim.file.fileno()) % _NOTES
     except ValueError:
         return  # another thread closed it a moment ago
     total = claim.ordinal + process_id * 3 + claim.first * 5 + since_ns * 7 & _MASK
@@ -313,70 +268,48 @@ def note_claim(page: SharedPage, claim: Claim, process_id: int) -> None:
                     claim.first, since_ns, total)
 
 
-def _read_notes(page: SharedPage) -> dict[tuple[int, int], Note]:
-    """Read the newest whole note on each claim, by ordinal and first number."""
-    notes: dict[tuple[int, int], Note] = {}
+def _read_notes(page: SharedPage) -> dict[tuple[int, int], tuple[int, int]]:
+    """Read the time and the process in the newest note on each claim: by ordinal and number."""
+    notes: dict[tuple[int, int], tuple[int, int]] = {}
     written = page.map[SharedPage.NOTES:SharedPage.NOTES + _NOTES * _NOTE.size]
     for ordinal, process_id, first, since_ns, total in _NOTE.iter_unpack(written):
         if process_id and total == ordinal + process_id * 3 + first * 5 + since_ns * 7 & _MASK:
-            other = notes.get((ordinal, first))
-            if other is None or other.since_ns < since_ns:
-                notes[ordinal, first] = Note(process_id, since_ns)
-    there = set(filter(_is_there, {note.process_id for note in notes.values()}))
-    return {claim: note for claim, note in notes.items() if note.process_id in there}
+            note = (since_ns, process_id)
+            notes[ordinal, first] = max(note, notes.get((ordinal, first), note))
+    return notes
 
 
-def _is_there(process_id: int) -> bool:
-    """Tell whether a process has not ended."""
-    try:
-        os.kill(process_id, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-def find_claims(directory: str, wanted: Mapping[int, tuple[int, int]],
-                page: SharedPage) -> Mapping[int, list[Span]] | None:
+def find_claims(directory: str, subscribers: Sequence[Subscriber], end: int,
+                page: SharedPage) -> dict[int, list[InFlight]]:
     """
     Find the messages that consumers hold right now: two questions to the kernel for each consumer.
 
     Rejected: ``/proc/locks``, which lists the locks of the whole machine, and names files by a device
     that is not that of ``stat`` on some file systems.
 
-    :param wanted: first number and number after the last, by the ordinal of the subscriber
-    :return: claims by the ordinal; None if the system does not tell, or there are too many
+    :param end: number of the next message
+    :return: claims by the ordinal of the subscriber
     """
-    # pylint: disable=too-many-locals
+    claims: dict[int, list[InFlight]] = {subscriber.ordinal: [] for subscriber in subscribers}
     path = os.path.join(directory, files.CLAIMS)
     if not os.path.lexists(path):
-        return {ordinal: [] for ordinal in wanted}
-    claims: dict[int, list[Span]] = {}
-    notes = _read_notes(page)
-    questions = 0
-    with files.using(path, os.O_RDWR) as descriptor:
-        for ordinal, (first, end) in wanted.items():
-            base = ordinal * _NUMBERS
-            claimed = claims[ordinal] = []
-            ranges = [(base + first, base + end)]
+        return claims
+    notes, now_ns = _read_notes(page), files.ticks_ns()
+    with files.using(path, os.O_RDWR) as descriptor, files.translated(path, "query"):
+        for subscriber in subscribers:
+            base = subscriber.ordinal * _NUMBERS
+            ranges = [(base + subscriber.position, base + end)]
             while ranges:
                 begin, behind = ranges.pop()
-                if begin >= behind:
+                found = _find_lock(descriptor, begin, behind) if begin < behind else None
+                if found is None:
                     continue
-                questions += 1
-                if questions > _MOST_QUESTIONS:
-                    return None
-                try:
-                    found = _find_lock(descriptor, begin, behind - begin)
-                except OSError:
-                    return None
-                if found is not None:
-                    # The lock may begin before the range, and need not be the first one in it.
-                    start, length = found
-                    low = max(begin, start)
-                    high = min(behind, start + length) if length else behind
-                    claimed.append(Span(low - base, high - low, notes.get((ordinal, start - base))))
-                    ranges += [(begin, low), (high, behind)]
-            claimed.sort()
+                low, high = max(begin, found[0]), min(behind, found[1])
+                since_ns, process_id = notes.get((subscriber.ordinal, found[0] - base),
+                                                 (None, None))
+                seconds = None if since_ns is None else max(0, now_ns - since_ns) / 1e9
+                claims[subscriber.ordinal].append(
+                    InFlight(subscriber.name, low - base, high - low, process_id, seconds))
+                ranges += [(begin, low), (high, behind)]
+            claims[subscriber.ordinal].sort(key=operator.attrgetter("number"))
     return claims

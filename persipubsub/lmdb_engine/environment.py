@@ -30,7 +30,7 @@ from persipubsub.errors import (BusyTimeoutError, ClosedError, DiskFullError, Pe
 from persipubsub.lmdb_engine import datafile, files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, meta, retention
-from persipubsub.lmdb_engine.claims import HeldOf
+from persipubsub.lmdb_engine.claims import Held
 from persipubsub.lmdb_engine.datafile import MapFullError
 from persipubsub.lmdb_engine.files import SharedPage
 from persipubsub.lmdb_engine.format import Databases, Tx
@@ -112,7 +112,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         self.users = 0
         self.process_id = os.getpid()
         #: Numbers that this process has claimed, by the ordinal of the subscriber.
-        self.held = HeldOf()
+        self.held: dict[int, Held] = {}
         #: Parts of the open queues that have locks or files: to be begun anew in a forked child.
         self.members: list[Member] = []
         #: They report before the environment is closed, and at the interpreter's end.
@@ -606,7 +606,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
         for member in self.members:
             member.forget_parent()
-        self.held.clear()
+        for held in self.held.values():
+            held.ends.clear()
         self.process_id = os.getpid()
         self._make_locks()
 

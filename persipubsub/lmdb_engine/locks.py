@@ -5,7 +5,7 @@ Locks are taken in this order; a thread that holds a later one does not ask for 
 
 1. the registry's lock of a process (opening, closing), see ``environment``,
 2. the open lock of a queue (between processes, while one of them opens, closes or creates it),
-3. the ending lock: that of ``consuming.Ending``, one for each open queue (an acknowledgement and a
+3. the ending lock: that of ``claims.Claims``, one for each open queue (an acknowledgement and a
    close exclude each other),
 4. the flush lock of a ``Journal``, then the journal's lock (between processes),
 5. the write lock: 5a. of an environment (between threads), then 5b. of the queue (between

@@ -1,20 +1,21 @@
 """
-Look at the messages of one subscriber: which is next, which is the newest; copy what is claimed.
+The messages of one subscriber, inside of a transaction: search, copy what is claimed, count.
 
 Of what is pending (see ``positions``), a message that failed may not be delivered again before its
 ``retry_at_ns``, and one whose deliveries are exhausted is not delivered at all.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Final, NamedTuple
 
 import msgspec
 
-from persipubsub.errors import CorruptMessageError, NotInitializedError, StoreCorruptError
+from persipubsub.errors import CorruptMessageError, StoreCorruptError
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, positions
 from persipubsub.lmdb_engine.format import Cursor, Subscriber, Tx
+from persipubsub.message import retry_delay_ns
 
 #: A batch has at most so many bytes, however many messages were asked for, or is a single message.
 BATCH_BYTES: Final = 1 << 24
@@ -28,7 +29,7 @@ class Look(NamedTuple):
     """What a search found."""
 
     number: int = 0  #: of the first message that could be claimed; 0: none
-    messages: int = 1  #: how many could be claimed from it on
+    stop: int = 0  #: number after the last one that could be claimed with it
     retry_at_ns: int = 0  #: when the first of those passed over may be delivered again; 0: none
     is_expired: bool = False  #: the next message is too old: it has to be dropped first
 
@@ -44,12 +45,11 @@ class Copied(msgspec.Struct):
     times_ns: list[int]  #: when they were sent
     attempts: dict[int, fmt.Attempts]  #: of those that have a record
     dropped: int  #: messages that were dropped unread for the subscriber before them
-    is_exhausted: bool = False  #: True if it is a single message that is not to be delivered any more
 
 
 class Pending:
     """
-    Looks at the messages of one subscriber. Any thread may use it.
+    The messages of one subscriber. Any thread may use it.
 
     It keeps nothing of what a transaction read, except ``end``, which is a hint.
     """
@@ -67,21 +67,6 @@ class Pending:
         # gone since then.
         self.end = 0
 
-    def read(self, tx: Tx) -> Subscriber | None:
-        """Read the record of the subscriber; None if it was removed, perhaps added again."""
-        subscriber = positions.read(tx, self.key)
-        return None if subscriber is None or subscriber.ordinal != self.ordinal else subscriber
-
-    def _require(self, tx: Tx) -> Subscriber:
-        """Read the record of the subscriber; fail if its ordinal changed: it was added again."""
-        subscriber = positions.read(tx, self.key)
-        if subscriber is None or subscriber.ordinal != self.ordinal:
-            subscriber = positions.require(tx, self.key)
-            raise NotInitializedError(
-                f"Expected the subscriber {subscriber.name!r} to be the same as at "
-                "init(), but got: it was removed and added again. Call init() again.")
-        return subscriber
-
     # Searching
 
     def find(self, tx: Tx, start: int, max_messages: int, held: Mapping[int, int]) -> Look:
@@ -91,7 +76,7 @@ class Pending:
         :param start: smallest number to look at
         :param held: ranges that this process has claimed, to be passed over: see ``Held.ends``
         """
-        subscriber = self._require(tx)
+        subscriber = positions.require(tx, self.key, self.ordinal)
         if subscriber.flags & fmt.FLAG_PAUSED:
             return _NOTHING
         cursor = tx.txn.cursor(tx.db.data)
@@ -107,13 +92,13 @@ class Pending:
             while start in held:
                 start = held[start]
             if start == run.number:
-                count = self._count(tx, subscriber, cursor, start, max_messages)
-                return Look(start, count, retry_at_ns)
+                stop = self._stop(tx, subscriber, cursor, start, max_messages)
+                return Look(start, stop, retry_at_ns)
         return Look(retry_at_ns=retry_at_ns)
 
-    def _count(self, tx: Tx, subscriber: Subscriber, cursor: Cursor, number: int,
-               max_messages: int) -> int:
-        """Find how many messages may be claimed at once."""
+    def _stop(self, tx: Tx, subscriber: Subscriber, cursor: Cursor, number: int,
+              max_messages: int) -> int:
+        """Find the number before which messages may be claimed at once."""
         cursor.last()
         key, value = cursor.item()
         # The record is not checked: the consumer that reaches a damaged one handles it, and the
@@ -121,7 +106,7 @@ class Pending:
         self.end = fmt.unpack_number(key) + fmt.guess_messages(value)
         end = min(self.end, number + max_messages)
         if end <= number + 1:
-            return 1
+            return number + 1
         if subscriber.flags:
             _, end = positions.free_part(tx, self.ordinal, number, end)
             end, _ = self._limit(tx, number, end)
@@ -132,7 +117,7 @@ class Pending:
                 end = number + log.count_within(cursor, number, end, BATCH_BYTES)
             except StoreCorruptError:
                 pass
-        return max(1, end - number)
+        return max(number + 1, end)
 
     def find_newest(self, tx: Tx, tried: Set[int]) -> Look:
         """
@@ -140,7 +125,7 @@ class Pending:
 
         :param tried: numbers to be passed over if their deliveries are exhausted
         """
-        subscriber = self._require(tx)
+        subscriber = positions.require(tx, self.key, self.ordinal)
         if subscriber.flags & fmt.FLAG_PAUSED:
             return _NOTHING
         now_ns = self.now_ns()
@@ -155,34 +140,36 @@ class Pending:
                 return Look(is_expired=True)
             if record is not None and record.retry_at_ns > now_ns:
                 return Look(retry_at_ns=record.retry_at_ns)
-            return Look(number)
+            return Look(number, number + 1)
         return _NOTHING
 
     # Copying
 
-    def copy_next(self, tx: Tx, start: int) -> tuple[Look, bytes | None]:
-        """Copy the next message that may be delivered now, even if its deliveries are exhausted."""
-        look = self.find(tx, start, 1, {})
-        found = log.seek(tx.cursor(), look.number) if look.number else None
-        if found is None:
-            return look, None
-        return look, fmt.copy_message(found.value, found.block, look.number - found.first,
-                                      look.number)
+    def copy_one(self, tx: Tx, number: int) -> Copied | None:
+        """Copy a pending message, whether or not it may be delivered now; None if it left."""
+        subscriber = positions.read(tx, self.key, self.ordinal)
+        run = subscriber and positions.next_run(tx, subscriber, tx.cursor(), number, number + 1)
+        if not subscriber or not run:
+            return None
+        first, block, value = run.found
+        record = attempts.read(tx, self.ordinal, number)
+        return Copied([number], [fmt.copy_message(value, block, number - first, number)],
+                      [block.time_ns], {number: record} if record else {}, subscriber.dropped)
 
     def copy(self, tx: Tx, number: int, end: int, is_guess: bool = False) -> Copied:
         """
-        Copy the messages of a claimed range that may be delivered now.
+        Copy the messages of a claimed range that may be delivered now, up to a damaged one.
 
         :param is_guess: True to copy nothing if the position is not at the first one
         """
-        subscriber = self._require(tx)
+        subscriber = positions.require(tx, self.key, self.ordinal)
         oldest_ns = self.now_ns() - self.timeout_ns
         copied = Copied([], [], [], {}, subscriber.dropped)
         if subscriber.flags & fmt.FLAG_PAUSED or (is_guess and number != subscriber.position):
             return copied
         if not subscriber.flags and number + 1 == end and number >= subscriber.position:
             # A shortcut with the same result as the code below, which takes 1.5 times as long.
-            found = log.seek(tx.cursor(), number)
+            found = log.seek(tx.txn.cursor(tx.db.data), number)
             if found is not None:
                 first, block, value = found
                 if (first <= number < first + block.messages and not block.audience
@@ -197,38 +184,27 @@ class Pending:
                 subscriber.flags &= ~fmt.FLAG_MAY_HAVE_RANGES
         size = 0
         for run in positions.runs(tx, subscriber, number, end):
-            if run.found.block.time_ns >= oldest_ns:
-                added = self._copy_run(tx, subscriber, run, copied)
-                size += sum(map(len, copied.messages[len(copied.messages) - added:]))
-                if added < run.stop - run.number or size >= _COPIED_BYTES or copied.is_exhausted:
-                    break
+            first, block, value = run.found
+            if block.time_ns < oldest_ns:
+                continue
+            stop, messages = run.stop, []
+            if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
+                stop, records = self._limit(tx, run.number, stop)
+                copied.attempts.update(records)
+            try:
+                if run.number < stop:
+                    messages = fmt.copy_messages(value, block, first, run.number - first,
+                                                 stop - first)
+            except CorruptMessageError:
+                if not copied.numbers:
+                    raise
+            copied.numbers.extend(range(run.number, run.number + len(messages)))
+            copied.messages.extend(messages)
+            copied.times_ns.extend([block.time_ns] * len(messages))
+            size += sum(map(len, messages))
+            if len(messages) < run.stop - run.number or size >= _COPIED_BYTES:
+                break
         return copied
-
-    def _copy_run(self, tx: Tx, subscriber: Subscriber, run: positions.Run, copied: Copied) -> int:
-        """Copy messages up to one that is damaged, or not to be delivered; return how many."""
-        first, block, value = run.found
-        stop = run.stop
-        records: dict[int, fmt.Attempts] = {}
-        if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
-            stop, records = self._limit(tx, run.number, run.stop)
-        if stop == run.number:
-            record = attempts.read(tx, self.ordinal, stop)
-            if copied.numbers or record is None or not self.policy.is_exhausted(record.deliveries):
-                return 0
-            copied.is_exhausted = True
-            stop, records = stop + 1, {stop: record}
-        try:
-            messages = fmt.copy_messages(value, block, first, run.number - first, stop - first)
-        except CorruptMessageError:
-            if copied.numbers:
-                return 0
-            raise
-        count = len(messages)
-        copied.numbers.extend(range(run.number, run.number + count))
-        copied.messages.extend(messages)
-        copied.times_ns.extend([block.time_ns] * count)
-        copied.attempts.update(records)
-        return count
 
     def _limit(self, tx: Tx, number: int, end: int) -> tuple[int, dict[int, fmt.Attempts]]:
         """Cut a range before what may not be delivered yet, or is exhausted."""
@@ -239,3 +215,85 @@ class Pending:
                 return other, records
             records[other] = record
         return end, records
+
+    # Deliveries
+
+    def begin(self, tx: Tx, number: int, end: int, is_guess: bool = False) -> Copied:
+        """Copy claimed messages, and count their delivery before it begins, so that crashes count."""
+        copied = self.copy(tx, number, end, is_guess)
+        for found in copied.numbers:
+            record = self._record_of(tx, found)
+            copied.attempts[found] = record._replace(deliveries=record.deliveries + 1,
+                                                     flags=fmt.FLAG_IS_BEGUN)
+            attempts.write(tx, self.ordinal, found, copied.attempts[found])
+        subscriber = positions.require(tx, self.key)
+        if copied.numbers and not subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
+            subscriber.flags |= fmt.FLAG_MAY_HAVE_ATTEMPTS
+            positions.write(tx, subscriber)
+        return copied
+
+    def _record_of(self, tx: Tx, number: int) -> fmt.Attempts:
+        """Read the record of a message, or begin one."""
+        return attempts.read(tx, self.ordinal, number) or fmt.Attempts(0, 0, self.now_ns(), 0, "")
+
+    def begin_newest(self, tx: Tx, number: int, tried: Set[int],
+                     claim: Callable[[], bool]) -> Copied | None:
+        """
+        Claim and copy a message if it still is the newest one, and skip all messages before it.
+
+        The message is claimed here, in the transaction. If it were claimed earlier, and given back
+        because there is a newer one, other consumers would pass over it meanwhile and get it after
+        later ones.
+        """
+        if self.find_newest(tx, tried).number != number or not claim():
+            return None
+        begin = self.begin if self.policy.max_deliveries else self.copy
+        copied = begin(tx, number, number + 1)
+        if copied.numbers:
+            positions.skip_before(tx, self.key, number)
+        return copied
+
+    def nack(self, tx: Tx, numbers: Sequence[int], error: str | None) -> list[int]:
+        """
+        Record how deliveries ended that were not acknowledged.
+
+        :param error: of the deliveries that failed; None: no consumer worked on the messages, so
+            that they do not count
+        :return: the messages that are exhausted by this
+        """
+        exhausted: list[int] = []
+        subscriber = positions.read(tx, self.key, self.ordinal)
+        if subscriber is None:
+            return exhausted
+        for number in numbers:
+            if not positions.is_pending(tx, subscriber, number):
+                continue
+            record = self._record_of(tx, number)
+            count = record.deliveries
+            # With a limit, ``begin`` has counted this delivery already. Without one, a set flag is
+            # left over from a time with a limit.
+            if self.policy.max_deliveries and record.flags & fmt.FLAG_IS_BEGUN:
+                count -= 1
+            if error is not None:
+                count += 1
+                retry_at_ns = 0
+                if self.policy.is_exhausted(count):
+                    exhausted.append(number)
+                elif self.policy.delay_ns:
+                    retry_at_ns = self.now_ns() + retry_delay_ns(self.policy.delay_ns, count)
+                record = record._replace(retry_at_ns=retry_at_ns, error=error)
+            if count:
+                attempts.write(tx, self.ordinal, number, record._replace(deliveries=count, flags=0))
+                subscriber.flags |= fmt.FLAG_MAY_HAVE_ATTEMPTS
+            else:
+                attempts.forget(tx, self.ordinal, number, number + 1)
+        if error is not None:
+            subscriber.failed += len(numbers)
+        positions.write(tx, subscriber)
+        return exhausted
+
+    def remove(self, tx: Tx, number: int, counter: str) -> None:
+        """Let a claimed message leave that is damaged, or not delivered any more."""
+        subscriber = positions.read(tx, self.key, self.ordinal)
+        if subscriber is not None:
+            positions.leave(tx, subscriber, number, number + 1, counter)

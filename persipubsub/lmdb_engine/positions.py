@@ -14,6 +14,7 @@ are messages in flight, however many were acknowledged meanwhile. For a subscrib
 """
 
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -32,25 +33,31 @@ _NEAR_BLOCKS: Final = 4
 # Records of subscribers
 
 
-def read(tx: Tx, key: bytes) -> Subscriber | None:
-    """Read the record of a subscriber."""
+def read(tx: Tx, key: bytes, ordinal: int | None = None) -> Subscriber | None:
+    """Read the record of a subscriber; None if it is missing, or another one of the same name."""
     value = tx.txn.get(key, None, tx.db.subscribers)
     if value is None:
         return None
     try:
-        return Subscriber(*fmt.SUBSCRIBER.unpack(value) + (key, ))
+        subscriber = Subscriber(*fmt.SUBSCRIBER.unpack(value) + (key, ))
     except struct.error:
         raise fmt.subscriber_error(value) from None
+    # It may have been removed and added again.
+    return subscriber if ordinal is None or subscriber.ordinal == ordinal else None
 
 
-def require(tx: Tx, key: bytes) -> Subscriber:
-    """Read the record of a subscriber that has to be there."""
-    subscriber = read(tx, key)
+def require(tx: Tx, key: bytes, ordinal: int | None = None) -> Subscriber:
+    """Read the record of a subscriber that has to be there, and to be the same as before."""
+    subscriber = read(tx, key, ordinal)
     if subscriber is None:
+        name = key.decode("utf-8", "replace")
+        if read(tx, key) is not None:
+            raise NotInitializedError(
+                f"Expected the subscriber {name!r} to be the same as at init(), but got: it was "
+                "removed and added again. Call init() again.")
         raise NotInitializedError(
-            "Expected the queue to have the subscriber {!r}, but got: none of that id. Run "
-            "persipubsub.control.initialize_all_dbs with the configuration file first.".format(
-                key.decode("utf-8", "replace")))
+            f"Expected the queue to have the subscriber {name!r}, but got: none of that id. Run "
+            "persipubsub.control.initialize_all_dbs with the configuration file first.")
     return subscriber
 
 
@@ -268,12 +275,9 @@ def acknowledge(tx: Tx, key: bytes, ordinal: int, numbers: list[int], now_ns: in
 
     :return: position afterwards; 0 if the subscriber was removed
     """
-    subscriber = read(tx, key)
+    subscriber = read(tx, key, ordinal)
     if subscriber is None:
         return 0
-    if subscriber.ordinal != ordinal:
-        # It was removed and added again: another subscriber of the same name.
-        return subscriber.position
     count = len(numbers)
     if (subscriber.flags or subscriber.position != numbers[0]
             or numbers[-1] - numbers[0] + 1 != count):
@@ -361,7 +365,7 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
     _forget_ranges(tx, subscriber)
     # ``write`` deletes only a bounded number of records of attempts. Those that it has left before
     # the position would count for messages that are delivered again.
-    attempts.forget_before(tx, subscriber.ordinal, subscriber.position)
+    attempts.forget(tx, subscriber.ordinal, 0, subscriber.position, sys.maxsize)
     subscriber.position = number
     write(tx, subscriber)
     # Senders that remember the low watermark look again: a position may have gone back.
@@ -406,7 +410,7 @@ def remove(tx: Tx, key: bytes) -> int:
     cursor = tx.cursor()
     lag = count_pending(tx, subscriber, 0, log.read_end(cursor).next_number)
     _forget_ranges(tx, subscriber)
-    attempts.forget_before(tx, subscriber.ordinal, fmt.MAX_NUMBER + 1)
+    attempts.forget(tx, subscriber.ordinal, 0, fmt.MAX_NUMBER + 1, sys.maxsize)
     tx.txn.delete(key, db=tx.db.subscribers)
     log.change_generation(cursor)
     return lag
