@@ -131,7 +131,7 @@ def _put(destination: engine.Queue, subscriber: str, lease: Lease, origin: str,
     # message, while the other engine may still know the id of the first one.
     ids = [
         os.fsencode(f"{origin}\0{subscriber}\0{number}\0{time_ns}")
-        for number, time_ns in zip(lease.numbers, lease.times_ns())
+        for number, time_ns in zip(lease.numbers, lease.copied.times_ns)
     ]
     largest = max(map(len, lease.messages)) + settings.FRAME_BYTES
     count = max(1, (mark.size_bytes or 2**46) // 4 // largest)

@@ -203,7 +203,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def delete(self, subscriber: str, number: int) -> bool:
         """Let one message leave a subscriber, durably; return False if it does not wait for it."""
-        return self._change(positions.clear_one, subscriber.encode("utf-8"), number)
+        return self._change(positions.leave_one, subscriber.encode("utf-8"), number, "cleared")
 
     def add_subscriber(self, subscriber: str) -> bool:
         """Add a subscriber at the end of the queue, durably; return False if it is there."""

@@ -17,7 +17,6 @@ import errno
 import fcntl
 import functools
 import io
-import operator
 import os
 import struct
 import threading
@@ -228,6 +227,7 @@ class Claims:
             file, claim = self._all.popitem()
             if claim is not None:
                 claim.file = None
+                claim.held.give_back(claim.first)
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -311,5 +311,5 @@ def find_claims(directory: str, subscribers: Sequence[Subscriber], end: int,
                 claims[subscriber.ordinal].append(
                     InFlight(subscriber.name, low - base, high - low, process_id, seconds))
                 ranges += [(begin, low), (high, behind)]
-            claims[subscriber.ordinal].sort(key=operator.attrgetter("number"))
+            claims[subscriber.ordinal].sort(key=lambda claim: claim.number)
     return claims

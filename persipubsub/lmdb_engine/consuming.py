@@ -42,7 +42,7 @@ _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 class Lease:
     """Messages that one consumer holds and no other consumer gets."""
 
-    __slots__ = ("messages", "numbers", "_consumer", "_claim", "_copied")
+    __slots__ = ("messages", "numbers", "copied", "_consumer", "_claim")
 
     def __init__(self, consumer: "Consumer", claim: Claim, copied: Copied) -> None:
         """Initialize with what was claimed."""
@@ -50,7 +50,7 @@ class Lease:
         self.numbers = copied.numbers  # those not yet acknowledged or given back
         self._consumer = consumer
         self._claim = claim
-        self._copied = copied
+        self.copied = copied
 
     def __del__(self) -> None:
         """Give back messages of which the user's code lost hold, for example by a ``break``."""
@@ -58,13 +58,9 @@ class Lease:
             with contextlib.suppress(Exception):  # the interpreter may be about to end
                 self._consumer.claims.release(self._claim)
 
-    def times_ns(self) -> list[int]:
-        """Tell when the messages were sent, by the queue's clock: it never changes."""
-        return self._copied.times_ns
-
     def details(self) -> list[Message]:
         """Tell what is known of the messages. No file is touched."""
-        return self._consumer.describe(self._copied)
+        return self._consumer.describe(self.copied)
 
     def ack(self, count: int | None = None) -> None:
         """
@@ -169,12 +165,11 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         if is_newest:
             return self._try_newest()
         number = self._position
-        # The message at the position is claimed without a search, if the last search or the last
-        # sender has told that it exists. Claiming a number that no message has yet would hide the
-        # future message from other consumers. Only one message is claimed so: if the position has
-        # moved on, claiming more would hide the messages after it from other consumers meanwhile.
-        if (number and max_messages == 1 and
-            (number < self.pending.end or number < self.environment.page.words[SharedPage.END])):
+        # The message at the position is claimed without a search, if the last sender has told that
+        # it exists. Claiming a number that no message has yet would hide the future message from
+        # other consumers. Only one message is claimed so: if the position has moved on, claiming
+        # more would hide the messages after it from other consumers meanwhile.
+        if number and max_messages == 1 and number < self.environment.page.words[SharedPage.END]:
             self._position = 0
             lease = self._claim(number, number + 1, is_guess=True)
             if lease is not None:
@@ -329,7 +324,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     def _remove(self, number: int, counter: str) -> None:
         """Let a claimed message leave unread."""
-        self.environment.write(self.pending.remove, number, counter, makes_room=True)
+        self.environment.write(positions.leave_one, self.pending.key, number, counter,
+                               self.pending.ordinal, makes_room=True)
         self.notify_room()
 
     def notify_room(self) -> None:

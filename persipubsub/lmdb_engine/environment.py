@@ -606,8 +606,6 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(store))
         for member in self.members:
             member.forget_parent()
-        for held in self.held.values():
-            held.ends.clear()
         self.process_id = os.getpid()
         self._make_locks()
 

@@ -29,12 +29,8 @@ from typing import Final, TypeVar
 from persipubsub.errors import ClosedError
 from persipubsub.lmdb_engine.files import SharedPage
 
-_SYS_FUTEX: Final = {
-    "x86_64": 202,
-    "aarch64": 98,
-    "armv7l": 240,
-    "i686": 240
-}.get(platform.machine(), 98)
+#: Number of the system call ``futex``; 98 on all newer machines.
+_SYS_FUTEX: Final = {"x86_64": 202, "armv7l": 240, "i686": 240}.get(platform.machine(), 98)
 _WAIT, _WAKE = 0, 1  # not FUTEX_PRIVATE: the page is shared between processes
 _EVERYBODY: Final = 0x7fffffff
 
@@ -45,11 +41,8 @@ _LONGEST_SECS: Final = 3600.0
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
-
-class _Timespec(ctypes.Structure):
-    """``struct timespec`` of the C library."""
-
-    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+#: ``struct timespec`` of the C library: seconds and nanoseconds.
+_TIMESPEC: Final = ctypes.c_long * 2
 
 
 class Futex:
@@ -71,7 +64,7 @@ class Futex:
         if seconds <= 0:
             return
         seconds = min(seconds, _LONGEST_SECS)
-        timeout = _Timespec(int(seconds), int(seconds % 1 * 1e9))
+        timeout = _TIMESPEC(int(seconds), int(seconds % 1 * 1e9))
         _LIBC.syscall(_SYS_FUTEX, self._address, _WAIT, ctypes.c_uint32(value),
                       ctypes.byref(timeout), None, 0)
 
@@ -121,20 +114,18 @@ class Notifier:
         with self._lock:
             return stamp
 
-    def wait(self, stamp: int, seconds: float) -> bool:
+    def wait(self, stamp: int, seconds: float) -> None:
         """
         Sleep until a notification; it may return early, because of the notification before.
 
         :param stamp: of :py:meth:`arm`
         :param seconds: at most
-        :return: True if there was a notification
         :raise ClosedError: if the queue was closed
         """
         if not self.is_closed:
             self._futex.wait(stamp, seconds)
         if self.is_closed:
             raise ClosedError("Expected the queue to be open while waiting, but got: it was closed")
-        return self._futex.load() != stamp
 
     def wait_for(self, look: Callable[[], tuple[ResultT | None, float]], deadline: float | None,
                  poll_secs: float = _LONGEST_SECS) -> ResultT | None:
@@ -151,14 +142,11 @@ class Notifier:
             found, pause = look()
             if found:
                 return found
-            pause = min(pause, poll_secs)
-            if deadline is not None:
-                left = deadline - time.monotonic()
-                # Test ``left``, not ``pause``: a pause of 0 also means that a retry is due.
-                if left <= 0:
-                    return None
-                pause = min(pause, left)
-            self.wait(stamp, pause)
+            left = _LONGEST_SECS if deadline is None else deadline - time.monotonic()
+            # Test ``left``, not ``pause``: a pause of 0 also means that a retry is due.
+            if left <= 0:
+                return None
+            self.wait(stamp, min(pause, poll_secs, left))
 
     def call_once(self, callback: Callable[[], object]) -> None:
         """

@@ -48,11 +48,7 @@ class Copied(msgspec.Struct):
 
 
 class Pending:
-    """
-    The messages of one subscriber. Any thread may use it.
-
-    It keeps nothing of what a transaction read, except ``end``, which is a hint.
-    """
+    """The messages of one subscriber. Any thread may use it; it keeps nothing of a transaction."""
 
     def __init__(self, subscriber: str, timeout_ns: int, now_ns: Callable[[], int],
                  policy: attempts.Policy = attempts.Policy()) -> None:
@@ -62,10 +58,6 @@ class Pending:
         self.timeout_ns = timeout_ns
         self.now_ns = now_ns
         self.policy = policy
-        # Number after the newest message at the last search, so that a message below it can be
-        # claimed without another search. It is a hint, checked after the claim: the message may be
-        # gone since then.
-        self.end = 0
 
     # Searching
 
@@ -103,8 +95,8 @@ class Pending:
         key, value = cursor.item()
         # The record is not checked: the consumer that reaches a damaged one handles it, and the
         # messages before it have to be delivered.
-        self.end = fmt.unpack_number(key) + fmt.guess_messages(value)
-        end = min(self.end, number + max_messages)
+        log_end = fmt.unpack_number(key) + fmt.guess_messages(value)
+        end = min(log_end, number + max_messages)
         if end <= number + 1:
             return number + 1
         if subscriber.flags:
@@ -250,7 +242,7 @@ class Pending:
         begin = self.begin if self.policy.max_deliveries else self.copy
         copied = begin(tx, number, number + 1)
         if copied.numbers:
-            positions.skip_before(tx, self.key, number)
+            positions.leave(tx, positions.require(tx, self.key), 0, number, "skipped")
         return copied
 
     def nack(self, tx: Tx, numbers: Sequence[int], error: str | None) -> list[int]:
@@ -291,9 +283,3 @@ class Pending:
             subscriber.failed += len(numbers)
         positions.write(tx, subscriber)
         return exhausted
-
-    def remove(self, tx: Tx, number: int, counter: str) -> None:
-        """Let a claimed message leave that is damaged, or not delivered any more."""
-        subscriber = positions.read(tx, self.key, self.ordinal)
-        if subscriber is not None:
-            positions.leave(tx, subscriber, number, number + 1, counter)

@@ -108,32 +108,30 @@ def finish(tx: Tx, subscriber: Subscriber, begin: int, end: int) -> None:
 
     The caller writes the record of the subscriber.
     """
-    position = subscriber.position
-    if end <= position:
+    if end <= subscriber.position:
         return
-    near: list[tuple[int, int]] = []
+    near = [(0, subscriber.position)]
     if subscriber.flags & fmt.FLAG_MAY_HAVE_RANGES:
         for one in ranges(tx, subscriber.ordinal, begin):
-            near.append(one)
+            near = [one] if one[0] <= begin else [*near, one]
             if one[0] > end:
                 break
     # The range grows up to the range or position before it, and up to the range after it, if what
     # lies between is for others, or was never sent: so there are no more ranges than messages in
     # flight.
     cursor = tx.cursor()
-    before = max(position, near[0][1]) if near and near[0][0] <= begin else position
-    if before < begin and next_run(tx, subscriber, cursor, before, begin) is None:
-        begin = before
-    if near and near[-1][0] > end and next_run(tx, subscriber, cursor, end, near[-1][0]) is None:
-        end = near[-1][0]
     for first, behind in near:
-        if begin <= behind and first <= end:
+        low, high = (behind, begin) if behind < begin else (end, first)
+        if low >= high or next_run(tx, subscriber, cursor, low, high) is None:
             begin, end = min(begin, first), max(end, behind)
-            tx.txn.delete(fmt.pack_ahead_key(subscriber.ordinal, first), db=tx.db.ahead)
-    if begin > position:
+            if first:
+                tx.txn.delete(fmt.pack_ahead_key(subscriber.ordinal, first), db=tx.db.ahead)
+    if begin:
         subscriber.flags |= fmt.FLAG_MAY_HAVE_RANGES
         tx.txn.put(fmt.pack_ahead_key(subscriber.ordinal, begin), fmt.pack_ahead_value(end),
                    db=tx.db.ahead)
+        if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
+            attempts.forget(tx, subscriber.ordinal, begin, end)
         return
     subscriber.position = end
     if (subscriber.flags & fmt.FLAG_MAY_HAVE_RANGES
@@ -141,8 +139,9 @@ def finish(tx: Tx, subscriber: Subscriber, begin: int, end: int) -> None:
         subscriber.flags &= ~fmt.FLAG_MAY_HAVE_RANGES
 
 
-def _forget_ranges(tx: Tx, subscriber: Subscriber) -> None:
-    """Forget what was acknowledged ahead of the position."""
+def _forget(tx: Tx, subscriber: Subscriber, end: int) -> None:
+    """Forget what was acknowledged ahead of the position, and all attempts before a number."""
+    attempts.forget(tx, subscriber.ordinal, 0, end, sys.maxsize)
     for begin, _ in list(ranges(tx, subscriber.ordinal)):
         tx.txn.delete(fmt.pack_ahead_key(subscriber.ordinal, begin), db=tx.db.ahead)
     subscriber.flags &= ~fmt.FLAG_MAY_HAVE_RANGES
@@ -157,11 +156,16 @@ def leave(tx: Tx, subscriber: Subscriber, begin: int, end: int, counter: str) ->
     """
     count = count_pending(tx, subscriber, begin, end)
     finish(tx, subscriber, begin, end)
-    if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS and subscriber.position < end:
-        attempts.forget(tx, subscriber.ordinal, begin, end)
     setattr(subscriber, counter, getattr(subscriber, counter) + count)
     write(tx, subscriber)
     return count
+
+
+def leave_one(tx: Tx, key: bytes, number: int, counter: str, ordinal: int | None = None) -> bool:
+    """Let one message leave a subscriber unread; return False if it is not pending."""
+    subscriber = require(tx, key, ordinal)
+    return is_pending(tx, subscriber, number) and leave(tx, subscriber, number, number + 1,
+                                                        counter) > 0
 
 
 # What is pending
@@ -310,31 +314,18 @@ def _finish_each(tx: Tx, subscriber: Subscriber, numbers: list[int]) -> int:
     for other in [*others, end]:
         if begin < other:
             finish(tx, subscriber, begin, other)
-            if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
-                attempts.forget(tx, subscriber.ordinal, begin, other)
         begin = other + 1
     return count
 
 
-def skip_before(tx: Tx, key: bytes, number: int) -> int:
-    """Skip all messages before one; return how many."""
-    return leave(tx, require(tx, key), 0, number, "skipped")
-
-
 def skip_to_newest(tx: Tx, key: bytes) -> int:
     """Skip all pending messages of a subscriber but the newest one; return how many."""
-    newest, _ = next(newest_first(tx, require(tx, key)), (0, None))
-    return skip_before(tx, key, newest)
+    subscriber = require(tx, key)
+    newest, _ = next(newest_first(tx, subscriber), (0, None))
+    return leave(tx, subscriber, 0, newest, "skipped")
 
 
 # What operators do
-
-
-def clear_one(tx: Tx, key: bytes, number: int) -> bool:
-    """Let one message leave a subscriber as cleared; return False if it is not pending."""
-    subscriber = require(tx, key)
-    return is_pending(tx, subscriber, number) and leave(tx, subscriber, number, number + 1,
-                                                        "cleared") > 0
 
 
 def lacks(tx: Tx, keys: Sequence[bytes]) -> bool:
@@ -362,10 +353,9 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
         found = log.following(cursor)
     number = end if found is None else max(found.first, number)
     subscriber.skipped += count_pending(tx, subscriber, 0, number)
-    _forget_ranges(tx, subscriber)
     # ``write`` deletes only a bounded number of records of attempts. Those that it has left before
     # the position would count for messages that are delivered again.
-    attempts.forget(tx, subscriber.ordinal, 0, subscriber.position, sys.maxsize)
+    _forget(tx, subscriber, subscriber.position)
     subscriber.position = number
     write(tx, subscriber)
     # Senders that remember the low watermark look again: a position may have gone back.
@@ -409,8 +399,7 @@ def remove(tx: Tx, key: bytes) -> int:
     subscriber = require(tx, key)
     cursor = tx.cursor()
     lag = count_pending(tx, subscriber, 0, log.read_end(cursor).next_number)
-    _forget_ranges(tx, subscriber)
-    attempts.forget(tx, subscriber.ordinal, 0, fmt.MAX_NUMBER + 1, sys.maxsize)
+    _forget(tx, subscriber, fmt.MAX_NUMBER + 1)
     tx.txn.delete(key, db=tx.db.subscribers)
     log.change_generation(cursor)
     return lag
