@@ -30,9 +30,8 @@ class SubscriberStatistics(msgspec.Struct, frozen=True):
 
     subscriber: str  #: its id
     lag: int  #: messages that it still has to acknowledge
-    #: of these, how many at most are being worked on: claimed, and not acknowledged yet; None if
-    #: the system does not tell
-    in_flight: int | None
+    #: of these, how many at most are being worked on: claimed, and not acknowledged yet
+    in_flight: int
     position: int  #: number of the first message that it still has to acknowledge
     acknowledged: int  #: messages that were received and acknowledged
     #: deliveries that ended with an exception, and so were or will be made again; those whose

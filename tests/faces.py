@@ -190,7 +190,7 @@ def figures(config_pth: Path) -> statistics.SubscriberStatistics:
     return next(entry for entry in found if entry.subscriber == "sub")
 
 
-def in_flight(config_pth: Path) -> int | None:
+def in_flight(config_pth: Path) -> int:
     return figures(config_pth).in_flight
 
 

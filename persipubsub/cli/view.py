@@ -160,8 +160,7 @@ def _cells(one: SubscriberStatistics, history: History, limit: int | None) -> li
     rate = (history.rates(one.subscriber) or [0.0])[-1]
     last = one.seconds_since_acknowledged
     return [
-        _name(one.subscriber, limit), f"{one.lag:,}",
-        "?" if one.in_flight is None else f"{one.in_flight:,}" if one.in_flight else "",
+        _name(one.subscriber, limit), f"{one.lag:,}", f"{one.in_flight:,}" if one.in_flight else "",
         f"{one.acknowledged:,}" if one.acknowledged else "", f"{rate:,.0f}/s" if rate else "",
         "" if last is None else text.show_seconds(last)
     ]
