@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
+
 from persipubsub.errors import CorruptMessageError, PersipubsubError
 from persipubsub.lmdb_engine import dead_letters, positions
 from persipubsub.lmdb_engine.claims import Claim, Claims, Held, note_claim
@@ -39,18 +41,14 @@ CLAIMED_PAUSE_SECS: Final = 0.05
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
-class Lease:
+class Lease(msgspec.Struct, eq=False):
     """Messages that one consumer holds and no other consumer gets."""
 
-    __slots__ = ("messages", "numbers", "copied", "_consumer", "_claim")
-
-    def __init__(self, consumer: "Consumer", claim: Claim, copied: Copied) -> None:
-        """Initialize with what was claimed."""
-        self.messages = copied.messages
-        self.numbers = copied.numbers  # those not yet acknowledged or given back
-        self._consumer = consumer
-        self._claim = claim
-        self.copied = copied
+    _consumer: "Consumer"
+    _claim: Claim
+    copied: Copied
+    messages: list[bytes]
+    numbers: list[int]  #: those not yet acknowledged or given back
 
     def __del__(self) -> None:
         """Give back messages of which the user's code lost hold, for example by a ``break``."""
@@ -260,7 +258,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             if claim.stop > number + 1:
                 claims.narrow(claim, copied.numbers[0], copied.numbers[-1] + 1)
             copied.dropped, self._dropped = copied.dropped - self._dropped, copied.dropped
-            lease = Lease(self, claim, copied)
+            lease = Lease(self, claim, copied, copied.messages, copied.numbers)
             note_claim(environment.page, claim, environment.process_id)
             return lease
         except CorruptMessageError as error:
