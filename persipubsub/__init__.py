@@ -31,11 +31,12 @@ __all__ = [
     "publisher", "queue", "statistics", "subscriber"
 ]
 
+#: Modules of the classes.
 _CLASSES: typing.Final = {
-    "Pub": ("publisher", "Pub"),
-    "Sub": ("subscriber", "Sub"),
-    "AsyncPub": ("aio", "Pub"),
-    "AsyncSub": ("aio", "Sub"),
+    "Pub": "publisher",
+    "Sub": "subscriber",
+    "AsyncPub": "aio",
+    "AsyncSub": "aio"
 }
 
 # It needs an extra: ``import *`` has to work without it.
@@ -57,10 +58,8 @@ if not typing.TYPE_CHECKING:
         :raise ImportError: if it needs an extra that is not installed
         """
         if name in _CLASSES:
-            module, attribute = _CLASSES[name]
-            found = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-            globals()[name] = found
-            return found
+            module = importlib.import_module(f"{__name__}.{_CLASSES[name]}")
+            return globals().setdefault(name, getattr(module, name.removeprefix("Async")))
         if name not in __all__ and name != _WITH_EXTRA:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return importlib.import_module(f"{__name__}.{name}")

@@ -20,17 +20,21 @@ import contextlib
 import functools
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from persipubsub import face
 from persipubsub.config import ConfigLike
-from persipubsub.engine import Consumer, Lease, Queue, Sending, TaskConsumer, TaskQueue
+from persipubsub.engine import Lease, Queue, Sending
 from persipubsub.errors import CorruptMessageError, PersipubsubError, QueueFullError
 from persipubsub.face import BytesLike, ContentT, MessageId, Parts
 from persipubsub.message import Message
 from persipubsub.statistics import SubscriberStatistics
+
+if TYPE_CHECKING:
+    import persipubsub.queue
+    from persipubsub.lmdb_engine import consuming
 
 __all__ = ["Messages", "Pub", "Receipt", "Sub"]
 
@@ -39,9 +43,9 @@ ResultT = TypeVar("ResultT")
 #: Threads of the process, for all queues. Many, as a write may wait long for another process.
 _THREADS: Final = 32
 
-#: Most messages and bytes of one commit, so that other processes get their turn.
+#: A commit that has so many messages, or bytes, takes no more: other processes get their turn.
 _MOST_MESSAGES: Final = 512
-_MOST_BYTES: Final = 1 << 23
+_MOST_BYTES: Final = 1 << 22
 
 #: Most waiting tasks that one look serves; all of them get their messages when it ends.
 _MOST_TAKEN: Final = 16
@@ -75,43 +79,62 @@ def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *giv
         loop.call_soon_threadsafe(function, *given)
 
 
-def _settle(future: "asyncio.Future[Any]", result: object = None,
-            error: BaseException | None = None) -> None:
+def _settle(future: "asyncio.Future[Any]", answer: object = None) -> None:
     """Wake the task that waits for a future, unless it was cancelled."""
     if future.done():
-        return
-    if error is None:
-        future.set_result(result)
+        _give_back(answer)
+    elif isinstance(answer, BaseException):
+        future.set_exception(answer)
     else:
-        future.set_exception(error)
+        future.set_result(answer)
 
 
-async def _run(call: Callable[[], ResultT], undo: Callable[[], object] | None = None) -> ResultT:
+def _give_back(answer: Any) -> None:
+    """Give back messages, if the answer is any, for which no task waits any more."""
+    if hasattr(answer, "nack"):
+        _submit(answer.nack)  # it fails if the queue was closed, which gave them back
+
+
+async def _wait(call: "concurrent.futures.Future[ResultT]") -> ResultT:
     """
-    Make a call in a thread, and wait for it.
+    Wait for a call in a thread. If the task is cancelled, the call still runs to its end.
 
-    If the task is cancelled, the call still runs to its end; then ``undo`` is called.
-
-    Not ``asyncio.shield`` around ``asyncio.wrap_future``, which takes up to twice as long.
+    Not ``asyncio.shield`` around ``asyncio.wrap_future``: it takes up to twice as long, and asyncio
+    complains about the errors of calls for which no task waits any more.
     """
     loop = asyncio.get_running_loop()
     woken: "asyncio.Future[None]" = loop.create_future()
-    done = _submit(call)
-    done.add_done_callback(lambda _: _post(loop, _settle, woken))
-    try:
-        await woken
-    except BaseException:
-        if undo is not None:
-            done.add_done_callback(lambda _: _submit(undo))
-        raise
-    return done.result()
+    call.add_done_callback(lambda _: _post(loop, _settle, woken))
+    await woken
+    return call.result()
 
 
 class _Handle(face.Handle[face.OpenT]):
     """Publisher or subscriber for tasks."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        #: By loop, and whether its tasks wait for the newest message.
+        self._dispatchers: dict[tuple[asyncio.AbstractEventLoop, bool], Any] = {}
+        self._endings: set["concurrent.futures.Future[None]"] = set()
+
     async def _open(self, *given: Any) -> None:
-        await _run(lambda: self._replace(self._kind.open(*given)), undo=lambda: self._replace(None))
+        opening = _submit(lambda: self._replace(self._kind.open(*given)))
+        try:
+            await _wait(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(lambda _: _submit(lambda: self._replace(None)))
+            raise
+
+    def _dispatcher(self, kind: Callable[..., Any], owner: object, is_newest: bool = False) -> Any:
+        """Return the dispatcher for the tasks of this loop, at the queue that is open now."""
+        loop = asyncio.get_running_loop()
+        dispatcher = self._dispatchers.get((loop, is_newest))
+        if dispatcher is None or dispatcher.owner is not owner:
+            for other in [other for other in list(self._dispatchers) if other[0].is_closed()]:
+                self._dispatchers.pop(other, None)
+            dispatcher = self._dispatchers[loop, is_newest] = kind(owner, loop)
+        return dispatcher
 
     async def __aenter__(self) -> Self:
         """
@@ -134,63 +157,119 @@ class _Handle(face.Handle[face.OpenT]):
         Tasks that wait for a message get a ``ClosedError``. A message that is being received is
         given back. Messages that tasks are sending are sent, or these tasks get a ``ClosedError``.
         """
-        await _run(lambda: self._replace(None))
+        await _wait(_submit(functools.partial(self._close, list(self._endings))))
+
+    def _close(self, endings: "list[concurrent.futures.Future[None]]") -> None:
+        """Close the queue behind the acknowledgements of tasks that were cancelled."""
+        concurrent.futures.wait(endings)
+        self._replace(None)
+
+
+#: What one task waits for: its future; messages to be put, or a call that takes what is there; when
+#: it stops waiting, on the clock of the loop; seconds between two looks. Not a NamedTuple: a send
+#: takes 2 % longer with it.
+_Request: TypeAlias = tuple["asyncio.Future[Any]", Any, float, float]
+
+
+class _Dispatcher:
+    """
+    Tasks of one loop that want something of a queue. Used in the thread of the loop only.
+
+    One thread at a time serves all of them, first come, first served. No thread waits.
+    """
+
+    #: Answers the first ones, in a thread; an error is the answer to all the others. It returns the
+    #: seconds until it is called again if there is nothing for the next one; else None.
+    _serve: Callable[[list[_Request], list[Any]], float | None]
+
+    def __init__(self, owner: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.owner = owner
+        self._loop = loop
+        self._requests: list[_Request] = []
+        self._is_busy = False
+        self._is_due = False  # there is a reason to start, since the last start
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def ask(self, what: Any, timeout: float | None = None,
+                  poll_secs: float = math.inf) -> Any:
+        """Wait for an answer; None if there was none in time."""
+        future: "asyncio.Future[Any]" = self._loop.create_future()
+        deadline = math.inf if timeout is None else self._loop.time() + timeout
+        self._requests.append((future, what, deadline, poll_secs))
+        if not (self._is_busy or self._is_due):
+            # Start after the tasks that can run now: so they share a commit, or a look.
+            self._loop.call_soon(self._start)
+        self._is_due = True
+        try:
+            return await future
+        except BaseException:
+            # The task was cancelled after it was given messages.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                _give_back(future.result())
+            raise
+
+    def _start(self) -> None:
+        """Serve the tasks in a thread, now or when it has ended what it does."""
+        self._is_due = self._is_busy
+        if self._is_busy or not self._requests:
+            return
+        self._is_busy = True
+        if self._timer is not None:
+            self._timer.cancel()
+        # A task that was cancelled before its turn sends nothing.
+        requests = [request for request in self._requests if not request[0].done()]
+        self._requests = []
+        answers: list[Any] = []
+        # If the loop is closed meanwhile, the answers are dropped, which gives messages back.
+        _submit(lambda: self._serve(requests, answers)).add_done_callback(
+            lambda done: _post(self._loop, self._end, requests, answers, done))
+
+    def _end(self, requests: list[_Request], answers: list[Any],
+             done: "concurrent.futures.Future[float | None]") -> None:
+        self._is_busy = False
+        error = done.exception()
+        pause = done.result() if error is None else None
+        for request, answer in zip(requests, answers):
+            _settle(request[0], answer)
+        if left := requests[len(answers):]:
+            now = self._loop.time()
+            for future, _, deadline, _ in left:
+                if error is not None or (pause is not None and deadline <= now):
+                    _settle(future, error)
+            self._requests[:0] = [request for request in left if not request[0].done()]
+        if pause is None or self._is_due:
+            self._start()
+        elif self._requests:
+            now = self._loop.time()
+            pause = min(
+                pause,
+                *(min(poll_secs, deadline - now) for _, _, deadline, poll_secs in self._requests))
+            self._timer = self._loop.call_later(pause, self._start)
 
 
 # Sending
 
 
-class _Outbox:
+class _Outbox(_Dispatcher):
     """
-    Messages that the tasks of one loop send to a queue. Used in the thread of the loop only.
+    Tasks that send to a queue.
 
-    One thread at a time puts all that the tasks sent meanwhile. So a thousand tasks share a commit,
-    and their messages stay in order.
+    All that they sent meanwhile is put at once. So a thousand tasks share a commit, and their
+    messages stay in order.
     """
 
-    def __init__(self, queue: TaskQueue, loop: asyncio.AbstractEventLoop) -> None:
-        self.queue = queue
-        self._loop = loop
-        self._waiting: list[tuple[Sending, "asyncio.Future[None]"]] = []
-        self._is_busy = False
+    owner: "persipubsub.queue.Queue"
 
-    async def put(self, sending: Sending) -> None:
-        """Put messages, all of them or none, if there is room."""
-        future: "asyncio.Future[None]" = self._loop.create_future()
-        self._waiting.append((sending, future))
-        if not self._is_busy:
-            self._is_busy = True
-            # Start after the tasks that can run now: so they share the commit.
-            self._loop.call_soon(self._start)
-        await future
-
-    def _start(self) -> None:
+    def _serve(self, requests: list[_Request], answers: list[Any]) -> None:
         sendings: list[Sending] = []
-        futures: list["asyncio.Future[None]"] = []
         count = size = 0
-        while self._waiting:
-            sending, future = self._waiting[0]
+        for _, sending, _, _ in requests:
+            sendings.append(sending)
             count += len(sending[0])
             size += sum(map(len, sending[0]))
-            if sendings and (count > _MOST_MESSAGES or size > _MOST_BYTES):
+            if count >= _MOST_MESSAGES or size >= _MOST_BYTES:
                 break
-            del self._waiting[0]
-            # A task that was cancelled before its turn sends nothing.
-            if not future.done():
-                sendings.append(sending)
-                futures.append(future)
-        self._is_busy = bool(sendings)
-        if sendings:
-            _submit(lambda: self.queue.put_each(sendings)).add_done_callback(
-                lambda done: _post(self._loop, self._end, futures, done))
-
-    def _end(self, futures: "list[asyncio.Future[None]]",
-             done: "concurrent.futures.Future[list[BaseException | None]]") -> None:
-        failure = done.exception()
-        errors = done.result() if failure is None else [failure] * len(futures)
-        for future, error in zip(futures, errors):
-            _settle(future, None, error)
-        self._start()
+        answers += self.owner.put_each(sendings)
 
 
 class Pub(_Handle[face.Target]):
@@ -228,7 +307,6 @@ class Pub(_Handle[face.Target]):
         :raise TypeError: if only one of id and configuration is given
         """
         super().__init__(pub_id, config_pth, autosync)
-        self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
 
     async def init(self, pub_id: str, config_pth: ConfigLike, autosync: bool = False) -> None:
         """
@@ -294,20 +372,14 @@ class Pub(_Handle[face.Target]):
                 await self._put(target.queue, (messages, target.recipients, ids), seconds)
 
     async def _put(self, queue: Queue, sending: Sending, timeout: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        outbox = self._outboxes.get(loop)
-        if outbox is None or outbox.queue is not queue:
-            for other in [other for other in self._outboxes if other.is_closed()]:
-                del self._outboxes[other]
-            outbox = _Outbox(cast(TaskQueue, queue), loop)
-            self._outboxes[loop] = outbox
-        deadline = math.inf if timeout is None else loop.time() + timeout
+        outbox: _Outbox = self._dispatcher(_Outbox, queue)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                return await outbox.put(sending)
+                return await outbox.ask(sending)  # type: ignore[no-any-return]
             except QueueFullError:
-                pause = min(_ROOM_SECS, deadline - loop.time())
-                if pause <= 0 or not outbox.queue.waits_for_room:
+                pause = min(_ROOM_SECS, deadline - time.monotonic())
+                if pause <= 0 or not outbox.owner.waits_for_room:
                     raise
             # Not in a thread: each task that waits would need one.
             await asyncio.sleep(pause)
@@ -316,124 +388,37 @@ class Pub(_Handle[face.Target]):
 # Receiving
 
 
-class _Waiter(NamedTuple):
-    """One task that waits for messages."""
-
-    future: "asyncio.Future[Lease | None]"
-    deadline: float  #: on the clock of the loop
-    poll_secs: float
-    max_messages: int
-
-
-class _Line:
+class _Line(_Dispatcher):
     """
-    Tasks of one loop that wait for messages of a consumer, first come, first served.
+    Tasks that wait for messages of a consumer.
 
-    When the engine calls back, one thread looks at the queue for all of them. No thread waits.
-    Rejected: a lock that is held by the one task that looks. Each message then needs a call in a
-    thread, and 16 tasks received half as much.
+    When the engine calls back, one thread looks at the queue for all of them. Rejected: a lock that
+    is held by the one task that looks. Each message then needs a call in a thread, and 16 tasks
+    received half as much.
     """
 
-    def __init__(self, consumer: TaskConsumer, is_newest: bool,
-                 loop: asyncio.AbstractEventLoop) -> None:
-        self.consumer = consumer
-        self._is_newest = is_newest
-        self._loop = loop
-        self._waiters: list[_Waiter] = []
-        self._is_looking = False
-        self._is_due = False  # there is a reason for another look since the last one began
-        self._timer: asyncio.TimerHandle | None = None
+    owner: "consuming.Consumer"
 
-    async def take(self, timeout: float | None, poll_secs: float,
-                   max_messages: int) -> Lease | None:
-        """Wait for messages, and take them; None if none came in time."""
-        future: "asyncio.Future[Lease | None]" = self._loop.create_future()
-        deadline = math.inf if timeout is None else self._loop.time() + timeout
-        self._waiters.append(_Waiter(future, deadline, poll_secs, max_messages))
-        self._look()
-        try:
-            return await future
-        except BaseException:
-            # The task was cancelled after it was given messages.
-            if future.done() and not future.cancelled() and future.exception() is None:
-                _give_back(future.result())
-            raise
-
-    def _look(self) -> None:
-        """Look at the queue in a thread, now or when the present look has ended."""
-        self._is_due = True
-        if self._is_looking or not self._waiters:
-            return
-        self._is_looking, self._is_due = True, False
-        if self._timer is not None:
-            self._timer.cancel()
-        waiters = list(self._waiters)
-        leases: list[Lease] = []
-        # If the loop is closed meanwhile, the leases are dropped, which gives the messages back.
-        _submit(functools.partial(self._take, waiters[:_MOST_TAKEN], leases)).add_done_callback(
-            lambda done: _post(self._loop, self._hand_out, waiters, leases, done))
-
-    def _take(self, waiters: list[_Waiter], leases: list[Lease]) -> float | None:
-        """
-        Take for each waiter.
-
-        :return: None if all waiters got messages; otherwise the seconds until the next look
-        """
-        for waiter in waiters:
-            lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
-            if lease is None:
-                self.consumer.call_once(self.wake)
-                # A message may have come before.
-                lease, pause = self.consumer.try_take(waiter.max_messages, self._is_newest)
+    def _serve(self, requests: list[_Request], answers: list[Any]) -> float | None:
+        lease: Lease | BaseException | None
+        pause: float
+        for _, take, _, _ in requests[:_MOST_TAKEN]:
+            try:
+                lease, pause = take()
+                if lease is None:
+                    self.owner.call_once(self._wake)
+                    # A message may have come before.
+                    lease, pause = take()
+            except CorruptMessageError as error:
+                lease = error  # the message was set aside: the next task gets the one after it
             if lease is None:
                 return pause
-            leases.append(lease)
+            answers.append(lease)
         return None
 
-    def _hand_out(self, waiters: list[_Waiter], leases: list[Lease],
-                  done: "concurrent.futures.Future[float | None]") -> None:
-        self._is_looking = False
-        error = done.exception()
-        pause = done.result() if error is None else None
-        for waiter, lease in zip(waiters, leases):
-            if waiter.future.done():
-                _give_back(lease)
-                self._is_due = True
-            else:
-                waiter.future.set_result(lease)
-        rest = [waiter for waiter in waiters[len(leases):] if not waiter.future.done()]
-        if isinstance(error, CorruptMessageError):
-            del rest[1:]  # the message was set aside: the next waiter gets the one after it
-        now = self._loop.time()
-        for waiter in rest:
-            if error is not None or (pause is not None and waiter.deadline <= now):
-                _settle(waiter.future, None, error)
-        self._waiters = [waiter for waiter in self._waiters if not waiter.future.done()]
-        if pause is None or self._is_due:
-            self._look()
-        elif self._waiters:
-            pause = min(pause,
-                        *(min(waiter.poll_secs, waiter.deadline - now) for waiter in self._waiters))
-            self._timer = self._loop.call_later(pause, self._look)
-
-    def wake(self) -> None:
-        """Look at the queue; after a close, all waiting tasks fail. Any thread may call it."""
-        _post(self._loop, self._look)
-
-
-def _give_back(lease: Lease | None) -> None:
-    """Give back messages for which no task waits any more."""
-    if lease is not None:
-        _submit(lease.nack)  # it fails if the queue was closed, which gave them back
-
-
-async def _end(lease: Lease | None, parts: Parts) -> None:
-    if not hasattr(lease, "aack"):
-        await _run(functools.partial(face.end, lease, parts))
-        return
-    async with contextlib.AsyncExitStack() as stack:
-        for method, given in reversed(parts):
-            stack.push_async_callback(getattr(lease, f"a{method}"), *given)
+    def _wake(self) -> None:
+        """Look at the queue again; after a close, all tasks fail. Any thread may call it."""
+        _post(self._loop, self._start)
 
 
 class Receipt(face.Block[ContentT]):
@@ -457,8 +442,7 @@ class Receipt(face.Block[ContentT]):
         take, self._take = self._take, face.refuse
         return self._hold(await take())
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        traceback: TracebackType | None) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         if self._lease is not None:
             await self._end(self._lease, [("ack", []) if error is None else ("nack", [error])])
@@ -491,8 +475,7 @@ class Messages(face.Batch[ContentT]):
         """
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        traceback: TracebackType | None) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         if error is None:
@@ -517,16 +500,13 @@ class Messages(face.Batch[ContentT]):
         :return: message
         :raise StopAsyncIteration: if none came in time
         """
-        if self._given < len(self._items):
-            item = self._items[self._given]
-            self._given += 1
-            return item
-        await self._end(*self._finish(self._given))
-        lease = None if self._is_done else await self._take()
-        if lease is None:
-            self._is_done = True
-            raise StopAsyncIteration
-        return self._begin(lease)
+        if self._given == len(self._items):
+            await self._end(*self._finish(self._given))
+            self._begin(None if self._is_done else await self._take())
+            if not self._items:
+                raise StopAsyncIteration
+        self._given += 1
+        return self._items[self._given - 1]
 
     async def acknowledge(self) -> None:
         """Acknowledge now what was handled, and the message at hand; it may be repeated."""
@@ -584,9 +564,6 @@ class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[
         :raise TypeError: if only one of id and configuration is given
         """
         super().__init__(sub_id, config_pth)
-        #: By loop, and whether its tasks wait for the newest message.
-        self._lines: dict[tuple[asyncio.AbstractEventLoop, bool], _Line] = {}
-        self._endings: set["asyncio.Future[None]"] = set()
 
     async def init(self, sub_id: str, config_pth: ConfigLike) -> None:
         """
@@ -601,39 +578,17 @@ class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[
         """
         await self._open(sub_id, config_pth)
 
-    async def close(self) -> None:
-        """
-        Close the queue; it may be closed twice.
-
-        Tasks that wait for a message get a ``ClosedError``. A message that is being received is
-        given back.
-        """
-        loop = asyncio.get_running_loop()
-        try:
-            # Acknowledgements of tasks that were cancelled.
-            if endings := [ending for ending in self._endings if ending.get_loop() is loop]:
-                await asyncio.wait(endings)
-        finally:
-            await super().close()
-
-    def _replace(self, opened: face.Source | None) -> None:
-        super()._replace(opened)
-        self._leave(None if opened is None else opened.consumer)
-
-    def _leave(self, consumer: Consumer | None) -> None:
-        """Let tasks fail that wait for messages of another consumer, or in a closed loop."""
-        for key, line in list(self._lines.items()):
-            if line.consumer is not consumer or key[0].is_closed():
-                self._lines.pop(key, None)
-                line.wake()
-
     async def _end(self, lease: Lease | None, parts: Parts) -> None:
         """End messages; the task may be cancelled, all of them are ended nevertheless."""
-        if parts:
-            task = asyncio.ensure_future(_end(lease, parts))
-            self._endings.add(task)
-            task.add_done_callback(self._endings.discard)
-            await asyncio.shield(task)
+        if parts and hasattr(lease, "aack"):
+            async with contextlib.AsyncExitStack() as stack:
+                for method, given in reversed(parts):
+                    stack.push_async_callback(getattr(lease, f"a{method}"), *given)
+        elif parts:
+            ending = _submit(lambda: face.end(lease, parts))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+            await _wait(ending)
 
     def __aiter__(self) -> Messages[bytes]:
         """
@@ -649,7 +604,7 @@ class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[
 
         :return: message that is neither acknowledged nor being received; None if there is none
         """
-        return await _run(self._require().consumer.front)
+        return await _wait(_submit(self._require().consumer.front))
 
     async def pop_to_top(self) -> None:
         """
@@ -658,7 +613,7 @@ class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[
         It is done even if the task is cancelled.
         """
         source = self._require()
-        await _run(lambda: source.queue.skip_to_newest(source.subscriber))
+        await _wait(_submit(lambda: source.queue.skip_to_newest(source.subscriber)))
 
     async def statistics(self) -> SubscriberStatistics:
         """
@@ -666,17 +621,14 @@ class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[
 
         :return: figures
         """
-        return await _run(self._require().statistics)
+        return await _wait(_submit(self._require().statistics))
 
     def _taker(self, timeout: float | None, poll_secs: float, max_messages: int,
                is_newest: bool) -> face.Take:
-        consumer = self._require().consumer
+        consumer: Any = self._require().consumer
         if hasattr(consumer, "atake"):
             return functools.partial(consumer.atake, timeout, max_messages, is_newest)
-        key = asyncio.get_running_loop(), is_newest
-        line = self._lines.get(key)
-        if line is None or line.consumer is not consumer:
-            self._leave(consumer)
-            line = _Line(cast(TaskConsumer, consumer), is_newest, key[0])
-            self._lines[key] = line
-        return functools.partial(line.take, timeout, poll_secs, max_messages)
+        take = functools.partial(consumer.try_take, max_messages, is_newest)
+        # A task that waits for the newest message must not keep the others waiting.
+        line: _Line = self._dispatcher(_Line, consumer, is_newest)
+        return functools.partial(line.ask, take, timeout, poll_secs)

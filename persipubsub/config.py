@@ -83,14 +83,7 @@ class StartFrom(enum.StrEnum):
 
 
 # yapf: disable
-_MARK_KEYS: Final = {
-    "msg_timeout_secs": "MSG_TIMEOUT_SECS",
-    "max_msgs_num": "MAX_MSGS_NUM",
-    "size_bytes": "HWM_LMDB_SIZE_BYTES",
-}
-
-
-class HighWaterMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=_MARK_KEYS):
+class HighWaterMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
     Limit the age, the number and the size of the messages that a queue holds; None: no limit.
 
@@ -100,13 +93,16 @@ class HighWaterMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ren
 
     msg_timeout_secs: Annotated[
         Annotated[float, msgspec.Meta(ge=1e-9, le=3_200_000_000)] | None,
-        msgspec.Meta(description="age at which a message is dropped, in seconds")] = None
+        msgspec.Meta(description="age at which a message is dropped, in seconds")
+        ] = msgspec.field(name="MSG_TIMEOUT_SECS", default=None)
     max_msgs_num: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=2**48)] | None,
-        msgspec.Meta(description="size of the queue, in messages")] = None
+        msgspec.Meta(description="size of the queue, in messages")
+        ] = msgspec.field(name="MAX_MSGS_NUM", default=None)
     size_bytes: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=2**46)] | None,
-        msgspec.Meta(description="size of the queue, in bytes of messages")] = None
+        msgspec.Meta(description="size of the queue, in bytes of messages")
+        ] = msgspec.field(name="HWM_LMDB_SIZE_BYTES", default=None)
     strategy: Annotated[Strategy, msgspec.Meta(
         description="what happens above the mark")] = Strategy.REJECT
 
@@ -286,9 +282,7 @@ def read(config_pth: ConfigLike) -> Config:
         with open(path, "rb") as file:
             return parse(file.read(), path)
     except (OSError, ValueError) as error:
-        kind = ConfigError
-        if isinstance(error, FileNotFoundError):
-            kind = ConfigNotFoundError
+        kind = ConfigNotFoundError if isinstance(error, FileNotFoundError) else ConfigError
         reason = getattr(error, "strerror", None) or error
         fail(path, [f"Expected a file that can be read, but got: {reason}"], kind)
 

@@ -76,6 +76,19 @@ def _operate(config: Config, queue_key: str, name: str, *arguments: object) -> A
         return getattr(queue, name)(*arguments)
 
 
+def _operate_for(config_pth: ConfigLike, sub_id: str, queue_key: str | None, name: str, *arguments:
+                 object) -> Any:
+    """Call a method of the queue of a subscriber, for it."""
+    config, key = _subscriber(config_pth, sub_id, queue_key)
+    return _operate(config, key, name, sub_id, *arguments)
+
+
+def _ask(config: Config, queue_key: str, name: str, otherwise: Any) -> Any:
+    """Ask something that not every engine knows."""
+    function = getattr(persipubsub.engine.of(config, queue_key), name, None)
+    return otherwise if function is None else function(config, queue_key)
+
+
 def _maintain(config: Config, queue_key: str, name: str, *arguments: object) -> Any:
     """Do something with the files of a queue on this machine."""
     directory = _load("queue").directory_of(config, queue_key)
@@ -227,8 +240,7 @@ def follow(config_pth: ConfigLike, queue_key: str,
     :raise ConfigError: if the file is wrong, or has no such queue
     """
     config, (key, ) = _select(config_pth, queue_key)
-    last = _at_least("last", last, 0)
-    return persipubsub.engine.of(config, key).follow(config, key, last)
+    return persipubsub.engine.of(config, key).follow(config, key, _at_least("last", last, 0))
 
 
 def seek(config_pth: ConfigLike, sub_id: str, to: str | int | float | datetime.datetime,
@@ -259,8 +271,7 @@ def seek(config_pth: ConfigLike, sub_id: str, to: str | int | float | datetime.d
     :raise TypeError: if the place is of another type
     :raise ValueError: if it is another text, or a time without a time zone
     """
-    config, key = _subscriber(config_pth, sub_id, queue_key)
-    return int(_operate(config, key, "seek", sub_id, to))
+    return int(_operate_for(config_pth, sub_id, queue_key, "seek", to))
 
 
 def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -277,8 +288,7 @@ def pause(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> 
     :raise ConfigError: if the configuration is wrong
     :raise NotInitializedError: if the queue has no such subscriber
     """
-    config, key = _subscriber(config_pth, sub_id, queue_key)
-    return bool(_operate(config, key, "pause", sub_id, True))
+    return bool(_operate_for(config_pth, sub_id, queue_key, "pause", True))
 
 
 def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) -> bool:
@@ -292,8 +302,7 @@ def resume(config_pth: ConfigLike, sub_id: str, queue_key: str | None = None) ->
     :raise ConfigError: if the configuration is wrong
     :raise NotInitializedError: if the queue has no such subscriber
     """
-    config, key = _subscriber(config_pth, sub_id, queue_key)
-    return bool(_operate(config, key, "pause", sub_id, False))
+    return bool(_operate_for(config_pth, sub_id, queue_key, "pause", False))
 
 
 def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | None = None) -> bool:
@@ -311,9 +320,8 @@ def delete(config_pth: ConfigLike, sub_id: str, number: int, queue_key: str | No
     :raise ConfigError: if the configuration is wrong
     :raise NotInitializedError: if the queue has no such subscriber
     """
-    config, key = _subscriber(config_pth, sub_id, queue_key)
     number = _at_least("number", number, 0)
-    return bool(_operate(config, key, "delete", sub_id, number))
+    return bool(_operate_for(config_pth, sub_id, queue_key, "delete", number))
 
 
 def stored_settings(config_pth: ConfigLike, queue_key: str) -> Mapping[str, tuple[Any, Any]]:
@@ -328,8 +336,7 @@ def stored_settings(config_pth: ConfigLike, queue_key: str) -> Mapping[str, tupl
     :raise NotInitializedError: if there is no such queue yet
     """
     config, (key, ) = _select(config_pth, queue_key)
-    compare = getattr(persipubsub.engine.of(config, key), "stored_settings", None)
-    return types.MappingProxyType({} if compare is None else compare(config, key))
+    return types.MappingProxyType(_ask(config, key, "stored_settings", {}))
 
 
 # Messages that were given up
@@ -517,8 +524,7 @@ def remove_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -
     :raise ConfigError: if the file is wrong, has no such queue, or the id is not valid
     :raise NotInitializedError: if the queue was not initialized, or has no such subscriber
     """
-    config, key = _subscriber(config_pth, subscriber, queue_key)
-    return int(_operate(config, key, "remove_subscriber", subscriber))
+    return int(_operate_for(config_pth, subscriber, queue_key, "remove_subscriber"))
 
 
 def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
@@ -578,6 +584,5 @@ def check_durability(config_pth: ConfigLike,
     :return: warnings, by queue
     :raise ConfigError: if the file is wrong
     """
-    return _for_each(
-        config_pth, queue_key,
-        lambda config, key: persipubsub.engine.of(config, key).check_durability(config, key))
+    return _for_each(config_pth, queue_key,
+                     lambda config, key: _ask(config, key, "check_durability", ()))

@@ -2,9 +2,10 @@
 What a queue offers, and which engine keeps it.
 
 The faces (:py:mod:`persipubsub.publisher`, :py:mod:`persipubsub.subscriber`,
-:py:mod:`persipubsub.aio`) know queues only by the protocols here. So does
-:py:mod:`persipubsub.control`, with three exceptions, which use the engine on LMDB directly: the
-files of a queue (``_maintain``), dead letters (``letters``) and moving a queue (``migration``).
+:py:mod:`persipubsub.aio`) know queues only by the protocols here, and by what an engine has for
+tasks. So does :py:mod:`persipubsub.control`, with three exceptions, which use the engine on LMDB
+directly: the files of a queue (``_maintain``), dead letters (``letters``) and moving a queue
+(``migration``).
 
 An engine is a module with the functions of :py:class:`Engine`; the scheme of a queue's path says
 which one keeps it. A further engine is a new module, a line in ``_MODULES``, and its scheme in
@@ -15,7 +16,7 @@ Timeouts are in seconds; None waits for ever.
 """
 
 import importlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Final, Protocol, cast
 
 import persipubsub.config
@@ -116,7 +117,8 @@ class Engine(Protocol):
     """
     Keeps queues. A module.
 
-    Its class ``Queue`` may have further methods for operators, see :py:mod:`persipubsub.control`.
+    Its class ``Queue`` may have further methods for operators, and the module the functions
+    ``stored_settings`` and ``check_durability``, see :py:mod:`persipubsub.control`.
     """
 
     def ensure_queue(self, config: Config, queue_key: str) -> None:
@@ -136,39 +138,10 @@ class Engine(Protocol):
                last: int) -> Generator[list[Peeked], None, None]:
         """Look at the messages of a queue as they are sent, for ever."""
 
-    def check_durability(self, config: Config, queue_key: str) -> tuple[str, ...]:
-        """Return warnings if the queue is less durable than its configuration says."""
 
-
-# An engine whose calls block also has the protocols below, for aio.
-
-
-class TaskConsumer(Consumer, Protocol):
-    """Consumer of an engine that blocks."""
-
-    def try_take(self, max_messages: int = 1,
-                 is_newest: bool = False) -> tuple[Lease | None, float]:
-        """Take without waiting; beside it, the seconds until a look without a wake-up."""
-
-    def call_once(self, callback: Callable[[], object]) -> None:
-        """
-        Call back once, at the first commit that the following ``try_take`` did not see.
-
-        This never blocks. The callback is called in a thread of the engine.
-        """
-
-
-class TaskQueue(Queue, Protocol):
-    """Queue of an engine that blocks."""
-
-    @property
-    def waits_for_room(self) -> bool:
-        """Return whether senders wait in a full queue (strategy "block")."""
-
-    def put_each(self, sendings: Sequence[Sending]) -> list[BaseException | None]:
-        """Put each, all or nothing, in as few commits as can be; never wait for room."""
-
-
+# For aio, an engine whose calls block has methods that never wait for messages or for room:
+# put_each of a queue, try_take and call_once of a consumer. The only such engine is that on LMDB.
+#
 # An engine with an event loop of its own offers coroutines beside put, take, ack and nack of the
 # same arguments, to be awaited in any loop: aput of a queue, atake of a consumer (which has no
 # poll_secs), aack and anack of a lease. A take that is cancelled keeps nothing; a put, an ack or a

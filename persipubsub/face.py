@@ -162,10 +162,9 @@ class Handle(Generic[OpenT]):
 class Blocking(Handle[OpenT]):
     """Publisher or subscriber for threads."""
 
-    def __init__(self, identifier: str | None, config_pth: ConfigLike | None, *options:
-                 bool) -> None:
+    def __init__(self, *given: Any) -> None:
         """Open a queue, if one is given."""
-        super().__init__(identifier, config_pth, *options)
+        super().__init__(*given)
         if self._given is not None:
             self._open(*self._given)
 
@@ -421,15 +420,16 @@ class Batch(Generic[ContentT]):
         self._end = ender
         self._details = details
         self._lease: Lease | None = None
-        self._items: list[ContentT] = []
+        self._items: Sequence[ContentT] = ()
         self._given = 0  # how many of the items the loop got
         self._is_done = False
 
-    def _begin(self, lease: Lease) -> ContentT:
-        self._lease = lease
-        items: list[Any] = lease.details() if self._details else lease.messages
-        self._items, self._given = items, 1
-        return items[0]  # type: ignore[no-any-return]
+    def _begin(self, lease: Lease | None) -> None:
+        """Have the loop get the messages that were taken; it ends if there are none."""
+        self._lease, self._is_done = lease, lease is None
+        if lease is not None:
+            items: Any = lease.details() if self._details else lease.messages
+            self._items = items
 
     def _acknowledged(self) -> tuple[Lease | None, Parts]:
         """
@@ -438,10 +438,8 @@ class Batch(Generic[ContentT]):
         What it got includes the message at hand.
         """
         lease, given = self._lease, self._given
-        if lease is None or not 0 < given < len(self._items):
-            return self._finish(given)
         self._items, self._given = self._items[given:], 0  # a copy: it may be the lease's own list
-        return lease, [("ack", [given])]
+        return lease, [("ack", [given])] if given > 0 else []
 
     def _finish(self, handled: int,
                 error: BaseException | None = None) -> tuple[Lease | None, Parts]:
@@ -451,7 +449,7 @@ class Batch(Generic[ContentT]):
         Acknowledge what was handled, give back the message of the error, then the rest.
         """
         lease, count, given = self._lease, len(self._items), self._given
-        self._lease, self._items, self._given = None, [], 0
+        self._lease, self._items, self._given = None, (), 0
         parts: list[tuple[str, list[Any]]] = []
         if handled > 0:
             parts.append(("ack", [handled]))
@@ -474,11 +472,8 @@ def encode(msg: object) -> bytes:
     :return: its bytes
     :raise TypeError: if it is not bytes-like
     """
-    # Not isinstance: an object of a derived class might change.
-    if type(msg) is bytes:  # pylint: disable=unidiomatic-typecheck
-        return msg
     if isinstance(msg, (bytes, bytearray, memoryview)):
-        return bytes(msg)
+        return bytes(msg)  # the same object, unless it might change
     hint = " (encode it: msg.encode())" if isinstance(msg, str) else ""
     raise TypeError("Expected a message of type bytes, bytearray or memoryview, but got: "
                     f"{type(msg).__name__}{hint}")
@@ -560,8 +555,7 @@ def waiting(timeout: object, retries: int) -> tuple[float | None, float]:
     :raise ValueError: if they are no such numbers
     """
     seconds = seconds_of(timeout)
-    if type(retries) is not int or retries < 1:  # pylint: disable=unidiomatic-typecheck
-        check_count("retries", retries)  # only then: each receive would pay for the call
+    check_count("retries", retries)
     return seconds, 1.0 if seconds is None else seconds / retries
 
 

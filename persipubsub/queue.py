@@ -25,10 +25,7 @@ from persipubsub.lmdb_engine.pending import Pending
 from persipubsub.message import Peeked, Place, time_ns_of
 from persipubsub.statistics import QueueStatistics
 
-__all__ = [
-    "Queue", "Retries", "ensure_queue", "open_queue", "statistics_of", "check_durability", "peek",
-    "follow"
-]
+__all__ = ["Queue", "Retries", "ensure_queue", "open_queue", "statistics_of", "peek", "follow"]
 
 ResultT = TypeVar("ResultT")
 
@@ -77,8 +74,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         It may be repeated. What it did is durable when it returns.
         """
         is_new = environment.create(path, queue)
-        opened = environment.acquire(path, queue, adopts_settings=True, renews_journal=is_new)
-        try:
+        with environment.opened(path, queue, adopts_settings=True, renews_journal=is_new) as opened:
             keys = [subscriber.encode("utf-8") for subscriber in subscribers]
             if opened.read(positions.lacks, keys):
                 timeout_secs = opened.queue.high_water_mark.msg_timeout_secs
@@ -86,8 +82,6 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
                 opened.write(positions.add, keys, [name.encode("utf-8") for name in from_beginning],
                              oldest_ns)
                 opened.write_state()
-        finally:
-            environment.release(opened)
 
     def __exit__(self, *_: object) -> None:
         """Close the queue."""
@@ -311,25 +305,18 @@ def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
         return figures.collect(opened, opened.now_ns())
 
 
-def check_durability(config: Config, queue_key: str) -> tuple[str, ...]:
-    """Return no warning: a directory is as durable as the configuration says."""
-    del config, queue_key
-    return ()
-
-
 def _retries_of(config: Config, queue_key: str) -> Mapping[str, Retries]:
     """Take from a configuration what subscribers do with messages that fail."""
     found = {}
-    for subscriber in config.subscribers.values():
-        if subscriber.in_queue != queue_key:
-            continue
-        target, open_target = subscriber.dead_letter_queue, None
-        if target:
-            # Without the retries of that queue: they may lead back to this one.
-            open_target = functools.partial(Queue, directory_of(config, target),
-                                            config.queues[target])
-        policy = attempts.Policy(subscriber.max_deliveries, int(subscriber.retry_delay_secs * 1e9))
-        found[subscriber.identifier] = Retries(policy, queue_key, open_target)
+    for one in config.subscribers.values():
+        if one.in_queue == queue_key:
+            open_target = None
+            if target := one.dead_letter_queue:
+                # Without the retries of that queue: they may lead back to this one.
+                open_target = functools.partial(Queue, directory_of(config, target),
+                                                config.queues[target])
+            policy = attempts.Policy(one.max_deliveries, int(one.retry_delay_secs * 1e9))
+            found[one.identifier] = Retries(policy, queue_key, open_target)
     return found
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Self
 
 from persipubsub import face
@@ -35,8 +34,7 @@ class Receipt(face.Block[ContentT]):
         take, self._take = self._take, face.refuse
         return self._hold(take())
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Acknowledge the messages, or give them back if the block was left by an exception."""
         lease = self._lease
         if lease is not None:
@@ -73,8 +71,7 @@ class Messages(face.Batch[ContentT]):
         """
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Acknowledge the message at hand, or give it back on an exception; the iterator ends."""
         self._is_done = True
         if error is None:
@@ -99,16 +96,13 @@ class Messages(face.Batch[ContentT]):
         :return: message
         :raise StopIteration: if none came in time
         """
-        if self._given < len(self._items):
-            item = self._items[self._given]
-            self._given += 1
-            return item
-        self._end(*self._finish(self._given))
-        lease = None if self._is_done else self._take()
-        if lease is None:
-            self._is_done = True
-            raise StopIteration
-        return self._begin(lease)
+        if self._given == len(self._items):
+            self._end(*self._finish(self._given))
+            self._begin(None if self._is_done else self._take())
+            if not self._items:
+                raise StopIteration
+        self._given += 1
+        return self._items[self._given - 1]
 
     def acknowledge(self) -> None:
         """Acknowledge now what was handled, and the message at hand; it may be repeated."""

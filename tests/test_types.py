@@ -83,16 +83,16 @@ async def tasks(config: dict[str, Any]) -> None:
 _ENGINES = '''
 import persipubsub.jetstream.engine
 import persipubsub.queue
-from persipubsub.engine import Consumer, Engine, Lease, Queue, TaskConsumer, TaskQueue
+from persipubsub.engine import Consumer, Engine, Lease, Queue
 
 engines: list[Engine] = [persipubsub.queue, persipubsub.jetstream.engine]
 
 
 def check(lmdb: persipubsub.queue.Queue, nats: persipubsub.jetstream.engine.Queue) -> None:
-    task_queue: TaskQueue = lmdb
-    task_consumer: TaskConsumer = lmdb.consumer("sub")
-    queue: Queue = nats
-    consumer: Consumer = nats.consumer("sub")
+    queue: Queue = lmdb
+    consumer: Consumer = lmdb.consumer("sub")
+    queue = nats
+    consumer = nats.consumer("sub")
     lmdb_lease = lmdb.consumer("sub").take(0)
     nats_lease = nats.consumer("sub").take(0)
     assert lmdb_lease is not None and nats_lease is not None

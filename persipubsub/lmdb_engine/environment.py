@@ -697,10 +697,9 @@ def release(environment: Environment) -> None:
 
 
 @contextlib.contextmanager
-def opened(directory: str, queue: config.Queue,
-           is_read_only: bool = False) -> Iterator[Environment]:
-    """Have a store open in a ``with`` block."""
-    environment = acquire(directory, queue, is_read_only)
+def opened(directory: str, queue: config.Queue, **how: bool) -> Iterator[Environment]:
+    """Have a store open in a ``with`` block; the options are those of :py:func:`acquire`."""
+    environment = acquire(directory, queue, **how)
     try:
         yield environment
     finally:
