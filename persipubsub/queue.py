@@ -227,10 +227,10 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         """Flush what was put so far, for queues in which a put does not."""
         self._environment.write_state()
 
-    def delete_finished(self) -> int:
+    def delete_finished(self) -> None:
         """Delete all messages that all subscribers acknowledged, in many short transactions."""
         self._check_open()
-        return self._room.delete_finished()
+        self._room.delete_finished()
 
     def prune(self) -> int:
         """Drop the messages that are too old, and delete those that are finished."""
@@ -245,8 +245,6 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         dropped = opened.write(retention.clear, makes_room=True)
         opened.notifier.notify()
         self._room.delete_finished(keeps_retained=False)
-        # The last block stays otherwise, since it keeps its numbers taken.
-        opened.write(retention.empty_last, makes_room=True)
         opened.write_state()
         return sum(one.messages for one in dropped)
 

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -322,7 +323,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     txn_id = store.lmdb.info()["last_txnid"]
                     store.lmdb.reader_check()
                 self.write_state(txn_id)
-                self._delete_finished(store)
+                # Sends delete, too. If nobody sends, only this lets the journal release segments.
+                self.delete_finished(self.now_ns(), most_chunks=_MOST_CHUNKS)
                 files.keep_reserve(self.directory)
             except (PersipubsubError, lmdb.Error, OSError) as error:
                 now = time.monotonic()
@@ -331,14 +333,15 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     _LOGGER.warning("The background work on the queue %s failed: %s",
                                     self.directory, error)
 
-    def _delete_finished(self, store: _Store) -> None:
-        """Delete what is finished."""
-        # Sends delete, too. If nobody sends, only this lets the journal release segments.
-        retained_ns = self.retained_ns(self.now_ns())
-        for _ in range(_MOST_CHUNKS):
-            if store.is_stopped.is_set() or not self.read(retention.is_any_finished, retained_ns):
+    def delete_finished(self, now_ns: int, keeps_retained: bool = True,
+                        most_chunks: int = sys.maxsize) -> None:
+        """Delete finished messages and old ids, in many short transactions."""
+        oldest_id_ns = now_ns - int(self.queue.once_window_secs * 1e9)
+        retained_ns = self.retained_ns(now_ns) if keeps_retained else log.RETAINS_NOTHING_NS
+        for _ in range(most_chunks):
+            if not self.read(retention.is_any_finished, oldest_id_ns, retained_ns):
                 break
-            self.write(retention.delete_finished, retention.CHUNK, retained_ns, makes_room=True)
+            self.write(retention.delete_finished, oldest_id_ns, retained_ns, makes_room=True)
 
     def retained_ns(self, now_ns: int) -> int:
         """Tell since when messages stay although they are finished."""
@@ -559,13 +562,13 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             drop_log.report()
         if store is None:
             return
+        store.is_stopped.set()
         # From here on this process writes nothing: a clean close says that the last state record
         # holds everything.
         write_mutex = store.write_lock.mutex
         write_mutex.acquire(timeout=lock_secs)
         self._is_over = True
         locks.release(write_mutex)
-        store.is_stopped.set()
         store.notifier.close()
         if store.thread is not None and store.thread is not threading.current_thread():
             store.thread.join(None if lock_secs < 0 else lock_secs)

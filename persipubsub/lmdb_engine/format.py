@@ -1,7 +1,7 @@
 """
 What the bytes of a store mean: names, keys, records and blocks. Format 2.
 
-No file is opened and no lock taken; only ``Tx`` and ``used_bytes`` use LMDB. All integers in values
+No file is opened and no lock taken; only ``Tx`` uses LMDB. All integers in values
 are little-endian; numbers in keys are big-endian, so that LMDB's order of bytes is their order.
 
 =============== =================================== ================================================
@@ -129,12 +129,6 @@ class Tx(msgspec.Struct, gc=False):
     def cursor(self) -> Cursor:
         """Open a cursor on the log."""
         return self.txn.cursor(self.db.data)
-
-
-def used_bytes(txn: "lmdb.Transaction[Any]", database: "lmdb._Database") -> int:
-    """Bytes of the pages that a sub-database uses."""
-    stat = txn.stat(database)
-    return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))
 
 
 class Header(NamedTuple):

@@ -6,20 +6,15 @@ so that the oldest ids are found without a search. Every change is in the same t
 of the log: after a kill, an id is there exactly if its message is stored.
 """
 
-from collections.abc import Sequence
-
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine.format import Tx
 
 
-def find(tx: Tx, identifiers: Sequence[bytes], oldest_ns: int) -> list[int | None]:
-    """Find the messages that were stored with ids."""
-    numbers: list[int | None] = []
-    for identifier in identifiers:
-        value = tx.txn.get(fmt.once_id_key(identifier), db=tx.db.once)
-        number, time_ns = fmt.unpack_once(value) if value is not None else (0, 0)
-        numbers.append(number if value is not None and time_ns >= oldest_ns else None)
-    return numbers
+def find(tx: Tx, identifier: bytes, oldest_ns: int) -> int:
+    """Find the message that was stored with an id since a time; 0: there is none."""
+    value = tx.txn.get(fmt.once_id_key(identifier), db=tx.db.once)
+    number, time_ns = (0, 0) if value is None else fmt.unpack_once(value)
+    return number if time_ns >= oldest_ns else 0
 
 
 def remember(tx: Tx, identifier: bytes, number: int, time_ns: int) -> None:
@@ -40,18 +35,17 @@ def is_any_before(tx: Tx, oldest_ns: int) -> bool:
             and fmt.unpack_once_time_key(cursor.key())[0] < oldest_ns)
 
 
-def forget(tx: Tx, oldest_ns: int, budget: int) -> int:
+def forget(tx: Tx, oldest_ns: int, budget: int) -> None:
     """Forget the oldest ids."""
     cursor = tx.txn.cursor(db=tx.db.once)
-    forgotten = 0
-    while forgotten < budget and cursor.set_range(fmt.ONCE_TIME_PREFIX):
+    for _ in range(budget):
+        if not cursor.set_range(fmt.ONCE_TIME_PREFIX):
+            break
         time_ns, identifier = fmt.unpack_once_time_key(cursor.key())
         if time_ns >= oldest_ns:
             break
         cursor.delete()
         tx.txn.delete(fmt.once_id_key(identifier), db=tx.db.once)
-        forgotten += 1
-    return forgotten
 
 
 def since(tx: Tx, time_ns: int, begin: int, end: int) -> list[tuple[bytes, int, int]]:
@@ -61,8 +55,8 @@ def since(tx: Tx, time_ns: int, begin: int, end: int) -> list[tuple[bytes, int, 
     is_there = cursor.set_range(fmt.once_time_key(time_ns, b""))
     while is_there:
         id_ns, identifier = fmt.unpack_once_time_key(cursor.key())
-        number = find(tx, [identifier], 0)[0]
-        if number is not None and begin <= number < end:
+        number = find(tx, identifier, 0)
+        if begin <= number < end:
             found.append((identifier, number, id_ns))
         is_there = cursor.next()
     return found

@@ -11,7 +11,7 @@ import operator
 from typing import Final, NamedTuple
 
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import log, meta, positions
+from persipubsub.lmdb_engine import log, meta, once, positions
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.log import LogEnd
 
@@ -92,13 +92,21 @@ def find_low_watermark(tx: Tx, log_end: LogEnd, is_read_only: bool = False,
                         slowest_key=bytes(slowest_key), oldest_ns=place.time_ns)
 
 
-def find_slowest(tx: Tx) -> tuple[str, int] | None:
-    """Find the subscriber that needs the oldest message, and how many it has to acknowledge."""
-    end = log.read_end(tx.cursor()).next_number
+def describe(tx: Tx) -> tuple[int, int, str, int]:
+    """
+    Count what waits, and find the subscriber that needs the oldest message.
+
+    :return: messages and bytes that wait; the subscriber, and how many it has to acknowledge
+    """
+    log_end = log.read_end(tx.cursor())
+    end = log_end.next_number
+    low = find_low_watermark(tx, log_end, is_read_only=True)
     slowest = min(positions.read_all(tx),
                   key=lambda subscriber: positions.first_pending(tx, subscriber, end), default=None)
-    lag = 0 if slowest is None else positions.count_pending(tx, slowest, 0, end)
-    return (slowest.name, lag) if slowest is not None and lag else None
+    name, lag = "", 0
+    if slowest is not None:
+        name, lag = slowest.name, positions.count_pending(tx, slowest, 0, end)
+    return log_end.total_count - low.messages, log_end.total_bytes - low.size, name, lag
 
 
 # Dropping
@@ -128,19 +136,20 @@ def expired_before(tx: Tx, low: LowWatermark, log_end: LogEnd, time_ns: int) -> 
     return log.number_at_time(cursor, low.number, log_end.next_number, time_ns)
 
 
-def halve(tx: Tx, low: LowWatermark, log_end: LogEnd, added: int,
-          drops_newest: bool) -> tuple[LogEnd, list[Dropped]]:
+def halve(tx: Tx, added: int, drops_newest: bool) -> list[Dropped]:
     """Drop the oldest or newest messages, so that half are left together with those to be added."""
+    cursor = tx.cursor()
+    log_end = log.read_end(cursor)
+    low = find_low_watermark(tx, log_end)
     waiting = log_end.total_count - low.messages
     kept = max(0, (waiting + added) // 2 - added)
-    cursor = tx.cursor()
+    cut = log.number_at_count(cursor, low.number, log_end.next_number,
+                              low.messages + (kept if drops_newest else waiting - kept))
     if not drops_newest:
-        cut = log.number_at_count(cursor, low.number, log_end.next_number,
-                                  low.messages + waiting - kept)
-        return log_end, drop(tx, 0, cut, BY_MARK)
-    cut = log.number_at_count(cursor, low.number, log_end.next_number, low.messages + kept)
+        return drop(tx, 0, cut, BY_MARK)
     dropped = drop(tx, cut, log_end.next_number, BY_MARK)
-    return log.truncate(cursor, log_end, cut), dropped
+    log.truncate(cursor, log_end, cut)
+    return dropped
 
 
 def clear(tx: Tx) -> list[Dropped]:
@@ -151,8 +160,10 @@ def clear(tx: Tx) -> list[Dropped]:
 # Deleting
 
 
-def is_any_finished(tx: Tx, retained_ns: int) -> bool:
-    """Tell whether the first block may be deleted; the last one stays."""
+def is_any_finished(tx: Tx, oldest_id_ns: int, retained_ns: int) -> bool:
+    """Tell whether an id, or the first block, may be deleted; the last block stays."""
+    if once.is_any_before(tx, oldest_id_ns):
+        return True
     found = log.head(tx.cursor())
     if found is None or found.block.time_ns > retained_ns:
         return False
@@ -162,26 +173,23 @@ def is_any_finished(tx: Tx, retained_ns: int) -> bool:
             and end <= find_low_watermark(tx, log_end, is_read_only=True).number)
 
 
-def delete_finished(tx: Tx, budget: int, retained_ns: int) -> int:
-    """Delete blocks that all subscribers are finished with."""
+def delete_finished(tx: Tx, oldest_id_ns: int, retained_ns: int) -> None:
+    """Forget some old ids, and delete some blocks that all subscribers are finished with."""
+    once.forget(tx, oldest_id_ns, CHUNK)
     cursor = tx.cursor()
     low = find_low_watermark(tx, log.read_end(cursor))
-    return log.delete_head(cursor, low.number, budget, retained_ns)
+    log.delete_head(cursor, low.number, CHUNK, retained_ns)
 
 
 def empty_last(tx: Tx) -> None:
     """Replace the last block by a placeholder if it is the only one and finished."""
+    # LMDB reuses pages only two commits after they were freed: let there be a commit in any case.
+    meta.write_header(tx, meta.read_header(tx))
     cursor = tx.cursor()
     log_end = log.read_end(cursor)
     is_needed = find_low_watermark(tx, log_end).number < log_end.next_number
     found = log.head(cursor)
-    if (found is None or not found.block.messages or is_needed
-            or fmt.end_of(found.first, found.block) != log_end.next_number):
-        return
-    cursor.delete()
-    log.put_placeholder(cursor, log_end)
-
-
-def make_reusable(tx: Tx) -> None:
-    """Rewrite the header as it is: LMDB reuses pages only two commits after they were freed."""
-    meta.write_header(tx, meta.read_header(tx))
+    if (found is not None and found.block.messages and not is_needed
+            and fmt.end_of(found.first, found.block) == log_end.next_number):
+        cursor.delete()
+        log.put_placeholder(cursor, log_end)

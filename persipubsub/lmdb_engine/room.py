@@ -15,13 +15,13 @@ the whole queue. Only a send that finds the store or the disk full deletes all t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from persipubsub.config import Strategy
 from persipubsub.drop_log import DropLog
 from persipubsub.errors import DiskFullError, MessageTooLargeError, QueueFullError
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import log, once, retention
+from persipubsub.lmdb_engine import log, retention
 from persipubsub.lmdb_engine.environment import Environment
 from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.log import LogEnd
@@ -29,13 +29,6 @@ from persipubsub.lmdb_engine.retention import Dropped, LowWatermark
 
 #: No limit.
 _UNLIMITED: Final = 1 << 62
-
-
-class Batch(Protocol):
-    """Messages that need room."""
-
-    count: int
-    size: int  #: their bytes
 
 
 class Room:
@@ -87,59 +80,57 @@ class Room:
 
     # High-water marks
 
-    def is_over(self, log_end: LogEnd, low: LowWatermark, batch: Batch) -> bool:
+    def is_over(self, log_end: LogEnd, low: LowWatermark, count: int, size: int) -> bool:
         """Tell whether messages would pass a high-water mark."""
-        return (log_end.total_count - low.messages + batch.count > self.max_messages
-                or log_end.total_bytes - low.size + batch.size > self.max_size)
+        return (log_end.total_count - low.messages + count > self.max_messages
+                or log_end.total_bytes - low.size + size > self.max_size)
 
-    def is_still_over(self, tx: Tx, known: LowWatermark | None, batch: Batch) -> bool:
+    def is_still_over(self, tx: Tx, known: LowWatermark | None, count: int, size: int) -> bool:
         """Tell whether messages would pass a mark even if what is too old were dropped."""
         log_end = log.read_end(tx.cursor())
         low = retention.find_low_watermark(tx, log_end, is_read_only=True, known=known)
         oldest_ns = self._now_ns() - self.timeout_ns
-        return (self.is_over(log_end, low, batch)
+        return (self.is_over(log_end, low, count, size)
                 and low.number == retention.expired_before(tx, low, log_end, oldest_ns))
 
-    def apply_strategy(self, tx: Tx, log_end: LogEnd, low: LowWatermark,
-                       batch: Batch) -> tuple[LogEnd, LowWatermark, list[Dropped]]:
+    def apply_strategy(self, tx: Tx, low: LowWatermark, count: int, size: int,
+                       dropped: list[Dropped]) -> tuple[LogEnd, LowWatermark]:
         """Check the high-water marks exactly; if one is passed, drop what the strategy says."""
-        dropped: list[Dropped] = []
+        log_end = log.read_end(tx.cursor())
         low = retention.find_low_watermark(tx, log_end, known=low)
-        if self.is_over(log_end, low, batch):
-            low = self.tidy(tx, log_end, dropped, retention.CHUNK, low)
-        while self._drops_unread and self.is_over(log_end, low, batch):
-            log_end, more = retention.halve(tx, low, log_end, batch.count, self._drops_newest)
-            dropped.extend(more)
+        if self.is_over(log_end, low, count, size):
+            low, expired = self.tidy(tx, low)
+            dropped += expired
+        while self._drops_unread and self.is_over(log_end, low, count, size):
+            dropped += retention.halve(tx, count, self._drops_newest)
+            log_end = log.read_end(tx.cursor())
             low = retention.find_low_watermark(tx, log_end)
-        return log_end, low, dropped
+        return log_end, low
 
-    def full_error(self, batch: Batch) -> QueueFullError:
+    def full_error(self, count: int, size: int) -> QueueFullError:
         """Describe a full queue, and the slowest subscriber."""
-        count, size, slowest = self._environment.read(self._describe)
+        waiting, waiting_size, slowest, lag = self._environment.read(retention.describe)
         most, most_size = (limit if limit < _UNLIMITED else "any number of"
                            for limit in (self.max_messages, self.max_size))
-        text = (f"Expected room for {batch.count} more message(s) of {batch.size} bytes in the "
-                f"queue {self._environment.directory}, but got: {count} of {most} messages "
-                f"(MAX_MSGS_NUM) and {size} of {most_size} bytes (HWM_LMDB_SIZE_BYTES) wait in a "
-                f"store of at most {self.max_bytes} bytes (max_db_size_bytes).")
-        if slowest is not None:
-            text += " The slowest subscriber is {!r} with {} of them.".format(*slowest)
-        return QueueFullError(text)
-
-    def _describe(self, tx: Tx) -> tuple[int, int, tuple[str, int] | None]:
-        """Count what waits, and find the slowest subscriber."""
-        log_end = log.read_end(tx.cursor())
-        low = retention.find_low_watermark(tx, log_end, is_read_only=True)
-        return (log_end.total_count - low.messages, log_end.total_bytes - low.size,
-                retention.find_slowest(tx))
+        return QueueFullError(
+            f"Expected room for {count} more message(s) of {size} bytes in the queue "
+            f"{self._environment.directory}, but got: {waiting} of {most} messages (MAX_MSGS_NUM) "
+            f"and {waiting_size} of {most_size} bytes (HWM_LMDB_SIZE_BYTES) wait in a store of at "
+            f"most {self.max_bytes} bytes (max_db_size_bytes)." +
+            (f" The slowest subscriber is {slowest!r} with {lag} of them." if lag else ""))
 
     # A full store, a full disk
 
     def used(self, tx: Tx) -> int:
         """Bytes of all pages in use."""
-        return sum(fmt.used_bytes(tx.txn, database) for database in tx.db)
+        used = 0
+        for database in tx.db:
+            stat = tx.txn.stat(database)
+            used += stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] +
+                                     stat["overflow_pages"])
+        return used
 
-    def free_store(self, batch: Batch) -> bool:
+    def free_store(self, count: int, size: int) -> bool:
         """
         Delete what is finished, then drop by the strategy, until messages fit into the store.
 
@@ -148,76 +139,56 @@ class Room:
         while True:
             self.drop_expired()
             self.delete_finished(keeps_retained=False)
-            self._environment.write(retention.empty_last, makes_room=True)
-            # LMDB reuses pages two commits after they were freed.
-            self._environment.write(retention.make_reusable, makes_room=True)
             used = self._environment.read(self.used)
-            if used + batch.size <= self.max_bytes:
+            if used + size <= self.max_bytes:
                 return True
-            if not self._environment.read(self._describe)[0]:
+            if not self._environment.read(retention.describe)[0]:
                 raise DiskFullError(
-                    f"Expected room for {batch.size} bytes in the queue {self._environment.directory}, "
+                    f"Expected room for {size} bytes in the queue {self._environment.directory}, "
                     f"but got: {used} of {self.max_bytes} bytes (max_db_size_bytes) are in use, though "
                     "no message waits: by ids of messages (once_window_secs), or failed deliveries")
             if not self._drops_unread:
                 return False
-            self.drop_log.add(self._environment.write(self._halve, batch.count, makes_room=True))
-
-    def _halve(self, tx: Tx, added: int) -> list[Dropped]:
-        """Drop half of the messages."""
-        log_end = log.read_end(tx.cursor())
-        low = retention.find_low_watermark(tx, log_end)
-        return retention.halve(tx, low, log_end, added, self._drops_newest)[1]
+            self.drop_log.add(
+                self._environment.write(retention.halve, count, self._drops_newest,
+                                        makes_room=True))
 
     def free_disk(self) -> None:
         """Delete what is finished: a send that fails on a full disk takes its own deletion back."""
         self.delete_finished(keeps_retained=False)
-        self._environment.write(retention.make_reusable, makes_room=True)
         # The journal, too, can then reuse segments in which all is finished.
         self._environment.write_state()
 
     # Tidying up
 
-    def tidy(self, tx: Tx, log_end: LogEnd, dropped: list[Dropped], budget: int,
-             known: LowWatermark | None) -> LowWatermark:
+    def tidy(self, tx: Tx, known: LowWatermark | None = None,
+             budget: int = retention.CHUNK) -> tuple[LowWatermark, list[Dropped]]:
         """Drop what is too old, and delete some finished blocks."""
+        log_end = log.read_end(tx.cursor())
         low = retention.find_low_watermark(tx, log_end, known=known)
         now_ns = self._now_ns()
+        dropped: list[Dropped] = []
         cut = retention.expired_before(tx, low, log_end, now_ns - self.timeout_ns)
         if cut > low.number:
-            dropped.extend(retention.drop(tx, 0, cut, retention.BY_TIMEOUT))
+            dropped = retention.drop(tx, 0, cut, retention.BY_TIMEOUT)
             low = retention.find_low_watermark(tx, log_end)
         log.delete_head(tx.cursor(), low.number, budget, self._environment.retained_ns(now_ns))
-        return low
+        return low, dropped
 
     def drop_expired(self) -> int:
         """Drop the messages that are older than the queue's timeout; return how many."""
-        dropped = self._environment.write(self._drop_expired, makes_room=True)
+        _, dropped = self._environment.write(self.tidy, makes_room=True)
         if dropped:
             self.drop_log.add(dropped)
             self._environment.notifier.notify()
         return sum(one.messages for one in dropped)
 
-    def _drop_expired(self, tx: Tx) -> list[Dropped]:
-        """Drop what is too old."""
-        dropped: list[Dropped] = []
-        self.tidy(tx, log.read_end(tx.cursor()), dropped, retention.CHUNK, None)
-        return dropped
+    def delete_finished(self, keeps_retained: bool = True) -> None:
+        """
+        Delete all finished messages and old ids, in many short transactions.
 
-    def delete_finished(self, keeps_retained: bool = True) -> int:
-        """Delete all finished messages and old ids, in many short transactions; count the blocks."""
-        now_ns = self._now_ns()
-        oldest_ns = now_ns - self.once_window_ns
-        if self._environment.read(once.is_any_before, oldest_ns):
-            while self._environment.write(once.forget, oldest_ns, retention.CHUNK,
-                                          makes_room=True) == retention.CHUNK:
-                pass
-        retained_ns = log.RETAINS_NOTHING_NS
-        if keeps_retained:
-            retained_ns = self._environment.retained_ns(now_ns)
-        total, deleted = 0, retention.CHUNK
-        while deleted == retention.CHUNK:
-            deleted = self._environment.write(retention.delete_finished, retention.CHUNK,
-                                              retained_ns, makes_room=True)
-            total += deleted
-        return total
+        :param keeps_retained: False to delete also what ``retain_secs`` keeps, and the last block
+        """
+        self._environment.delete_finished(self._now_ns(), keeps_retained)
+        if not keeps_retained:
+            self._environment.write(retention.empty_last, makes_room=True)

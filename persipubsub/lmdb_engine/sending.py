@@ -8,8 +8,8 @@ at the head. The flush of a send is ``Journal.secure``.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from persipubsub.config import Durability, Strategy
 from persipubsub.errors import BusyTimeoutError, DiskFullError, MessageError, PersipubsubError
@@ -71,34 +71,25 @@ class _Batch:
         #: a thread waits for it, see ``_Line``
         self.waiter: threading.Lock | None = None
 
-    def without_known(self, tx: Tx, oldest_ns: int) -> tuple["_Batch", dict[bytes, int]]:
+    def without_known(self, tx: Tx, oldest_ns: int) -> tuple["_Batch", int]:
         """
         Leave out the messages whose ids are known; of an id that comes twice, the first one stays.
 
-        :return: what is left, numbers of the known ids
+        :return: what is left; number under which the first message is stored, 0 if it is new
         """
         msg_ids = self.msg_ids or ()
-        given = list(dict.fromkeys(msg_id for msg_id in msg_ids if msg_id is not None))
-        found = once.find(tx, given, oldest_ns)
-        known = {msg_id: number for msg_id, number in zip(given, found) if number is not None}
+        known: dict[bytes, int] = {}
         left: list[int] = []
-        seen: set[bytes | None] = set(known)
         for index, msg_id in enumerate(msg_ids):
-            if msg_id not in seen:
+            number = 0
+            if msg_id is not None:
+                if msg_id in known:
+                    continue
+                number = known[msg_id] = once.find(tx, msg_id, oldest_ns)
+            if not number:
                 left.append(index)
-                seen.add(msg_id)
-                seen.discard(None)
         return _Batch([self.messages[index] for index in left], self.recipients,
-                      [msg_ids[index] for index in left]), known
-
-
-class _Sent(NamedTuple):
-    """What a send did in its transaction."""
-
-    first: int  #: number of the first message; 0: the queue is at a limit and drops nothing
-    end: int  #: of the log
-    dropped: list[Dropped]
-    low: LowWatermark
+                      [msg_ids[index] for index in left]), known.get(msg_ids[0] or b"", 0)
 
 
 class _Line:
@@ -167,9 +158,6 @@ class Sender:
         self._waits = room.strategy is Strategy.BLOCK
         self._is_flushed = environment.queue.durability is Durability.FSYNC
 
-        # Whether the last send found no room. Then the next one looks before it writes, so that
-        # senders that wait for room do not block other writers. It is only a guess.
-        self._was_full = False
         # The low watermark of the last send. Threads store it after their commits, in any order: an
         # older one is a lower bound, too.
         self._low: LowWatermark | None = None
@@ -194,30 +182,31 @@ class Sender:
         if len(messages) != 1 or len(messages[0]) > self._room.surely_fitting:
             self._room.check_sizes(messages)
         batch = _Batch(messages, recipients, msg_ids or None)
-        deadline = None if timeout is None else time.monotonic() + timeout
         first: int | None = self._send(batch)
         if not first and self._waits and timeout != 0:
+            deadline = None if timeout is None else time.monotonic() + timeout
             first = self._environment.notifier.wait_for(
-                lambda: (self._send(batch), _LONGEST_PAUSE_SECS), deadline)
+                lambda: (self._send_if_room(batch), _LONGEST_PAUSE_SECS), deadline)
         if not first:
-            raise self._room.full_error(batch)
+            raise self._room.full_error(batch.count, batch.size)
         return first
 
     def _send(self, batch: _Batch) -> int:
         """Add messages; return the number of the first, 0 if the queue is full."""
         # Without a flush, a transaction for each thread is faster.
         if not self._is_flushed or threading.get_ident() == self._line.main_thread:
-            return self._commit(batch)
-        self._line.send(batch, self._commit_each)
+            self._commit([batch])
+        else:
+            self._line.send(batch, self._commit_each)
         if batch.error is not None:
             raise batch.error
         return batch.first
 
-    def _is_still_full(self, tx: Tx, batch: _Batch) -> bool:
-        """Look whether there is no room for messages, before a transaction that writes is begun."""
-        if batch.msg_ids is not None:
-            batch, _ = batch.without_known(tx, self._now_ns() - self._room.once_window_ns)
-        return batch.count > 0 and self._room.is_still_over(tx, self._low, batch)
+    def _send_if_room(self, batch: _Batch) -> int:
+        """Look before writing: senders that wait for room must not block other writers."""
+        is_full = self._environment.read(self._room.is_still_over, self._low, batch.count,
+                                         batch.size)
+        return 0 if is_full else self._send(batch)
 
     def put_each(self, sendings: Sequence[Sending]) -> list[BaseException | None]:
         """Put each as :py:meth:`put` does, but never wait for room; in one commit if possible."""
@@ -233,38 +222,26 @@ class Sender:
         for index, batch in batches.items():
             outcomes[index] = batch.error
             if batch.error is None and not batch.first:
-                outcomes[index] = self._room.full_error(batch)
+                outcomes[index] = self._room.full_error(batch.count, batch.size)
         return outcomes
 
     def _commit_each(self, batches: Sequence[_Batch]) -> None:
-        """Add the messages of several sends, in one commit if possible, and note what came of each."""
-        all_sent: list[_Sent] = []
+        """Add the messages of several sends, in one commit if possible, and note all errors."""
         try:
-            if len(batches) > 1:
-                all_sent = self._environment.write(self._append_all, batches, self._low)
-        except BusyTimeoutError as error:
-            # No sending is at fault, and all of them waited long enough.
+            self._commit(batches)
+        except PersipubsubError as error:
+            if len(batches) > 1 and not isinstance(error, BusyTimeoutError):
+                # One of them is at fault: each is tried by itself.
+                for batch in batches:
+                    self._commit_each([batch])
+                return
+            # In the case of a timeout, all of them waited long enough.
             for batch in batches:
                 batch.error = error
-            return
-        except PersipubsubError:
-            pass  # one of them is at fault: each is tried by itself
-        if all_sent:
-            failure = self._finish(all_sent)
-            for batch, sent in zip(batches, all_sent):
-                batch.first, batch.error = sent.first, failure if sent.first else None
-            return
-        for batch in batches:
-            try:
-                batch.first = self._commit(batch)
-            except PersipubsubError as error:
-                batch.error = error
 
-    def _commit(self, batch: _Batch) -> int:
-        """Add messages, notify, and flush; return the number of the first, 0 if the queue is full."""
+    def _commit(self, batches: Sequence[_Batch]) -> None:
+        """Add messages, all or none; notify, flush, and note in each batch what came of it."""
         environment = self._environment
-        if self._was_full and environment.read(self._is_still_full, batch):
-            return 0
         needed = 0
         was_freed = False
         while True:
@@ -272,62 +249,53 @@ class Sender:
                 if needed:
                     environment.journal.make_room(needed, self._is_flushed)
                     needed = 0
-                sent = environment.write(self._append, batch, self._low)
+                numbers, end, low, dropped = environment.write(self._append, batches, self._low)
                 break
-            except _JournalFullError as error:
-                needed = error.cost
-            except (_StoreFullError, MapFullError) as error:
-                if isinstance(error, MapFullError):
-                    environment.check_readers()
-                    environment.check_stuck_readers()
-                self._low = None
-                if not self._room.free_store(batch):
-                    self._was_full = True
-                    return 0
-            except DiskFullError:
-                if was_freed:
+            except DiskFullError as error:
+                if len(batches) > 1:
                     raise
-                was_freed = True
-                self._room.free_disk()
-        self._was_full = not sent.first
-        failure = self._finish((sent, ))
-        if failure is not None:
-            raise failure
-        return sent.first
-
-    def _finish(self, all_sent: Sequence[_Sent]) -> PersipubsubError | None:
-        """Do what follows a commit: notify, warn, flush; return the error of the flush."""
-        self._low = all_sent[-1].low
-        end = 0
-        for first, behind, dropped, _ in all_sent:
-            if dropped:
-                self._room.drop_log.add(dropped)
-            if first or dropped:
-                end = behind
-        if end:
+                if isinstance(error, _JournalFullError):
+                    needed = error.cost
+                elif isinstance(error, (_StoreFullError, MapFullError)):
+                    if isinstance(error, MapFullError):
+                        environment.check_readers()
+                        environment.check_stuck_readers()
+                    self._low = None
+                    if not self._room.free_store(batches[0].count, batches[0].size):
+                        return
+                elif was_freed:
+                    raise
+                else:
+                    was_freed = True
+                    self._room.free_disk()
+        self._low = low
+        if dropped:
+            self._room.drop_log.add(dropped)
+        failure: PersipubsubError | None = None
+        if dropped or any(numbers):
             # Notify before the flush: consumers wake up meanwhile. Those that are awake see the
             # messages before the flush, too.
-            self._environment.notifier.notify(end)
+            environment.notifier.notify(end)
             if self._is_flushed:
                 try:
-                    self._environment.journal.secure(end)
+                    environment.journal.secure(end)
                 except PersipubsubError as error:
-                    return error
-        return None
+                    # It is not raised: nothing that was committed is tried again.
+                    failure = error
+        for batch, number in zip(batches, numbers):
+            batch.first = number
+            batch.error = failure if number else None
 
     # In a transaction
 
-    def _append_all(self, tx: Tx, batches: Iterable[_Batch],
-                    low: LowWatermark | None) -> list[_Sent]:
-        """Add the messages of several sends, or none if the store or the journal has no room."""
-        all_sent: list[_Sent] = []
-        for batch in batches:
-            all_sent.append(self._append(tx, batch, low))
-            low = all_sent[-1].low
-        return all_sent
+    def _append(self, tx: Tx, batches: Sequence[_Batch],
+                low: LowWatermark | None) -> tuple[list[int], int, LowWatermark, list[Dropped]]:
+        """
+        Add messages at the end of the log, all or none, and tidy up a little at its beginning.
 
-    def _append(self, tx: Tx, batch: _Batch, low: LowWatermark | None) -> _Sent:
-        """Add messages at the end of the log and tidy up a little at its beginning."""
+        :return: number of the first message of each batch, 0 if the queue is at a limit and drops
+            nothing; end of the log; low watermark; what was dropped
+        """
         environment, room = self._environment, self._room
         # If no transaction wrote since the last send, the end of the log is as that left it. To
         # read it would take a tenth of a send.
@@ -338,40 +306,43 @@ class Sender:
         if low is None or low.generation != log_end.generation:
             low = retention.find_low_watermark(tx, log_end)
         now_ns = self._now_ns()
-        known: dict[bytes, int] = {}
-        given = batch
-        if batch.msg_ids is not None:
-            batch, known = batch.without_known(tx, now_ns - room.once_window_ns)
-            once.forget(tx, now_ns - room.once_window_ns, budget=2 * given.count)
-            if not batch.count:
-                return _Sent(next(iter(known.values())), log_end.next_number, [], low)
+        numbers: list[int] = []
         dropped: list[Dropped] = []
-        if room.is_over(log_end, low, batch):
-            log_end, low, dropped = room.apply_strategy(tx, log_end, low, batch)
-            if room.is_over(log_end, low, batch):
-                # Do not raise here: that aborts the transaction, and the expired messages would
-                # come back.
-                return _Sent(0, log_end.next_number, dropped, low)
-        number, size = log_end.next_number, log_end.total_bytes
-        is_time = ((number + batch.count) // low.interval != number // low.interval
-                   or (size + batch.size) // _LARGE_BYTES != size // _LARGE_BYTES)
-        if is_time and room.used(tx) + batch.size > room.max_bytes:
-            raise _StoreFullError("Expected room in the store, but got: none")
-        audience = self._find_audience(tx, batch.recipients) if batch.recipients else 0
-        cost = batch.cost + 8 * len(log_end.totals) * len(batch.bodies)
-        if not environment.journal.reserve(cost):
-            raise _JournalFullError(cost)
-        log_end = log.append(tx, log_end, now_ns, audience, batch.bodies)
-        self._end = log_end, tx.txn.id(), environment.aborted
-        first = number
-        if given.msg_ids is not None:
+        for batch in batches:
+            known = 0
+            if batch.msg_ids is not None:
+                once.forget(tx, now_ns - room.once_window_ns, budget=2 * batch.count)
+                batch, known = batch.without_known(tx, now_ns - room.once_window_ns)
+                if not batch.count:
+                    numbers.append(known)
+                    continue
+            count, size, number = batch.count, batch.size, log_end.next_number
+            if room.is_over(log_end, low, count, size):
+                log_end, low = room.apply_strategy(tx, low, count, size, dropped)
+                if room.is_over(log_end, low, count, size):
+                    # Do not raise here: that aborts the transaction, and the expired messages would
+                    # come back.
+                    numbers.append(0)
+                    continue
+            total = log_end.total_bytes
+            is_time = ((number + count) // low.interval != number // low.interval
+                       or (total + size) // _LARGE_BYTES != total // _LARGE_BYTES)
+            if is_time and room.used(tx) + size > room.max_bytes:
+                raise _StoreFullError("Expected room in the store, but got: none")
+            audience = self._find_audience(tx, batch.recipients) if batch.recipients else 0
+            cost = batch.cost + 8 * len(log_end.totals) * len(batch.bodies)
+            if not environment.journal.reserve(cost):
+                raise _JournalFullError(cost)
+            log_end = log.append(tx, log_end, now_ns, audience, batch.bodies)
+            self._end = log_end, tx.txn.id(), environment.aborted
             for place, msg_id in enumerate(batch.msg_ids or ()):
                 if msg_id is not None:
                     once.remember(tx, msg_id, number + place, now_ns)
-            first = known.get(given.msg_ids[0] or b"", number)
-        if is_time:
-            low = room.tidy(tx, log_end, dropped, 2 * (low.interval + len(batch.bodies)), low)
-        return _Sent(first, log_end.next_number, dropped, low)
+            if is_time:
+                low, expired = room.tidy(tx, low, 2 * (low.interval + len(batch.bodies)))
+                dropped += expired
+            numbers.append(known or number)
+        return numbers, log_end.next_number, low, dropped
 
     def _find_audience(self, tx: Tx, recipients: tuple[str, ...]) -> int:
         """Find the index of a list of recipients."""
