@@ -316,18 +316,17 @@ class Sender:
                 if not batch.count:
                     numbers.append(known)
                     continue
-            count, size, number = batch.count, batch.size, log_end.next_number
-            if room.is_over(log_end, low, count, size):
-                log_end, low = room.apply_strategy(tx, low, count, size, dropped)
-                if room.is_over(log_end, low, count, size):
+            if room.is_over(log_end, low, batch.count, batch.size):
+                log_end, low = room.apply_strategy(tx, low, batch.count, batch.size, dropped)
+                if room.is_over(log_end, low, batch.count, batch.size):
                     # Do not raise here: that aborts the transaction, and the expired messages would
                     # come back.
                     numbers.append(0)
                     continue
-            total = log_end.total_bytes
-            is_time = ((number + count) // low.interval != number // low.interval
-                       or (total + size) // _LARGE_BYTES != total // _LARGE_BYTES)
-            if is_time and room.used(tx) + size > room.max_bytes:
+            number, total = log_end.next_number, log_end.total_bytes
+            is_time = ((number + batch.count) // low.interval != number // low.interval
+                       or (total + batch.size) // _LARGE_BYTES != total // _LARGE_BYTES)
+            if is_time and room.used(tx) + batch.size > room.max_bytes:
                 raise _StoreFullError("Expected room in the store, but got: none")
             audience = self._find_audience(tx, batch.recipients) if batch.recipients else 0
             cost = batch.cost + 8 * len(log_end.totals) * len(batch.bodies)
