@@ -90,59 +90,51 @@ _DATA_VERSION: Final = 1
 
 #: A meta page: magic, version, size of a page, last page in use, number of its transaction.
 _META = struct.Struct("=16xII16xI92xQQ")
-_TRANSACTION = struct.Struct("=Q")
+
+#: The beginning of a file, with both meta pages: a page has at most 32 KiB.
+_HEAD_BYTES: Final = 1 << 16
 
 
-def check_metas(path: str) -> tuple[int, bool]:
+def check_metas(path: str) -> bool:
     """
     Check the meta pages of a data file as LMDB does it, and compare its size with them.
 
-    :return: size of a page; whether the file is shorter than they say. Then it was truncated, or
-        its last pages were allocated and freed in one transaction, and never written.
+    :return: True if the file is shorter than they say. Then it was truncated, or its last pages
+        were allocated and freed in one transaction, and never written.
     :raise StoreCorruptError: if they are damaged
     :raise FormatError: if it is a file of another program
     """
     with files.using(path, os.O_RDONLY) as descriptor, files.translated(path=path, doing="read"):
-        head = os.pread(descriptor, _META.size, 0).ljust(_META.size, b"\0")
-        magic, version, page_bytes, *newest = _META.unpack(head)
-        other = os.pread(descriptor, _META.size, page_bytes).ljust(_META.size, b"\0")
+        _, last_page_end, _ = _read_metas(descriptor, path)
         # Read after the meta pages: the file may grow while we look, but never shrinks.
-        size = os.fstat(descriptor).st_size
-    if any(head) and (magic, version) != (_MAGIC, _DATA_VERSION):
+        return os.fstat(descriptor).st_size < last_page_end
+
+
+def _read_metas(descriptor: int, path: str) -> tuple[bytes, int, int]:
+    """Read the beginning of a data file: its bytes, where the last page ends, last transaction."""
+    head = os.pread(descriptor, _HEAD_BYTES, 0)
+    magic, version, page_bytes, *first = _META.unpack(head[:_META.size].ljust(_META.size, b"\0"))
+    if any(head[:_META.size]) and (magic, version) != (_MAGIC, _DATA_VERSION):
         raise FormatError(f"Expected {path} to be a data file of LMDB (magic {_MAGIC:#x}, version "
                           f"{_DATA_VERSION}), but got: {magic:#x}, {version}")
+    other = head[page_bytes:page_bytes + _META.size].ljust(_META.size, b"\0")
     magic, version, _, *second = _META.unpack(other)
-    last_page, _ = max(newest, second, key=lambda meta: meta[1])
     is_power = page_bytes >= 256 and page_bytes & (page_bytes - 1) == 0
     if not is_power or (magic, version) != (_MAGIC, _DATA_VERSION):
         raise StoreCorruptError(f"Expected {path} to begin with two meta pages of LMDB, but got: "
                                 "others. Restore a backup with 'persipubsub restore'.")
-    return page_bytes, (last_page + 1) * page_bytes > size
+    last_page, txn_id = max(first, second, key=lambda meta: meta[1])
+    return head, (last_page + 1) * page_bytes, txn_id
 
 
 class _Pages(io.FileIO):
-    """The pages of a data file, the meta pages as they were when it was opened."""
+    """A data file whose beginning stays as it was: other processes may commit meanwhile."""
 
-    def __init__(self, path: str, page_bytes: int, progress: Progress) -> None:
-        """Read the meta pages."""
-        super().__init__(path)
+    def __init__(self, descriptor: int, head: bytes, progress: Progress) -> None:
+        """Initialize with the beginning."""
+        super().__init__(descriptor, closefd=False)
+        self._head = head
         self._progress = progress
-        self._page_bytes = page_bytes
-        self._head = bytearray(os.pread(self.fileno(), 2 * page_bytes, 0))
-        self.size = os.fstat(self.fileno()).st_size
-        progress.begin("bytes", total=self.size)
-
-    def pin(self, txn_id: int) -> bool:
-        """Show the store as of the transaction of a reader; return False if it is not there any more."""
-        is_there = False
-        for page in (0, self._page_bytes):
-            offset = page + _META.size - _TRANSACTION.size
-            found, = _TRANSACTION.unpack_from(self._head, offset)
-            is_there = is_there or found == txn_id
-            if found > txn_id:
-                # This page is of a later commit: number it as the one before the reader's.
-                _TRANSACTION.pack_into(self._head, offset, txn_id - 1)
-        return is_there
 
     def read(self, size: int | None = -1) -> bytes:
         """Read from where the verifier went to; it does so before each read."""
@@ -150,7 +142,7 @@ class _Pages(io.FileIO):
         self._progress.done += size
         begin = self.tell()
         if begin + size <= len(self._head):
-            return bytes(self._head[begin:begin + size])
+            return self._head[begin:begin + size]
         return super().read(size)
 
 
@@ -159,25 +151,27 @@ def find_damage(path: str, progress: Progress, txn_id: int = 0) -> list[str] | N
     Walk through all pages in use, without LMDB's engine, which damage could crash.
 
     :param txn_id: of a reader's transaction, if others write meanwhile
-    :return: what is wrong; None if the transaction is not in the meta pages any more
+    :return: what is wrong; None if another transaction was committed since the reader's
     """
     # The import is slow, and hardly ever needed.
     import lmdb.verify  # pylint: disable=import-outside-toplevel,redefined-outer-name
 
-    with files.translated(path=path, doing="read"):
-        page_bytes, _ = check_metas(path)
-        with _Pages(path, page_bytes, progress) as pages:
-            if txn_id and not pages.pin(txn_id):
-                return None
-            # Not lmdb.verify.verify: it looks only at the first page of a large value, so that it finds
-            # nothing wrong with a file that was cut in the middle of one.
-            # pylint: disable-next=protected-access
-            verifier = lmdb.verify._Verifier(pages, pages.size)  # type: ignore[no-untyped-call]
-            try:
-                findings = list(verifier.verify())  # type: ignore[no-untyped-call]
-            except lmdb.verify.VerifyError as error:
-                return [str(error)]
-    lost = sum(verifier.live[pages.size // verifier.psize:])
+    with files.using(path, os.O_RDONLY) as descriptor, files.translated(path=path, doing="read"):
+        head, _, newest = _read_metas(descriptor, path)
+        if txn_id and newest != txn_id:
+            return None
+        size = os.fstat(descriptor).st_size
+        progress.begin("bytes", total=size)
+        # Not lmdb.verify.verify: it looks only at the first page of a large value, so that it finds
+        # nothing wrong with a file that was cut in the middle of one.
+        # pylint: disable-next=protected-access
+        verifier = lmdb.verify._Verifier(_Pages(descriptor, head, progress),
+                                         size)  # type: ignore[no-untyped-call]
+        try:
+            findings = list(verifier.verify())  # type: ignore[no-untyped-call]
+        except lmdb.verify.VerifyError as error:
+            return [str(error)]
+    lost = sum(verifier.live[size // verifier.psize:])
     return findings + ([f"{lost} pages in use are beyond the end of the file"] if lost else [])
 
 

@@ -419,8 +419,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path + ".new")
                 if files.read_mark(self.directory) in (None, files.boot_id()):
-                    _, is_short = datafile.check_metas(path)
-                    if is_short and store.users.is_alone():
+                    if datafile.check_metas(path) and store.users.is_alone():
                         datafile.check_pages(path)
                 else:
                     self._rebuild(store, path)
