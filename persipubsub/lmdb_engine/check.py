@@ -40,10 +40,8 @@ def _check_log(tx: Tx, log_end: int, progress: Progress) -> Iterator[str]:
     while found is not None:
         first, block, value = found
         where = f"the block at message {first}"
-        if first < end:
-            yield f"Expected {where} to begin at or after {end}"
-        if block.time_ns < time_ns:
-            yield f"Expected {where} not to be older than the one before it"
+        if first < end or block.time_ns < time_ns:
+            yield f"Expected {where} to begin at or after {end}, and not before the time {time_ns}"
         if block.audience and block.audience not in audiences:
             yield f"Expected {where} to have a known audience, but got: {block.audience}"
         size = yield from _check_messages(found)
@@ -87,11 +85,11 @@ def _check_positions(tx: Tx, log_end: int) -> Iterator[str]:
                    f"{subscriber.position}")
         previous = subscriber.position
         for begin, end in positions.ranges(tx, subscriber.ordinal):
-            if not subscriber.flags & fmt.FLAG_MAY_HAVE_RANGES:
-                yield f"Expected {where} to be flagged, since it has ranges"
-            if begin <= previous or end <= begin or end > log_end:
-                yield (f"Expected the range {begin}-{end} of {where} after {previous} and at most "
-                       f"at {log_end}")
+            is_flagged = subscriber.flags & fmt.FLAG_MAY_HAVE_RANGES
+            if not is_flagged or not previous < begin < end <= log_end:
+                yield (
+                    f"Expected the range {begin}-{end} of {where}, with a flag, after {previous} "
+                    f"and at most at {log_end}")
             previous = end
     for ahead_key, ahead_value in tx.txn.cursor(db=tx.db.ahead):
         ordinal, begin, _ = fmt.unpack_ahead(ahead_key, ahead_value)
@@ -107,32 +105,27 @@ def _check_attempts(tx: Tx, log_end: int) -> Iterator[str]:
     }
     for key, value in tx.txn.cursor(db=tx.db.attempts):
         ordinal, number = fmt.unpack_attempts_key(key)
-        where = f"the record of attempts for the subscriber {ordinal} at {number}"
-        if ordinal not in flagged:
-            yield f"Expected {where} to be one of a flagged subscriber"
-        if number >= log_end:
-            yield f"Expected {where} before {log_end}"
-        if not fmt.unpack_attempts(value).deliveries:
-            yield f"Expected {where} to count something"
+        deliveries = fmt.unpack_attempts(value).deliveries
+        if ordinal not in flagged or number >= log_end or not deliveries:
+            yield (
+                f"Expected a record of attempts to be of a flagged subscriber, before {log_end}, "
+                f"and to count something, but got: the subscriber {ordinal} at {number} with "
+                f"{deliveries} deliveries")
 
 
 def _check_ids(tx: Tx, log_end: int) -> Iterator[str]:
     """Check that each id is there twice, and is that of a message."""
+    count = 0
     for key, value in tx.txn.cursor(db=tx.db.once):
         if bytes(key[:1]) == fmt.ONCE_ID_PREFIX:
+            count += 1
             identifier = bytes(key[1:])
             number, time_ns = fmt.unpack_once(value)
-            if not fmt.FIRST_NUMBER <= number < log_end:
-                yield (f"Expected the id {identifier!r} to be of a message before {log_end}, but "
-                       f"got: {number}")
-            other = fmt.once_time_key(time_ns, identifier)
-        elif bytes(key[:1]) == fmt.ONCE_TIME_PREFIX:
-            time_ns, identifier = fmt.unpack_once_time_key(key)
-            other = fmt.once_id_key(identifier)
-        else:
-            yield f"Expected an id or a time in once_db, but got: {bytes(key)!r}"
-            continue
-        there = tx.txn.get(other, db=tx.db.once)
-        if there is None or there and fmt.unpack_once(there)[1] != time_ns:
-            yield (f"Expected the id {identifier!r} by itself and by its time {time_ns}, but got: "
-                   "one only")
+            is_timed = tx.txn.get(fmt.once_time_key(time_ns, identifier), db=tx.db.once) is not None
+            if not (fmt.FIRST_NUMBER <= number < log_end and is_timed):
+                yield (
+                    f"Expected the id {identifier!r} to be of a message before {log_end}, and to "
+                    f"be found by its time {time_ns}, but got: the message {number}")
+    entries = tx.txn.stat(tx.db.once)["entries"]
+    if entries != 2 * count:
+        yield f"Expected an entry and a time for {count} ids, but got: {entries} entries"

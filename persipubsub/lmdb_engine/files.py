@@ -86,24 +86,19 @@ def translated(path: str, doing: str) -> Iterator[None]:
         raise translate_os_error(error=error, path=path, doing=doing) from error
 
 
-_KINDS: Final[dict[int, type[PersipubsubError]]] = {
-    errno.EACCES: AccessError,
-    errno.EPERM: AccessError,
-    errno.EROFS: AccessError,
-    errno.ELOOP: AccessError,
-    errno.EISDIR: AccessError,
-    errno.ENOSPC: DiskFullError,
-    errno.EDQUOT: DiskFullError,
-    errno.EFBIG: DiskFullError,
-    errno.ENOENT: NotInitializedError,
-    errno.ENOTDIR: NotInitializedError,
-    errno.ESTALE: NotInitializedError,
+_KINDS: Final[dict[type[PersipubsubError], tuple[int, ...]]] = {
+    AccessError: (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EISDIR),
+    DiskFullError: (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    NotInitializedError: (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 }
 
 
 def kind_of(number: int | None) -> type[PersipubsubError]:
     """Choose the error of this library for an error number of the operating system."""
-    return _KINDS.get(number or 0, StoreError)
+    for kind, numbers in _KINDS.items():
+        if number in numbers:
+            return kind
+    return StoreError
 
 
 def translate_os_error(error: OSError, path: str, doing: str) -> PersipubsubError:
@@ -387,18 +382,16 @@ def identify_store(directory: str) -> Identity:
 
 def _explain_missing(directory: str) -> PersipubsubError:
     """Choose the error for a directory without a data file."""
-    if not os.path.lexists(directory):
-        text = f"Expected the directory of a queue at {directory}, but got: nothing there"
-    elif not os.path.isdir(directory):
-        return FormatError(
-            f"Expected {directory} to be the directory of a queue, but got: not a directory")
-    elif foreign := foreign_names(directory):
-        return FormatError(f"Expected the directory {directory} to be a queue or to be empty, but "
-                           f"got: {', '.join(foreign[:3])}")
-    else:
-        text = f"Expected an initialized queue in {directory}, but got: an empty directory"
+    found = "nothing there"
+    if os.path.lexists(directory):
+        found = "an empty directory"
+        foreign = foreign_names(directory) if os.path.isdir(directory) else ["no directory"]
+        if foreign:
+            return FormatError(f"Expected the directory {directory} to be a queue or to be empty, "
+                               f"but got: {', '.join(foreign[:3])}")
     return NotInitializedError(
-        f"{text}. Run persipubsub.control.initialize_all_dbs with the configuration file first.")
+        f"Expected the directory {directory} to hold an initialized queue, but got: {found}. Run "
+        "persipubsub.control.initialize_all_dbs with the configuration file first.")
 
 
 def prepare_directory(directory: str) -> bool:

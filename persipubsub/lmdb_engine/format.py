@@ -38,6 +38,7 @@ then one insertion and a deletion is one removal (measured without flushes at 1,
 messages: 9.3 us against 13.4 us for a send with the removal of an old message).
 """
 
+import bisect
 import functools
 import itertools
 import struct
@@ -398,18 +399,15 @@ def encode_bodies(messages: Sequence[bytes]) -> list[Body]:
         size = len(messages[0])
         encoded = _ENTRY.pack(size, zlib.crc32(messages[0])) + messages[0]
         return [new(Body, (1, size, encoded))]
-    if sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES and messages:
-        return [_encode_body(messages)]
+    ends = list(itertools.accumulate(map(len, messages)))
     bodies: list[Body] = []
     begin = size = 0
-    for index, message in enumerate(messages):
-        added = len(message) + _ENTRY.size
-        if size + added > BLOCK_BYTES and index > begin:
-            bodies.append(_encode_body(messages[begin:index]))
-            begin, size = index, 0
-        size += added
-    if begin < len(messages):
-        bodies.append(_encode_body(messages[begin:]))
+    while begin < len(messages):
+        fitting = bisect.bisect_right(range(begin, len(messages)), size + BLOCK_BYTES,
+                                      key=lambda index: ends[index] + _ENTRY.size * (index + 1))
+        stop = begin + max(1, fitting)
+        bodies.append(_encode_body(messages[begin:stop]))
+        begin, size = stop, ends[stop - 1] + _ENTRY.size * stop
     return bodies
 
 
@@ -461,9 +459,7 @@ def copy_messages(value: memoryview, block: Block, first: int, begin: int,
     start = size_before(value=value, block=block, index=begin)
     ends = entries[::2]
     data = bytes(value[body + start:body + max(start, ends[-1])])
-    if start:
-        ends = tuple(end - start for end in ends)
-    messages = [data[i:j] for i, j in zip((0, ) + ends, ends)]
+    messages = [data[i - start:j - start] for i, j in zip((start, ) + ends, ends)]
     crcs, expected = tuple(map(zlib.crc32, messages)), entries[1::2]
     if crcs == expected:
         return messages

@@ -218,21 +218,19 @@ def count_within(cursor: Cursor, begin: int, end: int, size: int) -> int:
                                key=lambda number: place_of(cursor, number).size)
 
 
-def delete_head(cursor: Cursor, low: int, budget: int, retained_ns: int) -> int:
+def delete_head(cursor: Cursor, low: int, budget: int, retained_ns: int) -> None:
     """Delete the blocks before a number at the beginning of the log; the last block stays."""
-    if budget <= 0 or not cursor.first() or fmt.unpack_number(cursor.key()) >= low:
-        return 0
-    cursor.last()
+    if not cursor.last():
+        return
     last_number = fmt.unpack_number(cursor.key())
     cursor.first()
-    deleted = 0
-    while deleted < budget and (first := fmt.unpack_number(cursor.key())) != last_number:
+    for _ in range(budget):
+        first = fmt.unpack_number(cursor.key())
         block = fmt.unpack_block(cursor.value(), first)
-        if block.messages and (first + block.messages > low or block.time_ns > retained_ns):
+        if (first == last_number or block.messages and
+            (first + block.messages > low or block.time_ns > retained_ns)):
             break
         cursor.delete()
-        deleted += 1
-    return deleted
 
 
 def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:

@@ -36,26 +36,40 @@ _LOOK_MESSAGES: Final = 1000
 #: A follower looks at the queue again after this time, in seconds, even without a notification.
 _LONGEST_PAUSE_SECS: Final = 1.0
 
-#: A message to be shown: the block in which it is, and its number.
-_Shown = tuple[log.Found, int]
 
-
-def _copy(tx: Tx, shown: Iterator[_Shown], limit: int, now_ns: int) -> list[Peeked]:
-    """Copy messages, up to a limit."""
+def _copy(tx: Tx, key: bytes | None, start: int, limit: int, oldest_ns: int,
+          now_ns: int) -> list[Peeked]:
+    """Copy messages from a number on: those that a subscriber has to acknowledge, or all."""
     audiences = log.read_audiences(tx)
     messages: list[Peeked] = []
     size = 0
-    for (first, block, value), number in shown:
-        content: bytes | None = None
-        with contextlib.suppress(CorruptMessageError):
-            content = fmt.copy_message(value, block, number - first, number)
-            size += len(content)
-        messages.append(
-            Peeked(number=number, age_seconds=max(0, now_ns - block.time_ns) / 1e9,
-                   subscribers=audiences.get(block.audience), content=content))
-        if len(messages) >= min(limit, _LOOK_MESSAGES) or size >= _LOOK_BYTES:
-            break
+    for (first, block, value), begin, end in _runs(tx, key, start, oldest_ns):
+        for number in range(begin, end):
+            content: bytes | None = None
+            with contextlib.suppress(CorruptMessageError):
+                content = fmt.copy_message(value, block, number - first, number)
+                size += len(content)
+            messages.append(
+                Peeked(number=number, age_seconds=max(0, now_ns - block.time_ns) / 1e9,
+                       subscribers=audiences.get(block.audience), content=content))
+            if len(messages) >= min(limit, _LOOK_MESSAGES) or size >= _LOOK_BYTES:
+                return messages
     return messages
+
+
+def _runs(tx: Tx, key: bytes | None, number: int,
+          oldest_ns: int) -> Iterator[tuple[log.Found, int, int]]:
+    """Iterate over runs of messages in a block: those that a subscriber would get, or all."""
+    if key is not None:
+        number = max(number, positions.beginning(tx, oldest_ns))
+        for run in positions.runs(tx, positions.require(tx, key), number, fmt.MAX_NUMBER):
+            yield run.found, run.number, run.stop
+        return
+    cursor = tx.cursor()
+    found = log.seek(cursor, number)
+    while found is not None:
+        yield found, max(number, found.first), found.first + found.block.messages
+        found = log.following(cursor)
 
 
 def peek(path: str, queue: config.Queue, subscriber: str, count: int, start: int) -> list[Peeked]:
@@ -64,31 +78,16 @@ def peek(path: str, queue: config.Queue, subscriber: str, count: int, start: int
     # No message has a larger number, and a key has no room for an arbitrary one.
     start = min(start, fmt.MAX_NUMBER + 1)
     with environment.opened(path, queue, is_read_only=True) as opened:
+        timeout_secs = opened.queue.high_water_mark.msg_timeout_secs
         while True:
-            found = opened.read(_peek, subscriber.encode("utf-8"), start, count - len(messages),
-                                opened.now_ns(), opened.queue.high_water_mark.msg_timeout_secs)
+            now_ns = opened.now_ns()
+            oldest_ns = 0 if timeout_secs is None else now_ns - int(timeout_secs * 1e9)
+            found = opened.read(_copy, subscriber.encode("utf-8"), start, count - len(messages),
+                                oldest_ns, now_ns)
             messages.extend(found)
             if not found or len(messages) >= count:
                 return messages
             start = found[-1].number + 1
-
-
-def _peek(tx: Tx, key: bytes, start: int, limit: int, now_ns: int,
-          timeout_secs: float | None) -> list[Peeked]:
-    """Copy messages that a subscriber still has to acknowledge."""
-    oldest_ns = 0 if timeout_secs is None else now_ns - int(timeout_secs * 1e9)
-    return _copy(tx, _pending(tx, key, start, oldest_ns), limit, now_ns)
-
-
-def _pending(tx: Tx, key: bytes, number: int, oldest_ns: int) -> Iterator[_Shown]:
-    """Iterate over the messages from a number on that a subscriber still has to acknowledge."""
-    record = positions.require(tx, key)
-    cursor = tx.cursor()
-    while (run := positions.next_run(tx, record, cursor, number)) is not None:
-        if run.found.block.time_ns >= oldest_ns:
-            for pending in range(run.number, run.stop):
-                yield run.found, pending
-        number = run.stop
 
 
 def follow(path: str, queue: config.Queue, last: int) -> Generator[list[Peeked], None, None]:
@@ -97,7 +96,7 @@ def follow(path: str, queue: config.Queue, last: int) -> Generator[list[Peeked],
         number = opened.read(_begin_of_last, last)
         while True:
             stamp = opened.notifier.arm()
-            messages = opened.read(_read_on, number, opened.now_ns())
+            messages = opened.read(_copy, None, number, _LOOK_MESSAGES, 0, opened.now_ns())
             yield messages
             if messages:
                 number = messages[-1].number + 1
@@ -113,21 +112,6 @@ def _begin_of_last(tx: Tx, last: int) -> int:
     if head is None or last == 0:
         return log_end.next_number
     return log.number_at_count(cursor, head.first, log_end.next_number, log_end.total_count - last)
-
-
-def _read_on(tx: Tx, number: int, now_ns: int) -> list[Peeked]:
-    """Copy messages from a number on."""
-    return _copy(tx, _from(tx, number), _LOOK_MESSAGES, now_ns)
-
-
-def _from(tx: Tx, number: int) -> Iterator[_Shown]:
-    """Iterate over the messages from a number on."""
-    cursor = tx.cursor()
-    found = log.seek(cursor, number)
-    while found is not None:
-        for shown in range(max(number, found.first), found.first + found.block.messages):
-            yield found, shown
-        found = log.following(cursor)
 
 
 # Verifying

@@ -49,8 +49,6 @@ class LowWatermark:
     #: key (UTF-8) of a subscriber whose position is ``number``; empty if there is none, or if the
     #: log has audiences: then a position does not tell the first pending message
     slowest_key: bytes
-    #: no message from ``number`` on was, or will be, committed before this time
-    oldest_ns: int
 
 
 class Dropped(NamedTuple):
@@ -89,7 +87,7 @@ def find_low_watermark(tx: Tx, log_end: LogEnd, is_read_only: bool = False,
     return LowWatermark(generation=log_end.generation, number=number, messages=place.messages,
                         size=place.size, interval=max(_SMALLEST_INTERVAL,
                                                       len(found) // 4),
-                        slowest_key=bytes(slowest_key), oldest_ns=place.time_ns)
+                        slowest_key=bytes(slowest_key))
 
 
 def describe(tx: Tx) -> tuple[int, int, str, int]:
@@ -127,8 +125,6 @@ def drop(tx: Tx, begin: int, end: int, counter: str) -> list[Dropped]:
 
 def expired_before(tx: Tx, low: LowWatermark, log_end: LogEnd, time_ns: int) -> int:
     """Return the number of the first message that is not too old."""
-    if low.oldest_ns >= time_ns:
-        return low.number
     cursor = tx.cursor()
     found = log.seek(cursor, low.number)
     if found is None or found.block.time_ns >= time_ns:

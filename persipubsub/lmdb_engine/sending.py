@@ -68,8 +68,7 @@ class _Batch:
         # What came of it: number of the first message, 0 if the queue was full; or an error.
         self.first: int = 0
         self.error: BaseException | None = None
-        #: a thread waits for it, see ``_Line``
-        self.waiter: threading.Lock | None = None
+        self.waiter: threading.Lock  # see ``_Line``
 
     def without_known(self, tx: Tx, oldest_ns: int) -> tuple["_Batch", int]:
         """
@@ -118,16 +117,14 @@ class _Line:
             return
         with self._lock:
             self._waiting.append(batch)
-            batch.waiter = None
+            # The thread that sends for all releases it, if there is one.
+            batch.waiter = threading.Lock()
             if self._leader:
-                batch.waiter = threading.Lock()
                 batch.waiter.acquire()  # pylint: disable=consider-using-with
-            else:
-                self._leader = -1
-        if batch.waiter is not None:
-            batch.waiter.acquire()  # pylint: disable=consider-using-with
-            if batch not in self._waiting:
-                return  # it was sent
+            self._leader = self._leader or -1
+        batch.waiter.acquire()  # pylint: disable=consider-using-with
+        if batch not in self._waiting:
+            return  # it was sent
         with self._lock:
             self._leader = threading.get_ident()
             batches, self._waiting = self._waiting, []
@@ -143,7 +140,7 @@ class _Line:
                 following = self._waiting[:1]
                 self._leader = -1 if following else 0
             for one in (*batches, *following):
-                if one.waiter is not None and one is not batch:
+                if one is not batch:
                     one.waiter.release()
 
 
