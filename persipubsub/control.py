@@ -483,12 +483,8 @@ def compact(config_pth: ConfigLike, queue_key: str | None = None,
     :raise StoreCorruptError: if the queue is damaged; it is left as it is
     """
     shown = progress or Progress()
-
-    def work(config: Config, key: str) -> Any:
-        _operate(config, key, "delete_finished")
-        return _maintain(config, key, "compact", shown)
-
-    return _for_each(config_pth, queue_key, work)
+    return _for_each(config_pth, queue_key,
+                     lambda config, key: _maintain(config, key, "compact", shown))
 
 
 def add_subscriber(config_pth: ConfigLike, queue_key: str, subscriber: str) -> bool:

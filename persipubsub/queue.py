@@ -210,7 +210,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def remove_subscriber(self, subscriber: str) -> int:
         """Remove a subscriber, durably; return how many messages it still had to acknowledge."""
         lag = self._change(positions.remove, subscriber.encode("utf-8"))
-        self.delete_finished()
+        self._room.delete_finished()
         return lag
 
     def _change(self, work: Callable[..., ResultT], *args: object) -> ResultT:
@@ -226,11 +226,6 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def secure(self) -> None:
         """Flush what was put so far, for queues in which a put does not."""
         self._environment.write_state()
-
-    def delete_finished(self) -> None:
-        """Delete all messages that all subscribers acknowledged, in many short transactions."""
-        self._check_open()
-        self._room.delete_finished()
 
     def prune(self) -> int:
         """Drop the messages that are too old, and delete those that are finished."""

@@ -33,20 +33,28 @@ def _collect(tx: Tx, opened: Environment, now_ns: int) -> QueueStatistics:
             oldest = min(oldest, positions.first_pending(tx, record, end))
         subscribers.append(_subscriber(record, lag, now_ns, claims[record.ordinal]))
     place = log.place_of(cursor, oldest)
-    count, size = log_end.total_count - place.messages, log_end.total_bytes - place.size
+    count, size = log_end.total_count - place.total_count, log_end.total_bytes - place.total_bytes
     found = log.seek(cursor, oldest) if oldest < end else None
     age = None if found is None else max(0, now_ns - found.block.time_ns) / 1e9
     queue, mark, file_bytes = opened.queue, opened.queue.high_water_mark, opened.file_bytes()
-    return QueueStatistics(path=opened.directory, messages=count, message_share=share(
-        count, mark.max_msgs_num), message_bytes=size, byte_share=share(size, mark.size_bytes),
-                           file_bytes=file_bytes, file_share=share(file_bytes,
-                                                                   queue.max_db_size_bytes),
-                           oldest_age_seconds=age, age_share=share(age or 0.0,
-                                                                   mark.msg_timeout_secs),
-                           next_number=end, commits=tx.txn.id(), subscribers=tuple(subscribers),
-                           sent=log_end.total_count, journal_bytes=opened.journal.bytes_on_disk(),
-                           journal_lag_bytes=opened.journal.lag_bytes(),
-                           disk_bytes=files.disk_bytes(opened.directory))
+    return QueueStatistics(
+        path=opened.directory,
+        messages=count,
+        message_share=share(count, mark.max_msgs_num),
+        message_bytes=size,
+        byte_share=share(size, mark.size_bytes),
+        file_bytes=file_bytes,
+        file_share=share(file_bytes, queue.max_db_size_bytes),
+        oldest_age_seconds=age,
+        age_share=share(age or 0.0, mark.msg_timeout_secs),
+        next_number=end,
+        commits=tx.txn.id(),
+        subscribers=tuple(subscribers),
+        sent=log_end.total_count,
+        journal_bytes=opened.journal.bytes_on_disk(),
+        journal_lag_bytes=opened.journal.lag_bytes(),
+        disk_bytes=files.disk_bytes(opened.directory),
+    )
 
 
 def _subscriber(record: fmt.Subscriber, lag: int, now_ns: int,

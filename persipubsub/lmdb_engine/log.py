@@ -18,10 +18,10 @@ RETAINS_NOTHING_NS: Final = 1 << 63
 
 
 class LogEnd(NamedTuple):
-    """End of the log."""
+    """End of the log, or a place in it: totals of everything before a number."""
 
     next_number: int  #: of the next message
-    time_ns: int  #: of the last commit; 0 if there was none
+    time_ns: int  #: of the last commit, 0 if there was none; of a place: when its message was sent
     total_count: int
     total_bytes: int
     generation: int
@@ -30,15 +30,6 @@ class LogEnd(NamedTuple):
 
 EMPTY: Final = LogEnd(next_number=fmt.FIRST_NUMBER, time_ns=0, total_count=0, total_bytes=0,
                       generation=0, totals=())
-
-
-class Place(NamedTuple):
-    """Totals of everything before a number."""
-
-    messages: int  #: how many
-    size: int  #: their bytes
-    totals: tuple[int, ...]  #: of each audience but everybody
-    time_ns: int  #: nothing from the number on was, or will be, committed before this time
 
 
 class Found(NamedTuple):
@@ -153,12 +144,11 @@ def _at(cursor: Cursor) -> Found:
     return found
 
 
-def place_of(cursor: Cursor, number: int) -> Place:
+def place_of(cursor: Cursor, number: int) -> LogEnd:
     """Count everything before a number, without a walk."""
     found = seek(cursor, number)
     if found is None:
-        log_end = read_end(cursor)
-        return Place(log_end.total_count, log_end.total_bytes, log_end.totals, log_end.time_ns)
+        return read_end(cursor)
     first, block, value = found
     kept = max(0, min(number - first, block.messages))
     count = block.total_count - block.messages + kept
@@ -167,13 +157,13 @@ def place_of(cursor: Cursor, number: int) -> Place:
     totals = fmt.unpack_totals(value, block) if block.audiences else ()
     if block.audience:
         totals = _add_to_audience(totals, block.audience, kept - block.messages)
-    place: Place = fmt.new(Place, (count, size, totals, block.time_ns))
+    place: LogEnd = fmt.new(LogEnd, (number, block.time_ns, count, size, block.generation, totals))
     return place
 
 
-def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
+def count_between(begin: LogEnd, end: LogEnd, audiences: Sequence[int]) -> int:
     """Count the messages between two places that are for everybody or for some lists."""
-    count = (end.messages - sum(end.totals)) - (begin.messages - sum(begin.totals))
+    count = (end.total_count - sum(end.totals)) - (begin.total_count - sum(begin.totals))
     for audience in audiences:
         if audience <= len(end.totals):
             count += end.totals[audience - 1]
@@ -188,7 +178,7 @@ def count_between(begin: Place, end: Place, audiences: Sequence[int]) -> int:
 def number_at_count(cursor: Cursor, begin: int, end: int, count: int) -> int:
     """Find the number before which the log has a given count of messages."""
     return begin + bisect.bisect_left(range(begin, end), count,
-                                      key=lambda number: place_of(cursor, number).messages)
+                                      key=lambda number: place_of(cursor, number).total_count)
 
 
 def number_at_time(cursor: Cursor, begin: int, end: int, time_ns: int) -> int:
@@ -213,9 +203,9 @@ def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[i
 
 def count_within(cursor: Cursor, begin: int, end: int, size: int) -> int:
     """Count the first numbers of a range whose messages have together at most so many bytes."""
-    limit = place_of(cursor, begin).size + size
+    limit = place_of(cursor, begin).total_bytes + size
     return bisect.bisect_right(range(begin + 1, end + 1), limit,
-                               key=lambda number: place_of(cursor, number).size)
+                               key=lambda number: place_of(cursor, number).total_bytes)
 
 
 def delete_head(cursor: Cursor, low: int, budget: int, retained_ns: int) -> None:
@@ -240,7 +230,7 @@ def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
     if found is not None and found.first < cut:
         # Its first messages stay.
         first, block, value = found
-        record = fmt.pack_block(block.time_ns, place.messages, place.size, cut - first,
+        record = fmt.pack_block(block.time_ns, place.total_count, place.total_bytes, cut - first,
                                 block.audience, block.generation, place.totals)
         body = fmt.truncate_body(value, block, cut - first)
         shorter = record + body
@@ -254,7 +244,7 @@ def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
         key = cursor.key()
         if not key or fmt.unpack_number(key) < cut or not cursor.delete():
             break
-    log_end = log_end._replace(total_count=place.messages, total_bytes=place.size,
+    log_end = log_end._replace(total_count=place.total_count, total_bytes=place.total_bytes,
                                totals=place.totals)
     put_placeholder(cursor, log_end)
     return log_end

@@ -233,8 +233,8 @@ def _alone(path: str, busy_timeout_secs: float) -> Iterator[None]:
 def compact(path: str, queue: config.Queue, progress: Progress) -> Sizes:
     """Free the disk space that a queue does not need; no process may have the queue open."""
     # If a crash left damage, the opening repairs or refuses it.
-    with environment.opened(path, queue):
-        pass
+    with environment.opened(path, queue) as in_use:
+        in_use.delete_finished(in_use.now_ns())
     store = os.path.join(path, files.DATA)
     before = files.disk_bytes(path)
     with _alone(path, queue.busy_timeout_secs), files.translated(path=path, doing="compact"):

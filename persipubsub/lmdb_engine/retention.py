@@ -84,9 +84,9 @@ def find_low_watermark(tx: Tx, log_end: LogEnd, is_read_only: bool = False,
         found = [(fmt.unpack_position(data), key) for key, data in tx.txn.cursor(tx.db.subscribers)]
     number, slowest_key = min(found, key=operator.itemgetter(0), default=(log_end.next_number, b""))
     place = log.place_of(tx.cursor(), number)
-    return LowWatermark(generation=log_end.generation, number=number, messages=place.messages,
-                        size=place.size, interval=max(_SMALLEST_INTERVAL,
-                                                      len(found) // 4),
+    return LowWatermark(generation=log_end.generation, number=number, messages=place.total_count,
+                        size=place.total_bytes, interval=max(_SMALLEST_INTERVAL,
+                                                             len(found) // 4),
                         slowest_key=bytes(slowest_key))
 
 

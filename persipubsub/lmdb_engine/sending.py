@@ -41,11 +41,6 @@ class _StoreFullError(DiskFullError):
 class _JournalFullError(DiskFullError):
     """The journal needs a segment, which is not made under the write lock."""
 
-    def __init__(self, cost: int) -> None:
-        """Initialize with the room that is needed."""
-        super().__init__("Expected room in the journal, but got: none")
-        self.cost = cost
-
 
 class _Batch:
     """Messages of one send, encoded before any lock is taken."""
@@ -252,7 +247,7 @@ class Sender:
                 if len(batches) > 1:
                     raise
                 if isinstance(error, _JournalFullError):
-                    needed = error.cost
+                    needed = error.args[1]
                 elif isinstance(error, (_StoreFullError, MapFullError)):
                     if isinstance(error, MapFullError):
                         environment.check_readers()
@@ -328,7 +323,7 @@ class Sender:
             audience = self._find_audience(tx, batch.recipients) if batch.recipients else 0
             cost = batch.cost + 8 * len(log_end.totals) * len(batch.bodies)
             if not environment.journal.reserve(cost):
-                raise _JournalFullError(cost)
+                raise _JournalFullError("Expected room in the journal, but got: none", cost)
             log_end = log.append(tx, log_end, now_ns, audience, batch.bodies)
             self._end = log_end, tx.txn.id(), environment.aborted
             for place, msg_id in enumerate(batch.msg_ids or ()):

@@ -66,5 +66,5 @@ def test_flipped_byte(tmp_path: Path, durability: str, is_large: bool) -> None:
             assert (entry.lag, entry.acknowledged, entry.corrupt) == (0, len(EXPECTED), 1)
         # The block goes with its last message, and with it the damage.
         queue.put([b"next"])
-        queue.delete_finished()
+        queue.prune()
         assert not queue.check()
