@@ -210,7 +210,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def remove_subscriber(self, subscriber: str) -> int:
         """Remove a subscriber, durably; return how many messages it still had to acknowledge."""
         lag = self._change(positions.remove, subscriber.encode("utf-8"))
-        self._room.delete_finished()
+        self._opened.delete_finished(self._now_ns())
         return lag
 
     def _change(self, work: Callable[..., ResultT], *args: object) -> ResultT:
@@ -231,7 +231,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         """Drop the messages that are too old, and delete those that are finished."""
         self._check_open()
         dropped = self._room.drop_expired()
-        self._room.delete_finished()
+        self._opened.delete_finished(self._now_ns())
         return dropped
 
     def clear(self) -> int:
@@ -239,7 +239,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         opened = self._environment
         dropped = opened.write(retention.clear, makes_room=True)
         opened.notifier.notify()
-        self._room.delete_finished(keeps_retained=False)
+        opened.delete_finished(self._now_ns(), keeps_retained=False)
         opened.write_state()
         return sum(one.messages for one in dropped)
 

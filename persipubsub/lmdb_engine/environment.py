@@ -335,13 +335,19 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def delete_finished(self, now_ns: int, keeps_retained: bool = True,
                         most_chunks: int = sys.maxsize) -> None:
-        """Delete finished messages and old ids, in many short transactions."""
+        """
+        Delete finished messages and old ids, in many short transactions.
+
+        :param keeps_retained: False to delete also what ``retain_secs`` keeps, and the last block
+        """
         oldest_id_ns = now_ns - int(self.queue.once_window_secs * 1e9)
         retained_ns = self.retained_ns(now_ns) if keeps_retained else log.RETAINS_NOTHING_NS
         for _ in range(most_chunks):
             if not self.read(retention.is_any_finished, oldest_id_ns, retained_ns):
                 break
             self.write(retention.delete_finished, oldest_id_ns, retained_ns, makes_room=True)
+        if not keeps_retained:
+            self.write(retention.empty_last, makes_room=True)
 
     def retained_ns(self, now_ns: int) -> int:
         """Tell since when messages stay although they are finished."""

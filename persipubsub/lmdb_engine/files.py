@@ -278,13 +278,14 @@ def read_mark(directory: str) -> bytes | None:
 
 
 def mark_running(directory: str) -> None:
-    """Mark a store durably as in use, before writing: a reboot makes LMDB's file untrustworthy."""
+    """
+    Mark a store durably as in use, before writing: a reboot makes LMDB's file untrustworthy.
+
+    A mark of this boot is taken for durable: the caller has flushed the directory.
+    """
     if read_mark(directory) != boot_id():
         with replacing(os.path.join(directory, RUNNING)) as (_, descriptor):
             os.write(descriptor, boot_id())
-    else:
-        # A process that wrote it may have been killed before it flushed the name.
-        flush_directory(directory)
 
 
 def mark_clean(directory: str) -> None:

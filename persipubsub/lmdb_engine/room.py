@@ -138,7 +138,7 @@ class Room:
         """
         while True:
             self.drop_expired()
-            self.delete_finished(keeps_retained=False)
+            self._environment.delete_finished(self._now_ns(), keeps_retained=False)
             used = self._environment.read(self.used)
             if used + size <= self.max_bytes:
                 return True
@@ -155,7 +155,7 @@ class Room:
 
     def free_disk(self) -> None:
         """Delete what is finished: a send that fails on a full disk takes its own deletion back."""
-        self.delete_finished(keeps_retained=False)
+        self._environment.delete_finished(self._now_ns(), keeps_retained=False)
         # The journal, too, can then reuse segments in which all is finished.
         self._environment.write_state()
 
@@ -182,13 +182,3 @@ class Room:
             self.drop_log.add(dropped)
             self._environment.notifier.notify()
         return sum(one.messages for one in dropped)
-
-    def delete_finished(self, keeps_retained: bool = True) -> None:
-        """
-        Delete all finished messages and old ids, in many short transactions.
-
-        :param keeps_retained: False to delete also what ``retain_secs`` keeps, and the last block
-        """
-        self._environment.delete_finished(self._now_ns(), keeps_retained)
-        if not keeps_retained:
-            self._environment.write(retention.empty_last, makes_room=True)
