@@ -60,23 +60,18 @@ class Room:
         :raise MessageTooLargeError: if it could not
         """
         sizes = list(map(len, messages))
-        count, size, largest = len(sizes), sum(sizes), max(sizes, default=0)
-        directory = self._environment.directory
-        limit = min(self.max_size, fmt.MAX_MESSAGE_BYTES)
-        if largest > limit:
-            raise MessageTooLargeError(
-                f"Expected a message of at most {limit} bytes for the queue {directory} "
-                f"(HWM_LMDB_SIZE_BYTES), but got: {largest} bytes")
-        if size > self.max_size or count > self.max_messages:
-            raise MessageTooLargeError(
-                f"Expected a batch of at most {self.max_messages} messages (MAX_MSGS_NUM) and "
-                f"{self.max_size} bytes (HWM_LMDB_SIZE_BYTES) for the queue {directory}, but got: "
-                f"{count} messages, {size} bytes")
-        room = self.max_bytes - fmt.BLOCK_BYTES // 8 - fmt.ENTRY_BYTES * count
-        if size > room:
-            raise MessageTooLargeError(
-                f"Expected messages of at most {max(0, room)} bytes for the queue {directory} "
-                f"(max_db_size_bytes), but got: {size} bytes")
+        count, size = len(sizes), sum(sizes)
+        stored = size + fmt.ENTRY_BYTES * count + fmt.BLOCK_BYTES // 8
+        for found, limit, what, setting in (
+            (max(sizes, default=0), fmt.MAX_MESSAGE_BYTES, "bytes in a message", "of any queue"),
+            (count, self.max_messages, "messages in a batch", "MAX_MSGS_NUM"),
+            (size, self.max_size, "bytes of messages", "HWM_LMDB_SIZE_BYTES"),
+            (stored, self.max_bytes, "bytes of messages and overhead", "max_db_size_bytes"),
+        ):
+            if found > limit:
+                raise MessageTooLargeError(
+                    f"Expected at most {limit} {what} for the queue {self._environment.directory} "
+                    f"({setting}), but got: {found}")
 
     # High-water marks
 
