@@ -394,6 +394,8 @@ def encode_bodies(messages: Sequence[bytes]) -> list[Body]:
         size = len(messages[0])
         encoded = _ENTRY.pack(size, zlib.crc32(messages[0])) + messages[0]
         return [new(Body, (1, size, encoded))]
+    if 0 < sum(map(len, messages)) + _ENTRY.size * len(messages) <= BLOCK_BYTES:
+        return [_encode_body(messages)]
     ends = list(itertools.accumulate(map(len, messages)))
     bodies: list[Body] = []
     begin = size = 0

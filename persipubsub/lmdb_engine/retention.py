@@ -49,6 +49,8 @@ class LowWatermark:
     #: key (UTF-8) of a subscriber whose position is ``number``; empty if there is none, or if the
     #: log has audiences: then a position does not tell the first pending message
     slowest_key: bytes
+    #: no message from ``number`` on was, or will be, committed before this time
+    oldest_ns: int
 
 
 class Dropped(NamedTuple):
@@ -87,7 +89,7 @@ def find_low_watermark(tx: Tx, log_end: LogEnd, is_read_only: bool = False,
     return LowWatermark(generation=log_end.generation, number=number, messages=place.total_count,
                         size=place.total_bytes, interval=max(_SMALLEST_INTERVAL,
                                                              len(found) // 4),
-                        slowest_key=bytes(slowest_key))
+                        slowest_key=bytes(slowest_key), oldest_ns=place.time_ns)
 
 
 def describe(tx: Tx) -> tuple[int, int, str, int]:
@@ -125,11 +127,9 @@ def drop(tx: Tx, begin: int, end: int, counter: str) -> list[Dropped]:
 
 def expired_before(tx: Tx, low: LowWatermark, log_end: LogEnd, time_ns: int) -> int:
     """Return the number of the first message that is not too old."""
-    cursor = tx.cursor()
-    found = log.seek(cursor, low.number)
-    if found is None or found.block.time_ns >= time_ns:
+    if low.oldest_ns >= time_ns:
         return low.number
-    return log.number_at_time(cursor, low.number, log_end.next_number, time_ns)
+    return log.number_at_time(tx.cursor(), low.number, log_end.next_number, time_ns)
 
 
 def halve(tx: Tx, added: int, drops_newest: bool) -> list[Dropped]:
