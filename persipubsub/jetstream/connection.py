@@ -8,7 +8,7 @@ uses.
 
 import asyncio
 import contextlib
-import dataclasses
+import math
 import os
 import random
 import ssl
@@ -44,14 +44,16 @@ _FIRST_SECS: Final = 10.0
 _SILENCE_SECS: Final = 15.0
 _PING_SECS: Final = 5
 
-#: Time after which a request without an answer is repeated, at first and at most, in seconds.
-FIRST_ATTEMPT_SECS: Final = 1.0
-LONGEST_ATTEMPT_SECS: Final = 5.0
-
 PAUSE_SECS: Final = 0.1
 
 #: Interval at which a connection is watched, in seconds.
 _LOOK_SECS: Final = 0.25
+
+#: A request without an answer is repeated after so many round trips of pings; there is one at each
+#: look. Of requests that are made at the same time, so many wait for one round trip more. Seconds
+#: were rejected: over a slow connection, a request is read late, and repeating it takes even longer.
+_PATIENCE: Final = 8
+_EACH_ROUND_TRIP: Final = 25
 
 #: Time without any answer after which a server is believed to have no JetStream, in seconds.
 _NO_JETSTREAM_SECS: Final = 2.0
@@ -60,21 +62,6 @@ _NO_JETSTREAM_SECS: Final = 2.0
 UNANSWERED: Final = (OSError, nats.errors.NoRespondersError, nats.errors.ConnectionClosedError,
                      nats.errors.ConnectionReconnectingError, nats.errors.ConnectionDrainingError,
                      nats.errors.StaleConnectionError, nats.errors.OutboundBufferLimitError)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Request:
-    """A request without an answer so far. Times are on the monotonic clock."""
-
-    scope: asyncio.Timeout  #: in which the answer is waited for
-    doubted_at: float  #: from then on, a ping finds out whether the server has read it
-    patience: float  #: after the server has read it, in seconds
-    deadline: float
-
-    def end(self) -> None:
-        """Let the call go on without an answer."""
-        if not self.scope.expired():
-            self.scope.reschedule(time.monotonic())
 
 
 class Link:
@@ -92,7 +79,9 @@ class Link:
         self._loop = own
         self._complain = complain
         self._transports: list[asyncio.BaseTransport] = []
-        self._requests: set[_Request] = set()
+        # By the timeout of a request: the round trip at whose end it is given up.
+        self._requests: dict[asyncio.Timeout, int] = {}
+        self._round_trips = 0
         self._pinging: asyncio.Task[None] | None = None
 
     async def connect(self, server: str, options: Mapping[str, Any]) -> None:
@@ -136,8 +125,7 @@ class Link:
         """Give the connection up, and end its requests."""
         if not self.lost.done():
             self.lost.set_result(None)
-            for request in self._requests:
-                request.end()
+            self._end_requests(math.inf)
             self._loop.start(self.close())
 
     async def close(self) -> None:
@@ -153,61 +141,51 @@ class Link:
             async with asyncio.timeout(PAUSE_SECS):
                 await self.client.close()
 
-    async def request(self, subject: str, payload: bytes, patience: float, deadline: float,
+    async def request(self, subject: str, payload: bytes, deadline: float, at_once: int = 1,
                       headers: dict[str, str] | None = None) -> nats.aio.msg.Msg:
         """
         Ask once; raise one of UNANSWERED if no answer comes in time or over this connection.
 
-        The patience, in seconds, begins when the server has read the request. Over a slow
-        connection that takes long, and a repeated request makes it slower.
+        :param at_once: how many requests are made at the same time
         """
         if self.lost.done():
             raise ConnectionResetError("the connection was lost")
-        request = _Request(asyncio.timeout(None),
-                           time.monotonic() + patience / 2, patience / 2, deadline)
-        self._requests.add(request)
+        scope = asyncio.timeout(None)
+        self._requests[scope] = self._round_trips + _PATIENCE + at_once // _EACH_ROUND_TRIP
         try:
-            async with request.scope:
-                return await self.client.request(subject, payload, _FOREVER_SECS, headers=headers)
+            async with scope:
+                return await self.client.request(subject, payload,
+                                                 max(0.0, deadline - time.monotonic()),
+                                                 headers=headers)
         finally:
-            self._requests.discard(request)
+            self._requests.pop(scope, None)
+
+    def _end_requests(self, round_trips: float) -> None:
+        """Let requests go on without an answer, if their patience ends at this round trip."""
+        for scope in [one for one, last in self._requests.items() if last <= round_trips]:
+            del self._requests[scope]
+            scope.reschedule(time.monotonic())
 
     async def _watch(self) -> None:
-        """End requests whose time is over, and give a silent connection up."""
-        # One task for all requests: with a timer for each, sending took a fifth longer.
+        """Ping while requests wait, and give a silent connection up."""
         received = 0
         heard = pinged = time.monotonic()
         while not self.lost.done():
             await asyncio.sleep(_LOOK_SECS)
             now = time.monotonic()
-            for request in self._requests:
-                if request.deadline <= now:
-                    request.end()
             if self.client.stats["in_msgs"] != received:
                 received, heard = self.client.stats["in_msgs"], now
             if self._pinging is not None and self._pinging.done():
                 self._pinging, heard = None, now
+                self._round_trips += 1
+                self._end_requests(self._round_trips)
             if now - heard >= _SILENCE_SECS:
                 self.lose()
-            elif self._pinging is None and (now - pinged >= _PING_SECS
-                                            or any(one.doubted_at <= now
-                                                   for one in self._requests)):
+            elif self._pinging is None and (self._requests or now - pinged >= _PING_SECS):
                 # Not cancelled as long as the connection lives: nats-py stops reading at the late
                 # answer to a ping that was cancelled.
-                self._pinging, pinged = self._loop.start(self._ping(now)), now
-
-    async def _ping(self, begin: float) -> None:
-        """Wait until the server has read what was written, and bound the time of old requests."""
-        has_waited: list[bool] = []
-        self._loop.call_soon(has_waited.append, True)
-        with contextlib.suppress(nats.errors.Error, OSError):
-            await self.client.flush(timeout=_FOREVER_SECS)
-        if not has_waited:
-            self.lose()  # nats-py reads no answers any more
-        now = time.monotonic()
-        for request in self._requests:
-            if request.doubted_at <= begin:
-                request.deadline = min(request.deadline, now + request.patience)
+                ping = self.client.flush(timeout=_FOREVER_SECS)
+                self._pinging, pinged = self._loop.start(ping), now
 
 
 class Connection:
@@ -299,12 +277,11 @@ class Connection:
 
     async def ask(self, subject: str, payload: bytes, deadline: float) -> nats.aio.msg.Msg:
         """Ask until there is an answer. The request has to be one that may be repeated."""
-        patience = FIRST_ATTEMPT_SECS
         begin = time.monotonic()
         while True:
             link = await self.link(deadline)
             try:
-                return await link.request(subject, payload, patience, deadline)
+                return await link.request(subject, payload, deadline)
             except UNANSWERED as error:
                 self.check_rights(subject)
                 until = deadline
@@ -312,7 +289,6 @@ class Connection:
                     until = min(deadline, begin + _NO_JETSTREAM_SECS)
                 if time.monotonic() >= until:
                     raise errors.translate(error, self._path) from None
-                patience = min(2 * patience, LONGEST_ATTEMPT_SECS)
             await asyncio.sleep(PAUSE_SECS)
 
     async def release(self) -> None:

@@ -414,7 +414,6 @@ class Delivery:
         rejected: the work on all of them would be repeated.
         """
         deadline = self._stream.deadline()
-        patience = connection.FIRST_ATTEMPT_SECS
         replies = {one.reply for one in messages}
         left = list(messages)
         self._acking |= replies
@@ -422,34 +421,30 @@ class Delivery:
             while left:
                 some, rest = left[:_ACKS_AT_ONCE], left[_ACKS_AT_ONCE:]
                 link = await self._connection.link(deadline)
-                calls = [
-                    self._ack_one(link, one, patience + 0.01 * len(some), deadline) for one in some
-                ]
+                calls = [self._ack_one(link, one, len(some), deadline) for one in some]
                 # In order: if only the first ones arrive, the floor in _ask_again shows which. In
                 # another order, it would not.
                 answers = await asyncio.gather(*calls) if len(calls) > 1 else [await calls[0]]
                 failed = [one for one, is_answered in zip(some, answers) if not is_answered]
                 if not failed:
                     deadline = max(deadline, self._stream.deadline())
-                    patience = connection.FIRST_ATTEMPT_SECS
                     left = rest
                     continue
                 self._connection.check_rights(failed[0].reply)
                 if time.monotonic() >= deadline:
                     raise errors.translate(TimeoutError(), self._stream.settings.path)
                 left = await self._ask_again([*failed, *rest], deadline)
-                patience = min(2 * patience, connection.LONGEST_ATTEMPT_SECS)
         finally:
             self._acking -= replies
             for reply in replies:
                 # What was not acknowledged is delivered again.
                 self._held.pop(reply, None)
 
-    async def _ack_one(self, link: connection.Link, one: Delivered, patience: float,
+    async def _ack_one(self, link: connection.Link, one: Delivered, at_once: int,
                        deadline: float) -> bool:
         """Acknowledge one message; return False if there was no answer."""
         try:
-            await link.request(one.reply, b"+ACK", patience, deadline)
+            await link.request(one.reply, b"+ACK", deadline, at_once)
         except connection.UNANSWERED:
             return False
         self._held.pop(one.reply, None)
@@ -532,7 +527,7 @@ class Delivery:
             calls = []
             for one, delay_ns in naks:
                 what = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
-                calls.append(link.request(one.reply, what, _NAK_SECS, deadline))
+                calls.append(link.request(one.reply, what, deadline))
             # In order: the server delivers them again in the order of the -NAKs.
             await asyncio.gather(*calls, return_exceptions=True)
 

@@ -24,9 +24,6 @@ from persipubsub.jetstream import address, connection, errors, stream
 _GROUP_MESSAGES: Final = 512
 _GROUP_BYTES: Final = 1 << 20
 
-#: What each message adds to the wait for the answers to its group, in seconds.
-_EACH_SECS: Final = 0.01
-
 #: Calls at the same time, at most: a message behind a thousand others would be published again
 #: before it is answered.
 _AT_ONCE: Final = 256
@@ -115,7 +112,7 @@ class Publishing:
                 return
         # Nothing suspends this call before the message is written, so the order stays.
         if not items[0].is_tried:
-            await self._attempt(items[0], connection.FIRST_ATTEMPT_SECS, deadline)
+            await self._attempt(items[0], deadline)
         if not items[0].number:
             async with self._order:
                 self._in_turn(begin)
@@ -164,15 +161,14 @@ class Publishing:
         at_once = 1 if is_scarce else max(1, min(_GROUP_MESSAGES, _GROUP_BYTES // largest))
         for begin in range(0, len(items), at_once):
             some = items[begin:begin + at_once]
-            patience = connection.FIRST_ATTEMPT_SECS + _EACH_SECS * len(some)
             deadline = max(deadline, self._deadline(self._answered))
-            await asyncio.gather(*(self._attempt(item, patience, deadline) for item in some
+            await asyncio.gather(*(self._attempt(item, deadline, len(some)) for item in some
                                    if not item.is_tried))
             for item in some:
                 if not item.number:
                     await self._again(item)
 
-    async def _attempt(self, item: _Item, patience: float, deadline: float) -> None:
+    async def _attempt(self, item: _Item, deadline: float, at_once: int = 1) -> None:
         """Publish a message once, and note its number if it is known to be stored."""
         link = self._connection.ready()
         if link is None:
@@ -180,7 +176,7 @@ class Publishing:
         item.is_tried = True
         item.is_refused = False
         try:
-            message = await link.request(item.subject, item.data, patience, deadline, item.headers)
+            message = await link.request(item.subject, item.data, deadline, at_once, item.headers)
         except connection.UNANSWERED:
             return
         answer: dict[str, Any] = json.loads(message.data)
@@ -206,7 +202,6 @@ class Publishing:
         rejected: nobody knows how long it would have to be.
         """
         deadline = self._deadline(time.monotonic())
-        patience = connection.FIRST_ATTEMPT_SECS
         while True:
             if item.is_refused:
                 was_made, _ = await self._make_room(1, item.size)
@@ -222,14 +217,13 @@ class Publishing:
                                            deadline)
             self._connection.check_rights(item.subject)
             await self._connection.link(deadline)
-            await self._attempt(item, patience, deadline)
+            await self._attempt(item, deadline)
             if item.number:
                 return
             if not item.is_refused:
                 if time.monotonic() >= deadline:
                     raise errors.translate(TimeoutError(), self._settings.path)
                 await asyncio.sleep(connection.PAUSE_SECS)
-                patience = min(2 * patience, connection.LONGEST_ATTEMPT_SECS)
 
     # Making room
 
