@@ -16,14 +16,13 @@ All of it runs in the thread of :py:mod:`persipubsub.jetstream.loop`.
 import asyncio
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import itertools
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import nats.aio.msg
@@ -56,91 +55,145 @@ _ACKS_AT_ONCE: Final = 512
 #: Longest wait for the answer to a -NAK, in seconds: afterwards ack_wait has the same effect.
 _NAK_SECS: Final = 2.0
 
-#: Longest wait of a pull until the server has what was given back, in seconds.
-_SETTLE_SECS: Final = 1.0
-
 #: Time after which a message that can not become a dead letter is delivered again, in nanoseconds.
 _POSTPONED_NS: Final = 10**9
 
 #: Shortest time between two warnings about that, in seconds.
 _WARNING_SECS: Final = 60.0
 
+#: How a pull request ended: without an answer, without a consumer or its leader, or with a next
+#: message that is larger than its bytes.
+_LOST, _REFUSED, _TOO_SMALL = "lost", "refused", "too small"
+
 
 class Delivered(NamedTuple):
     """A message that the servers delivered to this process."""
 
-    data: bytes
+    message: Message
     reply: str  #: subject to acknowledge it at
-    number: int  #: in the stream
-    attempts: int  #: deliveries, this one included
-    sent_at: datetime.datetime  #: on the clock of the servers
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Pull:
-    """A pull request, and the messages for the call that made it."""
+    """A pull request that the servers have."""
 
-    name: str
+    name: str  #: subject that is replied to
     wanted: int
     left: int  #: messages that the servers may still send for it
     ends: float
     #: when the servers last showed that they have it, or the end of the request, if it has no
     #: heartbeats
     heard: float
-    messages: list[Delivered] = dataclasses.field(default_factory=list)
-    is_over: bool = False
-    is_left: bool = False  #: its call ended before it
-    is_refused: bool = False
-    is_too_small: bool = False  #: the next message is larger than its bytes
-    woken: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        """Let its call look again."""
-        if self.woken is not None and not self.woken.done():
-            self.woken.set_result(None)
-
-    async def wait(self, until: float) -> None:
-        """Wait until it is woken, but not longer than that, on the monotonic clock."""
-        self.woken = asyncio.get_running_loop().create_future()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(until):
-                await self.woken
+    #: What its call gets; canceled when the call ends before it.
+    found: asyncio.Future[list[Delivered]]
+    status: str = ""  #: how it ended for its call, if not with messages
 
 
-class Inbox:
+class Delivery:
     """
-    Make the pull requests of one consumer over one connection, and hand out the messages.
+    Take messages of one subscriber for any number of coroutines.
 
-    Servers serve the requests in their order, and calls get the messages in theirs: which request a
-    message was sent for does not matter. A call that is cancelled leaves its request to the next
-    call. ``fetch`` of nats-py was rejected: it offers neither ``no_wait`` nor ``max_bytes``, and
-    takes a lost connection for an empty queue.
+    Servers serve the pull requests in their order, and calls get the messages in theirs: which
+    request a message was sent for does not matter. A call that is cancelled leaves its request to
+    the next call. ``fetch`` of nats-py was rejected: it offers neither ``no_wait`` nor
+    ``max_bytes``, and takes a lost connection for an empty queue.
     """
 
-    def __init__(self, link: connection.Link, subject: str, owner: "Delivery") -> None:
-        """Initialize without listening."""
-        self.link = link
-        self.pulls: dict[str, _Pull] = {}  #: by the subject that is replied to
-        self._subject = subject
-        self._owner = owner
-        self._prefix = link.client.new_inbox()
-        self._tokens = itertools.count()
+    def __init__(self, own: stream.Stream, subscriber: str,
+                 open_target: Callable[[str], publishing.Publishing]) -> None:
+        """Initialize without pulling; ``open_target`` opens the queue of dead letters."""
+        self.loop = own.connection.loop
+        self._stream = own
+        self._connection = own.connection
+        self._subscriber = subscriber
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{own.name}.{address.durable_of(subscriber)}"
+        self._entry = own.settings.entry(subscriber)
+        self._open_target = open_target
+        self._warned = -_WARNING_SECS
+        self._is_closed = False
+        # The connection that is listened at, and the subjects that its servers reply to.
+        self._link: connection.Link | None = None
         self._subscription: Any = None
+        self._replies: Iterator[str] = iter(())
+        self._pulls: dict[str, _Pull] = {}
+        # Since when calls get no answer.
+        self._silent_since = math.inf
+        # Messages that were neither acknowledged nor given back, by the subject to reply at; those
+        # of them that no call has got yet, and those that are being acknowledged.
+        self._held: dict[str, Delivered] = {}
+        self._ready: list[Delivered] = []
+        self._acking: set[str] = set()
+        # Tasks that give messages back or up, or stop listening. A pull waits for them: otherwise
+        # later messages would come first.
+        self._endings: set[asyncio.Task[None]] = set()
+        self._progress: asyncio.Task[None] | None = None
 
-    async def listen(self) -> None:
-        """Begin to listen."""
-        self.link.lost.add_done_callback(lambda _: self.end_all())
-        with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
-            self._subscription = await self.link.client.subscribe(f"{self._prefix}.*",
-                                                                  cb=self._come)
+    # Taking
 
-    async def pull(self, wanted: int, deadline: float, max_bytes: int | None) -> _Pull:
-        """Make a pull request, or take one over that was left."""
+    async def take(self, timeout: float | None, max_messages: int) -> list[Delivered]:
+        """Take the next messages; wait for one if there is none."""
+        answered = time.monotonic()
+        deadline = math.inf if timeout is None else answered + timeout
+        wanted = max_messages
+        while True:
+            if self._endings:
+                await self._settle()
+            self._check_open()
+            if self._ready and self._waiting() is None:
+                return self._hand_out(wanted)
+            try:
+                pull = await self._pull(wanted, deadline)
+                found = await self._wait(pull)
+                self._check_open()
+                if pull.status != _LOST:
+                    answered, self._silent_since = time.monotonic(), math.inf
+                if found:
+                    return found
+                if pull.status == _TOO_SMALL:
+                    wanted = 1
+                    continue
+                if pull.status:
+                    self._connection.check_rights(self._subject)
+                    async with asyncio.timeout_at(deadline):
+                        await asyncio.sleep(connection.PAUSE_SECS)
+                        await self._stream.consumer_info(self._subscriber)
+            except (UnavailableError, TimeoutError) as error:
+                # A loop of short calls does not fail while the servers are away for a moment.
+                self._silent_since = min(self._silent_since, answered)
+                patience = self._stream.settings.wait_secs + _LOST_SECS
+                if time.monotonic() >= self._silent_since + patience:
+                    self._silent_since = math.inf
+                    raise errors.translate(error, self._stream.settings.path) from None
+            if time.monotonic() >= deadline:
+                return []
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise errors.closed(self._stream.settings.path)
+
+    async def _listen(self, deadline: float) -> connection.Link:
+        """Wait for a connection, and listen to what comes over it."""
         now = time.monotonic()
-        for pull in self.pulls.values():
-            if pull.is_left and pull.left == pull.wanted == wanted and now < pull.ends <= deadline:
-                pull.is_left = pull.is_over = False
-                pull.messages = []
+        link = self._connection.ready() or await self._connection.link(
+            min(max(deadline, now + connection.PAUSE_SECS), now + _HEARTBEAT_SECS))
+        self._check_open()
+        if self._link is not link:
+            self._link = link
+            link.lost.add_done_callback(lambda _: self._end_all())
+            prefix = link.client.new_inbox()
+            self._replies = (f"{prefix}.{number}" for number in itertools.count())
+            with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
+                self._subscription = await link.client.subscribe(f"{prefix}.*", cb=self._come)
+        return link
+
+    async def _pull(self, wanted: int, deadline: float) -> _Pull:
+        """Make a pull request, or take one over that was left."""
+        link = await self._listen(deadline)
+        now = time.monotonic()
+        for pull in self._pulls.values():
+            if (pull.found.done() and pull.left == pull.wanted == wanted
+                    and now < pull.ends <= deadline):
+                pull.found = self.loop.create_future()
                 return pull
         # It ends when it has brought what is there. With a time, it waits for the first message.
         request: dict[str, Any] = {"batch": wanted, "no_wait": True}
@@ -151,237 +204,107 @@ class Inbox:
         if secs > _LOST_SECS:
             request["idle_heartbeat"] = int(_HEARTBEAT_SECS * 1e9)
             heard = now
-        if max_bytes is not None:
-            request["max_bytes"] = max_bytes
-        pull = _Pull(f"{self._prefix}.{next(self._tokens)}", wanted, wanted, ends, heard)
-        self.pulls[pull.name] = pull
-        payload = json.dumps(request).encode("utf-8")
+        if wanted > 1:
+            request["max_bytes"] = _MOST_BYTES // (1 + len(self._pulls))
+        pull = _Pull(next(self._replies), wanted, wanted, ends, heard, self.loop.create_future())
+        self._pulls[pull.name] = pull
         with contextlib.suppress(nats.errors.Error):  # the connection was lost just now
-            await self.link.client.publish(self._subject, payload, pull.name)
+            await link.client.publish(self._subject, json.dumps(request).encode(), pull.name)
         return pull
 
+    async def _wait(self, pull: _Pull) -> list[Delivered]:
+        """Wait until a pull request is over or lost."""
+        found = pull.found  # the next call that takes the request over has another one
+        try:
+            while not found.done():
+                left = pull.heard + _LOST_SECS - time.monotonic()
+                await asyncio.wait((found, ), timeout=max(0.0, left))
+                if left <= 0:
+                    self._end(pull, _LOST)
+            return found.result()
+        except BaseException:
+            came = found.result() if found.done() else []
+            found.cancel()
+            self._offer(came, None)
+            raise
+
     async def _come(self, message: nats.aio.msg.Msg) -> None:
-        now = self._owner.heard = time.monotonic()
+        now = time.monotonic()
         if message.reply:
-            # The server serves the oldest request first.
-            oldest = next(iter(self.pulls.values()), None)
             known = message.metadata
-            self._owner.hold(
-                Delivered(message.data, message.reply, known.sequence.stream, known.num_delivered,
-                          known.timestamp), oldest)
-            if oldest is not None:
-                oldest.heard = now
-                oldest.left -= 1
-                if not oldest.left:
-                    self.end(oldest)
-        elif pull := self.pulls.get(message.subject):
+            one = Delivered(
+                Message(message.data, known.sequence.stream, known.timestamp, known.num_delivered),
+                message.reply)
+            # The server serves the oldest request first.
+            source = next(iter(self._pulls.values()), None)
+            self._hold(one, source)
+            if source is not None:
+                source.heard = now
+                source.left -= 1
+                if not source.left:
+                    self._end(source)
+        elif pull := self._pulls.get(message.subject):
             pull.heard = now
             header = message.headers or {}
             status, text = header.get("Status"), header.get("Description") or ""
-            if status != "100":
-                pull.is_too_small = status == "409" and "MaxBytes" in text
-                # The consumer has no leader, or was removed.
-                pull.is_refused = not pull.is_too_small and status not in ("404", "408")
-                self.end(pull)
+            if status == "409" and "MaxBytes" in text:
+                self._end(pull, _TOO_SMALL)
+            elif status != "100":
+                self._end(pull, "" if status in ("404", "408") else _REFUSED)
 
-    def offer(self, one: Delivered, source: _Pull | None = None) -> bool:
-        """Give a message to the first call that waits; False if there is none."""
-        for pull in self.pulls.values():
-            if not (pull.is_left or pull.is_over):
-                pull.messages.append(one)
-                # The message was sent for another request, so this call's own request may not end:
-                # wake the call now.
-                if len(pull.messages) == pull.wanted or pull is not source:
-                    pull.is_over = True
-                    pull.wake()
-                return True
-        return False
-
-    def end(self, pull: _Pull) -> None:
-        """End a pull request, and let its call go on."""
-        self.pulls.pop(pull.name, None)
-        pull.is_over = True
-        pull.wake()
-
-    def end_all(self) -> None:
-        """End all pull requests."""
-        for pull in list(self.pulls.values()):
-            self.end(pull)
-
-    async def drain(self) -> None:
-        """Stop listening, but take the messages that the server sends until it knows."""
-        self.end_all()
-        with contextlib.suppress(nats.errors.Error, OSError):
-            if self._subscription is not None:
-                await self._subscription.drain()
-
-
-class Delivery:
-    """Take messages of one subscriber for any number of coroutines."""
-
-    def __init__(self, own: stream.Stream, subscriber: str,
-                 open_target: Callable[[str], publishing.Publishing]) -> None:
-        """Initialize without pulling; ``open_target`` opens the queue of dead letters."""
-        self.loop = own.connection.loop
-        self.heard = time.monotonic()  #: last answer of the servers, or last time without calls
-        self._stream = own
-        self._connection = own.connection
-        self._subscriber = subscriber
-        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{own.name}.{address.durable_of(subscriber)}"
-        self._entry = own.settings.entry(subscriber)
-        self._open_target = open_target
-        self._warned = -_WARNING_SECS
-        self._inbox: Inbox | None = None
-        self._calls = 0  #: that wait
-        # Messages that came for calls that were cancelled, by the subject to reply at.
-        self._spare: dict[str, Delivered] = {}
-        # Messages that were neither acknowledged nor given back, by the subject to reply at; and
-        # those of them that are being acknowledged.
-        self._held: dict[str, Delivered] = {}
-        self._acking: set[str] = set()
-        # Tasks that give messages back, or stop listening. A pull waits for them: otherwise later
-        # messages would come first.
-        self._endings: set[asyncio.Task[None]] = set()
-        self._progress: asyncio.Task[None] | None = None
-        self._is_closed = False
-        self._called = self.heard  # when a call ended last
-
-    # Taking
-
-    async def take(self, timeout: float | None, max_messages: int) -> list[Delivered]:
-        """Take the next messages; wait for one if there is none."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        taken: list[Delivered] = []
-        try:
-            while True:
-                if self._endings:
-                    await asyncio.wait(list(self._endings), timeout=_SETTLE_SECS)
-                await self._pull(taken, max_messages, deadline)
-                taken = await self._sift(taken)
-                if taken or time.monotonic() >= deadline:
-                    return taken
-        except BaseException:
-            for one in taken:
-                self._pass_on(one)
-            raise
-
-    async def _sift(self, found: list[Delivered]) -> list[Delivered]:
-        """Leave out messages that are too old, or were delivered too often."""
-        kept = []
-        for one in found:
-            if self._stream.is_expired(one.sent_at):
-                # The server drops it a bit late.
-                self._held.pop(one.reply, None)
-                await self._tell(one, b"+ACK")
-            elif self._is_exhausted(one.attempts - 1):
-                await self._give_up(one._replace(attempts=one.attempts - 1), NO_WORD)
-            else:
-                kept.append(one)
-        return kept
-
-    async def _pull(self, taken: list[Delivered], wanted: int, deadline: float) -> None:
-        """Make pull requests until one brings messages, and add them to the list."""
-        if self._spare:
-            for one in sorted(self._spare.values(), key=lambda one: one.number)[:wanted]:
-                taken.append(self._spare.pop(one.reply))
-            return
-        if not self._calls and time.monotonic() - self._called > connection.PAUSE_SECS:
-            self.heard = time.monotonic()
-        self._calls += 1
-        max_bytes = _MOST_BYTES // self._calls if wanted > 1 else None
-        pull: _Pull | None = None
-        try:
-            while True:
-                inbox = await self._open(deadline)
-                if inbox is not None:
-                    pull = await inbox.pull(wanted, deadline, max_bytes)
-                    await self._wait(inbox, pull, deadline)
-                    self._check_open()
-                    if pull.messages:
-                        return
-                    if pull.is_too_small:
-                        wanted, max_bytes = 1, None
-                        continue
-                if time.monotonic() >= deadline:
-                    return
-                if pull is not None and pull.is_refused:
-                    # The consumer has no leader at the moment, or was removed.
-                    await asyncio.sleep(connection.PAUSE_SECS)
-                    await self._look(deadline)
-        except TimeoutError as error:
-            if self._is_silent():
-                raise errors.translate(error, self._stream.settings.path) from None
-        finally:
-            if pull is not None:
-                pull.is_left = True
-                taken += pull.messages
-            self._calls -= 1
-            self._called = time.monotonic()
-
-    async def _wait(self, inbox: Inbox, pull: _Pull, deadline: float) -> None:
-        """Wait until a pull request is over; end one that was lost."""
-        while not pull.is_over:
-            await pull.wait(pull.heard + _LOST_SECS)
-            if not pull.is_over and time.monotonic() >= pull.heard + _LOST_SECS:
-                self._connection.check_rights(self._subject)
-                try:
-                    await self._look(deadline)
-                finally:
-                    if time.monotonic() >= pull.heard + _LOST_SECS:
-                        inbox.end(pull)
-
-    async def _look(self, deadline: float) -> None:
-        """Raise an error if the consumer was removed, or the servers do not answer."""
-        async with asyncio.timeout_at(deadline):
-            await self._stream.consumer_info(self._subscriber)
-
-    def _is_silent(self) -> bool:
-        """Tell whether the servers were silent for longer than a call waits for them."""
-        patience = self._stream.settings.wait_secs + _LOST_SECS
-        return time.monotonic() >= self.heard + patience
-
-    async def _open(self, deadline: float) -> Inbox | None:
-        """Return the inbox of the connection; None if there is no connection in time."""
-        self._check_open()
-        now = time.monotonic()
-        try:
-            link = self._connection.ready() or await self._connection.link(
-                min(max(deadline, now + connection.PAUSE_SECS), now + _HEARTBEAT_SECS))
-        except UnavailableError:
-            # A loop of short calls does not fail while the servers are away for a moment.
-            if self._is_silent():
-                raise
-            return None
-        self._check_open()
-        if self._inbox is None or self._inbox.link is not link:
-            self._inbox = Inbox(link, self._subject, self)
-            await self._inbox.listen()
-        return self._inbox
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise errors.closed(self._stream.settings.path)
-
-    def hold(self, one: Delivered, source: _Pull | None) -> None:
-        """Note a message that came for a pull request, and give it to a call."""
+    def _hold(self, one: Delivered, source: _Pull | None) -> None:
+        """Note a message, and offer it to a call unless it is too old or came too often."""
         self._held[one.reply] = one
         if self._progress is None or self._progress.done():
             self._progress = self.loop.start(self._keep_in_progress())
-        self._pass_on(one, source)
-
-    def _pass_on(self, one: Delivered, source: _Pull | None = None) -> None:
-        """Give a message to a call that waits, or to the next one; give it back if none comes."""
         if self._is_closed:
             self.give_back([one])
-        elif one.reply in self._held and not (self._inbox and self._inbox.offer(one, source)):
-            # Not given back at once: requests of cancelled calls live for _LONGEST_PULL_SECS; the
-            # server would answer one of them with this message.
-            self._spare[one.reply] = one
-            self.loop.call_later(_LONGEST_PULL_SECS, self._give_spare_back, one)
+        elif self._stream.is_expired(one.message.sent_at):
+            # The server drops it a bit late.
+            del self._held[one.reply]
+            self._begin_ending(self._tell(one, b"+ACK"))
+        elif self._is_exhausted(one.message.attempts - 1):
+            self._begin_ending(self._give_up(one, one.message.attempts - 1, NO_WORD))
+        else:
+            self._offer([one], source)
 
-    def _give_spare_back(self, one: Delivered) -> None:
-        if self._spare.pop(one.reply, None) is not None:
-            self.give_back([one])
+    def _offer(self, messages: list[Delivered], source: _Pull | None) -> None:
+        """Give messages to the calls that wait, or keep them for the next one."""
+        self._ready += messages
+        while self._ready:
+            first = self._waiting()
+            if first is None:
+                # Not given back at once: requests of cancelled calls live for _LONGEST_PULL_SECS;
+                # the server would answer one of them with this message.
+                self.loop.call_later(_LONGEST_PULL_SECS, self._give_ready_back)
+                break
+            # A message that was sent for another request: the call's own one may not end.
+            if first is source and len(self._ready) < first.wanted:
+                break
+            first.found.set_result(self._hand_out(first.wanted))
+
+    def _waiting(self) -> _Pull | None:
+        """Return the pull request of the call that has waited longest."""
+        return next((one for one in self._pulls.values() if not one.found.done()), None)
+
+    def _hand_out(self, wanted: int) -> list[Delivered]:
+        found, self._ready = self._ready[:wanted], self._ready[wanted:]
+        return found
+
+    def _give_ready_back(self) -> None:
+        if self._waiting() is None:
+            self.give_back(self._hand_out(len(self._ready)))
+
+    def _end(self, pull: _Pull, status: str = "") -> None:
+        """End a pull request, and let its call go on."""
+        self._pulls.pop(pull.name, None)
+        if not pull.found.done():
+            pull.status = status
+            pull.found.set_result(self._hand_out(pull.wanted))
+
+    def _end_all(self) -> None:
+        for pull in list(self._pulls.values()):
+            self._end(pull)
 
     # In progress
 
@@ -421,19 +344,19 @@ class Delivery:
             while left:
                 some, rest = left[:_ACKS_AT_ONCE], left[_ACKS_AT_ONCE:]
                 link = await self._connection.link(deadline)
-                calls = [self._ack_one(link, one, len(some), deadline) for one in some]
                 # In order: if only the first ones arrive, the floor in _ask_again shows which. In
                 # another order, it would not.
+                calls = [self._ack_one(link, one, len(some), deadline) for one in some]
                 answers = await asyncio.gather(*calls) if len(calls) > 1 else [await calls[0]]
                 failed = [one for one, is_answered in zip(some, answers) if not is_answered]
-                if not failed:
+                left = [*failed, *rest]
+                if failed:
+                    self._connection.check_rights(failed[0].reply)
+                    if time.monotonic() >= deadline:
+                        raise errors.translate(TimeoutError(), self._stream.settings.path)
+                    left = await self._ask_again(left, deadline)
+                else:
                     deadline = max(deadline, self._stream.deadline())
-                    left = rest
-                    continue
-                self._connection.check_rights(failed[0].reply)
-                if time.monotonic() >= deadline:
-                    raise errors.translate(TimeoutError(), self._stream.settings.path)
-                left = await self._ask_again([*failed, *rest], deadline)
         finally:
             self._acking -= replies
             for reply in replies:
@@ -462,70 +385,76 @@ class Delivery:
         # If a new leader does not know our deliveries, one of the figures is too low; perhaps only
         # the second, as it may note them meanwhile, and yet act on what it knew at its election.
         floor = int(info["ack_floor"]["stream_seq"])
-        messages = [one for one in messages if one.number > floor]
-        own = {one.number for one in messages}
+        messages = [one for one in messages if one.message.number > floor]
+        own = {one.message.number for one in messages}
         if not own or (int(info["delivered"]["stream_seq"]) >= max(own)
                        and int(info["num_ack_pending"]) >= len(own)):
             return messages
         pulled: list[Delivered] = []
         try:
             while floor < max(own) and time.monotonic() < deadline:
-                before = len(pulled)
-                await self._pull(pulled, min(len(own), max(own) - floor), 0.0)
-                if len(pulled) == before:
+                found = await self.take(0.0, min(len(own), max(own) - floor))
+                if not found:
                     break
-                floor = max(one.number for one in pulled[before:])
+                pulled += found
+                floor = max(one.message.number for one in found)
         finally:
             # Other calls wait for answers to their acknowledgements as well, and get them now. Only
             # messages that no call holds are delivered again. They are not given back sooner: they
             # would come back at once, before the messages that we pull.
             for one in pulled:
-                if one.number in own:
+                if one.message.number in own:
                     self._held.pop(one.reply, None)
             self.give_back(pulled)
         return messages
 
-    def give_back(self, messages: Sequence[Delivered]) -> None:
-        """Give messages back that are held, and do not wait."""
+    def give_back(self, messages: Sequence[Delivered], first_ns: int = 0) -> None:
+        """
+        Give messages back that are held, and do not wait.
+
+        :param first_ns: after how many nanoseconds a message is delivered again that was delivered
+            once; see :py:func:`persipubsub.message.retry_delay_ns`
+        """
         found = [
             one for one in messages
             if one.reply not in self._acking and self._held.pop(one.reply, None) is not None
         ]
         if found:
-            found.sort(key=lambda one: one.number)
-            self.begin_ending(self._nak([(one, 0) for one in found]))
+            found.sort(key=lambda one: one.message.number)
+            self._begin_ending(self._nak(found, first_ns))
 
-    def begin_ending(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _begin_ending(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Start a task that later pulls wait for."""
         task = self.loop.start(coroutine)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
-        return task
+
+    async def _settle(self) -> None:
+        """Wait until the servers have what was given back, but not for long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_NAK_SECS):
+                while self._endings:
+                    await asyncio.wait(self._endings)
 
     async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
         """Give messages back, or give them up after their last delivery."""
-        first_ns = int(self._entry.retry_delay_secs * 1e9)
-        naks: list[tuple[Delivered, int]] = []
-        for one in messages:
-            if error is not None and self._is_exhausted(one.attempts):
-                if one.reply in self._held:
-                    await self._give_up(one, error)
-            elif self._held.pop(one.reply, None) is not None:
-                naks.append((one, 0 if error is None else retry_delay_ns(first_ns, one.attempts)))
-        if naks:
-            await asyncio.shield(self.begin_ending(self._nak(naks)))
+        first_ns = 0
+        if error is not None:
+            first_ns = int(self._entry.retry_delay_secs * 1e9)
+            for one in messages:
+                if self._is_exhausted(one.message.attempts) and one.reply in self._held:
+                    await self._give_up(one, one.message.attempts, error)
+        self.give_back(messages, first_ns)
+        await self._settle()
 
-    async def _nak(self, naks: Sequence[tuple[Delivered, int]]) -> None:
-        """
-        Send -NAK, and wait for the answers; without them, ``ack_wait`` has the same effect.
-
-        :param naks: messages, and after how many nanoseconds each is delivered again
-        """
+    async def _nak(self, messages: Sequence[Delivered], first_ns: int) -> None:
+        """Send -NAK, and wait for the answers; without them, ``ack_wait`` has the same effect."""
         deadline = time.monotonic() + _NAK_SECS
         with contextlib.suppress(PersipubsubError):
             link = await self._connection.link(deadline)
             calls = []
-            for one, delay_ns in naks:
+            for one in messages:
+                delay_ns = retry_delay_ns(first_ns, one.message.attempts)
                 what = b'-NAK {"delay": %d}' % delay_ns if delay_ns else b"-NAK"
                 calls.append(link.request(one.reply, what, deadline))
             # In order: the server delivers them again in the order of the -NAKs.
@@ -535,33 +464,33 @@ class Delivery:
         """Tell whether these are all the deliveries that are allowed."""
         return 0 < self._entry.max_deliveries <= deliveries
 
-    async def _give_up(self, one: Delivered, error: str) -> None:
+    async def _give_up(self, one: Delivered, attempts: int, error: str) -> None:
         """Put a message into the queue of dead letters, and acknowledge it."""
-        path = self._stream.settings.path
+        path, number = self._stream.settings.path, one.message.number
         try:
             if self._entry.dead_letter_queue:
-                await self._put_dead_letter(to_message(one), error)
+                await self._put_dead_letter(one.message, attempts, error)
             else:
                 _LOGGER.warning(
                     "The message %s of the queue %s was dropped for %s, which has no "
-                    "dead_letter_queue, after %s deliveries: %s", one.number, path,
-                    self._subscriber, one.attempts, error)
+                    "dead_letter_queue, after %s deliveries: %s", number, path, self._subscriber,
+                    attempts, error)
         except (PersipubsubError, errors.ApiError) as failure:
             if time.monotonic() >= self._warned + _WARNING_SECS:
                 self._warned = time.monotonic()
                 _LOGGER.warning(
                     "The message %s of the queue %s stays with %s, since it can not be moved into "
-                    "the dead_letter_queue: %s", one.number, path, self._subscriber, failure)
+                    "the dead_letter_queue: %s", number, path, self._subscriber, failure)
+            # It is put again under the same id.
+            self._held.pop(one.reply, None)
+            self._begin_ending(self._nak([one], _POSTPONED_NS))
         else:
+            # Without an answer, it is delivered and put again after ack_wait.
             with contextlib.suppress(PersipubsubError):
                 await self.ack([one])
-        # It was not acknowledged: it is delivered again, and put again under the same id.
-        if self._held.pop(one.reply, None) is not None:
-            self.begin_ending(self._nak([(one, _POSTPONED_NS)]))
 
-    async def _put_dead_letter(self, message: Message, error: str) -> None:
-        letter = give_up(message, self._stream.settings.key, self._subscriber, message.attempts,
-                         error)
+    async def _put_dead_letter(self, message: Message, attempts: int, error: str) -> None:
+        letter = give_up(message, self._stream.settings.key, self._subscriber, attempts, error)
         # The time tells it from the same number of a stream that was deleted and made again.
         parts = ("dead letter", self._stream.name, self._subscriber, message.number,
                  message.sent_at)
@@ -573,11 +502,12 @@ class Delivery:
     async def close(self) -> None:
         """Stop listening, and give back what is held. Calls that wait fail."""
         self._is_closed = True
-        if self._inbox is not None:
-            self.begin_ending(self._inbox.drain())
+        self._end_all()
+        if self._subscription is not None:
+            # It takes the messages that the server sends until it knows.
+            self._begin_ending(self._subscription.drain())
         self.give_back(list(self._held.values()))
-        while self._endings:
-            await asyncio.wait(list(self._endings))
+        await self._settle()
         if self._progress is not None:
             self._progress.cancel()
 
@@ -591,11 +521,12 @@ class Delivery:
             # Publishers may be faster: stop at the message that is the newest one now.
             last = int((await self._stream.state())["last_seq"]) if found else 0
             while found:
-                found.sort(key=lambda one: one.number)
+                found.sort(key=lambda one: one.message.number)
                 await self.ack(found[:-1])
                 count += len(found) - 1
                 found = found[-1:]
-                if found[0].number >= last or not (more := await self.take(0.0, _ACKS_AT_ONCE)):
+                if found[0].message.number >= last or not (more := await self.take(
+                        0.0, _ACKS_AT_ONCE)):
                     break
                 found += more
         except BaseException:
@@ -625,9 +556,4 @@ class Delivery:
         # While others have messages, or some were given back, the server does not tell which.
         taken = await self.take(0.0, 1)
         await self.nack(taken, None)
-        return taken[0].data if taken else None
-
-
-def to_message(one: Delivered) -> Message:
-    """Tell what is known of a message."""
-    return Message(one.data, one.number, one.sent_at, one.attempts)
+        return taken[0].message.data if taken else None

@@ -37,9 +37,6 @@ ResultT = TypeVar("ResultT")
 #: Errors that are translated before they leave the package.
 _FOREIGN: Final = (errors.ApiError, nats.errors.Error, OSError)
 
-#: Longest wait of a close to give messages back, in seconds; ack_wait does it otherwise.
-_CLOSE_SECS: Final = 2.0
-
 #: Following a stream: messages of one look, at most, and the interval of looks, in seconds.
 _LOOK_MESSAGES: Final = 1000
 _LOOK_SECS: Final = 0.05
@@ -93,11 +90,7 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
             return
         opened.publishing.drops.report()
         opened.stream.connection.loop.queues.discard(self)
-        try:
-            async with asyncio.timeout(_CLOSE_SECS):
-                await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
-        except (PersipubsubError, *_FOREIGN):
-            pass  # delivered again after ack_wait
+        await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
         for target in opened.targets.values():
             await target.aclose()
         await opened.stream.connection.release()
@@ -289,7 +282,7 @@ class Lease:
     def __init__(self, queue: Queue, own: delivery.Delivery,
                  delivered: list[delivery.Delivered]) -> None:
         """Hold messages that were delivered."""
-        self.messages = [one.data for one in delivered]
+        self.messages = [one.message.data for one in delivered]
         self._queue = queue
         self._delivery = own
         self._delivered = delivered
@@ -338,7 +331,7 @@ class Lease:
 
     def details(self) -> list[Message]:
         """Tell what is known of the messages, in the same order."""
-        return list(map(delivery.to_message, self._delivered))
+        return [one.message for one in self._delivered]
 
     def __del__(self) -> None:
         """Give back messages that were neither acknowledged nor given back."""
