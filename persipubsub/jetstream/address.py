@@ -98,10 +98,9 @@ def _parse_query(query: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for pair in query.split("&") if query else ():
         name, sign, value = pair.partition("=")
-        if not sign:
-            raise ValueError(f"Expected name=value behind the question mark, but got: {query!r}")
-        if name not in _OPTIONS:
-            raise ValueError(f"Expected only the options {', '.join(_OPTIONS)}, but got: {name!r}")
+        if not sign or name not in _OPTIONS:
+            raise ValueError("Expected name=value behind the question mark, with the names "
+                             f"{', '.join(_OPTIONS)}, but got: {pair!r}")
         pattern, described = _OPTIONS[name]
         if not re.fullmatch(pattern, value):
             raise ValueError(f"Expected {name} to be {described}, but got: {value!r}")

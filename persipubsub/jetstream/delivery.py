@@ -30,7 +30,7 @@ import nats.errors
 
 from persipubsub.errors import PersipubsubError, UnavailableError
 from persipubsub.jetstream import address, connection, errors, publishing, stream
-from persipubsub.message import NO_WORD, Message, give_up, retry_delay_ns
+from persipubsub.message import NO_WORD, Message, give_up, retry_delay_ns, text_of
 
 _LOGGER = logging.getLogger("persipubsub.queue")
 
@@ -436,14 +436,14 @@ class Delivery:
                 while self._endings:
                     await asyncio.wait(self._endings)
 
-    async def nack(self, messages: Sequence[Delivered], error: str | None) -> None:
+    async def nack(self, messages: Sequence[Delivered], error: BaseException | None) -> None:
         """Give messages back, or give them up after their last delivery."""
         first_ns = 0
         if error is not None:
             first_ns = int(self._entry.retry_delay_secs * 1e9)
             for one in messages:
                 if self._is_exhausted(one.message.attempts) and one.reply in self._held:
-                    await self._give_up(one, one.message.attempts, error)
+                    await self._give_up(one, one.message.attempts, text_of(error))
         self.give_back(messages, first_ns)
         await self._settle()
 

@@ -24,7 +24,7 @@ from persipubsub.config import Config, Durability
 from persipubsub.errors import ClosedError, MessageTooLargeError, PersipubsubError
 from persipubsub.jetstream import (address, connection, delivery, errors, loop, publishing,
                                    settings, stream)
-from persipubsub.message import Message, Peeked, Place, text_of, time_ns_of
+from persipubsub.message import Message, Peeked, Place, time_ns_of
 from persipubsub.statistics import QueueStatistics, SubscriberStatistics, share
 
 __all__ = [
@@ -209,12 +209,8 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def skip_to_newest(self, subscriber: str) -> int:
         """Acknowledge all messages of a subscriber but the newest one; return how many."""
-
-        async def work() -> int:
-            await self.opened().stream.consumer_info(subscriber)
-            return await self.delivery_to(subscriber).skip_to_newest()
-
-        return self.run(work)
+        self.require_subscribers([subscriber])
+        return self.run(lambda: self.delivery_to(subscriber).skip_to_newest())
 
     # Looking after the queue
 
@@ -249,18 +245,11 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def prune(self) -> int:
         """Drop the messages that are too old; return how many deliveries were dropped."""
-        return self._drop(stream.Stream.drop_expired)
+        return sum(self.ask(lambda kept: kept.count_dropped(kept.drop_expired)).values())
 
     def clear(self) -> int:
         """Drop all messages; subscribers and numbers stay. Return how many deliveries."""
-        return self._drop(stream.Stream.purge)
-
-    def _drop(self, drop: Callable[[stream.Stream], Coroutine[Any, Any, None]]) -> int:
-
-        async def work(kept: stream.Stream) -> int:
-            return sum((await kept.count_dropped(lambda: drop(kept))).values())
-
-        return self.ask(work)
+        return sum(self.ask(lambda kept: kept.count_dropped(kept.purge)).values())
 
     def statistics(self) -> QueueStatistics:
         """
@@ -316,18 +305,13 @@ class Lease:
         """
         if ended := self._end(count):
             with contextlib.suppress(PersipubsubError):
-                self._queue.run(self._nacking(ended, error))
+                self._queue.run(lambda: self._delivery.nack(ended, error))
 
     async def anack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """Do what :py:meth:`nack` does, in a task; it is carried out even if that is cancelled."""
         if ended := self._end(count):
             with contextlib.suppress(PersipubsubError):
-                await self._queue.arun(self._nacking(ended, error))
-
-    def _nacking(self, ended: list[delivery.Delivered],
-                 error: BaseException | None) -> loop.Work[None]:
-        text = None if error is None else text_of(error)
-        return lambda: self._delivery.nack(ended, text)
+                await self._queue.arun(lambda: self._delivery.nack(ended, error))
 
     def details(self) -> list[Message]:
         """Tell what is known of the messages, in the same order."""
@@ -476,7 +460,7 @@ def peek(config: Config, queue_key: str, subscriber: str, count: int = 1,
             info = await kept.consumer_info(subscriber)
             number = max(start, int(info["ack_floor"]["stream_seq"]) + 1)
             filters = stream.filters_of(info["config"])
-            return await _look(kept, filters, number, count, are_old_left_out=True)
+            return await _look(kept, filters, number, count)
 
         return queue.ask(work)
 
@@ -506,8 +490,8 @@ def follow(config: Config, queue_key: str, last: int = 0) -> Generator[list[Peek
                 time.sleep(_LOOK_SECS)
 
 
-async def _look(kept: stream.Stream, filters: Sequence[str], number: int, count: int,
-                are_old_left_out: bool = False) -> list[Peeked]:
+async def _look(kept: stream.Stream, filters: Sequence[str], number: int,
+                count: int) -> list[Peeked]:
     recipients = {kept.settings.subject(one): one for one in kept.settings.audiences}
     found: list[Peeked] = []
     while len(found) < count:
@@ -517,7 +501,7 @@ async def _look(kept: stream.Stream, filters: Sequence[str], number: int, count:
         number = one.number + 1
         # With retain_secs, messages that no consumer wants are stored as well.
         is_wanted = one.subject != address.nobodys_subject(kept.name)
-        if is_wanted and not (are_old_left_out and kept.is_expired(one.sent_at)):
+        if is_wanted and not kept.is_expired(one.sent_at):
             found.append(
                 Peeked(one.number, kept.age_secs(one.sent_at), recipients.get(one.subject),
                        one.data))

@@ -76,7 +76,10 @@ def translate(error: BaseException, path: str) -> PersipubsubError:
     """Translate an error."""
     if isinstance(error, PersipubsubError):
         return error
-    if isinstance(error, ApiError):
+    kind: _Kind
+    if isinstance(error, ApiError) and error.is_temporary():
+        kind, expected = UnavailableError, "the servers of {} to be ready"
+    elif isinstance(error, ApiError):
         kind, expected = _ANSWERS.get(error.err_code, (StoreError, "the servers of {} to do it"))
     elif is_refusal(error):
         kind, expected = AccessError, (

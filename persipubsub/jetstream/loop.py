@@ -167,10 +167,6 @@ class Loop(asyncio.SelectorEventLoop):
         closing = asyncio.gather(*(one.aclose() for one in list(self.queues)),
                                  return_exceptions=True)
         await asyncio.wait((closing, ), timeout=_EXIT_SECS)
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         self.stop()
 
     def close_sockets(self) -> None:

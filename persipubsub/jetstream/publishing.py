@@ -49,7 +49,6 @@ class _Item:
         self.headers = {"Nats-Msg-Id": msg_id, "Nats-Expected-Stream": stream_name}
         self.number = 0  #: in the stream; 0 until the server has said that it is stored
         self.is_tried = False  #: it was published, and may be stored
-        self.is_refused = False  #: the queue was full
         #: In the stream, a few more bytes than the server counts.
         self.size = len(data) + len(subject) + len(stream_name) + len(msg_id) + _FRAME_BYTES
 
@@ -168,28 +167,31 @@ class Publishing:
                 if not item.number:
                     await self._again(item)
 
-    async def _attempt(self, item: _Item, deadline: float, at_once: int = 1) -> None:
-        """Publish a message once, and note its number if it is known to be stored."""
+    async def _attempt(self, item: _Item, deadline: float, at_once: int = 1) -> bool:
+        """
+        Publish a message once, and note its number if it is known to be stored.
+
+        Return whether it was refused, because the queue is full.
+        """
         link = self._connection.ready()
         if link is None:
-            return
+            return False
         item.is_tried = True
-        item.is_refused = False
         try:
             message = await link.request(item.subject, item.data, deadline, at_once, item.headers)
         except connection.UNANSWERED:
-            return
+            return False
         answer: dict[str, Any] = json.loads(message.data)
         if "error" in answer:
             error = errors.ApiError(answer["error"])
             if error.is_temporary():
-                return
-            item.is_refused = error.err_code == errors.LIMIT_REACHED
-            if not item.is_refused:
+                return False
+            if error.err_code != errors.LIMIT_REACHED:
                 raise error
         self._answered = time.monotonic()
         # 0: the server knows the id but has not stored the message, as its leader died in between.
         item.number = int(answer.get("seq") or 0)
+        return "error" in answer
 
     async def _again(self, item: _Item) -> None:
         """
@@ -203,27 +205,23 @@ class Publishing:
         """
         deadline = self._deadline(time.monotonic())
         while True:
-            if item.is_refused:
-                was_made, _ = await self._make_room(1, item.size)
-                if was_made:
-                    deadline = self._deadline(time.monotonic())
-                elif time.monotonic() >= deadline:
-                    raise await self._full()
-                else:
-                    # Another publisher has made room, and may use it first.
-                    await asyncio.sleep(_FIRST_LOOK_SECS)
-            elif item.is_tried and self._settings.address.replicas > 1:
+            if item.is_tried and self._settings.address.replicas > 1:
                 await self._connection.ask(address.nobodys_subject(self._stream.name), b"",
                                            deadline)
             self._connection.check_rights(item.subject)
             await self._connection.link(deadline)
-            await self._attempt(item, deadline)
+            is_refused = await self._attempt(item, deadline)
             if item.number:
                 return
-            if not item.is_refused:
-                if time.monotonic() >= deadline:
-                    raise errors.translate(TimeoutError(), self._settings.path)
-                await asyncio.sleep(connection.PAUSE_SECS)
+            if is_refused and (await self._make_room(1, item.size))[0]:
+                deadline = self._deadline(time.monotonic())
+            elif time.monotonic() < deadline:
+                # If it was refused, another publisher has made room, and may use it first.
+                await asyncio.sleep(_FIRST_LOOK_SECS if is_refused else connection.PAUSE_SECS)
+            elif is_refused:
+                raise await self._full()
+            else:
+                raise errors.translate(TimeoutError(), self._settings.path)
 
     # Making room
 

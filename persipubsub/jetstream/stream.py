@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from persipubsub.errors import FormatError, NotInitializedError, UnavailableError
+from persipubsub.errors import FormatError, NotInitializedError
 from persipubsub.jetstream import address, connection, errors, settings
 
 #: Messages that are deleted at the same time.
@@ -79,11 +79,8 @@ class Stream:
             if "error" not in answer:
                 return answer
             error = errors.ApiError(answer["error"])
-            if error.is_temporary():
-                if time.monotonic() >= deadline:
-                    raise UnavailableError(f"Expected the servers of {self.settings.path} to be "
-                                           f"ready, but got: {error}")
-            elif not confirms or not error.is_missing() or time.monotonic() >= until:
+            is_doubted = confirms and error.is_missing() and time.monotonic() < until
+            if not is_doubted and not (error.is_temporary() and time.monotonic() < deadline):
                 raise error
             await asyncio.sleep(connection.PAUSE_SECS)
 
