@@ -197,8 +197,6 @@ class Connection:
         self._key = key
         self.loop = own
         self._path = path
-        #: Whether there are several servers, as far as is known.
-        self.is_cluster = len(servers) > 1
         self._servers = servers
         self._link: Link | None = None
         self._latest = ""  #: server of the last connection

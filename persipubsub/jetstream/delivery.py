@@ -261,8 +261,7 @@ class Delivery:
             self.give_back([one])
         elif self._stream.is_expired(one.message.sent_at):
             # The server drops it a bit late.
-            del self._held[one.reply]
-            self._begin_ending(self._tell(one, b"+ACK"))
+            self._begin_ending(self.ack([one]))
         elif self._is_exhausted(one.message.attempts - 1):
             self._begin_ending(self._give_up(one, one.message.attempts - 1, NO_WORD))
         else:
@@ -312,18 +311,13 @@ class Delivery:
         """Send *in progress* four times in ``ack_wait``, as long as messages are held."""
         while self._held:
             await asyncio.sleep(self._stream.settings.address.ack_wait_secs / 4)
-            for index, one in enumerate(list(self._held.values()), start=1):
-                await self._tell(one, b"+WPI")
-                if index % _ACKS_AT_ONCE == 0:
-                    # The above never yields to the loop.
-                    await asyncio.sleep(0)
-
-    async def _tell(self, one: Delivered, what: bytes) -> None:
-        """Reply to a message without waiting for an answer, if there is a connection."""
-        link = self._connection.ready()
-        if link is not None:
-            with contextlib.suppress(nats.errors.Error, OSError):
-                await link.client.publish(one.reply, what)
+            for one in list(self._held.values()):
+                link = self._connection.ready()
+                if link is not None:
+                    with contextlib.suppress(nats.errors.Error, OSError):
+                        await link.client.publish(one.reply, b"+WPI")
+                # The above never yields to the loop.
+                await asyncio.sleep(0)
 
     # Ending
 

@@ -76,10 +76,9 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
     def close(self) -> None:
         """Close the queue, and give back the messages that it holds. It may be closed twice."""
         opened = self._open
-        own = None if opened is None else opened.stream.connection.loop
-        if not self._is_closed and own is not None and own.process_id == os.getpid():
+        if opened is not None and opened.stream.connection.loop.process_id == os.getpid():
             with contextlib.suppress(ClosedError):  # the exit closes it
-                own.call(self.aclose)
+                opened.stream.connection.loop.call(self.aclose)
         self._is_closed = True
 
     async def aclose(self) -> None:
@@ -89,7 +88,6 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         if opened is None:
             return
         opened.publishing.drops.report()
-        opened.stream.connection.loop.queues.discard(self)
         await asyncio.gather(*(one.close() for one in opened.deliveries.values()))
         for target in opened.targets.values():
             await target.aclose()

@@ -42,8 +42,6 @@ _ANSWERS: Final[dict[int, tuple[_Kind, str]]] = {
 #: The same for errors of nats-py; the first that fits.
 _ERRORS: Final[tuple[tuple[type[BaseException], _Kind, str], ...]] = (
     (ssl.SSLError, AccessError, "a TLS connection to {} (NATS_CA, NATS_CERT, NATS_KEY)"),
-    (nats.errors.MaxPayloadError, MessageTooLargeError,
-     "a message within max_payload of the servers of {}"),
     (nats.errors.NoRespondersError, UnavailableError, _NO_JETSTREAM),
     (BaseException, UnavailableError, "an answer of the servers of {}"),
 )

@@ -195,11 +195,8 @@ _parents: list[Loop] = []
 def current() -> Loop:
     """Return the loop of this process; start it if there is none."""
     global _current  # pylint: disable=global-statement
-    loop = _current
-    if loop is not None and loop.process_id == os.getpid():
-        return loop
     with _lock:
-        if _current is None or _current.process_id != os.getpid():
+        if _current is None:
             try:
                 _current = Loop()
             except RuntimeError:

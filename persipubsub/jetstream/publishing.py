@@ -66,7 +66,10 @@ class Publishing:
         self._order = asyncio.Lock()
         self._unique = uuid.uuid4().hex
         self._numbers = itertools.count()
-        self._window_secs = float(own.settings.stream_config()["duplicate_window"]) / 1e9
+        window_secs = float(own.settings.stream_config()["duplicate_window"]) / 1e9
+        # How long a call waits for the servers: a publish that is repeated later than they remember
+        # ids would be stored twice.
+        self._wait_secs = min(own.settings.wait_secs, max(1.0, window_secs / 2))
         self._calls = asyncio.Semaphore(_AT_ONCE)
         # When the servers last answered to a message, on the monotonic clock.
         self._answered = 0.0
@@ -104,7 +107,14 @@ class Publishing:
         async with self._order:
             deadline = self._in_turn(begin)
             link = await self._connection.link(deadline)
-            self._check_payload(items, link.client.max_payload)
+            # Where a message is larger, the server would close the connection.
+            limit = link.client.max_payload - _HEADER_BYTES
+            largest = max(len(item.data) for item in items)
+            if largest > limit:
+                raise MessageTooLargeError(
+                    f"Expected a message of at most {limit} bytes for the queue "
+                    f"{self._settings.path} (max_payload of its server is "
+                    f"{link.client.max_payload}), but got: {largest} bytes")
             await self._stream.require_interest(recipients)
             if len(items) > 1:
                 await self._put_batch([item for item in items if not item.number], deadline)
@@ -120,30 +130,16 @@ class Publishing:
     def _in_turn(self, begin: float) -> float:
         """Return the time until which the servers may be waited for, if it is not over."""
         # Count from the last answer, not from the call, while other calls hold the lock.
-        deadline = self._deadline(max(begin, self._answered))
+        deadline = max(begin, self._answered) + self._wait_secs
         if time.monotonic() >= deadline:
             raise errors.translate(TimeoutError(), self._settings.path)
         return deadline
-
-    def _deadline(self, begin: float) -> float:
-        """Bound the wait for the servers, on the monotonic clock."""
-        # A publish that is repeated later than the server remembers ids would be stored twice.
-        return begin + min(self._settings.wait_secs, max(1.0, self._window_secs / 2))
 
     def _to_id(self, msg_id: bytes | None) -> str:
         """Make an id that fits into a header; no two have the same."""
         if msg_id is None:
             return f"{self._unique}.{next(self._numbers)}"
         return f"u.{hashlib.sha256(msg_id).hexdigest()}"
-
-    def _check_payload(self, items: Sequence[_Item], max_payload: int) -> None:
-        """Check that the server takes messages of this size; it would close the connection."""
-        limit = max_payload - _HEADER_BYTES
-        largest = max(len(item.data) for item in items)
-        if largest > limit:
-            raise MessageTooLargeError(
-                f"Expected a message of at most {limit} bytes for the queue {self._settings.path} "
-                f"(max_payload of its server is {max_payload}), but got: {largest} bytes")
 
     async def _put_batch(self, items: Sequence[_Item], deadline: float) -> None:
         """
@@ -160,7 +156,7 @@ class Publishing:
         at_once = 1 if is_scarce else max(1, min(_GROUP_MESSAGES, _GROUP_BYTES // largest))
         for begin in range(0, len(items), at_once):
             some = items[begin:begin + at_once]
-            deadline = max(deadline, self._deadline(self._answered))
+            deadline = max(deadline, self._answered + self._wait_secs)
             await asyncio.gather(*(self._attempt(item, deadline, len(some)) for item in some
                                    if not item.is_tried))
             for item in some:
@@ -203,7 +199,7 @@ class Publishing:
         is published first; when it is answered, the leader has read everything. A pause was
         rejected: nobody knows how long it would have to be.
         """
-        deadline = self._deadline(time.monotonic())
+        deadline = time.monotonic() + self._wait_secs
         while True:
             if item.is_tried and self._settings.address.replicas > 1:
                 await self._connection.ask(address.nobodys_subject(self._stream.name), b"",
@@ -214,7 +210,7 @@ class Publishing:
             if item.number:
                 return
             if is_refused and (await self._make_room(1, item.size))[0]:
-                deadline = self._deadline(time.monotonic())
+                deadline = time.monotonic() + self._wait_secs
             elif time.monotonic() < deadline:
                 # If it was refused, another publisher has made room, and may use it first.
                 await asyncio.sleep(_FIRST_LOOK_SECS if is_refused else connection.PAUSE_SECS)

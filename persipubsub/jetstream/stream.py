@@ -51,7 +51,8 @@ class Stream:
         self.connection = own
         self.settings = described
         self.name = described.address.stream
-        own.is_cluster |= described.address.replicas > 1
+        is_cluster = len(described.address.servers) > 1 or described.address.replicas > 1
+        self._recovery_secs = _RECOVERY_SECS if is_cluster else _REPLACED_SECS
         # Time of the servers minus ours, as far as we know.
         self._offset = datetime.timedelta()
         # By recipients: when the consumers of these recipients were last checked.
@@ -71,8 +72,7 @@ class Stream:
         subject = f"$JS.API.{verb}.{self.name}" + (f".{consumer}" if consumer else "")
         payload = b"" if body is None else json.dumps(body).encode("utf-8")
         deadline = self.deadline()
-        recovery_secs = _RECOVERY_SECS if self.connection.is_cluster else _REPLACED_SECS
-        until = min(deadline, time.monotonic() + recovery_secs)
+        until = min(deadline, time.monotonic() + self._recovery_secs)
         while True:
             message = await self.connection.ask(subject, payload, deadline)
             answer: Info = json.loads(message.data)
