@@ -295,10 +295,9 @@ class Connection:
         if self.users == 0:
             self._is_closed = True
             del self.loop.connections[self._key]
-            link, self._link = self._link, None
-            if link is not None:
-                link.lose()
-                await link.close()
+            if self._link is not None:
+                self._link.lose()
+                await self._link.close()
 
 
 def acquire(own: loop.Loop, servers: tuple[str, ...], path: str) -> Connection:

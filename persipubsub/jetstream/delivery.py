@@ -542,11 +542,8 @@ class Delivery:
         info = await self._stream.consumer_info(self._subscriber)
         if not info["num_ack_pending"]:
             start = int(info["delivered"]["stream_seq"]) + 1
-            while True:
-                found = await self._stream.next_stored(stream.filters_of(info["config"]), start)
-                if found is None or not self._stream.is_expired(found.sent_at):
-                    return None if found is None else found.data
-                start = found.number + 1
+            found = await self._stream.next_stored(stream.filters_of(info["config"]), start)
+            return None if found is None else found.content
         # While others have messages, or some were given back, the server does not tell which.
         taken = await self.take(0.0, 1)
         await self.nack(taken, None)

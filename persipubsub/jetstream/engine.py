@@ -22,8 +22,7 @@ import nats.errors
 
 from persipubsub.config import Config, Durability
 from persipubsub.errors import ClosedError, MessageTooLargeError, PersipubsubError
-from persipubsub.jetstream import (address, connection, delivery, errors, loop, publishing,
-                                   settings, stream)
+from persipubsub.jetstream import connection, delivery, errors, loop, publishing, settings, stream
 from persipubsub.message import Message, Peeked, Place, time_ns_of
 from persipubsub.statistics import QueueStatistics, SubscriberStatistics, share
 
@@ -490,19 +489,10 @@ def follow(config: Config, queue_key: str, last: int = 0) -> Generator[list[Peek
 
 async def _look(kept: stream.Stream, filters: Sequence[str], number: int,
                 count: int) -> list[Peeked]:
-    recipients = {kept.settings.subject(one): one for one in kept.settings.audiences}
     found: list[Peeked] = []
-    while len(found) < count:
-        one = await kept.next_stored(filters, number)
-        if one is None:
-            break
+    while len(found) < count and (one := await kept.next_stored(filters, number)) is not None:
+        found.append(one)
         number = one.number + 1
-        # With retain_secs, messages that no consumer wants are stored as well.
-        is_wanted = one.subject != address.nobodys_subject(kept.name)
-        if is_wanted and not kept.is_expired(one.sent_at):
-            found.append(
-                Peeked(one.number, kept.age_secs(one.sent_at), recipients.get(one.subject),
-                       one.data))
     return found
 
 

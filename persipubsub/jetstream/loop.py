@@ -93,16 +93,10 @@ class Loop(asyncio.SelectorEventLoop):
 
         Cancelling the task cancels the work, unless that is to be carried out anyway.
         """
-        other = asyncio.get_running_loop()
-        done = other.create_future()
-
-        def finish() -> None:
-            if not done.done():
-                done.set_result(None)
-
-        tasks = self._submit(work, lambda: other.call_soon_threadsafe(finish))
+        other, done = asyncio.get_running_loop(), asyncio.Event()
+        tasks = self._submit(work, lambda: other.call_soon_threadsafe(done.set))
         try:
-            await done
+            await done.wait()
         except BaseException:
             if not is_carried_out:
                 self.post(lambda: tasks.pop().cancel())

@@ -10,10 +10,11 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 from persipubsub.errors import FormatError, NotInitializedError
 from persipubsub.jetstream import address, connection, errors, settings
+from persipubsub.message import Peeked
 
 #: Messages that are deleted at the same time.
 _WINDOW: Final = 128
@@ -31,16 +32,6 @@ _REPLACED_SECS: Final = 1.0
 _MOST_STEPS: Final = 1000
 
 Info: TypeAlias = dict[str, Any]
-ResultT = TypeVar("ResultT")
-
-
-class Stored(NamedTuple):
-    """A message as it is stored in the stream."""
-
-    number: int
-    subject: str
-    data: bytes
-    sent_at: datetime.datetime  #: on the clock of the servers
 
 
 class Stream:
@@ -257,16 +248,23 @@ class Stream:
         """Count the messages that subscribers still have to acknowledge, by id."""
         return {one: lag_of(info) for one, info in (await self.infos()).items()}
 
-    async def next_stored(self, subjects: Sequence[str], start: int) -> Stored | None:
-        """Find the first message from a number on that has one of the subjects."""
-        queries = [{"seq": max(1, start), "next_by_subj": subject} for subject in subjects]
-        answers = [await self._find("STREAM.MSG.GET", query) for query in queries]
-        found = [answer["message"] for answer in answers if answer is not None]
-        if not found:
-            return None
-        message = min(found, key=lambda one: int(one["seq"]))
-        data = base64.b64decode(message.get("data") or b"")
-        return Stored(int(message["seq"]), message["subject"], data, to_time(message["time"]))
+    async def next_stored(self, subjects: Sequence[str], start: int) -> Peeked | None:
+        """Find the first message from a number on that has one of the subjects, and is not old."""
+        while True:
+            queries = [{"seq": max(1, start), "next_by_subj": subject} for subject in subjects]
+            answers = [await self._find("STREAM.MSG.GET", query) for query in queries]
+            found = [answer["message"] for answer in answers if answer is not None]
+            if not found:
+                return None
+            message = min(found, key=lambda one: int(one["seq"]))
+            number, subject = int(message["seq"]), message["subject"]
+            sent_at = to_time(message["time"])
+            # With retain_secs, messages that no consumer wants are stored as well.
+            if subject != address.nobodys_subject(self.name) and not self.is_expired(sent_at):
+                recipients = {self.settings.subject(one): one for one in self.settings.audiences}
+                data = base64.b64decode(message.get("data") or b"")
+                return Peeked(number, self.age_secs(sent_at), recipients.get(subject), data)
+            start = number + 1
 
     # Dropping
 
