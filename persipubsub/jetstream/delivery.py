@@ -311,13 +311,14 @@ class Delivery:
         """Send *in progress* four times in ``ack_wait``, as long as messages are held."""
         while self._held:
             await asyncio.sleep(self._stream.settings.address.ack_wait_secs / 4)
-            for one in list(self._held.values()):
+            for index, one in enumerate(list(self._held.values()), start=1):
                 link = self._connection.ready()
                 if link is not None:
                     with contextlib.suppress(nats.errors.Error, OSError):
                         await link.client.publish(one.reply, b"+WPI")
-                # The above never yields to the loop.
-                await asyncio.sleep(0)
+                if index % _ACKS_AT_ONCE == 0:
+                    # The above never yields to the loop, which writes them at once.
+                    await asyncio.sleep(0)
 
     # Ending
 
