@@ -176,6 +176,8 @@ class Link:
             if self.client.stats["in_msgs"] != received:
                 received, heard = self.client.stats["in_msgs"], now
             if self._pinging is not None and self._pinging.done():
+                if self._pinging.cancelled() or self._pinging.exception() is not None:
+                    self.lose()
                 self._pinging, heard = None, now
                 self._round_trips += 1
                 self._end_requests(self._round_trips)
