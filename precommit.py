@@ -46,7 +46,8 @@ sys.exit(1 if failed else 0)
 """
 
 
-def _run(command: Sequence[str], cwd: pathlib.Path = _ROOT,
+def _run(command: Sequence[str],
+         cwd: pathlib.Path = _ROOT,
          env: Mapping[str, str] | None = None) -> bool:
     """
     Run a command and wait for its end, its output going where ours goes.
@@ -132,7 +133,8 @@ def _check_doctest(overwrite: bool) -> bool:
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([str(_ROOT)] + env.get("PYTHONPATH", "").split(os.pathsep))
     with tempfile.TemporaryDirectory() as tmp:
-        return _run([sys.executable, "-c", _DOCTESTS, _PACKAGE, *documents], cwd=pathlib.Path(tmp),
+        return _run([sys.executable, "-c", _DOCTESTS, _PACKAGE, *documents],
+                    cwd=pathlib.Path(tmp),
                     env=env)
 
 
@@ -182,8 +184,13 @@ def _check_build(overwrite: bool) -> bool:
         source, dist = pathlib.Path(tmp) / "source", pathlib.Path(tmp) / "dist"
         shutil.copytree(_ROOT, source, ignore=_ignore_made)
         built = subprocess.run([sys.executable, "-m", "build", "--outdir",
-                                str(dist)], cwd=source, check=False, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                str(dist)],
+                               cwd=source,
+                               check=False,
+                               stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT,
+                               text=True)
         if built.returncode != 0:
             # Only now: a good build has hundreds of lines, too.
             print(built.stdout)
@@ -244,7 +251,9 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--overwrite", action="store_true", help="format the code in place")
-    parser.add_argument("--select", type=_parse_names, metavar="NAMES",
+    parser.add_argument("--select",
+                        type=_parse_names,
+                        metavar="NAMES",
                         help="run only these checks")
     parser.add_argument("--skip", type=_parse_names, metavar="NAMES", help="leave these checks out")
     parser.add_argument("--list", action="store_true", help="print the names of the checks and end")

@@ -45,16 +45,29 @@ def _parse() -> argparse.Namespace:
         epilog="Figures: {}. Those that the results have already, of the same profile and machine, "
         "are not measured again, unless named by --only.".format(", ".join(figures.FIGURES)))
     duration = parser.add_mutually_exclusive_group()
-    duration.add_argument("--quick", action="store_const", dest="profile", const=figures.QUICK,
+    duration.add_argument("--quick",
+                          action="store_const",
+                          dest="profile",
+                          const=figures.QUICK,
                           default=figures.FULL,
                           help="take two minutes, not 25: a sketch that shows that it works")
-    duration.add_argument("--long", action="store_const", dest="profile", const=figures.LONG,
+    duration.add_argument("--long",
+                          action="store_const",
+                          dest="profile",
+                          const=figures.LONG,
                           help="take an hour or more: more rounds, longer measurements")
-    parser.add_argument("--only", type=_parse_figures, metavar="FIGURE[,FIGURE]",
+    parser.add_argument("--only",
+                        type=_parse_figures,
+                        metavar="FIGURE[,FIGURE]",
                         help="measure only these, even again")
-    parser.add_argument("--out", type=pathlib.Path, default=_ROOT / "benchmarks" / "results",
-                        metavar="DIR", help="where results go (default: benchmarks/results)")
-    parser.add_argument("--dir", type=pathlib.Path, metavar="DIR",
+    parser.add_argument("--out",
+                        type=pathlib.Path,
+                        default=_ROOT / "benchmarks" / "results",
+                        metavar="DIR",
+                        help="where results go (default: benchmarks/results)")
+    parser.add_argument("--dir",
+                        type=pathlib.Path,
+                        metavar="DIR",
                         help="where queues are, on a disk (default: in build/ of the checkout)")
     parser.add_argument("--rounds", type=int, metavar="N", help="how many rounds are counted")
     return parser.parse_args()

@@ -41,7 +41,9 @@ class Bare(contender.Contender):
         """
         del subscribers
         # The engine and the options of the library, so that only the library is the difference.
-        self._environment = lmdb.open(str(directory), map_size=_MAP_BYTES, lib_version=0,
+        self._environment = lmdb.open(str(directory),
+                                      map_size=_MAP_BYTES,
+                                      lib_version=0,
                                       sync=durability == contender.FSYNC)
         self.send = self._put
         self._notifier = Notifier(SharedPage(str(directory)))

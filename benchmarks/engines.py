@@ -220,7 +220,8 @@ def _run(threads: list[threading.Thread]) -> None:
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description="Measure two engines, and nats-py, in one run.")
-    parser.add_argument("--queue", required=True,
+    parser.add_argument("--queue",
+                        required=True,
                         help="nats://host:4222/STREAM, used for this only")
     parser.add_argument("--durability", choices=["fsync", "os"], default="fsync")
     parser.add_argument("--count", type=int, default=1000)

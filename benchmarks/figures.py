@@ -42,24 +42,51 @@ class Profile(NamedTuple):
         return (self.rounds + 1) // 2
 
 
-QUICK = Profile(name="quick", rounds=1, seconds=0.1, sends=2000, batches=3,
-                subscribers=(1, 10, 100, 500), backlogs=(0, 10**5, 10**6), size_bytes=1 << 24,
+QUICK = Profile(name="quick",
+                rounds=1,
+                seconds=0.1,
+                sends=2000,
+                batches=3,
+                subscribers=(1, 10, 100, 500),
+                backlogs=(0, 10**5, 10**6),
+                size_bytes=1 << 24,
                 workers={
                     "processes": (1, 4),
                     "threads": (1, 16)
-                }, latency_secs=0.3, pruned=10**5, total=5 * 10**5, memory_count=500,
+                },
+                latency_secs=0.3,
+                pruned=10**5,
+                total=5 * 10**5,
+                memory_count=500,
                 timeout_secs=60)
 
 #: The default: medians of five rounds, and of three where a figure has many cases.
-FULL = Profile(name="full", rounds=5, seconds=0.3, sends=10000, batches=10,
-               subscribers=(1, 10, 100, 500), backlogs=(0, 10**5, 10**6, 10**7), size_bytes=1 << 25,
+FULL = Profile(name="full",
+               rounds=5,
+               seconds=0.3,
+               sends=10000,
+               batches=10,
+               subscribers=(1, 10, 100, 500),
+               backlogs=(0, 10**5, 10**6, 10**7),
+               size_bytes=1 << 25,
                workers={
                    "processes": (1, 2, 4, 8),
                    "threads": (1, 2, 4, 8, 16)
-               }, latency_secs=2.0, pruned=10**6, total=10**7, memory_count=500, timeout_secs=300)
+               },
+               latency_secs=2.0,
+               pruned=10**6,
+               total=10**7,
+               memory_count=500,
+               timeout_secs=300)
 
-LONG = FULL._replace(name="long", rounds=9, seconds=0.5, sends=20000, batches=30,
-                     size_bytes=1 << 26, latency_secs=5.0, memory_count=5000)
+LONG = FULL._replace(name="long",
+                     rounds=9,
+                     seconds=0.5,
+                     sends=20000,
+                     batches=30,
+                     size_bytes=1 << 26,
+                     latency_secs=5.0,
+                     memory_count=5000)
 
 
 def _requests(names: Sequence[str], task: str, arguments: Mapping[str, Any],
@@ -267,8 +294,11 @@ def import_time(runner: Runner, profile: Profile) -> list[Row]:
     def run(request: Request, turn: int) -> dict[str, Any]:
         del turn
         begin = time.perf_counter()
-        ended = subprocess.run([sys.executable, "-c", _IMPORTS[request.contender]], cwd=root,
-                               stderr=subprocess.PIPE, check=False, text=True)
+        ended = subprocess.run([sys.executable, "-c", _IMPORTS[request.contender]],
+                               cwd=root,
+                               stderr=subprocess.PIPE,
+                               check=False,
+                               text=True)
         took = (time.perf_counter() - begin) * 1e3
         if ended.returncode:
             raise rounds.Broken(ended.stderr.strip().splitlines()[-1])
@@ -295,35 +325,64 @@ FIGURES: Mapping[str, Figure] = {
         "Sending and receiving", "messages/s",
         "One publisher, then one subscriber, each a single thread; 256 bytes a message. "
         "Receiving includes the acknowledgement.", throughput),
-    "fan_out": Figure("Number of subscribers", "messages/s",
-                      "Sends of 256 bytes, each for all subscribers.", fan_out, axis="subscribers",
+    "fan_out": Figure("Number of subscribers",
+                      "messages/s",
+                      "Sends of 256 bytes, each for all subscribers.",
+                      fan_out,
+                      axis="subscribers",
                       own_ratio=True),
     "backlog": Figure(
-        "Waiting messages", "messages/s",
+        "Waiting messages",
+        "messages/s",
         "Sends and receives of 256 bytes while many messages wait, which were sent in batches of "
-        "1,000; os without checkpoints.", backlog, axis="waiting messages", own_ratio=True),
-    "size": Figure("Size of the messages", "MB/s", "Sends and receives, one by one.", size,
+        "1,000; os without checkpoints.",
+        backlog,
+        axis="waiting messages",
+        own_ratio=True),
+    "size": Figure("Size of the messages",
+                   "MB/s",
+                   "Sends and receives, one by one.",
+                   size,
                    axis="bytes of a message"),
-    "processes": Figure("Several publisher processes", "messages/s",
-                        "Sends of 256 bytes by all processes together.", processes,
-                        axis="processes", own_ratio=True),
+    "processes": Figure("Several publisher processes",
+                        "messages/s",
+                        "Sends of 256 bytes by all processes together.",
+                        processes,
+                        axis="processes",
+                        own_ratio=True),
     "threads": Figure(
-        "Several threads", "messages/s",
+        "Several threads",
+        "messages/s",
         "Sends of 256 bytes by all threads of a process together; they share one open queue.",
-        threads, axis="threads", own_ratio=True),
+        threads,
+        axis="threads",
+        own_ratio=True),
     "latency": Figure(
-        "Latency", "microseconds",
+        "Latency",
+        "microseconds",
         "From the call of a send until another process, asleep before, has the message; at 200 "
-        "messages a second, and at half of the rate that gets through.", latency, is_rate=False),
+        "messages a second, and at half of the rate that gets through.",
+        latency,
+        is_rate=False),
     "pause": Figure(
-        "Pause while half of the messages are pruned", "microseconds",
+        "Pause while half of the messages are pruned",
+        "microseconds",
         "Sends of one process before and during the pruning by another one: an operator's "
-        "(timeout), or a sender's that passes the high-water mark (mark).", pause, is_rate=False),
+        "(timeout), or a sender's that passes the high-water mark (mark).",
+        pause,
+        is_rate=False),
     "file_size": Figure(
-        "Size on the disk", "MB",
+        "Size on the disk",
+        "MB",
         "While messages pass through in batches of 1,000, and 10,000 of them wait; os with its "
-        "checkpoint.", file_size, is_rate=False, axis="messages sent"),
+        "checkpoint.",
+        file_size,
+        is_rate=False,
+        axis="messages sent"),
     "memory": Figure("Memory", "MB", "A process that sends and receives.", memory, is_rate=False),
-    "import_time": Figure("Import", "milliseconds", "Time to start Python, import, and end.",
-                          import_time, is_rate=False),
+    "import_time": Figure("Import",
+                          "milliseconds",
+                          "Time to start Python, import, and end.",
+                          import_time,
+                          is_rate=False),
 }

@@ -16,8 +16,11 @@ _HANG_SECS = 60
 _HUGE = 10**9
 
 
-def write_config(directory: pathlib.Path, durability: str, subscribers: int = 1,
-                 name: str = "config.json", **changes: Any) -> pathlib.Path:
+def write_config(directory: pathlib.Path,
+                 durability: str,
+                 subscribers: int = 1,
+                 name: str = "config.json",
+                 **changes: Any) -> pathlib.Path:
     """
     Write a configuration file with one queue that drops nothing by itself.
 
@@ -69,8 +72,12 @@ class Library(contender.Contender):
     max_subscribers = _HUGE
     can_sleep = True
 
-    def __init__(self, directory: pathlib.Path, durability: str, subscribers: int = 1,
-                 config_pth: pathlib.Path | None = None, **changes: Any) -> None:
+    def __init__(self,
+                 directory: pathlib.Path,
+                 durability: str,
+                 subscribers: int = 1,
+                 config_pth: pathlib.Path | None = None,
+                 **changes: Any) -> None:
         """
         Open the queue; create it if it is not there.
 

@@ -71,10 +71,14 @@ def _commit() -> str:
     """
     try:
         run = ["git", "-C", str(_ROOT)]
-        commit = subprocess.run(run + ["rev-parse", "--short", "HEAD"], capture_output=True,
-                                check=True, text=True).stdout.strip()
+        commit = subprocess.run(run + ["rev-parse", "--short", "HEAD"],
+                                capture_output=True,
+                                check=True,
+                                text=True).stdout.strip()
         changed = subprocess.run(run + ["status", "--porcelain", "persipubsub"],
-                                 capture_output=True, check=True, text=True).stdout
+                                 capture_output=True,
+                                 check=True,
+                                 text=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit + ("+" if changed else "")

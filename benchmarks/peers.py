@@ -52,7 +52,8 @@ class LocalQueue(Contender):
         module = importlib.import_module("localqueue")
         mode = module.DurabilityMode
         self._queue = module.SimpleQueue(
-            str(directory), durability=mode.DURABLE if durability == FSYNC else mode.RELAXED,
+            str(directory),
+            durability=mode.DURABLE if durability == FSYNC else mode.RELAXED,
             serializer=_Verbatim())
         self.send = self._queue.put
 
@@ -155,7 +156,8 @@ class DiskCache(Contender):
         """Open the queue; create it if it is not there."""
         del subscribers
         module = importlib.import_module("diskcache")
-        cache = module.Cache(str(directory), eviction_policy="none",
+        cache = module.Cache(str(directory),
+                             eviction_policy="none",
                              sqlite_synchronous=2 if durability == FSYNC else 1)
         self._deque = module.Deque.fromcache(cache)
         self.send = self._deque.append
@@ -197,8 +199,10 @@ class Nque(Contender):
         module = importlib.import_module("nque")
         limits = {"items_count_max": 10**6, "item_bytes_max": 1 << 12}
         self._names = [f"queue{index}".encode() for index in range(subscribers)]
-        self._open = functools.partial(module.FifoMultiQueueLmdb, str(directory),
-                                       queues=tuple(self._names), **limits)
+        self._open = functools.partial(module.FifoMultiQueueLmdb,
+                                       str(directory),
+                                       queues=tuple(self._names),
+                                       **limits)
         self._queue = (module.FifoBasicQueueLmdb(str(directory), **limits)
                        if subscribers == 1 else self._open())
         self.send = lambda message: self._queue.put([message])
@@ -247,7 +251,9 @@ class SimpleBroker(Text):
         module = importlib.import_module("simplebroker")
         config = module.resolve_config(
             env={"BROKER_SYNC_MODE": "FULL" if durability == FSYNC else "NORMAL"})
-        self._queue = module.Queue("queue", db_path=str(directory / "queue.db"), persistent=True,
+        self._queue = module.Queue("queue",
+                                   db_path=str(directory / "queue.db"),
+                                   persistent=True,
                                    config=config)
         self.send = self._queue.write
 

@@ -49,16 +49,20 @@ def _bars(axes: Any, rows: Sequence[rounds.Row], title: str, unit: str, is_rate:
     :param is_rate: whether more is better
     """
     ordered = sorted((row for row in rows if row.values),
-                     key=lambda row: statistics.median(row.values), reverse=not is_rate)
+                     key=lambda row: statistics.median(row.values),
+                     reverse=not is_rate)
     medians = [statistics.median(row.values) for row in ordered]
-    axes.barh([row.contender for row in ordered], medians,
+    axes.barh([row.contender for row in ordered],
+              medians,
               color=[_color(row.contender) for row in ordered])
     largest = max((value for row in ordered for value in row.values), default=1)
     for index, (row, median) in enumerate(zip(ordered, medians)):
         axes.plot([min(row.values), max(row.values)], [index, index], color="#888888", linewidth=1)
-        axes.text(
-            max(row.values) + 0.015 * largest, index, report.number(median), fontsize=8,
-            verticalalignment="center")
+        axes.text(max(row.values) + 0.015 * largest,
+                  index,
+                  report.number(median),
+                  fontsize=8,
+                  verticalalignment="center")
     axes.set_xlim(0, largest * 1.22)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(unit, fontsize=8)
@@ -84,10 +88,12 @@ def _draw_bars(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
     across = min(4, len(cases))
     down = -(-len(cases) // across)
     height = max(1.8, 0.28 * len({row.contender for row in rows}) + 0.9)
-    drawing, grid = plt.subplots(
-        down * len(durabilities), across,
-        figsize=(3.6 * max(across, 1.6), height * down * len(durabilities) + 0.5), squeeze=False,
-        layout="constrained")
+    drawing, grid = plt.subplots(down * len(durabilities),
+                                 across,
+                                 figsize=(3.6 * max(across, 1.6),
+                                          height * down * len(durabilities) + 0.5),
+                                 squeeze=False,
+                                 layout="constrained")
     for axes in grid.flat:
         axes.set_visible(False)
     for block, durability in enumerate(durabilities):
@@ -119,8 +125,11 @@ def _draw_lines(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
     :return: drawing
     """
     groups = _groups(rows)
-    drawing, grid = plt.subplots(len(groups), 2, figsize=(9, 3.3 * len(groups) + 0.5),
-                                 squeeze=False, layout="constrained")
+    drawing, grid = plt.subplots(len(groups),
+                                 2,
+                                 figsize=(9, 3.3 * len(groups) + 0.5),
+                                 squeeze=False,
+                                 layout="constrained")
     for group, line in zip(groups, grid):
         for durability, axes in zip(DURABILITIES, line):
             shown = [
@@ -131,8 +140,12 @@ def _draw_lines(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
     handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels())})
-    drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6,
-                   fontsize=9, frameon=False)
+    drawing.legend(handles.values(),
+                   handles.keys(),
+                   loc="outside lower center",
+                   ncols=6,
+                   fontsize=9,
+                   frameon=False)
     return drawing
 
 
@@ -150,8 +163,12 @@ def _draw_dots(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
     quantiles = list(dict.fromkeys(row.case.rpartition(", ")[2] for row in rows))
     is_alone = len({contender for contender, _ in lines}) == 1
     labels = [line[1] if is_alone else "{}, {}".format(*line) for line in lines]
-    drawing, panels = plt.subplots(1, 2, figsize=(11, 0.36 * len(lines) + 1.8), sharex=True,
-                                   sharey=True, layout="constrained")
+    drawing, panels = plt.subplots(1,
+                                   2,
+                                   figsize=(11, 0.36 * len(lines) + 1.8),
+                                   sharex=True,
+                                   sharey=True,
+                                   layout="constrained")
     for durability, axes in zip(DURABILITIES, panels):
         for quantile, marker in zip(quantiles, "o>sD"):
             shown = [
@@ -161,7 +178,9 @@ def _draw_dots(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
             axes.scatter(
                 [statistics.median(row.values) for row in shown],
                 [lines.index((row.contender, row.case.rpartition(", ")[0])) for row in shown],
-                color=[_color(row.contender) for row in shown], marker=marker, s=36)
+                color=[_color(row.contender) for row in shown],
+                marker=marker,
+                s=36)
         if any(value > 0 for row in rows for value in row.values):
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.10g}"))
@@ -178,7 +197,11 @@ def _draw_dots(rows: Sequence[rounds.Row], figure: figures.Figure) -> Any:
         matplotlib.lines.Line2D([], [], linestyle="", marker=marker, color="#666666")
         for _, marker in zip(quantiles, "o>sD")
     ]
-    drawing.legend(handles, quantiles, loc="outside lower center", ncols=4, frameon=False,
+    drawing.legend(handles,
+                   quantiles,
+                   loc="outside lower center",
+                   ncols=4,
+                   frameon=False,
                    fontsize=9)
     return drawing
 
@@ -198,12 +221,17 @@ def _draw_panel(axes: Any, rows: Sequence[rounds.Row], figure: figures.Figure, t
                   if row.contender == contender]
         points.sort(key=lambda point: point[0])
         horizontal = [point[0] for point in points]
-        axes.plot(horizontal, [point[1] for point in points], marker="" if is_dense else "o",
-                  markersize=4, linewidth=2 if contender == roster.OURS else 1.2,
-                  color=_color(contender), label=contender)
+        axes.plot(horizontal, [point[1] for point in points],
+                  marker="" if is_dense else "o",
+                  markersize=4,
+                  linewidth=2 if contender == roster.OURS else 1.2,
+                  color=_color(contender),
+                  label=contender)
         axes.fill_between(horizontal, [min(point[2].values) for point in points],
-                          [max(point[2].values) for point in points], color=_color(contender),
-                          alpha=0.12, linewidth=0)
+                          [max(point[2].values) for point in points],
+                          color=_color(contender),
+                          alpha=0.12,
+                          linewidth=0)
     positions = sorted({row.position or 0.0 for row in rows})
     if not is_dense:
         if positions and positions[-1] > 50 * max(1.0, positions[0]):

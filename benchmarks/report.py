@@ -287,7 +287,10 @@ def show_summary(console: rich.console.Console, results: dict[str, Any]) -> None
     :param console: to print on
     :param results: of a run
     """
-    shown = rich.table.Table("durability", "", "against the best peer", "against bare LMDB",
+    shown = rich.table.Table("durability",
+                             "",
+                             "against the best peer",
+                             "against bare LMDB",
                              title="persipubsub")
     for line in compare_with_peers(results):
         shown.add_row(*line)

@@ -87,9 +87,13 @@ class Runner:
             **arguments
         })
         try:
-            ended = subprocess.run([sys.executable, "-m", "benchmarks.tasks"], input=f"{line}\n",
-                                   capture_output=True, text=True, cwd=_ROOT,
-                                   timeout=self._timeout_secs, check=False)
+            ended = subprocess.run([sys.executable, "-m", "benchmarks.tasks"],
+                                   input=f"{line}\n",
+                                   capture_output=True,
+                                   text=True,
+                                   cwd=_ROOT,
+                                   timeout=self._timeout_secs,
+                                   check=False)
         except subprocess.TimeoutExpired:
             raise Broken(f"took more than {self._timeout_secs:.0f} s") from None
         if ended.returncode != 0:
@@ -97,7 +101,10 @@ class Runner:
             raise Broken(said[-1] if said else f"exit code {ended.returncode}")
         return json.loads(ended.stdout)  # type: ignore[no-any-return]
 
-    def in_turn(self, requests: Sequence[Request], rounds: int, has_warm_up: bool = True,
+    def in_turn(self,
+                requests: Sequence[Request],
+                rounds: int,
+                has_warm_up: bool = True,
                 run: Callable[[Request, int], dict[str, Any]] | None = None) -> list[Row]:
         """
         Run measurements A B C A B C ...; the first round warms up and is not counted.
@@ -131,8 +138,11 @@ class Runner:
             for name, case in request.cases.items():
                 found = [] if index in errors else values.get(index, {}).get(name, [])
                 rows.append(
-                    Row(contender=request.contender, durability=request.durability, case=case,
-                        values=found, position=request.positions.get(case),
+                    Row(contender=request.contender,
+                        durability=request.durability,
+                        case=case,
+                        values=found,
+                        position=request.positions.get(case),
                         error=errors.get(index, "" if found else "not offered")))
         return rows
 

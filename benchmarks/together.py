@@ -305,8 +305,10 @@ def pause(name: str, durability: str, directory: str, backlog: int, kind: str,
     queue = library.Library(path, durability, config_pth=config_pth)
     # Who has the queue open keeps its settings; the other process gets what is stored now.
     persipubsub.control.initialize_all_dbs(config_pth=other_pth)
-    with subprocess.Popen([sys.executable, "-c", code, str(other_pth)], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen([sys.executable, "-c", code, str(other_pth)],
+                          stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE,
+                          text=True) as other:
         result = _send_beside(queue, other, seconds)
     queue.close()
     return result

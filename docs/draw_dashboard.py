@@ -148,7 +148,8 @@ def _prometheus(directory: pathlib.Path, url: str) -> Iterator[str]:
     with subprocess.Popen([
             "prometheus", f"--config.file={directory}/prometheus.yml",
             f"--storage.tsdb.path={directory}/tsdb", f"--web.listen-address={address}"
-    ], stderr=subprocess.DEVNULL) as process:
+    ],
+                          stderr=subprocess.DEVNULL) as process:
         try:
             yield f"http://{address}"
         finally:
@@ -193,7 +194,11 @@ def _draw(server: str, begin: float, end: float) -> None:
                 values = [(float(moment) - begin, float(value))
                           for moment, value in series["values"]]
                 if panel["type"] == "stat":
-                    axes.text(0.5, 0.4, unit(round(values[-1][1])), ha="center", va="center",
+                    axes.text(0.5,
+                              0.4,
+                              unit(round(values[-1][1])),
+                              ha="center",
+                              va="center",
                               size=20)
                 elif any(value for _, value in values):
                     axes.plot(*zip(*values), label=name, linewidth=1.2)

@@ -158,7 +158,8 @@ class Crew:
         :param arguments: of the function, after the leash and the name
         """
         reader, writer = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_run_child, args=(target, reader, name) + arguments,
+        process = self._context.Process(target=_run_child,
+                                        args=(target, reader, name) + arguments,
                                         name=name)
         process.start()
         # The child has its own copy. It sees the end of the pipe even if we are killed.
@@ -354,15 +355,22 @@ def parse_arguments() -> argparse.Namespace:
     :return: options
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--durability", choices=["fsync", "os"], default="fsync",
+    parser.add_argument("--durability",
+                        choices=["fsync", "os"],
+                        default="fsync",
                         help="how safe a message is when send returns (default: %(default)s)")
-    parser.add_argument("--files", type=int, metavar="N",
+    parser.add_argument("--files",
+                        type=int,
+                        metavar="N",
                         help="send only the first N files (default: all)")
-    parser.add_argument(
-        "--queue", metavar="PATH",
-        help="where the queue is, a directory or nats://host:4222/STREAM; it stays "
-        "(default: in a temporary directory)")
-    parser.add_argument("--patience", type=float, default=30, metavar="SECS",
+    parser.add_argument("--queue",
+                        metavar="PATH",
+                        help="where the queue is, a directory or nats://host:4222/STREAM; it stays "
+                        "(default: in a temporary directory)")
+    parser.add_argument("--patience",
+                        type=float,
+                        default=30,
+                        metavar="SECS",
                         help="give up when nothing moves for so long (default: %(default)s)")
     args = parser.parse_args()
     if args.files is not None and args.files < 1:
@@ -409,7 +417,8 @@ def main() -> int:
         try:
             console = rich.console.Console()
             with rich.progress.Progress(*rich.progress.Progress.get_default_columns(),
-                                        rich.progress.MofNCompleteColumn(), console=console,
+                                        rich.progress.MofNCompleteColumn(),
+                                        console=console,
                                         disable=not console.is_terminal) as progress:
                 run.do(progress, args.patience)
         except Failure as error:

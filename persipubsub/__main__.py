@@ -17,7 +17,8 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(
             f"persipubsub: the command line needs {error.name}. Install it with: pip install "
-            "'persipubsub[cli]'", file=sys.stderr)
+            "'persipubsub[cli]'",
+            file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # While it was still being loaded.

@@ -190,7 +190,9 @@ class _Dispatcher:
         self._is_due = False  # there is a reason to start, since the last start
         self._timer: asyncio.TimerHandle | None = None
 
-    async def ask(self, what: Any, timeout: float | None = None,
+    async def ask(self,
+                  what: Any,
+                  timeout: float | None = None,
                   poll_secs: float = math.inf) -> Any:
         """Wait for an answer; None if there was none in time."""
         future: "asyncio.Future[Any]" = self._loop.create_future()
@@ -296,7 +298,9 @@ class Pub(_Handle[face.Target]):
 
     _kind = face.Target
 
-    def __init__(self, pub_id: str | None = None, config_pth: ConfigLike | None = None,
+    def __init__(self,
+                 pub_id: str | None = None,
+                 config_pth: ConfigLike | None = None,
                  autosync: bool = False) -> None:
         """
         Initialize without a queue; ``async with`` opens it, or :py:meth:`init` does.
@@ -322,7 +326,9 @@ class Pub(_Handle[face.Target]):
         """
         await self._open(pub_id, config_pth, autosync)
 
-    async def send(self, msg: BytesLike, timeout: float | None = None,
+    async def send(self,
+                   msg: BytesLike,
+                   timeout: float | None = None,
                    msg_id: MessageId | None = None) -> None:
         """
         Send a message to all subscribers of the publisher.
@@ -347,7 +353,9 @@ class Pub(_Handle[face.Target]):
         """
         await self.send_many([msg], timeout, None if msg_id is None else [msg_id])
 
-    async def send_many(self, msgs: Sequence[BytesLike], timeout: float | None = None,
+    async def send_many(self,
+                        msgs: Sequence[BytesLike],
+                        timeout: float | None = None,
                         msg_ids: Sequence[MessageId | None] | None = None) -> None:
         """
         Send messages in one commit: all of them or none, even if the task is cancelled.

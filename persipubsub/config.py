@@ -403,7 +403,8 @@ def at(place: str, key: str) -> str:
     return f"{place}{'.' if place else ''}{key if is_plain else _shown(key)}"
 
 
-def fail(path: pathlib.Path, problems: Sequence[str],
+def fail(path: pathlib.Path,
+         problems: Sequence[str],
          kind: type[ConfigError] = ConfigError) -> NoReturn:
     """
     Raise the error about a configuration: the first problem, and how many more there are.

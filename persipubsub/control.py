@@ -205,7 +205,10 @@ def in_flight(config_pth: ConfigLike,
     })
 
 
-def peek(config_pth: ConfigLike, sub_id: str, count: int = 1, start: int = 0,
+def peek(config_pth: ConfigLike,
+         sub_id: str,
+         count: int = 1,
+         start: int = 0,
          queue_key: str | None = None) -> tuple[Peeked, ...]:
     """
     Look at the next messages of a subscriber without taking them.
@@ -225,7 +228,8 @@ def peek(config_pth: ConfigLike, sub_id: str, count: int = 1, start: int = 0,
     return tuple(persipubsub.engine.of(config, key).peek(config, key, sub_id, count, start))
 
 
-def follow(config_pth: ConfigLike, queue_key: str,
+def follow(config_pth: ConfigLike,
+           queue_key: str,
            last: int = 0) -> Generator[list[Peeked], None, None]:
     """
     Look at the messages of a queue as they are sent, for ever, without being a subscriber.
@@ -243,7 +247,9 @@ def follow(config_pth: ConfigLike, queue_key: str,
     return persipubsub.engine.of(config, key).follow(config, key, _at_least("last", last, 0))
 
 
-def seek(config_pth: ConfigLike, sub_id: str, to: str | int | float | datetime.datetime,
+def seek(config_pth: ConfigLike,
+         sub_id: str,
+         to: str | int | float | datetime.datetime,
          queue_key: str | None = None) -> int:
     """
     Let a subscriber go on from another place of the queue: back, to receive again, or forward.
@@ -362,7 +368,8 @@ def dead_letters(config_pth: ConfigLike,
     return types.MappingProxyType({key: tuple(letters.look(config, key)) for key in keys})
 
 
-def send_back(config_pth: ConfigLike, queue_key: str,
+def send_back(config_pth: ConfigLike,
+              queue_key: str,
               numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
     Send messages that were given up to the subscriber that failed to work on them, as new ones.
@@ -382,7 +389,8 @@ def send_back(config_pth: ConfigLike, queue_key: str,
     return tuple(_load("letters").send_back(config, queue_key, numbers))
 
 
-def drop_dead_letters(config_pth: ConfigLike, queue_key: str,
+def drop_dead_letters(config_pth: ConfigLike,
+                      queue_key: str,
                       numbers: Sequence[int] | None = None) -> tuple[int, ...]:
     """
     Drop messages that were given up.
@@ -400,7 +408,8 @@ def drop_dead_letters(config_pth: ConfigLike, queue_key: str,
 # Maintenance
 
 
-def verify(config_pth: ConfigLike, queue_key: str | None = None,
+def verify(config_pth: ConfigLike,
+           queue_key: str | None = None,
            progress: Progress | None = None) -> Mapping[str, tuple[str, ...]]:
     """
     Verify all pages, records and messages of queues, each in one snapshot.
@@ -420,7 +429,9 @@ def verify(config_pth: ConfigLike, queue_key: str | None = None,
                      lambda config, key: tuple(_maintain(config, key, "verify", shown)))
 
 
-def backup(config_pth: ConfigLike, queue_key: str, target: "str | os.PathLike[str]",
+def backup(config_pth: ConfigLike,
+           queue_key: str,
+           target: "str | os.PathLike[str]",
            progress: Progress | None = None) -> int:
     """
     Copy a queue, as it is at one moment, into a file. The queue may be in full use; nobody waits.
@@ -441,7 +452,9 @@ def backup(config_pth: ConfigLike, queue_key: str, target: "str | os.PathLike[st
     return int(_maintain(config, queue_key, "backup", os.fspath(target), progress or Progress()))
 
 
-def restore(config_pth: ConfigLike, queue_key: str, source: "str | os.PathLike[str]",
+def restore(config_pth: ConfigLike,
+            queue_key: str,
+            source: "str | os.PathLike[str]",
             progress: Progress | None = None) -> None:
     """
     Replace a queue with a backup, or create the queue from it.
@@ -466,7 +479,8 @@ def restore(config_pth: ConfigLike, queue_key: str, source: "str | os.PathLike[s
     persipubsub.engine.of(config, queue_key).ensure_queue(config, queue_key)
 
 
-def compact(config_pth: ConfigLike, queue_key: str | None = None,
+def compact(config_pth: ConfigLike,
+            queue_key: str | None = None,
             progress: Progress | None = None) -> "Mapping[str, Sizes]":
     """
     Give back room on the disk that queues do not need any more.
@@ -541,7 +555,9 @@ def drop_queue(config_pth: ConfigLike, queue_key: str) -> tuple[str, ...]:
     return tuple(_maintain(config, queue_key, "drop"))
 
 
-def migrate(config_pth: ConfigLike, queue_key: str, target: str,
+def migrate(config_pth: ConfigLike,
+            queue_key: str,
+            target: str,
             progress: Progress | None = None) -> "Mapping[str, Moved]":
     """
     Move what waits in a queue of this machine to a queue on servers, while both are in use.

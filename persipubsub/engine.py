@@ -63,7 +63,10 @@ class Lease(Protocol):
 class Consumer(Protocol):
     """Takes messages of one subscriber."""
 
-    def take(self, timeout: float | None, poll_secs: float = 1.0, max_messages: int = 1,
+    def take(self,
+             timeout: float | None,
+             poll_secs: float = 1.0,
+             max_messages: int = 1,
              is_newest: bool = False) -> Lease | None:
         """
         Take what is there, at least one message, or wait; None if none came in time.
@@ -78,8 +81,11 @@ class Consumer(Protocol):
 class Queue(Protocol):
     """One open queue."""
 
-    def put(self, messages: Sequence[bytes], recipients: Recipients = None,
-            timeout: float | None = None, msg_ids: MessageIds = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            recipients: Recipients = None,
+            timeout: float | None = None,
+            msg_ids: MessageIds = None) -> int:
         """
         Add messages; wait for room if the strategy says so.
 

@@ -253,7 +253,9 @@ class Receiver(Handle[Source], Generic[OneT, DetailedOneT, ManyT, DetailedManyT,
     def receive_to_top(self, timeout: float | None = 60, retries: int = 10, *,
                        details: Literal[True]) -> DetailedOneT:        ...
     # yapf: enable
-    def receive_to_top(self, timeout: float | None = 60, retries: int = 10,
+    def receive_to_top(self,
+                       timeout: float | None = 60,
+                       retries: int = 10,
                        details: bool = False) -> Any:
         """
         Receive the newest message in a ``with`` block, and skip all older ones.
@@ -279,7 +281,10 @@ class Receiver(Handle[Source], Generic[OneT, DetailedOneT, ManyT, DetailedManyT,
     def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10, *,
                      details: Literal[True]) -> DetailedManyT:        ...
     # yapf: enable
-    def receive_many(self, max_msgs: int, timeout: float | None = 60, retries: int = 10,
+    def receive_many(self,
+                     max_msgs: int,
+                     timeout: float | None = 60,
+                     retries: int = 10,
                      details: bool = False) -> Any:
         """
         Receive several messages in a ``with`` block; in a task, in an ``async with`` block.
@@ -310,7 +315,9 @@ class Receiver(Handle[Source], Generic[OneT, DetailedOneT, ManyT, DetailedManyT,
     def messages(self, timeout: float | None = None, *, details: Literal[True],
                  prefetch: int = 1) -> DetailedLoopT:        ...
     # yapf: enable
-    def messages(self, timeout: float | None = None, details: bool = False,
+    def messages(self,
+                 timeout: float | None = None,
+                 details: bool = False,
                  prefetch: int = 1) -> Any:
         """
         Iterate over the messages as they come: ``for``, or ``async for`` in a task.
@@ -400,7 +407,9 @@ class Block(Generic[ContentT]):
         """Warn if the block was never entered."""
         if self._take is not refuse:
             warnings.warn(f"{self._expected}, but got: it was never entered, and received nothing",
-                          ResourceWarning, stacklevel=2, source=self)
+                          ResourceWarning,
+                          stacklevel=2,
+                          source=self)
 
 
 class Batch(Generic[ContentT]):
@@ -441,7 +450,8 @@ class Batch(Generic[ContentT]):
         self._items, self._given = self._items[given:], 0  # a copy: it may be the lease's own list
         return lease, [("ack", [given])] if given > 0 else []
 
-    def _finish(self, handled: int,
+    def _finish(self,
+                handled: int,
                 error: BaseException | None = None) -> tuple[Lease | None, Parts]:
         """
         Return how to end the lease.

@@ -114,9 +114,14 @@ def give_up(message: Message, queue: str, subscriber: str, attempts: int, error:
     :param attempts: how often it was delivered
     :param error: with which the last delivery ended
     """
-    return DeadLetter(queue=queue, subscriber=subscriber, number=message.number,
-                      sent_at=message.sent_at, attempts=attempts, error=error,
-                      moved_at=datetime.datetime.now(datetime.UTC), data=message.data)
+    return DeadLetter(queue=queue,
+                      subscriber=subscriber,
+                      number=message.number,
+                      sent_at=message.sent_at,
+                      attempts=attempts,
+                      error=error,
+                      moved_at=datetime.datetime.now(datetime.UTC),
+                      data=message.data)
 
 
 def text_of(error: BaseException) -> str:

@@ -19,7 +19,8 @@ try:
 except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
         f"persipubsub.metrics needs {_error.name}. Install it with: pip install "
-        f"'persipubsub[metrics]'", name=_error.name) from None
+        f"'persipubsub[metrics]'",
+        name=_error.name) from None
 
 import persipubsub.config
 import persipubsub.control
@@ -82,7 +83,8 @@ class Collector(prometheus_client.registry.Collector):
     False
     """
 
-    def __init__(self, config_pth: persipubsub.config.ConfigLike,
+    def __init__(self,
+                 config_pth: persipubsub.config.ConfigLike,
                  queue_key: str | None = None) -> None:
         """
         Initialize without touching a file: the configuration is read at each scrape.
@@ -164,8 +166,8 @@ def _look_at(config: persipubsub.config.Config, keys: Sequence[str]) -> dict[str
     """
     # A thread has to end soon after the scrape: threads would add up.
     queues = {
-        key: msgspec.structs.replace(queue, busy_timeout_secs=min(queue.busy_timeout_secs,
-                                                                  _LOOK_SECS))
+        key: msgspec.structs.replace(queue,
+                                     busy_timeout_secs=min(queue.busy_timeout_secs, _LOOK_SECS))
         for key, queue in config.queues.items()
     }
     impatient = msgspec.structs.replace(config, queues=queues)
@@ -181,7 +183,9 @@ def _look_at(config: persipubsub.config.Config, keys: Sequence[str]) -> dict[str
 
 
 @contextlib.contextmanager
-def serve(config_pth: persipubsub.config.ConfigLike, queue_key: str | None = None, port: int = 9464,
+def serve(config_pth: persipubsub.config.ConfigLike,
+          queue_key: str | None = None,
+          port: int = 9464,
           address: str = "127.0.0.1") -> Iterator[str]:
     """
     Serve the metrics over HTTP while the block runs.

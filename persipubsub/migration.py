@@ -138,7 +138,8 @@ def _put(destination: engine.Queue, subscriber: str, lease: Lease, origin: str,
     for begin in range(0, len(ids), count):
         part = slice(begin, begin + count)
         try:
-            destination.put(lease.messages[part], (subscriber, ), timeout=_PATIENCE_SECS,
+            destination.put(lease.messages[part], (subscriber, ),
+                            timeout=_PATIENCE_SECS,
                             msg_ids=ids[part])
         except QueueFullError as error:
             raise QueueFullError(

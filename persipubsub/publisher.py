@@ -33,7 +33,9 @@ class Pub(face.Blocking[face.Target]):
 
     _kind = face.Target
 
-    def __init__(self, pub_id: str | None = None, config_pth: ConfigLike | None = None,
+    def __init__(self,
+                 pub_id: str | None = None,
+                 config_pth: ConfigLike | None = None,
                  autosync: bool = False) -> None:
         """
         Open the queue of a publisher. Without arguments, call :py:meth:`init` for that.
@@ -61,7 +63,9 @@ class Pub(face.Blocking[face.Target]):
         """
         self._open(pub_id, config_pth, autosync)
 
-    def send(self, msg: BytesLike, timeout: float | None = None,
+    def send(self,
+             msg: BytesLike,
+             timeout: float | None = None,
              msg_id: MessageId | None = None) -> None:
         """
         Send a message to all subscribers of the publisher.
@@ -99,7 +103,9 @@ class Pub(face.Blocking[face.Target]):
             target.queue.put((msg, ), target.recipients, face.seconds_of(timeout),
                              face.encode_ids((msg_id, ), count=1))
 
-    def send_many(self, msgs: Sequence[BytesLike], timeout: float | None = None,
+    def send_many(self,
+                  msgs: Sequence[BytesLike],
+                  timeout: float | None = None,
                   msg_ids: Sequence[MessageId | None] | None = None) -> None:
         """
         Send messages in one commit: all of them or none.

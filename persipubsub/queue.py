@@ -33,7 +33,9 @@ ResultT = TypeVar("ResultT")
 class Queue(contextlib.AbstractContextManager["Queue"]):
     """Puts messages into a queue, hands them to consumers, and looks after them."""
 
-    def __init__(self, path: str, queue: persipubsub.config.Queue,
+    def __init__(self,
+                 path: str,
+                 queue: persipubsub.config.Queue,
                  retries: Mapping[str, Retries] | None = None,
                  clock: Callable[[], int] | None = None) -> None:
         """
@@ -66,7 +68,9 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         self._put = self._sender.put
 
     @staticmethod
-    def ensure(path: str, queue: persipubsub.config.Queue, subscribers: Sequence[str],
+    def ensure(path: str,
+               queue: persipubsub.config.Queue,
+               subscribers: Sequence[str],
                from_beginning: Sequence[str] = ()) -> None:
         """
         Create the queue and its subscribers, as far as they are not there, and store its settings.
@@ -124,8 +128,11 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     # Sending
 
-    def put(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None = None,
-            timeout: float | None = None, msg_ids: Sequence[bytes | None] | None = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            recipients: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """Add messages at the end of the queue, all of them or none; see ``Sender.put``."""
         if self._claims.is_closed:
             self._check_open()
@@ -166,7 +173,8 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     def skip_to_newest(self, subscriber: str) -> int:
         """Acknowledge all messages of a subscriber but the newest one; return how many."""
-        skipped = self._environment.write(positions.skip_to_newest, subscriber.encode("utf-8"),
+        skipped = self._environment.write(positions.skip_to_newest,
+                                          subscriber.encode("utf-8"),
                                           makes_room=True)
         self._environment.notifier.notify()
         return skipped
@@ -293,7 +301,8 @@ def open_queue(config: Config, queue_key: str) -> Queue:
 
 def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
     """Count what is in a queue. The queue does not count as in use meanwhile."""
-    with environment.opened(directory_of(config, queue_key), config.queues[queue_key],
+    with environment.opened(directory_of(config, queue_key),
+                            config.queues[queue_key],
                             is_read_only=True) as opened:
         return figures.collect(opened, opened.now_ns())
 

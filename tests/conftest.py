@@ -16,7 +16,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An example that takes long, or is drawn slowly, says that the machine is busy: one of thousands
 # takes more than the 200 ms that it may by default. What hangs is ended as any other test is.
-hypothesis.settings.register_profile("busy", deadline=None,
+hypothesis.settings.register_profile("busy",
+                                     deadline=None,
                                      suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
 

@@ -201,9 +201,13 @@ class Interpreter:
         self._answers = open(answers, encoding="ascii")
         self._printed = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _INTERPRETER, str(theirs)], env=_environment(),
-            pass_fds=[theirs], stdin=subprocess.PIPE, stdout=self._printed,
-            stderr=subprocess.STDOUT, text=True)
+            [sys.executable, "-c", _INTERPRETER, str(theirs)],
+            env=_environment(),
+            pass_fds=[theirs],
+            stdin=subprocess.PIPE,
+            stdout=self._printed,
+            stderr=subprocess.STDOUT,
+            text=True)
         os.close(theirs)
 
     def close(self) -> None:
@@ -230,10 +234,14 @@ class Shell:
     """Type commands into one shell, as a reader does. Whatever it has started ends with it."""
 
     def __init__(self, directory: Path) -> None:
-        self._process = subprocess.Popen(["bash", "--noprofile", "--norc"], cwd=directory,
-                                         env=_environment(), stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                         text=True, process_group=0)
+        self._process = subprocess.Popen(["bash", "--noprofile", "--norc"],
+                                         cwd=directory,
+                                         env=_environment(),
+                                         stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE,
+                                         stderr=subprocess.STDOUT,
+                                         text=True,
+                                         process_group=0)
 
     def __enter__(self) -> "Shell":
         return self

@@ -99,7 +99,8 @@ def _run_blocking(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
     return asyncio.run(main())
 
 
-BLOCKING = Face("blocking", pub=lambda *given: _Blocking(persipubsub.publisher.Pub(*given)),
+BLOCKING = Face("blocking",
+                pub=lambda *given: _Blocking(persipubsub.publisher.Pub(*given)),
                 sub=lambda *given: _BlockingSub(persipubsub.subscriber.Sub(*given)),
                 run=_run_blocking)
 

@@ -73,8 +73,10 @@ class Server:
         """Start the process, and do not wait until it is ready."""
         assert _PROGRAM is not None
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen([_PROGRAM, "-c", str(self._config)], stdout=log,
-                                            stderr=log, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen([_PROGRAM, "-c", str(self._config)],
+                                            stdout=log,
+                                            stderr=log,
+                                            stdin=subprocess.DEVNULL)
         return self
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -125,9 +127,10 @@ class Servers:
 
 
 @contextlib.contextmanager
-def running(
-    directory: Path, nodes: int = 1, lines: Sequence[str] = (),
-    jetstream: Sequence[str] = ()) -> Iterator[Servers]:
+def running(directory: Path,
+            nodes: int = 1,
+            lines: Sequence[str] = (),
+            jetstream: Sequence[str] = ()) -> Iterator[Servers]:
     ports = free_ports(3 * nodes)
     servers = []
     for index in range(nodes):
@@ -176,7 +179,9 @@ def _start_together(directory: Path, servers: list[Server]) -> bool:
     return False
 
 
-def deploy(directory: Path, servers: Servers, ack_wait: float = FOR_EVER_SECS,
+def deploy(directory: Path,
+           servers: Servers,
+           ack_wait: float = FOR_EVER_SECS,
            **changes: Any) -> Path:
     path = servers.path(f"queue{next(_COUNTER)}", ack_wait=ack_wait)
     return create(directory, path=path, **{"busy_timeout_secs": 10, **changes})

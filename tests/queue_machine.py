@@ -62,10 +62,10 @@ class QueueMachine(RuleBasedStateMachine):
         # Side of the consumer, its subscriber, what it took
         self.leases: list[tuple[int, str, consuming.Lease]] = []
 
-    @initialize(subscribers=st.integers(min_value=1, max_value=3), max_messages=st.sampled_from(
-        [1, 4, 5, 8, 9,
-         20]), max_message_bytes=st.sampled_from([20, 100, 1000,
-                                                  1000]), strategy=st.sampled_from(config.Strategy),
+    @initialize(subscribers=st.integers(min_value=1, max_value=3),
+                max_messages=st.sampled_from([1, 4, 5, 8, 9, 20]),
+                max_message_bytes=st.sampled_from([20, 100, 1000, 1000]),
+                strategy=st.sampled_from(config.Strategy),
                 retain_ns=st.sampled_from([0, 0, 3, TIMEOUT_NS // 2]),
                 durability=st.sampled_from(config.Durability),
                 block_bytes=st.sampled_from([24, 60, 1 << 20]),
@@ -81,9 +81,12 @@ class QueueMachine(RuleBasedStateMachine):
         self.letters = persipubsub.queue.Queue(letters_path, letters)
         self.path = os.path.join(self.directory, "queue")
         self.settings = stores.settings(msg_timeout_secs=TIMEOUT_NS / 1e9,
-                                        max_msgs_num=max_messages, size_bytes=max_message_bytes,
-                                        strategy=strategy, retain_secs=retain_ns / 1e9,
-                                        once_window_secs=WINDOW_NS / 1e9, durability=durability)
+                                        max_msgs_num=max_messages,
+                                        size_bytes=max_message_bytes,
+                                        strategy=strategy,
+                                        retain_secs=retain_ns / 1e9,
+                                        once_window_secs=WINDOW_NS / 1e9,
+                                        durability=durability)
         self.retain_ns = retain_ns
         self.retries = {
             name: persipubsub.queue.Retries(
@@ -94,9 +97,12 @@ class QueueMachine(RuleBasedStateMachine):
         names = NAMES[:subscribers]
         persipubsub.queue.Queue.ensure(self.path, self.settings, names)
         self.queues = [self.open(), self.open()]
-        self.twin = Twin(subscribers=names, next_number=self.queues[0].statistics().next_number,
-                         timeout_ns=TIMEOUT_NS, max_messages=max_messages,
-                         max_message_bytes=max_message_bytes, strategy=strategy.value,
+        self.twin = Twin(subscribers=names,
+                         next_number=self.queues[0].statistics().next_number,
+                         timeout_ns=TIMEOUT_NS,
+                         max_messages=max_messages,
+                         max_message_bytes=max_message_bytes,
+                         strategy=strategy.value,
                          window_ns=WINDOW_NS)
         self.apply_policies()
 
@@ -179,12 +185,16 @@ class QueueMachine(RuleBasedStateMachine):
         names = [name for index, name in enumerate(self.twin.subscribers) if chosen & 1 << index]
         self.put(side=side, messages=messages, audience=tuple(sorted(names)) or None)
 
-    @rule(side=SIDES, messages=MESSAGES,
+    @rule(side=SIDES,
+          messages=MESSAGES,
           ids=st.lists(st.sampled_from([None, b"a", b"b", b"c", b"d"]), min_size=7, max_size=7))
     def send_once(self, side: int, messages: list[bytes], ids: list[bytes | None]) -> None:
         self.put(side=side, messages=messages, audience=None, ids=ids[:len(messages)])
 
-    def put(self, side: int, messages: list[bytes], audience: tuple[str, ...] | None,
+    def put(self,
+            side: int,
+            messages: list[bytes],
+            audience: tuple[str, ...] | None,
             ids: list[bytes | None] | None = None) -> None:
         queue = self.queues[side]
         if self.twin.is_too_large(messages):
@@ -260,7 +270,8 @@ class QueueMachine(RuleBasedStateMachine):
                  ] == [self.dropped(name) - dropped] + [0] * (len(details) - 1))
 
     @precondition(lambda self: any(len(entry[2].numbers) > 1 for entry in self.leases))
-    @rule(index=st.integers(min_value=0, max_value=20), count=st.integers(1, 4),
+    @rule(index=st.integers(min_value=0, max_value=20),
+          count=st.integers(1, 4),
           how=st.sampled_from(["acknowledge", "fail", "give back"]))
     def end_in_part(self, index: int, count: int, how: str) -> None:
         """Let the first messages of a batch be ended by themselves."""
@@ -322,7 +333,9 @@ class QueueMachine(RuleBasedStateMachine):
         if len(self.leases) > before:
             self.acknowledge(index=before)
 
-    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3), most=BATCHES,
+    @rule(side=SIDES,
+          index=st.integers(min_value=0, max_value=3),
+          most=BATCHES,
           how=st.sampled_from(["acknowledge", "fail", "fail", "die", "give back"]))
     def finish_too_late(self, side: int, index: int, most: int, how: str) -> None:
         """Let messages get too old while they are being worked on."""
@@ -372,11 +385,12 @@ class QueueMachine(RuleBasedStateMachine):
     def advance_clock(self, step_ns: int) -> None:
         self.clock.now_ns += step_ns
 
-    @rule(
-        side=SIDES, index=st.integers(min_value=0, max_value=3), what=st.sampled_from([
-            "prune", "prune", "pop to top", "pop to top", "clear", "begin to clear", "add", "add",
-            "reopen", "reopen", "reopen all", "rebuild", "pause", "resume"
-        ]))
+    @rule(side=SIDES,
+          index=st.integers(min_value=0, max_value=3),
+          what=st.sampled_from([
+              "prune", "prune", "pop to top", "pop to top", "clear", "begin to clear", "add", "add",
+              "reopen", "reopen", "reopen all", "rebuild", "pause", "resume"
+          ]))
     def look_after(self, side: int, index: int, what: str) -> None:
         """Do one of the things that end much of what goes on: one rule, to be chosen seldom."""
         if what == "prune":
@@ -404,16 +418,18 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queues[side].pause(name, is_paused) == (subscriber.is_paused != is_paused)
         subscriber.is_paused = is_paused
 
-    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3),
+    @rule(side=SIDES,
+          index=st.integers(min_value=0, max_value=3),
           back=st.integers(min_value=-1, max_value=12))
     def delete(self, side: int, index: int, back: int) -> None:
         name = self.name(index)
         number = max(0, self.twin.next_number - back)
         assert self.queues[side].delete(name, number) == self.twin.delete(name, number)
 
-    @rule(side=SIDES, index=st.integers(min_value=0, max_value=3),
-          place=st.sampled_from(["beginning", "beginning", "end", "number", "number",
-                                 "time"]), back=st.integers(min_value=-2, max_value=20))
+    @rule(side=SIDES,
+          index=st.integers(min_value=0, max_value=3),
+          place=st.sampled_from(["beginning", "beginning", "end", "number", "number", "time"]),
+          back=st.integers(min_value=-2, max_value=20))
     def seek(self, side: int, index: int, place: str, back: int) -> None:
         name = self.name(index)
         queue = self.queues[side]

@@ -102,7 +102,11 @@ class Twin:
     def timeouts(self) -> int:
         return sum(subscriber.dropped_by_timeout for subscriber in self.subscribers.values())
 
-    def next_of(self, name: str, claimed: set[int], now_ns: int, most: int = 1,
+    def next_of(self,
+                name: str,
+                claimed: set[int],
+                now_ns: int,
+                most: int = 1,
                 is_look: bool = False) -> list[Message]:
         """
         Find what a consumer gets next.
@@ -187,7 +191,10 @@ class Twin:
     def add(self, name: str) -> None:
         self.subscribers[name] = Subscriber()
 
-    def send(self, messages: Sequence[bytes], audience: Sequence[str] | None, now_ns: int,
+    def send(self,
+             messages: Sequence[bytes],
+             audience: Sequence[str] | None,
+             now_ns: int,
              ids: Sequence[bytes | None] | None = None) -> int | None:
         """
         Send; what is too old is dropped before anything else is.

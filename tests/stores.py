@@ -59,7 +59,8 @@ def path_of(directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def opened(directory: Path, subscribers: Sequence[str] = ("sub", ),
+def opened(directory: Path,
+           subscribers: Sequence[str] = ("sub", ),
            clock: Callable[[], int] | None = None,
            retries: Mapping[str, persipubsub.queue.Retries] | None = None,
            **changes: Any) -> Iterator[persipubsub.queue.Queue]:

@@ -38,7 +38,8 @@ Connection: TypeAlias = "multiprocessing.connection.Connection[Any, Any]"
 def write_config(directory: Path,
                  publishers: Mapping[str,
                                      Sequence[str]] = types.MappingProxyType({"pub": ("sub", )}),
-                 subscribers: Sequence[str] = ("sub", ), name: str = "config.json",
+                 subscribers: Sequence[str] = ("sub", ),
+                 name: str = "config.json",
                  **changes: Any) -> Path:
     """Write a configuration file with one queue, ``directory/queue``."""
     mark: dict[str, Any] = {
@@ -183,14 +184,22 @@ def run_python(
 
 
 def run(command: Sequence[object], **options: Any) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True,
-                          timeout=2 * HANG_SECS, check=False, **options)
+    return subprocess.run([str(word) for word in command],
+                          capture_output=True,
+                          text=True,
+                          timeout=2 * HANG_SECS,
+                          check=False,
+                          **options)
 
 
 def start(command: Sequence[object], **options: Any) -> "subprocess.Popen[str]":
     """Start a program that reads nothing."""
-    return subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([str(word) for word in command],
+                            stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE,
+                            text=True,
+                            **options)
 
 
 def import_file(path: Path) -> types.ModuleType:

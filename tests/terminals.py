@@ -19,15 +19,23 @@ from tests import support
 
 class Terminal:
 
-    def __init__(self, start: "Callable[..., subprocess.Popen[bytes]]", *arguments: object,
-                 columns: int = 100, lines: int = 40, **options: Any) -> None:
+    def __init__(self,
+                 start: "Callable[..., subprocess.Popen[bytes]]",
+                 *arguments: object,
+                 columns: int = 100,
+                 lines: int = 40,
+                 **options: Any) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.modes = termios.tcgetattr(slave)
         # Its own session, so that Ctrl-C reaches it and nobody else.
-        self.process = start(*arguments, stdin=slave, stdout=slave, stderr=slave,
+        self.process = start(*arguments,
+                             stdin=slave,
+                             stdout=slave,
+                             stderr=slave,
                              start_new_session=True,
-                             preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0), **options)
+                             preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+                             **options)
         self._slave = slave
         # A read may end in the middle of a character. Ctrl-C throws away what the terminal still
         # holds, so half a character may be lost for good: it is replaced, no command is at fault.

@@ -18,7 +18,9 @@ def retries(**policy: Any) -> Mapping[str, persipubsub.queue.Retries]:
 
 def test_delay_doubles_up_to_an_hour(tmp_path: Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, msg_timeout_secs=10**6,
+    with stores.opened(tmp_path,
+                       clock=clock,
+                       msg_timeout_secs=10**6,
                        retries=retries(delay_ns=1000 * stores.SECOND_NS)) as queue:
         queue.put([b"1"])
         for delay in (1000, 2000, 3600, 3600):

@@ -252,8 +252,11 @@ def test_new_subscriber_gets_what_is_sent_from_then_on(deploy: Deploy, tmp_path:
     with open_pub(config_pth) as pub:
         pub.send(b"before")
     path = config.read(config_pth).queues["queue"].path
-    both = write_config(tmp_path, path=path, publishers={"pub": ("sub", "new")},
-                        subscribers=("sub", "new"), name="both.json")
+    both = write_config(tmp_path,
+                        path=path,
+                        publishers={"pub": ("sub", "new")},
+                        subscribers=("sub", "new"),
+                        name="both.json")
     assert outcome(lambda: open_pub(both)) == "NotInitializedError"
     assert outcome(lambda: open_sub(both, "new")) == "NotInitializedError"
     control.initialize_all_dbs(both)

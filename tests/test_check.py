@@ -25,7 +25,9 @@ ATTEMPTS = fmt.Attempts(1, 0, 0, 0, "")
 def fixture_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a store with blocks of several audiences, gaps, ranges ahead and two subscribers."""
     directory = tmp_path_factory.mktemp("sound")
-    with stores.opened(directory, ["sub", "other"], stores.Clock(), max_msgs_num=10,
+    with stores.opened(directory, ["sub", "other"],
+                       stores.Clock(),
+                       max_msgs_num=10,
                        strategy=stores.PRUNE_LAST) as queue:
         queue.put([b"one", b"two", b"three"])
         for message in (b"four", b"five", b"six"):

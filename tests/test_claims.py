@@ -49,7 +49,9 @@ def _claims(tmp_path: Path) -> Iterator[claiming.Claims]:
         yield claims
 
 
-def lock(claims: claiming.Claims, ordinal: int, first: int,
+def lock(claims: claiming.Claims,
+         ordinal: int,
+         first: int,
          count: int = 1) -> claiming.Claim | None:
     claim = claiming.Claim(ordinal, first, first + count, claiming.Held())
     return claim if claims.claim(claim) else None

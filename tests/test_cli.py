@@ -68,7 +68,9 @@ def start(*arguments: object, prefix: Sequence[str] = (),
     return subprocess.Popen(command, env=environment, **options)
 
 
-def run(*arguments: object, stdin: bytes = b"", exit_code: int = 0,
+def run(*arguments: object,
+        stdin: bytes = b"",
+        exit_code: int = 0,
         **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run a command; whatever happens, no traceback may come."""
     process = start(*arguments, stdin=subprocess.PIPE, **options)
@@ -276,7 +278,8 @@ def test_complaints_that_nobody_reads(tmp_path: Path, command: str, exit_code: i
     config_pth = support.make_queue(tmp_path)
     support.send(config_pth, b"first")
     with unread(kind) as descriptor:
-        process = start(*command.replace("CONFIG", str(config_pth)).split(), stdin=subprocess.PIPE,
+        process = start(*command.replace("CONFIG", str(config_pth)).split(),
+                        stdin=subprocess.PIPE,
                         stderr=descriptor)
         process.communicate(b"y\n", timeout=support.HANG_SECS)
     assert process.returncode == exit_code
@@ -865,8 +868,12 @@ def test_stat_is_fast_however_much_waits(tmp_path: Path) -> None:
     count = int(os.environ.get("PERSIPUBSUB_STAT_MESSAGES", "100000"))
     subscribers = [f"sub{index:03}" for index in range(100)]
     publishers = {"pub": subscribers, "some": subscribers[:10]}
-    config_pth = support.make_queue(tmp_path, publishers, subscribers, MAX_MSGS_NUM=2 * count,
-                                    HWM_LMDB_SIZE_BYTES=1 << 40, max_db_size_bytes=1 << 34,
+    config_pth = support.make_queue(tmp_path,
+                                    publishers,
+                                    subscribers,
+                                    MAX_MSGS_NUM=2 * count,
+                                    HWM_LMDB_SIZE_BYTES=1 << 40,
+                                    max_db_size_bytes=1 << 34,
                                     durability="os")
     with Pub("pub", config_pth) as pub, Pub("some", config_pth) as some:
         for index in range(count // 1000):

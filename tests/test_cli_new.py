@@ -22,7 +22,8 @@ def figures(config_pth: Path, name: str = "sub") -> dict[str, Any]:
 
 
 def test_paused_subscriber_gets_nothing_and_loses_nothing(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path, subscribers=["sub", "log"],
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "log"],
                                     publishers={"pub": ["sub", "log"]})
     assert test_cli.run("pause", config_pth, "sub").stdout == "queue: sub is paused\n"
     assert test_cli.run("pause", config_pth, "sub").stdout == "queue: sub was paused already\n"
@@ -70,11 +71,17 @@ def test_pause_of_nobody(tmp_path: Path, name: str) -> None:
 
 
 def test_delete_takes_one_message_from_one_subscriber(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path, subscribers=["sub", "log"],
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "log"],
                                     publishers={"pub": ["sub", "log"]})
     support.send(config_pth, b"1", b"poison", b"3")
     number = control.peek(config_pth, "sub", 2)[1].number
-    process = test_cli.run("delete", config_pth, "sub", "--number", number, stdin=b"n\n",
+    process = test_cli.run("delete",
+                           config_pth,
+                           "sub",
+                           "--number",
+                           number,
+                           stdin=b"n\n",
                            exit_code=1)
     assert f"Delete message {number} of sub in queue?" in process.stderr
     assert figures(config_pth)["lag"] == 3
@@ -82,7 +89,12 @@ def test_delete_takes_one_message_from_one_subscriber(tmp_path: Path) -> None:
     assert process.stdout == f"queue: message {number} of sub was deleted\n"
     assert (figures(config_pth)["lag"], figures(config_pth)["cleared"]) == (2, 1)
     for missing in (number, 10**6, 10**18):
-        process = test_cli.run("delete", config_pth, "sub", "--number", missing, "--yes",
+        process = test_cli.run("delete",
+                               config_pth,
+                               "sub",
+                               "--number",
+                               missing,
+                               "--yes",
                                exit_code=1)
         assert "but got: none" in process.stderr
     assert test_cli.run("receive", config_pth, "sub", "--number", "2").stdout == "1\n3\n"
@@ -165,9 +177,12 @@ def test_check_config_of_a_queue_that_is_not_there_or_as_it_should_be(tmp_path: 
 
 
 def test_check_config_compares_with_what_is_stored(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path, subscribers=["sub", "old"],
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "old"],
                                     publishers={"pub": ["sub"]})
-    support.write_config(tmp_path, subscribers=["sub", "fresh"], publishers={"pub": ["sub"]},
+    support.write_config(tmp_path,
+                         subscribers=["sub", "fresh"],
+                         publishers={"pub": ["sub"]},
                          MAX_MSGS_NUM=7)
     process = test_cli.run("check-config", config_pth)
     assert "fine" in process.stdout
@@ -194,7 +209,9 @@ SLOW = {
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_stat_loads_nothing_slow(tmp_path: Path, options: list[str]) -> None:
-    process = test_cli.run("stat", support.make_queue(tmp_path), *options,
+    process = test_cli.run("stat",
+                           support.make_queue(tmp_path),
+                           *options,
                            variables={"PYTHONVERBOSE": "1"})
     names = set(re.findall(r"^import '([\w.]+)' #", process.stderr, re.MULTILINE))
     assert "click" in names and "persipubsub.cli.look" in names

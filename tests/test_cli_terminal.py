@@ -214,7 +214,8 @@ def test_stat_watch_shows_errors_and_goes_on(tmp_path: Path) -> None:
 
 def test_stat_watch_fits_a_small_terminal(tmp_path: Path) -> None:
     subscribers = [f"sub{index:02}" for index in range(40)]
-    config_pth = support.make_queue(tmp_path, publishers={"pub": subscribers},
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": subscribers},
                                     subscribers=subscribers)
     support.send(config_pth, b"x")
     arguments = ("stat", config_pth, "--watch", "--count", "1")
@@ -305,8 +306,13 @@ def test_large_figures_fit_into_100_columns() -> None:
 
 def test_zeros_are_hidden() -> None:
     never = {"a": {"seconds_since_acknowledged": None}}
-    figures = figures_of(never, messages=0, journal_bytes=0, journal_lag_bytes=0, disk_bytes=0,
-                         sent=0, file_share=None)
+    figures = figures_of(never,
+                         messages=0,
+                         journal_bytes=0,
+                         journal_lag_bytes=0,
+                         disk_bytes=0,
+                         sent=0,
+                         file_share=None)
     assert list(lines_of(figures)) == [
         "greetings  /srv/app/queues/greetings", "  nothing waits", "  store           8.6 GB", "",
         "  SUBSCRIBER  LAG", "  a             0"
@@ -337,18 +343,19 @@ def test_most_important_rows_are_kept() -> None:
 def completed(shell: str, line: str, **variables: str) -> list[str]:
     """Complete a line as the script of a shell asks for it."""
     words = line.split(" ")
-    process = test_cli.run(
-        exit_code=0, variables={
-            "_PERSIPUBSUB_COMPLETE": f"{shell}_complete",
-            "COMP_WORDS": line,
-            "COMP_CWORD": str(len(words) - 1),
-            **variables
-        })
+    process = test_cli.run(exit_code=0,
+                           variables={
+                               "_PERSIPUBSUB_COMPLETE": f"{shell}_complete",
+                               "COMP_WORDS": line,
+                               "COMP_CWORD": str(len(words) - 1),
+                               **variables
+                           })
     return [one.partition(",")[2] for one in process.stdout.splitlines() if one]
 
 
 def test_completion(tmp_path: Path) -> None:
-    config_pth = support.make_queue(tmp_path, subscribers=["sub", "archive", "a\nb"],
+    config_pth = support.make_queue(tmp_path,
+                                    subscribers=["sub", "archive", "a\nb"],
                                     publishers={"pub": ["sub"]})
     config = {"PERSIPUBSUB_CONFIG": str(config_pth)}
     assert completed("bash", "persipubsub sta") == ["stat"]

@@ -119,14 +119,20 @@ def test_example(tmp_path: Path, as_path: Any) -> None:
     config = persipubsub.config.read(config_pth=as_path(config_pth))
 
     key = "/home/user/queues/queue"
-    mark = persipubsub.config.HighWaterMark(msg_timeout_secs=600, max_msgs_num=10000,
+    mark = persipubsub.config.HighWaterMark(msg_timeout_secs=600,
+                                            max_msgs_num=10000,
                                             size_bytes=1000000,
                                             strategy=persipubsub.config.Strategy.PRUNE_FIRST)
-    queue = persipubsub.config.Queue(path=key, max_reader_num=1024, max_db_num=1024,
-                                     max_db_size_bytes=34359738368, subscribers=("sub", ),
+    queue = persipubsub.config.Queue(path=key,
+                                     max_reader_num=1024,
+                                     max_db_num=1024,
+                                     max_db_size_bytes=34359738368,
+                                     subscribers=("sub", ),
                                      high_water_mark=mark,
                                      durability=persipubsub.config.Durability.FSYNC,
-                                     checkpoint_secs=1, busy_timeout_secs=30, once_window_secs=3600,
+                                     checkpoint_secs=1,
+                                     busy_timeout_secs=30,
+                                     once_window_secs=3600,
                                      retain_secs=0)
     assert config.path == config_pth
     assert dict(config.queues) == {key: queue}
@@ -192,12 +198,18 @@ def test_short_configuration() -> None:
     assert config.queue_path("greetings") == "/somewhere/greetings"
     assert config.publisher("pub").subscribers == ("sub", "other")
     assert config.queues["greetings"] == persipubsub.config.Queue(
-        path="greetings", max_reader_num=1024, max_db_num=1024, max_db_size_bytes=34359738368,
+        path="greetings",
+        max_reader_num=1024,
+        max_db_num=1024,
+        max_db_size_bytes=34359738368,
         subscribers=("sub", "other"),
         high_water_mark=persipubsub.config.HighWaterMark(None, None, None,
                                                          persipubsub.config.Strategy.REJECT),
-        durability=persipubsub.config.Durability.FSYNC, checkpoint_secs=1.0, busy_timeout_secs=30.0,
-        once_window_secs=3600.0, retain_secs=0.0)
+        durability=persipubsub.config.Durability.FSYNC,
+        checkpoint_secs=1.0,
+        busy_timeout_secs=30.0,
+        once_window_secs=3600.0,
+        retain_secs=0.0)
     assert parse({"$schema": "https://example.com/schema.json", **SHORT}) == config
 
 

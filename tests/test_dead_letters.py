@@ -16,7 +16,8 @@ from tests import stores, support, test_cli
 def write_config(directory: Path, **subscriber: Any) -> Path:
     """Write a file with a queue, its two subscribers and a queue of dead letters."""
     return support.add_dead_letters(
-        support.write_config(directory, publishers={"pub": ("sub", "other")},
+        support.write_config(directory,
+                             publishers={"pub": ("sub", "other")},
                              subscribers=["sub", "other"]), **subscriber)
 
 

@@ -75,7 +75,8 @@ def _name(page: Path) -> str:
 @pytest.mark.parametrize("page", [
     page for page in _PAGES if any(block.language not in _LANGUAGES or block.is_typed
                                    for block in doc_pages.blocks_of(page))
-], ids=_name)
+],
+                         ids=_name)
 def test_page_works_word_for_word(page: Path, tmp_path: Path) -> None:
     blocks = doc_pages.blocks_of(page)
     unknown = {
@@ -110,7 +111,8 @@ def _prepare_operations(directory: Path) -> None:
     config_pth = support.write_config(directory, {
         "pub": ("sub", "log"),
         "other": ("sub", )
-    }, ("sub", "log"), path="queues/greetings")
+    }, ("sub", "log"),
+                                      path="queues/greetings")
     with support.edited(config_pth) as entries:
         entries["queues"]["greetings"] = entries["queues"].pop("queue")
         for entry in entries.values():

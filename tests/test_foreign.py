@@ -46,10 +46,11 @@ def make_queue(tmp_path: Path) -> Path:
     return tmp_path / "queue"
 
 
-@pytest.fixture(
-    name="program", scope="module", params=[("list_queue", "list_queue.c", "cc", "gcc"),
-                                            ("list_queue_cpp", "list_queue.cpp", "g++", "g++")],
-    ids=["c", "cpp"])
+@pytest.fixture(name="program",
+                scope="module",
+                params=[("list_queue", "list_queue.c", "cc", "gcc"),
+                        ("list_queue_cpp", "list_queue.cpp", "g++", "g++")],
+                ids=["c", "cpp"])
 def build_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a program as its Makefile says: what one of them does, the other has to do, too."""
     name, source, compiler, package = request.param
@@ -154,13 +155,21 @@ def test_program_finds_damage(program: Path, queue_pth: Path) -> None:
 
 
 @pytest.mark.parametrize("sound, damaged, listed, reason", [
-    pytest.param(struct.pack("<QQIHH", 3, 10, 3, 0, 0), struct.pack("<QQIHH", 3, 10, 3, 1, 0), 0,
-                 "block: its checksum is wrong", id="header of the block"),
+    pytest.param(struct.pack("<QQIHH", 3, 10, 3, 0, 0),
+                 struct.pack("<QQIHH", 3, 10, 3, 1, 0),
+                 0,
+                 "block: its checksum is wrong",
+                 id="header of the block"),
     pytest.param(struct.pack("<II", 10, zlib.crc32(b"world")),
-                 struct.pack("<II", 11, zlib.crc32(b"world")), 2, "message: damaged",
+                 struct.pack("<II", 11, zlib.crc32(b"world")),
+                 2,
+                 "message: damaged",
                  id="end behind the block"),
-    pytest.param(struct.pack("<II", 5, zlib.crc32(b"")), struct.pack("<II", 4, zlib.crc32(b"")), 1,
-                 "message: damaged", id="end before the start"),
+    pytest.param(struct.pack("<II", 5, zlib.crc32(b"")),
+                 struct.pack("<II", 4, zlib.crc32(b"")),
+                 1,
+                 "message: damaged",
+                 id="end before the start"),
 ])
 def test_program_stops_at_a_damaged_block(program: Path, queue_pth: Path, sound: bytes,
                                           damaged: bytes, listed: int, reason: str) -> None:
@@ -225,8 +234,10 @@ def test_dump_is_that_of_the_docs(queue_pth: Path) -> None:
 
     def mask(text: str) -> str:
         # The clock, the boot and the journal are those of the machine.
-        return re.sub(r"^.*(  offset of the queue's clock|  id of the (boot|journal)).*$", r"\1",
-                      text, flags=re.MULTILINE)
+        return re.sub(r"^.*(  offset of the queue's clock|  id of the (boot|journal)).*$",
+                      r"\1",
+                      text,
+                      flags=re.MULTILINE)
 
     assert mask(_DUMP.read_text(encoding="utf-8")) == mask(found)
     assert "more than this program knows" not in found

@@ -42,12 +42,15 @@ def make_letters(directory: Path) -> persipubsub.queue.Queue:
 
 
 @contextlib.contextmanager
-def opened(directory: Path, max_deliveries: int = 2,
+def opened(directory: Path,
+           max_deliveries: int = 2,
            **changes: Any) -> Iterator[tuple[persipubsub.queue.Queue, persipubsub.queue.Queue]]:
     """Open a queue and that of its dead letters; check both at the end."""
-    with make_letters(directory) as target, stores.opened(
-            directory, subscribers=["sub", "other"], retries=retries(directory, max_deliveries),
-            **changes) as queue:
+    with make_letters(directory) as target, stores.opened(directory,
+                                                          subscribers=["sub", "other"],
+                                                          retries=retries(
+                                                              directory, max_deliveries),
+                                                          **changes) as queue:
         yield queue, target
         assert target.check() == []
 
@@ -115,7 +118,9 @@ def test_message_that_left_meanwhile_is_not_moved(tmp_path: Path, change: str) -
 
         policy = attempts.Policy(max_deliveries=1)
         found: Any = persipubsub.queue.Retries(policy, "greetings", Target)
-        with stores.opened(tmp_path, max_msgs_num=2, strategy=stores.PRUNE_LAST,
+        with stores.opened(tmp_path,
+                           max_msgs_num=2,
+                           strategy=stores.PRUNE_LAST,
                            retries={"sub": found}) as queue:
             queues.append(queue)
             queue.put([b"1", b"2"])
@@ -149,9 +154,9 @@ def test_exhausted_newest_messages_that_can_not_be_moved_are_passed_over(
         # They stay, and are moved when that is possible.
         assert (figures.skipped, figures.dead_lettered, figures.lag) == (1, 0, 2)
         make_letters(tmp_path).close()
-        support.until(
-            lambda: queue.consumer("sub").take(timeout=0, is_newest=True) is None and stores.
-            figures(queue).lag == 0, what="the messages are moved at last")
+        support.until(lambda: queue.consumer("sub").take(timeout=0, is_newest=True) is None and
+                      stores.figures(queue).lag == 0,
+                      what="the messages are moved at last")
         with make_letters(tmp_path) as target:
             # The pause after a refusal may end between the two.
             assert {letter.data for letter in letters_in(target)} == {b"3", b"4"}
@@ -255,7 +260,14 @@ def test_what_is_no_letter_is_refused(msg: bytes) -> None:
 def test_letter_of_another_version_is_refused() -> None:
     now = datetime.datetime.now(datetime.UTC)
     version: Any = 2
-    letter = DeadLetter(queue="q", subscriber="sub", number=1, sent_at=now, attempts=1, error="",
-                        moved_at=now, data=b"", version=version)
+    letter = DeadLetter(queue="q",
+                        subscriber="sub",
+                        number=1,
+                        sent_at=now,
+                        attempts=1,
+                        error="",
+                        moved_at=now,
+                        data=b"",
+                        version=version)
     with pytest.raises(errors.CorruptMessageError, match="version 1, but got .* 2"):
         DeadLetter.decode(letter.encode())

@@ -180,7 +180,9 @@ def make_certificate(directory: Path, name: str) -> tuple[Path, Path]:
         "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
         "-nodes", "-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
         "-keyout", key, "-out", certificate
-    ], check=True, capture_output=True)
+    ],
+                   check=True,
+                   capture_output=True)
     return certificate, key
 
 
@@ -360,7 +362,8 @@ def test_message_that_nobody_wants_is_refused(deploy: Deploy, servers: Servers) 
 
 def test_audience_that_consumers_do_not_know(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy(publishers={"pub": ("a", "b")}, subscribers=("a", "b"))
-    changed = write_config(tmp_path, {"pub": ("a", )}, ("a", "b"), name="changed.json",
+    changed = write_config(tmp_path, {"pub": ("a", )}, ("a", "b"),
+                           name="changed.json",
                            path=path_of(config_pth))
     with open_pub(changed) as pub:
         # It would be acknowledged and dropped.
@@ -428,7 +431,10 @@ def test_limits_that_are_lowered_under_a_publisher(deploy: Deploy, strategy: str
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many(numbered(4))
         # Beside a new file, an edit of the stream by hand does the same.
-        deploy(path=path_of(config_pth), name="lower.json", strategy=strategy, MAX_MSGS_NUM=4,
+        deploy(path=path_of(config_pth),
+               name="lower.json",
+               strategy=strategy,
+               MAX_MSGS_NUM=4,
                HWM_LMDB_SIZE_BYTES=3000)
         assert outcome(lambda: pub.send(b"4", timeout=0.2)) == expected
         assert outcome(lambda: pub.send_many(numbered(4), timeout=0.2)) == expected
@@ -606,7 +612,10 @@ def test_full_queue_that_drops_nothing(deploy: Deploy, tmp_path: Path) -> None:
         pub.send(b"2")
         with pytest.raises(errors.QueueFullError, match="3 of them for 'sub'"):
             pub.send(b"3")
-    blocking = write_config(tmp_path, path=path_of(config_pth), MAX_MSGS_NUM=3, strategy="block",
+    blocking = write_config(tmp_path,
+                            path=path_of(config_pth),
+                            MAX_MSGS_NUM=3,
+                            strategy="block",
                             name="block.json")
     with open_pub(blocking) as pub, open_sub(config_pth) as sub:
         assert outcome(lambda: pub.send(b"3", timeout=0.1)) == "QueueFullError"
@@ -652,7 +661,10 @@ def letters_of(config_pth: Path) -> list[persipubsub.message.DeadLetter]:
 
 def test_message_that_fails_too_often_becomes_a_dead_letter(tmp_path: Path,
                                                             servers: Servers) -> None:
-    config_pth = write_letters(tmp_path, servers, max_deliveries=2, dead_letter_queue="letters",
+    config_pth = write_letters(tmp_path,
+                               servers,
+                               max_deliveries=2,
+                               dead_letter_queue="letters",
                                retry_delay_secs=0)
     with open_pub(config_pth) as pub, open_sub(config_pth) as sub:
         pub.send_many([b"poison", b"fine"])
@@ -743,7 +755,10 @@ def test_dead_letter_that_can_not_be_written(tmp_path: Path, servers: Servers,
 
 def test_dead_letters_to_a_directory_are_refused(tmp_path: Path, servers: Servers) -> None:
     with pytest.raises(errors.ConfigError, match="dead_letter_queue: .*both on servers"):
-        write_letters(tmp_path, servers, letters=str(tmp_path / "letters"), max_deliveries=1,
+        write_letters(tmp_path,
+                      servers,
+                      letters=str(tmp_path / "letters"),
+                      max_deliveries=1,
                       dead_letter_queue="letters")
 
 
@@ -830,7 +845,9 @@ def test_finished_messages_are_retained(deploy: Deploy) -> None:
 def test_subscriber_that_starts_from_the_beginning(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy()
     send(config_pth, *numbered(3))
-    both = write_config(tmp_path, path=path_of(config_pth), subscribers=("sub", "late"),
+    both = write_config(tmp_path,
+                        path=path_of(config_pth),
+                        subscribers=("sub", "late"),
                         name="both.json")
     with edited(both) as content:
         content["late"]["start_from"] = "beginning"
@@ -878,7 +895,9 @@ def test_follow(config_pth: Path) -> None:
 
 def test_subscribers_are_added_and_removed(deploy: Deploy, tmp_path: Path) -> None:
     config_pth = deploy()
-    both = write_config(tmp_path, path=path_of(config_pth), subscribers=("sub", "new"),
+    both = write_config(tmp_path,
+                        path=path_of(config_pth),
+                        subscribers=("sub", "new"),
                         name="both.json")
     config = persipubsub.config.read(both)
     with open_pub(config_pth) as pub:

@@ -107,7 +107,8 @@ def test_backup_creates_a_queue_elsewhere(tmp_path: Path) -> None:
     control.backup(config_pth, "queue", tmp_path / "backup")
     (tmp_path / "elsewhere").mkdir()
     # Another durability, and one more subscriber.
-    other_pth = support.write_config(tmp_path / "elsewhere", subscribers=["sub", "other"],
+    other_pth = support.write_config(tmp_path / "elsewhere",
+                                     subscribers=["sub", "other"],
                                      durability="os")
     control.restore(other_pth, "queue", tmp_path / "backup")
     send_each(other_pth, b"2")
@@ -251,8 +252,10 @@ def drain(child: support.Child) -> int:
 @BOTH
 def test_backup_under_full_load_has_all_that_was_acknowledged(tmp_path: Path,
                                                               durability: str) -> None:
-    config_pth = make_queue(tmp_path, subscribers=["sub", "other"],
-                            publishers={"pub": ["sub", "other"]}, durability=durability)
+    config_pth = make_queue(tmp_path,
+                            subscribers=["sub", "other"],
+                            publishers={"pub": ["sub", "other"]},
+                            durability=durability)
     sent = []
     with support.Child(publish_for_ever, config_pth) as publisher, \
             support.Child(take_for_ever, config_pth) as taker:

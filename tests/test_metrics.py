@@ -305,7 +305,8 @@ def commands_of(path: Path) -> list[list[str]]:
 @pytest.mark.parametrize("path", [
     *sorted((_CONTRIB / "systemd").iterdir()), _CONTRIB / "compose.yaml",
     _CONTRIB / "prometheus" / "rules.yml"
-], ids=lambda path: str(path.name))
+],
+                         ids=lambda path: str(path.name))
 def test_commands_of_contrib_are_there(path: Path) -> None:
     commands = commands_of(path)
     assert commands or "worker" in path.name

@@ -307,7 +307,8 @@ def test_durability_of_servers(tmp_path: Path, lines: list[str], expected: str) 
         warnings = control.check_durability(config_pth)["queue"]
         assert len(warnings) == bool(expected)
         assert not expected or expected in warnings[0]
-        asked_for_less = write_config(tmp_path, path=servers.path("S", monitor=monitor),
+        asked_for_less = write_config(tmp_path,
+                                      path=servers.path("S", monitor=monitor),
                                       durability="os")
         assert control.check_durability(asked_for_less)["queue"] == ()
 

@@ -205,7 +205,8 @@ def a_file(directory: Path) -> None:
 @pytest.mark.parametrize("change", [
     as_of_version_1, of_another_program, of_another_program_with_its_databases, with_other_files,
     a_file
-], ids=lambda change: change.__name__)
+],
+                         ids=lambda change: change.__name__)
 def test_something_else_is_refused_and_left_alone(tmp_path: Path, change: Callable[[Path],
                                                                                    None]) -> None:
     config_pth = make(tmp_path, b"message")
@@ -333,7 +334,8 @@ def test_directory_that_can_not_be_made(open_path: Path) -> None:
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_many_processes_initialize_at_once(tmp_path: Path, durability: str) -> None:
-    config_pth = support.write_config(tmp_path, path=str(tmp_path / "a" / "b" / "queue"),
+    config_pth = support.write_config(tmp_path,
+                                      path=str(tmp_path / "a" / "b" / "queue"),
                                       durability=durability)
 
     def run(pipe: support.Connection) -> None:

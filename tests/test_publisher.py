@@ -27,7 +27,8 @@ class Bytes(bytes):
     memoryview(b"b-y-t-e-s")[::2],
     memoryview(array.array("i", [1, 2, 3])),
     bytes(range(256)) * 1000
-], ids=lambda message: type(message).__name__)
+],
+                         ids=lambda message: type(message).__name__)
 def test_bytes_like_messages(config_pth: Path, pub: Pub, message: Any) -> None:
     pub.send(msg=message)
     pub.send_many(msgs=[message, message])
@@ -79,7 +80,9 @@ def test_commits_of_a_batch(config_pth: Path, autosync: bool, commits: int) -> N
 
 
 def test_init_again(tmp_path: Path, config_pth: Path, pub: Pub) -> None:
-    other = support.write_config(tmp_path, name="other.json", publishers={"other": ["sub"]},
+    other = support.write_config(tmp_path,
+                                 name="other.json",
+                                 publishers={"other": ["sub"]},
                                  path=str(tmp_path / "other"))
     pub.init(pub_id="pub", config_pth=config_pth)
     with pytest.raises(errors.NotInitializedError):

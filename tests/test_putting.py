@@ -44,8 +44,12 @@ class Blocked:
 
 
 def test_error_names_the_slowest_subscriber(tmp_path: Path) -> None:
-    with stores.opened(tmp_path, subscribers=["fast", "slow", "unaddressed"], max_msgs_num=4,
-                       size_bytes=1000, max_db_size_bytes=1 << 20, strategy=REJECT) as queue:
+    with stores.opened(tmp_path,
+                       subscribers=["fast", "slow", "unaddressed"],
+                       max_msgs_num=4,
+                       size_bytes=1000,
+                       max_db_size_bytes=1 << 20,
+                       strategy=REJECT) as queue:
         queue.put([b"0", b"1", b"2", b"3"], ("fast", "slow"))
         assert len(stores.take_all(queue, "fast")) == 4
         assert stores.take(queue, "slow") == b"0"
@@ -81,8 +85,12 @@ def test_whoever_makes_room_wakes_the_publisher(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("persipubsub.lmdb_engine.sending._LONGEST_PAUSE_SECS",
                         10 * support.HANG_SECS)
     clock = stores.Clock()
-    with stores.opened(tmp_path, subscribers=["sub", "slow"], clock=clock, msg_timeout_secs=10,
-                       strategy=BLOCK, max_msgs_num=2) as queue:
+    with stores.opened(tmp_path,
+                       subscribers=["sub", "slow"],
+                       clock=clock,
+                       msg_timeout_secs=10,
+                       strategy=BLOCK,
+                       max_msgs_num=2) as queue:
         queue.put([b"0", b"1"], ("slow" if name == "removal of a subscriber" else "sub", ))
         blocked = Blocked(queue, [b"2"], ("sub", ))
         assert blocked.is_waiting()
@@ -124,7 +132,10 @@ def test_full_map_is_waited_for(tmp_path: Path) -> None:
 
 def test_full_map_makes_room_of_what_is_too_old(tmp_path: Path) -> None:
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, msg_timeout_secs=10, max_db_size_bytes=1 << 20,
+    with stores.opened(tmp_path,
+                       clock=clock,
+                       msg_timeout_secs=10,
+                       max_db_size_bytes=1 << 20,
                        strategy=REJECT) as queue:
         while support.outcome(lambda: queue.put([bytes(20000)])) == "":
             pass

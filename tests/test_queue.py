@@ -33,7 +33,9 @@ def test_message_of_any_size_arrives(tmp_path: Path, size: int) -> None:
 
 
 def test_send_that_fails_leaves_no_recipients_to_be_mixed_up(tmp_path: Path) -> None:
-    with stores.opened(tmp_path, subscribers=["a", "b"], max_db_size_bytes=1 << 18,
+    with stores.opened(tmp_path,
+                       subscribers=["a", "b"],
+                       max_db_size_bytes=1 << 18,
                        strategy=stores.REJECT) as queue, stores.again(queue) as other:
         while support.outcome(lambda: queue.put([bytes(10000)])) == "":
             pass

@@ -41,7 +41,10 @@ def test_drops_for_messages_that_are_refused_are_logged(tmp_path: Path,
                                                         caplog: pytest.LogCaptureFixture) -> None:
     clock = stores.Clock()
     with caplog.at_level(logging.WARNING, logger="persipubsub.queue"):
-        with stores.opened(tmp_path, clock=clock, max_msgs_num=4, msg_timeout_secs=10,
+        with stores.opened(tmp_path,
+                           clock=clock,
+                           max_msgs_num=4,
+                           msg_timeout_secs=10,
                            strategy=stores.REJECT) as queue:
             queue.put([b"old"])
             clock.advance(9)

@@ -26,6 +26,9 @@ def test_queue_is_like_its_twin() -> None:
     hypothesis.seed(seed)(QueueMachine)
     hypothesis.stateful.run_state_machine_as_test(
         QueueMachine,
-        settings=hypothesis.settings(max_examples=EXAMPLES, stateful_step_count=STEPS,
-                                     deadline=None, database=None, print_blob=True,
+        settings=hypothesis.settings(max_examples=EXAMPLES,
+                                     stateful_step_count=STEPS,
+                                     deadline=None,
+                                     database=None,
+                                     print_blob=True,
                                      suppress_health_check=list(hypothesis.HealthCheck)))

@@ -160,7 +160,10 @@ def test_take_does_not_walk_through_messages_that_are_retried_later(tmp_path: Pa
 def test_small_queue_with_ids_and_seeks_stays_small(tmp_path: Path) -> None:
     limit = 1 << 20
     clock = stores.Clock()
-    with stores.opened(tmp_path, clock=clock, max_db_size_bytes=limit, once_window_secs=100,
+    with stores.opened(tmp_path,
+                       clock=clock,
+                       max_db_size_bytes=limit,
+                       once_window_secs=100,
                        retain_secs=100) as queue:
         sizes = []
         for round_ in range(40):

@@ -10,7 +10,10 @@ from tests import stores
 
 
 def test_new_queue_has_nothing(tmp_path: Path) -> None:
-    with stores.opened(tmp_path, subscribers=["b", "a"], msg_timeout_secs=600, max_msgs_num=10,
+    with stores.opened(tmp_path,
+                       subscribers=["b", "a"],
+                       msg_timeout_secs=600,
+                       max_msgs_num=10,
                        size_bytes=10) as queue:
         statistics = queue.statistics()
         assert (statistics.messages, statistics.message_bytes) == (0, 0)

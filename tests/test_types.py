@@ -121,7 +121,8 @@ def test_types_are_exact_and_mistakes_are_found(tmp_path: Path) -> None:
     done = support.run([
         sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir",
         tmp_path / "cache", *tmp_path.glob("*.py")
-    ], cwd=Path(__file__).parent.parent)
+    ],
+                       cwd=Path(__file__).parent.parent)
     assert done.stderr == ""
     found = sorted(
         set(re.findall(rf"^{tmp_path}/(\w+\.py:\d+): error: ", done.stdout, re.MULTILINE)))

@@ -158,6 +158,6 @@ def test_function_is_called_once_for_each_time_it_is_given(tmp_path: Path) -> No
             support.until(functools.partial(_is_called, calls, number), what="the call")
         queue.put([b"nobody waits for it"])
         assert len(calls) == 19
-    support.until(
-        lambda: not any(thread.name == "persipubsub-notifier" for thread in threading.enumerate()),
-        what="the end of the thread")
+    support.until(lambda: not any(thread.name == "persipubsub-notifier"
+                                  for thread in threading.enumerate()),
+                  what="the end of the thread")

@@ -70,8 +70,10 @@ def expand(text: str) -> str:
     >>> "from 1 to 65,535" in expand(".. config-keys:: Queue")
     True
     """
-    return re.sub(r"^\.\. config-keys:: (\w+)$", lambda match: "\n".join(table(match.group(1))),
-                  text, flags=re.MULTILINE)
+    return re.sub(r"^\.\. config-keys:: (\w+)$",
+                  lambda match: "\n".join(table(match.group(1))),
+                  text,
+                  flags=re.MULTILINE)
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -52,10 +52,12 @@ class _Group(click.Group):
                                     for name in names])
 
 
-@click.group(cls=_Group, commands=_Commands(_MODULES), context_settings={
-    "help_option_names": ["-h", "--help"],
-    "max_content_width": 100
-})
+@click.group(cls=_Group,
+             commands=_Commands(_MODULES),
+             context_settings={
+                 "help_option_names": ["-h", "--help"],
+                 "max_content_width": 100
+             })
 @click.version_option(persipubsub.__version__, prog_name="persipubsub")
 def commands() -> None:
     """

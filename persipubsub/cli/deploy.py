@@ -34,7 +34,8 @@ def new(call: options.Call, publisher: str, subscribers: Sequence[str]) -> None:
     with open(call.path, "x", encoding="utf-8") as file:
         file.write(written)
     schema.write_text(options.to_json(config.schema(), indent=2), encoding="utf-8")
-    call.tell(f"{call.path}: written; run persipubsub init {call.path} next", path=str(call.path),
+    call.tell(f"{call.path}: written; run persipubsub init {call.path} next",
+              path=str(call.path),
               schema=str(schema))
 
 

@@ -61,11 +61,14 @@ def _place(value: str) -> int | str | datetime.datetime:
 
 @options.one_subscriber
 @options.subscriber
-@click.option(
-    "--to", "place", type=_place, metavar="PLACE", required=True,
-    help="'beginning', 'end', the number of a message, a time ago (-1h30m), a time "
-    "(2026-11-30T06:00, or 06:00 for the last one; local unless it ends with a zone such "
-    "as +01:00), or @ and seconds since 1970.")
+@click.option("--to",
+              "place",
+              type=_place,
+              metavar="PLACE",
+              required=True,
+              help="'beginning', 'end', the number of a message, a time ago (-1h30m), a time "
+              "(2026-11-30T06:00, or 06:00 for the last one; local unless it ends with a zone such "
+              "as +01:00), or @ and seconds since 1970.")
 def seek(call: options.Call, key: str, subscriber: str, place: Any) -> options.Told:
     """
     Let SUBSCRIBER go on from another place of its queue, also while it is at work.
@@ -233,7 +236,10 @@ def drop_queue(call: options.Call, key: str, yes: bool) -> options.Told:
 
 
 @options.one_queue
-@click.option("--to", "target", required=True, metavar="PATH",
+@click.option("--to",
+              "target",
+              required=True,
+              metavar="PATH",
               help="Path of the stream: nats://host:4222,other/STREAM?replicas=3")
 def migrate(call: options.Call, key: str, target: str) -> None:
     """

@@ -272,7 +272,9 @@ _HEAD: Final = ("DEAD LETTERS", "NUMBER", "FROM QUEUE", "SUBSCRIBER", "ITS NUMBE
 
 @options.command("Queue of dead letters; all of them if not given.")
 @click.argument("action", type=click.Choice(["list", "send-back", "drop"]), default="list")
-@click.option("--number", type=click.IntRange(1), multiple=True,
+@click.option("--number",
+              type=click.IntRange(1),
+              multiple=True,
               help="Only this one; may be repeated.")
 @options.yes
 def dead_letters(call: options.Call, action: str, number: Sequence[int], yes: bool) -> None:

@@ -47,7 +47,8 @@ class Call:
         if self.queue_key not in queues:
             raise click.BadParameter(
                 f"Expected a queue of {self.path} ({', '.join(queues) or 'there is none'}), but "
-                f"got: {self.queue_key!r}.", param_hint="--queue")
+                f"got: {self.queue_key!r}.",
+                param_hint="--queue")
         return [self.queue_key]
 
     def key(self) -> str:

@@ -62,7 +62,8 @@ def parse(path: str) -> Address:
         raise ValueError("Expected the name of a stream behind the servers (1 to 64 of A-Z, a-z, "
                          f"0-9, '_' and '-'), but got: {stream!r}")
     options = _parse_query(query)
-    return Address(servers=tuple(map(_parse_server, hosts.split(","))), stream=stream,
+    return Address(servers=tuple(map(_parse_server, hosts.split(","))),
+                   stream=stream,
                    replicas=int(options.get("replicas", "1")),
                    ack_wait_secs=float(options.get("ack_wait", "30")),
                    monitor=options.get("monitor", "").rstrip("/") or None)

@@ -141,7 +141,11 @@ class Link:
             async with asyncio.timeout(PAUSE_SECS):
                 await self.client.close()
 
-    async def request(self, subject: str, payload: bytes, deadline: float, at_once: int = 1,
+    async def request(self,
+                      subject: str,
+                      payload: bytes,
+                      deadline: float,
+                      at_once: int = 1,
                       headers: dict[str, str] | None = None) -> nats.aio.msg.Msg:
         """
         Ask once; raise one of UNANSWERED if no answer comes in time or over this connection.
@@ -154,7 +158,8 @@ class Link:
         self._requests[scope] = self._round_trips + _PATIENCE + at_once // _EACH_ROUND_TRIP
         try:
             async with scope:
-                return await self.client.request(subject, payload,
+                return await self.client.request(subject,
+                                                 payload,
                                                  max(0.0, deadline - time.monotonic()),
                                                  headers=headers)
         finally:

@@ -145,8 +145,11 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
     # Putting
 
-    def put(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None = None,
-            timeout: float | None = None, msg_ids: Sequence[bytes | None] | None = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            recipients: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
         Add messages at the end of the queue.
 
@@ -168,7 +171,9 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
         """
         return self.run(self._putting(messages, recipients, timeout, msg_ids))
 
-    async def aput(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None = None,
+    async def aput(self,
+                   messages: Sequence[bytes],
+                   recipients: tuple[str, ...] | None = None,
                    timeout: float | None = None,
                    msg_ids: Sequence[bytes | None] | None = None) -> int:
         """Do what :py:meth:`put` does, in a task; it is carried out even if that is cancelled."""
@@ -334,13 +339,18 @@ class Consumer:
         self._queue = queue
         self._subscriber = subscriber
 
-    def take(self, timeout: float | None, poll_secs: float = 1.0, max_messages: int = 1,
+    def take(self,
+             timeout: float | None,
+             poll_secs: float = 1.0,
+             max_messages: int = 1,
              is_newest: bool = False) -> Lease | None:
         """Take the next message, or several, or the newest one; or wait. The server wakes us."""
         del poll_secs
         return self._queue.run(lambda: self._take(timeout, max_messages, is_newest))
 
-    async def atake(self, timeout: float | None, max_messages: int = 1,
+    async def atake(self,
+                    timeout: float | None,
+                    max_messages: int = 1,
                     is_newest: bool = False) -> Lease | None:
         """Take messages in a task; cancelling it loses nothing and keeps nothing."""
         return await self._queue.arun(lambda: self._take(timeout, max_messages, is_newest),
@@ -370,23 +380,33 @@ async def _count(kept: stream.Stream) -> QueueStatistics:
     mark = kept.settings.queue.high_water_mark
     messages, size = int(state["messages"]), int(state["bytes"])
     age = kept.age_secs(stream.to_time(state["first_ts"])) if messages else None
-    return QueueStatistics(
-        path=kept.settings.path, messages=messages, message_share=share(
-            messages,
-            mark.max_msgs_num), message_bytes=size, byte_share=share(size, mark.size_bytes),
-        file_bytes=size, file_share=share(size, mark.size_bytes), oldest_age_seconds=age,
-        age_share=share(age or 0.0, mark.msg_timeout_secs), next_number=int(state["last_seq"]) + 1,
-        commits=int(state["last_seq"]), sent=int(state["last_seq"]),
-        subscribers=tuple(_count_of(kept, *one) for one in sorted(infos.items())))
+    return QueueStatistics(path=kept.settings.path,
+                           messages=messages,
+                           message_share=share(messages, mark.max_msgs_num),
+                           message_bytes=size,
+                           byte_share=share(size, mark.size_bytes),
+                           file_bytes=size,
+                           file_share=share(size, mark.size_bytes),
+                           oldest_age_seconds=age,
+                           age_share=share(age or 0.0, mark.msg_timeout_secs),
+                           next_number=int(state["last_seq"]) + 1,
+                           commits=int(state["last_seq"]),
+                           sent=int(state["last_seq"]),
+                           subscribers=tuple(
+                               _count_of(kept, *one) for one in sorted(infos.items())))
 
 
 def _count_of(kept: stream.Stream, subscriber: str, info: stream.Info) -> SubscriberStatistics:
     floor = info["ack_floor"]
     last = floor.get("last_active")
     return SubscriberStatistics(
-        subscriber=subscriber, lag=stream.lag_of(info), in_flight=int(info["num_ack_pending"]),
-        position=int(floor["stream_seq"]) + 1, acknowledged=int(floor["consumer_seq"]),
-        failed=int(info["num_redelivered"]), **_NOT_COUNTED,
+        subscriber=subscriber,
+        lag=stream.lag_of(info),
+        in_flight=int(info["num_ack_pending"]),
+        position=int(floor["stream_seq"]) + 1,
+        acknowledged=int(floor["consumer_seq"]),
+        failed=int(info["num_redelivered"]),
+        **_NOT_COUNTED,
         seconds_since_acknowledged=kept.age_secs(stream.to_time(last)) if last else None)
 
 
@@ -435,7 +455,10 @@ def statistics_of(config: Config, queue_key: str) -> QueueStatistics:
 # Looking
 
 
-def peek(config: Config, queue_key: str, subscriber: str, count: int = 1,
+def peek(config: Config,
+         queue_key: str,
+         subscriber: str,
+         count: int = 1,
          start: int = 0) -> list[Peeked]:
     """
     Look at the next messages of a subscriber without taking them.

@@ -53,7 +53,10 @@ class Stream:
         """Bound the wait of one call for the servers, on the monotonic clock."""
         return time.monotonic() + self.settings.wait_secs
 
-    async def _api(self, verb: str, body: Info | None = None, consumer: str = "",
+    async def _api(self,
+                   verb: str,
+                   body: Info | None = None,
+                   consumer: str = "",
                    confirms: bool = True) -> Info:
         """
         Ask the API of JetStream; raise ApiError at a refusal that waiting does not change.

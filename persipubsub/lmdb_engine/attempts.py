@@ -42,7 +42,8 @@ def read(tx: Tx, ordinal: int, number: int) -> fmt.Attempts | None:
 
 def write(tx: Tx, ordinal: int, number: int, attempts: fmt.Attempts) -> None:
     """Write the record of a message; the caller flags the subscriber."""
-    tx.txn.put(fmt.pack_attempts_key(ordinal, number), fmt.pack_attempts(attempts),
+    tx.txn.put(fmt.pack_attempts_key(ordinal, number),
+               fmt.pack_attempts(attempts),
                db=tx.db.attempts)
 
 

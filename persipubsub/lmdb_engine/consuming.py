@@ -137,8 +137,11 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     # Taking
 
-    def take(self, timeout: float | None, poll_secs: float = LONGEST_PAUSE_SECS,
-             max_messages: int = 1, is_newest: bool = False) -> Lease | None:
+    def take(self,
+             timeout: float | None,
+             poll_secs: float = LONGEST_PAUSE_SECS,
+             max_messages: int = 1,
+             is_newest: bool = False) -> Lease | None:
         """
         Take the next message, or several, or the newest one, skipping all older ones; or wait.
 
@@ -155,7 +158,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         """Take the message of a number, without waiting."""
         return self._claim(number, number + 1)
 
-    def try_take(self, max_messages: int = 1,
+    def try_take(self,
+                 max_messages: int = 1,
                  is_newest: bool = False) -> tuple[Lease | None, float]:
         """Take without waiting; return the seconds after which to look again, too."""
         if self.claims.is_closed:
@@ -223,7 +227,10 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             pause = min(pause, max(0, retry_at_ns - self.pending.now_ns()) / 1e9)
         return pause
 
-    def _claim(self, number: int, stop: int, is_guess: bool = False,
+    def _claim(self,
+               number: int,
+               stop: int,
+               is_guess: bool = False,
                tried: set[int] | None = None) -> Lease | None:
         """
         Claim messages and look at them again.
@@ -238,14 +245,19 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         try:
             if tried is not None:
                 # The transaction may be run again, after the message was claimed.
-                copied = environment.write(pending.begin_newest, number, tried,
+                copied = environment.write(pending.begin_newest,
+                                           number,
+                                           tried,
                                            lambda: claim.file is not None or claims.claim(claim),
                                            makes_room=True)
             elif not claims.claim(claim):
                 return None
             elif self.counts:
                 # Where deliveries are limited, this one is counted.
-                copied = environment.write(pending.begin, number, claim.stop, is_guess,
+                copied = environment.write(pending.begin,
+                                           number,
+                                           claim.stop,
+                                           is_guess,
                                            makes_room=True)
             else:
                 copied = environment.read(pending.copy, number, claim.stop, is_guess)
@@ -287,8 +299,12 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         with self.claims.ending_lock:
             if self.claims.is_closed:
                 raise self.claims.closed_error()
-            self._position = environment.write(positions.acknowledge, pending.key, pending.ordinal,
-                                               numbers, pending.now_ns(), makes_room=True)
+            self._position = environment.write(positions.acknowledge,
+                                               pending.key,
+                                               pending.ordinal,
+                                               numbers,
+                                               pending.now_ns(),
+                                               makes_room=True)
         if self._notifies:
             environment.notifier.notify()
 
@@ -303,7 +319,9 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 # their delivery.
                 if not self.claims.is_closed and (error is not None or self.counts):
                     text = None if error is None else text_of(error)
-                    exhausted = self.environment.write(self.pending.nack, numbers, text,
+                    exhausted = self.environment.write(self.pending.nack,
+                                                       numbers,
+                                                       text,
                                                        makes_room=True)
             # Messages are moved without the ending lock: a move may open the queue of dead letters,
             # whose locks come first (see ``locks``). If this queue is closed meanwhile, another
@@ -322,8 +340,12 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
 
     def _remove(self, number: int, counter: str) -> None:
         """Let a claimed message leave unread."""
-        self.environment.write(positions.leave_one, self.pending.key, number, counter,
-                               self.pending.ordinal, makes_room=True)
+        self.environment.write(positions.leave_one,
+                               self.pending.key,
+                               number,
+                               counter,
+                               self.pending.ordinal,
+                               makes_room=True)
         self.notify_room()
 
     def notify_room(self) -> None:
@@ -346,7 +368,9 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             count = 0 if record is None else record.deliveries
             sent_at = _EPOCH + datetime.timedelta(microseconds=(time_ns + offset_ns) // 1000)
             described.append(
-                Message(data=data, number=number, sent_at=sent_at,
+                Message(data=data,
+                        number=number,
+                        sent_at=sent_at,
                         attempts=count if is_counted else count + 1,
                         dropped_before=0 if described else copied.dropped))
         return described

@@ -195,7 +195,8 @@ def fail_if_any(findings: list[str] | None, path: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: str, size: int = 0,
+def opened(path: str,
+           size: int = 0,
            is_new: bool = False) -> Iterator[tuple[lmdb.Environment, Begin]]:
     """
     Open a data file that stands for itself and that no other process uses.

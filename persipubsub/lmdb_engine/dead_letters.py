@@ -30,8 +30,11 @@ _WARNING_SECS: Final = 60.0
 class Target(Protocol):
     """The open queue of dead letters."""
 
-    def put(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None = None,
-            timeout: float | None = None, msg_ids: Sequence[bytes | None] | None = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            recipients: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """Add messages, each once for its id."""
 
     def secure(self) -> None:

@@ -333,7 +333,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                     _LOGGER.warning("The background work on the queue %s failed: %s",
                                     self.directory, error)
 
-    def delete_finished(self, now_ns: int, keeps_retained: bool = True,
+    def delete_finished(self,
+                        now_ns: int,
+                        keeps_retained: bool = True,
                         most_chunks: int = sys.maxsize) -> None:
         """
         Delete finished messages and old ids, in many short transactions.
@@ -356,7 +358,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     # Trouble
 
-    def _recover(self, store: _Store, error: lmdb.Error, makes_room: bool = False,
+    def _recover(self,
+                 store: _Store,
+                 error: lmdb.Error,
+                 makes_room: bool = False,
                  deadline: float = 0.0) -> None:
         """
         Prepare to repeat a transaction that failed, or raise the error of this library.
@@ -489,7 +494,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         self.is_read_only = False
         # Each process has the thread, even if it does not write: the process that wrote may have
         # been killed.
-        thread = threading.Thread(target=self._run, args=(store, ), name="persipubsub-journal",
+        thread = threading.Thread(target=self._run,
+                                  args=(store, ),
+                                  name="persipubsub-journal",
                                   daemon=True)
         # The start fails without memory, or at the end of the interpreter. Then other processes
         # write state records, and the close writes one.
@@ -665,8 +672,11 @@ atexit.register(REGISTRY.leave)
 os.register_at_fork(after_in_child=REGISTRY.forget_parent)
 
 
-def acquire(directory: str, queue: config.Queue, is_read_only: bool = False,
-            adopts_settings: bool = False, renews_journal: bool = False) -> Environment:
+def acquire(directory: str,
+            queue: config.Queue,
+            is_read_only: bool = False,
+            adopts_settings: bool = False,
+            renews_journal: bool = False) -> Environment:
     """
     Open a store, or share it if this process has it open already.
 
@@ -725,13 +735,17 @@ def create(directory: str, queue: config.Queue) -> bool:
     with REGISTRY.lock:
         if files.prepare_directory(directory):
             return False
-        with locks.open_lock(directory, queue.busy_timeout_secs), files.translated(
-                path=directory, doing="create a queue in"):
+        with locks.open_lock(directory,
+                             queue.busy_timeout_secs), files.translated(path=directory,
+                                                                        doing="create a queue in"):
             if os.path.lexists(path):
                 return False
-            header = fmt.Header(format=fmt.FORMAT, flags=0,
+            header = fmt.Header(format=fmt.FORMAT,
+                                flags=0,
                                 clock_offset_ns=time.time_ns() - files.ticks_ns(),
-                                boot_id=files.boot_id(), next_ordinal=0, journal_id=os.urandom(16))
+                                boot_id=files.boot_id(),
+                                next_ordinal=0,
+                                journal_id=os.urandom(16))
             with files.replacing(path) as (made, _):
                 with datafile.opened(made, 1 << 20, is_new=True) as (_, begin), begin() as tx:
                     meta.write_header(tx, header)

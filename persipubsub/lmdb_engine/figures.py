@@ -60,9 +60,12 @@ def _collect(tx: Tx, opened: Environment, now_ns: int) -> QueueStatistics:
 def _subscriber(record: fmt.Subscriber, lag: int, now_ns: int,
                 claims: list[InFlight]) -> SubscriberStatistics:
     since_ns = record.acknowledged_ns
-    return SubscriberStatistics(
-        subscriber=record.name, lag=lag, in_flight=min(lag, sum(claim.count for claim in claims)),
-        seconds_since_acknowledged=max(0, now_ns - since_ns) / 1e9 if since_ns else None,
-        claims=tuple(claims), is_paused=bool(record.flags & fmt.FLAG_PAUSED),
-        **{counter: getattr(record, counter)
-           for counter in _COUNTERS})
+    return SubscriberStatistics(subscriber=record.name,
+                                lag=lag,
+                                in_flight=min(lag, sum(claim.count for claim in claims)),
+                                seconds_since_acknowledged=max(0, now_ns - since_ns) /
+                                1e9 if since_ns else None,
+                                claims=tuple(claims),
+                                is_paused=bool(record.flags & fmt.FLAG_PAUSED),
+                                **{counter: getattr(record, counter)
+                                   for counter in _COUNTERS})

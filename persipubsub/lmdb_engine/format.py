@@ -400,7 +400,8 @@ def encode_bodies(messages: Sequence[bytes]) -> list[Body]:
     bodies: list[Body] = []
     begin = size = 0
     while begin < len(messages):
-        fitting = bisect.bisect_right(range(begin, len(messages)), size + BLOCK_BYTES,
+        fitting = bisect.bisect_right(range(begin, len(messages)),
+                                      size + BLOCK_BYTES,
                                       key=lambda index: ends[index] + _ENTRY.size * (index + 1))
         stop = begin + max(1, fitting)
         bodies.append(_encode_body(messages[begin:stop]))
@@ -436,7 +437,8 @@ def copy_message(value: memoryview, block: Block, index: int, number: int) -> by
     if crc != expected:
         raise CorruptMessageError(
             f"Expected the message {number} ({len(message)} bytes) to have the checksum "
-            f"{expected:#010x}, but got: {crc:#010x}", number=number)
+            f"{expected:#010x}, but got: {crc:#010x}",
+            number=number)
     return message
 
 

@@ -585,8 +585,11 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             os.pwrite(self._descriptor, segment.pack(), 0)
         self._words[self._ROOM] = 0
         self._store(
-            position._replace(file=segment.file, sequence=segment.sequence, offset=_HEADER_BYTES,
-                              next_file=0, next_size=0))
+            position._replace(file=segment.file,
+                              sequence=segment.sequence,
+                              offset=_HEADER_BYTES,
+                              next_file=0,
+                              next_size=0))
         # This comes last: if a signal handler ends the function before it, another process may
         # begin the segment once more.
         self._use(segment)
@@ -791,7 +794,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         for offset, kind, number, end, body in self._records(segment):
             times = [time_ns for _, _, time_ns in _ids_of(body)] if kind == _BLOCKS else []
             position = position._replace(offset=offset + _aligned(_RECORD_HEAD_BYTES + len(body)),
-                                         record=number + 1, end=max(end, position.end),
+                                         record=number + 1,
+                                         end=max(end, position.end),
                                          ids_ns=max([position.ids_ns, *times]))
         return position
 

@@ -28,8 +28,12 @@ class LogEnd(NamedTuple):
     totals: tuple[int, ...]  #: of each audience but everybody
 
 
-EMPTY: Final = LogEnd(next_number=fmt.FIRST_NUMBER, time_ns=0, total_count=0, total_bytes=0,
-                      generation=0, totals=())
+EMPTY: Final = LogEnd(next_number=fmt.FIRST_NUMBER,
+                      time_ns=0,
+                      total_count=0,
+                      total_bytes=0,
+                      generation=0,
+                      totals=())
 
 
 class Found(NamedTuple):
@@ -177,14 +181,14 @@ def count_between(begin: LogEnd, end: LogEnd, audiences: Sequence[int]) -> int:
 
 def number_at_count(cursor: Cursor, begin: int, end: int, count: int) -> int:
     """Find the number before which the log has a given count of messages."""
-    return begin + bisect.bisect_left(range(begin, end), count,
-                                      key=lambda number: place_of(cursor, number).total_count)
+    return begin + bisect.bisect_left(
+        range(begin, end), count, key=lambda number: place_of(cursor, number).total_count)
 
 
 def number_at_time(cursor: Cursor, begin: int, end: int, time_ns: int) -> int:
     """Find the first message that was committed at or after a time."""
-    return begin + bisect.bisect_left(range(begin, end), time_ns,
-                                      key=lambda number: place_of(cursor, number).time_ns)
+    return begin + bisect.bisect_left(
+        range(begin, end), time_ns, key=lambda number: place_of(cursor, number).time_ns)
 
 
 def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[int]) -> int:
@@ -204,7 +208,8 @@ def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[i
 def count_within(cursor: Cursor, begin: int, end: int, size: int) -> int:
     """Count the first numbers of a range whose messages have together at most so many bytes."""
     limit = place_of(cursor, begin).total_bytes + size
-    return bisect.bisect_right(range(begin + 1, end + 1), limit,
+    return bisect.bisect_right(range(begin + 1, end + 1),
+                               limit,
                                key=lambda number: place_of(cursor, number).total_bytes)
 
 
@@ -244,7 +249,8 @@ def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
         key = cursor.key()
         if not key or fmt.unpack_number(key) < cut or not cursor.delete():
             break
-    log_end = log_end._replace(total_count=place.total_count, total_bytes=place.total_bytes,
+    log_end = log_end._replace(total_count=place.total_count,
+                               total_bytes=place.total_bytes,
                                totals=place.totals)
     put_placeholder(cursor, log_end)
     return log_end

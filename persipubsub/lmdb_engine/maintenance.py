@@ -50,8 +50,10 @@ def _copy(tx: Tx, key: bytes | None, start: int, limit: int, oldest_ns: int,
                 content = fmt.copy_message(value, block, number - first, number)
                 size += len(content)
             messages.append(
-                Peeked(number=number, age_seconds=max(0, now_ns - block.time_ns) / 1e9,
-                       subscribers=audiences.get(block.audience), content=content))
+                Peeked(number=number,
+                       age_seconds=max(0, now_ns - block.time_ns) / 1e9,
+                       subscribers=audiences.get(block.audience),
+                       content=content))
             if len(messages) >= min(limit, _LOOK_MESSAGES) or size >= _LOOK_BYTES:
                 return messages
     return messages
@@ -289,9 +291,10 @@ def _go_on_after(tx: Tx, next_number: int, generation: int, next_ordinal: int) -
     header = meta.read_header(tx)
     meta.write_header(
         tx,
-        header._replace(next_ordinal=max(header.next_ordinal,
-                                         next_ordinal), boot_id=files.boot_id(),
-                        clock_offset_ns=now_ns - files.ticks_ns(), journal_id=os.urandom(16)))
+        header._replace(next_ordinal=max(header.next_ordinal, next_ordinal),
+                        boot_id=files.boot_id(),
+                        clock_offset_ns=now_ns - files.ticks_ns(),
+                        journal_id=os.urandom(16)))
     # A dead letter that left its queue since the backup may have to be put there again. That queue
     # remembers the ids of its letters. An id depends on the time of the first delivery: with a new
     # time, the letter has a new id.

@@ -127,7 +127,9 @@ class Notifier:
         if self.is_closed:
             raise ClosedError("Expected the queue to be open while waiting, but got: it was closed")
 
-    def wait_for(self, look: Callable[[], tuple[ResultT | None, float]], deadline: float | None,
+    def wait_for(self,
+                 look: Callable[[], tuple[ResultT | None, float]],
+                 deadline: float | None,
                  poll_secs: float = _LONGEST_SECS) -> ResultT | None:
         """
         Look until there is something, once more after each notification; None: the time is over.
@@ -157,7 +159,8 @@ class Notifier:
         with self._lock:
             self._callbacks[callback] = self.arm()
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="persipubsub-notifier",
+                thread = threading.Thread(target=self._run,
+                                          name="persipubsub-notifier",
                                           daemon=True)
                 thread.start()
                 self._thread = thread

@@ -50,7 +50,10 @@ class Copied(msgspec.Struct):
 class Pending:
     """The messages of one subscriber. Any thread may use it; it keeps nothing of a transaction."""
 
-    def __init__(self, subscriber: str, timeout_ns: int, now_ns: Callable[[], int],
+    def __init__(self,
+                 subscriber: str,
+                 timeout_ns: int,
+                 now_ns: Callable[[], int],
                  policy: attempts.Policy = attempts.Policy()) -> None:
         """Initialize without looking."""
         self.key = subscriber.encode("utf-8")

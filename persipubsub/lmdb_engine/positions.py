@@ -128,7 +128,8 @@ def finish(tx: Tx, subscriber: Subscriber, begin: int, end: int) -> None:
                 tx.txn.delete(fmt.pack_ahead_key(subscriber.ordinal, first), db=tx.db.ahead)
     if begin:
         subscriber.flags |= fmt.FLAG_MAY_HAVE_RANGES
-        tx.txn.put(fmt.pack_ahead_key(subscriber.ordinal, begin), fmt.pack_ahead_value(end),
+        tx.txn.put(fmt.pack_ahead_key(subscriber.ordinal, begin),
+                   fmt.pack_ahead_value(end),
                    db=tx.db.ahead)
         if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
             attempts.forget(tx, subscriber.ordinal, begin, end)
@@ -179,7 +180,10 @@ class Run(NamedTuple):
     found: log.Found  #: the block
 
 
-def next_run(tx: Tx, subscriber: Subscriber, cursor: Cursor, number: int,
+def next_run(tx: Tx,
+             subscriber: Subscriber,
+             cursor: Cursor,
+             number: int,
              end: int = fmt.MAX_NUMBER) -> Run | None:
     """Find the first pending messages in a range of numbers, without a long walk."""
     number = max(number, subscriber.position)
@@ -363,7 +367,9 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
     return number
 
 
-def add(tx: Tx, keys: Sequence[bytes], from_beginning: Sequence[bytes] = (),
+def add(tx: Tx,
+        keys: Sequence[bytes],
+        from_beginning: Sequence[bytes] = (),
         oldest_ns: int = 0) -> None:
     """Add the subscribers that are missing, at the end of the queue or at its beginning."""
     header = meta.read_header(tx)

@@ -60,7 +60,9 @@ class Dropped(NamedTuple):
     messages: int
 
 
-def find_low_watermark(tx: Tx, log_end: LogEnd, is_read_only: bool = False,
+def find_low_watermark(tx: Tx,
+                       log_end: LogEnd,
+                       is_read_only: bool = False,
                        known: LowWatermark | None = None) -> LowWatermark:
     """
     Find the low watermark.
@@ -86,10 +88,14 @@ def find_low_watermark(tx: Tx, log_end: LogEnd, is_read_only: bool = False,
         found = [(fmt.unpack_position(data), key) for key, data in tx.txn.cursor(tx.db.subscribers)]
     number, slowest_key = min(found, key=operator.itemgetter(0), default=(log_end.next_number, b""))
     place = log.place_of(tx.cursor(), number)
-    return LowWatermark(generation=log_end.generation, number=number, messages=place.total_count,
-                        size=place.total_bytes, interval=max(_SMALLEST_INTERVAL,
-                                                             len(found) // 4),
-                        slowest_key=bytes(slowest_key), oldest_ns=place.time_ns)
+    return LowWatermark(generation=log_end.generation,
+                        number=number,
+                        messages=place.total_count,
+                        size=place.total_bytes,
+                        interval=max(_SMALLEST_INTERVAL,
+                                     len(found) // 4),
+                        slowest_key=bytes(slowest_key),
+                        oldest_ns=place.time_ns)
 
 
 def describe(tx: Tx) -> tuple[int, int, str, int]:
@@ -102,7 +108,8 @@ def describe(tx: Tx) -> tuple[int, int, str, int]:
     end = log_end.next_number
     low = find_low_watermark(tx, log_end, is_read_only=True)
     slowest = min(positions.read_all(tx),
-                  key=lambda subscriber: positions.first_pending(tx, subscriber, end), default=None)
+                  key=lambda subscriber: positions.first_pending(tx, subscriber, end),
+                  default=None)
     name, lag = "", 0
     if slowest is not None:
         name, lag = slowest.name, positions.count_pending(tx, slowest, 0, end)

@@ -156,7 +156,9 @@ class Room:
 
     # Tidying up
 
-    def tidy(self, tx: Tx, known: LowWatermark | None = None,
+    def tidy(self,
+             tx: Tx,
+             known: LowWatermark | None = None,
              budget: int = retention.CHUNK) -> tuple[LowWatermark, list[Dropped]]:
         """Drop what is too old, and delete some finished blocks."""
         log_end = log.read_end(tx.cursor())

@@ -164,8 +164,11 @@ class Sender:
         """Begin with a line in which no thread of the parent waits."""
         self._line = _Line()
 
-    def put(self, messages: Sequence[bytes], recipients: tuple[str, ...] | None = None,
-            timeout: float | None = None, msg_ids: Sequence[bytes | None] | None = None) -> int:
+    def put(self,
+            messages: Sequence[bytes],
+            recipients: tuple[str, ...] | None = None,
+            timeout: float | None = None,
+            msg_ids: Sequence[bytes | None] | None = None) -> int:
         """
         Add messages at the end of the queue, all of them or none; return the number of the first.
 

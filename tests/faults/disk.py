@@ -184,11 +184,13 @@ class Survival(NamedTuple):
     @staticmethod
     def choose(chance: random.Random) -> "Survival":
         """Choose at random, extremes more often than not."""
-        return Survival(chance=chance.choice(
-            (0.0, 1.0, 0.5, chance.random(), 0.9, 0.1)), piece=chance.choice(
-                (4096, 4096, 512)), is_odd_one_out=chance.random() < 0.3, is_prefix=chance.random()
-                        < 0.3, keeps_size=chance.random() < 0.4, name_chance=chance.choice(
-                            (0.0, 1.0, 0.5)), keeps_name_order=chance.random() < 0.5)
+        return Survival(chance=chance.choice((0.0, 1.0, 0.5, chance.random(), 0.9, 0.1)),
+                        piece=chance.choice((4096, 4096, 512)),
+                        is_odd_one_out=chance.random() < 0.3,
+                        is_prefix=chance.random() < 0.3,
+                        keeps_size=chance.random() < 0.4,
+                        name_chance=chance.choice((0.0, 1.0, 0.5)),
+                        keeps_name_order=chance.random() < 0.5)
 
 
 class _Names:

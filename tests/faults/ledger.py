@@ -49,7 +49,8 @@ class Books:
             self._tries[source, int(first)] = len(self.batches)
             self.batches.append(
                 Batch(ids=tuple(f"{source}:{number}" for number in range(int(first), int(end))),
-                      subscribers=tuple(self._audiences[publisher]), is_sent=False))
+                      subscribers=tuple(self._audiences[publisher]),
+                      is_sent=False))
         elif kind == "sent":
             place = self._tries[fields[1], int(fields[2])]
             self.batches[place] = self.batches[place]._replace(is_sent=True)

@@ -69,13 +69,23 @@ def content(seed: int, index: int) -> bytes:
     return b"%d " % index + chance.randbytes(chance.randrange(size + 1))
 
 
-def write_config(directory: Path, durability: str, mark: int = 60, strategy: str = "prune_first",
+def write_config(directory: Path,
+                 durability: str,
+                 mark: int = 60,
+                 strategy: str = "prune_first",
                  name: str = "config.json") -> Path:
     """Write the configuration of a queue that drops messages from time to time."""
     publishers = {"pub": SUBSCRIBERS, "some": SUBSCRIBERS[:1]}
-    return support.write_config(directory, publishers, SUBSCRIBERS, name, durability=durability,
-                                checkpoint_secs=0.02, once_window_secs=3600.0,
-                                max_db_size_bytes=1 << 22, MAX_MSGS_NUM=mark, strategy=strategy)
+    return support.write_config(directory,
+                                publishers,
+                                SUBSCRIBERS,
+                                name,
+                                durability=durability,
+                                checkpoint_secs=0.02,
+                                once_window_secs=3600.0,
+                                max_db_size_bytes=1 << 22,
+                                MAX_MSGS_NUM=mark,
+                                strategy=strategy)
 
 
 def state_of(config_pth: Path) -> State:
@@ -159,7 +169,9 @@ class _Worker:
         sent = self.sent
         self.tell(begin=name)
         is_durable = bool(operation())
-        self.tell(state=state_of(self.config_pth), sent=list(range(sent, self.sent)), name=name,
+        self.tell(state=state_of(self.config_pth),
+                  sent=list(range(sent, self.sent)),
+                  name=name,
                   durable=is_durable)
         fcntl.flock(self.turn, fcntl.LOCK_UN)
 
@@ -167,7 +179,8 @@ class _Worker:
         """Do operations by name, or some at random."""
         self.do("open", self.open)
         if isinstance(operations, int):
-            operations = self.chance.choices(list(self.OPERATIONS), list(self.OPERATIONS.values()),
+            operations = self.chance.choices(list(self.OPERATIONS),
+                                             list(self.OPERATIONS.values()),
                                              k=operations)
         for name in operations:
             self.do(name, getattr(self, name))
@@ -248,7 +261,9 @@ class _Worker:
 
     def change(self) -> bool:
         self.mark = 121 - self.mark
-        changed = write_config(self.config_pth.parent, self._durability(), mark=self.mark,
+        changed = write_config(self.config_pth.parent,
+                               self._durability(),
+                               mark=self.mark,
                                name="changed.json")
         before = state_of(self.config_pth).settings
         control.initialize_all_dbs(config_pth=changed)
@@ -299,9 +314,15 @@ class Recording:
 
 
 def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
-        directory: Path, seed: int, durability: str, operations: int | Sequence[str] = 100,
-        processes: int = 1, mark: int = 60, strategy: str = "prune_first",
-        prepare: Callable[[], None] = lambda: None, options: Sequence[str] = (),
+        directory: Path,
+        seed: int,
+        durability: str,
+        operations: int | Sequence[str] = 100,
+        processes: int = 1,
+        mark: int = 60,
+        strategy: str = "prune_first",
+        prepare: Callable[[], None] = lambda: None,
+        options: Sequence[str] = (),
         work: Callable[[Path, Path], None] | None = None) -> Recording:
     root = directory / "root"
     root.mkdir()
@@ -323,8 +344,12 @@ def record(  # pylint: disable=too-many-arguments,too-many-positional-arguments
     return Recording(root, events, seed, initial, durability, mark, strategy)
 
 
-def run_workers(directory: Path, config_pth: Path, seed: int, operations: int | Sequence[str],
-                processes: int, first: int = 0) -> None:
+def run_workers(directory: Path,
+                config_pth: Path,
+                seed: int,
+                operations: int | Sequence[str],
+                processes: int,
+                first: int = 0) -> None:
     """Let processes work on a queue, in turns."""
 
     def work(number: int) -> None:
@@ -372,7 +397,10 @@ def record_recovery(directory: Path, recording: Recording, image: "Image",
         run_workers(directory, config_pth, recording.seed, operations, 1, first=boot)
 
     events = disk.record(work, directory / "trace")
-    return dataclasses.replace(recording, root=root, events=events, initial=initial,
+    return dataclasses.replace(recording,
+                               root=root,
+                               events=events,
+                               initial=initial,
                                before=dataclasses.replace(image.progress))
 
 
@@ -601,9 +629,11 @@ class Summary(NamedTuple):
                                                               "\n".join(self.faults[:3]))
 
 
-def survey(recording: Recording, count: int, chance: random.Random,
-           find: Callable[[Image, Recording, int],
-                          str] = find_fault, is_over_at_first: bool = False) -> Summary:
+def survey(recording: Recording,
+           count: int,
+           chance: random.Random,
+           find: Callable[[Image, Recording, int], str] = find_fault,
+           is_over_at_first: bool = False) -> Summary:
     """Open many images, in a process that may crash."""
 
     def run(pipe: support.Connection) -> None:

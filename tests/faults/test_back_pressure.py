@@ -26,9 +26,13 @@ SUBSCRIBERS: Final = [name for name, role in test_storm.ROLES.items() if role.ki
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 def test_nothing_is_dropped_and_nobody_waits_for_ever(tmp_path: Path, durability: str) -> None:
     rng = random.Random(tracing.seed())
-    config_pth = support.make_queue(tmp_path, publishers=test_storm.AUDIENCES,
-                                    subscribers=("alpha", "beta"), durability=durability,
-                                    checkpoint_secs=0.2, strategy="block", MAX_MSGS_NUM=MOST)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers=test_storm.AUDIENCES,
+                                    subscribers=("alpha", "beta"),
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    strategy="block",
+                                    MAX_MSGS_NUM=MOST)
     scene = workers.Scene(config_pth)
     places: dict[str, workers.Worker] = {}
     highest = 0

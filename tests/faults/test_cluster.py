@@ -204,9 +204,11 @@ def test_killed_servers_lose_nothing(tmp_path: Path, run: int) -> None:
     ledger_pth = tmp_path / "ledger"
     nodes = 1 if victim == "single" else 3
     with jetstream_server.running(tmp_path, nodes=nodes) as cluster:
-        config_pth = make_queue(tmp_path, path=cluster.path("storm", replicas=nodes, ack_wait=3),
+        config_pth = make_queue(tmp_path,
+                                path=cluster.path("storm", replicas=nodes, ack_wait=3),
                                 publishers={"pub": ("alpha", "beta")},
-                                subscribers=("alpha", "beta"), busy_timeout_secs=30)
+                                subscribers=("alpha", "beta"),
+                                busy_timeout_secs=30)
         publishers = [Child(publish, config_pth, ledger_pth, name) for name in BATCHES]
         consumers = [Child(subscribe, config_pth, ledger_pth, name) for name in CONSUMERS]
         try:

@@ -33,8 +33,10 @@ def receive(pipe: support.Connection, config_pth: Path, name: str, count: int) -
 @pytest.mark.parametrize("durability", ["fsync", "os"])
 @pytest.mark.parametrize("is_large", [False, True])
 def test_flipped_byte(tmp_path: Path, durability: str, is_large: bool) -> None:
-    config_pth = support.make_queue(tmp_path, publishers={"pub": ["one", "two"]},
-                                    subscribers=["one", "two"], durability=durability)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": ["one", "two"]},
+                                    subscribers=["one", "two"],
+                                    durability=durability)
     # A large message has pages of its own.
     batch = [msg + bytes(20000) * (is_large and msg == MARK) for msg in BATCH]
     with Pub("pub", config_pth) as pub:

@@ -37,7 +37,8 @@ CONSUMERS: Final = 3
 def make(directory: Path, **changes: object) -> Path:
     directory.mkdir(exist_ok=True)
     config_pth = support.add_dead_letters(support.write_config(directory),
-                                          max_deliveries=MAX_DELIVERIES, **changes)
+                                          max_deliveries=MAX_DELIVERIES,
+                                          **changes)
     control.initialize_all_dbs(config_pth)
     return config_pth
 
@@ -94,7 +95,8 @@ def test_every_message_is_acknowledged_or_a_dead_letter(tmp_path: Path, delay_se
     rng = random.Random(seed)
     config_pth = make(tmp_path, retry_delay_secs=delay_secs)
     ledger = workers.Ledger(tmp_path / "ledger")
-    kinds = rng.choices([b"fail", b"kill", b"work"], weights=[1, 1, 8],
+    kinds = rng.choices([b"fail", b"kill", b"work"],
+                        weights=[1, 1, 8],
                         k=int(60 * max(1.0, STORM_SECS)))
     support.send_each(config_pth, *kinds)
 

@@ -26,17 +26,24 @@ def on_small_disk(directory: Path, function: Callable[..., None], size: str, *ar
     """Run a function of a module on a small disk of its own."""
     if shutil.which("unshare") is None or subprocess.run(
         [*_NAMESPACE, "mount", "-t", "tmpfs", "none",
-         str(directory)], capture_output=True, check=False).returncode != 0:
+         str(directory)],
+            capture_output=True,
+            check=False).returncode != 0:
         pytest.skip("user namespaces with mounts are needed for a small disk")
-    done = support.run_python(
-        """if True:
+    done = support.run_python("""if True:
         import importlib, pathlib, subprocess, sys
         subprocess.check_call(
             ["mount", "-t", "tmpfs", "-o", "size=" + sys.argv[4], "none", sys.argv[1]])
         module = importlib.import_module(sys.argv[2])
         getattr(module, sys.argv[3])(pathlib.Path(sys.argv[1]), *sys.argv[5:])
         print("done")
-        """, directory, function.__module__, function.__name__, size, *arguments, prefix=_NAMESPACE)
+        """,
+                              directory,
+                              function.__module__,
+                              function.__name__,
+                              size,
+                              *arguments,
+                              prefix=_NAMESPACE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")
 
@@ -168,7 +175,9 @@ def fill_with_finished_messages(directory: Path, durability: str) -> None:
 
 def open_with_few_pages(directory: Path, durability: str) -> None:
     """Use a queue with so little room that one file after the other can not be made."""
-    config_pth = support.write_config(directory, durability=durability, max_reader_num=100,
+    config_pth = support.write_config(directory,
+                                      durability=durability,
+                                      max_reader_num=100,
                                       checkpoint_secs=0.01)
     queue = directory / "queue"
     filler = Filler(directory)
@@ -269,7 +278,8 @@ def use_once(config_pth: Path) -> None:
 @pytest.mark.parametrize("function", [
     fill_while_messages_wait, fill_with_finished_messages, open_with_few_pages,
     open_with_unfinished_files, recover_without_room
-], ids=lambda function: str(function.__name__))
+],
+                         ids=lambda function: str(function.__name__))
 def test_small_disk(tmp_path: Path, function: Callable[..., None], durability: str) -> None:
     on_small_disk(tmp_path, function, "2m", durability)
 

@@ -16,7 +16,9 @@ from tests.faults.test_disk_full import Filler, Users, hold_snapshot, on_small_d
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_full_store_in_another_boot(tmp_path: Path, durability: str, is_closed: bool) -> None:
     """What is written at the first opening then finds room, also in a store that is rebuilt."""
-    config_pth = support.make_queue(tmp_path, durability=durability, strategy="reject",
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    strategy="reject",
                                     max_db_size_bytes=1 << 18)
 
     def fill(pipe: support.Connection) -> None:
@@ -77,8 +79,11 @@ def test_reader_that_is_stopped_keeps_the_pages(tmp_path: Path) -> None:
 
 def fill_store_and_disk(directory: Path, durability: str) -> None:
     """What makes room in a full store needs room on the disk: the reserve is for that."""
-    config_pth = support.make_queue(directory, durability=durability, checkpoint_secs=0.05,
-                                    strategy="reject", max_db_size_bytes=1 << 18)
+    config_pth = support.make_queue(directory,
+                                    durability=durability,
+                                    checkpoint_secs=0.05,
+                                    strategy="reject",
+                                    max_db_size_bytes=1 << 18)
     users = Users(config_pth)
     sent, error = users.send_until_error(0)
     assert error == "QueueFullError"

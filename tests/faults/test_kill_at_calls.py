@@ -42,8 +42,10 @@ class Scene:
     def __init__(self, directory: Path, durability: str) -> None:
         directory.mkdir()
         self.directory = directory / "queue"
-        self.config_pth = support.write_config(directory, durability=durability,
-                                               checkpoint_secs=0.01, busy_timeout_secs=10)
+        self.config_pth = support.write_config(directory,
+                                               durability=durability,
+                                               checkpoint_secs=0.01,
+                                               busy_timeout_secs=10)
         self.ledger = workers.Ledger(directory / "ledger")
         self.note = self.ledger.note
 

@@ -57,7 +57,9 @@ def publish(pipe: support.Connection, config_pth: Path, ledger: workers.Ledger, 
 def test_each_message_is_stored_once(  # pylint: disable=too-many-locals
         tmp_path: Path, durability: str) -> None:
     rng = random.Random(tracing.seed())
-    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=0.2,
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
                                     MAX_MSGS_NUM=10**8)
     ledger = workers.Ledger(tmp_path / "ledger")
 

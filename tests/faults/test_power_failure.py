@@ -186,9 +186,12 @@ def find_lost(  # pylint: disable=too-many-locals
 
 @pytest.mark.parametrize("durability", DURABILITIES)
 def test_threads_and_processes_at_once(tmp_path: Path, seed: int, durability: str) -> None:
-    recording = replay.record(
-        tmp_path, seed, durability, mark=1000, work=lambda directory, config_pth: work_at_once(
-            directory, config_pth, processes=2, threads=3, count=15))
+    recording = replay.record(tmp_path,
+                              seed,
+                              durability,
+                              mark=1000,
+                              work=lambda directory, config_pth: work_at_once(
+                                  directory, config_pth, processes=2, threads=3, count=15))
     assert sum(line["note"][0] == "sent" for line in replay.follow_to_end(recording).lines) == 90
     replay.survey(recording, 2 * replay.IMAGES, random.Random(seed), find=find_lost).assert_sound()
 
@@ -219,7 +222,11 @@ def test_power_fails_after_a_flush_failed(tmp_path: Path, seed: int, place: int)
         pub.close()
         tell(ledger, "failed", failed)
 
-    recording = replay.record(tmp_path, seed, "fsync", mark=1000, work=work,
+    recording = replay.record(tmp_path,
+                              seed,
+                              "fsync",
+                              mark=1000,
+                              work=work,
                               options=["-e", f"inject=fdatasync:error=EIO:when={place}"])
     assert replay.follow_to_end(recording).lines[-1]["note"][1] >= 1
     replay.survey(recording, 2 * replay.IMAGES, random.Random(seed), find=find_lost).assert_sound()
@@ -374,10 +381,17 @@ def test_replay_notices_what_is_taken_out(tmp_path: Path, seed: int, protection:
     for attempt in range(30):
         directory = tmp_path / str(attempt)
         directory.mkdir()
-        recording = replay.record(directory, seed + attempt, durability, operations, mark=1000,
+        recording = replay.record(directory,
+                                  seed + attempt,
+                                  durability,
+                                  operations,
+                                  mark=1000,
                                   prepare=lambda: take_out(changes))
         try:
-            summary = replay.survey(recording, 80, random.Random(seed + attempt), find=find,
+            summary = replay.survey(recording,
+                                    80,
+                                    random.Random(seed + attempt),
+                                    find=find,
                                     is_over_at_first=True)
         except AssertionError as error:
             # LMDB kills the process that opens a damaged file.

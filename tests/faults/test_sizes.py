@@ -45,9 +45,11 @@ def test_large_message(tmp_path: Path, durability: str) -> None:
     size = LARGE
     if available_memory() < 8 * size or shutil.disk_usage(tmp_path).free < 8 * size:
         pytest.skip("Not enough memory, or room on the disk")
-    config_pth = support.make_queue(tmp_path, durability=durability,
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
                                     max_db_size_bytes=3 * size + (1 << 24),
-                                    HWM_LMDB_SIZE_BYTES=2 * size, checkpoint_secs=3600)
+                                    HWM_LMDB_SIZE_BYTES=2 * size,
+                                    checkpoint_secs=3600)
     pattern = bytes(range(251)) * 4177
     for number in range(2):
         msg = (b"%d" % number + pattern * (size // len(pattern) + 1))[:size]
@@ -70,8 +72,10 @@ def test_large_message(tmp_path: Path, durability: str) -> None:
 def test_backlog(tmp_path: Path) -> None:
     """Let many messages wait, and then receive them all, in order."""
     count = BACKLOG
-    config_pth = support.make_queue(tmp_path, publishers={"pub": ["one", "two"]},
-                                    subscribers=["one", "two"], MAX_MSGS_NUM=2 * count,
+    config_pth = support.make_queue(tmp_path,
+                                    publishers={"pub": ["one", "two"]},
+                                    subscribers=["one", "two"],
+                                    MAX_MSGS_NUM=2 * count,
                                     max_db_size_bytes=1 << 30)
     with Pub("pub", config_pth) as pub:
         for begin in range(0, count, BATCH):

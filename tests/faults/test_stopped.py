@@ -38,7 +38,9 @@ def test_stopped_consumer(tmp_path: Path, durability: str, is_over_mark: bool) -
         count, mark = 5 * count, 5 * mark
     # A process that is stopped while it reads keeps all pages that are freed meanwhile. That is not
     # tested here: the one that is to be stopped records no states.
-    config_pth = support.make_queue(tmp_path, durability=durability, MAX_MSGS_NUM=mark,
+    config_pth = support.make_queue(tmp_path,
+                                    durability=durability,
+                                    MAX_MSGS_NUM=mark,
                                     checkpoint_secs=3600)
     data = tmp_path / "queue" / "data.mdb"
     expected = [b"%d " % number + bytes(1000) for number in range(count)]

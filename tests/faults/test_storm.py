@@ -86,8 +86,12 @@ def storm(tmp_path: Path, durability: str, seconds: float,
           roles: dict[str, workers.Role]) -> tuple[Path, ledger.Books, int]:
     """Run a storm, and check what holds for each of them."""
     rng = random.Random(tracing.seed())
-    config_pth = support.make_queue(tmp_path, publishers=AUDIENCES, subscribers=("alpha", "beta"),
-                                    durability=durability, checkpoint_secs=0.2, MAX_MSGS_NUM=10**8)
+    config_pth = support.make_queue(tmp_path,
+                                    publishers=AUDIENCES,
+                                    subscribers=("alpha", "beta"),
+                                    durability=durability,
+                                    checkpoint_secs=0.2,
+                                    MAX_MSGS_NUM=10**8)
     scene = workers.Scene(config_pth)
     places: dict[str, workers.Worker] = {}
     try:

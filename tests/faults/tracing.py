@@ -45,8 +45,11 @@ def run(start: Callable[[], Callable[[], None]], options: Sequence[str]) -> int:
     """
     with support.Child(_child, start) as child:
         tracer = subprocess.Popen(
-            ["strace", "-f", *options, "-p", str(child.get())], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            ["strace", "-f", *options, "-p", str(child.get())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True)
         try:
             assert tracer.stderr is not None
             line = tracer.stderr.readline()
@@ -81,7 +84,10 @@ def list_calls(start: Callable[[], Callable[[], None]], output: Path) -> list[tu
     return list(places)
 
 
-def inject(start: Callable[[], Callable[[], None]], calls: str, effect: str, when: object = "1+",
+def inject(start: Callable[[], Callable[[], None]],
+           calls: str,
+           effect: str,
+           when: object = "1+",
            paths: Sequence[Path] = ()) -> int:
     """
     Run a function some of whose system calls fail, or kill it.
