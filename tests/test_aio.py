@@ -463,6 +463,19 @@ async def test_cancelled_receive_gives_back_what_came_meanwhile(face: faces.Face
 
 @on_loops
 @scenario
+async def test_messages_given_back_together_come_in_order(face: faces.Face, tmp_path: Path) -> None:
+    """A task that looks in the moment in which they are given back begins with the first one."""
+    config_pth = deploy(tmp_path, durability="os")
+    async with opened(face, config_pth) as (pub, sub):
+        for _ in range(600):
+            await pub.send_many([b"3", b"4"])
+            async for _ in sub.messages(timeout=support.HANG_SECS, prefetch=2):
+                break
+            assert [await receive(sub, support.HANG_SECS) for _ in range(2)] == [b"3", b"4"]
+
+
+@on_loops
+@scenario
 async def test_next_task_gets_what_a_cancelled_one_waited_for(face: faces.Face,
                                                               config_pth: Path) -> None:
     async with opened(face, config_pth) as (pub, sub):

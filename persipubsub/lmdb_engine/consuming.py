@@ -193,7 +193,9 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             lease = self._claim(look.number, look.stop)
             # If ``start`` changed, a message before it was given back: keep the lower start.
             if held.start == start:
-                held.start = look.number + 1
+                # Not into the middle of what was claimed: ``Held.ends`` does not tell the middle, and
+                # a message there could be taken alone when the range is given back.
+                held.start = (look.number if lease is None else lease.numbers[-1]) + 1
             if lease is not None:
                 return lease, LONGEST_PAUSE_SECS
             # The message was claimed by another process, acknowledged, or moved away a moment ago.
