@@ -26,8 +26,7 @@ import lmdb._envid
 
 from persipubsub import config
 from persipubsub.drop_log import DropLog
-from persipubsub.errors import (BusyTimeoutError, ClosedError, DiskFullError, PersipubsubError,
-                                StoreError)
+from persipubsub.errors import ClosedError, DiskFullError, PersipubsubError
 from persipubsub.lmdb_engine import datafile, files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, meta, retention

@@ -62,7 +62,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import msgspec
 
 from persipubsub.errors import (AccessError, BusyTimeoutError, DiskFullError, FlushError,
-                                FormatError, NotInitializedError, StoreCorruptError, StoreError)
+                                FormatError, NotInitializedError, StoreCorruptError)
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import locks, log, once, positions
@@ -749,7 +749,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 number += 1
 
     def _next_record(self, segment: Segment) -> int:
-        """Number after that of the last whole record."""
+        """Return the number after that of the last whole record."""
         number = segment.first_record
         for _, _, found, _, _ in self._records(segment):
             number = found + 1

@@ -215,7 +215,7 @@ def test_bytes_of_a_message_that_look_like_a_record(tmp_path: Path) -> None:
     config_pth = crash(tmp_path)
     path = segments(tmp_path)[-1]
     content = path.read_bytes()
-    begin, offset = records(path)[-2:]
+    *_, begin, offset = records(path)
     _, kind, length, number, end = RECORD.unpack_from(content, begin)
     body = bytearray(content[begin + RECORD.size:begin + RECORD.size + length])
     assert kind == 1 and body[8:16] == (COUNT).to_bytes(8, "little"), "It is the last message."
