@@ -170,7 +170,11 @@ class ExclusiveLock(LockFile):
                 if error.errno is None:
                     raise
             self._owner = 0
-        release(self.mutex)
+            self.mutex.release()
+        else:
+            # Perhaps the mutex alone: a signal handler has raised after it was taken, or before it
+            # was released.
+            release(self.mutex)
 
     @contextlib.contextmanager
     def held(self, timeout: float) -> Iterator[None]:
