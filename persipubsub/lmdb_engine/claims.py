@@ -54,12 +54,13 @@ class Held:
 
     def __init__(self) -> None:
         """Initialize with nothing claimed."""
-        #: Numbers after the ranges that are claimed, by their first numbers. Rejected: a set of all
+        #: Claimed ranges: first number, and the number after the last one. Rejected: a set of all
         #: numbers, which would add a tenth to the time of a batch.
         self.ends: dict[int, int] = {}
         #: ``start``: where a search begins; messages before it are claimed, or wait for a retry.
         #: ``start_until``: when a search begins at the position again, on the monotonic clock.
-        #: ``retry_at_ns``: ... or earlier: time of the first retry, on the queue's clock; 0: none.
+        #: ``retry_at_ns``: time of the first retry, on the queue's clock; 0: none. A search begins
+        #: at the position again then, too.
         self.start, self.start_until, self.retry_at_ns = 0, 0.0, 0
 
     def give_back(self, first: int) -> None:
@@ -98,7 +99,7 @@ class Claims:
 
     def claim(self, claim: Claim) -> bool:
         """
-        Claim the longest part of a range that begins with its first message and is free.
+        Claim a range up to the first message that another consumer has claimed.
 
         If a signal handler raises here or later, a release gives back what was claimed.
         """
@@ -214,7 +215,8 @@ class Claims:
             file, claim = self._all.popitem()
             if claim is not None:
                 claim.held.give_back(claim.first)
-            # Unlock first: a child that is being forked shares the lock until it closes its file.
+            # Unlock first: a child forked at this moment has a copy of the descriptor, so that
+            # closing this one would not give the lock back.
             with files.suppress(OSError, ValueError):
                 fcntl.fcntl(file, _SETLK, _UNLOCK(0, 0))
             file.close()

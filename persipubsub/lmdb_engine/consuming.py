@@ -34,7 +34,7 @@ from persipubsub.message import Message, text_of
 #: notification: a publisher may die between its commit and its notification.
 LONGEST_PAUSE_SECS: Final = 1.0
 
-#: ... and after this time while others hold claims, which the kernel gives back without a
+#: While other consumers hold claims, it looks this often: the kernel gives claims back without a
 #: notification. After this time, it also looks again at messages that it passed over.
 CLAIMED_PAUSE_SECS: Final = 0.05
 
@@ -193,8 +193,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             lease = self._claim(look.number, look.stop)
             # If ``start`` changed, a message before it was given back: keep the lower start.
             if held.start == start:
-                # Not into the middle of what was claimed: ``Held.ends`` does not tell the middle, and
-                # a message there could be taken alone when the range is given back.
+                # The next search starts after the last claimed message. Inside of the range it would
+                # not see that messages are claimed: ``Held.ends`` has only first numbers as keys.
                 held.start = (look.number if lease is None else lease.numbers[-1]) + 1
             if lease is not None:
                 return lease, LONGEST_PAUSE_SECS
@@ -317,8 +317,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         with contextlib.suppress(PersipubsubError):
             exhausted: list[int] = []
             with self.claims.ending_lock:
-                # After a close others may have the messages: this must not be taken for the end of
-                # their delivery.
+                # After a close, another consumer may work on the messages: a record written now
+                # would end its delivery.
                 if not self.claims.is_closed and (error is not None or self.counts):
                     text = None if error is None else text_of(error)
                     exhausted = self.environment.write(self.pending.nack,

@@ -40,7 +40,7 @@ Begin: TypeAlias = Callable[[], contextlib.AbstractContextManager[Tx]]
 
 
 class MapFullError(DiskFullError):
-    """Report that the map is full, as opposed to the disk: dropping messages makes room."""
+    """Report that the map, not the disk, is full; dropping may help, see ``room``."""
 
 
 _FLUSH_HINT: Final = (

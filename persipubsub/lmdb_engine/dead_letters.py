@@ -2,9 +2,9 @@
 Move messages whose deliveries are exhausted into a queue of dead letters.
 
 First the message is put there, under an id that is the same however often it is repeated; then it
-leaves the queue it comes from. A process that is killed between the two leaves it in both: the next
-consumer that comes across it puts it again, which changes nothing, and lets it leave. Leaving first
-was rejected: the message would be in neither.
+leaves the queue it comes from (``Consumer._move``). A process that is killed between the two leaves
+it in both: the next consumer that comes across it puts it again, which changes nothing, and lets it
+leave. Leaving first was rejected: the message would be in neither.
 """
 
 import logging

@@ -5,6 +5,9 @@ LMDB's file locks belong to the process: opening the same files twice and closin
 the locks of the other. One registry, by device and inode of the data file, therefore hands out a
 single environment for each store and counts its users.
 
+**Power failure.** If the mark of a store in use is of another boot, ``open`` throws LMDB's file away
+and builds it anew: see ``_rebuild``, and ``Journal.replay``.
+
 **Fork.** In the hook after a fork, and never later, the child closes the lock files that it
 inherited, since they hold the parent's locks, and makes new thread locks. It keeps the inherited LMDB
 environment for ever without touching it, and opens its own at the first use.

@@ -6,8 +6,8 @@ power failure: it is then thrown away and rebuilt from the journal, a directory 
 segment is a file of fixed size. It is written with zeros and flushed when it is made, and reused
 when everything in it is finished. To flush a file whose blocks are allocated and written takes one
 write to the disk; to flush a growing file, or one that is only allocated, takes two or three. The
-next segment is made in advance. With ``os`` it is allocated, not written: one flush a second does
-not repay the zeros.
+next segment is made in advance. With the durability ``os`` it is only allocated: writing zeros costs
+more than it saves at one flush a second.
 
 A segment begins with a header, which has a page of 4096 bytes to itself:
 
@@ -249,7 +249,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             state = msgspec.msgpack.decode(records[-1][4], type=_State)
             if state.end[0] != end:
                 return False
-            # Those that have no whole record: others get their sequence numbers.
+            # Remove the segments after the chain: they have no whole record, and new segments get
+            # their sequence numbers.
             for segment in self._segments():
                 if segment.sequence > chain[-1].sequence:
                     os.unlink(self._path(segment.file))
@@ -309,9 +310,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
         """
         Make a segment in advance that has room for messages. The write lock must not be held.
 
-        :param is_flushed: True if senders flush. If only the background thread flushes, the room
-            doubles each time that it is used up: with more room, more messages are finished before
-            they would be copied.
+        :param is_flushed: True if senders flush. Otherwise the room doubles whenever it is used up:
+            messages are copied later then, and those that are finished by then are not copied.
         :raise DiskFullError: if the disk has no room for it
         """
         with self._lock.held(self._busy_timeout_secs):
@@ -590,8 +590,8 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                               offset=_HEADER_BYTES,
                               next_file=0,
                               next_size=0))
-        # This comes last: if a signal handler ends the function before it, another process may
-        # begin the segment once more.
+        # This comes last: if a signal handler raises before it, this process does not use the
+        # segment yet, and another process may begin it again.
         self._use(segment)
 
     def _follow(self, position: _Position) -> None:

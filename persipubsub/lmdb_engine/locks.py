@@ -7,9 +7,9 @@ Locks are taken in this order; a thread that holds a later one does not ask for 
 2. the open lock of a queue (between processes, while one of them opens, closes or creates it),
 3. the ending lock: that of ``claims.Claims``, one for each open queue (an acknowledgement and a
    close exclude each other),
-4. the flush lock of a ``Journal``, then the journal's lock (between processes),
-5. the write lock: 5a. of an environment (between threads), then 5b. of the queue (between
-   processes),
+4. the journal's lock: first between threads (the mutex of an ``ExclusiveLock``), then between
+   processes (its file),
+5. the write lock: 5a. between threads, then 5b. between processes,
 6. the read lock of an environment (no transaction is open while it is closed or mapped anew).
 
 Threads that wait for one that sends for them (``sending._Line``) hold none of these. The lock of a
@@ -155,7 +155,7 @@ class ExclusiveLock(LockFile):
             # One attempt without a deadline spares the plain path the clock.
             if self.try_lock() or self.lock(time.monotonic() + timeout, page):
                 return
-        self.release()  # a wait for the next attempt must not keep other threads from theirs
+        self.release()  # the caller may wait before it tries again, and other threads may try now
         raise BusyTimeoutError(
             f"Expected to {self._doing} within {timeout} seconds (busy_timeout_secs), but got: "
             "another process is in the middle of a write. It may be stopped, or the disk may hang.")

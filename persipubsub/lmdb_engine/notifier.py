@@ -10,9 +10,10 @@ nanoseconds: a value comes back after 4.3 seconds at the earliest.
 
 Why no wake-up is lost: assume that the look misses a commit. Then the sender reads the flag after
 the waiter has set it. If it reads 1, it stores a stamp that the waiter has not loaded: the waiter
-does not sleep, or is woken. If it reads 0, another sender cleared the flag in between, and stores a
-new stamp after the waiter has loaded the old one: the same follows. A wake-up is lost if a sender
-is killed between its commit and its notification: therefore waiters look once a second anyhow.
+does not sleep, or is woken. If it reads 0, another sender cleared the flag after the waiter set it.
+That sender stores a new stamp, so that the waiter does not sleep, or is woken. A wake-up is lost if
+a sender is killed between its commit and its notification: therefore waiters look once a second
+anyhow.
 
 Rejected: inotify (14 us instead of 10 from process to process, 128 instances a user, a descriptor
 to be shared by threads), eventfd (5.5 us, but descriptors would have to be passed).
@@ -107,7 +108,11 @@ class Notifier:
             self._futex.wake_all()
 
     def arm(self) -> int:
-        """Begin to wait; return the stamp. A commit that a later look misses changes the stamp."""
+        """
+        Begin to wait, before the look at the queue; return the stamp.
+
+        If the look misses a commit, its sender changes the stamp, so that ``wait`` does not sleep.
+        """
         stamp = self._futex.load()
         self._words[SharedPage.FLAG] = 1
         # A fence, so that the look is not done before others see the flag: a lock of Python is one.
@@ -152,7 +157,7 @@ class Notifier:
 
     def call_once(self, callback: Callable[[], object]) -> None:
         """
-        Call a function once, after the next notification for a commit that a later look misses.
+        Call a function once. Look at the queue after this: a commit that the look misses calls it.
 
         One thread for each queue calls all of these functions. They are for loops of asyncio.
         """

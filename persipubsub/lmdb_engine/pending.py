@@ -20,8 +20,8 @@ from persipubsub.message import retry_delay_ns
 #: A batch has at most so many bytes, however many messages were asked for, or is a single message.
 BATCH_BYTES: Final = 1 << 24
 
-#: Copying ends with the block that brings it to so many bytes. Messages are claimed for at most
-#: ``BATCH_BYTES``; a claim may hold more if a damaged block hid its size.
+#: Copying ends with the block that brings it to so many bytes. A claim has at most ``BATCH_BYTES``,
+#: but the size of a damaged block is not known, so that it may have more.
 _COPIED_BYTES: Final = BATCH_BYTES + fmt.BLOCK_BYTES
 
 
@@ -236,9 +236,9 @@ class Pending:
         """
         Claim and copy a message if it still is the newest one, and skip all messages before it.
 
-        The message is claimed here, in the transaction. If it were claimed earlier, and given back
-        because there is a newer one, other consumers would pass over it meanwhile and get it after
-        later ones.
+        The message is claimed here, in the transaction. A claim before it may have to be given back,
+        because a newer message has come. Other consumers would pass over the message meanwhile, and
+        get it after later ones.
         """
         if self.find_newest(tx, tried).number != number or not claim():
             return None
@@ -265,8 +265,8 @@ class Pending:
                 continue
             record = self._record_of(tx, number)
             count = record.deliveries
-            # With a limit, ``begin`` has counted this delivery already. Without one, a set flag is
-            # left over from a time with a limit.
+            # With a limit, ``begin`` has counted this delivery: subtract it. Without one, it has not,
+            # and the flag is left over from a time with a limit.
             if self.policy.max_deliveries and record.flags & fmt.FLAG_IS_BEGUN:
                 count -= 1
             if error is not None:

@@ -3,7 +3,8 @@ What may leave the log, and what has to: the low watermark, timeouts, dropping.
 
 A message leaves when all its subscribers acknowledged it. It is dropped unread when it is older
 than the queue's timeout, or to make room at a high-water mark: ``room`` decides at a mark, and this
-module drops. Each subscriber counts its drops.
+module drops. Each subscriber counts its drops (``positions.leave``). Finished blocks are deleted by
+``log.delete_head``: ``delete_finished`` and ``Room.tidy`` call it.
 """
 
 import dataclasses

@@ -2,8 +2,9 @@
 What happens at a limit of a queue: a high-water mark, a full store, a full disk.
 
 A queue at a high-water mark refuses messages, lets senders wait, or drops messages, as its strategy
-says (``Room.apply_strategy``). A full store does so, too, after all that is finished was deleted
-(``Room.free_store``). A store is full if its pages in use would pass ``max_db_size_bytes``, or if
+says (``Room.apply_strategy``). On a full store, all that is finished is deleted; if that does not
+suffice, the strategy applies (``Room.free_store``). ``Sender._commit`` meets these errors, and calls
+what is here. A store is full if its pages in use would pass ``max_db_size_bytes``, or if
 LMDB's map, which is larger, has no free page. A stopped reader may keep the pages of a full map:
 then nothing is dropped (``Environment.check_stuck_readers``). On a full disk, all that is finished
 is deleted, and the send is tried once more (``Room.free_disk``). Acknowledging on a full disk is
@@ -149,7 +150,7 @@ class Room:
                                         makes_room=True))
 
     def free_disk(self) -> None:
-        """Delete what is finished: a send that fails on a full disk takes its own deletion back."""
+        """Delete what is finished, in other transactions than that of the send, which failed."""
         self._environment.delete_finished(self._now_ns(), keeps_retained=False)
         # The journal, too, can then reuse segments in which all is finished.
         self._environment.write_state()

@@ -101,18 +101,19 @@ class _Line:
         self.main_thread = threading.main_thread().ident
         self._lock = threading.Lock()  # guards the two below, for a moment
         self._waiting: list[_Batch] = []
-        # The thread that sends for all; 0: none; -1: the first one that waits is about to.
+        # The thread that sends for all. 0: there is none. -1: the first one in ``_waiting`` will.
         self._leader = 0
 
     def send(self, batch: _Batch, send_all: Callable[[Sequence[_Batch]], None]) -> None:
         """Send a batch with those of the threads that wait, or wait until another thread sends it."""
         if self._leader == threading.get_ident():
-            # A handler of the user's log sends, while this thread warns of messages that it dropped.
+            # This thread sends for all and logs that it dropped messages; a log handler of the user
+            # sends. It must not wait for itself.
             send_all([batch])
             return
         with self._lock:
             self._waiting.append(batch)
-            # The thread that sends for all releases it, if there is one.
+            # If a thread sends for all, this one waits until that one releases it.
             batch.waiter = threading.Lock()
             if self._leader:
                 batch.waiter.acquire()  # pylint: disable=consider-using-with
@@ -153,8 +154,8 @@ class Sender:
         # The low watermark of the last send. Threads store it after their commits, in any order: an
         # older one is a lower bound, too.
         self._low: LowWatermark | None = None
-        # End of the log after the last send, LMDB's number of its transaction, and how many had
-        # been aborted (the next one reuses the number of an aborted one); under the write lock.
+        # After the last send: end of the log, LMDB's number of the transaction, and how many had
+        # been aborted, since LMDB gives the number of an aborted one again; under the write lock.
         self._end = (log.EMPTY, -1, 0)
         # Indices of lists of recipients, under the write lock.
         self._audiences: dict[tuple[str, ...], int] = {}
