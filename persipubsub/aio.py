@@ -3,7 +3,7 @@ Publish and receive in tasks of ``asyncio``, with the same queues and the same p
 
 The two classes are used as :py:class:`persipubsub.publisher.Pub` and
 :py:class:`persipubsub.subscriber.Sub`, and share the queues with them, in this process and others.
-The loop never waits for the disk or for another process: what could block runs in a few threads of
+The loop never waits for the disk or for another process: what could block runs in up to 32 threads of
 the process. Waiting needs one thread for each queue, however many tasks wait.
 
 Any number of tasks may use an object, as may several loops in several threads, and a forked child.
@@ -116,7 +116,8 @@ class _Handle(face.Handle[face.OpenT]):
         super().__init__(*given)
         #: By loop, and whether its tasks wait for the newest message.
         self._dispatchers: dict[tuple[asyncio.AbstractEventLoop, bool], Any] = {}
-        self._endings: set["concurrent.futures.Future[None]"] = set()
+        #: Calls that end messages, with the process: a forked child must not wait for its parent's.
+        self._endings: dict["concurrent.futures.Future[None]", int] = {}
 
     async def _open(self, *given: Any) -> None:
         opening = _submit(lambda: self._replace(self._kind.open(*given)))
@@ -157,10 +158,11 @@ class _Handle(face.Handle[face.OpenT]):
         Tasks that wait for a message get a ``ClosedError``. A message that is being received is
         given back. Messages that tasks are sending are sent, or these tasks get a ``ClosedError``.
         """
-        await _wait(_submit(functools.partial(self._close, list(self._endings))))
+        endings = [one for one, process_id in self._endings.items() if process_id == os.getpid()]
+        await _wait(_submit(functools.partial(self._close, endings)))
 
     def _close(self, endings: "list[concurrent.futures.Future[None]]") -> None:
-        """Close the queue behind the acknowledgements of tasks that were cancelled."""
+        """Wait for what ends messages in threads, and close the queue."""
         concurrent.futures.wait(endings)
         self._replace(None)
 
@@ -594,8 +596,8 @@ class Sub(face.Receiver[Receipt[bytes | None], Receipt[Message | None], Receipt[
                     stack.push_async_callback(getattr(lease, f"a{method}"), *given)
         elif parts:
             ending = _submit(lambda: face.end(lease, parts))
-            self._endings.add(ending)
-            ending.add_done_callback(self._endings.discard)
+            self._endings[ending] = os.getpid()
+            ending.add_done_callback(lambda done: self._endings.pop(done, None))
             await _wait(ending)
 
     def __aiter__(self) -> Messages[bytes]:

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import fcntl
 import gc
 import os
 import random
@@ -345,6 +346,39 @@ def test_objects_work_in_a_forked_child(face: faces.Face, config_pth: Path) -> N
     assert face.run(receive(other)) == b"last"
     assert face.run(use_in_both()) == b"last"
     face.run(use_and_close())
+
+
+def test_child_that_closes_does_not_wait_for_calls_of_its_parent(tmp_path: Path) -> None:
+    """The parent forks while an acknowledgement waits, in a thread, for the write lock."""
+    config_pth = deploy(tmp_path, busy_timeout_secs=0.5)
+
+    async def close_in_child() -> None:
+        locked = asyncio.Event()
+
+        async def receive_one() -> None:
+            async with sub.receive(timeout=support.HANG_SECS) as msg:
+                assert msg == b"one"
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                locked.set()
+
+        async with persipubsub.aio.Pub("pub", config_pth) as pub:
+            await pub.send(b"one")
+        async with persipubsub.aio.Sub("sub", config_pth) as sub:
+            receiving = asyncio.ensure_future(receive_one())
+            await locked.wait()
+            with support.Child(lambda pipe: pipe.send(in_child(sub))) as child:
+                assert await asyncio.to_thread(child.get) == "closed"
+                child.end()
+            with pytest.raises(errors.BusyTimeoutError):
+                await receiving
+
+    def in_child(sub: persipubsub.aio.Sub) -> str:
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            executor.submit(lambda: asyncio.run(sub.close())).result(support.HANG_SECS)
+        return "closed"
+
+    with open(tmp_path / "queue" / "write.lock", "rb") as lock:
+        asyncio.run(close_in_child())
 
 
 @on_loops
