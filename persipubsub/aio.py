@@ -180,8 +180,8 @@ class _Dispatcher:
     One thread at a time serves all of them, first come, first served. No thread waits.
     """
 
-    #: Answers the first ones, in a thread; an error is the answer to all the others. It returns the
-    #: seconds until it is called again if there is nothing for the next one; else None.
+    #: Appends answers for the first requests, in a thread. If it raises, all others get the error. It
+    #: returns the pause before the next call, in seconds, or None to go on at once.
     _serve: Callable[[list[_Request], list[Any]], float | None]
 
     def __init__(self, owner: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -336,8 +336,8 @@ class Pub(_Handle[face.Target]):
         Send a message to all subscribers of the publisher.
 
         When the call returns, the message is as safe as the queue's ``durability`` says. Messages
-        of one loop are sent in the order of the calls. If the task is cancelled during the call,
-        the message is sent or not, as if a process died.
+        of one loop are sent in the order of the calls, unless they wait for room. If the task is
+        cancelled during the call, the message is sent or not, as if a process died.
 
         :param msg: to be sent; may be empty
         :param timeout: how long to wait for room where the queue's strategy is ``block``, in

@@ -1,7 +1,8 @@
 """
 Warn about messages that were dropped unread, without flooding the log.
 
-The engines drop and count them (``lmdb_engine.retention``, ``jetstream.publishing``).
+The engines drop them: ``lmdb_engine.retention``, which also counts them for each subscriber, and
+``jetstream.publishing``.
 """
 
 import collections

@@ -51,7 +51,7 @@ class Lease(Protocol):
     messages: list[bytes]  #: all that were taken, at least one
 
     def ack(self, count: int | None = None) -> None:
-        """Acknowledge: the messages leave the queue for this subscriber, at once."""
+        """Acknowledge: on LMDB all of them in one transaction, on servers one by one."""
 
     def nack(self, error: BaseException | None = None, count: int | None = None) -> None:
         """Give the messages back to be delivered again. No error: nobody worked on them."""
@@ -146,7 +146,8 @@ class Engine(Protocol):
 
 
 # For aio, an engine whose calls block has methods that never wait for messages or for room:
-# put_each of a queue, try_take and call_once of a consumer. The only such engine is that on LMDB.
+# put_each of a queue, try_take and call_once of a consumer; waits_for_room of a queue tells whether
+# its senders wait. The only such engine is that on LMDB.
 #
 # An engine with an event loop of its own offers coroutines beside put, take, ack and nack of the
 # same arguments, to be awaited in any loop: aput of a queue, atake of a consumer (which has no

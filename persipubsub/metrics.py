@@ -38,12 +38,12 @@ _Metric: TypeAlias = prometheus_client.metrics_core.Metric
 #: The field of a queue, or of a subscriber, and the help, by the name of the metric. Counters have
 #: names that end with "_total". A figure that is None is left out.
 _QUEUE: Final = {
-    "queue_messages": ("messages", "Messages that a subscriber still has to acknowledge."),
+    "queue_messages": ("messages", "Messages from the oldest one on that somebody needs."),
     "queue_message_bytes": ("message_bytes", "Bytes of the messages that wait."),
     "queue_oldest_age_seconds": ("oldest_age_seconds", "Age of the oldest message that waits."),
     "queue_store_bytes": ("file_bytes", "Size of LMDB's file; on servers, bytes of messages."),
     "queue_journal_bytes": ("journal_bytes", "Size of the journal."),
-    "queue_journal_lag_bytes": ("journal_lag_bytes", "Bytes not safe from a power failure yet."),
+    "queue_journal_lag_bytes": ("journal_lag_bytes", "About the bytes not in the journal yet."),
     "queue_disk_bytes": ("disk_bytes", "Room that all files of the queue take."),
     "queue_commits_total": ("commits", "Commits since the store was made; on servers, messages."),
     "messages_sent_total": ("sent", "Messages that were sent."),
@@ -147,7 +147,7 @@ class Collector(prometheus_client.registry.Collector):
 
 def _metric(name: str, text: str, labels: Sequence[str],
             samples: Sequence[tuple[tuple[str, ...], float | None]]) -> _Metric:
-    """Make a metric; figures that are not known are left out."""
+    """Make a metric; a figure that is None is left out."""
     families = prometheus_client.metrics_core
     kind = families.CounterMetricFamily if name.endswith("_total") else families.GaugeMetricFamily
     family: Any = kind(f"persipubsub_{name}", text, labels=labels)

@@ -36,7 +36,7 @@ _FILES: Final = ("NATS_CREDS", "NATS_NKEY", "NATS_CA", "NATS_CERT", "NATS_KEY")
 #: Timeout for nats-py where this module bounds the time itself, in seconds.
 _FOREVER_SECS: Final = 1 << 24
 
-#: Timeout of a connection to one server, and of the first connection of all, in seconds.
+#: Timeout of a connection to one server, and of the first connection to any of them, in seconds.
 _SERVER_SECS: Final = 2
 _FIRST_SECS: Final = 10.0
 
@@ -44,14 +44,15 @@ _FIRST_SECS: Final = 10.0
 _SILENCE_SECS: Final = 15.0
 _PING_SECS: Final = 5
 
+#: Pause before a repeated attempt, in seconds.
 PAUSE_SECS: Final = 0.1
 
 #: Interval at which a connection is watched, in seconds.
 _LOOK_SECS: Final = 0.25
 
 #: A request without an answer is repeated after so many round trips of pings; there is one at each
-#: look. Of requests that are made at the same time, so many wait for one round trip more. Seconds
-#: were rejected: over a slow connection, a request is read late, and repeating it takes even longer.
+#: look. If requests are made together, each so many of them add one round trip. Seconds were rejected:
+#: over a slow connection, a request is read late, and repeating it takes even longer.
 _PATIENCE: Final = 8
 _EACH_ROUND_TRIP: Final = 25
 

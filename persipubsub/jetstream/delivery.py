@@ -43,9 +43,10 @@ _HEARTBEAT_SECS: Final = 0.5
 #: Time without a heartbeat after which a pull request may be lost, in seconds.
 _LOST_SECS: Final = 3 * _HEARTBEAT_SECS
 
-#: Bytes of all pull requests that wait at a time, or one larger message. Servers drop a connection
-#: that is 64 MiB behind, and its messages are delivered again only after ack_wait. The number is
-#: prime: messages of one size do not use it up exactly, which would end a request without a status.
+#: Bytes of a pull request, or one larger message; a request beside others has a share of it. Servers
+#: drop a connection that is 64 MiB behind, and its messages are delivered again only after ack_wait.
+#: The number is prime: messages of one size do not use it up exactly, which would end a request
+#: without a status.
 _MOST_BYTES: Final = (1 << 23) - 15
 
 #: Messages that are acknowledged at the same time: one that waits for thousands of others would be
@@ -195,7 +196,7 @@ class Delivery:
                     and now < pull.ends <= deadline):
                 pull.found = self.loop.create_future()
                 return pull
-        # It ends when it has brought what is there. With a time, it waits for the first message.
+        # It brings what is stored, and ends. If nothing is, it waits for one message as long as it may.
         request: dict[str, Any] = {"batch": wanted, "no_wait": True}
         secs = min(max(0.0, deadline - now), _LONGEST_PULL_SECS)
         heard = ends = now + secs
@@ -277,7 +278,8 @@ class Delivery:
                 # the server would answer one of them with this message.
                 self.loop.call_later(_LONGEST_PULL_SECS, self._give_ready_back)
                 break
-            # A message that was sent for another request: the call's own one may not end.
+            # Wait for more only if this was sent for the call's own request. Another one was answered
+            # instead of that, which may bring nothing more.
             if first is source and len(self._ready) < first.wanted:
                 break
             first.found.set_result(self._hand_out(first.wanted))
@@ -499,7 +501,7 @@ class Delivery:
         self._is_closed = True
         self._end_all()
         if self._subscription is not None:
-            # It takes the messages that the server sends until it knows.
+            # It still receives what the server sends before it learns of the end.
             self._begin_ending(self._subscription.drain())
         self.give_back(list(self._held.values()))
         await self._settle()

@@ -61,8 +61,9 @@ class Publishing:
         self._stream = own
         self._settings = own.settings
         self._connection = own.connection
-        # Held while messages are written or published again, so that messages are stored in the
-        # order of the calls.
+        # Held while a batch is published, and while a message is published again. A single message is
+        # written right after it was held, before another call can go on. So messages are stored in
+        # the order of the calls.
         self._order = asyncio.Lock()
         self._unique = uuid.uuid4().hex
         self._numbers = itertools.count()
@@ -128,7 +129,7 @@ class Publishing:
                 await self._again(items[0])
 
     def _in_turn(self, begin: float) -> float:
-        """Return the time until which the servers may be waited for, if it is not over."""
+        """Return the deadline for the answers of the servers; raise if it is over."""
         # Count from the last answer, not from the call, while other calls hold the lock.
         deadline = max(begin, self._answered) + self._wait_secs
         if time.monotonic() >= deadline:
@@ -136,7 +137,7 @@ class Publishing:
         return deadline
 
     def _to_id(self, msg_id: bytes | None) -> str:
-        """Make an id that fits into a header; no two have the same."""
+        """Make an id that fits into a header: of the user's one, or one that is used once."""
         if msg_id is None:
             return f"{self._unique}.{next(self._numbers)}"
         return f"u.{hashlib.sha256(msg_id).hexdigest()}"
@@ -232,7 +233,7 @@ class Publishing:
         while True:
             info = await self._stream.info()
             # The limits of the stream, not of our file: they may have been changed by another file
-            # or by hand, and room that the server does not see would be found again and again.
+            # or by hand. By our file there might be room where the servers find none, for ever.
             most_messages = _limit(info["config"]["max_msgs"])
             most_bytes = _limit(info["config"]["max_bytes"])
             if count > most_messages or size > most_bytes:
@@ -256,7 +257,8 @@ class Publishing:
 
     async def _prune(self, messages: int, added: int) -> None:
         """Drop half of the messages, counting those that are to be added."""
-        # The number that stays is fixed: if two processes prune, the second one drops nothing.
+        # With prune_first, the servers get the number that stays: if two processes prune, the second
+        # one drops nothing. With prune_last, both may drop.
         keep = max(0, (messages + added) // 2 - added)
 
         drop = functools.partial(self._stream.purge, keep=keep)

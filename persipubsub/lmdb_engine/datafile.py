@@ -137,7 +137,7 @@ class _Pages(io.FileIO):
         self._progress = progress
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read from where the verifier went to; it does so before each read."""
+        """Read. The verifier seeks before each read, so this need not move the place."""
         assert size is not None, "The verifier says how much."
         self._progress.done += size
         begin = self.tell()
@@ -199,9 +199,9 @@ def opened(path: str,
            size: int = 0,
            is_new: bool = False) -> Iterator[tuple[lmdb.Environment, Begin]]:
     """
-    Open a data file that stands for itself and that no other process uses.
+    Open a data file without a lock file, which no other process uses.
 
-    :param size: that it may grow to, in bytes, if it is to be changed; what is changed is not flushed
+    :param size: that it may grow to, in bytes; 0: it is only read. Changes are not flushed.
     :param is_new: True to create the sub-databases of a queue
     :return: LMDB's environment, and what begins a transaction
     """
