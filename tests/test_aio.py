@@ -501,7 +501,7 @@ async def test_messages_given_back_together_come_in_order(face: faces.Face, tmp_
     """A task that looks in the moment in which they are given back begins with the first one."""
     config_pth = deploy(tmp_path, durability="os")
     async with opened(face, config_pth) as (pub, sub):
-        for _ in range(600):
+        for _ in range(300):
             await pub.send_many([b"3", b"4"])
             async for _ in sub.messages(timeout=support.HANG_SECS, prefetch=2):
                 break
