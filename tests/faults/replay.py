@@ -29,7 +29,7 @@ from tests import support
 from tests.faults import disk, tracing
 
 #: So many images a test; the enlarged form takes every place and many images of each.
-IMAGES: Final = int(os.environ.get("PERSIPUBSUB_REPLAYS", "40"))
+IMAGES: Final = int(os.environ.get("PERSIPUBSUB_REPLAYS", "30"))
 
 _SETTLING = ("write", "pwrite64", "writev", "pwritev", "pwritev2", "fsync", "fdatasync", "rename",
              "unlink", "unlinkat", "mkdir", "rmdir", "ftruncate", "fallocate", "sendfile")

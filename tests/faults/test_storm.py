@@ -19,7 +19,7 @@ from persipubsub import statistics
 from tests import support
 from tests.faults import ledger, tracing, workers
 
-STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "6"))
+STORM_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "4"))
 CLEAR_SECS: Final = float(os.environ.get("PERSIPUBSUB_STORM_SECS", "3"))
 
 AUDIENCES: Final = {"pub": ("alpha", "beta"), "pub_alpha": ("alpha", )}
