@@ -113,10 +113,9 @@ class Handle(Generic[OpenT]):
 
     _kind: type[OpenT]
 
-    def __init__(self, identifier: str | None, config_pth: ConfigLike | None, *options:
-                 bool) -> None:
+    def __init__(self, identifier: str | None, config_pth: ConfigLike | None, *more: bool) -> None:
         """Initialize without a queue."""
-        self._given = None if identifier is None else (identifier, config_pth, *options)
+        self._given = None if identifier is None else (identifier, config_pth, *more)
         self._name = "" if identifier is None else f"{identifier!r}, "
         self._opened: OpenT | None = None
         if (identifier is None) != (config_pth is None):

@@ -264,12 +264,12 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         :param txn_id: if given: nothing is done if a state record goes that far
         """
         try:
-            self.journal.write_state(self._oldest_id_ns(), txn_id)
+            self.journal.write_state(self._oldest_id_ns(self.now_ns()), txn_id)
         except DiskFullError:
             # After a state record the journal lets go of segments, which gives room.
             if not files.spend_reserve(self.directory):
                 raise
-            self.journal.write_state(self._oldest_id_ns(), txn_id)
+            self.journal.write_state(self._oldest_id_ns(self.now_ns()), txn_id)
 
     def check_readers(self) -> int:
         """Free the slots of dead processes in LMDB's table of readers."""
@@ -309,9 +309,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 f"none, since process {', '.join(stuck)} is in the middle of a read. It may be "
                 "stopped; let it go on, or end it.")
 
-    def _oldest_id_ns(self) -> int:
+    def _oldest_id_ns(self, now_ns: int) -> int:
         """Time of the oldest id that is to be remembered."""
-        return self.now_ns() - int(self.queue.once_window_secs * 1e9)
+        return now_ns - int(self.queue.once_window_secs * 1e9)
 
     # The background thread
 
@@ -344,7 +344,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
         :param keeps_retained: False to delete also what ``retain_secs`` keeps, and the last block
         """
-        oldest_id_ns = now_ns - int(self.queue.once_window_secs * 1e9)
+        oldest_id_ns = self._oldest_id_ns(now_ns)
         retained_ns = self.retained_ns(now_ns) if keeps_retained else log.RETAINS_NOTHING_NS
         for _ in range(most_chunks):
             if not self.read(retention.is_any_finished, oldest_id_ns, retained_ns):
@@ -486,7 +486,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 _LOGGER.warning(
                     "The journal of the queue %s is not the one of its store, which was left cleanly. "
                     "It is made anew from the store.", self.directory)
-            store.journal.restart(header.journal_id, self._oldest_id_ns())
+            store.journal.restart(header.journal_id, self._oldest_id_ns(self.now_ns()))
         # A process may have been killed after it changed names and before it flushed them.
         files.flush_directory(self.directory)
         files.mark_running(self.directory)
@@ -607,7 +607,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             assert store.lmdb is not None
             # Written even if other processes have the queue open: if these only look, none of them
             # records what was acknowledged since the last state record.
-            store.journal.write_state(self._oldest_id_ns(),
+            store.journal.write_state(self._oldest_id_ns(self.now_ns()),
                                       0 if is_last else store.lmdb.info()["last_txnid"])
             if is_last:
                 store.lmdb.sync(True)

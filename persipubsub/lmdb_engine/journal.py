@@ -337,11 +337,10 @@ class Journal:  # pylint: disable=too-many-instance-attributes
             stamp = self._futex.load()
             if self._words[self.FAILED]:
                 raise self.failure("an earlier flush failed")
-            self._lock.refuse_nesting()
             try:
-                self._lock.acquire(0)
-                self._flush(self._catch_up())
-                self._wake()
+                with self._lock.held(timeout=0):
+                    self._flush(self._catch_up())
+                    self._wake()
             except BusyTimeoutError:
                 if time.monotonic() >= deadline:
                     raise BusyTimeoutError(
@@ -353,12 +352,6 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 # Look once more: the flush may have ended since the first look.
                 if self._words[self._SAFE] < end:
                     self._futex.wait(stamp, _FLUSH_PAUSE_SECS)
-            finally:
-                try:
-                    self._lock.release()
-                except BaseException:
-                    self._lock.release()
-                    raise
 
     def _wake(self) -> None:
         """Wake all senders that wait for a flush, in all processes."""
