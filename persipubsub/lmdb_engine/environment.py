@@ -225,6 +225,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             words = store.page.words
             if words[Journal.FAILED]:
                 raise store.journal.failure("an earlier flush failed")
+            # What an aborted transaction or a killed process reserved is free again: the holder of
+            # the write lock is alone.
+            words[Journal.RESERVED] = words[Journal.COMMITTED]
             # The arguments, by position: no parent, a write, views instead of copies.
             try:
                 with store.lmdb.begin(None, None, True, True) as txn:
