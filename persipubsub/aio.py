@@ -95,6 +95,12 @@ def _give_back(answer: Any) -> None:
         _submit(answer.nack)  # it fails if the queue was closed, which gave them back
 
 
+def _close_opened(opening: "concurrent.futures.Future[Any]") -> None:
+    """Close in a thread what a call opened for which no task waits any more."""
+    if opening.exception() is None:
+        _submit(opening.result().queue.close)
+
+
 async def _wait(call: "concurrent.futures.Future[ResultT]") -> ResultT:
     """
     Wait for a call in a thread. If the task is cancelled, the call still runs to its end.
@@ -120,12 +126,29 @@ class _Handle(face.Handle[face.OpenT]):
         self._endings: dict["concurrent.futures.Future[None]", int] = {}
 
     async def _open(self, *given: Any) -> None:
-        opening = _submit(lambda: self._replace(self._kind.open(*given)))
+        before = self._opened
+        # The thread does not replace what is open: if this task is cancelled, a later call may have
+        # opened a queue before the thread ends, and that one stays.
+        opening = _submit(lambda: self._kind.open(*given))
         try:
-            await _wait(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(lambda _: _submit(lambda: self._replace(None)))
+            opened = await _wait(opening)
+        except (asyncio.CancelledError, GeneratorExit):
+            opening.add_done_callback(_close_opened)
+            self._close_later(before)
             raise
+        old = self._exchange(opened)
+        if old is not None:
+            try:
+                await _wait(_submit(old.queue.close))
+            except (asyncio.CancelledError, GeneratorExit):
+                self._close_later(opened)
+                raise
+
+    def _close_later(self, opened: face.OpenT | None) -> None:
+        """Close in a thread what a call opened or found open, unless a later call replaced it."""
+        if opened is not None and self._opened is opened:
+            self._exchange(None)
+            _submit(opened.queue.close)
 
     def _dispatcher(self, kind: Callable[..., Any], owner: object, is_newest: bool = False) -> Any:
         """Return the dispatcher for the tasks of this loop, at the queue that is open now."""
@@ -159,12 +182,15 @@ class _Handle(face.Handle[face.OpenT]):
         given back. Messages that tasks are sending are sent, or these tasks get a ``ClosedError``.
         """
         endings = [one for one, process_id in self._endings.items() if process_id == os.getpid()]
-        await _wait(_submit(functools.partial(self._close, endings)))
+        await _wait(_submit(functools.partial(self._close, self._opened, endings)))
 
-    def _close(self, endings: "list[concurrent.futures.Future[None]]") -> None:
-        """Wait for what ends messages in threads, and close the queue."""
+    def _close(self, opened: face.OpenT | None,
+               endings: "list[concurrent.futures.Future[None]]") -> None:
+        """Wait for what ends messages in threads, and close what was open then."""
         concurrent.futures.wait(endings)
-        self._replace(None)
+        # If the task was cancelled, a later call may have opened a queue meanwhile.
+        if self._opened is opened:
+            self._replace(None)
 
 
 #: What one task waits for: its future; messages to be put, or a call that takes what is there; when

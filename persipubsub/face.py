@@ -130,12 +130,16 @@ class Handle(Generic[OpenT]):
                 f"Expected {self!r} to be open, but got: init() was not called, or close() was")
         return opened
 
-    def _replace(self, opened: OpenT | None) -> None:
-        """Close what is open, and use this in its place."""
+    def _exchange(self, opened: OpenT | None) -> OpenT | None:
+        """Use this in the place of what is open; return that, to be closed."""
         old, self._opened = self._opened, opened
         if opened is not None:
             self._name = f"{opened.name}, "
-        if old is not None:
+        return old
+
+    def _replace(self, opened: OpenT | None) -> None:
+        """Close what is open, and use this in its place."""
+        if (old := self._exchange(opened)) is not None:
             old.queue.close()
 
     def __repr__(self) -> str:

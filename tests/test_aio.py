@@ -567,6 +567,145 @@ async def test_cancelled_acknowledgement_is_made_anyway(face: faces.Face, config
         assert await receive(sub) is None
 
 
+def slow_opening(face: faces.Face, kind: str, config_pth: Path) -> tuple[Any, "asyncio.Task[None]"]:
+    """Begin to open a publisher or a subscriber."""
+    user = getattr(face, kind)()
+    return user, asyncio.ensure_future(user.init(kind, config_pth))
+
+
+async def check_open(user: Any, kind: str) -> None:
+    """Use what was opened, as often as a clean-up of another call may need to close it."""
+    for _ in range(20):
+        await (user.send(b"one") if kind == "pub" else user.front())
+
+
+@pytest.mark.parametrize("kind", ["pub", "sub"])
+@on_loops
+@scenario
+async def test_cancelled_init_leaves_a_later_one_open(face: faces.Face, tmp_path: Path,
+                                                      kind: str) -> None:
+    """The first call still reads its configuration, from a FIFO, when the second one succeeds."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    slow_pth, config_pth = deploy(tmp_path / "first"), deploy(tmp_path / "second")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    user, opening = slow_opening(face, kind, fifo)
+    # The open waits until somebody reads.
+    writer = await asyncio.to_thread(os.open, fifo, os.O_WRONLY)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await user.init(kind, config_pth)
+    before = (tmp_path / "first" / "queue").stat().st_mtime_ns
+    os.write(writer, slow_pth.read_bytes())
+    os.close(writer)
+
+    def is_over() -> bool:
+        """Tell whether the first call has opened its queue, and closed it again."""
+        if (tmp_path / "first" / "queue").stat().st_mtime_ns == before:
+            return False
+        return support.outcome(lambda: control.compact(slow_pth)) == ""
+
+    await asyncio.to_thread(support.until, is_over, "the first call ends")
+    assert repr(user).endswith(" open>") and "second" not in repr(user)
+    await check_open(user, kind)
+    await user.close()
+    control.compact(config_pth)  # nobody has it open
+
+
+@pytest.mark.parametrize("is_again", [True, False])
+@pytest.mark.parametrize("kind", ["pub", "sub"])
+@on_loops
+@scenario
+async def test_init_cancelled_while_another_process_opens(face: faces.Face, tmp_path: Path,
+                                                          kind: str, is_again: bool) -> None:
+    config_pth = deploy(tmp_path, busy_timeout_secs=support.HANG_SECS)
+    for _ in range(5):
+        with open(tmp_path / "queue" / "open.lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            user, opening = slow_opening(face, kind, config_pth)
+            # It has the file open while it waits for the lock.
+            await asyncio.to_thread(
+                support.until,
+                lambda: sum(path.endswith("/open.lock") for path in support.open_files()) == 2,
+                "it waits")
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            later = asyncio.ensure_future(user.init(kind, config_pth)) if is_again else None
+            await asyncio.sleep(0)
+        if later is not None:
+            await later
+            await check_open(user, kind)
+            await user.close()
+        # Nobody has it open in the end.
+        await asyncio.to_thread(support.until,
+                                lambda: support.outcome(lambda: control.compact(config_pth)) == "",
+                                "all is closed")
+        with pytest.raises(errors.ClosedError):
+            await check_open(user, kind)
+
+
+@pytest.mark.parametrize("kind", ["pub", "sub"])
+@on_loops
+@scenario
+async def test_cancelled_init_closes_what_was_open_before(face: faces.Face, tmp_path: Path,
+                                                          kind: str) -> None:
+    config_pth, fifo = deploy(tmp_path), tmp_path / "fifo"
+    os.mkfifo(fifo)
+    user = getattr(face, kind)()
+    await user.init(kind, config_pth)
+    opening = asyncio.ensure_future(user.init(kind, fifo))
+    writer = await asyncio.to_thread(os.open, fifo, os.O_WRONLY)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    with pytest.raises(errors.ClosedError):
+        await check_open(user, kind)
+    os.close(writer)
+    await asyncio.to_thread(support.until,
+                            lambda: support.outcome(lambda: control.compact(config_pth)) == "",
+                            "it is closed")
+
+
+@on_loops
+@scenario
+async def test_cancelled_close_leaves_what_is_opened_later(face: faces.Face,
+                                                           tmp_path: Path) -> None:
+    """The call that closes waits for an acknowledgement, which waits for another process."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first = deploy(tmp_path / "first", busy_timeout_secs=support.HANG_SECS)
+    second = deploy(tmp_path / "second")
+    locked = asyncio.Event()
+
+    async def receive_one() -> None:
+        async with sub.receive(timeout=support.HANG_SECS) as msg:
+            await pub.send(b"two")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked.set()
+
+    with open(tmp_path / "first" / "queue" / "write.lock", "rb") as lock:
+        async with opened(face, first) as (pub, sub):
+            await pub.send(b"one")
+            receiving = asyncio.ensure_future(receive_one())
+            await locked.wait()
+            closing = asyncio.ensure_future(sub.close())
+            await asyncio.sleep(0)
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            opening = asyncio.ensure_future(sub.init("sub", second))
+            # It opens the second queue, and then closes the first one, which waits as well.
+            async with asyncio.timeout(support.HANG_SECS):
+                while await sub.front() is not None:
+                    await asyncio.sleep(0.001)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            await asyncio.gather(receiving, opening)
+            await check_open(sub, "sub")
+
+
 # Storms
 
 
