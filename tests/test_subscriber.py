@@ -1,8 +1,13 @@
 """Test receiving: what stays, what goes, what waits."""
 
+import concurrent.futures
 import math
+import sys
 import threading
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,3 +168,59 @@ def test_init_while_another_thread_does_so(config_pth: Path, sub: Sub,
     assert sub.front() is None
     sub.close()
     control.compact(config_pth)  # nobody has it open
+
+
+# Details
+
+
+def run_between(call: Callable[[], object], place: int, other: Callable[[], object]) -> bool:
+    """Call a function, and another one in a thread in the middle: before the line of a number."""
+    lines = 0
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        begun: list[concurrent.futures.Future[object]] = []
+
+        def trace(_: types.FrameType, event: str, __: object) -> Any:
+            nonlocal lines
+            lines += event == "line"
+            if lines == place and not begun:
+                begun.append(executor.submit(other))
+                # If this thread holds a lock, the other one goes on when this one does.
+                concurrent.futures.wait(begun, 0.01)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            call()
+        finally:
+            sys.settrace(before)
+        for future in begun:
+            future.result(support.HANG_SECS)
+        return bool(begun)
+
+
+def test_threads_share_the_count_of_what_was_dropped(tmp_path: Path) -> None:
+    """A thread that looked at the queue first may count last: nothing is counted twice, or back."""
+    config_pth = support.make_queue(tmp_path, durability="os", MAX_MSGS_NUM=10)
+    counts: list[int] = []
+
+    def receive_details() -> None:
+        with sub.receive(timeout=0, details=True) as message:
+            assert message is not None
+            counts.append(message.dropped_before)
+
+    def send_and_receive() -> None:
+        pub.send_many([b"message"] * 6)
+        receive_details()
+
+    with Pub("pub", config_pth) as pub, Sub("sub", config_pth) as sub:
+        pub.send_many([b"message"] * 9)
+        place = 1
+        while run_between(receive_details, place, send_and_receive):
+            pub.send_many([b"message"] * 2)
+            place += 1
+        print(f"{place} lines, {sum(counts)} messages dropped")
+        assert place > 20
+        receive_details()
+        assert min(counts) >= 0
+        assert sum(counts) == sub.statistics().dropped_by_mark > 100

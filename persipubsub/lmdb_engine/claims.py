@@ -95,6 +95,10 @@ class Claims:
         #: claim back while the acknowledgement is written, and another consumer would get the
         #: message a second time.
         self.ending_lock = threading.RLock()
+        #: Lets one consumer thread at a time compute what was dropped. It is here since this object
+        #: makes its locks anew in a forked child. It is held for a moment, and no other lock is
+        #: taken meanwhile.
+        self.counting_lock = threading.RLock()
         self.is_closed = False
 
     def claim(self, claim: Claim) -> bool:
@@ -223,7 +227,9 @@ class Claims:
 
     def forget_parent(self) -> None:
         """Close the parent's files in a forked child; do not unlock: the claims are not its own."""
-        self.ending_lock = threading.RLock()  # no thread of the parent holds it
+        # No thread of the parent holds these.
+        self.ending_lock = threading.RLock()
+        self.counting_lock = threading.RLock()
         self._idle.clear()
         while self._all:
             file, claim = self._all.popitem()

@@ -271,7 +271,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
                 return None
             if claim.stop > number + 1:
                 claims.narrow(claim, copied.numbers[0], copied.numbers[-1] + 1)
-            copied.dropped, self._dropped = copied.dropped - self._dropped, copied.dropped
+            copied.dropped = self._count_dropped(copied.dropped)
             lease = Lease(self, claim, copied, copied.messages, copied.numbers)
             note_claim(environment.page, claim, environment.process_id)
             return lease
@@ -281,6 +281,17 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         finally:
             if lease is None:
                 claims.release(claim)
+
+    def _count_dropped(self, total: int) -> int:
+        """Return how many messages were dropped since the last call, of all that ever were."""
+        # Another thread that looked at the store later may have come first: then it has counted
+        # them. Most calls find nothing new, and take no lock.
+        if total <= self._dropped:
+            return 0
+        with self.claims.counting_lock:
+            count = max(0, total - self._dropped)
+            self._dropped += count
+            return count
 
     def front(self) -> bytes | None:
         """Look at the next message without taking it."""
