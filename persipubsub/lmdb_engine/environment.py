@@ -154,9 +154,11 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def _lmdb(self) -> lmdb.Environment:
         """Return LMDB's environment."""
-        environment = self._require().lmdb
-        assert environment is not None
-        return environment
+        store = self._require()
+        if store.lmdb is None:
+            self._open_again(store)
+        assert store.lmdb is not None
+        return store.lmdb
 
     def file_bytes(self) -> int:
         """Size of LMDB's file."""
@@ -177,7 +179,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             try:
                 with self._read_mutex:
                     if store.lmdb is None:
-                        raise self._closed_error()
+                        raise self._absent_error()
                     with store.lmdb.begin(None, None, False, True) as txn:
                         return work(Tx(txn, store.db), *args)
             except lmdb.Error as error:
@@ -221,7 +223,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         try:
             lock.acquire(self.queue.busy_timeout_secs, store.page)
             if store.lmdb is None or self._is_over:
-                raise self._closed_error()
+                raise self._absent_error()
             words = store.page.words
             if words[Journal.FAILED]:
                 raise store.journal.failure("an earlier flush failed")
@@ -299,10 +301,11 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         :raise DiskFullError: if there are any
         """
         stuck = []
+        environment = self._lmdb()
         with self._read_mutex:
-            last = self._lmdb().info()["last_txnid"]
+            last = environment.info()["last_txnid"]
             # A header, then a line for each: process, thread, transaction or "-".
-            for line in self._lmdb().readers().splitlines()[1:]:
+            for line in environment.readers().splitlines()[1:]:
                 process_id, _, txn_id = line.split()
                 if txn_id.isdigit() and int(txn_id) < last:
                     stuck.append(process_id)
@@ -322,9 +325,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         """Write state records as long as something changes, and look after the store."""
         while not store.is_stopped.wait(self.queue.checkpoint_secs):
             try:
+                self._lmdb()  # opened again if that failed before
                 with self._read_mutex:
                     if store.lmdb is None:
-                        return
+                        continue
                     txn_id = store.lmdb.info()["last_txnid"]
                     store.lmdb.reader_check()
                 self.write_state(txn_id)
@@ -385,14 +389,33 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             if self.check_readers() == 0:
                 time.sleep(_SLOT_PAUSE_SECS)
         elif isinstance(error, lmdb.PanicError) and not self._is_over:
-            # The disk had no room for a meta page; LMDB refuses to work since then.
-            with store.write_lock.mutex, self._read_mutex:
-                if store.lmdb is not None:
-                    store.lmdb.close()
-                    store.lmdb = None
-                    self._open_lmdb(store)
+            self._open_again(store)
         elif not (makes_room and self._free_room(translated)):
             raise translated from error
+
+    def _open_again(self, store: _Store) -> None:
+        """Open LMDB again: since the disk had no room for a meta page, it refuses to work."""
+        try:
+            # In the order of ``locks``: what fails here leaves LMDB as it is, for the next call.
+            with store.write_lock.held(self.queue.busy_timeout_secs), self._read_mutex:
+                if self._is_over:
+                    raise self._closed_error()
+                refusing, store.lmdb = store.lmdb, None
+                if refusing is not None:
+                    refusing.close()
+                self._map(store, time.monotonic() + self.queue.busy_timeout_secs)
+        except ClosedError:
+            raise
+        except PersipubsubError as error:
+            raise type(
+                error
+            )(f"Expected to open the queue {self.directory} again after a write to the disk "
+              f"failed (no room for a meta page of LMDB), but got: {error}. Make room on the disk "
+              "and look at it; the next call opens the queue again.") from error
+
+    def _absent_error(self) -> Exception:
+        """Describe why LMDB is not open: closed, or a call before could not open it again."""
+        return self._closed_error() if self._is_over else lmdb.PanicError("it was not opened again")
 
     def _closed_error(self) -> ClosedError:
         """Describe an environment that was closed."""
@@ -515,8 +538,12 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         # py-lmdb opens databases in a write transaction, and waits for it with the interpreter's lock
         # held: without our lock, a process stopped in the middle of a commit would freeze us.
         with store.write_lock.held(self.queue.busy_timeout_secs):
-            store.lmdb, store.db = datafile.open_shared(self.directory, self._map_size(),
-                                                        self.queue.max_reader_num, deadline)
+            self._map(store, deadline)
+
+    def _map(self, store: _Store, deadline: float) -> None:
+        """Open LMDB while the write lock is held."""
+        store.lmdb, store.db = datafile.open_shared(self.directory, self._map_size(),
+                                                    self.queue.max_reader_num, deadline)
 
     def _map_size(self) -> int:
         """Map more than ``max_db_size_bytes``, as room to acknowledge, to drop and to delete."""
@@ -545,9 +572,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             meta.warn_of_differences(
                 self.directory, ", ".join(f"{key} is {there!r}, not {here!r}"
                                           for key, (here, there) in differing.items()))
-        with self._require().write_lock.mutex, self._read_mutex:
-            if self._map_size() > self._lmdb().info()["map_size"]:
-                self._lmdb().set_mapsize(self._map_size())
+        store = self._require()
+        with store.write_lock.mutex, self._read_mutex:
+            if store.lmdb is not None and self._map_size() > store.lmdb.info()["map_size"]:
+                store.lmdb.set_mapsize(self._map_size())
 
     def _rebuild(self, store: _Store, path: str) -> None:
         """Build the store anew from the journal, after a power failure; it may be repeated."""

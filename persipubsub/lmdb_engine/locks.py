@@ -15,10 +15,6 @@ Locks are taken in this order; a thread that holds a later one does not ask for 
 Threads that wait for one that sends for them (``sending._Line``) hold none of these. The lock of a
 line is held for a moment, and no other lock is taken meanwhile.
 
-There is one exception: when LMDB has panicked, ``Environment._recover`` holds 5a and 6, and
-``_open_lmdb`` asks for 5b. Only another process can hold 5b then, and no process waits for the
-lock 6 of another process.
-
 **The write lock.** LMDB has a lock of its own for writers, but a process that waits for it can be
 reached neither by a signal nor by a timeout: a publisher that was stopped (SIGSTOP) in the middle of
 a commit would hang all others. Each write transaction therefore takes this lock first, an exclusive
@@ -155,7 +151,8 @@ class ExclusiveLock(LockFile):
             # One attempt without a deadline spares the plain path the clock.
             if self.try_lock() or self.lock(time.monotonic() + timeout, page):
                 return
-        self.release()  # the caller may wait before it tries again, and other threads may try now
+        # Not released here, as the caller does it: a second release would take the mutex from a caller
+        # that had it before.
         raise BusyTimeoutError(
             f"Expected to {self._doing} within {timeout} seconds (busy_timeout_secs), but got: "
             "another process is in the middle of a write. It may be stopped, or the disk may hang.")

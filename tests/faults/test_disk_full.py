@@ -447,3 +447,58 @@ def test_meta_page_that_never_finds_room_is_given_up(tmp_path: Path) -> None:
         assert tracing.inject(start, "pwrite64", "error=ENOSPC", f"{place}+",
                               [tmp_path / "queue" / files.DATA]) == 0
         assert set(json.loads(output.read_text())) <= {"", "DiskFullError"}
+
+
+# Injected beside that: LMDB can not be opened again, or another process has the write lock.
+NOT_OPENED = [("openat", "ENOMEM", files.DATA, range(1, 3), 0),
+              ("flock", "EAGAIN", files.WRITE_LOCK, range(2, 8), 100)]
+
+
+@pytest.mark.parametrize("call, error, name, places, more", NOT_OPENED)
+def test_store_that_is_not_opened_again_at_first(tmp_path: Path, call: str, error: str, name: str,
+                                                 places: range, more: int) -> None:
+    """After a meta page found no room, a call says that the queue could not be opened again."""
+    tracing.require()
+    config_pth = support.make_queue(tmp_path, busy_timeout_secs=0.02, checkpoint_secs=3600)
+    output = tmp_path / "output"
+
+    def text_of(function: Callable[[], object]) -> str:
+        try:
+            function()
+        except BaseException as found:  # pylint: disable=broad-exception-caught
+            return f"{type(found).__name__}: {found}"
+        return ""
+
+    def start() -> Callable[[], None]:
+        users = Users(config_pth)
+        assert users.send(0) == ""
+
+        def work() -> None:
+            texts = [
+                text_of(lambda index=index: users.pub.send(b"%d" % index))  # type: ignore[misc]
+                for index in range(1, 21)
+            ]
+            output.write_text(json.dumps([texts, users.receive_all(), users.check()]))
+            users.close()
+
+        return work
+
+    seen = 0
+    for place in range(2, 7):
+        for other in places:
+            assert tracing.run(start, [
+                "-o", os.devnull, "-P",
+                str(tmp_path / "queue" / files.DATA), "-P",
+                str(tmp_path / "queue" / name), "-e", f"trace=pwrite64,{call}", "-e",
+                f"inject=pwrite64:error=ENOSPC:when={place}", "-e",
+                f"inject={call}:error={error}:when={other}..{other + more}"
+            ]) == 0
+            texts, received, findings = json.loads(output.read_text())
+            print(place, other, [text for text in texts if text])
+            failed = [index for index, text in enumerate(texts, start=1) if text]
+            assert {text.partition(":")[0]
+                    for text in texts} <= {"", "DiskFullError", "BusyTimeoutError", "StoreError"}
+            assert texts[-1] == "" and not findings
+            assert received == [index for index in range(21) if index not in failed]
+            seen += sum("the next call opens the queue again" in text for text in texts)
+    assert seen
