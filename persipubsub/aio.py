@@ -30,6 +30,7 @@ from persipubsub.engine import Lease, Queue, Sending
 from persipubsub.errors import CorruptMessageError, PersipubsubError, QueueFullError
 from persipubsub.face import BytesLike, ContentT, MessageId, Parts
 from persipubsub.message import Message
+from persipubsub.shared_errors import copy_of
 from persipubsub.statistics import SubscriberStatistics
 
 if TYPE_CHECKING:
@@ -264,8 +265,10 @@ class _Dispatcher:
         if left := requests[len(answers):]:
             now = self._loop.time()
             for future, _, deadline, _ in left:
-                if error is not None or (pause is not None and deadline <= now):
-                    _settle(future, error)
+                if error is not None:
+                    _settle(future, copy_of(error))
+                elif pause is not None and deadline <= now:
+                    _settle(future)
             self._requests[:0] = [request for request in left if not request[0].done()]
         if pause is None or self._is_due:
             self._start()

@@ -52,7 +52,7 @@ _ROWS: list[set[str]] = [
         "lmdb_engine.log", "lmdb_engine.notifier"
     },
     {"lmdb_engine.files", "lmdb_engine.format"},
-    {"config", "drop_log", "message", "statistics"},
+    {"config", "drop_log", "message", "shared_errors", "statistics"},
     {"errors"},
 ]
 

@@ -21,6 +21,7 @@ from persipubsub.lmdb_engine.format import Tx
 from persipubsub.lmdb_engine.journal import MESSAGE_COST
 from persipubsub.lmdb_engine.retention import Dropped, LowWatermark
 from persipubsub.lmdb_engine.room import Room
+from persipubsub.shared_errors import copy_of
 
 #: Messages, recipients and ids of one send.
 Sending = tuple[Sequence[bytes], tuple[str, ...] | None, Sequence[bytes | None] | None]
@@ -86,6 +87,12 @@ class _Batch:
                       [msg_ids[index] for index in left]), known.get(msg_ids[0] or b"", 0)
 
 
+def _fail(batches: Sequence[_Batch], error: BaseException) -> None:
+    """Note an error of several batches; each gets one of its own, as each has a thread or a task."""
+    for batch in batches:
+        batch.error = error if len(batches) == 1 else copy_of(error)
+
+
 class _Line:
     """
     Threads that send to one open queue at the same time: one of them sends for all that wait.
@@ -128,7 +135,7 @@ class _Line:
             send_all(batches)
         except BaseException as error:
             for one in batches:
-                one.error = error
+                one.error = copy_of(error)
             raise
         finally:
             with self._lock:
@@ -225,15 +232,16 @@ class Sender:
         """Add the messages of several sends, in one commit if possible, and note all errors."""
         try:
             self._commit(batches)
+            return
         except PersipubsubError as error:
-            if len(batches) > 1 and not isinstance(error, BusyTimeoutError):
-                # One of them is at fault: each is tried by itself.
-                for batch in batches:
-                    self._commit_each([batch])
-                return
             # In the case of a timeout, all of them waited long enough.
-            for batch in batches:
-                batch.error = error
+            if len(batches) == 1 or isinstance(error, BusyTimeoutError):
+                _fail(batches, error)
+                return
+        # One of them is at fault: each is tried by itself, not in the block above, which would make
+        # the error of all the context of each.
+        for batch in batches:
+            self._commit_each([batch])
 
     def _commit(self, batches: Sequence[_Batch]) -> None:
         """Add messages, all or none; notify, flush, and note in each batch what came of it."""
@@ -279,8 +287,9 @@ class Sender:
                     # It is not raised: nothing that was committed is tried again.
                     failure = error
         for batch, number in zip(batches, numbers):
-            batch.first = number
-            batch.error = failure if number else None
+            batch.first, batch.error = number, None
+        if failure is not None:
+            _fail([batch for batch in batches if batch.first], failure)
 
     # In a transaction
 
