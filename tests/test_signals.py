@@ -41,6 +41,11 @@ class Timer:
         self.where = ""
         # Of the test tools: what is raised in them is theirs to swallow.
         gc.callbacks.clear()
+        # Python swallows what a handler raises in any __del__. A forked child inherits what tests
+        # before it left to the garbage collector, also leases of messages: they are collected now,
+        # and what else the parent has is never collected here.
+        gc.collect()
+        gc.freeze()
         self._kind = kind
         sys.unraisablehook = self._note
         self._random = random.Random(seed)
