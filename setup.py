@@ -85,7 +85,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["persipubsub", "persipubsub.*"]),
     package_data={"persipubsub": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["lmdb>=3", "icontract>=2.6", "msgspec>=0.18"],
+    install_requires=["lmdb>=3,<4", "icontract>=2.6", "msgspec>=0.18"],
     entry_points={"console_scripts": ["persipubsub = persipubsub.__main__:main"]},
     extras_require={
         # The command persipubsub.

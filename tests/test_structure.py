@@ -52,6 +52,7 @@ _ROWS: list[set[str]] = [
         "lmdb_engine.log", "lmdb_engine.notifier"
     },
     {"lmdb_engine.files", "lmdb_engine.format"},
+    {"lmdb_engine.lmdb_private"},
     {"config", "drop_log", "message", "shared_errors", "statistics"},
     {"errors"},
 ]

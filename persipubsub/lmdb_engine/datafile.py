@@ -20,6 +20,7 @@ from persipubsub.errors import (AccessError, DiskFullError, FlushError, FormatEr
                                 PersipubsubError, ReadersFullError, StoreCorruptError)
 from persipubsub.lmdb_engine import files
 from persipubsub.lmdb_engine import format as fmt
+from persipubsub.lmdb_engine import lmdb_private
 from persipubsub.lmdb_engine.format import Databases, Tx
 from persipubsub.statistics import Progress
 
@@ -153,25 +154,13 @@ def find_damage(path: str, progress: Progress, txn_id: int = 0) -> list[str] | N
     :param txn_id: of a reader's transaction, if others write meanwhile
     :return: what is wrong; None if another transaction was committed since the reader's
     """
-    # The import is slow, and hardly ever needed.
-    import lmdb.verify  # pylint: disable=import-outside-toplevel,redefined-outer-name
-
     with files.using(path, os.O_RDONLY) as descriptor, files.translated(path=path, doing="read"):
         head, _, newest = _read_metas(descriptor, path)
         if txn_id and newest != txn_id:
             return None
         size = os.fstat(descriptor).st_size
         progress.begin("bytes", total=size)
-        # Not lmdb.verify.verify: it looks only at the first page of a large value, so that it finds
-        # nothing wrong with a file that was cut in the middle of one.
-        # pylint: disable-next=protected-access
-        verifier = lmdb.verify._Verifier(_Pages(descriptor, head, progress),
-                                         size)  # type: ignore[no-untyped-call]
-        try:
-            findings = list(verifier.verify())  # type: ignore[no-untyped-call]
-        except lmdb.verify.VerifyError as error:
-            return [str(error)]
-    lost = sum(verifier.live[size // verifier.psize:])
+        findings, lost = lmdb_private.find_damage(_Pages(descriptor, head, progress), size)
     return findings + ([f"{lost} pages in use are beyond the end of the file"] if lost else [])
 
 

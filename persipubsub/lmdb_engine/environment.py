@@ -25,14 +25,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, TypeVar
 
 import lmdb
-import lmdb._envid
 
 from persipubsub import config
 from persipubsub.drop_log import DropLog
 from persipubsub.errors import ClosedError, DiskFullError, PersipubsubError
 from persipubsub.lmdb_engine import datafile, files
 from persipubsub.lmdb_engine import format as fmt
-from persipubsub.lmdb_engine import locks, log, meta, retention
+from persipubsub.lmdb_engine import lmdb_private, locks, log, meta, retention
 from persipubsub.lmdb_engine.claims import Held
 from persipubsub.lmdb_engine.datafile import MapFullError
 from persipubsub.lmdb_engine.files import SharedPage
@@ -680,24 +679,7 @@ class _Registry:
         for environment in self.environments.values():
             environment.forget_parent()
         if self.environments:
-            _let_files_be_opened_again()
-
-
-def _let_files_be_opened_again() -> None:
-    """
-    Let py-lmdb open files in a forked child that its parent has open.
-
-    It refuses to open files, known by device and inode, twice in a process, and counts those that a
-    child inherits. Rejected: to close these, which waits for threads that only the parent has.
-    """
-    keys = lmdb._envid.env_keys  # pylint: disable=protected-access
-    process_id = os.getpid()
-
-    def keys_of_child(path: bytes, subdir: int) -> tuple[object, ...]:
-        return tuple(
-            (process_id, key) for key in keys(path, subdir))  # type: ignore[no-untyped-call]
-
-    lmdb._envid.env_keys = keys_of_child  # pylint: disable=protected-access
+            lmdb_private.forget_open_files()
 
 
 REGISTRY: Final = _Registry()

@@ -50,6 +50,7 @@ import lmdb
 import msgspec
 
 from persipubsub.errors import CorruptMessageError, FormatError, StoreCorruptError
+from persipubsub.lmdb_engine.lmdb_private import Database
 
 Cursor: TypeAlias = "lmdb.Cursor[memoryview]"
 
@@ -107,12 +108,12 @@ unpack_number: Callable[[Buffer], int] = int.from_bytes
 class Databases(NamedTuple):
     """Handles of the sub-databases, in the order of ``DATABASE_NAMES``."""
 
-    data: "lmdb._Database"
-    subscribers: "lmdb._Database"  #: ``pending_db``
-    ahead: "lmdb._Database"
-    meta: "lmdb._Database"
-    attempts: "lmdb._Database"
-    once: "lmdb._Database"
+    data: Database
+    subscribers: Database  #: ``pending_db``
+    ahead: Database
+    meta: Database
+    attempts: Database
+    once: Database
 
 
 DATABASE_NAMES: Final = (b"data_db", b"pending_db", b"ahead_db", META_DB, b"attempts_db",
