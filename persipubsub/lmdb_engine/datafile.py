@@ -52,7 +52,6 @@ _FOREIGN_HINT: Final = " (perhaps an LMDB environment of another program)"
 #: The first row that fits decides: classes of LMDB, error of this library, what is added to the text.
 _TRANSLATIONS: Final[tuple[tuple[tuple[type[lmdb.Error], ...],
                                  type[PersipubsubError], str], ...]] = (
-    ((lmdb.MapFullError, ), MapFullError, " (max_db_size_bytes)"),
     ((lmdb.DiskError, ), DiskFullError, ""),
     ((lmdb.ReadersFullError, ), ReadersFullError, " (max_reader_num)"),
     ((lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError),
@@ -65,9 +64,22 @@ _TRANSLATIONS: Final[tuple[tuple[tuple[type[lmdb.Error], ...],
 )  # yapf: disable
 
 
-def translate(error: lmdb.Error, path: str) -> PersipubsubError:
-    """Choose the error of this library for an error of LMDB."""
-    text = f"Expected to work with the queue {path}, but got: {error}"
+def translate(error: lmdb.Error, path: str, max_bytes: int = 0) -> PersipubsubError:
+    """
+    Choose the error of this library for an error of LMDB.
+
+    :param max_bytes: ``max_db_size_bytes``, if it is known
+    """
+    if isinstance(error, lmdb.MapFullError):
+        limit = f" of {max_bytes} bytes" if max_bytes else ""
+        return MapFullError(
+            f"Expected a free page in the queue {path}, but got: a full store{limit} "
+            "(max_db_size_bytes). Raise max_db_size_bytes in the configuration and run "
+            "persipubsub.control.initialize_all_dbs, or receive or clear messages, or remove "
+            "subscribers.")
+    # Without the advice of py-lmdb: "(Please use a larger Environment(map_size=) parameter)".
+    found = str(error).partition(" (Please ")[0]
+    text = f"Expected to work with the queue {path}, but got: {found}"
     for classes, kind, hint in _TRANSLATIONS:
         if isinstance(error, classes):
             return kind(text + hint)

@@ -376,7 +376,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
         :param deadline: of a wait for a slot in LMDB's table of readers
         """
-        translated = datafile.translate(error, self.directory)
+        translated = datafile.translate(error, self.directory, self.queue.max_db_size_bytes)
         if isinstance(error, lmdb.MapResizedError):
             # Another process raised max_db_size_bytes: map as much as it does.
             with store.write_lock.mutex, self._read_mutex:
@@ -541,15 +541,15 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def _map(self, store: _Store, deadline: float) -> None:
         """Open LMDB while the write lock is held."""
-        store.lmdb, store.db = datafile.open_shared(self.directory, self._map_size(),
+        store.lmdb, store.db = datafile.open_shared(self.directory, self._map_size(self.queue),
                                                     self.queue.max_reader_num, deadline)
 
-    def _map_size(self) -> int:
+    def _map_size(self, queue: config.Queue) -> int:
         """Map more than ``max_db_size_bytes``, as room to acknowledge, to drop and to delete."""
         size = 0
         # If the limit was lowered below the size of the file, LMDB would map only the file as it
         # is, which leaves no room for deletions.
-        for needed in (self.queue.max_db_size_bytes, self.file_bytes()):
+        for needed in (queue.max_db_size_bytes, self.file_bytes()):
             if needed > size:
                 size = needed + min(1 << 26, max(1 << 20, needed // 8))
         return size
@@ -561,6 +561,8 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         :param queue: settings in the configuration
         :param adopts_settings: True to store them
         """
+        # First of all, since a full store has no room for new settings.
+        self._enlarge(queue if adopts_settings else self.queue)
         differing = meta.differences(queue, self.read(meta.read_settings))
         if adopts_settings:
             if differing:
@@ -571,15 +573,18 @@ class Environment:  # pylint: disable=too-many-instance-attributes
             meta.warn_of_differences(
                 self.directory, ", ".join(f"{key} is {there!r}, not {here!r}"
                                           for key, (here, there) in differing.items()))
-        store = self._require()
+
+    def _enlarge(self, queue: config.Queue) -> None:
+        """Map as much as settings ask for, if that is more than now."""
+        store, size = self._require(), self._map_size(queue)
         with store.write_lock.mutex, self._read_mutex:
-            if store.lmdb is not None and self._map_size() > store.lmdb.info()["map_size"]:
-                store.lmdb.set_mapsize(self._map_size())
+            if store.lmdb is not None and size > store.lmdb.info()["map_size"]:
+                store.lmdb.set_mapsize(size)
 
     def _rebuild(self, store: _Store, path: str) -> None:
         """Build the store anew from the journal, after a power failure; it may be repeated."""
         begun = time.monotonic()
-        size = self._map_size() + 2 * store.journal.bytes_on_disk() + (1 << 26)
+        size = self._map_size(self.queue) + 2 * store.journal.bytes_on_disk() + (1 << 26)
         with files.replacing(path) as (made, _), datafile.opened(made, size,
                                                                  is_new=True) as (_, begin):
             store.journal.replay(begin)
