@@ -144,8 +144,8 @@ class DiskFullError(PersipubsubError):
     """
     Report that the disk, a quota or the queue's map is full.
 
-    What was sent before stays, and messages can be received. Sending works again as soon as there
-    is room; nothing needs to be reopened.
+    What was sent before stays, and messages can be received. Nothing of the call that raises it was
+    stored. Sending works again as soon as there is room; nothing needs to be reopened.
     """
 
 
@@ -159,6 +159,10 @@ class FlushError(StoreError):
 
     The operating system may have lost the data. For this reason, the open queue refuses further
     writes until it is closed and opened again.
+
+    If the text says that the message is in the queue, but not yet safe, it was committed and will be
+    received, and only a power failure may lose it: do not send it again. If the reason was a full
+    disk, the queue goes on, and the next send that finds room makes it safe.
     """
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from persipubsub.config import Durability, Strategy
-from persipubsub.errors import BusyTimeoutError, DiskFullError, MessageError, PersipubsubError
+from persipubsub.errors import (BusyTimeoutError, ClosedError, DiskFullError, FlushError,
+                                MessageError, PersipubsubError)
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, once, retention
 from persipubsub.lmdb_engine.datafile import MapFullError
@@ -91,6 +92,17 @@ def _fail(batches: Sequence[_Batch], error: BaseException) -> None:
     """Note an error of several batches; each gets one of its own, as each has a thread or a task."""
     for batch in batches:
         batch.error = error if len(batches) == 1 else copy_of(error)
+
+
+def _not_safe(error: PersipubsubError) -> PersipubsubError:
+    """Say that a message was stored before the error: a DiskFullError, say, means that it was not."""
+    stored = "The message is in the queue, but not yet safe."
+    if stored in str(error):
+        return error
+    kind = type(error) if isinstance(error, (BusyTimeoutError, ClosedError)) else FlushError
+    made = kind(f"{str(error).removesuffix('.')}. {stored}")
+    made.__cause__ = error
+    return made
 
 
 class _Line:
@@ -285,7 +297,7 @@ class Sender:
                     environment.journal.secure(end)
                 except PersipubsubError as error:
                     # It is not raised: nothing that was committed is tried again.
-                    failure = error
+                    failure = _not_safe(error)
         for batch, number in zip(batches, numbers):
             batch.first, batch.error = number, None
         if failure is not None:

@@ -4,16 +4,17 @@ import errno
 import functools
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from persipubsub import Pub, Sub, control
+from persipubsub import Pub, Sub, control, errors
 from persipubsub.lmdb_engine import files
 from tests import support
 from tests.faults import replay, tracing
@@ -282,6 +283,123 @@ def use_once(config_pth: Path) -> None:
                          ids=lambda function: str(function.__name__))
 def test_small_disk(tmp_path: Path, function: Callable[..., None], durability: str) -> None:
     on_small_disk(tmp_path, function, "2m", durability)
+
+
+# What an error says of the message
+
+IN_QUEUE: Final = "is in the queue"
+
+
+class Ledger:
+    """Messages of threads, and what came of them."""
+
+    def __init__(self) -> None:
+        self.stored: set[bytes] = set()
+        self.refused: dict[bytes, str] = {}
+        self.unsafe: dict[bytes, str] = {}
+
+    def send(self, pub: Pub, message: bytes) -> str:
+        """Send a message, and note what the call said; return the name of the error."""
+        try:
+            pub.send(message)
+        except errors.PersipubsubError as error:
+            text = f"{type(error).__name__}: {error}"
+            (self.unsafe if IN_QUEUE in text else self.refused)[message] = text
+            return type(error).__name__
+        self.stored.add(message)
+        return ""
+
+    def check(self, received: Sequence[bytes]) -> None:
+        there = set(received)
+        assert len(received) == len(there)
+        for message, text in self.unsafe.items():
+            assert not text.startswith("DiskFullError"), text
+            assert message in there, text
+        for message, text in self.refused.items():
+            assert message not in there, text
+        assert there == self.stored | set(self.unsafe)
+
+
+def send_until_refused(directory: Path, durability: str, seed: str) -> None:
+    """Threads send messages of many sizes and to many lists of subscribers, round after round."""
+    rng = random.Random(int(seed))
+    names = [f"sub{index}" for index in range(8)]
+    lists = {
+        f"pub{number}": [name for index, name in enumerate(names) if number >> index & 1]
+        for number in range(1, 256, 14)  # all with the first subscriber
+    }
+    filler = Filler(directory)
+    seen: set[str] = set()
+    for round_ in range(25):
+        config_pth = support.make_queue(directory,
+                                        lists,
+                                        names,
+                                        durability=durability,
+                                        path=str(directory / str(round_)),
+                                        checkpoint_secs=rng.choice((0.001, 0.001, 0.01)))
+        ledger = Ledger()
+
+        def work(name: int, random_: random.Random, config_pth: Path, ledger: Ledger) -> None:
+            failures = count = 0
+            pubs = [Pub(pub_id, config_pth) for pub_id in random_.sample(sorted(lists), 5)]
+            while failures < 5:
+                count += 1
+                message = b"%d %d " % (name, count) + bytes(
+                    random_.choice((1, 300, 3000, 30000, 60000)))
+                error = ledger.send(random_.choice(pubs), message)
+                seen.add(error)
+                failures += bool(error)
+            for pub in pubs:
+                pub.close()
+
+        with Pub("pub1", config_pth) as pub:
+            assert ledger.send(pub, b"first") == ""
+            filler.fill(leaving=rng.randrange(250))
+            support.in_threads([
+                functools.partial(work, name, random.Random(rng.random()), config_pth, ledger)
+                for name in range(4)
+            ])
+        filler.free()
+        with support.open_queue(config_pth) as queue:
+            assert queue.check() == []
+        ledger.check(support.receive_all(config_pth, "sub0"))
+        shutil.rmtree(directory / str(round_))
+    assert "DiskFullError" in seen and seen <= {"", "DiskFullError", "FlushError"}, seen
+
+
+def send_to_long_list(directory: Path, durability: str, _: str) -> None:
+    """A list of subscribers is stored with the first message to it, and is larger than that."""
+    names = ["sub", "other", *(f"{index:04d}" + "z" * 240 for index in range(1200))]
+    lists = {"pub": names, "long": names[:-1]}
+    filler = Filler(directory)
+    for pages in range(25, 200, 50):
+        config_pth = support.make_queue(directory,
+                                        lists,
+                                        names,
+                                        durability=durability,
+                                        path=str(directory / str(pages)),
+                                        checkpoint_secs=3600)
+        ledger = Ledger()
+        with Pub("pub", config_pth) as pub, Pub("long", config_pth) as long:
+            assert ledger.send(pub, b"first") == ""
+            filler.fill(leaving=pages)
+            for index in range(4):
+                ledger.send(long, b"long %d" % index)
+                ledger.send(pub, b"short %d" % index)
+            filler.free()
+            assert ledger.send(long, b"last") == ""
+
+        ledger.check(support.receive_all(config_pth))
+        assert control.verify(config_pth) == {"queue": ()}
+        shutil.rmtree(directory / str(pages))
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+@pytest.mark.parametrize("function", [send_until_refused, send_to_long_list],
+                         ids=lambda function: str(function.__name__))
+def test_error_says_whether_the_message_is_stored(tmp_path: Path, function: Callable[..., None],
+                                                  durability: str) -> None:
+    on_small_disk(tmp_path, function, "16m", durability, str(tracing.seed()))
 
 
 # A limit on the size of files
