@@ -681,7 +681,7 @@ async def test_cancelled_close_leaves_what_is_opened_later(face: faces.Face,
     locked = asyncio.Event()
 
     async def receive_one() -> None:
-        async with sub.receive(timeout=support.HANG_SECS) as msg:
+        async with sub.receive(timeout=support.HANG_SECS):
             await pub.send(b"two")
             fcntl.flock(lock, fcntl.LOCK_EX)
             locked.set()

@@ -74,7 +74,7 @@ def check(found: dict[str, object], kind: str, is_of_one_commit: bool = True) ->
     count, caused, deepest = found["count"], found["caused"], found["deepest"]
     assert isinstance(count, int) and isinstance(caused, int) and isinstance(deepest, int)
     assert found["kinds"] == [kind]
-    assert count > 1 and found["distinct"] == count
+    assert 1 < count == found["distinct"]
     assert found["shared contexts"] == 0
     # Each thread or task adds its own calls to the traceback, of which there are few.
     assert deepest < 15

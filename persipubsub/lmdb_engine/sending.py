@@ -88,10 +88,10 @@ class _Batch:
                       [msg_ids[index] for index in left]), known.get(msg_ids[0] or b"", 0)
 
 
-def _fail(batches: Sequence[_Batch], error: BaseException) -> None:
-    """Note an error of several batches; each gets one of its own, as each has a thread or a task."""
+def _fail(batches: Sequence[_Batch], error: BaseException | None) -> None:
+    """Note an error, if any, of several batches: one for each, as each has a thread or a task."""
     for batch in batches:
-        batch.error = error if len(batches) == 1 else copy_of(error)
+        batch.error = error if error is None or len(batches) == 1 else copy_of(error)
 
 
 def _not_safe(error: PersipubsubError) -> PersipubsubError:
@@ -300,8 +300,7 @@ class Sender:
                     failure = _not_safe(error)
         for batch, number in zip(batches, numbers):
             batch.first, batch.error = number, None
-        if failure is not None:
-            _fail([batch for batch in batches if batch.first], failure)
+        _fail([batch for batch in batches if batch.first], failure)
 
     # In a transaction
 

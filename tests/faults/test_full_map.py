@@ -149,11 +149,10 @@ def fail_to_work(config_pth: Path) -> None:
 def receive_out_of_order(config_pth: Path) -> None:
     """Leave a range ahead of the position for each message."""
     with Sub("sub", config_pth) as sub:
-        receipts = [sub.receive(timeout=0) for _ in range(100)]
-        for receipt in receipts:
-            receipt.__enter__()
-        for receipt in (*receipts[1::2], *receipts[::2]):
-            receipt.__exit__(None, None, None)
+        with contextlib.ExitStack() as first, contextlib.ExitStack() as later:
+            for _ in range(50):
+                first.enter_context(sub.receive(timeout=0))
+                later.enter_context(sub.receive(timeout=0))
 
 
 def receive_newest(config_pth: Path) -> None:
