@@ -77,8 +77,8 @@ class Queue(contextlib.AbstractContextManager["Queue"]):
 
         It may be repeated. What it did is durable when it returns.
         """
-        is_new = environment.create(path, queue)
-        with environment.opened(path, queue, adopts_settings=True, renews_journal=is_new) as opened:
+        environment.create(path, queue)
+        with environment.opened(path, queue, adopts_settings=True) as opened:
             keys = [subscriber.encode("utf-8") for subscriber in subscribers]
             if opened.read(positions.lacks, keys):
                 timeout_secs = opened.queue.high_water_mark.msg_timeout_secs

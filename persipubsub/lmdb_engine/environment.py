@@ -507,7 +507,10 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         renews_journal |= not is_shared and mark is not None
         if renews_journal or not store.journal.open(header.journal_id, is_shared,
                                                     self.read(_end_of_log)):
-            if not renews_journal and not is_shared:
+            # Any process may be the first one that opens a store that was created, not only its creator:
+            # a store in which nothing ever was has no journal yet, and that is no reason to warn.
+            is_new = not header.next_ordinal and self.read(_end_of_log) == log.EMPTY.next_number
+            if not renews_journal and not is_shared and not is_new:
                 _LOGGER.warning(
                     "The journal of the queue %s is not the one of its store, which was left cleanly. "
                     "It is made anew from the store.", self.directory)
@@ -621,32 +624,38 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         store.notifier.close()
         if store.thread is not None and store.thread is not threading.current_thread():
             store.thread.join(None if lock_secs < 0 else lock_secs)
-        try:
-            # A directory that is gone, or may not be written to, is no reason to keep the files open.
-            # The mark of a running store stays then.
-            with files.suppress(PersipubsubError, OSError, lmdb.Error):
-                if not self.is_read_only and store.lmdb is not None:
-                    self._leave(store)
-        finally:
-            if (write_mutex.acquire(timeout=lock_secs)
-                    and self._read_mutex.acquire(timeout=lock_secs)):
-                self._use(None)
-                store.close()
-            locks.release(self._read_mutex)
-            locks.release(write_mutex)
+        # The open lock is kept until the lock of the users is given back: of two processes that close,
+        # each would take the other one for a user, and the mark of a running store would stay.
+        # Rejected: to give that lock back before LMDB is closed, as ``compact`` may replace LMDB's file
+        # then.
+        with contextlib.ExitStack() as opening:
+            try:
+                # A directory that is gone, or may not be written to, is no reason to keep the files
+                # open. The mark of a running store stays then.
+                with files.suppress(PersipubsubError, OSError, lmdb.Error):
+                    if not self.is_read_only and store.lmdb is not None:
+                        opening.enter_context(
+                            locks.open_lock(self.directory, self.queue.busy_timeout_secs))
+                        self._leave(store)
+            finally:
+                if (write_mutex.acquire(timeout=lock_secs)
+                        and self._read_mutex.acquire(timeout=lock_secs)):
+                    self._use(None)
+                    store.close()
+                locks.release(self._read_mutex)
+                locks.release(write_mutex)
 
     def _leave(self, store: _Store) -> None:
-        """Leave the journal and LMDB's file as the next process expects them."""
-        with locks.open_lock(self.directory, self.queue.busy_timeout_secs):
-            is_last = store.users.is_alone() and not store.journal.has_failed
-            assert store.lmdb is not None
-            # Written even if other processes have the queue open: if these only look, none of them
-            # records what was acknowledged since the last state record.
-            store.journal.write_state(self._oldest_id_ns(self.now_ns()),
-                                      0 if is_last else store.lmdb.info()["last_txnid"])
-            if is_last:
-                store.lmdb.sync(True)
-                files.mark_clean(self.directory)
+        """Leave the journal and LMDB's file as the next process expects them; hold the open lock."""
+        is_last = store.users.is_alone() and not store.journal.has_failed
+        assert store.lmdb is not None
+        # Written even if other processes have the queue open: if these only look, none of them
+        # records what was acknowledged since the last state record.
+        store.journal.write_state(self._oldest_id_ns(self.now_ns()),
+                                  0 if is_last else store.lmdb.info()["last_txnid"])
+        if is_last:
+            store.lmdb.sync(True)
+            files.mark_clean(self.directory)
 
     def forget_parent(self) -> None:
         """Let go of what belongs to the parent, in a forked child."""
@@ -744,22 +753,21 @@ def opened(directory: str, queue: config.Queue, **how: bool) -> Iterator[Environ
         release(environment)
 
 
-def create(directory: str, queue: config.Queue) -> bool:
+def create(directory: str, queue: config.Queue) -> None:
     """
-    Create a store unless it is there.
+    Create a store unless it is there; the first process that opens it makes its journal.
 
-    :return: True if it was created
     :raise FormatError: if the directory holds something else
     """
     path = os.path.join(directory, files.DATA)
     with REGISTRY.lock:
         if files.prepare_directory(directory):
-            return False
+            return
         with locks.open_lock(directory,
                              queue.busy_timeout_secs), files.translated(path=directory,
                                                                         doing="create a queue in"):
             if os.path.lexists(path):
-                return False
+                return
             header = fmt.Header(format=fmt.FORMAT,
                                 flags=0,
                                 clock_offset_ns=time.time_ns() - files.ticks_ns(),
@@ -777,7 +785,6 @@ def create(directory: str, queue: config.Queue) -> bool:
                 # A store without these files is taken for one of another program, or of version 1.
                 for lock in (files.USERS, files.JOURNAL_LOCK):
                     os.close(files.open_file(os.path.join(directory, lock)))
-            return True
 
 
 def _end_of_log(tx: Tx) -> int:

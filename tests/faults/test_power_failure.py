@@ -354,7 +354,7 @@ TAKEN_OUT: Final = {
     "mark of a running store": TakenOut("fsync", ((environment, """
         files.mark_running(self.directory)""", ""), )),
     "flush of a store that is left": TakenOut("fsync", ((environment, """
-                store.lmdb.sync(True)""", ""), ), 8 * ["send", "receive", "reopen"]),
+            store.lmdb.sync(True)""", ""), ), 8 * ["send", "receive", "reopen"]),
 }  # yapf: disable
 
 
