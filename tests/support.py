@@ -219,14 +219,18 @@ class Child:
     parent was.
     """
 
-    def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self,
+                 function: Callable[..., None],
+                 *arguments: Any,
+                 has_children: bool = False) -> None:
         self.pipe, theirs = FORK.Pipe()
 
         def run() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             function(theirs, *arguments)
 
-        self.process = FORK.Process(target=run, daemon=True)
+        # Python refuses to start processes in a daemon.
+        self.process = FORK.Process(target=run, daemon=not has_children)
         self.process.start()
         theirs.close()
 
