@@ -5,7 +5,7 @@ A shape is a kind and number of senders, a size of messages, a durability, a cal
 Each shape has a process of its own, which is killed if it hangs. By default a sample is tried, which
 ``PERSIPUBSUB_SEED`` repeats. The whole grid takes some minutes:
 
-    PERSIPUBSUB_ALL_SHAPES=1 python -m pytest -s tests/faults/test_shapes.py
+    PERSIPUBSUB_ALL_SHAPES=1 python -m pytest -n0 -s tests/faults/test_shapes.py
 
 ``PERSIPUBSUB_SHAPE_SECS`` is the time after which a shape hangs.
 """
@@ -284,6 +284,8 @@ class Run:
         return problem and f"{self.shape}:\n{problem}"
 
 
+# The longer limit is for shapes that hang: all of them are to be named.
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", SENDERS)
 def test_every_shape(tmp_path: Path, kind: str) -> None:
     upcoming = choose_shapes(kind)[::-1]
