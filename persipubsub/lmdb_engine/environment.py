@@ -188,6 +188,27 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                 _name_queue(error, self.directory)
                 raise
 
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[int]:
+        """
+        Keep LMDB from reusing the pages of a snapshot in this block, which holds no lock.
+
+        :return: number of its transaction, for a reader of the file. There is no ``Tx``: LMDB's map
+            may be replaced meanwhile.
+        """
+        # As in ``read``: it maps anew, and waits for a slot of a reader.
+        self.read(lambda tx: None)
+        try:
+            with self._read_mutex:
+                txn = self._lmdb().begin()
+        except lmdb.Error as error:
+            raise datafile.translate(error, self.directory) from error
+        try:
+            yield txn.id()
+        finally:
+            with self._read_mutex:
+                txn.abort()
+
     def write(self, work: Callable[..., ResultT], *args: Any, makes_room: bool = False) -> ResultT:
         """
         Run a function in a write transaction: all that it does, or nothing of it.

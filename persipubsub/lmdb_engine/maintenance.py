@@ -16,8 +16,8 @@ from typing import Final, NamedTuple
 import icontract
 
 from persipubsub import config
-from persipubsub.errors import (AccessError, CorruptMessageError, FormatError, NotInitializedError,
-                                QueueInUseError, StoreCorruptError, StoreError)
+from persipubsub.errors import (AccessError, BusyTimeoutError, CorruptMessageError, FormatError,
+                                NotInitializedError, QueueInUseError, StoreCorruptError, StoreError)
 from persipubsub.lmdb_engine import attempts, check, datafile, environment, files
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import journal, locks, log, meta, positions
@@ -125,18 +125,28 @@ def verify(path: str, queue: config.Queue, progress: Progress) -> list[str]:
         with environment.opened(path, queue) as opened:
             findings = _verify_open(opened, progress)
             # A walk with the engine over pages that are not sound could end the process.
-            return findings or opened.read(check.check, progress) + opened.journal.check()
+            return findings or check.check(opened.read, progress) + opened.journal.check()
     except StoreCorruptError as error:
         return [str(error)]
 
 
 def _verify_open(opened: environment.Environment, progress: Progress) -> list[str]:
-    """Verify the pages of a store that is in use, in one snapshot."""
+    """
+    Verify the pages of a store that is in use, in one snapshot.
+
+    :raise BusyTimeoutError: if no snapshot stays the newest one until its pages are found
+    """
     path = os.path.join(opened.directory, files.DATA)
-    while (findings :=
-           opened.read(lambda tx: datafile.find_damage(path, progress, tx.txn.id()))) is None:
-        pass
-    return findings
+    deadline = time.monotonic() + opened.queue.busy_timeout_secs
+    while time.monotonic() < deadline:
+        with opened.snapshot() as txn_id:
+            findings = datafile.find_damage(path, progress, txn_id)
+        if findings is not None:
+            return findings
+    raise BusyTimeoutError(
+        f"Expected a snapshot of the queue {opened.directory} within "
+        f"{opened.queue.busy_timeout_secs} seconds (busy_timeout_secs), but got: others write "
+        "without a pause. Try again.")
 
 
 def _verify_copy(path: str, progress: Progress, origin: str) -> None:
@@ -144,7 +154,7 @@ def _verify_copy(path: str, progress: Progress, origin: str) -> None:
     try:
         datafile.check_pages(path, progress)
         with datafile.opened(path) as (_, begin), begin() as tx:
-            datafile.fail_if_any(check.check(tx, progress), path)
+            datafile.fail_if_any(check.check(lambda step, place: step(tx, place), progress), path)
     except StoreError as error:
         raise type(error)(str(error).replace(path, origin)) from error
 
