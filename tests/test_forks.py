@@ -284,6 +284,88 @@ def test_forks_while_threads_work(config_pth: Path) -> None:
     check(config_pth)
 
 
+def fork_while_a_thread_opens_and_closes(pipe: support.Connection, config_pth: Path, living: int,
+                                         held: int) -> None:
+    """
+    Fork many times while another thread opens and closes the queue; the children live on.
+
+    :param living: end of a pipe at which they wait for the end of the test
+    :param held: other end of that pipe, which only the test must have open
+    """
+    os.close(held)
+    is_over = threading.Event()
+    failed: list[str] = []
+
+    def open_and_close() -> None:
+        try:
+            while not is_over.is_set():
+                with Pub("pub", config_pth) as pub:
+                    pub.send(b"thread")
+        except BaseException as error:  # pylint: disable=broad-exception-caught
+            failed.append(repr(error))
+
+    thread = threading.Thread(target=open_and_close, daemon=True)
+    thread.start()
+    for number in range(FORKS):
+        ours, theirs = os.pipe()
+
+        def work(number: int = number, theirs: int = theirs) -> None:
+            # Half of them open the queue themselves.
+            if number % 2:
+                with Pub("pub", config_pth) as pub:
+                    pub.send(b"child")
+            os.write(theirs, b"done")
+            os.read(living, 1)
+
+        run_in_child(work)
+        os.close(theirs)
+        if os.read(ours, 4) != b"done":
+            failed.append(f"the child {number} failed")
+        os.close(ours)
+        if failed:
+            break
+    pipe.send(failed)
+    pipe.recv()
+    is_over.set()
+    thread.join(support.HANG_SECS)
+    if thread.is_alive():
+        failed.append("the thread hangs")
+    pipe.send(failed)
+
+
+def locks_of(process: int | None) -> list[str]:
+    """List the locks that a process took, and which it or its children still have."""
+    lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    return [line for line in lines if line.split()[-4] == str(process)]
+
+
+@pytest.mark.parametrize("ends", ["end", "kill"])
+def test_children_forked_while_a_thread_opens_and_closes_keep_no_lock(config_pth: Path,
+                                                                      ends: str) -> None:
+    living, held = os.pipe()
+    try:
+        with support.Child(fork_while_a_thread_opens_and_closes, config_pth, living, held) as child:
+            assert not child.get()
+            if ends == "kill":
+                child.kill(signal.SIGKILL)
+            else:
+                child.pipe.send("end")
+                assert not child.get()
+            # Not by ``join``, which waits for the children as well: they are still there.
+            support.until(lambda: child.process.exitcode is not None, what="the end")
+            assert not locks_of(child.process.pid)
+        with Pub("pub", config_pth) as pub:
+            pub.send(b"last")
+        with Sub("sub", config_pth) as sub:
+            received = collections.Counter(receive_all(sub))
+        assert received.keys() == {b"thread", b"child", b"last"}
+        assert received[b"child"] == FORKS // 2
+    finally:
+        os.close(held)
+        os.close(living)
+    check(config_pth)
+
+
 # multiprocessing
 
 

@@ -90,6 +90,8 @@ class Claims:
         self._idle: list[io.FileIO] = []
         #: All that are open, with the claims that they lock.
         self._all: dict[io.FileIO, Claim | None] = {}
+        #: One object for each thread that is opening a file, see ``forget_parent``.
+        self._openings: set[object] = set()
         self._identity: files.Identity | None = None
         #: Lets a close wait for acknowledgements that are on the way. Otherwise it would give a
         #: claim back while the acknowledgement is written, and another consumer would get the
@@ -109,7 +111,7 @@ class Claims:
         """
         file = claim.file = self._take()
         base = claim.ordinal * _NUMBERS
-        while claim.first < claim.stop:
+        while claim.first < claim.stop:  # each round takes at least one off its end
             if self._ask(fcntl.fcntl, file, _SETLK,
                          _LOCK(base + claim.first, claim.stop - claim.first)):
                 self._all[file] = claim
@@ -193,17 +195,22 @@ class Claims:
             pass
         if self.is_closed:
             raise self.closed_error()
-        file = io.FileIO(files.open_file(self._path), "r+")
-        status = os.fstat(file.fileno())
-        found = files.Identity(status.st_dev, status.st_ino)
-        # Locks on a new file of this name do not exclude processes that have the old one open.
-        if self._identity not in (None, found):
-            file.close()
-            raise StoreError(
-                f"Expected {self._path} to stay in place, but got: another file of that name")
-        self._identity = found
-        self._all[file] = None
-        return file
+        opening = object()
+        self._openings.add(opening)
+        try:
+            file = io.FileIO(files.open_file(self._path), "r+")
+            status = os.fstat(file.fileno())
+            found = files.Identity(status.st_dev, status.st_ino)
+            # Locks on a new file of this name do not exclude processes that have the old one open.
+            if self._identity not in (None, found):
+                file.close()
+                raise StoreError(
+                    f"Expected {self._path} to stay in place, but got: another file of that name")
+            self._identity = found
+            self._all[file] = None
+            return file
+        finally:
+            self._openings.discard(opening)
 
     def closed_error(self) -> ClosedError:
         """Describe that the queue was closed, which gives back what is claimed."""
@@ -215,15 +222,18 @@ class Claims:
         """Give back what is still claimed; it may be repeated."""
         self.is_closed = True
         self._idle.clear()
-        while self._all:
-            file, claim = self._all.popitem()
-            if claim is not None:
-                claim.held.give_back(claim.first)
-            # Unlock first: a child forked at this moment has a copy of the descriptor, so that
-            # closing this one would not give the lock back.
-            with files.suppress(OSError, ValueError):
-                fcntl.fcntl(file, _SETLK, _UNLOCK(0, 0))
-            file.close()
+        while self._all:  # fewer each time, as none is opened any more
+            for file in list(self._all):
+                claim = self._all.get(file)
+                if claim is not None:
+                    claim.held.give_back(claim.first)
+                # Unlock first: a child forked at this moment has a copy of the descriptor, so that
+                # closing this one would not give the lock back.
+                with files.suppress(OSError, ValueError):
+                    fcntl.fcntl(file, _SETLK, _UNLOCK(0, 0))
+                file.close()
+                # Last of all: a child that is forked before closes its copy.
+                self._all.pop(file, None)
 
     def forget_parent(self) -> None:
         """Close the parent's files in a forked child; do not unlock: the claims are not its own."""
@@ -231,13 +241,17 @@ class Claims:
         self.ending_lock = threading.RLock()
         self.counting_lock = threading.RLock()
         self._idle.clear()
-        while self._all:
+        while self._all:  # one less each time: there is no other thread
             file, claim = self._all.popitem()
             if claim is not None:
                 claim.file = None
                 claim.held.give_back(claim.first)
             with contextlib.suppress(OSError):
                 file.close()
+        # Another thread of the parent was in the middle of opening one, and may lock it now.
+        if self._openings:
+            self._openings.clear()
+            files.close_all_of([self._path])
 
 
 def _find_lock(file: io.FileIO | int, start: int, stop: int) -> tuple[int, int] | None:
@@ -307,7 +321,7 @@ def find_claims(directory: str, subscribers: Sequence[Subscriber], end: int,
         for subscriber in subscribers:
             base = subscriber.ordinal * _NUMBERS
             ranges = [(base + subscriber.position, base + end)]
-            while ranges:
+            while ranges:  # each round looks at one; the two that it adds are shorter together
                 begin, behind = ranges.pop()
                 found = _find_lock(descriptor, begin, behind) if begin < behind else None
                 if found is None:

@@ -9,7 +9,8 @@ single environment for each store and counts its users.
 and builds it anew: see ``_rebuild``, and ``Journal.replay``.
 
 **Fork.** In the hook after a fork, and never later, the child closes the lock files that it
-inherited, since they hold the parent's locks, and makes new thread locks. It keeps the inherited LMDB
+inherited, since they hold the parent's locks, also those of another thread of the parent that was in
+the middle of opening or closing a queue. Then it makes new thread locks. It keeps the inherited LMDB
 environment for ever without touching it, and opens its own at the first use.
 """
 
@@ -73,7 +74,7 @@ class _Store:
         self.page = SharedPage(directory)
         self.write_lock = locks.ExclusiveLock(os.path.join(directory, files.WRITE_LOCK),
                                               f"write to the queue {directory}")
-        self.users = locks.LockFile(os.path.join(directory, files.USERS))
+        self.users = locks.UsersLock(directory, busy_timeout_secs)
         self.journal = Journal(directory, self.page, read, busy_timeout_secs)
         self.notifier = Notifier(self.page)
         self.is_stopped = threading.Event()
@@ -173,7 +174,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         :param work: gets a ``Tx`` and the arguments; may be called again, and must not keep buffers
         """
         deadline = 0.0
-        while True:
+        while True:  # until the deadline of ``_recover``
             store = self._store or self._require()
             try:
                 with self._read_mutex:
@@ -183,7 +184,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
                         return work(Tx(txn, store.db), *args)
             except lmdb.Error as error:
                 deadline = deadline or time.monotonic() + self.queue.busy_timeout_secs
-                self._recover(store, error, deadline=deadline)
+                self._recover(store, error, deadline)
             except PersipubsubError as error:
                 _name_queue(error, self.directory)
                 raise
@@ -222,12 +223,14 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         :raise BusyTimeoutError: if another process or thread is in the middle of a write for too long
         :raise FlushError: if a flush failed since the queue was opened
         """
-        while True:
+        deadline = 0.0
+        while True:  # until the deadline of ``_recover``
             store = self._store or self._require()
             try:
                 result = self._write(store, work, args)
             except lmdb.Error as error:
-                self._recover(store, error, makes_room)
+                deadline = deadline or time.monotonic() + self.queue.busy_timeout_secs
+                self._recover(store, error, deadline, makes_room)
             except PersipubsubError as error:
                 _name_queue(error, self.directory)
                 raise
@@ -343,7 +346,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
 
     def _run(self, store: _Store) -> None:
         """Write state records as long as something changes, and look after the store."""
-        while not store.is_stopped.wait(self.queue.checkpoint_secs):
+        while not store.is_stopped.wait(self.queue.checkpoint_secs):  # until the close
             try:
                 self._lmdb()  # opened again if that failed before
                 with self._read_mutex:
@@ -374,6 +377,7 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         oldest_id_ns = self._oldest_id_ns(now_ns)
         retained_ns = self.retained_ns(now_ns) if keeps_retained else log.RETAINS_NOTHING_NS
         for _ in range(most_chunks):
+            # If there is one, the write deletes one: both see the same low watermark, or a later one.
             if not self.read(retention.is_any_finished, oldest_id_ns, retained_ns):
                 break
             self.write(retention.delete_finished, oldest_id_ns, retained_ns, makes_room=True)
@@ -390,20 +394,24 @@ class Environment:  # pylint: disable=too-many-instance-attributes
     def _recover(self,
                  store: _Store,
                  error: lmdb.Error,
-                 makes_room: bool = False,
-                 deadline: float = 0.0) -> None:
+                 deadline: float,
+                 makes_room: bool = False) -> None:
         """
         Prepare to repeat a transaction that failed, or raise the error of this library.
 
-        :param deadline: of a wait for a slot in LMDB's table of readers
+        :param deadline: ``busy_timeout_secs`` after the first failure, on the monotonic clock. What
+            is done here mostly helps at once; but other processes may undo it again and again: they
+            raise the limit, fill the disk, or die as readers.
         """
         translated = datafile.translate(error, self.directory, self.queue.max_db_size_bytes)
+        if time.monotonic() >= deadline:
+            raise translated from error
         if isinstance(error, lmdb.MapResizedError):
             # Another process raised max_db_size_bytes: map as much as it does.
             with store.write_lock.mutex, self._read_mutex:
                 if store.lmdb is not None:
                     store.lmdb.set_mapsize(0)
-        elif isinstance(error, lmdb.ReadersFullError) and time.monotonic() < deadline:
+        elif isinstance(error, lmdb.ReadersFullError):
             # Free the slots of killed processes; if there are none, wait until a live one ends its
             # read.
             if self.check_readers() == 0:
@@ -609,9 +617,18 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         """Build the store anew from the journal, after a power failure; it may be repeated."""
         begun = time.monotonic()
         size = self._map_size(self.queue) + 2 * store.journal.bytes_on_disk() + (1 << 26)
-        with files.replacing(path) as (made, _), datafile.opened(made, size,
-                                                                 is_new=True) as (_, begin):
-            store.journal.replay(begin)
+        with files.replacing(path) as (made, file), datafile.opened(made, size,
+                                                                    is_new=True) as (_, begin):
+
+            @contextlib.contextmanager
+            def begin_and_flush() -> Iterator[Tx]:
+                with begin() as tx:
+                    yield tx
+                # Bit by bit: processes that open the queue meanwhile wait as long as they see the file
+                # change (``locks.open_lock``). One flush at the end may take longer than they wait.
+                os.fsync(file)
+
+            store.journal.replay(begin_and_flush)
             with begin() as tx:
                 meta.skip_numbers(tx, _SKIPPED_NUMBERS)
         _LOGGER.warning(
@@ -710,10 +727,14 @@ class _Registry:
 
     def forget_parent(self) -> None:
         """Begin anew in a forked child."""
+        # First of all: until then, this process holds locks of its parent.
+        has_inherited = locks.forget_parent()
         self.lock = threading.RLock()
         for environment in self.environments.values():
             environment.forget_parent()
-        if self.environments:
+        # Not if ``environments`` says so: it does not have those that another thread of the parent is
+        # opening or closing.
+        if has_inherited:
             lmdb_private.forget_open_files()
 
 

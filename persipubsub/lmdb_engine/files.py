@@ -8,7 +8,7 @@ import resource
 import stat
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from persipubsub.errors import (AccessError, DiskFullError, FormatError, NotInitializedError,
@@ -154,6 +154,29 @@ def using(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def close_all_of(paths: Sequence[str]) -> None:
+    """
+    Close all descriptors of some files, in a forked child that has one thread.
+
+    The child does not know which they are if another thread of its parent was in the middle of opening
+    or closing one of the files.
+    """
+    identities = set()
+    for path in paths:
+        # A file that is gone is of no queue any more: no process locks it.
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            identities.add((status.st_dev, status.st_ino))
+    if not identities:
+        return
+    for name in os.listdir("/proc/self/fd"):
+        # The descriptor that lists the directory is closed by now.
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(name))
+            if (status.st_dev, status.st_ino) in identities:
+                os.close(int(name))
 
 
 def _describe(status: os.stat_result) -> str:

@@ -69,7 +69,7 @@ def _runs(tx: Tx, key: bytes | None, number: int,
         return
     cursor = tx.cursor()
     found = log.seek(cursor, number)
-    while found is not None:
+    while found is not None:  # the cursor moves forward
         yield found, max(number, found.first), found.first + found.block.messages
         found = log.following(cursor)
 
@@ -81,7 +81,7 @@ def peek(path: str, queue: config.Queue, subscriber: str, count: int, start: int
     start = min(start, fmt.MAX_NUMBER + 1)
     with environment.opened(path, queue, is_read_only=True) as opened:
         timeout_secs = opened.queue.high_water_mark.msg_timeout_secs
-        while True:
+        while True:  # each look begins behind the one before, and ``count`` ends it
             now_ns = opened.now_ns()
             oldest_ns = 0 if timeout_secs is None else now_ns - int(timeout_secs * 1e9)
             found = opened.read(_copy, subscriber.encode("utf-8"), start, count - len(messages),
@@ -96,7 +96,7 @@ def follow(path: str, queue: config.Queue, last: int) -> Generator[list[Peeked],
     """Look at messages as they are sent, for ever, without being a subscriber."""
     with environment.opened(path, queue) as opened:
         number = opened.read(_begin_of_last, last)
-        while True:
+        while True:  # for ever: the caller ends the iteration
             stamp = opened.notifier.arm()
             messages = opened.read(_copy, None, number, _LOOK_MESSAGES, 0, opened.now_ns())
             yield messages
@@ -137,16 +137,19 @@ def _verify_open(opened: environment.Environment, progress: Progress) -> list[st
     :raise BusyTimeoutError: if no snapshot stays the newest one until its pages are found
     """
     path = os.path.join(opened.directory, files.DATA)
+    # It hardly ever takes more than a few attempts: a commit has to come between the beginning of a
+    # snapshot and the read after it. But nothing says that it does not each time.
     deadline = time.monotonic() + opened.queue.busy_timeout_secs
-    while time.monotonic() < deadline:
+    while True:
         with opened.snapshot() as txn_id:
             findings = datafile.find_damage(path, progress, txn_id)
         if findings is not None:
             return findings
-    raise BusyTimeoutError(
-        f"Expected a snapshot of the queue {opened.directory} within "
-        f"{opened.queue.busy_timeout_secs} seconds (busy_timeout_secs), but got: others write "
-        "without a pause. Try again.")
+        if time.monotonic() >= deadline:
+            raise BusyTimeoutError(
+                f"Expected a moment without a commit to the queue {opened.directory} within "
+                f"{opened.queue.busy_timeout_secs} seconds (busy_timeout_secs), but got: none. Verify "
+                "it when its publishers pause.")
 
 
 def _verify_copy(path: str, progress: Progress, origin: str) -> None:
@@ -222,7 +225,7 @@ def _alone(path: str, busy_timeout_secs: float) -> Iterator[None]:
         raise FormatError(f"Expected the queue {path} to have the file {files.USERS}, but got: "
                           "none. It may be an LMDB environment of another program.")
     deadline = time.monotonic() + _LOOK_SECS
-    while True:
+    while True:  # until the deadline
         # This process can not open it meanwhile, either.
         with environment.REGISTRY.lock, locks.open_lock(path, busy_timeout_secs):
             lock = locks.LockFile(users)
