@@ -413,7 +413,7 @@ class Pub(_Handle[face.Target]):
     async def _put(self, queue: Queue, sending: Sending, timeout: float | None) -> None:
         outbox: _Outbox = self._dispatcher(_Outbox, queue)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
+        while True:  # until the deadline; without one, until there is room
             try:
                 return await outbox.ask(sending)  # type: ignore[no-any-return]
             except QueueFullError:

@@ -33,6 +33,7 @@ def queues_of(config: Config) -> list[str]:
 def look(config: Config, queue_key: str) -> Iterator[ListedDeadLetter]:
     """Look at the dead letters of a queue, in order, without taking them."""
     start = 0
+    # Each page begins behind the one before.
     while page := peek(config, queue_key, DEAD_LETTERS, _PAGE, start):
         for message in page:
             if message.content is not None:

@@ -112,6 +112,7 @@ def _move(source: Queue, destination: engine.Queue, subscriber: str,
     consumer = source.consumer(subscriber, is_delivery=False)
     most = max(1, min(_BATCH_MESSAGES, (mark.max_msgs_num or 2**48) // 4))
     deadline = time.monotonic() + _PATIENCE_SECS
+    # Until the deadline, which moves on with each part that was moved.
     while True:
         lease = consumer.take(timeout=_PAUSE_SECS, max_messages=most)
         if lease is not None:

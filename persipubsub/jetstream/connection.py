@@ -176,7 +176,7 @@ class Link:
         """Ping while requests wait, and give a silent connection up."""
         received = 0
         heard = pinged = time.monotonic()
-        while not self.lost.done():
+        while not self.lost.done():  # as long as the connection lives
             await asyncio.sleep(_LOOK_SECS)
             now = time.monotonic()
             if self.client.stats["in_msgs"] != received:
@@ -221,7 +221,7 @@ class Connection:
     async def link(self, deadline: float) -> Link:
         """Wait for a connection; raise AccessError if a server refuses us."""
         begin = time.monotonic()
-        while (link := self.ready()) is None:
+        while (link := self.ready()) is None:  # until the deadline
             if self._is_closed:
                 raise errors.closed(self._path)
             # The task outlives the call; otherwise callers with short timeouts never connect.
@@ -284,7 +284,7 @@ class Connection:
     async def ask(self, subject: str, payload: bytes, deadline: float) -> nats.aio.msg.Msg:
         """Ask until there is an answer. The request has to be one that may be repeated."""
         begin = time.monotonic()
-        while True:
+        while True:  # until the deadline
             link = await self.link(deadline)
             try:
                 return await link.request(subject, payload, deadline)

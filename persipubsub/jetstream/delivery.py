@@ -136,7 +136,7 @@ class Delivery:
         answered = time.monotonic()
         deadline = math.inf if timeout is None else answered + timeout
         wanted = max_messages
-        while True:
+        while True:  # until the deadline; without one, until there is a message
             if self._endings:
                 await self._settle()
             self._check_open()
@@ -217,7 +217,7 @@ class Delivery:
         """Wait until a pull request is over or lost."""
         found = pull.found  # the next call that takes the request over has another one
         try:
-            while not found.done():
+            while not found.done():  # until the pull request was silent for _LOST_SECS
                 left = pull.heard + _LOST_SECS - time.monotonic()
                 await asyncio.wait((found, ), timeout=max(0.0, left))
                 if left <= 0:
@@ -271,7 +271,7 @@ class Delivery:
     def _offer(self, messages: list[Delivered], source: _Pull | None) -> None:
         """Give messages to the calls that wait, or keep them for the next one."""
         self._ready += messages
-        while self._ready:
+        while self._ready:  # each round gives some to a call, or ends
             first = self._waiting()
             if first is None:
                 # Not given back at once: requests of cancelled calls live for _LONGEST_PULL_SECS;
@@ -311,7 +311,7 @@ class Delivery:
 
     async def _keep_in_progress(self) -> None:
         """Send *in progress* four times in ``ack_wait``, as long as messages are held."""
-        while self._held:
+        while self._held:  # as long as messages are held
             await asyncio.sleep(self._stream.settings.address.ack_wait_secs / 4)
             for index, one in enumerate(list(self._held.values()), start=1):
                 link = self._connection.ready()
@@ -338,7 +338,7 @@ class Delivery:
         left = list(messages)
         self._acking |= replies
         try:
-            while left:
+            while left:  # until the deadline, which moves on with each part that was acknowledged
                 some, rest = left[:_ACKS_AT_ONCE], left[_ACKS_AT_ONCE:]
                 link = await self._connection.link(deadline)
                 # In order: if only the first ones arrive, the floor in _ask_again shows which. In
@@ -389,6 +389,7 @@ class Delivery:
             return messages
         pulled: list[Delivered] = []
         try:
+            # Until the deadline.
             while floor < max(own) and time.monotonic() < deadline:
                 found = await self.take(0.0, min(len(own), max(own) - floor))
                 if not found:
@@ -430,7 +431,7 @@ class Delivery:
         """Wait until the servers have what was given back, but not for long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_NAK_SECS):
-                while self._endings:
+                while self._endings:  # until the timeout
                     await asyncio.wait(self._endings)
 
     async def nack(self, messages: Sequence[Delivered], error: BaseException | None) -> None:
@@ -517,6 +518,7 @@ class Delivery:
         try:
             # Publishers may be faster: stop at the message that is the newest one now.
             last = int((await self._stream.state())["last_seq"]) if found else 0
+            # Each round acknowledges all but one, up to the message that was the newest one above.
             while found:
                 found.sort(key=lambda one: one.message.number)
                 await self.ack(found[:-1])

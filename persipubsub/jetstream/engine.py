@@ -501,7 +501,7 @@ def follow(config: Config, queue_key: str, last: int = 0) -> Generator[list[Peek
     with open_queue(config, queue_key) as queue:
         number = int(queue.ask(stream.Stream.state)["last_seq"]) + 1 - last
         everything = [f"persipubsub.{queue.settings.address.stream}.>"]
-        while True:
+        while True:  # for ever: the caller ends the iteration
             found = queue.ask(lambda kept: _look(kept, everything, number, _LOOK_MESSAGES))
             yield found
             if found:
@@ -513,6 +513,7 @@ def follow(config: Config, queue_key: str, last: int = 0) -> Generator[list[Peek
 async def _look(kept: stream.Stream, filters: Sequence[str], number: int,
                 count: int) -> list[Peeked]:
     found: list[Peeked] = []
+    # Each round begins behind the message before.
     while len(found) < count and (one := await kept.next_stored(filters, number)) is not None:
         found.append(one)
         number = one.number + 1

@@ -88,7 +88,7 @@ class Publishing:
         ]
         pause = _FIRST_LOOK_SECS
         async with self._calls:
-            while True:
+            while True:  # until the timeout; without one, until there is room
                 try:
                     await self._put(items, recipients, begin)
                     return items[0].number
@@ -201,6 +201,8 @@ class Publishing:
         rejected: nobody knows how long it would have to be.
         """
         deadline = time.monotonic() + self._wait_secs
+        # Until the deadline. It moves on when room was made; a message that is refused again then
+        # says that another publisher has used that room.
         while True:
             if item.is_tried and self._settings.address.replicas > 1:
                 await self._connection.ask(address.nobodys_subject(self._stream.name), b"",
@@ -230,6 +232,7 @@ class Publishing:
         whether messages were dropped, and whether other publishers could fill the room first.
         """
         was_made = False
+        # Each round that drops leaves at most half of the messages, and it ends when there are none.
         while True:
             info = await self._stream.info()
             # The limits of the stream, not of our file: they may have been changed by another file

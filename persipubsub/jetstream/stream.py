@@ -67,7 +67,7 @@ class Stream:
         payload = b"" if body is None else json.dumps(body).encode("utf-8")
         deadline = self.deadline()
         until = min(deadline, time.monotonic() + self._recovery_secs)
-        while True:
+        while True:  # until the deadline
             message = await self.connection.ask(subject, payload, deadline)
             answer: Info = json.loads(message.data)
             if "error" not in answer:
@@ -220,7 +220,7 @@ class Stream:
     async def _names(self) -> list[str]:
         """List the names of all consumers, page by page."""
         names: list[str] = []
-        while True:
+        while True:  # each page begins behind the one before, up to an empty one
             answer = await self._api("CONSUMER.NAMES", {"offset": len(names)})
             page = answer.get("consumers") or []
             names += page
@@ -253,7 +253,7 @@ class Stream:
 
     async def next_stored(self, subjects: Sequence[str], start: int) -> Peeked | None:
         """Find the first message from a number on that has one of the subjects, and is not old."""
-        while True:
+        while True:  # each round begins behind the message before
             queries = [{"seq": max(1, start), "next_by_subj": subject} for subject in subjects]
             answers = [await self._find("STREAM.MSG.GET", query) for query in queries]
             found = [answer["message"] for answer in answers if answer is not None]
@@ -285,7 +285,7 @@ class Stream:
         """Drop messages from the newest one on, one after the other."""
         state = await self.state()
         number, first = int(state["last_seq"]), int(state["first_seq"])
-        while count > 0 and number >= first:
+        while count > 0 and number >= first:  # ``number`` goes back each round
             numbers = range(number, max(first - 1, number - min(_WINDOW, count)), -1)
             queries: list[Info] = [{"seq": one, "no_erase": True} for one in numbers]
             deleted = await asyncio.gather(*(self._find("STREAM.MSG.DELETE", one)

@@ -70,7 +70,7 @@ def begin_anew(tx: Tx, time_ns: int) -> None:
     """Date the first delivery of all messages as of now; the deliveries stay counted."""
     cursor = tx.txn.cursor(db=tx.db.attempts)
     found = cursor.first()
-    while found:
+    while found:  # the cursor moves forward
         attempts = fmt.unpack_attempts(cursor.value())
         # The record has as many bytes as before, so that no page is split.
         cursor.put(bytes(cursor.key()), fmt.pack_attempts(attempts._replace(since_ns=time_ns)))
@@ -81,7 +81,7 @@ def between(tx: Tx, ordinal: int, begin: int, end: int) -> Iterator[tuple[int, f
     """Iterate over the records of a range of messages."""
     cursor = tx.txn.cursor(db=tx.db.attempts)
     found = cursor.set_range(fmt.pack_attempts_key(ordinal, begin))
-    while found:
+    while found:  # the cursor moves forward
         owner, number = fmt.unpack_attempts_key(cursor.key())
         if owner != ordinal or number >= end:
             return
@@ -98,7 +98,7 @@ def skip_retries(tx: Tx, ordinal: int, number: int, now_ns: int) -> tuple[int, i
     earliest_ns = 0
     cursor = tx.txn.cursor(db=tx.db.attempts)
     found = cursor.set_range(fmt.pack_attempts_key(ordinal, number))
-    while found:
+    while found:  # the cursor moves forward
         retry_at_ns = fmt.unpack_retry_at(cursor.value())
         if fmt.unpack_attempts_key(cursor.key()) != (ordinal, number) or retry_at_ns <= now_ns:
             break

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import msgspec
 
-from persipubsub.errors import CorruptMessageError, PersipubsubError
+from persipubsub.errors import CorruptMessageError, PersipubsubError, StoreCorruptError
 from persipubsub.lmdb_engine import dead_letters, positions
 from persipubsub.lmdb_engine.claims import Claim, Claims, Held, note_claim
 from persipubsub.lmdb_engine.environment import Environment
@@ -37,6 +37,9 @@ LONGEST_PAUSE_SECS: Final = 1.0
 #: While other consumers hold claims, it looks this often: the kernel gives claims back without a
 #: notification. After this time, it also looks again at messages that it passed over.
 CLAIMED_PAUSE_SECS: Final = 0.05
+
+#: So often a message is found to be too old, and is dropped.
+_MOST_ROUNDS: Final = 5
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -183,6 +186,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             held.start, held.start_until, held.retry_at_ns = 0, now + CLAIMED_PAUSE_SECS, 0
         # ``start > 0`` means that messages before it were passed over a moment ago.
         is_claimed = bool(held.ends) or held.start > 0
+        # Each round ends the search, or ``start`` goes forward. It goes back only if another thread
+        # has given a message back, which may be taken then.
         while True:
             start = held.start
             look = self._search(self.pending.find, start, max_messages, held.ends)
@@ -204,6 +209,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
     def _try_newest(self) -> tuple[Lease | None, float]:
         """Take the newest message if it is free."""
         tried: set[int] = set()
+        # A round that ends with nothing was too late for a message: another consumer has taken it, it
+        # became too old, or it is exhausted. The next round passes over it.
         while True:
             newest = self._search(self.pending.find_newest, tried)
             if not newest.number:
@@ -214,11 +221,21 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             if lease is not None:
                 self.notify_room()
                 return lease, LONGEST_PAUSE_SECS
-            tried.add(newest.number)
 
     def _search(self, find: Callable[..., Look], *args: Any) -> Look:
         """Search for a message, and drop those that are too old."""
+        expired, rounds = 0, 0
         while (look := self.environment.read(find, *args)).is_expired:
+            # A round drops all that is too old, and with it the message that it has found, unless the
+            # log is not in the order of time. An operator may seek back to the message meanwhile, but
+            # hardly several times.
+            rounds = rounds + 1 if look.number == expired else 1
+            if rounds > _MOST_ROUNDS:
+                raise StoreCorruptError(
+                    f"Expected the messages of the queue {self.environment.directory} in the order of "
+                    f"their times, but got: the message {look.number} is older than one before it. "
+                    "Run 'persipubsub verify', and restore a backup.")
+            expired = look.number
             self._expire()
         return look
 
@@ -238,20 +255,29 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
         Claim messages and look at them again.
 
         :param is_guess: True to deliver nothing unless the position is at the first message
-        :param tried: if given: claim only the newest message; the search passes over these numbers
-            if their deliveries are exhausted
+        :param tried: if given: claim the message that is the newest one then, whatever its number;
+            the search passes over these numbers if their deliveries are exhausted. The number is
+            added if nothing is delivered.
         """
         environment, pending, claims = self.environment, self.pending, self.claims
         claim = Claim(pending.ordinal, number, stop, self._held)
         lease = None
+
+        def claim_newest(newest: int) -> bool:
+            # The transaction may be run again after a message was claimed: perhaps another one.
+            if claim.file is not None and claim.first == newest:
+                return True
+            claims.release(claim)
+            claim.first, claim.stop = newest, newest + 1
+            return claims.claim(claim)
+
         try:
             if tried is not None:
-                # The transaction may be run again, after the message was claimed.
                 copied = environment.write(pending.begin_newest,
-                                           number,
                                            tried,
-                                           lambda: claim.file is not None or claims.claim(claim),
+                                           claim_newest,
                                            makes_room=True)
+                number = claim.first
             elif not claims.claim(claim):
                 return None
             elif self.counts:
@@ -266,6 +292,8 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
             if copied is None:
                 return None
             if not copied.numbers:
+                if tried is not None:
+                    tried.add(number)
                 if not is_guess:
                     self._move(number)
                 return None
@@ -296,6 +324,7 @@ class Consumer:  # pylint: disable=too-many-instance-attributes
     def front(self) -> bytes | None:
         """Look at the next message without taking it."""
         stop = 0
+        # Each look begins behind the message before.
         while (look := self._search(self.pending.find, stop, 1, {})).number:
             stop = look.stop
             if not self.claims.is_claimed(self.pending.ordinal, look.number):

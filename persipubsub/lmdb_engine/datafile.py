@@ -247,7 +247,7 @@ def open_shared(directory: str, size: int, max_readers: int,
     """Open a queue's data file together with others; wait if LMDB's table of readers is full."""
     files.occupy_streams()
     try:
-        while True:
+        while True:  # until the deadline
             try:
                 environment = lmdb.open(
                     os.fsencode(directory),

@@ -263,7 +263,7 @@ def unpack_audience(value: bytes) -> tuple[str, ...]:
     """Decode a list of recipients."""
     subscribers: list[str] = []
     offset = 0
-    while offset < len(value):
+    while offset < len(value):  # by at least one byte a round
         begin, offset = offset + 1, offset + 1 + value[offset]
         subscribers.append(value[begin:offset].decode("utf-8"))
     return tuple(subscribers)
@@ -400,7 +400,7 @@ def encode_bodies(messages: Sequence[bytes]) -> list[Body]:
     ends = list(itertools.accumulate(map(len, messages)))
     bodies: list[Body] = []
     begin = size = 0
-    while begin < len(messages):
+    while begin < len(messages):  # by at least one message a round
         fitting = bisect.bisect_right(range(begin, len(messages)),
                                       size + BLOCK_BYTES,
                                       key=lambda index: ends[index] + _ENTRY.size * (index + 1))

@@ -198,7 +198,7 @@ def number_addressed(cursor: Cursor, begin: int, end: int, audiences: Sequence[i
     def count_through(number: int) -> int:
         return count_between(start, place_of(cursor, number + 1), audiences)
 
-    # Mostly there is none; otherwise it is often near.
+    # Mostly there is none; otherwise it is often near. The steps double.
     step = 16 if begin < end and count_through(end - 1) else end - begin
     while begin + step < end and not count_through(begin + step - 1):
         begin, step = begin + step, 2 * step
@@ -244,7 +244,7 @@ def truncate(cursor: Cursor, log_end: LogEnd, cut: int) -> LogEnd:
         cursor.delete()
         cursor.put(fmt.pack_number(first), shorter)
         following(cursor)
-    while True:
+    while True:  # each round deletes a block
         # After a deletion the cursor stands at the next block; at the end its key is empty.
         key = cursor.key()
         if not key or fmt.unpack_number(key) < cut or not cursor.delete():
@@ -260,6 +260,7 @@ def read_audiences(tx: Tx) -> dict[int, tuple[str, ...]]:
     """Read all lists of recipients, by their index from 1 on; once in a transaction."""
     if tx.audiences is None:
         tx.audiences = {}
+        # Up to the first index that is free.
         while (value := tx.txn.get(fmt.audience_key(len(tx.audiences) + 1),
                                    db=tx.db.meta)) is not None:
             tx.audiences[len(tx.audiences) + 1] = fmt.unpack_audience(bytes(value))

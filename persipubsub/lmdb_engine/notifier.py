@@ -144,7 +144,7 @@ class Notifier:
         :param poll_secs: look again after this time in any case
         :raise ClosedError: if the queue was closed
         """
-        while True:
+        while True:  # until the deadline; without one, until there is something
             stamp = self.arm()
             found, pause = look()
             if found:
@@ -172,7 +172,7 @@ class Notifier:
 
     def _run(self) -> None:
         """Call functions until the queue is closed."""
-        while True:
+        while True:  # until the close
             stamp = self._futex.load()
             # Looked at after the stamp was loaded, which a close changes.
             if self.is_closed:

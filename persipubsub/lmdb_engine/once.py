@@ -53,7 +53,7 @@ def since(tx: Tx, time_ns: int, begin: int, end: int) -> list[tuple[bytes, int, 
     found: list[tuple[bytes, int, int]] = []
     cursor = tx.txn.cursor(db=tx.db.once)
     is_there = cursor.set_range(fmt.once_time_key(time_ns, b""))
-    while is_there:
+    while is_there:  # the cursor moves forward
         id_ns, identifier = fmt.unpack_once_time_key(cursor.key())
         number = find(tx, identifier, 0)
         if begin <= number < end:

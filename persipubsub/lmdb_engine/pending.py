@@ -31,7 +31,7 @@ class Look(NamedTuple):
     number: int = 0  #: of the first message that could be claimed; 0: none
     stop: int = 0  #: number after the last one that could be claimed with it
     retry_at_ns: int = 0  #: when the first of those passed over may be delivered again; 0: none
-    is_expired: bool = False  #: the next message is too old: it has to be dropped first
+    is_expired: bool = False  #: this message is too old: it has to be dropped first
 
 
 _NOTHING: Final = Look()
@@ -77,14 +77,15 @@ class Pending:
         cursor = tx.txn.cursor(tx.db.data)
         now_ns = self.now_ns()
         retry_at_ns = 0
+        # Each round ends the search, or ``start`` goes forward.
         while (run := positions.next_run(tx, subscriber, cursor, start)) is not None:
             start = run.number
             if run.found.block.time_ns < now_ns - self.timeout_ns:
-                return Look(is_expired=True)
+                return Look(start, is_expired=True)
             if subscriber.flags & fmt.FLAG_MAY_HAVE_ATTEMPTS:
                 start, earliest_ns = attempts.skip_retries(tx, self.ordinal, start, now_ns)
                 retry_at_ns = min(retry_at_ns or earliest_ns, earliest_ns or retry_at_ns)
-            while start in held:
+            while start in held:  # a range ends behind its first number
                 start = held[start]
             if start == run.number:
                 stop = self._stop(tx, subscriber, cursor, start, max_messages)
@@ -132,7 +133,7 @@ class Pending:
                     and self.policy.is_exhausted(record.deliveries)):
                 continue
             if block.time_ns < now_ns - self.timeout_ns:
-                return Look(is_expired=True)
+                return Look(number, is_expired=True)
             if record is not None and record.retry_at_ns > now_ns:
                 return Look(retry_at_ns=record.retry_at_ns)
             return Look(number, number + 1)
@@ -231,21 +232,25 @@ class Pending:
         """Read the record of a message, or begin one."""
         return attempts.read(tx, self.ordinal, number) or fmt.Attempts(0, 0, self.now_ns(), 0, "")
 
-    def begin_newest(self, tx: Tx, number: int, tried: Set[int],
-                     claim: Callable[[], bool]) -> Copied | None:
+    def begin_newest(self, tx: Tx, tried: Set[int], claim: Callable[[int], bool]) -> Copied | None:
         """
-        Claim and copy a message if it still is the newest one, and skip all messages before it.
+        Claim and copy the newest message, and skip all messages before it.
 
-        The message is claimed here, in the transaction. A claim before it may have to be given back,
-        because a newer message has come. Other consumers would pass over the message meanwhile, and
-        get it after later ones.
+        The message is searched for and claimed here, in the transaction. A claim before it may have
+        to be given back, because a newer message has come. Other consumers would pass over the
+        message meanwhile, and get it after later ones. Rejected: to take only the message that a look
+        before has found. While others send, there is a newer one each time.
+
+        :param claim: claims the message of a number; returns False if another consumer has it
+        :return: None if there is no message that may be delivered now, or another consumer has it
         """
-        if self.find_newest(tx, tried).number != number or not claim():
+        newest = self.find_newest(tx, tried)
+        if newest.is_expired or not newest.number or not claim(newest.number):
             return None
         begin = self.begin if self.policy.max_deliveries else self.copy
-        copied = begin(tx, number, number + 1)
+        copied = begin(tx, newest.number, newest.stop)
         if copied.numbers:
-            positions.leave(tx, positions.require(tx, self.key), 0, number, "skipped")
+            positions.leave(tx, positions.require(tx, self.key), 0, newest.number, "skipped")
         return copied
 
     def nack(self, tx: Tx, numbers: Sequence[int], error: str | None) -> list[int]:

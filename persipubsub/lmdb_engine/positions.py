@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from persipubsub.errors import NotInitializedError, StoreError
+from persipubsub.errors import NotInitializedError, StoreCorruptError, StoreError
 from persipubsub.lmdb_engine import attempts
 from persipubsub.lmdb_engine import format as fmt
 from persipubsub.lmdb_engine import log, meta
@@ -93,7 +93,7 @@ def ranges(tx: Tx, ordinal: int, number: int = 0) -> Iterator[tuple[int, int]]:
     cursor = tx.txn.cursor(tx.db.ahead)
     is_behind = cursor.set_range(fmt.pack_ahead_key(ordinal, number + 1))
     is_there = (cursor.prev() if is_behind else cursor.last()) or cursor.first()
-    while is_there:
+    while is_there:  # the cursor moves forward
         owner, begin, end = fmt.unpack_ahead(*cursor.item())
         if owner > ordinal:
             return
@@ -189,6 +189,7 @@ def next_run(tx: Tx,
     number = max(number, subscriber.position)
     steps, foreign = 0, -1
     found = log.seek(cursor, number)
+    # Each round ends the search, or ``number`` goes forward.
     while found is not None and found.first < end and number < end:
         first, block, _ = found
         number, stop = max(number, first), min(fmt.end_of(first, block), end)
@@ -206,7 +207,14 @@ def next_run(tx: Tx,
             found = log.following(cursor)
         else:
             behind = min(end, log.read_end(cursor).next_number)
+            begin = number
             number = log.number_addressed(cursor, number, behind, audiences_of(tx, subscriber))
+            if number == begin:
+                # The message at ``number`` is not for the subscriber.
+                raise StoreCorruptError(
+                    f"Expected the totals of the log to leave out message {number} for "
+                    f"{subscriber.name!r}, but got: they count it. Run 'persipubsub verify', and "
+                    "restore a backup.")
             found = log.seek(cursor, number)
     return None
 
@@ -214,6 +222,7 @@ def next_run(tx: Tx,
 def runs(tx: Tx, subscriber: Subscriber, number: int, end: int) -> Iterator[Run]:
     """Iterate over the pending messages in a range of numbers."""
     cursor = tx.cursor()
+    # Each run begins behind the one before.
     while number < end and (run := next_run(tx, subscriber, cursor, number, end)) is not None:
         yield run
         number = run.stop
@@ -248,6 +257,7 @@ def first_pending(tx: Tx, subscriber: Subscriber, end: int) -> int:
 def newest_first(tx: Tx, subscriber: Subscriber) -> Iterator[tuple[int, fmt.Block]]:
     """Iterate over pending messages, from the newest one on."""
     found = log.last(cursor := tx.cursor())
+    # The cursor moves backward.
     while found is not None and (end := fmt.end_of(found.first, found.block)) > subscriber.position:
         for run in reversed(list(runs(tx, subscriber, found.first, end))):
             for number in range(run.stop - 1, run.number - 1, -1):
@@ -353,7 +363,7 @@ def seek(tx: Tx, key: bytes, number: int) -> int:
     # Go on to the next message that is stored.
     number = min(max(number, 0), end)
     found = log.seek(cursor, number)
-    while found is not None and not found.block.messages:
+    while found is not None and not found.block.messages:  # the cursor moves forward
         found = log.following(cursor)
     number = end if found is None else max(found.first, number)
     subscriber.skipped += count_pending(tx, subscriber, 0, number)

@@ -97,6 +97,8 @@ class Room:
         if self.is_over(log_end, low, count, size):
             low, expired = self.tidy(tx, low)
             dropped += expired
+        # Each round leaves at most half of what waits, and ``check_sizes`` refuses what passes a mark
+        # when nothing waits.
         while self._drops_unread and self.is_over(log_end, low, count, size):
             dropped += retention.halve(tx, count, self._drops_newest)
             log_end = log.read_end(tx.cursor())
@@ -132,7 +134,7 @@ class Room:
 
         :return: False if they do not fit and nothing may be dropped
         """
-        while True:
+        while True:  # each round leaves at most half of what waits, and ends when nothing does
             self.drop_expired()
             self._environment.delete_finished(self._now_ns(), keeps_retained=False)
             used = self._environment.read(self.used)

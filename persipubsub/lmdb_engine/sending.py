@@ -260,7 +260,8 @@ class Sender:
         environment = self._environment
         needed = 0
         was_freed = False
-        while True:
+        deadline = 0.0
+        while True:  # until the deadline: other senders may use the room that this one has made
             try:
                 if needed:
                     environment.journal.make_room(needed, self._is_flushed)
@@ -270,6 +271,13 @@ class Sender:
             except DiskFullError as error:
                 if len(batches) > 1:
                     raise
+                if not deadline:
+                    deadline = time.monotonic() + environment.queue.busy_timeout_secs
+                elif time.monotonic() > deadline:
+                    raise BusyTimeoutError(
+                        f"Expected to use the room that was made in the queue {environment.directory} "
+                        f"within {environment.queue.busy_timeout_secs} seconds (busy_timeout_secs), "
+                        "but got: other senders used it each time. Nothing was sent.") from error
                 if isinstance(error, _JournalFullError):
                     needed = error.args[1]
                 elif isinstance(error, (_StoreFullError, MapFullError)):
