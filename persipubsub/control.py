@@ -412,9 +412,9 @@ def verify(config_pth: ConfigLike,
            queue_key: str | None = None,
            progress: Progress | None = None) -> Mapping[str, tuple[str, ...]]:
     """
-    Verify all pages, records and messages of queues: pages in one snapshot, the rest in short steps.
+    Verify all pages, records and messages of queues.
 
-    It holds up no other process, and no other thread. It takes seconds for each 100 MB. A queue that is in use grows
+    The pages are those of one snapshot; the rest is read in short steps. No other process or thread waits. It takes seconds for each 100 MB. A queue that is in use grows
     meanwhile, since its old pages are not used again before the end.
 
     :param config_pth: path to the configuration file

@@ -9,6 +9,7 @@ import collections
 import functools
 import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -196,3 +197,33 @@ def test_costs(durability: str, operation: str, trace: Callable[[str], dict[str,
     # nothing.
     assert 0.4 * expected.most_writes <= found.most_writes <= expected.most_writes, counts
     assert found.most_others <= expected.most_others, counts
+
+
+def send_and_die(pipe: support.Connection, config_pth: Path) -> None:
+    pub = Pub("pub", config_pth)
+    for number in range(10):
+        pub.send(b"%d" % number)
+    pipe.send("sent")
+    pipe.recv()
+
+
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+def test_what_a_killed_process_sent_is_flushed_by_the_next_opening(tmp_path: Path,
+                                                                   durability: str) -> None:
+    tracing.require()
+    # The background thread does not come to flush.
+    config_pth = support.make_queue(tmp_path, durability=durability, checkpoint_secs=86400)
+    with support.Child(send_and_die, config_pth) as child:
+        assert child.get() == "sent"
+        child.kill(signal.SIGKILL)
+
+    def open_and_die() -> None:
+        Sub("sub", config_pth)
+        os._exit(0)
+
+    trace_pth = tmp_path / "trace"
+    assert tracing.run(lambda: open_and_die,
+                       ["-y", "-e", "trace=fsync,fdatasync", "-o",
+                        str(trace_pth)]) == 0
+    flushed = re.findall(r"\d+<([^>]+)>", trace_pth.read_text(encoding="utf-8"))
+    assert [path for path in flushed if os.path.isfile(path)], flushed

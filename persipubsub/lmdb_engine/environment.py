@@ -550,6 +550,11 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         if header.boot_id != files.boot_id():
             self.write(meta.keep_clock, self.clock_offset_ns, makes_room=True)
         files.keep_reserve(self.directory)
+        if is_shared and store.users.is_alone():
+            # The last process was killed. With ``os``, nothing has flushed what it sent since then. A
+            # full disk is no reason not to open: the background thread tries again.
+            with contextlib.suppress(DiskFullError):
+                self.write_state()
         self.is_read_only = False
         # Each process has the thread, even if it does not write: the process that wrote may have
         # been killed.
@@ -619,16 +624,9 @@ class Environment:  # pylint: disable=too-many-instance-attributes
         size = self._map_size(self.queue) + 2 * store.journal.bytes_on_disk() + (1 << 26)
         with files.replacing(path) as (made, file), datafile.opened(made, size,
                                                                     is_new=True) as (_, begin):
-
-            @contextlib.contextmanager
-            def begin_and_flush() -> Iterator[Tx]:
-                with begin() as tx:
-                    yield tx
-                # Bit by bit: processes that open the queue meanwhile wait as long as they see the file
-                # change (``locks.open_lock``). One flush at the end may take longer than they wait.
-                os.fsync(file)
-
-            store.journal.replay(begin_and_flush)
+            # Flushed bit by bit: processes that open the queue meanwhile wait as long as they see the
+            # file change (``locks.open_lock``). One flush at the end may take longer than they wait.
+            store.journal.replay(begin, lambda: os.fsync(file))
             with begin() as tx:
                 meta.skip_numbers(tx, _SKIPPED_NUMBERS)
         _LOGGER.warning(

@@ -573,7 +573,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                           os.urandom(16), position.record, position.end, position.ids_ns)
         self._close_segment()
         path = self._path(segment.file)
-        self._descriptor = files.open_file(path, os.O_RDWR)
+        self._descriptor = self._open_segment(segment)
         with files.translated(path, "write"):
             os.pwrite(self._descriptor, segment.pack(), 0)
         self._words[self._ROOM] = 0
@@ -598,8 +598,18 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                 f"Expected the segment {position.sequence} of the journal in "
                 f"{self._path(position.file)}, but got: {segment and segment.sequence}. Close all "
                 "that is open of the queue, and open it again.")
-        self._descriptor = files.open_file(self._path(position.file), os.O_RDWR)
+        self._descriptor = self._open_segment(segment)
         self._use(segment)
+
+    def _open_segment(self, segment: Segment) -> int:
+        """Open the file of a segment; the queue is initialized, so that it has to be there."""
+        try:
+            return files.open_file(self._path(segment.file), os.O_RDWR)
+        except NotInitializedError as error:
+            raise StoreCorruptError(
+                f"Expected the segment {self._path(segment.file)} of the journal, but got: no such "
+                "file. Close all that is open of the queue, and open it again: the journal is then "
+                "made anew from the store.") from error
 
     def _use(self, segment: Segment) -> None:
         """Write to a segment that was opened."""
@@ -794,11 +804,13 @@ class Journal:  # pylint: disable=too-many-instance-attributes
 
     # After a power failure
 
-    def replay(self, begin: Callable[[], "contextlib.AbstractContextManager[Tx]"]) -> None:
+    def replay(self, begin: Callable[[], "contextlib.AbstractContextManager[Tx]"],
+               flush: Callable[[], None]) -> None:
         """
         Put everything that the journal holds into an empty store.
 
         :param begin: begins a write transaction, which is committed at the end of the block
+        :param flush: flushes the store, after each segment
         :raise StoreCorruptError: if there is no whole journal
         """
         chain = self._choose_chain()
@@ -820,6 +832,7 @@ class Journal:  # pylint: disable=too-many-instance-attributes
                             tx.txn.put(key, members, db=tx.db.meta)
                     elif number == last_state:
                         _replay_state(tx, msgspec.msgpack.decode(body, type=_State))
+            flush()
 
     def _oldest_of(self, segments: list[Segment]) -> int:
         """Read in the last state record which segment is the oldest that is needed; 0: there is none."""

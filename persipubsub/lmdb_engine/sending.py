@@ -258,18 +258,17 @@ class Sender:
     def _commit(self, batches: Sequence[_Batch]) -> None:
         """Add messages, all or none; notify, flush, and note in each batch what came of it."""
         environment = self._environment
-        needed = 0
-        was_freed = False
-        deadline = 0.0
+        cause: DiskFullError | None = None
+        deadline, was_freed = 0.0, False
         while True:  # until the deadline: other senders may use the room that this one has made
             try:
-                if needed:
-                    environment.journal.make_room(needed, self._is_flushed)
-                    needed = 0
+                if cause is not None and not self._make_room(cause, batches[0]):
+                    return
                 numbers, end, low, dropped = environment.write(self._append, batches, self._low)
                 break
             except DiskFullError as error:
-                if len(batches) > 1:
+                is_disk = not isinstance(error, (_JournalFullError, _StoreFullError, MapFullError))
+                if len(batches) > 1 or is_disk and was_freed:
                     raise
                 if not deadline:
                     deadline = time.monotonic() + environment.queue.busy_timeout_secs
@@ -278,20 +277,7 @@ class Sender:
                         f"Expected to use the room that was made in the queue {environment.directory} "
                         f"within {environment.queue.busy_timeout_secs} seconds (busy_timeout_secs), "
                         "but got: other senders used it each time. Nothing was sent.") from error
-                if isinstance(error, _JournalFullError):
-                    needed = error.args[1]
-                elif isinstance(error, (_StoreFullError, MapFullError)):
-                    if isinstance(error, MapFullError):
-                        environment.check_readers()
-                        environment.check_stuck_readers()
-                    self._low = None
-                    if not self._room.free_store(batches[0].count, batches[0].size):
-                        return
-                elif was_freed:
-                    raise
-                else:
-                    was_freed = True
-                    self._room.free_disk()
+                cause, was_freed = error, was_freed or is_disk
         self._low = low
         if dropped:
             self._room.drop_log.add(dropped)
@@ -309,6 +295,21 @@ class Sender:
         for batch, number in zip(batches, numbers):
             batch.first, batch.error = number, None
         _fail([batch for batch in batches if batch.first], failure)
+
+    def _make_room(self, cause: DiskFullError, batch: _Batch) -> bool:
+        """Make room for a batch; return False if the store is full and nothing may be dropped."""
+        environment = self._environment
+        if isinstance(cause, _JournalFullError):
+            environment.journal.make_room(cause.args[1], self._is_flushed)
+        elif isinstance(cause, (_StoreFullError, MapFullError)):
+            if isinstance(cause, MapFullError):
+                environment.check_readers()
+                environment.check_stuck_readers()
+            self._low = None
+            return self._room.free_store(batch.count, batch.size)
+        else:
+            self._room.free_disk()
+        return True
 
     # In a transaction
 

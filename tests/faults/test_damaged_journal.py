@@ -243,3 +243,23 @@ def test_position_that_is_half_written(tmp_path: Path) -> None:
         assert control.verify(config_pth) == {"queue": ()}
     stores.lose_power(tmp_path / "queue")
     assert recover(config_pth) == ("", list(range(COUNT + 1)))
+
+
+def test_segment_that_is_removed_under_an_open_queue(tmp_path: Path) -> None:
+    # With "os", the next segment is made before the messages need it.
+    config_pth = support.make_queue(tmp_path, durability="os")
+    with Pub("pub", config_pth) as pub:
+        pub.send(bytes(1000))
+        # The next one is made in advance, and all of them are removed: as by a program that tidies up.
+        for _ in range(3):
+            pub.send(bytes(100_000))
+        for path in (tmp_path / "queue" / files.JOURNAL).iterdir():
+            path.unlink()
+        with pytest.raises((errors.StoreCorruptError, errors.FlushError),
+                           match="segment") as caught:
+            for _ in range(100):
+                pub.send(bytes(100_000))
+        print(caught.value)
+    # Nothing that was sent is lost: the store has it.
+    assert len(support.receive_all(config_pth)) >= 4
+    assert control.verify(config_pth) == {"queue": ()}

@@ -9,10 +9,9 @@ from typing import Any
 import lmdb
 import pytest
 
-from persipubsub import Pub, Sub, control, errors
+from persipubsub import Pub, Sub, control
 from persipubsub.lmdb_engine import format as fmt
 from tests import support
-from tests.faults import tracing
 
 #: Most looks at the queue for one message: a few are needed.
 LOOKS = 100
@@ -154,31 +153,37 @@ def test_acknowledgement_ends_if_the_room_that_it_makes_is_used_by_others(tmp_pa
     assert support.receive_all(config_pth) == [bytes(100_000)]
 
 
-def send_for_ever(pipe: support.Connection, config_pth: Path) -> None:
+def send_each_time(pipe: support.Connection, config_pth: Path) -> None:
     with Pub("pub", config_pth) as pub:
         pipe.send("ready")
-        while True:
+        while pipe.recv() == "go":
             pub.send(b"message")
+            pipe.send("sent")
 
 
 def test_verifying_ends_if_there_is_a_commit_at_each_attempt(tmp_path: Path) -> None:
-    tracing.require()
-    config_pth = support.make_queue(tmp_path,
-                                    durability="os",
-                                    busy_timeout_secs=3,
-                                    MAX_MSGS_NUM=1000)
+    config_pth = support.make_queue(tmp_path, durability="os", busy_timeout_secs=0.5)
+    data = str(tmp_path / "queue" / "data.mdb")
 
-    def work() -> None:
-        try:
-            control.verify(config_pth)
-        except errors.BusyTimeoutError:
-            return
-        raise AssertionError("Expected no moment without a commit.")
-
-    with support.Child(send_for_ever, config_pth) as child:
+    with support.Child(send_each_time, config_pth) as child:
         assert child.get() == "ready"
-        assert tracing.inject(lambda: work,
-                              "openat",
-                              "delay_enter=50000",
-                              paths=[tmp_path / "queue" / "data.mdb"]) == 0
-    assert control.verify(config_pth) == {"queue": ()}
+
+        def work() -> None:
+            opened = os.open
+
+            def send_and_open(path: Any, *args: Any, **options: Any) -> int:
+                if str(path) == data:
+                    child.pipe.send("go")
+                    assert child.get() == "sent"
+                return opened(path, *args, **options)
+
+            setattr(os, "open", send_and_open)
+            try:
+                control.verify(config_pth)
+            finally:
+                setattr(os, "open", opened)
+
+        assert support.outcomes_in_child(work) == ["BusyTimeoutError"]
+        assert control.verify(config_pth) == {"queue": ()}
+        child.pipe.send("end")
+        child.end()
