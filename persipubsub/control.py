@@ -414,8 +414,9 @@ def verify(config_pth: ConfigLike,
     """
     Verify all pages, records and messages of queues.
 
-    The pages are those of one snapshot; the rest is read in short steps. No other process or thread waits. It takes seconds for each 100 MB. A queue that is in use grows
-    meanwhile, since its old pages are not used again before the end.
+    The pages are those of one snapshot; the rest is read in short steps. No other process and no
+    thread waits for it. It takes seconds for each 100 MB. A queue that is in use grows meanwhile,
+    since its old pages are not used again before the end.
 
     :param config_pth: path to the configuration file
     :param queue_key: key in ``queues``; all of them if not given

@@ -46,10 +46,10 @@ _ROWS: list[set[str]] = [
     {"lmdb_engine.journal", "lmdb_engine.pending"},
     {"lmdb_engine.retention"},
     {"lmdb_engine.once", "lmdb_engine.positions"},
-    {"lmdb_engine.meta"},
+    {"lmdb_engine.log_file", "lmdb_engine.meta"},
     {
         "lmdb_engine.attempts", "lmdb_engine.claims", "lmdb_engine.datafile", "lmdb_engine.locks",
-        "lmdb_engine.log", "lmdb_engine.notifier"
+        "lmdb_engine.log", "lmdb_engine.notifier", "lmdb_engine.segments"
     },
     {"lmdb_engine.files", "lmdb_engine.format"},
     {"lmdb_engine.lmdb_private"},

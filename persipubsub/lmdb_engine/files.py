@@ -9,7 +9,7 @@ import stat
 import time
 import types
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from persipubsub.errors import (AccessError, DiskFullError, FormatError, NotInitializedError,
                                 PersipubsubError, StoreError)
@@ -20,10 +20,13 @@ WRITE_LOCK: Final = "write.lock"
 OPEN_LOCK: Final = "open.lock"
 USERS: Final = "users.lock"
 CLAIMS: Final = "claims.lock"
+FLUSH_LOCK: Final = "flush.lock"
 JOURNAL_LOCK: Final = "journal.lock"
 SHARED: Final = "shared"
 RUNNING: Final = "running"
 RESERVE: Final = "reserve"
+#: The directory of a log is named by this and the id of the log.
+LOG_PREFIX: Final = "log."
 JOURNAL: Final = "journal"
 
 #: Everything that this library keeps in a queue's directory.
@@ -45,6 +48,11 @@ _RESERVE_BYTES: Final = 1 << 18
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 
 _STREAMS: Final = (0, 1, 2)
+
+#: Most buffers of one ``pwritev``.
+_MOST_BUFFERS: Final = 1024
+
+Buffer: TypeAlias = bytes | memoryview
 
 
 def boot_id() -> bytes:
@@ -201,6 +209,7 @@ class SharedPage:
     FLUSH_STAMP: Final = 16  #: of the last flush
     WAITS: Final = 24  #: 1: a process waits for the write lock
     JOURNAL: Final = 32  #: from here on, see :py:class:`persipubsub.lmdb_engine.journal.Journal`
+    LOG: Final = 64  #: from here on, see :py:class:`persipubsub.lmdb_engine.log_file.LogFile`
     #: Offset and size of the notes on claims, in bytes.
     NOTES: Final = 4096
     NOTES_BYTES: Final = 1024 * 32
@@ -223,8 +232,22 @@ class SharedPage:
 
 def extend(descriptor: int, begin: int, end: int) -> None:
     """Write the rest of a file with zeros."""
-    if os.pwrite(descriptor, bytes(end - begin), begin) < end - begin:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write_all(descriptor, [bytes(end - begin)], begin)
+
+
+def write_all(descriptor: int, buffers: Sequence[Buffer], offset: int) -> None:
+    """Write buffers one after the other at a place of a file, mostly in one call."""
+    rest = [memoryview(one) for one in buffers if len(one)]
+    while rest:
+        written = os.pwritev(descriptor, rest[:_MOST_BUFFERS], offset)
+        # Each round writes something: the disk is full, or more than 2 GiB are written.
+        if written == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += written
+        while rest and written >= len(rest[0]):
+            written -= len(rest.pop(0))
+        if written:
+            rest[0] = rest[0][written:]
 
 
 def flush_directory(path: str) -> None:
