@@ -258,11 +258,13 @@ class Sender:
     def _commit(self, batches: Sequence[_Batch]) -> None:
         """Add messages, all or none; notify, flush, and note in each batch what came of it."""
         environment = self._environment
-        cause: DiskFullError | None = None
-        deadline, was_freed = 0.0, False
+        # Not the error itself: its traceback has this frame, so that neither would be freed before
+        # the garbage collector runs, and the queue's files would stay open after a close.
+        cause: type[DiskFullError] | None = None
+        cost, deadline, was_freed = 0, 0.0, False
         while True:  # until the deadline: other senders may use the room that this one has made
             try:
-                if cause is not None and not self._make_room(cause, batches[0]):
+                if cause is not None and not self._make_room(cause, cost, batches[0]):
                     return
                 numbers, end, low, dropped = environment.write(self._append, batches, self._low)
                 break
@@ -277,7 +279,8 @@ class Sender:
                         f"Expected to use the room that was made in the queue {environment.directory} "
                         f"within {environment.queue.busy_timeout_secs} seconds (busy_timeout_secs), "
                         "but got: other senders used it each time. Nothing was sent.") from error
-                cause, was_freed = error, was_freed or is_disk
+                cause, was_freed = type(error), was_freed or is_disk
+                cost = error.args[1] if isinstance(error, _JournalFullError) else 0
         self._low = low
         if dropped:
             self._room.drop_log.add(dropped)
@@ -296,13 +299,13 @@ class Sender:
             batch.first, batch.error = number, None
         _fail([batch for batch in batches if batch.first], failure)
 
-    def _make_room(self, cause: DiskFullError, batch: _Batch) -> bool:
+    def _make_room(self, cause: type[DiskFullError], cost: int, batch: _Batch) -> bool:
         """Make room for a batch; return False if the store is full and nothing may be dropped."""
         environment = self._environment
-        if isinstance(cause, _JournalFullError):
-            environment.journal.make_room(cause.args[1], self._is_flushed)
-        elif isinstance(cause, (_StoreFullError, MapFullError)):
-            if isinstance(cause, MapFullError):
+        if cause is _JournalFullError:
+            environment.journal.make_room(cost, self._is_flushed)
+        elif cause in (_StoreFullError, MapFullError):
+            if cause is MapFullError:
                 environment.check_readers()
                 environment.check_stuck_readers()
             self._low = None
