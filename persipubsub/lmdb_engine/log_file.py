@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from persipubsub.errors import (BusyTimeoutError, CorruptMessageError, FlushError, PersipubsubError)
+from persipubsub.errors import BusyTimeoutError, CorruptMessageError, FlushError, PersipubsubError
 from persipubsub.lmdb_engine import files, locks
 from persipubsub.lmdb_engine import segments as segs
 from persipubsub.lmdb_engine.files import SharedPage
